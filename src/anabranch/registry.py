@@ -1,0 +1,73 @@
+"""Short names for interchangeable parts, resolved only when asked for.
+
+A *family* is a seam (``score``, ``select``, ``balance``, ``feed_forward``, ...); a *kind* is one part that fits it. The table
+below holds import paths, not classes, so a low layer can name a part of a higher one without importing it. A third-party
+package adds a kind with an entry point in the group ``anabranch.<family>`` whose value is ``module:Class``.
+"""
+
+import difflib
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
+
+from anabranch.errors import ConfigError
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "score": {
+        "linear": "anabranch.routing.score:LinearScore",
+        "cosine": "anabranch.routing.score:CosineScore",
+    },
+    "select": {
+        "top_k": "anabranch.routing.select:TopK",
+        "group_top_k": "anabranch.routing.select:GroupTopK",
+        "top_p": "anabranch.routing.select:TopP",
+        "threshold": "anabranch.routing.select:Threshold",
+        "expert_choice": "anabranch.routing.select:ExpertChoice",
+    },
+    "balance": {
+        "switch": "anabranch.routing.balance:SwitchLoss",
+        "z_loss": "anabranch.routing.balance:ZLoss",
+        "importance": "anabranch.routing.balance:ImportanceLoss",
+        "device": "anabranch.routing.balance:DeviceLoss",
+        "bias": "anabranch.routing.balance:BiasBalancer",
+    },
+    "candidates": {
+        "psr": "anabranch.experts.rexmoe:ProgressiveScaling",
+    },
+    "feed_forward": {
+        "swiglu": "anabranch.nn.feed_forward:SwiGLU",
+        "moe": "anabranch.nn.moe:MoE",
+        "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
+    },
+    "attention": {
+        "attention": "anabranch.nn.attention:Attention",
+    },
+    "schedule": {
+        "cosine": "anabranch.train.schedule:Cosine",
+        "wsd": "anabranch.train.schedule:WarmupStableDecay",
+        "constant": "anabranch.train.schedule:Constant",
+    },
+}
+
+
+def kinds(family: str) -> list[str]:
+    """All kinds of a family, built in and installed, sorted."""
+    return sorted({*BUILTIN.get(family, {}), *(point.name for point in entry_points(group=f"anabranch.{family}"))})
+
+
+@cache
+def resolve(family: str, kind: str) -> type:
+    """Return the class registered as ``kind`` in ``family``.
+
+    Raises ConfigError, with the nearest names, if there is none.
+    """
+    target = BUILTIN.get(family, {}).get(kind)
+    if target is None:
+        target = next((point.value for point in entry_points(group=f"anabranch.{family}", name=kind)), None)
+    if target is None:
+        known = kinds(family)
+        near = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise ConfigError(f"no {family} of kind {kind!r}; {hint}")
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
