@@ -12,8 +12,9 @@ from typing import Any
 from anabranch.errors import CapacityError, DataError
 
 
-def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Fill the yielded temporary file, which lies beside ``path``; on a clean exit it is renamed into place.
 
     Raises CapacityError if the disk is full and DataError if the place cannot be written; ``path`` then is as it was.
     """
@@ -24,13 +25,19 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
         os.close(handle)
         temporary = Path(name)
         try:
-            write(temporary)
+            yield temporary
             _fsync(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place. Raises as `atomic_file`."""
+    with atomic_file(path) as temporary:
+        write(temporary)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
