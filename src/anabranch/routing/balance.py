@@ -1,0 +1,285 @@
+"""Balancers: what keeps destinations evenly used, by a loss on the scores or by a bias on the selection.
+
+Losses are per layer and emitted into the context; the trainer takes the mean over layers. Where only some destinations are
+open, the loss looks at those alone: counting a closed one as idle would pull probability into it.
+"""
+# Shapes: N items, E destinations, K places per item, S sequences, L positions, G device groups
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.errors import ConfigError
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing, count_destinations
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One routing decision as balancers see it. ``open_NE`` is bool ``[E]`` or ``[N, E]``, None if all are open."""
+
+    logit_NE: Tensor
+    routing: Routing
+    open_NE: Tensor | None = None
+
+    def probability_NE(self) -> Tensor:
+        """Scores as shares that sum to 1 over the open destinations (so sigmoid scores work too)."""
+        score_NE = self.routing.score_NE
+        if self.open_NE is not None:
+            score_NE = score_NE * self.open_NE
+        return score_NE / score_NE.sum(-1, keepdim=True).clamp_min(1e-20)
+
+    def num_open(self) -> Tensor | int:
+        """Open destinations; the mean over items where each has its own mask."""
+        if self.open_NE is None:
+            return self.routing.num_destinations
+        return self.open_NE.sum(-1).float().mean()
+
+
+class Balancer(Part, nn.Module, family="balance"):
+    """Interface. ``forward`` sees a training step's decisions and emits; ``bias_E`` shifts the selection."""
+
+    @configclass
+    class Config(BaseConfig):
+        """Base of balancer configs."""
+
+    def __init__(self, config: Any, num_destinations: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_destinations = num_destinations
+
+    @property
+    def bias_E(self) -> Tensor | None:
+        """Added to the scores for selection only, or None."""
+        return None
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit losses or loads into ``context``."""
+        raise NotImplementedError  # abstract
+
+
+class LoadCounter(Balancer):
+    """A balancer that adds up loads over the micro-batches of a step, and over data-parallel ranks (see `sync_loads`)."""
+
+    load_E: Tensor
+
+    def __init__(self, config: Any, num_destinations: int) -> None:
+        super().__init__(config, num_destinations)
+        self.register_buffer("load_E", torch.zeros(num_destinations), persistent=False)
+
+    def add_load(self, load_E: Tensor) -> None:
+        """Take the load of one forward pass."""
+        self.load_E += load_E
+
+    def on_step(self, step: int, fraction: float) -> None:
+        """Forget the finished step."""
+        self.load_E.zero_()
+
+
+def sync_loads(model: nn.Module) -> None:
+    """Sum the loads of all balancers over data-parallel ranks, in one all-reduce. Call before the step hooks."""
+    counters = [module for module in model.modules() if isinstance(module, LoadCounter)]
+    if not counters or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([counter.load_E for counter in counters])
+    dist.all_reduce(flat)
+    for counter, load_E in zip(counters, flat.split([c.num_destinations for c in counters]), strict=True):
+        counter.load_E.copy_(load_E)
+
+
+def discard_loads(model: nn.Module) -> None:
+    """Forget the loads of a step whose update was skipped (gradient overflow)."""
+    for module in model.modules():
+        if isinstance(module, LoadCounter):
+            module.load_E.zero_()
+
+
+class SwitchLoss(LoadCounter, kind="switch"):
+    """alpha E sum_e f_e P_e (Switch Transformer, eqs. 4-6; GShard), f the share of places, P the mean share of score.
+
+    Equals alpha when balanced. ``scope`` says over which items f and P are taken: the ``micro_batch``, each ``sequence`` (DeepSeek's
+    seq_aux), or ``global_batch``, where f counts all micro-batches of the step so far and all ranks (arXiv 2501.11873: a
+    smaller scope hinders specialisation by domain).
+    """
+
+    @configclass
+    class Config(Balancer.Config):
+        """Attributes: ``alpha`` (default 0.01), ``scope``."""
+
+        alpha: float = Field(default=1e-2, ge=0)
+        scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit ``load_balancing``."""
+        probability_NE = seen.probability_NE()
+        if self.config.scope == "sequence":
+            product = self._by_sequence(seen.routing, probability_NE, context)
+        else:
+            load_E = seen.routing.load_E()
+            if self.config.scope == "global_batch":
+                context.emit_load(self, load_E)
+                load_E = self.load_E + _sum_over_ranks(load_E.float())
+            product = (_share(load_E) * masked_mean(probability_NE, context.item_mask_N)).sum()
+        context.emit_loss("load_balancing", self.config.alpha * seen.num_open() * product)
+
+    def _by_sequence(self, routing: Routing, probability_NE: Tensor, context: RoutingContext) -> Tensor:
+        if context.sequence_length is None:
+            raise ConfigError("balance scope is 'sequence', but the items are not sequences; use 'micro_batch'")
+        length, num_destinations = max(context.sequence_length, 1), routing.num_destinations
+        num_sequences = routing.num_items // length
+        offset_S1 = torch.arange(num_sequences, device=probability_NE.device).unsqueeze(-1) * num_destinations
+        index_SX = routing.index_NK.view(num_sequences, -1)
+        shifted_SX = torch.where(index_SX < 0, index_SX, index_SX + offset_S1)
+        load_SE = count_destinations(shifted_SX, num_sequences * num_destinations).view(num_sequences, -1)
+        mask_N = context.item_mask_N
+        weight_SL = torch.ones(num_sequences, length) if mask_N is None else mask_N.view(num_sequences, length).float()
+        weight_SL = weight_SL.to(probability_NE)
+        mean_SE = torch.einsum("sle,sl->se", probability_NE.view(num_sequences, length, -1), weight_SL)
+        mean_SE = mean_SE / weight_SL.sum(-1, keepdim=True).clamp_min(1)
+        real_S = (weight_SL.sum(-1) > 0).to(mean_SE)
+        return ((_share(load_SE) * mean_SE).sum(-1) * real_S).sum() / real_S.sum().clamp_min(1)
+
+
+class ZLoss(Balancer, kind="z_loss"):
+    """beta mean (logsumexp z)^2, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
+
+    @configclass
+    class Config(Balancer.Config):
+        """Attributes: ``beta`` (default 0.001)."""
+
+        beta: float = Field(default=1e-3, ge=0)
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit ``z_loss``."""
+        logit_NE = seen.logit_NE
+        if seen.open_NE is not None:
+            logit_NE = logit_NE.masked_fill(~seen.open_NE, -torch.inf)
+        square_N1 = logit_NE.logsumexp(-1, keepdim=True).square()
+        context.emit_loss("z_loss", self.config.beta * masked_mean(square_N1, context.item_mask_N).squeeze(0))
+
+
+class ImportanceLoss(Balancer, kind="importance"):
+    """alpha CV^2 of the summed scores of each destination (Shazeer et al. 2017, eq. 7)."""
+
+    @configclass
+    class Config(Balancer.Config):
+        """Attributes: ``alpha`` (default 0.01)."""
+
+        alpha: float = Field(default=1e-2, ge=0)
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit ``importance``."""
+        mean_E = masked_mean(seen.probability_NE(), context.item_mask_N)
+        if seen.open_NE is not None and seen.open_NE.dim() == 1:
+            mean_E = mean_E[seen.open_NE]
+        variation = mean_E.var(correction=0) / mean_E.mean().square().clamp_min(1e-20)
+        context.emit_loss("importance", self.config.alpha * variation)
+
+
+class DeviceLoss(Balancer, kind="device"):
+    """alpha sum_g f'_g P'_g over ``num_devices`` equal groups of destinations (DeepSeekMoE, arXiv 2401.06066, eqs. 15-17).
+
+    f'_g is the mean over the group of E f_e, P'_g the sum over the group of P_e; equals alpha when groups are balanced.
+    """
+
+    @configclass
+    class Config(Balancer.Config):
+        """Attributes: ``alpha`` (default 0.05, the paper's 16B value), ``num_devices``."""
+
+        alpha: float = Field(default=0.05, ge=0)
+        num_devices: int = Field(default=8, ge=1)
+
+    def __init__(self, config: Any, num_destinations: int) -> None:
+        super().__init__(config, num_destinations)
+        if num_destinations % config.num_devices:
+            raise ConfigError(
+                f"num_devices is {config.num_devices}, which does not divide {num_destinations} destinations"
+            )
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit ``device_balancing``."""
+        groups = (self.config.num_devices, -1)
+        share_E = _share(seen.routing.load_E()) * self.num_destinations
+        probability_E = masked_mean(seen.probability_NE(), context.item_mask_N)
+        product = (share_E.view(groups).mean(-1) * probability_E.view(groups).sum(-1)).sum()
+        context.emit_loss("device_balancing", self.config.alpha * product)
+
+
+class BiasBalancer(LoadCounter, kind="bias"):
+    """Loss-free balancing: a bias per destination, used to select only, moved after each step by the load it saw.
+
+    Wang et al., arXiv 2408.15664: b_e += u sign(L - A_e) (``sign``), or b_e += u (L - A_e) / L (``magnitude``, the proportional
+    form), with A_e the items sent to e in the finished step and L their mean. ``center`` then takes the mean out, which
+    changes no selection but keeps the bias from drifting.
+    """
+
+    @configclass
+    class Config(Balancer.Config):
+        """The controller's settings.
+
+        Attributes:
+            rule: ``sign`` (the paper's default) or ``magnitude``.
+            rate: u, default 1e-3, meant for sigmoid scores.
+            center: subtract the mean bias after each update.
+            freeze_after: fraction of training after which the bias stays (DeepSeek-V3 freezes it for the last 3%).
+            clip: largest absolute bias, None for no limit.
+        """
+
+        rule: Literal["sign", "magnitude"] = "sign"
+        rate: float = Field(default=1e-3, gt=0)
+        center: bool = True
+        freeze_after: float | None = Field(default=None, ge=0, le=1)
+        clip: float | None = Field(default=None, gt=0)
+
+    expert_bias: Tensor
+
+    def __init__(self, config: Any, num_destinations: int) -> None:
+        super().__init__(config, num_destinations)
+        self.register_buffer("expert_bias", torch.zeros(num_destinations))
+
+    @property
+    def bias_E(self) -> Tensor:
+        """The bias, fp32 ``[E]``."""
+        return self.expert_bias
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit the load of this forward pass."""
+        context.emit_load(self, seen.routing.load_E())
+
+    def on_step(self, step: int, fraction: float) -> None:
+        """Move the bias by the finished step's load, then forget the load."""
+        frozen = self.config.freeze_after is not None and fraction > self.config.freeze_after
+        if not frozen and self.load_E.sum() > 0:
+            missing_E = self.load_E.mean() - self.load_E
+            move_E = missing_E.sign() if self.config.rule == "sign" else missing_E / self.load_E.mean()
+            self.expert_bias += self.config.rate * move_E
+            if self.config.center:
+                self.expert_bias -= self.expert_bias.mean()
+            if self.config.clip is not None:
+                self.expert_bias.clamp_(-self.config.clip, self.config.clip)
+        super().on_step(step, fraction)
+
+
+def masked_mean(value_NX: Tensor, mask_N: Tensor | None) -> Tensor:
+    """Mean over real items; zeros if there is none."""
+    if mask_N is None:
+        return value_NX.sum(0) / max(value_NX.shape[0], 1)
+    real_N1 = mask_N.unsqueeze(-1)
+    # where, not a product: padding items may hold infinities, and 0 * inf is nan
+    return torch.where(real_N1, value_NX, 0.0).sum(0) / real_N1.sum().clamp_min(1)
+
+
+def _share(load_E: Tensor) -> Tensor:
+    load_E = load_E.detach().float()
+    return load_E / load_E.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _sum_over_ranks(load_E: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(load_E)
+    return load_E

@@ -1,0 +1,112 @@
+"""`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
+# Shapes: N items, E destinations, K places per item, D width
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Part, configclass
+from anabranch.errors import AnabranchError
+from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing
+from anabranch.routing.score import LinearScore, Score
+from anabranch.routing.select import Select, TopK
+
+
+class Candidates(Part, nn.Module, family="candidates"):
+    """Interface of what closes destinations for a while (a schedule, a group limit that is learned, ...).
+
+    ``stage`` says where the mask acts: ``pre_softmax`` sets closed logits to minus infinity, ``post_softmax`` sets closed scores to zero,
+    so closed destinations stay in the softmax's denominator.
+    """
+
+    @configclass
+    class Config(BaseConfig):
+        """Base of candidate configs."""
+
+    stage: Literal["pre_softmax", "post_softmax"]
+
+    def open_NE(self, num_items: int, context: RoutingContext) -> Tensor | None:
+        """bool ``[E]`` or ``[N, E]``, True where a destination may be chosen; None if all may."""
+        raise NotImplementedError  # abstract
+
+
+class Router(Part, nn.Module):
+    """Scores items, selects destinations, and lets balancers watch (in training only).
+
+    Attributes:
+        layer: index of the layer it routes for, written into traces.
+        pool: name of the expert pool that the destinations index, if layers share one.
+        own_start: first destination in the pool that belongs to this layer.
+    """
+
+    @configclass
+    class Config(BaseConfig):
+        """The parts of a router.
+
+        Attributes:
+            score: how logits and scores are made (default: linear, softmax).
+            select: how destinations are chosen and weighted (default: top 2).
+            balance: what keeps loads even (default: Switch loss 1e-2 and z-loss 1e-3, the OLMoE setting).
+            check_finite: raise if a logit is NaN or infinite; costs a synchronisation, so off by default.
+        """
+
+        score: Score.Config = LinearScore.Config()
+        select: Select.Config = TopK.Config()
+        balance: tuple[Balancer.Config, ...] = (SwitchLoss.Config(), ZLoss.Config())
+        check_finite: bool = False
+
+    is_router: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        config: Any,
+        dim: int,
+        num_destinations: int,
+        *,
+        layer: int = 0,
+        pool: str | None = None,
+        own_start: int = 0,
+        candidates: Candidates | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_destinations = num_destinations
+        self.layer, self.pool, self.own_start = layer, pool, own_start
+        self.score: Score = config.score.build(dim, num_destinations, generator=generator)
+        self.select: Select = config.select.build(num_destinations)
+        self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
+        self.candidates = candidates
+
+    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
+        """Route N items of width D. Padding items (``context.item_mask_N``) go nowhere."""
+        logit_NE = self.score.project(x_ND, context)
+        if self.config.check_finite and not torch.isfinite(logit_NE).all():
+            raise AnabranchError(f"router of layer {self.layer} has NaN or infinite logits; lower the learning rate")
+        open_NE = None if self.candidates is None else self.candidates.open_NE(x_ND.shape[0], context)
+        masked_NE = logit_NE
+        if open_NE is not None and self.candidates.stage == "pre_softmax":  # type: ignore[union-attr]
+            masked_NE = logit_NE.masked_fill(~open_NE, -torch.inf)
+        score_NE = self.score.activate(masked_NE)
+        if open_NE is not None:
+            score_NE = score_NE * open_NE
+        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=self._bias_E(), open_NE=open_NE)
+        if context.item_mask_N is not None:
+            routing = routing.drop(~context.item_mask_N.unsqueeze(-1))
+        if context.training:
+            seen = Observation(logit_NE, routing, open_NE)
+            for part in self.balance:
+                part(seen, context)
+        return routing
+
+    def _bias_E(self) -> Tensor | None:
+        total_E: Tensor | None = None
+        for part in self.balance:
+            bias_E = part.bias_E
+            if isinstance(bias_E, Tensor):
+                total_E = bias_E if total_E is None else total_E + bias_E
+        return total_E

@@ -1,0 +1,126 @@
+"""Scores: how well each destination suits each item. A score is a projection to logits, then an activation.
+
+The two steps are separate because a candidate mask may act on either side of the activation (see `anabranch.routing.router`).
+Both run in fp32 whatever the autocast state: near-ties between experts must not depend on precision (Switch Transformer, sec. 2.4).
+"""
+# Shapes: N items, E destinations, D width, P projected width
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.routing.context import RoutingContext
+
+Activation = Literal["softmax", "sigmoid", "sqrt_softplus"]
+
+
+def activate(logit_NE: Tensor, activation: Activation) -> Tensor:
+    """softmax over destinations (Shazeer et al. 2017), sigmoid (DeepSeek-V3), or sqrt(softplus)."""
+    if activation == "softmax":
+        return logit_NE.softmax(-1)
+    return logit_NE.sigmoid() if activation == "sigmoid" else F.softplus(logit_NE).sqrt()
+
+
+class Score(Part, nn.Module, family="score"):
+    """Interface: ``project`` items to logits, ``activate`` logits to scores; both ``[N, E]`` in fp32 (or fp64 for fp64 input)."""
+
+    @configclass
+    class Config(BaseConfig):
+        """What every score has.
+
+        Attributes:
+            activation: how logits become scores.
+            init_std: standard deviation of the initial weights.
+        """
+
+        activation: Activation = "softmax"
+        init_std: float = Field(default=0.02, gt=0)
+
+    is_causal: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
+        """logit_NE."""
+        raise NotImplementedError  # abstract
+
+    def activate(self, logit_NE: Tensor) -> Tensor:
+        """score_NE."""
+        return activate(logit_NE, self.config.activation)
+
+
+class LinearScore(Score, kind="linear"):
+    """z = W x, the usual router. W is ``[E, D]``.
+
+    In training, ``jitter`` multiplies the input by U(1 - jitter, 1 + jitter) (Switch Transformer, sec. 2.4; Mixtral). It draws from
+    torch's global generator, whose state the trainer seeds and saves and activation recompute restores.
+    """
+
+    @configclass
+    class Config(Score.Config):
+        """Attributes: ``init``: ``normal`` N(0, init_std), or ``kaiming_uniform`` with a = sqrt(5) (DeepSeek)."""
+
+        init: Literal["normal", "kaiming_uniform"] = "normal"
+        jitter: float = Field(default=0.0, ge=0, lt=1)
+
+    def __init__(
+        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(num_destinations, dim))
+        if config.init == "normal":
+            nn.init.normal_(self.weight, std=config.init_std, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+
+    def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
+        """logit_NE = x W^T."""
+        x_ND = _wide(x_ND)
+        if context.training and self.config.jitter:
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND, self.weight.to(x_ND.dtype))
+
+
+class CosineScore(Score, kind="cosine"):
+    """Cosine of the projected item and an embedding of the destination, over a learned temperature (X-MoE, arXiv 2204.09179).
+
+    z_e = cos(P x, w_e) / tau, P is ``[P, D]``, w is ``[E, P]``. On a sphere scores cannot collapse through growing norms.
+    """
+
+    @configclass
+    class Config(Score.Config):
+        """Attributes: ``projected_dim`` (default half the destinations, at least 2), ``temperature`` at the start (0.07)."""
+
+        projected_dim: int | None = Field(default=None, ge=1)
+        temperature: float = Field(default=0.07, gt=0)
+
+    def __init__(
+        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config)
+        projected_dim = config.projected_dim or max(2, num_destinations // 2)
+        self.projection = nn.Parameter(torch.empty(projected_dim, dim))
+        self.weight = nn.Parameter(torch.empty(num_destinations, projected_dim))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        nn.init.normal_(self.projection, std=config.init_std, generator=generator)
+        nn.init.normal_(self.weight, std=config.init_std, generator=generator)
+
+    def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
+        """logit_NE = cos(P x, w) / tau, tau at least 0.01."""
+        x_ND = _wide(x_ND)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x_NP = F.normalize(F.linear(x_ND, self.projection.to(x_ND.dtype)), dim=-1)
+            cosine_NE = F.linear(x_NP, F.normalize(self.weight.to(x_ND.dtype), dim=-1))
+        return cosine_NE / self.log_temperature.exp().clamp_min(0.01)
+
+
+def _wide(x_ND: Tensor) -> Tensor:
+    return x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))

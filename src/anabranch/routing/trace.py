@@ -1,0 +1,386 @@
+"""`RoutingTrace`: the record of routing decisions, an Arrow table kept in Parquet.
+
+One row says that one item went to one destination. MoE layers, depth routers, a gateway and a network simulator write this
+one schema; measures, cache simulators, predictors and reports read it. The schema metadata say what the layers are.
+
+A *decision* is the rows of one item at one layer: they stand together, in order of rank, so a trace gives back the `Routing`
+it came from. Unused places (capacity, threshold) are not stored; an item with no used place at all keeps one row of rank 0
+and destination -1, so that what was dropped can be counted. Padding items leave no rows.
+
+    with record_routing(model) as recorder:        # anabranch.routing.record
+        model(token_BL)
+    recorder.trace().write("trace.parquet")
+    RoutingTrace.read("trace.parquet").load_LE()
+"""
+# Shapes: R rows, N decisions of a layer, K places per item, E destinations, L layers
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from anabranch.errors import DataError
+from anabranch.files import atomic_file, atomic_write
+from anabranch.routing.decision import UNUSED, Routing
+
+VERSION = 1
+METADATA_KEY = b"anabranch.trace"
+SCHEMA = pa.schema(
+    [
+        pa.field("item", pa.int64(), nullable=False),  # id of the sequence, request, query, ...
+        pa.field("position", pa.int32(), nullable=False),  # place of the token in it; 0 where there is no order
+        pa.field("layer", pa.int16(), nullable=False),  # key of a `Layer` in the metadata
+        pa.field("rank", pa.int16(), nullable=False),  # which of the K choices
+        pa.field("destination", pa.int32(), nullable=False),  # slot in the layer's pool, -1 if nothing was chosen
+        pa.field("weight", pa.float32(), nullable=False),  # weight of the destination's output
+        pa.field("token", pa.int32()),  # id of the token routed
+        pa.field("domain", pa.dictionary(pa.int32(), pa.string())),  # where the item comes from ("code", "books", ...)
+    ]
+)
+ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
+_NULL = -1  # token or domain code that is not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one layer of a trace chooses from.
+
+    Attributes:
+        layer: the number that rows carry.
+        name: for people, e.g. the router's path in the model.
+        num_destinations: E, what the layer can choose from.
+        top_k: K, the most places of a decision.
+        pool: name of the pool that ``destination`` counts in. Layers with one pool share its destinations (ReXMoE); empty
+            means a pool of its own.
+        own_start: first pool slot owned by this layer.
+        pool_size: slots in the pool; 0 means ``num_destinations``.
+    """
+
+    layer: int
+    name: str
+    num_destinations: int
+    top_k: int
+    pool: str = ""
+    own_start: int = 0
+    pool_size: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool", self.pool or self.name)
+        object.__setattr__(self, "pool_size", self.pool_size or self.num_destinations)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions of one layer in the order they were made, as numpy arrays.
+
+    Attributes:
+        index_NK: int32, destinations; -1 where a place is unused.
+        weight_NK: float32, 0 where a place is unused.
+        item_N: int64.
+        position_N: int32.
+        token_N: int32; -1 where unknown.
+        domain_N: int32, number of the domain in `RoutingTrace.domains`; -1 where unknown.
+    """
+
+    index_NK: np.ndarray
+    weight_NK: np.ndarray
+    item_N: np.ndarray
+    position_N: np.ndarray
+    token_N: np.ndarray
+    domain_N: np.ndarray
+
+
+class RoutingTrace:
+    """An immutable record of routing decisions: ``table`` in the fixed schema, and what its layers are.
+
+    Raises DataError if ``table`` is not in the schema, or names a layer, rank or destination that ``layers`` does not have.
+    """
+
+    def __init__(self, table: pa.Table, layers: Iterable[Layer]) -> None:
+        self.layers = tuple(sorted(layers, key=lambda layer: layer.layer))
+        _check_schema(table.schema)
+        self.table = table.replace_schema_metadata({METADATA_KEY: _to_json(self.layers)}).unify_dictionaries()
+        self._by_number = {layer.layer: layer for layer in self.layers}
+        self._columns: dict[str, np.ndarray] = {}
+        self._order_R: np.ndarray | None = None
+        _check_values(self.table, self._by_number)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __repr__(self) -> str:
+        return f"RoutingTrace({len(self):,} rows, {len(self.layers)} layers, domains {self.domains})"
+
+    # files
+
+    def write(self, path: str | Path) -> None:
+        """Write as Parquet, all or nothing. Raises CapacityError or DataError as `anabranch.files.atomic_write`."""
+        options = _PARQUET | {"row_group_size": ROWS_PER_GROUP}
+        atomic_write(path, lambda temporary: pq.write_table(self.table, temporary, **options))
+
+    @classmethod
+    def read(cls, path: str | Path, layers: Iterable[int] | None = None) -> Self:
+        """Read a trace; with ``layers``, only the rows of these, which takes less memory.
+
+        Raises DataError if there is no such file, or it is not a trace of this schema and version, or lacks a layer asked for.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"there is no routing trace at {path}")
+        try:
+            with pq.ParquetFile(path) as file:
+                known = _from_json((file.metadata.metadata or {}).get(METADATA_KEY), path)
+                _check_schema(file.schema_arrow, path)
+            wanted = None if layers is None else _pick(known, layers, path)
+            filters = None if wanted is None else [("layer", "in", [layer.layer for layer in wanted])]
+            return cls(pq.read_table(path, filters=filters), known if wanted is None else wanted)
+        except (pa.ArrowException, OSError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{path} cannot be read as a Parquet file: {first_line}") from error
+
+    # layers
+
+    def layer(self, number: int) -> Layer:
+        """The layer with this number. Raises DataError if there is none."""
+        if number not in self._by_number:
+            raise DataError(f"the trace has no layer {number}; it has {', '.join(map(str, self._by_number))}")
+        return self._by_number[number]
+
+    @property
+    def pools(self) -> dict[str, list[Layer]]:
+        """The layers of each pool, by the pool's name."""
+        pools: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            pools.setdefault(layer.pool, []).append(layer)
+        return pools
+
+    def own_slots(self, number: int) -> range:
+        """The pool slots that a layer owns: from its ``own_start`` to that of the pool's next layer, or to the end."""
+        layer = self.layer(number)
+        later = [other.own_start for other in self.pools[layer.pool] if other.own_start > layer.own_start]
+        return range(layer.own_start, min(later, default=layer.pool_size))
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, sorted."""
+        return sorted(self._dictionary())
+
+    # rows
+
+    def column(self, name: str, layer: int) -> np.ndarray:
+        """One column of one layer's rows, in recorded order. Unknown tokens and domains are -1; domains are numbers."""
+        self.layer(layer)
+        return self._column(name)[self._rows(layer)]
+
+    def decisions(self, layer: int) -> Decisions:
+        """The decisions of a layer; memory is N K places."""
+        item_R, position_R, rank_R = (self.column(name, layer) for name in ("item", "position", "rank"))
+        first_R = np.ones(len(item_R), bool)
+        # A new decision begins where the item changes, or where the ranks start again (an item that comes twice in a row).
+        first_R[1:] = (np.diff(item_R) != 0) | (np.diff(position_R) != 0) | (np.diff(rank_R) <= 0)
+        row_R = np.cumsum(first_R) - 1
+        shape = (int(first_R.sum()), self.layer(layer).top_k)
+        index_NK = np.full(shape, UNUSED, np.int32)
+        index_NK[row_R, rank_R] = self.column("destination", layer)
+        weight_NK = np.zeros(shape, np.float32)
+        weight_NK[row_R, rank_R] = self.column("weight", layer)
+        token_N, domain_N = (self.column(name, layer)[first_R] for name in ("token", "domain"))
+        return Decisions(index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N)
+
+    def __iter__(self) -> Iterator[tuple[Layer, Decisions]]:
+        """Each layer with its decisions, one layer in memory at a time."""
+        for layer in self.layers:
+            yield layer, self.decisions(layer.layer)
+
+    def routing(self, layer: int) -> Routing:
+        """The `Routing` of a layer: index and weight exactly as recorded.
+
+        Scores of destinations that were not chosen are not recorded: ``score_NE`` holds the weights of the chosen ones and 0
+        elsewhere, and takes N E floats.
+        """
+        decisions = self.decisions(layer)
+        index_NK = torch.from_numpy(decisions.index_NK.astype(np.int64))
+        weight_NK = torch.from_numpy(decisions.weight_NK)
+        score_NE = torch.zeros(index_NK.shape[0], self.layer(layer).num_destinations)
+        score_NE.scatter_add_(1, index_NK.clamp_min(0), weight_NK)  # unused places add their weight, 0
+        return Routing(index_NK, weight_NK, score_NE)
+
+    def load_E(self, layer: int, domain: str | None = None) -> np.ndarray:
+        """int64 [E]: how many decisions name each destination, of one domain or of all."""
+        destination_R = self.column("destination", layer)
+        if domain is not None:
+            destination_R = destination_R[self.column("domain", layer) == self._domain_code(domain)]
+        return np.bincount(destination_R[destination_R >= 0], minlength=self.layer(layer).num_destinations)
+
+    def load_LE(self, domain: str | None = None) -> np.ndarray:
+        """int64 [L, E]: `load_E` of every layer, in order; layers with fewer destinations are padded with 0."""
+        load_LE = np.zeros((len(self.layers), max((x.num_destinations for x in self.layers), default=0)), np.int64)
+        for row_E, layer in zip(load_LE, self.layers, strict=True):
+            row_E[: layer.num_destinations] = self.load_E(layer.layer, domain)
+        return load_LE
+
+    def _domain_code(self, domain: str) -> int:
+        if domain not in self.domains:
+            raise DataError(f"the trace has no domain {domain!r}; it has {', '.join(self.domains) or 'none'}")
+        return self.domains.index(domain)
+
+    def _dictionary(self) -> list[str]:
+        column = self.table["domain"]
+        return column.chunk(0).dictionary.to_pylist() if column.num_chunks else []
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            column = self.table[name].combine_chunks()
+            if name == "domain":
+                number = {domain: number for number, domain in enumerate(self.domains)}
+                # One entry more, last, for the code -1.
+                code = np.array([*(number[domain] for domain in self._dictionary()), _NULL], np.int32)
+                self._columns[name] = code[_no_nulls(_indices(column))]
+            else:
+                self._columns[name] = _no_nulls(column)
+        return self._columns[name]
+
+    def _rows(self, layer: int) -> np.ndarray:
+        if self._order_R is None:
+            layer_R = self._column("layer")
+            self._order_R = np.argsort(layer_R, kind="stable")
+            self._columns["sorted layer"] = layer_R[self._order_R]
+        start, stop = np.searchsorted(self._columns["sorted layer"], [layer, layer + 1])
+        return self._order_R[start:stop]
+
+
+def concat(traces: Iterable[RoutingTrace], *, renumber: bool = False) -> RoutingTrace:
+    """One trace of several, in order.
+
+    Args:
+        traces: at least one; a layer that several have must be the same in all (``top_k`` may differ, the largest counts).
+        renumber: shift the item ids of each trace past those of the one before, for recordings that each count from 0.
+
+    Raises DataError if two traces disagree about a layer.
+    """
+    tables: list[pa.Table] = []
+    layers: dict[int, Layer] = {}
+    next_item = 0
+    for trace in traces:
+        for layer in trace.layers:
+            layers[layer.layer] = _merge(layers.get(layer.layer), layer)
+        table = trace.table.replace_schema_metadata(None)
+        if renumber and table.num_rows:
+            item_R = table["item"].to_numpy() - table["item"].to_numpy().min() + next_item
+            table = table.set_column(0, SCHEMA.field("item"), pa.array(item_R))
+            next_item = int(item_R.max()) + 1
+        tables.append(table)
+    return RoutingTrace(pa.concat_tables(tables or [SCHEMA.empty_table()]), layers.values())
+
+
+class TraceBuilder:
+    """Collects decisions in memory, as whatever routes makes them."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Layer] = {}
+        self.num_rows = 0
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self._domains: dict[str, int] = {}
+
+    def add(
+        self,
+        layer: Layer,
+        index_NK: Any,
+        weight_NK: Any,
+        *,
+        item_N: Any,
+        position_N: Any = 0,
+        token_N: Any = _NULL,
+        domain: str | None = None,
+    ) -> None:
+        """Add N decisions of one layer. ``position_N`` and ``token_N`` may be one value for all.
+
+        Raises DataError if ``layer`` was added before as something else.
+        """
+        self.layers[layer.layer] = _merge(self.layers.get(layer.layer), layer)
+        index_NK = np.asarray(index_NK)
+        used_NK = index_NK >= 0
+        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
+        row_R, rank_R = np.nonzero(used_NK)
+        code = _NULL if domain is None else self._domains.setdefault(domain, len(self._domains))
+        every = (len(index_NK),)
+        columns = (
+            np.broadcast_to(item_N, every)[row_R],
+            np.broadcast_to(position_N, every)[row_R],
+            np.full(len(row_R), layer.layer),
+            rank_R,
+            index_NK[row_R, rank_R],
+            np.asarray(weight_NK)[row_R, rank_R],
+            np.broadcast_to(token_N, every)[row_R],
+        )
+        types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
+        part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
+        self._parts.append((*part, np.full(len(row_R), code, np.int32)))
+        self.num_rows += len(row_R)
+
+    def trace(self) -> RoutingTrace:
+        """What was added so far."""
+        return RoutingTrace(self._table(), self.layers.values())
+
+    def take(self) -> pa.Table:
+        """What was added so far, as a table, which is then forgotten."""
+        table = self._table()
+        self._parts, self.num_rows = [], 0
+        return table
+
+    def _table(self) -> pa.Table:
+        if not self._parts:
+            return SCHEMA.empty_table()
+        *columns, token, code = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        domain = pa.DictionaryArray.from_arrays(pa.array(code, mask=code == _NULL), pa.array(list(self._domains), pa.string()))
+        return pa.Table.from_arrays([*map(pa.array, columns), pa.array(token, mask=token == _NULL), domain], schema=SCHEMA)
+
+
+class TraceWriter:
+    """Streams decisions to a file in row groups, so that a long recording needs little memory.
+
+    A context manager; the file appears when it is left without an error, and not at all otherwise.
+
+        with TraceWriter("trace.parquet") as writer:
+            writer.add(layer, index_NK, weight_NK, item_N=item_N)
+    """
+
+    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self.path = Path(path)
+        self._rows_per_group = rows_per_group
+        self._builder = TraceBuilder()
+
+    def __enter__(self) -> Self:
+        self._place = atomic_file(self.path)
+        self._file = pq.ParquetWriter(self._place.__enter__(), SCHEMA, **_PARQUET)
+        return self
+
+    def add(self, layer: Layer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:
+        """Add N decisions of one layer, see `TraceBuilder.add`."""
+        self._builder.add(layer, index_NK, weight_NK, **columns)
+        if self._builder.num_rows >= self._rows_per_group:
+            self._file.write_table(self._builder.take())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self._file.close()
+            # Not the caller's error: an OSError of the caller would be taken for a failure to write here.
+            with suppress(_Abandoned):
+                self._place.__exit__(_Abandoned, _Abandoned(), None)
+            return
+        layers = tuple(sorted(self._builder.layers.values(), key=lambda layer: layer.layer))
+        self._file.write_table(self._builder.take())
+        self._file.add_key_value_metadata({METADATA_KEY: _to_json(layers)})
+        self._file.close()
+        self._place.__exit__(None, None, None)
+
+
+class _Abandoned(Exception):  # noqa: N818
+    """Tells `atomic_file` to drop the file."""
