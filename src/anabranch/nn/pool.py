@@ -1,0 +1,118 @@
+"""`ExpertPool`: E SwiGLU experts as two stacked parameters, and the work of a routed batch on them.
+
+    pool = ExpertPool(num_experts=64, dim=512, hidden_dim=256)
+    y_ND = pool(x_ND, routing)          # routing: the Routing that any router returns
+
+A pool knows neither layers nor routers, so several layers may share one: autograd sums their gradients.
+"""
+# Shapes: N items, E experts, D width, F hidden
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.nn.grouped import expert_mlp
+from anabranch.routing.decision import Routing
+from anabranch.routing.dispatch import plan_dispatch
+
+__all__ = ["ExpertPool"]
+
+
+class ExpertPool(nn.Module):
+    """E SwiGLU experts ``w2_e (silu(gate_e x) * up_e x)`` in stacked weights.
+
+    Args:
+        num_experts: E.
+        dim: D, width of items.
+        hidden_dim: F, width inside each expert.
+        init_std: standard deviation of the initial weights, a normal cut at three of them (OLMoE, DeepSeek-V3: 0.02).
+        w2_scale: factor on the initial w2, e.g. ``1 / sqrt(2 * num_layers)`` to keep a deep residual stream even.
+        generator: source of the initial weights; the default generator if None.
+        recompute: keep nothing of the forward pass; the backward pass repeats the first matmul (see `expert_mlp`).
+        backend: how to compute, see `anabranch.nn.grouped`.
+
+    Attributes:
+        w13: parameter [E, 2F, D], gate rows, then up rows.
+        w2: parameter [E, D, F].
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        init_std: float = 0.02,
+        w2_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        recompute: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        self.recompute = recompute
+        self.backend = backend
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, device=device, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
+        self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.w13.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.w13.shape[2]
+
+    @property
+    def hidden_dim(self) -> int:
+        """F."""
+        return self.w2.shape[2]
+
+    def reset_parameters(
+        self, *, init_std: float = 0.02, w2_scale: float = 1.0, generator: torch.Generator | None = None
+    ) -> None:
+        """Draw the weights afresh: normal, cut at three standard deviations. Meta tensors are left alone."""
+        if self.w13.is_meta:
+            return
+        for weight, std in ((self.w13, init_std), (self.w2, init_std * w2_scale)):
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+    @classmethod
+    def from_dense(cls, w13_FD: Tensor, w2_DF: Tensor, num_experts: int, **options: object) -> Self:
+        """Sparse upcycling (arXiv 2212.05055): every expert starts as a copy of one dense SwiGLU.
+
+        With weights that sum to 1 the layer then computes what the dense one did. ``options`` are those of the class.
+        """
+        pool = cls(num_experts, w13_FD.shape[1], w2_DF.shape[1], device="meta", **options)  # type: ignore[arg-type]
+        pool.w13 = nn.Parameter(w13_FD.detach().expand(num_experts, -1, -1).clone())
+        pool.w2 = nn.Parameter(w2_DF.detach().expand(num_experts, -1, -1).clone())
+        return pool
+
+    def forward(self, x_ND: Tensor, routing: Routing, *, weight_on: Literal["output", "input"] = "output") -> Tensor:
+        """y_ND: each item's experts, weighted and summed."""
+        return expert_mlp(
+            x_ND,
+            plan_dispatch(routing),
+            routing.weight_NK,
+            self.w13,
+            self.w2,
+            weight_on=weight_on,
+            backend=self.backend,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from anabranch.errors import ConfigError
+from anabranch.nn.grouped import reference_expert_mlp
+from anabranch.nn.pool import ExpertPool
+from anabranch.routing.decision import Routing
+from anabranch.routing.dispatch import plan_dispatch
+
+
+def routing_of(n, e, k, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    score = torch.rand(n, e, generator=g)
+    weight, index = score.topk(k, dim=-1)
+    return Routing(index, weight, score)
+
+
+def test_forward_is_the_reference():
+    pool = ExpertPool(4, 8, 6, init_std=0.5, generator=torch.Generator().manual_seed(0))
+    x, routing = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)), routing_of(10, 4, 2)
+    for weight_on in ("output", "input"):
+        expected = reference_expert_mlp(
+            x, plan_dispatch(routing), routing.weight_NK, pool.w13, pool.w2, weight_on=weight_on
+        )
+        torch.testing.assert_close(pool(x, routing, weight_on=weight_on), expected)
+
+
+def test_a_pool_used_twice_sums_its_gradients():
+    pool = ExpertPool(3, 8, 6, init_std=0.5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
+    first, second = routing_of(9, 3, 2, seed=1), routing_of(9, 3, 1, seed=2)
+    pool(x + pool(x, first), second).square().sum().backward()
+    ours = pool.w13.grad.clone(), pool.w2.grad.clone()
+    pool.zero_grad()
+
+    def naive(x, routing):
+        return reference_expert_mlp(x, plan_dispatch(routing), routing.weight_NK, pool.w13, pool.w2)
+
+    naive(x + naive(x, first), second).square().sum().backward()
+    torch.testing.assert_close(ours, (pool.w13.grad, pool.w2.grad), rtol=1e-4, atol=1e-5)
+
+
+def test_initial_weights_are_a_normal_cut_at_three_sigma_and_follow_the_generator():
+    made = [
+        ExpertPool(8, 64, 32, init_std=0.02, w2_scale=0.5, generator=torch.Generator().manual_seed(7)) for _ in "ab"
+    ]
+    assert torch.equal(made[0].w13, made[1].w13)
+    assert made[0].w13.abs().max() <= 0.06
+    assert made[0].w2.abs().max() <= 0.03
+    assert made[0].w13.std().item() == pytest.approx(0.02, rel=0.03)  # the cut takes 1.4 % off
+    assert made[0].w2.std().item() == pytest.approx(0.01, rel=0.03)
+
+
+def test_meta_pool_has_shapes_and_draws_nothing():
+    with torch.device("meta"):
+        pool = ExpertPool(4, 8, 6)
+    assert pool.w13.is_meta
+    assert pool.w13.shape == (4, 12, 8)
+    assert pool.w2.shape == (4, 8, 6)
+
+
+def test_upcycled_pool_computes_what_the_dense_block_did():
+    g = torch.Generator().manual_seed(0)
+    w13, w2, x = torch.randn(12, 8, generator=g), torch.randn(8, 6, generator=g), torch.randn(5, 8, generator=g)
+    pool = ExpertPool.from_dense(w13, w2, num_experts=4)
+    routing = routing_of(5, 4, 2)
+    even = Routing(routing.index_NK, routing.weight_NK / routing.weight_NK.sum(-1, keepdim=True), routing.score_NE)
+    gate, up = (x @ w13.t()).chunk(2, dim=-1)
+    torch.testing.assert_close(pool(x, even), nn.functional.silu(gate) * up @ w2.t(), rtol=1e-5, atol=1e-4)
+
+
+def test_recompute_gives_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        pool = ExpertPool(4, 8, 6, init_std=0.5, generator=torch.Generator().manual_seed(0), recompute=recompute)
+        x = torch.randn(10, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        pool(x, routing_of(10, 4, 2)).square().sum().backward()
+        gradients.append((x.grad, pool.w13.grad, pool.w2.grad))
+    torch.testing.assert_close(*gradients)
+
+
+def test_says_what_size_is_wrong():
+    with pytest.raises(ConfigError, match="hidden_dim is 0; it must be at least 1"):
+        ExpertPool(4, 8, 0)
