@@ -5,13 +5,15 @@
         class Config(Select.Config):
             top_k: int = Field(default=2, ge=1)      # pydantic's Field gives the allowed range
 
-``TopK.Config(top_k=4).build()`` makes a ``TopK``. A part's JSON form carries its ``kind``, so a config that names a part by
-its interface (``select: Select.Config``) reads back as the right class (see `anabranch.registry`).
+``TopK.Config(top_k=4).build()`` makes a ``TopK``. A part's JSON form carries its ``kind``, so a config that names a
+part by its interface (``select: Select.Config``) reads back as the right class (see `anabranch.registry`).
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -21,7 +23,7 @@ import pydantic
 from pydantic import Field
 
 from anabranch.errors import ConfigError
-from anabranch.registry import resolve
+from anabranch.registry import kinds, resolve
 
 __all__ = ["Config", "Field", "Part", "configclass", "from_dict", "override", "parse_assignment", "to_dict"]
 
@@ -43,7 +45,7 @@ class Config:
 
 
 class Part:
-    """Base of what a config builds. ``family`` is the seam it fits, ``kind`` its short name there (see the registry)."""
+    """Base of what a config builds. ``family`` is the seam it fits, ``kind`` its short name there (see `registry`)."""
 
     family: ClassVar[str | None] = None
     kind: ClassVar[str | None] = None
@@ -54,8 +56,10 @@ class Part:
         if family is not None:
             cls.family = family
         cls.kind = kind
-        if "Config" in vars(cls):
-            cls.Config.owner = cls
+        if "Config" not in vars(cls):  # no fields of its own: it still needs a class that builds it and not its base
+            names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = configclass(type("Config", (cls.Config,), names))
+        cls.Config.owner = cls
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
@@ -71,7 +75,7 @@ def configclass(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise ConfigError("; ".join(_explain(type(self), item) for item in error.errors())) from None
 
-    made.__init__ = __init__  # type: ignore[method-assign, assignment]
+    made.__init__ = __init__  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
 
 
@@ -84,8 +88,10 @@ def _explain(cls: type, item: Any) -> str:
         return _unknown(name, [field.name for field in dataclasses.fields(cls)], _label(cls))
     if item["type"] == "missing":
         return f"{name} is missing in {_label(cls)}"
-    message = item["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-    return f"{name} is {item['input']!r}; it must be {message}"
+    message = item["msg"]
+    if not message.startswith("Input should be "):  # a length or a pattern: pydantic says it in a sentence of its own
+        return f"{name} is {item['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} is {item['input']!r}; it must be {message.removeprefix('Input should be ')}"
 
 
 def _label(cls: type) -> str:
@@ -118,44 +124,60 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{path or _label(cls)} is {data!r}; it must be a table of fields")
-    values = dict(data)
-    kind = values.pop("kind", None)
-    if kind is not None:
-        family = getattr(getattr(cls, "owner", None), "family", None)
-        if family is None:
-            raise ConfigError(f"{path or _label(cls)} takes no 'kind' (got {kind!r})")
-        cls = resolve(family, kind).Config
+    cls = _class_of(cls, data, path)
+    values = {name: value for name, value in data.items() if name != "kind"}
     hints = _hints(cls)
     for name in values:
         if name not in hints:
-            raise ConfigError(_prefixed(path, _unknown(name, list(hints), _label(cls))))
+            raise ConfigError(_prefixed(path, _unknown(name, list(hints), _label(cls)), hints))
     parsed = {name: _value(hints[name], value, f"{path}.{name}" if path else name) for name, value in values.items()}
     try:
         return cls(**parsed)
     except ConfigError as error:
-        raise ConfigError(_prefixed(path, str(error))) from None
+        raise ConfigError(_prefixed(path, str(error), hints)) from None
 
 
-def _prefixed(path: str, message: str) -> str:
-    return f"{path}: {message}" if path else message
+def _class_of(cls: Any, data: dict[str, Any], path: str) -> Any:
+    """The config class of ``data`` where ``cls`` is asked for: that of its kind, or ``cls`` if it names none."""
+    owner, kind = cls.owner, data.get("kind")
+    family = getattr(owner, "family", None)
+    if kind is None:
+        if family is not None and "family" in vars(owner) and owner.kind is None:  # an interface, nothing to build
+            raise ConfigError(f"{path or _label(cls)} needs a kind of {family}; known: {', '.join(kinds(family))}")
+        return cls
+    if family is None:
+        raise ConfigError(f"{path or _label(cls)} takes no 'kind' (got {kind!r})")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path or _label(cls)} has kind {kind!r}; it must be one of: {', '.join(kinds(family))}")
+    try:
+        made: Any = owner if kind == owner.kind else resolve(family, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+    return made.Config
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _prefixed(path: str, message: str, fields: Any) -> str:
+    """``message`` with where it happened: joined to the field's name if the message begins with one."""
+    if not path:
+        return message
+    return f"{path}.{message}" if re.split(r"[ .]", message, maxsplit=1)[0] in fields else f"{path}: {message}"
+
+
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     """Turn JSON ``value`` into what ``hint`` says: configs from dicts, tuples from lists."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        config = next((arg for arg in args if _is_config(arg)), None)
-        inner = config if config and isinstance(value, dict) else next(arg for arg in args if arg is not type(None))
-        return _value(inner, value, path) if isinstance(value, dict | list) else value
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(args[0], item, f"{path}.{position}") for position, item in enumerate(value))
+        fitting = next((arg for arg in args if _fits(arg, value)), None)
+        return value if fitting is None else _value(fitting, value, path)
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        items = zip(_item_hints(hint, value), value, strict=False)
+        parsed = [_value(item_hint, item, f"{path}.{place}") for place, (item_hint, item) in enumerate(items)]
+        return origin([*parsed, *value[len(parsed) :]])  # a wrong length is for pydantic to explain
     if origin is dict and isinstance(value, dict):
         return {key: _value(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if _is_config(hint) and not isinstance(value, hint):
@@ -165,6 +187,20 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _is_config(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Config)
+
+
+def _item_hints(hint: Any, items: Any) -> Any:
+    """The type of each item of a tuple or list of type ``hint``."""
+    args = typing.get_args(hint) or (Any,)
+    one_type = typing.get_origin(hint) is not tuple or args[-1] is Ellipsis
+    return args[:1] * len(items) if one_type else args
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON table or list can be of ``hint`` (scalars are for pydantic to tell)."""
+    if isinstance(value, dict):
+        return _is_config(hint) or typing.get_origin(hint) is dict
+    return isinstance(value, list | tuple) and typing.get_origin(hint) in (tuple, list)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -178,59 +214,73 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if raw.strip() in ("none", "null", "None"):
         return path.strip(), None
     try:
-        return path.strip(), tomllib.loads(f"value = {raw}")["value"]
+        value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return path.strip(), raw.strip()
+    # Configs hold what JSON holds: 2024-05-01 and 12:30 stay the text they are.
+    return path.strip(), raw.strip() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def override(config: T, assignments: dict[str, Any]) -> T:
-    """A copy of ``config`` with fields set by dotted path, e.g. ``{"model.feed_forward.top_k": 4}``.
+    """A copy of ``config`` with fields set by dotted path, in order, e.g. ``{"model.feed_forward.top_k": 4}``.
 
-    Setting ``...kind`` swaps the part and keeps the fields that the new one also has. Raises ConfigError for an unknown
-    path (with the nearest name) or a value out of range.
+    Setting ``...kind`` swaps the part and keeps the fields that the new one also has. A path through a part
+    that is None starts it from its defaults. Raises ConfigError for an unknown path (with the nearest name) or a value
+    out of range.
     """
     data = to_dict(config)
     for path, value in assignments.items():
-        _assign(data, path, value)
+        data = _assign(type(config), data, path.split("."), value, path)
     # A JSON round trip proves that whatever was set can be saved beside a checkpoint.
     return from_dict(type(config), json.loads(json.dumps(data)))
 
 
-def _assign(data: Any, path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    node, seen = data, ""
-    for name in parents:
-        node = _child(node, name, seen, path)
-        seen = f"{seen}.{name}" if seen else name
-    if isinstance(node, list):
-        _child(node, last, seen, path)
-        node[int(last)] = value
-    elif last == "kind" and isinstance(node, dict):
-        _swap_kind(node, value)
-    else:
-        _child(node, last, seen, path)
-        node[last] = value
-
-
-def _child(node: Any, name: str, seen: str, path: str) -> Any:
+def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str) -> Any:
+    """JSON ``node`` of type ``hint`` with what ``names``, the end of ``path``, leads to set to ``value``."""
+    if not names:
+        return value
+    name, *rest = names
+    seen = path.removesuffix("." + ".".join(names)) if path != ".".join(names) else ""
+    hint = _within(hint, node)
+    if _is_config(hint) and isinstance(node, dict | None):
+        node = node or {}
+        if name == "kind" and not rest:
+            return _with_kind(hint, node, value, seen)
+        cls = _class_of(hint, node, seen)
+        hints = _hints(cls)
+        if name not in hints:
+            raise ConfigError(f"cannot set {path}: " + _unknown(name, list(hints), seen or _label(cls)))
+        return {**node, name: _assign(hints[name], _get(cls, node, name), rest, value, path)}
+    args = typing.get_args(hint)
     if isinstance(node, dict):
-        if name not in node:
-            raise ConfigError(f"cannot set {path}: " + _unknown(name, list(node), seen or "the config"))
-        return node[name]
+        return {**node, name: _assign(args[1] if args else Any, node.get(name), rest, value, path)}
     if isinstance(node, list):
         if not name.isdigit() or int(name) >= len(node):
-            raise ConfigError(f"cannot set {path}: {seen} has {len(node)} entries; use {seen}.0 to {seen}.{len(node) - 1}")
-        return node[int(name)]
-    raise ConfigError(f"cannot set {path}: {seen} is {node!r}, which has no fields; set {seen}.kind first")
+            allowed = f"use {seen}.0 to {seen}.{len(node) - 1}" if node else f"set {seen} as a whole"
+            raise ConfigError(f"cannot set {path}: {seen} has {len(node)} entries; {allowed}")
+        place = int(name)
+        item = _assign(_item_hints(hint, node)[place], node[place], rest, value, path)
+        return [*node[:place], item, *node[place + 1 :]]
+    raise ConfigError(f"cannot set {path}: {seen} is {node!r}, which has no fields; set {seen} itself")
 
 
-def _swap_kind(node: dict[str, Any], kind: Any) -> None:
-    """Change the kind in place; fields the new class lacks are dropped when its class is known from the old kind."""
-    from anabranch.registry import BUILTIN
+def _within(hint: Any, node: Any) -> Any:
+    """The member of a union that ``node`` is of; a config where it is None."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    fits = _is_config if node is None else lambda arg: _fits(arg, node)
+    return next((arg for arg in typing.get_args(hint) if fits(arg)), hint)
 
-    families = [family for family, table in BUILTIN.items() if node.get("kind") in table and kind in table]
-    if families:
-        known = _hints(resolve(families[0], kind).Config)
-        for name in [name for name in node if name not in known and name != "kind"]:
-            del node[name]
-    node["kind"] = kind
+
+def _get(cls: Any, node: dict[str, Any], name: str) -> Any:
+    """The value of a field in JSON ``node``, or its default."""
+    field = cls.__pydantic_fields__[name]
+    if name in node or field.is_required():
+        return node.get(name)
+    return to_dict(field.get_default(call_default_factory=True))
+
+
+def _with_kind(cls: Any, node: dict[str, Any], kind: Any, path: str) -> dict[str, Any]:
+    """``node`` turned into another kind: fields that the new class lacks are dropped."""
+    known = _hints(_class_of(cls, {"kind": kind}, path))
+    return {"kind": kind, **{name: value for name, value in node.items() if name in known}}
