@@ -1,0 +1,298 @@
+"""Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
+
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from anabranch import files
+from anabranch.errors import CapacityError, ConfigError, DataError
+from anabranch.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, atomic_write_text
+
+
+def names(folder: Path) -> list[str]:
+    """Everything in a folder, hidden leftovers too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB, where mounting is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("this user may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+# Files
+
+
+def test_text_and_json_by_hand(tmp_path):
+    atomic_write_text(tmp_path / "a.txt", "λ = 1\n")
+    atomic_write_json(tmp_path / "a.json", {"name": "λ", "values": [1, 2.5]})
+    assert (tmp_path / "a.txt").read_bytes() == "λ = 1\n".encode()
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
+        '{\n  "name": "λ",\n  "values": [\n    1,\n    2.5\n  ]\n}\n'
+    )
+    assert names(tmp_path) == ["a.json", "a.txt"]
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\r")))
+def test_any_text_reads_back(text):
+    with tempfile.TemporaryDirectory() as folder:
+        atomic_write_text(f"{folder}/a", text)
+        assert Path(f"{folder}/a").read_text(encoding="utf-8") == text
+
+
+def test_parents_are_made_and_the_old_file_is_replaced(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.txt"
+    atomic_write_text(str(path), "one")
+    atomic_write(path, lambda temporary: temporary.write_text("two"))
+    with atomic_file(path) as temporary:
+        temporary.write_text("three")
+        assert path.read_text() == "two"
+        assert temporary.parent == path.parent
+    assert path.read_text() == "three"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_new_files_have_the_rights_the_user_asked_for(tmp_path):
+    old = os.umask(0o027)
+    try:
+        atomic_write_text(tmp_path / "a", "x")
+        with atomic_folder(tmp_path / "f") as temporary:
+            (temporary / "b").write_text("x")
+        assert os.umask(0o027) == 0o027  # left as it was found
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), ConfigError("wrong")])
+def test_failing_writer_leaves_the_old_file_and_its_own_error(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        atomic_write(path, write)
+    assert caught.value is error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"^cannot write .*/file/a: (Not a directory|File exists)"):
+        atomic_write_text(tmp_path / "file" / "a", "x")
+    with pytest.raises(DataError, match=r"^cannot write .*/folder: Is a directory"):
+        atomic_write_text(tmp_path / "folder", "x")
+    with pytest.raises(DataError, match=r"^cannot write /proc/anabranch: "):
+        atomic_write_text("/proc/anabranch", "x")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_another_file_missing_on_the_way_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cannot write .*/a: No such file or directory \(.*/source\)$"):
+        atomic_write(tmp_path / "a", lambda temporary: temporary.write_text((tmp_path / "source").read_text()))
+
+
+# Folders
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with atomic_folder(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "x").write_text("1")
+        assert not path.exists()
+    assert names(tmp_path) == ["runs", "runs/a", "runs/a/sub", "runs/a/sub/x"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_folder_takes_the_place_of_the_old_one(tmp_path, monkeypatch, in_one_step):
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    path = tmp_path / "a"
+    for content in ("1", "2"):
+        with atomic_folder(path) as temporary:
+            (temporary / content).write_text(content)
+    assert names(tmp_path) == ["a", "a/2"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
+def test_linux_exchanges_in_one_step(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "x").touch()
+    assert files._exchange(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path) == ["a", "b", "b/x"]
+    assert not files._exchange(tmp_path / "a", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_failing_folder_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+
+    def fill() -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "new").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
+    assert names(tmp_path) == ["a", "a/old"]
+
+
+def test_old_folder_is_put_back_if_the_second_step_fails(tmp_path):
+    # Regression: a failure between the two renames left no folder under the name.
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        files._replace_folder(tmp_path / "missing", tmp_path / "a")
+    assert names(tmp_path) == ["a", "a/old"]
+
+
+def test_folder_does_not_take_the_place_of_a_file(tmp_path):
+    (tmp_path / "a").write_text("x")
+    with (
+        pytest.raises(DataError, match="it is a file, and a folder is to take its place"),
+        atomic_folder(tmp_path / "a"),
+    ):
+        pass
+    assert (tmp_path / "a").read_text() == "x"
+    assert names(tmp_path) == ["a"]
+
+
+def test_folder_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    with atomic_folder(tmp_path / "link") as temporary:
+        (temporary / "x").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["big", "big/x", "link"]
+
+
+def test_error_inside_keeps_its_kind(tmp_path):
+    with pytest.raises(ConfigError, match="wrong"), atomic_folder(tmp_path / "a"):
+        raise ConfigError("wrong")
+    with pytest.raises(CapacityError, match="too big"), atomic_folder(tmp_path / "a"):
+        raise CapacityError("too big")
+    assert names(tmp_path) == []
+
+
+# Full disks
+
+
+def save_with_torch(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(torch.zeros(50_000), file)
+
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 200_000),
+    "safetensors": lambda path: save_file({"x": torch.zeros(50_000)}, path),
+    "torch": save_with_torch,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_full_disk_is_a_capacity_error_and_leaves_the_old_file(small_disk, write):
+    path = small_disk / "a"
+    path.write_text("old")
+    with pytest.raises(CapacityError, match=r"^no room left on disk to write .*/a; free some or choose another place$"):
+        atomic_write(path, write)
+    assert path.read_text() == "old"
+    assert names(small_disk) == ["a"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_full_disk_leaves_the_old_folder(small_disk, write):
+    path = small_disk / "a"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def fill() -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "small").write_text("x")
+            write(temporary / "large")
+
+    with pytest.raises(CapacityError, match=r"^no room left on disk to write .*/a;"):
+        fill()
+    assert names(small_disk) == ["a", "a/old"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_file_size_limit_is_a_capacity_error(tmp_path, write):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(CapacityError, match="no room left on disk"):
+            atomic_write(tmp_path / "a", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
+
+
+# Killed in the middle
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the old folder is away for an instant")
+def test_killed_process_leaves_a_whole_folder(tmp_path):
+    """Replace a folder again and again, kill without warning, and look: what stands under the name is whole."""
+    script = textwrap.dedent(
+        """
+        import itertools, sys
+        from anabranch.files import atomic_folder
+        for turn in itertools.count():
+            with atomic_folder(sys.argv[1]) as folder:
+                for name in "abc":
+                    (folder / name).write_text(str(turn))
+            if turn == 0:
+                print("ready", flush=True)
+        """
+    )
+    path = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as lines:
+        assert lines.readline() == b"ready\n"
+    seen = set()
+    try:
+        process.wait(timeout=0.3)
+    except subprocess.TimeoutExpired:
+        for _ in range(200):
+            seen.add(path.is_dir())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert seen == {True}
+    turns = {(path / name).read_text() for name in "abc"}
+    assert len(turns) == 1
+    assert int(turns.pop()) > 0
