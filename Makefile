@@ -1,0 +1,82 @@
+# Every everyday command. Each does its own set-up in .venv, so a fresh machine needs only make and Python 3.11 or newer.
+# The texts behind ## are what `make help` prints.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2# processes that share the tests
+
+# Every process of a parallel test run computes on one thread, or they would fight over the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help
+help: ## list the commands
+	@echo "usage: make COMMAND"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1~\2/p' $(MAKEFILE_LIST) | awk -F '~' '{ printf "%-12s  %s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: $(VENV)/.installed ## train a small ReXMoE on text this machine has, sample from it, draw how it routes (5 minutes)
+	rm -rf runs/demo
+	$(BIN)/anabranch train demo --out runs/demo
+	$(BIN)/anabranch generate runs/demo --prompt "def " --max-tokens 120 --temperature 0.8 --seed 1
+	$(BIN)/anabranch report runs/demo --out runs/demo/report
+	@echo
+	@echo "next: $(BIN)/anabranch generate runs/demo --prompt 'import '     or open runs/demo/report/report.html"
+
+.PHONY: test
+test: $(VENV)/.installed-dev ## run the tests (WORKERS=8 to use more cores)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.installed-dev ## run the tests, the slow ones too
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+
+.PHONY: format
+format: $(VENV)/.installed-dev ## put the code in the project's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: $(VENV)/.installed-dev ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
+.PHONY: study
+study: $(VENV)/.installed-dev ## run the evidence of one system: make study NAME=rexmoe (ARGS=--full for the recorded size)
+	$(if $(NAME),,$(error name a study: make study NAME=rexmoe))
+	$(BIN)/anabranch study $(NAME) $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.installed-dev ## run the benchmarks into runs/bench (NAME=moe_layer for one)
+	mkdir -p runs/bench
+	set -e; for name in $(or $(NAME),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
+	  $(BIN)/python benchmarks/$$name.py --json runs/bench/$$name.json; \
+	done
+
+# Set-up. pip is the last thing a new environment gets, so its file says that the environment is whole.
+
+$(BIN)/pip:
+	@python=""; for name in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "no Python 3.11 or newer found; install one, or run make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "making $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@ $(VENV)/.installed
