@@ -1,0 +1,270 @@
+"""A decoder-only language model small enough to read: embedding, L blocks of attention and feed-forward, norm, head.
+
+    x = x + attention(norm(x));  x = x + feed_forward(norm(x))          (pre-norm, RMSNorm)
+
+The decoder knows its attention and feed-forward only by their configs, so every routed design trains, generates, saves and
+records through this one file.
+"""
+# Shapes: B batch, L positions, D width, V vocabulary
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.errors import ConfigError
+from anabranch.lm.cache import KeyValueCache, attention_mask
+from anabranch.nn.attention import Attention
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.norm import RMSNorm
+from anabranch.nn.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        logits_BLV: fp32 or the autocast dtype; None when a target was given.
+        loss: mean cross-entropy in nats over real targets plus all auxiliary losses; None without a target.
+        cross_entropy: the first term alone, detached.
+        auxiliary: each auxiliary loss, mean over layers, detached.
+    """
+
+    logits_BLV: Tensor | None = None
+    loss: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Block(nn.Module):
+    """One layer: pre-norm attention and pre-norm feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: Any, context: BuildContext) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(context.dim, config.norm_eps)
+        self.attention: Attention = config.attention.build(context)
+        self.feed_forward_norm = RMSNorm(context.dim, config.norm_eps)
+        self.feed_forward: FeedForward = config.feed_forward_of(context.layer).build(context)
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """x_BLD of the next layer."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context)
+        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD), context)
+
+
+class Decoder(Part, nn.Module):
+    """The model. ``seed`` fixes the initial weights."""
+
+    @configclass
+    class Config(BaseConfig):
+        """The model's shape.
+
+        Attributes:
+            vocab_size: V.
+            dim: D.
+            num_layers: blocks.
+            attention: attention of every block.
+            feed_forward: feed-forward of every block that is not in ``dense_layers``.
+            dense_feed_forward: feed-forward of the blocks in ``dense_layers``.
+            dense_layers: indices of blocks that stay dense (DeepSeekMoE keeps the first, Qwen2-MoE may alternate).
+            rotary: rotary positions.
+            norm_eps: epsilon of all norms.
+            tie_embeddings: the head is the transposed embedding.
+            max_positions: longest context the model is meant for.
+            init_std: standard deviation of initial weights.
+            depth_scaled_init: scale weights that write to the residual stream by 1 / sqrt(2 num_layers) (GPT-2).
+        """
+
+        vocab_size: int = Field(default=257, ge=1)
+        dim: int = Field(default=128, ge=2)
+        num_layers: int = Field(default=4, ge=1)
+        attention: Attention.Config = Attention.Config()
+        feed_forward: FeedForward.Config = SwiGLU.Config()
+        dense_feed_forward: FeedForward.Config | None = None
+        dense_layers: tuple[int, ...] = ()
+        rotary: Rotary.Config = Rotary.Config()
+        norm_eps: float = Field(default=1e-5, gt=0)
+        tie_embeddings: bool = False
+        max_positions: int = Field(default=2048, ge=1)
+        init_std: float = Field(default=0.02, gt=0)
+        depth_scaled_init: bool = True
+
+        def __post_init__(self) -> None:
+            outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+            if outside:
+                raise ConfigError(f"dense_layers has {outside[0]}, but layers are 0 to {self.num_layers - 1}")
+            if self.dense_layers and self.dense_feed_forward is None:
+                raise ConfigError("dense_layers is set, but dense_feed_forward is not; say what those layers are")
+            self.attention.width(self.dim)
+            self.count()  # designs check themselves against the depth and width here, before anything is built
+
+        def feed_forward_of(self, layer: int) -> FeedForward.Config:
+            """The feed-forward config of one block."""
+            dense = self.dense_feed_forward
+            return dense if layer in self.dense_layers and dense is not None else self.feed_forward
+
+        def contexts(self, **values: Any) -> Iterator[BuildContext]:
+            """One build context, moved from block to block; ``values`` are its other fields."""
+            routed = [layer for layer in range(self.num_layers) if self.feed_forward_of(layer).is_routed]
+            scale = 1 / math.sqrt(2 * self.num_layers) if self.depth_scaled_init else 1.0
+            context = BuildContext(
+                self.dim, self.num_layers, init_std=self.init_std, residual_std=self.init_std * scale, **values
+            )
+            context.num_routed_layers = len(routed)
+            for layer in range(self.num_layers):
+                context.layer = layer
+                context.routed_layer = sum(other < layer for other in routed)
+                yield context
+
+        def count(self, sequence_length: int | None = None) -> Count:
+            """Parameters, active parameters and forward FLOPs per token, without building anything.
+
+            The embedding look-up costs no FLOPs and is not active; the head is both. Attention is counted over half of
+            ``sequence_length`` (default max_positions), the mean causal context.
+            """
+            length = sequence_length or self.max_positions
+            table = self.vocab_size * self.dim
+            total = Count(self.dim + table * (not self.tie_embeddings), self.dim + table, 2 * table) + Count(
+                table, 0, 0
+            )
+            for context in self.contexts():
+                total += self.attention.count(context, length)
+                total += self.feed_forward_of(context.layer).count(context)
+                total += Count(2 * self.dim, 2 * self.dim, 0)
+            return total
+
+    def __init__(self, config: Any, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False  # activation recompute, block by block; set by the trainer
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.shared = nn.ModuleDict()
+        self.blocks = nn.ModuleList()
+        for context in config.contexts(seed=seed, generator=generator, shared=self.shared):
+            self.blocks.append(Block(config, context))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.rotary: Rotary = config.rotary.build(config.attention.width(config.dim))
+        nn.init.normal_(self.embedding.weight, std=config.init_std, generator=generator)
+        self.head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.head = context.linear(config.dim, config.vocab_size)
+
+    def forward(
+        self,
+        token_BL: Tensor,
+        target_BL: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        token_mask_BL: Tensor | None = None,
+        last_only: bool = False,
+        state: dict[str, Any] | None = None,
+    ) -> DecoderOutput:
+        """Logits, or the training loss when ``target_BL`` is given (entries of -100 are ignored).
+
+        Args:
+            token_BL: int64 token ids.
+            target_BL: int64 ids to predict at each position.
+            cache: earlier positions; it is extended.
+            token_mask_BL: bool, False for padding, which must stand on the left.
+            last_only: logits of the last position alone.
+            state: given to the forward context, for designs and recorders.
+        """
+        context = self.context(token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state)
+        x_BLD = self.hidden(token_BL, context)
+        if last_only:
+            x_BLD = x_BLD[:, -1:]
+        logits_BLV = self.logits(x_BLD)
+        context.commit()
+        if target_BL is None:
+            return DecoderOutput(logits_BLV)
+        cross_entropy = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100)
+        auxiliary = context.mean_losses()
+        return DecoderOutput(
+            loss=sum(auxiliary.values(), start=cross_entropy),
+            cross_entropy=cross_entropy.detach(),
+            auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
+        )
+
+    def context(
+        self,
+        token_BL: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        token_mask_BL: Tensor | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> ForwardContext:
+        """The forward context of a batch: positions, rotary angles, masks."""
+        batch, length = token_BL.shape
+        device = token_BL.device
+        mask, is_causal = attention_mask(cache, token_mask_BL, length, device)
+        position_BL = _positions(cache, token_mask_BL, batch, length, device)
+        return ForwardContext(
+            item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
+            sequence_length=length,
+            training=self.training,
+            state={} if state is None else state,
+            position_BL=position_BL,
+            rotary=self.rotary(position_BL, self._dtype(device)),
+            attention_mask=mask,
+            is_causal=is_causal,
+            cache=cache,
+            token_BL=token_BL,
+        )
+
+    def hidden(self, token_BL: Tensor, context: ForwardContext) -> Tensor:
+        """x_BLD after the last norm."""
+        x_BLD = self.embedding(token_BL)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x_BLD = _recomputed(block, x_BLD, context)
+            else:
+                x_BLD = block(x_BLD, context)
+        if isinstance(context.cache, KeyValueCache):
+            context.cache.advance(token_BL.shape[1])
+        return self.norm(x_BLD)
+
+    def logits(self, x_BLD: Tensor) -> Tensor:
+        """Scores over the vocabulary."""
+        return self.head(x_BLD) if self.head is not None else F.linear(x_BLD, self.embedding.weight)
+
+    def new_cache(self, max_length: int) -> KeyValueCache:
+        """An empty cache for up to ``max_length`` positions."""
+        return KeyValueCache(self.config.num_layers, max_length)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.embedding.weight.dtype
+
+
+def _recomputed(block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+    """Run ``block`` without keeping its activations. What it emits comes back as outputs, so it is counted once."""
+
+    def run(x_BLD: Tensor) -> tuple[Tensor, dict, list]:
+        local = context.fork()
+        return block(x_BLD, local), local.losses, local.loads
+
+    y_BLD, losses, loads = checkpoint(run, x_BLD, use_reentrant=False)
+    context.merge(losses, loads)
+    return y_BLD
+
+
+def _positions(
+    cache: KeyValueCache | None, token_mask_BL: Tensor | None, batch: int, length: int, device: torch.device
+) -> Tensor:
+    """Position of each token among the real ones of its sequence."""
+    valid_BL = cache.valid_BL if cache is not None else token_mask_BL
+    if valid_BL is None:
+        past = cache.length if cache is not None else 0
+        return torch.arange(past, past + length, device=device).expand(batch, length)
+    return (valid_BL.long().cumsum(1) - 1).clamp_min(0)[:, -length:]

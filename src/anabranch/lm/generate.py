@@ -1,0 +1,116 @@
+"""Batched generation with a key-value cache: greedy, temperature, top-k, top-p, stop tokens, and a seed."""
+# Shapes: B batch, L positions, V vocabulary
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+
+
+@configclass
+class SamplingConfig(BaseConfig):
+    """How the next token is chosen.
+
+    Attributes:
+        max_tokens: most new tokens per sequence.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_k: sample among the k most likely; None among all.
+        top_p: sample among the most likely whose probabilities reach p (nucleus sampling).
+        stop: token ids that end a sequence; the stop token is not part of the result.
+        seed: of the sampling generator.
+    """
+
+    max_tokens: int = Field(default=128, ge=0)
+    temperature: float = Field(default=0.8, ge=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens of one decoding step: ``tokens[i]`` continues sequence ``rows[i]``."""
+
+    rows: list[int]
+    tokens: list[int]
+
+
+def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> list[list[int]]:
+    """Continue each prompt; returns the new tokens of each.
+
+    Raises ConfigError for an empty prompt or a prompt with ids outside the vocabulary.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, config):
+        for row, token in zip(step.rows, step.tokens, strict=True):
+            results[row].append(token)
+    return results
+
+
+@torch.inference_mode()
+def stream(model: Decoder, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> Iterator[Step]:
+    """Like `generate`, but yields each step as it is made. Sequences that stop leave the batch."""
+    config = config or SamplingConfig()
+    _check(model, prompts)
+    device = model.embedding.weight.device
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        token_BL, mask_BL = _pad_left(prompts, device)
+        cache = model.new_cache(token_BL.shape[1] + config.max_tokens)
+        rows = list(range(len(prompts)))
+        for _ in range(config.max_tokens if prompts else 0):
+            logits_BV = model(token_BL, cache=cache, token_mask_BL=mask_BL, last_only=True).logits_BLV[:, -1]
+            next_B = sample(logits_BV, config, generator)
+            going = [token not in config.stop for token in next_B.tolist()]
+            if not all(going):
+                keep_B = torch.tensor(going, device=device)
+                next_B = next_B[keep_B]
+                rows = [row for row, on in zip(rows, going, strict=True) if on]
+                cache.keep_rows(keep_B)
+            if not rows:
+                return
+            yield Step(list(rows), next_B.tolist())
+            token_BL, mask_BL = next_B.unsqueeze(1), None
+    finally:
+        model.train(was_training)
+
+
+def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+    """token_B from ``logits_BV`` by the rules of ``config``."""
+    if config.temperature == 0:
+        return logits_BV.argmax(-1)
+    probability_BV = (logits_BV.float() / config.temperature).softmax(-1)
+    sorted_BV, index_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+    drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= config.top_p
+    if config.top_k is not None:
+        drop_BV[:, config.top_k :] = True
+    chosen_B1 = torch.multinomial(sorted_BV.masked_fill(drop_BV, 0.0), 1, generator=generator)
+    return index_BV.gather(-1, chosen_B1).squeeze(-1)
+
+
+def _check(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    vocab_size = model.config.vocab_size
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {number} is empty; give at least one token")
+        if max(prompt) >= vocab_size or min(prompt) < 0:
+            raise ConfigError(f"prompt {number} has a token outside 0 to {vocab_size - 1}; is it another tokenizer's?")
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    token_BL = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask_BL = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        token_BL[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BL[row, longest - len(prompt) :] = True
+    return token_BL.to(device), None if bool(mask_BL.all()) else mask_BL.to(device)

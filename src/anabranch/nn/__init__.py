@@ -1,0 +1,22 @@
+"""Building blocks: norms, rotary positions, attention, feed-forward, the stacked expert pool, the plain mixture-of-experts layer."""
+
+from anabranch.nn.attention import Attention
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.moe import MoE
+from anabranch.nn.norm import RMSNorm
+from anabranch.nn.pool import ExpertPool
+from anabranch.nn.rotary import Rotary
+
+__all__ = [
+    "Attention",
+    "BuildContext",
+    "Count",
+    "ExpertPool",
+    "FeedForward",
+    "ForwardContext",
+    "MoE",
+    "RMSNorm",
+    "Rotary",
+    "SwiGLU",
+]

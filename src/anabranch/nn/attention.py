@@ -1,0 +1,114 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions and the variants open checkpoints use."""
+# Shapes: B batch, L positions, H heads, G key-value heads, D head width, W model width
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.errors import ConfigError
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.norm import RMSNorm
+from anabranch.nn.rotary import rotate
+
+
+class Attention(Part, nn.Module, family="attention", kind="attention"):
+    """Causal self-attention; one fused projection makes queries, keys and values."""
+
+    @configclass
+    class Config(BaseConfig):
+        """The variants.
+
+        Attributes:
+            num_heads: query heads.
+            num_kv_heads: key-value heads, each shared by num_heads / num_kv_heads query heads; None means num_heads.
+            head_dim: width of a head; None means dim / num_heads.
+            qk_norm: RMSNorm of queries and keys: ``none``; per ``head`` (Qwen3); over the ``full`` width before heads are split (OLMoE).
+            qkv_bias: biases on the first projection (Qwen2).
+            out_bias: bias on the output projection.
+            clip_qkv: clamp queries, keys and values to +-clip_qkv (OLMoE); None for no clamp.
+            norm_eps: epsilon of the norms of ``qk_norm``.
+        """
+
+        num_heads: int = Field(default=4, ge=1)
+        num_kv_heads: int | None = Field(default=None, ge=1)
+        head_dim: int | None = Field(default=None, ge=2)
+        qk_norm: Literal["none", "head", "full"] = "none"
+        qkv_bias: bool = False
+        out_bias: bool = False
+        clip_qkv: float | None = Field(default=None, gt=0)
+        norm_eps: float = Field(default=1e-5, gt=0)
+
+        def __post_init__(self) -> None:
+            if self.num_heads % self.kv_heads:
+                raise ConfigError(
+                    f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads={self.num_heads}"
+                )
+
+        @property
+        def kv_heads(self) -> int:
+            """Key-value heads with the default filled in."""
+            return self.num_kv_heads or self.num_heads
+
+        def width(self, dim: int) -> int:
+            """Width of a head in a model of width ``dim``."""
+            if self.head_dim is None and dim % self.num_heads:
+                raise ConfigError(f"dim {dim} is not a multiple of num_heads={self.num_heads}; set head_dim")
+            head_dim = self.head_dim or dim // self.num_heads
+            if head_dim % 2:
+                raise ConfigError(f"head_dim is {head_dim}; rotary positions need an even number")
+            return head_dim
+
+        def count(self, context: BuildContext, sequence_length: int) -> Count:
+            """Sizes; attention itself is counted over the mean causal context, half of ``sequence_length``."""
+            head_dim = self.width(context.dim)
+            query, store = self.num_heads * head_dim, self.kv_heads * head_dim
+            matrices = Count.dense(context.dim * (query + 2 * store) + query * context.dim)
+            vectors = (query + 2 * store) * self.qkv_bias + context.dim * self.out_bias
+            vectors += {"none": 0, "head": 2 * head_dim, "full": query + store}[self.qk_norm]
+            return matrices + Count(vectors, vectors, 2 * 2 * query * sequence_length // 2)
+
+    def __init__(self, config: Any, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = context.layer
+        self.head_dim = config.width(context.dim)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        query, store = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.split = (query, store, store)
+        self.qkv = context.linear(context.dim, query + 2 * store, bias=config.qkv_bias)
+        self.out = context.linear(query, context.dim, bias=config.out_bias, residual=True)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            q_dim, k_dim = (query, store) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = RMSNorm(q_dim, config.norm_eps), RMSNorm(k_dim, config.norm_eps)
+
+    def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+        """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
+        query, key, value = self.qkv(x_BLW).split(self.split, dim=-1)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.clip_qkv is not None:
+            limit = self.config.clip_qkv
+            query, key, value = query.clamp(-limit, limit), key.clamp(-limit, limit), value.clamp(-limit, limit)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        if context.cache is not None:
+            key, value = context.cache.append(self.layer, key, value)
+        y_BHLD = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=context.attention_mask,
+            is_causal=context.is_causal and context.attention_mask is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.out(y_BHLD.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BLW: Tensor) -> Tensor:
+        return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

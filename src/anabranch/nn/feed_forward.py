@@ -1,0 +1,54 @@
+"""Feed-forward blocks: the interface every design fits, and SwiGLU (Shazeer 2020, arXiv 2002.05202), the dense one."""
+# Shapes: B batch, L positions, D width, F hidden
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+
+
+class FeedForward(Part, nn.Module, family="feed_forward"):
+    """Interface: ``(x_BLD, context) -> y_BLD``. A design is a subclass whose config has ``build(context)`` and ``count(context)``."""
+
+    @configclass
+    class Config(BaseConfig):
+        """Base of feed-forward configs. ``is_routed`` says whether the layer counts as a routed one."""
+
+        is_routed: ClassVar[bool] = False
+
+        def count(self, context: BuildContext) -> Count:
+            """Sizes of this layer."""
+            raise NotImplementedError  # abstract
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD."""
+        raise NotImplementedError  # abstract
+
+
+class SwiGLU(FeedForward, kind="swiglu"):
+    """W2 (silu(W1 x) * W3 x). W1 (gate) and W3 (up) are one matrix ``[2F, D]``, gate rows first."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        """Attributes: ``hidden_dim``, F."""
+
+        hidden_dim: int = Field(default=512, ge=1)
+
+        def count(self, context: BuildContext) -> Count:
+            """3 D F weights."""
+            return Count.dense(3 * context.dim * self.hidden_dim)
+
+    def __init__(self, config: Any, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.w13 = context.linear(context.dim, 2 * config.hidden_dim)
+        self.w2 = context.linear(config.hidden_dim, context.dim, residual=True)
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """y_BLD."""
+        gate, up = self.w13(x_BLD).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)

@@ -1,0 +1,142 @@
+"""The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
+# Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.pool import ExpertPool
+from anabranch.routing import Candidates, Router, capacity_of, limit_capacity
+
+
+class MoE(FeedForward, kind="moe"):
+    """y = sum_k w_k E_k(x) + shared(x). Dropless unless ``capacity_factor`` is set."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        """The layer.
+
+        Attributes:
+            num_experts: N, experts this layer owns.
+            hidden_dim: width of an expert.
+            router: score, select and balance parts.
+            shared_experts: always-on experts (DeepSeekMoE), each ``hidden_dim`` wide.
+            shared_hidden_dim: total width of the shared experts where it is not shared_experts * hidden_dim.
+            shared_gate: scale the shared output by sigmoid(w x) (Qwen2-MoE).
+            weight_on: apply routing weights to the expert's ``output``, or to its ``input`` (Llama 4).
+            capacity_factor: drop what exceeds ceil(factor N K / E) rows of an expert in training; None drops nothing.
+            capacity_order: who stays then, see `limit_capacity`.
+            recompute: recompute expert activations in the backward pass, to save memory.
+            backend: expert compute, see `anabranch.nn.grouped`.
+        """
+
+        is_routed: ClassVar[bool] = True
+
+        num_experts: int = Field(default=8, ge=1)
+        hidden_dim: int = Field(default=256, ge=1)
+        router: Router.Config = Router.Config()
+        shared_experts: int = Field(default=0, ge=0)
+        shared_hidden_dim: int | None = Field(default=None, ge=1)
+        shared_gate: bool = False
+        weight_on: Literal["output", "input"] = "output"
+        capacity_factor: float | None = Field(default=None, gt=0)
+        capacity_order: Literal["token", "score"] = "token"
+        recompute: bool = False
+        backend: str = "auto"
+
+        def __post_init__(self) -> None:
+            top_k = getattr(self.router.select, "top_k", 1)
+            if top_k > self.num_experts:
+                raise ConfigError(
+                    f"router.select.top_k is {top_k}, but num_experts is {self.num_experts}; use 1 to {self.num_experts}"
+                )
+            if (self.shared_gate or self.shared_hidden_dim) and not self.shared_experts:
+                raise ConfigError("shared_gate and shared_hidden_dim need shared_experts of at least 1")
+
+        @property
+        def places(self) -> int:
+            """Most routed experts per token."""
+            select = self.router.select
+            return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
+
+        @property
+        def shared_width(self) -> int:
+            """Hidden width of the shared experts together; 0 without any."""
+            return self.shared_hidden_dim or self.shared_experts * self.hidden_dim
+
+        def num_destinations(self, context: BuildContext) -> int:
+            """How many experts the router chooses from."""
+            return self.num_experts
+
+        def count(self, context: BuildContext) -> Count:
+            """Routed experts, of which K are active; shared experts; router."""
+            expert = 3 * context.dim * self.hidden_dim
+            routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
+            always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate
+            return routed + Count.dense(always + self.num_destinations(context) * context.dim)
+
+    def __init__(
+        self,
+        config: Any,
+        context: BuildContext,
+        *,
+        pool: ExpertPool | None = None,
+        pool_name: str | None = None,
+        own_start: int = 0,
+        candidates: Candidates | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router: Router = config.router.build(
+            context.dim,
+            config.num_destinations(context),
+            layer=context.layer,
+            pool=pool_name,
+            own_start=own_start,
+            candidates=candidates,
+            generator=context.generator,
+        )
+        if pool is None:
+            self.experts = make_pool(config, context, config.num_experts)
+        else:
+            hide(self, "experts", pool)
+        self.shared: SwiGLU | None = None
+        self.shared_gate: nn.Linear | None = None
+        if config.shared_experts:
+            self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context)
+            self.shared_gate = context.linear(context.dim, 1) if config.shared_gate else None
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD."""
+        x_ND = x_BLD.flatten(0, -2)
+        routing = self.router(x_ND, context)
+        if self.config.capacity_factor is not None and context.training:
+            capacity = capacity_of(
+                routing.num_items, routing.num_places, routing.num_destinations, self.config.capacity_factor
+            )
+            routing = limit_capacity(routing, capacity, order=self.config.capacity_order)
+        y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on)
+        if self.shared is not None:
+            shared_ND = self.shared(x_ND)
+            if self.shared_gate is not None:
+                shared_ND = shared_ND * self.shared_gate(x_ND).sigmoid()
+            y_ND = y_ND + shared_ND
+        return y_ND.view_as(x_BLD)
+
+
+def make_pool(config: Any, context: BuildContext, num_experts: int) -> ExpertPool:
+    """The pool of ``num_experts`` experts as ``config`` describes them."""
+    return ExpertPool(
+        num_experts,
+        context.dim,
+        config.hidden_dim,
+        init_std=context.init_std,
+        w2_scale=context.residual_std / context.init_std,
+        generator=context.generator,
+        recompute=config.recompute,
+        backend=config.backend,
+    )

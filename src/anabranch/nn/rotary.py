@@ -1,0 +1,70 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Llama checkpoints."""
+# Shapes: B batch, L positions, H heads, D head width
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+
+
+class Rotary(Part, nn.Module):
+    """Angles of position p and pair i: p * theta^(-2i/D), optionally rescaled for longer contexts."""
+
+    @configclass
+    class Config(BaseConfig):
+        """How positions turn into angles.
+
+        Attributes:
+            theta: base of the geometric series of frequencies.
+            scaling: ``none``; ``linear``, positions divided by ``factor``; ``llama3``, low frequencies divided by ``factor``, high ones
+                kept, a smooth ramp between (Llama 3.1).
+            factor: see ``scaling``.
+            low_freq_factor: llama3: wavelengths longer than original_positions / low_freq_factor are scaled in full.
+            high_freq_factor: llama3: wavelengths shorter than original_positions / high_freq_factor are kept.
+            original_positions: llama3: context length before scaling.
+        """
+
+        theta: float = Field(default=10000.0, gt=0)
+        scaling: Literal["none", "linear", "llama3"] = "none"
+        factor: float = Field(default=1.0, gt=0)
+        low_freq_factor: float = Field(default=1.0, gt=0)
+        high_freq_factor: float = Field(default=4.0, gt=0)
+        original_positions: int = Field(default=8192, ge=1)
+
+    def __init__(self, config: Any, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("frequency", _frequencies(config, head_dim), persistent=False)
+
+    frequency: Tensor
+
+    def forward(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each ``[B, 1, L, D]``; angles are computed in fp32."""
+        angle = position_BL[:, None, :, None].float() * self.frequency
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _frequencies(config: Any, head_dim: int) -> Tensor:
+    # On the CPU even under a meta device: this buffer is not in checkpoints, so nothing would fill it later.
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequency = 1.0 / config.theta**exponent
+    if config.scaling == "linear":
+        return frequency / config.factor
+    if config.scaling == "llama3":
+        turns = config.original_positions * frequency / (2 * math.pi)  # full turns within the original context
+        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        keep = keep.clamp(0.0, 1.0)
+        return keep * frequency + (1 - keep) * frequency / config.factor
+    return frequency
+
+
+def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its angle."""
+    cos, sin = rotary
+    left, right = x_BHLD.chunk(2, dim=-1)
+    return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
