@@ -22,9 +22,11 @@ from anabranch.routing.dispatch import (
     plan_dispatch,
     unpad_rows,
 )
+from anabranch.routing.record import Recorder, TraceBuilder, TraceWriter, record_routing
 from anabranch.routing.router import Candidates, Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
 from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold, TopK, TopP
+from anabranch.routing.trace import Decisions, RoutingTrace, TraceLayer
 
 __all__ = [
     "UNUSED",
@@ -32,21 +34,27 @@ __all__ = [
     "BiasBalancer",
     "Candidates",
     "CosineScore",
+    "Decisions",
     "DeviceLoss",
     "DispatchPlan",
     "ExpertChoice",
     "GroupTopK",
     "ImportanceLoss",
     "LinearScore",
+    "Recorder",
     "Router",
     "Routing",
     "RoutingContext",
+    "RoutingTrace",
     "Score",
     "Select",
     "SwitchLoss",
     "Threshold",
     "TopK",
     "TopP",
+    "TraceBuilder",
+    "TraceLayer",
+    "TraceWriter",
     "ZLoss",
     "capacity_of",
     "combine",
@@ -56,6 +64,7 @@ __all__ = [
     "limit_capacity",
     "pad_rows",
     "plan_dispatch",
+    "record_routing",
     "sync_loads",
     "unpad_rows",
 ]

@@ -16,7 +16,6 @@ and destination -1, so that what was dropped can be counted. Padding items leave
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from anabranch.errors import DataError
-from anabranch.files import atomic_file, atomic_write
+from anabranch.files import atomic_write
 from anabranch.routing.decision import UNUSED, Routing
 
 VERSION = 1
@@ -36,7 +35,7 @@ SCHEMA = pa.schema(
     [
         pa.field("item", pa.int64(), nullable=False),  # id of the sequence, request, query, ...
         pa.field("position", pa.int32(), nullable=False),  # place of the token in it; 0 where there is no order
-        pa.field("layer", pa.int16(), nullable=False),  # key of a `Layer` in the metadata
+        pa.field("layer", pa.int16(), nullable=False),  # key of a `TraceLayer` in the metadata
         pa.field("rank", pa.int16(), nullable=False),  # which of the K choices
         pa.field("destination", pa.int32(), nullable=False),  # slot in the layer's pool, -1 if nothing was chosen
         pa.field("weight", pa.float32(), nullable=False),  # weight of the destination's output
@@ -45,11 +44,16 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
-_NULL = -1  # token or domain code that is not known
+UNKNOWN = -1  # token or domain code that is not known
+PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": [field.name for field in SCHEMA if field.name != "weight"],
+    "use_byte_stream_split": ["weight"],  # floats pack better byte by byte
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class TraceLayer:
     """What one layer of a trace chooses from.
 
     Attributes:
@@ -103,10 +107,10 @@ class RoutingTrace:
     Raises DataError if ``table`` is not in the schema, or names a layer, rank or destination that ``layers`` does not have.
     """
 
-    def __init__(self, table: pa.Table, layers: Iterable[Layer]) -> None:
+    def __init__(self, table: pa.Table, layers: Iterable[TraceLayer]) -> None:
         self.layers = tuple(sorted(layers, key=lambda layer: layer.layer))
         _check_schema(table.schema)
-        self.table = table.replace_schema_metadata({METADATA_KEY: _to_json(self.layers)}).unify_dictionaries()
+        self.table = table.replace_schema_metadata({METADATA_KEY: layers_to_json(self.layers)}).unify_dictionaries()
         self._by_number = {layer.layer: layer for layer in self.layers}
         self._columns: dict[str, np.ndarray] = {}
         self._order_R: np.ndarray | None = None
@@ -122,7 +126,7 @@ class RoutingTrace:
 
     def write(self, path: str | Path) -> None:
         """Write as Parquet, all or nothing. Raises CapacityError or DataError as `anabranch.files.atomic_write`."""
-        options = _PARQUET | {"row_group_size": ROWS_PER_GROUP}
+        options = PARQUET_OPTIONS | {"row_group_size": ROWS_PER_GROUP}
         atomic_write(path, lambda temporary: pq.write_table(self.table, temporary, **options))
 
     @classmethod
@@ -147,16 +151,16 @@ class RoutingTrace:
 
     # layers
 
-    def layer(self, number: int) -> Layer:
+    def layer(self, number: int) -> TraceLayer:
         """The layer with this number. Raises DataError if there is none."""
         if number not in self._by_number:
             raise DataError(f"the trace has no layer {number}; it has {', '.join(map(str, self._by_number))}")
         return self._by_number[number]
 
     @property
-    def pools(self) -> dict[str, list[Layer]]:
+    def pools(self) -> dict[str, list[TraceLayer]]:
         """The layers of each pool, by the pool's name."""
-        pools: dict[str, list[Layer]] = {}
+        pools: dict[str, list[TraceLayer]] = {}
         for layer in self.layers:
             pools.setdefault(layer.pool, []).append(layer)
         return pools
@@ -194,7 +198,7 @@ class RoutingTrace:
         token_N, domain_N = (self.column(name, layer)[first_R] for name in ("token", "domain"))
         return Decisions(index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N)
 
-    def __iter__(self) -> Iterator[tuple[Layer, Decisions]]:
+    def __iter__(self) -> Iterator[tuple[TraceLayer, Decisions]]:
         """Each layer with its decisions, one layer in memory at a time."""
         for layer in self.layers:
             yield layer, self.decisions(layer.layer)
@@ -241,8 +245,8 @@ class RoutingTrace:
             if name == "domain":
                 number = {domain: number for number, domain in enumerate(self.domains)}
                 # One entry more, last, for the code -1.
-                code = np.array([*(number[domain] for domain in self._dictionary()), _NULL], np.int32)
-                self._columns[name] = code[_no_nulls(_indices(column))]
+                code = np.array([*(number[domain] for domain in self._dictionary()), UNKNOWN], np.int32)
+                self._columns[name] = code[_no_nulls(column.indices)]
             else:
                 self._columns[name] = _no_nulls(column)
         return self._columns[name]
@@ -266,11 +270,11 @@ def concat(traces: Iterable[RoutingTrace], *, renumber: bool = False) -> Routing
     Raises DataError if two traces disagree about a layer.
     """
     tables: list[pa.Table] = []
-    layers: dict[int, Layer] = {}
+    layers: dict[int, TraceLayer] = {}
     next_item = 0
     for trace in traces:
         for layer in trace.layers:
-            layers[layer.layer] = _merge(layers.get(layer.layer), layer)
+            layers[layer.layer] = merge_layers(layers.get(layer.layer), layer)
         table = trace.table.replace_schema_metadata(None)
         if renumber and table.num_rows:
             item_R = table["item"].to_numpy() - table["item"].to_numpy().min() + next_item
@@ -280,107 +284,76 @@ def concat(traces: Iterable[RoutingTrace], *, renumber: bool = False) -> Routing
     return RoutingTrace(pa.concat_tables(tables or [SCHEMA.empty_table()]), layers.values())
 
 
-class TraceBuilder:
-    """Collects decisions in memory, as whatever routes makes them."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Layer] = {}
-        self.num_rows = 0
-        self._parts: list[tuple[np.ndarray, ...]] = []
-        self._domains: dict[str, int] = {}
-
-    def add(
-        self,
-        layer: Layer,
-        index_NK: Any,
-        weight_NK: Any,
-        *,
-        item_N: Any,
-        position_N: Any = 0,
-        token_N: Any = _NULL,
-        domain: str | None = None,
-    ) -> None:
-        """Add N decisions of one layer. ``position_N`` and ``token_N`` may be one value for all.
-
-        Raises DataError if ``layer`` was added before as something else.
-        """
-        self.layers[layer.layer] = _merge(self.layers.get(layer.layer), layer)
-        index_NK = np.asarray(index_NK)
-        used_NK = index_NK >= 0
-        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
-        row_R, rank_R = np.nonzero(used_NK)
-        code = _NULL if domain is None else self._domains.setdefault(domain, len(self._domains))
-        every = (len(index_NK),)
-        columns = (
-            np.broadcast_to(item_N, every)[row_R],
-            np.broadcast_to(position_N, every)[row_R],
-            np.full(len(row_R), layer.layer),
-            rank_R,
-            index_NK[row_R, rank_R],
-            np.asarray(weight_NK)[row_R, rank_R],
-            np.broadcast_to(token_N, every)[row_R],
+def _check_schema(schema: pa.Schema, path: Path | None = None) -> None:
+    where = f"{path}: " if path else ""
+    for field in SCHEMA:
+        if field.name not in schema.names:
+            raise DataError(
+                f"{where}a routing trace needs a column {field.name!r}; this table has {', '.join(schema.names)}"
+            )
+        found = schema.field(field.name).type
+        if found != field.type:
+            raise DataError(f"{where}column {field.name!r} of a routing trace is {field.type}, not {found}")
+    if schema.names != SCHEMA.names:
+        raise DataError(
+            f"{where}columns of a routing trace are {', '.join(SCHEMA.names)}, not {', '.join(schema.names)}"
         )
-        types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
-        part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
-        self._parts.append((*part, np.full(len(row_R), code, np.int32)))
-        self.num_rows += len(row_R)
-
-    def trace(self) -> RoutingTrace:
-        """What was added so far."""
-        return RoutingTrace(self._table(), self.layers.values())
-
-    def take(self) -> pa.Table:
-        """What was added so far, as a table, which is then forgotten."""
-        table = self._table()
-        self._parts, self.num_rows = [], 0
-        return table
-
-    def _table(self) -> pa.Table:
-        if not self._parts:
-            return SCHEMA.empty_table()
-        *columns, token, code = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
-        domain = pa.DictionaryArray.from_arrays(pa.array(code, mask=code == _NULL), pa.array(list(self._domains), pa.string()))
-        return pa.Table.from_arrays([*map(pa.array, columns), pa.array(token, mask=token == _NULL), domain], schema=SCHEMA)
 
 
-class TraceWriter:
-    """Streams decisions to a file in row groups, so that a long recording needs little memory.
-
-    A context manager; the file appears when it is left without an error, and not at all otherwise.
-
-        with TraceWriter("trace.parquet") as writer:
-            writer.add(layer, index_NK, weight_NK, item_N=item_N)
-    """
-
-    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP) -> None:
-        self.path = Path(path)
-        self._rows_per_group = rows_per_group
-        self._builder = TraceBuilder()
-
-    def __enter__(self) -> Self:
-        self._place = atomic_file(self.path)
-        self._file = pq.ParquetWriter(self._place.__enter__(), SCHEMA, **_PARQUET)
-        return self
-
-    def add(self, layer: Layer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:
-        """Add N decisions of one layer, see `TraceBuilder.add`."""
-        self._builder.add(layer, index_NK, weight_NK, **columns)
-        if self._builder.num_rows >= self._rows_per_group:
-            self._file.write_table(self._builder.take())
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
-            self._file.close()
-            # Not the caller's error: an OSError of the caller would be taken for a failure to write here.
-            with suppress(_Abandoned):
-                self._place.__exit__(_Abandoned, _Abandoned(), None)
-            return
-        layers = tuple(sorted(self._builder.layers.values(), key=lambda layer: layer.layer))
-        self._file.write_table(self._builder.take())
-        self._file.add_key_value_metadata({METADATA_KEY: _to_json(layers)})
-        self._file.close()
-        self._place.__exit__(None, None, None)
+def _check_values(table: pa.Table, layers: dict[int, TraceLayer]) -> None:
+    limits = table.group_by("layer").aggregate([("destination", "min_max"), ("rank", "min_max")]).to_pylist()
+    for row in limits:
+        layer = layers.get(row["layer"])
+        if layer is None:
+            raise DataError(
+                f"rows name layer {row['layer']}, but the trace describes {', '.join(map(str, layers)) or 'none'}"
+            )
+        for name, low, end in (("destination", UNUSED, layer.num_destinations), ("rank", 0, layer.top_k)):
+            seen = row[f"{name}_min_max"]
+            if seen["min"] < low or seen["max"] >= end:
+                wrong = seen["min"] if seen["min"] < low else seen["max"]
+                raise DataError(f"layer {layer.layer} has {name} {wrong}; {low} to {end - 1} are allowed")
 
 
-class _Abandoned(Exception):  # noqa: N818
-    """Tells `atomic_file` to drop the file."""
+def layers_to_json(layers: Iterable[TraceLayer]) -> str:
+    """The metadata of a trace file."""
+    return json.dumps({"version": VERSION, "layers": [asdict(layer) for layer in layers]})
+
+
+def _from_json(text: bytes | None, path: Path) -> tuple[TraceLayer, ...]:
+    if text is None:
+        raise DataError(
+            f"{path} is a Parquet file but no routing trace (it lacks the metadata {METADATA_KEY.decode()!r})"
+        )
+    try:
+        data = json.loads(text)
+        if data["version"] != VERSION:
+            raise DataError(
+                f"{path} is a routing trace of version {data['version']!r}; this program reads version {VERSION}"
+            )
+        return tuple(TraceLayer(**layer) for layer in data["layers"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} has damaged trace metadata: {error!r}") from error
+
+
+def _pick(known: Iterable[TraceLayer], wanted: Iterable[int], path: Path) -> tuple[TraceLayer, ...]:
+    by_number = {layer.layer: layer for layer in known}
+    wanted = list(wanted)
+    for number in wanted:
+        if number not in by_number:
+            raise DataError(f"{path} has no layer {number}; it has {', '.join(map(str, by_number))}")
+    return tuple(by_number[number] for number in wanted)
+
+
+def merge_layers(before: TraceLayer | None, layer: TraceLayer) -> TraceLayer:
+    """The one layer that both describe; the number of places may vary from batch to batch."""
+    if before is None or before == layer:
+        return layer
+    merged = replace(before, top_k=max(before.top_k, layer.top_k))
+    if merged != replace(layer, top_k=merged.top_k):
+        raise DataError(f"layer {layer.layer} is described in two ways: {before} and {layer}")
+    return merged
+
+
+def _no_nulls(column: pa.Array) -> np.ndarray:
+    return (column.fill_null(UNKNOWN) if column.null_count else column).to_numpy(zero_copy_only=False)

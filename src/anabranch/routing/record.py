@@ -1,0 +1,290 @@
+"""How a `RoutingTrace` is made: `TraceBuilder` in memory, `TraceWriter` to a file, `record_routing` from a model's routers.
+
+`record_routing` works from outside, with forward hooks, so a model that is not recorded runs exactly the code it always runs.
+Inside the block compiled code runs eagerly (``torch.compiler.set_stance("force_eager")``), since a graph may have been traced
+without the hooks; so it does not matter whether the model was compiled before or not. Forward passes repeated in a backward
+pass (activation recompute) are not recorded again.
+"""
+# Shapes: N items, K places per item, R rows, B sequences, L positions
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.files import atomic_file
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing
+from anabranch.routing.router import Router
+from anabranch.routing.trace import (
+    METADATA_KEY,
+    PARQUET_OPTIONS,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    UNKNOWN,
+    RoutingTrace,
+    TraceLayer,
+    layers_to_json,
+    merge_layers,
+)
+
+Read = Callable[[nn.Module, Any], Routing]
+
+
+class TraceBuilder:
+    """Collects decisions in memory, as whatever routes makes them."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, TraceLayer] = {}
+        self.num_rows = 0
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self._domains: dict[str, int] = {}
+
+    def add(
+        self,
+        layer: TraceLayer,
+        index_NK: Any,
+        weight_NK: Any,
+        *,
+        item_N: Any,
+        position_N: Any = 0,
+        token_N: Any = UNKNOWN,
+        domain: str | None = None,
+    ) -> None:
+        """Add N decisions of one layer. ``position_N`` and ``token_N`` may be one value for all.
+
+        Raises DataError if ``layer`` was added before as something else.
+        """
+        self.layers[layer.layer] = merge_layers(self.layers.get(layer.layer), layer)
+        index_NK = np.asarray(index_NK)
+        used_NK = index_NK >= 0
+        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
+        row_R, rank_R = np.nonzero(used_NK)
+        code = UNKNOWN if domain is None else self._domains.setdefault(domain, len(self._domains))
+        every = (len(index_NK),)
+        columns = (
+            np.broadcast_to(item_N, every)[row_R],
+            np.broadcast_to(position_N, every)[row_R],
+            np.full(len(row_R), layer.layer),
+            rank_R,
+            index_NK[row_R, rank_R],
+            np.asarray(weight_NK)[row_R, rank_R],
+            np.broadcast_to(token_N, every)[row_R],
+        )
+        types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
+        part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
+        self._parts.append((*part, np.full(len(row_R), code, np.int32)))
+        self.num_rows += len(row_R)
+
+    def trace(self) -> RoutingTrace:
+        """What was added so far."""
+        return RoutingTrace(self._table(), self.layers.values())
+
+    def take(self) -> pa.Table:
+        """What was added so far, as a table, which is then forgotten."""
+        table = self._table()
+        self._parts, self.num_rows = [], 0
+        return table
+
+    def _table(self) -> pa.Table:
+        if not self._parts:
+            return SCHEMA.empty_table()
+        *columns, token, code = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        domain = pa.DictionaryArray.from_arrays(
+            pa.array(code, mask=code == UNKNOWN), pa.array(list(self._domains), pa.string())
+        )
+        return pa.Table.from_arrays(
+            [*map(pa.array, columns), pa.array(token, mask=token == UNKNOWN), domain], schema=SCHEMA
+        )
+
+
+class TraceWriter:
+    """Streams decisions to a file in row groups, so that a long recording needs little memory.
+
+    A context manager; the file appears when it is left without an error, and not at all otherwise.
+
+        with TraceWriter("trace.parquet") as writer:
+            writer.add(layer, index_NK, weight_NK, item_N=item_N)
+    """
+
+    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self.path = Path(path)
+        self._rows_per_group = rows_per_group
+        self._builder = TraceBuilder()
+
+    def __enter__(self) -> Self:
+        self._place = atomic_file(self.path)
+        self._file = pq.ParquetWriter(self._place.__enter__(), SCHEMA, **PARQUET_OPTIONS)
+        return self
+
+    def add(self, layer: TraceLayer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:
+        """Add N decisions of one layer, see `TraceBuilder.add`."""
+        self._builder.add(layer, index_NK, weight_NK, **columns)
+        if self._builder.num_rows >= self._rows_per_group:
+            self._file.write_table(self._builder.take())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self._file.close()
+            # Not the caller's error: an OSError of the caller would be taken for a failure to write here.
+            with suppress(_Abandoned):
+                self._place.__exit__(_Abandoned, _Abandoned(), None)
+            return
+        layers = tuple(sorted(self._builder.layers.values(), key=lambda layer: layer.layer))
+        self._file.write_table(self._builder.take())
+        self._file.add_key_value_metadata({METADATA_KEY: layers_to_json(layers)})
+        self._file.close()
+        self._place.__exit__(None, None, None)
+
+
+class _Abandoned(Exception):  # noqa: N818
+    """Tells `atomic_file` to drop the file."""
+
+
+class Recorder:
+    """What `record_routing` yields. Set ``domain`` and ``tokens`` whenever they change, between forward passes.
+
+    Attributes:
+        domain: name of where the next items come from, or None.
+        tokens: int ``[N]`` or ``[B, L]``, ids of the tokens of the next forward pass, padding included, or None.
+    """
+
+    def __init__(
+        self, sink: TraceBuilder | TraceWriter, layers: Mapping[nn.Module, tuple[int, str]], read: Read
+    ) -> None:
+        self.domain: str | None = None
+        self.tokens: Tensor | None = None
+        self._sink, self._layers, self._read = sink, layers, read
+        self._next_item = dict.fromkeys(layers, 0)
+
+    def trace(self) -> RoutingTrace:
+        """What was recorded. A recording to a file is read back from it, once its block has ended."""
+        if isinstance(self._sink, TraceWriter):
+            return RoutingTrace.read(self._sink.path)
+        return self._sink.trace()
+
+    @torch.no_grad()
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass, so this forward pass is a repetition
+            return
+        routing = self._read(module, output)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, RoutingContext)]
+        context = given[0] if given else RoutingContext()
+        keep_N = slice(None) if context.item_mask_N is None else _numpy(context.item_mask_N)
+        item_N, position_N = self._places(module, routing.num_items, context)
+        token_N = self._token_N(routing.num_items, context)
+        self._sink.add(
+            self._describe(module, routing),
+            _numpy(routing.index_NK)[keep_N],
+            _numpy(routing.weight_NK.float())[keep_N],
+            item_N=item_N[keep_N],
+            position_N=position_N[keep_N],
+            token_N=-1 if token_N is None else token_N[keep_N],
+            domain=self.domain,
+        )
+
+    def _describe(self, module: nn.Module, routing: Routing) -> TraceLayer:
+        number, name = self._layers[module]
+        return TraceLayer(
+            layer=number,
+            name=name,
+            num_destinations=routing.num_destinations,
+            top_k=routing.num_places,
+            pool=getattr(module, "pool", None) or "",
+            own_start=getattr(module, "own_start", 0),
+        )
+
+    def _places(self, module: nn.Module, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
+        """Item id and position of each of the N items: as the context says, else counted from the start of the recording."""
+        length = context.sequence_length or 1  # no sequences: every item is one of its own
+        count_N = np.arange(num_items)
+        first = self._next_item[module]
+        self._next_item[module] += -(-num_items // length)
+        item_N, position_N = context.state.get("item_N"), context.state.get("position_N")
+        return (
+            first + count_N // length if item_N is None else _numpy(item_N).reshape(-1),
+            count_N % length if position_N is None else _numpy(position_N).reshape(-1),
+        )
+
+    def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
+        token_N = self.tokens if self.tokens is not None else context.state.get("token_N")
+        if token_N is None:
+            return None
+        token_N = _numpy(torch.as_tensor(token_N)).reshape(-1)
+        if token_N.size != num_items:
+            raise DataError(
+                f"recorder.tokens has {token_N.size} tokens, but the forward pass routes {num_items} items; set it per pass"
+            )
+        return token_N
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module,
+    *,
+    path: str | Path | None = None,
+    routers: Mapping[str, nn.Module] | None = None,
+    read: Read | None = None,
+) -> Iterator[Recorder]:
+    """Record the decisions of ``model`` inside the block.
+
+        with record_routing(model) as recorder:
+            recorder.domain = "code"
+            model(token_BL)
+        trace = recorder.trace()
+
+    Which item a row belongs to is taken from ``context.state``: ``item_N``, ``position_N`` and ``token_N``, each ``[N]``, where a
+    model puts them; otherwise items are counted from 0, in sequences of ``context.sequence_length`` if that is known. Padding
+    (``context.item_mask_N``) is not recorded.
+
+    Args:
+        model: whose routers to record.
+        path: write to this file as it goes, in little memory, instead of keeping the trace; it appears when the block ends well.
+        routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model``.
+        read: makes a `Routing` from a router and what its forward returned. Default: it is one already.
+
+    Rows carry the router's ``layer``. Where two routers claim one layer (or have none), layers are numbered in the model's order
+    and names tell them apart.
+
+    Raises ConfigError if there is nothing to record.
+    """
+    if routers is None:
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    if not routers:
+        raise ConfigError(
+            f"{type(model).__name__} has no Router to record; name the modules that route with routers={{...}}"
+        )
+    layers = {module: (number, name) for (name, module), number in zip(routers.items(), _numbers(routers), strict=True)}
+    with ExitStack() as stack:
+        sink = TraceBuilder() if path is None else stack.enter_context(TraceWriter(path))
+        recorder = Recorder(sink, layers, read or _is_routing)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in layers:
+            handle = module.register_forward_hook(recorder._note, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield recorder
+
+
+def _numbers(routers: Mapping[str, nn.Module]) -> list[int]:
+    claimed = [getattr(module, "layer", None) for module in routers.values()]
+    distinct = [number for number in claimed if isinstance(number, int)]
+    return distinct if len(set(distinct)) == len(claimed) else list(range(len(claimed)))
+
+
+def _is_routing(module: nn.Module, output: Any) -> Routing:
+    if not isinstance(output, Routing):
+        raise ConfigError(
+            f"{type(module).__name__} returned {type(output).__name__}, not a Routing; pass read= to record_routing"
+        )
+    return output
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

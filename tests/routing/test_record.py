@@ -1,0 +1,211 @@
+"""Recording from outside: what is noted equals what the routers returned, and nothing stays behind."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing
+from anabranch.routing.record import record_routing
+from anabranch.routing.router import Router
+from anabranch.routing.select import TopK
+from anabranch.routing.trace import RoutingTrace
+
+D, E, K = 6, 5, 2
+
+
+class Tower(nn.Module):
+    """Routers one after another, over the same items."""
+
+    def __init__(self, num_layers=2, recompute=False, **router):
+        super().__init__()
+        config = Router.Config(select=TopK.Config(top_k=K))
+        generator = torch.Generator().manual_seed(0)
+        self.routers = nn.ModuleList(
+            Router(config, D, E, layer=2 * n, generator=generator, **router) for n in range(num_layers)
+        )
+        self.recompute = recompute
+
+    def forward(self, x_ND, context):
+        for router in self.routers:
+            x_ND = (
+                checkpoint(self.block, router, x_ND, context, use_reentrant=False)
+                if self.recompute
+                else self.block(router, x_ND, context)
+            )
+        return x_ND
+
+    def block(self, router, x_ND, context):
+        routing = router(x_ND, context)
+        return x_ND * routing.weight_NK.sum(-1, keepdim=True)  # a product, so recompute must pass the router
+
+
+def items(num=6, seed=0):
+    return torch.randn(num, D, generator=torch.Generator().manual_seed(seed))
+
+
+def test_trace_equals_what_the_routers_return():
+    model, x_ND = Tower(num_layers=1), items()
+    with record_routing(model) as recorder:
+        recorder.domain = "code"
+        recorder.tokens = torch.arange(6).view(2, 3)
+        model(x_ND, RoutingContext(sequence_length=3))
+        recorder.domain, recorder.tokens = None, None
+        model(x_ND.flip(0), RoutingContext())
+    trace = recorder.trace()
+    assert [(layer.layer, layer.name, layer.num_destinations, layer.top_k) for layer in trace.layers] == [
+        (0, "routers.0", E, K)
+    ]
+    expected = [model.routers[0](x, RoutingContext()) for x in (x_ND, x_ND.flip(0))]
+    assert torch.equal(trace.routing(0).index_NK, torch.cat([routing.index_NK for routing in expected]))
+    assert torch.equal(trace.routing(0).weight_NK, torch.cat([routing.weight_NK for routing in expected]))
+    decided = trace.decisions(0)
+    assert decided.item_N.tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]  # two sequences of 3, then items on their own
+    assert decided.position_N.tolist() == [0, 1, 2] * 2 + [0] * 6
+    assert decided.token_N.tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 6
+    assert decided.domain_N.tolist() == [0] * 6 + [-1] * 6
+
+
+def test_ids_of_the_context_and_padding():
+    model, x_ND = Tower(), items(4)
+    mask_N = torch.tensor([True, False, True, True])
+    state = {
+        "item_N": torch.tensor([9, 0, 8, 8]),
+        "position_N": torch.tensor([5, 0, 1, 2]),
+        "token_N": torch.tensor([4, 3, 2, 1]),
+    }
+    with record_routing(model) as recorder:
+        model(x_ND, context=RoutingContext(item_mask_N=mask_N, state=state))
+    for _, decided in recorder.trace():
+        assert decided.item_N.tolist() == [9, 8, 8]
+        assert decided.position_N.tolist() == [5, 1, 2]
+        assert decided.token_N.tolist() == [4, 2, 1]
+    assert recorder.trace().layers[1].layer == 2
+
+
+def test_nothing_stays_behind():
+    model = Tower()
+    with record_routing(model) as recorder:
+        assert all(router._forward_hooks for router in model.routers)
+    with pytest.raises(ZeroDivisionError), record_routing(model):
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in model.modules())
+    model(items(), RoutingContext())
+    assert len(recorder.trace()) == 0
+
+
+def test_recording_changes_no_output_and_no_gradient():
+    model, x_ND = Tower(), items().requires_grad_()
+    (plain,) = torch.autograd.grad(model(x_ND, RoutingContext()).square().sum(), x_ND)
+    with record_routing(model):
+        (recorded,) = torch.autograd.grad(model(x_ND, RoutingContext()).square().sum(), x_ND)
+    assert torch.equal(plain, recorded)
+
+
+def test_activation_recompute_is_recorded_once():
+    model = Tower(recompute=True)
+    with record_routing(model) as recorder:
+        model(items().requires_grad_(), RoutingContext()).sum().backward()
+    assert recorder.trace().load_LE().sum(1).tolist() == [6 * K, 6 * K]
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "called before"])
+def test_compiled_models_are_recorded(when):
+    torch.compiler.reset()
+    model, x_ND = Tower(), items()
+    expected = model(x_ND, RoutingContext())
+    compiled = torch.compile(model, backend="aot_eager") if when != "inside" else None
+    if when == "called before":  # its graph exists, without hooks
+        compiled(x_ND, RoutingContext())
+    with record_routing(model) as recorder:
+        compiled = torch.compile(model, backend="aot_eager") if compiled is None else compiled
+        assert torch.equal(compiled(x_ND, RoutingContext()), expected)
+    assert recorder.trace().load_LE().sum(1).tolist() == [6 * K, 6 * K]
+    compiled(x_ND, RoutingContext())
+    assert recorder.trace().load_LE().sum(1).tolist() == [6 * K, 6 * K]
+    torch.compiler.reset()
+
+
+def test_bf16_weights_are_kept_exactly():
+    model = Tower(num_layers=1).bfloat16()
+    with record_routing(model) as recorder:
+        model(items().bfloat16(), RoutingContext())
+    weight_NK = model.routers[0](items().bfloat16(), RoutingContext()).weight_NK
+    assert torch.equal(recorder.trace().routing(0).weight_NK, weight_NK.float())
+
+
+def test_streamed_recording_equals_the_one_in_memory(tmp_path):
+    model = Tower(pool="group0", own_start=2)
+    with record_routing(model) as kept, record_routing(model, path=tmp_path / "t.parquet") as streamed:
+        for seed in range(3):
+            kept.domain = streamed.domain = f"domain {seed % 2}"
+            model(items(seed=seed), RoutingContext())
+    assert RoutingTrace.read(tmp_path / "t.parquet").table.to_pydict() == kept.trace().table.to_pydict()
+    assert streamed.trace().layers == kept.trace().layers
+    assert (kept.trace().layers[0].pool, kept.trace().layers[0].own_start) == ("group0", 2)
+
+
+def test_routers_that_claim_one_layer_are_numbered():
+    model = Tower()
+    for router in model.routers:
+        router.layer = 7
+    with record_routing(model) as recorder:
+        model(items(), RoutingContext())
+    assert [(layer.layer, layer.name) for layer in recorder.trace().layers] == [(0, "routers.0"), (1, "routers.1")]
+
+
+class ForeignGate(nn.Module):
+    """A router as other libraries write them: logits, weights and indices in a tuple, no context."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, E, bias=False)
+
+    def forward(self, x_ND):
+        logit_NE = self.linear(x_ND)
+        weight_NK, index_NK = logit_NE.softmax(-1).topk(K)
+        return logit_NE, weight_NK, index_NK
+
+
+def test_a_foreign_model_is_recorded_from_outside():
+    model = nn.Sequential(ForeignGate())
+    with record_routing(
+        model,
+        routers={"gate": model[0]},
+        read=lambda gate, output: Routing(output[2], output[1], output[0].softmax(-1)),
+    ) as recorder:
+        _, weight_NK, index_NK = model(items())
+    assert torch.equal(recorder.trace().routing(0).index_NK, index_NK)
+    assert torch.equal(recorder.trace().routing(0).weight_NK, weight_NK)
+    assert recorder.trace().layers[0].name == "gate"
+
+
+def test_messages():
+    with pytest.raises(ConfigError, match="Linear has no Router to record"), record_routing(nn.Linear(2, 2)):
+        pass
+    model = nn.Sequential(ForeignGate())
+    with (
+        pytest.raises(ConfigError, match="ForeignGate returned tuple, not a Routing"),
+        record_routing(model, routers={"gate": model[0]}),
+    ):
+        model(items())
+    tower = Tower()
+    with record_routing(tower) as recorder:
+        recorder.tokens = torch.tensor([1, 2])
+        with pytest.raises(DataError, match="has 2 tokens, but the forward pass routes 6 items"):
+            tower(items(), RoutingContext())
