@@ -42,6 +42,17 @@ BUILTIN: dict[str, dict[str, str]] = {
     "attention": {
         "attention": "anabranch.nn.attention:Attention",
     },
+    "tokenizer": {
+        "bytes": "anabranch.data.tokenizer:ByteTokenizer",
+        "bpe": "anabranch.data.tokenizer:BpeTokenizer",
+        "file": "anabranch.data.tokenizer:HuggingFaceTokenizer",
+    },
+    "corpus": {
+        "stdlib": "anabranch.data.corpus:Stdlib",
+        "files": "anabranch.data.corpus:Files",
+        "table": "anabranch.data.corpus:Table",
+        "mixture": "anabranch.data.corpus:Mixture",
+    },
     "schedule": {
         "cosine": "anabranch.train.schedule:Cosine",
         "wsd": "anabranch.train.schedule:WarmupStableDecay",

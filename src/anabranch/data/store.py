@@ -1,0 +1,217 @@
+"""Tokenise once: a corpus becomes memory-mapped arrays in a cache folder, found again by the content of corpus and tokenizer.
+
+A cache entry is a folder: for each split ``SPLIT.bin`` (uint16, or uint32 for vocabularies over 65,536), for tokenizers whose
+byte counts depend on the text ``SPLIT.lengths.bin`` (uint32), and ``index.json``, which says where each label's tokens lie.
+Documents of one label lie together, each followed by end of text where the tokenizer has one.
+"""
+# Shapes: T tokens of a split, V vocabulary
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anabranch.data.corpus import Corpus, Document
+from anabranch.data.reading import stable_hash
+from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split, stretches
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import DataError
+from anabranch.files import atomic_folder, atomic_write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the cache entry; another one is built anew
+SPLITS = (TRAIN, VALIDATION)
+_BATCH_CHARACTERS = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where tokenised corpora are kept: ``ANABRANCH_CACHE``, else ``~/.cache/anabranch``. It may be deleted at any time."""
+    return Path(os.environ.get("ANABRANCH_CACHE") or Path.home() / ".cache" / "anabranch")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens of one label in one split: ``length`` of them from ``start``, made from ``documents`` of ``size_bytes``."""
+
+    label: str
+    start: int
+    length: int
+    size_bytes: int
+    documents: int
+
+
+class TokenStore:
+    """The tokens of a corpus, read from a cache entry. Cheap to pickle and to fork: the arrays are mapped, not held."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        index = _read_index(folder)
+        if index is None:
+            raise DataError(f"the token cache {folder} is damaged; delete it, and it is built anew")
+        self.folder = folder
+        self._tokenizer = tokenizer
+        self._dtype = index["dtype"]
+        self.segments = {name: tuple(Segment(**entry) for entry in index["splits"][name]) for name in SPLITS}
+        self._maps: dict[str, NDArray[Any]] = {}
+
+    @classmethod
+    def open(
+        cls, corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float, cache: Path | None = None
+    ) -> "TokenStore":
+        """The store of ``corpus``, from the cache or else made and put there; a damaged entry is replaced.
+
+        Processes that ask for one entry at once wait for the first to make it. Raises DataError as `Corpus.documents`, or if
+        the cache cannot be written.
+        """
+        key = f"{FORMAT} {corpus.fingerprint()} {tokenizer.fingerprint} {validation_fraction!r}"
+        folder = (cache or cache_folder()) / "tokens" / f"{stable_hash(key):016x}"
+        with _locked(folder):
+            if _read_index(folder) is None:
+                _build(folder, corpus, tokenizer, validation_fraction)
+        return cls(folder, tokenizer)
+
+    def tokens(self, split: str) -> NDArray[Any]:
+        """All tokens of ``split``, ``[T]``, uint16 or uint32, mapped from disk."""
+        return self._map(f"{split}.bin", self._dtype)
+
+    def byte_lengths(self, split: str, start: int, end: int) -> NDArray[np.int64]:
+        """Bytes of text under each of the tokens ``start`` to ``end`` (excluded) of ``split``."""
+        table_V = self._tokenizer.byte_length_V
+        if table_V is not None:
+            return table_V[self.tokens(split)[start:end]]
+        return self._map(f"{split}.lengths.bin", "uint32")[start:end].astype(np.int64)
+
+    def _map(self, name: str, dtype: str) -> NDArray[Any]:
+        if name not in self._maps:
+            file = self.folder / name
+            # A plain view of the map: slicing np.memmap itself costs several times more.
+            mapped = np.asarray(np.memmap(file, dtype=dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
+            self._maps[name] = mapped
+        return self._maps[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # the other process maps the files itself
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a cache entry, or None if it is absent, of another format, or a file has not the size it should have."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in index["sizes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return index if index.get("format") == FORMAT and sizes == index["sizes"] else None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = (folder.parent / f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache {folder.parent}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
+        ) from None
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # let go when the handle closes, even if the process is killed
+        yield
+
+
+def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float) -> None:
+    log.info("tokenising %s", corpus.describe())
+    cut_inside = labels_cut_inside(corpus.documents(), validation_fraction)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    has_lengths = tokenizer.byte_length_V is None
+    with atomic_folder(folder) as temporary:
+        pieces: dict[tuple[str, str], list[_Piece]] = {}
+        spool, spool_lengths = temporary / "spool", temporary / "spool.lengths"
+        with spool.open("wb") as out, spool_lengths.open("wb") as out_lengths:
+            position = 0
+            parts = split(corpus.documents(), validation_fraction, cut_inside)
+            for side, label, ids, lengths in _tokenise(parts, tokenizer):
+                pieces.setdefault((side, label), []).append(_Piece(position, len(ids), int(lengths.sum())))
+                position += len(ids)
+                out.write(ids.astype(dtype).tobytes())
+                if has_lengths:
+                    out_lengths.write(lengths.astype(np.uint32).tobytes())
+        splits = {side: _segments(side, pieces) for side in SPLITS}
+        for side in SPLITS:
+            order = [piece for (of, _), found in sorted(pieces.items()) if of == side for piece in found]
+            _gather(spool, temporary / f"{side}.bin", dtype, order)
+            if has_lengths:
+                _gather(spool_lengths, temporary / f"{side}.lengths.bin", "uint32", order)
+        spool.unlink()
+        spool_lengths.unlink()
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        entries = {side: [asdict(segment) for segment in splits[side]] for side in SPLITS}
+        atomic_write_json(
+            temporary / "index.json", {"format": FORMAT, "dtype": dtype, "sizes": sizes, "splits": entries}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The tokens of one document, or of the part of it in one split, in the spool."""
+
+    start: int
+    length: int
+    size_bytes: int
+
+
+def _segments(side: str, pieces: dict[tuple[str, str], list[_Piece]]) -> list[Segment]:
+    segments, start = [], 0
+    for (of, label), found in sorted(pieces.items()):
+        if of == side:
+            length = sum(piece.length for piece in found)
+            segments.append(Segment(label, start, length, sum(piece.size_bytes for piece in found), len(found)))
+            start += length
+    return segments
+
+
+def _tokenise(
+    parts: Iterable[tuple[str, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.int64]]]:
+    """(split, label, ids, byte lengths) of each part, in order, end of text included; encoded in batches to use all cores."""
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
+    batch: list[tuple[str, Document]] = []
+    size = 0
+
+    def encoded() -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.int64]]]:
+        cut = [list(stretches(document.text)) for _, document in batch]
+        results = iter(tokenizer.encode_with_byte_lengths([text for texts in cut for text in texts]))
+        for (side, document), texts in zip(batch, cut, strict=True):
+            ids, lengths = zip(*(next(results) for _ in texts), strict=True)
+            yield side, document.label, np.concatenate([*ids, end]), np.concatenate([*lengths, np.zeros_like(end)])
+
+    for side, document in parts:
+        batch.append((side, document))
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
+            yield from encoded()
+            batch, size = [], 0
+    if batch:
+        yield from encoded()
+
+
+def _gather(source: Path, target: Path, dtype: str, pieces: list[_Piece]) -> None:
+    """Copy ``pieces`` of the spool, one after another."""
+    width = np.dtype(dtype).itemsize
+    with source.open("rb") as spool, target.open("wb") as out:
+        for piece in pieces:
+            _copy(spool, out, piece.start * width, piece.length * width)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], start: int, size: int) -> None:
+    source.seek(start)
+    while size:
+        chunk = source.read(min(size, 1 << 24))
+        target.write(chunk)
+        size -= len(chunk)
