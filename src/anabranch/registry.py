@@ -26,6 +26,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "balance": {
         "switch": "anabranch.routing.balance:SwitchLoss",
+        "pool": "anabranch.routing.balance:PoolLoss",
         "z_loss": "anabranch.routing.balance:ZLoss",
         "importance": "anabranch.routing.balance:ImportanceLoss",
         "device": "anabranch.routing.balance:DeviceLoss",
@@ -51,6 +52,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "stdlib": "anabranch.data.corpus:Stdlib",
         "files": "anabranch.data.corpus:Files",
         "table": "anabranch.data.corpus:Table",
+        "named": "anabranch.data.named:Named",
         "mixture": "anabranch.data.corpus:Mixture",
     },
     "schedule": {

@@ -250,12 +250,12 @@ class Decoder(Part, nn.Module):
 def _recomputed(block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
     """Run ``block`` without keeping its activations. What it emits comes back as outputs, so it is counted once."""
 
-    def run(x_BLD: Tensor) -> tuple[Tensor, dict, list]:
+    def run(x_BLD: Tensor) -> tuple[Tensor, dict, list, list]:
         local = context.fork()
-        return block(x_BLD, local), local.losses, local.loads
+        return block(x_BLD, local), local.losses, local.loads, local.parts
 
-    y_BLD, losses, loads = checkpoint(run, x_BLD, use_reentrant=False)
-    context.merge(losses, loads)
+    y_BLD, losses, loads, parts = checkpoint(run, x_BLD, use_reentrant=False)
+    context.merge(losses, loads, parts)
     return y_BLD
 
 

@@ -1,6 +1,7 @@
 """The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
 # Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Candidates, Router, capacity_of, limit_capacity
+from anabranch.routing import Balancer, Candidates, Router, capacity_of, limit_capacity
 
 
 class MoE(FeedForward, kind="moe"):
@@ -88,6 +89,7 @@ class MoE(FeedForward, kind="moe"):
         pool_name: str | None = None,
         own_start: int = 0,
         candidates: Candidates | None = None,
+        pool_balance: Sequence[Balancer] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -98,6 +100,7 @@ class MoE(FeedForward, kind="moe"):
             pool=pool_name,
             own_start=own_start,
             candidates=candidates,
+            pool_balance=pool_balance,
             generator=context.generator,
         )
         if pool is None:

@@ -145,6 +145,31 @@ class SwitchLoss(LoadCounter, kind="switch"):
         return ((_share(load_SE) * mean_SE).sum(-1) * real_S).sum() / real_S.sum().clamp_min(1)
 
 
+class PoolLoss(Balancer, kind="pool"):
+    """The Switch loss of a pool of destinations that several layers share, on loads and scores averaged over those layers.
+
+    alpha U sum_u mean_l(f_lu) mean_l(P_lu) over the U open destinations of the pool: it balances what physically exists, and
+    leaves a layer free to specialise. One instance serves all layers of the pool (ReXMoE).
+    """
+
+    @configclass
+    class Config(Balancer.Config):
+        """Attributes: ``alpha`` (default 0.01)."""
+
+        alpha: float = Field(default=1e-2, ge=0)
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit this layer's part."""
+        probability_E = masked_mean(seen.probability_NE(), context.item_mask_N)
+        num_open = torch.as_tensor(seen.num_open(), dtype=probability_E.dtype, device=probability_E.device)
+        context.emit_part(self, (_share(seen.routing.load_E()), probability_E, num_open))
+
+    def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
+        """The loss of all layers of the pool."""
+        share_E, probability_E, num_open = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
+        return "pool_balancing", self.config.alpha * num_open * (share_E * probability_E).sum()
+
+
 class ZLoss(Balancer, kind="z_loss"):
     """beta mean (logsumexp z)^2, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
 

@@ -19,6 +19,13 @@ class LoadSink(Protocol):
         """Add the loads of one forward pass."""
 
 
+class LossOverLayers(Protocol):
+    """What makes one loss of parts that several layers emitted (a balance over a pool that layers share)."""
+
+    def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
+        """(name, loss) from the parts, in the order of the layers."""
+
+
 @dataclass
 class RoutingContext:
     """State of one forward pass.
@@ -29,6 +36,7 @@ class RoutingContext:
         training: balancers emit losses and loads only then.
         losses: emitted losses by name, one entry per layer that emitted it.
         loads: emitted (balancer, load_E) pairs.
+        parts: emitted (loss over layers, its part of one layer) pairs.
         state: what a design carries between layers or calls, by a name of its own (recurrent router state, masks).
     """
 
@@ -37,6 +45,7 @@ class RoutingContext:
     training: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     loads: list[tuple[LoadSink, Tensor]] = field(default_factory=list)
+    parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
     def emit_loss(self, name: str, loss: Tensor) -> None:
@@ -47,15 +56,20 @@ class RoutingContext:
         """Note a load for ``sink``; it gets it at `commit`."""
         self.loads.append((sink, load_E))
 
+    def emit_part(self, owner: LossOverLayers, part: tuple[Tensor, ...]) -> None:
+        """Add one layer's part of a loss that ``owner`` makes of several layers' parts."""
+        self.parts.append((owner, part))
+
     def fork(self) -> Self:
         """A context that sees the same state but collects on its own."""
-        return replace(self, losses={}, loads=[])
+        return replace(self, losses={}, loads=[], parts=[])
 
-    def merge(self, losses: dict[str, list[Tensor]], loads: list[tuple[LoadSink, Tensor]]) -> None:
+    def merge(self, losses: dict[str, list[Tensor]], loads: list, parts: list) -> None:
         """Take over what a fork collected."""
         for name, values in losses.items():
             self.losses.setdefault(name, []).extend(values)
         self.loads.extend(loads)
+        self.parts.extend(parts)
 
     def commit(self) -> None:
         """Hand the loads to their balancers. Call once per forward pass, outside recomputed code."""
@@ -64,5 +78,10 @@ class RoutingContext:
         self.loads = []
 
     def mean_losses(self) -> dict[str, Tensor]:
-        """Each emitted loss, averaged over the layers that emitted it."""
-        return {name: sum(values[1:], start=values[0]) / len(values) for name, values in self.losses.items()}
+        """Each emitted loss, averaged over the layers (or groups of layers) that emitted it."""
+        losses = {name: list(values) for name, values in self.losses.items()}
+        owners = {id(owner): owner for owner, _ in self.parts}
+        for key, owner in owners.items():
+            name, loss = owner.close([part for other, part in self.parts if id(other) == key])
+            losses.setdefault(name, []).append(loss)
+        return {name: sum(values[1:], start=values[0]) / len(values) for name, values in losses.items()}

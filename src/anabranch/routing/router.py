@@ -1,6 +1,7 @@
 """`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
 # Shapes: N items, E destinations, K places per item, D width
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,7 @@ class Router(Part, nn.Module):
         layer: index of the layer it routes for, written into traces.
         pool: name of the expert pool that the destinations index, if layers share one.
         own_start: first destination in the pool that belongs to this layer.
+        pool_balance: balancers that all layers of the pool share.
     """
 
     @configclass
@@ -71,6 +73,7 @@ class Router(Part, nn.Module):
         pool: str | None = None,
         own_start: int = 0,
         candidates: Candidates | None = None,
+        pool_balance: Sequence[Balancer] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class Router(Part, nn.Module):
         self.score: Score = config.score.build(dim, num_destinations, generator=generator)
         self.select: Select = config.select.build(num_destinations)
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
+        self.pool_balance = tuple(pool_balance)  # a tuple, so not registered: these belong to the pool, not to a layer
         self.candidates = candidates
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
@@ -99,13 +103,13 @@ class Router(Part, nn.Module):
             routing = routing.drop(~context.item_mask_N.unsqueeze(-1))
         if context.training:
             seen = Observation(logit_NE, routing, open_NE)
-            for part in self.balance:
+            for part in (*self.balance, *self.pool_balance):
                 part(seen, context)
         return routing
 
     def _bias_E(self) -> Tensor | None:
         total_E: Tensor | None = None
-        for part in self.balance:
+        for part in (*self.balance, *self.pool_balance):
             bias_E = part.bias_E
             if isinstance(bias_E, Tensor):
                 total_E = bias_E if total_E is None else total_E + bias_E

@@ -1,0 +1,1 @@
+"""Systems that route tokens to experts. One module per paper."""
