@@ -12,13 +12,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anabranch.config import Config, Field, Part, configclass, to_dict
 from anabranch.data.reading import (
     digest_file,
     is_table,
     list_files,
+    matches,
     read_rows,
     read_texts,
     stable_hash,
@@ -115,17 +116,11 @@ class Stdlib(Corpus, kind="stdlib"):
         outside = {"site-packages", "dist-packages"} | (
             set() if self.config.include_tests else {"test", "tests", "idle_test"}
         )
-        keyed = [(file.relative_to(root).as_posix(), file) for file in list_files(root, "**/*.py")]
-        code = [
-            (key, file) for key, file in self._in_order(keyed) if not outside.intersection(file.relative_to(root).parts)
-        ]
-        found = [(key, file, "code") for key, file in code]
-        if self.config.include_docs:
-            version = f"{sys.version_info.major}.{sys.version_info.minor}"
-            manual = Path(f"/usr/share/doc/python{version}/html/_sources")
-            pages = list_files(manual, "**/*.rst.txt") if manual.is_dir() else []
-            keyed = [(f"doc/{file.relative_to(manual).as_posix()}", file) for file in pages]
-            found += [(key, file, "docs") for key, file in self._in_order(keyed)]
+        found = [(key, file, "code") for key, file in self._in_order(list_files(root, "*.py", outside))]
+        manual = Path(f"/usr/share/doc/python{sys.version_info.major}.{sys.version_info.minor}/html/_sources")
+        if self.config.include_docs and manual.is_dir():
+            pages = self._in_order(list_files(manual, "*.rst.txt"))
+            found += [(f"doc/{key}", file, "docs") for key, file in pages]
         return found
 
     def _read(self) -> Iterator[Document]:
@@ -137,8 +132,8 @@ class Stdlib(Corpus, kind="stdlib"):
 class Files(Corpus, kind="files"):
     """Any text files: single ones, folders of them, gzip and zip archives. Binary files are skipped.
 
-    Source and licence: whatever the paths hold. A document's key is its path below the given folder (the file name where a file was
-    given), its label the ``label`` of the config, else the folder it lies in if ``label_by_folder``, else the name of the path.
+    Source and licence: whatever the paths hold. A document's key is its path below the given folder (the file's name where a file
+    was given, followed by ``!`` and the member in a zip).
     """
 
     @configclass
@@ -146,44 +141,49 @@ class Files(Corpus, kind="files"):
         """Which files."""
 
         paths: tuple[str, ...] = Field(min_length=1)
-        pattern: str = "**/*"  # of the files in a folder
+        pattern: str = "*"  # of the files in a given folder, or the members of a given zip; * also spans folders
         encoding: str = "utf-8"  # bytes that do not fit it become U+FFFD; a byte-order mark goes before it
-        label: str | None = None
-        label_by_folder: bool = False  # first folder below the path: spam/1.txt is labelled spam
+        label: str | None = None  # None labels a document as label_by says
+        label_by: Literal["path", "folder", "file"] = (
+            "path"  # the name of the given path, of the first folder in it, of the file
+        )
 
         def __post_init__(self) -> None:
             _check_encoding(self.encoding)
 
     def sources(self) -> list[Path]:
         """See `Corpus`."""
-        return [file for _, file, _ in self._files()]
+        return [file for _, _, file in self._files()]
 
     def describe(self) -> str:
         """See `Corpus`."""
         paths = ", ".join(self.config.paths)
-        return paths if self.config.pattern == "**/*" else f"{paths} (files that match {self.config.pattern})"
+        return paths if self.config.pattern == "*" else f"{paths} (files that match {self.config.pattern!r})"
 
-    def _files(self) -> list[tuple[str, Path, str]]:
+    def _files(self) -> list[tuple[Path, str, Path]]:
+        """(given path, key, file), unreadable zips and binary files included."""
         found = []
         for path in self.config.paths:
             root = Path(path).expanduser()
-            base = root.parent if root.is_file() else root
-            keyed = [(file.relative_to(base).as_posix(), file) for file in list_files(root, self.config.pattern)]
-            found += [(key, file, self._label(root, key)) for key, file in self._in_order(keyed)]
+            found += [(root, key, file) for key, file in self._in_order(list_files(root, self.config.pattern))]
         return found
 
     def _label(self, root: Path, key: str) -> str:
         if self.config.label is not None:
             return self.config.label
-        if self.config.label_by_folder and "/" in key:
-            return key.split("/")[0]
-        return root.resolve().name.split(".")[0] or "text"
+        parts = key.split("/")
+        if self.config.label_by == "folder" and len(parts) > 1:
+            return parts[0]
+        name = parts[-1] if self.config.label_by == "file" else root.resolve().name
+        return name.split(".")[0] or "text"
 
     def _read(self) -> Iterator[Document]:
-        for key, file, label in self._files():
+        for root, key, file in self._files():
             for member, text in read_texts(file, self.config.encoding):
-                inner = member.split("/")[0] if self.config.label_by_folder and "/" in member else label
-                yield Document(f"{key}!{member}" if member else key, text, inner)
+                if not member:
+                    yield Document(key, text, self._label(root, key))
+                elif file != root or matches(member, self.config.pattern):
+                    yield Document(f"{key}!{member}", text, self._label(root, member))
 
 
 class Table(Corpus, kind="table"):
@@ -206,7 +206,7 @@ class Table(Corpus, kind="table"):
         found = []
         for path in self.config.paths:
             root = Path(path).expanduser()
-            files = [file for file in list_files(root) if root.is_file() or is_table(file)]
+            files = [file for _, file in list_files(root) if root.is_file() or is_table(file)]
             if not files:
                 raise DataError(f"no .parquet or .jsonl files in {root}")
             found += files

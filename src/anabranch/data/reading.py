@@ -5,9 +5,11 @@ import difflib
 import gzip
 import hashlib
 import json
+import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -69,6 +71,37 @@ def _read_zip(file: Path, encoding: str) -> Iterator[tuple[str, str]]:
         raise DataError(f"cannot read {file}: {error}") from None
 
 
+def list_files(root: Path, pattern: str = "*", outside: Container[str] = ()) -> list[tuple[str, Path]]:
+    """(path below ``root``, file) of the files at ``root``, sorted: itself, or those in it, at any depth, that match ``pattern``.
+
+    Hidden files, caches, links to other files in ``root``, and folders named in ``outside`` are left out. Raises DataError if
+    there is nothing at ``root``.
+    """
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise missing_corpus(root)
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [
+            name for name in below if not name.startswith(".") and name != "__pycache__" and name not in outside
+        ]
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        keys = [(prefix + name).removeprefix("./") for name in names if not name.startswith(".")]
+        found += [key for key in keys if matches(key, pattern) and _is_of_its_own(root / key, root)]
+    return [(key, root / key) for key in sorted(found)]
+
+
+def _is_of_its_own(file: Path, root: Path) -> bool:
+    """Whether this is a file, and no second name for one in ``root``, whose text would then train and validate at once."""
+    return file.is_file() and not (file.is_symlink() and file.resolve().is_relative_to(root.resolve()))
+
+
+def matches(key: str, pattern: str) -> bool:
+    """Whether a path matches a shell pattern whose ``*`` also spans folders, so that ``**/*.py`` and ``*.py`` are one."""
+    return fnmatch(key, pattern.removeprefix("**/"))
+
+
 def is_table(file: Path) -> bool:
     """Whether the name says Parquet or JSON lines."""
     suffixes = [suffix for suffix in file.suffixes if suffix not in GZIP_SUFFIXES]
@@ -124,22 +157,6 @@ def _check_columns(where: Path | str, columns: list[str], known: list[str]) -> N
             near = difflib.get_close_matches(column, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
             raise DataError(f"no column {column!r} in {where}; {hint}")
-
-
-def list_files(root: Path, pattern: str = "**/*") -> list[Path]:
-    """The files at ``root``, sorted: itself, or those in it that match ``pattern`` and are not hidden. Raises DataError if
-    there is nothing at ``root``.
-    """
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise missing_corpus(root)
-    found = []
-    for file in root.glob(pattern):
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(root).parts)
-        if not hidden and file.is_file():
-            found.append(file)
-    return sorted(found)
 
 
 def stable_hash(text: str) -> int:
