@@ -1,5 +1,7 @@
 """Recording from outside: what is noted equals what the routers returned, and nothing stays behind."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,30 @@ def test_ids_of_the_context_and_padding():
         assert decided.position_N.tolist() == [5, 1, 2]
         assert decided.token_N.tolist() == [4, 2, 1]
     assert recorder.trace().layers[1].layer == 2
+
+
+@dataclass(kw_only=True)
+class SequenceContext(RoutingContext):
+    """As a language model's: positions and tokens in batch form."""
+
+    position_BL: torch.Tensor
+    token_BL: torch.Tensor
+
+
+def test_cached_decoding_goes_on_with_the_same_sequences():
+    model = Tower(num_layers=1)
+    with record_routing(model) as recorder:
+        for _ in range(2):  # two batches of two sequences: two positions at once, then one by one
+            for positions in ([0, 1], [2], [3]):
+                position_BL = torch.tensor([positions] * 2)
+                context = SequenceContext(
+                    position_BL=position_BL, token_BL=position_BL + 7, sequence_length=len(positions)
+                )
+                model(items(position_BL.numel()), context)
+    decided = recorder.trace().decisions(0)
+    assert decided.item_N.tolist() == [0, 0, 1, 1, 0, 1, 0, 1, 2, 2, 3, 3, 2, 3, 2, 3]
+    assert decided.position_N.tolist() == [0, 1, 0, 1, 2, 2, 3, 3] * 2
+    assert (decided.token_N == decided.position_N + 7).all()
 
 
 def test_nothing_stays_behind():

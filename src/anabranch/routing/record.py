@@ -162,7 +162,7 @@ class Recorder:
         self.domain: str | None = None
         self.tokens: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
-        self._next_item = dict.fromkeys(layers, 0)
+        self._items = dict.fromkeys(layers, (0, 0))  # ids of the last forward pass: first, and one past the last
 
     def trace(self) -> RoutingTrace:
         """What was recorded. A recording to a file is read back from it, once its block has ended."""
@@ -177,7 +177,7 @@ class Recorder:
         routing = self._read(module, output)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, RoutingContext)]
         context = given[0] if given else RoutingContext()
-        keep_N = slice(None) if context.item_mask_N is None else _numpy(context.item_mask_N)
+        keep_N = _real(context)
         item_N, position_N = self._places(module, routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
@@ -205,19 +205,21 @@ class Recorder:
         """Item id and position of each of the N items: as the context says, else counted from the start of the recording."""
         length = context.sequence_length or 1  # no sequences: every item is one of its own
         count_N = np.arange(num_items)
-        first = self._next_item[module]
-        self._next_item[module] += -(-num_items // length)
-        item_N, position_N = context.state.get("item_N"), context.state.get("position_N")
-        return (
-            first + count_N // length if item_N is None else _numpy(item_N).reshape(-1),
-            count_N % length if position_N is None else _numpy(position_N).reshape(-1),
-        )
+        position_N = _given(context, "position", num_items)
+        item_N = _given(context, "item", num_items)
+        if item_N is None:
+            # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
+            goes_on = position_N is not None and num_items > 0 and not (position_N[_real(context)] == 0).any()
+            first, end = self._items[module]
+            first = first if goes_on else end
+            self._items[module] = first, first + -(-num_items // length)
+            item_N = first + count_N // length
+        return item_N, count_N % length if position_N is None else position_N
 
     def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
-        token_N = self.tokens if self.tokens is not None else context.state.get("token_N")
-        if token_N is None:
-            return None
-        token_N = _numpy(torch.as_tensor(token_N)).reshape(-1)
+        if self.tokens is None:
+            return _given(context, "token", num_items)
+        token_N = _numpy(torch.as_tensor(self.tokens)).reshape(-1)
         if token_N.size != num_items:
             raise DataError(
                 f"recorder.tokens has {token_N.size} tokens, but the forward pass routes {num_items} items; set it per pass"
@@ -240,9 +242,9 @@ def record_routing(
             model(token_BL)
         trace = recorder.trace()
 
-    Which item a row belongs to is taken from ``context.state``: ``item_N``, ``position_N`` and ``token_N``, each ``[N]``, where a
-    model puts them; otherwise items are counted from 0, in sequences of ``context.sequence_length`` if that is known. Padding
-    (``context.item_mask_N``) is not recorded.
+    Which item a row belongs to is taken from ``context.state``: ``item_N``, ``position_N`` and ``token_N``, each ``[N]``, or from
+    ``context.position_BL`` and ``context.token_BL`` of a language model. Otherwise items are counted from 0, in sequences of
+    ``context.sequence_length`` if that is known. Padding (``context.item_mask_N``) is not recorded.
 
     Args:
         model: whose routers to record.
@@ -284,6 +286,17 @@ def _is_routing(module: nn.Module, output: Any) -> Routing:
             f"{type(module).__name__} returned {type(output).__name__}, not a Routing; pass read= to record_routing"
         )
     return output
+
+
+def _given(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
+    """What a context says about each item, if it speaks of these N (a layer may route only some of the tokens)."""
+    value = context.state.get(f"{what}_N")
+    value = getattr(context, f"{what}_BL", None) if value is None else value
+    return None if value is None or value.numel() != num_items else _numpy(value).reshape(-1)
+
+
+def _real(context: RoutingContext) -> np.ndarray | slice:
+    return slice(None) if context.item_mask_N is None else _numpy(context.item_mask_N)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
