@@ -1,0 +1,170 @@
+"""What MkDocs makes while it builds, so that none of it is typed by hand or goes stale.
+
+- one API page per package, from its docstrings;
+- the command line page, from ``--help``;
+- tables of recorded results, where a page says ``<!-- results: studies/rexmoe -->`` (or ``benchmarks/moe_layer``, or
+  ``studies`` or ``benchmarks`` for all).
+"""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "anabranch"
+MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
+COMMAND_LINE = "command-line.md"
+
+
+def generated_pages() -> dict[str, str]:
+    """Path below docs/ and text of each page that no file holds, the command line's left empty (it takes a second)."""
+    return {f"api/{name}.md": _api_page(name) for name in api_names()} | {COMMAND_LINE: ""}
+
+
+def on_config(config: Any) -> Any:
+    """Add the API pages to the navigation."""
+    pages = [{f"anabranch.{name}": f"api/{name}.md"} for name in api_names()]
+    config.nav = [*config.nav, {"Python API": pages}]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages and the plots of studies."""
+    from mkdocs.structure.files import File
+
+    for path, text in generated_pages().items():
+        text = command_line_page() if path == COMMAND_LINE else text
+        files.append(File.generated(config, path, content=text))
+    for plot in sorted((ROOT / "studies" / "results").glob("*.[ps][nv]g")):
+        files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the recorded results in the place of their markers."""
+    up = "../" * page.file.src_uri.count("/")
+    return MARKER.sub(lambda found: results(found[1], found[2], up), markdown)
+
+
+# Python API
+
+
+def api_names() -> list[str]:
+    """Packages and modules of Anabranch that have a page: whatever is there and public, but the command line."""
+    found = [path for path in PACKAGE.iterdir() if (path.is_dir() and any(path.glob("*.py"))) or path.suffix == ".py"]
+    return sorted(path.stem for path in found if not path.stem.startswith("_") and path.stem not in ("cli", "studies"))
+
+
+def _api_page(name: str) -> str:
+    """A package that lists its public names is one entry; of any other each module is."""
+    modules = [f"anabranch.{name}"]
+    if (PACKAGE / name).is_dir() and not _public_names(PACKAGE / name / "__init__.py"):
+        inner = sorted(path.stem for path in (PACKAGE / name).glob("*.py") if not path.stem.startswith("_"))
+        modules = [f"anabranch.{name}.{module}" for module in inner]
+    return f"# anabranch.{name}\n\n" + "".join(f"::: {module}\n\n" for module in modules)
+
+
+def _public_names(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(name, ast.Name) and name.id == "__all__" for name in node.targets
+        ):
+            return ast.literal_eval(node.value)
+    return []
+
+
+# Command line
+
+
+def command_line_page() -> str:
+    """Every command with its help, as a terminal of 100 columns shows it."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from anabranch.cli.main import app
+
+    os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1", TERM="dumb")
+
+    def help_of(*words: str) -> str:
+        shown = CliRunner().invoke(app, [*words, "--help"], prog_name="anabranch")
+        if shown.exit_code:
+            raise RuntimeError(f"anabranch {' '.join(words)} --help failed: {shown.output}")
+        lines = "\n".join(line.rstrip() for line in shown.output.strip("\n").splitlines())
+        return f"```text\n$ anabranch {' '.join([*words, '--help'])}\n{lines}\n```\n\n"
+
+    names = list(get_command(app).commands)  # type: ignore[attr-defined]
+    intro = (
+        "# Command line\n\nEvery command takes `--help`. Commands that print results take `--json`: one object on standard "
+        "output and nothing else there.\nProgress goes to standard error. A mistake gives one line and exit code 2; the kinds "
+        "of mistakes are on [Errors](errors.md).\n\n"
+    )
+    return intro + help_of() + "".join(f"## {name}\n\n{help_of(name)}" for name in names)
+
+
+# Results
+
+
+def results(folder: str, name: str | None, up: str = "") -> str:
+    """Tables of one recorded result or all of a folder. ``up`` leads from the page to docs/."""
+    found = sorted((ROOT / folder / "results").glob(f"{name or '*'}.json"))
+    if name and not found:
+        raise FileNotFoundError(
+            f"no {folder}/results/{name}.json to show; record it, or take the marker out of the page"
+        )
+    tables = []
+    for path in found:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        table = study_table(recorded) if folder == "studies" else benchmark_table(recorded)
+        plots = [plot for plot in sorted(path.parent.glob(f"{path.stem}.[ps][nv]g")) if folder == "studies"]
+        pictures = "".join(f"\n![{path.stem}: recorded curves]({up}results/{plot.name})\n" for plot in plots)
+        tables.append((f"### {path.stem}\n\n" if name is None else "") + table + pictures)
+    return "\n".join(tables) or "Nothing is recorded yet."
+
+
+def study_table(recorded: dict[str, Any]) -> str:
+    """What a study claimed, what the paper found and what we found."""
+    columns = {
+        "Claim": "claim",
+        "Paper": "paper",
+        "Baseline": "baseline",
+        "Ours": "ours",
+        "Difference": "difference",
+        "95% interval": "interval",
+        "Verdict": "verdict",
+    }
+    seeds = ", ".join(map(str, recorded["seeds"]))
+    versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
+    again = f"Repeat it with `anabranch study {recorded['name']} --full`."
+    return _table(columns, recorded["claims"]) + f"\nSeeds {seeds}. {versions}. {again}\n"
+
+
+def benchmark_table(recorded: dict[str, Any]) -> str:
+    """Ours against the peer, case by case."""
+    columns = {"Case": "case", "Ours": "ours", "Peer": "peer", "Ratio": "ratio", "Spread": "spread"}
+    again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
+    return (
+        _table(columns, recorded["rows"])
+        + f"\nMeasured on {recorded['device']}. Ratio above 1: ours is better. {again}\n"
+    )
+
+
+def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
+    numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in columns.values()]
+    lines = [list(columns), ["--:" if right else ":--" for right in numeric]]
+    lines += [[_cell(row.get(key)) for key in columns.values()] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " to ".join(map(_cell, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,281 @@
+"""What the documentation promises: examples run, commands and links exist, every system and error has its page."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import anabranch
+from anabranch import errors
+from anabranch.registry import BUILTIN
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+STUDIES = ROOT / "src" / "anabranch" / "studies"
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def load_hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load_hooks()
+
+
+# Examples
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its words after the fence, its text, and the line it starts on."""
+
+    info: str
+    body: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [
+        Block(found["info"].strip(), textwrap.dedent(found["body"]), text.count("\n", 0, found.start("body")))
+        for found in FENCE.finditer(text)
+    ]
+
+
+def python_blocks(page: Path) -> list[Block]:
+    return [block for block in blocks(page.read_text(encoding="utf-8")) if block.info.split()[:1] == ["python"]]
+
+
+def test_blocks_by_hand():
+    text = "a\n```python\nx = 1\n```\n\n- b\n\n    ```bash\n    ls\n    ```\n```python no-run\ny\n```\n"
+    assert blocks(text) == [Block("python", "x = 1\n", 2), Block("bash", "ls\n", 8), Block("python no-run", "y\n", 11)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=short)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    """Blocks of a page run one after the other, as a reader would type them; ``no-run`` ones are compiled only."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in python_blocks(page):
+        code = compile("\n" * block.line + block.body, str(page), "exec")  # so that a traceback shows the page's line
+        if "no-run" not in block.info.split():
+            exec(code, namespace)
+
+
+def shell_lines() -> list[tuple[Path, list[str]]]:
+    """Each line of a ```bash block, as words."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.info == "bash":
+                lines = block.body.replace("\\\n", " ").splitlines()
+                found += [(page, shlex.split(line, comments=True)) for line in lines]
+    return [(page, words) for page, words in found if words]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), shell_lines(), ids=lambda value: "-".join(value) if isinstance(value, list) else short(value)
+)
+def test_shell_examples_name_real_commands(page, words):
+    program, arguments = words[0], words[1:]
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in arguments if "=" not in word} <= set(targets)
+    elif Path(program).name == "anabranch" and arguments[:1] != ["--help"]:
+        commands = cli_options()
+        assert arguments[0] in commands
+        options = {word.split("=")[0] for word in arguments if word.startswith("-")}
+        assert options <= commands[arguments[0]] | {"--help"}
+
+
+@cache
+def cli_options() -> dict[str, set[str]]:
+    """The options of each command."""
+    from typer.main import get_command
+
+    from anabranch.cli.main import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+
+# Links
+
+
+def prose(text: str) -> str:
+    """A page without its code."""
+    return re.sub(r"`[^`\n]*`", "`code`", FENCE.sub("", text))
+
+
+def slug(title: str) -> str:
+    """The anchor of a heading (as GitHub and Python-Markdown make it, for plain titles)."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower())
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ +(.*?) *#*$", FENCE.sub("", text), re.MULTILINE)
+    return {slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)) for title in titles}
+
+
+def text_of(page: Path) -> str | None:
+    """What a page holds, generated or not; None if there is no such page."""
+    if (
+        page.is_relative_to(DOCS)
+        and (generated := hooks.generated_pages().get(str(page.relative_to(DOCS)))) is not None
+    ):
+        return generated
+    return page.read_text(encoding="utf-8") if page.is_file() else None
+
+
+def dead_links(page: Path) -> list[str]:
+    dead = []
+    for target in LINK.findall(prose(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):  # another site
+            continue
+        name, _, anchor = target.partition("#")
+        place = (page.parent / name).resolve() if name else page
+        text = text_of(place) if place.suffix == ".md" else None
+        if not (place.exists() or text is not None) or (anchor and text is not None and anchor not in anchors(text)):
+            dead.append(target)
+    return dead
+
+
+def test_slug_and_links_by_hand(tmp_path):
+    assert slug("Bring a model, take it elsewhere") == "bring-a-model-take-it-elsewhere"
+    assert slug("`make test`: the suite") == "make-test-the-suite"
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title\n[a](#a-title) [b](#none) [c](other.md) `[d](code.md)` [e](https://x.org/no) ![f](gone.png)\n"
+        "```\n# no title\n[g](fenced.md)\n```\n[h](#no-title)\n[i](page.md#a-title)\n"
+    )
+    assert dead_links(page) == ["#none", "other.md", "gone.png", "#no-title"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_links_lead_somewhere(page):
+    assert dead_links(page) == []
+
+
+# Completeness
+
+
+def designs() -> list[str]:
+    """Registered feed-forwards that are a system of their own: those that live in experts/."""
+    return sorted(kind for kind, target in BUILTIN["feed_forward"].items() if target.startswith("anabranch.experts."))
+
+
+def studies() -> list[str]:
+    """Modules of studies/ that are a study: those with a verdict."""
+    found = []
+    for file in sorted(STUDIES.glob("*.py")):
+        names = {
+            node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+        }
+        found += [file.stem] if "judge" in names else []
+    return found
+
+
+@pytest.mark.parametrize("name", designs())
+def test_design_has_page_row_study_and_tests(name):
+    assert (DOCS / "systems" / f"{name}.md").is_file()
+    assert f"]({name}.md)" in (DOCS / "systems" / "index.md").read_text(encoding="utf-8")
+    assert f"](docs/systems/{name}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert name in studies()
+    assert (ROOT / "tests" / "experts" / f"test_{name}.py").is_file()
+
+
+@pytest.mark.parametrize("name", studies())
+def test_study_has_a_page_that_shows_its_result(name):
+    page = DOCS / "systems" / f"{name}.md"
+    assert page.is_file()
+    assert f"anabranch study {name}" in page.read_text(encoding="utf-8")
+
+
+def public_errors() -> list[str]:
+    found = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.AnabranchError)
+    ]
+    return [error.__name__ for error in found if error is not errors.AnabranchError]
+
+
+@pytest.mark.parametrize("name", public_errors())
+def test_error_has_a_section_and_a_place_in_the_tree(name):
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", (DOCS / "errors.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert section is not None
+    assert "Caused by:" in section[1]
+    assert "Cured by:" in section[1]
+    assert f"── {name} " in (errors.__doc__ or "")
+
+
+def test_changelog_tells_of_this_version_or_of_what_is_unreleased():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[:1] in (["Unreleased"], [anabranch.__version__])
+
+
+# Generated parts
+
+
+def test_study_table_by_hand():
+    claim = {
+        "claim": "reuse lowers loss | bits",
+        "paper": "-0.5%",
+        "baseline": 2.51234,
+        "ours": 2.5,
+        "difference": -0.01234,
+        "interval": [-0.02, -0.0049],
+        "verdict": "holds",
+    }
+    recorded = {"name": "demo", "seeds": [0, 1], "claims": [claim], "config": {}, "versions": {"torch": "2.13"}}
+    assert hooks.study_table(recorded) == (
+        "| Claim | Paper | Baseline | Ours | Difference | 95% interval | Verdict |\n"
+        "| :-- | :-- | --: | --: | --: | :-- | :-- |\n"
+        "| reuse lowers loss \\| bits | -0.5% | 2.512 | 2.5 | -0.01234 | -0.02 to -0.0049 | holds |\n"
+        "\nSeeds 0, 1. torch 2.13. Repeat it with `anabranch study demo --full`.\n"
+    )
+
+
+def test_benchmark_table_by_hand():
+    rows = [{"case": "64 experts", "ours": 1.0, "peer": 1.5, "ratio": 1.5, "spread": None}]
+    assert hooks.benchmark_table({"name": "moe_layer", "device": "a laptop", "rows": rows}) == (
+        "| Case | Ours | Peer | Ratio | Spread |\n"
+        "| :-- | --: | --: | --: | :-- |\n"
+        "| 64 experts | 1 | 1.5 | 1.5 | - |\n"
+        "\nMeasured on a laptop. Ratio above 1: ours is better. Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
+    )
+
+
+def test_results_of_every_record_can_be_shown():
+    for folder in ("studies", "benchmarks"):
+        shown = hooks.results(folder, None)
+        for path in (ROOT / folder / "results").glob("*.json"):
+            assert f"### {path.stem}\n\n| " in shown
+    with pytest.raises(FileNotFoundError, match=r"no studies/results/nothing\.json to show"):
+        hooks.results("studies", "nothing")
+
+
+def test_api_pages_cover_the_package():
+    pages = hooks.generated_pages()
+    assert "::: anabranch.routing\n" in pages["api/routing.md"]
+    assert "::: anabranch.errors\n" in pages["api/errors.md"]
+    assert not [path for path in pages if "_" in path.removeprefix("api/")[:1]]
