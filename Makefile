@@ -48,7 +48,7 @@ format: $(VENV)/.installed-dev ## put the code in the project's form
 
 .PHONY: docs
 docs: $(VENV)/.installed-dev ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
 .PHONY: study
