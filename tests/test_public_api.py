@@ -12,7 +12,7 @@ PUBLIC = {
     "anabranch.config": "Config Field Part configclass from_dict override parse_assignment to_dict",
     "anabranch.routing": """
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK
-        ImportanceLoss LinearScore Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
+        ImportanceLoss LinearScore PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter ZLoss capacity_of combine count_destinations discard_loads dispatch
         limit_capacity pad_rows plan_dispatch record_routing sync_loads unpad_rows
     """,
