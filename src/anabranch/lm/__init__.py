@@ -1,7 +1,20 @@
 """Decoder language model: config, decoder, cache, generation, checkpoints, foreign formats."""
 
 from anabranch.lm.cache import KeyValueCache
+from anabranch.lm.checkpoint import load_config, load_model, load_weights, save_model, write_model
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.lm.generate import SamplingConfig, generate, stream
 
-__all__ = ["Decoder", "DecoderOutput", "KeyValueCache", "SamplingConfig", "generate", "stream"]
+__all__ = [
+    "Decoder",
+    "DecoderOutput",
+    "KeyValueCache",
+    "SamplingConfig",
+    "generate",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "save_model",
+    "stream",
+    "write_model",
+]

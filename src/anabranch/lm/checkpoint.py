@@ -1,0 +1,239 @@
+"""Model folders: saved in our own format, loaded from that or from a foreign one.
+
+    save_model("runs/a/model", model, tokenizer)
+    model, tokenizer = load_model("runs/a")          # a model folder, a training run, a Hugging Face folder, a .gguf file
+
+A native folder holds ``model.safetensors`` (each tensor once, under the names of ``model.state_dict()``), ``config.json``
+(``schema``, ``format``, ``model``: the config that builds the model) and the tokenizer's files. Folders are replaced as a whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import anabranch
+from anabranch.config import from_dict, to_dict
+from anabranch.data.tokenizer import Tokenizer, load_tokenizer
+from anabranch.errors import BackendError, CheckpointError, ConfigError
+from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import (
+    FLOATS,
+    MAX_SHARD_BYTES,
+    Layout,
+    Piece,
+    build_empty,
+    fill,
+    open_tensors,
+    overwrite,
+    read_json,
+    state_once,
+    write_tensors,
+)
+
+__all__ = ["find_model", "load_config", "load_model", "load_weights", "save_model", "write_model"]
+
+SCHEMA = 1
+FORMAT = "anabranch"
+
+
+def save_model(
+    folder: str | Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Save a model folder, all or nothing; a model folder that is there already is replaced.
+
+    Args:
+        folder: the place. What is there must be a model folder or empty, so that nothing else is lost.
+        model: the model.
+        tokenizer: saved beside it.
+        max_shard_bytes: larger models are split into files of at most this size.
+
+    Raises:
+        CheckpointError: ``folder`` holds something else.
+        CapacityError: the disk is full.
+        DataError: the place cannot be written.
+    """
+    check_replaceable(Path(folder))
+    with atomic_folder(folder) as temporary:
+        write_model(temporary, model, tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save_model` into a folder that is being filled, with other files beside it, inside `atomic_folder`.
+
+    ``state`` gives the tensors by name where the model's own are only shards of them (FSDP).
+    """
+    tensors = state_once(model)
+    if state is not None:
+        tensors = {name: state[name] for name in tensors}
+    write_tensors(folder, tensors, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    config = {
+        "schema": SCHEMA,
+        "format": FORMAT,
+        "anabranch_version": anabranch.__version__,
+        "model": to_dict(model.config),
+    }
+    atomic_write_json(folder / "config.json", config)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError if ``folder`` holds anything but a saved model: it would be lost."""
+    if not folder.is_dir():
+        return
+    suffixes = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix not in suffixes)
+    if not foreign and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        foreign = sorted(entry.name for entry in folder.iterdir())
+    if foreign:
+        raise CheckpointError(
+            f"{folder} is not a saved model (it holds {foreign[0]}), so it is not replaced; choose a new folder"
+        )
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder or GGUF file that ``path`` means: itself, or the newest checkpoint of a training run.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        hint = f"; did you mean the folder {path.parent}?" if (path.parent / "config.json").is_file() else ""
+        raise CheckpointError(f"{path} is a file, and not a .gguf one{hint}")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"no model at {path}; give a folder saved by anabranch or transformers, a training run, or a .gguf file "
+            "(nothing is downloaded)"
+        )
+    if (path / "config.json").is_file():
+        return path
+    steps = sorted(path.glob("checkpoints/step-*/config.json"))
+    if steps:
+        return steps[-1].parent
+    gguf = sorted(path.glob("*.gguf"))
+    hint = f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-*/config.json)"
+    raise CheckpointError(f"no model in {path}{hint}")
+
+
+def load_config(path: str | Path) -> Decoder.Config:
+    """The config of a model without its weights. ``path`` as for `load_model`; raises CheckpointError likewise."""
+    found = find_model(path)
+    config = read_json(found / "config.json")
+    return _native_config(found, config)
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Decoder, Tokenizer | None]:
+    """Load a model and its tokenizer (None if the folder has none).
+
+    Args:
+        path: a folder saved by `save_model`, a training run (its newest checkpoint), a Hugging Face folder, or a GGUF file.
+        dtype: of the weights, a floating-point type; None keeps the stored one (float32 for GGUF).
+        device: where the model shall be; None for the CPU.
+
+    Raises:
+        CheckpointError: nothing there, corrupt, of a newer version, or of a kind that we do not have.
+        TokenizerError: the tokenizer's files cannot be read.
+        BackendError: there is no such device, or an optional package is missing.
+    """
+    check_dtype_device(dtype, device)
+    found = find_model(path)
+    model = _load_native(found, read_json(found / "config.json"), dtype, device)
+    tokenizer = load_tokenizer(found) if (found / "tokenizer.json").is_file() else None
+    return model, tokenizer
+
+
+def load_weights(model: Decoder, path: str | Path) -> None:
+    """Copy the weights of a native folder (or of a run's newest checkpoint) into ``model``, in place.
+
+    Raises CheckpointError if they are of a model of another shape, e.g. with another reuse factor.
+    """
+    found = find_model(path)
+    stored = _native_config(found, read_json(found / "config.json"))
+    ours, theirs = (getattr(config.feed_forward, "reuse", 1) for config in (model.config, stored))
+    if ours != theirs:
+        raise CheckpointError(
+            f"{found} has reuse={theirs}, the model reuse={ours}; grow a plain model with ReXMoE.from_vanilla, "
+            "or convert the checkpoint to huggingface, which unshares its experts"
+        )
+    overwrite(model, open_tensors(found), identity(model), where=found)
+
+
+def identity(model: nn.Module) -> Layout:
+    """The native layout: every tensor under its own name."""
+    return {name: [Piece(name)] for name in state_once(model)}
+
+
+def _load_native(
+    folder: Path, table: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str | None
+) -> Decoder:
+    config = _native_config(folder, table)
+    model = build_empty(config)
+    fill(
+        model,
+        open_tensors(folder),
+        identity(model),
+        where=folder,
+        dtype=dtype,
+        device=device,
+        hint=_reuse_hint(config),
+    )
+    return model
+
+
+def _native_config(folder: Path, table: dict[str, Any]) -> Decoder.Config:
+    file = folder / "config.json"
+    if table.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} says neither format={FORMAT!r} nor a Hugging Face model_type; is it a model folder?"
+        )
+    schema = table.get("schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise CheckpointError(f"schema in {file} is {schema!r}; it must be 1 to {SCHEMA}")
+    if schema > SCHEMA:
+        raise CheckpointError(
+            f"{file} is of schema version {schema}, and this anabranch {anabranch.__version__} reads up to {SCHEMA}; update anabranch"
+        )
+    try:
+        return from_dict(Decoder.Config, table.get("model"))
+    except ConfigError as error:
+        raise CheckpointError(f"{file} does not describe a model: {error}") from None
+
+
+def _reuse_hint(config: Any) -> str:
+    """What to do about tensors that do not fit where layers share experts: most likely another reuse factor."""
+    reuse = getattr(config.feed_forward, "reuse", None)
+    if reuse is None:
+        return ""
+    return (
+        f"the config says reuse={reuse}: to change the reuse factor use ReXMoE.from_vanilla on a plain model, "
+        "or convert to huggingface for a plain export"
+    )
+
+
+def check_dtype_device(dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Raise ConfigError for a type that weights cannot have, BackendError for a device that is not there."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype is {dtype}; weights must be float64, float32, float16 or bfloat16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f"device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,311 @@
+"""Named tensors on disk: read one at a time, written in shards, so that a model is never in memory twice.
+
+A *layout* says how the tensors of a file make up ours: for each of our tensors the `Piece`s it is put together of. Read forwards
+it imports, read backwards it exports; formats differ in their layouts alone.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from anabranch.errors import CheckpointError
+
+MAX_SHARD_BYTES = 5_000_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tensor ``name`` of a file is the part ``where`` (an index expression) of one of ours; all of it by default."""
+
+    name: str
+    where: tuple[int | slice, ...] = ()
+
+
+Layout = Mapping[str, Sequence[Piece]]
+
+
+class TensorSource(Protocol):
+    """Tensors by name, read when asked for."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """All names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape, without reading the tensor."""
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """Type of the stored numbers, or its name in the file where torch has none like it."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU; it may be a view of the file."""
+
+
+class SafetensorsFiles:
+    """The tensors of one or more ``.safetensors`` files. Raises CheckpointError for a file that is missing or corrupt."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file_of: dict[str, Any] = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+                self._file_of |= dict.fromkeys(file.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(_unreadable(path, error)) from None
+
+    @property
+    def names(self) -> Collection[str]:
+        """All names."""
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """See `TensorSource`."""
+        stored = self._file_of[name].get_slice(name).get_dtype()
+        return _DTYPES.get(stored, stored)
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource`."""
+        return self._file_of[name].get_tensor(name)
+
+
+class PickleFiles:
+    """The tensors of ``pytorch_model.bin`` files, read without running any code of theirs."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for path in files:
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            except Exception as error:  # torch.load raises whatever the broken file leads it to
+                raise CheckpointError(_unreadable(path, str(error).split("\n", 1)[0])) from None
+            self._tensors |= {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+    @property
+    def names(self) -> Collection[str]:
+        """All names."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `TensorSource`."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource`."""
+        return self._tensors[name]
+
+
+def _unreadable(path: Path, error: object) -> str:
+    if not path.is_file():
+        return f"{path} is missing; copy the model folder again"
+    return f"cannot read {path}: {error}; it is truncated or corrupt, copy or save it again"
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch can map the file; its format before version 1.6 cannot be."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def open_tensors(folder: Path) -> TensorSource:
+    """The weights of a model folder: ``model.safetensors``, else ``pytorch_model.bin``, whole or in shards with an index.
+
+    Raises CheckpointError if there are none or they cannot be read.
+    """
+    for name, reader in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", PickleFiles)):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index} has no weight_map from tensor to file; copy the model folder again")
+            return reader([folder / file for file in sorted(set(weight_map.values()))])
+        if (folder / name).is_file():
+            return reader([folder / name])
+    raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in ``path``. Raises CheckpointError if it cannot be read or is no table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"cannot read {path}: it holds a {type(table).__name__}; it must be a table of settings")
+    return table
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write ``model.safetensors`` into ``folder``, or shards of at most ``max_shard_bytes`` with an index.
+
+    Only the tensors of one shard are copied at a time, and only where they are not on the CPU or not contiguous.
+    """
+    shards = list(_shards(tensors, max_shard_bytes))
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        ready = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(ready, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > max_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def state_once(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; one that stands under several names only under the first."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: state[name] for name in first.values()}
+
+
+def build_empty(config: Any) -> Any:
+    """``config.build()`` with parameters that take no memory (on the meta device) and buffers as they should be."""
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # its stub forgets the result
+    try:
+        return config.build()
+    finally:
+        hook.remove()
+
+
+def fill(
+    model: nn.Module,
+    source: TensorSource,
+    layout: Layout,
+    *,
+    where: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    ignore: Collection[str] = (),
+    hint: str = "",
+) -> None:
+    """Give the parameters and buffers of an empty ``model`` the values in ``source``, one tensor after the other.
+
+    Args:
+        model: from `build_empty`.
+        source: the stored tensors.
+        layout: how they make up the model's.
+        where: the file or folder, for messages.
+        dtype: of all parameters; None keeps how the first piece of each is stored. Buffers keep their own.
+        device: where the model shall be; default the CPU.
+        ignore: names in ``source`` that the model does not need.
+        hint: what would help, put after the message if the tensors do not fit.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, of another shape, or not floating-point numbers.
+    """
+    state = state_once(model)
+    check(state, source, layout, where=where, ignore=ignore, hint=hint)
+    new: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        stored = dtype or source.dtype(layout[name][0].name)
+        kind = stored if isinstance(tensor, nn.Parameter) and isinstance(stored, torch.dtype) else tensor.dtype
+        value = torch.empty(tensor.shape, dtype=kind, device=device)
+        _copy(value, source, layout[name])
+        new[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    every_name = model.state_dict(keep_vars=True)
+    model.load_state_dict({name: new[id(tensor)] for name, tensor in every_name.items()}, assign=True)
+    model.to(device)  # what is left: buffers that are not stored
+
+
+@torch.no_grad()
+def overwrite(model: nn.Module, source: TensorSource, layout: Layout, *, where: Path, hint: str = "") -> None:
+    """Copy the values in ``source`` into a model that is already there, keeping its types and devices. Raises as `fill`."""
+    state = state_once(model)
+    check(state, source, layout, where=where, hint=hint)
+    for name, tensor in state.items():
+        _copy(tensor, source, layout[name])
+
+
+def _copy(target: Tensor, source: TensorSource, pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        target[piece.where].copy_(source.read(piece.name))
+
+
+def check(
+    state: Mapping[str, Tensor],
+    source: TensorSource,
+    layout: Layout,
+    *,
+    where: Path,
+    ignore: Collection[str] = (),
+    hint: str = "",
+) -> None:
+    """Raise CheckpointError unless ``source`` holds exactly what ``layout`` asks for, in the shapes of ``state``."""
+    hint = f"; {hint}" if hint else ""
+    pieces = {piece.name: (name, piece) for name in state for piece in layout[name]}
+    missing = [name for name in pieces if name not in source.names]
+    if missing:
+        raise CheckpointError(f"{where} lacks {some(missing)}{hint}")
+    unexpected = [name for name in source.names if name not in pieces and name not in ignore]
+    if unexpected:
+        raise CheckpointError(
+            f"{where} has {some(unexpected)}, which the model of its config.json has no place for{hint}"
+        )
+    for stored, (name, piece) in pieces.items():
+        wanted, given = tuple(state[name][piece.where].shape), source.shape(stored)
+        if wanted != given:
+            raise CheckpointError(f"{stored} in {where} has shape {list(given)}, the model needs {list(wanted)}{hint}")
+        if state[name].is_floating_point() and source.dtype(stored) not in FLOATS:
+            kind = str(source.dtype(stored)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{stored} in {where} is stored as {kind}; weights must be float64, float32, float16 or bfloat16"
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    """Up to three of ``names`` and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
