@@ -78,7 +78,8 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if weight_NK is None:
         return y_NKD.sum(1, dtype=wide).to(rows_RD.dtype)
-    return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(rows_RD.dtype)
+    with torch.autocast(rows_RD.device.type, enabled=False):  # which would take the sum in half precision
+        return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(rows_RD.dtype)
 
 
 def capacity_of(num_items: int, num_places: int, num_destinations: int, capacity_factor: float) -> int:
@@ -125,11 +126,17 @@ def _rank_in_destination(routing: Routing, order: str) -> Tensor:
 
 
 def pad_rows(rows_RD: Tensor, plan: DispatchPlan, capacity: int) -> Tensor:
-    """rows_ECD: the rows of each destination, zero-padded to ``capacity`` (rows beyond it must have been dropped)."""
-    num_destinations = plan.offset_E.numel()
+    """rows_ECD: the rows of each destination, zero-padded to ``capacity``.
+
+    Raises ConfigError if a destination has more rows than that (see `limit_capacity`).
+    """
+    num_destinations, width = plan.offset_E.numel(), rows_RD.shape[-1]
+    most = int(plan.load_E.max())
+    if most > capacity:
+        raise ConfigError(f"capacity is {capacity}, but a destination has {most} rows; limit_capacity drops the excess")
     row_R, slot_R = _padded_slot(plan, capacity)
-    padded = rows_RD.new_zeros(num_destinations * capacity, rows_RD.shape[-1])
-    return padded.index_copy(0, slot_R, rows_RD[row_R]).view(num_destinations, capacity, -1)
+    padded = rows_RD.new_zeros(num_destinations * capacity, width)
+    return padded.index_copy(0, slot_R, rows_RD[row_R]).view(num_destinations, capacity, width)
 
 
 def unpad_rows(rows_ECD: Tensor, plan: DispatchPlan) -> Tensor:
