@@ -1,0 +1,19 @@
+"""One thread, fixed seeds, and hypothesis profiles: ``HYPOTHESIS_PROFILE=deep pytest`` looks much longer."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+torch.set_num_threads(1)  # shapes are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
