@@ -1,8 +1,8 @@
 import torch
 from hypothesis import given
-from strategies import random_routing, routings
 
 from anabranch.routing import UNUSED, Routing, count_destinations
+from strategies import random_routing, routings
 
 
 def test_load_by_hand():

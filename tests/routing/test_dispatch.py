@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import random_routing, routings
 
 from anabranch.errors import ConfigError
 from anabranch.routing import (
@@ -18,6 +17,7 @@ from anabranch.routing import (
     plan_dispatch,
     unpad_rows,
 )
+from strategies import random_routing, routings
 
 # -- the plan
 

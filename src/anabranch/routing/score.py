@@ -23,7 +23,11 @@ def activate(logit_NE: Tensor, activation: Activation) -> Tensor:
     """softmax over destinations (Shazeer et al. 2017), sigmoid (DeepSeek-V3), or sqrt(softplus)."""
     if activation == "softmax":
         return logit_NE.softmax(-1)
-    return logit_NE.sigmoid() if activation == "sigmoid" else F.softplus(logit_NE).sqrt()
+    if activation == "sigmoid":
+        return logit_NE.sigmoid()
+    # The root's slope at 0 is infinite, where far logits arrive: above 1e-30 it is finite, and closed ones stay at 0.
+    soft_NE = F.softplus(logit_NE)
+    return torch.where(soft_NE > 1e-30, soft_NE.clamp_min(1e-30).sqrt(), 0.0)
 
 
 class Score(Part, nn.Module, family="score"):

@@ -98,10 +98,10 @@ def _only_open(value_NE: Tensor, index_NK: Tensor) -> Tensor:
     return index_NK.masked_fill(value_NE.gather(-1, index_NK) == -torch.inf, UNUSED)
 
 
-def _check_top_k(top_k: int, num_destinations: int) -> None:
-    if top_k > num_destinations:
+def _check_at_most(name: str, value: int | None, num_destinations: int) -> None:
+    if value is not None and value > num_destinations:
         raise ConfigError(
-            f"top_k is {top_k}, but there are {num_destinations} destinations; use 1 to {num_destinations}"
+            f"{name} is {value}, but there are {num_destinations} destinations; use 1 to {num_destinations}"
         )
 
 
@@ -116,7 +116,7 @@ class TopK(Select, kind="top_k"):
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
-        _check_top_k(config.top_k, num_destinations)
+        _check_at_most("top_k", config.top_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest."""
@@ -146,7 +146,7 @@ class GroupTopK(Select, kind="group_top_k"):
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
-        _check_top_k(config.top_k, num_destinations)
+        _check_at_most("top_k", config.top_k, num_destinations)
         if num_destinations % config.num_groups:
             raise ConfigError(
                 f"num_groups is {config.num_groups}, which does not divide {num_destinations} destinations"
@@ -161,13 +161,15 @@ class GroupTopK(Select, kind="group_top_k"):
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest of the open groups."""
-        num_items, num_groups = value_NE.shape[0], self.config.num_groups
-        value_NGM = value_NE.view(num_items, num_groups, -1)
-        best = 1 if self.config.group_score == "max" else 2
-        group_NG = value_NGM.topk(best, dim=-1).values.sum(-1)
+        num_groups = self.config.num_groups
+        value_NGM = value_NE.unflatten(-1, (num_groups, self.num_destinations // num_groups))
+        best_NGM = value_NGM.topk(1 if self.config.group_score == "max" else 2, dim=-1).values
+        # A closed second-best adds nothing; a group is out only if its best is closed.
+        closed_NG = best_NGM[..., 0] == -torch.inf
+        group_NG = best_NGM.masked_fill(best_NGM == -torch.inf, 0.0).sum(-1).masked_fill(closed_NG, -torch.inf)
         open_NG = torch.zeros_like(group_NG, dtype=torch.bool)
         open_NG = open_NG.scatter(1, stable_top_k(group_NG, self.config.top_groups), True)
-        value_NE = value_NGM.masked_fill(~open_NG.unsqueeze(-1), -torch.inf).view(num_items, -1)
+        value_NE = value_NGM.masked_fill(~open_NG.unsqueeze(-1), -torch.inf).flatten(1)
         return _only_open(value_NE, stable_top_k(value_NE, self.config.top_k))
 
 
@@ -186,7 +188,7 @@ class TopP(Select, kind="top_p"):
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
-        _check_top_k(config.max_k or 1, num_destinations)
+        _check_at_most("max_k", config.max_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The shortest prefix of the sorted values that reaches ``top_p``."""
@@ -209,7 +211,7 @@ class Threshold(Select, kind="threshold"):
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
-        _check_top_k(config.max_k or 1, num_destinations)
+        _check_at_most("max_k", config.max_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """All values over the threshold."""
@@ -222,7 +224,8 @@ class Threshold(Select, kind="threshold"):
 class ExpertChoice(Select, kind="expert_choice"):
     """Each destination takes its C = ceil(capacity_factor N / E) best items (Zhou et al., arXiv 2202.09368).
 
-    Perfectly balanced, but an item's routing depends on the other items of the batch: not causal.
+    Items with nothing open (padding) are not among the N. Loads are equal, but an item's routing depends
+    on the other items of the batch: not causal.
     """
 
     @configclass
@@ -236,8 +239,13 @@ class ExpertChoice(Select, kind="expert_choice"):
     def choose(self, value_NE: Tensor) -> Tensor:
         """index_NE: destination e stands in place e where it took the item."""
         num_items, num_destinations = value_NE.shape
-        capacity = min(num_items, math.ceil(self.config.capacity_factor * num_items / num_destinations))
-        item_EC = stable_top_k(value_NE.T.contiguous(), capacity)
-        taken_NE = torch.zeros_like(value_NE, dtype=torch.bool).T.scatter(1, item_EC, True).T
+        factor = self.config.capacity_factor
+        capacity = min(num_items, math.ceil(factor * num_items / num_destinations))
+        item_EC = stable_top_k(value_NE.T, capacity)
+        num_real = (value_NE != -torch.inf).any(-1).sum()
+        real_capacity = torch.ceil(factor * num_real.double() / num_destinations)
+        within_C = torch.arange(capacity, device=value_NE.device) < real_capacity
+        taken_EN = torch.zeros_like(value_NE.T, dtype=torch.bool).scatter(1, item_EC, within_C.expand_as(item_EC))
+        taken_NE = taken_EN.T
         index_NE = torch.arange(num_destinations, device=value_NE.device).expand_as(value_NE)
         return index_NE.masked_fill(~taken_NE | (value_NE == -torch.inf), UNUSED)
