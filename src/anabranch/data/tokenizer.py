@@ -124,7 +124,10 @@ class Tokenizer(Part, family="tokenizer"):
 
 
 class StreamDecoder:
-    """Decodes ids as they come: the pieces joined are `Tokenizer.decode` of all ids, and no piece ends inside a character."""
+    """Decodes ids as they come: the pieces joined are `Tokenizer.decode` of all ids, and no piece ends inside a character.
+
+    (With SentencePiece-style byte fallback, whose decoder judges a run of bytes as a whole, as long as the bytes are UTF-8.)
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -515,8 +518,8 @@ def _utf8(text: str) -> bytes:
 
 def _first_bytes(texts: Iterable[str], size: int) -> Iterable[str]:
     for text in texts:
-        if size <= 0:
-            return
         data = _utf8(text)[:size]
         yield data.decode("utf-8", "ignore")
         size -= len(data)
+        if size <= 0:
+            return

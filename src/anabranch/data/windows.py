@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from anabranch.data.batch import Batch
+from anabranch.data.split import stretches
 from anabranch.data.store import Segment, TokenStore
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import DataError
@@ -56,12 +57,15 @@ class TextRun(TokenRun):
         between = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
         ids: list[NDArray[np.int64]] = []
         lengths: list[NDArray[np.int64]] = []
-        for position, (ids_L, length_L) in enumerate(tokenizer.encode_with_byte_lengths(texts)):
+        for position, text in enumerate(texts):
             if position:
                 ids.append(between)
                 lengths.append(np.zeros_like(between))
-            ids.append(ids_L)
-            lengths.append(length_L)
+            # In stretches: a tokenizer needs about 150 bytes of memory for each byte that it is given at once.
+            for stretch in stretches(text):
+                [(ids_L, length_L)] = tokenizer.encode_with_byte_lengths([stretch])
+                ids.append(ids_L)
+                lengths.append(length_L)
         self._ids = np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
@@ -80,7 +84,7 @@ class TextRun(TokenRun):
 class Windows:
     """Consecutive windows that do not overlap, each of L input tokens and their successors; the last of a domain may be short.
 
-    Iterating gives `Batch`es with byte lengths: full windows in batches of ``batch_size``, short ones alone. Every token of a
+    Iterating gives `Batch`es with byte lengths, in order: at most ``batch_size`` windows of one length each. Every token of a
     domain but its first is predicted exactly once (with all windows and one rank), so sums over the batches give
     nats per token (over ``num_tokens``) and bits per byte (over ``num_bytes``) of the whole.
 
@@ -135,17 +139,17 @@ class Windows:
         return sum(int(self._parts[part][0].byte_lengths(start + 1, end).sum()) for part, start, end in self._spans())
 
     def __iter__(self) -> Iterator[Batch]:
-        full: list[tuple[int, int, int]] = []
+        waiting: list[tuple[int, int, int]] = []
         for span in self._spans():
-            if span[2] - span[1] <= self.sequence_length:
-                yield self._batch([span])
-                continue
-            full.append(span)
-            if len(full) == self.batch_size:
-                yield self._batch(full)
-                full = []
-        if full:
-            yield self._batch(full)
+            ends_batch = len(waiting) == self.batch_size or (
+                waiting and span[2] - span[1] != waiting[0][2] - waiting[0][1]
+            )
+            if ends_batch:
+                yield self._batch(waiting)
+                waiting = []
+            waiting.append(span)
+        if waiting:
+            yield self._batch(waiting)
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
         """(part, start, end) of each window, with the successor of its last input token."""

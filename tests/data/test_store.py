@@ -1,0 +1,170 @@
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from anabranch.data.corpus import Corpus, Document, Files
+from anabranch.data.split import split_of
+from anabranch.data.store import TokenStore, cache_folder
+from anabranch.data.tokenizer import ByteTokenizer
+from anabranch.errors import DataError
+from tokenizers_of_every_make import ALL, LOSSLESS, by_name
+
+BYTES = ByteTokenizer()
+
+
+def opened(folder, tokenizer=BYTES, fraction=0.2, **fields):
+    return TokenStore.open(Files.Config(paths=(str(folder),), **fields).build(), tokenizer, fraction)
+
+
+def test_documents_of_a_label_lie_together_with_end_of_text_after_each(tmp_path):
+    for name, text in {"b/1": "xy", "a/2": "z", "b/0": "w"}.items():
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).write_text(text)
+    store = opened(tmp_path / "t", fraction=0.0, label_by="folder")
+    assert store.tokens("train").tolist() == [ord("z"), 256, ord("w"), 256, ord("x"), ord("y"), 256]
+    assert [(s.label, s.start, s.length, s.size_bytes, s.documents) for s in store.segments["train"]] == [
+        ("a", 0, 2, 1, 1),
+        ("b", 2, 5, 3, 2),
+    ]
+    assert store.segments["validation"] == ()
+    assert store.tokens("validation").tolist() == []
+    assert store.byte_lengths("train", 0, 7).tolist() == [1, 0, 1, 0, 1, 1, 0]
+
+
+def test_both_splits_together_hold_every_document(texts):
+    store = opened(texts)
+    expected = {side: [] for side in ("train", "validation")}
+    for file in sorted(texts.rglob("*.txt"), key=lambda file: file.relative_to(texts).as_posix()):
+        expected[split_of(file.relative_to(texts).as_posix(), 0.2)] += [*file.read_bytes(), 256]
+    for side, ids in expected.items():
+        assert store.tokens(side).tolist() == ids
+        assert store.tokens(side).dtype == np.uint16
+
+
+@by_name
+def test_byte_counts_are_exact_for_every_tokenizer(name, tmp_path):
+    text = "The cats sat; Zoë e\u0301 日本語 🎉\n" * 20
+    for number in range(30):
+        (tmp_path / "t" / f"{number}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "t" / f"{number}.txt").write_text(text)
+    store = opened(tmp_path / "t", ALL[name])
+    assert (store.folder / "train.lengths.bin").exists() == (name not in LOSSLESS)
+    total = 0
+    for side in ("train", "validation"):
+        [segment] = store.segments[side]
+        length = store.byte_lengths(side, segment.start, segment.start + segment.length)
+        assert len(length) == len(store.tokens(side))
+        assert length.sum() == segment.size_bytes
+        total += segment.size_bytes
+    assert total == 30 * len(text.encode())
+
+
+def test_long_documents_in_stretches_are_tokenised_as_in_one_piece(tmp_path):
+    text = "".join(f"line {number} the cat\n\n  x\n" for number in range(60_000))
+    assert len(text) > 1 << 20
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = ALL["bpe"]
+    store = opened(tmp_path / "a.txt", tokenizer, fraction=0.0)
+    assert store.tokens("train").tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(texts):
+    class Wide(ByteTokenizer):
+        vocab_size = 70_000
+        fingerprint = "wide"
+
+    assert opened(texts, Wide()).tokens("train").dtype == np.uint32
+
+
+class Counted(Corpus):
+    """Counts how often it is read."""
+
+    def __init__(self):
+        super().__init__(Corpus.Config())
+        self.reads = 0
+
+    def sources(self):
+        return []
+
+    def describe(self):
+        return "counted"
+
+    def _read(self):
+        self.reads += 1
+        yield from (Document(str(number), f"text {number}\n" * 5, "text") for number in range(30))
+
+
+def test_the_second_opening_reads_nothing():
+    corpus = Counted()
+    first = TokenStore.open(corpus, BYTES, 0.2)
+    reads = corpus.reads
+    second = TokenStore.open(corpus, BYTES, 0.2)
+    assert corpus.reads == reads > 0
+    assert second.folder == first.folder
+    assert second.tokens("train").tolist() == first.tokens("train").tolist()
+    assert TokenStore.open(corpus, ALL["bpe"], 0.2).folder != first.folder
+    assert TokenStore.open(corpus, BYTES, 0.3).folder != first.folder
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty index", "half an index", "delete", "other format"])
+def test_a_damaged_cache_entry_is_made_again(damage, texts):
+    before = opened(texts)
+    expected = before.tokens("train").tolist()
+    index, tokens = before.folder / "index.json", before.folder / "train.bin"
+    if damage == "truncate":
+        os.truncate(tokens, tokens.stat().st_size // 2)
+    elif damage == "delete":
+        tokens.unlink()
+    elif damage == "other format":
+        index.write_text(index.read_text().replace('"format": 1', '"format": 0'))
+    else:
+        index.write_text("" if damage == "empty index" else index.read_text()[:50])
+    with pytest.raises(DataError, match="is damaged; delete it"):
+        TokenStore(before.folder, BYTES)
+    assert opened(texts).tokens("train").tolist() == expected
+
+
+def test_a_build_that_fails_leaves_no_entry(texts, monkeypatch):
+    def fail(self, texts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteTokenizer, "encode_with_byte_lengths", fail)
+        with pytest.raises(KeyboardInterrupt):
+            opened(texts)
+    assert [path.suffix for path in (cache_folder() / "tokens").iterdir()] == [".lock"]
+    assert len(opened(texts).tokens("train"))
+
+
+def test_pickled_stores_hold_no_tokens_and_read_the_same(texts):
+    store = opened(texts)
+    expected = store.tokens("train").tolist()
+    pickled = pickle.dumps(store)
+    assert len(pickled) < len(expected)
+    assert pickle.loads(pickled).tokens("train").tolist() == expected
+
+
+def test_of_those_that_open_at_once_only_one_builds():
+    corpora = [Counted() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:  # the lock is held per open file, so threads stand for processes
+        stores = list(pool.map(lambda corpus: TokenStore.open(corpus, BYTES, 0.2), corpora))
+    assert sorted(corpus.reads for corpus in corpora) == [0, 0, 0, 2]
+    assert len({str(store.tokens("train").tolist()) for store in stores}) == 1
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("ANABRANCH_CACHE")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(cache_folder()) == "/home/somebody/.cache/anabranch"
+
+
+def test_a_cache_that_cannot_be_written(texts, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot write the cache .*; set ANABRANCH_CACHE to a folder of yours"):
+        opened(texts)
