@@ -94,6 +94,9 @@ def test_coactivation_lift():
     twins = measure.coactivation_lift(measure.coactivation([[0, 1], [2, 3]] * 3, 4))
     assert twins[0, 1] == twins[2, 3] == 3.0  # one partner out of three
     assert twins[0, 2] == 0.0
+    # Six pairs seen once either way, chance is 1 each: (3 + 3) / (1 + 3) and (0 + 3) / (1 + 3).
+    drawn = measure.coactivation_lift(measure.coactivation([[0, 1], [2, 3]] * 3, 4), prior=3.0)
+    assert (drawn[0, 1], drawn[0, 2]) == (1.5, 0.75)
     assert np.isnan(measure.coactivation_lift(measure.coactivation([[0], [1]], 2))).all()  # top-1 has no pairs
 
 
@@ -198,6 +201,8 @@ def test_pool_and_domain_loads_of_a_trace():
     assert measure.pool_load(trace, "group0").tolist() == [3, 2, 1, 2]
     assert measure.domain_load(trace, 0).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]  # books, code
     assert measure.max_violation(measure.pool_load(trace, "group0")) == 0.5
+    assert measure.foreign_share(trace, 0) == 0.25  # layer 0 owns slots 0 and 1
+    assert measure.foreign_share(trace, 1) == 0.5
     with pytest.raises(ConfigError, match="no pool 'x'; it has group0"):
         measure.pool_load(trace, "x")
 

@@ -124,6 +124,20 @@ def test_cached_decoding_goes_on_with_the_same_sequences():
     assert (decided.token_N == decided.position_N + 7).all()
 
 
+def test_a_domain_for_each_sequence():
+    model, mask_N = Tower(num_layers=1), torch.tensor([True] * 5 + [False])
+    with record_routing(model) as recorder:
+        recorder.domain = ["code", None, "books"]
+        model(items(), RoutingContext(sequence_length=2, item_mask_N=mask_N))
+        recorder.domain = ["code"] * 4
+        with pytest.raises(DataError, match="recorder.domain has 4 names for 6 items"):
+            model(items(), RoutingContext(sequence_length=2))
+    trace = recorder.trace()
+    assert [trace.domains[code] if code >= 0 else None for code in trace.decisions(0).domain_N] == ["code"] * 2 + [
+        None
+    ] * 2 + ["books"]
+
+
 def test_nothing_stays_behind():
     model = Tower()
     with record_routing(model) as recorder:

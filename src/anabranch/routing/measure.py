@@ -73,6 +73,12 @@ def pool_load(trace: RoutingTrace, pool: str) -> Ints:
     return load
 
 
+def foreign_share(trace: RoutingTrace, layer: int) -> float:
+    """The share of a layer's choices that fall on destinations which other layers own; 0 where the pool is its own (ReXMoE)."""
+    load_E, own = trace.load_E(layer), trace.own_slots(layer)
+    return 1 - float(_ratio(_floats(load_E[own.start : own.stop].sum()), _floats(load_E.sum())))
+
+
 def drop_ratio(index_NK: ArrayLike) -> float:
     """The fraction of places that name no destination (dropped by capacity, below a threshold, ...); nan if there is none."""
     index_NK = np.asarray(index_NK)
@@ -112,11 +118,12 @@ def coactivation(
     return count.reshape(num_destinations, width)
 
 
-def coactivation_lift(count_EE: ArrayLike) -> Floats:
+def coactivation_lift(count_EE: ArrayLike, prior: float = 0.0) -> Floats:
     """``[E, E]``: co-activation within a layer over what loads alone would give; 1 is chance. The diagonal is nan.
 
     Chance pairs i and j in proportion to load_i load_j, scaled to the pairs there are (an item never pairs a destination with
-    itself, so plain independence would be biased for small K). Also nan where a destination has no load.
+    itself, so plain independence would be biased for small K). ``prior`` pairs are added above and below, which draws what
+    rests on few pairs towards 1. With ``prior=0``, nan also where a destination has no load.
     """
     count_EE = _floats(count_EE)
     load_E = np.diagonal(count_EE)
@@ -124,7 +131,7 @@ def coactivation_lift(count_EE: ArrayLike) -> Floats:
     chance_EE = np.outer(load_E, load_E)
     total = chance_EE[others].sum()
     chance_EE = chance_EE * (count_EE[others].sum() / total if total else 0.0)
-    return np.where(others, _ratio(count_EE, chance_EE), np.nan)
+    return np.where(others, _ratio(count_EE + prior, chance_EE + prior), np.nan)
 
 
 def aligned(first: Decisions, second: Decisions) -> tuple[np.ndarray, np.ndarray]:

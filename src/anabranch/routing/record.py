@@ -7,7 +7,7 @@ pass (activation recompute) are not recorded again.
 """
 # Shapes: N items, K places per item, R rows, B sequences, L positions
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -56,9 +56,9 @@ class TraceBuilder:
         item_N: Any,
         position_N: Any = 0,
         token_N: Any = UNKNOWN,
-        domain: str | None = None,
+        domain: str | Sequence[str | None] | None = None,
     ) -> None:
-        """Add N decisions of one layer. ``position_N`` and ``token_N`` may be one value for all.
+        """Add N decisions of one layer. ``position_N``, ``token_N`` and ``domain`` may be one value for all.
 
         Raises DataError if ``layer`` was added before as something else.
         """
@@ -67,7 +67,8 @@ class TraceBuilder:
         used_NK = index_NK >= 0
         used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
         row_R, rank_R = np.nonzero(used_NK)
-        code = UNKNOWN if domain is None else self._domains.setdefault(domain, len(self._domains))
+        domains = [domain] if domain is None or isinstance(domain, str) else domain
+        code_N = [UNKNOWN if name is None else self._domains.setdefault(name, len(self._domains)) for name in domains]
         every = (len(index_NK),)
         columns = (
             np.broadcast_to(item_N, every)[row_R],
@@ -80,7 +81,7 @@ class TraceBuilder:
         )
         types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
         part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
-        self._parts.append((*part, np.full(len(row_R), code, np.int32)))
+        self._parts.append((*part, np.broadcast_to(np.array(code_N, np.int32), every)[row_R]))
         self.num_rows += len(row_R)
 
     def trace(self) -> RoutingTrace:
@@ -152,14 +153,14 @@ class Recorder:
     """What `record_routing` yields. Set ``domain`` and ``tokens`` whenever they change, between forward passes.
 
     Attributes:
-        domain: name of where the next items come from, or None.
+        domain: name of where the next items come from, or None; or a list of such names, one for each sequence (or item).
         tokens: int ``[N]`` or ``[B, L]``, ids of the tokens of the next forward pass, padding included, or None.
     """
 
     def __init__(
         self, sink: TraceBuilder | TraceWriter, layers: Mapping[nn.Module, tuple[int, str]], read: Read
     ) -> None:
-        self.domain: str | None = None
+        self.domain: str | Sequence[str | None] | None = None
         self.tokens: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
         self._items = dict.fromkeys(layers, (0, 0))  # ids of the last forward pass: first, and one past the last
@@ -187,7 +188,7 @@ class Recorder:
             item_N=item_N[keep_N],
             position_N=position_N[keep_N],
             token_N=-1 if token_N is None else token_N[keep_N],
-            domain=self.domain,
+            domain=self._domain_N(routing.num_items, keep_N),
         )
 
     def _describe(self, module: nn.Module, routing: Routing) -> TraceLayer:
@@ -215,6 +216,16 @@ class Recorder:
             self._items[module] = first, first + -(-num_items // length)
             item_N = first + count_N // length
         return item_N, count_N % length if position_N is None else position_N
+
+    def _domain_N(self, num_items: int, keep_N: np.ndarray | slice) -> str | list[str | None] | None:
+        if self.domain is None or isinstance(self.domain, str):
+            return self.domain
+        each, rest = divmod(num_items, len(self.domain) or 1)
+        if rest or not self.domain:
+            raise DataError(
+                f"recorder.domain has {len(self.domain)} names for {num_items} items; give one name, or one for each sequence"
+            )
+        return np.repeat(np.array(self.domain, object), each)[keep_N].tolist()
 
     def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
         if self.tokens is None:
