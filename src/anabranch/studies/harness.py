@@ -1,0 +1,353 @@
+"""The harness of studies: arms times seeds, run pair by pair, judged, written down.
+
+A study gives its arms (configs), ``run`` (one arm, one seed -> numbers) and ``judge`` (numbers -> claims). The harness runs what
+is missing and writes each (arm, seed) as a small JSON as soon as it is finished, so that a study may be stopped at any time, goes
+on where it was, and grows over sessions. Two processes may work on one study: a pair that one has under way is left to it.
+
+    FOLDER/NAME.json                    claims with verdicts (`Claim`), config, versions
+    FOLDER/NAME/summary.json            one row per arm: mean and interval of every number
+    FOLDER/NAME/ARM-seed0.json          one run
+    FOLDER/NAME.png, NAME.svg           the picture
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import to_dict
+from anabranch.errors import ConfigError, DataError
+from anabranch.files import atomic_write_json
+from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process per study there
+    fcntl = None  # type: ignore[assignment]
+
+Metrics = dict[str, Any]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant.
+
+    Attributes:
+        name: short, for file names and tables.
+        about: what it is, in a few words.
+        config: all that decides its result beside the seed; what `to_dict` takes.
+    """
+
+    name: str
+    about: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One judged claim, as it stands in the result file.
+
+    Attributes:
+        claim: in our words.
+        paper: the paper's number for it.
+        baseline: mean of the baseline; None where it has not run.
+        ours: mean of ours over the same seeds.
+        difference: mean of the paired differences ours - baseline.
+        interval: its 95% interval ``[low, high]``; None with fewer than two seeds.
+        verdict: by a rule fixed before the runs.
+    """
+
+    claim: str
+    paper: str
+    baseline: float | None
+    ours: float | None
+    difference: float | None
+    interval: list[float] | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that tables show: its name in the metrics, the header with its unit, and how it is written."""
+
+    metric: str
+    header: str
+    form: str = ".4f"
+
+
+class Results:
+    """Metrics of the finished runs, by arm and seed."""
+
+    def __init__(self, runs: Mapping[str, Mapping[int, Metrics]]) -> None:
+        self.runs = {arm: dict(seeds) for arm, seeds in runs.items() if seeds}
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds that any arm has."""
+        return sorted({seed for seeds in self.runs.values() for seed in seeds})
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """The metric of an arm, by seed; empty if it has not run, without the seeds where it is None."""
+        found = {seed: metrics.get(metric) for seed, metrics in self.runs.get(arm, {}).items()}
+        return {seed: float(value) for seed, value in found.items() if value is not None}
+
+    def mean(self, arm: str, metric: str) -> Estimate:
+        """Mean over the seeds of an arm."""
+        return estimate(list(self.values(arm, metric).values()))
+
+    def compare(self, metric: str, ours: str, baseline: str) -> Estimate:
+        """Mean paired difference ours - baseline."""
+        return paired_difference(self.values(ours, metric), self.values(baseline, metric))
+
+    def claim(self, metric: str, *, ours: str, baseline: str, claim: str, paper: str, verdict: Callable) -> Claim:
+        """A claim about one metric of two arms; ``verdict`` takes the paired difference."""
+        ours_by_seed, baseline_by_seed = self.values(ours, metric), self.values(baseline, metric)
+        common = sorted(ours_by_seed.keys() & baseline_by_seed.keys())
+        difference = paired_difference(ours_by_seed, baseline_by_seed)
+        if not common:
+            return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim(
+            claim,
+            paper,
+            estimate([baseline_by_seed[seed] for seed in common]).mean,
+            estimate([ours_by_seed[seed] for seed in common]).mean,
+            difference.mean,
+            difference.interval,
+            verdict(difference),
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the harness needs to know of a study.
+
+    Attributes:
+        name: of the files.
+        title: one line.
+        settings: what was chosen for this size (steps, model), written into the result.
+        arms: the contestants.
+        run: (config of an arm, seed, progress) -> metrics, all of them JSON.
+        judge: pure; its rule stands in the study's docstring.
+        columns: what the table shows.
+        draw: (results, path without suffix) writes the picture; None for none.
+        revision: raised when the code under the arms changes what comes out, so that older runs do not count.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Any]
+    arms: Sequence[Arm]
+    run: Callable[[Any, int, Progress], Metrics]
+    judge: Callable[[Results], list[Claim]]
+    columns: Sequence[Column] = ()
+    draw: Callable[[Results, Path], None] | None = None
+    revision: int = 1
+    seeds: Sequence[int] = (0, 1, 2)
+
+
+@dataclass
+class Outcome:
+    """What `run_study` found.
+
+    Attributes:
+        study: the study.
+        results: all finished runs of its arms, those of earlier sessions too.
+        claims: judged.
+        path: the result file.
+        missing: pairs that have not run (not asked for, or under way elsewhere).
+    """
+
+    study: Study
+    results: Results
+    claims: list[Claim]
+    path: Path
+    missing: list[tuple[str, int]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the result file."""
+        config = {**self.study.settings, "arms": {arm.name: arm.about for arm in self.study.arms}}
+        return {
+            "name": self.study.name,
+            "seeds": self.results.seeds,
+            "claims": [_rounded(asdict(claim)) for claim in self.claims],
+            "config": config,
+            "versions": versions(),
+        }
+
+
+def run_study(
+    study: Study,
+    folder: str | Path,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    progress: Progress = lambda text: None,
+) -> Outcome:
+    """Run what is missing of ``arms`` x ``seeds`` (default: all), seed by seed, then judge and write everything there is.
+
+    Raises ConfigError for an unknown arm.
+    """
+    folder = Path(folder)
+    chosen = pick_arms(study, arms)
+    pairs = [(arm, seed) for seed in (study.seeds if seeds is None else seeds) for arm in chosen]
+    missing = []
+    for number, (arm, seed) in enumerate(pairs, start=1):
+        label = f"{arm.name} seed {seed} ({number} of {len(pairs)})"
+        if _read_run(study, arm, seed, folder) is not None:
+            progress(f"{label}: done before")
+            continue
+        with _alone(_run_path(study, arm, seed, folder)) as alone:
+            if not alone:
+                progress(f"{label}: under way in another process")
+                missing.append((arm.name, seed))
+            elif _read_run(study, arm, seed, folder) is None:  # nobody finished it since we looked
+                _run_one(study, arm, seed, folder, label, progress)
+    return summarize(study, folder, missing=missing)
+
+
+def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
+    """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
+    folder = Path(folder)
+    results = Results({arm.name: _read_runs(study, arm, folder) for arm in study.arms})
+    if not results.runs:
+        raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first")
+    outcome = Outcome(study, results, study.judge(results), folder / f"{study.name}.json", list(missing))
+    atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
+    if study.draw is not None:
+        study.draw(results, folder / study.name)
+    atomic_write_json(outcome.path, outcome.to_dict())
+    return outcome
+
+
+def summary_rows(study: Study, results: Results) -> list[dict[str, Any]]:
+    """One row per arm that has run: seeds, and ``{mean, interval}`` of each number it measured."""
+    rows = []
+    for arm in study.arms:
+        runs = results.runs.get(arm.name, {})
+        numbers = sorted({name for metrics in runs.values() for name, value in metrics.items() if _is_number(value)})
+        if runs:
+            values: dict[str, Any] = {}
+            for name in numbers:
+                mean = results.mean(arm.name, name)
+                values[name] = _rounded({"mean": mean.mean, "interval": mean.interval})
+            rows.append({"arm": arm.name, "about": arm.about, "seeds": sorted(runs), "metrics": values})
+    return rows
+
+
+def pick_arms(study: Study, names: Sequence[str] | None) -> list[Arm]:
+    """The arms of these names. Raises ConfigError for an unknown one."""
+    known = {arm.name: arm for arm in study.arms}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigError(f"study {study.name!r} has no arm {unknown[0]!r}; known: {', '.join(known)}")
+    return list(study.arms) if names is None else [known[name] for name in names]
+
+
+def is_same(recorded: Any, current: Any) -> bool:
+    """Whether a run recorded with one config (its JSON form) counts for another.
+
+    All that was recorded must be so still. A field that is only in ``current`` came later; it is taken to have a default that
+    changes nothing (raise `Study.revision` where it does), so that a new option does not undo hours of runs.
+    """
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        return all(name in current and is_same(value, current[name]) for name, value in recorded.items())
+    if isinstance(recorded, list) and isinstance(current, list):
+        return len(recorded) == len(current) and all(map(is_same, recorded, current))
+    return type(recorded) is type(current) and recorded == current
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("anabranch", "torch", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _run_one(study: Study, arm: Arm, seed: int, folder: Path, label: str, progress: Progress) -> None:
+    progress(f"{label}: started")
+    started, cpu_started = time.perf_counter(), time.process_time()
+    metrics = study.run(arm.config, seed, lambda text: progress(f"{label}: {text}"))
+    record = {
+        "study": study.name,
+        "arm": arm.name,
+        "seed": seed,
+        "revision": study.revision,
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
+        "config": to_dict(arm.config),
+        "versions": versions(),
+    }
+    atomic_write_json(_run_path(study, arm, seed, folder), record)
+    progress(f"{label}: finished in {record['seconds']:.0f} s")
+
+
+def _read_runs(study: Study, arm: Arm, folder: Path) -> dict[int, Metrics]:
+    seeds = [
+        int(path.stem.removeprefix(f"{arm.name}-seed"))
+        for path in (folder / study.name).glob(f"{arm.name}-seed*.json")
+        if path.stem.removeprefix(f"{arm.name}-seed").isdigit()
+    ]
+    found = {seed: _read_run(study, arm, seed, folder) for seed in sorted(seeds)}
+    return {seed: metrics for seed, metrics in found.items() if metrics is not None}
+
+
+def _read_run(study: Study, arm: Arm, seed: int, folder: Path) -> Metrics | None:
+    """The metrics of a finished run of this config, None if there is none."""
+    path = _run_path(study, arm, seed, folder)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not the record of a run ({error}); remove it to run it again") from error
+    current = json.loads(json.dumps(to_dict(arm.config)))
+    counts = record.get("revision") == study.revision and is_same(record["config"], current)
+    return record["metrics"] if counts else None
+
+
+def _run_path(study: Study, arm: Arm, seed: int, folder: Path) -> Path:
+    return folder / study.name / f"{arm.name}-seed{seed}.json"
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Hold the lock of a run; False if another process has it. The system frees it when a process dies, however it dies."""
+    if fcntl is None:
+        yield True
+        return
+    lock = path.with_name(f".{path.stem}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits, so that files can be read and compared."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,87 @@
+"""Paired comparisons over seeds: the mean difference, its t-interval, and what it says about a claim."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["holds", "does not hold", "not resolved"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values; NaN if there is none.
+        half_width: of the confidence interval around it; infinite for fewer than two values.
+        count: how many values.
+    """
+
+    mean: float
+    half_width: float
+    count: int
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
+
+    @property
+    def interval(self) -> list[float] | None:
+        """``[low, high]``, None where it is not known."""
+        return [self.low, self.high] if math.isfinite(self.half_width) else None
+
+
+def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean of ``values`` with the t-interval of that confidence (values independent and roughly normal)."""
+    count = len(values)
+    mean = math.fsum(values) / count if count else math.nan
+    if count < 2:
+        return Estimate(mean, math.inf, count)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return Estimate(mean, t_quantile(0.5 + confidence / 2, count - 1) * deviation / math.sqrt(count), count)
+
+
+def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Estimate:
+    """Mean of ours - baseline over the seeds that both have."""
+    return estimate([ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())], confidence)
+
+
+def verdict_below(difference: Estimate, limit: float = 0.0) -> Verdict:
+    """Whether the difference is below ``limit``: holds or does not if the whole interval is on one side, else not resolved."""
+    if difference.high < limit:
+        return "holds"
+    return "does not hold" if difference.low > limit else "not resolved"
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution for 0.5 <= ``probability`` < 1, to about 1e-12."""
+    low, high = 0.0, 1.0
+    while t_probability(high, degrees) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """P(T <= t) for Student's t with an integer number of degrees of freedom and t >= 0.
+
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    theta = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine, cosine if degrees > 1 else 0.0) if odd else (1.0, 1.0)
+    for power in range(3 if odd else 2, degrees - 1, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return (1 + inside) / 2

@@ -1,0 +1,200 @@
+import json
+import multiprocessing
+import time
+
+import pytest
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.studies.harness import (
+    Arm,
+    Claim,
+    Column,
+    Results,
+    Study,
+    is_same,
+    run_study,
+    summarize,
+    summary_rows,
+)
+from anabranch.studies.paired import verdict_below
+
+LOSS = {"plain": 2.0, "better": 1.5}
+
+
+def measured(config, seed, progress):
+    progress("working")
+    return {"loss": LOSS[config["kind"]] + 0.1 * seed, "curve": [1, 2], "note": "text"}
+
+
+def judged(results):
+    return [
+        results.claim(
+            "loss", ours="better", baseline="plain", claim="better is better", paper="-0.4", verdict=verdict_below
+        )
+    ]
+
+
+def make(run=measured, **changes):
+    arms = (Arm("plain", "the baseline", {"kind": "plain"}), Arm("better", "ours", {"kind": "better"}))
+    values = dict(
+        name="made_up",
+        title="a study of nothing",
+        settings={"steps": 3},
+        arms=arms,
+        run=run,
+        judge=judged,
+        columns=(Column("loss", "loss"),),
+        seeds=(0, 1),
+    )
+    return Study(**{**values, **changes})
+
+
+def test_result_file_has_exactly_the_promised_form(tmp_path):
+    outcome = run_study(make(), tmp_path)
+    written = json.loads(outcome.path.read_text())
+    assert outcome.path == tmp_path / "made_up.json"
+    assert list(written) == ["name", "seeds", "claims", "config", "versions"]
+    assert written["seeds"] == [0, 1]
+    assert written["config"] == {"steps": 3, "arms": {"plain": "the baseline", "better": "ours"}}
+    assert written["versions"].keys() >= {"python", "torch", "anabranch"}
+    assert written["claims"] == [
+        {
+            "claim": "better is better",
+            "paper": "-0.4",
+            "baseline": 2.05,
+            "ours": 1.55,
+            "difference": -0.5,
+            "interval": [-0.5, -0.5],
+            "verdict": "holds",
+        }
+    ]
+
+
+def test_every_run_is_one_file_and_is_not_run_again(tmp_path):
+    runs = []
+
+    def counting(config, seed, progress):
+        runs.append((config["kind"], seed))
+        return measured(config, seed, progress)
+
+    study = make(counting)
+    run_study(study, tmp_path, arms=["plain"], seeds=[0])
+    run_study(study, tmp_path, seeds=[0, 1])
+    run_study(study, tmp_path)
+    # Seed by seed, so that a study that was cut short is balanced.
+    assert runs == [("plain", 0), ("better", 0), ("plain", 1), ("better", 1)]
+    record = json.loads((tmp_path / "made_up" / "better-seed1.json").read_text())
+    assert record["metrics"]["loss"] == 1.6 and record["arm"] == "better" and record["seed"] == 1
+    assert record["config"] == {"kind": "better"}
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_another_config_or_revision_is_run_again_and_replaces(tmp_path):
+    run_study(make(), tmp_path)
+    other = make(arms=(Arm("plain", "the baseline", {"kind": "plain", "more": 1}), make().arms[1]))
+    with pytest.raises(DataError, match="no finished run"):
+        summarize(make(revision=2), tmp_path)
+    assert summarize(other, tmp_path).results.runs.keys() == {"better"}
+    outcome = run_study(other, tmp_path, seeds=[0])
+    assert outcome.results.values("plain", "loss") == {0: 2.0}
+
+
+def test_a_run_that_fails_leaves_the_finished_ones(tmp_path):
+    def failing(config, seed, progress):
+        if (config["kind"], seed) == ("better", 1):
+            raise KeyboardInterrupt
+        return measured(config, seed, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(make(failing), tmp_path)
+    outcome = summarize(make(), tmp_path)
+    assert {arm: sorted(runs) for arm, runs in outcome.results.runs.items()} == {"plain": [0, 1], "better": [0]}
+    assert outcome.claims[0].interval is None and outcome.claims[0].verdict == "not resolved"
+    assert outcome.claims[0].baseline == 2.0  # of the seeds that both have, not of all
+
+
+def slowly(config, seed, progress):
+    time.sleep(0.3)
+    return measured(config, seed, progress) | {"process": multiprocessing.current_process().name}
+
+
+def work(folder):
+    run_study(make(slowly), folder)
+
+
+def test_two_processes_share_the_work(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(tmp_path,), name=f"worker{n}") for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "made_up").glob("*-seed*.json")]
+    assert len(records) == 4
+    assert {record["metrics"]["process"] for record in records} == {"worker0", "worker1"}
+
+
+def test_pair_under_way_elsewhere_is_left_to_it(tmp_path):
+    import fcntl
+
+    folder = tmp_path / "made_up"
+    folder.mkdir()
+    with open(folder / ".better-seed0.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = run_study(make(), tmp_path, seeds=[0])
+    assert outcome.missing == [("better", 0)]
+    assert outcome.results.runs.keys() == {"plain"}
+
+
+def test_summary_has_a_row_per_arm(tmp_path):
+    study = make()
+    outcome = run_study(study, tmp_path)
+    rows = summary_rows(study, outcome.results)
+    assert [row["arm"] for row in rows] == ["plain", "better"]
+    assert rows[0]["seeds"] == [0, 1]
+    assert rows[0]["metrics"]["loss"]["mean"] == pytest.approx(2.05)
+    assert rows[0]["metrics"].keys() == {"loss"}
+    assert json.loads((tmp_path / "made_up" / "summary.json").read_text()) == rows
+
+
+def test_unknown_arm_is_named():
+    with pytest.raises(ConfigError, match=r"study 'made_up' has no arm 'beter'; known: plain, better"):
+        run_study(make(), "nowhere", arms=["beter"])
+
+
+def test_broken_record_is_named(tmp_path):
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "plain-seed0.json").write_text("{")
+    with pytest.raises(DataError, match="plain-seed0.json is not the record of a run"):
+        run_study(make(), tmp_path)
+
+
+def test_claim_of_an_arm_that_did_not_run():
+    results = Results({"plain": {0: {"loss": 1.0}}})
+    assert judged(results) == [Claim("better is better", "-0.4", None, None, None, None, "not resolved")]
+
+
+def test_values_leave_out_what_was_not_measured():
+    results = Results({"plain": {0: {"loss": 1.0, "rate": None}, 1: {"loss": 2}}, "better": {}})
+    assert results.values("plain", "rate") == {}
+    assert results.values("plain", "loss") == {0: 1.0, 1: 2.0}
+    assert results.mean("plain", "loss").mean == 1.5
+    assert results.seeds == [0, 1] and "better" not in results.runs
+
+
+@pytest.mark.parametrize(
+    ("recorded", "current", "same"),
+    [
+        ({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 2]}}, True),
+        ({"a": 1}, {"a": 1, "new": False}, True),
+        ({"b": {"c": 1}}, {"b": {"c": 1, "new": None}}, True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": 1, "gone": 0}, {"a": 1}, False),
+        ({"a": [1]}, {"a": [1, 2]}, False),
+        ({"a": None}, {"a": {"kind": "psr"}}, False),
+        ({"a": 1}, {"a": True}, False),
+    ],
+)
+def test_which_config_counts_as_the_same(recorded, current, same):
+    assert is_same(recorded, current) is same
