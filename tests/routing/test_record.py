@@ -130,7 +130,7 @@ def test_a_domain_for_each_sequence():
         recorder.domain = ["code", None, "books"]
         model(items(), RoutingContext(sequence_length=2, item_mask_N=mask_N))
         recorder.domain = ["code"] * 4
-        with pytest.raises(DataError, match="recorder.domain has 4 names for 6 items"):
+        with pytest.raises(DataError, match="has 4 names for 6 items"):
             model(items(), RoutingContext(sequence_length=2))
     trace = recorder.trace()
     assert [trace.domains[code] if code >= 0 else None for code in trace.decisions(0).domain_N] == ["code"] * 2 + [
