@@ -25,7 +25,9 @@ def test_one_seed_has_no_interval():
 
 def test_nothing_in_common():
     nothing = paired_difference({0: 1.0}, {1: 2.0})
-    assert math.isnan(nothing.mean) and nothing.count == 0 and nothing.interval is None
+    assert math.isnan(nothing.mean)
+    assert nothing.count == 0
+    assert nothing.interval is None
     assert verdict_below(nothing) == "not resolved"
 
 

@@ -1,0 +1,39 @@
+"""The evidence that ours works: one module per paper, run by ``anabranch study NAME``.
+
+A study module has ``smoke()`` and ``full()``, which return its `Study` in two sizes. A third-party package adds one with an entry
+point in the group ``anabranch.studies`` whose value is ``module:function``; the function takes ``full: bool``.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from anabranch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anabranch.studies.harness import Study
+
+STUDIES = {"rexmoe": "anabranch.studies.rexmoe:make"}
+
+
+def names() -> list[str]:
+    """All studies, built in and installed, sorted."""
+    return sorted({*STUDIES, *(point.name for point in entry_points(group="anabranch.studies"))})
+
+
+def find(name: str) -> "Callable[..., Study]":
+    """The function that makes the study ``name``: ``make(full=False, **changes)``.
+
+    Raises ConfigError, with the nearest name, if there is none.
+    """
+    target = STUDIES.get(name)
+    if target is None:
+        target = next((point.value for point in entry_points(group="anabranch.studies", name=name)), None)
+    if target is None:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
+        raise ConfigError(f"no study {name!r}; {hint}")
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
