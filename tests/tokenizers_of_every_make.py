@@ -5,7 +5,8 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_bpe
+from anabranch.data.bpe import train_bpe
+from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 
 SAMPLE = [
     "def route(score):\n    return score.topk(2)\n",

@@ -45,7 +45,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "tokenizer": {
         "bytes": "anabranch.data.tokenizer:ByteTokenizer",
-        "bpe": "anabranch.data.tokenizer:BpeTokenizer",
+        "bpe": "anabranch.data.bpe:BpeTokenizer",
         "file": "anabranch.data.tokenizer:HuggingFaceTokenizer",
     },
     "corpus": {

@@ -1,7 +1,8 @@
 import pytest
 import tokenizers
 
-from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer, train_bpe
+from anabranch.data.bpe import train_bpe
+from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from anabranch.errors import TokenizerError
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from anabranch.config import from_dict, to_dict
-from anabranch.data.tokenizer import (
-    BpeTokenizer,
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from anabranch.data.bpe import BpeTokenizer, train_bpe
+from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from anabranch.errors import ConfigError, TokenizerError
 from tokenizers_of_every_make import ALL, LOSSLESS, SAMPLE, by_name, like_llama, lossless, unicode_text
 
@@ -43,7 +37,7 @@ def test_bpe_merges_the_commonest_pair_first():
 
 
 def test_bpe_training_is_the_same_in_another_process():
-    code = f"from anabranch.data.tokenizer import train_bpe;print(train_bpe({SAMPLE!r}, 300).fingerprint)"
+    code = f"from anabranch.data.bpe import train_bpe;print(train_bpe({SAMPLE!r}, 300).fingerprint)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == LOSSLESS["bpe"].fingerprint
 

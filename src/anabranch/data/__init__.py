@@ -10,19 +10,18 @@ for batch in data.validation(batch_size=32):        # consecutive windows, with 
 """
 
 from anabranch.data.batch import Batch
+from anabranch.data.bpe import BpeTokenizer, train_bpe
 from anabranch.data.config import Data, DataConfig, corpus_windows, text_windows
 from anabranch.data.corpus import Corpus, Document, Domain, Files, Mixture, Stdlib, Table, corpus_at
 from anabranch.data.named import Named
 from anabranch.data.store import TokenStore, cache_folder
 from anabranch.data.stream import Lane, TokenStream
 from anabranch.data.tokenizer import (
-    BpeTokenizer,
     ByteTokenizer,
     HuggingFaceTokenizer,
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
-    train_bpe,
 )
 from anabranch.data.windows import Windows
 

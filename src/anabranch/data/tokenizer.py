@@ -1,10 +1,8 @@
 """Text to token ids and back, with exact byte counts.
 
-One face, `Tokenizer`, and three kinds: ``bytes`` (256 bytes and an end-of-text token), ``bpe`` (a byte-level BPE trained on the
-corpus), ``file`` (a ``tokenizer.json`` in the Hugging Face layout, read with the ``tokenizers`` package). All of them save as a
-``tokenizer.json`` that `load_tokenizer` and transformers' ``AutoTokenizer`` read back.
-
-Byte-level BPE: Radford et al., *Language Models are Unsupervised Multitask Learners* (2019), section 2.2.
+One face, `Tokenizer`, and three kinds: ``bytes`` (256 bytes and an end-of-text token), ``bpe`` (trained on the corpus, see
+`anabranch.data.bpe`), ``file`` (a ``tokenizer.json`` in the Hugging Face layout, read with the ``tokenizers`` package). All save
+as a ``tokenizer.json`` that `load_tokenizer` and transformers' ``AutoTokenizer`` read back.
 """
 # Shapes: L tokens of a text, V vocabulary
 
@@ -19,9 +17,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models
 
 from anabranch.config import Config, Field, Part, configclass
+from anabranch.data.byte_level import byte_characters, byte_level_backend, lengths_from_offsets, utf8
 from anabranch.data.chat import render_chat
 from anabranch.errors import TokenizerError
 from anabranch.files import atomic_write_json, atomic_write_text
@@ -183,11 +182,11 @@ class ByteTokenizer(Tokenizer, kind="bytes"):
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """The bytes of ``text``; special tokens are never parsed."""
-        return list(_utf8(text))
+        return list(utf8(text))
 
     def encode_with_byte_lengths(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """See `Tokenizer`."""
-        ids = [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
+        ids = [np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
         return [(ids_L, np.ones_like(ids_L)) for ids_L in ids]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -206,8 +205,8 @@ class ByteTokenizer(Tokenizer, kind="bytes"):
 
     def save(self, folder: str | Path) -> None:
         """Save as a BPE without merges, so that transformers reads the folder too, marked so that we know it again."""
-        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-        backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
+        vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+        backend = byte_level_backend(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         _write(folder, backend, {"eos_token": END_OF_TEXT, "anabranch_kind": "bytes"})
 
@@ -278,7 +277,7 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         """See `Tokenizer`."""
         backend = self._backend if parse_special else self._plain_backend
         # The tokenizers package refuses lone surrogates, which a shell argument that is not UTF-8 turns into.
-        clean = [_utf8(text).decode("utf-8") for text in texts]
+        clean = [utf8(text).decode("utf-8") for text in texts]
         return [encoding.ids for encoding in backend.encode_batch_fast(clean, add_special_tokens=False)]
 
     def encode_with_byte_lengths(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -287,15 +286,13 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
             batches = [np.array(ids, dtype=np.int64) for ids in self.encode_batch(texts, parse_special=False)]
             counted = [(ids_L, self.byte_length_V[ids_L]) for ids_L in batches]
             # An added token may swallow the blanks beside it; those texts are counted again below.
-            exact = [
-                int(length_L.sum()) == len(_utf8(text)) for (_, length_L), text in zip(counted, texts, strict=True)
-            ]
+            exact = [int(length_L.sum()) == len(utf8(text)) for (_, length_L), text in zip(counted, texts, strict=True)]
             if all(exact):
                 return counted
-        clean = [_utf8(text).decode("utf-8") for text in texts]
+        clean = [utf8(text).decode("utf-8") for text in texts]
         encodings = self._plain_backend.encode_batch(clean, add_special_tokens=False)
         return [
-            (np.array(encoding.ids, dtype=np.int64), _lengths_from_offsets(text, encoding.offsets))
+            (np.array(encoding.ids, dtype=np.int64), lengths_from_offsets(text, encoding.offsets))
             for text, encoding in zip(clean, encodings, strict=True)
         ]
 
@@ -341,7 +338,7 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
         if [step.get("type") for step in steps] != ["ByteLevel"]:
             return None
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = [b""] * self.vocab_size  # ids without a token decode to nothing
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             is_bytes = all(character in byte_of for character in token)
@@ -355,56 +352,6 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
 
     def _name_of(self, token_id: int | None) -> str:
         return "" if token_id is None else self._backend.id_to_token(token_id) or ""
-
-
-class BpeTokenizer(HuggingFaceTokenizer, kind="bpe"):
-    """A byte-level BPE trained on the corpus at hand; see `train_bpe`."""
-
-    @configclass
-    class Config(Tokenizer.Config):
-        """How to train it."""
-
-        vocab_size: int = Field(default=4096, ge=257, le=1_000_000)  # with the end-of-text token
-        min_frequency: int = Field(default=2, ge=1)  # pairs seen less often are not merged
-        training_bytes: int = Field(default=20_000_000, ge=1)  # text to learn from, from the start of the corpus
-
-        def build(self, texts: Iterable[str] = ()) -> "BpeTokenizer":
-            """Train on ``texts``, up to ``training_bytes`` of them."""
-            return train_bpe(
-                _first_bytes(texts, self.training_bytes), self.vocab_size, min_frequency=self.min_frequency
-            )
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> BpeTokenizer:
-    """Train a byte-level BPE (GPT-2's pre-tokenisation) with end of text as its last id; the same texts give the same tokenizer.
-
-    The vocabulary comes out smaller than ``vocab_size`` where the texts have too few pairs that repeat. Raises TokenizerError
-    for no text, or for a ``vocab_size`` under 257.
-    """
-    if vocab_size < 257:
-        raise TokenizerError(
-            f"vocab_size is {vocab_size}; a byte-level vocabulary has at least 257 (256 bytes, end of text)"
-        )
-    backend = _byte_level(models.BPE(), use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=min_frequency,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    seen = False
-
-    def counted() -> Iterable[str]:
-        nonlocal seen
-        for text in texts:
-            seen = seen or bool(text)
-            yield _utf8(text).decode("utf-8")
-
-    backend.train_from_iterator(counted(), trainer)
-    if not seen:
-        raise TokenizerError("no text to train a BPE tokenizer on; give a corpus with text in it")
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return BpeTokenizer(backend, eos_id=backend.token_to_id(END_OF_TEXT))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -481,45 +428,3 @@ def _write(folder: str | Path, backend: tokenizers.Tokenizer, settings: dict[str
     atomic_write_text(Path(folder) / "tokenizer.json", backend.to_str(pretty=True))
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     atomic_write_json(Path(folder) / "tokenizer_config.json", fixed | settings)
-
-
-def _byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _byte_characters() -> list[str]:
-    """The printable stand-in of each byte in byte-level vocabularies: itself if printable, else the next one from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
-def _lengths_from_offsets(text: str, offsets: list[tuple[int, int]]) -> NDArray[np.int64]:
-    """Bytes from the end of the furthest token before to the end of this one; the last token also takes what is left."""
-    size = np.array([len(character.encode("utf-8")) for character in text], dtype=np.int64)
-    bytes_before = np.concatenate([[0], np.cumsum(size)])
-    if not offsets:
-        return np.zeros(0, dtype=np.int64)
-    end_L = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
-    end_L[-1] = len(text)
-    return np.diff(bytes_before[end_L], prepend=0)
-
-
-def _utf8(text: str) -> bytes:
-    """UTF-8 of ``text``, with U+FFFD for lone surrogates, which have none."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return "".join("�" if 0xD800 <= ord(character) < 0xE000 else character for character in text).encode("utf-8")
-
-
-def _first_bytes(texts: Iterable[str], size: int) -> Iterable[str]:
-    for text in texts:
-        data = _utf8(text)[:size]
-        yield data.decode("utf-8", "ignore")
-        size -= len(data)
-        if size <= 0:
-            return
