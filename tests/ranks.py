@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PREAMBLE = """
@@ -15,7 +16,7 @@ dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], ran
 
 def run_ranks(script: str, folder: Path, world_size: int = 2) -> list[str]:
     """What each rank printed. ``script`` finds ``rank`` and ``world``; a rank that fails fails the test."""
-    store = folder / "store"
+    store = Path(tempfile.mkdtemp(dir=folder)) / "store"
     processes = []
     for rank in range(world_size):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "STORE": str(store)}

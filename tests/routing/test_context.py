@@ -54,7 +54,7 @@ def test_merge_takes_over_what_a_fork_collected_in_order():
     fork = context.fork()
     fork.emit_loss("a", torch.tensor(3.0))
     fork.emit_load(scale, torch.ones(2))
-    context.merge(fork.losses, fork.loads, fork.parts)
+    context.merge(*fork.collected())
     context.commit()
     assert context.mean_losses()["a"].item() == 2.0
     assert scale.total.tolist() == [1.0, 1.0]
@@ -84,10 +84,29 @@ def test_a_loss_over_layers_gets_its_own_parts_and_counts_as_one_entry():
     fork = context.fork()
     fork.emit_part(second, (torch.tensor(10.0),))
     assert fork.parts != context.parts
-    context.merge(fork.losses, fork.loads, fork.parts)
+    context.merge(*fork.collected())
     context.emit_loss("other", torch.tensor(1.0))
     for _ in range(2):  # reading does not use anything up
         assert {name: loss.item() for name, loss in context.mean_losses().items()} == {
             "other": 1.0,
             "pool": (6 + 10) / 2,
         }
+
+
+def test_metrics_are_means_over_layers_without_gradient():
+    context = RoutingContext()
+    context.emit_metric("drop_ratio", torch.tensor(0.5, requires_grad=True))
+    fork = context.fork()
+    fork.emit_metric("drop_ratio", torch.tensor(0.0))
+    context.merge(*fork.collected())
+    assert context.mean_metrics()["drop_ratio"].item() == 0.25
+    assert not context.mean_metrics()["drop_ratio"].requires_grad
+
+
+def test_once_gives_a_fork_what_the_first_pass_saw():
+    context, owner, value = RoutingContext(), object(), torch.tensor(1.0)
+    assert context.once(owner, value.clone).item() == 1.0
+    value += 1
+    assert context.fork().once(owner, value.clone).item() == 1.0
+    assert context.once(object(), value.clone).item() == 2.0
+    assert RoutingContext().once(owner, value.clone).item() == 2.0

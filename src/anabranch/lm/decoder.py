@@ -26,6 +26,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
+from anabranch.routing import Score, Select
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class DecoderOutput:
         loss: mean cross-entropy in nats over real targets plus all auxiliary losses; None without a target.
         cross_entropy: the first term alone, detached.
         auxiliary: each auxiliary loss, mean over layers, detached.
+        metrics: what layers emitted to be logged (drop_ratio), mean over layers.
     """
 
     logits_BLV: Tensor | None = None
     loss: Tensor | None = None
     cross_entropy: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -186,13 +189,19 @@ class Decoder(Part, nn.Module):
         logits_BLV = self.logits(x_BLD)
         context.commit()
         if target_BL is None:
-            return DecoderOutput(logits_BLV)
-        cross_entropy = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100)
+            return DecoderOutput(logits_BLV, metrics=context.mean_metrics())
+        total = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum"
+        )
+        cross_entropy = total / (target_BL != -100).sum().clamp_min(
+            1
+        )  # zero, not nan, where nothing is to be predicted
         auxiliary = context.mean_losses()
         return DecoderOutput(
             loss=sum(auxiliary.values(), start=cross_entropy),
             cross_entropy=cross_entropy.detach(),
             auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
+            metrics=context.mean_metrics(),
         )
 
     def context(
@@ -237,8 +246,18 @@ class Decoder(Part, nn.Module):
         """Scores over the vocabulary."""
         return self.head(x_BLD) if self.head is not None else F.linear(x_BLD, self.embedding.weight)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether no output depends on later tokens; expert-choice routing makes it so."""
+        return all(module.is_causal for module in self.modules() if isinstance(module, Score | Select))
+
     def new_cache(self, max_length: int) -> KeyValueCache:
-        """An empty cache for up to ``max_length`` positions."""
+        """An empty cache for up to ``max_length`` positions.
+
+        Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
+        """
+        if not self.is_causal:
+            raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
         return KeyValueCache(self.config.num_layers, max_length)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
@@ -250,12 +269,12 @@ class Decoder(Part, nn.Module):
 def _recomputed(block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
     """Run ``block`` without keeping its activations. What it emits comes back as outputs, so it is counted once."""
 
-    def run(x_BLD: Tensor) -> tuple[Tensor, dict, list, list]:
+    def run(x_BLD: Tensor) -> tuple[Any, ...]:
         local = context.fork()
-        return block(x_BLD, local), local.losses, local.loads, local.parts
+        return block(x_BLD, local), *local.collected()
 
-    y_BLD, losses, loads, parts = checkpoint(run, x_BLD, use_reentrant=False)
-    context.merge(losses, loads, parts)
+    y_BLD, *collected = checkpoint(run, x_BLD, use_reentrant=False)
+    context.merge(*collected)
     return y_BLD
 
 

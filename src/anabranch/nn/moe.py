@@ -11,7 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, Candidates, Router, capacity_of, limit_capacity
+from anabranch.routing import Balancer, Candidates, Router, Routing, capacity_of, limit_capacity
 
 
 class MoE(FeedForward, kind="moe"):
@@ -30,7 +30,8 @@ class MoE(FeedForward, kind="moe"):
             shared_gate: scale the shared output by sigmoid(w x) (Qwen2-MoE).
             weight_on: apply routing weights to the expert's ``output``, or to its ``input`` (Llama 4).
             capacity_factor: drop what exceeds ceil(factor N K / E) rows of an expert in training; None drops nothing.
-            capacity_order: who stays then, see `limit_capacity`.
+            capacity_order: who stays then, see `limit_capacity`. The share that is dropped is emitted as metric ``drop_ratio``.
+            capacity_renormalize: scale what a token keeps so its weights sum to what they summed to.
             recompute: recompute expert activations in the backward pass, to save memory.
             backend: expert compute, see `anabranch.nn.grouped`.
         """
@@ -46,6 +47,7 @@ class MoE(FeedForward, kind="moe"):
         weight_on: Literal["output", "input"] = "output"
         capacity_factor: float | None = Field(default=None, gt=0)
         capacity_order: Literal["token", "score"] = "token"
+        capacity_renormalize: bool = False
         recompute: bool = False
         backend: str = "auto"
 
@@ -78,7 +80,8 @@ class MoE(FeedForward, kind="moe"):
             expert = 3 * context.dim * self.hidden_dim
             routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
             always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate
-            return routed + Count.dense(always + self.num_destinations(context) * context.dim)
+            router = self.router.score.num_parameters(context.dim, self.num_destinations(context))
+            return routed + Count.dense(always + router)
 
     def __init__(
         self,
@@ -118,10 +121,7 @@ class MoE(FeedForward, kind="moe"):
         x_ND = x_BLD.flatten(0, -2)
         routing = self.router(x_ND, context)
         if self.config.capacity_factor is not None and context.training:
-            capacity = capacity_of(
-                routing.num_items, routing.num_places, routing.num_destinations, self.config.capacity_factor
-            )
-            routing = limit_capacity(routing, capacity, order=self.config.capacity_order)
+            routing = self._limit(routing, context)
         y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on)
         if self.shared is not None:
             shared_ND = self.shared(x_ND)
@@ -129,6 +129,16 @@ class MoE(FeedForward, kind="moe"):
                 shared_ND = shared_ND * self.shared_gate(x_ND).sigmoid()
             y_ND = y_ND + shared_ND
         return y_ND.view_as(x_BLD)
+
+    def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
+        config = self.config
+        capacity = capacity_of(routing.num_items, routing.num_places, routing.num_destinations, config.capacity_factor)
+        limited = limit_capacity(
+            routing, capacity, order=config.capacity_order, renormalize=config.capacity_renormalize
+        )
+        wanted = routing.used_NK.sum()
+        context.emit_metric("drop_ratio", (wanted - limited.used_NK.sum()) / wanted.clamp_min(1))
+        return limited
 
 
 def make_pool(config: Any, context: BuildContext, num_experts: int) -> ExpertPool:

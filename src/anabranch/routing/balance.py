@@ -6,7 +6,7 @@ open, the loss looks at those alone: counting a closed one as idle would pull pr
 # Shapes: N items, E destinations, K places per item, S sequences, L positions, G device groups
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,21 @@ class Observation:
         """Scores as shares that sum to 1 over the open destinations (so sigmoid scores work too)."""
         score_NE = self.routing.score_NE
         if self.open_NE is not None:
-            score_NE = score_NE * self.open_NE
+            score_NE = score_NE.masked_fill(~self.open_NE, 0.0)
         return score_NE / score_NE.sum(-1, keepdim=True).clamp_min(1e-20)
 
-    def num_open(self) -> Tensor | int:
-        """Open destinations; the mean over items where each has its own mask."""
+    def num_open(self, item_mask_N: Tensor | None) -> Tensor | int:
+        """Open destinations; the mean over real items where each has its own mask."""
         if self.open_NE is None:
             return self.routing.num_destinations
-        return self.open_NE.sum(-1).float().mean()
+        return self.openness_E(item_mask_N).sum()
+
+    def openness_E(self, item_mask_N: Tensor | None) -> Tensor:
+        """fp32: 1 where a destination is open, 0 where closed; the share of real items where each has its own mask."""
+        if self.open_NE is None:
+            return self.routing.score_NE.new_ones(self.routing.num_destinations, dtype=torch.float32)
+        open_NE = self.open_NE.float()
+        return open_NE if open_NE.dim() == 1 else masked_mean(open_NE, item_mask_N)
 
 
 class Balancer(Part, nn.Module, family="balance"):
@@ -64,7 +71,10 @@ class Balancer(Part, nn.Module, family="balance"):
 
 
 class LoadCounter(Balancer):
-    """A balancer that adds up loads over the micro-batches of a step, and over data-parallel ranks (see `sync_loads`)."""
+    """A balancer that adds up loads over the micro-batches of a step, and over data-parallel ranks (see `sync_loads`).
+
+    What it counts stays fp32 whatever dtype the model is cast to: half precision cannot count beyond 256 (bf16) or 2048.
+    """
 
     load_E: Tensor
 
@@ -72,13 +82,31 @@ class LoadCounter(Balancer):
         super().__init__(config, num_destinations)
         self.register_buffer("load_E", torch.zeros(num_destinations), persistent=False)
 
-    def add_load(self, load_E: Tensor) -> None:
-        """Take the load of one forward pass."""
+    def counts(self) -> list[Tensor]:
+        """The counters of the step, each ``[E]``."""
+        return [self.load_E]
+
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        """Take the load of one forward pass, and which destinations were open in it (None: all)."""
         self.load_E += load_E
+
+    def forget(self) -> None:
+        """Set the counters to zero."""
+        for count_E in self.counts():
+            count_E.zero_()
 
     def on_step(self, step: int, fraction: float) -> None:
         """Forget the finished step."""
-        self.load_E.zero_()
+        self.forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            made = getattr(self, name)
+            if made.dtype != torch.float32:
+                setattr(self, name, buffer.to(made.device))
+        return self
 
 
 def sync_loads(model: nn.Module) -> None:
@@ -86,17 +114,18 @@ def sync_loads(model: nn.Module) -> None:
     counters = [module for module in model.modules() if isinstance(module, LoadCounter)]
     if not counters or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    flat = torch.cat([counter.load_E for counter in counters])
+    counts = [count_E for counter in counters for count_E in counter.counts()]
+    flat = torch.cat(counts)
     dist.all_reduce(flat)
-    for counter, load_E in zip(counters, flat.split([c.num_destinations for c in counters]), strict=True):
-        counter.load_E.copy_(load_E)
+    for count_E, sum_E in zip(counts, flat.split([count_E.numel() for count_E in counts]), strict=True):
+        count_E.copy_(sum_E)
 
 
 def discard_loads(model: nn.Module) -> None:
     """Forget the loads of a step whose update was skipped (gradient overflow)."""
     for module in model.modules():
         if isinstance(module, LoadCounter):
-            module.load_E.zero_()
+            module.forget()
 
 
 class SwitchLoss(LoadCounter, kind="switch"):
@@ -123,9 +152,10 @@ class SwitchLoss(LoadCounter, kind="switch"):
             load_E = seen.routing.load_E()
             if self.config.scope == "global_batch":
                 context.emit_load(self, load_E)
-                load_E = self.load_E + _sum_over_ranks(load_E.float())
+                load_E = _sum_over_ranks(context.once(self, self.load_E.clone) + load_E)
             product = (_share(load_E) * masked_mean(probability_NE, context.item_mask_N)).sum()
-        context.emit_loss("load_balancing", self.config.alpha * seen.num_open() * product)
+        num_open = seen.num_open(context.item_mask_N)
+        context.emit_loss("load_balancing", self.config.alpha * num_open * product)
 
     def _by_sequence(self, routing: Routing, probability_NE: Tensor, context: RoutingContext) -> Tensor:
         if context.sequence_length is None:
@@ -133,13 +163,14 @@ class SwitchLoss(LoadCounter, kind="switch"):
         length, num_destinations = max(context.sequence_length, 1), routing.num_destinations
         num_sequences = routing.num_items // length
         offset_S1 = torch.arange(num_sequences, device=probability_NE.device).unsqueeze(-1) * num_destinations
-        index_SX = routing.index_NK.view(num_sequences, -1)
+        index_SX = routing.index_NK.view(num_sequences, length * routing.num_places)
         shifted_SX = torch.where(index_SX < 0, index_SX, index_SX + offset_S1)
-        load_SE = count_destinations(shifted_SX, num_sequences * num_destinations).view(num_sequences, -1)
+        load_SE = count_destinations(shifted_SX, num_sequences * num_destinations)
+        load_SE = load_SE.view(num_sequences, num_destinations)
         mask_N = context.item_mask_N
         weight_SL = torch.ones(num_sequences, length) if mask_N is None else mask_N.view(num_sequences, length).float()
         weight_SL = weight_SL.to(probability_NE)
-        mean_SE = torch.einsum("sle,sl->se", probability_NE.view(num_sequences, length, -1), weight_SL)
+        mean_SE = torch.einsum("sle,sl->se", probability_NE.view(num_sequences, length, num_destinations), weight_SL)
         mean_SE = mean_SE / weight_SL.sum(-1, keepdim=True).clamp_min(1)
         real_S = (weight_SL.sum(-1) > 0).to(mean_SE)
         return ((_share(load_SE) * mean_SE).sum(-1) * real_S).sum() / real_S.sum().clamp_min(1)
@@ -161,7 +192,9 @@ class PoolLoss(Balancer, kind="pool"):
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit this layer's part."""
         probability_E = masked_mean(seen.probability_NE(), context.item_mask_N)
-        num_open = torch.as_tensor(seen.num_open(), dtype=probability_E.dtype, device=probability_E.device)
+        num_open = torch.as_tensor(
+            seen.num_open(context.item_mask_N), dtype=probability_E.dtype, device=probability_E.device
+        )
         context.emit_part(self, (_share(seen.routing.load_E()), probability_E, num_open))
 
     def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
@@ -200,16 +233,18 @@ class ImportanceLoss(Balancer, kind="importance"):
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``importance``."""
         mean_E = masked_mean(seen.probability_NE(), context.item_mask_N)
-        if seen.open_NE is not None and seen.open_NE.dim() == 1:
-            mean_E = mean_E[seen.open_NE]
-        variation = mean_E.var(correction=0) / mean_E.mean().square().clamp_min(1e-20)
+        open_E = (seen.openness_E(context.item_mask_N) > 0).to(mean_E)
+        mean = (mean_E * open_E).sum() / open_E.sum().clamp_min(1)
+        variance = ((mean_E - mean).square() * open_E).sum() / open_E.sum().clamp_min(1)
+        variation = variance / mean.square().clamp_min(1e-20)
         context.emit_loss("importance", self.config.alpha * variation)
 
 
 class DeviceLoss(Balancer, kind="device"):
     """alpha sum_g f'_g P'_g over ``num_devices`` equal groups of destinations (DeepSeekMoE, arXiv 2401.06066, eqs. 15-17).
 
-    f'_g is the mean over the group of E f_e, P'_g the sum over the group of P_e; equals alpha when groups are balanced.
+    f'_g is the mean over the group of E f_e, P'_g the sum over the group of P_e; equals alpha when groups are balanced. Closed
+    destinations count neither in E nor in the mean.
     """
 
     @configclass
@@ -228,10 +263,12 @@ class DeviceLoss(Balancer, kind="device"):
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``device_balancing``."""
-        groups = (self.config.num_devices, -1)
-        share_E = _share(seen.routing.load_E()) * self.num_destinations
+        groups = (self.config.num_devices, self.num_destinations // self.config.num_devices)
         probability_E = masked_mean(seen.probability_NE(), context.item_mask_N)
-        product = (share_E.view(groups).mean(-1) * probability_E.view(groups).sum(-1)).sum()
+        openness_G = seen.openness_E(context.item_mask_N).view(groups).sum(-1)
+        share_G = _share(seen.routing.load_E()).view(groups).sum(-1)
+        share_G = torch.where(openness_G > 0, share_G * openness_G.sum() / openness_G.clamp_min(1e-20), 0.0)
+        product = (share_G * probability_E.view(groups).sum(-1)).sum()
         context.emit_loss("device_balancing", self.config.alpha * product)
 
 
@@ -239,8 +276,9 @@ class BiasBalancer(LoadCounter, kind="bias"):
     """Loss-free balancing: a bias per destination, used to select only, moved after each step by the load it saw.
 
     Wang et al., arXiv 2408.15664: b_e += u sign(L - A_e) (``sign``), or b_e += u (L - A_e) / L (``magnitude``, the proportional
-    form), with A_e the items sent to e in the finished step and L their mean. ``center`` then takes the mean out, which
-    changes no selection but keeps the bias from drifting.
+    form), with A_e the items sent to e in the finished step and L their mean over the destinations that were open in it; a
+    destination that was closed all step keeps its bias. ``center`` then takes the mean out, which changes no selection but
+    keeps the bias from drifting.
     """
 
     @configclass
@@ -262,10 +300,12 @@ class BiasBalancer(LoadCounter, kind="bias"):
         clip: float | None = Field(default=None, gt=0)
 
     expert_bias: Tensor
+    open_E: Tensor
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
         self.register_buffer("expert_bias", torch.zeros(num_destinations))
+        self.register_buffer("open_E", torch.zeros(num_destinations), persistent=False)
 
     @property
     def bias_E(self) -> Tensor:
@@ -274,14 +314,26 @@ class BiasBalancer(LoadCounter, kind="bias"):
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit the load of this forward pass."""
-        context.emit_load(self, seen.routing.load_E())
+        open_E = None if seen.open_NE is None else seen.openness_E(context.item_mask_N)
+        context.emit_load(self, seen.routing.load_E(), open_E)
+
+    def counts(self) -> list[Tensor]:
+        """Loads, and how often each destination was open."""
+        return [self.load_E, self.open_E]
+
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        """Take the load of one forward pass, and which destinations were open in it (None: all)."""
+        super().add_load(load_E)
+        self.open_E += 1.0 if open_E is None else open_E
 
     def on_step(self, step: int, fraction: float) -> None:
         """Move the bias by the finished step's load, then forget the load."""
         frozen = self.config.freeze_after is not None and fraction > self.config.freeze_after
         if not frozen and self.load_E.sum() > 0:
-            missing_E = self.load_E.mean() - self.load_E
-            move_E = missing_E.sign() if self.config.rule == "sign" else missing_E / self.load_E.mean()
+            was_open_E = self.open_E > 0
+            mean = self.load_E.sum() / was_open_E.sum()
+            missing_E = torch.where(was_open_E, mean - self.load_E, 0.0)
+            move_E = missing_E.sign() if self.config.rule == "sign" else missing_E / mean
             self.expert_bias += self.config.rate * move_E
             if self.config.center:
                 self.expert_bias -= self.expert_bias.mean()

@@ -6,6 +6,7 @@ is counted twice.
 """
 # Shapes: N items, E destinations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -15,8 +16,8 @@ from torch import Tensor
 class LoadSink(Protocol):
     """What takes loads after a forward pass (a balancer that adapts to them)."""
 
-    def add_load(self, load_E: Tensor) -> None:
-        """Add the loads of one forward pass."""
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        """Add the loads of one forward pass; ``open_E`` is zero for destinations that were closed in it."""
 
 
 class LossOverLayers(Protocol):
@@ -35,46 +36,68 @@ class RoutingContext:
         sequence_length: items are ``num_sequences * sequence_length`` in row-major order; None if they are no sequences.
         training: balancers emit losses and loads only then.
         losses: emitted losses by name, one entry per layer that emitted it.
-        loads: emitted (balancer, load_E) pairs.
+        loads: emitted (balancer, load_E, open_E) triples.
         parts: emitted (loss over layers, its part of one layer) pairs.
+        metrics: emitted numbers to log, by name, one entry per layer that emitted it.
         state: what a design carries between layers or calls, by a name of its own (recurrent router state, masks).
+        memo: see `once`.
     """
 
     item_mask_N: Tensor | None = None
     sequence_length: int | None = None
     training: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    loads: list[tuple[LoadSink, Tensor]] = field(default_factory=list)
+    loads: list[tuple[LoadSink, Tensor, Tensor | None]] = field(default_factory=list)
     parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def emit_loss(self, name: str, loss: Tensor) -> None:
         """Add a loss of one layer. The training loss takes the mean over layers of each name."""
         self.losses.setdefault(name, []).append(loss)
 
-    def emit_load(self, sink: LoadSink, load_E: Tensor) -> None:
-        """Note a load for ``sink``; it gets it at `commit`."""
-        self.loads.append((sink, load_E))
+    def emit_load(self, sink: LoadSink, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        """Note a load for ``sink``; it gets it at `commit`. ``open_E`` is zero for closed destinations, None if all were open."""
+        self.loads.append((sink, load_E, open_E))
+
+    def once(self, owner: object, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave ``owner`` first in this forward pass.
+
+        A recomputation in the backward pass finds the same, whatever has changed since.
+        """
+        if id(owner) not in self.memo:
+            self.memo[id(owner)] = make()
+        return self.memo[id(owner)]
 
     def emit_part(self, owner: LossOverLayers, part: tuple[Tensor, ...]) -> None:
         """Add one layer's part of a loss that ``owner`` makes of several layers' parts."""
         self.parts.append((owner, part))
 
+    def emit_metric(self, name: str, value: Tensor) -> None:
+        """Add a number of one layer that is worth logging; nothing is differentiated through it."""
+        self.metrics.setdefault(name, []).append(value.detach())
+
     def fork(self) -> Self:
         """A context that sees the same state but collects on its own."""
-        return replace(self, losses={}, loads=[], parts=[])
+        return replace(self, losses={}, loads=[], parts=[], metrics={})
 
-    def merge(self, losses: dict[str, list[Tensor]], loads: list, parts: list) -> None:
-        """Take over what a fork collected."""
-        for name, values in losses.items():
-            self.losses.setdefault(name, []).extend(values)
+    def collected(self) -> tuple[dict, list, list, dict]:
+        """All that was emitted, for `merge`."""
+        return self.losses, self.loads, self.parts, self.metrics
+
+    def merge(self, losses: dict, loads: list, parts: list, metrics: dict) -> None:
+        """Take over what a fork `collected`."""
+        for ours, theirs in ((self.losses, losses), (self.metrics, metrics)):
+            for name, values in theirs.items():
+                ours.setdefault(name, []).extend(values)
         self.loads.extend(loads)
         self.parts.extend(parts)
 
     def commit(self) -> None:
         """Hand the loads to their balancers. Call once per forward pass, outside recomputed code."""
-        for sink, load_E in self.loads:
-            sink.add_load(load_E)
+        for sink, load_E, open_E in self.loads:
+            sink.add_load(load_E, open_E)
         self.loads = []
 
     def mean_losses(self) -> dict[str, Tensor]:
@@ -84,4 +107,12 @@ class RoutingContext:
         for key, owner in owners.items():
             name, loss = owner.close([part for other, part in self.parts if id(other) == key])
             losses.setdefault(name, []).append(loss)
-        return {name: sum(values[1:], start=values[0]) / len(values) for name, values in losses.items()}
+        return _means(losses)
+
+    def mean_metrics(self) -> dict[str, Tensor]:
+        """Each emitted metric, averaged over the layers that emitted it."""
+        return _means(self.metrics)
+
+
+def _means(values: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: sum(entries[1:], start=entries[0]) / len(entries) for name, entries in values.items()}

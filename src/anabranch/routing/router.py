@@ -97,10 +97,12 @@ class Router(Part, nn.Module):
             masked_NE = logit_NE.masked_fill(~open_NE, -torch.inf)
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
-            score_NE = score_NE * open_NE
-        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=self._bias_E(), open_NE=open_NE)
-        if context.item_mask_N is not None:
-            routing = routing.drop(~context.item_mask_N.unsqueeze(-1))
+            score_NE = score_NE.masked_fill(~open_NE, 0.0)
+        may_NE = open_NE
+        if context.item_mask_N is not None:  # nothing is open to a padding item
+            real_N1 = context.item_mask_N.unsqueeze(-1)
+            may_NE = real_N1 if open_NE is None else open_NE & real_N1
+        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=self._bias_E(), open_NE=may_NE)
         if context.training:
             seen = Observation(logit_NE, routing, open_NE)
             for part in (*self.balance, *self.pool_balance):

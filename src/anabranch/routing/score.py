@@ -45,6 +45,10 @@ class Score(Part, nn.Module, family="score"):
         activation: Activation = "softmax"
         init_std: float = Field(default=0.02, gt=0)
 
+        def num_parameters(self, dim: int, num_destinations: int) -> int:
+            """Parameters of the score, known before it is built; E D unless a kind says otherwise."""
+            return num_destinations * dim
+
     is_causal: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
@@ -106,11 +110,19 @@ class CosineScore(Score, kind="cosine"):
         projected_dim: int | None = Field(default=None, ge=1)
         temperature: float = Field(default=0.07, gt=0)
 
+        def num_projected(self, num_destinations: int) -> int:
+            """P."""
+            return self.projected_dim or max(2, num_destinations // 2)
+
+        def num_parameters(self, dim: int, num_destinations: int) -> int:
+            """The projection, the embeddings, the temperature."""
+            return self.num_projected(num_destinations) * (dim + num_destinations) + 1
+
     def __init__(
         self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
-        projected_dim = config.projected_dim or max(2, num_destinations // 2)
+        projected_dim = config.num_projected(num_destinations)
         self.projection = nn.Parameter(torch.empty(projected_dim, dim))
         self.weight = nn.Parameter(torch.empty(num_destinations, projected_dim))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))

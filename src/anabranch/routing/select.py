@@ -65,7 +65,7 @@ class Select(Part, nn.Module, family="select"):
             score_NE: scores.
             logit_NE: the logits behind them, needed for ``normalize="softmax"``.
             bias_E: added for selection only.
-            open_NE: bool, ``[E]`` or ``[N, E]``, destinations that may be chosen; None if all may.
+            open_NE: bool, ``[E]``, ``[N, 1]`` or ``[N, E]``, destinations that may be chosen; None if all may.
         """
         value_NE = score_NE.detach()
         if bias_E is not None:
