@@ -1,7 +1,15 @@
 """Decoder language model: config, decoder, cache, generation, checkpoints, foreign formats."""
 
 from anabranch.lm.cache import KeyValueCache
-from anabranch.lm.checkpoint import load_config, load_model, load_weights, save_model, write_model
+from anabranch.lm.checkpoint import (
+    convert,
+    export_huggingface,
+    load_config,
+    load_model,
+    load_weights,
+    save_model,
+    write_model,
+)
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.lm.generate import SamplingConfig, generate, stream
 
@@ -10,6 +18,8 @@ __all__ = [
     "DecoderOutput",
     "KeyValueCache",
     "SamplingConfig",
+    "convert",
+    "export_huggingface",
     "generate",
     "load_config",
     "load_model",

@@ -2,14 +2,17 @@
 
     save_model("runs/a/model", model, tokenizer)
     model, tokenizer = load_model("runs/a")          # a model folder, a training run, a Hugging Face folder, a .gguf file
+    export_huggingface("out", model, tokenizer)      # what transformers' AutoModelForCausalLM reads
 
 A native folder holds ``model.safetensors`` (each tensor once, under the names of ``model.state_dict()``), ``config.json``
 (``schema``, ``format``, ``model``: the config that builds the model) and the tokenizer's files. Folders are replaced as a whole.
+Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.gguf`.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from anabranch.config import from_dict, to_dict
 from anabranch.data.tokenizer import Tokenizer, load_tokenizer
 from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import (
     FLOATS,
@@ -34,7 +38,18 @@ from anabranch.lm.tensors import (
     write_tensors,
 )
 
-__all__ = ["find_model", "load_config", "load_model", "load_weights", "save_model", "write_model"]
+__all__ = [
+    "convert",
+    "export_huggingface",
+    "find_model",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "save_model",
+    "write_model",
+]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 FORMAT = "anabranch"
@@ -71,11 +86,13 @@ def write_model(
     tokenizer: Tokenizer | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,
+    family: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`save_model` into a folder that is being filled, with other files beside it, inside `atomic_folder`.
 
-    ``state`` gives the tensors by name where the model's own are only shards of them (FSDP).
+    ``state`` gives the tensors by name where the model's own are only shards of them (FSDP). ``family`` notes the Hugging Face
+    family that the model came from, which `convert` goes back to.
     """
     tensors = state_once(model)
     if state is not None:
@@ -87,6 +104,7 @@ def write_model(
         "schema": SCHEMA,
         "format": FORMAT,
         "anabranch_version": anabranch.__version__,
+        **({"family": family} if family else {}),
         "model": to_dict(model.config),
     }
     atomic_write_json(folder / "config.json", config)
@@ -133,10 +151,14 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> Decoder.Config:
-    """The config of a model without its weights. ``path`` as for `load_model`; raises CheckpointError likewise."""
+    """The config of a model without its weights. ``path`` and errors as for `load_model`."""
     found = find_model(path)
-    config = read_json(found / "config.json")
-    return _native_config(found, config)
+    if found.is_file():
+        return gguf.read_gguf_config(found)
+    table = read_json(found / "config.json")
+    if _is_foreign(table):
+        return formats.read_config(table, found / "config.json")
+    return _native_config(found, table)
 
 
 def load_model(
@@ -152,13 +174,91 @@ def load_model(
     Raises:
         CheckpointError: nothing there, corrupt, of a newer version, or of a kind that we do not have.
         TokenizerError: the tokenizer's files cannot be read.
+        ConfigError: weights cannot be of this ``dtype``.
         BackendError: there is no such device, or an optional package is missing.
     """
     check_dtype_device(dtype, device)
     found = find_model(path)
-    model = _load_native(found, read_json(found / "config.json"), dtype, device)
-    tokenizer = load_tokenizer(found) if (found / "tokenizer.json").is_file() else None
-    return model, tokenizer
+    if found.is_file():
+        return gguf.load_gguf(found, dtype=dtype, device=device)
+    table = read_json(found / "config.json")
+    if _is_foreign(table):
+        model = formats.load(open_tensors(found), table, found / "config.json", dtype=dtype, device=device)
+    else:
+        model = _load_native(found, table, dtype, device)
+    return model, _tokenizer(found)
+
+
+def _is_foreign(table: dict[str, Any]) -> bool:
+    return "model_type" in table and table.get("format") != FORMAT
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    if (folder / "tokenizer.model").is_file():
+        logger.warning(
+            "%s has only a SentencePiece tokenizer.model, so the model comes without a tokenizer; "
+            "load it once with transformers and save_pretrained beside the model",
+            folder,
+        )
+    return None
+
+
+def export_huggingface(
+    folder: str | Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    family: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Save a model as transformers' ``AutoModelForCausalLM.from_pretrained`` reads it, all or nothing.
+
+    The family is the first of OLMoE, Qwen3-MoE, Mixtral, Qwen2-MoE and DeepSeekMoE that computes what the model does (Llama for a
+    dense one); a model whose layers share experts is expanded. Arguments and errors as `save_model` and `formats.export`.
+    """
+    check_replaceable(Path(folder))
+    with atomic_folder(folder) as temporary:
+        formats.export(temporary, model, tokenizer, family=family, max_shard_bytes=max_shard_bytes)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: Literal["native", "huggingface"] = "native",
+    *,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Load a model from anywhere and save it in another format.
+
+    Args:
+        src: as for `load_model`.
+        dst: the new folder.
+        to: ``native`` or ``huggingface``.
+        family: Hugging Face ``model_type`` to write; None for the first that fits, beginning with that of ``src`` if it is, or
+            was made from, a Hugging Face folder.
+        dtype: of the saved weights; None keeps the stored one.
+        max_shard_bytes: larger models are split into files of at most this size.
+
+    Raises:
+        ConfigError: ``to`` or ``family`` is unknown.
+        CheckpointError: ``src`` cannot be read, no family can express it, or ``dst`` holds something else.
+    """
+    if to not in ("native", "huggingface"):
+        raise ConfigError(f"to is {to!r}; it must be 'native' or 'huggingface'")
+    check_replaceable(Path(dst))
+    found = find_model(src)
+    table = read_json(found / "config.json") if found.is_dir() else {}
+    origin = table.get("model_type") if _is_foreign(table) else table.get("family")
+    model, tokenizer = load_model(found, dtype=dtype)
+    with atomic_folder(dst) as temporary:
+        if to == "native":
+            write_model(temporary, model, tokenizer, family=origin, max_shard_bytes=max_shard_bytes)
+        else:
+            formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
 
 
 def load_weights(model: Decoder, path: str | Path) -> None:

@@ -88,7 +88,9 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
     """token_B from ``logits_BV`` by the rules of ``config``."""
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    probability_BV = (logits_BV.float() / config.temperature).softmax(-1)
+    logits_BV = logits_BV.float()
+    # Less the largest first, so that the smallest temperature gives no infinity but the most likely token.
+    probability_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / config.temperature).softmax(-1)
     sorted_BV, index_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
     drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= config.top_p
     if config.top_k is not None:

@@ -105,6 +105,10 @@ class PickleFiles:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
             except Exception as error:  # torch.load raises whatever the broken file leads it to
                 raise CheckpointError(_unreadable(path, str(error).split("\n", 1)[0])) from None
+            if not isinstance(loaded, dict):
+                raise CheckpointError(
+                    f"cannot read {path}: it holds a {type(loaded).__name__}; it must be a table of tensors"
+                )
             self._tensors |= {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
     @property

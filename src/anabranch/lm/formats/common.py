@@ -1,0 +1,303 @@
+"""What the families of Hugging Face checkpoints have in common: a Llama-style body, with other feed-forwards in it.
+
+A family is a module with
+
+    MODEL_TYPE, ARCHITECTURE          its names in config.json
+    read(foreign) -> Decoder.Config   its config.json as ours; refuses what ours cannot compute
+    write(config) -> dict             ours as its config.json, as well as it can (see `anabranch.lm.formats.export`)
+    sanitize(config, names)           which of its tensors make up which of ours (the only place that knows their names);
+                                      ``names`` are those in the file, where there are several ways to store a thing
+"""
+# Shapes: E experts, D width, F hidden
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from anabranch.errors import CheckpointError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import Piece
+from anabranch.nn import Attention, MoE, Rotary, SwiGLU
+from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
+
+Pieces = dict[str, list[Piece]]
+
+
+class Foreign:
+    """A foreign config.json, read field by field."""
+
+    def __init__(self, table: dict[str, Any], path: Path) -> None:
+        self.table, self.path = table, path
+
+    def __getitem__(self, name: str) -> Any:
+        """A field that must be there."""
+        if self.table.get(name) is None:
+            raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
+        return self.table[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, or ``default`` where it is absent or null."""
+        value = self.table.get(name)
+        return default if value is None else value
+
+    def refuse(self, name: str, value: Any, supported: str) -> None:
+        """Raise CheckpointError: ``name`` has a ``value`` that asks for something we do not compute."""
+        raise CheckpointError(f"{name} in {self.path} is {value!r}, which is not supported; supported: {supported}")
+
+    def require(self, name: str, allowed: Collection[Any], default: Any = None) -> None:
+        """Refuse any value that is not ``allowed``."""
+        value = self.get(name, default)
+        if value is not None and value not in allowed:
+            self.refuse(name, value, " or ".join(repr(one) for one in allowed))
+
+
+def read_body(foreign: Foreign, attention: Attention.Config) -> dict[str, Any]:
+    """The fields of `Decoder.Config` that all families have, but for the feed-forward."""
+    foreign.require("hidden_act", ("silu", "swish"))
+    foreign.require("mlp_bias", (False,))
+    if foreign.get("quantization_config"):
+        method = foreign.get("quantization_config").get("quant_method", "unknown")
+        foreign.refuse("quantization_config.quant_method", method, "weights that are not quantised")
+    _refuse_sliding_window(foreign)
+    return {
+        "vocab_size": foreign["vocab_size"],
+        "dim": foreign["hidden_size"],
+        "num_layers": foreign["num_hidden_layers"],
+        "attention": attention,
+        "rotary": _read_rotary(foreign),
+        "norm_eps": attention.norm_eps,
+        "tie_embeddings": foreign.get("tie_word_embeddings", False),
+        "max_positions": foreign.get("max_position_embeddings", 2048),
+        "init_std": foreign.get("initializer_range", 0.02),
+        "depth_scaled_init": False,
+    }
+
+
+def read_attention(
+    foreign: Foreign,
+    *,
+    qk_norm: Literal["none", "head", "full"] = "none",
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    head_dim: int | None = None,
+    default_eps: float = 1e-6,
+) -> Attention.Config:
+    """The attention config; what differs between families is passed in."""
+    return Attention.Config(
+        num_heads=foreign["num_attention_heads"],
+        num_kv_heads=foreign.get("num_key_value_heads"),
+        head_dim=head_dim,
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        norm_eps=foreign.get("rms_norm_eps", default_eps),
+    )
+
+
+def _refuse_sliding_window(foreign: Foreign) -> None:
+    """A window counts where it is narrower than the context, unless the switch that some families have is off."""
+    window = foreign.get("sliding_window")
+    on = foreign.get("use_sliding_window", "use_sliding_window" not in foreign.table)
+    if window and on and window < foreign.get("max_position_embeddings", 2048):
+        foreign.refuse("sliding_window", window, "none (full attention)")
+    other = [kind for kind in foreign.get("layer_types", ()) if kind != "full_attention"]
+    if other:
+        foreign.refuse("layer_types", other[0], "'full_attention'")
+
+
+def _read_rotary(foreign: Foreign) -> Rotary.Config:
+    """From ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (before)."""
+    name = "rope_parameters" if foreign.get("rope_parameters") else "rope_scaling"
+    table = foreign.get(name, {})
+    kind = table.get("rope_type", table.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        foreign.refuse(f"{name}.rope_type", kind, "'default', 'linear' or 'llama3'")
+    for part in (table, foreign.table):
+        if part.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            foreign.refuse("partial_rotary_factor", part["partial_rotary_factor"], "1.0")
+    scaling = Foreign(table, foreign.path)
+    theta = float(scaling.get("rope_theta", foreign.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return Rotary.Config(theta=theta)
+    if kind == "linear":
+        return Rotary.Config(theta=theta, scaling="linear", factor=float(scaling["factor"]))
+    return Rotary.Config(
+        theta=theta,
+        scaling="llama3",
+        factor=float(scaling["factor"]),
+        low_freq_factor=float(scaling["low_freq_factor"]),
+        high_freq_factor=float(scaling["high_freq_factor"]),
+        original_positions=scaling.get("original_max_position_embeddings", foreign.get("max_position_embeddings")),
+    )
+
+
+def read_moe(
+    foreign: Foreign,
+    *,
+    num_experts: int,
+    hidden_dim: int,
+    renormalize: bool,
+    default_alpha: float,
+    jitter: float = 0.0,
+    shared_hidden_dim: int = 0,
+    shared_experts: int = 0,
+    shared_gate: bool = False,
+) -> MoE.Config:
+    """A softmax top-k mixture, the routing of all families."""
+    return MoE.Config(
+        num_experts=num_experts,
+        hidden_dim=hidden_dim,
+        router=Router.Config(
+            score=LinearScore.Config(jitter=jitter),
+            select=TopK.Config(top_k=foreign["num_experts_per_tok"], normalize="sum" if renormalize else "none"),
+            balance=(SwitchLoss.Config(alpha=foreign.get("router_aux_loss_coef", default_alpha)),),
+        ),
+        shared_experts=shared_experts,
+        shared_hidden_dim=shared_hidden_dim or None,
+        shared_gate=shared_gate,
+    )
+
+
+def with_dense_layers(
+    body: dict[str, Any], moe: MoE.Config | None, dense_dim: int, dense_layers: Iterable[int]
+) -> Decoder.Config:
+    """A mixture in all layers but ``dense_layers``; a dense model if that is all of them."""
+    layers, dense = tuple(dense_layers), SwiGLU.Config(hidden_dim=dense_dim)
+    if moe is None or len(layers) == body["num_layers"]:
+        return Decoder.Config(**body, feed_forward=dense)
+    if not layers:
+        return Decoder.Config(**body, feed_forward=moe)
+    return Decoder.Config(**body, feed_forward=moe, dense_feed_forward=dense, dense_layers=layers)
+
+
+def write_body(config: Decoder.Config) -> dict[str, Any]:
+    """The fields that `read_body` and `read_attention` read."""
+    attention = config.attention
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        **_write_rotary(config.rotary),
+    }
+
+
+def _write_rotary(rotary: Rotary.Config) -> dict[str, Any]:
+    """In the older spelling, which every version of transformers reads."""
+    scaling: dict[str, Any] | None = None
+    if rotary.scaling != "none":
+        scaling = {"rope_type": rotary.scaling, "factor": rotary.factor}
+    if rotary.scaling == "llama3":
+        scaling = {
+            **(scaling or {}),
+            "low_freq_factor": rotary.low_freq_factor,
+            "high_freq_factor": rotary.high_freq_factor,
+            "original_max_position_embeddings": rotary.original_positions,
+        }
+    return {"rope_theta": rotary.theta, "rope_scaling": scaling}
+
+
+def write_head_dim(config: Decoder.Config) -> dict[str, Any]:
+    """``head_dim``, for the families that have it."""
+    return {"head_dim": config.attention.width(config.dim)}
+
+
+def write_moe(config: Decoder.Config) -> dict[str, Any]:
+    """The fields of a mixture that most families spell alike."""
+    moe: Any = config.feed_forward
+    select, balance = moe.router.select, moe.router.balance
+    alpha = next((part.alpha for part in balance if isinstance(part, SwitchLoss.Config)), 0.0)
+    return {
+        "num_experts_per_tok": getattr(select, "top_k", 1),
+        "norm_topk_prob": select.normalize != "none",
+        "router_aux_loss_coef": alpha,
+    }
+
+
+def body(config: Decoder.Config) -> Pieces:
+    """Embedding, head, norms and attention under the names of Llama."""
+    pieces = {"embedding.weight": [Piece("model.embed_tokens.weight")], "norm.weight": [Piece("model.norm.weight")]}
+    if not config.tie_embeddings:
+        pieces["head.weight"] = [Piece("lm_head.weight")]
+    for layer in range(config.num_layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        pieces[f"{ours}.attention_norm.weight"] = [Piece(f"{theirs}.input_layernorm.weight")]
+        pieces[f"{ours}.feed_forward_norm.weight"] = [Piece(f"{theirs}.post_attention_layernorm.weight")]
+        pieces |= _attention(config, f"{ours}.attention", f"{theirs}.self_attn")
+    return pieces
+
+
+def _attention(config: Decoder.Config, ours: str, theirs: str) -> Pieces:
+    attention = config.attention
+    head_dim = attention.width(config.dim)
+    query, store = attention.num_heads * head_dim, attention.kv_heads * head_dim
+    rows = {
+        "q_proj": slice(0, query),
+        "k_proj": slice(query, query + store),
+        "v_proj": slice(query + store, query + 2 * store),
+    }
+    pieces = {}
+    for kind in ("weight", "bias") if attention.qkv_bias else ("weight",):
+        pieces[f"{ours}.qkv.{kind}"] = [Piece(f"{theirs}.{name}.{kind}", (part,)) for name, part in rows.items()]
+    for kind in ("weight", "bias") if attention.out_bias else ("weight",):
+        pieces[f"{ours}.out.{kind}"] = [Piece(f"{theirs}.o_proj.{kind}")]
+    if attention.qk_norm != "none":
+        pieces[f"{ours}.q_norm.weight"] = [Piece(f"{theirs}.q_norm.weight")]
+        pieces[f"{ours}.k_norm.weight"] = [Piece(f"{theirs}.k_norm.weight")]
+    return pieces
+
+
+def swiglu(ours: str, theirs: str, hidden_dim: int) -> Pieces:
+    """A dense SwiGLU."""
+    return {
+        f"{ours}.w13.weight": [
+            Piece(f"{theirs}.gate_proj.weight", (slice(0, hidden_dim),)),
+            Piece(f"{theirs}.up_proj.weight", (slice(hidden_dim, 2 * hidden_dim),)),
+        ],
+        f"{ours}.w2.weight": [Piece(f"{theirs}.down_proj.weight")],
+    }
+
+
+def experts(
+    ours: str,
+    theirs: str,
+    moe: MoE.Config,
+    names: Collection[str],
+    spelling: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Pieces:
+    """Stacked experts: one tensor per expert and matrix, or already stacked as transformers 5 has them in memory."""
+    if f"{theirs}.gate_up_proj" in names:
+        return {f"{ours}.w13": [Piece(f"{theirs}.gate_up_proj")], f"{ours}.w2": [Piece(f"{theirs}.down_proj")]}
+    gate, up, down = spelling
+    hidden_dim = moe.hidden_dim
+    w13, w2 = [], []
+    for expert in range(moe.num_experts):
+        w13.append(Piece(f"{theirs}.{expert}.{gate}.weight", (expert, slice(0, hidden_dim))))
+        w13.append(Piece(f"{theirs}.{expert}.{up}.weight", (expert, slice(hidden_dim, 2 * hidden_dim))))
+        w2.append(Piece(f"{theirs}.{expert}.{down}.weight", (expert,)))
+    return {f"{ours}.w13": w13, f"{ours}.w2": w2}
+
+
+def mixture(config: Decoder.Config, names: Collection[str], shared: str = "") -> Pieces:
+    """All of a model whose mixtures stand under ``mlp``; ``shared`` is the name of the shared expert there, if any."""
+    pieces = body(config)
+    for layer in range(config.num_layers):
+        feed_forward = config.feed_forward_of(layer)
+        ours, theirs = f"blocks.{layer}.feed_forward", f"model.layers.{layer}.mlp"
+        if not isinstance(feed_forward, MoE.Config):
+            pieces |= swiglu(ours, theirs, feed_forward.hidden_dim)  # type: ignore[attr-defined]
+            continue
+        pieces[f"{ours}.router.score.weight"] = [Piece(f"{theirs}.gate.weight")]
+        pieces |= experts(f"{ours}.experts", f"{theirs}.experts", feed_forward, names)
+        if feed_forward.shared_experts:
+            pieces |= swiglu(f"{ours}.shared", f"{theirs}.{shared}", feed_forward.shared_width)
+        if feed_forward.shared_gate:
+            pieces[f"{ours}.shared_gate.weight"] = [Piece(f"{theirs}.{shared}_gate.weight")]
+    return pieces

@@ -1,0 +1,195 @@
+"""Which Hugging Face family can express a model of ours, and writing it as one.
+
+A family can if its config.json, written from our config and read back, gives the same function. What comes back different is
+what the family lacks, and the error says so.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import to_dict
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.formats import deepseek, llama, mixtral, olmoe, qwen2_moe, qwen3_moe
+from anabranch.lm.formats.common import Foreign
+from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
+from anabranch.nn import Attention, MoE, SwiGLU
+
+# In order of preference. transformers has no class for DeepSeekMoE's first version, so that comes last.
+FAMILIES: dict[str, Any] = {
+    family.MODEL_TYPE: family for family in (llama, olmoe, qwen3_moe, mixtral, qwen2_moe, deepseek)
+}
+
+
+def export(
+    folder: Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    family: str | None = None,
+    prefer: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``model`` into ``folder`` as transformers reads it: config.json, weights with one tensor per expert, tokenizer.
+
+    Args:
+        folder: a folder that is being filled, see `anabranch.files.atomic_folder`.
+        model: a model of ours; one whose layers share experts (ReXMoE) is expanded first.
+        tokenizer: saved beside it.
+        family: a Hugging Face ``model_type``; None takes the first that can express the model.
+        prefer: the ``model_type`` to try first then.
+        max_shard_bytes: larger models are split into files of at most this size.
+
+    Raises:
+        CheckpointError: no family, or not the one asked for, can express the model.
+        ConfigError: there is no such family.
+    """
+    expand = getattr(model.config.feed_forward, "expand_decoder", None)
+    if expand is not None:
+        model = expand(model)
+    chosen, model = choose(model, family, prefer)
+    layout = chosen.sanitize(model.config, ())
+    state = state_once(model)
+    homeless = [name for name in state if name not in layout]
+    if homeless:
+        raise CheckpointError(
+            f"the model has {some(homeless)}, which Hugging Face's {chosen.MODEL_TYPE} has no place for"
+        )
+    tensors = {piece.name: state[name][piece.where] for name in state for piece in layout[name]}
+    write_tensors(folder, tensors, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    _write_configs(folder, chosen, model, tokenizer)
+
+
+def choose(model: Decoder, family: str | None = None, prefer: str | None = None) -> tuple[Any, Decoder]:
+    """The family for ``model``, and the model that it expresses: the same, or one with spare parts that computes the same.
+
+    Raises as `export`.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"family is {family!r}; it must be one of: {', '.join(FAMILIES)}")
+    config = model.config
+    _check_kinds(config)
+    routed = isinstance(config.feed_forward, MoE.Config)
+    candidates = [family] if family else sorted(FAMILIES, key=lambda name: name != prefer)
+    lacking: dict[str, list[str]] = {}
+    for name in candidates:
+        module = FAMILIES[name]
+        if (module is llama) == routed:
+            lacking[name] = [f"feed_forward.kind={to_dict(config.feed_forward)['kind']!r} in all layers"]
+            continue
+        lacking[name] = lacks(module, config)
+        if not lacking[name]:
+            return module, model
+        if module is qwen2_moe and not lacks(module, qwen2_moe.gated_config(config)):
+            return module, qwen2_moe.gated(model)
+    raise CheckpointError(_objection(lacking, family))
+
+
+def lacks(family: Any, config: Decoder.Config) -> list[str]:
+    """What of ``config`` the ``family`` cannot say, as ``path=value``."""
+    try:
+        back = family.read(Foreign(family.write(config), Path("config.json")))
+    except ConfigError as error:
+        return [str(error)]
+    ours, theirs = dict(essence(config)), dict(essence(back))
+    different = [path for path, value in ours.items() if theirs.get(path) != value]
+    # Under a part of another kind every field differs: the kind says it all.
+    kinds = tuple(path.removesuffix("kind") for path in different if path.endswith(".kind"))
+    return [
+        f"{path}={ours[path]!r}"
+        for path in different
+        if path.endswith(".kind") or not path.startswith(kinds or ("\0",))
+    ]
+
+
+def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
+    """The (path, value) pairs that decide what a model computes, alike for configs that compute the same."""
+    table = to_dict(config)
+    attention, rotary = table["attention"], table["rotary"]
+    attention["num_kv_heads"] = config.attention.kv_heads
+    attention["head_dim"] = config.attention.width(config.dim)
+    if config.attention.qk_norm == "none":
+        del attention["norm_eps"]
+    used = {"none": ("theta",), "linear": ("theta", "factor")}.get(config.rotary.scaling, tuple(rotary))
+    table["rotary"] = {name: rotary[name] for name in ("scaling", *used)}
+    table["dense_layers"] = sorted(config.dense_layers)
+    if not config.dense_layers:
+        del table["dense_feed_forward"]
+    if isinstance(config.feed_forward, MoE.Config):
+        table["feed_forward"] = _essence_of_mixture(config.feed_forward)
+    for training in ("init_std", "depth_scaled_init"):
+        del table[training]
+    yield from _flat(table, "")
+
+
+def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:
+    score, select = to_dict(moe.router.score), to_dict(moe.router.select)
+    if score["activation"] == "softmax" and select["normalize"] == "softmax":
+        select["normalize"] = "sum"  # softmax over the chosen logits is the renormalised softmax over all
+    return {
+        "kind": "moe",
+        "num_experts": moe.num_experts,
+        "hidden_dim": moe.hidden_dim,
+        "weight_on": moe.weight_on,
+        "shared_width": moe.shared_width,
+        "shared_gate": moe.shared_gate,
+        "router": {
+            "score": {"kind": score["kind"], "activation": score["activation"]},
+            "select": select,
+            "balance": [part for part in to_dict(moe.router)["balance"] if part["kind"] == "bias"],
+        },
+    }
+
+
+def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_kinds(config: Decoder.Config) -> None:
+    """Only plain parts can be compared with a family's."""
+    fields: list[tuple[str, Any, tuple[type, ...]]] = [
+        ("attention", config.attention, (Attention.Config,)),
+        ("feed_forward", config.feed_forward, (SwiGLU.Config, MoE.Config)),
+    ]
+    if config.dense_layers:
+        fields.append(("dense_feed_forward", config.dense_feed_forward, (SwiGLU.Config,)))
+    for name, part, plain in fields:
+        if type(part) not in plain:
+            kinds = " or ".join(repr(kind.owner.kind) for kind in plain)  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"no Hugging Face family has {name}.kind={type(part).owner.kind!r}; {kinds} can be exported"
+            )
+
+
+def _objection(lacking: dict[str, list[str]], family: str | None) -> str:
+    if family is not None:
+        return f"Hugging Face's {family} has no {some(lacking[family])}; leave the family out to take one that fits, if any does"
+    close = {name: features for name, features in lacking.items() if not features[0].startswith("feed_forward.kind=")}
+    nowhere = set.intersection(*map(set, close.values()))
+    if nowhere:
+        return f"no Hugging Face family has {some(sorted(nowhere))}"
+    closest = min(close, key=lambda name: len(close[name]))
+    return f"no Hugging Face family has all of this model; the closest, {closest}, lacks {some(close[closest])}"
+
+
+def _write_configs(folder: Path, family: Any, model: Decoder, tokenizer: Tokenizer | None) -> None:
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    head = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE, "torch_dtype": dtype}
+    _write_json(folder / "config.json", {**head, **family.write(model.config), **tokens})
+    stop = list(tokenizer.stop_ids) if tokenizer is not None else []
+    if stop:
+        _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stop})
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,249 @@
+"""GGUF files of the Llama family (llama.cpp's format): weights dequantised, tokenizer rebuilt from the file's metadata.
+
+A file is shown to the rest as a Llama checkpoint under Hugging Face's names. Two things differ beside names: dimensions are listed
+backwards, and the rows of query and key projections are interleaved for llama.cpp's rotary layout, pair (2i, 2i + 1); ours and
+Hugging Face's is pair (i, i + D/2).
+"""
+# Shapes: H heads, D head width, W model width
+
+import logging
+import re
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from anabranch.data.tokenizer import HuggingFaceTokenizer
+from anabranch.errors import BackendError, CheckpointError
+from anabranch.lm import formats
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import Rotary
+
+__all__ = ["load_gguf", "read_gguf_config"]
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by (Llama 3.1)
+
+# How text is cut before merging, by tokenizer.ggml.pre: regular expressions applied one after the other (llama.cpp, llama-vocab.cpp).
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types
+
+
+def load_gguf(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Decoder, HuggingFaceTokenizer | None]:
+    """Model and tokenizer of a GGUF file; ``dtype`` None gives float32. The tokenizer is None, with a warning, if it is not a BPE.
+
+    Raises:
+        CheckpointError: the file is corrupt, of another architecture, or uses what we do not compute.
+        BackendError: the ``gguf`` package is not installed.
+    """
+    file = GgufFile(path)
+    model = formats.load(file, file.foreign_config(), path, dtype=dtype or torch.float32, device=device)
+    return model, file.tokenizer()
+
+
+def read_gguf_config(path: Path) -> Decoder.Config:
+    """The config alone. Raises as `load_gguf`."""
+    return formats.read_config(GgufFile(path).foreign_config(), path)
+
+
+class GgufFile:
+    """A GGUF file as a Llama checkpoint: a `TensorSource` under Hugging Face's names, its config, its tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._gguf = _package()
+        try:
+            reader = self._gguf.GGUFReader(path)
+        except Exception as error:  # the package raises whatever the broken bytes lead it to
+            raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
+        self._fields = reader.fields
+        architecture = self.get("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(f"general.architecture in {path} is {architecture!r}; supported: 'llama'")
+        for name, most in (("split.count", 1), ("llama.expert_count", 0)):
+            if (self.get(name) or 0) > most:
+                raise CheckpointError(
+                    f"{name} in {path} is {self.get(name)}, which is not supported; supported: {most}"
+                )
+        self._tensors = {_foreign_name(tensor.name): tensor for tensor in reader.tensors}
+        self._heads = {
+            "q_proj": self.require("llama.attention.head_count"),
+            "k_proj": self.get("llama.attention.head_count_kv") or self.require("llama.attention.head_count"),
+        }
+
+    def get(self, name: str) -> Any:
+        """A metadata value, None if there is none."""
+        field = self._fields.get(name)
+        return None if field is None else field.contents()
+
+    def require(self, name: str) -> Any:
+        """A metadata value that must be there."""
+        value = self.get(name)
+        if value is None:
+            raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
+        return value
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return [name for name in self._tensors if name != _ROPE_FACTORS]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Always float32: what dequantising gives."""
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, dequantised, query and key rows in our order."""
+        stored = self._tensors[name]
+        try:
+            values = self._gguf.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError:
+            kind = stored.tensor_type.name
+            raise CheckpointError(
+                f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
+            ) from None
+        tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
+        heads = next((heads for part, heads in self._heads.items() if f".{part}." in name), None)
+        return tensor if heads is None else half_split(tensor, heads)
+
+    def foreign_config(self) -> dict[str, Any]:
+        """The metadata in the words of a Hugging Face config.json."""
+        head_dim = self.get("llama.attention.key_length")
+        width, heads = self.require("llama.embedding_length"), self._heads["q_proj"]
+        rotated = self.get("llama.rope.dimension_count") or head_dim or width // heads
+        return {
+            "model_type": "llama",
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "hidden_size": width,
+            "num_hidden_layers": self.require("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._heads["k_proj"],
+            "head_dim": head_dim,
+            "intermediate_size": self.require("llama.feed_forward_length"),
+            "max_position_embeddings": self.require("llama.context_length"),
+            "rms_norm_eps": round(
+                self.require("llama.attention.layer_norm_rms_epsilon"), 12
+            ),  # stored in single precision
+            "rope_theta": self.get("llama.rope.freq_base") or 10000.0,
+            "rope_scaling": self._rope_scaling(rotated),
+            "partial_rotary_factor": rotated / (head_dim or width // heads),
+            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._tensors,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+        }
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        kind, factor = self.get("llama.rope.scaling.type"), self.get("llama.rope.scaling.factor")
+        if _ROPE_FACTORS in self._tensors:
+            return self._llama3(head_dim)
+        if kind in (None, "none") or factor in (None, 0, 1):
+            return None
+        return {"rope_type": kind, "factor": factor}
+
+    def _llama3(self, head_dim: int) -> dict[str, Any]:
+        """Llama 3.1's scaling from the table of divisors that it became. Its other constants are the same in all releases."""
+        stored = self._tensors[_ROPE_FACTORS]
+        divisors = torch.from_numpy(np.array(stored.data, dtype=np.float32))
+        theta = self.get("llama.rope.freq_base") or 10000.0
+        scaled = Rotary.Config(theta=theta, scaling="llama3", factor=float(divisors.max()))
+        expected = Rotary.Config(theta=theta).build(head_dim).frequency / scaled.build(head_dim).frequency
+        if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+            raise CheckpointError(
+                f"{_ROPE_FACTORS} in {self.path} is not the scaling of Llama 3.1, the only one supported"
+            )
+        return {
+            "rope_type": "llama3",
+            "factor": scaled.factor,
+            "low_freq_factor": scaled.low_freq_factor,
+            "high_freq_factor": scaled.high_freq_factor,
+            "original_max_position_embeddings": scaled.original_positions,
+        }
+
+    def tokenizer(self) -> HuggingFaceTokenizer | None:
+        """The byte-level BPE of the file; None, with a warning, for a file that has another kind or none."""
+        kind, cut = self.get("tokenizer.ggml.model"), self.get("tokenizer.ggml.pre") or "default"
+        if kind != "gpt2" or cut not in _SPLITS:
+            logger.warning(
+                "%s has a tokenizer of kind %r (%r), so the model comes without one; supported: 'gpt2' with %s",
+                self.path,
+                kind,
+                cut,
+                ", ".join(map(repr, _SPLITS)),
+            )
+            return None
+        tokens = self.require("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ", 1)) for merge in self.require("tokenizer.ggml.merges")]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[cut]]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        added = {
+            index: AddedToken(tokens[index], special=kind == _CONTROL, normalized=False)
+            for index, kind in enumerate(self.get("tokenizer.ggml.token_type") or [])
+            if kind in (_CONTROL, _USER_DEFINED)
+        }
+        backend.add_tokens(list(added.values()))
+        return HuggingFaceTokenizer(
+            backend,
+            bos_id=self.get("tokenizer.ggml.bos_token_id"),
+            eos_id=self.get("tokenizer.ggml.eos_token_id"),
+            pad_id=self.get("tokenizer.ggml.padding_token_id"),
+            chat_template=self.get("tokenizer.chat_template"),
+        )
+
+
+def half_split(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of a query or key projection ``[H D, ...]`` from pairs (2i, 2i + 1) to pairs (i, i + D/2)."""
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _foreign_name(name: str) -> str:
+    layer = re.match(r"blk\.(\d+)\.", name)
+    stem, _, kind = name[layer.end() if layer else 0 :].rpartition(".")
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    return f"{prefix}{_NAMES.get(stem, stem)}.{kind}"
+
+
+def _package() -> ModuleType:
+    try:
+        import gguf
+    except ImportError:
+        raise BackendError("reading .gguf files needs the gguf package; pip install 'anabranch[gguf]'") from None
+    return gguf

@@ -1,0 +1,319 @@
+"""Every family against transformers, in both directions, on tiny random models.
+
+transformers has no class for DeepSeekMoE's first version: see test_deepseek.py.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from anabranch.data import ByteTokenizer
+from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, save_model
+from anabranch.nn import Attention, MoE, Rotary, SwiGLU
+from anabranch.routing import Router, TopK
+
+TOLERANCE = 1e-4  # fp32 logits of order 1, summed in another order
+VOCAB = 61
+
+BODY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # far from the default, so that routing is decided and errors show
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+QWEN = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+QWEN2 = {**QWEN, "shared_expert_intermediate_size": 40}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES = {
+    "llama": ("Llama", {"intermediate_size": 48}),
+    "llama tied": ("Llama", {"intermediate_size": 48, "tie_word_embeddings": True}),
+    "llama bias, one kv head": ("Llama", {"intermediate_size": 48, "attention_bias": True, "num_key_value_heads": 1}),
+    "llama wide heads": ("Llama", {"intermediate_size": 48, "head_dim": 12, "rms_norm_eps": 1e-3}),
+    "llama linear": (
+        "Llama",
+        {"intermediate_size": 48, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.5}},
+    ),
+    "llama 3.1": ("Llama", {"intermediate_size": 48, "rope_parameters": LLAMA3}),
+    "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral top-1, wide heads": (
+        "Mixtral",
+        {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 10},
+    ),
+    "mixtral tied": (
+        "Mixtral",
+        {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe renormalised": (
+        "Olmoe",
+        {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "olmoe clipped, bias, tied": (
+        "Olmoe",
+        {
+            "intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "clip_qkv": 0.5,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2": ("Qwen2Moe", QWEN2),
+    "qwen2 renormalised, no bias": ("Qwen2Moe", {**QWEN2, "norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2 every second layer": ("Qwen2Moe", {**QWEN2, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "qwen2 some dense, wide heads": ("Qwen2Moe", {**QWEN2, "mlp_only_layers": [0, 2], "head_dim": 12}),
+    "qwen3": ("Qwen3Moe", QWEN),
+    "qwen3 renormalised, bias": ("Qwen3Moe", {**QWEN, "norm_topk_prob": True, "attention_bias": True}),
+    "qwen3 wide heads, tied": ("Qwen3Moe", {**QWEN, "head_dim": 20, "tie_word_embeddings": True}),
+    "qwen3 some dense": ("Qwen3Moe", {**QWEN, "decoder_sparse_step": 2, "mlp_only_layers": [0]}),
+    "qwen3 first dense": ("Qwen3Moe", {**QWEN, "mlp_only_layers": [0]}),
+}
+
+
+def build_theirs(family, **changes):
+    config = getattr(transformers, f"{family}Config")(**{**BODY, **changes})
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:  # ones and zeros would hide a swap
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+    return model
+
+
+def tokens():
+    return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model):
+    output = model(tokens())
+    return output.logits_BLV if isinstance(model, Decoder) else output.logits
+
+
+def assert_same(ours, theirs):
+    expected = logits(theirs)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits(ours.eval()), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import_and_export_give_the_logits_of_transformers(case, tmp_path):
+    family, changes = CASES[case]
+    theirs = build_theirs(family, **changes)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, tokenizer = load_model(tmp_path / "theirs")
+    assert tokenizer is None
+    assert ours.config == load_config(tmp_path / "theirs")
+    assert_same(ours, theirs)
+
+    convert(tmp_path / "theirs", tmp_path / "back", "huggingface")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert back.config.model_type == theirs.config.model_type
+    assert_same(ours, back.eval())
+    stored, given = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert given.keys() == stored.keys()
+    for name, tensor in stored.items():
+        torch.testing.assert_close(given[name], tensor, rtol=0, atol=0)
+
+
+def ours_like(**changes):
+    fields = {
+        "vocab_size": VOCAB,
+        "dim": 32,
+        "num_layers": 3,
+        "attention": Attention.Config(num_heads=4, num_kv_heads=2, head_dim=10),
+        "feed_forward": MoE.Config(num_experts=6, hidden_dim=24),
+        "init_std": 0.3,
+        "max_positions": 64,
+    }
+    return Decoder.Config(**{**fields, **changes}).build(seed=3).eval()
+
+
+def router(top_k, normalize="none"):
+    return Router.Config(select=TopK.Config(top_k=top_k, normalize=normalize))
+
+
+FULL = Attention.Config(num_heads=4, qk_norm="full", clip_qkv=2.0)
+HEAD = Attention.Config(num_heads=2, head_dim=24, qk_norm="head", qkv_bias=True, out_bias=True)
+DENSE = SwiGLU.Config(hidden_dim=40)
+
+OURS = {
+    "dense": (
+        "llama",
+        {"feed_forward": DENSE, "rotary": Rotary.Config(theta=3e3), "attention": Attention.Config(num_heads=2)},
+    ),
+    "dense tied, llama3": (
+        "llama",
+        {
+            "feed_forward": DENSE,
+            "tie_embeddings": True,
+            "rotary": Rotary.Config(scaling="llama3", factor=4.0, original_positions=32),
+        },
+    ),
+    "full qk norm": ("olmoe", {"attention": FULL}),
+    "full qk norm, renormalised": (
+        "olmoe",
+        {"attention": FULL, "feed_forward": MoE.Config(num_experts=5, hidden_dim=16, router=router(3, "sum"))},
+    ),
+    "head qk norm": ("qwen3_moe", {"attention": HEAD, "rotary": Rotary.Config(scaling="linear", factor=2.0)}),
+    "head qk norm, dense layers": (
+        "qwen3_moe",
+        {
+            "attention": HEAD.replace(qkv_bias=False, out_bias=False),
+            "dense_feed_forward": DENSE,
+            "dense_layers": (2, 0),
+        },
+    ),
+    "renormalised": ("mixtral", {"feed_forward": MoE.Config(num_experts=4, hidden_dim=24, router=router(2, "sum"))}),
+    "softmax over the chosen": (
+        "mixtral",
+        {"feed_forward": MoE.Config(num_experts=4, hidden_dim=24, router=router(2, "softmax"))},
+    ),
+    "gated shared expert": (
+        "qwen2_moe",
+        {
+            "attention": Attention.Config(num_heads=4, qkv_bias=True),
+            "feed_forward": MoE.Config(num_experts=4, hidden_dim=24, shared_experts=2, shared_gate=True),
+        },
+    ),
+    # What no family has as it is, said with spare parts of Qwen2-MoE:
+    "raw weights, no qk norm": ("qwen2_moe", {}),
+    "shared experts without a gate": (
+        "qwen2_moe",
+        {
+            "feed_forward": MoE.Config(num_experts=4, hidden_dim=24, shared_experts=2, router=router(2, "sum")),
+            "dense_feed_forward": DENSE,
+            "dense_layers": (0,),
+            "tie_embeddings": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_a_model_of_ours_is_exported_as_the_family_that_fits(case, tmp_path):
+    family, changes = OURS[case]
+    ours = ours_like(**changes)
+    export_huggingface(tmp_path / "out", ours, ByteTokenizer())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.model_type == family
+    assert theirs.dtype == torch.float32
+    assert_same(ours, theirs.eval())
+    again, tokenizer = load_model(tmp_path / "out")
+    assert_same(again, theirs)
+    assert tokenizer.encode("ab") == [97, 98]
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert not [name for name in names if "gate_up" in name], "files have one tensor per expert"
+
+
+def test_exported_tokenizer_and_special_ids(tmp_path):
+    export_huggingface(tmp_path / "out", ours_like(vocab_size=257), ByteTokenizer())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab")["input_ids"] == [97, 98]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (theirs.config.eos_token_id, theirs.config.pad_token_id) == (256, None)
+    assert theirs.generation_config.eos_token_id in (256, [256])
+
+
+def test_dtype_is_kept_and_may_be_changed(tmp_path):
+    theirs = build_theirs("Mixtral", **CASES["mixtral"][1]).bfloat16()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load_model(tmp_path / "theirs")
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    wide, _ = load_model(tmp_path / "theirs", dtype=torch.float32)
+    # Not theirs.float(): that would keep rotary frequencies rounded to bfloat16.
+    assert_same(
+        wide, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    )
+    convert(tmp_path / "theirs", tmp_path / "half", "huggingface", dtype=torch.float16)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.float16
+
+
+def test_fused_experts_as_they_are_in_memory_can_be_read(tmp_path):
+    for family, case in (("Mixtral", "mixtral"), ("Qwen2Moe", "qwen2"), ("Olmoe", "olmoe")):
+        theirs = build_theirs(family, **CASES[case][1])
+        folder = tmp_path / case
+        theirs.config.save_pretrained(folder)
+        state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+        assert "model.layers.0.mlp.experts.gate_up_proj" in state
+        save_file(state, folder / "model.safetensors")
+        assert_same(load_model(folder)[0], theirs)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_shards_and_pickles_can_be_read(tmp_path, safe):
+    theirs = build_theirs("Qwen3Moe", **CASES["qwen3"][1])
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    if not safe:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        for file in files:
+            torch.save(
+                load_file(file), tmp_path / file.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+            )
+            file.unlink()
+        text = json.dumps(index).replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+        (tmp_path / "model.safetensors.index.json").unlink()
+    assert_same(load_model(tmp_path)[0], theirs)
+
+
+def test_export_in_shards(tmp_path):
+    ours = ours_like(attention=FULL)
+    export_huggingface(tmp_path / "out", ours, max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in ours.parameters())
+    assert_same(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    assert_same(load_model(tmp_path / "out")[0], ours)
+
+
+def test_a_family_is_remembered_through_the_native_format(tmp_path):
+    theirs = build_theirs("Qwen2Moe", **{**QWEN2, "mlp_only_layers": [0, 1, 2], "qkv_bias": False})
+    theirs.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "llama", "huggingface")  # cannot go back: without experts it is a Llama
+    assert json.loads((tmp_path / "llama/config.json").read_text())["model_type"] == "llama"
+    assert_same(load_model(tmp_path / "llama")[0], theirs)
+
+    theirs = build_theirs("Mixtral", **CASES["mixtral"][1])
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "back", "huggingface")
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "mixtral"
+    assert_same(load_model(tmp_path / "native")[0], theirs)
+    save_model(tmp_path / "native", load_model(tmp_path / "native")[0])
+    convert(tmp_path / "native", tmp_path / "qwen", "huggingface", family="qwen2_moe")
+    theirs_too = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "qwen")
+    assert_same(load_model(tmp_path / "native")[0], theirs_too.eval())
+
+
+def test_settings_as_transformers_4_wrote_them(tmp_path):
+    theirs = build_theirs("Llama", intermediate_size=48, rope_parameters=LLAMA3)
+    theirs.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    scaling = {name: value for name, value in table.pop("rope_parameters").items() if name != "rope_theta"}
+    (tmp_path / "config.json").write_text(json.dumps(table | {"rope_theta": 500.0, "rope_scaling": scaling}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # a table that old files carry
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(load_model(tmp_path)[0], theirs)
