@@ -38,8 +38,9 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in generated_pages().items():
         text = command_line_page() if path == COMMAND_LINE else text
         files.append(File.generated(config, path, content=text))
-    for plot in sorted((ROOT / "studies" / "results").glob("*.[ps][nv]g")):
-        files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
+    for record in (ROOT / "studies" / "results").glob("*.json"):
+        for plot in _plots(record):
+            files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
     return files
 
 
@@ -120,10 +121,14 @@ def results(folder: str, name: str | None, up: str = "") -> str:
     for path in found:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         table = study_table(recorded) if folder == "studies" else benchmark_table(recorded)
-        plots = [plot for plot in sorted(path.parent.glob(f"{path.stem}.[ps][nv]g")) if folder == "studies"]
-        pictures = "".join(f"\n![{path.stem}: recorded curves]({up}results/{plot.name})\n" for plot in plots)
+        pictures = "".join(f"\n![{path.stem}: recorded curves]({up}results/{plot.name})\n" for plot in _plots(path))
         tables.append((f"### {path.stem}\n\n" if name is None else "") + table + pictures)
     return "\n".join(tables) or "Nothing is recorded yet."
+
+
+def _plots(record: Path) -> list[Path]:
+    """The picture beside a record, as SVG if there is one, else as PNG."""
+    return [plot for plot in (record.with_suffix(".svg"), record.with_suffix(".png")) if plot.exists()][:1]
 
 
 def study_table(recorded: dict[str, Any]) -> str:
