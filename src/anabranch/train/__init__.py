@@ -1,0 +1,29 @@
+"""Training: config, schedules, the loop, evaluation, checkpoints, metrics.
+
+config = RunConfig(model=..., data=..., train=TrainConfig(steps=1000))
+result = Trainer(config, "runs/a").fit()
+"""
+
+from anabranch.train.checkpoint import checkpoints
+from anabranch.train.config import RunConfig, TrainConfig, read_run_config
+from anabranch.train.evaluate import Evaluation, evaluate
+from anabranch.train.metrics import read_metrics
+from anabranch.train.schedule import Constant, Cosine, Schedule, WarmupStableDecay
+from anabranch.train.trainer import Event, Trainer, TrainResult
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Evaluation",
+    "Event",
+    "RunConfig",
+    "Schedule",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "WarmupStableDecay",
+    "checkpoints",
+    "evaluate",
+    "read_metrics",
+    "read_run_config",
+]

@@ -1,0 +1,143 @@
+"""Measuring a model on text: nats per token and bits per byte over windows that do not overlap."""
+# Shapes: B windows, L positions, V vocabulary, M domains
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.data.batch import Batch
+
+
+class EvaluationWindows(Protocol):
+    """What is evaluated: batches with byte lengths, and the names of their domains (`anabranch.data.Windows`)."""
+
+    domains: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well text is predicted.
+
+    Attributes:
+        nats_per_token: mean cross-entropy.
+        bits_per_byte: the same per byte of text, comparable between tokenizers; nan if the tokens stand for no bytes.
+        tokens: predicted tokens.
+        bytes: bytes of text under them.
+        by_domain: the same for each domain that occurs, empty if there is one only.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    by_domain: dict[str, "Evaluation"] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        plain: dict[str, Any] = {
+            "nats_per_token": self.nats_per_token,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+        if self.by_domain:
+            plain["by_domain"] = {name: part.to_dict() for name, part in self.by_domain.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> "Evaluation":
+        """Back from `to_dict`, also after JSON; other entries are left aside."""
+        rates = (table[name] for name in ("nats_per_token", "bits_per_byte"))
+        nats, bits = (math.nan if rate is None else rate for rate in rates)
+        parts = {name: cls.from_dict(part) for name, part in table.get("by_domain", {}).items()}
+        return cls(nats, bits, table["tokens"], table["bytes"], parts)
+
+
+def evaluate(
+    model: nn.Module,
+    windows: EvaluationWindows,
+    *,
+    precision: str = "float32",
+    equal_passes: bool = False,
+) -> Evaluation:
+    """Evaluate ``model`` on ``windows``, on the device where it is, in evaluation mode.
+
+    In a process group every rank brings its own part of the windows and gets the result of all.
+
+    Args:
+        model: a `Decoder`, or what is called like one.
+        windows: of one split or text, see `anabranch.data.Windows`.
+        precision: ``float32``, or ``bfloat16`` autocast.
+        equal_passes: repeat forward passes on ranks that have fewer batches (a sharded model communicates in each).
+    """
+    device = next(model.parameters()).device
+    total_3M = torch.zeros(3, len(windows.domains), dtype=torch.float64, device=device)  # nats, tokens, bytes
+    with _eval_mode(model), autocast(device, precision):
+        for batch, counts in _batches(windows, device, equal_passes):
+            logits_BLV = model(batch.token_BL).logits_BLV
+            if counts:
+                _add(total_3M, logits_BLV, batch)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total_3M)
+    parts = {name: _evaluation(total_3M[:, place]) for place, name in enumerate(windows.domains)}
+    parts = {name: part for name, part in parts.items() if part.tokens}
+    whole = _evaluation(total_3M.sum(1))
+    return whole if len(parts) < 2 else Evaluation(**{**vars(whole), "by_domain": parts})
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast if ``precision`` is ``bfloat16``, nothing otherwise."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _add(total_3M: Tensor, logits_BLV: Tensor, batch: Batch) -> None:
+    nats_N = F.cross_entropy(logits_BLV.flatten(0, 1).float(), batch.target_BL.flatten(), reduction="none")
+    nats_B = nats_N.view_as(batch.target_BL).double().sum(1)
+    tokens_B = torch.full_like(nats_B, batch.target_BL.shape[1])
+    bytes_B = torch.zeros_like(nats_B) if batch.byte_length_BL is None else batch.byte_length_BL.sum(1).double()
+    total_3M.index_add_(1, batch.domain_B, torch.stack([nats_B, tokens_B, bytes_B]))
+
+
+def _batches(windows: Iterable[Batch], device: torch.device, equal_passes: bool) -> Iterator[tuple[Batch, bool]]:
+    """Batches with True; then, where passes must be equal in number, the last one again with False."""
+    batch, count = None, 0
+    for batch in windows:
+        count += 1
+        yield batch.to(device, non_blocking=True), True
+    if not equal_passes or not dist.is_initialized():
+        return
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(int(most) - count):
+        yield (batch or Batch(zero, zero, zero[0])).to(device), False
+
+
+def _evaluation(total_3: Tensor) -> Evaluation:
+    nats, tokens, size = total_3.tolist()
+    return Evaluation(
+        nats_per_token=nats / tokens if tokens else math.nan,
+        bits_per_byte=nats / math.log(2) / size if size else math.nan,
+        tokens=int(tokens),
+        bytes=int(size),
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,105 @@
+"""`LoadMeter`: how evenly a model routes, counted while it trains or is evaluated."""
+# Shapes: E destinations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from anabranch.routing import Router, Routing, RoutingContext
+from anabranch.routing.measure import idle_fraction, max_violation
+
+# What `LoadMeter.read` may give.
+MEASURES = ("max_violation", "max_violation_by_layer", "idle_fraction", "pool_max_violation", "candidates_open")
+
+
+class LoadMeter:
+    """Counts where every router of ``model`` sends its items, with forward hooks that emit into the forward context.
+
+    Loads then reach the counters once per forward pass, compiled or recomputed or not. `close` takes the hooks away.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._counters = [_Counter(router) for router in self._routers]
+        self._hooks = [
+            router.register_forward_hook(partial(_emit, counter))
+            for router, counter in zip(self._routers, self._counters, strict=True)
+        ]
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for counter in self._counters:
+            counter.load_E.zero_()
+
+    def read(self, *, training: bool) -> dict[str, Any]:
+        """Measures of what was counted since `reset`, over all ranks; empty for a model that does not route.
+
+        ``max_violation``: MaxVio (arXiv 2408.15664), mean over layers, and ``max_violation_by_layer``. ``idle_fraction``: destinations
+        with less than a tenth of the mean load. ``pool_max_violation``: the largest MaxVio of a pool that layers share.
+        ``candidates_open``: open destinations of each layer, if any layer has a schedule of them. In training, closed
+        destinations do not count as idle.
+        """
+        if not self._routers:
+            return {}
+        loads = self._loads()
+        masks = [_open(router, training) for router in self._routers]
+        seen = [load if mask is None or mask.ndim > 1 else load[mask] for load, mask in zip(loads, masks, strict=True)]
+        by_layer = [float(max_violation(load)) for load in seen]
+        result: dict[str, Any] = {
+            "max_violation": float(np.mean(by_layer)),
+            "max_violation_by_layer": by_layer,
+            "idle_fraction": float(np.mean([idle_fraction(load) for load in seen])),
+        }
+        pools = self._pool_loads(loads)
+        if pools:
+            result["pool_max_violation"] = max(float(max_violation(load)) for load in pools)
+        if any(router.candidates is not None for router in self._routers):
+            result["candidates_open"] = [
+                load.size if mask is None else int(mask.sum()) for load, mask in zip(loads, masks, strict=True)
+            ]
+        return result
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _loads(self) -> list[np.ndarray]:
+        flat = torch.cat([counter.load_E for counter in self._counters])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(flat)
+        sizes = [router.num_destinations for router in self._routers]
+        return [load.numpy() for load in flat.cpu().split(sizes)]
+
+    def _pool_loads(self, loads: Iterable[np.ndarray]) -> list[np.ndarray]:
+        pools: dict[str, np.ndarray] = {}
+        for router, load in zip(self._routers, loads, strict=True):
+            if router.pool is not None:
+                pools[router.pool] = pools.get(router.pool, 0) + load
+        return list(pools.values())
+
+
+class _Counter:
+    def __init__(self, router: Router) -> None:
+        device = next(router.parameters()).device
+        self.load_E = torch.zeros(router.num_destinations, dtype=torch.int64, device=device)
+
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        self.load_E += load_E
+
+
+def _emit(counter: _Counter, router: nn.Module, args: tuple[Tensor, RoutingContext], routing: Routing) -> None:
+    args[1].emit_load(counter, routing.load_E())
+
+
+def _open(router: Router, training: bool) -> np.ndarray | None:
+    """bool ``[E]``, or ``[1, E]`` where each item has a mask of its own; None if all are open."""
+    if router.candidates is None:
+        return None
+    open_NE = router.candidates.open_NE(1, RoutingContext(training=training))
+    return None if open_NE is None else open_NE.cpu().numpy()

@@ -1,0 +1,99 @@
+"""Metrics of a run: ``metrics.jsonl``, one JSON object a line, and TensorBoard events where they are asked for."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import BackendError, DataError
+from anabranch.files import atomic_write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to the metrics of a run. Every line is whole or absent, so a killed run leaves readable metrics.
+
+    Args:
+        out: folder of the run.
+        step: the step that training goes on from; lines after it, and a torn last line, are dropped.
+        tensorboard: write TensorBoard events into ``out/tensorboard`` too. Raises BackendError if it is not installed.
+    """
+
+    def __init__(self, out: Path, *, step: int = 0, tensorboard: bool = False) -> None:
+        self._path = out / METRICS_FILE
+        self._board = _board(out, step) if tensorboard else None
+        if self._path.exists():
+            kept = [record for record in read_metrics(out) if record["step"] <= step]
+            atomic_write_text(self._path, "".join(map(_line, kept)))
+        try:
+            self._file = self._path.open("ab", buffering=0)  # one write call a line
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror}") from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record with a ``step`` and a ``kind``; numbers that are not finite become null."""
+        self._file.write(_line(record).encode())
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The records of a run, oldest first; a last line that was cut short is left out.
+
+    Raises DataError if there are none, or a line is damaged.
+    """
+    path = Path(out) / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise DataError(f"line {number} of {path} is damaged; remove it") from None
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if path or key not in ("step", "kind"):
+                yield from _scalars(item, f"{path}/{key}" if path else key)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _scalars(item, f"{path}/{place}")
+    elif isinstance(value, int | float) and math.isfinite(value):
+        yield path, value
+
+
+def _board(out: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BackendError(
+            "train.tensorboard is set, but TensorBoard is not installed; pip install 'anabranch[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

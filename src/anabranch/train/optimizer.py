@@ -1,0 +1,71 @@
+"""AdamW over the right groups of parameters, and its state as named tensors."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from anabranch.errors import CheckpointError
+from anabranch.routing import Router
+from anabranch.train.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, fused. Decays matrices and stacks of them; the config says whether routers and the embedding are among them."""
+    spared = {id(parameter) for parameter in _spared(model, config)}
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (rest if parameter.dim() < 2 or id(parameter) in spared else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _spared(model: nn.Module, config: TrainConfig) -> Iterable[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and not config.embedding_weight_decay:
+            yield from module.parameters()
+        if isinstance(module, Router) and not config.router_weight_decay:
+            yield from module.parameters()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or all of it where each rank holds a shard (a collective call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as ``{"parameter name/moment": tensor}``; with shards a collective call, kept where ``keep``."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for moment, value in sorted(optimizer.state.get(parameter, {}).items()):
+            value = whole(value)
+            if keep:
+                tensors[f"{name}/{moment}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; where parameters are sharded, so is their state.
+
+    Raises CheckpointError for state of parameters that the model does not have, or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or (value.dim() and value.shape != parameter.shape):
+            raise CheckpointError(
+                f"the optimizer state has {key} {list(value.shape)}, which fits no parameter of the model"
+            )
+        optimizer.state[parameter][moment] = _like(value, parameter)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    value = value.to(parameter.device)
+    if value.dim() and isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,136 @@
+"""Data parallel training under torchrun: replicas (DDP), or weights and optimizer in shards (FSDP2).
+
+torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from anabranch.errors import BackendError, ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.pool import ExpertPool
+from anabranch.train.config import TrainConfig
+
+
+class Workers:
+    """The processes that train together; one, unless ``parallel`` says otherwise.
+
+    Attributes:
+        device: this process's device.
+        rank, size: which of how many.
+
+    Raises ConfigError if ``parallel`` and how the process was started do not fit, BackendError if the device is not there.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.parallel = config.parallel
+        started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else None
+        if config.parallel == "none":
+            if started is not None and started > 1:
+                raise ConfigError(
+                    f"torchrun started {started} processes, and train.parallel is 'none'; set it to 'ddp' or 'fsdp'"
+                )
+            self.device = find_device(config.device)
+            self.rank, self.size, self._owns_group = 0, 1, False
+            return
+        if started is None and not dist.is_initialized():
+            raise ConfigError(
+                f"train.parallel is {config.parallel!r}; start it with torchrun --nproc-per-node N -m anabranch train ..."
+            )
+        self.device = find_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def wrap(self, model: Decoder) -> nn.Module:
+        """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards."""
+        if self.parallel == "ddp":
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
+            return DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if self.parallel == "fsdp":
+            shard(model, self.device)
+        return model
+
+    def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+        """Around one micro-batch: gradients are exchanged in the last one only."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(is_last)
+        if isinstance(wrapped, DistributedDataParallel) and not is_last:
+            return wrapped.no_sync()
+        return nullcontext()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` averaged over processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group, if it was joined here."""
+        if self._owns_group:
+            dist.destroy_process_group()
+
+
+def shard(model: Decoder, device: torch.device) -> None:
+    """FSDP2. A unit is a block; a pool that blocks share is a unit of its own, gathered when a block uses it."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in model.shared.values():
+        if isinstance(module, ExpertPool):
+            fully_shard(module, mesh=mesh)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def find_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """The device that ``name`` means; ``auto`` and ``cuda`` take the GPU of this process.
+
+    Raises ConfigError for a name that is no device, BackendError for one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"train.device is {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        if device.type != "cpu":
+            raise ConfigError(f"train.device is {name!r}; use auto, cpu, cuda or cuda:N")
+        return device
+    if not torch.cuda.is_available():
+        raise BackendError(f"train.device is {name!r}, and there is no CUDA device here; use cpu")
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(f"train.device is cuda:{index}, and there are {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

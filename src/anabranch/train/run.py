@@ -1,0 +1,63 @@
+"""The folder of a run: started anew, or resumed with a config that may differ only in what does not change the training."""
+
+from pathlib import Path
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.train.checkpoint import checkpoints, remove_leftovers
+from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
+from anabranch.train.metrics import METRICS_FILE
+
+# What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
+_CHANGEABLE = frozenset(
+    f"train.{name}"
+    for name in (
+        "steps",
+        "eval_every",
+        "eval_tokens",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "max_skipped",
+        "tensorboard",
+        "accumulation",
+        "device",
+        "compile",
+        "recompute",
+        "parallel",
+    )
+)
+
+
+def check_new(out: Path) -> None:
+    """Raise DataError if ``out`` is a file or holds a run."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file, and the run needs a folder; choose another name")
+    held = [name for name in (CONFIG_FILE, METRICS_FILE, "checkpoints") if (out / name).exists()]
+    if held:
+        raise DataError(f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder")
+
+
+def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
+    """The newest complete checkpoint of the run in ``out``; None if it was stopped before the first.
+
+    Raises DataError if there is no run, ConfigError if ``config`` changes what a resumed run may not change.
+    """
+    if not (out / CONFIG_FILE).is_file():
+        raise DataError(f"no training run in {out} to resume; leave out --resume to start one")
+    changed = {
+        path: values
+        for path, values in differences(read_run_config(out), config).items()
+        if path not in _CHANGEABLE and path.rpartition(".")[2] != "paths"  # moved data is recognised by its content
+    }
+    if changed:
+        shown = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())
+        raise ConfigError(f"cannot resume {out} with another config: {shown}; change it back, or start a new run")
+    found = checkpoints(out)
+    return found[-1] if found else None
+
+
+def prepare(out: Path, config: RunConfig) -> None:
+    """Make the folder, clear what a killed process left, and save the config."""
+    out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    config.save(out)
