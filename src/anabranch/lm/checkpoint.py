@@ -140,11 +140,11 @@ def find_model(path: str | Path) -> Path:
             f"no model at {path}; give a folder saved by anabranch or transformers, a training run, or a .gguf file "
             "(nothing is downloaded)"
         )
-    if (path / "config.json").is_file():
-        return path
-    steps = sorted(path.glob("checkpoints/step-*/config.json"))
+    steps = sorted(path.glob("checkpoints/step-*/config.json"))  # first: the folder of a run has a config.json as well
     if steps:
         return steps[-1].parent
+    if (path / "config.json").is_file():
+        return path
     gguf = sorted(path.glob("*.gguf"))
     hint = f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-*/config.json)"
     raise CheckpointError(f"no model in {path}{hint}")

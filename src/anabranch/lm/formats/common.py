@@ -51,7 +51,7 @@ class Foreign:
             self.refuse(name, value, " or ".join(repr(one) for one in allowed))
 
 
-def read_body(foreign: Foreign, attention: Attention.Config) -> dict[str, Any]:
+def read_body(foreign: Foreign, attention: Attention.Config, *, default_theta: float = 10000.0) -> dict[str, Any]:
     """The fields of `Decoder.Config` that all families have, but for the feed-forward."""
     foreign.require("hidden_act", ("silu", "swish"))
     foreign.require("mlp_bias", (False,))
@@ -64,7 +64,7 @@ def read_body(foreign: Foreign, attention: Attention.Config) -> dict[str, Any]:
         "dim": foreign["hidden_size"],
         "num_layers": foreign["num_hidden_layers"],
         "attention": attention,
-        "rotary": _read_rotary(foreign),
+        "rotary": _read_rotary(foreign, default_theta),
         "norm_eps": attention.norm_eps,
         "tie_embeddings": foreign.get("tie_word_embeddings", False),
         "max_positions": foreign.get("max_position_embeddings", 2048),
@@ -105,7 +105,7 @@ def _refuse_sliding_window(foreign: Foreign) -> None:
         foreign.refuse("layer_types", other[0], "'full_attention'")
 
 
-def _read_rotary(foreign: Foreign) -> Rotary.Config:
+def _read_rotary(foreign: Foreign, default_theta: float) -> Rotary.Config:
     """From ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (before)."""
     name = "rope_parameters" if foreign.get("rope_parameters") else "rope_scaling"
     table = foreign.get(name, {})
@@ -116,7 +116,7 @@ def _read_rotary(foreign: Foreign) -> Rotary.Config:
         if part.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             foreign.refuse("partial_rotary_factor", part["partial_rotary_factor"], "1.0")
     scaling = Foreign(table, foreign.path)
-    theta = float(scaling.get("rope_theta", foreign.get("rope_theta", 10000.0)))
+    theta = float(scaling.get("rope_theta", foreign.get("rope_theta", default_theta)))
     if kind == "default":
         return Rotary.Config(theta=theta)
     if kind == "linear":

@@ -33,7 +33,7 @@ def read(foreign: Foreign) -> Decoder.Config:
         default_alpha=0.001,
         jitter=foreign.get("router_jitter_noise", 0.0),
     )
-    return Decoder.Config(**read_body(foreign, attention), feed_forward=moe)
+    return Decoder.Config(**read_body(foreign, attention, default_theta=1e6), feed_forward=moe)
 
 
 def write(config: Decoder.Config) -> dict[str, Any]:

