@@ -12,12 +12,14 @@ from anabranch.lm.checkpoint import (
 )
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.lm.generate import SamplingConfig, generate, stream
+from anabranch.lm.upcycle import average, upcycle
 
 __all__ = [
     "Decoder",
     "DecoderOutput",
     "KeyValueCache",
     "SamplingConfig",
+    "average",
     "convert",
     "export_huggingface",
     "generate",
@@ -26,5 +28,6 @@ __all__ = [
     "load_weights",
     "save_model",
     "stream",
+    "upcycle",
     "write_model",
 ]
