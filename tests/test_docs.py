@@ -209,7 +209,9 @@ def test_design_has_page_row_study_and_tests(name):
 def test_study_has_a_page_that_shows_its_result(name):
     page = DOCS / "systems" / f"{name}.md"
     assert page.is_file()
-    assert f"anabranch study {name}" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert f"anabranch study {name}" in text
+    assert f"<!-- results: studies/{name} -->" in text
 
 
 def public_errors() -> list[str]:
@@ -270,8 +272,17 @@ def test_results_of_every_record_can_be_shown():
         shown = hooks.results(folder, None)
         for path in (ROOT / folder / "results").glob("*.json"):
             assert f"### {path.stem}\n\n| " in shown
-    with pytest.raises(FileNotFoundError, match=r"no studies/results/nothing\.json to show"):
-        hooks.results("studies", "nothing")
+    assert hooks.results("studies", "nothing") == "Nothing is recorded yet."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_result_markers_name_what_exists(page):
+    for folder, name in hooks.MARKER.findall(page.read_text(encoding="utf-8")):
+        assert not name or name in (studies() if folder == "studies" else benchmarks())
+
+
+def benchmarks() -> list[str]:
+    return [file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py")]
 
 
 def test_api_pages_cover_the_package():
