@@ -137,6 +137,7 @@ class Study:
         judge: pure; its rule stands in the study's docstring.
         columns: what the table shows.
         draw: (results, path without suffix) writes the picture; None for none.
+        default_arms: names of those that run if none are asked for; None for all.
         revision: raised when the code under the arms changes what comes out, so that older runs do not count.
     """
 
@@ -148,6 +149,7 @@ class Study:
     judge: Callable[[Results], list[Claim]]
     columns: Sequence[Column] = ()
     draw: Callable[[Results, Path], None] | None = None
+    default_arms: Sequence[str] | None = None
     revision: int = 1
     seeds: Sequence[int] = (0, 1, 2)
 
@@ -190,7 +192,7 @@ def run_study(
     seeds: Sequence[int] | None = None,
     progress: Progress = lambda text: None,
 ) -> Outcome:
-    """Run what is missing of ``arms`` x ``seeds`` (default: all), seed by seed, then judge and write everything there is.
+    """Run what is missing of ``arms`` x ``seeds`` (default: those of the study), seed by seed, then judge and write everything there is.
 
     Raises ConfigError for an unknown arm.
     """
@@ -242,7 +244,8 @@ def summary_rows(study: Study, results: Results) -> list[dict[str, Any]]:
 
 
 def pick_arms(study: Study, names: Sequence[str] | None) -> list[Arm]:
-    """The arms of these names. Raises ConfigError for an unknown one."""
+    """The arms of these names, the study's default ones for None. Raises ConfigError for an unknown one."""
+    names = study.default_arms if names is None else names
     known = {arm.name: arm for arm in study.arms}
     unknown = [name for name in names or () if name not in known]
     if unknown:

@@ -1,0 +1,111 @@
+"""``anabranch chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
+from anabranch.cli.output import print_json, say
+from anabranch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anabranch.lm import Decoder
+
+
+def chat(
+    model: Model,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Answer this one message and leave.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.2,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 0.9,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with a model, using its own chat template.
+
+    A line is a message; /reset begins again, /quit or Ctrl-D leaves.
+    """
+    if as_json and message is None:
+        raise ConfigError("--json answers one message; give it with --message")
+    network, tokenizer = load(model, dtype, device)
+    talk = Conversation(
+        network, tokenizer, system, {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    )
+    if message is not None:
+        ids, answer = talk.answer(message, seed, show=not as_json)
+        if as_json:
+            print_json({"text": answer, "token_ids": ids, "messages": talk.messages})
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        say(f"{model} is listening. /reset begins again, /quit leaves.")
+    while (line := _read_line(interactive)) is not None:
+        if line == "/quit":
+            return
+        if line == "/reset":
+            talk.reset()
+        elif line:
+            talk.answer(line, seed + len(talk.messages))
+
+
+class Conversation:
+    """Messages so far, and the model that answers them. ``sampling`` are fields of `SamplingConfig`."""
+
+    def __init__(self, model: Decoder, tokenizer: Any, system: str | None, sampling: dict[str, Any]) -> None:
+        self._model, self._tokenizer, self._system, self._sampling = model, tokenizer, system, sampling
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system is not None else []
+
+    def answer(self, text: str, seed: int, *, show: bool = True) -> tuple[list[int], str]:
+        """Add a message of the user's and the model's answer; returns the answer's ids and text. ``show`` prints it as it comes."""
+        from anabranch.lm import SamplingConfig, stream
+
+        self.messages.append({"role": "user", "content": text})
+        prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(self.messages))
+        room = self._model.config.max_positions - len(prompt)
+        if room < 1:
+            raise ConfigError(
+                f"the conversation has {len(prompt)} tokens, and the model reads {self._model.config.max_positions}; "
+                "begin again with /reset"
+            )
+        most = min(self._sampling["max_tokens"], room)
+        sampling = SamplingConfig(**{**self._sampling, "max_tokens": most}, stop=self._tokenizer.stop_ids, seed=seed)
+        decoder, ids, pieces = self._tokenizer.stream(), [], []
+        try:
+            for step in stream(self._model, [prompt], sampling):
+                ids += step.tokens
+                pieces.append(decoder.push(step.tokens[0]))
+                if show:
+                    print(pieces[-1], end="", flush=True)
+        except KeyboardInterrupt:  # ends this answer, not the conversation
+            if not sys.stdin.isatty():
+                raise
+        pieces.append(decoder.flush())
+        if show:
+            print(pieces[-1])
+        answer = "".join(pieces)
+        self.messages.append({"role": "assistant", "content": answer})
+        return ids, answer
+
+
+def _read_line(interactive: bool) -> str | None:
+    """The next message, None at the end of input."""
+    if interactive:
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line and interactive:
+        say()
+    return line.strip() if line else None

@@ -1,0 +1,5 @@
+"""tbd."""
+
+
+def compare() -> None:
+    """Tbd."""

@@ -1,0 +1,47 @@
+"""``anabranch convert``: from one model format to another."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.options import AsJson, Dtype, Quiet, read_dtype
+from anabranch.cli.output import fact, print_json, quantity, size, wrote
+
+
+class Format(enum.StrEnum):
+    """What can be written."""
+
+    NATIVE = "native"
+    HUGGINGFACE = "huggingface"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A training run, a saved model, a Hugging Face folder or a .gguf file.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The new folder.")],
+    to: Annotated[Format, typer.Option(help="The format to write.")],
+    family: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Hugging Face model_type to write. Default: the first that fits.")
+    ] = None,
+    dtype: Dtype = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model to our own format or to a Hugging Face folder.
+
+    Layers that share experts are expanded for Hugging Face, which knows no sharing: every layer gets its own copy.
+    """
+    from anabranch.lm import convert as convert_model
+    from anabranch.lm import load_config
+
+    convert_model(source, target, to=to.value, family=family, dtype=read_dtype(dtype))
+    counts = load_config(target).count()
+    num_bytes = sum(file.stat().st_size for file in Path(target).iterdir())
+    if as_json:
+        print_json({"folder": target, "format": to.value, "parameters": counts.parameters, "size_bytes": num_bytes})
+    elif not quiet:
+        fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}")
+        wrote(f"{target}   {size(num_bytes)}", f"anabranch info {target}")

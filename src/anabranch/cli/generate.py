@@ -1,0 +1,66 @@
+"""``anabranch generate``: continue a prompt."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
+from anabranch.cli.output import print_json, say
+from anabranch.errors import ConfigError
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads stdin.")],
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample among the K likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt.
+
+    Text comes as it is made. With --json: text and token_ids of the continuation alone.
+    """
+    from anabranch.lm import SamplingConfig, stream
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ConfigError("--prompt is empty; give at least one character")
+    network, tokenizer = load(model, dtype, device)
+    sampling = SamplingConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=tokenizer.stop_ids,
+        seed=seed,
+    )
+    prompt_ids = tokenizer.encode(text)
+    decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
+    if not as_json:
+        print(text, end="", flush=True)
+    for step in stream(network, [prompt_ids], sampling):
+        ids += step.tokens
+        if not as_json:
+            print(decoder.push(step.tokens[0]), end="", flush=True)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json(
+            {
+                "text": tokenizer.decode(ids),
+                "token_ids": ids,
+                "prompt": text,
+                "prompt_token_ids": prompt_ids,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    print(decoder.flush())
+    if sys.stderr.isatty():
+        say(f"\n{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.1f} tokens/s")

@@ -1,0 +1,136 @@
+"""``anabranch info``: what a model or a preset costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, read_dtype
+from anabranch.cli.output import fact, print_json, quantity, say, size, table
+
+if TYPE_CHECKING:
+    from anabranch.lm import Decoder
+
+READ_AT_ONCE = 2048
+TRAINING_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two moments
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model or the name of a preset. Without it, presets are listed."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(metavar="L", min=1, help="Context over which attention is counted. Default: as in training."),
+    ] = None,
+    size_dial: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="Of a preset: tiny, small or base.")
+    ] = "tiny",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Type of the weights that memory is counted for.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Show parameters, active parameters, FLOPs and memory of a model, without loading its weights."""
+    if model is None:
+        _list_presets(size_dial, as_json)
+        return
+    config, length = _config(model, size_dial)
+    facts = describe(config, sequence_length or length, dtype)
+    if as_json:
+        print_json({"model": model, **facts})
+        return
+    _print(model, config, facts)
+
+
+def describe(config: Decoder.Config, length: int, dtype: str) -> dict[str, Any]:
+    """The facts of a config, JSON-ready."""
+    from anabranch.config import to_dict
+
+    width = read_dtype(dtype)
+    assert width is not None
+    counts = config.count(length)
+    attention = config.attention
+    cache = 2 * config.num_layers * attention.kv_heads * attention.width(config.dim) * width.itemsize
+    return {
+        "parameters": counts.parameters,
+        "active_parameters": counts.active,
+        "flops_per_token": counts.flops,
+        "sequence_length": length,
+        "dtype": dtype,
+        "memory": {
+            "weights_bytes": counts.parameters * width.itemsize,
+            "cache_bytes_per_token": cache,
+            "training_bytes": counts.parameters * TRAINING_BYTES,
+        },
+        "config": to_dict(config),
+    }
+
+
+def _config(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
+    """The config of a model or preset, and the length it is trained at or reads at once."""
+    from anabranch import presets
+    from anabranch.errors import CheckpointError
+    from anabranch.lm import load_config
+
+    if not Path(model).exists():
+        if model in presets.names():
+            run = presets.find(model)(size_dial)
+            return run.model, run.data.sequence_length
+        if "/" not in model and "." not in model:
+            raise CheckpointError(f"{model!r} is no model and no preset; presets: {', '.join(presets.names())}")
+    from anabranch.cli.corpora import run_of
+
+    config = load_config(model)
+    run = run_of(model)
+    return config, run.data.sequence_length if run else min(config.max_positions, READ_AT_ONCE)
+
+
+def _print(model: str, config: Decoder.Config, facts: dict[str, Any]) -> None:
+    routed = [layer for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed]
+    shape = f"{config.num_layers} layers, width {config.dim}, {config.vocab_size:,} tokens"
+    kinds = sorted({config.feed_forward_of(layer).owner.kind or "" for layer in range(config.num_layers)})
+    fact("model", f"{model}   {shape}   {' and '.join(kinds)}")
+    if routed:
+        feed_forward = config.feed_forward_of(routed[0])
+        experts, places = getattr(feed_forward, "num_experts", None), getattr(feed_forward, "places", None)
+        reuse, shared = getattr(feed_forward, "reuse", 1), getattr(feed_forward, "shared_experts", 0)
+        extra = f", shared by {reuse} layers each" if reuse > 1 else ""
+        extra += f", {shared} always on" if shared else ""
+        fact("experts", f"{experts} in each of {len(routed)} layers, {places} active{extra}")
+    memory = facts["memory"]
+    table(
+        ["", "all", "active per token"],
+        [["parameters", f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]],
+    )
+    fact("work", f"{quantity(facts['flops_per_token'])} FLOPs per token forward, at {facts['sequence_length']} tokens")
+    fact(
+        "memory",
+        f"{size(memory['weights_bytes'])} weights ({facts['dtype']}), "
+        f"{size(memory['cache_bytes_per_token'])} cache per token, "
+        f"{size(memory['training_bytes'])} to train (weights, gradients, AdamW; activations not counted)",
+    )
+
+
+def _list_presets(size_dial: str, as_json: bool) -> None:
+    from anabranch import presets
+
+    rows = []
+    for name in presets.names():
+        run = presets.find(name)(size_dial)
+        rows.append((name, run.model.count(run.data.sequence_length), presets.describe(name)))
+    if as_json:
+        found = {
+            name: {"parameters": counts.parameters, "active_parameters": counts.active, "about": about}
+            for name, counts, about in rows
+        }
+        print_json({"size": size_dial, "presets": found})
+        return
+    table(
+        ["preset", "about", "parameters", "active"],
+        [[name, about, quantity(counts.parameters), quantity(counts.active)] for name, counts, about in rows],
+        text_columns=2,
+    )
+    say("")
+    fact("next", f"anabranch train {rows[0][0]} --out runs/{rows[0][0]}")

@@ -1,0 +1,133 @@
+"""The command ``anabranch``. Every command is a module here that loads what it needs when it is called, so help is quick."""
+
+import difflib
+import errno
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from anabranch import __version__
+from anabranch.cli.chat import chat
+from anabranch.cli.compare import compare
+from anabranch.cli.convert import convert
+from anabranch.cli.eval import evaluate
+from anabranch.cli.generate import generate
+from anabranch.cli.info import info
+from anabranch.cli.report import report
+from anabranch.cli.study import study
+from anabranch.cli.train import train
+from anabranch.errors import AnabranchError
+
+USER_ERROR, INTERRUPTED = 2, 130
+# typer carries its own click since 0.26 and used the installed one before; this is that click's class for misuse either way.
+UsageError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Train, measure, compare and run routed language models.
+
+    Start with [bold]anabranch train demo --out runs/demo[/bold] (a few minutes on two cores, no download).""",
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"anabranch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+for _name, _command in {
+    "train": train,
+    "compare": compare,
+    "eval": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "report": report,
+    "convert": convert,
+    "study": study,
+    "info": info,
+}.items():
+    app.command(_name)(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 when interrupted.
+
+    A mistake is told in one line on stderr. A traceback is a bug of ours.
+    """
+    _quiet_libraries()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(args=list(arguments), prog_name="anabranch", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return _fail(_misuse(error, arguments))
+    except AnabranchError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away (| head): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        hint = "; free some room or choose another place" if error.errno == errno.ENOSPC else ""
+        return _fail(f"{(error.strerror or str(error)).lower()}{where}{hint}")
+    except (MemoryError, RuntimeError) as error:
+        needed = re.search(r"(?:allocate|allocating)\D*([\d.]+ ?\w*)", str(error))
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        what = f" ({needed[1].strip()} more were asked for)" if needed else ""
+        return _fail(f"out of memory{what}; use a smaller batch, sequence length or model")
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _misuse(error: Exception, arguments: Sequence[str]) -> str:
+    """What is wrong with the arguments, in one sentence, with the nearest option where one is misspelt."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
+    message = re.sub(r" ?\(Possible options: .*\)", "", message)
+    option = getattr(error, "option_name", None)
+    if option and context is not None and message.startswith("No such option"):
+        known = [name for parameter in context.command.params for name in parameter.opts]
+        near = difflib.get_close_matches(option, known, n=1)
+        message += f"; did you mean {near[0]}?" if near else ""
+    help_of = context.command_path if context is not None else "anabranch"
+    return f"{message[:1].lower()}{message[1:]} (see {help_of} --help)"
+
+
+def _quiet_libraries() -> None:
+    """Our own warnings as one line on stderr; those of libraries only where Python was asked for them (-W)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.addLevelName(logging.WARNING, "warning")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Arguments and options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.errors import ConfigError, DataError, TokenizerError
+
+if TYPE_CHECKING:  # torch takes a second to load; --help does without
+    import torch
+
+    from anabranch.data import Tokenizer
+    from anabranch.lm import Decoder
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A training run, a saved model, a Hugging Face folder or a .gguf file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Seed = Annotated[int, typer.Option(metavar="S", min=0, help="Seed: the same one gives the same result.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16. Default: as stored."),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1. Default: a GPU if there is one.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set any field of the config, e.g. --set model.feed_forward.reuse=4. May be repeated.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """The torch type of this name. Raises ConfigError for another word."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        near = difflib.get_close_matches(name, DTYPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(DTYPES)}"
+        raise ConfigError(f"--dtype is {name!r}; {hint}")
+    import torch
+
+    return getattr(torch, name)
+
+
+def read_device(name: str | None) -> str:
+    """``name``, or the default device."""
+    if name is not None:
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tokenizer]:
+    """Model and tokenizer, on their device, in evaluation mode. Raises TokenizerError for a model without one."""
+    from anabranch.lm import load_model
+
+    wanted = read_dtype(dtype)
+    model, tokenizer = load_model(path, dtype=wanted, device=read_device(device))
+    if tokenizer is None:
+        raise TokenizerError(f"{path} has no tokenizer.json, so its text cannot be read; put the file beside the model")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}; "
+            "is it another model's tokenizer?"
+        )
+    return model.eval(), tokenizer
+
+
+def read_assignments(texts: list[str] | None) -> dict[str, Any]:
+    """``path=value`` options as paths and values, later ones winning."""
+    from anabranch.config import parse_assignment
+
+    return dict(parse_assignment(text) for text in texts or ())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file. Raises DataError if it is absent, ConfigError if it is not TOML."""
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None

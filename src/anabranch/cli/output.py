@@ -1,0 +1,89 @@
+"""How commands talk: results on stdout, everything else on stderr, and numbers that people can read."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LABEL_WIDTH = 8  # of the first column: model, data, wrote, ...
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object on stdout, nothing else. Numbers that JSON cannot hold become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fact(label: str, text: str) -> None:
+    """A line of results: what it is about, then what there is to say."""
+    print(f"{label:<{LABEL_WIDTH}}{text}")
+
+
+def wrote(where: str, next_command: str) -> None:
+    """The last line of a command: where things are and what to do next."""
+    fact("wrote", where)
+    fact("next", next_command)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1, indent: bool = True) -> None:
+    """A plain table: the first ``text_columns`` columns on the left of their cells, numbers on the right.
+
+    A header may be two lines, the second being the unit.
+    """
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for number, header in enumerate(headers):
+        is_text = number < text_columns
+        grid.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, vertical="bottom")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    # A file or a pipe has no width; tables are never cut there.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    console = Console(width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(grid)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def quantity(value: float, units: str = "kMBT") -> str:
+    """1234567 as ``1.23 M``; below 1000 as it is."""
+    for power in range(len(units), 0, -1):
+        scaled = value / 1000**power
+        if abs(scaled) >= 0.9995:
+            return f"{scaled:.0f} {units[power - 1]}" if abs(scaled) >= 999.5 else f"{scaled:.3g} {units[power - 1]}"
+    return f"{value:.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as ``12.3 MB`` (powers of 1000)."""
+    text = quantity(num_bytes, "kMGT")
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

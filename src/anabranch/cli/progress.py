@@ -1,0 +1,77 @@
+"""Progress on stderr: a bar where a person looks, a plain line every few seconds where a file or a pipe does, or nothing."""
+
+import sys
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from anabranch.cli.output import duration, say
+
+PLAIN_EVERY_S = 5.0
+
+
+class Progress:
+    """A context that is told how far things are.
+
+    Args:
+        total: how many units there are.
+        unit: what is counted, e.g. ``step``.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, unit: str, *, quiet: bool = False) -> None:
+        self._total, self._unit, self._quiet = total, unit, quiet
+        self._first: tuple[float, int] | None = None
+        self._said = time.perf_counter()
+        self._bar: Bar | None = None
+        if not quiet and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(unit, total=total, text="", width=len(str(total)))
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        """``done`` units are finished; ``text`` says what there is to say about them. Time left is worked out here."""
+        if self._quiet:
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, done)  # set-up before the first unit says nothing about the rest
+        text = f"{text}  {self._left(now, done)}".strip()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif now - self._said >= PLAIN_EVERY_S or done == self._total:
+            self._said = now
+            say(f"{self._unit} {done:>{len(str(self._total))}}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            say(text)
+
+    def _left(self, now: float, done: int) -> str:
+        assert self._first is not None
+        started, first = self._first
+        if done <= first or done >= self._total:
+            return ""
+        return f"{duration((self._total - done) * (now - started) / (done - first))} left"

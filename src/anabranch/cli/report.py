@@ -1,0 +1,106 @@
+"""``anabranch report``: how a model routes, as a page with pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
+from anabranch.cli.output import fact, print_json, table, wrote
+from anabranch.errors import DataError
+
+if TYPE_CHECKING:
+    from anabranch.report import Summary
+    from anabranch.routing import RoutingTrace
+
+
+def report(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_TRACE", help="A model, or a routing trace (.parquet) made before.")
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the page, the pictures and the trace.")],
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Text to run through the model. Default: the held-out text of the run."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 32768,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a model routes: load, entropy, co-activation, specialisation by domain, reuse between layers.
+
+    Writes a self-contained HTML page, a PNG for each picture, and the routing decisions themselves (trace.parquet).
+    """
+    from anabranch.report import explain, summarize, write_report
+    from anabranch.routing import RoutingTrace
+
+    if Path(source).is_file() and Path(source).suffix == ".parquet":
+        trace, text = RoutingTrace.read(source), source
+    elif Path(source).suffix == ".parquet":
+        raise DataError(f"there is no routing trace at {source}")
+    else:
+        trace, text = _record(source, out, data, tokens, sequence_length, dtype, device, quiet)
+    page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
+    summary = summarize(trace)
+    if as_json:
+        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict()})
+        return
+    fact("model", source)
+    fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
+    _print_layers(summary)
+    for sentence in explain(summary):
+        fact("", sentence)
+    names = [name for name in ("trace.parquet", "summary.json") if (Path(out) / name).exists()]
+    wrote(f"{out}/{{report.html, *.png, {', '.join(names)}}}", f"open {page}")
+
+
+def _record(
+    source: str,
+    out: str,
+    data: str | None,
+    tokens: int,
+    sequence_length: int | None,
+    dtype: str | None,
+    device: str | None,
+    quiet: bool,
+) -> tuple[RoutingTrace, str]:
+    """Run text through a model; the trace, which is also written, and the name of the text."""
+    import torch
+
+    from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of
+    from anabranch.routing import RoutingTrace, record_routing
+
+    network, tokenizer = load(source, dtype, device)
+    run = run_of(source)
+    length = sequence_length or default_length(run, network.config.max_positions)
+    place = network.embedding.weight.device
+    path = Path(out) / "trace.parquet"
+    windows: Any = None
+    with record_routing(network, path=path) as recorder, torch.inference_mode():
+        windows, name = labelled_windows(data, run, tokenizer, length, tokens)
+        for batch in Tracked(windows, quiet):
+            recorder.domain = list(domain_names(windows, batch))
+            network(batch.token_BL.to(place), last_only=True)
+    return RoutingTrace.read(path), name
+
+
+def _print_layers(summary: Summary) -> None:
+    rows = [
+        [
+            str(layer.layer),
+            f"{layer.num_destinations}",
+            f"{layer.top_k}",
+            f"{layer.max_violation:.2f}",
+            f"{layer.idle}",
+            f"{layer.load_entropy_bits:.2f}",
+        ]
+        for layer in summary.layers
+    ]
+    table(["layer", "experts", "active", "MaxVio", "idle", "entropy\n(bits)"], rows, text_columns=0)

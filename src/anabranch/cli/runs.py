@@ -1,0 +1,69 @@
+"""Run configs from what is given on the command line: a preset, a TOML file, fields set by path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anabranch import presets
+from anabranch.cli.options import read_toml
+from anabranch.config import override
+from anabranch.errors import ConfigError
+from anabranch.train import RunConfig
+
+DEFAULT_PRESET = "demo"
+
+
+def build_config(
+    preset: str | None, config_file: Path | None, size: str | None, assignments: Mapping[str, Any]
+) -> tuple[str, RunConfig]:
+    """Name and config: the preset, then what the file sets, then ``assignments``.
+
+    The file may name the preset itself (``preset = "moe"`` at its top, and ``size``); one given on the command line wins.
+    """
+    table = read_toml(config_file) if config_file else {}
+    name = preset or table.pop("preset", None) or DEFAULT_PRESET
+    wanted = size or table.pop("size", None) or "tiny"
+    table.pop("preset", None), table.pop("size", None)
+    config = presets.find(name)(wanted)
+    return name, override(config, {**flatten(table), **assignments})
+
+
+def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The leaves of nested tables by dotted path; ``kind`` before what it has, since it decides what that may be."""
+    leaves: dict[str, Any] = {}
+    for name, value in sorted(table.items(), key=lambda item: item[0] != "kind"):
+        here = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping) and value:
+            leaves |= flatten(value, here)
+        else:
+            leaves[here] = value
+    return leaves
+
+
+def describe_model(config: RunConfig) -> str:
+    """A few words: layers, experts, what is active, what is shared."""
+    model = config.model
+    routed = model.feed_forward
+    words = [f"{model.num_layers} layers"]
+    if routed.is_routed:
+        experts = getattr(routed, "num_experts", None)
+        words[0] += f" x {experts} experts" if experts else ""
+        top_k = getattr(getattr(getattr(routed, "router", None), "select", None), "top_k", None)
+        words += [f"top-{top_k}"] if top_k else []
+        words += [f"{routed.shared_experts} shared"] if getattr(routed, "shared_experts", 0) else []
+        words += [f"reuse {routed.reuse}"] if getattr(routed, "reuse", 1) > 1 else []
+    return ", ".join([*words, f"width {model.dim}"])
+
+
+def read_seeds(text: str) -> list[int]:
+    """``0,1,2`` or ``0-4``. Raises ConfigError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(f"--seeds is {text!r}; write them as 0,1,2 or 0-4") from None
+    if not seeds:
+        raise ConfigError(f"--seeds is {text!r}, which names none; write them as 0,1,2 or 0-4")
+    return list(dict.fromkeys(seeds))

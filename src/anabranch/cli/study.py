@@ -1,0 +1,5 @@
+"""tbd."""
+
+
+def study() -> None:
+    """Tbd."""

@@ -1,0 +1,186 @@
+"""``anabranch train``: train one model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.output import duration, fact, print_json, quantity, say, size, wrote
+from anabranch.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from anabranch.train import Event, RunConfig, Trainer, TrainResult
+
+INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}  # exit codes, as shells give them
+SAMPLE_TOKENS = 160
+
+
+def train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run.")],
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET]", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of weights and data order (train.seed).")] = None,
+    size_dial: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="Of the preset: tiny, small or base. Default: tiny.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in DIR, with the config it was started with.")
+    ] = False,
+    assignments: Assignments = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file with any fields of the config.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a language model on text.
+
+    Without more, a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume goes on.
+
+    Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
+    """
+    from anabranch.train import Trainer
+
+    settings = read_assignments(assignments)
+    settings |= {} if steps is None else {"train.steps": steps}
+    settings |= {} if seed is None else {"train.seed": seed}
+    name, config = _config(out, resume, preset, config_file, size_dial, settings)
+    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process talks
+    observer = _Observer(config, quiet=quiet or not first)
+    with observer.progress:
+        trainer = Trainer(config, out, resume=resume, on_event=observer)
+        if first and not quiet:
+            observer.introduce(name, trainer)
+        result = trainer.fit()
+    if first:
+        _conclude(name, config, trainer, result, out, as_json=as_json)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
+
+
+def _config(
+    out: Path,
+    resume: bool,
+    preset: str | None,
+    config_file: Path | None,
+    size_dial: str | None,
+    settings: dict[str, Any],
+) -> tuple[str, RunConfig]:
+    from anabranch.cli.runs import build_config
+    from anabranch.config import override
+    from anabranch.train import read_run_config
+
+    if resume and config_file is None:
+        return preset or out.name, override(read_run_config(out), settings)
+    return build_config(preset, config_file, size_dial, settings)
+
+
+class _Observer:
+    """Shows a training as it goes on."""
+
+    def __init__(self, config: RunConfig, *, quiet: bool) -> None:
+        self.progress = Progress(config.train.steps, "step", quiet=quiet)
+        self._losses: list[float] = []
+
+    def introduce(self, name: str, trainer: Trainer) -> None:
+        """What is about to be trained, on what."""
+        from anabranch.cli.runs import describe_model
+
+        config = trainer.config
+        counts = config.model.count(config.data.sequence_length)
+        kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
+        say(
+            f"model   {name}   {describe_model(config)}   "
+            f"{quantity(counts.parameters)} parameters, {quantity(counts.active)} active"
+        )
+        say(
+            f"data    {config.data.corpus.build().describe()}   "
+            f"{quantity(kept)} tokens, {quantity(held)} held out   {trainer.workers.device}, seed {config.train.seed}"
+        )
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "step":
+            self._losses = [*self._losses[-19:], event.values["loss"]]
+            loss = sum(self._losses) / len(self._losses)
+            rate = quantity(event.values["tokens_per_second"])
+            self.progress.update(event.step, f"loss {loss:.3f}  {rate} tokens/s")
+        elif event.kind == "evaluation":
+            width = len(str(event.steps))
+            values = event.values
+            self.progress.note(
+                f"step {event.step:>{width}}/{event.steps}  held-out text: {values['bits_per_byte']:.3f} bits/byte, "
+                f"{values['nats_per_token']:.3f} nats/token{_balance(values)}"
+            )
+
+
+def _balance(values: dict[str, Any]) -> str:
+    return f", MaxVio {values['max_violation']:.2f}" if "max_violation" in values else ""
+
+
+def _conclude(
+    name: str, config: RunConfig, trainer: Trainer, result: TrainResult, out: Path, *, as_json: bool
+) -> None:
+    counts = config.model.count(config.data.sequence_length)
+    prompt, text = _sample(trainer) if result.status == "finished" else ("", "")
+    if as_json:
+        print_json(
+            {
+                "folder": str(out),
+                "preset": name,
+                "status": result.status,
+                "step": result.step,
+                "steps": config.train.steps,
+                **(result.evaluation.to_dict() if result.evaluation else {}),
+                "routing": result.routing,
+                "trained_tokens": result.tokens,
+                "seconds": result.seconds,
+                "tokens_per_second": result.tokens_per_second,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "skipped_steps": result.skipped_steps,
+                "parameters": counts.parameters,
+                "active_parameters": counts.active,
+                "flops_per_token": counts.flops,
+                "checkpoint": str(result.checkpoint) if result.checkpoint else None,
+                "sample": {"prompt": prompt, "text": text},
+            }
+        )
+        return
+    fact("model", f"{name}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
+    if result.evaluation:
+        fact(
+            "quality",
+            f"{result.bits_per_byte:.3f} bits/byte, {result.nats_per_token:.3f} nats/token on held-out text"
+            f"{_balance(result.routing)}",
+        )
+    fact(
+        "work",
+        f"{result.step} of {config.train.steps} steps, {quantity(result.tokens)} tokens in {duration(result.seconds)}, "
+        f"{quantity(result.tokens_per_second)} tokens/s, {size(result.peak_memory_bytes)} memory",
+    )
+    if result.status == "interrupted":
+        wrote(f"{result.checkpoint}", f"anabranch train --out {out} --resume")
+        return
+    fact("sample", (prompt + text).rstrip().replace("\n", "\n" + " " * 8))
+    wrote(f"{result.checkpoint}", f"anabranch generate {out} --prompt {prompt!r}")
+
+
+def _sample(trainer: Trainer) -> tuple[str, str]:
+    """A prompt and what the model makes of it."""
+    from anabranch.data import Stdlib
+    from anabranch.lm import SamplingConfig, generate
+
+    tokenizer = trainer.data.tokenizer
+    if isinstance(trainer.config.data.corpus, Stdlib.Config):
+        ids = tokenizer.encode("def ")
+    else:
+        ids = next(iter(trainer.data.windows("train", batch_size=1, num_windows=1))).token_BL[0, :16].tolist()
+    sampling = SamplingConfig(max_tokens=SAMPLE_TOKENS, temperature=0.7, stop=tokenizer.stop_ids, seed=0)
+    (made,) = generate(trainer.model, [ids], sampling)
+    return tokenizer.decode(ids), tokenizer.decode(made)

@@ -1,0 +1,227 @@
+"""Ready configurations of whole training runs: plain functions with one dial, the size, that return a `RunConfig`.
+
+    config = rexmoe("tiny")
+    Trainer(config, "runs/rexmoe").fit()
+
+All designs of one size have the same experts' parameters and the same work per token, so they can be compared. Gates are
+renormalised (the sum of a token's weights is 1), which is worth more than most designs at these sizes; the raw gates of the ReXMoE
+paper are ``--set model.feed_forward.router.select.normalize=none``. A third-party package adds a preset with an entry point in
+the group ``anabranch.presets`` whose value is ``module:function``; the first line of its docstring describes it.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Literal
+
+from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
+from anabranch.errors import ConfigError
+from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.lm import Decoder
+from anabranch.nn.attention import Attention
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.moe import MoE
+from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
+from anabranch.train import RunConfig, TrainConfig
+
+Size = Literal["tiny", "small", "base"]
+Preset = Callable[[Size], RunConfig]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all designs of one size share.
+
+    Attributes:
+        dim: D.
+        num_layers: blocks.
+        num_heads: of attention.
+        num_experts: N, of a plain mixture-of-experts layer.
+        top_k: K.
+        hidden_dim: width of an expert; a dense layer is K times as wide, so that work per token is the same.
+        vocab_size: of a byte-pair tokenizer trained on the corpus; None reads bytes.
+        sequence_length: tokens.
+        batch_size: sequences a step.
+        steps: optimizer steps.
+        learning_rate: the peak.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_experts: int
+    top_k: int
+    hidden_dim: int
+    vocab_size: int | None
+    sequence_length: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+
+
+BUDGETS: dict[str, Budget] = {
+    "tiny": Budget(128, 4, 4, 8, 2, 128, None, 256, 8, 800, 2e-3),  # 1.9 M parameters; minutes on two cores
+    "small": Budget(256, 8, 4, 16, 2, 256, 4096, 512, 32, 3000, 1e-3),  # 30 M parameters; hours on a few cores
+    "base": Budget(768, 16, 12, 32, 4, 384, 16384, 1024, 256, 20000, 6e-4),  # 0.5 B parameters; a GPU
+}
+
+
+def demo(size: Size = "tiny") -> RunConfig:
+    """A small ReXMoE that learns to write Python in a few minutes on two cores, from text every machine has."""
+    return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config(mask="local_first")))
+
+
+def dense(size: Size = "tiny") -> RunConfig:
+    """No experts: one SwiGLU per layer that does the work of K experts."""
+    budget = _budget(size)
+    return _run(size, SwiGLU.Config(hidden_dim=budget.hidden_dim * budget.top_k))
+
+
+def moe(size: Size = "tiny") -> RunConfig:
+    """Plain mixture of experts: top K of N per layer, softmax scores, Switch loss and z-loss."""
+    return _run(size, _moe(_budget(size)))
+
+
+def moe_fine(size: Size = "tiny") -> RunConfig:
+    """Fine-grained experts (DeepSeekMoE): four times as many, a quarter as wide, four times as many active."""
+    return _run(size, _moe(_budget(size), split=4))
+
+
+def moe_shared(size: Size = "tiny") -> RunConfig:
+    """One always-on shared expert per layer, and top K - 1 of N - 1 routed ones (DeepSeekMoE)."""
+    budget = _budget(size)
+    router = _router(budget.top_k - 1)
+    return _run(size, _moe(budget).replace(num_experts=budget.num_experts - 1, router=router, shared_experts=1))
+
+
+def moe_lossfree(size: Size = "tiny") -> RunConfig:
+    """Sigmoid scores balanced by a bias instead of a loss (DeepSeek-V3)."""
+    budget = _budget(size)
+    score = LinearScore.Config(activation="sigmoid")
+    router = _router(budget.top_k).replace(score=score, balance=(BiasBalancer.Config(),))
+    return _run(size, _moe(budget).replace(router=router))
+
+
+def rexmoe(size: Size = "tiny") -> RunConfig:
+    """ReXMoE: two neighbouring layers share their experts, with progressive scaling of the candidates."""
+    return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config()))
+
+
+def rexmoe_r4(size: Size = "tiny") -> RunConfig:
+    """ReXMoE with groups of four layers, with progressive scaling."""
+    return _run(size, _rexmoe(_budget(size), 4, ProgressiveScaling.Config()))
+
+
+def rexmoe_open(size: Size = "tiny") -> RunConfig:
+    """ReXMoE with groups of two layers and all candidates from the start (no progressive scaling)."""
+    return _run(size, _rexmoe(_budget(size), 2, None))
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": demo,
+    "dense": dense,
+    "moe": moe,
+    "moe-fine": moe_fine,
+    "moe-shared": moe_shared,
+    "moe-lossfree": moe_lossfree,
+    "rexmoe": rexmoe,
+    "rexmoe-r4": rexmoe_r4,
+    "rexmoe-open": rexmoe_open,
+}
+
+
+def names() -> list[str]:
+    """All presets, built in first, then installed ones."""
+    installed = sorted(point.name for point in entry_points(group="anabranch.presets"))
+    return [*PRESETS, *(name for name in installed if name not in PRESETS)]
+
+
+def find(name: str) -> Preset:
+    """The preset of this name. Raises ConfigError, with the nearest name, if there is none."""
+    if name in PRESETS:
+        return PRESETS[name]
+    point = next(iter(entry_points(group="anabranch.presets", name=name)), None)
+    if point is not None:
+        return point.load()
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
+    raise ConfigError(f"no preset {name!r}; {hint}")
+
+
+def describe(name: str) -> str:
+    """The first line of a preset's docstring."""
+    return (inspect.getdoc(find(name)) or "").partition("\n")[0]
+
+
+def language_model(
+    feed_forward: FeedForward.Config,
+    *,
+    dim: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    tokenizer: Tokenizer.Config | None = None,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    steps: int = 800,
+    learning_rate: float = 2e-3,
+) -> RunConfig:
+    """A run that trains a decoder of this feed-forward on the standard library. ``tokenizer`` None reads bytes."""
+    tokenizer = tokenizer or ByteTokenizer.Config()
+    vocab_size = tokenizer.vocab_size if isinstance(tokenizer, BpeTokenizer.Config) else Decoder.Config().vocab_size
+    return RunConfig(
+        model=Decoder.Config(
+            vocab_size=vocab_size,
+            dim=dim,
+            num_layers=num_layers,
+            attention=Attention.Config(num_heads=num_heads),
+            feed_forward=feed_forward,
+            max_positions=4 * sequence_length,
+        ),
+        data=DataConfig(tokenizer=tokenizer, sequence_length=sequence_length),
+        train=TrainConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate),
+    )
+
+
+def _budget(size: str) -> Budget:
+    if size not in BUDGETS:
+        raise ConfigError(f"size is {size!r}; use one of {', '.join(BUDGETS)}")
+    return BUDGETS[size]
+
+
+def _run(size: Size, feed_forward: FeedForward.Config) -> RunConfig:
+    budget = _budget(size)
+    return language_model(
+        feed_forward,
+        dim=budget.dim,
+        num_layers=budget.num_layers,
+        num_heads=budget.num_heads,
+        tokenizer=BpeTokenizer.Config(vocab_size=budget.vocab_size) if budget.vocab_size else None,
+        sequence_length=budget.sequence_length,
+        batch_size=budget.batch_size,
+        steps=budget.steps,
+        learning_rate=budget.learning_rate,
+    )
+
+
+def _router(top_k: int) -> Router.Config:
+    return Router.Config(select=TopK.Config(top_k=top_k, normalize="sum"))
+
+
+def _moe(budget: Budget, split: int = 1) -> MoE.Config:
+    return MoE.Config(
+        num_experts=budget.num_experts * split,
+        hidden_dim=budget.hidden_dim // split,
+        router=_router(budget.top_k * split),
+    )
+
+
+def _rexmoe(budget: Budget, reuse: int, psr: ProgressiveScaling.Config | None) -> ReXMoE.Config:
+    return ReXMoE.Config(
+        num_experts=budget.num_experts,
+        hidden_dim=budget.hidden_dim,
+        router=_router(budget.top_k),
+        reuse=reuse,
+        psr=psr,
+    )

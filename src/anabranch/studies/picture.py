@@ -1,0 +1,63 @@
+"""The picture of a study of trained models: differences to the baseline with intervals, and the learning curves."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from anabranch.files import atomic_write, atomic_write_text
+from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, horizontal_grid, to_png, to_svg
+from anabranch.studies.harness import Results
+
+
+def draw_arms(results: Results, path: Path, *, baseline: str, title: str, metric: str = "bits_per_byte") -> None:
+    """Write ``path``.png and ``path``.svg: on the left ours - ``baseline`` by arm, on the right the curves."""
+    arms = [arm for arm in results.runs if results.values(arm, metric)]
+    with figure(10, max(3.2, 1.4 + 0.34 * len(arms)), ncols=2, width_ratios=(1, 1)) as (made, (left, right)):
+        made.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
+        _draw_differences(left, results, arms, baseline, metric)
+        _draw_curves(right, results, arms)
+        png, svg = to_png(made), to_svg(made)
+    atomic_write(path.with_name(f"{path.name}.png"), lambda temporary: temporary.write_bytes(png))
+    atomic_write_text(path.with_name(f"{path.name}.svg"), svg)
+
+
+def _draw_differences(axes: Any, results: Results, arms: list[str], baseline: str, metric: str) -> None:
+    base = results.values(baseline, metric)
+    others = [arm for arm in arms if arm != baseline]
+    for row, arm in enumerate(others):
+        own = results.values(arm, metric)
+        for seed in sorted(own.keys() & base.keys()):
+            axes.plot(own[seed] - base[seed], row, "o", color=MUTED, markersize=3.5, alpha=0.6, zorder=2)
+        difference = results.compare(metric, arm, baseline)
+        if not difference.count:
+            continue
+        width = difference.half_width if math.isfinite(difference.half_width) else 0.0
+        axes.errorbar(difference.mean, row, xerr=width, fmt="D", color=SERIES[0], capsize=3, markersize=5, zorder=3)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_yticks(range(len(others)), others)
+    axes.set_ylim(len(others) - 0.5, -0.5)
+    axes.grid(axis="x", color=GRID)
+    axes.set_xlabel(f"bits per byte, difference to {baseline} (left is better)")
+    axes.set_title("paired differences, 95% intervals")
+
+
+def _draw_curves(axes: Any, results: Results, arms: list[str]) -> None:
+    lowest, early = [], []
+    for number, arm in enumerate(arms):
+        curves = [metrics["curve"] for metrics in results.runs[arm].values() if metrics.get("curve")]
+        if not curves:
+            continue
+        points = list(zip(*curves, strict=False))
+        steps = [point[0][0] for point in points]
+        values = [sum(run[1] for run in point) / len(point) for point in points]
+        lowest.append(values[-1])
+        early.append(values[min(1, len(values) - 1)])
+        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=arm)
+    if lowest:
+        top = max(early)
+        axes.set_ylim(min(lowest) - 0.05 * (top - min(lowest)), top + 0.05 * (top - min(lowest)))
+        axes.legend(ncols=2)
+    horizontal_grid(axes)
+    axes.set_xlabel("steps")
+    axes.set_title("bits per byte on held-out text")
