@@ -5,16 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import ConfigError
+from anabranch.errors import BackendError, ConfigError
 from anabranch.nn.grouped import BACKENDS, expert_mlp, reference_expert_mlp
+from anabranch.nn.kernels import load
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
-COMPUTED = [name for name in BACKENDS if name not in ("auto", "reference")]
+HERE = [name for name in BACKENDS if name not in ("auto", "reference") and (name != "native" or load() is not None)]
+needs_kernels = pytest.mark.skipif("native" not in HERE, reason="no compiled kernels on this machine")
+COMPUTED = [pytest.param(name, marks=needs_kernels if name == "native" else ()) for name in BACKENDS[1:-1]]
+LACKS_FLOAT64 = ("native", "grouped_mm")
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value in the reference
 
 
-def make(n=13, e=5, k=3, d=16, f=8, dtype=torch.float32, seed=0, unused=0.2, idle=()):
+def make(n=13, e=5, k=3, d=16, f=16, dtype=torch.float32, seed=0, unused=0.2, idle=()):
     """x, routing, w13, w2 with some places unused and the experts in ``idle`` never chosen."""
     g = torch.Generator().manual_seed(seed)
     score = torch.rand(n, e, generator=g)
@@ -75,9 +79,9 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", COMPUTED)
 def test_equals_the_reference(backend, recompute, weight_on, dtype):
-    if backend == "grouped_mm" and dtype == torch.float64:
-        pytest.skip("torch's grouped_mm takes no float64")
-    case = make(n=37, e=6, k=3, d=32, f=24, dtype=dtype, idle=(2,))
+    if backend in LACKS_FLOAT64 and dtype == torch.float64:
+        pytest.skip(f"{backend} takes no float64")
+    case = make(n=37, e=6, k=3, d=32, f=48, dtype=dtype, idle=(2,))
     wide = [t.double() for t in (case[0], case[2], case[3])]
     routing = Routing(case[1].index_NK, case[1].weight_NK.double(), case[1].score_NE)
     reference = run(reference_expert_mlp, wide[0], routing, wide[1], wide[2], weight_on=weight_on)
@@ -89,11 +93,11 @@ def test_equals_the_reference(backend, recompute, weight_on, dtype):
 @settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 20), st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 10_000),
-    st.sampled_from(COMPUTED),
+    st.sampled_from(HERE),
 )  # fmt: skip
 def test_any_shape_equals_the_reference(n, e, k, unused, seed, backend):
-    dtype = torch.float32 if backend == "grouped_mm" else torch.float64
-    case = make(n=n, e=e, k=min(k, e), d=8, f=12, dtype=dtype, seed=seed, unused=unused)
+    dtype = torch.float32 if backend in LACKS_FLOAT64 else torch.float64
+    case = make(n=n, e=e, k=min(k, e), d=16, f=32, dtype=dtype, seed=seed, unused=unused)
     assert_near(run(expert_mlp, *case, backend=backend), run(reference_expert_mlp, *case), RELATIVE[dtype])
 
 
@@ -128,7 +132,7 @@ class TestEdges:
         assert_near(run(expert_mlp, *case, backend=backend), run(reference_expert_mlp, *case), 1e-5)
 
     def test_non_contiguous_input(self, backend):
-        x, routing, w13, w2 = make(d=16, f=8)
+        x, routing, w13, w2 = make(d=16, f=32)
         strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (x, w13, w2)]
         weight_on_grad = run(expert_mlp, strided[0], routing, *strided[1:], backend=backend)
         assert_near(weight_on_grad, run(reference_expert_mlp, x, routing, w13, w2), 1e-5)
@@ -183,7 +187,7 @@ class TestEdges:
 
 
 def test_compiles_whole_and_gives_the_same():
-    case = make(n=24, d=16, f=8)
+    case = make(n=24)
 
     def layer(x, plan, weight, w13, w2):
         return expert_mlp(x * 1.0, plan, weight.softmax(-1), w13, w2).square()
@@ -193,14 +197,79 @@ def test_compiles_whole_and_gives_the_same():
     assert_near(run(compiled, *case), run(layer, *case), 1e-6)
 
 
-def test_operator_registration_is_sound():
-    from anabranch.nn import grouped
-
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_operator_registration_is_sound(backend, keep):
     x, routing, w13, w2 = make(n=6)
     plan = plan_dispatch(routing)
     leaves = [t.requires_grad_() for t in (x, routing.weight_NK.clone(), w13, w2)]
-    arguments = (leaves[0], plan.place_R, plan.offset_E, *leaves[1:], False, torch.float32, "torch", True)
-    torch.library.opcheck(grouped._expert_mlp, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (leaves[0], plan.place_R, plan.offset_E, *leaves[1:], False, torch.float32, backend, keep)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.anabranch.expert_mlp, arguments, test_utils=checks)
+
+
+@needs_kernels
+class TestNative:
+    """What only the compiled kernels can get wrong: blocking of rows, long rows, many rows, threads."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("weight_on", ["output", "input"])
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            {"n": 700, "e": 1, "k": 1, "d": 32, "f": 16},  # several row blocks and gradient steps for one expert
+            {"n": 1100, "e": 2, "k": 1, "d": 16, "f": 16, "unused": 0.3},  # an odd number of rows in a step
+            {"n": 25, "e": 2, "k": 2, "d": 1104, "f": 16},  # items longer than a lane, and not a multiple of a tile
+            {"n": 3, "e": 2, "k": 2, "d": 1104, "f": 560},  # the same where weights are read in place
+            {"n": 9, "e": 3, "k": 1, "d": 16, "f": 1040},  # hidden rows longer than a lane, few and more rows mixed
+        ],
+        ids=lambda sizes: "-".join(map(str, sizes.values())),
+    )
+    def test_every_blocking_equals_the_reference(self, sizes, recompute, weight_on, dtype):
+        x, routing, w13, w2 = make(**sizes, dtype=dtype)
+        w13, w2 = w13 * sizes["d"] ** -0.5, w2 * sizes["f"] ** -0.5
+        wide = Routing(routing.index_NK, routing.weight_NK.double(), routing.score_NE)
+        reference = run(reference_expert_mlp, x.double(), wide, w13.double(), w2.double(), weight_on=weight_on)
+        ours = run(expert_mlp, x, routing, w13, w2, weight_on=weight_on, recompute=recompute, backend="native")
+        assert_near(ours, reference, RELATIVE[dtype])
+
+    @pytest.mark.parametrize("rows", range(1, 27))
+    def test_every_number_of_rows(self, rows):
+        case = make(n=rows, e=1, k=1, d=48, f=16, unused=0.0)
+        assert_near(run(expert_mlp, *case, backend="native"), run(reference_expert_mlp, *case), 1e-5)
+
+    def test_extreme_pre_activations_saturate(self):
+        x, routing, w13, w2 = make()
+        ours = run(expert_mlp, 1e3 * x, routing, w13, w2, backend="native")
+        assert_near(ours, run(reference_expert_mlp, 1e3 * x, routing, w13, w2), 1e-5)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_not_finite_comes_out_where_it_went_in(self, bad):
+        x, routing, w13, w2 = make(n=40, unused=0.0)
+        x[3, 0] = bad
+        y = expert_mlp(x, plan_dispatch(routing), routing.weight_NK, w13, w2, backend="native")
+        assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [3]
+
+    def test_gradient_memory_is_not_shared_between_living_gradients(self):
+        """Gradients above 8 MB lie in recycled memory: a second backward pass must not write into the first one's."""
+        x, routing, w13, w2 = make(n=8, e=8, k=2, d=512, f=512)
+        first = run(expert_mlp, x, routing, w13, w2, backend="native")
+        before = [t.clone() for t in first]
+        second = run(expert_mlp, 2 * x, routing, w13, w2, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
+        del first
+        third = run(expert_mlp, 2 * x, routing, w13, w2, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+
+    def test_says_why_it_cannot(self):
+        x, routing, w13, w2 = make(d=16, f=24)
+        with pytest.raises(
+            BackendError, match="need a hidden_dim that is a multiple of 16; it is 24; use backend 'auto'"
+        ):
+            expert_mlp(x, plan_dispatch(routing), routing.weight_NK, w13, w2, backend="native")
+        auto = run(expert_mlp, x, routing, w13, w2)
+        assert_near(auto, run(reference_expert_mlp, x, routing, w13, w2), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +277,8 @@ def test_operator_registration_is_sound():
     [
         ({"x": torch.zeros(3, 16)}, r"x has shape \[3, 16\]; this plan needs \[13, D\]"),
         ({"weight": torch.zeros(13, 2)}, r"weight has shape \[13, 2\]; it must be \[13, 3\]"),
-        ({"w13": torch.zeros(5, 15, 16)}, r"w13 has shape \[5, 15, 16\]; it must be \[5, 2 F, 16\]"),
-        ({"w2": torch.zeros(5, 8, 16)}, r"w2 has shape \[5, 8, 16\]; it must be \[5, 16, 8\]"),
+        ({"w13": torch.zeros(5, 31, 16)}, r"w13 has shape \[5, 31, 16\]; it must be \[5, 2 F, 16\]"),
+        ({"w2": torch.zeros(5, 8, 16)}, r"w2 has shape \[5, 8, 16\]; it must be \[5, 16, 16\]"),
         ({"backend": "fast"}, "backend is 'fast'; use one of auto, "),
         ({"weight_on": "gate"}, "weight_on is 'gate'; use 'output' or 'input'"),
     ],

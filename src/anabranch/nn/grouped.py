@@ -4,14 +4,15 @@
 
 Back ends, all equal to `reference_expert_mlp` (the naive loop) in values and gradients:
 
-    torch        a loop over the experts that have rows, in an operator with its own backward; any dtype, any device
+    native       compiled kernels for the CPU (see `kernels/expert_mlp.cpp`), float32 and bfloat16
+    torch        a loop over the experts that have rows; any dtype, any device
     grouped_mm   `torch.nn.functional.grouped_mm`: one launch for all experts; what a GPU wants
     bmm          rows padded to the fullest expert; for capacity-limited routing, where loads are even
     reference    the naive loop under autograd
 
-The operator keeps the pre-activations ``z`` for the backward pass, or only its inputs with ``recompute=True``; rows are
-gathered again and the activation is computed again either way, since both are cheaper than their memory. Experts
-without rows are neither computed nor differentiated: their gradient is exactly zero.
+The first two share an operator with its own backward. It keeps the pre-activations ``z`` for it, or only its inputs with
+``recompute=True``; rows are gathered again and the activation is computed again either way, since both are cheaper than
+their memory. Experts without rows are neither computed nor differentiated: their gradient is exactly zero.
 """
 # Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up)
 
@@ -22,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anabranch.errors import ConfigError
+from anabranch.errors import BackendError, ConfigError
+from anabranch.nn.kernels import expert_mlp as native
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
 
 __all__ = ["BACKENDS", "expert_mlp", "reference_expert_mlp"]
 
-BACKENDS = ("auto", "torch", "grouped_mm", "bmm", "reference")
+BACKENDS = ("auto", "native", "torch", "grouped_mm", "bmm", "reference")
 
 
 def expert_mlp(
@@ -59,26 +61,25 @@ def expert_mlp(
 
     Raises:
         ConfigError: shapes that do not fit together, or an unknown backend.
+        BackendError: ``native`` was asked for and cannot be had; the message says why.
     """
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
-    if x_ND.shape[0] == 0:
-        backend = "torch"  # the one that takes no rows at all
-    elif backend == "auto":
-        backend = _choose(x_ND, dtype)
+    if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        backend = "grouped_mm"  # a GPU wants one launch for all experts
     on_input = weight_on == "input"
     with torch.autocast(device, enabled=False):
-        if backend == "torch":
-            keep = not recompute and torch.is_grad_enabled()
-            return _expert_mlp(
-                x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend, keep
-            )[0]
+        if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
+            arguments = (x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
+            if not torch.is_grad_enabled() and type(x_ND) is Tensor and not torch.compiler.is_compiling():
+                return _forward(*arguments, False)[0]  # what the operator does, without the cost of dispatching it
+            return _expert_mlp(*arguments, not recompute and torch.is_grad_enabled())[0]
         plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": _reference}[backend]
-        arguments = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
+        inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
         if recompute and torch.is_grad_enabled():
-            return checkpoint(plain, *arguments, use_reentrant=False)
-        return plain(*arguments)
+            return checkpoint(plain, *inputs, use_reentrant=False)
+        return plain(*inputs)
 
 
 def reference_expert_mlp(
@@ -112,11 +113,16 @@ def _check(
         raise ConfigError(f"w2 has shape {list(w2_EDF.shape)}; it must be {[experts, width, w13_EFD.shape[1] // 2]}")
 
 
-def _choose(x_ND: Tensor, dtype: torch.dtype) -> str:
-    """A GPU wants one launch for all experts; grouped_mm takes half precision there."""
-    if x_ND.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "grouped_mm"
-    return "torch"
+def _resolve(backend: str, x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, num_rows: int) -> str:
+    """``native`` or ``torch``. Called inside the operator, so that a compiled graph does not freeze the choice."""
+    if backend == "torch" or num_rows == 0:
+        return "torch"
+    obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype)
+    if backend == "native" and obstacle:
+        raise BackendError(f"{obstacle}; use backend 'auto'")
+    # Where matrix units (AMX) multiply bf16 tiles, the library's matmul beats our vector kernels on full blocks of rows.
+    matrix_unit = dtype == torch.bfloat16 and num_rows >= 16 * w2_EDF.shape[0] and torch.cpu._is_amx_tile_supported()
+    return "torch" if obstacle or (backend == "auto" and matrix_unit) else "native"
 
 
 def _swiglu(z_R2F: Tensor) -> Tensor:
@@ -165,8 +171,7 @@ def _bmm(x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor,
 # The operator: opaque to autograd and torch.compile, with its own backward.
 
 
-@torch.library.custom_op("anabranch::expert_mlp", mutates_args=())
-def _expert_mlp(
+def _forward(
     x_ND: Tensor,
     place_R: Tensor,
     offset_E: Tensor,
@@ -179,6 +184,8 @@ def _expert_mlp(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F for the backward pass; both in ``dtype``, the dtype to compute in."""
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R.shape[0]) == "native":
+        return native.forward(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, keep)
     num_items, num_places = weight_NK.shape
     ends = offset_E.tolist()
     place_R = place_R[: ends[-1]]
@@ -190,6 +197,9 @@ def _expert_mlp(
         torch.mm(_swiglu(z_R2F[start:end]), w2_EDF[expert].to(dtype).t(), out=y_RD[start:end])
     y_ND = _join(y_RD, place_R, None if on_input else weight_NK, num_items, num_places)
     return y_ND, z_R2F if keep else z_R2F.new_empty(0)
+
+
+_expert_mlp = torch.library.custom_op("anabranch::expert_mlp", _forward, mutates_args=())
 
 
 @_expert_mlp.register_fake
@@ -216,6 +226,9 @@ def _expert_mlp_backward(
     need_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, w13, w2; empty where not needed."""
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R.shape[0]) == "native":
+        saved = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z_R2F)
+        return native.backward(dy_ND, *saved, on_input, dtype, need_x, need_w13, need_w2)
     num_items, num_places = weight_NK.shape
     ends = offset_E.tolist()
     place_R = place_R[: ends[-1]]

@@ -1,0 +1,87 @@
+"""The compiled CPU kernels: built on first use by the system's C++ compiler, kept in the user's cache folder, never required.
+
+The cache folder is ``$ANABRANCH_CACHE``, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``. A library's name
+there is a hash of its source, compiler, flags and this machine's instruction set, so an upgrade or another machine builds its
+own. Processes that race each build and rename a whole file. Where there is no compiler, or with ANABRANCH_NO_KERNELS=1,
+`load` returns None, says so once in the log, and everything runs in plain PyTorch.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from anabranch.errors import AnabranchError, BackendError
+from anabranch.files import atomic_file
+
+__all__ = ["load"]
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("expert_mlp.cpp")
+# -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
+FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None where it cannot be had; the log says why."""
+    if os.environ.get("ANABRANCH_NO_KERNELS", "0") not in ("", "0"):
+        return None
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (AnabranchError, OSError) as error:
+        log.warning("no compiled expert kernels, running in plain PyTorch: %s", error)
+        return None
+    for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
+        getattr(library, name).restype = ctypes.c_int
+    return library
+
+
+def build() -> Path:
+    """Compile the kernels unless this very build exists, and return the library's path.
+
+    Raises BackendError if there is no compiler or it refuses the source, DataError or CapacityError if the cache folder
+    cannot be written.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise BackendError("no C++ compiler found; install g++ or set CXX")
+    command = [*compiler.split(), *FLAGS]
+    path = _cache_folder() / "kernels" / f"expert_mlp-{_fingerprint(command)}.so"
+    if not path.exists():
+        log.info("compiling %s into %s", SOURCE.name, path)
+        with atomic_file(path) as temporary:
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise BackendError(f"{compiler} could not compile {SOURCE.name}: {done.stderr.strip()[-800:]}")
+    return path
+
+
+def _cache_folder() -> Path:
+    if "ANABRANCH_CACHE" in os.environ:
+        return Path(os.environ["ANABRANCH_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch"
+
+
+def _fingerprint(command: list[str]) -> str:
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise BackendError(
+            f"cannot run the C++ compiler {command[0]!r}: {error.strerror}; install g++ or set CXX"
+        ) from error
+    cpu = platform.machine() + platform.processor()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        cpu += next(
+            (line for line in information.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
+        )
+    return hashlib.sha256("\0".join([SOURCE.read_text(), *command, version, cpu]).encode()).hexdigest()[:24]
