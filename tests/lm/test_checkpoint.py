@@ -10,7 +10,7 @@ from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder
 from anabranch.lm import Decoder, load_config, load_model, load_weights, save_model, write_model
 from anabranch.lm.checkpoint import find_model
-from anabranch.lm.tensors import build_empty
+from anabranch.lm.tensors import build_empty, open_tensors
 from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
 from anabranch.nn.rotary import Rotary
 from anabranch.registry import BUILTIN
@@ -141,6 +141,15 @@ def test_large_models_are_split(tmp_path, model):
     (tmp_path / "m" / files[1]).unlink()
     with pytest.raises(CheckpointError, match=rf"{files[1]} is missing"):
         load_model(tmp_path / "m")
+
+
+def test_tensors_outlive_the_mapping_they_were_read_from(folder, model, monkeypatch):
+    monkeypatch.setattr("anabranch.lm.tensors._REMAP_BYTES", 0)  # map the file anew after every tensor
+    torch.testing.assert_close(logits(load_model(folder)[0].eval()), logits(model), rtol=0, atol=0)
+    source = open_tensors(folder)
+    first = source.read("norm.weight")
+    source.read("embedding.weight")
+    torch.testing.assert_close(first, model.norm.weight.detach(), rtol=0, atol=0)
 
 
 def test_building_empty_takes_no_memory_for_weights():

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from anabranch.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
+_REMAP_BYTES = 256_000_000
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,31 +69,44 @@ class SafetensorsFiles:
     """The tensors of one or more ``.safetensors`` files. Raises CheckpointError for a file that is missing or corrupt."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._file_of: dict[str, Any] = {}
-        for path in files:
-            try:
-                file = safe_open(path, framework="pt")
-                self._file_of |= dict.fromkeys(file.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(_unreadable(path, error)) from None
+        self._files = {path: self._open(path) for path in files}
+        self._path_of = {name: path for path, file in self._files.items() for name in file.keys()}
+        self._read_bytes = 0
 
     @property
     def names(self) -> Collection[str]:
         """All names."""
-        return self._file_of.keys()
+        return self._path_of.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `TensorSource`."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | str:
         """See `TensorSource`."""
-        stored = self._file_of[name].get_slice(name).get_dtype()
+        stored = self._slice(name).get_dtype()
         return _DTYPES.get(stored, stored)
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
-        return self._file_of[name].get_tensor(name)
+        path = self._path_of[name]
+        tensor = self._files[path].get_tensor(name)
+        self._read_bytes += tensor.nbytes
+        if (
+            self._read_bytes > _REMAP_BYTES
+        ):  # what was read of a mapped file counts as memory of ours until it is unmapped
+            self._files[path], self._read_bytes = self._open(path), 0
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._path_of[name]].get_slice(name)
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(_unreadable(path, error)) from None
 
 
 class PickleFiles:
