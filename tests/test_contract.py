@@ -1,0 +1,97 @@
+"""Every registered part keeps the contract of its family, with its defaults and with the options that change most."""
+
+import pytest
+
+from anabranch.registry import kinds, resolve
+from anabranch.routing import (
+    BiasBalancer,
+    CosineScore,
+    GroupTopK,
+    LinearScore,
+    Router,
+    SwitchLoss,
+    Threshold,
+    TopK,
+    TopP,
+)
+from anabranch.testing import check_balancer, check_feed_forward, check_score, check_select
+
+
+def defaults(family):
+    return [pytest.param(resolve(family, kind).Config(), id=kind) for kind in kinds(family)]
+
+
+@pytest.mark.parametrize("config", defaults("score"))
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_score(config, activation):
+    check_score(config.replace(activation=activation))
+
+
+@pytest.mark.parametrize("config", defaults("select"))
+@pytest.mark.parametrize("normalize", ["none", "sum", "softmax"])
+def test_select(config, normalize):
+    check_select(config.replace(normalize=normalize))
+
+
+@pytest.mark.parametrize("config", defaults("balance"))
+def test_balancer(config):
+    check_balancer(config)
+
+
+@pytest.mark.parametrize("config", defaults("feed_forward"))
+def test_feed_forward(config):
+    check_feed_forward(config)
+
+
+def variants():
+    moe = resolve("feed_forward", "moe").Config
+    small = {"num_experts": 8, "hidden_dim": 16}
+    bias = (BiasBalancer.Config(rate=0.01), SwitchLoss.Config(scope="sequence"))
+    yield (
+        "deepseek_v3",
+        moe(
+            router=Router.Config(
+                score=LinearScore.Config(activation="sigmoid"),
+                select=GroupTopK.Config(top_k=3, num_groups=4, top_groups=2, normalize="sum", scale=2.5),
+                balance=bias,
+            ),
+            shared_experts=1,
+            **small,
+        ),
+    )
+    yield "qwen2", moe(shared_experts=2, shared_hidden_dim=24, shared_gate=True, **small)
+    yield "global_batch", moe(router=Router.Config(balance=(SwitchLoss.Config(scope="global_batch"),)), **small)
+    yield "cosine_top_p", moe(router=Router.Config(score=CosineScore.Config(), select=TopP.Config(top_p=0.5)), **small)
+    yield "threshold", moe(router=Router.Config(select=Threshold.Config(threshold=0.13)), weight_on="input", **small)
+    yield "capacity", moe(capacity_factor=0.8, capacity_order="score", capacity_renormalize=True, **small)
+    yield "recompute", moe(recompute=True, **small)
+    yield "all_experts", moe(router=Router.Config(select=TopK.Config(top_k=8, normalize="softmax")), **small)
+    yield "jitter", moe(router=Router.Config(score=LinearScore.Config(jitter=0.1)), **small)
+    yield "one_expert", moe(num_experts=1, hidden_dim=16, router=Router.Config(select=TopK.Config(top_k=1)))
+    rexmoe = resolve("feed_forward", "rexmoe").Config
+    yield (
+        "rexmoe_pool",
+        rexmoe(
+            reuse=2,
+            depth_embedding=True,
+            pool_balance=0.01,
+            pool_bias=True,
+            router=Router.Config(balance=bias),
+            **small,
+        ),
+    )
+    yield "rexmoe_shared", rexmoe(reuse=3, shared_experts=1, **small)
+
+
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in variants()])
+def test_feed_forward_variants(config):
+    layers = getattr(config, "reuse", 1) + 1  # with reuse, a last group that is short
+    check_feed_forward(config, num_layers=layers, compile_backend="eager")
+
+
+def test_expert_choice_in_a_layer():
+    """Not causal, so cached decoding is not asked of it; all the rest is."""
+    moe = resolve("feed_forward", "moe").Config
+    select = resolve("select", "expert_choice").Config(capacity_factor=2.0)
+    config = moe(num_experts=8, hidden_dim=16, router=Router.Config(select=select))
+    check_feed_forward(config, num_layers=2, compile_backend="eager")
