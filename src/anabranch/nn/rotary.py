@@ -2,13 +2,14 @@
 # Shapes: B batch, L positions, H heads, D head width
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
+from anabranch.errors import ConfigError
 
 
 class Rotary(Part, nn.Module):
@@ -35,12 +36,26 @@ class Rotary(Part, nn.Module):
         high_freq_factor: float = Field(default=4.0, gt=0)
         original_positions: int = Field(default=8192, ge=1)
 
+        def __post_init__(self) -> None:
+            if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+                raise ConfigError(
+                    f"high_freq_factor is {self.high_freq_factor}; it must be greater than low_freq_factor={self.low_freq_factor}"
+                )
+
     def __init__(self, config: Any, head_dim: int) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("frequency", _frequencies(config, head_dim), persistent=False)
 
     frequency: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move, but never cast: in bf16 the angles of position 1000 would be off by whole radians."""
+        frequency = self.frequency
+        super()._apply(fn, recurse)
+        if not self.frequency.is_meta:
+            self.frequency = frequency.to(self.frequency.device)
+        return self
 
     def forward(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), each ``[B, 1, L, D]``; angles are computed in fp32."""
