@@ -24,7 +24,7 @@ from anabranch.nn.attention import Attention
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
-from anabranch.train import RunConfig, TrainConfig
+from anabranch.train import Cosine, RunConfig, TrainConfig
 
 Size = Literal["tiny", "small", "base"]
 Preset = Callable[[Size], RunConfig]
@@ -166,6 +166,7 @@ def language_model(
     batch_size: int = 8,
     steps: int = 800,
     learning_rate: float = 2e-3,
+    warmup: float = 0.1,
 ) -> RunConfig:
     """A run that trains a decoder of this feed-forward on the standard library. ``tokenizer`` None reads bytes."""
     tokenizer = tokenizer or ByteTokenizer.Config()
@@ -180,7 +181,12 @@ def language_model(
             max_positions=4 * sequence_length,
         ),
         data=DataConfig(tokenizer=tokenizer, sequence_length=sequence_length),
-        train=TrainConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate),
+        train=TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            schedule=Cosine.Config(warmup=warmup),
+        ),
     )
 
 

@@ -29,7 +29,9 @@ def info(
     size_dial: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="Of a preset: tiny, small or base.")
     ] = "tiny",
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Type of the weights that memory is counted for.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Type of the weights that memory is counted for.")
+    ] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Show parameters, active parameters, FLOPs and memory of a model, without loading its weights."""

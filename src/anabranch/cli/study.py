@@ -1,5 +1,136 @@
-"""tbd."""
+"""``anabranch study``: run the evidence experiment of a paper."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.output import fact, print_json, say, table, wrote
+
+if TYPE_CHECKING:
+    from anabranch.studies.harness import Column, Outcome
+
+RECORDED, TRIED = Path("studies/results"), Path("runs/studies")
 
 
-def study() -> None:
-    """Tbd."""
+def study(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Which study. Without it, studies are listed.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The recorded size (hours) instead of one that shows that it runs.")
+    ] = False,
+    seeds: Annotated[str | None, typer.Option(metavar="S", help="Only these, e.g. 0,1 or 0-4.")] = None,
+    arms: Annotated[str | None, typer.Option(metavar="A", help="Only these, e.g. vanilla,reuse2.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of a run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help=f"Folder of results. Default: {TRIED}, with --full {RECORDED}."),
+    ] = None,
+    judge_only: Annotated[
+        bool, typer.Option("--judge-only", help="Run nothing, judge the runs that are there.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the evidence experiment of a paper: arms times seeds, paired, judged by a rule fixed beforehand.
+
+    Every run is written down as soon as it is finished. Stop whenever you like; the same command goes on, and several
+    processes may work on one study at a time.
+    """
+    from anabranch import studies
+    from anabranch.cli.runs import read_seeds
+    from anabranch.studies.harness import run_study, summarize
+
+    if name is None:
+        _list(as_json)
+        return
+    chosen = studies.find(name)(full=full, **({} if steps is None else {"steps": steps}))
+    folder = out or (RECORDED if full else TRIED)
+    if judge_only:
+        outcome = summarize(chosen, folder)
+    else:
+        outcome = run_study(
+            chosen,
+            folder,
+            arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
+            seeds=None if seeds is None else read_seeds(seeds),
+            progress=(lambda text: None) if quiet else (lambda text: say(f"{time.strftime('%H:%M:%S')}  {text}")),
+        )
+    if as_json:
+        print_json(outcome.to_dict())
+        return
+    _print(outcome, folder)
+
+
+def _list(as_json: bool) -> None:
+    from anabranch import studies
+
+    found = {name: studies.find(name)().title for name in studies.names()}
+    if as_json:
+        print_json({"studies": found})
+        return
+    table(["study", "about"], [[name, title] for name, title in found.items()], text_columns=2)
+
+
+def _print(outcome: Outcome, folder: Path) -> None:
+    study = outcome.study
+    fact("study", f"{study.name}   {study.title}")
+    fact("size", ", ".join(f"{value} {name}" for name, value in study.settings.items()))
+    print()
+    print_arms(outcome)
+    print()
+    table(
+        ["claim", "verdict", "baseline", "ours", "difference", "95% interval"],
+        [
+            [
+                claim.claim,
+                claim.verdict,
+                _number(claim.baseline),
+                _number(claim.ours),
+                _number(claim.difference, "+.4f"),
+                "one seed" if claim.interval is None else f"{claim.interval[0]:+.4f} to {claim.interval[1]:+.4f}",
+            ]
+            for claim in outcome.claims
+        ],
+        text_columns=2,
+    )
+    print()
+    for arm, seed in outcome.missing:
+        fact("open", f"{arm} seed {seed} is under way in another process")
+    wrote(
+        f"{folder}/{study.name}{{.json, .png, .svg}} and one file a run in {folder / study.name}/",
+        f"open {folder / study.name}.png",
+    )
+
+
+def print_arms(outcome: Outcome) -> None:
+    """One row per arm: the mean of each column, with the half-width of the first one's interval."""
+    columns = [column for column in outcome.study.columns if _is_measured(outcome, column.metric)]
+    rows = []
+    for arm in outcome.study.arms:
+        runs = outcome.results.runs.get(arm.name, {})
+        if runs:
+            cells = [_cell(outcome, arm.name, column, first=column is columns[0]) for column in columns]
+            rows.append([arm.name, arm.about, str(len(runs)), *cells])
+    table(["arm", "", "seeds", *(column.header for column in columns)], rows, text_columns=2)
+
+
+def _is_measured(outcome: Outcome, metric: str) -> bool:
+    return any(outcome.results.values(arm, metric) for arm in outcome.results.runs)
+
+
+def _cell(outcome: Outcome, arm: str, column: Column, *, first: bool) -> str:
+    found = outcome.results.mean(arm, column.metric)
+    if not found.count:
+        return "-"
+    text = format(found.mean, column.form)
+    return f"{text} ± {format(found.half_width, column.form)}" if first and found.interval else text
+
+
+def _number(value: Any, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)

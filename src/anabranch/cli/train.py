@@ -23,7 +23,9 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run.")],
     preset: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."),
+        typer.Argument(
+            metavar="[PRESET]", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Of weights and data order (train.seed).")] = None,
@@ -124,9 +126,7 @@ def _balance(values: dict[str, Any]) -> str:
     return f", MaxVio {values['max_violation']:.2f}" if "max_violation" in values else ""
 
 
-def _conclude(
-    name: str, config: RunConfig, trainer: Trainer, result: TrainResult, out: Path, *, as_json: bool
-) -> None:
+def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResult, out: Path, *, as_json: bool) -> None:
     counts = config.model.count(config.data.sequence_length)
     prompt, text = _sample(trainer) if result.status == "finished" else ("", "")
     if as_json:

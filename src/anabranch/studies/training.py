@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import itertools
 import logging
 import math
 import tempfile
@@ -41,7 +42,7 @@ def train_and_measure(config: RunConfig, seed: int, progress: Progress) -> Metri
     candidates then open where a schedule closes some); ``max_violation_layer`` and ``_mean`` over routers, ``max_violation_pool`` and
     ``idle_fraction`` of experts (loads of all layers that share them added up); ``foreign_share`` of choices of experts that other
     layers own; ``same_expert_rate`` at neighbouring layers of a pool and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the
-    clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the process; ``warned``, 1 if the library warned.
+    clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the process; ``warnings`` that the library logged.
     """
     counts = config.model.count(config.data.sequence_length)
     settings = config.train.replace(
@@ -71,8 +72,7 @@ def train_and_measure(config: RunConfig, seed: int, progress: Progress) -> Metri
         "tokens_per_cpu_second": result.tokens / max(observer.step_cpu_seconds, 1e-9),
         "peak_memory_bytes": result.peak_memory_bytes,
         "skipped_steps": result.skipped_steps,
-        "warned": float(bool(warned)),
-        "warnings": list(warned),
+        "warnings": warned,
     }
 
 
@@ -107,18 +107,18 @@ class _Observer:
 
 def _with_current_candidates(trainer: Trainer) -> float | None:
     """Bits per byte with the candidates that are open at this step; None if all are."""
-    schedules = [module.candidates for module in trainer.model.modules() if isinstance(module, Router)]
-    closed = [part for part in schedules if hasattr(part, "open_E") and not bool(part.open_E.all())]
-    if not closed:
+    routers = [module for module in trainer.model.modules() if isinstance(module, Router)]
+    schedules: list[Any] = [router.candidates for router in routers if hasattr(router.candidates, "open_E")]
+    if all(bool(schedule.open_E.all()) for schedule in schedules):
         return None
-    before = [part.config for part in closed]
-    for part in closed:
-        part.config = part.config.replace(evaluate="current")
+    before = [schedule.config for schedule in schedules]
+    for schedule in schedules:
+        schedule.config = schedule.config.replace(evaluate="current")
     try:
         return evaluate(trainer.model, _windows(trainer, CURVE_TOKENS)).bits_per_byte
     finally:
-        for part, config in zip(closed, before, strict=True):
-            part.config = config
+        for schedule, config in zip(schedules, before, strict=True):
+            schedule.config = config
 
 
 def _measure(trainer: Trainer) -> Metrics:
@@ -146,7 +146,7 @@ def measure_routing(trace: RoutingTrace) -> Metrics:
     pools = [pool_load(trace, pool) for pool in trace.pools]
     rates, chances = [], []
     for layers in trace.pools.values():
-        for first, second in zip(layers, layers[1:], strict=False):
+        for first, second in itertools.pairwise(layers):
             rates.append(reuse_rate(*aligned(trace.decisions(second.layer), trace.decisions(first.layer))))
             chances.append(chance_reuse(second.top_k, second.num_destinations))
     return {
