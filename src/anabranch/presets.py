@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Literal
 
 from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
 from anabranch.errors import ConfigError
@@ -26,8 +25,7 @@ from anabranch.nn.moe import MoE
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
 from anabranch.train import Cosine, RunConfig, TrainConfig
 
-Size = Literal["tiny", "small", "base"]
-Preset = Callable[[Size], RunConfig]
+Preset = Callable[[str], RunConfig]
 
 
 @dataclass(frozen=True)
@@ -68,35 +66,35 @@ BUDGETS: dict[str, Budget] = {
 }
 
 
-def demo(size: Size = "tiny") -> RunConfig:
+def demo(size: str = "tiny") -> RunConfig:
     """A small ReXMoE that learns to write Python in a few minutes on two cores, from text every machine has."""
     return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config(mask="local_first")))
 
 
-def dense(size: Size = "tiny") -> RunConfig:
+def dense(size: str = "tiny") -> RunConfig:
     """No experts: one SwiGLU per layer that does the work of K experts."""
     budget = _budget(size)
     return _run(size, SwiGLU.Config(hidden_dim=budget.hidden_dim * budget.top_k))
 
 
-def moe(size: Size = "tiny") -> RunConfig:
+def moe(size: str = "tiny") -> RunConfig:
     """Plain mixture of experts: top K of N per layer, softmax scores, Switch loss and z-loss."""
     return _run(size, _moe(_budget(size)))
 
 
-def moe_fine(size: Size = "tiny") -> RunConfig:
+def moe_fine(size: str = "tiny") -> RunConfig:
     """Fine-grained experts (DeepSeekMoE): four times as many, a quarter as wide, four times as many active."""
     return _run(size, _moe(_budget(size), split=4))
 
 
-def moe_shared(size: Size = "tiny") -> RunConfig:
+def moe_shared(size: str = "tiny") -> RunConfig:
     """One always-on shared expert per layer, and top K - 1 of N - 1 routed ones (DeepSeekMoE)."""
     budget = _budget(size)
     router = _router(budget.top_k - 1)
     return _run(size, _moe(budget).replace(num_experts=budget.num_experts - 1, router=router, shared_experts=1))
 
 
-def moe_lossfree(size: Size = "tiny") -> RunConfig:
+def moe_lossfree(size: str = "tiny") -> RunConfig:
     """Sigmoid scores balanced by a bias instead of a loss (DeepSeek-V3)."""
     budget = _budget(size)
     score = LinearScore.Config(activation="sigmoid")
@@ -104,17 +102,17 @@ def moe_lossfree(size: Size = "tiny") -> RunConfig:
     return _run(size, _moe(budget).replace(router=router))
 
 
-def rexmoe(size: Size = "tiny") -> RunConfig:
+def rexmoe(size: str = "tiny") -> RunConfig:
     """ReXMoE: two neighbouring layers share their experts, with progressive scaling of the candidates."""
     return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config()))
 
 
-def rexmoe_r4(size: Size = "tiny") -> RunConfig:
+def rexmoe_r4(size: str = "tiny") -> RunConfig:
     """ReXMoE with groups of four layers, with progressive scaling."""
     return _run(size, _rexmoe(_budget(size), 4, ProgressiveScaling.Config()))
 
 
-def rexmoe_open(size: Size = "tiny") -> RunConfig:
+def rexmoe_open(size: str = "tiny") -> RunConfig:
     """ReXMoE with groups of two layers and all candidates from the start (no progressive scaling)."""
     return _run(size, _rexmoe(_budget(size), 2, None))
 
@@ -196,7 +194,7 @@ def _budget(size: str) -> Budget:
     return BUDGETS[size]
 
 
-def _run(size: Size, feed_forward: FeedForward.Config) -> RunConfig:
+def _run(size: str, feed_forward: FeedForward.Config) -> RunConfig:
     budget = _budget(size)
     return language_model(
         feed_forward,

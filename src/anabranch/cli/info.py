@@ -78,8 +78,8 @@ def _config(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
 
     if not Path(model).exists():
         if model in presets.names():
-            run = presets.find(model)(size_dial)
-            return run.model, run.data.sequence_length
+            preset = presets.find(model)(size_dial)
+            return preset.model, preset.data.sequence_length
         if "/" not in model and "." not in model:
             raise CheckpointError(f"{model!r} is no model and no preset; presets: {', '.join(presets.names())}")
     from anabranch.cli.corpora import run_of

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -25,7 +25,7 @@ from anabranch.errors import AnabranchError
 
 USER_ERROR, INTERRUPTED = 2, 130
 # typer carries its own click since 0.26 and used the installed one before; this is that click's class for misuse either way.
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +52,7 @@ def _root(
     pass
 
 
-for _name, _command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
     "eval": evaluate,
@@ -62,7 +62,8 @@ for _name, _command in {
     "convert": convert,
     "study": study,
     "info": info,
-}.items():
+}
+for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 

@@ -43,7 +43,7 @@ def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def describe_model(config: RunConfig) -> str:
     """A few words: layers, experts, what is active, what is shared."""
     model = config.model
-    routed = model.feed_forward
+    routed: Any = model.feed_forward
     words = [f"{model.num_layers} layers"]
     if routed.is_routed:
         experts = getattr(routed, "num_experts", None)

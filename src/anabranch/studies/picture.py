@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from anabranch.files import atomic_write, atomic_write_text
+from anabranch.files import atomic_file, atomic_write_text
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, horizontal_grid, to_png, to_svg
 from anabranch.studies.harness import Results
 
@@ -17,7 +17,8 @@ def draw_arms(results: Results, path: Path, *, baseline: str, title: str, metric
         _draw_differences(left, results, arms, baseline, metric)
         _draw_curves(right, results, arms)
         png, svg = to_png(made), to_svg(made)
-    atomic_write(path.with_name(f"{path.name}.png"), lambda temporary: temporary.write_bytes(png))
+    with atomic_file(path.with_name(f"{path.name}.png")) as temporary:
+        temporary.write_bytes(png)
     atomic_write_text(path.with_name(f"{path.name}.svg"), svg)
 
 
