@@ -10,6 +10,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing import Balancer, Candidates, Router, Routing, capacity_of, limit_capacity
 
@@ -57,6 +58,8 @@ class MoE(FeedForward, kind="moe"):
                 raise ConfigError(
                     f"router.select.top_k is {top_k}, but num_experts is {self.num_experts}; use 1 to {self.num_experts}"
                 )
+            if self.backend not in BACKENDS:
+                raise ConfigError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
             if (self.shared_gate or self.shared_hidden_dim) and not self.shared_experts:
                 raise ConfigError("shared_gate and shared_hidden_dim need shared_experts of at least 1")
 
@@ -77,6 +80,7 @@ class MoE(FeedForward, kind="moe"):
 
         def count(self, context: BuildContext) -> Count:
             """Routed experts, of which K are active; shared experts; router."""
+            self.router.check(self.num_destinations(context))
             expert = 3 * context.dim * self.hidden_dim
             routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
             always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate

@@ -55,8 +55,12 @@ class Balancer(Part, nn.Module, family="balance"):
     class Config(BaseConfig):
         """Base of balancer configs."""
 
+        def check(self, num_destinations: int) -> None:
+            """Raise ConfigError if this cannot balance ``num_destinations``."""
+
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__()
+        config.check(num_destinations)
         self.config = config
         self.num_destinations = num_destinations
 
@@ -254,12 +258,12 @@ class DeviceLoss(Balancer, kind="device"):
         alpha: float = Field(default=0.05, ge=0)
         num_devices: int = Field(default=8, ge=1)
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        if num_destinations % config.num_devices:
-            raise ConfigError(
-                f"num_devices is {config.num_devices}, which does not divide {num_destinations} destinations"
-            )
+        def check(self, num_destinations: int) -> None:
+            """Equal groups."""
+            if num_destinations % self.num_devices:
+                raise ConfigError(
+                    f"num_devices is {self.num_devices}, which does not divide {num_destinations} destinations"
+                )
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``device_balancing``."""

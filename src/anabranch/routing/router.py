@@ -61,6 +61,12 @@ class Router(Part, nn.Module):
         balance: tuple[Balancer.Config, ...] = (SwitchLoss.Config(), ZLoss.Config())
         check_finite: bool = False
 
+        def check(self, num_destinations: int) -> None:
+            """Raise ConfigError if a part does not suit ``num_destinations``, before anything is built."""
+            self.select.check(num_destinations)
+            for part in self.balance:
+                part.check(num_destinations)
+
     is_router: ClassVar[bool] = True
 
     def __init__(

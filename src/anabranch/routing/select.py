@@ -44,10 +44,14 @@ class Select(Part, nn.Module, family="select"):
         normalize: Literal["none", "sum", "softmax"] = "none"
         scale: float = Field(default=1.0, gt=0)
 
+        def check(self, num_destinations: int) -> None:
+            """Raise ConfigError if this cannot choose among ``num_destinations``."""
+
     is_causal: ClassVar[bool] = True  # False: an item's routing depends on later items, so not for language models
 
     def __init__(self, config: Any, num_destinations: int) -> None:
         super().__init__()
+        config.check(num_destinations)
         self.config = config
         self.num_destinations = num_destinations
 
@@ -114,9 +118,9 @@ class TopK(Select, kind="top_k"):
 
         top_k: int = Field(default=2, ge=1)
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        _check_at_most("top_k", config.top_k, num_destinations)
+        def check(self, num_destinations: int) -> None:
+            """At most all."""
+            _check_at_most("top_k", self.top_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest."""
@@ -144,20 +148,20 @@ class GroupTopK(Select, kind="group_top_k"):
                     f"top_groups is {self.top_groups}, but there are {self.num_groups} groups; use at most that"
                 )
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        _check_at_most("top_k", config.top_k, num_destinations)
-        if num_destinations % config.num_groups:
-            raise ConfigError(
-                f"num_groups is {config.num_groups}, which does not divide {num_destinations} destinations"
-            )
-        size = num_destinations // config.num_groups
-        if config.group_score == "top2_sum" and size < 2:
-            raise ConfigError(f"group_score top2_sum needs groups of at least 2 destinations, they have {size}")
-        if config.top_k > size * config.top_groups:
-            raise ConfigError(
-                f"top_k is {config.top_k}, but top_groups={config.top_groups} groups of {size} hold only {size * config.top_groups}"
-            )
+        def check(self, num_destinations: int) -> None:
+            """Equal groups, large enough."""
+            _check_at_most("top_k", self.top_k, num_destinations)
+            if num_destinations % self.num_groups:
+                raise ConfigError(
+                    f"num_groups is {self.num_groups}, which does not divide {num_destinations} destinations"
+                )
+            size = num_destinations // self.num_groups
+            if self.group_score == "top2_sum" and size < 2:
+                raise ConfigError(f"group_score top2_sum needs groups of at least 2 destinations, they have {size}")
+            if self.top_k > size * self.top_groups:
+                raise ConfigError(
+                    f"top_k is {self.top_k}, but top_groups={self.top_groups} groups of {size} hold only {size * self.top_groups}"
+                )
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest of the open groups."""
@@ -186,9 +190,9 @@ class TopP(Select, kind="top_p"):
         top_p: float = Field(default=0.4, gt=0, le=1)
         max_k: int | None = Field(default=None, ge=1)
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        _check_at_most("max_k", config.max_k, num_destinations)
+        def check(self, num_destinations: int) -> None:
+            """At most all."""
+            _check_at_most("max_k", self.max_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The shortest prefix of the sorted values that reaches ``top_p``."""
@@ -209,9 +213,9 @@ class Threshold(Select, kind="threshold"):
         threshold: float = 0.1
         max_k: int | None = Field(default=None, ge=1)
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        _check_at_most("max_k", config.max_k, num_destinations)
+        def check(self, num_destinations: int) -> None:
+            """At most all."""
+            _check_at_most("max_k", self.max_k, num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """All values over the threshold."""
