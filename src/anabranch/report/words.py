@@ -1,0 +1,120 @@
+"""What the facts say, in plain words: the paragraph a reader should be able to check against the pictures."""
+
+import math
+
+from anabranch.report.summary import SEGMENT, LayerFacts, Summary
+
+
+def explain(summary: Summary) -> list[str]:
+    """Sentences, one topic each: balance, shared pools, domains, reuse, and how far the numbers can be trusted."""
+    topics = [
+        _balance(summary),
+        _pools(summary),
+        _domains(summary),
+        _reuse(summary),
+        _dropped(summary),
+        _caution(summary),
+    ]
+    return [topic for topic in topics if topic]
+
+
+def _balance(summary: Summary) -> str:
+    worst, typical = summary.worst, summary.typical("max_violation")
+    if math.isnan(worst.max_violation):
+        return "No item was sent anywhere: every place of every decision is unused."
+    if worst.num_destinations == 1:
+        return "There is a single destination, so there is nothing to balance."
+    idle = f"{worst.idle} of its {worst.num_destinations} experts get less than a tenth of their fair share"
+    if worst.idle == 0:
+        idle = "every expert gets at least a tenth of its fair share"
+    if worst.max_violation < max(0.25, 2 * worst.noise):
+        return (
+            f"The load is even: the busiest expert of any layer takes {times(worst.max_violation + 1)} its fair share "
+            f"(layer {worst.layer}, expert {worst.busiest}), and {idle}."
+        )
+    rest = "" if len(summary.layers) == 1 else f" In a typical layer the busiest takes {times(typical + 1)}."
+    return (
+        f"The load is uneven: in layer {worst.layer}, the worst, expert {worst.busiest} takes {times(worst.max_violation + 1)} "
+        f"its fair share, {'but' if worst.idle == 0 else 'and'} {idle}.{rest}"
+    )
+
+
+def _pools(summary: Summary) -> str:
+    if not summary.pools:
+        return ""
+    pool = max(summary.pools, key=lambda pool: pool.max_violation)
+    foreign, chance = summary.typical("foreign_share"), summary.typical("foreign_chance")
+    again, again_chance = summary.typical("layer_reuse"), summary.typical("layer_reuse_chance")
+    text = (
+        f"Layers share experts: {percent(foreign)} of choices fall on experts that another layer owns ({percent(chance)} if all were "
+        f"chosen evenly). Added up over the layers of a pool, the busiest expert takes at most {times(pool.max_violation + 1)} its fair "
+        f"share ({pool.name})."
+    )
+    if math.isnan(again):
+        return text
+    again_text = f"{percent(again)} of choices ({percent(again_chance)} by chance)"
+    return f"{text} A layer picks an expert that the layer before it also picked in {again_text}."
+
+
+def _domains(summary: Summary) -> str:
+    layers = [layer for layer in summary.layers if layer.domain_distance]
+    if not layers:
+        return ""
+    best = max(layers, key=lambda layer: max(layer.domain_distance.values()))
+    if all(layer.domain_information_bits < 2 * layer.domain_noise_bits for layer in layers):
+        return "No specialisation by domain can be told from chance in so few decisions."
+    name, distance = max(best.domain_distance.items(), key=lambda pair: pair[1])
+    if distance < 0.05:
+        return f"Experts do not specialise by domain: the loads of no domain differ by more than {percent(distance)} from those of all."
+    degree = "strongly" if distance > 0.3 else "clearly" if distance > 0.15 else "slightly"
+    return (
+        f"Experts specialise {degree} by domain: in layer {best.layer}, {percent(distance)} of the choices made for '{name}' "
+        f"would have to go to other experts to look like the average text."
+    )
+
+
+def _reuse(summary: Summary) -> str:
+    rate, chance = summary.typical("consecutive_reuse"), summary.typical("consecutive_chance")
+    if math.isnan(rate) or chance >= 1:
+        return ""
+    degree = "far more than" if rate > 3 * chance else "more than" if rate > 1.2 * chance else "about as"
+    text = (
+        f"A token shares {percent(rate)} of its experts with the token before it, {degree} chance ({percent(chance)})."
+    )
+    segment = summary.typical("segment_reuse")
+    if math.isnan(segment):
+        return text
+    return (
+        text
+        + f" Within {SEGMENT} tokens {percent(segment)} of expert uses repeat an earlier one, which is what a cache could save."
+    )
+
+
+def _dropped(summary: Summary) -> str:
+    worst: LayerFacts = max(summary.layers, key=lambda layer: 0.0 if math.isnan(layer.drop_ratio) else layer.drop_ratio)
+    if not worst.drop_ratio > 0:
+        return ""
+    return (
+        f"Up to {percent(worst.drop_ratio)} of places are unused (layer {worst.layer}): dropped for want of capacity, or not wanted "
+        f"by the router."
+    )
+
+
+def _caution(summary: Summary) -> str:
+    noise = summary.typical("noise")
+    if math.isnan(noise) or noise < 0.25:
+        return ""
+    return (
+        f"The recording is short: with so few decisions, even a perfectly fair router would seem to load its busiest expert "
+        f"{times(noise + 1)} its share. Record more before drawing conclusions."
+    )
+
+
+def times(value: float) -> str:
+    """As in 3.2 times."""
+    return f"{value:.3g} times" if value < 99.5 else f"{value:.0f} times"
+
+
+def percent(share: float) -> str:
+    """As in 12%; one decimal below 10."""
+    return f"{share:.1%}" if abs(share) < 0.0995 else f"{share:.0%}"

@@ -1,0 +1,277 @@
+"""Reports: facts agree with the measures, words with the facts, and the page stands on its own."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from anabranch.errors import DataError
+from anabranch.report import explain, summarize, write_report
+from anabranch.routing import TraceBuilder, TraceLayer, measure
+from anabranch.routing.trace import concat
+
+
+def made(
+    num_layers=3,
+    num_destinations=8,
+    top_k=2,
+    *,
+    num_sequences=8,
+    length=32,
+    domains=("books", "code"),
+    pool=1,
+    skew=1.0,
+    drop=0.0,
+):
+    """A trace drawn from Gumbel top-k, with expert and domain preferences of strength ``skew``."""
+    generator = np.random.default_rng(0)
+    builder = TraceBuilder()
+    width = num_destinations * pool
+    for number in range(num_layers):
+        layer = TraceLayer(
+            layer=number,
+            name=f"blocks.{number}.router",
+            num_destinations=width,
+            top_k=top_k,
+            pool=f"group{number // pool}" if pool > 1 else "",
+            own_start=number % pool * num_destinations,
+        )
+        liking = skew * generator.normal(size=(max(1, len(domains)), width))
+        for sequence in range(num_sequences):
+            score_NE = liking[sequence % len(liking)] + generator.gumbel(size=(length, width))
+            index_NK = np.argsort(-score_NE, 1)[:, :top_k]
+            weight_NK = generator.random(index_NK.shape)
+            dropped_NK = generator.random(index_NK.shape) < drop
+            builder.add(
+                layer,
+                np.where(dropped_NK, -1, index_NK),
+                np.where(dropped_NK, 0, weight_NK),
+                item_N=np.full(length, sequence),
+                position_N=np.arange(length),
+                token_N=generator.integers(0, 5, length),
+                domain=domains[sequence % len(liking)] if domains else None,
+            )
+    return builder.trace()
+
+
+def by_hand(index_NK, num_destinations, **columns):
+    index_NK = np.asarray(index_NK)
+    layer = TraceLayer(layer=0, name="r", num_destinations=num_destinations, top_k=index_NK.shape[1])
+    builder = TraceBuilder()
+    builder.add(layer, index_NK, np.where(index_NK < 0, 0.0, 0.5), item_N=np.arange(len(index_NK)), **columns)
+    return builder.trace()
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its tags close in order."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.headings, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")
+        ]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+
+def test_facts_are_those_of_the_measures():
+    trace = made(pool=3, num_layers=3, drop=0.1)
+    summary = summarize(trace)
+    assert (summary.rows, summary.items, summary.domains) == (len(trace), 8, ["books", "code"])
+    for facts in summary.layers:
+        decisions, load_E = trace.decisions(facts.layer), trace.load_E(facts.layer)
+        assert facts.max_violation == measure.max_violation(load_E)
+        assert load_E[facts.busiest] == load_E.max()
+        assert facts.drop_ratio == measure.drop_ratio(decisions.index_NK)
+        assert facts.idle == measure.idle_fraction(load_E) * 24
+        assert facts.consecutive_reuse == measure.consecutive_reuse(decisions)
+        assert facts.segment_reuse == measure.segment_reuse(decisions, 16)
+        assert facts.foreign_share == measure.foreign_share(trace, facts.layer)
+        assert facts.foreign_chance == pytest.approx(2 / 3)
+        assert facts.domain_distance["code"] == measure.domain_distance(measure.domain_load(trace, facts.layer))[1]
+    second = summary.layers[1]
+    assert second.previous_layer == 0
+    assert second.layer_reuse == measure.reuse_rate(trace.decisions(1).index_NK, trace.decisions(0).index_NK)
+    assert summary.layers[0].previous_layer is None
+    (pool,) = summary.pools
+    assert (pool.layers, pool.size) == ([0, 1, 2], 24)
+    assert pool.max_violation == measure.max_violation(measure.pool_load(trace, "group0"))
+    assert pool.max_violation_layer == max(layer.max_violation for layer in summary.layers)
+    assert summary.worst.max_violation == pool.max_violation_layer
+
+
+def test_luck_explains_an_even_router():
+    generator = np.random.default_rng(0)
+    even = [by_hand(generator.integers(0, 64, (4000, 1)), 64) for _ in range(20)]
+    seen = [summarize(trace).layers[0].max_violation for trace in even]
+    assert np.mean(seen) == pytest.approx(summarize(even[0]).layers[0].noise, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("trace", "said"),
+    [
+        (lambda: by_hand([[0], [1], [2], [3]] * 500, 4), ["The load is even"]),
+        (
+            lambda: by_hand([[0]] * 700 + [[1]] * 300, 4),  # 700 of 1000 where 250 are fair
+            [
+                "The load is uneven: in layer 0, the worst, expert 0 takes 2.8 times its fair share, and 2 of its 4 experts"
+            ],
+        ),
+        (lambda: by_hand([[0]] * 10, 1), ["single destination"]),
+        (lambda: by_hand([[-1]] * 10, 4), ["No item was sent anywhere", "100% of places are unused"]),
+        (lambda: by_hand([[0, -1]] * 900 + [[1, 2]] * 100, 3), ["45% of places are unused"]),
+        (
+            lambda: made(skew=0.0, length=8),
+            ["No specialisation by domain can be told from chance", "The recording is short"],
+        ),
+        (lambda: made(skew=0.0, length=4000, num_layers=1), ["Experts do not specialise by domain"]),
+        (lambda: made(skew=2.0, length=400), ["Experts specialise strongly by domain"]),
+        (lambda: made(pool=3, length=200), ["Layers share experts", "67% if all were chosen evenly", "by chance"]),
+        (lambda: made(length=100), ["A token shares", "Within 16 tokens"]),
+    ],
+)
+def test_words_follow_the_facts(trace, said):
+    text = " ".join(explain(summarize(trace())))
+    for words in said:
+        assert words in text
+    assert "nan" not in text
+
+
+def test_report_is_whole_and_stands_alone(tmp_path):
+    trace = made(pool=3)
+    path = write_report(
+        trace, tmp_path / "new" / "report", title="A <b>model</b> & more", extra={"model": "<script>", "steps": 7}
+    )
+    assert path == tmp_path / "new" / "report" / "report.html"
+    names = [
+        "coactivation.png",
+        "entropy.png",
+        "load.png",
+        "report.html",
+        "reuse.png",
+        "specialisation.png",
+        "summary.json",
+    ]
+    assert sorted(file.name for file in path.parent.iterdir()) == names
+    for name in names:
+        if name.endswith(".png"):
+            assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert len(page.addresses) == 5
+    assert not re.search(r"@import|url\(|<script|<link", text)
+    assert "prefers-color-scheme: dark" in text
+    assert page.headings[0] == "A <b>model</b> & more"
+    assert "Shared pools" in page.headings
+    assert page.text.count("blocks.1.router") == 1
+    facts = json.loads((path.parent / "summary.json").read_text())
+    assert facts["title"] == "A <b>model</b> & more"
+    assert facts["extra"] == {"model": "<script>", "steps": 7}
+    assert facts["text"] == explain(summarize(trace))
+    assert [layer["max_violation"] for layer in facts["layers"]] == [
+        layer.max_violation for layer in summarize(trace).layers
+    ]
+    assert facts["layers"][0]["layer_reuse"] is None  # nan has no JSON
+
+
+@pytest.mark.parametrize(
+    ("trace", "pictures"),
+    [
+        (lambda: made(num_layers=1, num_destinations=1, top_k=1, domains=()), {"load"}),
+        (lambda: made(num_layers=1, domains=()), {"load", "coactivation", "reuse"}),
+        (lambda: made(num_layers=1), {"load", "coactivation", "reuse", "specialisation"}),
+        (lambda: made(top_k=1, domains=("one",)), {"load", "entropy", "reuse"}),
+        (lambda: made(num_destinations=3, top_k=3), {"load", "entropy", "coactivation", "specialisation"}),
+        (lambda: made(length=1), {"load", "entropy", "coactivation", "specialisation"}),
+        (lambda: by_hand([[-1, -1]] * 3, 4), {"load", "coactivation"}),
+        (lambda: by_hand([[0, 1]], 40, domain="code"), {"load", "coactivation"}),
+        (
+            lambda: made(domains=tuple("abcdefghij"), num_sequences=10),
+            {"load", "entropy", "coactivation", "specialisation", "reuse"},
+        ),
+        (lambda: concat([made(), by_wider()]), {"load", "entropy", "coactivation", "specialisation", "reuse"}),
+    ],
+    ids=[
+        "one expert",
+        "no domains",
+        "one layer",
+        "top 1",
+        "all chosen",
+        "no neighbours",
+        "nothing",
+        "one row",
+        "ten domains",
+        "ragged",
+    ],
+)
+def test_only_pictures_that_say_something(trace, pictures, tmp_path):
+    (tmp_path / "reuse.png").write_bytes(b"of an earlier report")
+    path = write_report(trace(), tmp_path, title="t")
+    assert {file.stem for file in tmp_path.glob("*.png")} == pictures
+    assert Page(path.read_text()).open == []
+    assert "nan" not in path.read_text().split("<body>")[1].replace("finance", "")
+
+
+def by_wider():
+    """A layer with more experts than the others, recorded only in part."""
+    layer = TraceLayer(layer=9, name="blocks.9.router", num_destinations=12, top_k=1)
+    builder = TraceBuilder()
+    builder.add(layer, [[11], [3], [11]], [[1.0]] * 3, item_N=[0, 0, 0], position_N=[0, 1, 2])
+    return builder.trace()
+
+
+@pytest.mark.slow
+def test_a_large_model(tmp_path):
+    trace = made(num_layers=64, num_destinations=512, top_k=8, num_sequences=4)
+    assert write_report(trace, tmp_path, title="large").stat().st_size < 3e6
+
+
+def test_the_same_trace_gives_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        write_report(made(), tmp_path / name, title="t")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_global_settings_are_left_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    write_report(made(), tmp_path, title="t")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_messages(tmp_path):
+    with pytest.raises(DataError, match="the trace has no rows, so there is nothing to report"):
+        write_report(concat([]), tmp_path, title="t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        write_report(made(), tmp_path / "file", title="t")
+
+
+def test_typical_ignores_what_is_not_known():
+    summary = summarize(made(pool=3))
+    known = [layer.layer_reuse for layer in summary.layers if not math.isnan(layer.layer_reuse)]
+    assert len(known) == 2
+    assert summary.typical("layer_reuse") == np.median(known)
+    assert math.isnan(summarize(by_hand([[0]], 2)).typical("layer_reuse"))
