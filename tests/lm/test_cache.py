@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from anabranch.errors import CapacityError
+from anabranch.lm import KeyValueCache
+from anabranch.lm.cache import attention_mask
+
+CPU = torch.device("cpu")
+
+
+def fill(cache, num_positions, batch=2, seed=0, layers=2):
+    made = []
+    for layer in range(layers):
+        generator = torch.Generator().manual_seed(seed + layer)
+        key, value = (torch.randn(batch, 3, num_positions, 4, generator=generator) for _ in "kv")
+        made.append((key, value, *cache.append(layer, key, value)))
+    cache.advance(num_positions)
+    return made
+
+
+def test_appending_returns_all_positions_in_order():
+    cache = KeyValueCache(num_layers=2, max_length=8)
+    first, second = fill(cache, 3), fill(cache, 2, seed=5)
+    assert cache.length == 5
+    for (key1, value1, *_), (key2, value2, key, value) in zip(first, second, strict=True):
+        assert torch.equal(key, torch.cat((key1, key2), dim=2))
+        assert torch.equal(value, torch.cat((value1, value2), dim=2))
+
+
+def test_positions_count_only_once_all_layers_have_stored_them():
+    cache = KeyValueCache(num_layers=2, max_length=4)
+    key = torch.randn(1, 1, 2, 4)
+    cache.append(0, key, key)
+    assert cache.length == 0
+    cache.append(1, key, key)
+    cache.advance(2)
+    assert cache.length == 2
+
+
+def test_more_than_it_holds_is_an_error():
+    cache = KeyValueCache(num_layers=2, max_length=4)
+    fill(cache, 3)
+    with pytest.raises(CapacityError, match="the cache holds 4 positions, but 5 are needed"):
+        fill(cache, 2)
+
+
+def test_rows_can_leave():
+    cache = KeyValueCache(num_layers=2, max_length=4)
+    attention_mask(cache, torch.tensor([[False, True], [True, True]]), 2, CPU)
+    (key, _, *_), _ = fill(cache, 2)
+    cache.keep_rows(torch.tensor([False, True]))
+    new = torch.randn(1, 3, 1, 4)
+    stored, _ = cache.append(0, new, new)
+    assert torch.equal(stored, torch.cat((key[1:], new), dim=2))
+    assert cache.valid_BL.tolist() == [[True, True]]
+
+
+def test_memory_is_what_the_buffers_take():
+    cache = KeyValueCache(num_layers=2, max_length=8)
+    assert cache.size_bytes == 0
+    fill(cache, 1)
+    assert cache.size_bytes == 2 * 2 * (2 * 3 * 8 * 4) * 4  # layers, keys and values, elements, bytes
+
+
+def test_buffers_take_the_dtype_of_what_is_stored():
+    cache = KeyValueCache(num_layers=1, max_length=2)
+    key = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16)
+    assert cache.append(0, key, key)[0].dtype == torch.bfloat16
+
+
+# -- masks
+
+
+def test_no_mask_where_none_is_needed():
+    cache = KeyValueCache(1, 8)
+    assert attention_mask(None, None, 5, CPU) == (None, True)
+    assert attention_mask(cache, None, 5, CPU) == (None, True)
+    fill(cache, 5, layers=1)
+    assert attention_mask(cache, None, 1, CPU) == (None, False)  # one new token sees everything
+
+
+def test_several_new_tokens_see_the_past_and_each_other_causally():
+    cache = KeyValueCache(1, 8)
+    fill(cache, 2, layers=1)
+    mask, is_causal = attention_mask(cache, None, 3, CPU)
+    assert not is_causal
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_padding_is_seen_by_nobody_but_itself():
+    mask, is_causal = attention_mask(None, torch.tensor([[False, False, True, True], [True] * 4]), 4, CPU)
+    assert not is_causal
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[1, 0].int().tolist() == torch.ones(4, 4).tril().int().tolist()
+
+
+def test_padding_is_remembered_by_the_cache():
+    cache = KeyValueCache(1, 8)
+    attention_mask(cache, torch.tensor([[False, True, True]]), 3, CPU)
+    fill(cache, 3, batch=1, layers=1)
+    mask, _ = attention_mask(cache, None, 1, CPU)
+    assert mask[0, 0].int().tolist() == [[0, 1, 1, 1]]
+    assert cache.valid_BL.tolist() == [[False, True, True, True]]
+
+
+def test_padding_may_come_after_an_unpadded_start():
+    cache = KeyValueCache(1, 8)
+    attention_mask(cache, None, 2, CPU)
+    fill(cache, 2, batch=1, layers=1)
+    mask, _ = attention_mask(cache, torch.tensor([[False, True]]), 2, CPU)
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1]]
