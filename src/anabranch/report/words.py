@@ -61,11 +61,11 @@ def _domains(summary: Summary) -> str:
     if not layers:
         return ""
     best = max(layers, key=lambda layer: max(layer.domain_distance.values()))
-    if all(layer.domain_information_bits < 2 * layer.domain_noise_bits for layer in layers):
-        return "No specialisation by domain can be told from chance in so few decisions."
     name, distance = max(best.domain_distance.items(), key=lambda pair: pair[1])
     if distance < 0.05:
         return f"Experts do not specialise by domain: the loads of no domain differ by more than {percent(distance)} from those of all."
+    if all(layer.domain_information_bits < 2 * layer.domain_noise_bits for layer in layers):
+        return "No specialisation by domain can be told from chance in so few decisions."
     degree = "strongly" if distance > 0.3 else "clearly" if distance > 0.15 else "slightly"
     return (
         f"Experts specialise {degree} by domain: in layer {best.layer}, {percent(distance)} of the choices made for '{name}' "
@@ -77,7 +77,8 @@ def _reuse(summary: Summary) -> str:
     rate, chance = summary.typical("consecutive_reuse"), summary.typical("consecutive_chance")
     if math.isnan(rate) or chance >= 1:
         return ""
-    degree = "far more than" if rate > 3 * chance else "more than" if rate > 1.2 * chance else "about as"
+    degrees = [(3, "far more than"), (1.2, "more than"), (0.8, "about as much as"), (0, "less than")]
+    degree = next(words for factor, words in degrees if rate >= factor * chance)
     text = (
         f"A token shares {percent(rate)} of its experts with the token before it, {degree} chance ({percent(chance)})."
     )
