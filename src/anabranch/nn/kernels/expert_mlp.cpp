@@ -740,3 +740,9 @@ extern "C" int anabranch_expert_backward(int types, const void* dy, const void* 
     return experts.backward((const X*)dy, (const X*)z, (X*)dx, dweight, (W*)dw13, (W*)dw2);
   });
 }
+
+extern "C" void anabranch_release() {  // the kept workspace, back to the system
+  std::lock_guard<std::mutex> guard(Workspace::mutex);
+  std::free(std::exchange(Workspace::kept, nullptr));
+  Workspace::kept_bytes = 0;
+}

@@ -3,7 +3,7 @@
 A training step that sets gradients to None frees them and asks for as much again, and fresh memory is slow: the system
 clears each page first, which for 64 experts of width 512 takes longer than the backward pass of 16 tokens. So a large
 gradient lies in a mapping of 2 MB pages that returns here when its tensor dies. What does not fit the next request is
-released, so that no more is held than one training step uses.
+released, so that no more is held than one training step uses; `release` lets go of all of it.
 """
 
 import ctypes
@@ -14,7 +14,9 @@ import weakref
 import torch
 from torch import Tensor
 
-__all__ = ["empty_gradient"]
+from anabranch.nn.kernels import load
+
+__all__ = ["empty_gradient", "release"]
 
 LARGE = 8 << 20  # bytes; below, the system's allocator reuses memory by itself
 HUGE_PAGE = 2 << 20
@@ -39,6 +41,15 @@ def empty_gradient(weight: Tensor) -> Tensor:
     lease = (ctypes.c_char * size).from_buffer(mapping, start)  # the tensor's storage keeps it alive
     weakref.finalize(lease, _give_back, size, mapping).atexit = False
     return torch.frombuffer(lease, dtype=weight.dtype).view(weight.shape)
+
+
+def release() -> None:
+    """Return to the system what is kept for the next step: unused gradient memory and the kernels' workspace."""
+    with _lock:
+        _free.clear()
+    library = load()
+    if library is not None:
+        library.anabranch_release()
 
 
 def _give_back(size: int, mapping: mmap.mmap) -> None:

@@ -1,0 +1,181 @@
+"""What the benchmarks share: contestants timed in turns in one process, medians and spreads of ratios, peak memory, JSON.
+
+Other work on a machine slows whoever runs at that moment, so contestants take turns within each round and a round gives one
+ratio; the result is the median over rounds and the spread its interquartile range. A ratio above 1 means ours is better.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.nn.kernels.memory import release
+
+Work = Callable[[], Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark takes; add others, then pass the parsed result to `start` and `finish`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--quick", action="store_true", help="few rounds, the smaller cases: does it run at all?")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds per case (default 15, with --quick 3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
+    return parser
+
+
+def start(options: argparse.Namespace) -> None:
+    """Apply the options."""
+    torch.set_num_threads(options.threads)
+    options.rounds = options.rounds or (3 if options.quick else 15)
+
+
+def compare(case: str, ours: Work, peers: Mapping[str, Work], *, rounds: int, least_s: float = 0.02) -> dict[str, Any]:
+    """Time ``ours`` against the fastest of ``peers``.
+
+    Args:
+        case: name of the row.
+        ours: one unit of our work.
+        peers: one unit of the same work for each contestant.
+        rounds: how often each takes its turn.
+        least_s: work shorter than this is repeated within a turn until it lasts about as long.
+
+    Returns:
+        A row: milliseconds of ours and of the best peer, median ratio and its interquartile range, peak memory in MB.
+    """
+    contestants = {"ours": ours, **peers}
+    memory = {name: peak_megabytes(work) for name, work in contestants.items()}  # also the first warm-up
+    once = {name: _seconds(work, 1) for name, work in contestants.items()}
+    quickest = min(once[name] for name in peers)
+    peers = {name: peers[name] for name in peers if once[name] < 3 * quickest}  # the rest cannot win: spare the time
+    contestants = {"ours": ours, **peers}
+    repeats = {name: max(1, round(least_s / once[name])) for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        order = list(contestants) if turn % 2 else list(contestants)[::-1]
+        for name in order:
+            times[name].append(_seconds(contestants[name], repeats[name]))
+    best = min(peers, key=lambda name: statistics.median(times[name]))
+    ratios = [theirs / mine for theirs, mine in zip(times[best], times["ours"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    row = {
+        "case": case,
+        "ours": round(1e3 * statistics.median(times["ours"]), 4),
+        "peer": round(1e3 * statistics.median(times[best]), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": round(high - low, 3),
+        "unit": "ms",
+        "peer_name": best,
+        "memory_ours_mb": round(memory["ours"], 1),
+        "memory_peer_mb": round(memory[best], 1),
+    }
+    _print(row)
+    return row
+
+
+def _seconds(work: Work, repeats: int) -> float:
+    """Mean seconds of one unit of work."""
+    _synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    _synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_megabytes(work: Work) -> float:
+    """Most memory that ``work`` held at once beyond what was held before it; 0 where the system does not say."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        work()
+        return 0.0
+    _release()
+    reset.write_text("5")  # forget the highest resident size so far
+    before = _status_kilobytes(status, "VmRSS")
+    work()
+    return max(0, _status_kilobytes(status, "VmHWM") - before) / 2**10
+
+
+def _release() -> None:
+    """Give back what allocators keep, so that what ``work`` needs shows in the resident size."""
+    gc.collect()
+    release()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+
+
+def _status_kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"{row['case']:<52} ours {row['ours']:9.3f} ms   {row['peer_name']:<20} {row['peer']:9.3f} ms   "
+        f"ratio {row['ratio']:6.2f} ± {row['spread'] / 2:.2f}   memory {row['memory_ours_mb']:.0f} / {row['memory_peer_mb']:.0f} MB",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
+    """Write the result where ``--json`` says; a row of a case is what `compare` returns."""
+    result = {
+        "name": name,
+        "device": _device(options.threads),
+        "rows": list(rows),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "commit": _commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _device(threads: int) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name, features = platform.processor() or platform.machine(), ""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        name = fields.get("model name", name)
+        known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+        features = next((f", {flag}" for flag in known if flag in fields.get("flags", "").split()), "")
+    return f"{name}{features}, {threads} of {os.cpu_count()} threads"
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
