@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import AsJson, read_dtype
-from anabranch.cli.output import fact, print_json, quantity, say, size, table
+from anabranch.cli.output import fact, print_json, quantity, size, table
 
 if TYPE_CHECKING:
     from anabranch.lm import Decoder
@@ -20,7 +20,7 @@ TRAINING_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two 
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model or the name of a preset. Without it, presets are listed."),
+        typer.Argument(metavar="MODEL", help="A model or the name of a preset. Without it, presets are listed."),
     ] = None,
     sequence_length: Annotated[
         int | None,
@@ -102,10 +102,7 @@ def _print(model: str, config: Decoder.Config, facts: dict[str, Any]) -> None:
         extra += f", {shared} always on" if shared else ""
         fact("experts", f"{experts} in each of {len(routed)} layers, {places} active{extra}")
     memory = facts["memory"]
-    table(
-        ["", "all", "active per token"],
-        [["parameters", f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]],
-    )
+    fact("size", f"{facts['parameters']:,} parameters, {facts['active_parameters']:,} active for a token")
     fact("work", f"{quantity(facts['flops_per_token'])} FLOPs per token forward, at {facts['sequence_length']} tokens")
     fact(
         "memory",
@@ -134,5 +131,5 @@ def _list_presets(size_dial: str, as_json: bool) -> None:
         [[name, about, quantity(counts.parameters), quantity(counts.active)] for name, counts, about in rows],
         text_columns=2,
     )
-    say("")
+    print()
     fact("next", f"anabranch train {rows[0][0]} --out runs/{rows[0][0]}")

@@ -18,6 +18,7 @@ from anabranch.cli.convert import convert
 from anabranch.cli.eval import evaluate
 from anabranch.cli.generate import generate
 from anabranch.cli.info import info
+from anabranch.cli.options import FLAG
 from anabranch.cli.report import report
 from anabranch.cli.study import study
 from anabranch.cli.train import train
@@ -47,7 +48,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", metavar=FLAG, callback=_show_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     pass
 
@@ -109,17 +112,36 @@ def _fail(message: str) -> int:
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> str:
-    """What is wrong with the arguments, in one sentence, with the nearest option where one is misspelt."""
+    """What is wrong with the arguments, in one sentence: which option, which value, what would work."""
     context = getattr(error, "ctx", None)
-    message = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
-    message = re.sub(r" ?\(Possible options: .*\)", "", message)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = re.sub(r" ?\(Possible options: .*\)", "", message).rstrip(".").replace(". Did you", "; did you")
     option = getattr(error, "option_name", None)
     if option and context is not None and message.startswith("No such option"):
         known = [name for parameter in context.command.params for name in parameter.opts]
         near = difflib.get_close_matches(option, known, n=1)
         message += f"; did you mean {near[0]}?" if near else ""
-    help_of = context.command_path if context is not None else "anabranch"
-    return f"{message[:1].lower()}{message[1:]} (see {help_of} --help)"
+    invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)
+    if invalid:
+        message = (
+            f"{invalid[1]} is {_given(invalid[1], arguments)}: {invalid[2].replace('Input should be', 'it must be')}"
+        )
+    command = context.command_path if context is not None else _command_of(arguments)
+    return f"{message[:1].lower()}{message[1:]} (see {command} --help)"
+
+
+def _given(option: str, arguments: Sequence[str]) -> str:
+    """The value that was given for an option, as it was written."""
+    for number, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            return repr(argument.partition("=")[2])
+        if argument == option and number + 1 < len(arguments):
+            return repr(arguments[number + 1])
+    return "wrong"
+
+
+def _command_of(arguments: Sequence[str]) -> str:
+    return f"anabranch {arguments[0]}" if arguments and arguments[0] in _COMMANDS else "anabranch"
 
 
 def _quiet_libraries() -> None:

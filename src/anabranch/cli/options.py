@@ -20,7 +20,8 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A training run, a saved model, a Hugging Face folder or a .gguf file."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+FLAG = " "  # shown as the value of an option that takes none
+AsJson = Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print one JSON object on stdout and nothing else.")]
 Seed = Annotated[int, typer.Option(metavar="S", min=0, help="Seed: the same one gives the same result.")]
 Dtype = Annotated[
     str | None,
@@ -37,7 +38,7 @@ Assignments = Annotated[
         help="Set any field of the config, e.g. --set model.feed_forward.reuse=4. May be repeated.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar=FLAG, help="Show no progress.")]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,18 @@ def say(text: str = "") -> None:
 
 
 def fact(label: str, text: str) -> None:
-    """A line of results: what it is about, then what there is to say."""
+    """A line of results: what it is about, then what there is to say, broken where a terminal ends."""
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns - LABEL_WIDTH, 20)
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+        text = f"\n{'':{LABEL_WIDTH}}".join(lines)
     print(f"{label:<{LABEL_WIDTH}}{text}")
+
+
+def sample(text: str) -> None:
+    """Text of a model's, as it is, under the label of a fact."""
+    lines = text.rstrip().splitlines() or [""]
+    print(f"{'sample':<{LABEL_WIDTH}}" + f"\n{'':{LABEL_WIDTH}}".join(lines))
 
 
 def wrote(where: str, next_command: str) -> None:

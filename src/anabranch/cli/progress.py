@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, total: int, unit: str, *, quiet: bool = False) -> None:
         self._total, self._unit, self._quiet = total, unit, quiet
         self._first: tuple[float, int] | None = None
-        self._said = time.perf_counter()
+        self._said, self._has_said = time.perf_counter(), False
         self._bar: Bar | None = None
         if not quiet and sys.stderr.isatty():
             columns = (
@@ -56,8 +56,8 @@ class Progress:
         text = f"{text}  {self._left(now, done)}".strip()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
-        elif now - self._said >= PLAIN_EVERY_S or done == self._total:
-            self._said = now
+        elif now - self._said >= PLAIN_EVERY_S or (done == self._total and self._has_said):
+            self._said, self._has_said = now, True
             say(f"{self._unit} {done:>{len(str(self._total))}}/{self._total}  {text}")
 
     def note(self, text: str) -> None:

@@ -78,6 +78,9 @@ def _record(
     from anabranch.routing import RoutingTrace, record_routing
 
     network, tokenizer = load(source, dtype, device)
+    config = network.config
+    if not any(config.feed_forward_of(layer).is_routed for layer in range(config.num_layers)):
+        raise DataError(f"{source} has no routed layers, so there is no routing to report")
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
     place = network.embedding.weight.device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, say, table, wrote
 
 if TYPE_CHECKING:
@@ -19,10 +19,11 @@ RECORDED, TRIED = Path("studies/results"), Path("runs/studies")
 
 def study(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Which study. Without it, studies are listed.")
+        str | None, typer.Argument(metavar="NAME", help="Which study. Without it, studies are listed.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="The recorded size (hours) instead of one that shows that it runs.")
+        bool,
+        typer.Option("--full", metavar=FLAG, help="The recorded size (hours) instead of one that shows that it runs."),
     ] = False,
     seeds: Annotated[str | None, typer.Option(metavar="S", help="Only these, e.g. 0,1 or 0-4.")] = None,
     arms: Annotated[str | None, typer.Option(metavar="A", help="Only these, e.g. vanilla,reuse2.")] = None,
@@ -32,15 +33,16 @@ def study(
         typer.Option(metavar="DIR", help=f"Folder of results. Default: {TRIED}, with --full {RECORDED}."),
     ] = None,
     judge_only: Annotated[
-        bool, typer.Option("--judge-only", help="Run nothing, judge the runs that are there.")
+        bool, typer.Option("--judge-only", metavar=FLAG, help="Run nothing, judge the runs that are there.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the evidence experiment of a paper: arms times seeds, paired, judged by a rule fixed beforehand.
 
-    Every run is written down as soon as it is finished. Stop whenever you like; the same command goes on, and several
-    processes may work on one study at a time.
+    Every finished run is written down: stop whenever you like, the same command goes on.
+
+    Several processes may work on one study at a time.
     """
     from anabranch import studies
     from anabranch.cli.runs import read_seeds

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
-from anabranch.cli.output import duration, fact, print_json, quantity, say, size, wrote
+from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.output import duration, fact, print_json, quantity, sample, say, size, wrote
 from anabranch.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PRESET]", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."
+            metavar="PRESET", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
@@ -33,7 +33,8 @@ def train(
         str | None, typer.Option("--size", metavar="SIZE", help="Of the preset: tiny, small or base. Default: tiny.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in DIR, with the config it was started with.")
+        bool,
+        typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, with the config it was started with."),
     ] = False,
     assignments: Assignments = None,
     config_file: Annotated[
@@ -167,7 +168,7 @@ def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResul
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch train --out {out} --resume")
         return
-    fact("sample", (prompt + text).rstrip().replace("\n", "\n" + " " * 8))
+    sample(prompt + text)
     wrote(f"{result.checkpoint}", f"anabranch generate {out} --prompt {prompt!r}")
 
 

@@ -1,0 +1,200 @@
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anabranch.data import ByteTokenizer
+from anabranch.lm import SamplingConfig, generate, load_model
+
+TEXT = "def total(values):\n    return sum(values)\n" * 40
+
+
+@pytest.fixture(scope="module")
+def text_file(work):
+    path = work / "held_out.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_train_prints_one_json_object_and_makes_a_run(trained):
+    folder, done = trained
+    found = json.loads(done.stdout)
+    assert found["status"] == "finished"
+    assert found["step"] == found["steps"] == 20
+    assert found["folder"] == "trained"
+    assert 0 < found["bits_per_byte"] < 9
+    assert found["trained_tokens"] == 20 * 4 * 32
+    assert found["routing"]["max_violation"] >= 0
+    assert found["sample"]["text"]
+    assert (folder / "config.json").is_file()
+    assert (folder / "metrics.jsonl").is_file()
+    assert Path(folder.parent / found["checkpoint"] / "model.safetensors").is_file()
+    assert "bits/byte" in done.stderr  # progress is there, and not on stdout
+
+
+def test_eval_is_the_mean_over_consecutive_windows(trained, here, text_file):
+    import torch
+    import torch.nn.functional as F
+
+    folder, _ = trained
+    code, out, _ = here("eval", folder, "--data", text_file, "--sequence-length", 50, "--dtype", "float32", "--json")
+    found = json.loads(out)
+    model, tokenizer = load_model(folder)
+    ids = tokenizer.encode(TEXT)
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 50):
+            window = torch.tensor([ids[start : start + 51]])
+            logits = model.eval()(window[:, :-1]).logits_BLV[0]
+            nats += float(F.cross_entropy(logits.float(), window[0, 1:], reduction="sum"))
+            count += window.shape[1] - 1
+    assert code == 0
+    assert found["tokens"] == count == len(ids) - 1
+    assert found["bytes"] == len(TEXT) - 1
+    assert found["nats_per_token"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(TEXT) - 1), rel=1e-5)
+
+
+def test_eval_of_a_run_reads_its_own_held_out_text(trained, here):
+    folder, _ = trained
+    code, out, _ = here("eval", folder)
+    assert code == 0
+    assert "alpha" in out
+    assert "beta" in out
+    _, out, _ = here("eval", folder, "--json", "--quiet")
+    found = json.loads(out)
+    assert found["by_domain"].keys() == {"alpha", "beta"}
+    assert found["sequence_length"] == 32
+
+
+def test_generate_gives_what_the_library_gives(trained, cli):
+    folder, _ = trained
+    options = ["--prompt", "def ", "--max-tokens", 12, "--temperature", 0.8, "--seed", 3, "--json"]
+    done = cli("generate", folder, *options)
+    found = json.loads(done.stdout)
+    model, tokenizer = load_model(folder)
+    assert isinstance(tokenizer, ByteTokenizer)
+    sampling = SamplingConfig(max_tokens=12, temperature=0.8, seed=3, stop=tokenizer.stop_ids)
+    (expected,) = generate(model, [tokenizer.encode("def ")], sampling)
+    assert found["token_ids"] == expected
+    assert found["text"] == tokenizer.decode(expected)
+
+
+def test_generate_streams_the_prompt_and_its_continuation(trained, here):
+    folder, _ = trained
+    _, out, _ = here("generate", folder, "--prompt", "def ", "--max-tokens", 5, "--temperature", 0, "--json")
+    code, text, _ = here("generate", folder, "--prompt", "def ", "--max-tokens", 5, "--temperature", 0)
+    assert code == 0
+    assert text == "def " + json.loads(out)["text"] + "\n"
+
+
+def test_info_counts_what_is_there(trained, here):
+    folder, done = trained
+    _, out, _ = here("info", folder, "--json")
+    found = json.loads(out)
+    model, _ = load_model(folder)
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["parameters"] == json.loads(done.stdout)["parameters"]
+    assert found["active_parameters"] < found["parameters"]
+    assert found["flops_per_token"] == model.config.count(32).flops
+    assert found["memory"]["weights_bytes"] == 4 * found["parameters"]
+    code, text, _ = here("info", folder)
+    assert code == 0
+    assert f"{found['parameters']:,} parameters" in text
+
+
+def test_info_of_a_preset_and_of_all(here):
+    code, out, _ = here("info", "rexmoe-r4", "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["feed_forward"]["reuse"] == 4
+    _, out, _ = here("info", "--json")
+    assert {"demo", "dense", "moe", "rexmoe"} <= json.loads(out)["presets"].keys()
+
+
+def test_convert_there_and_back_evaluates_the_same(trained, here, work, text_file):
+    folder, _ = trained
+    measure = ["--data", text_file, "--sequence-length", 32, "--json", "--quiet"]
+    assert here("convert", folder, work / "hf", "--to", "huggingface")[0] == 0
+    code, out, _ = here("convert", work / "hf", work / "native", "--to", "native", "--json")
+    assert code == 0
+    assert json.loads(out)["folder"] == str(work / "native")
+    losses = [
+        json.loads(here("eval", place, *measure)[1])["nats_per_token"]
+        for place in (folder, work / "hf", work / "native")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == losses[1]
+
+
+def test_report_of_a_model_and_of_its_trace(trained, here, work):
+    folder, _ = trained
+    code, out, _ = here("report", folder, "--out", work / "report", "--tokens", 2048, "--json", "--quiet")
+    found = json.loads(out)
+    assert code == 0
+    assert found["domains"] == ["alpha", "beta"]
+    for name in ("report.html", "trace.parquet", "load.png", "summary.json"):
+        assert (work / "report" / name).stat().st_size > 0
+    code, text, _ = here("report", work / "report" / "trace.parquet", "--out", work / "again")
+    assert code == 0
+    assert "MaxVio" in text
+    assert (work / "again" / "report.html").is_file()
+
+
+def test_chat_answers_one_message(trained, here):
+    folder, _ = trained
+    code, out, _ = here("chat", folder, "-m", "hello", "--max-tokens", 4, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert len(found["token_ids"]) <= 4
+    assert [message["role"] for message in found["messages"]] == ["user", "assistant"]
+
+
+def test_chat_reads_lines_until_quit(trained, cli):
+    folder, _ = trained
+    done = cli("chat", folder, "--max-tokens", 3, input="hello\n/reset\n\nagain\n/quit\nnever\n")
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_resume_ends_where_an_uninterrupted_run_does(trained, cli, work, tiny, data):
+    whole, done = trained
+    shutil.copytree(whole, work / "half")
+    shutil.rmtree(max((work / "half" / "checkpoints").glob("step-*")))  # as if killed between step 10 and 20
+    resumed = cli("train", "--out", "half", "--resume", "--quiet", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr == ""
+    found, expected = json.loads(resumed.stdout), json.loads(done.stdout)
+    assert found["bits_per_byte"] == expected["bits_per_byte"]
+    assert found["sample"] == expected["sample"]
+
+
+def test_interrupt_saves_and_resume_finishes(cli, work, environment, tiny, data):
+    command = [sys.executable, "-m", "anabranch.cli.main", "train", "demo", "--out", "stopped", "--steps", "4000"]
+    process = subprocess.Popen(
+        [*command, *tiny, *data], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((work / "stopped").glob("checkpoints/step-*/trainer.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "anabranch train --out stopped --resume" in out
+    stopped = int(max((work / "stopped" / "checkpoints").glob("step-*")).name.removeprefix("step-"))
+    done = cli("train", "--out", "stopped", "--resume", "--steps", stopped + 3, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == stopped + 3
+
+
+def test_output_may_be_cut_off(work, environment):
+    command = f"{sys.executable} -m anabranch.cli.main info | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=work, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("preset")
+    assert done.stderr == ""
