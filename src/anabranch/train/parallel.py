@@ -3,7 +3,9 @@
 torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 """
 
+import inspect
 import os
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +19,13 @@ from anabranch.errors import BackendError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.pool import ExpertPool
 from anabranch.train.config import TrainConfig
+
+# What torch calls it depends on the version.
+_BUFFER_OPTION = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class Workers:
@@ -60,9 +69,8 @@ class Workers:
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
-            return DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            options: dict[str, Any] = {_BUFFER_OPTION: False}
+            return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
         if self.parallel == "fsdp":
             shard(model, self.device)
         return model
@@ -96,8 +104,11 @@ class Workers:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the group, if it was joined here."""
+        """Leave the group, if it was joined here. Nothing may use it any more."""
         if self._owns_group:
+            # Threads of gloo may still be letting go of tensors, for which they need the interpreter's lock. Destroying the
+            # group holds that lock and waits for the threads: forever, if they come late.
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 
@@ -108,8 +119,28 @@ def shard(model: Decoder, device: torch.device) -> None:
         if isinstance(module, ExpertPool):
             fully_shard(module, mesh=mesh)
     for block in model.blocks:
+        # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
+        block.register_forward_pre_hook(_show)
         fully_shard(block, mesh=mesh)
+        block.register_forward_pre_hook(_hide, prepend=True)
     fully_shard(model, mesh=mesh)
+
+
+class _Hidden:
+    """Holds a context while FSDP looks at the arguments of a block."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _hide(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x_BLD, context = args
+    return x_BLD, _Hidden(context)
+
+
+def _show(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x_BLD, hidden = args
+    return x_BLD, hidden.value
 
 
 def find_device(name: str, *, local_rank: int = 0) -> torch.device:

@@ -205,6 +205,7 @@ class Trainer:
         self._meter.close()
         if self._log is not None:
             self._log.close()
+        self._call = self._wrapped = self.model  # DDP holds the process group
         self.workers.close()
 
     # Setting up
