@@ -1,0 +1,119 @@
+"""Experts split over two gloo processes give what one process gives: outputs and all gradients."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys, torch, torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from anabranch.errors import ConfigError
+    from anabranch.nn.expert_parallel import ExpertParallel, owned_parameters
+    from anabranch.nn.pool import ExpertPool
+    from anabranch.routing.decision import Routing
+
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    E, K, D, F = 6, 2, 16, 32
+
+    def full_pool(experts=E):
+        return ExpertPool(experts, D, F, init_std=0.3, generator=torch.Generator().manual_seed(0))
+
+    def data(split, kind):
+        "The whole batch, and this rank's part of it; items before `split` are rank 0's."
+        g = torch.Generator().manual_seed(1)
+        x, weight = torch.randn(11, D, generator=g), torch.rand(11, K, generator=g)
+        score = torch.rand(11, E, generator=g)
+        score[:, 4] = -1.0  # an idle expert
+        if kind == "all to the first":
+            score[:, E // 2 :] = -1.0
+        index = score.topk(K, dim=-1).indices
+        if kind == "unused places":
+            unused = torch.rand(11, K, generator=g) < 0.4
+            index, weight = index.masked_fill(unused, -1), weight.masked_fill(unused, 0.0)
+        dy = torch.randn(11, D, generator=g)
+        mine = slice(0, split) if rank == 0 else slice(split, 11)
+        whole = (x, weight, index, score, dy)
+        return whole, tuple(t[mine] for t in whole), mine
+
+    def work(pool, x, weight, index, score, dy, weight_on):
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = pool(x, Routing(index, weight, score), weight_on=weight_on)
+        y.backward(dy)
+        return y.detach(), x.grad, weight.grad
+
+    def near(a, b, what, tolerance=1e-6):
+        error = (a - b).abs().max().item() / max(1.0, b.abs().max().item()) if b.numel() else 0.0
+        assert a.shape == b.shape and error <= tolerance, (what, error)
+
+    def equals_one_process():
+        for split in (5, 0):
+            for kind in ("mixed", "all to the first", "unused places"):
+                for weight_on in ("output", "input"):
+                    whole, part, mine = data(split, kind)
+                    single, shared = full_pool(), ExpertParallel(full_pool())
+                    expected, ours = work(single, *whole, weight_on), work(shared, *part, weight_on)
+                    for name, a, b in zip(("y", "dx", "dweight"), ours, expected):
+                        near(a, b[mine], (split, kind, weight_on, name))
+                    half = slice(rank * E // 2, (rank + 1) * E // 2)
+                    near(shared.experts.w13.grad, single.w13.grad[half], "dw13")
+                    near(shared.experts.w2.grad, single.w2.grad[half], "dw2")
+                    if rank == 1:
+                        assert not shared.experts.w13.grad[4 - E // 2].any()
+        whole, part, mine = data(5, "mixed")
+        with torch.autocast("cpu", torch.bfloat16):
+            low = work(ExpertParallel(full_pool()), *part, "output")
+        assert low[0].dtype == torch.bfloat16 and low[1].dtype == torch.float32
+        near(low[0].float(), work(full_pool(), *whole, "output")[0][mine], "bf16", 2e-2)
+    def trains_beside_data_parallel():
+        class Layer(nn.Module):
+            def __init__(self, pool):
+                super().__init__()
+                self.gate, self.pool = nn.Linear(D, E, bias=False), pool
+                nn.init.normal_(self.gate.weight, generator=torch.Generator().manual_seed(3))
+            def forward(self, x):
+                score = self.gate(x).softmax(-1)
+                weight, index = score.topk(K, dim=-1)
+                return self.pool(x, Routing(index, weight, score))
+
+        x = torch.randn(8, D, generator=torch.Generator().manual_seed(2))
+        alone = Layer(full_pool())
+        alone(x).square().mean().backward()
+        layer = Layer(ExpertParallel(full_pool(), average_gradients=True))
+        names = owned_parameters(layer)
+        assert names == ["pool.experts.w13", "pool.experts.w2"], names
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, names)
+        together = DistributedDataParallel(layer)
+        together(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+        near(layer.gate.weight.grad, alone.gate.weight.grad, "gate")
+        half = slice(rank * E // 2, (rank + 1) * E // 2)
+        near(layer.pool.experts.w13.grad, alone.pool.w13.grad[half], "w13")
+        near(layer.pool.experts.w2.grad, alone.pool.w2.grad[half], "w2")
+    def refuses_what_does_not_divide():
+        try:
+            ExpertParallel(full_pool(5))
+        except ConfigError as error:
+            assert "5 experts cannot be split over 2 processes; use a number of processes that divides 5" in str(error)
+        else:
+            raise AssertionError("5 experts over 2 processes were accepted")
+    equals_one_process()
+    trains_beside_data_parallel()
+    refuses_what_does_not_divide()
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+)
+
+
+def test_two_processes(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, stderr=-1, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
