@@ -179,15 +179,22 @@ class Trainer:
         ]
         self._progress = _Progress()
         self._checkpoint = found
+        self._log: MetricsLog | None = None
         if found is not None:
             self._restore(found)
-        self._start_folder(resume)
 
     def fit(self) -> TrainResult:
-        """Train to the end, or until SIGINT or SIGTERM, which save a checkpoint first."""
+        """Train to the end, or until SIGINT or SIGTERM, which save a checkpoint first. A trainer fits once."""
+        try:
+            return self._fit()
+        finally:
+            self.close()
+
+    def _fit(self) -> TrainResult:
         devices = [self.workers.device.index] if self.workers.device.type == "cuda" else []
         # The random state is set in every step; the caller's stays as it was.
         with Interrupts() as interrupts, torch.random.fork_rng(devices):
+            self._start_folder()
             self._emit("start")
             self._run_hooks()
             self._train(interrupts)
@@ -197,7 +204,6 @@ class Trainer:
             self._save()
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
-        self.close()
         return result
 
     def close(self) -> None:
@@ -238,8 +244,7 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self._progress = _Progress(**state["progress"])
 
-    def _start_folder(self, resume: bool) -> None:
-        self._log: MetricsLog | None = None
+    def _start_folder(self) -> None:
         self.workers.wait()  # all have looked at the folder
         if self.workers.is_first:
             prepare(self.out, self.config)
@@ -336,7 +341,7 @@ class Trainer:
         if progress.skipped_in_a_row >= self._settings.max_skipped:
             raise AnabranchError(
                 f"training stopped at step {progress.step}: the gradient was not finite {progress.skipped_in_a_row} times in a "
-                f"row (loss {float(step.losses['loss'])}); resume with a lower train.learning_rate, or from an earlier checkpoint"
+                f"row (loss {float(step.losses['loss'])}); start again with a lower train.learning_rate"
             )
 
     # Measuring and saving

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from anabranch.errors import CheckpointError
+from anabranch.lm import Decoder
+from anabranch.train import TrainConfig
+from anabranch.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+
+
+def decayed_names(model, **settings):
+    optimizer = make_optimizer(model, TrainConfig(**settings))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
+    return {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+
+
+def test_matrices_decay_and_vectors_do_not(routed_model):
+    model = Decoder(routed_model)
+    names = decayed_names(model)
+    assert "shared.experts_0.w13" in names
+    assert "blocks.0.feed_forward.router.score.weight" in names
+    assert "head.weight" in names
+    assert not any("norm" in name or name.startswith("embedding") for name in names)
+
+
+def test_routers_and_embeddings_as_configured(routed_model):
+    model = Decoder(routed_model)
+    names = decayed_names(model, router_weight_decay=False, embedding_weight_decay=True)
+    assert not any("router" in name for name in names)
+    assert "embedding.weight" in names
+
+
+def test_one_step_by_hand():
+    # first step of AdamW: the bias-corrected moments are g and g^2, so p - lr wd p - lr g / (|g| + eps)
+    model = torch.nn.Linear(2, 1, bias=True)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -2.0]]))
+        model.bias.fill_(3.0)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    model.weight.grad, model.bias.grad = torch.tensor([[4.0, -1.0]]), torch.tensor([2.0])
+    optimizer.step()
+    assert model.weight.tolist()[0] == pytest.approx([0.95 - 0.1, -1.9 + 0.1])
+    assert model.bias.tolist() == pytest.approx([2.9])  # not decayed
+
+
+def test_state_survives_as_named_tensors(routed_model):
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    one = Decoder(routed_model)
+    first = make_optimizer(one, TrainConfig())
+    step(one, first, 1)
+    two = Decoder(routed_model)
+    two.load_state_dict(one.state_dict())
+    second = make_optimizer(two, TrainConfig())
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(one, first).items()}
+    load_optimizer_tensors(two, second, tensors)
+    step(one, first, 2)
+    step(two, second, 2)
+    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_state_of_another_model_is_refused(routed_model):
+    model = Decoder(routed_model)
+    optimizer = make_optimizer(model, TrainConfig())
+    with pytest.raises(CheckpointError, match=r"other\.weight/exp_avg \[2\], which fits no parameter"):
+        load_optimizer_tensors(model, optimizer, {"other.weight/exp_avg": torch.zeros(2)})
