@@ -16,6 +16,28 @@ PUBLIC = {
         TopK TopP TraceBuilder TraceLayer TraceWriter ZLoss capacity_of combine count_destinations discard_loads dispatch
         limit_capacity pad_rows plan_dispatch record_routing sync_loads unpad_rows
     """,
+    "anabranch.data": """
+        Batch BpeTokenizer ByteTokenizer Corpus Data DataConfig Document Domain Files HuggingFaceTokenizer Lane
+        Mixture Named Stdlib StreamDecoder Table TokenStore TokenStream Tokenizer Windows cache_folder corpus_at
+        corpus_windows load_tokenizer text_windows train_bpe
+    """,
+    "anabranch.lm": """
+        Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
+        load_model load_weights save_model stream upcycle write_model
+    """,
+    "anabranch.nn": """
+        Attention BuildContext Count ExpertPool FeedForward ForwardContext MoE RMSNorm Rotary SwiGLU
+    """,
+    "anabranch.report": """
+        LayerFacts PoolFacts Summary explain summarize write_report
+    """,
+    "anabranch.testing": """
+        DEVICES check_balancer check_feed_forward check_pool check_router check_routing check_score check_select
+    """,
+    "anabranch.train": """
+        Constant Cosine Evaluation Event RunConfig Schedule TrainConfig TrainResult Trainer WarmupStableDecay
+        checkpoints evaluate read_metrics read_run_config
+    """,
 }
 
 
