@@ -36,7 +36,7 @@ def _draw_differences(axes: Any, results: Results, arms: list[str], baseline: st
         axes.errorbar(difference.mean, row, xerr=width, fmt="D", color=SERIES[0], capsize=3, markersize=5, zorder=3)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yticks(range(len(others)), others)
-    axes.set_ylim(len(others) - 0.5, -0.5)
+    axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
     axes.grid(axis="x", color=GRID)
     axes.set_xlabel(f"bits per byte, difference to {baseline} (left is better)")
     axes.set_title("paired differences, 95% intervals")
@@ -56,8 +56,9 @@ def _draw_curves(axes: Any, results: Results, arms: list[str]) -> None:
         colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=arm)
     if lowest:
-        top = max(early)
-        axes.set_ylim(min(lowest) - 0.05 * (top - min(lowest)), top + 0.05 * (top - min(lowest)))
+        bottom, top = min(lowest), max(early)  # the first point of all is far above everything
+        margin = max(0.05 * (top - bottom), 0.01)
+        axes.set_ylim(bottom - margin, top + margin)
         axes.legend(ncols=2)
     horizontal_grid(axes)
     axes.set_xlabel("steps")

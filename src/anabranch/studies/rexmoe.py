@@ -57,7 +57,7 @@ COLUMNS = (
 class Size(Config):
     """What is the same for all arms."""
 
-    num_layers: int = Field(default=6, ge=2)
+    num_layers: int = Field(default=6, ge=4)  # groups of 4 must fit
     dim: int = 128
     num_experts: int = 8
     hidden_dim: int = 128

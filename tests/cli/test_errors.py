@@ -1,0 +1,195 @@
+"""Every mistake of a user's: one line on stderr, exit code 2, nothing on stdout, no traceback."""
+
+import json
+import resource
+import shutil
+
+import pytest
+
+from anabranch.cli.main import main
+
+
+def one_line(found):
+    code, out, err = found
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "no such command 'trian'; did you mean 'train'? (see anabranch --help)"),
+        ("train --stps 5 --out x", "no such option: --stps; did you mean --steps? (see anabranch train --help)"),
+        ("train", "missing option '--out' (see anabranch train --help)"),
+        ("eval", "missing argument 'MODEL' (see anabranch eval --help)"),
+        ("generate x --prompt", "option '--prompt' requires an argument (see anabranch generate --help)"),
+        (
+            "generate x --prompt y --temperature -1",
+            "--temperature is '-1': it must be greater than or equal to 0 (see anabranch generate --help)",
+        ),
+        (
+            "convert a b --to=hf",
+            "--to is 'hf': 'hf' is not one of 'native', 'huggingface' (see anabranch convert --help)",
+        ),
+        ("train dem --out x", "no preset 'dem'; did you mean 'demo'?"),
+        ("train demo --size huge --out x", "size is 'huge'; use one of tiny, small, base"),
+        ("train demo --out x --set nothing", "cannot read 'nothing'; write path=value"),
+        (
+            "train demo --out x --set model.dimm=3",
+            "cannot set model.dimm: model has no field 'dimm'; did you mean 'dim'?",
+        ),
+        ("train demo --out x --steps -5", "train.steps is -5; it must be greater than or equal to 0"),
+        ("train demo --out x --set train.precision=float8", "train.precision is 'float8'; it must be"),
+        ("train demo --out x --set model.feed_forward.router.select.top_k=99", "top_k is 99"),
+        ("train demo --out x --set model.feed_forward.reuse=9", "reuse is 9, but the model has 4 routed layers"),
+        ("train demo --out x --config nowhere.toml", "cannot read nowhere.toml: no such file or directory"),
+        ("train --out nowhere --resume", "no training run in nowhere"),
+        ("eval nowhere", "no model at nowhere"),
+        ("info nowhere", "'nowhere' is no model and no preset; presets: demo, "),
+        ("info demo --dtype int3", "--dtype is 'int3'; use one of float32"),
+        ("report nowhere.parquet --out x", "there is no routing trace at nowhere.parquet"),
+        ("study rexmo", "no study 'rexmo'; did you mean 'rexmoe'?"),
+        ("study rexmoe --arms vanila --out x", "study 'rexmoe' has no arm 'vanila'; known: vanilla, "),
+        ("study rexmoe --seeds one --out x", "--seeds is 'one'; write them as 0,1,2 or 0-4"),
+        ("study rexmoe --judge-only --out x", "no finished run of study 'rexmoe' in x/rexmoe"),
+        ("compare moe --out x", "there is 1 design to compare; name two or more"),
+        ("compare moe dens --out x", "no preset 'dens'; did you mean 'dense'?"),
+    ],
+)
+def test_mistakes(here, work, arguments, message):
+    assert message in one_line(here(*arguments.split()))
+    assert not (work / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval trained --data nowhere.txt", "no corpus at nowhere.txt"),
+        ("eval trained --dtype floot32", "--dtype is 'floot32'; did you mean float32?"),
+        ("eval trained --device cuda:77", "device 'cuda:77' is not available"),
+        ("generate trained --prompt x --top-p 3", "top_p is 3.0; it must be less than or equal to 1"),
+        ("generate trained --prompt=", "--prompt is empty; give at least one character"),
+        ("train demo --out trained", "trained already holds a run (config.json); resume it with --resume"),
+        (
+            "train --out trained --resume --set model.dim=64",
+            "cannot resume trained with another config: model.dim was 32",
+        ),
+        ("chat trained --json", "--json answers one message; give it with --message"),
+        ("convert trained text --to native", "text is not a saved model (it holds alpha), so it is not replaced"),
+    ],
+)
+def test_mistakes_about_a_model(trained, here, arguments, message):
+    assert message in one_line(here(*arguments.split()))
+
+
+def test_unreadable_text(trained, here, work):
+    (work / "noise.bin").write_bytes(bytes(range(256)) * 50)
+    message = one_line(here("eval", "trained", "--data", "noise.bin"))
+    assert "noise.bin" in message
+
+
+def test_config_that_is_not_toml(here, work):
+    (work / "bad.toml").write_text("model = [")
+    assert "bad.toml is not TOML" in one_line(here("train", "--out", "x", "--config", "bad.toml"))
+
+
+def test_config_with_an_unknown_field(here, work):
+    (work / "wrong.toml").write_text("preset = 'moe'\n[train]\nstep = 3\n")
+    message = one_line(here("train", "--out", "x", "--config", "wrong.toml"))
+    assert message == "cannot set train.step: train has no field 'step'; did you mean 'steps'?"
+
+
+@pytest.fixture
+def damaged(trained, work):
+    """A copy of the trained run, and the folder of its newest checkpoint."""
+    shutil.rmtree(work / "damaged", ignore_errors=True)
+    shutil.copytree(work / "trained", work / "damaged")
+    return max((work / "damaged" / "checkpoints").glob("step-*"))
+
+
+def test_weights_cut_short(damaged, here):
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in one_line(here("eval", "damaged"))
+    assert "model.safetensors" in one_line(here("train", "--out", "damaged", "--resume", "--quiet"))
+
+
+def test_config_of_a_model_damaged(damaged, here):
+    (damaged / "config.json").write_text("{")
+    assert "config.json" in one_line(here("info", damaged))
+
+
+def test_trace_damaged(here, work):
+    (work / "broken.parquet").write_bytes(b"PAR1 nothing")
+    assert "broken.parquet" in one_line(here("report", "broken.parquet", "--out", "x"))
+
+
+def test_dense_model_has_no_routing_to_report(here, tiny, data):
+    # Dense layers are as wide as K experts; the option for experts alone does not apply to them.
+    options = [option for option in tiny if "hidden_dim" not in option]
+    assert here("train", "dense", "--out", "dense", "--steps", 1, "--quiet", *options, *data)[0] == 0
+    message = one_line(here("report", "dense", "--out", "x"))
+    assert message == "dense has no routed layers, so there is no routing to report"
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_full_disk(cli, work, tiny, data, trained):
+    done = cli("train", "demo", "--out", "full", "--steps", 10, "--quiet", *tiny, *data, preexec_fn=limit_files)
+    assert "no room left on disk" in one_line((done.returncode, done.stdout, done.stderr))
+
+
+def test_place_that_cannot_be_written(here, tiny, data):
+    message = one_line(here("train", "demo", "--out", "/proc/nowhere", "--steps", 1, "--quiet", *tiny, *data))
+    assert "/proc/nowhere" in message
+
+
+@pytest.mark.parametrize("arguments", ["train dem --out x", "eval nowhere --json", "info demo --dtype int3"])
+def test_the_same_in_a_process_of_its_own(cli, arguments):
+    done = cli(*arguments.split())
+    one_line((done.returncode, done.stdout, done.stderr))
+
+
+def test_out_of_memory_is_said_plainly(monkeypatch, capsys):
+    def failing(**options):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 8000 bytes"
+        )
+
+    monkeypatch.setattr("anabranch.cli.main.app", failing)
+    code = main(["info", "demo"])
+    out, err = capsys.readouterr()
+    assert (
+        one_line((code, out, err))
+        == "out of memory (8000 bytes more were asked for); use a smaller batch, sequence length or model"
+    )
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    def failing(**options):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("anabranch.cli.main.app", failing)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["info", "demo"])
+
+
+def test_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anabranch.cli.main.app", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_json_on_stdout_is_one_object(trained, here):
+    for arguments in ("info trained --json", "info --json", "study --json", "eval trained --json --tokens 200"):
+        code, out, _ = here(*arguments.split())
+        assert code == 0
+        assert isinstance(json.loads(out), dict)

@@ -1,0 +1,61 @@
+"""What help says, as it was reviewed. After a change on purpose: ``python tests/cli/test_help.py`` writes it anew.
+
+Compared are the words, not how the installed version of typer draws them.
+"""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from anabranch.cli.main import app
+
+FILE = Path(__file__).with_name("help.txt")
+SCRIPT = """
+import sys
+from anabranch.cli.main import main
+assert all(main([*name.split(), "--help"]) == 0 for name in ("", "train", "study", "report", "info"))
+heavy = [name for name in ("torch", "numpy", "pyarrow", "matplotlib", "tokenizers") if name in sys.modules]
+print("heavy:", heavy)
+"""
+
+
+def shown():
+    """Every command with its help, and every option with its names, value, need and help."""
+    group = typer.main.get_command(app)
+    lines = ["$ anabranch", inspect.cleandoc(group.help)]
+    for name, command in group.commands.items():
+        lines += ["", f"$ anabranch {name}", inspect.cleandoc(command.help), ""]
+        for parameter in command.params:
+            if "--help" in parameter.opts:
+                continue
+            names = "/".join(parameter.opts) if parameter.param_type_name == "option" else ""
+            value = (parameter.metavar or "").strip()
+            need = "  (needed)" if parameter.required else ""
+            lines.append(f"  {f'{names} {value}'.strip():<28}{parameter.help}{need}")
+    return "\n".join(lines) + "\n"
+
+
+def test_help_is_as_reviewed():
+    assert shown() == FILE.read_text()
+
+
+def test_every_option_is_explained_in_a_sentence():
+    for command in typer.main.get_command(app).commands.values():
+        for parameter in command.params:
+            if "--help" not in parameter.opts:
+                assert parameter.help, (command.name, parameter.name)
+                assert parameter.help.endswith("."), (command.name, parameter.name, parameter.help)
+
+
+def test_help_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+    assert "Train a language model on text." in done.stdout
+
+
+if __name__ == "__main__":
+    FILE.write_text(shown())

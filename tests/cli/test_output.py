@@ -1,0 +1,105 @@
+import json
+import math
+
+import pytest
+
+from anabranch.cli.output import duration, print_json, quantity, size, table
+from anabranch.cli.runs import build_config, flatten, read_seeds
+from anabranch.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1234567, "1.23 M"),
+        (999_600, "1 M"),
+        (6.9e9, "6.9 B"),
+        (1.5e15, "1500 T"),
+    ],
+)
+def test_quantity(value, text):
+    assert quantity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12, "12 B"), (12_345_678, "12.3 MB"), (41.2e9, "41.2 GB"), (46_080, "46.1 kB")]
+)
+def test_size(value, text):
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7900, "2 h 11 min"), (math.inf, "?")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_json_has_null_for_what_it_cannot_say(capsys):
+    print_json({"a": math.nan, "b": [1.5, math.inf], "c": {"d": -math.inf}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": None}}
+
+
+def test_table_sets_numbers_right_and_is_not_cut_in_a_file(capsys):
+    table(["name", "value\n(unit)"], [["short", "1.50"], ["long " * 20, "100.25"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].rstrip().endswith("value")
+    assert lines[1].startswith("name")
+    assert lines[1].endswith("(unit)")
+    assert lines[2].endswith("  1.50")
+    assert lines[3].startswith("long long long")
+    assert lines[3].endswith("100.25")
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0,1,2", [0, 1, 2]), ("0-3", [0, 1, 2, 3]), ("5", [5]), ("1,0-1", [1, 0])]
+)
+def test_seeds(text, seeds):
+    assert read_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "-1"])
+def test_seeds_that_are_none(text):
+    with pytest.raises(ConfigError, match="--seeds is"):
+        read_seeds(text)
+
+
+def test_kind_comes_before_what_it_has():
+    table = {"data": {"corpus": {"paths": ["x"], "kind": "files"}}, "train": {"steps": 3}}
+    assert list(flatten(table).items()) == [
+        ("data.corpus.kind", "files"),
+        ("data.corpus.paths", ["x"]),
+        ("train.steps", 3),
+    ]
+
+
+def test_config_file_is_over_the_preset_and_under_the_options(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'preset = "moe"\n[train]\nsteps = 7\nseed = 1\n[data.corpus]\nkind = "files"\npaths = ["here"]\n'
+        "[model.feed_forward.router.select]\ntop_k = 3\n"
+    )
+    name, config = build_config(None, file, None, {"train.seed": 2})
+    assert name == "moe"
+    assert (config.train.steps, config.train.seed) == (7, 2)
+    assert config.data.corpus.paths == ("here",)
+    assert config.model.feed_forward.router.select.top_k == 3
+    assert build_config("dense", None, "small", {})[1].model.num_layers == 8
+    assert build_config(None, None, None, {})[0] == "demo"
+
+
+def test_saved_config_of_a_run_is_a_config_file_too(tmp_path):
+    import json as json_module
+
+    from anabranch.config import to_dict
+
+    _, config = build_config("rexmoe", None, None, {"train.steps": 5})
+    leaves = flatten(json_module.loads(json_module.dumps(to_dict(config))))
+    from anabranch.config import override
+
+    _, base = build_config("rexmoe", None, None, {})
+    assert override(base, leaves) == config

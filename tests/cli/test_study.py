@@ -1,0 +1,96 @@
+import json
+
+import pytest
+
+from anabranch import studies
+from anabranch.studies.harness import Arm, Column, Study
+from anabranch.studies.paired import verdict_below
+
+
+def make(full=False, steps=10):
+    def run(config, seed, progress):
+        progress("half way")
+        return {"bits_per_byte": config["base"] + 0.1 * seed + 0.01 * seed**2 * config["base"], "parameters": 10}
+
+    def judge(results):
+        return [
+            results.claim(
+                "bits_per_byte", ours="new", baseline="old", claim="new beats old", paper="-1", verdict=verdict_below
+            )
+        ]
+
+    return Study(
+        name="made_up",
+        title="new against old",
+        settings={"size": "full" if full else "smoke", "steps": steps},
+        arms=[Arm("old", "the baseline", {"base": 2.0}), Arm("new", "ours", {"base": 1.0})],
+        run=run,
+        judge=judge,
+        columns=[Column("bits_per_byte", "bits/byte"), Column("absent", "absent")],
+        seeds=(0, 1),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _made_up(monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "made_up", f"{__name__}:make")
+    monkeypatch.setattr(studies, "find", lambda name, find=studies.find: make if name == "made_up" else find(name))
+
+
+def test_table_verdict_and_files(here, work):
+    code, out, err = here("study", "made_up", "--out", "studied")
+    assert code == 0
+    assert "new against old" in out
+    assert "new beats old" in out
+    assert "holds" in out
+    assert "absent" not in out  # nothing measured it
+    assert "old seed 0 (1 of 4): half way" in err
+    assert (work / "studied" / "made_up.json").is_file()
+    _, out, err = here("study", "made_up", "--out", "studied", "--quiet", "--json")
+    assert err == ""
+    assert json.loads(out) == json.loads((work / "studied" / "made_up.json").read_text())
+
+
+def test_parts_of_it_and_judging_alone(here, work):
+    code, out, _ = here("study", "made_up", "--out", "parts", "--arms", "old", "--seeds", "2-3", "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["seeds"] == [2, 3]
+    here("study", "made_up", "--out", "parts", "--arms", "new", "--seeds", "2", "--quiet")
+    _, out, _ = here("study", "made_up", "--out", "parts", "--judge-only", "--json")
+    claim = json.loads(out)["claims"][0]
+    assert claim["interval"] is None
+    assert claim["verdict"] == "not resolved"
+    assert claim["baseline"] == pytest.approx(2.28)
+
+
+def test_smoke_does_not_touch_the_recorded_results(here, work):
+    here("study", "made_up", "--quiet")
+    assert (work / "runs" / "studies" / "made_up.json").is_file()
+    assert not (work / "studies").exists()
+    here("study", "made_up", "--full", "--quiet")
+    assert json.loads((work / "studies" / "results" / "made_up.json").read_text())["config"]["size"] == "full"
+
+
+def test_studies_are_listed(here):
+    code, out, _ = here("study", "--json")
+    assert code == 0
+    assert "rexmoe" in json.loads(out)["studies"]
+    assert "progressive scaling" in here("study")[1]
+
+
+def test_compare_prints_a_row_per_design(here, work, tiny, data, monkeypatch):
+    from anabranch.studies import training
+
+    monkeypatch.setattr(training, "FINAL_TOKENS", 256)
+    monkeypatch.setattr(training, "CURVE_TOKENS", 64)
+    options = [*(option for option in tiny if "hidden_dim" not in option), *data]
+    arguments = ["compare", "moe", "dense", "--out", "compared", "--steps", 2, "--seeds", "0,1", "--quiet", *options]
+    code, out, _ = here(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["baseline"] == "moe"
+    assert [row["design"] for row in found["rows"]] == ["moe", "dense"]
+    assert found["rows"][1]["difference"]["interval"] is not None
+    code, out, _ = here(*arguments)
+    assert "difference" in out
+    assert out.splitlines()[-1].startswith("next")

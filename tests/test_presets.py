@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from anabranch import presets
+from anabranch.config import from_dict, to_dict
+from anabranch.errors import ConfigError
+from anabranch.train import RunConfig
+
+
+@pytest.mark.parametrize("size", presets.BUDGETS)
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_has_every_size(name, size):
+    config = presets.find(name)(size)
+    assert isinstance(config, RunConfig)
+    assert from_dict(RunConfig, to_dict(config)) == config
+    budget = presets.BUDGETS[size]
+    assert (config.model.dim, config.model.num_layers) == (budget.dim, budget.num_layers)
+    assert config.data.sequence_length == budget.sequence_length
+
+
+@pytest.mark.parametrize("size", presets.BUDGETS)
+def test_designs_of_one_size_do_the_same_work_per_token(size):
+    counts = {name: presets.find(name)(size).model.count(256) for name in presets.PRESETS}
+    for name, count in counts.items():
+        assert count.active == pytest.approx(counts["moe"].active, rel=0.025), name  # they differ by their routers only
+        if name != "dense":
+            assert count.parameters == pytest.approx(counts["moe"].parameters, rel=0.01), name
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_tiny_preset_builds_and_learns(name):
+    config = presets.find(name)("tiny")
+    model = config.model.build(seed=0)
+    token_BL = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+    loss = model(token_BL[:, :-1], token_BL[:, 1:]).loss
+    loss.backward()
+    assert 5.0 < float(loss.detach()) < 6.5  # ln 257 = 5.55, and small auxiliary losses
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.model.count().parameters
+
+
+def test_what_makes_each_design():
+    find = {name: presets.find(name)("tiny").model.feed_forward for name in presets.PRESETS}
+    assert find["rexmoe"].reuse == 2
+    assert find["rexmoe-r4"].reuse == 4
+    assert find["rexmoe-open"].psr is None
+    assert find["demo"].psr.mask == "local_first"
+    assert find["moe-fine"].num_experts == 32
+    assert find["moe-fine"].router.select.top_k == 8
+    assert find["moe-shared"].shared_experts == 1
+    assert find["moe-shared"].places + find["moe-shared"].shared_experts == find["moe"].places
+    assert find["moe-lossfree"].router.score.activation == "sigmoid"
+
+
+def test_descriptions_are_one_sentence():
+    for name in presets.names():
+        assert presets.describe(name).endswith("."), name
+        assert len(presets.describe(name)) < 120, name
+
+
+def test_unknown_preset_and_size():
+    with pytest.raises(ConfigError, match=r"^no preset 'rexmo'; did you mean 'rexmoe'\?$"):
+        presets.find("rexmo")
+    with pytest.raises(ConfigError, match=r"^no preset 'quite else'; known: demo, dense, moe, "):
+        presets.find("quite else")
+    with pytest.raises(ConfigError, match=r"^size is 'huge'; use one of tiny, small, base$"):
+        presets.demo("huge")
+
+
+def test_installed_preset_is_found(monkeypatch):
+    class Point:
+        name = "mine"
+
+        def load(self):
+            return presets.moe
+
+    monkeypatch.setattr(
+        presets,
+        "entry_points",
+        lambda group, name="mine": [Point()] if (group, name) == ("anabranch.presets", "mine") else [],
+    )
+    assert presets.find("mine") is presets.moe
+    assert presets.names()[-1] == "mine"
+
+
+def test_language_model_reads_the_vocabulary_of_its_tokenizer():
+    from anabranch.data import BpeTokenizer
+    from anabranch.nn.feed_forward import SwiGLU
+
+    config = presets.language_model(SwiGLU.Config(), tokenizer=BpeTokenizer.Config(vocab_size=1000))
+    assert config.model.vocab_size == 1000
+    assert presets.language_model(SwiGLU.Config()).model.vocab_size == 257
