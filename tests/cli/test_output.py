@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from anabranch.cli.output import duration, print_json, quantity, size, table
+from anabranch.cli.output import duration, print_json, quantity, size, table, visible
 from anabranch.cli.runs import build_config, flatten, read_seeds
 from anabranch.errors import ConfigError
 
@@ -103,3 +103,7 @@ def test_saved_config_of_a_run_is_a_config_file_too(tmp_path):
 
     _, base = build_config("rexmoe", None, None, {})
     assert override(base, leaves) == config
+
+
+def test_nothing_of_a_model_steers_the_terminal():
+    assert visible("a\tb\nc\x1b[31m\r\x07\x9bé") == "a\tb\nc�[31m���é"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
-from anabranch.cli.output import print_json, say
+from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Conversation:
                 ids += step.tokens
                 pieces.append(decoder.push(step.tokens[0]))
                 if show:
-                    print(pieces[-1], end="", flush=True)
+                    print(visible(pieces[-1]), end="", flush=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             if not sys.stdin.isatty():
                 raise

@@ -70,7 +70,7 @@ def compare(
     print()
     _print(rows)
     print()
-    wrote(f"{out}/compare{{.json, .png, .svg}} and one file a run in {out}/compare/", f"open {out}/compare.png")
+    wrote(f"{out}/compare{{.json, .png, .svg}} and one file a run in {out}/compare/", f"look at {out}/compare.png")
 
 
 def _print(rows: list[Row]) -> None:

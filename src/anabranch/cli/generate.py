@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
-from anabranch.cli.output import print_json, say
+from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 
 
@@ -42,13 +42,14 @@ def generate(
         seed=seed,
     )
     prompt_ids = tokenizer.encode(text)
+    show = visible if sys.stdout.isatty() else str  # a file gets what the model said, a terminal what it can bear
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     if not as_json:
         print(text, end="", flush=True)
     for step in stream(network, [prompt_ids], sampling):
         ids += step.tokens
         if not as_json:
-            print(decoder.push(step.tokens[0]), end="", flush=True)
+            print(show(decoder.push(step.tokens[0])), end="", flush=True)
     seconds = time.perf_counter() - started
     if as_json:
         print_json(

@@ -2,16 +2,18 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LABEL_WIDTH = 8  # of the first column: model, data, wrote, ...
 
 
@@ -25,19 +27,25 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fact(label: str, text: str) -> None:
-    """A line of results: what it is about, then what there is to say, broken where a terminal ends."""
-    if sys.stdout.isatty():
+def fact(label: str, text: str, *, to: TextIO | None = None) -> None:
+    """A line: what it is about, then what there is to say, broken where a terminal ends. ``to`` None is stdout."""
+    to = to or sys.stdout
+    if to.isatty():
         width = max(shutil.get_terminal_size().columns - LABEL_WIDTH, 20)
         lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         text = f"\n{'':{LABEL_WIDTH}}".join(lines)
-    print(f"{label:<{LABEL_WIDTH}}{text}")
+    print(f"{label:<{LABEL_WIDTH}}{text}", file=to)
 
 
 def sample(text: str) -> None:
-    """Text of a model's, as it is, under the label of a fact."""
-    lines = text.rstrip().splitlines() or [""]
+    """Text of a model's under the label of a fact."""
+    lines = visible(text).rstrip().split("\n")
     print(f"{'sample':<{LABEL_WIDTH}}" + f"\n{'':{LABEL_WIDTH}}".join(lines))
+
+
+def visible(text: str) -> str:
+    """``text`` without what would steer a terminal: control characters but line ends and tabs become U+FFFD."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def wrote(where: str, next_command: str) -> None:
@@ -57,12 +65,20 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns
         grid.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, vertical="bottom")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
-    # A file or a pipe has no width; tables are never cut there.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-    console = Console(width=width, highlight=False)
+    console = Console(width=_width(), highlight=False)
     with console.capture() as capture:
         console.print(grid)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def is_wide() -> bool:
+    """Whether a table has room for a column of words."""
+    return _width() >= 110
+
+
+def _width() -> int:
+    """Of what tables are printed on. A file or a pipe has no width; tables are never cut there."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
 
 
 def quantity(value: float, units: str = "kMBT") -> str:

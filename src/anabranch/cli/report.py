@@ -58,7 +58,7 @@ def report(
     for sentence in explain(summary):
         fact("", sentence)
     names = [name for name in ("trace.parquet", "summary.json") if (Path(out) / name).exists()]
-    wrote(f"{out}/{{report.html, *.png, {', '.join(names)}}}", f"open {page}")
+    wrote(f"{out}/{{report.html, *.png, {', '.join(names)}}}", f"open {page} in a browser")
 
 
 def _record(

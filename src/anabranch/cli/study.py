@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Quiet
-from anabranch.cli.output import fact, print_json, say, table, wrote
+from anabranch.cli.output import fact, is_wide, print_json, say, table, wrote
 
 if TYPE_CHECKING:
     from anabranch.studies.harness import Column, Outcome
@@ -82,7 +82,11 @@ def _list(as_json: bool) -> None:
 def _print(outcome: Outcome, folder: Path) -> None:
     study = outcome.study
     fact("study", f"{study.name}   {study.title}")
-    fact("size", ", ".join(f"{value} {name}" for name, value in study.settings.items()))
+    fact(
+        "size",
+        f"{study.settings.get('size', '')}   "
+        + ", ".join(f"{name} {value}" for name, value in study.settings.items() if name != "size"),
+    )
     print()
     print_arms(outcome)
     print()
@@ -106,20 +110,22 @@ def _print(outcome: Outcome, folder: Path) -> None:
         fact("open", f"{arm} seed {seed} is under way in another process")
     wrote(
         f"{folder}/{study.name}{{.json, .png, .svg}} and one file a run in {folder / study.name}/",
-        f"open {folder / study.name}.png",
+        f"look at {folder / study.name}.png",
     )
 
 
 def print_arms(outcome: Outcome) -> None:
     """One row per arm: the mean of each column, with the half-width of the first one's interval."""
     columns = [column for column in outcome.study.columns if _is_measured(outcome, column.metric)]
+    about = ["about"] if is_wide() else []
     rows = []
     for arm in outcome.study.arms:
         runs = outcome.results.runs.get(arm.name, {})
         if runs:
             cells = [_cell(outcome, arm.name, column, first=column is columns[0]) for column in columns]
-            rows.append([arm.name, arm.about, str(len(runs)), *cells])
-    table(["arm", "", "seeds", *(column.header for column in columns)], rows, text_columns=2)
+            rows.append([arm.name, *([arm.about] if about else []), str(len(runs)), *cells])
+    headers = ["arm", *about, "seeds", *(column.header for column in columns)]
+    table(headers, rows, text_columns=1 + len(about))
 
 
 def _is_measured(outcome: Outcome, metric: str) -> bool:

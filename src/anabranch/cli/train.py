@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
-from anabranch.cli.output import duration, fact, print_json, quantity, sample, say, size, wrote
+from anabranch.cli.output import duration, fact, print_json, quantity, sample, size, wrote
 from anabranch.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,13 +100,17 @@ class _Observer:
         config = trainer.config
         counts = config.model.count(config.data.sequence_length)
         kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
-        say(
-            f"model   {name}   {describe_model(config)}   "
-            f"{quantity(counts.parameters)} parameters, {quantity(counts.active)} active"
+        fact(
+            "model",
+            f"{name}   {describe_model(config)}   "
+            f"{quantity(counts.parameters)} parameters, {quantity(counts.active)} active",
+            to=sys.stderr,
         )
-        say(
-            f"data    {config.data.corpus.build().describe()}   "
-            f"{quantity(kept)} tokens, {quantity(held)} held out   {trainer.workers.device}, seed {config.train.seed}"
+        fact(
+            "data",
+            f"{config.data.corpus.build().describe()}   "
+            f"{quantity(kept)} tokens, {quantity(held)} held out   {trainer.workers.device}, seed {config.train.seed}",
+            to=sys.stderr,
         )
 
     def __call__(self, event: Event) -> None:

@@ -49,7 +49,7 @@ COLUMNS = (
     Column("max_violation_pool", "MaxVio\npool", ".2f"),
     Column("idle_fraction", "idle\nexperts", ".1%"),
     Column("foreign_share", "foreign\nchoices", ".1%"),
-    Column("tokens_per_second", "tokens/s", ",.0f"),
+    Column("tokens_per_cpu_second", "tokens\n/CPU s", ",.0f"),
 )
 
 
