@@ -7,7 +7,7 @@ import pytest
 
 from anabranch.data.corpus import Corpus, Document, Files
 from anabranch.data.split import split_of
-from anabranch.data.store import TokenStore, cache_folder
+from anabranch.data.store import FORMAT, TokenStore, cache_folder
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import DataError
 from tokenizers_of_every_make import ALL, LOSSLESS, by_name
@@ -119,7 +119,7 @@ def test_a_damaged_cache_entry_is_made_again(damage, texts):
     elif damage == "delete":
         tokens.unlink()
     elif damage == "other format":
-        index.write_text(index.read_text().replace('"format": 1', '"format": 0'))
+        index.write_text(index.read_text().replace(f'"format": {FORMAT}', '"format": 0'))
     else:
         index.write_text("" if damage == "empty index" else index.read_text()[:50])
     with pytest.raises(DataError, match="is damaged; delete it"):

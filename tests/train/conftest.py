@@ -80,3 +80,9 @@ def token_mask_model() -> Decoder.Config:
 def exact_model() -> Decoder.Config:
     """A routed model whose loss is a plain mean over tokens, however they are split into micro-batches."""
     return rexmoe_model(ZLoss.Config())
+
+
+@pytest.fixture
+def balanced_model():
+    """The routed model with other balancers."""
+    return rexmoe_model

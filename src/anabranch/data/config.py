@@ -66,7 +66,7 @@ class Data:
             )
             for name, weight, store in self._stores
         ]
-        fingerprint = stable_hash(json.dumps([[store.folder.name, weight] for _, weight, store in self._stores]))
+        fingerprint = stable_hash(json.dumps([[store.content(TRAIN), weight] for _, weight, store in self._stores]))
         return TokenStream(
             lanes,
             self.domains,

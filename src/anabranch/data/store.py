@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.data.corpus import Corpus, Document
-from anabranch.data.reading import stable_hash
+from anabranch.data.reading import digest_file, stable_hash
 from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split, stretches
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import DataError
@@ -28,7 +28,7 @@ from anabranch.files import atomic_folder, atomic_write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cache entry; another one is built anew
+FORMAT = 2  # of the cache entry; another one is built anew
 SPLITS = (TRAIN, VALIDATION)
 _BATCH_CHARACTERS = 1 << 20
 
@@ -60,6 +60,7 @@ class TokenStore:
         self._tokenizer = tokenizer
         self._dtype = index["dtype"]
         self.segments = {name: tuple(Segment(**entry) for entry in index["splits"][name]) for name in SPLITS}
+        self._digests = index["digests"]
         self._maps: dict[str, NDArray[Any]] = {}
 
     @classmethod
@@ -88,6 +89,11 @@ class TokenStore:
         if table_V is not None:
             return table_V[self.tokens(split)[start:end]]
         return self._map(f"{split}.lengths.bin", "uint32")[start:end].astype(np.int64)
+
+    def content(self, split: str) -> str:
+        """Names the tokens of ``split`` and what they are labelled, wherever the text was read from."""
+        segments = [[segment.label, segment.start, segment.length] for segment in self.segments[split]]
+        return f"{self._dtype} {self._digests[split]} {json.dumps(segments)}"
 
     def _map(self, name: str, dtype: str) -> NDArray[Any]:
         if name not in self._maps:
@@ -151,10 +157,14 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, validation_fracti
         spool.unlink()
         spool_lengths.unlink()
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        entries = {side: [asdict(segment) for segment in splits[side]] for side in SPLITS}
-        atomic_write_json(
-            temporary / "index.json", {"format": FORMAT, "dtype": dtype, "sizes": sizes, "splits": entries}
-        )
+        index = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "sizes": sizes,
+            "splits": {side: [asdict(segment) for segment in splits[side]] for side in SPLITS},
+            "digests": {side: digest_file(temporary / f"{side}.bin") for side in SPLITS},
+        }
+        atomic_write_json(temporary / "index.json", index)
 
 
 @dataclass(frozen=True, slots=True)

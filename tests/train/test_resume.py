@@ -1,0 +1,223 @@
+"""A run that is stopped, however, goes on as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.lm import load_model
+from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
+from anabranch.train.checkpoint import read_checkpoint
+
+TIMES = {"seconds", "tokens_per_second"}
+
+RESUME = """
+import sys, torch
+torch.set_num_threads(1)
+from anabranch.train import Trainer, read_run_config
+result = Trainer(read_run_config(sys.argv[1]), sys.argv[1], resume=True).fit()
+print(result.status, result.step)
+"""
+
+
+class Crash(Exception):  # noqa: N818
+    pass
+
+
+def crash_at(step, kind="checkpoint"):
+    def react(event):
+        if (event.kind, event.step) == (kind, step):
+            raise Crash
+
+    return react
+
+
+def metrics_of(out):
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in read_metrics(out)]
+
+
+def state_of(path):
+    """Everything in a checkpoint but how long it took."""
+    tables = {file.name: json.loads(file.read_text()) for file in path.glob("*.json")}
+    tables["trainer.json"]["progress"].pop("seconds")
+    return tables, {file.name: load_file(file) for file in path.glob("*.safetensors")}
+
+
+def assert_same_run(one, two):
+    assert metrics_of(one) == metrics_of(two)
+    (tables, tensors), (other_tables, other_tensors) = (state_of(checkpoints(out)[-1]) for out in (one, two))
+    assert tables == other_tables
+    for file, values in tensors.items():
+        assert values.keys() == other_tensors[file].keys()
+        assert [name for name in values if not torch.equal(values[name], other_tensors[file][name])] == []
+
+
+def test_a_new_process_goes_on_to_the_bit(tmp_path, make_run):
+    config = make_run()
+    Trainer(config, tmp_path / "straight").fit()
+    with pytest.raises(Crash):
+        Trainer(config, tmp_path / "resumed", on_event=crash_at(3)).fit()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RESUME, str(tmp_path / "resumed")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "finished 6\n"
+    assert len(read_metrics(tmp_path / "resumed")) == 8  # 6 steps, 2 evaluations: none twice
+    biases = load_file(checkpoints(tmp_path / "resumed")[-1] / "model.safetensors")
+    assert any(name.endswith("expert_bias") and tensor.abs().sum() > 0 for name, tensor in biases.items())
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_steps_after_the_checkpoint_are_done_again(tmp_path, make_run, token_mask_model):
+    config = make_run(token_mask_model, precision="bfloat16", accumulation=2)
+    Trainer(config, tmp_path / "straight").fit()
+    with pytest.raises(Crash):
+        Trainer(config, tmp_path / "resumed", on_event=crash_at(5, "step")).fit()
+    assert metrics_of(tmp_path / "resumed")[-1]["step"] == 5
+    Trainer(config, tmp_path / "resumed", resume=True).fit()
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_stopped_before_the_first_checkpoint(tmp_path, make_run):
+    config = make_run()
+    Trainer(config, tmp_path / "straight").fit()
+    with pytest.raises(Crash):
+        Trainer(config, tmp_path / "resumed", on_event=crash_at(2, "step")).fit()
+    Trainer(config, tmp_path / "resumed", resume=True).fit()
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, make_run):
+    first = Trainer(make_run(), tmp_path).fit()
+    before = metrics_of(tmp_path)
+    again = Trainer(make_run(), tmp_path, resume=True).fit()
+    assert (again.status, again.step, again.evaluation) == (first.status, first.step, first.evaluation)
+    assert again.checkpoint == first.checkpoint
+    assert metrics_of(tmp_path) == before
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, make_run):
+    Trainer(make_run(steps=3), tmp_path).fit()
+    result = Trainer(make_run(steps=5, log_every=2, eval_every=None), tmp_path, resume=True).fit()
+    assert (result.status, result.step) == ("finished", 5)
+    assert read_run_config(tmp_path).train.steps == 5
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 3, 4, 5]
+
+
+def test_another_config_is_refused_field_by_field(tmp_path, make_run, dense_model):
+    Trainer(make_run(steps=1), tmp_path).fit()
+    saved = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        Trainer(make_run(steps=9, learning_rate=0.5, clip=None), tmp_path, resume=True)
+    assert str(error.value).startswith(f"cannot resume {tmp_path} with another config: ")
+    assert "train.learning_rate was 0.01 and is now 0.5; train.clip was 1.0 and is now None;" in str(error.value)
+    assert "train.steps" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"model\.num_layers was 4 and is now 2"):
+        Trainer(make_run(dense_model), tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_bytes() == saved
+
+
+def test_moved_data_is_known_by_its_content(tmp_path, make_run, text_file):
+    config = make_run(steps=1)
+    Trainer(config, tmp_path / "run").fit()
+    moved = tmp_path / text_file.name
+    moved.write_bytes(text_file.read_bytes())
+
+    def with_paths(path):
+        corpus = config.data.corpus.replace(paths=(str(path),))
+        return config.replace(data=config.data.replace(corpus=corpus), train=config.train.replace(steps=2))
+
+    assert Trainer(with_paths(moved), tmp_path / "run", resume=True).fit().step == 2
+    moved.write_text("something else " * 200)
+    with pytest.raises(DataError, match="cannot resume the data: fingerprint was"):
+        Trainer(with_paths(moved), tmp_path / "run", resume=True)
+
+
+def test_damaged_checkpoints_are_named(tmp_path, make_run):
+    config = make_run(steps=1)
+    path = Trainer(config, tmp_path).fit().checkpoint
+    whole = (path / "optimizer.safetensors").read_bytes()
+    (path / "optimizer.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        CheckpointError, match=r"cannot read .*optimizer\.safetensors.* to go on from the checkpoint before"
+    ):
+        Trainer(config, tmp_path, resume=True)
+    (path / "trainer.json").write_text('{"schema": 99}')
+    with pytest.raises(CheckpointError, match=r"schema in .* is 99; this version reads 1 to 1"):
+        Trainer(config, tmp_path, resume=True)
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Trainer(config, tmp_path, resume=True)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, make_run):
+    Trainer(make_run(steps=1), tmp_path).fit()
+    for name in (".step-00000009.x1y2", ".step-00000001.old"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    Trainer(make_run(steps=2), tmp_path, resume=True).fit()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+# Trains in forked children of one process that has torch loaded, so that many can be killed in a short time. A child tells of
+# every checkpoint that it has finished; its parent kills it at a random moment after the first step.
+KILLED = """
+import os, random, signal, sys, time, torch
+torch.set_num_threads(1)
+from anabranch.train import Trainer, read_run_config
+out, rounds = sys.argv[1], int(sys.argv[2])
+draw = random.Random(0)
+config = read_run_config(out)
+for round in range(rounds + 1):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        tell = lambda event: os.write(writer, f"{event.kind} {event.step};".encode()) if event.kind in ("step", "checkpoint") else None
+        Trainer(config, out, resume=True, on_event=tell).fit()
+        os._exit(0)
+    os.close(writer)
+    told = os.read(reader, 65536).decode() if round < rounds else ""
+    if round < rounds:
+        time.sleep(draw.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+    while part := os.read(reader, 65536).decode():
+        told += part
+    status = os.waitpid(child, 0)[1]
+    print(status, told, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(10, 3), pytest.param(60, 20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_loses_no_checkpoint(tmp_path, make_run, steps, rounds):
+    config = make_run(steps=steps, checkpoint_every=1, eval_every=7)
+    Trainer(config, tmp_path / "straight").fit()
+    out = tmp_path / "killed"
+    out.mkdir()
+    config.save(out)
+    command = [sys.executable, "-c", KILLED, str(out), str(rounds)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    newest, statuses = 0, []
+    for line in process.stdout:
+        status, _, told = line.partition(" ")
+        statuses.append(int(status))
+        for event in filter(None, told.strip().split(";")):
+            kind, step = event.split()
+            assert int(step) > newest or statuses[-1] == 0 or kind == "step"
+            if kind == "step":
+                assert int(step) >= newest  # at most the steps since the last checkpoint are done again
+            else:
+                newest = int(step)
+        found = checkpoints(out)
+        if newest:
+            state, _ = read_checkpoint(found[-1])
+            assert state["step"] >= newest
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert statuses[0] == 9  # killed
+    assert statuses[-1] == 0
+    assert_same_run(tmp_path / "straight", out)
+    assert load_model(out)[0].config == config.model
