@@ -56,6 +56,7 @@ def one_line(found):
         ("study rexmoe --seeds one --out x", "--seeds is 'one'; write them as 0,1,2 or 0-4"),
         ("study rexmoe --judge-only --out x", "no finished run of study 'rexmoe' in x/rexmoe"),
         ("compare moe --out x", "there is 1 design to compare; name two or more"),
+        ("compare moe moe --out x", "design 'moe' is named twice; give the second another file name"),
         ("compare moe dens --out x", "no preset 'dens'; did you mean 'dense'?"),
     ],
 )

@@ -10,6 +10,7 @@ import typer
 
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import fact, print_json, quantity, say, size, table, wrote
+from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
     from anabranch.studies.compare import Row
@@ -43,7 +44,10 @@ def compare(
     configs = {}
     for design in designs:
         file = Path(design) if design.endswith(".toml") else None
-        configs[file.stem if file else design] = build_config(None if file else design, file, size_dial, settings)[1]
+        name = file.stem if file else design
+        if name in configs:
+            raise ConfigError(f"design {name!r} is named twice; give the second another file name")
+        configs[name] = build_config(None if file else design, file, size_dial, settings)[1]
     rows, outcome = run(
         configs,
         out,

@@ -73,7 +73,7 @@ class Size(Config):
 
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`, for part of the work or another machine."""
-    size = Size().replace(**changes) if full else Size(num_layers=4, steps=80).replace(**changes)
+    size = Size().replace(**changes) if full else Size(num_layers=4, steps=64).replace(**changes)
     chosen = arms(size)
     return Study(
         name="rexmoe",
