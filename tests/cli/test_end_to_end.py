@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import shutil
@@ -73,11 +74,12 @@ def test_eval_of_a_run_reads_its_own_held_out_text(trained, here):
     assert found["sequence_length"] == 32
 
 
-def test_generate_gives_what_the_library_gives(trained, cli):
+def test_generate_gives_what_the_library_gives(trained, here):
     folder, _ = trained
     options = ["--prompt", "def ", "--max-tokens", 12, "--temperature", 0.8, "--seed", 3, "--json"]
-    done = cli("generate", folder, *options)
-    found = json.loads(done.stdout)
+    code, out, _ = here("generate", folder, *options)
+    assert code == 0
+    found = json.loads(out)
     model, tokenizer = load_model(folder)
     assert isinstance(tokenizer, ByteTokenizer)
     sampling = SamplingConfig(max_tokens=12, temperature=0.8, seed=3, stop=tokenizer.stop_ids)
@@ -155,11 +157,14 @@ def test_chat_answers_one_message(trained, here):
     assert [message["role"] for message in found["messages"]] == ["user", "assistant"]
 
 
-def test_chat_reads_lines_until_quit(trained, cli):
+def test_chat_reads_lines_until_quit(trained, here, monkeypatch):
     folder, _ = trained
-    done = cli("chat", folder, "--max-tokens", 3, input="hello\n/reset\n\nagain\n/quit\nnever\n")
-    assert done.returncode == 0
-    assert done.stderr == ""
+    lines = io.StringIO("hello\n/reset\n\nagain\n/quit\nnever\n")
+    monkeypatch.setattr("sys.stdin", lines)
+    code, out, err = here("chat", folder, "--max-tokens", 3, "--temperature", 0)
+    assert (code, err) == (0, "")
+    assert lines.read() == "never\n"
+    assert out  # two answers, of bytes that may be anything
 
 
 def test_resume_ends_where_an_uninterrupted_run_does(trained, cli, work, tiny, data):
