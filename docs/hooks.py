@@ -169,3 +169,41 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_cell, value))
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+# README
+
+
+README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+README_CASES = re.compile(r"training|decode|T=1 .*forward|memory|step")
+
+
+def readme_with_figures(text: str) -> str:
+    """The README with its figures taken from the records. ``python docs/hooks.py`` writes it; a test finds it stale."""
+    return README_MARK.sub(lambda found: found[1] + readme_figures() + found[2], text)
+
+
+def readme_figures() -> str:
+    """The verdicts of all studies and the cases of all benchmarks that have a bar to reach, as two tables."""
+    studies = [json.loads(path.read_text(encoding="utf-8")) for path in _records("studies")]
+    claims = [{"study": recorded["name"], **claim} for recorded in studies for claim in recorded["claims"]]
+    columns = {"Study": "study", "Claim": "claim", "Difference": "difference", "95% interval": "interval"}
+    text = _table(columns | {"Verdict": "verdict"}, claims) if claims else ""
+    benchmarks = [json.loads(path.read_text(encoding="utf-8")) for path in _records("benchmarks")]
+    rows = [
+        {"benchmark": recorded["name"], **row}
+        for recorded in benchmarks
+        for row in recorded["rows"]
+        if README_CASES.search(row["case"])
+    ]
+    columns = {"Benchmark": "benchmark", "Case": "case", "Against": "peer_name", "Ratio": "ratio", "Spread": "spread"}
+    return text + ("\n" + _table(columns, rows) if rows else "")
+
+
+def _records(folder: str) -> list[Path]:
+    return sorted((ROOT / folder / "results").glob("*.json"))
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with_figures(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import textwrap
@@ -290,3 +291,23 @@ def test_api_pages_cover_the_package():
     assert "::: anabranch.routing\n" in pages["api/routing.md"]
     assert "::: anabranch.errors\n" in pages["api/errors.md"]
     assert not [path for path in pages if "_" in path.removeprefix("api/")[:1]]
+
+
+def test_readme_shows_the_recorded_figures():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert hooks.readme_with_figures(text) == text, "the README is stale: run python docs/hooks.py"
+
+
+def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
+    for folder in ("studies", "benchmarks"):
+        (tmp_path / folder / "results").mkdir(parents=True)
+    claim = {"claim": "a beats b", "difference": -0.0123, "interval": [-0.02, -0.01], "verdict": "holds"}
+    (tmp_path / "studies" / "results" / "s.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
+    rows = [{"case": f"{mode} x", "peer_name": "p", "ratio": 1.5, "spread": 0.1} for mode in ("training", "prefill")]
+    (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
+    assert "| s | a beats b | -0.0123 | -0.02 to -0.01 | holds |" in shown
+    assert "| b | training x | p | 1.5 | 0.1 |" in shown
+    assert "prefill" not in shown
+    assert "stale" not in shown
