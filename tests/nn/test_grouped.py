@@ -197,6 +197,16 @@ def test_compiles_whole_and_gives_the_same():
     assert_near(run(compiled, *case), run(layer, *case), 1e-6)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_meta_tensors_have_shapes_and_no_work(learns):
+    x, routing, w13, w2 = make(n=6)
+    plan = plan_dispatch(Routing(*(t.to("meta") for t in (routing.index_NK, routing.weight_NK, routing.score_NE))))
+    x, weight, w13, w2 = (t.to("meta").requires_grad_(learns) for t in (x, routing.weight_NK, w13, w2))
+    y = expert_mlp(x, plan, weight, w13, w2)
+    assert y.is_meta
+    assert y.shape == x.shape
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_operator_registration_is_sound(backend, keep):

@@ -66,18 +66,20 @@ def expert_mlp(
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
-    if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
+    if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and aligned:
         backend = "grouped_mm"  # a GPU wants one launch for all experts
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, weight_NK, w13_EFD, w2_EDF))
     on_input = weight_on == "input"
     with torch.autocast(device, enabled=False):
         if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
             arguments = (x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
-            if not torch.is_grad_enabled() and type(x_ND) is Tensor and not torch.compiler.is_compiling():
+            if not learns and type(x_ND) is Tensor and device != "meta" and not torch.compiler.is_compiling():
                 return _forward(*arguments, False)[0]  # what the operator does, without the cost of dispatching it
-            return _expert_mlp(*arguments, not recompute and torch.is_grad_enabled())[0]
+            return _expert_mlp(*arguments, learns and not recompute)[0]
         plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": _reference}[backend]
         inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
-        if recompute and torch.is_grad_enabled():
+        if recompute and learns:
             return checkpoint(plain, *inputs, use_reentrant=False)
         return plain(*inputs)
 

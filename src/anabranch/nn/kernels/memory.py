@@ -18,7 +18,7 @@ from anabranch.nn.kernels import load
 
 __all__ = ["empty_gradient", "release"]
 
-LARGE = 8 << 20  # bytes; below, the system's allocator reuses memory by itself
+LARGE = 4 << 20  # bytes; below, rounding to huge pages would waste more than it saves
 HUGE_PAGE = 2 << 20
 
 _free: dict[int, list[mmap.mmap]] = {}
