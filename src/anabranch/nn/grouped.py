@@ -64,7 +64,7 @@ def expert_mlp(
         BackendError: ``native`` was asked for and cannot be had; the message says why.
     """
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
-    device = x_ND.device.type
+    device = "cpu" if x_ND.is_meta else x_ND.device.type  # autocast knows no meta device
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
     aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
     if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and aligned:
@@ -74,7 +74,7 @@ def expert_mlp(
     with torch.autocast(device, enabled=False):
         if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
             arguments = (x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
-            if not learns and type(x_ND) is Tensor and device != "meta" and not torch.compiler.is_compiling():
+            if not learns and type(x_ND) is Tensor and not x_ND.is_meta and not torch.compiler.is_compiling():
                 return _forward(*arguments, False)[0]  # what the operator does, without the cost of dispatching it
             return _expert_mlp(*arguments, learns and not recompute)[0]
         plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": _reference}[backend]
