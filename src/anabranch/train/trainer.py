@@ -201,6 +201,7 @@ class Trainer:
             done = self._progress.step >= self._settings.steps
             if done and not self._is_evaluated():
                 self._evaluate()
+                self._checkpoint = None  # one of this step, if there is one, lacks the evaluation
             self._save()
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
@@ -275,7 +276,8 @@ class Trainer:
                 self._write({**record, "seconds": progress.seconds, "tokens_per_second": rate})
                 logged_step, logged_seconds = progress.step, progress.seconds
             self._emit("step", self._values(step) | {"tokens_per_second": rate})
-            if _is_due(progress.step, settings.eval_every):
+            # The last evaluation comes before the last checkpoint, so that it is in it and is not repeated by a resumed run.
+            if _is_due(progress.step, settings.eval_every) or progress.step == settings.steps:
                 self._evaluate()
             if _is_due(progress.step, settings.checkpoint_every):
                 self._save()
