@@ -7,7 +7,7 @@ import textwrap
 
 SCRIPT = textwrap.dedent(
     """
-    import sys, torch, torch.distributed as dist
+    import sys, time, torch, torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     from anabranch.errors import ConfigError
@@ -103,6 +103,7 @@ SCRIPT = textwrap.dedent(
     trains_beside_data_parallel()
     refuses_what_does_not_divide()
     dist.barrier()
+    time.sleep(0.2)  # threads of gloo may still want the interpreter's lock, and the end would wait for them holding it
     dist.destroy_process_group()
     """
 )
