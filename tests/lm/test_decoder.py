@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.config import from_dict, to_dict
+from anabranch.config import configclass, from_dict, to_dict
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, MoE, Rotary, SwiGLU
+from anabranch.nn import Attention, FeedForward, MoE, Rotary, SwiGLU
+from anabranch.nn.context import Count
 from anabranch.routing import BiasBalancer, ExpertChoice, LinearScore, Router, SwitchLoss, TopK, ZLoss
 from anabranch.routing.balance import LoadCounter
 
@@ -334,3 +335,41 @@ def test_expert_choice_trains_but_cannot_generate():
 def test_messages(fields, message):
     with pytest.raises(ConfigError, match=message):
         config(**fields)
+
+
+class _Relay(FeedForward, kind="relay"):
+    """Hands a tensor to the layer above, as a recurrent router does."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        def count(self, context):
+            return Count.dense(context.dim**2)
+
+    def __init__(self, config, context):
+        super().__init__()
+        self.config = config
+        self.weight = context.linear(context.dim, context.dim)
+
+    def forward(self, x_BLD, context):
+        state_BLD = self.weight(x_BLD) + context.carry.get("relay", 0.0)
+        context.carry["relay"] = torch.tanh(state_BLD)
+        return context.carry["relay"]
+
+
+def test_what_layers_carry_upwards_survives_activation_recompute():
+    model = Decoder.Config(
+        vocab_size=11, dim=8, num_layers=3, attention=Attention.Config(num_heads=2), feed_forward=_Relay.Config()
+    ).build()
+    token_BL = torch.arange(10).view(2, 5)
+    plain = model(token_BL, token_BL).loss
+    plain.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.recompute = True
+    again = model(token_BL, token_BL).loss
+    again.backward()
+    assert torch.equal(again, plain)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    first = model.blocks[0].feed_forward.weight.weight
+    assert first.grad.abs().sum() > 0

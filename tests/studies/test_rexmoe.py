@@ -81,6 +81,11 @@ def test_arms_share_one_budget():
     rest = {name: to_dict(arm.config) for name, arm in made.items()}
     for config in rest.values():
         config["model"].pop("feed_forward")
+    for name, config in rest.items():
+        if name.endswith(("-slow", "-fast")):
+            factor = 0.5 if name.endswith("-slow") else 2.0
+            assert config["train"].pop("learning_rate") == factor * rest["vanilla"]["train"]["learning_rate"]
+            config["train"]["learning_rate"] = rest["vanilla"]["train"]["learning_rate"]
     assert all(config == rest["vanilla"] for config in rest.values())
 
 
@@ -93,6 +98,8 @@ def test_arms_differ_as_they_are_named():
     assert (made["mask2"].reuse, made["mask2"].psr.as_reuse) == (1, 2)
     assert (made["fine2"].num_experts, made["fine2"].hidden_dim, made["fine2"].places) == (16, 64, 4)
     assert made["collapse"].reuse == 6
+    assert (made["psr2-norm"].router.select.normalize, made["psr2"].router.select.normalize) == ("sum", "none")
+    assert made["psr2-norm"].replace(router=made["psr2"].router) == made["psr2"]
     assert not isinstance(made["vanilla"], ReXMoE.Config)
     for feed_forward in made.values():
         assert feed_forward.router.select.normalize == "none"  # the paper's raw gates

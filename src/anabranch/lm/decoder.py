@@ -61,7 +61,7 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """x_BLD of the next layer."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context)
-        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD), context)
+        return self.feed_forward.add_to(x_BLD, self.feed_forward_norm, context)
 
 
 class Decoder(Part, nn.Module):
@@ -267,13 +267,13 @@ class Decoder(Part, nn.Module):
 
 
 def _recomputed(block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
-    """Run ``block`` without keeping its activations. What it emits comes back as outputs, so it is counted once."""
+    """Run ``block`` without keeping its activations. What it emits and carries on comes back as outputs, so it is counted once."""
 
-    def run(x_BLD: Tensor) -> tuple[Any, ...]:
-        local = context.fork()
-        return block(x_BLD, local), *local.collected()
+    def run(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
+        local = context.fork(carry)
+        return block(x_BLD, local), local.carry, *local.collected()
 
-    y_BLD, *collected = checkpoint(run, x_BLD, use_reentrant=False)
+    y_BLD, context.carry, *collected = checkpoint(run, x_BLD, dict(context.carry), use_reentrant=False)
     context.merge(*collected)
     return y_BLD
 

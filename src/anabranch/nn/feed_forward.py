@@ -28,6 +28,13 @@ class FeedForward(Part, nn.Module, family="feed_forward"):
         """y_BLD."""
         raise NotImplementedError  # abstract
 
+    def add_to(self, x_BLD: Tensor, norm: nn.Module, context: ForwardContext) -> Tensor:
+        """The residual stream after this layer: x + f(norm(x)).
+
+        A design that loops or needs the stream itself overrides this; ``norm`` is the block's, which such a design may use more than once.
+        """
+        return x_BLD + self(norm(x_BLD), context)
+
 
 class SwiGLU(FeedForward, kind="swiglu"):
     """W2 (silu(W1 x) * W3 x). W1 (gate) and W3 (up) are one matrix ``[2F, D]``, gate rows first."""

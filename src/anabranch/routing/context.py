@@ -39,7 +39,9 @@ class RoutingContext:
         loads: emitted (balancer, load_E, open_E) triples.
         parts: emitted (loss over layers, its part of one layer) pairs.
         metrics: emitted numbers to log, by name, one entry per layer that emitted it.
-        state: what a design carries between layers or calls, by a name of its own (recurrent router state, masks).
+        carry: tensors that a layer hands to the layers above it, by name (the state of a recurrent router). Replace entries, never
+            write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
+        state: what a caller gives to designs and recorders, by a name of its own.
         memo: see `once`.
     """
 
@@ -50,6 +52,7 @@ class RoutingContext:
     loads: list[tuple[LoadSink, Tensor, Tensor | None]] = field(default_factory=list)
     parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     memo: dict[int, Any] = field(default_factory=dict)
 
@@ -78,9 +81,10 @@ class RoutingContext:
         """Add a number of one layer that is worth logging; nothing is differentiated through it."""
         self.metrics.setdefault(name, []).append(value.detach())
 
-    def fork(self) -> Self:
-        """A context that sees the same state but collects on its own."""
-        return replace(self, losses={}, loads=[], parts=[], metrics={})
+    def fork(self, carry: dict[str, Tensor] | None = None) -> Self:
+        """A context that sees the same state but collects on its own; it goes on from ``carry`` (default: what ours carries)."""
+        carry = self.carry if carry is None else carry
+        return replace(self, losses={}, loads=[], parts=[], metrics={}, carry=dict(carry))
 
     def collected(self) -> tuple[dict, list, list, dict]:
         """All that was emitted, for `merge`."""

@@ -18,6 +18,9 @@ Arms, all with the same experts in number and width, the same tokens in the same
     upper2    vanilla with 2 N full experts: twice the expert parameters, for scale only
     collapse  r = all layers, where the paper sees collapse
 
+and of vanilla, reuse2 and psr2 also ``-slow`` and ``-fast`` (half and twice the learning rate: is the shared one fair to each?) and
+``-norm`` (gates renormalised to sum 1, which is worth more than most designs at this size).
+
 The rule, fixed before any run. Every claim is a paired difference over the seeds that both arms have, with its 95% t-interval. "ours is
 better" holds if the whole interval of ours - baseline in bits per byte lies below 0, does not hold if it lies above 0, and is
 not resolved otherwise or with fewer than two seeds. "Not worse" in balance holds if the interval of the difference in MaxVio_pool lies
@@ -41,6 +44,7 @@ from anabranch.train import RunConfig
 
 NOT_WORSE = 0.1  # MaxVio_pool that may be lost
 MAIN = ("vanilla", "reuse2", "psr2", "reuse4", "psr4", "mask2", "local2", "fine2")
+TUNED = ("vanilla", "reuse2", "psr2")
 SMOKE = ("vanilla", "reuse2", "psr2", "mask2")
 
 COLUMNS = (
@@ -110,7 +114,20 @@ def arms(size: Size) -> dict[str, Arm]:
         _arm(size, "upper2", "plain, 2x full experts", _plain(size, extra=2)),
         _arm(size, "collapse", f"reuse {r} (all layers), no PSR", _reuse(size, r)),
     ]
-    return {arm.name: arm for arm in made}
+    variants = [variant for arm in made if arm.name in TUNED for variant in _variants(size, arm)]
+    return {arm.name: arm for arm in [*made, *variants]}
+
+
+def _variants(size: Size, arm: Arm) -> list[Arm]:
+    """An arm at other learning rates, and with renormalised gates."""
+    feed_forward = arm.config.model.feed_forward
+    router = feed_forward.router.replace(select=TopK.Config(top_k=size.top_k, normalize="sum"))
+    slow, fast = (size.replace(learning_rate=size.learning_rate * factor) for factor in (0.5, 2.0))
+    return [
+        _arm(slow, f"{arm.name}-slow", f"{arm.about}, half the learning rate", feed_forward),
+        _arm(fast, f"{arm.name}-fast", f"{arm.about}, twice the learning rate", feed_forward),
+        _arm(size, f"{arm.name}-norm", f"{arm.about}, gates renormalised", feed_forward.replace(router=router)),
+    ]
 
 
 def _plain(size: Size, split: int = 1, extra: int = 1) -> MoE.Config:
