@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from anabranch.errors import ConfigError
-from anabranch.nn.grouped import reference_expert_mlp
+from anabranch.nn.grouped import BACKENDS, reference_expert_mlp
 from anabranch.nn.pool import ExpertPool
+from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
@@ -83,3 +84,89 @@ def test_recompute_gives_the_same_gradients():
 def test_says_what_size_is_wrong():
     with pytest.raises(ConfigError, match="hidden_dim is 0; it must be at least 1"):
         ExpertPool(4, 8, 0)
+
+
+def two_calls(pool, x, context):
+    """A forward pass in which two layers use one pool."""
+    first, second = routing_of(len(x), pool.num_experts, 2, seed=1), routing_of(len(x), pool.num_experts, 1, seed=2)
+    return pool(x + pool(x, first, context=context), second, context=context)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_a_shared_pool_gather_in_place(backend, recompute):
+    options = {"init_std": 0.5, "backend": backend, "recompute": recompute}
+    pools = [
+        ExpertPool(5, 16, 32, is_shared=shared, generator=torch.Generator().manual_seed(0), **options)
+        for shared in (False, True)
+    ]
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    results = []
+    for pool in pools:
+        y = two_calls(pool, x, RoutingContext())
+        inputs = (x, pool.w13, pool.w2)
+        twice = [torch.autograd.grad(y.square().sum(), inputs, retain_graph=True) for _ in "ab"]
+        for again, once in zip(*twice, strict=True):
+            assert torch.equal(again, once)  # nothing is left over from the first
+        results.append((y, *twice[0]))
+    for shared, plain in zip(*results, strict=True):
+        torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_shared_pool_holds_one_gradient_of_its_size(backend):
+    pool = ExpertPool(5, 16, 32, is_shared=True, backend=backend)
+    context = RoutingContext()
+    y = two_calls(pool, torch.randn(40, 16), context)
+    sums = context.once(pool, lambda: None)[0]
+    seen = []
+    hook = sums.take
+
+    def take():
+        seen.extend(gradient.data_ptr() for gradient in sums.held)
+        return hook()
+
+    sums.take = take
+    y.sum().backward()
+    assert seen == [pool.w13.grad.data_ptr(), pool.w2.grad.data_ptr()]  # the sums themselves, no copies
+    assert sums.held is None
+
+
+def test_a_shared_pool_under_autocast_gathers_in_the_dtype_of_its_weights():
+    pools = [
+        ExpertPool(5, 16, 32, init_std=0.5, is_shared=s, generator=torch.Generator().manual_seed(0)) for s in (0, 1)
+    ]
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    for pool in pools:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = two_calls(pool, x, RoutingContext())
+        y.float().square().sum().backward()
+    assert pools[1].w13.grad.dtype == torch.float32
+    torch.testing.assert_close(pools[1].w13.grad, pools[0].w13.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pools[1].w2.grad, pools[0].w2.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_pool_that_is_partly_or_wholly_frozen():
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    pool = ExpertPool(3, 8, 6, init_std=0.5, is_shared=True, generator=torch.Generator().manual_seed(0))
+    two_calls(pool, x, RoutingContext()).sum().backward()
+    whole, of_x = pool.w2.grad.clone(), x.grad.clone()
+    for frozen in (["w13"], ["w13", "w2"]):
+        pool.zero_grad()
+        x.grad = None
+        for name in ("w13", "w2"):
+            getattr(pool, name).requires_grad_(name not in frozen)
+        two_calls(pool, x, RoutingContext()).sum().backward()
+        assert pool.w13.grad is None
+        torch.testing.assert_close(x.grad, of_x)
+        if "w2" not in frozen:
+            torch.testing.assert_close(pool.w2.grad, whole)
+
+
+def test_asking_for_one_gradient_of_a_shared_pool():
+    pool = ExpertPool(3, 8, 6, init_std=0.5, is_shared=True, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    both = torch.autograd.grad(two_calls(pool, x, RoutingContext()).sum(), (pool.w13, pool.w2))
+    for weight, expected in zip((pool.w13, pool.w2), both, strict=True):
+        (only,) = torch.autograd.grad(two_calls(pool, x, RoutingContext()).sum(), (weight,))
+        torch.testing.assert_close(only, expected)

@@ -254,8 +254,9 @@ def _pool(config: Any, context: BuildContext, group: Group) -> ExpertPool | None
         logger.warning(
             "reuse is %d; above 4 many experts may go idle (arXiv 2510.17483), watch idle_fraction", config.reuse
         )
-    name = f"experts_{group.number}"
-    return context.share(name, functools.partial(make_pool, config, context, group.size * config.num_experts))
+    num_experts = group.size * config.num_experts
+    make = functools.partial(make_pool, config, context, num_experts, is_shared=group.size > 1)
+    return context.share(f"experts_{group.number}", make)
 
 
 def _candidates(config: Any, context: BuildContext, group: Group) -> ProgressiveScaling | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.pool import ExpertPool
+from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, plan_dispatch
 
@@ -55,7 +56,7 @@ class ExpertParallel(nn.Module):
             )
         self.num_experts = pool.num_experts
         local = pool.num_experts // self.size
-        options = {"recompute": pool.recompute, "backend": pool.backend}
+        options = {"recompute": pool.recompute, "backend": pool.backend, "is_shared": pool.is_shared}
         self.experts = ExpertPool(local, pool.dim, pool.hidden_dim, device="meta", **options)  # type: ignore[arg-type]
         for name in ("w13", "w2"):
             kept = getattr(pool, name).detach()[rank * local : (rank + 1) * local].clone()
@@ -64,7 +65,14 @@ class ExpertParallel(nn.Module):
                 weight.register_hook(lambda gradient: gradient / self.size)
             setattr(self.experts, name, weight)
 
-    def forward(self, x_ND: Tensor, routing: Routing, *, weight_on: Literal["output", "input"] = "output") -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        *,
+        weight_on: Literal["output", "input"] = "output",
+        context: RoutingContext | None = None,
+    ) -> Tensor:
         """y_ND: each item's experts, weighted and summed, wherever they are."""
         plan = plan_dispatch(routing)
         device = x_ND.device.type
@@ -80,7 +88,9 @@ class ExpertParallel(nn.Module):
         send, receive = send_PL.sum(1).tolist(), receive_PL.sum(1).tolist()
 
         rows_MD = _Exchange.apply(rows_RD, send, receive, self.group)
-        y_RD = _Exchange.apply(self.experts(rows_MD, _local_routing(receive_PL)), receive, send, self.group)
+        y_RD = _Exchange.apply(
+            self.experts(rows_MD, _local_routing(receive_PL), context=context), receive, send, self.group
+        )
 
         y_RD = F.pad(y_RD, (0, 0, 0, plan.place_R.shape[0] - place_R.shape[0]))
         return combine(y_RD, plan, None if weight_on == "input" else routing.weight_NK)

@@ -126,7 +126,7 @@ class MoE(FeedForward, kind="moe"):
         routing = self.router(x_ND, context)
         if self.config.capacity_factor is not None and context.training:
             routing = self._limit(routing, context)
-        y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on)
+        y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on, context=context)
         if self.shared is not None:
             shared_ND = self.shared(x_ND)
             if self.shared_gate is not None:
@@ -145,7 +145,7 @@ class MoE(FeedForward, kind="moe"):
         return limited
 
 
-def make_pool(config: Any, context: BuildContext, num_experts: int) -> ExpertPool:
+def make_pool(config: Any, context: BuildContext, num_experts: int, *, is_shared: bool = False) -> ExpertPool:
     """The pool of ``num_experts`` experts as ``config`` describes them."""
     return ExpertPool(
         num_experts,
@@ -156,4 +156,5 @@ def make_pool(config: Any, context: BuildContext, num_experts: int) -> ExpertPoo
         generator=context.generator,
         recompute=config.recompute,
         backend=config.backend,
+        is_shared=is_shared,
     )

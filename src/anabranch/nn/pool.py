@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.operator import GradientSums, gather_gradients
+from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
@@ -32,6 +34,7 @@ class ExpertPool(nn.Module):
         generator: source of the initial weights; the default generator if None.
         recompute: keep nothing of the forward pass; the backward pass repeats the first matmul (see `expert_mlp`).
         backend: how to compute, see `anabranch.nn.grouped`.
+        is_shared: several layers of a model use this pool; their gradients then add up in place.
 
     Attributes:
         w13: parameter [E, 2F, D], gate rows, then up rows.
@@ -52,6 +55,7 @@ class ExpertPool(nn.Module):
         generator: torch.Generator | None = None,
         recompute: bool = False,
         backend: str = "auto",
+        is_shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -61,6 +65,7 @@ class ExpertPool(nn.Module):
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         self.recompute = recompute
         self.backend = backend
+        self.is_shared = is_shared
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
@@ -100,18 +105,34 @@ class ExpertPool(nn.Module):
         pool.w2 = nn.Parameter(w2_DF.detach().expand(num_experts, -1, -1).clone())
         return pool
 
-    def forward(self, x_ND: Tensor, routing: Routing, *, weight_on: Literal["output", "input"] = "output") -> Tensor:
-        """y_ND: each item's experts, weighted and summed."""
+    def forward(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        *,
+        weight_on: Literal["output", "input"] = "output",
+        context: RoutingContext | None = None,
+    ) -> Tensor:
+        """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
+        sums, w13_EFD, w2_EDF = self._weights(context)
         return expert_mlp(
             x_ND,
             plan_dispatch(routing),
             routing.weight_NK,
-            self.w13,
-            self.w2,
+            w13_EFD,
+            w2_EDF,
             weight_on=weight_on,
             backend=self.backend,
             recompute=self.recompute,
+            sums=sums,
         )
+
+    def _weights(self, context: RoutingContext | None) -> tuple[GradientSums | None, Tensor, Tensor]:
+        """The weights; those of a shared pool once per forward pass, with a place where their gradients gather."""
+        learns = torch.is_grad_enabled() and self.w13.requires_grad and self.w2.requires_grad
+        if not self.is_shared or context is None or not learns or torch.compiler.is_compiling():
+            return None, self.w13, self.w2
+        return context.once(self, lambda: gather_gradients(self.w13, self.w2))
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

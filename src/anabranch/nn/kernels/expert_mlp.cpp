@@ -373,13 +373,18 @@ inline void write(bf16* p, const float* out, int vectors, bool around) {
   for (int v = 0; v < vectors; ++v) store(p + v * VL, load(out + v * VL));
 }
 
-// to[M][columns first..last] = sum over rows of left(row)[M] right(row)[columns]: the gradient of one expert's matrix.
+// to[M][columns first..last] (+)= sum over rows of left(row)[M] right(row)[columns]: the gradient of one expert's matrix.
 template <class P, class W, class Left, class Right, class Scale>
-void accumulate(Scratch& scratch, int rows, int M, int columns, int first, int last, W* to, bool around, Left left,
+void accumulate(Scratch& scratch, int rows, int M, int columns, int first, int last, W* to, bool add, bool around, Left left,
                 Right right, Scale scale) {
   alignas(64) float out[MR * NR];
+  auto finish = [&](int64_t i, int64_t j, float* row, int vectors) {
+    W* place = to + i * columns + j;
+    for (int v = 0; v < vectors && add; ++v) store(row + v * VL, load(row + v * VL) + load(place + v * VL));
+    write(place, row, vectors, around);
+  };
   int steps = (rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS, step_rows = ((rows + steps - 1) / steps + 1) / 2 * 2;
-  around = around && (uintptr_t)to % 64 == 0 && columns % NR == 0 && first % NR == 0;
+  around = around && !add && (uintptr_t)to % 64 == 0 && columns % NR == 0 && first % NR == 0;
   auto* a = scratch.get<typename P::elem>(LEFT, (int64_t)step_rows * M);
   auto* panel = scratch.get<typename P::elem>(PANEL, (int64_t)step_rows * std::max(NR, rows <= FEW ? last - first : 0));
   auto* sum = scratch.get<float>(SUM, steps > 1 ? (int64_t)M * (last - first) : 0);
@@ -392,7 +397,7 @@ void accumulate(Scratch& scratch, int rows, int M, int columns, int first, int l
         for (int j = first; j < last; j += NR) {
           int m = std::min(MR, M - i), vectors = std::min(2, (last - j) / VL);
           tile_any<P, 1>(m, vectors, a + i, M, panel + j - first, last - first, depth, out, NR, false);
-          for (int r = 0; r < m; ++r) write(to + (int64_t)(i + r) * columns + j, out + r * NR, vectors, around);
+          for (int r = 0; r < m; ++r) finish(i + r, j, out + r * NR, vectors);
         }
       return;
     }
@@ -409,7 +414,7 @@ void accumulate(Scratch& scratch, int rows, int M, int columns, int first, int l
           if (step + 1 < steps)
             memcpy(partial, row, vectors * VL * sizeof(float));
           else
-            write(to + (int64_t)(i + r) * columns + j, row, vectors, around);
+            finish(i + r, j, row, vectors);
         }
       }
     }
@@ -615,18 +620,18 @@ struct Experts : Layer {
   // Phase 2: a range of columns of one expert's dw13 or dw2.
   template <class P>
   void gradient_block(Scratch& scratch, const Task& t, bool first_matrix, int part, int parts, const X* dy, const X* dz,
-                      const X* act, W* dw13, W* dw2) const {
+                      const X* act, W* dw13, W* dw2, bool add) const {
     int64_t columns = first_matrix ? D : F, vectors = columns / VL;
     int from = (int)(vectors * part / parts) * VL, to = (int)(vectors * (part + 1) / parts) * VL;
     bool around = E * D * F * 3 * (int64_t)sizeof(W) > LARGE;
     if (first_matrix)
       accumulate<P>(
-          scratch, t.rows, 2 * F, D, from, to, dw13 + t.expert * 2 * F * D, around,
+          scratch, t.rows, 2 * F, D, from, to, dw13 + t.expert * 2 * F * D, add, around,
           [&](int k) { return dz + (int64_t)(t.begin + k) * 2 * F; }, [&](int k) { return x + item(t.begin + k) * D; },
           [&](int k) { return on_input ? weight_of(t.begin + k) : 1.f; });
     else
       accumulate<P>(
-          scratch, t.rows, D, F, from, to, dw2 + t.expert * D * F, around,
+          scratch, t.rows, D, F, from, to, dw2 + t.expert * D * F, add, around,
           [&](int k) { return dy + item(t.begin + k) * D; }, [&](int k) { return act + (int64_t)(t.begin + k) * F; },
           [](int) { return 1.f; });
   }
@@ -656,7 +661,7 @@ struct Experts : Layer {
     return 0;
   }
 
-  int backward(const X* dy, const X* z, X* dx, float* dweight, W* dw13, W* dw2) const {
+  int backward(const X* dy, const X* z, X* dx, float* dweight, W* dw13, W* dw2, bool add) const {
     int64_t R = offset[E - 1];
     bool need_rows = dx || on_input;
     Workspace workspace(R * (3 * F + (need_rows ? D : 0)) * sizeof(X));
@@ -667,8 +672,8 @@ struct Experts : Layer {
     int active = 0;
     for (int e = 0; e < E; ++e) active += rows(e) > 0;
     int parts = std::max(1, 2 * threads / std::max(1, active));
-    if (dw13) advise(dw13, E * 2 * F * D * sizeof(W));
-    if (dw2) advise(dw2, E * D * F * sizeof(W));
+    if (dw13 && !add) advise(dw13, E * 2 * F * D * sizeof(W));
+    if (dw2 && !add) advise(dw2, E * D * F * sizeof(W));
     memset(dweight, 0, N * K * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
@@ -686,12 +691,13 @@ struct Experts : Layer {
         Task t{e, begin(e), rows(e)};
         if (first_matrix ? !dw13 : !dw2) continue;
         if (t.rows == 0) {
+          if (add) continue;
           if (part == 0 && first_matrix) memset((void*)(dw13 + e * 2 * F * D), 0, 2 * F * D * sizeof(W));
           if (part == 0 && !first_matrix) memset((void*)(dw2 + e * D * F), 0, D * F * sizeof(W));
         } else if (t.rows <= FEW) {
-          gradient_block<Plain>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2);
+          gradient_block<Plain>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
         } else {
-          gradient_block<Big>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2);
+          gradient_block<Big>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
         }
       }
       if (dx)
@@ -731,13 +737,13 @@ extern "C" int anabranch_expert_forward(int types, const void* x, const int64_t*
 extern "C" int anabranch_expert_backward(int types, const void* dy, const void* x, const int64_t* place,
                                          const int32_t* offset, const float* weight, const void* w13, const void* w2,
                                          const void* z, void* dx, float* dweight, void* dw13, void* dw2, int64_t N,
-                                         int64_t E, int64_t K, int64_t D, int64_t F, int on_input, int threads) {
+                                         int64_t E, int64_t K, int64_t D, int64_t F, int on_input, int threads, int add) {
   Layer layer{place, offset, weight, N, E, K, D, F, on_input != 0, threads};
   return dispatch_types(types, [&](auto* item, auto* matrix) {
     using X = std::remove_pointer_t<decltype(item)>;
     using W = std::remove_pointer_t<decltype(matrix)>;
     Experts<X, W> experts{layer, (const X*)x, (const W*)w13, (const W*)w2};
-    return experts.backward((const X*)dy, (const X*)z, (X*)dx, dweight, (W*)dw13, (W*)dw2);
+    return experts.backward((const X*)dy, (const X*)z, (X*)dx, dweight, (W*)dw13, (W*)dw2, add != 0);
   });
 }
 

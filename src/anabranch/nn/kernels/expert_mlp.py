@@ -68,16 +68,21 @@ def backward(
     need_x: bool,
     need_w13: bool,
     need_w2: bool,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, w13, w2; empty where not needed."""
+    """Gradients of x, weight, w13, w2; empty where not needed. ``sums`` are contiguous gradients of w13 and w2 to add to."""
     weight_NK32 = weight_NK.to(torch.float32)
     operands = _contiguous(dy_ND.to(dtype), x_ND.to(dtype), place_R, offset_E, weight_NK32, w13_EFD, w2_EDF, z_R2F)
     dx_ND = torch.empty(x_ND.shape if need_x else 0, dtype=dtype)
     dweight_NK = torch.empty(weight_NK.shape, dtype=torch.float32)
-    dw13_EFD = empty_gradient(w13_EFD) if need_w13 else w13_EFD.new_empty(0)
-    dw2_EDF = empty_gradient(w2_EDF) if need_w2 else w2_EDF.new_empty(0)
+    if sums is None:
+        dw13_EFD = empty_gradient(w13_EFD) if need_w13 else w13_EFD.new_empty(0)
+        dw2_EDF = empty_gradient(w2_EDF) if need_w2 else w2_EDF.new_empty(0)
+    else:
+        dw13_EFD, dw2_EDF = sums
     results = [dx_ND, dweight_NK, dw13_EFD, dw2_EDF]
-    _call("anabranch_expert_backward", [*operands, *results], weight_NK, w13_EFD, w2_EDF, on_input)
+    tensors, add = [*operands, *results], int(sums is not None)
+    _call("anabranch_expert_backward", tensors, weight_NK, w13_EFD, w2_EDF, on_input, add)
     return dx_ND.to(x_ND.dtype), dweight_NK.to(weight_NK.dtype), dw13_EFD, dw2_EDF
 
 
@@ -86,7 +91,13 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _call(
-    name: str, tensors: Sequence[Tensor], weight_NK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, on_input: bool
+    name: str,
+    tensors: Sequence[Tensor],
+    weight_NK: Tensor,
+    w13_EFD: Tensor,
+    w2_EDF: Tensor,
+    on_input: bool,
+    *options: int,
 ) -> None:
     """Call a kernel on tensors in its order (an empty one is a null pointer); the types are those of x and the weights."""
     library = load()
@@ -95,5 +106,5 @@ def _call(
     sizes = (weight_NK.shape[0], w2_EDF.shape[0], weight_NK.shape[1], w2_EDF.shape[1], w2_EDF.shape[2])
     pointers = (ctypes.c_void_p(tensor.data_ptr() or None) for tensor in tensors)
     threads = torch.get_num_threads()
-    if getattr(library, name)(types, *pointers, *map(ctypes.c_int64, sizes), int(on_input), threads):
+    if getattr(library, name)(types, *pointers, *map(ctypes.c_int64, sizes), int(on_input), threads, *options):
         raise CapacityError("not enough memory for the expert kernels' workspace; use smaller batches")
