@@ -16,6 +16,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "score": {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
+        "recurrent": "anabranch.experts.rmoe:RecurrentScore",
     },
     "select": {
         "top_k": "anabranch.routing.select:TopK",

@@ -80,24 +80,26 @@ def check_score(config: Score.Config, *, dim: int = 16, num_destinations: int = 
     _check_same_state(score, twin, "built twice from one seed")
     counted, real = config.num_parameters(dim, num_destinations), _num_parameters(score)
     _is(counted == real, f"num_parameters says {counted}, there are {real}")
-    x_ND, context = torch.randn(NUM_ITEMS, dim, generator=generator), RoutingContext()
-    logit_NE = score.project(x_ND, context)
+    x_ND = torch.randn(NUM_ITEMS, dim, generator=generator)
+    logit_NE = score.project(x_ND, RoutingContext())
     _is(logit_NE.shape == (NUM_ITEMS, num_destinations), f"logits have shape {list(logit_NE.shape)}, not [N, E]")
     _is(logit_NE.dtype == torch.float32, f"logits of fp32 items are {logit_NE.dtype}")
-    _is(score.project(x_ND[:0], context).shape == (0, num_destinations), "no items do not give no logits")
+    _is(score.project(x_ND[:0], RoutingContext()).shape == (0, num_destinations), "no items do not give no logits")
     order_N = torch.randperm(NUM_ITEMS, generator=generator)
     if score.is_causal:
-        _close(score.project(x_ND[order_N], context), logit_NE[order_N], "logits of permuted items")
+        _close(score.project(x_ND[order_N], RoutingContext()), logit_NE[order_N], "logits of permuted items")
     with torch.autocast("cpu", torch.bfloat16):
-        _close(score.project(x_ND, context), logit_NE, "logits under autocast (they must stay fp32)")
-        _is(score.project(x_ND.bfloat16(), context).dtype == torch.float32, "logits of bf16 items are not fp32")
+        _close(score.project(x_ND, RoutingContext()), logit_NE, "logits under autocast (they must stay fp32)")
+        _is(
+            score.project(x_ND.bfloat16(), RoutingContext()).dtype == torch.float32, "logits of bf16 items are not fp32"
+        )
     score_NE = score.activate(logit_NE)
     _is((score_NE >= 0).all() and torch.isfinite(score_NE).all(), "a score is negative or not finite")
     closed_NE = logit_NE.masked_fill(torch.arange(num_destinations) == 1, -torch.inf)
     _is((score.activate(closed_NE)[:, 1] == 0).all(), "a logit of minus infinity does not score 0")
     (score_NE * torch.randn(NUM_ITEMS, num_destinations, generator=generator)).sum().backward()
     _check_gradients(score)
-    _check_copies(score, lambda module: module.project(x_ND, context))
+    _check_copies(score, lambda module: module.project(x_ND, RoutingContext()))
 
 
 def check_select(config: Select.Config, *, num_destinations: int = 16) -> None:

@@ -84,8 +84,14 @@ class MoE(FeedForward, kind="moe"):
             expert = 3 * context.dim * self.hidden_dim
             routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
             always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate
-            router = self.router.score.num_parameters(context.dim, self.num_destinations(context))
-            return routed + Count.dense(always + router)
+            return routed + Count.dense(always) + self.count_router(context, context.routed_layer == 0)
+
+        def count_router(self, context: BuildContext, is_first: bool) -> Count:
+            """One router; what routers of a model share (`Score.join`) counts for the first of them."""
+            score, num_destinations = self.router.score, self.num_destinations(context)
+            parameters = score.num_parameters(context.dim, num_destinations)
+            parameters -= 0 if is_first else score.num_shared(context.dim)
+            return Count(parameters, parameters, score.num_flops(context.dim, num_destinations))
 
     def __init__(
         self,
@@ -109,6 +115,7 @@ class MoE(FeedForward, kind="moe"):
             candidates=candidates,
             pool_balance=pool_balance,
             generator=context.generator,
+            share=context.share,
         )
         if pool is None:
             self.experts = make_pool(config, context, config.num_experts)

@@ -1,7 +1,7 @@
 """`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
 # Shapes: N items, E destinations, K places per item, D width
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,6 +43,7 @@ class Router(Part, nn.Module):
         pool: name of the expert pool that the destinations index, if layers share one.
         own_start: first destination in the pool that belongs to this layer.
         pool_balance: balancers that all layers of the pool share.
+        passes: how often it routes in one forward pass of the model (a layer that loops over one router), for traces.
     """
 
     @configclass
@@ -81,16 +82,20 @@ class Router(Part, nn.Module):
         candidates: Candidates | None = None,
         pool_balance: Sequence[Balancer] = (),
         generator: torch.Generator | None = None,
+        share: Callable[[str, Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.num_destinations = num_destinations
         self.layer, self.pool, self.own_start = layer, pool, own_start
         self.score: Score = config.score.build(dim, num_destinations, generator=generator)
+        if share is not None:
+            self.score.join(share, layer)
         self.select: Select = config.select.build(num_destinations)
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
         self.pool_balance = tuple(pool_balance)  # a tuple, so not registered: these belong to the pool, not to a layer
         self.candidates = candidates
+        self.passes = 1
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
         """Route N items of width D. Padding items (``context.item_mask_N``) go nowhere."""

@@ -6,6 +6,7 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 # Shapes: N items, E destinations, D width, P projected width
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,11 +50,25 @@ class Score(Part, nn.Module, family="score"):
             """Parameters of the score, known before it is built; E D unless a kind says otherwise."""
             return num_destinations * dim
 
+        def num_shared(self, dim: int) -> int:
+            """Those of them that all layers of a model have in common, see `Score.join`."""
+            return 0
+
+        def num_flops(self, dim: int, num_destinations: int) -> int:
+            """Forward floating-point operations per item; two per parameter unless a kind says otherwise."""
+            return 2 * self.num_parameters(dim, num_destinations)
+
     is_causal: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    def join(self, share: Callable[[str, Callable[[], nn.Module]], nn.Module], layer: int) -> None:
+        """Take a place in a model, once, in the order in which routers route: a score may share modules with those of other layers.
+
+        ``share(name, make)`` is that of the build context. Most scores stand alone and do nothing.
+        """
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE."""
@@ -90,7 +105,7 @@ class LinearScore(Score, kind="linear"):
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE = x W^T."""
-        x_ND = _wide(x_ND)
+        x_ND = wide(x_ND)
         if context.training and self.config.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -131,12 +146,13 @@ class CosineScore(Score, kind="cosine"):
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE = cos(P x, w) / tau, tau at least 0.01."""
-        x_ND = _wide(x_ND)
+        x_ND = wide(x_ND)
         with torch.autocast(x_ND.device.type, enabled=False):
             x_NP = F.normalize(F.linear(x_ND, self.projection.to(x_ND.dtype)), dim=-1)
             cosine_NE = F.linear(x_NP, F.normalize(self.weight.to(x_ND.dtype), dim=-1))
         return cosine_NE / self.log_temperature.exp().clamp_min(0.01)
 
 
-def _wide(x_ND: Tensor) -> Tensor:
+def wide(x_ND: Tensor) -> Tensor:
+    """Items in the precision that scores are made in: fp32, or fp64 for fp64 items."""
     return x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))

@@ -1,0 +1,250 @@
+"""RMoE: a small recurrent state that goes from router to router, so each one knows where the token went before.
+
+"Layerwise Recurrent Router for Mixture-of-Experts", ICLR 2025, arXiv 2408.06793. It is one new score part, "recurrent":
+
+    x'  = P_i x_i                              a projector per layer, [p, D]
+    s   = sigmoid(W_s x' + b_s + U_s h + c_s)  reset        h is the state of the router before; h_0 = 0
+    z   = sigmoid(W_z x' + b_z + U_z h + c_z)  update       one cell for all layers, equal to torch.nn.GRUCell(p, p)
+    n   = tanh(W_n x' + b_n + s (U_n h + c_n))
+    h_i = (1 - z) n + z h                      handed on in ``context.carry``
+    logits_i = G_i h_i                         [E, p] per layer, no bias
+
+The state runs over depth and not over the sequence: a token's routing needs no other token, and decoding no cache. Gradients flow back
+through all layers before. Dense layers let the state pass; a layer that routes several times (Chain-of-Experts) moves it on each time.
+
+Departures: the paper does not say how the cell starts; ours as torch.nn.GRUCell, P and G from N(0, init_std). Evidence: `anabranch study
+rmoe`.
+"""
+# Shapes: N items, E destinations, D width, P width of the state (p in the paper), X = P times the number of gates
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.errors import AnabranchError, ConfigError
+from anabranch.nn.context import hide
+from anabranch.routing import RoutingContext, Score
+from anabranch.routing.score import wide
+
+SHARED_NAME = "recurrent_router"
+NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+
+
+class Recurrence(nn.Module):
+    """The cell that all routers of a model share, and their projector if ``shared_projector``.
+
+    Weights are named, shaped and drawn as in torch's own cells: ``weight_ih`` and ``weight_hh`` ``[X, P]``, gates in the order
+    r, z, n (gru) or i, f, g, o (lstm).
+    """
+
+    def __init__(self, config: Any, dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        state_dim, bound = config.state_dim, 1 / math.sqrt(config.state_dim)
+        rows = NUM_GATES[config.cell] * state_dim
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+        self.weight_ih, self.weight_hh = drawn(rows, state_dim), drawn(rows, state_dim)
+        self.bias_ih, self.bias_hh = drawn(rows), drawn(rows)
+        self.projector: nn.Parameter | None = None
+        if config.shared_projector:
+            self.projector = config.new_projector(dim, generator)
+
+    def forward(self, x_NP: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The next state: (h_NP,), and for lstm (h_NP, c_NP). One matmul for all input gates and one for all recurrent gates."""
+        dtype = x_NP.dtype
+        mixed = (
+            torch.autocast(x_NP.device.type, enabled=False) if self.config.cell_dtype == "float32" else nullcontext()
+        )
+        with mixed:
+            input_NX = F.linear(x_NP, self.weight_ih.to(dtype), self.bias_ih.to(dtype))
+            hidden_NX = F.linear(before[0], self.weight_hh.to(dtype), self.bias_hh.to(dtype))
+        return tuple(value.to(dtype) for value in _STEPS[self.config.cell](input_NX, hidden_NX, before))
+
+
+def _gru(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    reset_input, update_input, new_input = input_NX.chunk(3, dim=-1)
+    reset_hidden, update_hidden, new_hidden = hidden_NX.chunk(3, dim=-1)
+    reset_NP = (reset_input + reset_hidden).sigmoid()
+    update_NP = (update_input + update_hidden).sigmoid()
+    new_NP = (new_input + reset_NP * new_hidden).tanh()
+    return (new_NP + update_NP * (before[0] - new_NP),)
+
+
+def _rnn(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((input_NX + hidden_NX).tanh(),)
+
+
+def _lstm(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    write_NP, keep_NP, new_NP, show_NP = (input_NX + hidden_NX).chunk(4, dim=-1)
+    memory_NP = keep_NP.sigmoid() * before[1] + write_NP.sigmoid() * new_NP.tanh()
+    return show_NP.sigmoid() * memory_NP.tanh(), memory_NP
+
+
+_STEPS: dict[str, Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]] = {
+    "gru": _gru,
+    "rnn": _rnn,
+    "lstm": _lstm,
+}
+
+
+class RecurrentScore(Score, kind="recurrent"):
+    """Logits from a state that the routers of all layers hand on; works wherever a score does.
+
+    Built alone it owns its cell and starts from zeros. In a model (`join`) the first router's cell is everybody's, registered once as
+    ``shared.recurrent_router``.
+    """
+
+    @configclass
+    class Config(Score.Config):
+        """`Score.Config` and:
+
+        Attributes:
+            state_dim: p, width of the state (the paper: 128 at D = 1280, and 256 or 512 are no better).
+            cell: ``gru``; ``rnn`` (tanh) and ``lstm`` are the paper's ablations.
+            passing: hand the state on. False is the paper's NP: every layer starts from h_0, with the same parameters.
+            detach_state: no gradient through what comes from the layer before (worse than no recurrence in the paper).
+            shared_projector: one P for all layers (worse in the paper: norms differ between layers).
+            logit_residual: alpha, adds alpha times the logits of the router before (the paper's NP + r).
+            gate: ``linear``, or ``cosine`` of h and an embedding of the destination over a learned temperature, as X-MoE has it.
+            temperature: of ``cosine``, at the start.
+            init: P and G from N(0, ``init_std``), or ``scaled``: N(0, 1 / D) and N(0, 1 / p).
+            cell_dtype: the cell runs in ``float32`` even under autocast (p is small), or in the ``autocast`` type.
+        """
+
+        state_dim: int = Field(default=128, ge=1)
+        cell: Literal["gru", "rnn", "lstm"] = "gru"
+        passing: bool = True
+        detach_state: bool = False
+        shared_projector: bool = False
+        logit_residual: float = Field(default=0.0, ge=0)
+        gate: Literal["linear", "cosine"] = "linear"
+        temperature: float = Field(default=0.07, gt=0)
+        init: Literal["normal", "scaled"] = "normal"
+        cell_dtype: Literal["float32", "autocast"] = "float32"
+
+        def __post_init__(self) -> None:
+            if self.detach_state and not self.passing and not self.logit_residual:
+                raise ConfigError("detach_state is True, but nothing is handed on; set passing or logit_residual")
+
+        def num_cell(self) -> int:
+            """Parameters of the cell: two matrices and two biases per gate (gru: 6 p^2 + 6 p)."""
+            return 2 * NUM_GATES[self.cell] * self.state_dim * (self.state_dim + 1)
+
+        def num_parameters(self, dim: int, num_destinations: int) -> int:
+            """Projector, cell, gate."""
+            gate = num_destinations * self.state_dim + (self.gate == "cosine")
+            return self.state_dim * dim + self.num_cell() + gate
+
+        def num_shared(self, dim: int) -> int:
+            """The cell, and the projector if it is one for all."""
+            return self.num_cell() + self.state_dim * dim * self.shared_projector
+
+        def num_flops(self, dim: int, num_destinations: int) -> int:
+            """2 p D + 12 p^2 + 2 E p for gru; biases and element-wise work are not counted."""
+            matrices = dim + 2 * NUM_GATES[self.cell] * self.state_dim + num_destinations
+            return 2 * self.state_dim * matrices
+
+        def new_projector(self, dim: int, generator: torch.Generator | None) -> nn.Parameter:
+            """P, drawn."""
+            std = self.init_std if self.init == "normal" else 1 / math.sqrt(dim)
+            return nn.Parameter(nn.init.normal_(torch.empty(self.state_dim, dim), std=std, generator=generator))
+
+    recurrence: Recurrence
+
+    def __init__(
+        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config)
+        self.layer, self.is_first = 0, True
+        std = config.init_std if config.init == "normal" else 1 / math.sqrt(config.state_dim)
+        self.projector = None if config.shared_projector else config.new_projector(dim, generator)
+        self.weight = nn.Parameter(torch.empty(num_destinations, config.state_dim))
+        nn.init.normal_(self.weight, std=std, generator=generator)
+        self.log_temperature: nn.Parameter | None = None
+        if config.gate == "cosine":
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        self.recurrence = Recurrence(config, dim, generator)
+
+    def join(self, share: Callable[[str, Callable[[], nn.Module]], nn.Module], layer: int) -> None:
+        """Use the model's cell instead of our own; the first router gives its own to the model.
+
+        Raises ConfigError if routers of one model have different cells.
+        """
+        own = self.recurrence
+        shared: Any = share(SHARED_NAME, lambda: own)
+        self.layer, self.is_first = layer, shared is own
+        for name in ("state_dim", "cell", "shared_projector"):
+            ours, theirs = getattr(self.config, name), getattr(shared.config, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{name} is {ours} in layer {layer}, but {theirs} in a layer before; recurrent routers share one cell"
+                )
+        del self.recurrence
+        hide(self, "recurrence", shared)
+
+    def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
+        """logit_NE = G h.
+
+        Raises AnabranchError if a router that is not the model's first gets no state, or one that does not fit the items.
+        """
+        x_ND = wide(x_ND)
+        projector = self.recurrence.projector if self.projector is None else self.projector
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x_NP = F.linear(x_ND, projector.to(x_ND.dtype))  # type: ignore[union-attr]
+        state = self.recurrence(x_NP, self._before(x_NP, context))
+        if self.config.passing:
+            context.carry |= dict(zip(("routing_state", "routing_memory"), state, strict=False))
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logit_NE = self._gate(state[0])
+        if self.config.logit_residual:
+            before_NE = self._carried("routing_logits", logit_NE, context)
+            if before_NE is not None:
+                logit_NE = logit_NE + self.config.logit_residual * before_NE
+            context.carry["routing_logits"] = logit_NE
+        return logit_NE
+
+    def _gate(self, state_NP: Tensor) -> Tensor:
+        weight_EP = self.weight.to(state_NP.dtype)
+        if self.log_temperature is None:
+            return F.linear(state_NP, weight_EP)
+        cosine_NE = F.linear(F.normalize(state_NP, dim=-1), F.normalize(weight_EP, dim=-1))
+        return cosine_NE / self.log_temperature.exp().clamp_min(0.01)
+
+    def _before(self, x_NP: Tensor, context: RoutingContext) -> tuple[Tensor, ...]:
+        """The state to go on from; zeros for the first router, and for all without ``passing``."""
+        names = ("routing_state", "routing_memory") if self.config.cell == "lstm" else ("routing_state",)
+        if not self.config.passing:
+            return tuple(torch.zeros_like(x_NP) for _ in names)
+        carried = (self._carried(name, x_NP, context) for name in names)
+        return tuple(torch.zeros_like(x_NP) if value is None else value for value in carried)
+
+    def _carried(self, name: str, like: Tensor, context: RoutingContext) -> Tensor | None:
+        """What the router before handed on; None where there is none, for the first router."""
+        value = context.carry.get(name)
+        if value is None:
+            if self.is_first:
+                return None
+            raise AnabranchError(
+                f"the recurrent router of layer {self.layer} got no {name} from the routed layer before; only the first "
+                "routed layer starts from zeros. A pipeline stage must hand context.carry on with x"
+            )
+        for what, ours, theirs in (
+            ("shape", list(like.shape), list(value.shape)),
+            ("dtype", like.dtype, value.dtype),
+            ("device", like.device, value.device),
+        ):
+            if ours != theirs:
+                raise AnabranchError(
+                    f"the recurrent router of layer {self.layer} needs {name} of {what} {ours}, but got {theirs}; layers that "
+                    "hand it on must route the same items in one precision"
+                )
+        return value.detach() if self.config.detach_state else value
