@@ -14,6 +14,7 @@ PUBLIC = {
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK
         ImportanceLoss LinearScore PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter ZLoss capacity_of combine count_destinations discard_loads dispatch
+        export_correction_bias export_history import_correction_bias
         limit_capacity pad_rows plan_dispatch record_routing sync_loads unpad_rows
     """,
     "anabranch.data": """

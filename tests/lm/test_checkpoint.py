@@ -15,7 +15,7 @@ from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
 from anabranch.nn.rotary import Rotary
 from anabranch.registry import BUILTIN
 from anabranch.routing import Router, SwitchLoss
-from anabranch.routing.balance import BiasBalancer
+from anabranch.routing.bias import BiasBalancer
 
 BIASED = Router.Config(balance=(BiasBalancer.Config(), SwitchLoss.Config()))
 

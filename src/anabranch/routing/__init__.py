@@ -2,7 +2,6 @@
 
 from anabranch.routing.balance import (
     Balancer,
-    BiasBalancer,
     DeviceLoss,
     ImportanceLoss,
     PoolLoss,
@@ -11,6 +10,7 @@ from anabranch.routing.balance import (
     discard_loads,
     sync_loads,
 )
+from anabranch.routing.bias import BiasBalancer, export_correction_bias, export_history, import_correction_bias
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing, count_destinations
 from anabranch.routing.dispatch import (
@@ -63,6 +63,9 @@ __all__ = [
     "count_destinations",
     "discard_loads",
     "dispatch",
+    "export_correction_bias",
+    "export_history",
+    "import_correction_bias",
     "limit_capacity",
     "pad_rows",
     "plan_dispatch",

@@ -1,4 +1,4 @@
-"""Balancers: what keeps destinations evenly used, by a loss on the scores or by a bias on the selection.
+"""Balancers: what keeps destinations evenly used. Here the interface and the losses; `anabranch.routing.bias` has the bias without a loss.
 
 Losses are per layer and emitted into the context; the trainer takes the mean over layers. Where only some destinations are
 open, the loss looks at those alone: counting a closed one as idle would pull probability into it.
@@ -274,76 +274,6 @@ class DeviceLoss(Balancer, kind="device"):
         share_G = torch.where(openness_G > 0, share_G * openness_G.sum() / openness_G.clamp_min(1e-20), 0.0)
         product = (share_G * probability_E.view(groups).sum(-1)).sum()
         context.emit_loss("device_balancing", self.config.alpha * product)
-
-
-class BiasBalancer(LoadCounter, kind="bias"):
-    """Loss-free balancing: a bias per destination, used to select only, moved after each step by the load it saw.
-
-    Wang et al., arXiv 2408.15664: b_e += u sign(L - A_e) (``sign``), or b_e += u (L - A_e) / L (``magnitude``, the proportional
-    form), with A_e the items sent to e in the finished step and L their mean over the destinations that were open in it; a
-    destination that was closed all step keeps its bias. ``center`` then takes the mean out, which changes no selection but
-    keeps the bias from drifting.
-    """
-
-    @configclass
-    class Config(Balancer.Config):
-        """The controller's settings.
-
-        Attributes:
-            rule: ``sign`` (the paper's default) or ``magnitude``.
-            rate: u, default 1e-3, meant for sigmoid scores.
-            center: subtract the mean bias after each update.
-            freeze_after: fraction of training after which the bias stays (DeepSeek-V3 freezes it for the last 3%).
-            clip: largest absolute bias, None for no limit.
-        """
-
-        rule: Literal["sign", "magnitude"] = "sign"
-        rate: float = Field(default=1e-3, gt=0)
-        center: bool = True
-        freeze_after: float | None = Field(default=None, ge=0, le=1)
-        clip: float | None = Field(default=None, gt=0)
-
-    expert_bias: Tensor
-    open_E: Tensor
-
-    def __init__(self, config: Any, num_destinations: int) -> None:
-        super().__init__(config, num_destinations)
-        self.register_buffer("expert_bias", torch.zeros(num_destinations))
-        self.register_buffer("open_E", torch.zeros(num_destinations), persistent=False)
-
-    @property
-    def bias_E(self) -> Tensor:
-        """The bias, fp32 ``[E]``."""
-        return self.expert_bias
-
-    def forward(self, seen: Observation, context: RoutingContext) -> None:
-        """Emit the load of this forward pass."""
-        open_E = None if seen.open_NE is None else seen.openness_E(context.item_mask_N)
-        context.emit_load(self, seen.routing.load_E(), open_E)
-
-    def counts(self) -> list[Tensor]:
-        """Loads, and how often each destination was open."""
-        return [self.load_E, self.open_E]
-
-    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
-        """Take the load of one forward pass, and which destinations were open in it (None: all)."""
-        super().add_load(load_E)
-        self.open_E += 1.0 if open_E is None else open_E
-
-    def on_step(self, step: int, fraction: float) -> None:
-        """Move the bias by the finished step's load, then forget the load."""
-        frozen = self.config.freeze_after is not None and fraction > self.config.freeze_after
-        if not frozen and self.load_E.sum() > 0:
-            was_open_E = self.open_E > 0
-            mean = self.load_E.sum() / was_open_E.sum()
-            missing_E = torch.where(was_open_E, mean - self.load_E, 0.0)
-            move_E = missing_E.sign() if self.config.rule == "sign" else missing_E / mean
-            self.expert_bias += self.config.rate * move_E
-            if self.config.center:
-                self.expert_bias -= self.expert_bias.mean()
-            if self.config.clip is not None:
-                self.expert_bias.clamp_(-self.config.clip, self.config.clip)
-        super().on_step(step, fraction)
 
 
 def masked_mean(value_NX: Tensor, mask_N: Tensor | None) -> Tensor:
