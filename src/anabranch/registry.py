@@ -16,10 +16,6 @@ BUILTIN: dict[str, dict[str, str]] = {
     "score": {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
-<<<<<<< src/anabranch/registry.py
-        "tempered": "anabranch.depth.duo_llm:TemperedScore",
-=======
->>>>>>> /tmp/new.f
         "recurrent": "anabranch.experts.rmoe:RecurrentScore",
     },
     "select": {
@@ -28,7 +24,6 @@ BUILTIN: dict[str, dict[str, str]] = {
         "top_p": "anabranch.routing.select:TopP",
         "threshold": "anabranch.routing.select:Threshold",
         "expert_choice": "anabranch.routing.select:ExpertChoice",
-        "mixture": "anabranch.depth.duo_llm:Mixture",
     },
     "balance": {
         "switch": "anabranch.routing.balance:SwitchLoss",
@@ -37,7 +32,6 @@ BUILTIN: dict[str, dict[str, str]] = {
         "importance": "anabranch.routing.balance:ImportanceLoss",
         "device": "anabranch.routing.balance:DeviceLoss",
         "bias": "anabranch.routing.bias:BiasBalancer",
-        "budget": "anabranch.depth.duo_llm:BudgetLoss",
     },
     "candidates": {
         "psr": "anabranch.experts.rexmoe:ProgressiveScaling",
@@ -46,14 +40,9 @@ BUILTIN: dict[str, dict[str, str]] = {
         "swiglu": "anabranch.nn.feed_forward:SwiGLU",
         "moe": "anabranch.nn.moe:MoE",
         "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
-        "versatile": "anabranch.experts.versatile:VersatileFFN",
-        "duo": "anabranch.depth.duo_llm:DuoFFN",
     },
     "attention": {
         "attention": "anabranch.nn.attention:Attention",
-    },
-    "streams": {
-        "parscale": "anabranch.experts.parscale:ParScale",
     },
     "tokenizer": {
         "bytes": "anabranch.data.tokenizer:ByteTokenizer",
