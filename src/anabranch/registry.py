@@ -44,6 +44,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "attention": {
         "attention": "anabranch.nn.attention:Attention",
     },
+    "streams": {
+        "parscale": "anabranch.experts.parscale:ParScale",
+    },
     "tokenizer": {
         "bytes": "anabranch.data.tokenizer:ByteTokenizer",
         "bpe": "anabranch.data.bpe:BpeTokenizer",

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
-from anabranch.lm.cache import KeyValueCache, attention_mask
+from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
 from anabranch.nn.attention import Attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
+from anabranch.nn.streams import Streams
 from anabranch.routing import Score, Select
 
 
@@ -85,6 +86,7 @@ class Decoder(Part, nn.Module):
             max_positions: longest context the model is meant for.
             init_std: standard deviation of initial weights.
             depth_scaled_init: scale weights that write to the residual stream by 1 / sqrt(2 num_layers) (GPT-2).
+            streams: run the blocks several times at once and merge what comes out (ParScale); None for the plain model.
         """
 
         vocab_size: int = Field(default=257, ge=1)
@@ -100,6 +102,7 @@ class Decoder(Part, nn.Module):
         max_positions: int = Field(default=2048, ge=1)
         init_std: float = Field(default=0.02, gt=0)
         depth_scaled_init: bool = True
+        streams: Streams.Config | None = None
 
         def __post_init__(self) -> None:
             outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
@@ -139,11 +142,14 @@ class Decoder(Part, nn.Module):
             total = Count(self.dim + table * (not self.tie_embeddings), self.dim + table, 2 * table) + Count(
                 table, 0, 0
             )
+            layers = Count()
             for context in self.contexts():
-                total += self.attention.count(context, length)
-                total += self.feed_forward_of(context.layer).count(context)
-                total += Count(2 * self.dim, 2 * self.dim, 0)
-            return total
+                layers += self.attention.count(context, length)
+                layers += self.feed_forward_of(context.layer).count(context)
+                layers += Count(2 * self.dim, 2 * self.dim, 0)
+            if self.streams is not None:
+                layers = self.streams.count(layers, self.dim, self.num_layers, self.attention)
+            return total + layers
 
     def __init__(self, config: Any, *, seed: int = 0) -> None:
         super().__init__()
@@ -161,6 +167,11 @@ class Decoder(Part, nn.Module):
         self.head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.head = context.linear(config.dim, config.vocab_size)
+        self.streams: Streams | None = None
+        if config.streams is not None:
+            if config.streams.freezes_model:
+                self.requires_grad_(False)
+            self.streams = config.streams.build(context, config.attention)
 
     def forward(
         self,
@@ -186,6 +197,8 @@ class Decoder(Part, nn.Module):
         x_BLD = self.hidden(token_BL, context)
         if last_only:
             x_BLD = x_BLD[:, -1:]
+        if self.streams is not None:
+            x_BLD = self.streams.merge(x_BLD, context)
         logits_BLV = self.logits(x_BLD)
         context.commit()
         if target_BL is None:
@@ -212,10 +225,15 @@ class Decoder(Part, nn.Module):
         token_mask_BL: Tensor | None = None,
         state: dict[str, Any] | None = None,
     ) -> ForwardContext:
-        """The forward context of a batch: positions, rotary angles, masks."""
+        """The forward context of a batch: positions, rotary angles, masks. P streams are P times as many sequences, see `Streams`."""
+        store, num_prefix = self._store(cache), 0
+        if self.streams is not None:
+            num_prefix = self.streams.num_prefix
+            token_BL = self.streams.expand(token_BL)
+            token_mask_BL = None if token_mask_BL is None else self.streams.expand(token_mask_BL)
         batch, length = token_BL.shape
         device = token_BL.device
-        mask, is_causal = attention_mask(cache, token_mask_BL, length, device)
+        mask, is_causal = attention_mask(cache, token_mask_BL, length, device, num_prefix)
         position_BL = _positions(cache, token_mask_BL, batch, length, device)
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
@@ -226,13 +244,15 @@ class Decoder(Part, nn.Module):
             rotary=self.rotary(position_BL, self._dtype(device)),
             attention_mask=mask,
             is_causal=is_causal,
-            cache=cache,
+            cache=store,
             token_BL=token_BL,
         )
 
     def hidden(self, token_BL: Tensor, context: ForwardContext) -> Tensor:
-        """x_BLD after the last norm."""
+        """x_BLD after the last norm, of all streams if there are several."""
         x_BLD = self.embedding(token_BL)
+        if self.streams is not None:
+            x_BLD = self.streams.expand(x_BLD)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_BLD = _recomputed(block, x_BLD, context)
@@ -258,7 +278,24 @@ class Decoder(Part, nn.Module):
         """
         if not self.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
-        return KeyValueCache(self.config.num_layers, max_length)
+        if self.streams is None:
+            return KeyValueCache(self.config.num_layers, max_length)
+        with torch.no_grad():
+            prefix = Prefix(self.streams.prefixes())
+        return KeyValueCache(self.config.num_layers, max_length, num_streams=self.streams.num_streams, prefix=prefix)
+
+    def _store(self, cache: KeyValueCache | None) -> KeyValueCache | Prefix | None:
+        """What attention keeps keys and values in. Raises ConfigError for a cache of another number of streams."""
+        wanted = (1, 0) if self.streams is None else (self.streams.num_streams, self.streams.num_prefix)
+        if cache is not None:
+            given = (cache.num_streams, cache.num_prefix)
+            if given != wanted:
+                raise ConfigError(
+                    f"the cache is for {given[0]} streams with {given[1]} prefix entries, the model runs {wanted[0]} with "
+                    f"{wanted[1]}; make a new one with model.new_cache"
+                )
+            return cache
+        return Prefix(self.streams.prefixes()) if self.streams is not None and wanted[1] else None
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):

@@ -1,0 +1,218 @@
+"""`ParScale`, the part of a decoder: prefixes that tell the streams apart, and the gate that merges them."""
+# Shapes: B sequences, P streams, L positions, H key-value heads, M prefix entries, D head width, W model width, C embedding of a stream
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+
+class ParScale(Streams, kind="parscale"):
+    """P streams of one decoder. With one stream it has no parameters, and the model is the plain one to the bit."""
+
+    @configclass
+    class Config(Streams.Config):
+        """The streams.
+
+        Attributes:
+            num_streams: P.
+            switchable: other numbers of streams, each with a gate of its own, that `set_streams` may choose later; they use the first
+                prefixes. Training takes turns, step by step.
+            prefix_len: m, entries in front of each layer's keys and values; with 0 the streams are copies of each other (a control).
+            smoothing: eps; every stream weighs at least eps / P.
+            train: ``all`` parameters learn, or as an ``adapter`` the prefixes and gates alone.
+            prefix: ``mlp`` makes each layer's prefix of one embedding per stream by a small network (`fold` does away with it);
+                ``direct`` has the prefixes as parameters, as released weights do.
+            embedding_dim: c, width of a stream's embedding.
+            mlp_dim: hidden width of that network.
+            prefix_std: standard deviation of the initial prefix where it is ``direct``.
+            prefix_alone: keep prefix and parameters with one stream too (a control; the paper's P = 1 is the plain model).
+        """
+
+        num_streams: int = Field(default=4, ge=1)
+        switchable: tuple[int, ...] = ()
+        prefix_len: int = Field(default=48, ge=0)
+        smoothing: float = Field(default=0.01, ge=0, lt=1)
+        train: Literal["all", "adapter"] = "all"
+        prefix: Literal["mlp", "direct"] = "mlp"
+        embedding_dim: int = Field(default=128, ge=1)
+        mlp_dim: int = Field(default=512, ge=1)
+        prefix_std: float = Field(default=0.02, gt=0)
+        prefix_alone: bool = False
+
+        def __post_init__(self) -> None:
+            wrong = [number for number in self.switchable if not 2 <= number < self.num_streams]
+            if wrong:
+                raise ConfigError(
+                    f"switchable has {wrong[0]}, but num_streams is {self.num_streams}; use numbers from 2 to "
+                    f"{self.num_streams - 1} (1, the plain model, can always be chosen)"
+                )
+
+        @property
+        def freezes_model(self) -> bool:
+            """Whether the backbone stays as it is."""
+            return self.train == "adapter"
+
+        @property
+        def has_prefix(self) -> bool:
+            """Whether there are prefixes at all."""
+            return self.prefix_len > 0 and (self.num_streams > 1 or self.prefix_alone)
+
+        @property
+        def gated(self) -> list[int]:
+            """The numbers of streams that have a gate, ascending."""
+            return sorted(number for number in {*self.switchable, self.num_streams} if number > 1)
+
+        def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
+            """Blocks run P times; prefixes and gates add parameters, and each query meets m more keys per layer and stream."""
+            streams, head_dim = self.num_streams, attention.width(dim)
+            width = 2 * attention.kv_heads * head_dim * self.prefix_len * self.has_prefix  # of a layer's prefix
+            folded = num_layers * width * streams
+            stored = folded
+            if self.has_prefix and self.prefix == "mlp":
+                stored = streams * self.embedding_dim + num_layers * (
+                    (self.embedding_dim + 1) * self.mlp_dim + (self.mlp_dim + 1) * width
+                )
+            gates = {number: _gate_parameters(number, dim) for number in self.gated}
+            gate = gates.get(streams, 0)
+            met = 4 * attention.num_heads * head_dim * self.prefix_len * self.has_prefix * num_layers
+            return Count(
+                layers.parameters + stored + sum(gates.values()),
+                layers.active + folded + gate,
+                streams * (layers.flops + met) + (2 * (gate + streams * dim) if streams > 1 else 0),
+            )
+
+    def __init__(self, config: Any, context: BuildContext, attention: Any) -> None:
+        super().__init__()
+        self.config = config
+        self._chosen = self._of_step = config.num_streams
+        self.prefix: PrefixMLP | PrefixTable | None = None
+        if config.has_prefix:
+            shape = (attention.kv_heads, config.prefix_len, attention.width(context.dim))
+            self.prefix = (PrefixMLP if config.prefix == "mlp" else PrefixTable)(config, context, shape)
+        elif config.num_streams > 1:
+            logger.warning(
+                "prefix_len is 0, so all %d streams compute the same; set prefix_len to at least 1 unless this is a control",
+                config.num_streams,
+            )
+        self.gates = nn.ModuleDict(
+            {str(number): _gate(number, context) for number in config.gated}  # a name must be text
+        )
+
+    @property
+    def num_streams(self) -> int:
+        """P of the next forward pass: as chosen, or in training with ``switchable`` that of the step."""
+        return self._of_step if self.training and self.config.switchable else self._chosen
+
+    @property
+    def num_prefix(self) -> int:
+        """M; none where one stream is the plain model."""
+        return self.config.prefix_len if self.prefix is not None and self._is_special() else 0
+
+    def _is_special(self) -> bool:
+        return self.num_streams > 1 or self.config.prefix_alone
+
+    def set_streams(self, num_streams: int) -> None:
+        """Run with this many streams from now on (training with ``switchable`` takes turns all the same).
+
+        Raises ConfigError for a number that has no gate.
+        """
+        known = [1, *self.config.gated]
+        if num_streams not in known:
+            raise ConfigError(
+                f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, known))}; list it in switchable and train"
+            )
+        self._chosen = num_streams
+
+    def on_step(self, step: int, fraction: float) -> None:
+        """Take turns among the numbers of streams."""
+        if self.config.switchable:
+            self._of_step = self.config.gated[step % len(self.config.gated)]
+
+    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """(key_PHMD, value_PHMD) of each layer, of the streams in use."""
+        if self.prefix is None or self.num_prefix == 0:
+            return []
+        return [
+            (key_PHMD[: self.num_streams], value_PHMD[: self.num_streams]) for key_PHMD, value_PHMD in self.prefix()
+        ]
+
+    def merge(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+        """H = sum over streams of w_p H_p, w from the gate; ``x_BLW`` itself with one stream."""
+        streams = self.num_streams
+        if streams == 1:
+            return x_BLW
+        x_PBLW = x_BLW.unflatten(0, (streams, x_BLW.shape[0] // streams))
+        weight_BLP = self.weights(x_PBLW)
+        if context.training:
+            context.emit_metric("stream_weight_min", weight_BLP.flatten(0, 1).mean(0).min())
+            context.emit_metric("stream_entropy", -(weight_BLP * weight_BLP.clamp_min(1e-9).log()).sum(-1).mean())
+        weight_PBL1 = weight_BLP.movedim(-1, 0).unsqueeze(-1)
+        return (x_PBLW * weight_PBL1.to(x_PBLW.dtype)).sum(0)
+
+    def weights(self, x_PBLW: Tensor) -> Tensor:
+        """w_BLP in fp32: softmax of the gate's logits, smoothed. Features interleave as (feature, stream), index = f P + p."""
+        streams = x_PBLW.shape[0]
+        logit_BLP = self.gates[str(streams)](x_PBLW.permute(1, 2, 3, 0).flatten(2))
+        weight_BLP = logit_BLP.float().softmax(-1)
+        return (1 - self.config.smoothing) * weight_BLP + self.config.smoothing / streams
+
+
+class PrefixTable(nn.Module):
+    """Prefixes as parameters, from N(0, prefix_std): ``key[l]`` and ``value[l]``, each ``[P, H, M, D]``."""
+
+    def __init__(self, config: Any, context: BuildContext, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.key, self.value = nn.ParameterList(), nn.ParameterList()
+        for _ in range(context.num_layers):
+            for part in (self.key, self.value):
+                weight = torch.empty(config.num_streams, *shape)
+                part.append(nn.Parameter(nn.init.normal_(weight, std=config.prefix_std, generator=context.generator)))
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """(key_PHMD, value_PHMD) of each layer."""
+        return list(zip(self.key, self.value, strict=True))
+
+
+class PrefixMLP(nn.Module):
+    """Prefixes made by one network per layer from an embedding e_p of each stream: W_2 tanh(W_1 e_p + b_1) + b_2."""
+
+    def __init__(self, config: Any, context: BuildContext, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        heads, length, width = shape
+        embedding = torch.empty(config.num_streams, config.embedding_dim)
+        self.embedding_PC = nn.Parameter(nn.init.normal_(embedding, generator=context.generator))
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                context.linear(config.embedding_dim, config.mlp_dim, bias=True),
+                nn.Tanh(),
+                context.linear(config.mlp_dim, 2 * heads * length * width, bias=True),
+            )
+            for _ in range(context.num_layers)
+        )
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """(key_PHMD, value_PHMD) of each layer."""
+        made = [layer(self.embedding_PC).unflatten(-1, (2, *self.shape)) for layer in self.layers]
+        return [(prefix[:, 0], prefix[:, 1]) for prefix in made]
+
+
+def _gate(streams: int, context: BuildContext) -> nn.Sequential:
+    return nn.Sequential(
+        context.linear(streams * context.dim, context.dim, bias=True),
+        nn.SiLU(),
+        context.linear(context.dim, streams, bias=True),
+    )
+
+
+def _gate_parameters(streams: int, dim: int) -> int:
+    return (streams * dim + 1) * dim + (dim + 1) * streams

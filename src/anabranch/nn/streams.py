@@ -1,0 +1,55 @@
+"""Parallel streams: the interface of a design that runs one decoder several times at once and merges what comes out."""
+# Shapes: B sequences, P streams, L positions, H key-value heads, M prefix entries, D head width, W model width
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Part, configclass
+from anabranch.nn.context import Count, ForwardContext
+
+__all__ = ["Streams"]
+
+
+class Streams(Part, nn.Module, family="streams"):
+    """Interface: ``expand`` a batch to P copies of it, give each its ``prefixes``, ``merge`` the last hidden states.
+
+    Rows are stream-major: sequence b of stream p is row p B + b, so all streams share each matrix product, and the weights are read once.
+    The config's ``build(context, attention)`` makes it after everything else of the model, so the other initial weights are
+    those of the plain model.
+    """
+
+    @configclass
+    class Config(BaseConfig):
+        """Base of stream configs. ``freezes_model`` says whether only the streams' own parameters learn."""
+
+        num_streams: int = 1
+        freezes_model: ClassVar[Any] = False
+
+        def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
+            """Sizes of ``layers``, all blocks of the model, when they run as streams, with what the streams add."""
+            raise NotImplementedError  # abstract
+
+    @property
+    def num_streams(self) -> int:
+        """P, that of the next forward pass."""
+        raise NotImplementedError  # abstract
+
+    @property
+    def num_prefix(self) -> int:
+        """M, the entries that stand in front of every sequence's keys and values."""
+        raise NotImplementedError  # abstract
+
+    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """(key_PHMD, value_PHMD) of each layer; they are not rotated and take no position. Empty if M is 0."""
+        raise NotImplementedError  # abstract
+
+    def expand(self, x: Tensor) -> Tensor:
+        """``x`` ``[B, ...]`` once for every stream: ``[P B, ...]``; ``x`` itself for one stream."""
+        num_streams = self.num_streams
+        return x if num_streams == 1 else x.repeat(num_streams, *[1] * (x.dim() - 1))
+
+    def merge(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+        """``[B, L, W]`` from the ``[P B, L, W]`` of all streams."""
+        raise NotImplementedError  # abstract
