@@ -1,0 +1,237 @@
+"""What a cache of destinations would hit, at every capacity at once: LRU, LFU, Belady, the best fixed set, and the segment cache.
+
+A cache of capacity C holds C destinations of one layer (or of a model). A token looks its K destinations up in the state *before* it; then
+they enter one after another, and each that was absent pushes out the resident of lowest priority. Since priorities do not depend
+on C, what a cache holds is among what a larger one holds (Mattson et al. 1970), so one pass over a *stack* gives all capacities: an
+entering destination goes on top, and what it displaces sinks to the first place below whose holder has a lower priority.
+
+Every sequence is a column, and one access is five operations on ``[E, B]`` arrays, so many sequences cost little more than one.
+"""
+# Shapes: S sequences, T tokens, K places per token, E destinations, B sequences of a batch, C capacities 1..E
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from anabranch.errors import ConfigError, DataError
+
+Policy = Literal["lru", "lfu", "belady", "fixed", "segment"]
+Cold = Literal["free", "miss"]
+POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed", "segment")
+CELLS = 1 << 16  # of a stack; what a core's second cache holds
+FREE, ABSENT, NOTHING = (
+    -1,
+    -2,
+    -3,
+)  # a free slot of a stack; the key of a destination not seen yet, and of no destination
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Hits of every sequence at capacities 1 to E.
+
+    Attributes:
+        hits_SC: int64.
+        accesses_S: int64, places used.
+    """
+
+    hits_SC: np.ndarray
+    accesses_S: np.ndarray
+
+    @property
+    def rate_C(self) -> np.ndarray:
+        """Hits over accesses of all sequences together; nan if there is no access."""
+        total = self.accesses_S.sum()
+        return self.hits_SC.sum(0) / total if total else np.full(self.hits_SC.shape[1], np.nan)
+
+
+def simulate(
+    index_STK: np.ndarray,
+    num_destinations: int,
+    policy: Policy,
+    *,
+    window: int | None = None,
+    cold: Cold = "free",
+) -> Hits:
+    """Hits of a policy at every capacity.
+
+    Priorities, lowest leaves first (times are serial numbers of accesses, so there are no ties):
+
+        lru       time of the last access
+        lfu       number of accesses so far, then time of the last
+        belady    negative time of the next access
+        segment   number of accesses in this and the following ``window`` - 1 tokens that are not served yet, then time of the last
+                  access (the oracle of SCH, arXiv 2505.16056)
+
+    ``fixed`` holds the most used destinations of each sequence, without replacement.
+
+    Args:
+        index_STK: destinations in [0, E), -1 where a place is unused (padding, too).
+        num_destinations: E.
+        policy: see above.
+        window: m of ``segment``, in tokens.
+        cold: whether the first access of a destination counts as a hit while the cache has slots never used (``free``, the paper's:
+            loading into an empty slot evicts nothing), or as a miss (what a real system sees).
+
+    Raises DataError if a token names a destination twice or outside [0, E), ConfigError for an unknown policy or a bad window.
+    """
+    if policy not in POLICIES:
+        raise ConfigError(f"no cache policy {policy!r}; known: {', '.join(POLICIES)}")
+    if (policy == "segment") != (window is not None) or (window is not None and window < 1):
+        raise ConfigError(f"window is {window}; 'segment' needs one of at least 1 token, and no other policy has one")
+    index_STK = check_routes(index_STK, num_destinations)
+    accesses_S = (index_STK >= 0).sum((1, 2))
+    if policy == "fixed":
+        return Hits(_fixed(index_STK, num_destinations), accesses_S)
+    num_sequences = len(index_STK)
+    hits_SC = np.zeros((num_sequences, num_destinations), np.int64)
+    batch = max(1, CELLS // num_destinations)
+    for first in range(0, num_sequences, batch):
+        columns = slice(first, first + batch)
+        run = _Stack(index_STK[columns], num_destinations, policy, window or 0)
+        hits_SC[columns] = run.hits_EB(cold).cumsum(0).T
+    return Hits(hits_SC, accesses_S)
+
+
+def hit_rates(
+    index_STK: np.ndarray,
+    num_destinations: int,
+    policies: Sequence[Policy] = ("lru", "lfu", "belady", "fixed"),
+    cold: Cold = "free",
+) -> dict[str, np.ndarray]:
+    """``[C]``: the hit rate of each policy at capacities 1 to E, all sequences together."""
+    return {policy: simulate(index_STK, num_destinations, policy, cold=cold).rate_C for policy in policies}
+
+
+def check_routes(index_STK: np.ndarray, num_destinations: int) -> np.ndarray:
+    """The same as integers. Raises DataError where a token names a destination twice, or one that is not there."""
+    index_STK = np.asarray(index_STK)
+    if index_STK.ndim != 3 or not np.issubdtype(index_STK.dtype, np.integer):
+        raise DataError(f"routes are integers of [sequences, tokens, places], not {index_STK.dtype} {index_STK.shape}")
+    if index_STK.size and not -1 <= index_STK.min() <= index_STK.max() < num_destinations:
+        raise DataError(
+            f"routes name destinations {index_STK.min()} to {index_STK.max()}; with {num_destinations} they are 0 to "
+            f"{num_destinations - 1}, or -1 for none"
+        )
+    places_STK = np.sort(index_STK, axis=-1)
+    twice_STK = (places_STK[..., 1:] == places_STK[..., :-1]) & (places_STK[..., 1:] >= 0)
+    if twice_STK.any():
+        sequence, token, place = np.argwhere(twice_STK)[0]
+        raise DataError(
+            f"token {token} of sequence {sequence} names destination {places_STK[sequence, token, place]} twice"
+        )
+    return index_STK
+
+
+def _fixed(index_STK: np.ndarray, num_destinations: int) -> np.ndarray:
+    num_sequences = len(index_STK)
+    pair = index_STK + num_destinations * np.arange(num_sequences)[:, None, None]
+    count_SE = np.bincount(pair[index_STK >= 0], minlength=num_sequences * num_destinations)
+    return np.sort(count_SE.reshape(num_sequences, num_destinations), axis=1)[:, ::-1].cumsum(1)
+
+
+class _Stack:
+    """The stacks of B sequences, top first: ``stack_EB`` holds priorities, ``key_EB`` those of each destination.
+
+    A priority is ``count << bits | time``; time makes it unique.
+    """
+
+    def __init__(self, index_BTK: np.ndarray, num_destinations: int, policy: Policy, window: int) -> None:
+        self.index_TKB = np.ascontiguousarray(index_BTK.transpose(1, 2, 0))
+        num_tokens, top_k, num_columns = self.index_TKB.shape
+        self.policy, self.window = policy, window
+        self.bits = int(num_tokens * top_k + 1).bit_length()
+        most = {"segment": min(window, num_tokens), "lfu": num_tokens}.get(policy, 0)
+        size = max(((most + 1) << self.bits), num_tokens * top_k + num_destinations + 2)
+        self.dtype = np.int32 if size < 1 << 31 else np.int64
+        self.stack_EB = np.full((num_destinations, num_columns), FREE, self.dtype)
+        self.key_EB = np.full((num_destinations, num_columns), ABSENT, self.dtype)
+        self.count_EB = np.zeros((num_destinations, num_columns), self.dtype)
+        self.column_B = np.arange(num_columns)
+        self.next_TKB = self._next_accesses(num_destinations) if policy == "belady" else None
+        self._low_EB, self._new_EB = np.empty_like(self.stack_EB), np.empty_like(self.stack_EB)
+
+    def hits_EB(self, cold: Cold) -> np.ndarray:
+        """Accesses by the place where the destination stood, so that a larger capacity hits."""
+        hits_EB = np.zeros(self.stack_EB.shape, np.int64)
+        seen_B = np.zeros(len(self.column_B), np.int64)  # destinations that were accessed so far
+        if self.policy == "segment":
+            for token_KB in self.index_TKB[: self.window]:
+                self._announce(token_KB)
+        for token, token_KB in enumerate(self.index_TKB):
+            for x_B in token_KB:
+                self._look_up(x_B, hits_EB, seen_B, cold)
+            for place, x_B in enumerate(token_KB):
+                self._enter(token, place, x_B)
+            if self.policy == "segment" and token + self.window < len(self.index_TKB):
+                self._announce(self.index_TKB[token + self.window])
+        return hits_EB
+
+    def _look_up(self, x_B: np.ndarray, hits_EB: np.ndarray, seen_B: np.ndarray, cold: Cold) -> None:
+        key_B = self._key_B(x_B)
+        place, column = np.divmod(np.flatnonzero(self.stack_EB == key_B), len(self.column_B))
+        hits_EB[place, column] += 1
+        column = np.flatnonzero(key_B == ABSENT)  # first accesses
+        if len(column):
+            if cold == "free":
+                hits_EB[seen_B[column], column] += 1
+            seen_B[column] += 1
+
+    def _enter(self, token: int, place: int, x_B: np.ndarray) -> None:
+        stack_EB, new_EB = self.stack_EB, self._new_EB
+        used_B = x_B >= 0
+        key_B = self._key_B(x_B)
+        np.putmask(stack_EB, stack_EB == key_B, FREE)  # taken out; its place, or the first free one, ends the sinking
+        np.minimum.accumulate(stack_EB, axis=0, out=self._low_EB)
+        new_EB[0] = self._new_key_B(token, place, x_B)
+        np.maximum(stack_EB[1:], self._low_EB[:-1], out=new_EB[1:])
+        if used_B.all():
+            self.key_EB[x_B, self.column_B] = new_EB[0]
+        else:
+            new_EB[:, ~used_B] = stack_EB[:, ~used_B]
+            column = self.column_B[used_B]
+            self.key_EB[x_B[used_B], column] = new_EB[0, used_B]
+        self.stack_EB, self._new_EB = new_EB, stack_EB
+
+    def _key_B(self, x_B: np.ndarray) -> np.ndarray:
+        return np.where(x_B >= 0, self.key_EB[x_B, self.column_B], NOTHING)
+
+    def _new_key_B(self, token: int, place: int, x_B: np.ndarray) -> np.ndarray:
+        """Priorities after the access."""
+        top_k = self.index_TKB.shape[1]
+        time = token * top_k + place + 1
+        if self.next_TKB is not None:
+            return self.last - self.next_TKB[token, place]
+        if self.policy == "lru":
+            return np.full(x_B.shape, time, self.dtype)
+        count_B = self.count_EB[x_B, self.column_B] + (1 if self.policy == "lfu" else -1)
+        used_B = x_B >= 0
+        self.count_EB[x_B[used_B], self.column_B[used_B]] = count_B[used_B]
+        return (count_B << self.bits) | time
+
+    def _announce(self, x_KB: np.ndarray) -> None:
+        """A token comes into the window: one access more of each of its destinations is known."""
+        one = 1 << self.bits
+        for x_B in x_KB:
+            used_B = x_B >= 0
+            column, x = self.column_B[used_B], x_B[used_B]
+            self.count_EB[x, column] += 1
+            key_B = self._key_B(x_B)
+            np.add(self.stack_EB, one, out=self.stack_EB, where=self.stack_EB == key_B)
+            known = self.key_EB[x, column] != ABSENT
+            self.key_EB[x[known], column[known]] += one
+
+    def _next_accesses(self, num_destinations: int) -> np.ndarray:
+        """Serial number of each access's next one of the same destination; past the end, in any order, where there is none."""
+        num_tokens, top_k, num_columns = self.index_TKB.shape
+        next_TKB = np.empty(self.index_TKB.shape, self.dtype)
+        after_EB = np.repeat(num_tokens * top_k + 1 + np.arange(num_destinations)[:, None], num_columns, 1)
+        for token in range(num_tokens - 1, -1, -1):
+            x_KB = self.index_TKB[token]
+            next_TKB[token] = after_EB[x_KB, self.column_B]
+            place, column = np.nonzero(x_KB >= 0)
+            after_EB[x_KB[place, column], column] = token * top_k + place + 1
+        self.last = num_tokens * top_k + num_destinations + 1
+        return next_TKB

@@ -1,0 +1,142 @@
+"""The one-pass simulator equals a cache simulated with a dictionary, one capacity at a time."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.routing.cache_policy import hit_rates, simulate
+
+POLICIES = ["lru", "lfu", "belady", "segment"]
+
+
+def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
+    """(hits, accesses) of one cache: a dictionary from resident to nothing, priorities by definition."""
+    resident, seen, hits, accesses, serial = {}, set(), 0, 0, 0
+    last, count = {}, dict.fromkeys(range(num_destinations), 0)
+    order = [(token, place, x) for token, xs in enumerate(tokens) for place, x in enumerate(xs)]
+    ahead = {x: sum(x in xs for xs in tokens[: window or 0]) for x in range(num_destinations)}
+
+    def next_access(x, now):
+        later = [at for at, (_, _, other) in enumerate(order) if other == x and at > now]
+        return later[0] if later else len(order) + x
+
+    priority = {}
+    for token, xs in enumerate(tokens):
+        before, touched = set(resident), len(seen)
+        for x in xs:
+            accesses += 1
+            hits += x in before
+            if x not in seen:
+                hits += cold == "free" and touched < capacity
+                touched += 1
+                seen.add(x)
+        for x in xs:
+            if x not in resident and len(resident) == capacity:
+                del resident[min(resident, key=lambda y: (ahead[y], last[y]) if policy == "segment" else priority[y])]
+            resident[x] = None
+            ahead[x] -= 1
+            count[x] += 1
+            last[x] = serial
+            priority[x] = {
+                "lru": (serial,),
+                "lfu": (count[x], serial),
+                "belady": (-next_access(x, serial),),
+                "segment": (),
+            }[policy]
+            serial += 1
+        if window is not None and token + window < len(tokens):
+            for x in tokens[token + window]:
+                ahead[x] += 1
+    return hits, accesses
+
+
+def padded(sequences, top_k):
+    length = max(map(len, sequences))
+    index_STK = np.full((len(sequences), length, top_k), -1)
+    for row, tokens in enumerate(sequences):
+        for token, xs in enumerate(tokens):
+            index_STK[row, token, : len(xs)] = xs
+    return index_STK
+
+
+@st.composite
+def traces(draw, ragged=True):
+    """(E, sequences): each token names up to K distinct destinations."""
+    num_destinations = draw(st.integers(1, 7))
+    top_k = draw(st.integers(1, min(3, num_destinations)))
+    token = st.lists(st.integers(0, num_destinations - 1), min_size=0 if ragged else top_k, max_size=top_k, unique=True)
+    sequences = draw(st.lists(st.lists(token, min_size=1, max_size=14), min_size=1, max_size=3))
+    return num_destinations, top_k, sequences
+
+
+@given(traces(), st.sampled_from(POLICIES), st.sampled_from(["free", "miss"]), st.integers(1, 6))
+def test_one_pass_equals_every_capacity_by_itself(trace, policy, cold, window):
+    num_destinations, top_k, sequences = trace
+    window = window if policy == "segment" else None
+    found = simulate(padded(sequences, top_k), num_destinations, policy, window=window, cold=cold)
+    for row, tokens in enumerate(sequences):
+        for capacity in range(1, num_destinations + 1):
+            hits, accesses = naive(tokens, num_destinations, policy, capacity, window, cold)
+            assert found.hits_SC[row, capacity - 1] == hits
+            assert found.accesses_S[row] == accesses
+
+
+@given(traces(ragged=False), st.integers(1, 6))
+def test_rates_grow_with_capacity_and_belady_is_never_behind(trace, window):
+    num_destinations, top_k, sequences = trace
+    index_STK = padded(sequences, top_k)
+    best = simulate(index_STK, num_destinations, "belady").hits_SC
+    for policy in ("lru", "lfu", "belady", "segment"):
+        found = simulate(index_STK, num_destinations, policy, window=window if policy == "segment" else None)
+        assert (np.diff(found.hits_SC, axis=1) >= 0).all()
+        assert (found.hits_SC[:, -1] == found.accesses_S).all()  # everything fits: cold accesses are free
+        assert (best[:, top_k - 1 :] >= found.hits_SC[:, top_k - 1 :]).all()
+
+
+def test_a_case_worked_by_hand():
+    # LRU, room for 2: 0 miss, 1 miss, 0 hit, 2 miss (1 leaves), 1 miss (0 leaves), 2 hit. Room for 3: all but the first three.
+    index_STK = np.array([0, 1, 0, 2, 1, 2]).reshape(1, 6, 1)
+    assert simulate(index_STK, 3, "lru", cold="miss").hits_SC.tolist() == [[0, 2, 3]]
+    assert simulate(index_STK, 3, "lru", cold="free").hits_SC.tolist() == [[1, 4, 6]]
+    # The next two tokens of 2, before 1 enters last, are 1 and 2: with a window of 3 the cache of 2 lets 0 go.
+    assert simulate(index_STK, 3, "segment", window=3, cold="miss").hits_SC.tolist() == [[0, 3, 3]]
+    assert simulate(index_STK, 3, "belady", cold="miss").hits_SC.tolist() == [[0, 3, 3]]
+    assert simulate(index_STK, 3, "fixed").hits_SC.tolist() == [[2, 4, 6]]
+
+
+def test_many_sequences_are_simulated_in_batches(monkeypatch):
+    generator = np.random.default_rng(0)
+    index_STK = np.argsort(generator.random((9, 20, 6)), -1)[..., :2]
+    whole = simulate(index_STK, 6, "segment", window=4)
+    monkeypatch.setattr("anabranch.routing.cache_policy.CELLS", 12)
+    parts = simulate(index_STK, 6, "segment", window=4)
+    assert np.array_equal(whole.hits_SC, parts.hits_SC)
+    assert hit_rates(index_STK, 6)["lru"] == pytest.approx(simulate(index_STK, 6, "lru").rate_C)
+
+
+def test_long_sequences_take_wide_keys():
+    """Priorities beyond 31 bits: 70,000 tokens of LFU need 17 bits of count and 18 of time."""
+    index_STK = np.tile(np.arange(3), 23_334)[:70_000].reshape(1, -1, 1)
+    assert simulate(index_STK, 3, "lfu", cold="miss").hits_SC[0, 2] == 70_000 - 3
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: simulate(np.zeros((1, 3, 1), int), 2, "fifo"), ConfigError, "no cache policy 'fifo'; known: lru, lfu"),
+        (lambda: simulate(np.zeros((1, 3, 1), int), 2, "segment"), ConfigError, "window is None; 'segment' needs one"),
+        (lambda: simulate(np.zeros((1, 3, 1), int), 2, "lru", window=4), ConfigError, "no other policy has one"),
+        (lambda: simulate(np.zeros((3, 1), int), 2, "lru"), DataError, r"\[sequences, tokens, places\]"),
+        (lambda: simulate(np.full((1, 3, 1), 2), 2, "lru"), DataError, "destinations 2 to 2; with 2 they are 0 to 1"),
+        (
+            lambda: simulate(np.array([[[0, 1], [1, 1]]]), 2, "lru"),
+            DataError,
+            "token 1 of sequence 0 names destination 1 twice",
+        ),
+    ],
+)
+def test_messages(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
