@@ -17,6 +17,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
         "recurrent": "anabranch.experts.rmoe:RecurrentScore",
+        "tempered": "anabranch.depth.duo_llm:TemperedScore",
     },
     "select": {
         "top_k": "anabranch.routing.select:TopK",
@@ -24,6 +25,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "top_p": "anabranch.routing.select:TopP",
         "threshold": "anabranch.routing.select:Threshold",
         "expert_choice": "anabranch.routing.select:ExpertChoice",
+        "mixture": "anabranch.depth.duo_llm:Mixture",
     },
     "balance": {
         "switch": "anabranch.routing.balance:SwitchLoss",
@@ -32,6 +34,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "importance": "anabranch.routing.balance:ImportanceLoss",
         "device": "anabranch.routing.balance:DeviceLoss",
         "bias": "anabranch.routing.bias:BiasBalancer",
+        "budget": "anabranch.depth.duo_llm:BudgetLoss",
     },
     "candidates": {
         "psr": "anabranch.experts.rexmoe:ProgressiveScaling",
@@ -40,6 +43,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "swiglu": "anabranch.nn.feed_forward:SwiGLU",
         "moe": "anabranch.nn.moe:MoE",
         "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
+        "duo": "anabranch.depth.duo_llm:DuoFFN",
     },
     "attention": {
         "attention": "anabranch.nn.attention:Attention",

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class LoadMeter:
 
 class _Counter:
     def __init__(self, router: Router) -> None:
-        device = next(router.parameters()).device
+        device = next(chain(router.parameters(), router.buffers())).device  # a router need not learn
         self.load_E = torch.zeros(router.num_destinations, dtype=torch.int64, device=device)
 
     def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:

@@ -1,0 +1,260 @@
+"""The duo feed-forward layer: a big and a small SwiGLU, and skipping both, one of which each token takes.
+
+    h <- h + FFN_c(norm(h)),  c in {small, big, skip},  FFN_skip = 0          (attention always runs)
+
+Which one is said per forward pass, in the forward context's state: ``model(token_BL, state=take("big"))``.
+"""
+# Shapes: B batch, L positions, N = B L items, E options, Y layers, K places per item, D width
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.depth.duo_llm.parts import BudgetLoss, RandomChoice, focal_loss
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder, DecoderOutput
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.routing import UNUSED, Balancer, Router, Routing, RoutingContext, combine, dispatch, plan_dispatch
+
+OPTIONS = ("small", "big", "skip")
+SMALL, BIG, SKIP = range(3)
+ROUTE, SUPERVISION = "duo_route", "duo_supervision"  # names in the context's state
+
+Route = str | Tensor | Callable[[int, Tensor, RoutingContext], Any]
+
+
+def take(route: Route, *, supervision: Tensor | None = None) -> dict[str, Any]:
+    """The ``state`` that makes every duo layer of a forward pass take ``route``.
+
+    Args:
+        route: ``"small"``, ``"big"``, ``"skip"``; ``"random"``, drawn per token and layer; ``"router"``, the learned one; an integer
+            tensor ``[B, L, Y]`` of options (0 small, 1 big, 2 skip) with a column for each of the Y duo layers; or a callable
+            ``(layer, x_ND, context)`` that gives one of these names or an integer tensor of N options.
+        supervision: ``[E]``, weights of the options: in training, learned routers are taught the route by focal loss (emitted as
+            ``focal``) while it is executed.
+    """
+    state: dict[str, Any] = {ROUTE: route}
+    if supervision is not None:
+        state[SUPERVISION] = supervision
+    return state
+
+
+class DuoRouter(Router):
+    """A router that does what the caller says, and decides itself where nothing is said.
+
+    Nothing said means: the learned router if there is one, else a random draw in training and ``default`` in evaluation.
+    """
+
+    def __init__(self, config: Any, context: BuildContext, **options: Any) -> None:
+        self.learned = config.router is not None
+        prior = RandomChoice.Config(probability=config.probability)
+        made = config.router if self.learned else Router.Config(score=prior, balance=())
+        super().__init__(made, context.dim, config.num_options, layer=context.layer, **options)
+        self.prior: RandomChoice = prior.build(context.dim, config.num_options)
+        self.default = config.default
+        self.place, self.num_layers = context.routed_layer, context.num_routed_layers
+
+    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
+        """Route N items; see `take`.
+
+        Raises ConfigError for an option this model was built without, a learned router that it does not have, or a tensor of another shape.
+        """
+        route = context.state.get(ROUTE)
+        if callable(route):
+            route = route(self.layer, x_ND, context)
+        elif isinstance(route, Tensor):
+            route = self._column(route, x_ND.shape[0])
+        if route is None:
+            route = "router" if self.learned else "random" if context.training else self.default
+        if isinstance(route, Tensor):
+            return self._given(route.reshape(-1).long(), x_ND, context)
+        if route == "router" and self.learned:
+            return super().forward(x_ND, context)
+        if route == "random":
+            return self._given(self.prior.project(x_ND, context).argmax(-1), x_ND, context)
+        return self._given(x_ND.new_full(x_ND.shape[:1], self._option(route), dtype=torch.int64), x_ND, context)
+
+    def _option(self, route: Any) -> int:
+        names = OPTIONS[: self.num_destinations]
+        if route == "router":
+            raise ConfigError(
+                "route is 'router', but this model has no learned router; make one with with_router(model)"
+            )
+        if route not in names:
+            hint = "; build the model with allow_skip=True" if route == "skip" else ""
+            raise ConfigError(f"route is {route!r}; use one of {', '.join(names)}, random, router{hint}")
+        return names.index(route)
+
+    def _column(self, route_BLY: Tensor, num_items: int) -> Tensor:
+        """This layer's column of the tensor that a caller gave, which the first layer checks."""
+        if route_BLY.dim() != 3 or route_BLY.shape[-1] != self.num_layers or route_BLY[..., 0].numel() != num_items:
+            raise ConfigError(
+                f"route has shape {list(route_BLY.shape)}; it must be [B, L, {self.num_layers}] with B L = {num_items} tokens"
+            )
+        if self.place == 0 and route_BLY.numel() and not torch.compiler.is_compiling():
+            low, high = int(route_BLY.min()), int(route_BLY.max())
+            if low < 0 or high >= self.num_destinations:
+                wrong = low if low < 0 else high
+                hint = "; 2 is skip: build the model with allow_skip=True" if wrong == SKIP else ""
+                raise ConfigError(f"route has option {wrong}; use 0 to {self.num_destinations - 1}{hint}")
+        return route_BLY[..., self.place]
+
+    def _given(self, index_N: Tensor, x_ND: Tensor, context: RoutingContext) -> Routing:
+        score_NE = F.one_hot(index_N, self.num_destinations).float()
+        if context.item_mask_N is not None:
+            index_N = index_N.masked_fill(~context.item_mask_N, UNUSED)
+        if context.training and self.learned and SUPERVISION in context.state:
+            logit_NE = self.score.project(x_ND, context)
+            context.emit_loss("focal", focal_loss(logit_NE, index_N, weight_E=context.state[SUPERVISION]))
+        index_N1 = index_N.unsqueeze(1)
+        return Routing(index_N1, (index_N1 >= 0).float(), score_NE)
+
+
+class DuoFFN(FeedForward, kind="duo"):
+    """A big and a small SwiGLU of which each token takes one, or with ``allow_skip`` none."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        """The layer.
+
+        Attributes:
+            big: hidden width of the big module (the paper: 4 D).
+            small: hidden width of the small one (the paper: a sixteenth of it).
+            allow_skip: skipping both is an option.
+            p_big: probability of big in random routing (the paper: 0.5).
+            p_skip: probability of skip; the rest goes to small.
+            default: what is taken in evaluation where nothing is said and nothing is learned.
+            router: the learned router of stage 3, see `learned_router`; None before that.
+            compute: ``gather`` gives each module its own tokens; ``dense`` computes all modules for all tokens and masks, for tests;
+                ``auto`` gathers, except in a compiled graph, whose shapes must not depend on the routes.
+        """
+
+        is_routed: ClassVar[bool] = True
+
+        big: int = Field(default=512, ge=1)
+        small: int = Field(default=32, ge=1)
+        allow_skip: bool = False
+        p_big: float = Field(default=0.5, ge=0, le=1)
+        p_skip: float = Field(default=0.0, ge=0, le=1)
+        default: Literal["small", "big", "skip", "random"] = "big"
+        router: Router.Config | None = None
+        compute: Literal["auto", "gather", "dense"] = "auto"
+
+        def __post_init__(self) -> None:
+            if "skip" in (self.default, "skip" if self.p_skip else "") and not self.allow_skip:
+                raise ConfigError(
+                    f"p_skip is {self.p_skip} and default is {self.default!r}, but allow_skip is False; set allow_skip=True"
+                )
+            if self.p_big + self.p_skip > 1:
+                raise ConfigError(f"p_big + p_skip is {self.p_big + self.p_skip}; it must be at most 1")
+
+        @property
+        def num_options(self) -> int:
+            """E: 2, or 3 with skip."""
+            return 2 + self.allow_skip
+
+        @property
+        def probability(self) -> tuple[float, ...]:
+            """Of small, big and, where allowed, skip in random routing."""
+            return (1.0 - self.p_big - self.p_skip, self.p_big, self.p_skip)[: self.num_options]
+
+        def flops(self, dim: int, *, big: float, skip: float = 0.0) -> float:
+            """Forward FLOPs per token of the modules where shares ``big`` and ``skip`` of the tokens take these options."""
+            return 6 * dim * (big * self.big + (1 - big - skip) * self.small)
+
+        def count(self, context: BuildContext) -> Count:
+            """Both modules; active is the big one, which is what a token uses at most."""
+            big, small = 3 * context.dim * self.big, 3 * context.dim * self.small
+            router = 0
+            if self.router is not None:
+                self.router.check(self.num_options)
+                router = self.router.score.num_parameters(context.dim, self.num_options)
+            return Count(big + small, big, 2 * big) + Count.dense(router)
+
+    def __init__(self, config: Any, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.big: SwiGLU = SwiGLU.Config(hidden_dim=config.big).build(context)
+        self.small: SwiGLU = SwiGLU.Config(hidden_dim=config.small).build(context)
+        own, shared = _split_balance(config, context)
+        if config.router is not None:
+            config = config.replace(router=config.router.replace(balance=own))
+        self.router = DuoRouter(config, context, pool_balance=shared, generator=context.generator)
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD."""
+        x_ND = x_BLD.flatten(0, -2)
+        routing = self.router(x_ND, context)
+        compute = self.config.compute
+        if compute == "auto":
+            compute = "dense" if torch.compiler.is_compiling() or routing.num_places > 1 else "gather"
+        y_ND = self._masked(x_ND, routing) if compute == "dense" else self._gathered(x_ND, routing)
+        return y_ND.view_as(x_BLD)
+
+    def option(self, x_BLD: Tensor, option: int) -> Tensor | None:
+        """What one option adds to the residual stream; None for skip."""
+        return None if option == SKIP else (self.small, self.big)[option](x_BLD)
+
+    def _masked(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """sum_e w_e FFN_e(x), every module for every token."""
+        weight_NE = torch.zeros_like(routing.score_NE).scatter_add(
+            1, routing.index_NK.clamp_min(0), routing.weight_NK.to(routing.score_NE)
+        )
+        small_ND, big_ND = self.small(x_ND), self.big(x_ND)
+        weight_NE = weight_NE.to(small_ND.dtype)
+        return weight_NE[:, SMALL, None] * small_ND + weight_NE[:, BIG, None] * big_ND
+
+    def _gathered(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """The same where each module computes the tokens that take it, and nothing else."""
+        plan = plan_dispatch(routing)
+        sizes = plan.load_E.tolist()
+        for option in (SMALL, BIG):
+            if routing.num_places == 1 and sizes[option] == x_ND.shape[0] > 0 and not self.training:
+                return self.option(x_ND, option)  # type: ignore[return-value]
+        parts = dispatch(x_ND, plan).split([*sizes, plan.place_R.numel() - sum(sizes)])
+        small_RD, big_RD = self.small(parts[SMALL]), self.big(parts[BIG])
+        idle = [torch.zeros_like(part, dtype=big_RD.dtype) for part in parts[2:]]  # skipped, and padding
+        rows_RD = torch.cat([small_RD, big_RD, *idle])
+        return combine(rows_RD, plan, routing.weight_NK if routing.num_places > 1 else None)
+
+
+def _split_balance(config: Any, context: BuildContext) -> tuple[tuple[Balancer.Config, ...], tuple[Balancer, ...]]:
+    """(balancers of the layer, budgets that all layers share)."""
+    given = () if config.router is None else config.router.balance
+    budgets = [part for part in given if isinstance(part, BudgetLoss.Config)]
+    shared = [
+        context.share(f"duo_budget_{part.destination}", partial(part.build, config.num_options)) for part in budgets
+    ]
+    return tuple(part for part in given if part not in budgets), tuple(shared)
+
+
+class Routed(nn.Module):
+    """A duo decoder that takes one route in every call: what `evaluate` and others call like a decoder.
+
+    Args:
+        model: a `Decoder` of duo layers; it is not copied.
+        route: see `take`.
+    """
+
+    def __init__(self, model: Decoder, route: Route) -> None:
+        super().__init__()
+        self.model, self.route = model, route
+
+    def forward(self, token_BL: Tensor, target_BL: Tensor | None = None, **options: Any) -> DecoderOutput:
+        """As the decoder's."""
+        state = {**(options.pop("state", None) or {}), **take(self.route)}
+        return self.model(token_BL, target_BL, state=state, **options)
+
+
+def duo_layers(model: Decoder) -> list[DuoFFN]:
+    """The duo layers of a model, in order. Raises ConfigError if there is none."""
+    layers = [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, DuoFFN)]
+    if not layers:
+        raise ConfigError("the model has no 'duo' feed-forward layers; build it with feed_forward=DuoFFN.Config()")
+    return layers
