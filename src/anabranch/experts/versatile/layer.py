@@ -1,0 +1,205 @@
+"""VersatileFFN: one feed-forward used wide (virtual experts cut from its own weights) and deep (looped per token), mixed by difficulty.
+
+"VersatileFFN: Achieving Parameter Efficiency in LLMs via Adaptive Wide-and-Deep Reuse", 2025, arXiv 2512.14531. With the residual stream H,
+the block's norm and F(H) = H + W_out phi(W_in norm(H)):
+  width   expert j owns hidden units I_j = [floor(j S), floor(j S) + d_e), S = (d_h - d_e) / (N - 1); g = softmax over the top k of W_g H
+          Y_width = H + sum_j g_j W_out[:, I_j] phi(W_in[I_j] norm(H))
+  depth   H^(0) = H, H^(l) = F(H^(l-1)); p = Gumbel softmax(W_loop H, tau), straight-through; Y_depth = sum_l p_l H^(l)
+          outside training l = argmax(W_loop H) and Y_depth = H^(l)
+  tau     5.0 * 0.99984^step, at least 0.1
+  mix     lambda = (L_max - sum_l l p_l) / L_max; Y = lambda Y_width + (1 - lambda) Y_depth
+Extra parameters: d (N + L_max) a layer. Training FLOPs of the layer: L_max times the feed-forward, and the width path.
+
+Departures: the width path masks the hidden units that the first loop computes anyway (see `paths`), which gives the same sum with one
+matmul less; ``width_compute="grouped"`` is the paper's way. The balance loss, which the published code does not wire, is the Switch loss at
+the published weight. Initial weights of the width head are N(0, 0.02), not truncated. Evidence: `anabranch study versatile`.
+"""
+# Shapes: B batch, L positions, N items, D width, F hidden, E virtual experts
+
+from typing import Any, ClassVar, Literal, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.experts.versatile.paths import Branch, Paths
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.grouped import BACKENDS
+from anabranch.routing import Router, SwitchLoss, TopK
+from anabranch.routing.relax import Temperature
+
+PAPER_ROUTER = Router.Config(select=TopK.Config(top_k=2, normalize="softmax"), balance=(SwitchLoss.Config(alpha=5e-5),))
+
+
+class VersatileFFN(FeedForward, kind="versatile"):
+    """A SwiGLU with a width and a depth path over its own weights. Called with `forward` it is the plain SwiGLU; a block calls `add_to`."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        """The layer.
+
+        Attributes:
+            hidden_dim: d_h, of the one feed-forward.
+            num_experts: N, virtual experts.
+            expert_dim: d_e, hidden units of each; None takes hidden_dim // num_experts.
+            slices: ``strided`` starts them at floor(j S), spread over all units (paper); ``contiguous`` puts them side by side.
+            overlap: allow experts to share units (N d_e > d_h).
+            router: of the virtual experts, on the un-normalised stream; gates should sum to 1.
+            max_loops: L_max.
+            temperature: tau of the Gumbel softmax.
+            relaxation: ``straight_through`` trains on a one-hot sample (paper); ``soft`` mixes the states by the relaxed sample.
+            fusion: ``difficulty`` (paper), ``average`` of both paths, or one path alone: ``width_only``, ``depth_only``.
+            gate: expected loops from the ``hard`` sample (the published code) or from the ``soft`` probabilities.
+            norm: the width path has the block's norm (``shared``, paper) or a ``separate`` one.
+            width_compute: ``masked`` masks hidden units of the whole feed-forward, those of the first loop where there is one;
+                ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped.
+            early_exit: outside training run only the loops that each token takes; False runs all for all (the same output).
+            recompute: recompute each loop's activations in the backward pass, to save memory.
+            backend: expert compute of ``grouped``, see `anabranch.nn.grouped`.
+        """
+
+        is_routed: ClassVar[bool] = True
+
+        hidden_dim: int = Field(default=512, ge=1)
+        num_experts: int = Field(default=8, ge=1)
+        expert_dim: int | None = Field(default=None, ge=1)
+        slices: Literal["strided", "contiguous"] = "strided"
+        overlap: bool = False
+        router: Router.Config = PAPER_ROUTER
+        max_loops: int = Field(default=4, ge=1)
+        temperature: Temperature.Config = Temperature.Config()
+        relaxation: Literal["straight_through", "soft"] = "straight_through"
+        fusion: Literal["difficulty", "average", "width_only", "depth_only"] = "difficulty"
+        gate: Literal["hard", "soft"] = "hard"
+        norm: Literal["shared", "separate"] = "shared"
+        width_compute: Literal["auto", "masked", "grouped"] = "auto"
+        early_exit: bool = True
+        recompute: bool = False
+        backend: str = "auto"
+
+        def __post_init__(self) -> None:
+            if self.backend not in BACKENDS:
+                raise ConfigError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
+            if self.fusion != "depth_only":
+                self.router.check(self.num_experts)
+                self.slice_starts(self.hidden_dim)
+
+        @property
+        def top_k(self) -> int:
+            """Most virtual experts per token."""
+            select = self.router.select
+            return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
+
+        def slice_width(self, hidden_dim: int) -> int:
+            """d_e in a feed-forward of ``hidden_dim`` units."""
+            return self.expert_dim or max(hidden_dim // self.num_experts, 1)
+
+        def slice_starts(self, hidden_dim: int) -> tuple[int, ...]:
+            """The first hidden unit of each virtual expert.
+
+            Raises ConfigError if they do not fit, overlap without leave, or do not divide the units into whole blocks.
+            """
+            count, width = self.num_experts, self.slice_width(hidden_dim)
+            if width > hidden_dim:
+                raise ConfigError(f"expert_dim is {width}, but hidden_dim is {hidden_dim}; use 1 to {hidden_dim}")
+            if self.slices == "contiguous":
+                if self.expert_dim is None and hidden_dim % count:
+                    raise ConfigError(
+                        f"num_experts is {count}, which does not divide hidden_dim={hidden_dim} into contiguous slices; "
+                        "use slices='strided', or set expert_dim"
+                    )
+                if count * width > hidden_dim:
+                    raise ConfigError(
+                        f"{count} contiguous slices of expert_dim={width} need {count * width} hidden units, there are {hidden_dim}; "
+                        f"use expert_dim of at most {hidden_dim // count}, or slices='strided' with overlap=True"
+                    )
+                return tuple(range(0, count * width, width))
+            if count * width > hidden_dim and not self.overlap:
+                raise ConfigError(
+                    f"{count} experts of expert_dim={width} need {count * width} hidden units, there are {hidden_dim}; "
+                    f"use expert_dim of at most {hidden_dim // count}, or allow overlap=True"
+                )
+            return tuple(number * (hidden_dim - width) // max(count - 1, 1) for number in range(count))
+
+        def count(self, context: BuildContext) -> Count:
+            """3 D d_h weights, heads of D (N + L_max), and the FLOPs of training, where every token takes every loop."""
+            paths = self.heads(context.dim)
+            dense = 3 * context.dim * self.hidden_dim
+            norm = context.dim * (self.norm == "separate" and self.fusion != "depth_only")
+            flops = 2 * (dense * self.loops + paths) + self.width_flops(context.dim)
+            used = dense if self.loops else min(3 * context.dim * self.slice_width(self.hidden_dim) * self.top_k, dense)
+            return Count(dense + paths + norm, used + paths + norm, flops)
+
+        @property
+        def loops(self) -> int:
+            """L_max, or 0 without a depth path."""
+            return 0 if self.fusion == "width_only" else self.max_loops
+
+        def heads(self, dim: int) -> int:
+            """Parameters of the two heads."""
+            router = 0 if self.fusion == "depth_only" else self.router.score.num_parameters(dim, self.num_experts)
+            return router + dim * self.loops
+
+        def width_flops(self, dim: int) -> int:
+            """FLOPs that the width path adds to a token: k d_e hidden units through three matrices, or all through the last one."""
+            if self.fusion == "depth_only":
+                return 0
+            shares = self.loops and self.norm == "shared" and self.width_compute != "grouped"
+            if shares:
+                return 2 * dim * self.hidden_dim
+            if self.width_compute == "masked":
+                return 6 * dim * self.hidden_dim
+            return 6 * dim * self.slice_width(self.hidden_dim) * self.top_k
+
+        def inference_flops(self, dim: int, mean_loops: float, width_share: float) -> float:
+            """FLOPs per token of the early exit, heads not counted: loops, and the width path for the share of tokens that take it.
+
+            The paper's formula; where the width path shares the first loop, tokens of one loop add nothing (not in ``width_share``).
+            """
+            return 6 * dim * self.hidden_dim * mean_loops + self.width_flops(dim) * width_share
+
+    def __init__(self, config: Any, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.w13 = context.linear(context.dim, 2 * config.hidden_dim)
+        self.w2 = context.linear(config.hidden_dim, context.dim, residual=True)
+        self.paths = Paths(config, context.dim, config.hidden_dim, layer=context.layer, generator=context.generator)
+
+    @classmethod
+    def from_ffn(cls, ffn: SwiGLU, *, layer: int = 0, **options: Any) -> Self:
+        """A versatile feed-forward on the weights of ``ffn`` itself; nothing is copied. ``options`` are fields of the config."""
+        if not isinstance(ffn, SwiGLU):
+            raise ConfigError(
+                f"from_ffn needs a SwiGLU, this is {type(ffn).__name__}; patch_model wraps those of transformers"
+            )
+        weight = ffn.w13.weight
+        config = cls.Config(**{"hidden_dim": ffn.w2.in_features, **options})
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.config, made.w13, made.w2 = config, ffn.w13, ffn.w2
+        made.paths = Paths(config, ffn.w13.in_features, config.hidden_dim, layer=layer).to(weight)
+        return made.train(ffn.training)
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """The plain feed-forward: what one loop adds to the stream, given the normalised stream."""
+        return self.w2(self.hidden(x_BLD))
+
+    def hidden(self, h_BLD: Tensor) -> Tensor:
+        """a_BLF, the activated hidden units."""
+        gate, up = self.w13(h_BLD).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def add_to(self, x_BLD: Tensor, norm: nn.Module, context: ForwardContext) -> Tensor:
+        """Y = lambda Y_width + (1 - lambda) Y_depth."""
+        return x_BLD + self.paths(x_BLD.flatten(0, -2), self.branch(norm), context).view_as(x_BLD)
+
+    def branch(self, norm: nn.Module) -> Branch:
+        """This feed-forward behind ``norm``, as the paths see it."""
+        dim, hidden_dim = self.w2.out_features, self.w2.in_features
+        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=self._weights)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        gate_FD, up_FD = self.w13.weight.chunk(2)
+        return gate_FD, up_FD, self.w2.weight

@@ -1,0 +1,354 @@
+"""The two paths of VersatileFFN over any feed-forward: virtual experts (width), loops (depth), and their mix by difficulty.
+
+`Paths` holds the two small heads and nothing else. The weights are the feed-forward's: it is described by a `Branch`, a handful of
+functions, so our own SwiGLU and the MLPs of other libraries go through the same code. Everything is computed as the *change* of the
+residual stream, Y - H, since some blocks add the stream themselves.
+
+The first loop computes all hidden units a = phi(W_in norm(H)) of the full feed-forward, and a virtual expert's are a slice of them. So the
+width path needs no matmul of its own into the hidden layer:
+
+    sum_j g_j f_j(H) = W_out (m * a),      m_i = the sum of g_j over the experts j that own hidden unit i
+"""
+# Shapes: N items, D width, F hidden, E virtual experts, K of them per token, T = max_loops, S = d_e width of a virtual expert
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anabranch.errors import ConfigError
+from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.norm import RMSNorm
+from anabranch.routing import (
+    LinearScore,
+    Recorder,
+    Router,
+    Routing,
+    RoutingContext,
+    plan_dispatch,
+    record_routing,
+)
+from anabranch.routing.balance import masked_mean
+from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
+
+Weights = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D, F]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A feed-forward as the paths see it: f(H) = after(down(hidden(norm(H)))).
+
+    Attributes:
+        norm: the block's norm before the feed-forward.
+        hidden: ``[N, D] -> [N, F]``, the activated hidden units.
+        down: ``[N, F] -> [N, D]``.
+        after: the block's norm behind the feed-forward, where it has one (OLMo 2).
+        dim: D.
+        hidden_dim: F.
+        num_inputs: matrices into the hidden layer, 2 with a gate.
+        weights: gate, up and down of a SwiGLU without biases; None if it is none.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    hidden: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    dim: int
+    hidden_dim: int
+    after: Callable[[Tensor], Tensor] | None = None
+    num_inputs: int = 2
+    weights: Callable[[], Weights] | None = None
+
+    def output(self, a_NF: Tensor) -> Tensor:
+        """From hidden units to the change of the stream."""
+        y_ND = self.down(a_NF)
+        return y_ND if self.after is None else self.after(y_ND)
+
+    def change(self, x_ND: Tensor) -> Tensor:
+        """f(H) for the stream ``x_ND``."""
+        return self.output(self.hidden(self.norm(x_ND)))
+
+    @property
+    def flops(self) -> int:
+        """Of one pass, per token."""
+        return 2 * self.dim * self.hidden_dim * (self.num_inputs + 1)
+
+    @property
+    def output_flops(self) -> int:
+        """Of the second matrix alone."""
+        return 2 * self.dim * self.hidden_dim
+
+
+class LoopGate(nn.Module):
+    """How many loops each token takes: T logits from the un-normalised stream, a Gumbel sample of them in training, their argmax outside.
+
+    It returns a `Routing` whose destination is the number of loops minus 1, so `record_routing` can write per-token difficulty
+    (see `record_difficulty`). Its ``score_NE`` are the relaxed probabilities: a Gumbel softmax at the current temperature in
+    training, the plain softmax outside (which is how samples are distributed at any temperature).
+    """
+
+    def __init__(self, config: Any, dim: int, *, layer: int = 0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.score: LinearScore = LinearScore.Config().build(dim, config.max_loops, generator=generator)
+        self.temperature: Temperature = config.temperature.build()
+
+    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
+        """One place per item."""
+        logit_NT = self.score.project(x_ND, context)
+        if context.training:
+            soft_NT = gumbel_softmax(logit_NT, self.temperature.value.to(logit_NT.dtype))
+        else:
+            soft_NT = logit_NT.softmax(-1)
+        index_N1 = soft_NT.argmax(-1, keepdim=True)
+        return Routing(index_N1, soft_NT.gather(-1, index_N1), soft_NT)
+
+
+def record_difficulty(model: nn.Module, *, path: str | Path | None = None) -> AbstractContextManager[Recorder]:
+    """`record_routing` of the loop gates: destination l is a token that took l + 1 loops, its weight the gate's probability for them.
+
+        with record_difficulty(model) as recorder:
+            model(token_BL)
+        loops_N = recorder.trace().decisions(0).index_NK[:, 0] + 1        # of layer 0
+
+    Raises ConfigError if the model has no loop gate.
+    """
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, LoopGate)}
+    if not gates:
+        raise ConfigError(f"{type(model).__name__} has no loop gate, so no token has a number of loops to record")
+    return record_routing(model, path=path, routers=gates)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the heads decided.
+
+    Attributes:
+        width: virtual experts of each item; None without a width path.
+        depth_NT: weight of the state after each number of loops; None without a depth path.
+        loops_N: int64, the loops that count; ``depth_NT`` is one-hot there unless it is soft.
+        lambda_N1: share of the width path.
+    """
+
+    width: Routing | None
+    depth_NT: Tensor | None
+    loops_N: Tensor
+    lambda_N1: Tensor
+
+
+class Paths(nn.Module):
+    """The heads, and the compute of both paths. ``config`` is a `VersatileFFN.Config`.
+
+    Attributes:
+        router: scores the virtual experts by the un-normalised stream; None for depth only.
+        loops: the loop gate; None for width only.
+        width_norm: the width path's own norm, None if it shares the block's.
+        owner_EF: 1 where a virtual expert owns a hidden unit.
+    """
+
+    owner_EF: Tensor
+
+    def __init__(
+        self, config: Any, dim: int, hidden_dim: int, *, layer: int = 0, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.starts, self.width = config.slice_starts(hidden_dim), config.slice_width(hidden_dim)
+        self.router: Router | None = None
+        self.loops: LoopGate | None = None
+        self.width_norm: RMSNorm | None = None
+        if config.fusion != "depth_only":
+            self.router = config.router.build(dim, config.num_experts, layer=layer, generator=generator)
+            self.width_norm = RMSNorm(dim) if config.norm == "separate" else None
+        if config.fusion != "width_only":
+            self.loops = LoopGate(config, dim, layer=layer, generator=generator)
+        owner_EF = torch.zeros(config.num_experts, hidden_dim)
+        for owner_F, start in zip(owner_EF, self.starts, strict=True):
+            owner_F[start : start + self.width] = 1.0
+        self.register_buffer("owner_EF", owner_EF, persistent=False)
+
+    def forward(self, x_ND: Tensor, branch: Branch, context: RoutingContext) -> Tensor:
+        """The change of the stream, Y - H."""
+        mix = self.decide(x_ND, context)
+        # Shapes of the early exit depend on data, and it writes in place: not for compiled graphs, not for gradients.
+        whole = context.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or mix.depth_NT is None or not self.config.early_exit:
+            change_ND, flops_N = self._all_loops(x_ND, branch, mix)
+        else:
+            change_ND, flops_N = self._early_exit(x_ND, branch, mix)
+        self._emit(mix, flops_N, context)
+        return change_ND.to(x_ND.dtype)
+
+    # Decisions
+
+    def decide(self, x_ND: Tensor, context: RoutingContext) -> Mix:
+        """Run the heads."""
+        config, num_items = self.config, x_ND.shape[0]
+        width = None if self.router is None else self.router(x_ND, context)
+        if self.loops is None:
+            return Mix(width, None, x_ND.new_zeros(num_items, dtype=torch.int64), x_ND.new_ones(num_items, 1))
+        chosen = self.loops(x_ND, context)
+        soft_NT, loops_N = chosen.score_NE, chosen.index_NK[:, 0] + 1
+        is_soft = config.relaxation == "soft" and context.training
+        depth_NT = soft_NT if is_soft else straight_through(soft_NT)
+        if config.fusion != "difficulty":
+            return Mix(width, depth_NT, loops_N, soft_NT.new_full((num_items, 1), 0.5 * (width is not None)))
+        count_T = torch.arange(1, config.max_loops + 1, device=x_ND.device, dtype=soft_NT.dtype)
+        expected_N1 = ((soft_NT if config.gate == "soft" else depth_NT) * count_T).sum(-1, keepdim=True)
+        return Mix(width, depth_NT, loops_N, (config.max_loops - expected_N1) / config.max_loops)  # eq. 12
+
+    def _emit(self, mix: Mix, flops_N: Tensor, context: RoutingContext) -> None:
+        """Means over the real tokens: lambda, FLOPs of the layer's matrices, loops and how they are distributed."""
+        dtype, num_loops = mix.lambda_N1.dtype, self.config.max_loops if self.loops is not None else 0
+        values_NX = [mix.lambda_N1, flops_N.unsqueeze(-1), mix.loops_N.unsqueeze(-1)]
+        values_NX += [mix.loops_N.unsqueeze(-1) == number + 1 for number in range(num_loops)]
+        mean_X = masked_mean(torch.cat([value.detach().to(dtype) for value in values_NX], dim=-1), context.item_mask_N)
+        names = (
+            "mean_lambda",
+            "ffn_flops",
+            "mean_loops",
+            *(f"share_loops_{number + 1}" for number in range(num_loops)),
+        )
+        for name, value in zip(names, mean_X.unbind(0), strict=True):
+            context.emit_metric(name, value)
+
+    # The width path
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the width path masks the hidden units of the first loop, and has no matmul into the hidden layer of its own."""
+        wanted = self.config.width_compute != "grouped" and self.width_norm is None
+        return wanted and self.router is not None and self.loops is not None
+
+    def width_flops(self, branch: Branch) -> int:
+        """What the width path adds for a token, beside the first loop that it may share."""
+        if self.router is None:
+            return 0
+        if self.is_masked:
+            return branch.output_flops
+        if not self._is_grouped(branch):
+            return branch.flops
+        return 2 * branch.dim * self.width * self.config.top_k * (branch.num_inputs + 1)
+
+    def _is_grouped(self, branch: Branch) -> bool:
+        return branch.weights is not None and self.config.width_compute != "masked"
+
+    def gate_NF(self, width: Routing, dtype: torch.dtype) -> Tensor:
+        """m: for each hidden unit the gates of the chosen experts that own it, summed."""
+        gate_NE = torch.zeros_like(width.score_NE).scatter_add(1, width.index_NK.clamp_min(0), width.weight_NK)
+        with torch.autocast(gate_NE.device.type, enabled=False):
+            return (gate_NE @ self.owner_EF.to(gate_NE.dtype)).to(dtype)
+
+    def _wide(self, x_ND: Tensor, branch: Branch, width: Routing) -> Tensor:
+        """sum_j g_j f_j(H), on its own."""
+        norm = branch.norm if self.width_norm is None else self.width_norm
+        h_ND = norm(x_ND)
+        if not self._is_grouped(branch):
+            a_NF = branch.hidden(h_ND)
+            return branch.output(self.gate_NF(width, a_NF.dtype) * a_NF)
+        w13_ESD, w2_EDS = self.stacked(branch)
+        plan, backend = plan_dispatch(width), self.config.backend
+        y_ND = expert_mlp(h_ND, plan, width.weight_NK, w13_ESD, w2_EDS, backend=backend)
+        return y_ND if branch.after is None else branch.after(y_ND)
+
+    def stacked(self, branch: Branch) -> tuple[Tensor, Tensor]:
+        """The virtual experts as a stacked pool: w13 ``[E, 2 d_e, D]``, and w2 ``[E, D, d_e]``, a view where slices are contiguous."""
+        assert branch.weights is not None
+        gate_FD, up_FD, down_DF = branch.weights()
+        width, count = self.width, len(self.starts)
+        slices = [slice(start, start + width) for start in self.starts]
+        if self.starts == tuple(range(0, count * width, width)):
+            gate_ESD, up_ESD = (weight[: count * width].unflatten(0, (count, width)) for weight in (gate_FD, up_FD))
+            w2_EDS = down_DF[:, : count * width].unflatten(1, (count, width)).transpose(0, 1)
+        else:
+            gate_ESD, up_ESD = (torch.stack([weight[part] for part in slices]) for weight in (gate_FD, up_FD))
+            w2_EDS = torch.stack([down_DF[:, part] for part in slices])
+        return torch.cat((gate_ESD, up_ESD), dim=1), w2_EDS
+
+    # All loops for all tokens: training, and the plain way that the early exit must equal
+
+    def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix) -> tuple[Tensor, Tensor]:
+        """The change of the stream, and the FLOPs spent on each token."""
+        flops = self.width_flops(branch) + branch.flops * (self.config.max_loops if self.loops is not None else 0)
+        flops_N = mix.lambda_N1.new_full((x_ND.shape[0],), flops)
+        if mix.depth_NT is None:
+            assert mix.width is not None
+            return self._wide(x_ND, branch, mix.width), flops_N
+        gate_NF = None
+        if mix.width is not None and self.is_masked:
+            gate_NF = self.gate_NF(mix.width, x_ND.dtype)
+        state_ND, wide_ND = self._loop(_first, branch, x_ND, gate_NF)
+        deep_ND = mix.depth_NT[:, :1] * state_ND
+        for number in range(1, self.config.max_loops):
+            state_ND = self._loop(_further, branch, x_ND, state_ND)
+            deep_ND = deep_ND + mix.depth_NT[:, number : number + 1] * state_ND
+        if mix.width is None:
+            return deep_ND, flops_N
+        if wide_ND is None:
+            wide_ND = self._wide(x_ND, branch, mix.width)
+        return mix.lambda_N1 * wide_ND + (1 - mix.lambda_N1) * deep_ND, flops_N
+
+    def _loop(self, run: Callable[..., Any], branch: Branch, *inputs: Tensor | None) -> Any:
+        """One loop; with ``recompute`` its activations are not kept."""
+        if self.config.recompute and torch.is_grad_enabled():
+            return checkpoint(run, branch, *inputs, use_reentrant=False)
+        return run(branch, *inputs)
+
+    # Every token only as far as it goes
+
+    def _early_exit(self, x_ND: Tensor, branch: Branch, mix: Mix) -> tuple[Tensor, Tensor]:
+        """As `_all_loops`. Tokens are sorted by loops, most first: those still looping are a prefix, those with a width path a suffix.
+
+        Tokens that end after one loop take both paths in one product with W_out, since both mix the same hidden units (``[begin:]``).
+        """
+        assert mix.depth_NT is not None
+        config, num_items = self.config, x_ND.shape[0]
+        order_N = mix.loops_N.argsort(descending=True, stable=True)
+        active = torch.stack([(mix.loops_N > number).sum() for number in range(config.max_loops)]).tolist()
+        further = active[1] if config.max_loops > 1 else 0
+        x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
+        narrow = num_items  # [narrow:] have a width path
+        if mix.width is not None:
+            narrow = active[-1] if config.fusion == "difficulty" and config.gate == "hard" else 0
+        is_fused = self.is_masked and branch.after is None
+        begin = max(further, narrow) if is_fused else num_items
+        a_NF = branch.hidden(branch.norm(x_ND))
+        wide_XD = None
+        if mix.width is not None and self.is_masked:
+            share, gate_XF = share_N1.to(a_NF.dtype), self.gate_NF(_rows(mix.width, order_N[narrow:]), a_NF.dtype)
+            mixed = (share[begin:] * gate_XF[begin - narrow :] + (1 - share[begin:])) * a_NF[begin:]
+            rows = (a_NF[:begin], mixed, gate_XF[: begin - narrow] * a_NF[narrow:begin])
+            state_ND, wide_XD = branch.output(torch.cat(rows)).to(x_ND.dtype).split((num_items, begin - narrow))
+        else:
+            state_ND = branch.output(a_NF).to(x_ND.dtype)
+            if mix.width is not None:
+                wide_XD = self._wide(x_ND[narrow:], branch, _rows(mix.width, order_N[narrow:]))
+        for count in active[1:]:
+            if count:
+                state_ND[:count] += branch.change(x_ND[:count] + state_ND[:count])
+        if wide_XD is not None:
+            share = share_N1[narrow:begin]
+            state_ND[narrow:begin] = share * wide_XD + (1 - share) * state_ND[narrow:begin]
+        has_width_N = torch.zeros_like(order_N).scatter(0, order_N[narrow:begin], 1)
+        flops_N = branch.flops * mix.loops_N + self.width_flops(branch) * has_width_N
+        return torch.empty_like(state_ND).index_copy(0, order_N, state_ND), flops_N
+
+
+def _first(branch: Branch, x_ND: Tensor, gate_NF: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The first loop, and from its hidden units the width path."""
+    a_NF = branch.hidden(branch.norm(x_ND))
+    wide_ND = None if gate_NF is None else branch.output(gate_NF.to(a_NF.dtype) * a_NF)
+    return branch.output(a_NF).to(x_ND.dtype), wide_ND
+
+
+def _further(branch: Branch, x_ND: Tensor, state_ND: Tensor) -> Tensor:
+    """H^(l) - H from H^(l-1) - H."""
+    return state_ND + branch.change(x_ND + state_ND)
+
+
+def _rows(routing: Routing, item_M: Tensor) -> Routing:
+    return Routing(routing.index_NK[item_M], routing.weight_NK[item_M], routing.score_NE[item_M])
