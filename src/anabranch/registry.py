@@ -44,6 +44,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "moe": "anabranch.nn.moe:MoE",
         "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
         "duo": "anabranch.depth.duo_llm:DuoFFN",
+        "chain": "anabranch.experts.chain:Chain",
     },
     "attention": {
         "attention": "anabranch.nn.attention:Attention",

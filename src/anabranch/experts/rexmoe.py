@@ -34,7 +34,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.moe import MoE, make_pool
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, RoutingContext
+from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, Router, RoutingContext
 
 logger = logging.getLogger(__name__)
 
@@ -239,11 +239,11 @@ class ReXMoE(MoE, kind="rexmoe"):
         self.config = config
         self.depth_embedding = nn.Parameter(torch.zeros(context.dim)) if config.depth_embedding else None
 
-    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
-        """y_BLD."""
+    def run(self, router: Router, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD, as ``router`` sends the tokens."""
         if self.depth_embedding is not None:
             x_BLD = x_BLD + self.depth_embedding.to(x_BLD.dtype)
-        return super().forward(x_BLD, context)
+        return super().run(router, x_BLD, context)
 
 
 def _pool(config: Any, context: BuildContext, group: Group) -> ExpertPool | None:
@@ -371,7 +371,7 @@ def export_expanded(model: Decoder) -> Decoder:
     Raises CheckpointError where a plain model cannot express it: a depth embedding, or a last group shorter than the others.
     """
     config = model.config.feed_forward
-    if not isinstance(config, ReXMoE.Config):
+    if type(config) is not ReXMoE.Config:
         raise CheckpointError(f"export_expanded needs a 'rexmoe' model, this one is {config.owner.kind!r}")
     layers = _routed(model)
     if config.depth_embedding:

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
 from anabranch.nn.attention import Attention
-from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
@@ -255,7 +254,7 @@ class Decoder(Part, nn.Module):
             x_BLD = self.streams.expand(x_BLD)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BLD = _recomputed(block, x_BLD, context)
+                x_BLD = recomputed(block, x_BLD, context)
             else:
                 x_BLD = block(x_BLD, context)
         if isinstance(context.cache, KeyValueCache):
@@ -301,18 +300,6 @@ class Decoder(Part, nn.Module):
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.embedding.weight.dtype
-
-
-def _recomputed(block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
-    """Run ``block`` without keeping its activations. What it emits and carries on comes back as outputs, so it is counted once."""
-
-    def run(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
-        local = context.fork(carry)
-        return block(x_BLD, local), local.carry, *local.collected()
-
-    y_BLD, context.carry, *collected = checkpoint(run, x_BLD, dict(context.carry), use_reentrant=False)
-    context.merge(*collected)
-    return y_BLD
 
 
 def _positions(

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from anabranch.routing.context import RoutingContext
 
@@ -96,6 +97,18 @@ class ForwardContext(RoutingContext):
     is_causal: bool = True
     cache: KeyValueStore | None = None
     token_BL: Tensor | None = None
+
+
+def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: ForwardContext) -> Tensor:
+    """``run(x_BLD, context)`` without keeping its activations. What it emits and carries on comes out as well, so it is counted once."""
+
+    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
+        local = context.fork(carry)
+        return run(x_BLD, local), local.carry, *local.collected()
+
+    y_BLD, context.carry, *collected = checkpoint(forked, x_BLD, dict(context.carry), use_reentrant=False)
+    context.merge(*collected)
+    return y_BLD
 
 
 @dataclass(frozen=True)

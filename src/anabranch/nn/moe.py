@@ -1,6 +1,7 @@
 """The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
 # Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +71,11 @@ class MoE(FeedForward, kind="moe"):
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
 
         @property
+        def num_routers(self) -> int:
+            """Routers of the layer; more than one where a design runs the layer several times (`Chain`)."""
+            return 1
+
+        @property
         def shared_width(self) -> int:
             """Hidden width of the shared experts together; 0 without any."""
             return self.shared_hidden_dim or self.shared_experts * self.hidden_dim
@@ -106,7 +112,8 @@ class MoE(FeedForward, kind="moe"):
     ) -> None:
         super().__init__()
         self.config = config
-        self.router: Router = config.router.build(
+        make_router = functools.partial(
+            config.router.build,
             context.dim,
             config.num_destinations(context),
             layer=context.layer,
@@ -117,6 +124,7 @@ class MoE(FeedForward, kind="moe"):
             generator=context.generator,
             share=context.share,
         )
+        self.router: Router = make_router()
         if pool is None:
             self.experts = make_pool(config, context, config.num_experts)
         else:
@@ -126,11 +134,16 @@ class MoE(FeedForward, kind="moe"):
         if config.shared_experts:
             self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context)
             self.shared_gate = context.linear(context.dim, 1) if config.shared_gate else None
+        self.more_routers = nn.ModuleList(make_router() for _ in range(1, config.num_routers))
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """y_BLD."""
+        return self.run(self.router, x_BLD, context)
+
+    def run(self, router: Router, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD, as ``router`` sends the tokens."""
         x_ND = x_BLD.flatten(0, -2)
-        routing = self.router(x_ND, context)
+        routing = router(x_ND, context)
         if self.config.capacity_factor is not None and context.training:
             routing = self._limit(routing, context)
         y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on, context=context)

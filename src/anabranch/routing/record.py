@@ -7,6 +7,7 @@ pass (activation recompute) are not recorded again.
 """
 # Shapes: N items, K places per item, R rows, B sequences, L positions
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -163,7 +164,9 @@ class Recorder:
         self.domain: str | Sequence[str | None] | None = None
         self.tokens: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
-        self._items = dict.fromkeys(layers, (0, 0))  # ids of the last forward pass: first, and one past the last
+        # Ids of the last forward pass, by router and how many times it had routed in it: first, and one past the last.
+        self._items: dict[tuple[nn.Module, int], tuple[int, int]] = {}
+        self._turns = {module: _Turns() for module in layers}
 
     def trace(self) -> RoutingTrace:
         """What was recorded. A recording to a file is read back from it, once its block has ended."""
@@ -179,10 +182,11 @@ class Recorder:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, RoutingContext)]
         context = given[0] if given else RoutingContext()
         keep_N = _real(context)
-        item_N, position_N = self._places(module, routing.num_items, context)
+        turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
+        item_N, position_N = self._places((module, turn), routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
-            self._describe(module, routing),
+            self._describe(module, turn, routing),
             _numpy(routing.index_NK)[keep_N],
             _numpy(routing.weight_NK.float())[keep_N],
             item_N=item_N[keep_N],
@@ -191,18 +195,20 @@ class Recorder:
             domain=self._domain_N(routing.num_items, keep_N),
         )
 
-    def _describe(self, module: nn.Module, routing: Routing) -> TraceLayer:
+    def _describe(self, module: nn.Module, turn: int, routing: Routing) -> TraceLayer:
         number, name = self._layers[module]
         return TraceLayer(
-            layer=number,
-            name=name,
+            layer=number + turn,
+            name=name if _passes(module) == 1 else f"{name}.pass{turn}",
             num_destinations=routing.num_destinations,
             top_k=routing.num_places,
             pool=getattr(module, "pool", None) or "",
             own_start=getattr(module, "own_start", 0),
         )
 
-    def _places(self, module: nn.Module, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
+    def _places(
+        self, key: tuple[nn.Module, int], num_items: int, context: RoutingContext
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Item id and position of each of the N items: as the context says, else counted from the start of the recording."""
         length = context.sequence_length or 1  # no sequences: every item is one of its own
         count_N = np.arange(num_items)
@@ -211,9 +217,9 @@ class Recorder:
         if item_N is None:
             # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
             goes_on = position_N is not None and num_items > 0 and not (position_N[_real(context)] == 0).any()
-            first, end = self._items[module]
+            first, end = self._items.get(key, (0, 0))
             first = first if goes_on else end
-            self._items[module] = first, first + -(-num_items // length)
+            self._items[key] = first, first + -(-num_items // length)
             item_N = first + count_N // length
         return item_N, count_N % length if position_N is None else position_N
 
@@ -263,8 +269,8 @@ def record_routing(
         routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model``.
         read: makes a `Routing` from a router and what its forward returned. Default: it is one already.
 
-    Rows carry the router's ``layer``. Where two routers claim one layer (or have none), layers are numbered in the model's order
-    and names tell them apart.
+    Rows carry the router's ``layer``. Where two routers claim one layer (or have none), or a router routes several times in a forward
+    pass (`Router.passes`), layers are numbered in the model's order and names tell them apart.
 
     Raises ConfigError if there is nothing to record.
     """
@@ -288,7 +294,18 @@ def record_routing(
 def _numbers(routers: Mapping[str, nn.Module]) -> list[int]:
     claimed = [getattr(module, "layer", None) for module in routers.values()]
     distinct = [number for number in claimed if isinstance(number, int)]
-    return distinct if len(set(distinct)) == len(claimed) else list(range(len(claimed)))
+    passes = [_passes(module) for module in routers.values()]
+    if len(set(distinct)) == sum(passes):
+        return distinct
+    return [0, *itertools.accumulate(passes[:-1])]
+
+
+def _passes(module: nn.Module) -> int:
+    return getattr(module, "passes", 1)
+
+
+class _Turns:
+    """Owner, in a context's memo, of the count of one router's turns in a forward pass."""
 
 
 def _is_routing(module: nn.Module, output: Any) -> Routing:

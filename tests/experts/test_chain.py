@@ -1,0 +1,205 @@
+"""Chain-of-Experts: one pass is the plain layer, each residual form by hand, gates apart and tied, counts, traces, warm start, errors."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anabranch.errors import ConfigError
+from anabranch.experts.chain import Chain
+from anabranch.experts.rexmoe import ReXMoE
+from anabranch.experts.rmoe import RecurrentScore
+from anabranch.lm import Decoder
+from anabranch.nn import Attention, ForwardContext, MoE
+from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK, record_routing
+
+TOLERANCE = 1e-5
+SIZES = {"num_experts": 4, "hidden_dim": 8}
+
+
+def model_of(feed_forward, *, num_layers=2, seed=0, **changes):
+    config = Decoder.Config(
+        vocab_size=31, dim=16, num_layers=num_layers, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+    )
+    return config.replace(**changes).build(seed=seed)
+
+
+def chain(**changes):
+    return Chain.Config(**{**SIZES, **changes})
+
+
+def tokens(batch=2, length=9, seed=0):
+    return torch.randint(0, 31, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def items(count=5, dim=16, seed=0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- identities ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["inner", "outer", "init", "none"])
+@pytest.mark.parametrize("norm", ["each", "once"])
+def test_one_iteration_is_the_plain_layer_to_the_bit(residual, norm):
+    plain = model_of(MoE.Config(**SIZES, shared_experts=1))
+    single = model_of(chain(iterations=1, residual=residual, norm=norm, shared_experts=1))
+    assert list(plain.state_dict()) == list(single.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, single.state_dict()[name]), name
+    token_BL = tokens()
+    ours, theirs = single(token_BL, token_BL), plain(token_BL, token_BL)
+    assert ours.loss == theirs.loss
+    ours.loss.backward()
+    theirs.loss.backward()
+    for (name, left), right in zip(single.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(left.grad, right.grad), name
+
+
+def one_pass(layer, router, x_ND):
+    """f_t as a loop over items and experts."""
+    score_NE = F.linear(x_ND, router.score.weight).softmax(-1)
+    top = score_NE.topk(router.config.select.top_k)
+    rows = []
+    for item in range(len(x_ND)):
+        total_D = torch.zeros_like(x_ND[item])
+        for expert, gate in zip(top.indices[item].tolist(), top.values[item], strict=True):
+            gate_F, up_F = (layer.experts.w13[expert] @ x_ND[item]).chunk(2)
+            total_D = total_D + gate * (layer.experts.w2[expert] @ (F.silu(gate_F) * up_F))
+        rows.append(total_D)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("norm", ["each", "once", "reference"])
+@pytest.mark.parametrize("residual", ["inner", "outer", "init", "none", "gated"])
+def test_three_passes_written_out(residual, norm):
+    """Two experts, one chosen per pass, in float64: every residual form and every place of the norm."""
+    router = Router.Config(select=TopK.Config(top_k=1))
+    config = chain(num_experts=2, iterations=3, residual=residual, norm=norm, router=router)
+    block = model_of(config, init_std=0.5).double().eval().blocks[0]
+    layer, h_ND = block.feed_forward, items().double()
+    if residual == "gated":
+        with torch.no_grad():
+            layer.scale.copy_(torch.tensor([0.5, -2.0]))
+
+    def normed(x_ND):
+        return block.feed_forward_norm(x_ND) if norm == "each" else x_ND
+
+    start_ND = h_ND if norm == "each" else block.feed_forward_norm(h_ND)
+    x_ND = start_ND
+    for t, own in enumerate(layer.routers):
+        made_ND = one_pass(layer, own, normed(x_ND))
+        if residual == "inner":
+            x_ND = x_ND + made_ND
+        elif residual == "init":
+            x_ND = start_ND + made_ND
+        elif residual == "gated":
+            x_ND = start_ND + (layer.scale[t] if t < 2 else 1.0) * made_ND
+        else:
+            x_ND = made_ND
+    y_ND = x_ND + start_ND if residual == "outer" else x_ND
+    expected_ND = h_ND + (y_ND - start_ND) if norm == "once" and residual != "none" else y_ND
+    seen_ND = layer.add_to(h_ND[None], block.feed_forward_norm, layer_context())[0]
+    torch.testing.assert_close(seen_ND, expected_ND, atol=1e-12, rtol=1e-12)
+
+
+def layer_context(training=False):
+    return ForwardContext(position_BL=torch.zeros(1, 1), rotary=(torch.ones(1), torch.ones(1)), training=training)
+
+
+def test_gates_are_apart_and_may_be_tied():
+    apart, tied = model_of(chain()), model_of(chain(independent_gates=False))
+    layer = apart.blocks[0].feed_forward
+    first, second = layer.router.score.weight, layer.more_routers[0].score.weight
+    assert not torch.equal(first, second)
+    token_BL = tokens()
+    apart(token_BL, token_BL).loss.backward()
+    assert (first.grad - second.grad).abs().max() > 1e-6
+    assert len(tied.blocks[0].feed_forward.routers) == 1
+    ours = sum(value.numel() for value in tied.parameters())
+    assert sum(value.numel() for value in apart.parameters()) - ours == 2 * 4 * 16
+
+
+def test_pool_recurrent_router_and_chain_combine():
+    """Experts of two layers, a state that moves on in every pass, and a bias for each pass of each layer."""
+    router = Router.Config(
+        score=RecurrentScore.Config(state_dim=6), balance=(BiasBalancer.Config(rate=0.01), SwitchLoss.Config())
+    )
+    model = model_of(chain(reuse=2, router=router), num_layers=3)
+    routers = [router for block in model.blocks for router in block.feed_forward.routers]
+    assert [router.num_destinations for router in routers] == [8, 8, 8, 8, 4, 4]
+    assert len({id(router.balance[0]) for router in routers}) == 6
+    assert len({id(router.score.recurrence) for router in routers}) == 1
+    assert [router.score.is_first for router in routers] == [True, *[False] * 5]
+    states = []
+    for router in routers:
+        router.register_forward_hook(
+            lambda module, args, output: states.append(args[1].carry["routing_state"].detach())
+        )
+    token_BL = tokens()
+    output = model(token_BL, token_BL)
+    output.loss.backward()
+    assert len(states) == 6
+    for before, after in itertools.pairwise(states):
+        assert (before - after).abs().max() > 1e-6
+    loads = torch.stack([router.balance[0].load_E.sum() for router in routers])
+    assert loads.tolist() == [2 * 9 * 2] * 6
+    assert sum(value.numel() for value in model.parameters()) == model.config.count().parameters
+
+
+# ---- counts and traces --------------------------------------------------------------------------------------------------------
+
+
+def test_flops_equal_what_hooks_count():
+    config = chain(iterations=3, shared_experts=1, router=Router.Config(select=TopK.Config(top_k=2)))
+    model = model_of(config, num_layers=1).eval()
+    layer, seen = model.blocks[0].feed_forward, [0]
+    layer.experts.register_forward_hook(
+        lambda module, args, output: seen.append(args[1].used_NK.sum().item() * 2 * 3 * 16 * 8)
+    )
+    layer.shared.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0] * 2 * 3 * 16 * 8))
+    for router in layer.routers:
+        router.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0] * 2 * 16 * 4))
+    model(tokens())
+    context = next(model.config.contexts())
+    assert sum(seen) == 18 * config.count(context).flops
+
+
+def test_a_trace_has_every_pass():
+    token_BL = tokens()
+    for config, names in (
+        (chain(), ["router", "more_routers.0"]),
+        (chain(independent_gates=False), ["router.pass0", "router.pass1"]),
+    ):
+        model = model_of(config).eval()
+        with record_routing(model) as recorder, torch.no_grad():
+            model(token_BL)
+            model(token_BL[:1])
+        trace = recorder.trace()
+        assert [layer.layer for layer in trace.layers] == [0, 1, 2, 3]
+        assert [layer.name for layer in trace.layers] == [
+            f"blocks.{number}.feed_forward.{name}" for number in (0, 1) for name in names
+        ]
+        assert {name: len(layers) for name, layers in trace.pools.items()} == {"layer_0": 2, "layer_1": 2}
+        for layer in trace.layers:
+            decisions = trace.decisions(layer.layer)
+            assert decisions.item_N.tolist() == [item for item in range(3) for _ in range(9)]
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_and_warnings(caplog):
+    with pytest.raises(ConfigError, match=r"^iterations is 0; it must be greater than or equal to 1$"):
+        chain(iterations=0)
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        model_of(chain(residual="none"))
+    assert caplog.messages == ["residual is 'none' with 2 iterations: nothing of a layer's input goes past it"]
+
+
+def test_over_one_layers_pool_it_is_rexmoe_to_the_bit():
+    pooled, single = model_of(ReXMoE.Config(**SIZES, psr=None)), model_of(chain(reuse=2, iterations=1))
+    token_BL = tokens()
+    assert torch.equal(pooled(token_BL).logits_BLV, single(token_BL).logits_BLV)
