@@ -13,6 +13,28 @@ Departures: the released code cannot train; the network that makes the prefixes 
 copy of the prefix in front of every sequence, so that attention stays one call. Evidence: `anabranch study parscale`.
 """
 
+from anabranch.experts.parscale.cost import HARDWARE, Cost, Hardware, cost_model, measure_hardware
+from anabranch.experts.parscale.formats import export_parscale, load_parscale
+from anabranch.experts.parscale.law import PAPER_LOSSES, Law, diversity, fit_parallel_law
+from anabranch.experts.parscale.recipe import add_streams, fold, init_from_tokens, remove_streams, set_streams
 from anabranch.experts.parscale.streams import ParScale
 
-__all__ = ["ParScale"]
+__all__ = [
+    "HARDWARE",
+    "PAPER_LOSSES",
+    "Cost",
+    "Hardware",
+    "Law",
+    "ParScale",
+    "add_streams",
+    "cost_model",
+    "diversity",
+    "export_parscale",
+    "fit_parallel_law",
+    "fold",
+    "init_from_tokens",
+    "load_parscale",
+    "measure_hardware",
+    "remove_streams",
+    "set_streams",
+]
