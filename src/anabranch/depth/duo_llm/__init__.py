@@ -6,10 +6,31 @@ under that budget (`router`), and `analysis` asks what the difference means. A l
 Evidence: ``anabranch study duo_llm``.
 """
 
+from anabranch.depth.duo_llm.analysis import (
+    analyze,
+    big_by_position,
+    difficulty,
+    gap_closed,
+    hopeless_share,
+    ramp_loss,
+    rank_correlation,
+    route_loss,
+    top_tokens,
+    transfer,
+)
+from anabranch.depth.duo_llm.labels import RouteLabels
 from anabranch.depth.duo_llm.layer import BIG, OPTIONS, SKIP, SMALL, DuoFFN, DuoRouter, Routed, duo_layers, take
 from anabranch.depth.duo_llm.oracle import oracle
-from anabranch.depth.duo_llm.parts import BudgetLoss, Mixture, RandomChoice, TemperedScore
+from anabranch.depth.duo_llm.parts import BudgetLoss, Mixture, RandomChoice, TemperedScore, class_weights, focal_loss
 from anabranch.depth.duo_llm.results import OracleReport, OracleResult
+from anabranch.depth.duo_llm.router import (
+    calibrate_budget,
+    learned_router,
+    option_shares,
+    train_duo,
+    train_router,
+    with_router,
+)
 from anabranch.depth.duo_llm.routes import RouteSpace, Walk
 
 __all__ = [
@@ -24,11 +45,30 @@ __all__ = [
     "OracleReport",
     "OracleResult",
     "RandomChoice",
+    "RouteLabels",
     "RouteSpace",
     "Routed",
     "TemperedScore",
     "Walk",
+    "analyze",
+    "big_by_position",
+    "calibrate_budget",
+    "class_weights",
+    "difficulty",
     "duo_layers",
+    "focal_loss",
+    "gap_closed",
+    "hopeless_share",
+    "learned_router",
+    "option_shares",
     "oracle",
+    "ramp_loss",
+    "rank_correlation",
+    "route_loss",
     "take",
+    "top_tokens",
+    "train_duo",
+    "train_router",
+    "transfer",
+    "with_router",
 ]

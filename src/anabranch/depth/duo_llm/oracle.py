@@ -14,8 +14,7 @@ alone, so every result can carry a control: the same oracle against targets that
 import hashlib
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anabranch.depth.duo_llm.layer import duo_layers
-from anabranch.depth.duo_llm.results import BOUNDS, Minima, OracleResult, Parts, token_losses
+from anabranch.depth.duo_llm.results import BOUNDS, Minima, OracleResult, Parts, evaluating, token_losses
 from anabranch.depth.duo_llm.routes import RouteSpace, Walk, parse_options
 from anabranch.depth.duo_llm.self_consistent import run_self_consistent
 from anabranch.errors import ConfigError
@@ -86,18 +85,6 @@ def oracle(
             parts.add(minima, start + chunk, time.perf_counter() - begin)
             parts.write(resume, key)
     return parts.result(space, mode, len(targets))
-
-
-@contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 class _Plan:

@@ -1,7 +1,8 @@
 """What an oracle finds: running minima over routes, kept chunk by chunk, and the result made of them."""
 # Shapes: B sequences, L positions, G rows of minima (budgets), Y duo layers, V vocabulary
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from anabranch.depth.duo_llm.routes import RouteSpace, Walk
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_file
+from anabranch.lm.decoder import Decoder
 
 BOUNDS = {"uniform": "optimistic", "self_consistent": "exact", "descent": "lower bound"}
 
@@ -93,6 +95,18 @@ class OracleResult:
         ]
         table: dict[str, Any] = {"rows": rows, "report": asdict(self.report)}
         return table if self.control is None else {**table, "shuffled": self.control.to_dict()["rows"]}
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def token_losses(logits_BLV: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
