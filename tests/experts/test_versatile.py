@@ -83,13 +83,13 @@ def naive(layer, norm, x_BLD):
                 start = config.slice_starts(config.hidden_dim)[place]
                 units, n_D = slice(start, start + width), (norm if paths.width_norm is None else paths.width_norm)(h_D)
                 wide_D = wide_D + gate * (down_DF[:, units] @ (F.silu(gate_FD[units] @ n_D) * (up_FD[units] @ n_D)))
-        loops = 0
+        loops = config.loops
         if paths.loops is not None:
             logit_T = paths.loops.score.weight @ h_D
             loops = int(logit_T.argmax()) + 1
-            for _ in range(loops):
-                n_D = norm(deep_D)
-                deep_D = deep_D + down_DF @ (F.silu(gate_FD @ n_D) * (up_FD @ n_D))
+        for _ in range(loops):
+            n_D = norm(deep_D)
+            deep_D = deep_D + down_DF @ (F.silu(gate_FD @ n_D) * (up_FD @ n_D))
         share = {"width_only": 1.0, "depth_only": 0.0, "average": 0.5}.get(config.fusion)
         if share is None:
             count_T = torch.arange(1.0, config.max_loops + 1)
@@ -113,6 +113,8 @@ VARIANTS = {
     "overlap": {"expert_dim": 10, "overlap": True},
     "overlap_grouped": {"expert_dim": 10, "overlap": True, "width_compute": "grouped"},
     "contiguous_part": {"expert_dim": 4, "slices": "contiguous", "width_compute": "grouped"},
+    "fixed_loops": {"fusion": "depth_only", "gate": "none"},
+    "fixed_average": {"fusion": "average", "gate": "none"},
     "one_loop": {"max_loops": 1},
     "two_loops": {"max_loops": 2},
     "one_expert": {"num_experts": 1, "router": Router.Config(select=TopK.Config(top_k=1, normalize="softmax"))},
@@ -483,6 +485,7 @@ def test_config_reads_back_equal():
             "top_k is 5, but there are 4 destinations; use 1 to 4",
         ),
         ({"num_experts": 40}, "40 experts of expert_dim=1 need 40 hidden units, there are 24"),
+        ({"gate": "none"}, "gate is 'none', so there is no difficulty to mix by; use fusion 'average' or 'depth_only'"),
         ({"max_loops": 0}, "max_loops is 0; it must be greater than or equal to 1"),
         ({"backend": "fast"}, "backend is 'fast'; use one of auto, native"),
         ({"fusion": "both"}, "fusion is 'both'; it must be 'difficulty', 'average', 'width_only' or 'depth_only'"),

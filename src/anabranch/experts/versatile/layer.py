@@ -51,7 +51,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
             temperature: tau of the Gumbel softmax.
             relaxation: ``straight_through`` trains on a one-hot sample (paper); ``soft`` mixes the states by the relaxed sample.
             fusion: ``difficulty`` (paper), ``average`` of both paths, or one path alone: ``width_only``, ``depth_only``.
-            gate: expected loops from the ``hard`` sample (the published code) or from the ``soft`` probabilities.
+            gate: expected loops from the ``hard`` sample (the published code) or from the ``soft`` probabilities; with ``none`` there is
+                no loop head and every token takes every loop (the k-loop baseline, with fusion ``depth_only`` or ``average``).
             norm: the width path has the block's norm (``shared``, paper) or a ``separate`` one.
             width_compute: ``masked`` masks hidden units of the whole feed-forward, those of the first loop where there is one;
                 ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped.
@@ -72,7 +73,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
         temperature: Temperature.Config = Temperature.Config()
         relaxation: Literal["straight_through", "soft"] = "straight_through"
         fusion: Literal["difficulty", "average", "width_only", "depth_only"] = "difficulty"
-        gate: Literal["hard", "soft"] = "hard"
+        gate: Literal["hard", "soft", "none"] = "hard"
         norm: Literal["shared", "separate"] = "shared"
         width_compute: Literal["auto", "masked", "grouped"] = "auto"
         early_exit: bool = True
@@ -82,6 +83,10 @@ class VersatileFFN(FeedForward, kind="versatile"):
         def __post_init__(self) -> None:
             if self.backend not in BACKENDS:
                 raise ConfigError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
+            if self.gate == "none" and self.fusion == "difficulty":
+                raise ConfigError(
+                    "gate is 'none', so there is no difficulty to mix by; use fusion 'average' or 'depth_only'"
+                )
             if self.fusion != "depth_only":
                 self.router.check(self.num_experts)
                 self.slice_starts(self.hidden_dim)
@@ -140,7 +145,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
         def heads(self, dim: int) -> int:
             """Parameters of the two heads."""
             router = 0 if self.fusion == "depth_only" else self.router.score.num_parameters(dim, self.num_experts)
-            return router + dim * self.loops
+            return router + dim * self.loops * (self.gate != "none")
 
         def width_flops(self, dim: int) -> int:
             """FLOPs that the width path adds to a token: k d_e hidden units through three matrices, or all through the last one."""

@@ -129,7 +129,7 @@ class Mix:
 
     Attributes:
         width: virtual experts of each item; None without a width path.
-        depth_NT: weight of the state after each number of loops; None without a depth path.
+        depth_NT: weight of the state after each number of loops; None if it is the last one's for all, or without a depth path.
         loops_N: int64, the loops that count; ``depth_NT`` is one-hot there unless it is soft.
         lambda_N1: share of the width path.
     """
@@ -145,7 +145,7 @@ class Paths(nn.Module):
 
     Attributes:
         router: scores the virtual experts by the un-normalised stream; None for depth only.
-        loops: the loop gate; None for width only.
+        loops: the loop gate; None for width only, and where every token takes every loop.
         width_norm: the width path's own norm, None if it shares the block's.
         owner_EF: 1 where a virtual expert owns a hidden unit.
     """
@@ -161,10 +161,11 @@ class Paths(nn.Module):
         self.router: Router | None = None
         self.loops: LoopGate | None = None
         self.width_norm: RMSNorm | None = None
+        self.num_loops = config.loops
         if config.fusion != "depth_only":
             self.router = config.router.build(dim, config.num_experts, layer=layer, generator=generator)
             self.width_norm = RMSNorm(dim) if config.norm == "separate" else None
-        if config.fusion != "width_only":
+        if self.num_loops and config.gate != "none":
             self.loops = LoopGate(config, dim, layer=layer, generator=generator)
         owner_EF = torch.zeros(config.num_experts, hidden_dim)
         for owner_F, start in zip(owner_EF, self.starts, strict=True):
@@ -176,7 +177,7 @@ class Paths(nn.Module):
         mix = self.decide(x_ND, context)
         # Shapes of the early exit depend on data, and it writes in place: not for compiled graphs, not for gradients.
         whole = context.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or mix.depth_NT is None or not self.config.early_exit:
+        if whole or not self.num_loops or not self.config.early_exit:
             change_ND, flops_N = self._all_loops(x_ND, branch, mix)
         else:
             change_ND, flops_N = self._early_exit(x_ND, branch, mix)
@@ -189,21 +190,23 @@ class Paths(nn.Module):
         """Run the heads."""
         config, num_items = self.config, x_ND.shape[0]
         width = None if self.router is None else self.router(x_ND, context)
+        share = {"width_only": 1.0, "average": 0.5, "depth_only": 0.0, "difficulty": None}[config.fusion]
         if self.loops is None:
-            return Mix(width, None, x_ND.new_zeros(num_items, dtype=torch.int64), x_ND.new_ones(num_items, 1))
+            loops_N = torch.full((num_items,), self.num_loops, device=x_ND.device)
+            return Mix(width, None, loops_N, torch.full_like(x_ND[:, :1], share))  # type: ignore[arg-type]  # 'difficulty' needs a gate
         chosen = self.loops(x_ND, context)
         soft_NT, loops_N = chosen.score_NE, chosen.index_NK[:, 0] + 1
         is_soft = config.relaxation == "soft" and context.training
         depth_NT = soft_NT if is_soft else straight_through(soft_NT)
-        if config.fusion != "difficulty":
-            return Mix(width, depth_NT, loops_N, soft_NT.new_full((num_items, 1), 0.5 * (width is not None)))
+        if share is not None:
+            return Mix(width, depth_NT, loops_N, soft_NT.new_full((num_items, 1), share))
         count_T = torch.arange(1, config.max_loops + 1, device=x_ND.device, dtype=soft_NT.dtype)
         expected_N1 = ((soft_NT if config.gate == "soft" else depth_NT) * count_T).sum(-1, keepdim=True)
         return Mix(width, depth_NT, loops_N, (config.max_loops - expected_N1) / config.max_loops)  # eq. 12
 
     def _emit(self, mix: Mix, flops_N: Tensor, context: RoutingContext) -> None:
         """Means over the real tokens: lambda, FLOPs of the layer's matrices, loops and how they are distributed."""
-        dtype, num_loops = mix.lambda_N1.dtype, self.config.max_loops if self.loops is not None else 0
+        dtype, num_loops = mix.lambda_N1.dtype, self.num_loops
         values_NX = [mix.lambda_N1, flops_N.unsqueeze(-1), mix.loops_N.unsqueeze(-1)]
         values_NX += [mix.loops_N.unsqueeze(-1) == number + 1 for number in range(num_loops)]
         mean_X = masked_mean(torch.cat([value.detach().to(dtype) for value in values_NX], dim=-1), context.item_mask_N)
@@ -222,7 +225,7 @@ class Paths(nn.Module):
     def is_masked(self) -> bool:
         """Whether the width path masks the hidden units of the first loop, and has no matmul into the hidden layer of its own."""
         wanted = self.config.width_compute != "grouped" and self.width_norm is None
-        return wanted and self.router is not None and self.loops is not None
+        return wanted and self.router is not None and self.num_loops > 0
 
     def width_flops(self, branch: Branch) -> int:
         """What the width path adds for a token, beside the first loop that it may share."""
@@ -273,19 +276,19 @@ class Paths(nn.Module):
 
     def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix) -> tuple[Tensor, Tensor]:
         """The change of the stream, and the FLOPs spent on each token."""
-        flops = self.width_flops(branch) + branch.flops * (self.config.max_loops if self.loops is not None else 0)
+        flops = self.width_flops(branch) + branch.flops * self.num_loops
         flops_N = mix.lambda_N1.new_full((x_ND.shape[0],), flops)
-        if mix.depth_NT is None:
+        if not self.num_loops:
             assert mix.width is not None
             return self._wide(x_ND, branch, mix.width), flops_N
         gate_NF = None
         if mix.width is not None and self.is_masked:
             gate_NF = self.gate_NF(mix.width, x_ND.dtype)
         state_ND, wide_ND = self._loop(_first, branch, x_ND, gate_NF)
-        deep_ND = mix.depth_NT[:, :1] * state_ND
-        for number in range(1, self.config.max_loops):
+        deep_ND = state_ND if mix.depth_NT is None else mix.depth_NT[:, :1] * state_ND
+        for number in range(1, self.num_loops):
             state_ND = self._loop(_further, branch, x_ND, state_ND)
-            deep_ND = deep_ND + mix.depth_NT[:, number : number + 1] * state_ND
+            deep_ND = state_ND if mix.depth_NT is None else deep_ND + mix.depth_NT[:, number : number + 1] * state_ND
         if mix.width is None:
             return deep_ND, flops_N
         if wide_ND is None:
@@ -305,11 +308,10 @@ class Paths(nn.Module):
 
         Tokens that end after one loop take both paths in one product with W_out, since both mix the same hidden units (``[begin:]``).
         """
-        assert mix.depth_NT is not None
         config, num_items = self.config, x_ND.shape[0]
         order_N = mix.loops_N.argsort(descending=True, stable=True)
-        active = torch.stack([(mix.loops_N > number).sum() for number in range(config.max_loops)]).tolist()
-        further = active[1] if config.max_loops > 1 else 0
+        active = torch.stack([(mix.loops_N > number).sum() for number in range(self.num_loops)]).tolist()
+        further = active[1] if self.num_loops > 1 else 0
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
         narrow = num_items  # [narrow:] have a width path
         if mix.width is not None:
