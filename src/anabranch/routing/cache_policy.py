@@ -20,7 +20,7 @@ from anabranch.errors import ConfigError, DataError
 Policy = Literal["lru", "lfu", "belady", "fixed", "segment"]
 Cold = Literal["free", "miss"]
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed", "segment")
-CELLS = 1 << 16  # of a stack; what a core's second cache holds
+CELLS = 1 << 15  # of a stack; what a core's second cache holds
 FREE, ABSENT, NOTHING = (
     -1,
     -2,
@@ -151,7 +151,9 @@ class _Stack:
         self.count_EB = np.zeros((num_destinations, num_columns), self.dtype)
         self.column_B = np.arange(num_columns)
         self.next_TKB = self._next_accesses(num_destinations) if policy == "belady" else None
-        self._low_EB, self._new_EB = np.empty_like(self.stack_EB), np.empty_like(self.stack_EB)
+        self._new_EB = np.empty_like(self.stack_EB)
+        spare = [np.empty_like(self.stack_EB) for _ in range(2)]
+        self._scratch = [spare[turn % 2] for turn in range((num_destinations - 1).bit_length())]
 
     def hits_EB(self, cold: Cold) -> np.ndarray:
         """Accesses by the place where the destination stood, so that a larger capacity hits."""
@@ -183,10 +185,11 @@ class _Stack:
         stack_EB, new_EB = self.stack_EB, self._new_EB
         used_B = x_B >= 0
         key_B = self._key_B(x_B)
-        np.putmask(stack_EB, stack_EB == key_B, FREE)  # taken out; its place, or the first free one, ends the sinking
-        np.minimum.accumulate(stack_EB, axis=0, out=self._low_EB)
+        np.copyto(
+            stack_EB, FREE, where=stack_EB == key_B
+        )  # taken out; its place, or the first free one, ends the sinking
         new_EB[0] = self._new_key_B(token, place, x_B)
-        np.maximum(stack_EB[1:], self._low_EB[:-1], out=new_EB[1:])
+        np.maximum(stack_EB[1:], self._lowest_EB(stack_EB)[:-1], out=new_EB[1:])
         if used_B.all():
             self.key_EB[x_B, self.column_B] = new_EB[0]
         else:
@@ -194,6 +197,15 @@ class _Stack:
             column = self.column_B[used_B]
             self.key_EB[x_B[used_B], column] = new_EB[0, used_B]
         self.stack_EB, self._new_EB = new_EB, stack_EB
+
+    def _lowest_EB(self, stack_EB: np.ndarray) -> np.ndarray:
+        """The lowest priority down to each place, by doubling: ``minimum.accumulate`` is 20 times slower along the first axis."""
+        done, distance = stack_EB, 1
+        for made in self._scratch:
+            made[:distance] = done[:distance]
+            np.minimum(done[distance:], done[:-distance], out=made[distance:])
+            done, distance = made, 2 * distance
+        return done
 
     def _key_B(self, x_B: np.ndarray) -> np.ndarray:
         return np.where(x_B >= 0, self.key_EB[x_B, self.column_B], NOTHING)
@@ -219,7 +231,7 @@ class _Stack:
             column, x = self.column_B[used_B], x_B[used_B]
             self.count_EB[x, column] += 1
             key_B = self._key_B(x_B)
-            np.add(self.stack_EB, one, out=self.stack_EB, where=self.stack_EB == key_B)
+            self.stack_EB.reshape(-1)[np.flatnonzero(self.stack_EB == key_B)] += one
             known = self.key_EB[x, column] != ABSENT
             self.key_EB[x[known], column[known]] += one
 
