@@ -81,6 +81,12 @@ def variants():
         ),
     )
     yield "rexmoe_shared", rexmoe(reuse=3, shared_experts=1, **small)
+    recurrent = Router.Config(score=resolve("score", "recurrent").Config(state_dim=16), balance=bias)
+    yield "recurrent", moe(router=recurrent, **small)
+    chain = resolve("feed_forward", "chain").Config
+    yield "chain_pool_recurrent", chain(reuse=2, router=recurrent, **small)
+    yield "chain_tied_recompute", chain(independent_gates=False, recompute_passes=True, router=recurrent, **small)
+    yield "chain_gated", chain(iterations=3, residual="gated", norm="once", shared_experts=1, **small)
 
 
 @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in variants()])

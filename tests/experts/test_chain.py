@@ -7,13 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.errors import ConfigError
-from anabranch.experts.chain import Chain
-from anabranch.experts.rexmoe import ReXMoE
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.experts.chain import Chain, between_passes, combinations, from_moe, match_compute
+from anabranch.experts.rexmoe import ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
-from anabranch.lm import Decoder
+from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
 from anabranch.nn import Attention, ForwardContext, MoE
-from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK, record_routing
+from anabranch.routing import (
+    BiasBalancer,
+    Router,
+    SwitchLoss,
+    TopK,
+    TopP,
+    TraceBuilder,
+    TraceLayer,
+    record_routing,
+)
 
 TOLERANCE = 1e-5
 SIZES = {"num_experts": 4, "hidden_dim": 8}
@@ -186,6 +195,143 @@ def test_a_trace_has_every_pass():
         for layer in trace.layers:
             decisions = trace.decisions(layer.layer)
             assert decisions.item_N.tolist() == [item for item in range(3) for _ in range(9)]
+
+
+def test_facts_between_passes_by_hand():
+    """Two tokens, K = 2: choices 01 then 12, and 01 then 01. Three of four second choices were first ones."""
+    builder = TraceBuilder()
+    for number, name, index in ((0, "router", [[0, 1], [0, 1]]), (1, "more_routers.0", [[1, 2], [1, 0]])):
+        layer = TraceLayer(
+            layer=number, name=f"blocks.0.feed_forward.{name}", num_destinations=4, top_k=2, pool="layer_0"
+        )
+        builder.add(layer, index, [[0.5, 0.5]] * 2, item_N=[0, 1])
+    (facts,) = between_passes(builder.trace())
+    assert facts.reuse == pytest.approx(0.75)
+    assert facts.chance == pytest.approx(0.5)
+    assert facts.combinations_seen == 2
+    assert facts.coactivation_EE.tolist() == [[1, 2, 1, 0], [1, 2, 1, 0], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_passes_of_a_model_are_found(tied):
+    model = model_of(chain(reuse=2, iterations=3, independent_gates=not tied)).eval()
+    with record_routing(model) as recorder, torch.no_grad():
+        model(tokens())
+    facts = between_passes(recorder.trace())
+    assert len(facts) == 4  # two layers of three passes
+    assert all(fact.first.split(".")[1] == fact.second.split(".")[1] for fact in facts)
+    assert all(fact.coactivation_EE.sum() == 18 * 2 * 2 for fact in facts)
+
+
+def test_combinations_are_counted_exactly():
+    assert combinations(64, 8) == 4_426_165_368
+    assert combinations(64, 4, 2) / combinations(64, 8) == pytest.approx(91.2, abs=0.05)
+
+
+def test_matched_compute_makes_the_same_calls():
+    moe = MoE.Config(num_experts=8, hidden_dim=8, shared_experts=1, router=Router.Config(select=TopK.Config(top_k=4)))
+    plain = model_of(moe).config
+    match = match_compute(plain, 2)
+    assert match.config.feed_forward.router.select.top_k == 2
+    assert (match.plain.routed_calls, match.chain.routed_calls) == (4, 4)
+    assert (match.plain.shared_calls, match.chain.shared_calls) == (1, 2)
+    # A shared call (2 * 3 D F) and a router (2 E D) more in each of two layers; parameters of the router alone.
+    assert match.chain.flops - match.plain.flops == 2 * (6 * 16 * 8 + 2 * 8 * 16)
+    assert match.chain.parameters - match.plain.parameters == 2 * 8 * 16
+    assert sum(value.numel() for value in match.config.build().parameters()) == match.chain.parameters
+    with pytest.raises(ConfigError, match=r"^iterations is 3, which does not divide top_k=4; use one of 1, 2, 4$"):
+        match_compute(plain, 3)
+    with pytest.raises(ConfigError, match=r"^match_compute needs 'moe' or 'rexmoe' layers, this model has 'chain'$"):
+        match_compute(match.config, 2)
+    with pytest.raises(ConfigError, match=r"^match_compute needs router.select of kind 'top_k', this one is 'top_p'$"):
+        match_compute(model_of(moe.replace(router=Router.Config(select=TopP.Config()))).config, 2)
+
+
+# ---- from a trained model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["once", "each"])
+@pytest.mark.parametrize("layer", [MoE.Config(**SIZES, shared_experts=1), ReXMoE.Config(**SIZES, psr=None)])
+def test_a_chain_of_a_plain_model_starts_with_its_logits_and_learns(layer, norm):
+    plain = model_of(layer, init_std=0.3).eval()
+    grown = from_moe(plain, 3, norm=norm)
+    token_BL = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(grown(token_BL).logits_BLV, plain(token_BL).logits_BLV, atol=1e-6, rtol=1e-6)
+    first = grown.blocks[0].feed_forward
+    assert torch.equal(first.router.score.weight, first.more_routers[1].score.weight)
+    grown.train()(token_BL, token_BL).loss.backward()
+    assert first.scale.grad[1].abs() > 0  # the first pass reaches the output through the second one only
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    optimizer.step()
+    assert (grown.eval()(token_BL).logits_BLV - plain(token_BL).logits_BLV).abs().max() > 1e-4
+
+
+def test_errors_of_growing_a_chain(tmp_path):
+    recurrent = MoE.Config(**SIZES, router=Router.Config(score=RecurrentScore.Config(state_dim=4)))
+    with pytest.raises(ConfigError, match=r"^from_moe cannot keep the logits of recurrent routers"):
+        from_moe(model_of(recurrent))
+    with pytest.raises(ConfigError, match=r"^from_moe needs 'moe' or 'rexmoe' layers, this model has 'chain'$"):
+        from_moe(model_of(chain()))
+    save_model(tmp_path / "plain", model_of(MoE.Config(**SIZES)))
+    with pytest.raises(
+        CheckpointError, match=r"has iterations=1, the model iterations=2; to make a chain of a plain model"
+    ):
+        load_weights(model_of(chain()), tmp_path / "plain")
+    load_weights(model_of(chain(iterations=1)), tmp_path / "plain")  # one pass is the plain layer
+
+
+def test_no_plain_format_holds_a_chain(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no Hugging Face family has feed_forward\.kind='chain'"):
+        export_huggingface(tmp_path / "out", model_of(chain(reuse=2)))
+    with pytest.raises(CheckpointError, match=r"export_expanded needs a 'rexmoe' model, this one is 'chain'"):
+        export_expanded(model_of(chain(reuse=2)))
+
+
+# ---- in training and decoding -------------------------------------------------------------------------------------------------
+
+
+def test_recompute_of_passes_gives_the_same_gradients_and_counts_once():
+    router = Router.Config(
+        score=RecurrentScore.Config(state_dim=6), balance=(BiasBalancer.Config(rate=0.01), SwitchLoss.Config())
+    )
+    token_BL = tokens()
+    for outer in (False, True):  # alone, and within the recompute of blocks
+        plain, again = (model_of(chain(router=router, recompute_passes=value), init_std=0.3) for value in (False, True))
+        again.recompute = outer
+        losses = []
+        for twin in (plain, again):
+            losses.append(twin(token_BL, token_BL).loss)
+            losses[-1].backward()
+        assert losses[0] == losses[1]
+        for (name, left), right in zip(plain.named_parameters(), again.parameters(), strict=True):
+            torch.testing.assert_close(left.grad, right.grad, atol=1e-6, rtol=1e-4, msg=name)
+        for left, right in zip(plain.blocks, again.blocks, strict=True):
+            for ours, theirs in zip(left.feed_forward.routers, right.feed_forward.routers, strict=True):
+                assert torch.equal(ours.balance[0].load_E, theirs.balance[0].load_E)
+
+
+def test_gradients_agree_with_finite_differences():
+    router = Router.Config(select=TopK.Config(top_k=2), balance=())
+    layer = model_of(chain(num_experts=2, router=router), num_layers=1, init_std=0.3).double().blocks[0].feed_forward
+    x_BLD = items(3).double()[None].requires_grad_()
+    parameters = (layer.router.score.weight, layer.more_routers[0].score.weight, layer.experts.w2)
+
+    def run(x_BLD, *values):
+        return layer(x_BLD, layer_context())
+
+    assert torch.autograd.gradcheck(run, (x_BLD, *parameters), eps=1e-6, atol=1e-6)
+
+
+def test_items_are_apart_and_decoding_equals_the_whole():
+    model = model_of(chain(), init_std=0.3).eval()
+    token_BL = tokens(3)
+    with torch.no_grad():
+        expected_BLV = model(token_BL).logits_BLV
+        torch.testing.assert_close(model(token_BL.flip(0)).logits_BLV, expected_BLV.flip(0), atol=1e-5, rtol=1e-5)
+        cache = model.new_cache(9)
+        parts = [model(token_BL[:, place : place + 1], cache=cache).logits_BLV for place in range(9)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected_BLV, atol=1e-5, rtol=1e-5)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
 """RMoE: the cell against torch's own, the state by hand, gradients through depth, sharing, counts, edges and errors."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.errors import AnabranchError, ConfigError
-from anabranch.experts.rmoe import RecurrentScore
-from anabranch.lm import Decoder
-from anabranch.nn import Attention, MoE
-from anabranch.routing import Router, RoutingContext, TopK
+from anabranch.config import to_dict
+from anabranch.data import DataConfig, Files
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
+from anabranch.experts.chain import Chain
+from anabranch.experts.rmoe import RecurrentScore, to_recurrent
+from anabranch.experts.rmoe_measure import expert_similarity, gate_facts, measure_gates
+from anabranch.lm import Decoder, SamplingConfig, generate, load_model, load_weights, save_model, upcycle
+from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.routing import BiasBalancer, Router, Routing, RoutingContext, SwitchLoss, TopK
+from anabranch.train import RunConfig, TrainConfig, Trainer
 
 SCORE = RecurrentScore.Config
 FP32_TOLERANCE = 1e-6
@@ -176,8 +182,6 @@ def test_counted_parameters_are_there(options):
 
 
 def test_a_dense_layer_lets_the_state_pass():
-    from anabranch.nn import SwiGLU
-
     model = model_of(dense_layers=(1,), dense_feed_forward=SwiGLU.Config(hidden_dim=8)).eval()
     token_BL = tokens()
     seen = model(token_BL).logits_BLV
@@ -189,6 +193,217 @@ def test_a_dense_layer_lets_the_state_pass():
         changed = model(token_BL).logits_BLV
     assert torch.isfinite(seen).all()
     assert (changed - base).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "autocast"])
+def test_the_cell_stays_in_fp32_under_autocast_unless_told(dtype):
+    score = SCORE(state_dim=6, cell_dtype=dtype).build(16, 4, generator=torch.Generator().manual_seed(0))
+    x_ND = items()
+    plain_NE = score.project(x_ND, RoutingContext())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_NE = score.project(x_ND, RoutingContext())
+    assert mixed_NE.dtype == torch.float32
+    assert torch.equal(mixed_NE, plain_NE) == (dtype == "float32")
+    torch.testing.assert_close(mixed_NE, plain_NE, atol=2e-2 * plain_NE.abs().max().item(), rtol=0)
+
+
+def test_cosine_logits_are_cosines_of_the_state():
+    score = SCORE(state_dim=6, gate="cosine", temperature=0.5).build(16, 4, generator=torch.Generator().manual_seed(0))
+    context = RoutingContext()
+    logit_NE = score.project(items(), context)
+    expected = F.cosine_similarity(context.carry["routing_state"].unsqueeze(1), score.weight.unsqueeze(0), dim=-1)
+    torch.testing.assert_close(logit_NE, expected / 0.5)
+
+
+def test_initial_weights_as_asked():
+    drawn = {
+        init: SCORE(state_dim=64, init=init).build(256, 512, generator=torch.Generator().manual_seed(0))
+        for init in ("normal", "scaled")
+    }
+    assert drawn["normal"].projector.std().item() == pytest.approx(0.02, rel=0.05)
+    assert drawn["normal"].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert drawn["scaled"].projector.std().item() == pytest.approx(1 / 16, rel=0.05)
+    assert drawn["scaled"].weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_decoding_token_by_token_equals_the_whole():
+    """The state runs over depth: a cache of keys and values is all that decoding needs."""
+    model = model_of(init_std=0.3).eval()
+    token_BL = tokens()
+    with torch.no_grad():
+        expected_BLV = model(token_BL).logits_BLV
+        cache = model.new_cache(9)
+        parts = [model(token_BL[:, place : place + 1], cache=cache).logits_BLV for place in range(9)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected_BLV, atol=1e-5, rtol=1e-5)
+
+
+def test_recompute_hands_the_state_on_and_its_gradient_back():
+    model, again = model_of(init_std=0.3), model_of(init_std=0.3)
+    again.recompute = True
+    token_BL = tokens()
+    for twin in (model, again):
+        twin(token_BL, token_BL).loss.backward()
+    for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def layers():
+    router = Router.Config(score=SCORE(state_dim=6), balance=(BiasBalancer.Config(rate=0.01), SwitchLoss.Config()))
+    yield pytest.param(MoE.Config(num_experts=4, hidden_dim=8, router=router), id="moe")
+    yield pytest.param(Chain.Config(num_experts=4, hidden_dim=8, reuse=2, router=router), id="chain of a pool")
+
+
+@pytest.mark.parametrize("feed_forward", list(layers()))
+def test_trains_resumes_saves_and_generates(feed_forward, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n\n" * 20)
+    config = RunConfig(
+        model=model_of(num_layers=2, vocab_size=257, feed_forward=feed_forward).config,
+        data=DataConfig(corpus=Files.Config(paths=(str(tmp_path / "text"),)), sequence_length=16),
+        train=TrainConfig(steps=3, batch_size=2, checkpoint_every=1),
+    )
+
+    def crash(event):
+        if event.kind == "step" and event.step == 2:
+            raise InterruptedError
+
+    straight = Trainer(config, tmp_path / "straight")
+    straight.fit()
+    with pytest.raises(InterruptedError):
+        Trainer(config, tmp_path / "resumed", on_event=crash).fit()
+    Trainer(config, tmp_path / "resumed", resume=True).fit()
+    save_model(tmp_path / "saved", straight.model)
+    for folder in ("resumed", "saved"):
+        loaded, _ = load_model(tmp_path / folder)
+        for name, value in straight.model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), (folder, name)
+    prompt = [5, 6, 7]
+    made = generate(loaded, [prompt], SamplingConfig(max_tokens=4, temperature=0.0))[0]
+    for token in made:
+        assert int(loaded.eval()(torch.tensor([prompt])).logits_BLV[0, -1].argmax()) == token
+        prompt = [*prompt, token]
+
+
+# ---- conversion ---------------------------------------------------------------------------------------------------------------
+
+
+def linear_model(**changes):
+    return model_of(Router.Config().score.replace(init_std=0.5), **changes)
+
+
+@pytest.mark.parametrize("state_dim", [4, 12])
+def test_conversion_begins_near_the_linear_routers(state_dim):
+    plain = linear_model(init_std=0.3)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    converted = to_recurrent(plain, tokens(8, 32), state_dim=state_dim)
+    assert len(converted.agreement) == 3
+    assert min(converted.agreement) > 0.97
+    other = tokens(4, 16, seed=9)
+    with torch.no_grad():
+        logits_BLV, expected_BLV = converted.model.eval()(other).logits_BLV, plain.eval()(other).logits_BLV
+    assert (logits_BLV - expected_BLV).abs().mean() < 0.02 * expected_BLV.abs().mean()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    converted.model.train()(other, other).loss.backward()
+    assert converted.model.shared["recurrent_router"].weight_hh.grad.abs().max() > 0
+
+
+def test_conversion_of_a_rank_below_the_experts_is_the_best_of_that_rank(caplog):
+    converted = to_recurrent(linear_model(), tokens(8, 32), state_dim=2)
+    score = scores_of(converted.model)[0]
+    left, value, right = torch.linalg.svd(scores_of(linear_model())[0].weight)
+    expected = left[:, :2] * value[:2] @ right[:2]
+    torch.testing.assert_close(score.weight @ score.projector, expected, atol=1e-5, rtol=1e-4)
+    assert min(converted.agreement) < 0.95
+    assert "recurrent routers agree with the linear ones in" in caplog.text
+
+
+def test_conversion_errors():
+    with pytest.raises(ConfigError, match=r"^to_recurrent needs linear routers, this model has 'recurrent'$"):
+        to_recurrent(model_of(), tokens())
+    with pytest.raises(ConfigError, match=r"^only a gru with a linear gate and a projector per layer can begin near"):
+        to_recurrent(linear_model(), tokens(), cell="lstm")
+    with pytest.raises(ConfigError, match=r"^to_recurrent needs linear routers, this model has 'swiglu'$"):
+        to_recurrent(model_of(feed_forward=SwiGLU.Config(hidden_dim=8)), tokens())
+
+
+def test_weights_of_linear_routers_do_not_load_unconverted(tmp_path):
+    save_model(tmp_path / "linear", linear_model())
+    message = r"has router=linear, the model router=recurrent; to go from linear routers to recurrent ones load the checkpoint as it is"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model_of(), tmp_path / "linear")
+    table = json.loads((tmp_path / "linear" / "config.json").read_text())
+    table["model"]["feed_forward"]["router"]["score"] = to_dict(SCORE(state_dim=6))
+    (tmp_path / "linear" / "config.json").write_text(json.dumps(table))
+    with pytest.raises(
+        CheckpointError, match=r"the config says router.score.kind='recurrent': to go from linear routers"
+    ):
+        load_model(tmp_path / "linear")
+
+
+def test_upcycling_wants_a_router_that_stands_alone():
+    moe = MoE.Config(num_experts=4, hidden_dim=8, router=Router.Config(score=SCORE()))
+    with pytest.raises(
+        ConfigError, match=r"^router.score is of kind 'recurrent', whose layers share parts; use 'linear'"
+    ):
+        upcycle(model_of(feed_forward=SwiGLU.Config(hidden_dim=8)), moe)
+
+
+# ---- measures -----------------------------------------------------------------------------------------------------------------
+
+
+def routing_of(score_NE, top_k=2):
+    score_NE = torch.as_tensor(score_NE)
+    weight_NK, index_NK = score_NE.topk(top_k, dim=-1)
+    return Routing(index_NK, weight_NK, score_NE)
+
+
+def test_measures_by_hand():
+    """Shares 1/2, 1/4, 1/8, 1/8: entropy 1/2 + 2/4 + 2 * 3/8 = 1.75 bits, inner balance 2, outer balance 3/4."""
+    facts = gate_facts([routing_of([[0.5, 0.25, 0.125, 0.125]] * 3)])
+    assert facts.entropy_L[0] == pytest.approx(1.75)
+    assert facts.inner_balance == pytest.approx(2.0)
+    assert facts.outer_balance == pytest.approx(0.75)
+    # Labels of the row: 50, 25, 12, 12, of entropy 2 * 1/4 * 2 + 1/2 * 1 = 1.5 bits; a router tells all of itself.
+    assert facts.information_LL[0, 0] == pytest.approx(1.5)
+
+
+def test_information_between_routers_by_hand():
+    """Second router: 0.4, 0.4, 0.1, 0.1. First labels a b c c, second d d e e: joint a-d b-d c-e c-e. I = 1.5 + 1 - 1.5 = 1 bit."""
+    first, second = routing_of([[0.5, 0.25, 0.125, 0.125]]), routing_of([[0.4, 0.4, 0.1, 0.1]])
+    facts = gate_facts([first, second])
+    assert facts.information == pytest.approx(1.0)
+    assert gate_facts([first, routing_of([[0.6, 0.4]])]).information_LL[0, 1] != facts.information  # other E: NaN
+
+
+def test_information_of_choices_is_that_of_the_table():
+    """Four tokens: first choices 0 0 1 1. The same again tell 1 bit; 0 1 0 1 tell nothing."""
+    eye = torch.eye(3)
+    same, apart = routing_of(eye[[0, 0, 1, 1]], 1), routing_of(eye[[0, 1, 0, 1]], 1)
+    assert gate_facts([same, same]).choice_information == pytest.approx(1.0)
+    assert gate_facts([same, apart]).choice_information == pytest.approx(0.0)
+
+
+def test_measuring_a_model_leaves_it_as_it_was():
+    model = model_of().train()
+    facts = measure_gates(model, tokens(2, 16))
+    assert model.training
+    assert facts.information_LL.shape == (3, 3)
+    assert facts.entropy_L == pytest.approx([2.0] * 3, abs=0.01)  # logits near 0: four experts, two bits
+    assert facts.inner_balance >= 1
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_similarity_of_experts():
+    pool = ExpertPool(3, 4, 2)
+    with torch.no_grad():
+        pool.w13.copy_(torch.eye(4)[:3].unsqueeze(1).expand(3, 4, 4))  # keys at right angles
+        pool.w2.copy_(pool.w2[:1].expand(3, 4, 2))  # values alike
+    keys, values = expert_similarity(pool)
+    assert keys == pytest.approx(0.0, abs=1e-6)
+    assert values == pytest.approx(1.0, abs=1e-6)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------

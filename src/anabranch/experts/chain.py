@@ -23,18 +23,25 @@ Departures: the released block normalises once, iterates, and drops the stream i
 """
 # Shapes: B batch, L positions, D width, N items or experts (paper), K experts per pass, C passes, E experts
 
+import itertools
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
-from anabranch.routing import Router
+from anabranch.nn.moe import MoE
+from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer
+from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
 
 logger = logging.getLogger(__name__)
 
@@ -151,3 +158,150 @@ class Chain(ReXMoE, kind="chain"):
         if self.config.recompute_passes and torch.is_grad_enabled():
             return recomputed(run, x_BLD, context)
         return run(x_BLD, context)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model does and holds.
+
+    Attributes:
+        routed_calls: of experts, per token and layer.
+        shared_calls: of shared experts, per token and layer.
+        flops: forward, per token, of the whole model.
+        parameters: of the whole model.
+    """
+
+    routed_calls: int
+    shared_calls: int
+    flops: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """A chain that makes as many expert calls as a plain model. Shared experts run in every pass, so compare ``flops`` too."""
+
+    config: Decoder.Config
+    plain: Work
+    chain: Work
+
+
+def match_compute(config: Decoder.Config, iterations: int = 2, **options: Any) -> Match:
+    """The chain with K / C experts per pass for a model with K: equal calls of routed experts.
+
+    Args:
+        config: a model of `MoE` or `ReXMoE` layers that choose by `TopK`.
+        iterations: C.
+        options: other fields of `Chain.Config`.
+
+    Raises ConfigError if C does not divide K, or the layers are of another kind.
+    """
+    layer = _plain(config, "match_compute")
+    select = layer.router.select
+    if not isinstance(select, TopK.Config):
+        raise ConfigError(f"match_compute needs router.select of kind 'top_k', this one is {select.owner.kind!r}")
+    if iterations < 1 or select.top_k % iterations:
+        fitting = ", ".join(str(number) for number in range(1, select.top_k + 1) if select.top_k % number == 0)
+        raise ConfigError(
+            f"iterations is {iterations}, which does not divide top_k={select.top_k}; use one of {fitting}"
+        )
+    router = layer.router.replace(select=select.replace(top_k=select.top_k // iterations))
+    matched = config.replace(feed_forward=_as_chain(layer, iterations=iterations, router=router, **options))
+    return Match(matched, _work(config), _work(matched))
+
+
+def _plain(config: Decoder.Config, what: str) -> Any:
+    if type(config.feed_forward) not in (MoE.Config, ReXMoE.Config):
+        raise ConfigError(f"{what} needs 'moe' or 'rexmoe' layers, this model has {config.feed_forward.owner.kind!r}")
+    return config.feed_forward
+
+
+def _as_chain(layer: Any, **changes: Any) -> Chain.Config:
+    return Chain.Config(**{**{field.name: getattr(layer, field.name) for field in fields(layer)}, **changes})
+
+
+def _work(config: Decoder.Config) -> Work:
+    layer: Any = config.feed_forward
+    count, passes = config.count(), getattr(layer, "iterations", 1)
+    return Work(passes * layer.places, passes * layer.shared_experts, count.flops, count.parameters)
+
+
+def from_moe(model: Decoder, iterations: int = 2, **options: Any) -> Decoder:
+    """A chain that computes what a trained mixture of experts does, until it learns otherwise.
+
+    Passes before the last are scaled by a learned w_t that starts at zero (``residual="gated"``), and all routers start as the model's:
+    x_0 + f_C(x_0 + 0 f_1(x_0)). It makes C times as many expert calls.
+
+    Args:
+        model: a decoder of `MoE` or `ReXMoE` layers; it stays as it is.
+        iterations: C.
+        options: other fields of `Chain.Config`; ``norm`` is ``once`` unless given.
+
+    Raises ConfigError if the layers are of another kind, or their routers keep a state, which passes would move.
+    """
+    layer = _plain(model.config, "from_moe")
+    if layer.router.score.num_shared(1):
+        raise ConfigError("from_moe cannot keep the logits of recurrent routers, whose state moves on in every pass")
+    changes = {"norm": "once", **options, "iterations": iterations, "residual": "gated"}
+    config = model.config.replace(feed_forward=_as_chain(layer, **changes))
+    grown = Decoder(config).to(model.embedding.weight)
+    state, source = grown.state_dict(), model.state_dict()
+    for name in state:
+        first, found, rest = name.partition(".more_routers.")
+        origin = f"{first}.router.{rest.partition('.')[2]}" if found else name
+        if origin in source:
+            state[name] = source[origin]
+    grown.load_state_dict(state)
+    return grown.train(model.training)
+
+
+def combinations(num_experts: int, top_k: int, iterations: int = 1) -> int:
+    """How many ways there are to choose ``top_k`` of the experts in each pass: C(E, K) ** C, exactly.
+
+    64 experts: 4 in each of two passes over 8 at once is 91.2 times as many (the paper says 823).
+    """
+    return math.comb(num_experts, top_k) ** iterations
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """How one pass follows another in a recorded layer.
+
+    Attributes:
+        first, second: their layers in the trace.
+        coactivation_EE: int64, tokens that chose i in the first and j in the second.
+        reuse: share of the second's choices that were choices of the first (hits of a cache that holds what the pass before used).
+        chance: the same where choices are independent, K / E.
+        combinations_seen: different pairs of sets of experts that tokens took.
+    """
+
+    first: str
+    second: str
+    coactivation_EE: np.ndarray
+    reuse: float
+    chance: float
+    combinations_seen: int
+
+
+def between_passes(trace: RoutingTrace) -> list[PassFacts]:
+    """Consecutive passes of every chain in ``trace``, as `record_routing` names them."""
+    layers: dict[str, list[TraceLayer]] = {}
+    for layer in trace.layers:
+        block = layer.name.partition(".more_routers.")[0].partition(".router")[0]
+        layers.setdefault(block, []).append(layer)
+    found = []
+    for passes in layers.values():
+        for first, second in itertools.pairwise(passes):
+            before_NK, after_NK = aligned(trace.decisions(first.layer), trace.decisions(second.layer))
+            chosen_NX = np.concatenate([np.sort(before_NK, axis=1), np.sort(after_NK, axis=1)], axis=1)
+            found.append(
+                PassFacts(
+                    first=first.name,
+                    second=second.name,
+                    coactivation_EE=coactivation(before_NK, first.num_destinations, after_NK, second.num_destinations),
+                    reuse=reuse_rate(after_NK, before_NK),
+                    chance=chance_reuse(second.top_k, second.num_destinations),
+                    combinations_seen=len(np.unique(chosen_NX, axis=0)),
+                )
+            )
+    return found

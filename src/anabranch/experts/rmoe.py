@@ -17,9 +17,11 @@ rmoe`.
 """
 # Shapes: N items, E destinations, D width, P width of the state (p in the paper), X = P times the number of gates
 
+import logging
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,9 +30,12 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, ConfigError
+from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
-from anabranch.routing import RoutingContext, Score
+from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
 from anabranch.routing.score import wide
+
+logger = logging.getLogger(__name__)
 
 SHARED_NAME = "recurrent_router"
 NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
@@ -248,3 +253,111 @@ class RecurrentScore(Score, kind="recurrent"):
                     "hand it on must route the same items in one precision"
                 )
         return value.detach() if self.config.detach_state else value
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `to_recurrent` made.
+
+    Attributes:
+        model: the model with recurrent routers.
+        agreement: for each router, the share of calibration tokens whose first choice is that of the old router.
+    """
+
+    model: Decoder
+    agreement: tuple[float, ...]
+
+
+@torch.no_grad()
+def to_recurrent(model: Decoder, token_BL: Tensor, *, seed: int = 0, **options: Any) -> Conversion:
+    """Give a model with linear routers recurrent ones that begin near to them; ``model`` stays as it is.
+
+    G_i P_i is the truncated singular value decomposition of the old router, of rank min(p, E). The cell starts as the identity: its
+    update gate is closed (z = 0.0025), nothing comes in from the state before, and projections are so small (by ``token_BL``)
+    that tanh is linear. Training then opens it.
+
+    Args:
+        model: a decoder whose routed layers all have linear routers.
+        token_BL: int64, some hundreds of real tokens, to scale the projections and to compare choices.
+        seed: of what the old routers do not decide.
+        options: fields of `RecurrentScore.Config`, such as ``state_dim``.
+
+    Raises:
+        ConfigError: the routers are not linear, or the cell asked for is no gru of its own projector and linear gate.
+    """
+    layer: Any = model.config.feed_forward
+    old = getattr(getattr(layer, "router", None), "score", None)
+    if not isinstance(old, LinearScore.Config):
+        kind = layer.owner.kind if old is None else old.owner.kind
+        raise ConfigError(f"to_recurrent needs linear routers, this model has {kind!r}")
+    score = RecurrentScore.Config(**{"activation": old.activation, "init_std": old.init_std, **options})
+    if score.cell != "gru" or score.gate != "linear" or score.shared_projector:
+        raise ConfigError("only a gru with a linear gate and a projector per layer can begin near linear routers")
+    config = model.config.replace(feed_forward=layer.replace(router=layer.router.replace(score=score)))
+    made = Decoder(config, seed=seed).to(model.embedding.weight)
+    state = made.state_dict()
+    for name, value in model.state_dict().items():
+        if name in state and state[name].shape == value.shape:
+            state[name] = value
+    made.load_state_dict(state)
+    _close_gates(made.shared[SHARED_NAME])  # type: ignore[arg-type]
+    pairs = list(zip(_routers(model), _routers(made), strict=True))
+    with _seen(model, token_BL) as (before, inputs):
+        for old_router, new_router in pairs:
+            _factor(old_router.score.weight, new_router.score, inputs[old_router])  # type: ignore[arg-type]
+    with _seen(made, token_BL) as (after, _):
+        agreement = tuple(
+            (ours.index_NK[:, 0] == theirs.index_NK[:, 0]).float().mean().item()
+            for ours, theirs in zip(after, before, strict=True)
+        )
+    if min(agreement) < 0.95:
+        logger.warning("recurrent routers agree with the linear ones in %.1f%% of first choices", 100 * min(agreement))
+    return Conversion(made.train(model.training), agreement)
+
+
+def _close_gates(cell: Recurrence) -> None:
+    """h = tanh(x'), but for a little of the state before: W_n = 1, U_n = 0, z = sigmoid(-6)."""
+    for weight in (cell.weight_hh, cell.bias_ih, cell.bias_hh):
+        weight.zero_()
+    _, update, new = cell.weight_ih.chunk(3)
+    update.zero_()
+    new.copy_(torch.eye(cell.config.state_dim))
+    cell.bias_ih.chunk(3)[1].fill_(-6.0)
+
+
+def _factor(weight_ED: Tensor, score: RecurrentScore, x_ND: Tensor) -> None:
+    """G P = W of rank min(p, E), with projections of ``x_ND`` of a root mean square of at most 0.05."""
+    left_ER, value_R, right_RD = torch.linalg.svd(weight_ED.double(), full_matrices=False)
+    rank = min(score.config.state_dim, value_R.numel())
+    left_ER, value_R, right_RD = left_ER[:, :rank], value_R[:rank], right_RD[:rank]
+    largest = (x_ND.double() @ right_RD.T).square().mean(0).sqrt().max().clamp_min(1e-6)
+    scale = 0.05 / largest
+    score.projector.mul_(scale)  # type: ignore[union-attr]  # of what is left of the state: as small
+    score.projector[:rank].copy_(scale * right_RD)  # type: ignore[index]
+    score.weight.zero_()
+    score.weight[:, :rank].copy_(left_ER * value_R / scale)
+
+
+def _routers(model: nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@contextmanager
+def _seen(model: Decoder, token_BL: Tensor) -> Iterator[tuple[list[Routing], dict[Router, Tensor]]]:
+    """What the routers of ``model`` decide, in order, and what they see, in evaluation on some tokens."""
+    decided: list[Routing] = []
+    inputs: dict[Router, Tensor] = {}
+
+    def note(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        decided.append(routing)
+        inputs[router] = args[0]  # type: ignore[index]
+
+    handles = [router.register_forward_hook(note) for router in _routers(model)]
+    was_training = model.training
+    try:
+        model.eval()(token_BL)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    yield decided, inputs

@@ -261,6 +261,21 @@ def convert(
             formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
 
 
+# Where models that look alike differ in their weights, and what leads from one to the other.
+CONVERSIONS = {
+    "reuse": "grow a plain model with ReXMoE.from_vanilla, or convert the checkpoint to huggingface, which unshares its experts",
+    "router": "to go from linear routers to recurrent ones load the checkpoint as it is and use experts.rmoe.to_recurrent",
+    "iterations": "to make a chain of a plain model load the checkpoint as it is and use experts.chain.from_moe",
+}
+
+
+def _trait(config: Decoder.Config, name: str) -> Any:
+    layer: Any = config.feed_forward
+    if name == "router":
+        return layer.router.score.owner.kind if hasattr(layer, "router") else None
+    return getattr(layer, name, 1)
+
+
 def load_weights(model: Decoder, path: str | Path) -> None:
     """Copy the weights of a native folder (or of a run's newest checkpoint) into ``model``, in place.
 
@@ -268,12 +283,10 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     """
     found = find_model(path)
     stored = _native_config(found, read_json(found / "config.json"))
-    ours, theirs = (getattr(config.feed_forward, "reuse", 1) for config in (model.config, stored))
-    if ours != theirs:
-        raise CheckpointError(
-            f"{found} has reuse={theirs}, the model reuse={ours}; grow a plain model with ReXMoE.from_vanilla, "
-            "or convert the checkpoint to huggingface, which unshares its experts"
-        )
+    for name, advice in CONVERSIONS.items():
+        ours, theirs = (_trait(config, name) for config in (model.config, stored))
+        if ours != theirs:
+            raise CheckpointError(f"{found} has {name}={theirs}, the model {name}={ours}; {advice}")
     overwrite(model, open_tensors(found), identity(model), where=found)
 
 
@@ -294,7 +307,7 @@ def _load_native(
         where=folder,
         dtype=dtype,
         device=device,
-        hint=_reuse_hint(config),
+        hint=_hint(config),
     )
     return model
 
@@ -318,10 +331,14 @@ def _native_config(folder: Path, table: dict[str, Any]) -> Decoder.Config:
         raise CheckpointError(f"{file} does not describe a model: {error}") from None
 
 
-def _reuse_hint(config: Any) -> str:
-    """What to do about tensors that do not fit where layers share experts: most likely another reuse factor."""
-    reuse = getattr(config.feed_forward, "reuse", None)
-    if reuse is None:
+def _hint(config: Decoder.Config) -> str:
+    """What to do about tensors that do not fit a design that shares them; most likely its config was edited by hand."""
+    reuse, router, iterations = (_trait(config, name) for name in CONVERSIONS)
+    if router == "recurrent":
+        return f"the config says router.score.kind='recurrent': {CONVERSIONS['router']}"
+    if iterations != 1:
+        return f"the config says iterations={iterations}: {CONVERSIONS['iterations']}"
+    if not hasattr(config.feed_forward, "reuse"):
         return ""
     return (
         f"the config says reuse={reuse}: to change the reuse factor use ReXMoE.from_vanilla on a plain model, "

@@ -144,6 +144,10 @@ def _check_plain(moe: Any) -> None:
         raise ConfigError(
             f"feed_forward is of kind {moe.owner.kind!r}; it must be a plain 'moe' (from which others can be made)"
         )
+    if moe.router.score.num_shared(1):
+        raise ConfigError(
+            f"router.score is of kind {moe.router.score.owner.kind!r}, whose layers share parts; use 'linear' and convert the result"
+        )
 
 
 def _total_weight(moe: MoE.Config) -> float:
