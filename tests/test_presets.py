@@ -4,6 +4,7 @@ import torch
 from anabranch import presets
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError
+from anabranch.studies.compare import comparison
 from anabranch.train import RunConfig
 
 
@@ -89,3 +90,15 @@ def test_language_model_reads_the_vocabulary_of_its_tokenizer():
     config = presets.language_model(SwiGLU.Config(), tokenizer=BpeTokenizer.Config(vocab_size=1000))
     assert config.model.vocab_size == 1000
     assert presets.language_model(SwiGLU.Config()).model.vocab_size == 257
+
+
+@pytest.mark.parametrize("name", presets.GROUPS)
+def test_groups_name_presets_of_one_budget(name):
+    members = presets.group(name)
+    assert len(set(members)) == len(members) > 1
+    comparison({member: presets.find(member)("tiny") for member in members}, seeds=(0,))  # raises where budgets differ
+
+
+def test_unknown_group():
+    with pytest.raises(ConfigError, match="no group of presets 'famly'; known: family"):
+        presets.group("famly")

@@ -130,6 +130,19 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# Ready lists of designs to compare, the baseline first.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "family": ("moe", "dense", "moe-lossfree", "rexmoe-open"),
+}
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The presets of a group. Raises ConfigError if there is none of this name."""
+    if name not in GROUPS:
+        raise ConfigError(f"no group of presets {name!r}; known: {', '.join(GROUPS)}")
+    return GROUPS[name]
+
+
 def names() -> list[str]:
     """All presets, built in first, then installed ones."""
     installed = sorted(point.name for point in entry_points(group="anabranch.presets"))

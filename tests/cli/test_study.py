@@ -94,3 +94,4 @@ def test_compare_prints_a_row_per_design(here, work, tiny, data, monkeypatch):
     code, out, _ = here(*arguments)
     assert "difference" in out
     assert out.splitlines()[-1].startswith("next")
+    assert (work / "compared" / "compare-costs.png").read_bytes().startswith(b"\x89PNG")

@@ -60,7 +60,7 @@ def test_designs_must_share_one_budget(designs):
     other = designs["dense"].replace(train=designs["dense"].train.replace(steps=4))
     with pytest.raises(ConfigError, match=r"^steps of dense is 4, of moe 3; designs are compared at one budget$"):
         comparison({"moe": designs["moe"], "dense": other}, (0,))
-    with pytest.raises(ConfigError, match=r"there is 1 design to compare"):
+    with pytest.raises(ConfigError, match="two or more"):
         comparison({"moe": designs["moe"]}, (0,))
 
 

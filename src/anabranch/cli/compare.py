@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 def compare(
     designs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="DESIGN...", help="Presets or TOML files; the first is the baseline."),
-    ],
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of results; the same command goes on there.")],
+    group: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="GROUP", help="A ready list of designs: family (all that route tokens)."),
+    ] = None,
     seeds: Annotated[str, typer.Option(metavar="S", help="Paired seeds, e.g. 0,1 or 0-4.")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of each run.")] = None,
     size_dial: Annotated[
@@ -37,12 +42,13 @@ def compare(
 
     Example: anabranch compare moe rexmoe-open dense --out runs/compare --steps 300
     """
+    from anabranch import presets
     from anabranch.cli.runs import build_config, read_seeds
     from anabranch.studies.compare import compare as run
 
     settings = read_assignments(assignments) | ({} if steps is None else {"train.steps": steps})
     configs = {}
-    for design in designs:
+    for design in [*(presets.group(group) if group else ()), *(designs or ())]:
         file = Path(design) if design.endswith(".toml") else None
         name = file.stem if file else design
         if name in configs:
@@ -74,7 +80,10 @@ def compare(
     print()
     _print(rows)
     print()
-    wrote(f"{out}/compare{{.json, .png, .svg}} and one file a run in {out}/compare/", f"look at {out}/compare.png")
+    wrote(
+        f"{out}/compare{{.json, .png, .svg}}, {out}/compare-costs{{.png, .svg}} and one file a run in {out}/compare/",
+        f"look at {out}/compare.png",
+    )
 
 
 def _print(rows: list[Row]) -> None:

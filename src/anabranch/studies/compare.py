@@ -13,7 +13,7 @@ from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.studies.harness import Arm, Column, Outcome, Progress, Results, Study, run_study
 from anabranch.studies.paired import Estimate
-from anabranch.studies.picture import draw_arms
+from anabranch.studies.picture import draw_arms, draw_costs
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
@@ -63,7 +63,7 @@ def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
     Raises ConfigError where they do not share one budget: steps, batch and data must be the same.
     """
     if len(designs) < 2:
-        raise ConfigError(f"there is {len(designs)} design to compare; name two or more")
+        raise ConfigError(f"{len(designs)} design(s) to compare; name two or more")
     baseline = next(iter(designs))
     budgets = {name: _budget(config) for name, config in designs.items()}
     for name, budget in budgets.items():
@@ -75,6 +75,7 @@ def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
 
     def draw(results: Results, path: Path) -> None:
         draw_arms(results, path, baseline=baseline, title="Designs at one budget")
+        draw_costs(results, path.with_name(f"{path.name}-costs"), title="What designs reach and what they cost")
 
     return Study(
         name="compare",

@@ -1,8 +1,10 @@
-"""The picture of a study of trained models: differences to the baseline with intervals, and the learning curves."""
+"""Pictures of a study of trained models: differences with intervals, learning curves, and quality against cost."""
 
 import math
 from pathlib import Path
 from typing import Any
+
+from matplotlib.ticker import EngFormatter
 
 from anabranch.files import atomic_file, atomic_write_text
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, horizontal_grid, to_png, to_svg
@@ -17,6 +19,39 @@ def draw_arms(results: Results, path: Path, *, baseline: str, title: str, metric
         _draw_differences(left, results, arms, baseline, metric)
         _draw_curves(right, results, arms)
         png, svg = to_png(made), to_svg(made)
+    _write(path, png, svg)
+
+
+COSTS = (
+    ("flops_per_token", "forward FLOPs per token"),
+    ("parameters", "parameters"),
+    ("tokens_per_cpu_second", "training tokens per CPU second"),
+)
+
+
+def draw_costs(results: Results, path: Path, *, title: str, metric: str = "bits_per_byte") -> None:
+    """Write ``path``.png and ``path``.svg: what each arm reaches against what it costs, with 95% intervals over seeds."""
+    arms = [arm for arm in results.runs if results.values(arm, metric)]
+    with figure(11, 4.4, ncols=len(COSTS), sharey=True) as (made, panels):
+        made.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
+        for axes, (cost, label) in zip(panels, COSTS, strict=True):
+            for number, arm in enumerate(arms):
+                found, price = results.mean(arm, metric), results.mean(arm, cost)
+                width = found.half_width if math.isfinite(found.half_width) else 0.0
+                colour, marker = SERIES[number % len(SERIES)], MARKERS[(number + number // len(SERIES)) % len(MARKERS)]
+                axes.errorbar(
+                    price.mean, found.mean, yerr=width, fmt=marker, color=colour, capsize=3, markersize=6, label=arm
+                )
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            horizontal_grid(axes)
+        panels[0].set_ylabel("bits per byte (lower is better)")
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        png, svg = to_png(made), to_svg(made)
+    _write(path, png, svg)
+
+
+def _write(path: Path, png: bytes, svg: str) -> None:
     with atomic_file(path.with_name(f"{path.name}.png")) as temporary:
         temporary.write_bytes(png)
     atomic_write_text(path.with_name(f"{path.name}.svg"), svg)
