@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from anabranch.lm import Decoder
 from anabranch.routing import Router, RoutingTrace, record_routing
 from anabranch.routing.measure import (
     aligned,
@@ -35,14 +36,22 @@ FINAL_TOKENS = 131_072  # of validation text, the same for every arm and seed
 TOLD_EVERY_S = 15.0
 
 
-def train_and_measure(config: RunConfig, seed: int, progress: Progress) -> Metrics:
+def train_and_measure(
+    config: RunConfig,
+    seed: int,
+    progress: Progress,
+    *,
+    model: Decoder | None = None,
+    also: Callable[[Trainer], Metrics] | None = None,
+) -> Metrics:
     """Train ``config`` with ``seed`` (weights, data order, masks) in a folder that is then removed, and measure the model.
 
     Metrics: ``bits_per_byte`` and ``nats_per_token`` on held-out text at the end; ``curve`` (step, bits per byte, and the same with the
     candidates then open where a schedule closes some); ``max_violation_layer`` and ``_mean`` over routers, ``max_violation_pool`` and
     ``idle_fraction`` of experts (loads of all layers that share them added up); ``foreign_share`` of choices of experts that other
     layers own; ``same_expert_rate`` at neighbouring layers of a pool and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the
-    clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the process; ``warnings`` that the library logged.
+    clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the process; ``warnings`` that the library logged. ``model`` is trained on
+    instead of a fresh one; ``also`` measures more of the trained model.
     """
     counts = config.model.count(config.data.sequence_length)
     settings = config.train.replace(
@@ -55,12 +64,12 @@ def train_and_measure(config: RunConfig, seed: int, progress: Progress) -> Metri
     _reset_peak_memory()
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder, _warnings() as warned:
         observer = _Observer(progress)
-        trainer = Trainer(config.replace(train=settings), Path(folder) / "run", on_event=observer)
+        trainer = Trainer(config.replace(train=settings), Path(folder) / "run", on_event=observer, model=model)
         observer.trainer = trainer
         result = trainer.fit()
         if result.status != "finished":
             raise KeyboardInterrupt
-        final = _measure(trainer)
+        final = {**_measure(trainer), **(also(trainer) if also is not None else {})}
     return {
         **final,
         "curve": observer.curve,
