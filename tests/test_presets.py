@@ -24,7 +24,7 @@ def test_designs_of_one_size_do_the_same_work_per_token(size):
     counts = {name: presets.find(name)(size).model.count(256) for name in presets.PRESETS}
     for name, count in counts.items():
         assert count.active == pytest.approx(counts["moe"].active, rel=0.025), name  # they differ by their routers only
-        if name != "dense":
+        if name not in ("dense", "versatile"):  # which have no experts of their own
             assert count.parameters == pytest.approx(counts["moe"].parameters, rel=0.01), name
 
 

@@ -18,11 +18,13 @@ from importlib.metadata import entry_points
 from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
 from anabranch.nn.attention import Attention
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
+from anabranch.routing.relax import Temperature
 from anabranch.train import Cosine, RunConfig, TrainConfig
 
 Preset = Callable[[str], RunConfig]
@@ -117,6 +119,13 @@ def rexmoe_open(size: str = "tiny") -> RunConfig:
     return _run(size, _rexmoe(_budget(size), 2, None))
 
 
+def versatile(size: str = "tiny") -> RunConfig:
+    """VersatileFFN: the dense model's feed-forward as 8 virtual experts and up to 4 loops, mixed by difficulty."""
+    budget = _budget(size)
+    hidden_dim = budget.hidden_dim * budget.top_k
+    return _run(size, VersatileFFN.Config(hidden_dim=hidden_dim, temperature=Temperature.Config(until=0.55)))
+
+
 PRESETS: dict[str, Preset] = {
     "demo": demo,
     "dense": dense,
@@ -127,6 +136,7 @@ PRESETS: dict[str, Preset] = {
     "rexmoe": rexmoe,
     "rexmoe-r4": rexmoe_r4,
     "rexmoe-open": rexmoe_open,
+    "versatile": versatile,
 }
 
 

@@ -43,6 +43,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "swiglu": "anabranch.nn.feed_forward:SwiGLU",
         "moe": "anabranch.nn.moe:MoE",
         "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
+        "versatile": "anabranch.experts.versatile:VersatileFFN",
         "duo": "anabranch.depth.duo_llm:DuoFFN",
         "chain": "anabranch.experts.chain:Chain",
     },

@@ -15,7 +15,10 @@ from anabranch.errors import ConfigError
 if TYPE_CHECKING:
     from anabranch.studies.harness import Study
 
-STUDIES = {"rexmoe": "anabranch.studies.rexmoe:make"}
+STUDIES = {
+    "rexmoe": "anabranch.studies.rexmoe:make",
+    "versatile": "anabranch.studies.versatile:make",
+}
 
 
 def names() -> list[str]:
