@@ -208,7 +208,7 @@ def test_design_has_page_row_study_and_tests(name):
 
 @pytest.mark.parametrize("name", studies())
 def test_study_has_a_page_that_shows_its_result(name):
-    page = DOCS / "systems" / f"{name}.md"
+    page = DOCS / "systems" / f"{name.replace('_', '-')}.md"
     assert page.is_file()
     text = page.read_text(encoding="utf-8")
     assert f"anabranch study {name}" in text

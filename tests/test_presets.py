@@ -21,11 +21,20 @@ def test_every_preset_has_every_size(name, size):
 
 @pytest.mark.parametrize("size", presets.BUDGETS)
 def test_designs_of_one_size_do_the_same_work_per_token(size):
-    counts = {name: presets.find(name)(size).model.count(256) for name in presets.PRESETS}
+    configs = {name: presets.find(name)(size).model for name in presets.PRESETS}
+    counts = {name: config.count(256) for name, config in configs.items() if config.streams is None}
     for name, count in counts.items():
         assert count.active == pytest.approx(counts["moe"].active, rel=0.025), name  # they differ by their routers only
-        if name not in ("dense", "versatile"):  # which have no experts of their own
+        if name not in ("dense", "duo", "versatile"):  # which have no experts
             assert count.parameters == pytest.approx(counts["moe"].parameters, rel=0.01), name
+
+
+@pytest.mark.parametrize("size", presets.BUDGETS)
+def test_streams_do_the_work_of_the_dense_model_several_times(size):
+    config = presets.find("parscale")(size).model
+    assert config.replace(streams=None) == presets.find("dense")(size).model
+    times = config.count(256).flops / config.replace(streams=None).count(256).flops
+    assert 0.75 * config.streams.num_streams < times < 1.1 * config.streams.num_streams  # the head works once
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

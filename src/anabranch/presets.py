@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
+from anabranch.depth.duo_llm import DuoFFN
 from anabranch.errors import ConfigError
+from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
@@ -104,6 +106,13 @@ def moe_lossfree(size: str = "tiny") -> RunConfig:
     return _run(size, _moe(budget).replace(router=router))
 
 
+def duo(size: str = "tiny") -> RunConfig:
+    """Duo-LLM: a big and a small module per layer, taken at random in training; the big one does the work of K experts."""
+    budget = _budget(size)
+    big = budget.hidden_dim * budget.top_k
+    return _run(size, DuoFFN.Config(big=big, small=big // 16))
+
+
 def rexmoe(size: str = "tiny") -> RunConfig:
     """ReXMoE: two neighbouring layers share their experts, with progressive scaling of the candidates."""
     return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config()))
@@ -126,6 +135,13 @@ def versatile(size: str = "tiny") -> RunConfig:
     return _run(size, VersatileFFN.Config(hidden_dim=hidden_dim, temperature=Temperature.Config(until=0.55)))
 
 
+def parscale(size: str = "tiny") -> RunConfig:
+    """ParScale: four parallel streams of the dense model, merged by a learned gate; four times its work per token."""
+    run = dense(size)
+    streams = ParScale.Config(num_streams=4, prefix_len=16, embedding_dim=32, mlp_dim=16)  # sized for small models
+    return run.replace(model=run.model.replace(streams=streams))
+
+
 PRESETS: dict[str, Preset] = {
     "demo": demo,
     "dense": dense,
@@ -133,9 +149,11 @@ PRESETS: dict[str, Preset] = {
     "moe-fine": moe_fine,
     "moe-shared": moe_shared,
     "moe-lossfree": moe_lossfree,
+    "duo": duo,
     "rexmoe": rexmoe,
     "rexmoe-r4": rexmoe_r4,
     "rexmoe-open": rexmoe_open,
+    "parscale": parscale,
     "versatile": versatile,
 }
 

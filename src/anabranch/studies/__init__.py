@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anabranch.studies.harness import Study
 
 STUDIES = {
+    "duo_llm": "anabranch.studies.duo_llm:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }
