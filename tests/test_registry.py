@@ -52,7 +52,11 @@ def test_plugin_kinds_come_by_entry_point(plugin):
     ("family", "kind", "message"),
     [
         ("select", "topk", "no select of kind 'topk'; did you mean 'top_k'?"),
-        ("select", "zzz", "no select of kind 'zzz'; known: expert_choice, group_top_k, threshold, top_k, top_p"),
+        (
+            "select",
+            "zzz",
+            "no select of kind 'zzz'; known: expert_choice, group_top_k, mixture, threshold, top_k, top_p",
+        ),
         ("score", "top_k", "no score of kind 'top_k'; known: "),
     ],
 )
