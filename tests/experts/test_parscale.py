@@ -535,7 +535,7 @@ def test_diversity_of_equal_and_of_independent_streams():
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ([(1e8, 1, 2.0)] * 9, "there are 9 points of 1 sizes and 1 numbers of streams"),
+        ([(1e8, 1, 2.0)] * 9, "there are 1 different points of 1 sizes and 1 numbers of streams"),
         ([(1e8, 1, 2.0), (2e8, 2, -1.0)], "every point must have N > 0"),
     ],
 )

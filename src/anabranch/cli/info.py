@@ -54,7 +54,8 @@ def describe(config: Decoder.Config, length: int, dtype: str) -> dict[str, Any]:
     assert width is not None
     counts = config.count(length)
     attention = config.attention
-    cache = 2 * config.num_layers * attention.kv_heads * attention.width(config.dim) * width.itemsize
+    streams = 1 if config.streams is None else config.streams.num_streams
+    cache = 2 * streams * config.num_layers * attention.kv_heads * attention.width(config.dim) * width.itemsize
     return {
         "parameters": counts.parameters,
         "active_parameters": counts.active,

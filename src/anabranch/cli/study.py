@@ -35,6 +35,14 @@ def study(
     judge_only: Annotated[
         bool, typer.Option("--judge-only", metavar=FLAG, help="Run nothing, judge the runs that are there.")
     ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            metavar=FLAG,
+            help="Run nothing, fit the law that is studied to published losses and runs that are there.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -46,13 +54,16 @@ def study(
     """
     from anabranch import studies
     from anabranch.cli.runs import read_seeds
-    from anabranch.studies.harness import run_study, summarize
+    from anabranch.studies.harness import fitted, run_study, summarize
 
     if name is None:
         _list(as_json)
         return
     chosen = studies.find(name)(full=full, **({} if steps is None else {"steps": steps}))
     folder = out or (RECORDED if full else TRIED)
+    if fit:
+        _print_fit(chosen.name, fitted(chosen, folder), as_json)
+        return
     if judge_only:
         outcome = summarize(chosen, folder)
     else:
@@ -77,6 +88,15 @@ def _list(as_json: bool) -> None:
         print_json({"studies": found})
         return
     table(["study", "about"], [[name, title] for name, title in found.items()], text_columns=2)
+
+
+def _print_fit(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json({"study": name, "fit": rows})
+        return
+    headers = list(rows[0])
+    cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
+    table(headers, cells, text_columns=1)
 
 
 def _print(outcome: Outcome, folder: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STUDIES = {
     "duo_llm": "anabranch.studies.duo_llm:make",
+    "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }

@@ -139,6 +139,7 @@ class Study:
         draw: (results, path without suffix) writes the picture; None for none.
         default_arms: names of those that run if none are asked for; None for all.
         revision: raised when the code under the arms changes what comes out, so that older runs do not count.
+        fit: what ``--fit`` shows, one row of numbers per law that is fitted; None for a study of no law.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Study:
     default_arms: Sequence[str] | None = None
     revision: int = 1
     seeds: Sequence[int] = (0, 1, 2)
+    fit: Callable[[Results], list[dict[str, Any]]] | None = None
 
 
 @dataclass
@@ -217,7 +219,7 @@ def run_study(
 def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
     """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
     folder = Path(folder)
-    results = Results({arm.name: _read_runs(study, arm, folder) for arm in study.arms})
+    results = read_results(study, folder)
     if not results.runs:
         raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first")
     outcome = Outcome(study, results, study.judge(results), folder / f"{study.name}.json", list(missing))
@@ -226,6 +228,21 @@ def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, 
         study.draw(results, folder / study.name)
     atomic_write_json(outcome.path, outcome.to_dict())
     return outcome
+
+
+def read_results(study: Study, folder: str | Path) -> Results:
+    """The finished runs that lie in ``folder``; there may be none."""
+    return Results({arm.name: _read_runs(study, arm, Path(folder)) for arm in study.arms})
+
+
+def fitted(study: Study, folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of the study's ``fit``, of what is published and of the runs that lie in ``folder``.
+
+    Raises ConfigError for a study that fits no law.
+    """
+    if study.fit is None:
+        raise ConfigError(f"study {study.name!r} fits no law; leave out --fit")
+    return study.fit(read_results(study, folder))
 
 
 def summary_rows(study: Study, results: Results) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def fit_parallel_law(
     """Fit the law to points ``(N, P, loss in nats)``.
 
     Args:
-        points: at least five, of at least two sizes and two numbers of streams.
+        points: at least five different ones, of at least two sizes and two numbers of streams.
         bootstrap: how often to fit resampled points, for intervals.
         delta: of the Huber loss, in log loss.
         seed: of the resampling.
@@ -116,8 +116,7 @@ def fit_parallel_law(
     best_G = min((_minimise(data_S3, start_G, delta) for start_G in starts), key=lambda found: found[0])[1]
     intervals = {}
     if bootstrap:
-        rng = np.random.default_rng(seed)
-        drawn = [data_S3[rng.integers(len(data_S3), size=len(data_S3))] for _ in range(bootstrap)]
+        drawn = _resample(data_S3, bootstrap, np.random.default_rng(seed))
         fits = np.array([_readable(_minimise(sample_S3, best_G, delta)[1]) for sample_S3 in drawn])
         low, high = np.quantile(fits, [0.025, 0.975], axis=0)
         names = ("e", "a", "alpha", "k")
@@ -143,11 +142,23 @@ def _check(data_S3: np.ndarray, bootstrap: int) -> None:
     if not (np.isfinite(data_S3).all() and (data_S3 > 0).all() and (data_S3[:, 1] >= 1).all()):
         raise ConfigError("every point must have N > 0, P >= 1 and a loss > 0, all finite")
     sizes, streams = len(np.unique(data_S3[:, 0])), len(np.unique(data_S3[:, 1]))
-    if len(data_S3) < 5 or sizes < 2 or streams < 2:
+    different = len(np.unique(data_S3[:, :2], axis=0))
+    if different < 5 or sizes < 2 or streams < 2:
         raise ConfigError(
-            f"there are {len(data_S3)} points of {sizes} sizes and {streams} numbers of streams; the law has four parameters "
+            f"there are {different} different points of {sizes} sizes and {streams} numbers of streams; the law has four parameters "
             "and needs 5 points, 2 sizes and 2 numbers of streams"
         )
+
+
+def _resample(data_S3: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Bootstrap samples, without those of too few different points to fit the law to."""
+    samples: list[np.ndarray] = []
+    while len(samples) < count:
+        sample_S3 = data_S3[rng.integers(len(data_S3), size=len(data_S3))]
+        sizes, streams = len(np.unique(sample_S3[:, 0])), len(np.unique(sample_S3[:, 1]))
+        if sizes >= 2 and streams >= 2 and len(np.unique(sample_S3[:, :2], axis=0)) >= 4:
+            samples.append(sample_S3)
+    return samples
 
 
 def _log_loss(value_G: np.ndarray, data_S3: np.ndarray) -> np.ndarray:
