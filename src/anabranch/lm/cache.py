@@ -33,7 +33,12 @@ class Prefix:
         """(key_BHMD, value_BHMD): the prefix of each row of a stream-major batch, in the dtype of what it goes with."""
         key_PHMD, value_PHMD = (part_PHMD.to(like_BHLD) for part_PHMD in self.layers[layer])
         copies = like_BHLD.shape[0] // key_PHMD.shape[0]
-        return key_PHMD.repeat_interleave(copies, dim=0), value_PHMD.repeat_interleave(copies, dim=0)
+        return _repeated(key_PHMD, copies), _repeated(value_PHMD, copies)
+
+
+def _repeated(part_PHMD: Tensor, copies: int) -> Tensor:
+    """Each stream's entries for each of its rows."""
+    return part_PHMD[:, None].expand(-1, copies, -1, -1, -1).flatten(0, 1)
 
 
 class KeyValueCache:
@@ -63,19 +68,20 @@ class KeyValueCache:
         if end > self.max_length:
             raise CapacityError(f"the cache holds {self.max_length} positions, but {end} are needed")
         if self._key[layer] is None:
-            self._make_buffers(layer, key_BHLD)
+            self._make_buffers(layer, key_BHLD, value_BHLD)
         start, end = start + self.num_prefix, end + self.num_prefix
         return (
             self._store(self._key, layer, key_BHLD, start, end),
             self._store(self._value, layer, value_BHLD, start, end),
         )
 
-    def _make_buffers(self, layer: int, new_BHLD: Tensor) -> None:
-        batch, heads, _, width = new_BHLD.shape
-        for buffers in (self._key, self._value):
-            buffers[layer] = new_BHLD.new_empty(batch, heads, self.num_prefix + self.max_length, width)
+    def _make_buffers(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> None:
+        size = self.num_prefix + self.max_length
+        for buffers, new_BHLD in ((self._key, key_BHLD), (self._value, value_BHLD)):
+            batch, heads, _, width = new_BHLD.shape
+            buffers[layer] = new_BHLD.new_empty(batch, heads, size, width)
         if self.prefix is not None and self.num_prefix:
-            key_BHMD, value_BHMD = self.prefix.rows(layer, new_BHLD)
+            key_BHMD, value_BHMD = self.prefix.rows(layer, key_BHLD)
             self._store(self._key, layer, key_BHMD, 0, self.num_prefix)
             self._store(self._value, layer, value_BHMD, 0, self.num_prefix)
 
