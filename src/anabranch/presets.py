@@ -4,9 +4,9 @@
     Trainer(config, "runs/rexmoe").fit()
 
 All designs of one size have the same experts' parameters and the same work per token, so they can be compared. Gates are
-renormalised (the sum of a token's weights is 1), which is worth more than most designs at these sizes; the raw gates of the ReXMoE
-paper are ``--set model.feed_forward.router.select.normalize=none``. A third-party package adds a preset with an entry point in
-the group ``anabranch.presets`` whose value is ``module:function``; the first line of its docstring describes it.
+renormalised (the sum of a token's weights is 1; not in ``chain``), which is worth more than most designs at these sizes; the raw
+gates of the ReXMoE paper are ``--set model.feed_forward.router.select.normalize=none``. A third-party package adds a preset with an
+entry point in the group ``anabranch.presets`` whose value is ``module:function``; the first line of its docstring describes it.
 """
 
 import difflib
@@ -18,8 +18,10 @@ from importlib.metadata import entry_points
 from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
 from anabranch.depth.duo_llm import DuoFFN
 from anabranch.errors import ConfigError
+from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
 from anabranch.nn.attention import Attention
@@ -142,6 +144,22 @@ def parscale(size: str = "tiny") -> RunConfig:
     return run.replace(model=run.model.replace(streams=streams))
 
 
+def rmoe(size: str = "tiny") -> RunConfig:
+    """RMoE: routers hand a recurrent state from layer to layer, an eighth as wide as the model."""
+    budget = _budget(size)
+    router = _router(budget.top_k).replace(score=RecurrentScore.Config(state_dim=budget.dim // 8))
+    return _run(size, _moe(budget).replace(router=router))
+
+
+def chain(size: str = "tiny") -> RunConfig:
+    """Chain-of-Experts: two passes of K / 2 experts over the pool of a layer, with raw gates."""
+    budget = _budget(size)
+    router = Router.Config(select=TopK.Config(top_k=budget.top_k // 2))  # the sum of one gate would always be 1
+    return _run(
+        size, Chain.Config(num_experts=budget.num_experts, hidden_dim=budget.hidden_dim, router=router, iterations=2)
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "demo": demo,
     "dense": dense,
@@ -155,12 +173,14 @@ PRESETS: dict[str, Preset] = {
     "rexmoe-open": rexmoe_open,
     "parscale": parscale,
     "versatile": versatile,
+    "rmoe": rmoe,
+    "chain": chain,
 }
 
 
 # Ready lists of designs to compare, the baseline first.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "family": ("moe", "dense", "moe-lossfree", "rexmoe-open"),
+    "family": ("moe", "dense", "moe-lossfree", "rexmoe-open", "rmoe", "chain"),
 }
 
 

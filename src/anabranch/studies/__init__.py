@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from anabranch.studies.harness import Study
 
 STUDIES = {
+    "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
+    "rmoe": "anabranch.studies.rmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }
 

@@ -60,6 +60,13 @@ def verdict_below(difference: Estimate, limit: float = 0.0) -> Verdict:
     return "does not hold" if difference.low > limit else "not resolved"
 
 
+def every_seed(seen: Sequence[bool]) -> Verdict:
+    """The verdict on what was so or not in each seed: holds if in all of at least two, does not hold if in none."""
+    if len(seen) < 2 or (any(seen) and not all(seen)):
+        return "not resolved"
+    return "holds" if seen[0] else "does not hold"
+
+
 def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution for 0.5 <= ``probability`` < 1, to about 1e-12."""
     low, high = 0.0, 1.0
