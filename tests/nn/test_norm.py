@@ -27,6 +27,15 @@ def test_values_and_gradients_are_the_formula_in_fp64():
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_and_without_gradients_it_is_the_same_to_the_bit(dtype):
+    norm, x = RMSNorm(48), torch.randn(7, 48).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        plain = norm(x)
+    assert torch.equal(norm(x), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_fp32_and_returned_as_it_came(dtype):
     x = torch.randn(4, 64).to(dtype) * 300  # the square of 300 has no place in fp16

@@ -34,6 +34,17 @@ def test_rotation_is_multiplication_of_complex_numbers():
     torch.testing.assert_close(ours, torch.cat((turned.real, turned.imag), dim=-1), rtol=1e-4, atol=1e-4)
 
 
+def test_the_gradient_is_the_rotation_back():
+    rotary = build(8)(torch.tensor([[0, 5, 900]]), torch.float64)
+    x_BHLD = torch.randn(2, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotary), x_BHLD)
+    with torch.no_grad():
+        plain_BHLD = rotate(x_BHLD, rotary)
+    torch.testing.assert_close(rotate(x_BHLD, rotary), plain_BHLD, rtol=1e-12, atol=1e-12)
+    strided_BHLD = torch.randn(2, 3, 3, 8, dtype=torch.float64).transpose(1, 2)
+    torch.testing.assert_close(rotate(strided_BHLD, rotary), rotate(strided_BHLD.contiguous(), rotary))
+
+
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 1000))
 def test_products_depend_on_the_distance_alone(p, q, shift):
     rotary = build(16)

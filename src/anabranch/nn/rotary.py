@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
@@ -81,5 +82,32 @@ def _frequencies(config: Any, head_dim: int) -> Tensor:
 def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle."""
     cos, sin = rotary
-    left, right = x_BHLD.chunk(2, dim=-1)
-    return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler makes one pass of it by itself
+        left, right = x_BHLD.chunk(2, dim=-1)
+        return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
+    return _Rotate.apply(x_BHLD, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation in few passes over memory. Its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BHLD, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient_BHLD, cos, sin, -1.0), None, None
+
+
+def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    half = x_BHLD.shape[-1] // 2
+    left, right = x_BHLD[..., :half], x_BHLD[..., half:]
+    cos, sin = cos[..., :half], sin[..., :half]  # both halves are the same
+    y_BHLD = torch.empty_like(x_BHLD)
+    torch.mul(left, cos, out=y_BHLD[..., :half]).addcmul_(right, sin, value=-sign)
+    torch.mul(right, cos, out=y_BHLD[..., half:]).addcmul_(left, sin, value=sign)
+    return y_BHLD
