@@ -265,7 +265,7 @@ def _curves(best: OracleResult, theirs: OracleResult, moved_G: Tensor) -> Metric
 def _routers(
     model: Decoder, best: OracleResult, config: Contestant, ids_BL: Tensor, seed: int, folder: Path, progress: Progress
 ) -> Metrics:
-    """Loss and measured share of two trained routers at half big, calibrated on training text."""
+    """Loss and measured share of two trained routers whose share of big is set to one half."""
     size, middle = config.size, config.size.num_layers // 2
     target = middle / size.num_layers
     settings = config.run.train.replace(steps=size.router_steps, learning_rate=size.router_learning_rate, seed=seed)
@@ -277,7 +277,7 @@ def _routers(
         progress(f"{name}: training")
         given = labels if supervision == "oracle" else None
         routed = train_router(model, run_config, folder / name, supervision=supervision, labels=given)  # type: ignore[arg-type]
-        calibrate_budget(routed, seen_BL[:, :-1], target)
+        calibrate_budget(routed, ids_BL[:, :-1], target)  # by the share of big alone, which takes no labels
         metrics[name] = float(route_loss(routed, ids_BL, "router").double().mean())
         metrics[f"{name}_share"] = float(option_shares(routed, ids_BL[:, :-1])[:, BIG].mean())
         oracle_loss, fixed = float(best.oracle_G[middle]), float(best.fixed_G[middle])
