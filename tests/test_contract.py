@@ -14,7 +14,7 @@ from anabranch.routing import (
     TopK,
     TopP,
 )
-from anabranch.testing import check_balancer, check_feed_forward, check_score, check_select
+from anabranch.testing import check_balancer, check_feed_forward, check_score, check_select, check_streams
 
 
 def defaults(family):
@@ -41,6 +41,12 @@ def test_balancer(config):
 @pytest.mark.parametrize("config", defaults("feed_forward"))
 def test_feed_forward(config):
     check_feed_forward(config)
+
+
+@pytest.mark.parametrize("config", defaults("streams"))
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_streams(config, num_streams):
+    check_streams(config.replace(num_streams=num_streams))
 
 
 def variants():
@@ -81,6 +87,13 @@ def variants():
         ),
     )
     yield "rexmoe_shared", rexmoe(reuse=3, shared_experts=1, **small)
+    versatile = resolve("feed_forward", "versatile").Config
+    yield "versatile_soft", versatile(hidden_dim=48, relaxation="soft", gate="soft", norm="separate", expert_dim=5)
+    yield (
+        "versatile_grouped",
+        versatile(hidden_dim=64, width_compute="grouped", recompute=True, router=Router.Config(balance=bias)),
+    )
+    yield "versatile_fixed", versatile(hidden_dim=64, fusion="average", gate="none", max_loops=2)
     recurrent = Router.Config(score=resolve("score", "recurrent").Config(state_dim=16), balance=bias)
     yield "recurrent", moe(router=recurrent, **small)
     chain = resolve("feed_forward", "chain").Config

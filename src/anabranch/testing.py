@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from anabranch.config import Config, from_dict, to_dict
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, ExpertPool, FeedForward
+from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
+from anabranch.nn.streams import Streams
 from anabranch.routing import (
     UNUSED,
     Balancer,
@@ -45,6 +46,7 @@ __all__ = [
     "check_routing",
     "check_score",
     "check_select",
+    "check_streams",
 ]
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -287,6 +289,38 @@ def check_feed_forward(
         max_positions=64,
         init_std=0.2,  # far from even scores, so rounding does not decide who is chosen
     )
+    _check_model(model_config, device, compile_backend)
+
+
+def check_streams(
+    config: Streams.Config,
+    *,
+    num_layers: int = 2,
+    dim: int = 32,
+    device: str = "cpu",
+    compile_backend: str = "aot_eager",
+) -> None:
+    """The contract of the family ``streams``: what `check_feed_forward` asks of a dense decoder that runs as these streams.
+
+    Also, the backbone must start as the plain model of the same seed does. Arguments as for `check_feed_forward`.
+    """
+    model_config = Decoder.Config(
+        vocab_size=VOCAB_SIZE,
+        dim=dim,
+        num_layers=num_layers,
+        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=2 * dim),
+        max_positions=64,
+        init_std=0.2,
+        streams=config,
+    )
+    state = model_config.build(seed=0).state_dict()
+    for name, value in model_config.replace(streams=None).build(seed=0).state_dict().items():
+        _is(torch.equal(state[name], value), f"{name} does not start as in the plain model of the same seed")
+    _check_model(model_config, device, compile_backend)
+
+
+def _check_model(model_config: Decoder.Config, device: str, compile_backend: str) -> None:
     _check_config(model_config)
     model = model_config.build(seed=0).to(device)
     _check_same_state(model, model_config.build(seed=0).to(device), "built twice from one seed")

@@ -95,3 +95,15 @@ def test_compare_prints_a_row_per_design(here, work, tiny, data, monkeypatch):
     assert "difference" in out
     assert out.splitlines()[-1].startswith("next")
     assert (work / "compared" / "compare-costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_law_is_fitted_to_what_is_published(here):
+    code, out, _ = here("study", "parscale", "--fit", "--out", "none")
+    assert code == 0
+    assert "published, stack" in out
+    assert "0.393" in out
+    _, out, _ = here("study", "parscale", "--fit", "--out", "none", "--json")
+    assert [row["losses"] for row in json.loads(out)["fit"]] == ["published, stack", "published, pile"]
+    code, _, err = here("study", "made_up", "--fit")
+    assert code == 2
+    assert "study 'made_up' fits no law" in err
