@@ -119,12 +119,16 @@ def preference_violations(score_TE: ArrayLike, top_k: int, before_E: ArrayLike, 
     score_TE, top_k = _checked(score_TE, top_k)
     before_E, after_E = np.asarray(before_E, np.float64), np.asarray(after_E, np.float64)
     old_TE, new_TE = choose(score_TE, top_k, before_E), choose(score_TE, top_k, after_E)
-    moved_E = after_E - before_E
-    dropped_T = np.where(old_TE & ~new_TE, moved_E, -np.inf).max(1)
-    taken_T = np.where(new_TE & ~old_TE, moved_E, np.inf).min(1)
     slack = 1e-12 * max(
         1.0, np.abs(score_TE).max(initial=0), np.abs(after_E).max(initial=0)
     )  # rounding of score + bias
+    return broken_preferences(old_TE, new_TE, after_E - before_E, slack)
+
+
+def broken_preferences(old_TE: np.ndarray, new_TE: np.ndarray, moved_E: np.ndarray, slack: float = 0.0) -> int:
+    """`preference_violations` of choices that are known: bool ``[T, E]`` before and after the bias moved by ``moved_E``."""
+    dropped_T = np.where(old_TE & ~new_TE, moved_E, -np.inf).max(1)
+    taken_T = np.where(new_TE & ~old_TE, moved_E, np.inf).min(1)
     return int((dropped_T > taken_T + slack).sum())
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anabranch.studies.harness import Study
 
 STUDIES = {
+    "alf-lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "parscale": "anabranch.studies.parscale:make",
