@@ -148,9 +148,11 @@ class Paths(nn.Module):
         loops: the loop gate; None for width only, and where every token takes every loop.
         width_norm: the width path's own norm, None if it shares the block's.
         owner_EF: 1 where a virtual expert owns a hidden unit.
+        count_T: 1 to the number of loops.
     """
 
     owner_EF: Tensor
+    count_T: Tensor
 
     def __init__(
         self, config: Any, dim: int, hidden_dim: int, *, layer: int = 0, generator: torch.Generator | None = None
@@ -171,23 +173,22 @@ class Paths(nn.Module):
         for owner_F, start in zip(owner_EF, self.starts, strict=True):
             owner_F[start : start + self.width] = 1.0
         self.register_buffer("owner_EF", owner_EF, persistent=False)
+        self.register_buffer("count_T", torch.arange(1, self.num_loops + 1), persistent=False)
 
     def forward(self, x_ND: Tensor, branch: Branch, context: RoutingContext) -> Tensor:
         """The change of the stream, Y - H."""
-        mix = self.decide(x_ND, context)
         # Shapes of the early exit depend on data, and it writes in place: not for compiled graphs, not for gradients.
         whole = context.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or not self.num_loops or not self.config.early_exit:
-            change_ND, flops_N = self._all_loops(x_ND, branch, mix)
-        else:
-            change_ND, flops_N = self._early_exit(x_ND, branch, mix)
-        self._emit(mix, flops_N, context)
+        exits = self.num_loops > 0 and self.config.early_exit and not whole
+        mix = self.decide(x_ND, context, one_hot=not exits)
+        change_ND = (self._early_exit if exits else self._all_loops)(x_ND, branch, mix)
+        self._emit(mix, branch, context, exits=exits)
         return change_ND.to(x_ND.dtype)
 
     # Decisions
 
-    def decide(self, x_ND: Tensor, context: RoutingContext) -> Mix:
-        """Run the heads."""
+    def decide(self, x_ND: Tensor, context: RoutingContext, *, one_hot: bool = True) -> Mix:
+        """Run the heads. Without ``one_hot`` no ``depth_NT`` is made: a number of loops is all that the early exit needs."""
         config, num_items = self.config, x_ND.shape[0]
         width = None if self.router is None else self.router(x_ND, context)
         share = {"width_only": 1.0, "average": 0.5, "depth_only": 0.0, "difficulty": None}[config.fusion]
@@ -196,28 +197,34 @@ class Paths(nn.Module):
             return Mix(width, None, loops_N, torch.full_like(x_ND[:, :1], share))  # type: ignore[arg-type]  # 'difficulty' needs a gate
         chosen = self.loops(x_ND, context)
         soft_NT, loops_N = chosen.score_NE, chosen.index_NK[:, 0] + 1
-        is_soft = config.relaxation == "soft" and context.training
-        depth_NT = soft_NT if is_soft else straight_through(soft_NT)
+        depth_NT = None
+        if one_hot:
+            is_soft = config.relaxation == "soft" and context.training
+            depth_NT = soft_NT if is_soft else straight_through(soft_NT)
         if share is not None:
             return Mix(width, depth_NT, loops_N, soft_NT.new_full((num_items, 1), share))
-        count_T = torch.arange(1, config.max_loops + 1, device=x_ND.device, dtype=soft_NT.dtype)
-        expected_N1 = ((soft_NT if config.gate == "soft" else depth_NT) * count_T).sum(-1, keepdim=True)
+        weight_NT = soft_NT if config.gate == "soft" else depth_NT
+        if weight_NT is None:
+            expected_N1 = loops_N.unsqueeze(-1).to(soft_NT.dtype)
+        else:
+            expected_N1 = (weight_NT * self.count_T).sum(-1, keepdim=True)
         return Mix(width, depth_NT, loops_N, (config.max_loops - expected_N1) / config.max_loops)  # eq. 12
 
-    def _emit(self, mix: Mix, flops_N: Tensor, context: RoutingContext) -> None:
-        """Means over the real tokens: lambda, FLOPs of the layer's matrices, loops and how they are distributed."""
-        dtype, num_loops = mix.lambda_N1.dtype, self.num_loops
-        values_NX = [mix.lambda_N1, flops_N.unsqueeze(-1), mix.loops_N.unsqueeze(-1)]
-        values_NX += [mix.loops_N.unsqueeze(-1) == number + 1 for number in range(num_loops)]
-        mean_X = masked_mean(torch.cat([value.detach().to(dtype) for value in values_NX], dim=-1), context.item_mask_N)
-        names = (
-            "mean_lambda",
-            "ffn_flops",
-            "mean_loops",
-            *(f"share_loops_{number + 1}" for number in range(num_loops)),
-        )
-        for name, value in zip(names, mean_X.unbind(0), strict=True):
+    def _emit(self, mix: Mix, branch: Branch, context: RoutingContext, *, exits: bool) -> None:
+        """Means over the real tokens: lambda, loops and how they are distributed, FLOPs of the layer's matrices."""
+        dtype = mix.lambda_N1.dtype
+        taken_NT = (mix.loops_N.unsqueeze(-1) == self.count_T).to(dtype)
+        mean_X = masked_mean(torch.cat([mix.lambda_N1.detach(), taken_NT], dim=-1), context.item_mask_N)
+        share_T = mean_X[1:]
+        mean_loops, flops = (share_T * self.count_T).sum(), torch.full_like(mean_X[0], self.most_flops(branch))
+        if exits:
+            # In a hard mix tokens of all loops have no width path, and a fused one of one loop costs nothing more.
+            first, last = int(self._is_fused(branch)), self.num_loops - self._is_hard
+            flops = branch.flops * mean_loops + self.width_flops(branch) * share_T[first:last].sum()
+        for name, value in (("mean_lambda", mean_X[0]), ("mean_loops", mean_loops), ("ffn_flops", flops)):
             context.emit_metric(name, value)
+        for number, value in enumerate(share_T.unbind(0), start=1):
+            context.emit_metric(f"share_loops_{number}", value)
 
     # The width path
 
@@ -226,6 +233,19 @@ class Paths(nn.Module):
         """Whether the width path masks the hidden units of the first loop, and has no matmul into the hidden layer of its own."""
         wanted = self.config.width_compute != "grouped" and self.width_norm is None
         return wanted and self.router is not None and self.num_loops > 0
+
+    @property
+    def _is_hard(self) -> bool:
+        """Whether tokens that take all loops have lambda = 0, and the others more."""
+        return self.config.fusion == "difficulty" and self.config.gate == "hard"
+
+    def _is_fused(self, branch: Branch) -> bool:
+        """Whether a token that ends after one loop takes both paths in one product."""
+        return self.is_masked and branch.after is None
+
+    def most_flops(self, branch: Branch) -> int:
+        """Of a token that takes all loops and both paths."""
+        return self.width_flops(branch) + branch.flops * self.num_loops
 
     def width_flops(self, branch: Branch) -> int:
         """What the width path adds for a token, beside the first loop that it may share."""
@@ -274,13 +294,11 @@ class Paths(nn.Module):
 
     # All loops for all tokens: training, and the plain way that the early exit must equal
 
-    def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix) -> tuple[Tensor, Tensor]:
-        """The change of the stream, and the FLOPs spent on each token."""
-        flops = self.width_flops(branch) + branch.flops * self.num_loops
-        flops_N = mix.lambda_N1.new_full((x_ND.shape[0],), flops)
+    def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix) -> Tensor:
+        """The change of the stream."""
         if not self.num_loops:
             assert mix.width is not None
-            return self._wide(x_ND, branch, mix.width), flops_N
+            return self._wide(x_ND, branch, mix.width)
         gate_NF = None
         if mix.width is not None and self.is_masked:
             gate_NF = self.gate_NF(mix.width, x_ND.dtype)
@@ -290,10 +308,10 @@ class Paths(nn.Module):
             state_ND = self._loop(_further, branch, x_ND, state_ND)
             deep_ND = state_ND if mix.depth_NT is None else deep_ND + mix.depth_NT[:, number : number + 1] * state_ND
         if mix.width is None:
-            return deep_ND, flops_N
+            return deep_ND
         if wide_ND is None:
             wide_ND = self._wide(x_ND, branch, mix.width)
-        return mix.lambda_N1 * wide_ND + (1 - mix.lambda_N1) * deep_ND, flops_N
+        return mix.lambda_N1 * wide_ND + (1 - mix.lambda_N1) * deep_ND
 
     def _loop(self, run: Callable[..., Any], branch: Branch, *inputs: Tensor | None) -> Any:
         """One loop; with ``recompute`` its activations are not kept."""
@@ -303,41 +321,41 @@ class Paths(nn.Module):
 
     # Every token only as far as it goes
 
-    def _early_exit(self, x_ND: Tensor, branch: Branch, mix: Mix) -> tuple[Tensor, Tensor]:
+    def _early_exit(self, x_ND: Tensor, branch: Branch, mix: Mix) -> Tensor:
         """As `_all_loops`. Tokens are sorted by loops, most first: those still looping are a prefix, those with a width path a suffix.
 
         Tokens that end after one loop take both paths in one product with W_out, since both mix the same hidden units (``[begin:]``).
         """
-        config, num_items = self.config, x_ND.shape[0]
-        order_N = mix.loops_N.argsort(descending=True, stable=True)
-        active = torch.stack([(mix.loops_N > number).sum() for number in range(self.num_loops)]).tolist()
-        further = active[1] if self.num_loops > 1 else 0
+        num_items, loops = x_ND.shape[0], range(self.num_loops)
+        count = torch.bincount(mix.loops_N, minlength=self.num_loops + 1).tolist()
+        active = [num_items - sum(count[: number + 1]) for number in loops]  # that take more than ``number`` loops
+        is_even = max(count) == num_items  # nothing to sort: a single token, or all alike
+        order_N: Any = slice(None) if is_even else mix.loops_N.argsort(descending=True, stable=True)
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
         narrow = num_items  # [narrow:] have a width path
         if mix.width is not None:
-            narrow = active[-1] if config.fusion == "difficulty" and config.gate == "hard" else 0
-        is_fused = self.is_masked and branch.after is None
-        begin = max(further, narrow) if is_fused else num_items
+            narrow = active[-1] if self._is_hard else 0
+        begin = max([*active[1:2], narrow]) if self._is_fused(branch) else num_items
         a_NF = branch.hidden(branch.norm(x_ND))
         wide_XD = None
-        if mix.width is not None and self.is_masked:
-            share, gate_XF = share_N1.to(a_NF.dtype), self.gate_NF(_rows(mix.width, order_N[narrow:]), a_NF.dtype)
-            mixed = (share[begin:] * gate_XF[begin - narrow :] + (1 - share[begin:])) * a_NF[begin:]
+        if mix.width is None or narrow == num_items:
+            state_ND = branch.output(a_NF).to(x_ND.dtype)
+        elif self.is_masked:
+            gate_XF = self.gate_NF(_rows(mix.width, order_N, narrow), a_NF.dtype)
+            share = share_N1[begin:].to(a_NF.dtype)
+            mixed = (share * gate_XF[begin - narrow :] + (1 - share)) * a_NF[begin:]
             rows = (a_NF[:begin], mixed, gate_XF[: begin - narrow] * a_NF[narrow:begin])
             state_ND, wide_XD = branch.output(torch.cat(rows)).to(x_ND.dtype).split((num_items, begin - narrow))
         else:
             state_ND = branch.output(a_NF).to(x_ND.dtype)
-            if mix.width is not None:
-                wide_XD = self._wide(x_ND[narrow:], branch, _rows(mix.width, order_N[narrow:]))
-        for count in active[1:]:
-            if count:
-                state_ND[:count] += branch.change(x_ND[:count] + state_ND[:count])
-        if wide_XD is not None:
+            wide_XD = self._wide(x_ND[narrow:], branch, _rows(mix.width, order_N, narrow))
+        for number in active[1:]:
+            if number:
+                state_ND[:number] += branch.change(x_ND[:number] + state_ND[:number])
+        if wide_XD is not None and begin > narrow:
             share = share_N1[narrow:begin]
             state_ND[narrow:begin] = share * wide_XD + (1 - share) * state_ND[narrow:begin]
-        has_width_N = torch.zeros_like(order_N).scatter(0, order_N[narrow:begin], 1)
-        flops_N = branch.flops * mix.loops_N + self.width_flops(branch) * has_width_N
-        return torch.empty_like(state_ND).index_copy(0, order_N, state_ND), flops_N
+        return state_ND if is_even else torch.empty_like(state_ND).index_copy(0, order_N, state_ND)
 
 
 def _first(branch: Branch, x_ND: Tensor, gate_NF: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -352,5 +370,7 @@ def _further(branch: Branch, x_ND: Tensor, state_ND: Tensor) -> Tensor:
     return state_ND + branch.change(x_ND + state_ND)
 
 
-def _rows(routing: Routing, item_M: Tensor) -> Routing:
-    return Routing(routing.index_NK[item_M], routing.weight_NK[item_M], routing.score_NE[item_M])
+def _rows(routing: Routing, order_N: Any, start: int) -> Routing:
+    """The items from ``start`` on, in that order."""
+    parts = (routing.index_NK, routing.weight_NK, routing.score_NE)
+    return Routing(*(part[order_N][start:] for part in parts))
