@@ -7,12 +7,14 @@ from anabranch.routing import TraceBuilder, TraceLayer
 from anabranch.studies.training import _warnings, measure_routing
 
 
-def trace_of(*layers):
-    """A trace of (layer, index_NK) pairs with even weights."""
+def trace_of(*layers, one_sequence=False):
+    """A trace of (layer, index_NK) pairs with even weights; each token is an item of its own unless they are ``one_sequence``."""
     builder = TraceBuilder()
     for layer, index_NK in layers:
         index_NK = np.array(index_NK)
-        builder.add(layer, index_NK, np.full(index_NK.shape, 0.5), item_N=np.arange(len(index_NK)))
+        token_N, zero_N = np.arange(len(index_NK)), np.zeros(len(index_NK), int)
+        where = {"item_N": zero_N, "position_N": token_N} if one_sequence else {"item_N": token_N}
+        builder.add(layer, index_NK, np.full(index_NK.shape, 0.5), **where)
     return builder.trace()
 
 
@@ -54,3 +56,15 @@ def test_warnings_of_the_library_are_kept():
         logging.getLogger("other").warning("not ours")
     logging.getLogger("anabranch").warning("too late")
     assert found == ["reuse is 6"]
+
+
+def test_consistency_is_the_mean_over_layers_of_windows_of_sixteen_tokens():
+    steady = [[0]] * 16 + [[1]] * 16
+    restless = [[token % 2] for token in range(32)]
+    layers = [TraceLayer(layer=number, name=str(number), num_destinations=2, top_k=1) for number in (0, 1)]
+    parts = list(zip(layers, (steady, restless), strict=True))
+    alone = [measure_routing(trace_of(part, one_sequence=True))["srp"] for part in parts]
+    both = measure_routing(trace_of(*parts, one_sequence=True))["srp"]
+    assert both == pytest.approx(sum(alone) / 2)
+    assert alone[0] > alone[1]
+    assert alone[1] == pytest.approx(2 * 16 / (16 + 32))  # half of every window: all on is best, F1 = 2 m / (on + m)

@@ -98,6 +98,7 @@ def _print(rows: list[Row]) -> None:
         "tokens/s",
         "memory",
         "MaxVio",
+        "SRP",
     ]
     cells = []
     for row in rows:
@@ -116,6 +117,7 @@ def _print(rows: list[Row]) -> None:
                 quantity(found["tokens_per_second"]),
                 size(found["peak_memory_bytes"]),
                 f"{found['max_violation_layer']:.2f}" if "max_violation_layer" in found else "-",
+                f"{found['srp']:.3f}" if "srp" in found else "-",
             ]
         )
     table(headers, cells)

@@ -25,6 +25,7 @@ COLUMNS = (
     Column("tokens_per_second", "tokens/s", ",.0f"),
     Column("peak_memory_bytes", "memory\n(bytes)", ",.0f"),
     Column("max_violation_layer", "MaxVio", ".2f"),
+    Column("srp", "SRP", ".3f"),
 )
 
 

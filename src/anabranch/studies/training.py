@@ -18,6 +18,7 @@ import torch
 
 from anabranch.lm import Decoder
 from anabranch.routing import Router, RoutingTrace, record_routing
+from anabranch.routing.consistency import srp
 from anabranch.routing.measure import (
     aligned,
     chance_reuse,
@@ -34,6 +35,7 @@ CURVE_POINTS = 6
 CURVE_TOKENS = 16_384
 FINAL_TOKENS = 131_072  # of validation text, the same for every arm and seed
 TOLD_EVERY_S = 15.0
+SRP_WINDOW = 16  # tokens: the paper's m at which models are compared
 
 
 def train_and_measure(
@@ -49,9 +51,10 @@ def train_and_measure(
     Metrics: ``bits_per_byte`` and ``nats_per_token`` on held-out text at the end; ``curve`` (step, bits per byte, and the same with the
     candidates then open where a schedule closes some); ``max_violation_layer`` and ``_mean`` over routers, ``max_violation_pool`` and
     ``idle_fraction`` of experts (loads of all layers that share them added up); ``foreign_share`` of choices of experts that other
-    layers own; ``same_expert_rate`` at neighbouring layers of a pool and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the
-    clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the process; ``warnings`` that the library logged. ``model`` is trained on
-    instead of a fresh one; ``also`` measures more of the trained model.
+    layers own; ``srp`` (local routing consistency over 16 tokens, mean over layers); ``same_expert_rate`` at neighbouring layers of a pool
+    and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the
+    process; ``warnings`` that the library logged. ``model`` is trained on instead of a fresh one; ``also`` measures more of the trained
+    model.
     """
     counts = config.model.count(config.data.sequence_length)
     settings = config.train.replace(
@@ -164,6 +167,7 @@ def measure_routing(trace: RoutingTrace) -> Metrics:
         "max_violation_pool": max(float(max_violation(load)) for load in pools),
         "idle_fraction": _weighted([(float(idle_fraction(load)), len(load)) for load in pools]),
         "foreign_share": float(np.mean([foreign_share(trace, layer.layer) for layer in trace.layers])),
+        "srp": float(srp(trace, SRP_WINDOW).value.mean()),
         "same_expert_rate": float(np.mean(rates)) if rates else None,
         "same_expert_chance": float(np.mean(chances)) if chances else None,
     }
