@@ -272,7 +272,8 @@ CONVERSIONS = {
 def _trait(config: Decoder.Config, name: str) -> Any:
     layer: Any = config.feed_forward
     if name == "router":
-        return layer.router.score.owner.kind if hasattr(layer, "router") else None
+        router = getattr(layer, "router", None)  # None too where a design has none yet (duo)
+        return None if router is None else router.score.owner.kind
     return getattr(layer, name, 1)
 
 

@@ -6,6 +6,7 @@ In training a layer's output is the mixture sum_x P_l,x FFN_x(h), with tau falli
 """
 # Shapes: B sequences, L positions, Y duo layers, E options
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import Router, record_routing
 from anabranch.train import Event, RunConfig, Trainer
+
+logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
 
@@ -172,8 +175,10 @@ def calibrate_budget(
 ) -> float:
     """Shift the big logit of all layers alike until the measured share of big is ``budget``, within ``tolerance``. Returns the share.
 
-    Raises ConfigError for a model without a learned router or a budget outside 0 to 1, or if no shift comes as close (the router
-    cannot tell tokens apart: too many change over at one shift).
+    Where no shift comes as close (the router cannot tell tokens apart, so too many change over at once) the nearest is kept and a
+    warning is logged.
+
+    Raises ConfigError for a model without a learned router, or a budget outside 0 to 1.
     """
     scores = [layer.router.score for layer in duo_layers(model)]
     if not all(isinstance(score, TemperedScore) for score in scores):
@@ -193,15 +198,16 @@ def calibrate_budget(
         low *= 2
     while measured(high) < budget - tolerance and high < 2**20:
         high *= 2
-    for _ in range(50):
+    tried: dict[float, float] = {}  # shift -> share
+    for _ in range(40):
         middle = (low + high) / 2
-        share = measured(middle)
-        if abs(share - budget) <= tolerance:
-            return share
-        low, high = (middle, high) if share < budget else (low, middle)
-    raise ConfigError(
-        f"no shift gives a share of {budget}; the nearest is {share:.4f} (are all tokens alike to the router?)"
-    )
+        tried[middle] = measured(middle)
+        if abs(tried[middle] - budget) <= tolerance:
+            return tried[middle]
+        low, high = (middle, high) if tried[middle] < budget else (low, middle)
+    nearest = min(tried, key=lambda shift: abs(tried[shift] - budget))
+    logger.warning("no shift of the router gives a share of big of %s; the nearest is %.4f", budget, tried[nearest])
+    return measured(nearest)
 
 
 def _fit(run: RunConfig, out: Path, model: Decoder | None, resume: bool, on_event: OnEvent | None) -> Decoder:
