@@ -180,7 +180,7 @@ PRESETS: dict[str, Preset] = {
 
 # Ready lists of designs to compare, the baseline first.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "family": ("moe", "dense", "moe-lossfree", "rexmoe-open", "rmoe", "chain"),
+    "family": ("moe", "dense", "moe-lossfree", "rexmoe-open", "rmoe", "chain", "versatile", "duo", "parscale"),
 }
 
 
