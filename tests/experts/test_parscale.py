@@ -38,6 +38,7 @@ from anabranch.nn.rotary import rotate
 from anabranch.routing import record_routing
 from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
 from anabranch.train.optimizer import make_optimizer
+from ranks import run_ranks
 
 VOCAB, DIM, LAYERS = 31, 16, 3
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -743,6 +744,31 @@ def test_two_stages_and_an_adapter_run(run_config, tmp_path):
         assert not torch.equal(
             moved["gates.2.0.weight"], add_streams(plain, 2).streams.state_dict()["gates.2.0.weight"]
         )
+
+
+TRAIN = """
+from anabranch.train import Trainer, read_run_config
+for name in ("ddp", "fsdp"):
+    print(Trainer(read_run_config("{folder}/" + name + ".config"), "{folder}/" + name).fit().status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["all", "adapter"])
+def test_replicas_and_shards_learn_as_one_process_does(run_config, tmp_path, train):
+    config = run_config.replace(model=run_config.model.replace(streams=parscale(train=train)))
+    Trainer(config, tmp_path / "one").fit()
+    for name in ("ddp", "fsdp"):
+        (tmp_path / f"{name}.config").mkdir()
+        config.replace(train=config.train.replace(parallel=name)).save(tmp_path / f"{name}.config")
+    run_ranks(TRAIN.format(folder=tmp_path), tmp_path)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "one") if record["kind"] == "train"]
+    for name in ("ddp", "fsdp"):
+        found = [record["loss"] for record in read_metrics(tmp_path / name) if record["kind"] == "train"]
+        assert found == pytest.approx(losses, abs=2e-5)
+        ours, one = load_model(tmp_path / name)[0].state_dict(), load_model(tmp_path / "one")[0].state_dict()
+        for key, value in one.items():
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------
