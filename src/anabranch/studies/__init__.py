@@ -19,6 +19,7 @@ STUDIES = {
     "alf-lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
+    "local-routing-consistency": "anabranch.studies.local_routing:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "rmoe": "anabranch.studies.rmoe:make",
