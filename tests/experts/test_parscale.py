@@ -31,6 +31,7 @@ from anabranch.experts.parscale import (
     measure_hardware,
     remove_streams,
     set_streams,
+    wrap,
 )
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
 from anabranch.nn import Attention, MoE, SwiGLU
@@ -667,6 +668,86 @@ def test_what_qwen2_lacks_is_named(tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match="model_type"):
         load_parscale(tmp_path / "other")
+
+
+# ---- models of transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A tiny Llama with our weights, and the plain decoder they are of."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    from anabranch.lm import export_huggingface
+
+    plain = model_of()
+    with tempfile.TemporaryDirectory() as folder:
+        export_huggingface(f"{folder}/llama", plain, family="llama")
+        return AutoModelForCausalLM.from_pretrained(f"{folder}/llama", dtype=torch.float32).eval(), plain
+
+
+@pytest.fixture
+def both(llama):
+    """The same streams around transformers' model and in ours."""
+    options = {"prefix_len": 4, "embedding_dim": 5, "mlp_dim": 6}
+    wrapped = wrap(copy.deepcopy(llama[0]), 3, **options).eval()
+    ours = add_streams(llama[1], 3, **options).eval()
+    ours.streams.load_state_dict(wrapped.streams.state_dict())
+    return wrapped, ours
+
+
+def test_wrapped_is_ours(both):
+    wrapped, ours = both
+    token_BL = tokens()
+    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
+    mask_BL[0, :3] = False
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(token_BL).logits_BLV, ours(token_BL).logits_BLV, atol=1e-4, rtol=1e-4)
+        padded = [model(token_BL, token_mask_BL=mask_BL).logits_BLV[mask_BL] for model in both]
+        torch.testing.assert_close(*padded, atol=1e-4, rtol=1e-4)
+    losses = [model(token_BL, token_BL).loss for model in both]
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+    for loss in losses:
+        loss.backward()
+    for (name, mine), theirs in zip(
+        ours.streams.named_parameters(), wrapped.streams.parameters(), strict=True
+    ):  # they reach the prefixes through the cache
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: name + text
+        )
+    greedy = SamplingConfig(max_tokens=5, temperature=0)
+    prompts = [[1, 2, 3, 4], [7], [9, 8]]
+    assert generate(wrapped, prompts, greedy) == generate(ours, prompts, greedy)
+    stopping = SamplingConfig(max_tokens=5, temperature=0, stop=(generate(ours, prompts, greedy)[0][1],))
+    assert generate(wrapped, prompts, stopping) == generate(ours, prompts, stopping)
+
+
+def test_wrapped_with_one_stream_is_the_model(both, llama):
+    wrapped, _ = both
+    cache = wrapped.new_cache(9)
+    with torch.no_grad():
+        wrapped.streams.set_streams(1)
+        torch.testing.assert_close(wrapped(tokens()).logits_BLV, llama[0](tokens()).logits, **TOLERANCE)
+    with pytest.raises(ConfigError, match="the cache is for 3 streams, the model runs 1"):
+        wrapped(tokens(), cache=cache)
+
+
+def test_a_wrapped_adapter_leaves_the_model_alone(llama):
+    wrapped = wrap(copy.deepcopy(llama[0]), 2, train="adapter", prefix_len=2).train()
+    wrapped(tokens(), tokens()).loss.backward()
+    assert all(parameter.grad is None for parameter in wrapped.model.parameters())
+    assert all(parameter.grad is not None for parameter in wrapped.streams.parameters())
+
+
+def test_models_that_cannot_be_wrapped_are_refused(llama):
+    with pytest.raises(ConfigError, match="Linear is no causal language model of transformers"):
+        wrap(torch.nn.Linear(2, 2), 2)
+    sliding = copy.deepcopy(llama[0])
+    sliding.config.sliding_window = 8
+    with pytest.raises(ConfigError, match="sliding_window=8"):
+        wrap(sliding, 2)
 
 
 # ---- with the rest ------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class KeyValueCache:
     def keep_rows(self, row_B: Tensor) -> None:
         """Keep, repeat or reorder sequences of the batch: a bool mask (finished ones leave) or int64 numbers (beams), for all streams."""
         if self.num_streams > 1:
-            row_B = _rows_of_streams(row_B, self.num_streams, self._num_rows() // self.num_streams)
+            row_B = rows_of_streams(row_B, self.num_streams, self._num_rows() // self.num_streams)
         self._key = [None if buffer is None else buffer[row_B] for buffer in self._key]
         self._value = [None if buffer is None else buffer[row_B] for buffer in self._value]
         if self.valid_BL is not None:
@@ -120,7 +120,7 @@ class KeyValueCache:
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
 
-def _rows_of_streams(row_B: Tensor, num_streams: int, batch: int) -> Tensor:
+def rows_of_streams(row_B: Tensor, num_streams: int, batch: int) -> Tensor:
     """The rows of a stream-major batch that a choice of sequences stands for."""
     if row_B.dtype == torch.bool:
         return row_B.repeat(num_streams)

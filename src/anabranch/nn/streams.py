@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
-from anabranch.nn.context import Count, ForwardContext
+from anabranch.nn.context import Count
+from anabranch.routing.context import RoutingContext
 
 __all__ = ["Streams"]
 
@@ -50,6 +51,6 @@ class Streams(Part, nn.Module, family="streams"):
         num_streams = self.num_streams
         return x if num_streams == 1 else x.repeat(num_streams, *[1] * (x.dim() - 1))
 
-    def merge(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+    def merge(self, x_BLW: Tensor, context: RoutingContext) -> Tensor:
         """``[B, L, W]`` from the ``[P B, L, W]`` of all streams."""
         raise NotImplementedError  # abstract

@@ -18,6 +18,7 @@ from anabranch.experts.parscale.formats import export_parscale, load_parscale
 from anabranch.experts.parscale.law import PAPER_LOSSES, Law, diversity, fit_parallel_law
 from anabranch.experts.parscale.recipe import add_streams, fold, init_from_tokens, remove_streams, set_streams
 from anabranch.experts.parscale.streams import ParScale
+from anabranch.experts.parscale.wrap import WrappedModel, wrap
 
 __all__ = [
     "HARDWARE",
@@ -26,6 +27,7 @@ __all__ = [
     "Hardware",
     "Law",
     "ParScale",
+    "WrappedModel",
     "add_streams",
     "cost_model",
     "diversity",
@@ -37,4 +39,5 @@ __all__ = [
     "measure_hardware",
     "remove_streams",
     "set_streams",
+    "wrap",
 ]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
-from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.context import BuildContext, Count
 from anabranch.nn.streams import Streams
+from anabranch.routing import RoutingContext
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class ParScale(Streams, kind="parscale"):
             (key_PHMD[: self.num_streams], value_PHMD[: self.num_streams]) for key_PHMD, value_PHMD in self.prefix()
         ]
 
-    def merge(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+    def merge(self, x_BLW: Tensor, context: RoutingContext) -> Tensor:
         """H = sum over streams of w_p H_p, w from the gate; ``x_BLW`` itself with one stream."""
         streams = self.num_streams
         if streams == 1:
