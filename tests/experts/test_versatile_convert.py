@@ -164,6 +164,16 @@ def test_patched_with_one_loop_is_the_dense_model_to_the_bit(family):
     assert sum(".paths." in name for name in state) == 2 * 3
 
 
+def test_in_bf16_one_loop_is_still_the_dense_model_to_the_bit():
+    model = transformers_model("llama").bfloat16()
+    expected = logits(model)
+    assert torch.equal(logits(patch_model(model, num_experts=4, max_loops=1)), expected)
+    with torch.enable_grad():  # all loops, mixed in fp32
+        assert torch.equal(model.train()(tokens(), use_cache=False).logits, expected)
+    unpatch(model)
+    assert torch.isfinite(logits(patch_model(model, **SMALL).eval())).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpatch_is_the_inverse(family):
     model = transformers_model(family)

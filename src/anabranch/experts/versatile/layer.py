@@ -92,7 +92,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 self.slice_starts(self.hidden_dim)
 
         @property
-        def top_k(self) -> int:
+        def places(self) -> int:
             """Most virtual experts per token."""
             select = self.router.select
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
@@ -134,7 +134,9 @@ class VersatileFFN(FeedForward, kind="versatile"):
             dense = 3 * context.dim * self.hidden_dim
             norm = context.dim * (self.norm == "separate" and self.fusion != "depth_only")
             flops = 2 * (dense * self.loops + paths) + self.width_flops(context.dim)
-            used = dense if self.loops else min(3 * context.dim * self.slice_width(self.hidden_dim) * self.top_k, dense)
+            used = (
+                dense if self.loops else min(3 * context.dim * self.slice_width(self.hidden_dim) * self.places, dense)
+            )
             return Count(dense + paths + norm, used + paths + norm, flops)
 
         @property
@@ -156,7 +158,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 return 2 * dim * self.hidden_dim
             if self.width_compute == "masked":
                 return 6 * dim * self.hidden_dim
-            return 6 * dim * self.slice_width(self.hidden_dim) * self.top_k
+            return 6 * dim * self.slice_width(self.hidden_dim) * self.places
 
         def inference_flops(self, dim: int, mean_loops: float, width_share: float) -> float:
             """FLOPs per token of the early exit, heads not counted: loops, and the width path for the share of tokens that take it.

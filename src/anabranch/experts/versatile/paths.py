@@ -255,7 +255,7 @@ class Paths(nn.Module):
             return branch.output_flops
         if not self._is_grouped(branch):
             return branch.flops
-        return 2 * branch.dim * self.width * self.config.top_k * (branch.num_inputs + 1)
+        return 2 * branch.dim * self.width * self.config.places * (branch.num_inputs + 1)
 
     def _is_grouped(self, branch: Branch) -> bool:
         return branch.weights is not None and self.config.width_compute != "masked"
