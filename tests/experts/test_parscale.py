@@ -36,7 +36,7 @@ from anabranch.experts.parscale import (
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
 from anabranch.nn import Attention, MoE, SwiGLU
 from anabranch.nn.rotary import rotate
-from anabranch.routing import record_routing
+from anabranch.routing import BiasBalancer, Router, SwitchLoss, record_routing
 from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
 from anabranch.train.optimizer import make_optimizer
 from ranks import run_ranks
@@ -417,6 +417,19 @@ def test_an_adapter_trains_prefixes_and_gate_alone():
     optimizer = make_optimizer(model, TrainConfig())
     trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     assert trained == num_parameters(model.streams)
+
+
+def test_routers_under_an_adapter_are_not_balanced(run_config, tmp_path):
+    router = Router.Config(balance=(BiasBalancer.Config(rate=0.1), SwitchLoss.Config()))
+    plain = model_of(feed_forward=MoE.Config(num_experts=4, hidden_dim=8, router=router), vocab_size=257)
+    for train in ("all", "adapter"):
+        grown = add_streams(plain, 2, train=train, prefix_len=2).train()
+        assert bool(grown(tokens(), tokens()).auxiliary) == (train == "all")
+        Trainer(run_config.replace(model=grown.config), tmp_path / train, model=grown).fit()
+        after = load_model(tmp_path / train)[0].state_dict()
+        biases = [name for name in after if name.endswith("expert_bias")]
+        assert len(biases) == LAYERS
+        assert all(torch.equal(after[name], plain.state_dict()[name]) == (train == "adapter") for name in biases)
 
 
 def test_folding_keeps_the_function_and_drops_the_network():

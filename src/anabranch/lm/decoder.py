@@ -167,8 +167,9 @@ class Decoder(Part, nn.Module):
         if not config.tie_embeddings:
             self.head = context.linear(config.dim, config.vocab_size)
         self.streams: Streams | None = None
+        self.is_frozen = config.streams is not None and bool(config.streams.freezes_model)
         if config.streams is not None:
-            if config.streams.freezes_model:
+            if self.is_frozen:
                 self.requires_grad_(False)
             self.streams = config.streams.build(context, config.attention)
 
@@ -237,7 +238,7 @@ class Decoder(Part, nn.Module):
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
             sequence_length=length,
-            training=self.training,
+            training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
             state={} if state is None else state,
             position_BL=position_BL,
             rotary=self.rotary(position_BL, self._dtype(device)),
