@@ -95,6 +95,7 @@ def naive(layer, norm, x_BLD):
             count_T = torch.arange(1.0, config.max_loops + 1)
             expected = (logit_T.softmax(-1) * count_T).sum() if config.gate == "soft" else loops
             share = (config.max_loops - expected) / config.max_loops
+            share = share if share > config.width_threshold else 0.0
         rows.append(share * wide_D + (1 - share) * deep_D)
     return torch.stack(rows).view_as(x_BLD)
 
@@ -106,6 +107,9 @@ VARIANTS = {
     "width_masked": {"fusion": "width_only", "width_compute": "masked"},
     "depth_only": {"fusion": "depth_only"},
     "soft_gate": {"gate": "soft"},
+    "threshold": {"width_threshold": 0.5},  # lambda is 2/3, 1/3 or 0: one loop alone has a width path
+    "threshold_soft": {"width_threshold": 0.4, "gate": "soft"},
+    "threshold_grouped": {"width_threshold": 0.5, "width_compute": "grouped"},
     "grouped": {"width_compute": "grouped"},
     "separate_norm": {"norm": "separate"},
     "gaps": {"expert_dim": 5},
@@ -377,6 +381,20 @@ def test_the_papers_formula_when_grouped():
     found, base = context.mean_metrics(), 6 * 16 * 24
     expected = base * found["mean_loops"] + base * 2 / 4 * (1 - found["share_loops_3"])
     torch.testing.assert_close(found["ffn_flops"], expected)
+
+
+def test_a_threshold_spares_the_width_path():
+    """Grouped, with 0.5: only tokens of one loop (lambda = 2/3) take it; in training all do."""
+    layer = layer_of(versatile(width_compute="grouped", width_threshold=0.5))
+    context, base = layer_context(), 6 * 16 * 24
+    with torch.no_grad():
+        layer.add_to(stream(), norm_of(), context)
+    found = context.mean_metrics()
+    torch.testing.assert_close(found["ffn_flops"], base * found["mean_loops"] + base * 2 / 4 * found["share_loops_1"])
+    torch.testing.assert_close(found["mean_lambda"], found["share_loops_1"] * 2 / 3)
+    plain, with_threshold = (gradients(versatile(width_threshold=value)) for value in (0.0, 0.5))
+    for name, gradient in plain.items():
+        assert torch.equal(with_threshold[name], gradient), name
 
 
 def test_statistics_by_hand_leave_padding_out():

@@ -56,6 +56,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
             norm: the width path has the block's norm (``shared``, paper) or a ``separate`` one.
             width_compute: ``masked`` masks hidden units of the whole feed-forward, those of the first loop where there is one;
                 ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped.
+            width_threshold: outside training tokens with lambda up to this have no width path, as if it were 0 (0: the paper's rule).
+                With a soft gate it changes the mix and saves nothing.
             early_exit: outside training run only the loops that each token takes; False runs all for all (the same output).
             recompute: recompute each loop's activations in the backward pass, to save memory.
             backend: expert compute of ``grouped``, see `anabranch.nn.grouped`.
@@ -76,6 +78,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
         gate: Literal["hard", "soft", "none"] = "hard"
         norm: Literal["shared", "separate"] = "shared"
         width_compute: Literal["auto", "masked", "grouped"] = "auto"
+        width_threshold: float = Field(default=0.0, ge=0, lt=1)
         early_exit: bool = True
         recompute: bool = False
         backend: str = "auto"

@@ -208,7 +208,10 @@ class Paths(nn.Module):
             expected_N1 = loops_N.unsqueeze(-1).to(soft_NT.dtype)
         else:
             expected_N1 = (weight_NT * self.count_T).sum(-1, keepdim=True)
-        return Mix(width, depth_NT, loops_N, (config.max_loops - expected_N1) / config.max_loops)  # eq. 12
+        lambda_N1 = (config.max_loops - expected_N1) / config.max_loops  # eq. 12
+        if config.width_threshold and not context.training:
+            lambda_N1 = lambda_N1.masked_fill(lambda_N1 <= config.width_threshold, 0.0)
+        return Mix(width, depth_NT, loops_N, lambda_N1)
 
     def _emit(self, mix: Mix, branch: Branch, context: RoutingContext, *, exits: bool) -> None:
         """Means over the real tokens: lambda, loops and how they are distributed, FLOPs of the layer's matrices."""
@@ -218,8 +221,8 @@ class Paths(nn.Module):
         share_T = mean_X[1:]
         mean_loops, flops = (share_T * self.count_T).sum(), torch.full_like(mean_X[0], self.most_flops(branch))
         if exits:
-            # In a hard mix tokens of all loops have no width path, and a fused one of one loop costs nothing more.
-            first, last = int(self._is_fused(branch)), self.num_loops - self._is_hard
+            # Tokens of more loops have no width path, and a fused one of one loop costs nothing more.
+            first, last = int(self._is_fused(branch)), self._last_wide
             flops = branch.flops * mean_loops + self.width_flops(branch) * share_T[first:last].sum()
         for name, value in (("mean_lambda", mean_X[0]), ("mean_loops", mean_loops), ("ffn_flops", flops)):
             context.emit_metric(name, value)
@@ -235,9 +238,12 @@ class Paths(nn.Module):
         return wanted and self.router is not None and self.num_loops > 0
 
     @property
-    def _is_hard(self) -> bool:
-        """Whether tokens that take all loops have lambda = 0, and the others more."""
-        return self.config.fusion == "difficulty" and self.config.gate == "hard"
+    def _last_wide(self) -> int:
+        """The most loops that a token with a width path may take: in a hard mix by difficulty its lambda must exceed the threshold."""
+        config, total = self.config, self.num_loops
+        if config.fusion != "difficulty" or config.gate != "hard":
+            return total
+        return sum((total - number) / total > config.width_threshold for number in range(1, total + 1))
 
     def _is_fused(self, branch: Branch) -> bool:
         """Whether a token that ends after one loop takes both paths in one product."""
@@ -334,7 +340,7 @@ class Paths(nn.Module):
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
         narrow = num_items  # [narrow:] have a width path
         if mix.width is not None:
-            narrow = active[-1] if self._is_hard else 0
+            narrow = num_items - sum(count[: self._last_wide + 1])
         begin = max([*active[1:2], narrow]) if self._is_fused(branch) else num_items
         a_NF = branch.hidden(branch.norm(x_ND))
         wide_XD = None
