@@ -30,7 +30,7 @@ PUBLIC = {
         Attention BuildContext Count ExpertPool FeedForward ForwardContext MoE RMSNorm Rotary SwiGLU
     """,
     "anabranch.report": """
-        LayerFacts PoolFacts Summary explain summarize write_report
+        CacheFacts LayerFacts PoolFacts Summary explain summarize write_report
     """,
     "anabranch.testing": """
         DEVICES check_balancer check_feed_forward check_pool check_router check_routing check_score check_select

@@ -10,7 +10,7 @@ import pytest
 
 from anabranch.errors import DataError
 from anabranch.report import explain, summarize, write_report
-from anabranch.routing import TraceBuilder, TraceLayer, measure
+from anabranch.routing import TraceBuilder, TraceLayer, consistency, measure
 from anabranch.routing.trace import concat
 
 
@@ -168,6 +168,7 @@ def test_report_is_whole_and_stands_alone(tmp_path):
     )
     assert path == tmp_path / "new" / "report" / "report.html"
     names = [
+        "caches.png",
         "coactivation.png",
         "entropy.png",
         "load.png",
@@ -184,7 +185,7 @@ def test_report_is_whole_and_stands_alone(tmp_path):
     page = Page(text)
     assert page.open == []
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert len(page.addresses) == 5
+    assert len(page.addresses) == 6
     assert not re.search(r"@import|url\(|<script|<link", text)
     assert "prefers-color-scheme: dark" in text
     assert page.headings[0] == "A <b>model</b> & more"
@@ -204,9 +205,9 @@ def test_report_is_whole_and_stands_alone(tmp_path):
     ("trace", "pictures"),
     [
         (lambda: made(num_layers=1, num_destinations=1, top_k=1, domains=()), {"load"}),
-        (lambda: made(num_layers=1, domains=()), {"load", "coactivation", "reuse"}),
-        (lambda: made(num_layers=1), {"load", "coactivation", "reuse", "specialisation"}),
-        (lambda: made(top_k=1, domains=("one",)), {"load", "entropy", "reuse"}),
+        (lambda: made(num_layers=1, domains=()), {"load", "coactivation", "reuse", "caches"}),
+        (lambda: made(num_layers=1), {"load", "coactivation", "reuse", "specialisation", "caches"}),
+        (lambda: made(top_k=1, domains=("one",)), {"load", "entropy", "reuse", "caches"}),
         (lambda: made(num_destinations=3, top_k=3), {"load", "entropy", "coactivation", "specialisation"}),
         (lambda: made(length=1), {"load", "entropy", "coactivation", "specialisation"}),
         (lambda: by_hand([[-1, -1]] * 3, 4), {"load", "coactivation"}),
@@ -215,7 +216,10 @@ def test_report_is_whole_and_stands_alone(tmp_path):
             lambda: made(domains=tuple("abcdefghij"), num_sequences=10, length=4),
             {"load", "entropy", "coactivation", "specialisation", "reuse"},
         ),
-        (lambda: concat([made(), by_wider()]), {"load", "entropy", "coactivation", "specialisation", "reuse"}),
+        (
+            lambda: concat([made(), by_wider()]),
+            {"load", "entropy", "coactivation", "specialisation", "reuse", "caches"},
+        ),
     ],
     ids=[
         "one expert",
@@ -281,3 +285,33 @@ def test_typical_ignores_what_is_not_known():
     assert len(known) == 2
     assert summary.typical("layer_reuse") == np.median(known)
     assert math.isnan(summarize(by_hand([[0]], 2)).typical("layer_reuse"))
+
+
+def test_cache_facts_agree_with_the_measures():
+    trace = made(num_layers=2, skew=2.0)
+    facts, layers = summarize(trace).caches, list(consistency.routes(trace))
+    assert facts.srp[16] == pytest.approx(float(consistency.srp(layers, 16, "model").value))
+    assert list(facts.srp_by_layer.values()) == pytest.approx(consistency.srp(layers, 16).value.tolist())
+    assert 64 not in facts.srp  # sequences have 32 tokens
+    place = facts.ratios.index(2.0)
+    assert facts.hits["lru"][place] == pytest.approx(
+        consistency.hit_rates(layers, "lru", cold="miss").at_ratio(2.0).mean()
+    )
+    assert facts.hits["segment"][place] == pytest.approx(consistency.sch(layers, 16, cold="miss").at_ratio(2.0).mean())
+    place = facts.ratios.index(facts.recommended_ratio)
+    assert facts.hits["segment"][place] >= 0.9 * facts.hits["belady"][place]
+    assert place == 0 or facts.hits["segment"][place - 1] < 0.9 * facts.hits["belady"][place - 1]
+    assert facts.recommended_capacity == dict.fromkeys((0, 1), int(2 * facts.recommended_ratio))
+    assert facts.always_on == pytest.approx(2 * 0.25 / 1.25)
+
+
+def test_words_about_offloading():
+    (steady,) = [text for text in explain(summarize(made(skew=8.0, length=64, num_sequences=4))) if "offloaded" in text]
+    assert steady.startswith("Routing is strongly consistent from token to token")
+    assert "few experts do most of the work" in steady
+    (loose,) = [
+        text for text in explain(summarize(made(skew=0.0, num_destinations=16, length=64))) if "offloaded" in text
+    ]
+    assert "is hardly consistent" in loose
+    assert re.search(r"cache \d+ experts of each layer, [\d.]+ times the active ones", loose)
+    assert not any("offloaded" in text for text in explain(summarize(made(length=8))))

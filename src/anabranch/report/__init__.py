@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from anabranch.files import atomic_write, atomic_write_json, atomic_write_text
 from anabranch.report import pictures
+from anabranch.report.caching import CacheFacts
 from anabranch.report.page import Section, page
 from anabranch.report.style import to_png, to_svg
 from anabranch.report.summary import LayerFacts, PoolFacts, Summary, summarize
 from anabranch.report.words import explain
 from anabranch.routing.trace import RoutingTrace
 
-__all__ = ["LayerFacts", "PoolFacts", "Summary", "explain", "summarize", "write_report"]
+__all__ = ["CacheFacts", "LayerFacts", "PoolFacts", "Summary", "explain", "summarize", "write_report"]
 
 # file name, heading, how to read it, picture
 _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | None]]] = [
@@ -55,6 +56,15 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
         "How often a choice repeats an earlier one, beside what even and independent choices would give (by chance). High reuse is what "
         "expert caches and offloading live on.",
         lambda trace, summary: pictures.reuse(summary),
+    ),
+    (
+        "caches",
+        "Offloading",
+        "Left: the best a router could do that may switch experts on and off for 16 tokens at a time only (SRP, arXiv 2505.16056); near "
+        "the line, it could as well keep all on. Right: how often a cache of that size, in each layer, holds the expert that is asked "
+        "for; the dashed line is where knowing 16 tokens ahead reaches 90% of knowing all, so a larger cache pays less than a better "
+        "policy.",
+        lambda trace, summary: pictures.caches(summary),
     ),
 ]
 

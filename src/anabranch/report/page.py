@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from anabranch import __version__
+from anabranch.report.caching import MAIN
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 from anabranch.report.words import percent
 
@@ -77,6 +78,9 @@ def _tiles(summary: Summary) -> str:
                 f"of experts shared with the token before ({percent(summary.typical('consecutive_chance'))} by chance)",
             )
         )
+    if summary.caches is not None:
+        label = f"the active experts: recommended cache (LRU hits {percent(summary.caches.lru)})"
+        tiles.append((_number(summary.caches.recommended_ratio, 2, TIMES), label))
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
 
 
@@ -96,6 +100,7 @@ def _layers(summary: Summary) -> str:
         "weight entropy (bits)",
     ]
     head += ["unused places", "as token before", f"within {SEGMENT} tokens"]
+    head += [f"SRP, {MAIN} tokens"] if summary.caches else []
     head += ["as layer before", "of other layers"] if shared else []
     head += ["I(domain; expert) (bits)", "by luck (bits)"] if domains else []
 
@@ -115,6 +120,8 @@ def _layers(summary: Summary) -> str:
             f"{_share(layer.consecutive_reuse)} ({_share(layer.consecutive_chance)})",
             f"{_share(layer.segment_reuse)} ({_share(layer.segment_chance)})",
         ]
+        if summary.caches is not None:
+            row.append(_share(summary.caches.srp_by_layer.get(layer.layer, math.nan)))
         if shared:
             row.append(
                 f"{_share(layer.layer_reuse)} ({_share(layer.layer_reuse_chance)})"

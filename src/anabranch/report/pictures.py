@@ -10,6 +10,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from anabranch.report.caching import CACHES, MAIN
 from anabranch.report.style import DIVERGING, INK, MARKERS, MUTED, SEQUENTIAL, SERIES, figure, horizontal_grid
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 from anabranch.routing import measure
@@ -213,6 +214,35 @@ def _reuse_of_one_layer(layer: LayerFacts) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    return made
+
+
+def caches(summary: Summary) -> Figure | None:
+    """SRP of each layer, and what caches of each size hit."""
+    facts = summary.caches
+    if facts is None:
+        return None
+    with figure(WIDTH, 3.4, ncols=2) as (made, (left, right)):
+        numbers = list(facts.srp_by_layer)
+        left.bar(range(len(numbers)), list(facts.srp_by_layer.values()), color=SERIES[0], width=0.7)
+        left.axhline(facts.always_on, color=INK, linewidth=1, label="all experts always on")
+        step = max(1, -(-len(numbers) // 16))
+        left.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
+        left.set(title=f"Segment routing best performance, {MAIN} tokens", ylabel="F1", xlabel="layer", ylim=(0, 1))
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        for series, (policy, label) in enumerate(CACHES.items()):
+            right.plot(facts.ratios, facts.hits[policy], color=SERIES[series], label=label)
+        right.axvline(facts.recommended_ratio, color=MUTED, linestyle="--", linewidth=1, label="recommended size")
+        right.set(
+            title="Hits of an expert cache",
+            ylabel="share of accesses",
+            xlabel="cache size / active experts",
+            ylim=(0, 1),
+        )
+        right.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
+        for axes in (left, right):
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            horizontal_grid(axes)
     return made
 
 

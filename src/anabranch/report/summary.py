@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError
+from anabranch.report.caching import CacheFacts, cache_facts
 from anabranch.routing import measure
 from anabranch.routing.trace import Decisions, RoutingTrace, TraceLayer
 
@@ -95,6 +96,7 @@ class Summary:
     domains: list[str]
     layers: list[LayerFacts]
     pools: list[PoolFacts] = field(default_factory=list)
+    caches: CacheFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; nan becomes None."""
@@ -126,7 +128,8 @@ def summarize(trace: RoutingTrace) -> Summary:
             before[layer.pool] = layer.layer, decisions
     pools = [_pool_facts(trace, name, layers) for name, members in trace.pools.items() if len(members) > 1]
     items = len(np.unique(trace.table["item"].to_numpy()))
-    return Summary(rows=len(trace), items=items, domains=trace.domains, layers=layers, pools=pools)
+    caches = cache_facts(trace)
+    return Summary(rows=len(trace), items=items, domains=trace.domains, layers=layers, pools=pools, caches=caches)
 
 
 def _layer_facts(

@@ -2,6 +2,7 @@
 
 import math
 
+from anabranch.report.caching import MAIN
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 
 
@@ -12,6 +13,7 @@ def explain(summary: Summary) -> list[str]:
         _pools(summary),
         _domains(summary),
         _reuse(summary),
+        _caches(summary),
         _dropped(summary),
         _caution(summary),
     ]
@@ -88,6 +90,22 @@ def _reuse(summary: Summary) -> str:
     return (
         text
         + f" Within {SEGMENT} tokens {percent(segment)} of expert uses repeat an earlier one, which is what a cache could save."
+    )
+
+
+def _caches(summary: Summary) -> str:
+    facts = summary.caches
+    if facts is None:
+        return ""
+    degree = ("strongly", "fairly", "weakly", "hardly")[facts.group - 1]
+    caution = ", though partly because few experts do most of the work" if facts.activation_spread > 10 else ""
+    sizes = sorted(set(facts.recommended_capacity.values()))
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return (
+        f"Routing is {degree} consistent from token to token (SRP {percent(facts.srp[MAIN])} over {MAIN} tokens, where keeping all "
+        f"experts on gives {percent(facts.always_on)}){caution}. To run it with experts offloaded, cache {size} experts of each layer, "
+        f"{facts.recommended_ratio:.3g} times the active ones: that hits {percent(facts.lru)} of accesses with LRU and "
+        f"{percent(facts.sch)} if the next {MAIN} tokens are known."
     )
 
 
