@@ -122,6 +122,18 @@ def test_temperature_sharpens_the_mixture_and_shift_moves_it():
     torch.testing.assert_close(score.project(x_ND, RoutingContext())[:, BIG], plain_NE[:, BIG] / 0.1 + 2)
 
 
+def test_straight_through_takes_the_best_with_the_gradient_of_the_mixture():
+    score_NE = torch.tensor([[0.3, 0.7], [0.6, 0.4]], requires_grad=True)
+    value_NE = torch.tensor([[1.0, 5.0], [2.0, 7.0]])  # what each option is worth
+    gradients = []
+    for hard in (False, True):
+        routing = Mixture.Config(straight_through=hard).build(2)(score_NE)
+        weight_NE = torch.zeros(2, 2).scatter(1, routing.index_NK, routing.weight_NK)
+        gradients.append(torch.autograd.grad((weight_NE * value_NE).sum(), score_NE)[0])
+    assert weight_NE.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert torch.equal(gradients[0], gradients[1])
+
+
 # The layer with a learned router
 
 

@@ -2,6 +2,7 @@
 # Shapes: N items, E options, K places per item, S sequences, D width
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
-from anabranch.routing import Balancer, LinearScore, Routing, RoutingContext, Score, Select
+from anabranch.routing import UNUSED, Balancer, LinearScore, Routing, RoutingContext, Score, Select
 from anabranch.routing.balance import Observation
-from anabranch.routing.relax import Temperature, gumbel_noise
+from anabranch.routing.relax import Temperature, gumbel_noise, straight_through
 from anabranch.routing.select import stable_top_k
 
 
@@ -75,16 +76,24 @@ class TemperedScore(LinearScore, kind="tempered"):
 class Mixture(Select, kind="mixture"):
     """All options weighted by their scores in training, the best one alone with weight 1 in evaluation (Duo-LLM, section 3)."""
 
+    @configclass
+    class Config(Select.Config):
+        """Attributes: ``straight_through``, in training too take the best alone, with the gradient of the mixture (default off)."""
+
+        straight_through: bool = False
+
     def choose(self, value_NE: Tensor) -> Tensor:
         """All open options, or the best of them."""
         index_NK = stable_top_k(value_NE, value_NE.shape[1] if self.training else 1)
-        return index_NK.masked_fill(value_NE.gather(1, index_NK) == -torch.inf, -1)
+        return index_NK.masked_fill(value_NE.gather(1, index_NK) == -torch.inf, UNUSED)
 
     def _weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
         routing = super()._weigh(index_NK, score_NE, logit_NE)
-        if self.training:
-            return routing
-        return Routing(index_NK, routing.used_NK.to(score_NE) * self.config.scale, score_NE)
+        if not self.training:
+            return replace(routing, weight_NK=routing.used_NK.to(score_NE) * self.config.scale)
+        if self.config.straight_through:
+            return replace(routing, weight_NK=straight_through(routing.weight_NK) * routing.used_NK)
+        return routing
 
 
 class BudgetLoss(Balancer, kind="budget"):
