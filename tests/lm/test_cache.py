@@ -3,7 +3,7 @@ import torch
 
 from anabranch.errors import CapacityError
 from anabranch.lm import KeyValueCache
-from anabranch.lm.cache import attention_mask
+from anabranch.lm.cache import Prefix, attention_mask
 
 CPU = torch.device("cpu")
 
@@ -109,3 +109,39 @@ def test_padding_may_come_after_an_unpadded_start():
     fill(cache, 2, batch=1, layers=1)
     mask, _ = attention_mask(cache, torch.tensor([[False, True]]), 2, CPU)
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+# -- streams with a prefix
+
+
+def test_a_prefix_is_seen_by_all_and_is_no_position():
+    assert attention_mask(None, None, 1, CPU, num_prefix=2) == (None, False)  # one token sees everything
+    mask, is_causal = attention_mask(None, None, 3, CPU, num_prefix=2)
+    assert not is_causal
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    mask, _ = attention_mask(None, torch.tensor([[False, True]]), 2, CPU, num_prefix=1)
+    assert mask[0, 0].int().tolist() == [[1, 1, 0], [1, 0, 1]]
+
+
+def test_each_row_begins_with_the_prefix_of_its_stream():
+    prefix = Prefix([(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1), torch.tensor([3.0, 4.0]).view(2, 1, 1, 1))])
+    cache = KeyValueCache(1, 3, num_streams=2, prefix=prefix)
+    new = torch.arange(10.0, 14.0).view(4, 1, 1, 1)  # two streams of two sequences
+    for store in (prefix, cache):
+        key, value = store.append(0, new, new.double())
+        assert key.flatten(1).tolist() == [[1, 10], [1, 11], [2, 12], [2, 13]]
+        assert value.flatten(1).tolist() == [[3, 10], [3, 11], [4, 12], [4, 13]]
+        assert value.dtype == torch.float64
+    cache.advance(1)
+    assert (cache.length, cache.num_prefix, len(prefix)) == (1, 1, 1)
+    cache.keep_rows(torch.tensor([1]))
+    key, _ = cache.append(0, new[:2], new[:2].double())
+    assert key.flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
+
+
+def test_room_is_counted_without_the_prefix():
+    prefix = Prefix([(torch.zeros(2, 1, 5, 1), torch.zeros(2, 1, 5, 1))])
+    cache = KeyValueCache(1, 2, num_streams=2, prefix=prefix)
+    cache.append(0, torch.zeros(2, 1, 2, 1), torch.zeros(2, 1, 2, 1))
+    with pytest.raises(CapacityError, match="the cache holds 2 positions, but 3 are needed"):
+        cache.append(0, torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 3, 1))

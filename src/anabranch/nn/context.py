@@ -87,7 +87,7 @@ class ForwardContext(RoutingContext):
         attention_mask: bool ``[B, 1, L, L_all]``, True where a query may look; None means plain causal if
             ``is_causal``, else everything (a single new token).
         is_causal: see ``attention_mask``.
-        cache: keys and values of earlier positions, None when there is none.
+        cache: keys and values of earlier positions, or of a prefix before all of them; None when there is none.
         token_BL: the input tokens (hash routers, traces).
     """
 
