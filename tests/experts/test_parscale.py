@@ -419,6 +419,19 @@ def test_an_adapter_trains_prefixes_and_gate_alone():
     assert trained == num_parameters(model.streams)
 
 
+def test_one_number_of_several_can_be_kept_and_released(tmp_path):
+    model = model_of(parscale(4, switchable=(2,)))
+    kept = fold(model, 2)
+    assert set(kept.streams.gates) == {"2"}
+    set_streams(model, 2)
+    assert torch.equal(kept(tokens()).logits_BLV, model(tokens()).logits_BLV)
+    assert torch.equal(fold(model)(tokens()).logits_BLV, model(tokens()).logits_BLV)  # what was chosen stays
+    export_parscale(tmp_path / "two", kept)
+    assert fold(model, 1).streams is None
+    with pytest.raises(ConfigError, match="num_streams is 3, but the model has gates for 1, 2, 4"):
+        fold(model, 3)
+
+
 def test_routers_under_an_adapter_are_not_balanced(run_config, tmp_path):
     router = Router.Config(balance=(BiasBalancer.Config(rate=0.1), SwitchLoss.Config()))
     plain = model_of(feed_forward=MoE.Config(num_experts=4, hidden_dim=8, router=router), vocab_size=257)

@@ -119,20 +119,35 @@ def set_streams(model: Decoder, num_streams: int) -> None:
 
 
 @torch.no_grad()
-def fold(model: Decoder) -> Decoder:
-    """The same model with its prefixes as parameters, without the network that made them (what released weights hold)."""
+def fold(model: Decoder, num_streams: int | None = None) -> Decoder:
+    """The same model with its prefixes as parameters, without the network that made them (what released weights hold).
+
+    Args:
+        model: with `ParScale` streams.
+        num_streams: keep this number of streams and its gate alone, of a model with several (`ParScale.Config.switchable`);
+            None keeps all.
+
+    Raises ConfigError for a model without prefixes, or a number that has no gate.
+    """
     streams = _streams(model)
-    if not isinstance(model.config.streams, ParScale.Config) or streams.prefix is None:
+    if streams.prefix is None:
         raise ConfigError("the model has no prefixes to fold")
-    config = model.config.streams.replace(prefix="direct")
+    config = streams.config.replace(prefix="direct")
+    if num_streams is not None:
+        streams.check(num_streams)
+        if num_streams == 1:
+            return remove_streams(model)
+        config = config.replace(num_streams=num_streams, switchable=())
     folded = _with_streams(model, config, 0)
-    table = _streams(folded).prefix
-    assert isinstance(table, PrefixTable)
+    ours = _streams(folded)
+    assert isinstance(ours.prefix, PrefixTable)
     for layer, (key_PHMD, value_PHMD) in enumerate(streams.prefix()):
-        table.key[layer].copy_(key_PHMD)
-        table.value[layer].copy_(value_PHMD)
-    _streams(folded).gates.load_state_dict(streams.gates.state_dict())
-    _streams(folded).set_streams(streams._chosen)
+        ours.prefix.key[layer].copy_(key_PHMD[: config.num_streams])
+        ours.prefix.value[layer].copy_(value_PHMD[: config.num_streams])
+    for name, gate in ours.gates.items():
+        gate.load_state_dict(streams.gates[name].state_dict())
+    if num_streams is None:
+        ours.set_streams(streams.chosen)
     return folded
 
 

@@ -94,7 +94,7 @@ class ParScale(Streams, kind="parscale"):
     def __init__(self, config: Any, context: BuildContext, attention: Any) -> None:
         super().__init__()
         self.config = config
-        self._chosen = self._of_step = config.num_streams
+        self.chosen = self._of_step = config.num_streams
         self.prefix: PrefixMLP | PrefixTable | None = None
         if config.has_prefix:
             shape = (attention.kv_heads, config.prefix_len, attention.width(context.dim))
@@ -111,7 +111,7 @@ class ParScale(Streams, kind="parscale"):
     @property
     def num_streams(self) -> int:
         """P of the next forward pass: as chosen, or in training with ``switchable`` that of the step."""
-        return self._of_step if self.training and self.config.switchable else self._chosen
+        return self._of_step if self.training and self.config.switchable else self.chosen
 
     @property
     def num_prefix(self) -> int:
@@ -126,12 +126,16 @@ class ParScale(Streams, kind="parscale"):
 
         Raises ConfigError for a number that has no gate.
         """
+        self.check(num_streams)
+        self.chosen = num_streams
+
+    def check(self, num_streams: int) -> None:
+        """Raise ConfigError for a number of streams that has no gate."""
         known = [1, *self.config.gated]
         if num_streams not in known:
             raise ConfigError(
                 f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, known))}; list it in switchable and train"
             )
-        self._chosen = num_streams
 
     def on_step(self, step: int, fraction: float) -> None:
         """Take turns among the numbers of streams."""
