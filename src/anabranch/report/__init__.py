@@ -62,8 +62,7 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
         "Offloading",
         "Left: the best a router could do that may switch experts on and off for 16 tokens at a time only (SRP, arXiv 2505.16056); near "
         "the line, it could as well keep all on. Right: how often a cache of that size, in each layer, holds the expert that is asked "
-        "for; the dashed line is where knowing 16 tokens ahead reaches 90% of knowing all, so a larger cache pays less than a better "
-        "policy.",
+        "for; beyond the dashed line a larger cache buys little.",
         lambda trace, summary: pictures.caches(summary),
     ),
 ]

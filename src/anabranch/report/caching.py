@@ -30,7 +30,7 @@ class CacheFacts:
         group: 1 (experts are reused a lot) to 4 (hardly).
         activation_spread: standard deviation of activation rates, percent points.
         ratios: cache size over active experts; ``hits``: hit rate at each, mean over layers, by policy.
-        recommended_ratio: the smallest size at which SCH reaches 90% of Belady.
+        recommended_ratio: the size beyond which more buys little, see `consistency.recommended_capacity`.
         recommended_capacity: experts of each layer that this is, by layer.
         lru, sch: hits at that size.
     """
@@ -61,8 +61,7 @@ def cache_facts(trace: RoutingTrace) -> CacheFacts | None:
     largest = min(of.num_destinations / top_k[of.layer] for of in layers)
     ratios = np.unique(np.append(np.arange(1, min(largest, 8), 0.25), min(largest, 8)))
     hits: dict[str, list[float]] = {policy: _hits(layers, top_k, policy, ratios) for policy in CACHES}
-    sch_X, belady_X = np.array(hits["segment"]), np.array(hits["belady"])
-    best = int(np.argmax(sch_X >= lrc.GOOD_ENOUGH * belady_X)) if (sch_X >= lrc.GOOD_ENOUGH * belady_X).any() else -1
+    best = lrc.recommended_capacity(np.array(hits["segment"]), np.array(hits["belady"]), 1) - 1  # places of `ratios`
     value = float(of_model[MAIN].value)
     return CacheFacts(
         srp={window: float(found.value) for window, found in of_model.items()},

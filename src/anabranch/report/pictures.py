@@ -228,7 +228,7 @@ def caches(summary: Summary) -> Figure | None:
         left.axhline(facts.always_on, color=INK, linewidth=1, label="all experts always on")
         step = max(1, -(-len(numbers) // 16))
         left.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
-        left.set(title=f"Segment routing best performance, {MAIN} tokens", ylabel="F1", xlabel="layer", ylim=(0, 1))
+        left.set(title=f"Consistency over {MAIN} tokens (SRP)", ylabel="F1", xlabel="layer", ylim=(0, 1))
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
         for series, (policy, label) in enumerate(CACHES.items()):
             right.plot(facts.ratios, facts.hits[policy], color=SERIES[series], label=label)

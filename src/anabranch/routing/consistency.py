@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LENGTH = 512  # tokens of a piece
 CELLS = 1 << 20  # destinations x tokens counted at once
-GOOD_ENOUGH = 0.9  # of Belady's hits: where a larger cache stops paying
+GOOD_ENOUGH = 0.9  # of Belady's hits
 GROUPS = (0.50, 0.43, 0.33)  # SRP at m = 16 above which a model is in group 1, 2, 3; read off the paper's table
 
 
@@ -364,19 +364,27 @@ def _whole_model(layers: list[Routes]) -> Routes:
 # What follows from them
 
 
-def recommended_capacity(sch_C: np.ndarray, belady_C: np.ndarray, top_k: int) -> int:
-    """The smallest capacity, at least K, at which SCH reaches 0.9 of Belady's hits: what decides beyond is the policy, not the size."""
+def near_belady(sch_C: np.ndarray, belady_C: np.ndarray, top_k: int) -> int:
+    """The smallest capacity, at least K, at which SCH reaches 0.9 of Belady's hits (E if none)."""
     good_C = sch_C >= GOOD_ENOUGH * belady_C
     good_C[: top_k - 1] = False
     return int(np.argmax(good_C)) + 1 if good_C.any() else len(sch_C)
 
 
 def knee(rate_C: np.ndarray) -> int:
-    """The capacity of a hit rate curve where it bends most: farthest above the line between its ends, both axes from 0 to 1."""
-    if len(rate_C) < 3 or rate_C[-1] <= rate_C[0]:
-        return len(rate_C)
-    share_C = (rate_C - rate_C[0]) / (rate_C[-1] - rate_C[0])
-    return int(np.argmax(share_C - np.linspace(0, 1, len(rate_C)))) + 1
+    """The capacity of a hit rate curve where it bends most: farthest above the line between its ends; 1 if it is flat."""
+    span = rate_C[-1] - rate_C[0]
+    if span <= 0:
+        return 1
+    return int(np.argmax((rate_C - rate_C[0]) / span - np.linspace(0, 1, len(rate_C)))) + 1
+
+
+def recommended_capacity(sch_C: np.ndarray, belady_C: np.ndarray, top_k: int) -> int:
+    """The capacity, at least K, beyond which more of it buys little: the knee of SCH, or where SCH is near Belady if that is larger.
+
+    The paper's advice is about 2 K; this is for one model. The rule is ours.
+    """
+    return max(near_belady(sch_C, belady_C, top_k), knee(sch_C[top_k - 1 :]) + top_k - 1)
 
 
 def consistency_group(value: float) -> int:
