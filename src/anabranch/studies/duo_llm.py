@@ -381,7 +381,7 @@ def _near_dense(results: Results) -> Claim:
 def draw(results: Results, path: Path) -> None:
     """Loss over budget; gain over the mean route, real and shuffled; where half big layers are used."""
     runs = [metrics for metrics in results.runs.get("duo", {}).values() if "oracle_curve" in metrics]
-    with figure(13, 4.2, ncols=3, width_ratios=(1.2, 1, 1)) as (made, (left, centre, right)):
+    with figure(13, 4.8, ncols=3, width_ratios=(1.2, 1, 1)) as (made, (left, centre, right)):
         if runs:
             _draw(runs, left, centre, right)
         png, svg = to_png(made), to_svg(made)
@@ -411,13 +411,16 @@ def _draw(runs: list[Metrics], left: Any, centre: Any, right: Any) -> None:
         centre.plot(gain, color=SERIES[number], marker=MARKERS[number], label=label)
     for axes, title in ((left, "nats per byte"), (centre, "gain over the mean route")):
         horizontal_grid(axes)
+        axes.set_xticks(range(len(curve["oracle"])))
         axes.set_xlabel("big layers")
         axes.set_title(title)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     heat_YP = np.mean([metrics["heat"] for metrics in runs], axis=0)
     right.imshow(heat_YP, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
     for (layer, part), share in np.ndenumerate(heat_YP):
         right.text(part, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+    right.set_xticks(range(heat_YP.shape[1]), [str(part + 1) for part in range(heat_YP.shape[1])])
+    right.set_yticks(range(heat_YP.shape[0]))
     right.set_xlabel("tenth of the sequence")
     right.set_ylabel("layer")
     right.set_title(f"% of tokens with big, {middle} big layers")
