@@ -332,9 +332,11 @@ class Paths(nn.Module):
 
         Tokens that end after one loop take both paths in one product with W_out, since both mix the same hidden units (``[begin:]``).
         """
-        num_items, loops = x_ND.shape[0], range(self.num_loops)
+        num_items = x_ND.shape[0]
         count = torch.bincount(mix.loops_N, minlength=self.num_loops + 1).tolist()
-        active = [num_items - sum(count[: number + 1]) for number in loops]  # that take more than ``number`` loops
+        active = [
+            num_items - sum(count[: number + 1]) for number in range(self.num_loops)
+        ]  # take more than ``number`` loops
         is_even = max(count) == num_items  # nothing to sort: a single token, or all alike
         order_N: Any = slice(None) if is_even else mix.loops_N.argsort(descending=True, stable=True)
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
