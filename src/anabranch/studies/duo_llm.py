@@ -5,7 +5,7 @@ parameters, 300B tokens, mostly in figures: an oracle with one big layer beats a
 of 12; a trained router is about as good as the best of 100 random routes; a constant budget beats ramps; freezing the big modules and then
 training the small ones is much worse than joint training.
 
-Scaled down: 8 layers of width 96 (big 384, small 24), 1.3M parameters, bytes of Python source, 0.8M tokens a model instead of 300B, all
+Scaled down: 8 layers of width 96 (big 384, small 24), 1.3M parameters, bytes of Python source, 0.6M tokens a model instead of 300B, all
 256 routes on 64 held-out sequences of 64 bytes. Curve shapes are the claim, not losses.
 
 Arms, same tokens in the same order for one seed, same optimiser:
@@ -85,7 +85,7 @@ class Size(Config):
     dim: int = 96
     sequence_length: int = 64
     batch_size: int = 24  # sequences a step
-    steps: int = Field(default=500, ge=2)
+    steps: int = Field(default=400, ge=2)
     router_steps: int = Field(default=150, ge=1)
     learning_rate: float = 2e-3
     router_learning_rate: float = 1e-3
