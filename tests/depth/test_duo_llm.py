@@ -16,7 +16,9 @@ from anabranch.depth.duo_llm import (
     take,
 )
 from anabranch.errors import ConfigError, DataError
+from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder
+from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext, ForwardContext
 from duo import all_one, decoder, losses, tokens
 
@@ -225,6 +227,23 @@ def test_self_consistent_routes_replay_to_the_same_loss(budget):
     torch.testing.assert_close(result.loss_GBL[0], replayed_BL, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["uniform", "self_consistent"])
+def test_dense_layers_may_stand_between(mode):
+    mixed = {"dense_layers": (1,), "dense_feed_forward": SwiGLU.Config(hidden_dim=8)}
+    model, ids_BL = decoder(4).config.replace(**mixed).build(seed=2), tokens(2, 5)
+    result = oracle(model, ids_BL, 2, mode=mode)
+    route_BLY = result.route_BLY(2)
+    assert route_BLY.shape == (2, 4, 3)  # routes count duo layers only
+    if mode == "self_consistent":
+        replayed_BL = losses(model, ids_BL, route_BLY)
+        torch.testing.assert_close(result.loss_GBL[0], replayed_BL, rtol=1e-4, atol=1e-4)
+    else:
+        best_BL = torch.stack(
+            [losses(model, ids_BL, all_one(route, ids_BL)) for route in ([1, 1, 0], [1, 0, 1], [0, 1, 1])]
+        ).amin(0)
+        torch.testing.assert_close(result.loss_GBL[0], best_BL, rtol=1e-5, atol=1e-5)
+
+
 def test_self_consistent_takes_the_best_route_given_the_past():
     model, ids_BL = decoder(3), tokens(1, 5)
     result = oracle(model, ids_BL, 1, mode="self_consistent")
@@ -293,3 +312,9 @@ def test_an_oracle_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 def test_an_oracle_refuses_what_it_cannot_do(layers, arguments, message):
     with pytest.raises(ValueError, match=message):
         oracle(decoder(layers, dim=4), tokens(), **arguments)
+
+
+def test_an_oracle_refuses_parallel_streams():
+    model = decoder(2).config.replace(streams=ParScale.Config()).build()
+    with pytest.raises(ConfigError, match="parallel streams"):
+        oracle(model, tokens())

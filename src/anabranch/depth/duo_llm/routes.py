@@ -152,12 +152,18 @@ def blocks_of(model: Decoder) -> list[Block]:
 class Walk:
     """Runs routes of a decoder in evaluation mode, all tokens of a sequence along the same one, sharing prefixes.
 
+    Raises ConfigError for a model of parallel streams.
+
     Attributes:
         layer_passes: duo layers computed so far, one for each prefix.
         routes: routes finished so far.
     """
 
     def __init__(self, model: Decoder, space: RouteSpace) -> None:
+        if model.streams is not None:
+            raise ConfigError(
+                "routes are tried in a model of one stream; this one runs parallel streams, build it without"
+            )
         self.model, self.space = model, space
         self.layer_passes = self.routes = 0
 
