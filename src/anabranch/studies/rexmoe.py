@@ -45,6 +45,7 @@ from anabranch.train import RunConfig
 NOT_WORSE = 0.1  # MaxVio_pool that may be lost
 MAIN = ("vanilla", "reuse2", "psr2", "reuse4", "psr4", "mask2", "local2", "fine2")
 TUNED = ("vanilla", "reuse2", "psr2")
+VARIANTS = {"-norm": "gates renormalised", "-slow": "half the learning rate", "-fast": "twice the learning rate"}
 SMOKE = ("vanilla", "reuse2", "psr2", "mask2")
 
 COLUMNS = (
@@ -122,12 +123,12 @@ def _variants(size: Size, arm: Arm) -> list[Arm]:
     """An arm at other learning rates, and with renormalised gates."""
     feed_forward = arm.config.model.feed_forward
     router = feed_forward.router.replace(select=TopK.Config(top_k=size.top_k, normalize="sum"))
-    slow, fast = (size.replace(learning_rate=size.learning_rate * factor) for factor in (0.5, 2.0))
-    return [
-        _arm(slow, f"{arm.name}-slow", f"{arm.about}, half the learning rate", feed_forward),
-        _arm(fast, f"{arm.name}-fast", f"{arm.about}, twice the learning rate", feed_forward),
-        _arm(size, f"{arm.name}-norm", f"{arm.about}, gates renormalised", feed_forward.replace(router=router)),
-    ]
+    changed = {
+        "-norm": (size, feed_forward.replace(router=router)),
+        "-slow": (size.replace(learning_rate=size.learning_rate / 2), feed_forward),
+        "-fast": (size.replace(learning_rate=size.learning_rate * 2), feed_forward),
+    }
+    return [_arm(changed[at][0], arm.name + at, f"{arm.about}, {how}", changed[at][1]) for at, how in VARIANTS.items()]
 
 
 def _plain(size: Size, split: int = 1, extra: int = 1) -> MoE.Config:
@@ -196,6 +197,11 @@ def judge(results: Results) -> list[Claim]:
         better("mask2", "vanilla", "PSR's mask helps without reuse", asked),
         better("reuse2", "fine2", "reuse 2 beats finer experts at equal size", asked),
         better("upper2", "vanilla", "twice the experts beat vanilla", not_given),
+        *(
+            better(f"{ours}{variant}", f"vanilla{variant}", f"{what} beats vanilla, {how}", not_given)
+            for variant, how in VARIANTS.items()
+            for ours, what in (("reuse2", "reuse 2"), ("psr2", "reuse 2 with PSR"))
+        ),
         _balance(results, "psr2", "reuse2"),
         _balance(results, "psr4", "reuse4"),
         _collapse(results),
