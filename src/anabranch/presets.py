@@ -147,7 +147,7 @@ def parscale(size: str = "tiny") -> RunConfig:
 def rmoe(size: str = "tiny") -> RunConfig:
     """RMoE: routers hand a recurrent state from layer to layer, an eighth as wide as the model."""
     budget = _budget(size)
-    router = _router(budget.top_k).replace(score=RecurrentScore.Config(state_dim=budget.dim // 8))
+    router = _router(budget.top_k).replace(score=RecurrentScore.Config(state_dim=budget.dim // 8, init="scaled"))
     return _run(size, _moe(budget).replace(router=router))
 
 

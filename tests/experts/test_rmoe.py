@@ -17,7 +17,8 @@ from anabranch.experts.rmoe_measure import expert_similarity, gate_facts, measur
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, load_weights, save_model, upcycle
 from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
 from anabranch.routing import BiasBalancer, Router, Routing, RoutingContext, SwitchLoss, TopK
-from anabranch.train import RunConfig, TrainConfig, Trainer
+from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
+from ranks import run_ranks
 
 SCORE = RecurrentScore.Config
 FP32_TOLERANCE = 1e-6
@@ -253,17 +254,21 @@ def layers():
     yield pytest.param(Chain.Config(num_experts=4, hidden_dim=8, reuse=2, router=router), id="chain of a pool")
 
 
-@pytest.mark.parametrize("feed_forward", list(layers()))
-def test_trains_resumes_saves_and_generates(feed_forward, tmp_path, monkeypatch):
+def run_of(feed_forward, tmp_path, monkeypatch):
     monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text").mkdir()
     for number in range(8):
         (tmp_path / "text" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n\n" * 20)
-    config = RunConfig(
+    return RunConfig(
         model=model_of(num_layers=2, vocab_size=257, feed_forward=feed_forward).config,
         data=DataConfig(corpus=Files.Config(paths=(str(tmp_path / "text"),)), sequence_length=16),
-        train=TrainConfig(steps=3, batch_size=2, checkpoint_every=1),
+        train=TrainConfig(steps=3, batch_size=2, checkpoint_every=1, eval_tokens=64),
     )
+
+
+@pytest.mark.parametrize("feed_forward", list(layers()))
+def test_trains_resumes_saves_and_generates(feed_forward, tmp_path, monkeypatch):
+    config = run_of(feed_forward, tmp_path, monkeypatch)
 
     def crash(event):
         if event.kind == "step" and event.step == 2:
@@ -284,6 +289,32 @@ def test_trains_resumes_saves_and_generates(feed_forward, tmp_path, monkeypatch)
     for token in made:
         assert int(loaded.eval()(torch.tensor([prompt])).logits_BLV[0, -1].argmax()) == token
         prompt = [*prompt, token]
+
+
+TRAIN = """
+from anabranch.train import Trainer, read_run_config
+for name in ("ddp", "fsdp"):
+    print(repr(Trainer(read_run_config("{folder}/" + name + ".config"), "{folder}/" + name).fit().bits_per_byte))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
+    """The state goes from block to block outside of what FSDP sees of them; its gradients must arrive all the same."""
+    config = run_of(list(layers())[1].values[0], tmp_path, monkeypatch)
+    Trainer(config, tmp_path / "one").fit()
+    for name in ("ddp", "fsdp"):
+        (tmp_path / f"{name}.config").mkdir()
+        config.replace(train=config.train.replace(parallel=name)).save(tmp_path / f"{name}.config")
+    run_ranks(TRAIN.format(folder=tmp_path), tmp_path)
+    expected, _ = load_model(tmp_path / "one")
+    for name in ("ddp", "fsdp"):
+        for ours, theirs in zip(read_metrics(tmp_path / name), read_metrics(tmp_path / "one"), strict=True):
+            if ours["kind"] == "train":
+                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+        loaded, _ = load_model(tmp_path / name)
+        for key, value in expected.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=2e-3, msg=f"{name} {key}")
 
 
 # ---- conversion ---------------------------------------------------------------------------------------------------------------
