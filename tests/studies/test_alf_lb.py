@@ -101,8 +101,8 @@ def test_arms_of_the_training_part_differ_in_the_balance_alone():
 
 
 def test_sizes_and_names():
-    assert find("alf-lb") is make
-    assert "alf-lb" in names()
+    assert find("alf_lb") is make
+    assert "alf_lb" in names()
     smoke, full = make(), make(full=True)
     assert "static-sign" in smoke.default_arms
     assert "aux-1e-3" not in smoke.default_arms
@@ -150,7 +150,7 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
     outcome = run_study(
         study, tmp_path / "out", arms=["static-quantile", "online-inv_n", "none", "quantile"], seeds=[0]
     )
-    assert (tmp_path / "out" / "alf-lb.json").is_file()
+    assert (tmp_path / "out" / "alf_lb.json").is_file()
     assert outcome.results.runs["quantile"][0]["max_violation_mean"] >= 0
     assert outcome.results.runs["static-quantile"][0]["broken_preferences"] == 0
     draw(outcome.results, tmp_path / "picture")

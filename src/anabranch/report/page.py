@@ -210,7 +210,7 @@ dl { display: flex; flex-wrap: wrap; gap: .3rem 1.8rem; margin: 0 0 1.5rem; font
 dl div { display: flex; gap: .45rem; }
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 0 1.75rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 0 0 1.75rem; }
 .tiles div { background: var(--tile); border-radius: .5rem; padding: .85rem 1rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tiles span { display: block; font-size: .82rem; line-height: 1.35; color: var(--muted); }

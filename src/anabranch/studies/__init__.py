@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from anabranch.studies.harness import Study
 
 STUDIES = {
-    "alf-lb": "anabranch.studies.alf_lb:make",
+    "alf_lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
-    "local-routing-consistency": "anabranch.studies.local_routing:make",
+    "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "rmoe": "anabranch.studies.rmoe:make",

@@ -120,7 +120,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     size = (Size() if full else SMOKE).replace(**changes)
     chosen = arms(size)
     return Study(
-        name="alf-lb",
+        name="alf_lb",
         title="balance by a bias without a loss: the theory counted, and the loss it costs",
         settings={"size": "full" if full else "smoke", **to_dict(size)},
         arms=list(chosen.values()),

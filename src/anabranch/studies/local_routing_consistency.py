@@ -82,7 +82,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     size = Size().replace(**changes) if full else Size(num_layers=2, steps=64).replace(**changes)
     chosen = arms(size)
     return Study(
-        name="local-routing-consistency",
+        name="local_routing_consistency",
         title="what makes routing locally consistent, and whether the measure of it predicts caches",
         settings={
             "size": "full" if full else "smoke",

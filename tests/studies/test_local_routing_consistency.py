@@ -8,7 +8,7 @@ from anabranch.data.corpus import Domain, Files, Mixture
 from anabranch.routing import SwitchLoss, TraceBuilder, TraceLayer
 from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
-from anabranch.studies.local_routing import Size, arms, draw, judge, make, measure_consistency
+from anabranch.studies.local_routing_consistency import Size, arms, draw, judge, make, measure_consistency
 from anabranch.train import RunConfig
 
 
@@ -66,8 +66,8 @@ def test_arms_keep_the_work_per_token():
 
 
 def test_sizes_and_names():
-    assert find("local-routing-consistency") is make
-    assert "local-routing-consistency" in names()
+    assert find("local_routing_consistency") is make
+    assert "local_routing_consistency" in names()
     assert make().default_arms == ("baseline", "no-lb", "top2")
     assert make(full=True).settings["tokens_per_run"] == 1000 * 2048
     for arm in make(full=True).arms:
