@@ -67,6 +67,17 @@ def test_the_cell_equals_torchs(cell, theirs):
         torch.testing.assert_close(value, other, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
 
 
+def test_the_gated_cell_is_the_papers_equations():
+    score = SCORE(state_dim=6).build(16, 4, generator=torch.Generator().manual_seed(0))
+    cell, x_NP, h_NP = score.recurrence, items(7, 6, 1), items(7, 6, 2)
+    (w_r, w_z, w_n), (u_r, u_z, u_n) = cell.weight_ih.chunk(3), cell.weight_hh.chunk(3)
+    (b_r, b_z, b_n), (c_r, c_z, c_n) = cell.bias_ih.chunk(3), cell.bias_hh.chunk(3)
+    reset = torch.sigmoid(x_NP @ w_r.T + b_r + h_NP @ u_r.T + c_r)
+    update = torch.sigmoid(x_NP @ w_z.T + b_z + h_NP @ u_z.T + c_z)
+    new = torch.tanh(x_NP @ w_n.T + b_n + reset * (h_NP @ u_n.T + c_n))
+    torch.testing.assert_close(cell(x_NP, (h_NP,))[0], (1 - update) * new + update * h_NP, atol=1e-6, rtol=1e-5)
+
+
 def test_logits_of_three_layers_written_out():
     """Steps 1 to 3 of the method with torch's cell, layer by layer."""
     model = model_of()
@@ -451,9 +462,12 @@ def test_a_later_layer_without_a_state_is_an_error():
 def test_a_state_that_does_not_fit_is_an_error():
     second = scores_of(model_of())[1]
     for state, message in (
-        (torch.zeros(4, 6), r"needs routing_state of shape \[5, 6\], but got \[4, 6\]"),
-        (torch.zeros(5, 6, dtype=torch.float64), r"needs routing_state of dtype torch.float32, but got torch.float64"),
-        (torch.zeros(5, 6, device="meta"), r"needs routing_state of device cpu, but got meta"),
+        (
+            torch.zeros(4, 6),
+            r"needs routing_state of \[5, 6\] torch.float32 on cpu, but got \[4, 6\] torch.float32 on cpu",
+        ),
+        (torch.zeros(5, 6, dtype=torch.float64), r"but got \[5, 6\] torch.float64 on cpu"),
+        (torch.zeros(5, 6, device="meta"), r"but got \[5, 6\] torch.float32 on meta"),
     ):
         with pytest.raises(AnabranchError, match=message):
             second.project(items(), RoutingContext(carry={"routing_state": state}))

@@ -20,7 +20,7 @@ rmoe`.
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,39 +66,11 @@ class Recurrence(nn.Module):
     def forward(self, x_NP: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The next state: (h_NP,), and for lstm (h_NP, c_NP). One matmul for all input gates and one for all recurrent gates."""
         dtype = x_NP.dtype
-        mixed = (
-            torch.autocast(x_NP.device.type, enabled=False) if self.config.cell_dtype == "float32" else nullcontext()
-        )
-        with mixed:
-            input_NX = F.linear(x_NP, self.weight_ih.to(dtype), self.bias_ih.to(dtype))
-            hidden_NX = F.linear(before[0], self.weight_hh.to(dtype), self.bias_hh.to(dtype))
-        return tuple(value.to(dtype) for value in _STEPS[self.config.cell](input_NX, hidden_NX, before))
-
-
-def _gru(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    reset_input, update_input, new_input = input_NX.chunk(3, dim=-1)
-    reset_hidden, update_hidden, new_hidden = hidden_NX.chunk(3, dim=-1)
-    reset_NP = (reset_input + reset_hidden).sigmoid()
-    update_NP = (update_input + update_hidden).sigmoid()
-    new_NP = (new_input + reset_NP * new_hidden).tanh()
-    return (new_NP + update_NP * (before[0] - new_NP),)
-
-
-def _rnn(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((input_NX + hidden_NX).tanh(),)
-
-
-def _lstm(input_NX: Tensor, hidden_NX: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    write_NP, keep_NP, new_NP, show_NP = (input_NX + hidden_NX).chunk(4, dim=-1)
-    memory_NP = keep_NP.sigmoid() * before[1] + write_NP.sigmoid() * new_NP.tanh()
-    return show_NP.sigmoid() * memory_NP.tanh(), memory_NP
-
-
-_STEPS: dict[str, Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]] = {
-    "gru": _gru,
-    "rnn": _rnn,
-    "lstm": _lstm,
-}
+        weights = (self.weight_ih.to(dtype), self.weight_hh.to(dtype), self.bias_ih.to(dtype), self.bias_hh.to(dtype))
+        if self.config.cell == "lstm":
+            return torch.lstm_cell(x_NP, before, *weights)
+        step = torch.gru_cell if self.config.cell == "gru" else torch.rnn_tanh_cell
+        return (step(x_NP, before[0], *weights),)
 
 
 class RecurrentScore(Score, kind="recurrent"):
@@ -202,13 +174,13 @@ class RecurrentScore(Score, kind="recurrent"):
         Raises AnabranchError if a router that is not the model's first gets no state, or one that does not fit the items.
         """
         x_ND = wide(x_ND)
+        mixed = self.config.cell_dtype == "autocast" and torch.is_autocast_enabled(x_ND.device.type)
         projector = self.recurrence.projector if self.projector is None else self.projector
         with torch.autocast(x_ND.device.type, enabled=False):
             x_NP = F.linear(x_ND, projector.to(x_ND.dtype))  # type: ignore[union-attr]
-        state = self.recurrence(x_NP, self._before(x_NP, context))
-        if self.config.passing:
-            context.carry |= dict(zip(("routing_state", "routing_memory"), state, strict=False))
-        with torch.autocast(x_ND.device.type, enabled=False):
+            state = self._next(x_NP, self._before(x_NP, context), mixed)
+            if self.config.passing:
+                context.carry |= dict(zip(("routing_state", "routing_memory"), state, strict=False))
             logit_NE = self._gate(state[0])
         if self.config.logit_residual:
             before_NE = self._carried("routing_logits", logit_NE, context)
@@ -216,6 +188,13 @@ class RecurrentScore(Score, kind="recurrent"):
                 logit_NE = logit_NE + self.config.logit_residual * before_NE
             context.carry["routing_logits"] = logit_NE
         return logit_NE
+
+    def _next(self, x_NP: Tensor, before: tuple[Tensor, ...], mixed: bool) -> tuple[Tensor, ...]:
+        if not mixed:
+            return self.recurrence(x_NP, before)
+        half = torch.get_autocast_dtype(x_NP.device.type)
+        state = self.recurrence(x_NP.to(half), tuple(value.to(half) for value in before))
+        return tuple(value.to(x_NP.dtype) for value in state)
 
     def _gate(self, state_NP: Tensor) -> Tensor:
         weight_EP = self.weight.to(state_NP.dtype)
@@ -242,16 +221,12 @@ class RecurrentScore(Score, kind="recurrent"):
                 f"the recurrent router of layer {self.layer} got no {name} from the routed layer before; only the first "
                 "routed layer starts from zeros. A pipeline stage must hand context.carry on with x"
             )
-        for what, ours, theirs in (
-            ("shape", list(like.shape), list(value.shape)),
-            ("dtype", like.dtype, value.dtype),
-            ("device", like.device, value.device),
-        ):
-            if ours != theirs:
-                raise AnabranchError(
-                    f"the recurrent router of layer {self.layer} needs {name} of {what} {ours}, but got {theirs}; layers that "
-                    "hand it on must route the same items in one precision"
-                )
+        if (value.shape, value.dtype, value.device) != (like.shape, like.dtype, like.device):
+            needs, got = (f"{list(one.shape)} {one.dtype} on {one.device}" for one in (like, value))
+            raise AnabranchError(
+                f"the recurrent router of layer {self.layer} needs {name} of {needs}, but got {got}; layers that hand it on must "
+                "route the same items in one precision"
+            )
         return value.detach() if self.config.detach_state else value
 
 
