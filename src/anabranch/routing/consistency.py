@@ -12,7 +12,8 @@ Both need only recorded choices, and take a `RoutingTrace` or an array:
 
 Departure: windows never cross the end of a sequence, and sequences are cut into pieces of ``length`` tokens (512, as in the paper).
 """
-# Shapes: S sequences (pieces), T tokens, K places per token, E destinations, L layers, M domains, C capacities 1..E, P starts of a window
+# Shapes: S sequences (pieces), T tokens, K places per token, E destinations, L layers, M domains, C capacities 1..E, P starts of a window,
+# X windows, H pairs of destinations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LENGTH = 512  # tokens of a piece
 CELLS = 1 << 20  # destinations x tokens counted at once
+PAIRED = 80  # the largest histogram of which two columns are counted together
 GOOD_ENOUGH = 0.9  # of Belady's hits
 GROUPS = (0.50, 0.43, 0.33)  # SRP at m = 16 above which a model is in group 1, 2, 3; read off the paper's table
 
@@ -173,31 +175,51 @@ def window_counts(of: Routes, window: int, *, by: Literal["domain", "position"] 
     elif by == "position":
         num_groups = num_starts
     cells = num_destinations * (window + 1)
-    count = np.zeros(num_groups * cells, np.int64)
+    count = np.zeros((num_groups, num_destinations, window + 1), np.int64)
     step = max(1, CELLS // max(num_tokens * num_destinations, 1))
     for first in range(0, num_sequences if num_starts else 0, step):
         part = slice(first, first + step)
-        count_SPE = _window_sums(of.index_STK[part], num_destinations, window)
-        count_SPE += np.arange(num_destinations, dtype=count_SPE.dtype) * (window + 1)
-        whole_SP = np.arange(num_starts) + window <= of.length_S[part, None]
-        if by is not None:
-            group_SP = np.arange(num_starts)[None] if by == "position" else group_S[part, None]
-            whole_SP = whole_SP & (group_SP >= 0)
-            count_SPE = count_SPE + (np.broadcast_to(group_SP, whole_SP.shape) * cells)[..., None]
-        kept = count_SPE if whole_SP.all() else count_SPE[whole_SP]
-        count += np.bincount(kept.reshape(-1), minlength=len(count))
-    return count.reshape(num_groups, num_destinations, window + 1)
+        sum_PSE = _window_sums(of.index_STK[part], num_destinations, window)
+        whole_PS = np.arange(num_starts)[:, None] + window <= of.length_S[part]
+        if by is None:
+            count[0] += _histograms(
+                sum_PSE.reshape(-1, num_destinations) if whole_PS.all() else sum_PSE[whole_PS], window
+            )
+            continue
+        group_PS = np.broadcast_to(
+            np.arange(num_starts)[:, None] if by == "position" else group_S[part], whole_PS.shape
+        )
+        whole_PS &= group_PS >= 0
+        cell_XE = sum_PSE[whole_PS] + np.arange(num_destinations) * (window + 1) + group_PS[whole_PS][:, None] * cells
+        count += np.bincount(cell_XE.reshape(-1), minlength=num_groups * cells).reshape(count.shape)
+    return count
 
 
 def _window_sums(index_STK: np.ndarray, num_destinations: int, window: int) -> np.ndarray:
-    """int32 ``[S, P, E]``: how often each destination is chosen in each window."""
+    """``[P, S, E]``, int16 where that suffices: how often each destination is chosen in each window."""
     num_sequences, num_tokens, _ = index_STK.shape
-    sum_STE = np.zeros((num_sequences, num_tokens + 1, num_destinations), np.int32)
-    sequence, token, place = np.nonzero(index_STK >= 0)
-    sum_STE[sequence, token + 1, index_STK[sequence, token, place]] = 1
-    for at in range(1, num_tokens + 1):  # cumsum along this axis, but in whole rows
-        sum_STE[:, at] += sum_STE[:, at - 1]
-    return sum_STE[:, window:] - sum_STE[:, :-window]
+    sum_TSE = np.zeros(
+        (num_tokens + 1, num_sequences, num_destinations), np.int16 if num_tokens < 1 << 15 else np.int32
+    )
+    cell_STK = index_STK + num_destinations * np.arange(num_sequences)[:, None, None]
+    cell_STK += num_destinations * num_sequences * np.arange(1, num_tokens + 1)[:, None]
+    used_STK = index_STK >= 0
+    sum_TSE.reshape(-1)[cell_STK.reshape(-1) if used_STK.all() else cell_STK[used_STK]] = 1
+    for at in range(1, num_tokens + 1):  # cumsum, in whole rows
+        sum_TSE[at] += sum_TSE[at - 1]
+    return sum_TSE[window:] - sum_TSE[:-window]
+
+
+def _histograms(sum_XE: np.ndarray, window: int) -> np.ndarray:
+    """int64 ``[E, window + 1]``: how often each value stands in each column; of two columns at a time, which halves the counting."""
+    num_destinations, size = sum_XE.shape[1], window + 1
+    if size > PAIRED or num_destinations % 2:
+        cell_XE = sum_XE + np.arange(num_destinations) * size
+        return np.bincount(cell_XE.reshape(-1), minlength=num_destinations * size).reshape(-1, size)
+    pair_XH = (sum_XE[:, 0::2] * np.int16(size) + sum_XE[:, 1::2]).astype(np.intp)
+    pair_XH += np.arange(num_destinations // 2) * size**2
+    count_HAB = np.bincount(pair_XH.reshape(-1), minlength=num_destinations // 2 * size**2).reshape(-1, size, size)
+    return np.stack([count_HAB.sum(2), count_HAB.sum(1)], 1).reshape(num_destinations, size)
 
 
 def srp_of_counts(count_GX: np.ndarray) -> Srp:
