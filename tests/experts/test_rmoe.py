@@ -352,6 +352,15 @@ def test_conversion_begins_near_the_linear_routers(state_dim):
     assert converted.model.shared["recurrent_router"].weight_hh.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_conversion_takes_chains_and_pools(tied):
+    linear = Router.Config(score=Router.Config().score.replace(init_std=0.5))
+    chain = Chain.Config(num_experts=4, hidden_dim=8, reuse=2, independent_gates=not tied, router=linear)
+    converted = to_recurrent(model_of(feed_forward=chain, init_std=0.3), tokens(8, 32), state_dim=8)
+    assert len(converted.agreement) == 6  # three layers of two passes
+    assert min(converted.agreement) > 0.95
+
+
 def test_conversion_of_a_rank_below_the_experts_is_the_best_of_that_rank(caplog):
     converted = to_recurrent(linear_model(), tokens(8, 32), state_dim=2)
     score = scores_of(converted.model)[0]
