@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -240,8 +241,8 @@ def test_messages():
         pass
     model = nn.Sequential(ForeignGate())
     with (
-        pytest.raises(ConfigError, match="ForeignGate returned tuple, not a Routing"),
-        record_routing(model, routers={"gate": model[0]}),
+        pytest.raises(ConfigError, match="Linear returned Tensor, not a Routing, nor logits, weights and indices"),
+        record_routing(model, routers={"gate": model[0].linear}),
     ):
         model(items())
     tower = Tower()
@@ -249,3 +250,41 @@ def test_messages():
         recorder.tokens = torch.tensor([1, 2])
         with pytest.raises(DataError, match="has 2 tokens, but the forward pass routes 6 items"):
             tower(items(), RoutingContext())
+
+
+@pytest.mark.parametrize("family", ["Olmoe", "Mixtral", "Qwen3Moe"])
+def test_a_transformers_model_is_recorded_from_outside(family):
+    """Choices equal the top k of the logits that the model returns; sequences and padding are as the recorder is told."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8}
+    sizes |= {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 2}
+    sizes |= {"num_local_experts" if family == "Mixtral" else "num_experts": 6, "moe_intermediate_size": 8}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    token_BL = torch.randint(32, (3, 10), generator=torch.Generator().manual_seed(0))
+    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
+    mask_BL[1, 7:] = False
+    with record_routing(model) as recorder, torch.no_grad():
+        recorder.tokens, recorder.mask, recorder.domain = token_BL, mask_BL, ["a", "b", "a"]
+        output = model(token_BL, attention_mask=mask_BL, output_router_logits=True)
+    trace = recorder.trace()
+    assert [layer.num_destinations for layer in trace.layers] == [6, 6]
+    for layer, logit_NE in enumerate(output.router_logits):
+        decisions = trace.decisions(layer)
+        expected_NK = logit_NE.topk(2).indices[mask_BL.flatten()]
+        assert np.array_equal(np.sort(decisions.index_NK, 1), expected_NK.sort(1).values.numpy())
+        assert decisions.item_N.tolist() == [0] * 10 + [1] * 7 + [2] * 10
+        assert decisions.position_N.tolist() == [*range(10), *range(7), *range(10)]
+        assert decisions.token_N.tolist() == token_BL[mask_BL].tolist()
+    assert trace.domains == ["a", "b"]
+
+
+def test_a_mask_of_another_size_is_refused():
+    model = nn.Sequential(ForeignGate())
+    with record_routing(model, routers={"gate": model[0]}) as recorder:
+        model(items())
+        recorder.mask = torch.ones(2, 4, dtype=torch.bool)
+        with pytest.raises(DataError, match=r"recorder.mask has 8 places, but the forward pass routes 6 items"):
+            model(items())
+    assert len(recorder.trace().decisions(0).item_N) == 6

@@ -37,6 +37,7 @@ from anabranch.routing.trace import (
 )
 
 Read = Callable[[nn.Module, Any], Routing]
+FOREIGN = "TopKRouter"  # how transformers names the classes of its routers
 
 
 class TraceBuilder:
@@ -155,7 +156,9 @@ class Recorder:
 
     Attributes:
         domain: name of where the next items come from, or None; or a list of such names, one for each sequence (or item).
-        tokens: int ``[N]`` or ``[B, L]``, ids of the tokens of the next forward pass, padding included, or None.
+        tokens: int ``[N]`` or ``[B, L]``, ids of the tokens of the next forward pass, padding included, or None. Where a model does not
+            say what its sequences are (one that is not ours), the shape of ``[B, L]`` does.
+        mask: bool ``[N]`` or ``[B, L]``, False for padding of the next forward pass, where a model does not say it; or None.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class Recorder:
     ) -> None:
         self.domain: str | Sequence[str | None] | None = None
         self.tokens: Tensor | None = None
+        self.mask: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
         # Ids of the last forward pass, by router and how many times it had routed in it: first, and one past the last.
         self._items: dict[tuple[nn.Module, int], tuple[int, int]] = {}
@@ -180,7 +184,7 @@ class Recorder:
             return
         routing = self._read(module, output)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, RoutingContext)]
-        context = given[0] if given else RoutingContext()
+        context = given[0] if given else self._outside(routing.num_items)
         keep_N = _real(context)
         turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
         item_N, position_N = self._places((module, turn), routing.num_items, context)
@@ -194,6 +198,14 @@ class Recorder:
             token_N=-1 if token_N is None else token_N[keep_N],
             domain=self._domain_N(routing.num_items, keep_N),
         )
+
+    def _outside(self, num_items: int) -> RoutingContext:
+        """What `tokens` and `mask` say of a forward pass whose routers get no context."""
+        mask_N = None if self.mask is None else torch.as_tensor(self.mask).reshape(-1).bool()
+        if mask_N is not None and len(mask_N) != num_items:
+            raise DataError(f"recorder.mask has {len(mask_N)} places, but the forward pass routes {num_items} items")
+        shapes = [value.shape for value in (self.tokens, self.mask) if value is not None and value.dim() == 2]
+        return RoutingContext(item_mask_N=mask_N, sequence_length=shapes[0][1] if shapes else None)
 
     def _describe(self, module: nn.Module, turn: int, routing: Routing) -> TraceLayer:
         number, name = self._layers[module]
@@ -266,8 +278,10 @@ def record_routing(
     Args:
         model: whose routers to record.
         path: write to this file as it goes, in little memory, instead of keeping the trace; it appears when the block ends well.
-        routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model``.
-        read: makes a `Routing` from a router and what its forward returned. Default: it is one already.
+        routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model``, or where there is
+            none, what transformers' mixtures of experts route with (modules of a class ``...TopKRouter``).
+        read: makes a `Routing` from a router and what its forward returned. Default: it is one already, or a tuple of logits, weights
+            and indices as transformers' routers return it.
 
     Rows carry the router's ``layer``. Where two routers claim one layer (or have none), or a router routes several times in a forward
     pass (`Router.passes`), layers are numbered in the model's order and names tell them apart.
@@ -275,7 +289,10 @@ def record_routing(
     Raises ConfigError if there is nothing to record.
     """
     if routers is None:
-        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        modules = dict(model.named_modules())
+        routers = {name: module for name, module in modules.items() if isinstance(module, Router)} or {
+            name: module for name, module in modules.items() if type(module).__name__.endswith(FOREIGN)
+        }
     if not routers:
         raise ConfigError(
             f"{type(model).__name__} has no Router to record; name the modules that route with routers={{...}}"
@@ -309,11 +326,22 @@ class _Turns:
 
 
 def _is_routing(module: nn.Module, output: Any) -> Routing:
-    if not isinstance(output, Routing):
+    if isinstance(output, Routing):
+        return output
+    tensors = (
+        [value for value in output if isinstance(value, Tensor) and value.dim() == 2]
+        if isinstance(output, tuple)
+        else []
+    )
+    index = [value for value in tensors if not value.is_floating_point()]
+    weight = [value for value in tensors if value.is_floating_point() and index and value.shape == index[0].shape]
+    score = [value for value in tensors if value.is_floating_point() and index and value.shape[1] > index[0].shape[1]]
+    if not (len(index) == 1 and weight and score):
         raise ConfigError(
-            f"{type(module).__name__} returned {type(output).__name__}, not a Routing; pass read= to record_routing"
+            f"{type(module).__name__} returned {type(output).__name__}, not a Routing, nor logits, weights and indices; pass read= to "
+            f"record_routing"
         )
-    return output
+    return Routing(index[0].long(), weight[0], score[0])
 
 
 def _given(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
