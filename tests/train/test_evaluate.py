@@ -9,6 +9,7 @@ from torch import nn
 from anabranch.data import ByteTokenizer, DataConfig, Domain, Files, Mixture, text_windows
 from anabranch.lm import Decoder
 from anabranch.train import Evaluation, evaluate
+from ranks import run_ranks
 
 
 class Uniform(nn.Module):
@@ -85,3 +86,27 @@ def test_bfloat16_is_close(dense_model):
     )
     assert narrow.nats_per_token != wide.nats_per_token
     assert narrow.nats_per_token == pytest.approx(wide.nats_per_token, rel=0.02)  # 8 bits of mantissa
+
+
+def test_ranks_with_fewer_batches_go_along_with_a_model_that_communicates(tmp_path):
+    script = """
+from types import SimpleNamespace
+from torch import nn
+from anabranch.data import ByteTokenizer, text_windows
+from anabranch.train import evaluate
+
+class Talks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(257))
+    def forward(self, token_BL):
+        parts = [torch.zeros(5) for _ in range(world)]
+        dist.all_gather(parts, torch.full((5,), float(rank)))
+        assert [int(part[0]) for part in parts] == list(range(world))
+        return SimpleNamespace(logits_BLV=self.weight.expand(*token_BL.shape, -1))
+
+text = "abcdefgh" * (6 if rank == 0 else 2)
+found = evaluate(Talks(), text_windows([text], ByteTokenizer.Config().build(), 8, batch_size=1), equal_passes=True)
+print(found.tokens, found.bytes)
+"""
+    assert run_ranks(script, tmp_path) == ["62 62\n"] * 2  # 47 + 15: the first token of a text is not predicted

@@ -108,18 +108,24 @@ def _add(total_3M: Tensor, logits_BLV: Tensor, batch: Batch) -> None:
 
 
 def _batches(windows: Iterable[Batch], device: torch.device, equal_passes: bool) -> Iterator[tuple[Batch, bool]]:
-    """Batches with True; then, where passes must be equal in number, the last one again with False."""
-    batch, count = None, 0
-    for batch in windows:
-        count += 1
-        yield batch.to(device, non_blocking=True), True
+    """Batches with True; where passes must be equal in number, also some with False that do not count.
+
+    Ranks agree before each pass whether there is one: asked afterwards, the rank that is done would wait in another collective than
+    the one in whose forward pass the others communicate.
+    """
     if not equal_passes or not dist.is_initialized():
+        yield from ((batch.to(device, non_blocking=True), True) for batch in windows)
         return
-    most = torch.tensor(count, device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
     zero = torch.zeros(1, 1, dtype=torch.int64)
-    for _ in range(int(most) - count):
-        yield (batch or Batch(zero, zero, zero[0])).to(device), False
+    last, batches = Batch(zero, zero, zero[0]), iter(windows)
+    while True:
+        batch = next(batches, None)
+        more = torch.tensor(float(batch is not None), device=device)
+        dist.all_reduce(more, dist.ReduceOp.MAX)
+        if not more:
+            return
+        last = last if batch is None else batch
+        yield last.to(device, non_blocking=True), batch is not None
 
 
 def _evaluation(total_3: Tensor) -> Evaluation:
