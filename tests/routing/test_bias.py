@@ -1,5 +1,7 @@
 """The loss-free bias: every rule by hand or by a naive loop, and all the ways a step can go. See test_balance.py for sign and magnitude."""
 
+from ast import literal_eval
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ from anabranch.routing import (
 )
 from anabranch.routing.balance import Observation
 from anabranch.routing.score import LinearScore
+from anabranch.testing import check_balancer, check_feed_forward, check_router
+from ranks import run_ranks
 
 RULES = ["sign", "magnitude", "inv_n", "inv_sqrt", "quantile"]
 
@@ -150,7 +154,7 @@ def test_k_of_all_skipped_steps_and_evaluation_move_nothing(rule):
     for one in (full, skipped, evaluated):
         assert not one.balance[0].expert_bias.any()
     if rule == "quantile":
-        assert not skipped.balance[0].margins.load_E.any()
+        assert not skipped.balance[0].margins.count_EX.any()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -311,3 +315,43 @@ def test_items_only_move_towards_what_gained_bias(rule, top_k, seed):
             for dropped in set(old) - set(new):
                 for taken in set(new) - set(old):
                     assert moved_E[taken] >= moved_E[dropped] - 1e-6
+
+
+@pytest.mark.slow
+def test_quantiles_keep_the_contract_of_routers_and_balancers():
+    check_balancer(BiasBalancer.Config(rule="quantile"))
+    check_router(router("quantile", dim=16), dim=16)
+    check_feed_forward(MoE.Config(num_experts=4, hidden_dim=32, router=router("quantile").config))
+
+
+QUANTILES = """
+import torch
+from anabranch.routing import BiasBalancer, Router, RoutingContext, TopK, sync_loads
+from anabranch.routing.score import LinearScore
+
+def train(rank, world):
+    config = Router.Config(
+        score=LinearScore.Config(activation="sigmoid", init_std=0.5), select=TopK.Config(top_k=2),
+        balance=(BiasBalancer.Config(rule="quantile"),),
+    )
+    router = config.build(6, 8, generator=torch.Generator().manual_seed(0))
+    x_ND = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    for step in range(1, 4):
+        context = RoutingContext(training=True)
+        router(x_ND.chunk(world)[rank], context)
+        context.commit()
+        sync_loads(router)
+        router.balance[0].on_step(step, step / 3)
+    return router.balance[0].expert_bias.tolist()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_quantiles_of_the_whole_batch(tmp_path):
+    namespace = {}
+    exec(QUANTILES, namespace)
+    expected = namespace["train"](0, 1)
+    first, second = map(literal_eval, run_ranks(QUANTILES + "print(train(rank, world))", tmp_path))
+    assert first == second
+    assert first == pytest.approx(expected, abs=1e-6)
+    assert any(expected)

@@ -152,9 +152,19 @@ class _Margins(LoadCounter):
     threshold moved.
     """
 
+    count_EX: Tensor
+
     def __init__(self, num_destinations: int) -> None:
         super().__init__(Balancer.Config(), num_destinations)
-        self.register_buffer("load_E", torch.zeros(num_destinations, BINS), persistent=False)
+        self.register_buffer("count_EX", torch.zeros(num_destinations, BINS), persistent=False)
+
+    def counts(self) -> list[Tensor]:
+        """The histogram, flat; ranks add theirs up."""
+        return [self.count_EX.view(-1)]
+
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        """Take the histogram of one forward pass."""
+        self.count_EX += load_E
 
     def histogram_EX(self, seen: Observation, bias_E: Tensor, item_mask_N: Tensor | None) -> Tensor:
         """int64 ``[E, X]``, items by destination and margin; closed destinations and padding are left out."""
@@ -174,11 +184,11 @@ class _Margins(LoadCounter):
 
     def quantile_E(self, mean_load: Tensor) -> Tensor:
         """The margin above which ``mean_load`` items of each destination stand; 0 for one that no item could have chosen."""
-        above_EX = self.load_E.flip(-1).cumsum(-1).flip(-1)  # items in this bin or a higher one
+        above_EX = self.count_EX.flip(-1).cumsum(-1).flip(-1)  # items in this bin or a higher one
         total_E = above_EX[:, 0]
         wanted_E1 = torch.minimum(mean_load, total_E).unsqueeze(-1)
         bin_E1 = ((above_EX >= wanted_E1).sum(-1, keepdim=True) - 1).clamp_min(0)
-        inside_E1 = self.load_E.gather(-1, bin_E1).clamp_min(1)
+        inside_E1 = self.count_EX.gather(-1, bin_E1).clamp_min(1)
         part_E1 = ((above_EX.gather(-1, bin_E1) - wanted_E1) / inside_E1).clamp(0, 1)
         root_E = ((bin_E1 + part_E1) * (2 / BINS) - 1).squeeze(-1)
         return torch.where(total_E > 0, root_E**3, 0.0)
