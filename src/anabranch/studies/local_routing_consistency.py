@@ -284,9 +284,8 @@ def _near_belady(results: Results) -> Claim:
     if not values:
         return Claim(name, paper, None, None, None, None, "not resolved")
     least = min(values)
-    return Claim(
-        name, paper, NEAR_BELADY, least, least - NEAR_BELADY, None, _verdict([v >= NEAR_BELADY for v in values])
-    )
+    verdict = _verdict([value >= NEAR_BELADY for value in values]) if len(results.seeds) > 1 else "not resolved"
+    return Claim(name, paper, NEAR_BELADY, least, least - NEAR_BELADY, None, verdict)
 
 
 def _domain_experts(results: Results) -> Claim:
