@@ -544,7 +544,10 @@ def test_without_ranks_nothing_is_summed():
     ("make", "message"),
     [
         (lambda: BiasBalancer.Config(rate=0.0), "rate is 0.0; it must be greater than 0"),
-        (lambda: BiasBalancer.Config(rule="pid"), "rule is 'pid'; it must be 'sign', 'magnitude', 'inv_n', 'inv_sqrt' or 'quantile'"),
+        (
+            lambda: BiasBalancer.Config(rule="pid"),
+            "rule is 'pid'; it must be 'sign', 'magnitude', 'inv_n', 'inv_sqrt' or 'quantile'",
+        ),
         (lambda: BiasBalancer.Config(freeze_after=1.5), "freeze_after is 1.5; it must be less than or equal to 1"),
         (lambda: BiasBalancer.Config(clip=0.0), "clip is 0.0; it must be greater than 0"),
         (lambda: SwitchLoss.Config(alpha=-1.0), "alpha is -1.0; it must be greater than or equal to 0"),
