@@ -175,7 +175,7 @@ def _cell(value: Any) -> str:
 
 
 README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
-README_CASES = re.compile(r"training|decode|T=1 .*forward|memory|layers=")
+README_CASES = re.compile(r"training|decod|T=1 .*forward|memory|layers=")
 
 
 def readme_with_figures(text: str) -> str:

@@ -1,6 +1,7 @@
 """Pictures of a study of trained models: differences with intervals, learning curves, and quality against cost."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,21 @@ from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, ho
 from anabranch.studies.harness import Results
 
 
-def draw_arms(results: Results, path: Path, *, baseline: str, title: str, metric: str = "bits_per_byte") -> None:
-    """Write ``path``.png and ``path``.svg: on the left ours - ``baseline`` by arm, on the right the curves."""
+def draw_arms(
+    results: Results,
+    path: Path,
+    *,
+    baseline: str,
+    title: str,
+    metric: str = "bits_per_byte",
+    curves: Sequence[str] | None = None,
+) -> None:
+    """Write ``path``.png and ``path``.svg: on the left ours - ``baseline`` by arm, on the right the ``curves`` (default: of all arms)."""
     arms = [arm for arm in results.runs if results.values(arm, metric)]
     with figure(10, max(3.2, 1.4 + 0.34 * len(arms)), ncols=2, width_ratios=(1, 1)) as (made, (left, right)):
         made.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
         _draw_differences(left, results, arms, baseline, metric)
-        _draw_curves(right, results, arms)
+        _draw_curves(right, results, [arm for arm in arms if curves is None or arm in curves])
         png, svg = to_png(made), to_svg(made)
     _write(path, png, svg)
 

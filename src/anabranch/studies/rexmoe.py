@@ -240,4 +240,4 @@ def _collapse(results: Results) -> Claim:
 
 def draw(results: Results, path: Path) -> None:
     """Bits per byte against vanilla, with intervals, and the learning curves."""
-    draw_arms(results, path, baseline="vanilla", title="ReXMoE at our scale")
+    draw_arms(results, path, baseline="vanilla", title="ReXMoE at our scale", curves=MAIN)
