@@ -99,7 +99,7 @@ def test_gradients_of_dispatch_and_combine():
     plan = plan_dispatch(routing)
     x_ND = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     weight_NK = routing.weight_NK.clone().requires_grad_()
-    torch.autograd.gradcheck(lambda x, w: combine(dispatch(x, plan).sin(), plan, w), (x_ND, weight_NK))
+    assert torch.autograd.gradcheck(lambda x, w: combine(dispatch(x, plan).sin(), plan, w), (x_ND, weight_NK))
 
 
 def test_rows_of_unused_places_are_never_read():

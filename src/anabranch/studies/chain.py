@@ -34,14 +34,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Field, configclass
 from anabranch.experts.chain import Chain, between_passes
 from anabranch.nn.moe import MoE
-from anabranch.presets import language_model
 from anabranch.routing import Router, TopK, record_routing
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
 from anabranch.studies.picture import draw_arms
+from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer, evaluate
 
@@ -63,19 +63,14 @@ COLUMNS = (
 
 
 @configclass
-class Size(Config):
+class Size(RunSize):
     """What is the same for all arms."""
 
     num_layers: int = Field(default=4, ge=1)
-    dim: int = 128
     num_experts: int = Field(default=32, ge=8)
     hidden_dim: int = 96
     top_k: int = Field(default=4, ge=2)
-    sequence_length: int = 256
-    batch_size: int = 8  # sequences a step
     steps: int = Field(default=800, ge=1)
-    learning_rate: float = 2e-3  # that of the ReXMoE study, chosen there for the plain model
-    warmup: float = 0.15
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -84,11 +79,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     return Study(
         name="chain",
         title="expert calls in sequence against as many at once",
-        settings={
-            "size": "full" if full else "smoke",
-            **to_dict(size),
-            "tokens_per_run": size.steps * size.batch_size * size.sequence_length,
-        },
+        settings=size.settings(full),
         arms=list(arms(size).values()),
         default_arms=MAIN if full else SMOKE,
         seeds=(0, 1, 2) if full else (0, 1),
@@ -141,16 +132,7 @@ def _chain(size: Size, passes: int = 2, top_k: int | None = None, **changes: Any
 
 
 def _arm(size: Size, name: str, about: str, feed_forward: MoE.Config) -> Arm:
-    config: RunConfig = language_model(
-        feed_forward,
-        dim=size.dim,
-        num_layers=size.num_layers,
-        sequence_length=size.sequence_length,
-        batch_size=size.batch_size,
-        steps=size.steps,
-        learning_rate=size.learning_rate,
-        warmup=size.warmup,
-    )
+    config = size.run_of(feed_forward)
     return Arm(name, about, config)
 
 

@@ -28,18 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Field, configclass
 from anabranch.data.corpus import Corpus, Domain, Files, Mixture, Stdlib
 from anabranch.data.named import Named
 from anabranch.files import atomic_file, atomic_write_text
 from anabranch.nn.moe import MoE
-from anabranch.presets import language_model
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, to_png, to_svg
 from anabranch.routing import Router, RoutingTrace, SwitchLoss, TopK, ZLoss, record_routing
 from anabranch.routing import consistency as lrc
 from anabranch.routing.measure import vocabulary_specialization
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, verdict_below
+from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer
 
@@ -63,18 +63,15 @@ COLUMNS = (
 
 
 @configclass
-class Size(Config):
+class Size(RunSize):
     """What is the same for all arms."""
 
     num_layers: int = Field(default=4, ge=1)
-    dim: int = 128
     num_experts: int = 16
     hidden_dim: int = 128
     top_k: int = 4
-    sequence_length: int = 256
-    batch_size: int = 8
     steps: int = Field(default=1000, ge=1)
-    learning_rate: float = 2e-3
+    warmup: float = 0.1
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -84,11 +81,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     return Study(
         name="local_routing_consistency",
         title="what makes routing locally consistent, and whether the measure of it predicts caches",
-        settings={
-            "size": "full" if full else "smoke",
-            **to_dict(size),
-            "tokens_per_run": size.steps * size.batch_size * size.sequence_length,
-        },
+        settings=size.settings(full),
         arms=list(chosen.values()),
         default_arms=None if full else ("baseline", "no-lb", "top2"),
         seeds=(0, 1, 2) if full else (0, 1),
@@ -125,15 +118,7 @@ def _moe(size: Size, *, alpha: float = 0.01, shared: int = 0, top_k: int | None 
 
 
 def _arm(size: Size, name: str, about: str, feed_forward: MoE.Config) -> Arm:
-    config = language_model(
-        feed_forward,
-        dim=size.dim,
-        num_layers=size.num_layers,
-        sequence_length=size.sequence_length,
-        batch_size=size.batch_size,
-        steps=size.steps,
-        learning_rate=size.learning_rate,
-    )
+    config = size.run_of(feed_forward)
     return Arm(name, about, config.replace(data=config.data.replace(corpus=corpus())))
 
 

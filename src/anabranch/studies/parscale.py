@@ -29,13 +29,13 @@ holds if it lies within +-0.01, does not hold if it lies outside. Each claim is 
 from pathlib import Path
 from typing import Any
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Field, configclass
 from anabranch.experts.parscale import PAPER_LOSSES, Law, ParScale, fit_parallel_law
 from anabranch.nn.feed_forward import SwiGLU
-from anabranch.presets import language_model
 from anabranch.studies.harness import Arm, Claim, Column, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, verdict_below
 from anabranch.studies.picture import draw_arms
+from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
@@ -53,18 +53,13 @@ COLUMNS = (
 
 
 @configclass
-class Size(Config):
+class Size(RunSize):
     """What is the same for all arms."""
 
     num_layers: int = Field(default=4, ge=1)
-    dim: int = 128
     hidden_dim: int = 256
     prefix_len: int = 8
-    sequence_length: int = 256
-    batch_size: int = 8  # sequences a step
     steps: int = Field(default=320, ge=1)
-    learning_rate: float = 2e-3  # that of the ReXMoE study; the -slow and -fast arms ask whether it is fair
-    warmup: float = 0.15
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -77,11 +72,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     return Study(
         name="parscale",
         title="parallel streams of one model against the plain model and wider ones",
-        settings={
-            "size": "full" if full else "smoke",
-            **to_dict(size),
-            "tokens_per_run": size.steps * size.batch_size * size.sequence_length,
-        },
+        settings=size.settings(full),
         arms=list(arms(size).values()),
         default_arms=MAIN if full else SMOKE,
         seeds=(0, 1, 2) if full else (0, 1),
@@ -122,16 +113,7 @@ def _streams(num_streams: int, prefix_len: int, **options: Any) -> ParScale.Conf
 
 
 def _arm(size: Size, name: str, about: str, streams: ParScale.Config | None = None, widen: float = 1.0) -> Arm:
-    config: RunConfig = language_model(
-        SwiGLU.Config(hidden_dim=_hidden_dim(size, widen)),
-        dim=size.dim,
-        num_layers=size.num_layers,
-        sequence_length=size.sequence_length,
-        batch_size=size.batch_size,
-        steps=size.steps,
-        learning_rate=size.learning_rate,
-        warmup=size.warmup,
-    )
+    config = size.run_of(SwiGLU.Config(hidden_dim=_hidden_dim(size, widen)))
     return Arm(name, about, config.replace(model=config.model.replace(streams=streams)))
 
 

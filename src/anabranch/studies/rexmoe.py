@@ -31,14 +31,14 @@ fired in every run. Each claim is judged alone: with a dozen claims at 95%, expe
 from pathlib import Path
 from typing import Any
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Field, configclass
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.nn.moe import MoE
-from anabranch.presets import language_model
 from anabranch.routing import Router, TopK
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, verdict_below
 from anabranch.studies.picture import draw_arms
+from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
@@ -59,21 +59,17 @@ COLUMNS = (
 
 
 @configclass
-class Size(Config):
+class Size(RunSize):
     """What is the same for all arms."""
 
     num_layers: int = Field(default=6, ge=4)  # groups of 4 must fit
-    dim: int = 128
     num_experts: int = 8
     hidden_dim: int = 128
     top_k: int = 2
-    sequence_length: int = 256
-    batch_size: int = 8  # sequences a step
     steps: int = Field(default=800, ge=1)
     learning_rate: float = (
         2e-3  # the best of 1e-3, 2e-3, 4e-3 for vanilla in 200 steps; with warmup 0.02 all were worse
     )
-    warmup: float = 0.15
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -83,7 +79,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     return Study(
         name="rexmoe",
         title="reuse of neighbouring experts and progressive scaling against a plain mixture of experts",
-        settings={"size": "full" if full else "smoke", **size_settings(size)},
+        settings=size.settings(full),
         arms=list(chosen.values()),
         default_arms=MAIN if full else SMOKE,
         seeds=(0, 1, 2) if full else (0, 1),
@@ -92,11 +88,6 @@ def make(full: bool = False, **changes: Any) -> Study:
         columns=COLUMNS,
         draw=draw,
     )
-
-
-def size_settings(size: Size) -> dict[str, Any]:
-    """What the result file says about the size."""
-    return {**to_dict(size), "tokens_per_run": size.steps * size.batch_size * size.sequence_length}
 
 
 def arms(size: Size) -> dict[str, Arm]:
@@ -155,16 +146,7 @@ def _psr(**options: Any) -> ProgressiveScaling.Config:
 
 
 def _arm(size: Size, name: str, about: str, feed_forward: MoE.Config) -> Arm:
-    config: RunConfig = language_model(
-        feed_forward,
-        dim=size.dim,
-        num_layers=size.num_layers,
-        sequence_length=size.sequence_length,
-        batch_size=size.batch_size,
-        steps=size.steps,
-        learning_rate=size.learning_rate,
-        warmup=size.warmup,
-    )
+    config = size.run_of(feed_forward)
     return Arm(name, about, config)
 
 

@@ -34,15 +34,15 @@ from typing import Any
 
 import torch
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Field, configclass
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.rmoe_measure import expert_similarity, measure_gates
 from anabranch.nn.moe import MoE
-from anabranch.presets import language_model
 from anabranch.routing import CosineScore, LinearScore, Router, Score, TopK
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import every_seed, verdict_below
 from anabranch.studies.picture import draw_arms
+from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer
 
@@ -63,20 +63,15 @@ COLUMNS = (
 
 
 @configclass
-class Size(Config):
+class Size(RunSize):
     """What is the same for all arms."""
 
     num_layers: int = Field(default=8, ge=2)
-    dim: int = 128
     num_experts: int = 16
     hidden_dim: int = 128
     top_k: int = 2
     state_dim: int = 32
-    sequence_length: int = 256
-    batch_size: int = 8  # sequences a step
     steps: int = Field(default=600, ge=1)
-    learning_rate: float = 2e-3  # that of the ReXMoE study, chosen there for the plain model
-    warmup: float = 0.15
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -85,11 +80,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     return Study(
         name="rmoe",
         title="routers that hand on a recurrent state against routers that stand alone",
-        settings={
-            "size": "full" if full else "smoke",
-            **to_dict(size),
-            "tokens_per_run": size.steps * size.batch_size * size.sequence_length,
-        },
+        settings=size.settings(full),
         arms=list(arms(size).values()),
         default_arms=MAIN if full else SMOKE,
         seeds=(0, 1, 2) if full else (0, 1),
@@ -127,16 +118,7 @@ def _arm(size: Size, name: str, about: str, score: Score.Config) -> Arm:
     feed_forward = MoE.Config(
         num_experts=size.num_experts, hidden_dim=size.hidden_dim, router=Router.Config(score=score, select=select)
     )
-    config: RunConfig = language_model(
-        feed_forward,
-        dim=size.dim,
-        num_layers=size.num_layers,
-        sequence_length=size.sequence_length,
-        batch_size=size.batch_size,
-        steps=size.steps,
-        learning_rate=size.learning_rate,
-        warmup=size.warmup,
-    )
+    config = size.run_of(feed_forward)
     return Arm(name, about, config)
 
 
