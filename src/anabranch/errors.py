@@ -2,6 +2,7 @@
 
     AnabranchError
     ├── ConfigError       a config field has a value it may not have (also a ValueError)
+    ├── InputError        an argument of a call (array, graph, node, k) has a value it may not have (also a ValueError)
     ├── DataError         a corpus, dataset or trace is missing, unreadable or malformed
     ├── CheckpointError   a model folder or file is missing, corrupt, or of another shape or version
     ├── TokenizerError    a tokenizer cannot be read or does not fit the model
@@ -18,6 +19,10 @@ class AnabranchError(Exception):
 
 class ConfigError(AnabranchError, ValueError):
     """A config field has a value it may not have; the message names the field, the value and what is allowed."""
+
+
+class InputError(AnabranchError, ValueError):
+    """An argument of a call has a value it may not have; the message names it, the value (and its row), and what is allowed."""
 
 
 class DataError(AnabranchError):

@@ -1,0 +1,155 @@
+"""One checked file of named arrays: what graphs, indexes and embeddings are saved in.
+
+    magic     8 bytes, b"ANABARR1"
+    lengths   two uint64: bytes of the header, bytes of the whole file
+    header    JSON: ``kind`` (what the file holds), ``version`` of that kind, ``meta``, and per array name, dtype, shape, offset, CRC-32
+    crc       uint32 of the header
+    arrays    raw, little-endian, C order, each at a multiple of 64 bytes, so that they can be mapped into memory
+
+A file is written beside its place and renamed. Reading refuses a file that is foreign, of another kind, truncated, or altered: lengths and
+the header's checksum are always checked; checksums of arrays unless it is mapped (that would read all of it; `verify` does).
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError
+from anabranch.files import atomic_file
+
+MAGIC = b"ANABARR1"
+ALIGN = 64
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """What a file holds.
+
+    Attributes:
+        arrays: by name; read-only where the file is mapped.
+        meta: what was written beside them.
+        version: of the kind.
+    """
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    version: int
+
+
+def write_arrays(
+    path: str | Path,
+    kind: str,
+    arrays: Mapping[str, np.ndarray],
+    meta: Mapping[str, Any] | None = None,
+    version: int = 1,
+) -> None:
+    """Write a file, all or nothing. ``meta`` is what JSON can hold. Raises as `atomic_file`."""
+    entries, offset = [], 0
+    stored = {name: _little(array) for name, array in arrays.items()}
+    for name, array in stored.items():
+        entries.append(
+            {"name": name, "dtype": array.dtype.str, "shape": list(array.shape), "offset": offset, "crc": _crc(array)}
+        )
+        offset += _padded(array.nbytes)
+    header = json.dumps({"kind": kind, "version": version, "meta": dict(meta or {}), "arrays": entries}).encode()
+    start = _padded(len(MAGIC) + 16 + len(header) + 4)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(MAGIC + np.array([len(header), start + offset], "<u8").tobytes() + header)
+        file.write(np.array([zlib.crc32(header)], "<u4").tobytes())
+        file.write(b"\0" * (start - file.tell()))
+        for array in stored.values():
+            file.write(memoryview(array).cast("B") if array.size else b"")
+            file.write(b"\0" * (_padded(array.nbytes) - array.nbytes))
+
+
+def read_arrays(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,), mmap: bool = False) -> ArrayFile:
+    """Read a file of this kind.
+
+    Args:
+        path: the file.
+        kind: what it must hold.
+        versions: those the caller can read.
+        mmap: map arrays into memory instead of reading them; they are then read-only and their checksums are not looked at.
+
+    Raises:
+        DataError: there is no such file, or it is foreign, of another kind or version, truncated or altered.
+    """
+    path = Path(path)
+    header, start = _header(path)
+    if header["kind"] != kind:
+        raise DataError(f"{path} holds a {header['kind']}, not a {kind}")
+    if header["version"] not in versions:
+        known = ", ".join(map(str, versions))
+        raise DataError(f"{path} is version {header['version']} of a {kind}; this release reads {known}")
+    arrays = {}
+    for entry in header["arrays"]:
+        shape, dtype, place = tuple(entry["shape"]), np.dtype(entry["dtype"]), start + entry["offset"]
+        if mmap and 0 not in shape:
+            arrays[entry["name"]] = np.memmap(path, dtype, "r", place, shape)
+            continue
+        count = int(np.prod(shape, dtype=np.int64))
+        array = np.fromfile(path, dtype, count, offset=place).reshape(shape)
+        if not mmap and _crc(array) != entry["crc"]:
+            raise DataError(f"{path} is damaged: the checksum of {entry['name']!r} is wrong; make the file again")
+        arrays[entry["name"]] = array
+    return ArrayFile(arrays, header["meta"], header["version"])
+
+
+def verify(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,)) -> None:
+    """Read all of a file and look at every checksum. Raises as `read_arrays`."""
+    read_arrays(path, kind, versions=versions)
+
+
+def kind_of(path: str | Path) -> str:
+    """What a file holds. Raises DataError for a foreign or damaged one."""
+    return _header(Path(path))[0]["kind"]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where arrays start."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            fixed = file.read(len(MAGIC) + 16)
+            if fixed[: len(MAGIC)] != MAGIC:
+                raise DataError(f"{path} is not one of our array files (it does not start with {MAGIC.decode()})")
+            if len(fixed) < len(MAGIC) + 16:
+                raise DataError(f"{path} is truncated: it ends within its first {len(MAGIC) + 16} bytes")
+            length, whole = (int(number) for number in np.frombuffer(fixed[len(MAGIC) :], "<u8"))
+            if size != whole or length > size:
+                raise DataError(f"{path} is truncated or damaged: it has {size:,} bytes where {whole:,} were written")
+            header, crc = file.read(length), file.read(4)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    if len(crc) < 4 or zlib.crc32(header) != int(np.frombuffer(crc, "<u4")[0]):
+        raise DataError(f"{path} is damaged: the checksum of its header is wrong; make the file again")
+    found = json.loads(header)
+    start = _padded(len(MAGIC) + 16 + length + 4)
+    for entry in found["arrays"]:
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        if start + entry["offset"] + count * np.dtype(entry["dtype"]).itemsize > size:
+            raise DataError(f"{path} is damaged: {entry['name']!r} would reach beyond its end")
+    return found, start
+
+
+def _little(array: np.ndarray) -> np.ndarray:
+    array = np.ascontiguousarray(array)
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _crc(array: np.ndarray) -> int:
+    flat = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+    found = 0
+    for start in range(0, len(flat), _CHUNK):
+        found = zlib.crc32(flat[start : start + _CHUNK], found)
+    return found
+
+
+def _padded(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
