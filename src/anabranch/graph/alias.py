@@ -42,7 +42,7 @@ def build_alias(indptr: np.ndarray, weight_M: np.ndarray) -> AliasTable:
 
 
 @nb.njit(cache=True, nogil=True)
-def _build(indptr, weight_M, keep_M, other_M):  # type: ignore[no-untyped-def]
+def _build(indptr, weight_M, keep_M, other_M):
     longest = 0
     for row in range(len(indptr) - 1):
         longest = max(longest, indptr[row + 1] - indptr[row])
@@ -78,7 +78,7 @@ def _build(indptr, weight_M, keep_M, other_M):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(inline="always")
-def pick(bits, start, count, keep_M, other_M):  # type: ignore[no-untyped-def]
+def pick(bits, start, count, keep_M, other_M):
     """The place in the edges of a draw from the table at ``start`` of ``count`` slots; one 64-bit draw is enough."""
     slot = below(bits, count)
     if low_unit(bits) >= keep_M[start + slot]:

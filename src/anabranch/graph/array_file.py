@@ -64,7 +64,7 @@ def write_arrays(
         file.write(np.array([zlib.crc32(header)], "<u4").tobytes())
         file.write(b"\0" * (start - file.tell()))
         for array in stored.values():
-            file.write(memoryview(array).cast("B") if array.size else b"")
+            file.write(_flat(array))
             file.write(b"\0" * (_padded(array.nbytes) - array.nbytes))
 
 
@@ -87,7 +87,7 @@ def read_arrays(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,)
     if header["version"] not in versions:
         known = ", ".join(map(str, versions))
         raise DataError(f"{path} is version {header['version']} of a {kind}; this release reads {known}")
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for entry in header["arrays"]:
         shape, dtype, place = tuple(entry["shape"]), np.dtype(entry["dtype"]), start + entry["offset"]
         if mmap and 0 not in shape:
@@ -143,8 +143,13 @@ def _little(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
+def _flat(array: np.ndarray) -> np.ndarray:
+    """The bytes of a contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8)
+
+
 def _crc(array: np.ndarray) -> int:
-    flat = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+    flat = _flat(array)
     found = 0
     for start in range(0, len(flat), _CHUNK):
         found = zlib.crc32(flat[start : start + _CHUNK], found)

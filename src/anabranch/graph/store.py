@@ -312,7 +312,7 @@ def _checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) -
     if count < 0:
         raise InputError(f"num_nodes is {num_nodes}; it must not be negative")
     for name, array in (("source", source_E), ("target", target_E)):
-        bad = np.flatnonzero((array < 0) | (array >= count)) if array.size else []
+        bad = np.flatnonzero((array < 0) | (array >= count))
         if len(bad):
             raise InputError(f"edge {bad[0]} has the {name} {array[bad[0]]}; nodes are 0 to {count - 1}")
     return source_E, target_E, count
