@@ -143,9 +143,9 @@ def _little(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
+def _flat(array: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return array.reshape(-1).view(np.uint8)
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _crc(array: np.ndarray) -> int:

@@ -6,7 +6,7 @@ keys. Nothing is shared between streams, so work may be split and ordered in any
     state = stream(seed, node, walk)
     state, bits = next_bits(state)          # uint64; to_unit(bits) is uniform in [0, 1), below(bits, n) an integer in 0 ... n - 1
 
-Every function works in Python and inside numba kernels; ids, seeds and bounds are integers, states and bits uint64.
+Every function works inside numba kernels; called from Python, states and bits are to be `numpy.uint64`.
 """
 
 import numba as nb
@@ -23,6 +23,7 @@ _UNIT = 2.0**-53
 @nb.njit(inline="always")
 def mix(value):
     """A bijection of uint64 whose every output bit depends on every input bit."""
+    value = np.uint64(value)
     value = (value ^ (value >> _30)) * _FIRST
     value = (value ^ (value >> _27)) * _SECOND
     return value ^ (value >> _31)
@@ -39,23 +40,23 @@ def stream(seed, first=0, second=0):
 @nb.njit(inline="always")
 def next_bits(state):
     """The next state, and 64 random bits."""
-    state = state + _GOLDEN
+    state = np.uint64(state) + _GOLDEN
     return state, mix(state)
 
 
 @nb.njit(inline="always")
 def to_unit(bits):
     """Uniform in [0, 1), of the upper 53 bits."""
-    return float(bits >> _11) * _UNIT
+    return float(np.uint64(bits) >> _11) * _UNIT
 
 
 @nb.njit(inline="always")
 def below(bits, bound):
     """An integer in 0 ... bound - 1, of the upper 32 bits; ``bound`` below 2**32, bias below bound / 2**32."""
-    return np.int64(((bits >> _32) * np.uint64(bound)) >> _32)
+    return np.int64(((np.uint64(bits) >> _32) * np.uint64(bound)) >> _32)
 
 
 @nb.njit(inline="always")
 def low_unit(bits):
     """Uniform in [0, 1), of the lower 32 bits: a second draw from bits whose upper half `below` used."""
-    return float(bits & _LOW) * 2.0**-32
+    return float(np.uint64(bits) & _LOW) * 2.0**-32
