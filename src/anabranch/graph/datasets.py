@@ -1,0 +1,137 @@
+"""Well-known small graphs by name, from the folder that ``ANABRANCH_DATA`` names (``graphs/`` in it) or an installed package.
+
+Nothing is downloaded. Sizes are those of the graphs as loaded (undirected edges counted once, self-loops included):
+
+    name           nodes    edges     what                                     labels                      source, licence
+    blogcatalog    10,312   333,983   friendships of bloggers                  39, overlapping             Zafarani and Liu (ASU); MIT repo
+    ppi             3,890    38,739   proteins that interact (Homo sapiens)    50, overlapping             BioGRID, node2vec; MIT repo
+    dblp           51,264   127,968   authors who wrote together               60, one each                AMiner; MIT repo
+    dblp_weighted  27,199    66,832   the same of 4 fields, weights 1 to 59    4 fields, soft membership   HARP; MIT repo
+    cora            2,708     5,429   citations (directed)                     7, one each                 shchur/gnn-benchmark; MIT repo
+    karate             34        78   members of a club (networkx)             2                           Zachary, 1977
+    lesmis             77       254   characters of a novel, weighted (networkx)  none                     Knuth, 1993
+"""
+# Shapes: N nodes, C classes
+
+import gzip
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import BackendError, ConfigError, DataError
+from anabranch.graph.store import Graph
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A graph with what is known of its nodes.
+
+    Attributes:
+        graph: the graph.
+        labels_NC: `scipy.sparse.csr_array` of bool, whose node has which label; None where there are none.
+        classes: names of the labels, [C]; None where they have none.
+    """
+
+    graph: Graph
+    labels_NC: Any = None
+    classes: tuple[str, ...] | None = None
+
+
+def load_dataset(name: str) -> Dataset:
+    """The data set of this name.
+
+    Raises:
+        ConfigError: there is none of this name.
+        DataError: ``ANABRANCH_DATA`` is not set, or the file is not there or not readable.
+        BackendError: networkx, which holds the smallest ones, is not installed.
+    """
+    if name not in _READERS:
+        raise ConfigError(f"no graph {name!r}; known: {', '.join(_READERS)}")
+    return _READERS[name](name)
+
+
+def _path(file: str) -> Path:
+    folder = os.environ.get("ANABRANCH_DATA")
+    if not folder:
+        raise DataError(f"graphs/{file} is looked for in the folder that ANABRANCH_DATA names, and that is not set")
+    path = Path(folder) / "graphs" / file
+    if not path.is_file():
+        raise DataError(f"there is no {path}; ANABRANCH_DATA must name the folder of the shipped data")
+    return path
+
+
+def _mat(name: str) -> Dataset:
+    from scipy.io import loadmat
+    from scipy.sparse import csr_array
+
+    found = loadmat(str(_path(f"{name}.mat")))
+    return Dataset(Graph.from_scipy(found["network"]), csr_array(found["group"]).astype(bool))
+
+
+def _edge_list(name: str) -> Dataset:
+    ends = np.loadtxt(_path(f"{name}.edgelist.gz"), np.int64, ndmin=2)
+    with gzip.open(_path(f"{name}.labels.gz"), "rt") as file:
+        members = [np.array(line.split(), np.int64) for line in file]
+    count = 1 + max(int(ends.max()), max(int(of.max()) for of in members if of.size))
+    return Dataset(Graph.from_edges(ends[:, 0], ends[:, 1], num_nodes=count), _labels(members, count))
+
+
+def _weighted(name: str) -> Dataset:
+    from scipy.sparse import coo_array, csr_array
+
+    found = np.load(_path(f"{name}.npz"))
+    count = int(found["num_nodes"])
+    matrix = coo_array((found["weight"], (found["row"], found["col"])), shape=(count, count)).tocsr()
+    fields = csr_array(found["field_weight"] > 0)
+    return Dataset(Graph.from_scipy(matrix, directed=False), fields, tuple(map(str, found["field_name"])))
+
+
+def _cora(name: str) -> Dataset:
+    from scipy.sparse import csr_array
+
+    found = np.load(_path(f"{name}.npz"))
+    shape = tuple(found["adj_shape"])
+    matrix = csr_array((found["adj_data"], found["adj_indices"], found["adj_indptr"]), shape=shape)
+    members = [np.flatnonzero(found["labels"] == label) for label in range(int(found["labels"].max()) + 1)]
+    return Dataset(Graph.from_scipy(matrix, directed=True), _labels(members, shape[0]))
+
+
+def _networkx(name: str) -> Dataset:
+    try:
+        import networkx
+    except ImportError:
+        raise BackendError(f"the graph {name!r} comes with networkx; pip install networkx") from None
+    found = {"karate": networkx.karate_club_graph, "lesmis": networkx.les_miserables_graph}[name]()
+    matrix = networkx.to_scipy_sparse_array(found, weight="weight" if name == "lesmis" else None)
+    names = None if name == "karate" else list(found.nodes)
+    graph = Graph.from_scipy(matrix, directed=False, names=names)
+    if name == "lesmis":
+        return Dataset(graph)
+    clubs = [club for _, club in found.nodes(data="club")]
+    classes = tuple(sorted(set(clubs)))
+    members = [np.flatnonzero([club == one for club in clubs]) for one in classes]
+    return Dataset(graph, _labels(members, len(clubs)), classes)
+
+
+def _labels(members: list[np.ndarray], count: int) -> Any:
+    """[N, C] of the members of each class."""
+    from scipy.sparse import coo_array
+
+    column = np.repeat(np.arange(len(members)), [len(of) for of in members])
+    row = np.concatenate(members)
+    return coo_array((np.ones(len(row), bool), (row, column)), shape=(count, len(members))).tocsr()
+
+
+_READERS: dict[str, Callable[[str], Dataset]] = {
+    "blogcatalog": _mat,
+    "ppi": _edge_list,
+    "dblp": _edge_list,
+    "dblp_weighted": _weighted,
+    "cora": _cora,
+    "karate": _networkx,
+    "lesmis": _networkx,
+}
