@@ -116,9 +116,12 @@ def test_padding_may_come_after_an_unpadded_start():
 
 def test_a_prefix_is_seen_by_all_and_is_no_position():
     assert attention_mask(None, None, 1, CPU, num_prefix=2) == (None, False)  # one token sees everything
-    mask, is_causal = attention_mask(None, None, 3, CPU, num_prefix=2)
+    assert attention_mask(None, None, 3, CPU, num_prefix=2) == (None, True)  # causal behind what stands in front
+    cache = KeyValueCache(1, 8)
+    cache.length = 1
+    mask, is_causal = attention_mask(cache, None, 2, CPU, num_prefix=2)
     assert not is_causal
-    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     mask, _ = attention_mask(None, torch.tensor([[False, True]]), 2, CPU, num_prefix=1)
     assert mask[0, 0].int().tolist() == [[1, 1, 0], [1, 0, 1]]
 

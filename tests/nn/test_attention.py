@@ -166,3 +166,25 @@ def test_bf16_autocast_is_close():
 def test_messages(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_entries_in_front_are_seen_by_all():
+    """Causal attention behind a prefix, without a mask, is attention with one."""
+    torch.manual_seed(1)
+    attention = Attention.Config(num_heads=2, num_kv_heads=1).build(BuildContext(16))
+    x_BLW = torch.randn(2, 5, 16, requires_grad=True)
+    front = torch.randn(2, 2, 1, 3, 8)  # keys and values of 3 entries
+
+    class Front:
+        def append(self, layer, key_BHLD, value_BHLD):
+            return torch.cat((front[0], key_BHLD), 2), torch.cat((front[1], value_BHLD), 2)
+
+    rotary = Rotary.Config().build(8)(torch.arange(5).expand(2, 5), torch.float32)
+    mask = torch.cat((torch.ones(5, 3), torch.ones(5, 5).tril()), 1).bool()[None, None]
+    found = []
+    for options in ({"is_causal": True}, {"is_causal": False, "attention_mask": mask}):
+        context = ForwardContext(position_BL=torch.arange(5).expand(2, 5), rotary=rotary, cache=Front(), **options)
+        y_BLW = attention(x_BLW, context)
+        found.append((y_BLW, *torch.autograd.grad(y_BLW.square().sum(), (x_BLW, attention.qkv.weight))))
+    for ours, masked in zip(*found, strict=True):
+        torch.testing.assert_close(ours, masked, rtol=1e-5, atol=1e-5)

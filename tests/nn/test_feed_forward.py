@@ -41,6 +41,36 @@ def test_the_residual_projection_has_its_own_spread():
     assert layer.w13.weight.std() > 0.4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_training_one_kernel_does_what_the_matrices_do(dtype):
+    layer, x_BLD = build(dim=32, hidden_dim=48).to(dtype), torch.randn(2, 9, 32, dtype=dtype)
+    found = []
+    for is_fused in (True, False):
+        handle = (
+            None if is_fused else layer.w13.register_forward_hook(lambda *_: None)
+        )  # a hook wants to see the matrix at work
+        x = x_BLD.clone().requires_grad_()
+        assert layer._is_fused(x) == is_fused
+        layer.zero_grad()
+        y_BLD = layer(x)
+        y_BLD.float().square().sum().backward()
+        found.append([y_BLD, x.grad, layer.w13.weight.grad, layer.w2.weight.grad])
+        if handle is not None:
+            handle.remove()
+    for ours, plain in zip(*found, strict=True):
+        error = (ours - plain).float().norm() / plain.float().norm()
+        assert error <= (1e-5 if dtype == torch.float32 else 1e-2)  # bf16 sums in another order
+
+
+def test_a_replaced_matrix_is_used():
+    layer, x_BLD = build(dim=32, hidden_dim=16), torch.randn(3, 32)
+    before = layer(x_BLD)
+    layer.w2 = torch.nn.Sequential(layer.w2)
+    torch.testing.assert_close(layer(x_BLD), before)
+    layer.w2 = torch.nn.Linear(16, 32)  # with a bias
+    assert not layer._is_fused(x_BLD)
+
+
 def test_no_items():
     assert build()(torch.zeros(0, 6)).shape == (0, 6)
 

@@ -136,16 +136,16 @@ def attention_mask(
 ) -> tuple[Tensor | None, bool]:
     """(mask ``[B, 1, L, L_all]`` or None, is_causal) for ``length`` new positions; ``num_prefix`` entries before them all are seen by all.
 
-    None wherever attention can do without: plain causal over a fresh sequence, or one new token that sees everything. Updates
-    ``cache.valid_BL`` where there is padding.
+    None wherever attention can do without: causal over a fresh sequence, with what stands in front of it, or one new token that sees
+    everything. Updates ``cache.valid_BL`` where there is padding.
     """
     past = cache.length if cache is not None else 0
     padded = token_mask_BL is not None or (cache is not None and cache.valid_BL is not None)
     if not padded:
-        if past == 0 and num_prefix == 0:
-            return None, True
-        if length == 1:
+        if length == 1 and past + num_prefix:
             return None, False
+        if past == 0:
+            return None, True
         return _behind(num_prefix, _causal(length, past, device)[None, None]), False
     valid_BL = _extend_valid(cache, token_mask_BL, length, past, device)
     mask = _causal(length, past, device)[None, None] & valid_BL[:, None, None, :]
