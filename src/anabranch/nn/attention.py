@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
+from anabranch.nn.causal import causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
@@ -100,19 +101,13 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        is_causal = context.is_causal and context.attention_mask is None
-        front = key.shape[2] - query.shape[2] if is_causal else 0
-        if front:  # Queries that nobody asks for make it square, and half as much work as a mask, which hides but does not spare.
-            query = F.pad(query, (0, 0, front, 0))
-        y_BHLD = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=context.attention_mask,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        return self.out(y_BHLD[:, :, front:].transpose(1, 2).flatten(2))
+        if context.is_causal and context.attention_mask is None:
+            y_BHLD = causal_attention(query, key, value)
+        else:
+            y_BHLD = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=context.attention_mask, enable_gqa=self.num_kv_heads != self.num_heads
+            )
+        return self.out(y_BHLD.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -23,7 +23,9 @@ __all__ = ["load"]
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("expert_mlp.cpp")
+HERE = Path(__file__).parent
+SOURCES = (HERE / "expert_mlp.cpp", HERE / "attention.cpp")
+HEADERS = (HERE / "matmul.h",)
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -36,7 +38,7 @@ def load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(build()))
     except (AnabranchError, OSError) as error:
-        log.warning("no compiled expert kernels, running in plain PyTorch: %s", error)
+        log.warning("no compiled kernels, running in plain PyTorch: %s", error)
         return None
     for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
         getattr(library, name).restype = ctypes.c_int
@@ -53,15 +55,15 @@ def build() -> Path:
     if compiler is None:
         raise BackendError("no C++ compiler found; install g++ or set CXX")
     command = [*compiler.split(), *FLAGS]
-    path = _cache_folder() / "kernels" / f"expert_mlp-{_fingerprint(command)}.so"
+    path = _cache_folder() / "kernels" / f"kernels-{_fingerprint(command)}.so"
     if not path.exists():
-        log.info("compiling %s into %s", SOURCE.name, path)
+        log.info("compiling the kernels into %s", path)
         with atomic_file(path) as temporary:
             done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True, check=False
+                [*command, *map(str, SOURCES), "-o", str(temporary)], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                raise BackendError(f"{compiler} could not compile {SOURCE.name}: {done.stderr.strip()[-800:]}")
+                raise BackendError(f"{compiler} could not compile the kernels: {done.stderr.strip()[-800:]}")
     return path
 
 
@@ -84,4 +86,5 @@ def _fingerprint(command: list[str]) -> str:
         cpu += next(
             (line for line in information.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
         )
-    return hashlib.sha256("\0".join([SOURCE.read_text(), *command, version, cpu]).encode()).hexdigest()[:24]
+    texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    return hashlib.sha256("\0".join([*texts, *command, version, cpu]).encode()).hexdigest()[:24]

@@ -1,0 +1,88 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anabranch.nn.causal import causal_attention
+from anabranch.nn.kernels import attention as native
+
+CASES = [  # B, H, G, L, M, D
+    (1, 1, 1, 16, 0, 16),
+    (2, 4, 2, 37, 5, 16),
+    (1, 2, 2, 100, 0, 48),
+    (2, 4, 1, 530, 16, 32),  # keys beyond one lane of a left operand
+    (1, 2, 1, 49, 1, 64),
+    (1, 3, 3, 3, 2, 32),  # too short for the kernels
+    (1, 2, 2, 20, 3, 12),  # too odd for them
+]
+
+
+def tensors(batch, heads, key_heads, length, front, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    query = drawn(batch, length, heads, width).transpose(1, 2).requires_grad_()  # as a projection leaves it
+    key, value = (drawn(batch, key_heads, front + length, width).requires_grad_() for _ in range(2))
+    return query, key, value, drawn(batch, heads, length, width)
+
+
+def by_definition(query, key, value):
+    """Each query's softmax over the keys it sees, one by one, in fp64."""
+    shared, front = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    key, value = (part.double().repeat_interleave(shared, 1) for part in (key, value))
+    rows = []
+    for number in range(query.shape[2]):
+        seen = front + number + 1
+        logits = torch.einsum("bhd,bhsd->bhs", query[:, :, number].double(), key[:, :, :seen]) / query.shape[-1] ** 0.5
+        rows.append(torch.einsum("bhs,bhsd->bhd", logits.softmax(-1), value[:, :, :seen]))
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_the_definition(case):
+    query, key, value, dy = tensors(*case)
+    expected = by_definition(query, key, value)
+    wanted = torch.autograd.grad(expected, (query, key, value), dy.double())
+    ours = causal_attention(query, key, value)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, gradient in zip(torch.autograd.grad(ours, (query, key, value), dy), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.skipif(not native.can(*tensors(*CASES[0])[:3]), reason="no compiled kernels here")
+class TestKernels:
+    def test_any_number_of_threads_gives_the_same_bits(self):
+        query, key, value, dy = tensors(3, 4, 2, 70, 4, 32)
+        found, before = [], torch.get_num_threads()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = causal_attention(query, key, value)
+            found.append((y, *torch.autograd.grad(y, (query, key, value), dy)))
+        torch.set_num_threads(before)
+        assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+    def test_large_scores_do_not_overflow(self):
+        query, key, value, _ = tensors(1, 1, 1, 32, 0, 16)
+        y = causal_attention(query * 1e4, key, value)
+        assert y.isfinite().all()
+        torch.testing.assert_close(y.double(), by_definition(query * 1e4, key, value), rtol=1e-3, atol=1e-3)
+
+    def test_a_gradient_that_is_one_number_everywhere(self):
+        query, key, value, _ = tensors(1, 2, 2, 24, 0, 16)
+        y = causal_attention(query, key, value)  # sum() hands on a tensor without strides of its own
+        ours = torch.autograd.grad(y.sum(), (query, key, value))
+        wanted = torch.autograd.grad(by_definition(query, key, value).sum(), (query, key, value))
+        for found, gradient in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=2e-5)
+
+    def test_other_types_and_lengths_are_left_to_torch(self):
+        query, key, value, _ = tensors(1, 1, 1, 16, 0, 16)
+        assert not native.can(query.double(), key.double(), value.double())
+        assert not native.can(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        assert not native.can(*(part[..., :8] for part in (query, key, value)))
+        long = key.new_zeros(1, 1, native.MOST_KEYS + 1, 16)
+        assert not native.can(query, long, long)
+        y = causal_attention(*(part.bfloat16() for part in (query, key, value)))
+        reference = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.testing.assert_close(y.float(), reference, rtol=3e-2, atol=3e-2)
