@@ -33,7 +33,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
-from anabranch.routing.score import full_precision, wide
+from anabranch.routing.score import cast, full_precision, wide
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Recurrence(nn.Module):
     def forward(self, x_NP: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The next state: (h_NP,), and for lstm (h_NP, c_NP). One matmul for all input gates and one for all recurrent gates."""
         dtype = x_NP.dtype
-        weights = (self.weight_ih.to(dtype), self.weight_hh.to(dtype), self.bias_ih.to(dtype), self.bias_hh.to(dtype))
+        weights = tuple(cast(part, dtype) for part in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
         if self.config.cell == "lstm":
             return torch.lstm_cell(x_NP, before, *weights)
         step = torch.gru_cell if self.config.cell == "gru" else torch.rnn_tanh_cell
@@ -177,7 +177,7 @@ class RecurrentScore(Score, kind="recurrent"):
         mixed = self.config.cell_dtype == "autocast" and torch.is_autocast_enabled(x_ND.device.type)
         projector = self.recurrence.projector if self.projector is None else self.projector
         with full_precision(x_ND.device.type):
-            x_NP = F.linear(x_ND, projector.to(x_ND.dtype))  # type: ignore[union-attr]
+            x_NP = F.linear(x_ND, cast(projector, x_ND.dtype))  # type: ignore[arg-type]
             state = self._next(x_NP, self._before(x_NP, context), mixed)
             if self.config.passing:
                 context.carry |= dict(zip(("routing_state", "routing_memory"), state, strict=False))
@@ -197,7 +197,7 @@ class RecurrentScore(Score, kind="recurrent"):
         return tuple(value.to(x_NP.dtype) for value in state)
 
     def _gate(self, state_NP: Tensor) -> Tensor:
-        weight_EP = self.weight.to(state_NP.dtype)
+        weight_EP = cast(self.weight, state_NP.dtype)
         if self.log_temperature is None:
             return F.linear(state_NP, weight_EP)
         cosine_NE = F.linear(F.normalize(state_NP, dim=-1), F.normalize(weight_EP, dim=-1))

@@ -61,7 +61,7 @@ class SwiGLU(FeedForward, kind="swiglu"):
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """y_BLD."""
         if self._is_fused(x_BLD):
-            return dense_mlp(x_BLD.flatten(0, -2), self.w13.weight, self.w2.weight).view_as(x_BLD)
+            return dense_mlp(x_BLD.reshape(-1, x_BLD.shape[-1]), self.w13.weight, self.w2.weight).view_as(x_BLD)
         gate, up = self.w13(x_BLD).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
@@ -73,4 +73,4 @@ class SwiGLU(FeedForward, kind="swiglu"):
         if any(type(part) is not nn.Linear or part.bias is not None or part._forward_hooks for part in matrices):
             return False
         w13_EFD, w2_EDF = (part.weight.unsqueeze(0) for part in matrices)
-        return why_not(x_BLD.flatten(0, -2), w13_EFD, w2_EDF, x_BLD.dtype) is None
+        return why_not(x_BLD.reshape(-1, x_BLD.shape[-1]), w13_EFD, w2_EDF, x_BLD.dtype) is None

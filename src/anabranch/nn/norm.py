@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from anabranch.routing.score import cast, wide
+
 
 class RMSNorm(nn.Module):
     """Normalise the last dimension (size ``dim``) by its root mean square; the weight starts at 1."""
@@ -21,8 +23,9 @@ class RMSNorm(nn.Module):
         """Same shape and dtype as ``x``."""
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        wide_x = wide(x)
+        y = F.rms_norm(wide_x, self.weight.shape, cast(self.weight, wide_x.dtype), self.eps)
+        return cast(y, x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

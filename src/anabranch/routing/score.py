@@ -110,7 +110,7 @@ class LinearScore(Score, kind="linear"):
         if context.training and self.config.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         with full_precision(x_ND.device.type):
-            return F.linear(x_ND, self.weight.to(x_ND.dtype))
+            return F.linear(x_ND, cast(self.weight, x_ND.dtype))
 
 
 class CosineScore(Score, kind="cosine"):
@@ -161,4 +161,9 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
 
 def wide(x_ND: Tensor) -> Tensor:
     """Items in the precision that scores are made in: fp32, or fp64 for fp64 items."""
-    return x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    return x_ND if x_ND.dtype in (torch.float32, torch.float64) else x_ND.float()
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, at no cost where there is nothing to do: asking torch takes longer than looking."""
+    return value if value.dtype == dtype else value.to(dtype)

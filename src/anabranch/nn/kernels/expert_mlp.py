@@ -10,6 +10,7 @@ from torch import Tensor
 from anabranch.errors import CapacityError
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.memory import empty_gradient
+from anabranch.routing.score import cast
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -47,7 +48,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F."""
-    operands = _contiguous(x_ND.to(dtype), place_R, offset_E, weight_NK.to(torch.float32), w13_EFD, w2_EDF)
+    operands = _contiguous(cast(x_ND, dtype), place_R, offset_E, cast(weight_NK, torch.float32), w13_EFD, w2_EDF)
     y_ND = torch.empty(x_ND.shape, dtype=dtype)
     z_R2F = torch.empty((place_R.shape[0], w13_EFD.shape[1]) if keep else 0, dtype=dtype)
     _call("anabranch_expert_forward", [*operands, y_ND, z_R2F], weight_NK, w13_EFD, w2_EDF, on_input)
