@@ -119,7 +119,7 @@ def _print(outcome: Outcome, folder: Path) -> None:
                 _number(claim.baseline),
                 _number(claim.ours),
                 _number(claim.difference, "+.4f"),
-                "one seed" if claim.interval is None else f"{claim.interval[0]:+.4f} to {claim.interval[1]:+.4f}",
+                "-" if claim.interval is None else f"{claim.interval[0]:+.4f} to {claim.interval[1]:+.4f}",
             ]
             for claim in outcome.claims
         ],
