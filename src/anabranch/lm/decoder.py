@@ -38,7 +38,7 @@ class DecoderOutput:
         loss: mean cross-entropy in nats over real targets plus all auxiliary losses; None without a target.
         cross_entropy: the first term alone, detached.
         auxiliary: each auxiliary loss, mean over layers, detached.
-        metrics: what layers emitted to be logged (drop_ratio), mean over layers.
+        metrics: what layers emitted to be logged (drop_ratio), mean over layers; none where a cache is used.
     """
 
     logits_BLV: Tensor | None = None
@@ -238,6 +238,7 @@ class Decoder(Part, nn.Module):
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
             sequence_length=length,
+            is_measured=cache is None,
             training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
             state={} if state is None else state,
             position_BL=position_BL,

@@ -35,6 +35,7 @@ class RoutingContext:
         item_mask_N: bool, False for padding items, which are neither routed nor counted; None if all items are real.
         sequence_length: items are ``num_sequences * sequence_length`` in row-major order; None if they are no sequences.
         training: balancers emit losses and loads only then.
+        is_measured: whether anyone reads metrics; not while tokens are generated, where making them would cost as much as a layer.
         losses: emitted losses by name, one entry per layer that emitted it.
         loads: emitted (balancer, load_E, open_E) triples.
         parts: emitted (loss over layers, its part of one layer) pairs.
@@ -48,6 +49,7 @@ class RoutingContext:
     item_mask_N: Tensor | None = None
     sequence_length: int | None = None
     training: bool = False
+    is_measured: bool = True
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     loads: list[tuple[LoadSink, Tensor, Tensor | None]] = field(default_factory=list)
     parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)

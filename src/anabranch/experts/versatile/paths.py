@@ -183,7 +183,8 @@ class Paths(nn.Module):
         exits = self.num_loops > 0 and self.config.early_exit and not whole
         mix = self.decide(x_ND, context, one_hot=not exits)
         change_ND = (self._early_exit if exits else self._all_loops)(x_ND, branch, mix)
-        self._emit(mix, branch, context, exits=exits)
+        if context.is_measured:
+            self._emit(mix, branch, context, exits=exits)
         return change_ND.to(x_ND.dtype)
 
     # Decisions
