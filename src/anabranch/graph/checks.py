@@ -3,6 +3,7 @@
 
 import operator
 import os
+from collections import Counter
 from difflib import get_close_matches
 from typing import Any
 
@@ -127,8 +128,7 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
     except TypeError as error:
         raise InputError(f"names must be integers, text or other values that can be hashed: {error}") from None
     if distinct != count:
-        seen: set[Any] = set()
-        twice = next(name for name in found.tolist() if name in seen or seen.add(name))
+        twice = next(name for name, count in Counter(found.tolist()).items() if count > 1)
         raise InputError(f"names must be distinct; at least two nodes are called {twice!r}")
     return found
 

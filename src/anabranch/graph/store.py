@@ -156,7 +156,7 @@ class Graph:
             names=names, drop_zero=drop_zero, allow_negative=allow_negative,
         )  # fmt: skip
         if graph.weights is not None and (graph.weights == 1).all():
-            graph = graph.with_weights(None)
+            graph = cls(graph.indptr, graph.indices, None, True, graph.names)
         return graph if directed else graph._as_undirected(demanded=directed is False)
 
     @staticmethod
@@ -328,7 +328,7 @@ class Graph:
         """The graph with every undirected edge as two directed ones; arrays are shared."""
         return Graph(self.indptr, self.indices, self.weights, True, self.names)
 
-    def _as_undirected(self, demanded: bool) -> "Graph":
+    def _as_undirected(self, demanded: bool) -> Self:
         """This directed graph as an undirected one if it is symmetric; else itself, or an InputError if it had to be."""
         differ = csr.count_asymmetric(self.indptr, self.indices, self._plain_weights)
         if differ and demanded:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -191,7 +192,7 @@ class EdgeSink:
                 self._files, (source_E, target_E, weight_E), (np.int64, np.int64, np.float32), strict=True
             ):
                 if array is not None:
-                    file.write(np.ascontiguousarray(array, dtype))
+                    file.write(np.ascontiguousarray(array, dtype).data)
 
     def _stored(self) -> Iterator[csr.Chunk]:
         yield from self._chunks
@@ -253,7 +254,7 @@ def compress_in_segments(
             for kind, _ in zip(kinds, sizes, strict=False)
         ]
         done, old = 0, 0
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in pairwise(bounds):
             local = indptr[first : last + 1] - old
             local[0] = 0  # the place of the row was moved by the segment before
             count, old = int(local[-1]), old + int(local[-1])
@@ -308,7 +309,7 @@ def _deal(
             part = slice(next_B[segment], next_B[segment] + count_B[segment])
             for file, array in zip(files, (row_E, id_E, moved_E), strict=False):
                 file.seek(int(place_B[segment]) * array.itemsize)
-                file.write(array[part])
+                file.write(array[part].data)
             place_B[segment] += count_B[segment]
     for file in files:
         file.flush()

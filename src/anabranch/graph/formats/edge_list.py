@@ -325,7 +325,9 @@ def _columns(path: Path, dialect: Dialect, names: list[str] | None, count: int, 
     return (source, target) if weight is None else (source, target, weight)
 
 
-def column_of(path: Path, given: Column, names: Sequence[str] | None, count: int, default: int | None) -> int | None:
+def column_of(
+    path: Path | str, given: Column, names: Sequence[str] | None, count: int, default: int | None
+) -> int | None:
     """The number of a column by name or number. Raises InputError, suggesting a near name."""
     if given is None:
         return default

@@ -1,7 +1,7 @@
-"""Lines of text files, plain or compressed: whole lines in blocks of bounded size, split into fields by kernels that know every line's number.
+"""Lines of text files, plain or compressed: blocks of whole lines, split into fields by kernels that know every line's number.
 
-Files may be compressed by gzip, bzip2 or xz (told by their first bytes), start with a byte order mark, and end lines with \\n or \\r\\n. A field
-in double quotes may hold the delimiter, blanks and doubled quotes, but no line break.
+Files may be compressed by gzip, bzip2 or xz (told by their first bytes), start with a byte order mark, and end lines with a line feed,
+a carriage return before it or not. A field in double quotes may hold the delimiter, blanks and doubled quotes, but no line break.
 """
 # Shapes: R rows of a block, F fields that are wanted
 
@@ -40,7 +40,7 @@ def open_text(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
         start = file.read(6)
     opener = next((opener for magic, (_, opener) in _COMPRESSED.items() if start.startswith(magic)), None)
-    return opener(path, "rb") if opener else open(path, "rb")  # type: ignore[return-value,operator]
+    return opener(path, "rb") if opener else open(path, "rb")  # type: ignore[operator]
 
 
 def compression(path: Path) -> str | None:
@@ -184,14 +184,14 @@ def numbers(fields: Fields, field: int, what: str) -> np.ndarray:
     """float64 [R] of a field, each the double nearest to what is written. Raises RowError."""
     values = np.empty(len(fields.line_R), np.float64)
     hard = parse_numbers(fields.text, fields.start_FR[field], fields.end_FR[field], values)
-    for row in np.flatnonzero(hard):  # long mantissas, large exponents, nan, inf, and what is no number
+    for row in np.flatnonzero(hard).tolist():  # long mantissas, large exponents, nan, inf, and what is no number
         shown = fields.value(field, row)
         try:
             if "_" in shown:
                 raise ValueError
             values[row] = float(shown)
         except ValueError:
-            raise RowError(int(row), f"the {what} {shown!r} is not a number") from None
+            raise RowError(row, f"the {what} {shown!r} is not a number") from None
     return values
 
 

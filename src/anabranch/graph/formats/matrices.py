@@ -27,8 +27,8 @@ class Found:
 def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
     """The graph of an ``.npz``: what `scipy.sparse.save_npz` writes, arrays ``X_data, X_indices, X_indptr, X_shape``, or lists of edges.
 
-    Lists are ``row, col`` (or ``source, target`` or ``src, dst``) with perhaps ``weight`` and ``num_nodes``, or ``edge_index`` [2, E] with perhaps
-    ``edge_weight``; they hold entries of the matrix, so an undirected edge stands in them both ways. Objects (pickles) are never read.
+    Lists are ``row, col`` (or ``source, target`` or ``src, dst``) with perhaps ``weight`` and ``num_nodes``, or ``edge_index`` [2, E] with
+    perhaps ``edge_weight``; they hold entries of the matrix, so an undirected edge stands in them both ways. Pickles are never read.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -141,7 +141,7 @@ def _of_lists(path: Path, lists: dict[str, Any], rules: Rules) -> Graph:
 
 
 def of_entries(source: Any, target: Any, weight: Any, num_nodes: int | None, rules: Rules, names: Any = None) -> Graph:
-    """The graph of entries of an adjacency matrix; undirected if it is symmetric, or must be so by ``rules.directed``. Raises InputError."""
+    """The graph of entries of a matrix; undirected if it is symmetric, or must be so by ``rules.directed``. Raises InputError."""
     graph = Graph.from_edges(
         source, target, weight, True, num_nodes,
         names=names, duplicates=rules.duplicates, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative,

@@ -20,7 +20,7 @@ def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> 
 
     Args:
         graph: a ``Graph``, ``DiGraph`` or a multigraph, whose parallel edges are duplicates.
-        weight: the edge attribute that is the weight; where some edges have it, it is 1 for the others (networkx's own rule); None for none.
+        weight: the edge attribute that is the weight, 1 for edges without it if others have it (networkx's own rule); None for none.
         options: ``duplicates``, ``drop_zero`` and ``allow_negative`` of `Graph.from_edges`.
 
     Raises:
@@ -103,7 +103,7 @@ def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "n
 
 
 def to_igraph(graph: Graph) -> Any:
-    """An ``igraph.Graph`` with the attributes ``name`` and ``weight`` where there are some. Raises BackendError where igraph is not installed."""
+    """An ``igraph.Graph`` with the attributes ``name`` and ``weight`` where there are some. Raises BackendError without igraph."""
     try:
         import igraph
     except ImportError:
@@ -124,7 +124,8 @@ def from_pyg(data: Any, weight: str | None = "auto", directed: bool | None = Non
 
     Args:
         data: its edges are entries of a matrix, as there: an undirected edge stands in it both ways.
-        weight: the attribute that is the weight, [E] or [E, 1]. "auto" takes ``edge_weight``, or ``edge_attr`` if it is of that shape; None for none.
+        weight: the attribute that is the weight, [E] or [E, 1]; None for none. "auto" takes ``edge_weight``, else an ``edge_attr`` of
+            that shape.
         directed: None looks whether the matrix is symmetric; False demands it.
         options: as of `from_networkx`.
 

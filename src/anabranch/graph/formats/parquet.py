@@ -40,7 +40,7 @@ def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:
     return [batch.column(schema.names[column]) for column in columns]
 
 
-def choose_columns(path: Path, schema: Any, dialect: Dialect) -> tuple[int, ...]:
+def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int, ...]:
     """Numbers of the columns of source, target and (perhaps) weight, by name, well-known name, or place."""
     import pyarrow as pa
 
@@ -58,7 +58,7 @@ def choose_columns(path: Path, schema: Any, dialect: Dialect) -> tuple[int, ...]
         target = next(column for column in range(len(names)) if column != source)
     if source == target:
         raise InputError(f"source and target are both column {names[source]!r} of {path}")
-    chosen = (source, target)
+    chosen: tuple[int, ...] = (source, target)
     if dialect.weight == "auto":
         weight = next((low.index(n) for n in WEIGHTS if n in low), None)
         chosen += () if weight is None or weight in chosen else (weight,)

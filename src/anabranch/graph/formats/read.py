@@ -71,13 +71,13 @@ def read_graph(
         delimiter: one character or "whitespace". Default: tab, comma, semicolon or bar, whichever is in the first row, else whitespace.
         comment: characters that start a line to be left out.
         ids: what ends of edges are. "numbers": ids from 0 up, those that are missing are isolated nodes; "names": numbers or text that
-            become `Graph.names` in rising order; "text": names, read as text. "auto": numbers if they are whole numbers that fill 0 ... N - 1
-            (or ``num_nodes`` is given), else names.
+            become `Graph.names` in rising order; "text": names, read as text. "auto": numbers if they are whole numbers that fill
+            0 ... N - 1 (or ``num_nodes`` is given), else names.
         num_nodes: nodes, where ids are numbers.
         variable: the matrix in an .npz or .mat file.
         duplicates, drop_zero, allow_negative: as in `Graph.from_edges`.
-        memory_limit: bytes that reading may hold at once, from 1 MiB; edges are then kept in temporary files, and a graph larger than half of it
-            is mapped from one. Names of nodes are in memory all the same. Not for .npz and .mat, which are read whole.
+        memory_limit: bytes that reading may hold at once, from 1 MiB; edges are then kept in temporary files, and a graph larger than
+            half of it is mapped from one. Names of nodes are in memory all the same. Not for .npz and .mat, which are read whole.
         spill_folder: where those files go. Default: the system's folder.
 
     Returns:
