@@ -94,7 +94,7 @@ def graph_of(
     if is_text and (rules.ids == "numbers" or rules.num_nodes is not None):
         raise DataError(f"{path}: ids are text, not numbers; leave out ids and num_nodes")
     done = 0
-    with EdgeSink(rules) as sink:
+    with EdgeSink(rules, path, len(columns) > 2) as sink:
         for batch in batches:
             _add(path, sink, batch, is_text, done)
             done += len(batch[0])
