@@ -23,14 +23,14 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             columns = choose_columns(path, schema, dialect)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
             )
             return graph_of(path, schema, columns, (_columns(batch, schema, columns) for batch in batches), rules)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error

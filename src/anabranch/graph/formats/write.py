@@ -77,7 +77,7 @@ def write_parquet(graph: Graph, path: Path) -> None:
 
     _refuse_lost_names(graph, path)
     schema = pa.table(edge_columns(graph, *_none(graph), True)).schema.with_metadata({NOTE: note_of(graph)})
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts(graph):
             writer.write_table(pa.table(edge_columns(graph, *part, True), schema))
 
