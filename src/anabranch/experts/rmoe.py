@@ -33,7 +33,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
-from anabranch.routing.score import wide
+from anabranch.routing.score import full_precision, wide
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class RecurrentScore(Score, kind="recurrent"):
         x_ND = wide(x_ND)
         mixed = self.config.cell_dtype == "autocast" and torch.is_autocast_enabled(x_ND.device.type)
         projector = self.recurrence.projector if self.projector is None else self.projector
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with full_precision(x_ND.device.type):
             x_NP = F.linear(x_ND, projector.to(x_ND.dtype))  # type: ignore[union-attr]
             state = self._next(x_NP, self._before(x_NP, context), mixed)
             if self.config.passing:

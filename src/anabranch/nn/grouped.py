@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.errors import ConfigError
 from anabranch.nn.operator import GradientSums, expert_operator, swiglu
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
+from anabranch.routing.score import full_precision
 
 __all__ = ["BACKENDS", "expert_mlp", "reference_expert_mlp"]
 
@@ -73,7 +74,7 @@ def expert_mlp(
         backend = "grouped_mm"  # a GPU wants one launch for all experts
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, weight_NK, w13_EFD, w2_EDF))
     on_input = weight_on == "input"
-    with torch.autocast(device, enabled=False):
+    with full_precision(device):
         if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
             return expert_operator(
                 x_ND,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
-from anabranch.routing.decision import Routing, count_destinations
+from anabranch.routing.decision import Routing
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class DispatchPlan:
 def plan_dispatch(routing: Routing) -> DispatchPlan:
     """Sort the places of ``routing`` by destination."""
     index_R, num_destinations = routing.index_NK.reshape(-1), routing.num_destinations
-    key_R = torch.where(index_R < 0, num_destinations, index_R)
     # A narrow key makes the stable sort a radix sort on the CPU, several times faster than on int64.
     narrow = torch.int16 if num_destinations < 2**15 - 1 else torch.int32
-    place_R = torch.sort(key_R.to(narrow), stable=True).indices
-    offset_E = count_destinations(routing.index_NK, num_destinations).cumsum(0).to(torch.int32)
+    key_R, place_R = torch.sort(torch.where(index_R < 0, num_destinations, index_R).to(narrow), stable=True)
+    destination_E = torch.arange(num_destinations, dtype=narrow, device=key_R.device)
+    offset_E = torch.searchsorted(key_R, destination_E, right=True, out_int32=True)
     return DispatchPlan(place_R, offset_E, routing.num_items, routing.num_places)
 
 

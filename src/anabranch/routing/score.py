@@ -7,6 +7,7 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -108,7 +109,7 @@ class LinearScore(Score, kind="linear"):
         x_ND = wide(x_ND)
         if context.training and self.config.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with full_precision(x_ND.device.type):
             return F.linear(x_ND, self.weight.to(x_ND.dtype))
 
 
@@ -147,10 +148,15 @@ class CosineScore(Score, kind="cosine"):
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE = cos(P x, w) / tau, tau at least 0.01."""
         x_ND = wide(x_ND)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with full_precision(x_ND.device.type):
             x_NP = F.normalize(F.linear(x_ND, self.projection.to(x_ND.dtype)), dim=-1)
             cosine_NE = F.linear(x_NP, F.normalize(self.weight.to(x_ND.dtype), dim=-1))
         return cosine_NE / self.log_temperature.exp().clamp_min(0.01)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Autocast off. Where it is off already, as in most decoding, the switch itself would cost as much as the work inside."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def wide(x_ND: Tensor) -> Tensor:

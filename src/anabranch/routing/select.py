@@ -16,16 +16,23 @@ from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.routing.decision import UNUSED, Routing
 
+TINY = 4096  # scores
+
 
 def stable_top_k(value_NE: Tensor, top_k: int) -> Tensor:
     """index_NK of the ``top_k`` largest values, in falling order, ties to the lowest index (torch.topk leaves ties open)."""
-    if value_NE.dtype != torch.float32:
-        return value_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    if value_NE.dtype != torch.float32 or _is_tiny(value_NE):
+        return value_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     # fp32 bits, made monotone as an integer, above the reversed index: unique 64-bit keys, so topk has no ties to break.
     bits_NE = (value_NE + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered_NE = torch.where(bits_NE < 0, bits_NE ^ 0x7FFFFFFF, bits_NE).long()
     reversed_E = torch.arange(value_NE.shape[-1] - 1, -1, -1, device=value_NE.device)
     return ((ordered_NE << 32) + reversed_E).topk(top_k, dim=-1).indices
+
+
+def _is_tiny(value: Tensor) -> bool:
+    """Whether launching operations costs more than their work: a few items on a CPU, as in decoding."""
+    return 0 < value.numel() <= TINY and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Select(Part, nn.Module, family="select"):
@@ -84,6 +91,8 @@ class Select(Part, nn.Module, family="select"):
         raise NotImplementedError  # abstract
 
     def _weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+        if _is_tiny(score_NE) and int(index_NK.min()) >= 0:  # one look instead of a mask of all that follows
+            return self._weigh_all(index_NK, score_NE, logit_NE)
         unused_NK = index_NK < 0
         gather_NK = index_NK.clamp_min(0)
         if self.config.normalize == "softmax":
@@ -97,8 +106,20 @@ class Select(Part, nn.Module, family="select"):
             weight_NK = weight_NK * self.config.scale
         return Routing(index_NK, weight_NK, score_NE)
 
+    def _weigh_all(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+        """`_weigh` where every place is used."""
+        if self.config.normalize == "softmax":
+            weight_NK = (score_NE if logit_NE is None else logit_NE).gather(-1, index_NK).softmax(-1)
+        else:
+            weight_NK = score_NE.gather(-1, index_NK)
+            if self.config.normalize == "sum":
+                weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(index_NK, weight_NK if self.config.scale == 1.0 else weight_NK * self.config.scale, score_NE)
+
 
 def _only_open(value_NE: Tensor, index_NK: Tensor) -> Tensor:
+    if _is_tiny(value_NE) and float(value_NE.min()) > -math.inf:
+        return index_NK
     return index_NK.masked_fill(value_NE.gather(-1, index_NK) == -torch.inf, UNUSED)
 
 

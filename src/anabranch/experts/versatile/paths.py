@@ -35,6 +35,7 @@ from anabranch.routing import (
 )
 from anabranch.routing.balance import masked_mean
 from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
+from anabranch.routing.score import full_precision
 
 Weights = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D, F]
 
@@ -269,7 +270,7 @@ class Paths(nn.Module):
     def gate_NF(self, width: Routing, dtype: torch.dtype) -> Tensor:
         """m: for each hidden unit the gates of the chosen experts that own it, summed."""
         gate_NE = torch.zeros_like(width.score_NE).scatter_add(1, width.index_NK.clamp_min(0), width.weight_NK)
-        with torch.autocast(gate_NE.device.type, enabled=False):
+        with full_precision(gate_NE.device.type):
             return (gate_NE @ self.owner_EF.to(gate_NE.dtype)).to(dtype)
 
     def _wide(self, x_ND: Tensor, branch: Branch, width: Routing) -> Tensor:
