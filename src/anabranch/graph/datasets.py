@@ -71,22 +71,13 @@ def _path(file: str) -> Path:
 @contextmanager
 def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     """Say which file it is that cannot be read or holds something else."""
-    wrong = (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        NotImplementedError,
-        InputError,
-        UserWarning,
-    )
+    wrong: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, *also)
+    wrong += (InputError, NotImplementedError, UserWarning, zlib.error, zipfile.BadZipFile)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # numpy's, of a file without data
             yield
-    except (*wrong, *also, zlib.error, zipfile.BadZipFile) as error:
+    except wrong as error:
         raise DataError(f"cannot read {path}: {error}; it is damaged, or not the shipped file") from error
 
 
