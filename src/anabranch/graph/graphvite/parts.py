@@ -5,6 +5,7 @@ tails) at 0.
 """
 # Shapes: N nodes, D dim, P parts
 
+import itertools
 import shutil
 import tempfile
 import threading
@@ -59,8 +60,7 @@ class Parts:
         """Take the arrays of a part back."""
 
     def _slices(self) -> list[slice]:
-        start_P = self.partition.start_P
-        return [slice(a, b) for a, b in zip(start_P[:-1], start_P[1:], strict=True)]
+        return [slice(a, b) for a, b in itertools.pairwise(self.partition.start_P)]
 
 
 class MappedParts(Parts):
