@@ -179,15 +179,15 @@ class GraphVite(Estimator):
         group = num_parts if self.group == "auto" else int(self.group)
         steps = settings.steps_of(self.augmentation, self.walk_length, graph)
         base = self.shuffle_base if self.shuffle_base != "auto" else steps if self.model == "line" else 1
-        plan = Plan(
-            partition, blocks_in_order(num_parts, group), negative_tables(graph.reversed.strength_N, partition),
-            rule, self.seed,
-        )  # fmt: skip
         how = ShareSampler if self._how == "distributed" else Sampler
         sampler = how.of(
             graph, partition, self.seed,
             walk_length=self.walk_length, augmentation=steps, p=self.p, q=self.q,
             shuffle_base=1 if self._how == "distributed" else int(base),  # shuffled once all are together
+        )  # fmt: skip
+        plan = Plan(
+            partition, blocks_in_order(num_parts, group), negative_tables(graph.reversed.strength_N, partition),
+            rule, self.seed,
         )  # fmt: skip
         parts = self._parts(partition, rule, limit, row_bytes, arrays)
         executor = self._executor(plan, parts, limit, row_bytes, degree_N, int(base))

@@ -78,7 +78,7 @@ def _read_npz(path: Path) -> Saved:
     import json
 
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         meta = json.loads(arrays.pop(_META).tobytes())
     except (zipfile.BadZipFile, zipfile.error, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
