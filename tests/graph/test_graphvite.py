@@ -138,7 +138,8 @@ def test_parts_beyond_the_limit_lie_on_disk(graph, monkeypatch, tmp_path):
     assert np.array_equal(whole.vertex_ND, mapped.vertex_ND)
     assert np.array_equal(whole.context_ND, mapped.context_ND)
     (parts,) = made
-    assert 0 < parts.peak_bytes <= limit
+    assert 0 < parts.peak_bytes == mapped.peak_part_bytes <= limit
+    assert whole.peak_part_bytes == 2 * 80 * row
     assert parts.resident_bytes == 0
     files = list(tmp_path.iterdir())
     assert len(files) == 1
@@ -207,6 +208,8 @@ def test_what_cannot_go_on_is_said(graph):
         model.resume(Graph.from_edges([0], [1]), epochs=1)
     with pytest.raises(InputError, match="epochs is 0"):
         model.resume(graph, epochs=0)
+    with pytest.raises(InputError, match="the embedding has dim 8, dim is now 4; fit anew"):
+        model.set_params(dim=4).resume(graph, epochs=1)
 
 
 # Nodes without edges, output

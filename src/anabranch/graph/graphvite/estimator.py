@@ -125,6 +125,7 @@ class GraphVite(Estimator):
         self.seed = seed
         settings.check(self.get_params())
         self._arrays: dict[str, np.ndarray] = {}
+        self._peak_part_bytes = 0
         self._counters = Counters()
 
     # Fitting
@@ -153,6 +154,10 @@ class GraphVite(Estimator):
         if graph.num_nodes != len(self._arrays["vertex"]):
             raise InputError(
                 f"the embedding has {len(self._arrays['vertex']):,} nodes, the graph {graph.num_nodes:,}; fit anew"
+            )
+        if self._arrays["vertex"].shape[1] != self.dim:
+            raise InputError(
+                f"the embedding has dim {self._arrays['vertex'].shape[1]}, dim is now {self.dim}; fit anew"
             )
         if epochs is None and before.done >= before.total:
             raise InputError("the run was trained to its end; say for how many more `epochs`")
@@ -246,7 +251,10 @@ class GraphVite(Estimator):
         if graph.names is not None:
             arrays["names"] = graph.names
         self._arrays, self._counters = arrays, counters
-        self._files = parts  # files of parameters out of memory live as long as what is mapped from them
+        self._peak_part_bytes = parts.peak_bytes
+        self._keep = (
+            parts if isinstance(parts, MappedParts) else None
+        )  # its files live as long as what is mapped from them
 
     # Looking at it
 
@@ -270,6 +278,12 @@ class GraphVite(Estimator):
         """Per pool: ``epoch``, mean ``loss`` and the rate ``lr``."""
         self._need("vertex")
         return self._counters.history
+
+    @property
+    def peak_part_bytes(self) -> int:
+        """Bytes of parameters and moments in memory at most while CPU threads trained; of all of them without parts on disk."""
+        self._need("context")
+        return self._peak_part_bytes
 
     def transform(self, nodes: ArrayLike | Graph | None = None) -> np.ndarray:
         """Vectors of nodes, float32 [len(nodes), D]; of all for None or for the graph that was fitted.
