@@ -21,6 +21,7 @@ STUDIES = {
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "g_rank": "anabranch.studies.g_rank:make",
+    "graphvite": "anabranch.studies.graphvite:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
