@@ -1,7 +1,6 @@
 """`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`."""
 # Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
 
-import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +18,6 @@ from anabranch.graph.hnsw.build import (
     repair_links,
 )
 from anabranch.graph.hnsw.checks import (
-    as_array,
     as_distinct,
     as_filter,
     as_ids,
@@ -172,7 +170,9 @@ class HNSW:
             known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
                 row = int(np.flatnonzero(known)[0])
-                raise InputError(f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector")
+                raise InputError(
+                    f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
+                )
             if known.any():
                 self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
             if not known.all():
@@ -211,6 +211,21 @@ class HNSW:
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
                     self._compact(True, workers)
+
+    def restore(self, ids: Any) -> None:
+        """Undo `remove` for elements that were not compacted since. Raises InputError for ids that are not deleted, and then restores none."""
+        id_N = as_distinct(as_ids(ids, None))
+        with self._lock.write():
+            held, by_id = self._storage, self._by_id()
+            dead = np.flatnonzero(~self._live())
+            slots = dict(zip(held.label[dead].tolist(), dead.tolist(), strict=True))
+            for row, id in enumerate(id_N.tolist()):
+                if id in by_id or id not in slots:
+                    raise InputError(f"ids[{row}] is {id}, which is not a deleted element of the index")
+            for id in id_N.tolist():
+                by_id[id] = slots[id]
+                held.deleted[slots[id]] = 0
+            held.graph[layout.NUM_DELETED] -= len(id_N)
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
@@ -416,12 +431,16 @@ class HNSW:
             links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
             target_P = links[links >= 0]
             source_P = np.repeat(base_S, (links >= 0).sum(1))
-            pair_P = np.sort((target_P.astype(np.int64) << 32) | np.arange(len(target_P)))  # by target, then as they came
+            pair_P = np.sort(
+                (target_P.astype(np.int64) << 32) | np.arange(len(target_P))
+            )  # by target, then as they came
             source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
             start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
             target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))
 
-            def back(begin: int, end: int, level: int = level, target_T: Any = target_T, start_T: Any = start_T) -> None:
+            def back(
+                begin: int, end: int, level: int = level, target_T: Any = target_T, start_T: Any = start_T
+            ) -> None:
                 link_back(graph, level, target_T, start_T, source_P, begin, end)  # noqa: B023 - run before the next level
 
             workers.run(back, len(target_T), 16)
@@ -490,40 +509,42 @@ class HNSW:
         return is_reached_N.astype(bool)
 
     def _search(
-        self, query_QD: np.ndarray, ef: int, filter: Any, id_QK: np.ndarray, distance_QK: np.ndarray, num_threads: int | None
+        self,
+        query_QD: np.ndarray,
+        ef: int,
+        filter: Any,
+        id_QK: np.ndarray,
+        distance_QK: np.ndarray,
+        num_threads: int | None,
     ) -> None:
         held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, counts = held.label[: held.count], np.zeros(2, np.int64)
+        label_N, keep = held.label[: held.count], min(ef, 2 * k + EXTRA)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
         allowed_N = None
         if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
             allowed_N = self._live() if filter is None else as_filter(filter, label_N) & self._live()
-            matches = int(allowed_N.sum())
-            if filter is not None and matches <= max(2 * ef, SELECTIVE * held.count):
-                slot_S = np.flatnonzero(allowed_N)
-                slot_S = slot_S[np.argsort(label_N[slot_S])]
+        allowed = 0 if allowed_N is None else allowed_N.ctypes.data
+        slot_S = None
+        if filter is not None and allowed_N.sum() <= max(2 * ef, SELECTIVE * held.count):
+            slot_S = np.flatnonzero(allowed_N)
+            slot_S = slot_S[np.argsort(label_N[slot_S])]
+        parts: list[np.ndarray] = []
 
         def walk(begin: int, end: int) -> None:
-            found = np.zeros(2, np.int64)
-            if scanned:
-                scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, found)
+            counts = np.zeros(2, np.int64)
+            queries, results = (query_Q, aux_Q, full_Q, begin, end), (id_QK, distance_QK, counts)
+            if slot_S is not None:
+                scan_many(graph, label_N, slot_S, *queries, *results)
             else:
                 with _Marks(held) as marks:
-                    search_many(
-                        graph, label_N, marks, query_Q, aux_Q, full_Q, begin, end, ef, keep, allowed, id_QK, distance_QK, found
-                    )
-            parts.append(found)
+                    search_many(graph, label_N, marks, *queries, ef, keep, allowed, *results)
+            parts.append(counts)
 
-        parts: list[np.ndarray] = []
-        scanned = allowed_N is not None and filter is not None and matches <= max(2 * ef, SELECTIVE * held.count)
-        allowed = 0 if allowed_N is None else allowed_N.ctypes.data
-        keep = min(ef, 2 * k + EXTRA)
-        if not scanned or len(slot_S):
-            with self._workers(num_threads) as workers:
-                workers.run(walk, len(query_QD), 4)
-        counts = sum(parts, counts)
-        self._last = (int(counts[0]), int(counts[1]), len(query_QD))
+        with self._workers(num_threads) as workers:
+            workers.run(walk, len(query_QD) if slot_S is None or len(slot_S) else 0, 4)
+        hops, distances = np.sum(parts, 0) if parts else (0, 0)
+        self._last = (int(hops), int(distances), len(query_QD))
 
 
 class _Marks:
