@@ -88,9 +88,7 @@ def _labels(ids: Any, rows: int, first: int) -> np.ndarray:
         return np.arange(first, first + rows)
     found = np.asarray(ids)
     if not (found.shape == (rows,) or (found.ndim == 0 and rows == 1)):
-        raise RuntimeError(
-            f"The input label shape {found.ndim} does not match the input data vector shape {rows}"
-        )
+        raise RuntimeError(f"The input label shape {found.ndim} does not match the input data vector shape {rows}")
     found = np.atleast_1d(found)
     if found.size and (found.dtype.kind not in "iuf" or found.min() < 0 or found.max() > np.iinfo(np.int64).max):
         raise RuntimeError(f"labels must be integers from 0 to {np.iinfo(np.int64).max}")
@@ -179,9 +177,7 @@ class Index(_Base):
         """Begin an empty index."""
         if self._index is not None:
             raise RuntimeError("The index is already initiated.")
-        self._index = HNSW(
-            self._dim, METRIC[self._space], M, ef_construction, seed=random_seed, compact_at=None
-        )
+        self._index = HNSW(self._dim, METRIC[self._space], M, ef_construction, seed=random_seed, compact_at=None)
         self._max_elements, self._M, self._ef_construction = int(max_elements), int(M), self._index.ef_construction
         self._allow_replace, self._next = bool(allow_replace_deleted), 0
 
@@ -314,16 +310,16 @@ class Index(_Base):
         state = index.__getstate__()
         write_arrays(path_to_index, KIND, state["arrays"], {"hnsw": state["meta"], "max_elements": self._max_elements})
 
-    def load_index(
-        self, path_to_index: str | Path, max_elements: int = 0, allow_replace_deleted: bool = False
-    ) -> None:
+    def load_index(self, path_to_index: str | Path, max_elements: int = 0, allow_replace_deleted: bool = False) -> None:
         """Read what `save_index` wrote, in place of what there is. Distances are those of this index's space."""
         try:
             found = read_arrays(path_to_index, KIND)
             meta = found.meta["hnsw"]
             meta["options"]["metric"] = METRIC[self._space]
             if meta["options"]["dim"] != self._dim:
-                raise RuntimeError(f"{path_to_index} holds vectors of {meta['options']['dim']} numbers, not {self._dim}")
+                raise RuntimeError(
+                    f"{path_to_index} holds vectors of {meta['options']['dim']} numbers, not {self._dim}"
+                )
             index = HNSW._made(found.arrays, meta, mapped=False, source=str(path_to_index), num_threads=None)
         except (DataError, KeyError) as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
@@ -415,7 +411,9 @@ class BFIndex(_Base):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Labels, uint64 [Q, k], and distances, float32 [Q, k], the nearest first."""
         held, query_QD = self._made(), self._vectors(data)
-        slot_S = np.array([self._slots[label] for label in sorted(self._slots) if filter is None or filter(label)], np.int64)
+        slot_S = np.array(
+            [self._slots[label] for label in sorted(self._slots) if filter is None or filter(label)], np.int64
+        )
         if k < 1 or (k > len(slot_S) and len(query_QD)):
             raise RuntimeError(f"k is {k}, and there are {len(slot_S)} elements to return")
         id_QK = np.full((len(query_QD), k), -1)
@@ -453,7 +451,9 @@ class BFIndex(_Base):
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
         vectors, labels = found.arrays["vectors"], found.arrays["labels"]
         if vectors.shape != (len(labels), self._dim):
-            raise RuntimeError(f"{path_to_index} holds vectors of the shape {list(vectors.shape)}, not of {self._dim} numbers")
+            raise RuntimeError(
+                f"{path_to_index} holds vectors of the shape {list(vectors.shape)}, not of {self._dim} numbers"
+            )
         held = self._empty()
         slots = held.append(vectors, labels, np.zeros(len(labels), np.int32)) if len(labels) else np.empty(0, np.int64)
         self._storage, self._slots, self._free = held, dict(zip(labels.tolist(), slots.tolist(), strict=True)), []

@@ -6,6 +6,8 @@ any way: each list is written once, from what the step before left, so the bytes
 """
 # Shapes: B batch, T targets, K candidates
 
+from typing import Any
+
 import numpy as np
 
 from anabranch.graph.hnsw.layout import (
@@ -302,8 +304,11 @@ def repair_links(graph, visited, is_reached_N):
             continue
         query, scale, norm = as_query(graph, slot, address(own))
         entry, nearest, _, _ = descend(graph, query, scale, norm, ground)
-        count, _, _ = pool_search(graph, query, scale, norm, ground, entry, nearest, ef, visited, found_d, found_i, todo)
-        best, place = np.int64(-1), 0
+        count, _, _ = pool_search(
+            graph, query, scale, norm, ground, entry, nearest, ef, visited, found_d, found_i, todo
+        )
+        best: Any = np.int64(-1)
+        place = 0
         while place < count and best < 0:
             near = np.int64(~found_i[place])
             if is_reached_N[near] != 0 and has_room(graph, near):

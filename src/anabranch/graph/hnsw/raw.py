@@ -3,8 +3,8 @@
 Kernels take addresses instead of arrays, so that one compiled kernel serves arrays in memory, read-only arrays mapped from a file, and
 rows of every precision. Nothing here checks anything: callers own the arrays and keep ids in range (see `storage`).
 
-Distances are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a machine
-without AVX-512 runs the same code. Loops written in Python vectorise too, but their rests of fewer than 64 elements run one by one.
+Distances are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a
+machine without AVX-512 runs the same code. Loops in Python vectorise too, but their rests of fewer than 64 elements run one by one.
 """
 # Shapes: widths are counts of elements, padded with zeros to whole lines of 64 bytes
 
@@ -14,11 +14,15 @@ from typing import Any
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba import extending
+from numba.core import cgutils as numba_cgutils
+from numba.core import types
 
-kernel = nb.njit(cache=True, nogil=True)  # called from Python
-helper = nb.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by kernels alone: half the time to compile
+jit: Any = nb.njit  # numba's types do not know of all of its options, nor of what an intrinsic is called with
+intrinsic: Any = extending.intrinsic
+cgutils: Any = numba_cgutils
+kernel = jit(cache=True, nogil=True)  # called from Python
+helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by kernels alone: half the time to compile
 
 LINE = 64  # bytes
 LANES = 16
@@ -39,7 +43,7 @@ def _element(builder: Any, address: Any, index: Any, size: int) -> Any:
 def _loader(result: Any, kind: Any, size: int, extend: bool = False) -> Callable[..., Any]:
     def typed(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value = builder.load(_element(builder, *arguments, size), typ=kind)
+            value = builder.load(_element(builder, arguments[0], arguments[1], size), typ=kind)
             value.align = size
             return builder.sext(value, _I64) if extend else value
 

@@ -3,10 +3,12 @@
 `pool_search` keeps the ef best in one sorted array, each marked once it was expanded. That is the two heaps of algorithm 2: what falls out
 of W lies farther than all of W, and the search would stop before it. Finding a place is one pass of vector compares, making room one move.
 
-`filtered_search` has the two heaps, since W then holds only elements that may be returned, while C holds all. It stops when the nearest of C
-is farther than W's farthest and W is full.
+`filtered_search` has the two heaps, since W then holds only elements that may be returned, while C holds all. It stops when the nearest of
+C is farther than W's farthest and W is full.
 """
 # Shapes: Q queries, K neighbours, R room of results per query (at least K)
+
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +51,11 @@ AHEAD = 4  # rows asked for before they are measured
 @helper
 def next_tag(visited):
     """A tag that no mark carries; marks are bytes, the last of ``visited`` is the tag of the search before."""
-    tag = np.int64(visited[-1]) + 1
+    tag: Any = np.int64(visited[-1]) + 1
     if tag > 255:
         for slot in range(len(visited)):
             visited[slot] = 0
-        tag = 1
+        tag = np.int64(1)
     visited[-1] = tag
     return tag
 

@@ -31,7 +31,9 @@ class ShardedHNSW:
         **options: of each `HNSW` (M, ef_construction, dtype, seed ...).
     """
 
-    def __init__(self, dim: int, num_shards: int = 2, metric: str = "l2", *, num_threads: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, dim: int, num_shards: int = 2, metric: str = "l2", *, num_threads: int | None = None, **options: Any
+    ) -> None:
         self.num_shards = as_positive(num_shards, "num_shards")
         self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
         self.shards = [HNSW(dim, metric, **options, num_threads=1) for _ in range(self.num_shards)]
@@ -65,10 +67,10 @@ class ShardedHNSW:
                 known |= (id_N % self.num_shards == number) & np.isin(id_N, shard.ids)
             if known.any():
                 row = int(np.flatnonzero(known)[0])
-                raise InputError(f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector")
-        self._each(
-            id_N, lambda shard, mine: shard.add(vector_ND[mine], id_N[mine], update=update, repair=repair) and None
-        )
+                raise InputError(
+                    f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
+                )
+        self._each(id_N, lambda shard, mine: shard.add(vector_ND[mine], id_N[mine], update=update, repair=repair))
         return id_N
 
     def update(self, ids: Any, vectors: Any) -> None:
@@ -111,7 +113,9 @@ class ShardedHNSW:
     def save(self, path: str | Path) -> None:
         """Write all shards into one checked file, all or nothing."""
         states = [shard.__getstate__() for shard in self.shards]
-        arrays = {f"{number}/{name}": array for number, state in enumerate(states) for name, array in state["arrays"].items()}
+        arrays = {
+            f"{number}/{name}": array for number, state in enumerate(states) for name, array in state["arrays"].items()
+        }
         write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]})
 
     @classmethod
@@ -136,13 +140,14 @@ class ShardedHNSW:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(work, self.shards))
 
-    def _each(self, id_N: np.ndarray, work: Callable[[HNSW, np.ndarray], None]) -> None:
+    def _each(self, id_N: np.ndarray, work: Callable[[HNSW, np.ndarray], Any]) -> None:
         """Give every shard the rows of its ids."""
-        places = {id(shard): np.flatnonzero(id_N % self.num_shards == number) for number, shard in enumerate(self.shards)}
+        places = {
+            id(shard): np.flatnonzero(id_N % self.num_shards == number) for number, shard in enumerate(self.shards)
+        }
         self._all(lambda shard: work(shard, places[id(shard)]) if len(places[id(shard)]) else None)
 
     def _check_known(self, id_N: np.ndarray) -> None:
         bad = [row for row, id in enumerate(id_N.tolist()) if id not in self]
         if bad:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
-

@@ -5,8 +5,8 @@ element, so that the lists the search walks through lie together, without vector
 
 Precisions "f16" and "i8" search rows of a half or a quarter of the bytes. With ``rerank`` the float32 vectors are kept in an array of their
 own, which a search touches only for the few nearest it found (mapped from a file, it may stay on disk); without it there are only the short
-rows, and distances are theirs. For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by that,
-and their precision goes where the data is.
+rows, and distances are theirs. For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by
+that, and their precision goes where the data is.
 """
 # Shapes: N slots in use, C capacity, D dimension, M links of a new element
 
