@@ -22,6 +22,7 @@ STUDIES = {
     "fastrp": "anabranch.studies.fastrp:make",
     "g_rank": "anabranch.studies.g_rank:make",
     "graphvite": "anabranch.studies.graphvite:make",
+    "hnsw": "anabranch.studies.hnsw:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
