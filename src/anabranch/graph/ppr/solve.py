@@ -226,7 +226,7 @@ def solve(
     return scores_N, error / alpha, passes
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(inline="always")  # a call would cost as much as a short row
 def _dot(indices, values, value, vector, start, end):
     """Sum of values times what they point at, in four chains: additions take several cycles, and would wait for each other."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
