@@ -105,13 +105,13 @@ def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) 
     below: Any = (_NO_PLACES, *index.lookup.arrays)
     for nodes in reversed(demand[:-1]):
         length, ids, values = pull_level(
-            nodes, *transition.out, transition.inverse_N, transition.alpha, *below, result_N, touched_N
+            nodes, *transition.out, transition.inverse_N, transition.alpha, result_N, touched_N, *below
         )
         place_N = np.empty(transition.num_nodes, np.int64)
         place_N[nodes] = np.arange(len(nodes))
         indptr = np.append(0, np.cumsum(length)).astype(np.int64)
         below = (place_N, indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
-    found = mix_rows(*piece, top_k, *below, result_N, touched_N)
+    found = mix_rows(*piece, top_k, result_N, touched_N, *below)
     index.spare.append(buffers)
     return found
 

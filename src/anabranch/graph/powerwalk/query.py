@@ -206,8 +206,8 @@ def decompose_many(
 
 @nb.njit(cache=True, nogil=True)
 def pull_level(
-    nodes, out_ptr, out_ids, weight_M, inverse_N, alpha, place_N, row_ptr, row_ids, row_values, table, scale_R,
-    result_N, touched_N,
+    nodes, out_ptr, out_ids, weight_M, inverse_N, alpha, result_N, touched_N, place_N, row_ptr, row_ids, row_values, table,
+    scale_R,
 ):  # fmt: skip
     """One level of the backward variant: y_v = alpha e_v + c sum_w P0(v, w) y_w for each of ``nodes``.
 
@@ -244,7 +244,7 @@ def pull_level(
 
 @nb.njit(cache=True, nogil=True)
 def mix_rows(
-    query_ptr, start_ids, start_value, top_k, place_N, row_ptr, row_ids, row_values, table, scale_R, result_N, touched_N
+    query_ptr, start_ids, start_value, top_k, result_N, touched_N, place_N, row_ptr, row_ids, row_values, table, scale_R
 ):  # fmt: skip
     """Queries as mixtures of rows: lengths, ids and values (float32), in order, cut to ``top_k`` (0: all)."""
     count = len(query_ptr) - 1
