@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import DataError, InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
-from anabranch.graph.powerwalk.index import Moves, Plan, make_chunks
+from anabranch.graph.powerwalk.index import Moves, Plan, adopted, make_chunks
 from anabranch.graph.powerwalk.query import decompose, take
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
 from anabranch.graph.ppr.pagerank import PageRank
@@ -146,6 +146,38 @@ class PowerWalk(Estimator):
         return self
 
     fit = build
+
+    @classmethod
+    def from_rows(cls, graph: Graph, rows: SparseRows, **params: Any) -> Self:
+        """An index of scores that come from elsewhere, say of all nodes from a cluster (`anabranch.graph.fully_ppr`, full paths).
+
+        Args:
+            graph: that the scores are of.
+            rows: estimates of personalised PageRank that sum to 1, or to less where they were cut; ``rows.nodes`` says of which nodes.
+            params: of the constructor; alpha must be that of the scores. ``walks`` and the like count for rows that `update` makes again.
+
+        Raises:
+            InputError: rows that do not fit the graph, or a graph whose walks can reach dead ends: scores then depend on where walks came
+                from, and cannot stand for each other.
+        """
+        made = cls(**{"dtype": "f32", **params})
+        transition = Transition(graph, made.alpha, made.dangling)
+        dead = transition.dangling_nodes
+        if (graph.reversed.degree_N[dead] > 0).any():
+            raise InputError(
+                "walks on this graph reach nodes without out-edges; build the index here, from walks that vanish there"
+            )
+        nodes = np.arange(len(rows)) if rows.nodes is None else graph.check_nodes(rows.nodes)
+        if rows.num_columns != graph.num_nodes or len(nodes) > graph.num_nodes or len(np.unique(nodes)) != len(nodes):
+            raise InputError(
+                f"{len(rows):,} rows of {rows.num_columns:,} columns are not of different nodes of a graph of {graph.num_nodes:,}"
+            )
+        order = np.argsort(nodes)
+        gathered = Gathered(graph.num_nodes, nodes[order], DTYPES[made.dtype], track=False)
+        gathered.append(adopted(rows.take(order), graph.num_nodes))
+        made._index = gathered.index(transition, 0.0)
+        made._reset_stale()
+        return made
 
     def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:
         if nodes is not None:
