@@ -10,8 +10,8 @@ are ours where the paper's are not known to us:
 - *pipelines*: omega walks of a node start gamma at a time, one pipeline a round, and all advance together:
   rounds = ceil(omega / gamma) - 1 + L, where the last of n gamma walks ends after about L = ln(n gamma) / -ln(1 - alpha) rounds.
 - *gamma*: in steady state about n gamma (1 + (1 - alpha) + ...) = n gamma / alpha walks are alive, so M bytes at b bytes a row allow
-  gamma* = M alpha / (n b). Between rounds gamma grows by half while less than 0.7 M is used and a round's fixed cost is more than 20% of it,
-  and is halved when M is passed. Costs are counted, not timed, so that a run can be repeated.
+  gamma* = M alpha / (n b). Between rounds gamma grows by half while less than 0.7 M is used and a round's fixed cost is more than
+  20% of it, and is halved when M is passed. Costs are counted, not timed, so that a run can be repeated.
 """
 # Shapes: N nodes, M edges, R records, E entries of records, O outcomes of big moves
 
@@ -103,7 +103,7 @@ def make_records(graph: Graph, *, theta: int = THETA, moves: Moves | None = None
     moved_N = np.zeros(count, bool) if moves is None else np.diff(moves.indptr) > 0
     hubs = np.flatnonzero((graph.degree_N > theta) & ~moved_N)
     tree = _Tree(count, theta)
-    for hub in hubs:
+    for hub in hubs.tolist():
         tree.add(
             hub,
             graph.indices[graph.indptr[hub] : graph.indptr[hub + 1]],
@@ -347,7 +347,7 @@ def adapt_gamma(gamma: int, rows: int, walkers: int, memory: float, overhead: fl
 
     Args:
         gamma: of this round.
-        rows: rows alive after it.
+        rows: rows of walks that were in it.
         walkers: walks it moved.
         memory: bytes for rows, M.
         overhead: the fixed cost of a round, in walks moved in the same time.
