@@ -147,7 +147,9 @@ def test_walkers_stay_below_the_bound():
     for gamma in (1, 3):
         _, schedule = counted(graph, 60, gamma=gamma, alpha=0.2)
         bound = walkers_bound(graph.num_nodes, gamma, 0.2)
-        assert 0.9 * graph.num_nodes * gamma / 0.2 < schedule.peak <= bound  # it comes near: the bound is that of steady state
+        assert (
+            0.9 * graph.num_nodes * gamma / 0.2 < schedule.peak <= bound
+        )  # it comes near: the bound is that of steady state
         assert all(entry.rows <= entry.walks for entry in schedule.log)
 
 
