@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
+from anabranch.graph.fully_ppr.devices import THETA
 from anabranch.graph.fully_ppr.local import WalkWork, exact_work
 from anabranch.graph.fully_ppr.options import (
     INDEX_WALKS,
@@ -26,9 +27,11 @@ from anabranch.graph.fully_ppr.options import (
     walk_bytes,
 )
 from anabranch.graph.fully_ppr.result import FullyPPRResult
+from anabranch.graph.fully_ppr.rounds import Round
 from anabranch.graph.ppr import Dangling, Transition
 from anabranch.graph.ppr.power import BLOCK
 from anabranch.graph.ppr.rules import CODES
+from anabranch.graph.ppr.walks import check_count
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
@@ -63,17 +66,19 @@ class FullyPPR(Estimator):
         cancel: set this event to stop at the next chunk or round.
         plan: on Spark: ``broadcast`` (every worker maps the whole graph), ``partitioned`` (rounds of joins), or ``auto``: broadcast where
             the graph fits into an executor.
-        partitions: of Spark's work. Default: four per core.
-        spark: a session to use. Default: one on all cores of this machine.
+        partitions: of Spark's work. Default: two per core.
+        spark: a session to use. Default: the active one, else one on all cores of this machine.
+        gamma: of the partitioned plan: walks of a source that start in a round. Default: chosen for the memory, and adapted.
+        theta: of the partitioned plan: most entries of a record of a hub.
+        big_moves: of the partitioned plan: steps that one draw takes at small nodes, 2 or 3; 0 for none.
 
     Attributes:
-        result_: `FullyPPRResult` of the last `fit`.
+        result_: `FullyPPRResult` of the last `fit`; read from ``out`` when it is first asked for, where that was given.
+        rounds_: log of the partitioned plan's rounds, a list of `anabranch.graph.fully_ppr.rounds.Round`.
 
     Raises:
         InputError: an argument out of range.
     """
-
-    result_: FullyPPRResult
 
     def __init__(
         self,
@@ -101,6 +106,9 @@ class FullyPPR(Estimator):
         plan: Plan = "auto",
         partitions: int | None = None,
         spark: Any = None,
+        gamma: int | None = None,
+        theta: int = THETA,
+        big_moves: int = 2,
     ) -> None:
         self.alpha, self.walks, self.eps, self.delta, self.p_f = alpha, walks, eps, delta, p_f
         self.top_k, self.min_score = top_k, min_score
@@ -110,11 +118,19 @@ class FullyPPR(Estimator):
         self.out, self.memory_limit, self.seed, self.workers = out, memory_limit, seed, workers
         self.progress, self.cancel = progress, cancel
         self.plan, self.partitions, self.spark = plan, partitions, spark
+        self.gamma, self.theta, self.big_moves = gamma, theta, big_moves
+        self.rounds_: list[Round] = []
+        self._found: FullyPPRResult | Path | None = None
         self._options().check()
         if plan not in ("auto", "broadcast", "partitioned"):
             raise InputError(f"plan is {plan!r}; it must be one of auto, broadcast, partitioned")
-        if partitions is not None and not partitions >= 1:
-            raise InputError(f"partitions is {partitions!r}; it must be at least 1")
+        for name, value in (("partitions", partitions), ("gamma", gamma)):
+            if value is not None:
+                check_count(name, value)
+        if theta < 2:
+            raise InputError(f"theta is {theta}; a record holds at least 2 entries")
+        if big_moves not in (0, 2, 3):
+            raise InputError(f"big_moves is {big_moves!r}; it must be 0, 2 or 3")
 
     def fit(self, graph: Graph) -> Self:
         """Scores from every source of the graph; they are in ``result_``.
@@ -133,28 +149,32 @@ class FullyPPR(Estimator):
         if engine == "spark":
             from anabranch.graph.fully_ppr.spark import run_spark
 
-            self.result_ = run_spark(self, options, graph, source_S, is_all)
+            self._found = run_spark(self, options, graph, source_S, is_all)
         else:
-            self.result_ = self._fit_local(options, transition, source_S, is_all)
+            self._found = self._fit_local(options, transition, source_S, is_all)
         return self
 
     def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of the ``k`` best of a source. Raises InputError before `fit`, and as `FullyPPRResult.top`."""
-        return self._fitted().top(node, k)
+        return self.result_.top(node, k)
 
     def save(self, path: str | Path) -> None:
         """As `FullyPPRResult.save`."""
-        self._fitted().save(path)
+        self.result_.save(path)
 
     @staticmethod
     def load(path: str | Path, *, mmap: bool = False) -> FullyPPRResult:
         """As `FullyPPRResult.load`."""
         return FullyPPRResult.load(path, mmap=mmap)
 
-    def _fitted(self) -> FullyPPRResult:
-        if not hasattr(self, "result_"):
+    @property
+    def result_(self) -> FullyPPRResult:
+        """Scores of the last `fit`. Raises InputError before it."""
+        if self._found is None:
             raise InputError("there are no scores yet; call fit(graph) first")
-        return self.result_
+        if isinstance(self._found, Path):
+            self._found = FullyPPRResult.load(self._found, mmap=True)
+        return self._found
 
     def _options(self) -> Options:
         return Options(**{name: getattr(self, name) for name in Options.__dataclass_fields__})
@@ -166,7 +186,7 @@ class FullyPPR(Estimator):
 
     def _fit_local(
         self, options: Options, transition: Transition, source_S: np.ndarray, is_all: bool
-    ) -> FullyPPRResult:
+    ) -> FullyPPRResult | Path:
         graph = transition.graph
         method = options.choose_method(graph, "local")
         workers = min(options.num_workers, max(len(source_S), 1))

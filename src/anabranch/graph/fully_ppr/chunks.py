@@ -65,8 +65,8 @@ class Job:
         return {"facts": dict(self.facts), "graph": [_crc(array) for array in arrays], "sources": _crc(self.source_S)}
 
 
-def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
-    """Do all chunks that are missing; the result in memory, or written to ``out`` and mapped from there.
+def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult | Path:
+    """Do all chunks that are missing; gives the result in memory, or the file that was written.
 
     ``work`` takes sources and gives their rows; it runs in ``job.workers`` threads. Raises DataError where ``out`` cannot be written or its
     parts belong to another run, AnabranchError where the run was cancelled.
@@ -87,7 +87,7 @@ def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
         rows.save(_path(folder, number))
     _assemble(job, folder, out)
     shutil.rmtree(folder)
-    return FullyPPRResult.load(out, mmap=out.suffix != ".parquet")
+    return out
 
 
 def _finished(job: Job, work: Work, numbers: Any, already: int) -> Iterator[tuple[int, SparseRows]]:
