@@ -13,7 +13,7 @@ from anabranch.errors import InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
 from anabranch.graph.fully_ppr.devices import THETA
-from anabranch.graph.fully_ppr.local import WalkWork, exact_work
+from anabranch.graph.fully_ppr.local import WalkWork, decompose_work, exact_work, scratch_bytes
 from anabranch.graph.fully_ppr.options import (
     INDEX_WALKS,
     Engine,
@@ -23,13 +23,15 @@ from anabranch.graph.fully_ppr.options import (
     Plan,
     check_room,
     choose_chunk,
+    exact_bytes,
+    index_bytes,
     row_bytes,
     walk_bytes,
 )
 from anabranch.graph.fully_ppr.result import FullyPPRResult
 from anabranch.graph.fully_ppr.rounds import Round
+from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.ppr import Dangling, Transition
-from anabranch.graph.ppr.power import BLOCK
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.ppr.walks import check_count
 from anabranch.graph.store import Graph
@@ -48,10 +50,11 @@ class FullyPPR(Estimator):
             probability 1 - ``p_f``. All three, or none.
         top_k: entries kept of each source; None for all.
         min_score: smallest score that is kept.
-        engine: ``local`` (this machine, no services), ``spark`` (extra ``spark``, Java 17), or ``auto``: local unless memory does not suffice.
+        engine: ``local`` (this machine, no services), ``spark`` (extra ``spark``, Java 17), or ``auto``: local unless memory does not
+            suffice.
         method: ``walks``; ``decompose``: rounds of exact decomposition on an index of few walks, the most accurate for its time, local;
-            ``exact``: within ``tol`` of the truth in L1, local; ``auto``: exact where that is the least work, ``walks`` where a number, an
-            accuracy or Spark is asked for, else decompose.
+            ``exact``: within ``tol`` of the truth in L1, local; ``auto``: walks where their number, an accuracy or Spark is asked for,
+            else exact where that is the least work, as on small graphs, else decompose.
         estimator: of ``walks``: count the ``endpoint`` of each (as the paper does), or every visit (``fullpath``), which is more accurate.
         sources: nodes to start from, distinct; None for all.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
@@ -143,7 +146,7 @@ class FullyPPR(Estimator):
             AnabranchError: the run was cancelled.
         """
         options = self._options()
-        transition = Transition(graph, self.alpha, self.dangling)
+        Transition(graph, self.alpha, self.dangling)  # refuses graphs without nodes, or of negative weights
         source_S, is_all = check_sources(graph, self.sources)
         engine = self._choose_engine(graph, options)
         if engine == "spark":
@@ -151,7 +154,7 @@ class FullyPPR(Estimator):
 
             self._found = run_spark(self, options, graph, source_S, is_all)
         else:
-            self._found = self._fit_local(options, transition, source_S, is_all)
+            self._found = self._fit_local(options, graph, source_S, is_all)
         return self
 
     def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -184,42 +187,43 @@ class FullyPPR(Estimator):
             return self.engine
         return "local" if walk_bytes(graph) <= options.room() else "spark"
 
-    def _fit_local(
-        self, options: Options, transition: Transition, source_S: np.ndarray, is_all: bool
-    ) -> FullyPPRResult | Path:
-        graph = transition.graph
-        method = options.choose_method(graph, "local")
+    def _fit_local(self, options: Options, graph: Graph, source_S: np.ndarray, is_all: bool) -> FullyPPRResult | Path:
+        method, room = options.choose_method(graph, "local"), options.room()
         workers = min(options.num_workers, max(len(source_S), 1))
-        work, held, dtype, multiple = self._work(options, transition, method, workers)
+        dtype: Any = np.float64 if method == "exact" else np.float32
         most = graph.num_nodes if method != "walks" or self.estimator == "fullpath" else options.num_walks
         per_row = row_bytes(graph, self.top_k, most, np.dtype(dtype).itemsize)
-        needed = held + (0 if self.out is not None else per_row * len(source_S)) + 2 * (workers + 1) * per_row
-        room = options.room()
-        hint = (
-            "use out=FILE, fewer workers, a smaller top_k"
-            if self.out is None
-            else "use fewer workers or a smaller top_k"
-        )
+        kept = 0 if self.out is not None else per_row * len(source_S)
+        needed = self._held(options, graph, method, workers) + kept + 2 * (workers + 1) * per_row
+        hint = "use fewer workers or a smaller top_k" if self.out is not None else "use out=FILE or a smaller top_k"
         check_room(needed, room, f"method {method!r} on this machine", f"{hint}, or engine='spark'")
-        chunk = choose_chunk(len(source_S), workers, per_row, room - needed, multiple)
-        facts = options.facts(method, "local")
+        chunk = choose_chunk(len(source_S), workers, per_row, room - needed)
+        facts = options.facts(method)
         job = chunks.Job(graph, source_S, is_all, facts, dtype, chunk, workers, self.progress, self.cancel)
-        return chunks.run(job, work, self.out)
+        return chunks.run(job, lambda: self._work(options, graph, method, workers), self.out)
 
-    def _work(
-        self, options: Options, transition: Transition, method: str, workers: int
-    ) -> tuple[chunks.Work, float, Any, int]:
-        """What makes rows, the bytes that it holds, the type of scores, and how many sources go best together."""
-        graph = transition.graph
+    def _held(self, options: Options, graph: Graph, method: str, workers: int) -> float:
+        """Bytes of all that is not rows."""
         if method == "exact":
-            held = graph.nbytes * (2 if graph.is_directed else 1) + workers * 24 * graph.num_nodes * BLOCK
-            check_room(held, options.room(), "method 'exact'", "use method='walks' or fewer workers")
-            return exact_work(transition, self.tol, self.top_k, self.min_score), held, np.float64, BLOCK
-        walks = WalkWork(
+            return exact_bytes(graph, workers)
+        if method == "decompose":
+            return walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) + 24 * graph.num_nodes * workers
+        return walk_bytes(graph) + workers * scratch_bytes(graph.num_nodes, options.num_walks)
+
+    def _work(self, options: Options, graph: Graph, method: str, workers: int) -> chunks.Work:
+        """What makes rows of sources."""
+        if method == "exact":
+            return exact_work(graph, self.alpha, self.dangling, self.tol, self.top_k, self.min_score)
+        if method == "decompose":
+            index = PowerWalk(
+                self.alpha, self.index_walks, dangling=self.dangling, seed=int(self.seed) % 2**63, workers=workers
+            ).build(graph)
+            index.workers = 1  # chunks are what runs side by side
+            return decompose_work(index, self.rounds, self.top_k, self.min_score)
+        return WalkWork(
             walk_arrays(graph), options.num_walks, self.alpha, CODES[self.dangling], self.estimator == "fullpath",
             self.top_k or 0, self.min_score, self.seed,
         )  # fmt: skip
-        return walks, walk_bytes(graph) + workers * walks.scratch_bytes(), np.float32, 1
 
 
 def fully_ppr(graph: Graph, alpha: float = 0.15, walks: int | None = None, **options: Any) -> FullyPPRResult:

@@ -44,10 +44,10 @@ MOVED = "what byte, bucket int, source long, key long, count long"
 
 def run_partitioned(model: "FullyPPR", options: Options, job: Job, spark: Any, manifest: Manifest) -> list[Path]:
     """All rounds; a folder of Parquet files."""
-    graph, partitions = job.graph, manifest.state["partitions"]
+    graph = job.graph
     full = options.estimator == "fullpath"
     unit = UNIT if full and model.big_moves else 1
-    rules = Rules(int(options.seed), options.alpha, CODES[options.dangling], full, graph.num_nodes, unit)  # type: ignore[index]
+    rules = Rules(int(options.seed), options.alpha, CODES[options.dangling], full, graph.num_nodes, unit)
     records = _records(model, graph, spark, manifest, full)
     if "schedule" in manifest.state:
         schedule = Schedule.from_dict(manifest.state["schedule"])
@@ -187,7 +187,7 @@ class _Rounds:
         self.held: list[Any] = []  # frames since the last checkpoint
         sources = pa.table({"source": job.source_S, "bucket": (job.source_S % self.partitions).astype(np.int32)})
         self.sources = spark.createDataFrame(sources).persist()
-        self.walks = self._read(schedule.number) if schedule.number else None
+        self.walks: Any = self._read(schedule.number) if schedule.number else None
 
     def run(self) -> None:
         """Rounds until all walks have ended."""

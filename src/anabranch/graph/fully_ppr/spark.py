@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def run_spark(
     method = options.choose_method(graph, "spark")
     with session(model.spark) as spark:
         plan = choose_plan(model.plan, graph, options.memory_limit or executor_bytes(spark))
-        facts = {**options.facts(method, "spark"), "engine": "spark", "plan": plan}
+        facts = {**options.facts(method), "engine": "spark", "plan": plan}
         job = Job(graph, source_S, is_all, facts, np.float32, 1, 1, model.progress, model.cancel)
         if model.out is not None:
             _run(model, options, job, spark, Path(model.out))
@@ -57,7 +58,8 @@ def run_spark(
             out = Path(folder) / "scores"
             _run(model, options, job, spark, out)
             found = FullyPPRResult.load(out)
-        return found if is_all else replace(found, rows=_ordered(found.rows, source_S))
+        order = np.argsort(np.argsort(source_S))  # rows come by rising source
+        return found if is_all else replace(found, rows=replace(found.rows.take(order), nodes=source_S))
 
 
 def choose_plan(asked: str, graph: Graph, room: float) -> str:
@@ -130,12 +132,12 @@ def run_broadcast(options: Options, job: Job, spark: Any, manifest: Manifest) ->
     partitions, total = manifest.state["partitions"], len(job.source_S)
     edges = np.linspace(0, total, min(JOBS, max(total // (SLICE * partitions), 1)) + 1).astype(int).tolist()
     rows_of = _rows_of(str(path), {
-        "walks": options.num_walks, "alpha": options.alpha, "dangling": CODES[options.dangling],  # type: ignore[index]
+        "walks": options.num_walks, "alpha": options.alpha, "dangling": CODES[options.dangling],
         "full": options.estimator == "fullpath", "top_k": options.top_k or 0, "least": options.min_score,
         "seed": int(options.seed),
     })  # fmt: skip
     written = []
-    for number, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (first, end) in enumerate(pairwise(edges)):
         place = manifest.folder / f"scores-{number:04d}"
         written.append(place)
         if not (place / "_SUCCESS").exists():
@@ -181,13 +183,3 @@ def schema_of(graph: Graph) -> str:
         return columns
     kind = "long" if graph.names.dtype.kind in "iu" else "string"
     return f"{columns}, source_name {kind}, target_name {kind}"
-
-
-def _ordered(rows: SparseRows, source_S: np.ndarray) -> SparseRows:
-    """Rows in the order that sources were asked in."""
-    nodes = np.arange(len(rows)) if rows.nodes is None else rows.nodes
-    order = np.argsort(nodes)[np.argsort(np.argsort(source_S))]
-    length = np.diff(rows.indptr)[order]
-    indptr = np.append(0, np.cumsum(length))
-    place = np.repeat(rows.indptr[:-1][order] - indptr[:-1], length) + np.arange(indptr[-1])
-    return SparseRows(indptr, rows.ids[place], rows.values[place], rows.num_columns, source_S)
