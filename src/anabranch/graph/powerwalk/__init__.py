@@ -10,7 +10,8 @@ with the number of independent fingerprints.
 
 Departures: walks have no limit by default (the reference cuts at 10 steps) and survivors are drawn exactly (it rounds;
 ``moves="rounding"`` is that); walks vanish at dead ends and the policy is applied at the end, so that the identity holds under each
-(the reference sends them to their source, for which it does not); flows below ``eps`` leave alpha of themselves where the reference drops all.
+(the reference sends them to their source, for which it does not); flows below ``eps`` leave alpha of themselves where the
+reference drops all.
 """
 
 from anabranch.graph.powerwalk.model import PowerWalk

@@ -91,8 +91,8 @@ def backward_rows(index: Index, parsed: Parsed, rounds: int, top_k: int, workers
 
 
 def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) -> tuple[np.ndarray, ...]:
-    transition = index.transition
-    demand = [np.unique(piece[1])]
+    transition, (query_ptr, seeds, starts) = index.transition, piece
+    demand = [np.unique(seeds)]
     for _ in range(rounds):
         demand.append(_neighbours(transition, demand[-1]))
     missing = demand[-1][~index.has_N[demand[-1]]]
@@ -111,7 +111,7 @@ def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) 
         place_N[nodes] = np.arange(len(nodes))
         indptr = np.append(0, np.cumsum(length)).astype(np.int64)
         below = (place_N, indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
-    found = mix_rows(*piece, top_k, result_N, touched_N, *below)
+    found = mix_rows(query_ptr, seeds, starts, top_k, result_N, touched_N, *below)
     index.spare.append(buffers)
     return found
 

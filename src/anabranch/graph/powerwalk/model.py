@@ -313,7 +313,7 @@ class PowerWalk(Estimator):
         graph = index.transition.graph
         nodes = np.flatnonzero(index.has_N)
         chosen = np.random.default_rng(seed).permutation(nodes)[:sample]
-        exact, stay_N = PageRank(self.alpha, tol=1e-6, dangling="source"), index.transition.stay_N
+        exact, stay_N = PageRank(self.alpha, tol=1e-10, dangling="source"), index.transition.stay_N
         found = []
         for node in chosen:
             score_N = exact.vector(graph, int(node))

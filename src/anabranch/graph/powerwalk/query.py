@@ -69,12 +69,12 @@ class QueryBuffers:
         return self.result_N, self.flow_N, self.next_N, self.front_N, self.ahead_N, self.touched_N
 
 
-def _read(values: Any, table: Any, place: Any) -> Any:
+def read_count(values: Any, table: Any, place: Any) -> Any:
     """A stored count. Compiled code picks by type."""
     return table[values[place]] if len(table) else values[place]
 
 
-@overload(_read, inline="always")
+@overload(read_count, inline="always")
 def _read_overload(values, table, place):
     if isinstance(values.dtype, nb.types.Integer):
         return lambda values, table, place: table[values[place]]
@@ -126,7 +126,7 @@ def decompose(
                     if result_N[target] == 0.0:
                         touched_N[touched] = target
                         touched += 1
-                    result_N[target] += flow * _read(row_values, table, entry)
+                    result_N[target] += flow * read_count(row_values, table, entry)
                 continue
             if result_N[node] == 0.0:
                 touched_N[touched] = node
@@ -231,7 +231,7 @@ def pull_level(
                 if result_N[target] == 0.0:
                     touched_N[touched] = target
                     touched += 1
-                result_N[target] += share * _read(row_values, table, entry)
+                result_N[target] += share * read_count(row_values, table, entry)
         ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
         for place in range(touched):
             target = touched_N[place]
@@ -261,7 +261,7 @@ def mix_rows(
                 if result_N[target] == 0.0:
                     touched_N[touched] = target
                     touched += 1
-                result_N[target] += share * _read(row_values, table, entry)
+                result_N[target] += share * read_count(row_values, table, entry)
         ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
         for place in range(touched):
             node = touched_N[place]

@@ -12,7 +12,7 @@ import numpy as np
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
-from anabranch.graph.powerwalk.query import Lookup, QueryBuffers
+from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.rows import RowFile, SparseRows, id_type
 from anabranch.graph.store import Graph
@@ -47,9 +47,22 @@ class Index:
         if self.unit:
             scale_N = np.full(self.transition.num_nodes, self.unit)
         else:
-            total_N = np.maximum(self.total_N, 1)
-            scale_N = self.transition.stay_N / total_N
+            scale_N = self._sum_N / np.maximum(self.total_N, 1)
         return Lookup.of(self.indptr, self.ids, self.counts, scale_N)
+
+    @cached_property
+    def _sum_N(self) -> np.ndarray:
+        """What the estimates of a row should sum to: h; or, if dead ends will count 1 / alpha times, less by as much as its own do."""
+        transition = self.transition
+        if transition.dangling != "absorb" or not len(transition.dangling_nodes):
+            return transition.stay_N
+        counts = self.counts.astype(np.float64)
+        absorbed = np.where(transition.inverse_N[self.ids] == 0, counts / transition.alpha, counts)
+        size = transition.num_nodes
+        plain_N = SparseRows(self.indptr, self.ids, counts, size).sums()
+        return np.divide(
+            plain_N, SparseRows(self.indptr, self.ids, absorbed, size).sums(), out=np.ones(size), where=plain_N > 0
+        )
 
     @cached_property
     def kept_N(self) -> np.ndarray:
@@ -218,7 +231,7 @@ def _mark_stale(indptr, ids, values, table, changed_N, total_N, share_N):
         found = 0.0
         for entry in range(indptr[node], indptr[node + 1]):
             if changed_N[ids[entry]]:
-                found += table[values[entry]] if len(table) else values[entry]
+                found += read_count(values, table, entry)
         if found > 0.0:
             share_N[node] = found / total_N[node]
 
