@@ -19,6 +19,7 @@ STUDIES = {
     "alf_lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
+    "fully_ppr": "anabranch.studies.fully_ppr:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
