@@ -18,9 +18,8 @@ The rule, fixed before any recorded run: a claim holds if it is so in every seed
 is not resolved. A: at least 20 times less processor time than igraph (on DBLP also 100 times) with a top-50 overlap of at least 0.87. B:
 slope of log error over log walks within 0.07 of -1/2; the bound broken by fewer than p_f of the pairs; visits need at most 0.25 of the
 walks of ends. C: overlap higher by at least 0.2. D: pipelines at most 1/3 of the rounds and within 31 rounds of the formula (the longest
-walk is a Gumbel variable of scale 1 / -ln(1 - alpha) = 6.2 rounds: five of them), trees at most 1/10 of the bytes, moves of 2 steps at most 0.65 of the rounds on the graph
-without the hub, and the gamma that is chosen
-within 10% of the best throughput of 1, 4, 16, 64.
+walk is a Gumbel variable of scale 1 / -ln(1 - alpha) = 6.2 rounds: five of them), trees at most 1/10 of the bytes, moves of 2 steps at
+most 0.65 of the rounds on the graph without the hub, and the gamma that is chosen within 10% of the best throughput of 1, 4, 16, 64.
 """
 # Shapes: N nodes, M edges, S sources
 
