@@ -23,6 +23,7 @@ STUDIES = {
     "g_rank": "anabranch.studies.g_rank:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",
+    "fully_ppr": "anabranch.studies.fully_ppr:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
