@@ -1,0 +1,9 @@
+"""HNSW: approximate nearest neighbours by a walk through a hierarchy of small-world graphs.
+
+Malkov and Yashunin, "Efficient and robust approximate nearest neighbor search using Hierarchical Navigable Small World graphs", 2016,
+arXiv 1603.09320.
+"""
+
+from anabranch.graph.hnsw.index import HNSW
+
+__all__ = ["HNSW"]

@@ -1,0 +1,327 @@
+"""INSERT and SELECT-NEIGHBORS (paper, algorithms 1, 3 and 4), in batches; taking elements out; linking what cannot be reached.
+
+A batch is inserted in two steps. `link_new` searches the graph as it was before the batch and writes the links of the new elements, which
+nobody sees yet. `link_back` then adds the batch to the lists of its targets, one list at a time. Either step may be split among threads in
+any way: each list is written once, from what the step before left, so the bytes are the same for any number of threads.
+"""
+# Shapes: B batch, T targets, K candidates
+
+import numba as nb
+import numpy as np
+
+from anabranch.graph.hnsw.layout import (
+    AUX,
+    CAP,
+    CAP0,
+    COUNT,
+    DELETED,
+    EF,
+    ENTRY,
+    EXTEND,
+    KEEP,
+    KIND,
+    LEVEL,
+    NUM_DELETED,
+    ROWS,
+    SIMPLE,
+    STRIDE,
+    TOP,
+    WIDTH,
+    as_query,
+    cap_of,
+    distance,
+    links_of,
+)
+from anabranch.graph.hnsw.raw import LANES, get_i32, get_u8, set_i32, set_u8
+from anabranch.graph.hnsw.search import INFINITY, descend, insert, next_tag, pool_search
+
+NEAR = np.float32(0.0)
+
+
+@nb.njit(cache=True, nogil=True)
+def measure(graph, query, scale, norm, slot):
+    """From a query to a slot."""
+    row = graph[ROWS] + slot * graph[STRIDE]
+    return distance(graph[KIND], query, scale, norm, row, graph[AUX], slot, graph[WIDTH])
+
+
+@nb.njit(cache=True, nogil=True)
+def select(graph, count, most, found_d, found_i, chosen, scratch):
+    """SELECT: at most ``most`` of ``count`` candidates, sorted by their distance to the base, into ``chosen``; how many.
+
+    The heuristic takes a candidate if none of those taken is nearer to it than the base is.
+    """
+    if count <= most or graph[SIMPLE] != 0:
+        taken = min(count, most)
+        chosen[:taken] = found_i[:taken]
+        return taken
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    taken, rejected = 0, np.empty(count, np.int32)
+    num_rejected = 0
+    for number in range(count):
+        if taken == most:
+            break
+        slot = np.int64(found_i[number])
+        query, scale, norm = as_query(graph, slot, scratch)
+        is_diverse = True
+        for place in range(taken):
+            other = np.int64(chosen[place])
+            if distance(kind, query, scale, norm, rows + other * stride, aux, other, width) < found_d[number]:
+                is_diverse = False
+                break
+        if is_diverse:
+            chosen[taken] = slot
+            taken += 1
+        else:
+            rejected[num_rejected] = slot
+            num_rejected += 1
+    if graph[KEEP] != 0:
+        for number in range(min(num_rejected, most - taken)):
+            chosen[taken] = rejected[number]
+            taken += 1
+    return taken
+
+
+@nb.njit(cache=True, nogil=True)
+def write_links(links, cap, chosen, count):
+    """Replace a list of links."""
+    for place in range(count):
+        set_i32(links, place, chosen[place])
+    for place in range(count, cap):
+        set_i32(links, place, -1)
+
+
+@nb.njit(cache=True, nogil=True)
+def live_candidates(graph, base, count, found_d, found_i):
+    """Unmark what `pool_search` found and leave out the base, and deleted elements unless all are; how many stay."""
+    held, num_live = 0, 0
+    for place in range(count):
+        found_i[place] = ~found_i[place]
+        num_live += get_u8(graph[DELETED], found_i[place]) == 0
+    for place in range(count):
+        slot = found_i[place]
+        if slot != base and (num_live == 0 or get_u8(graph[DELETED], slot) == 0):
+            found_d[held], found_i[held] = found_d[place], slot
+            held += 1
+    return held
+
+
+@nb.njit(cache=True, nogil=True)
+def extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i):
+    """Add the neighbours of candidates to them (paper, algorithm 4), up to ef_construction; how many there are."""
+    marks, tag, most = visited.ctypes.data, next_tag(visited), graph[EF]
+    given = found_i[:count].copy()
+    set_u8(marks, base, tag)
+    for place in range(count):
+        set_u8(marks, given[place], tag)
+    found_d[count : most + LANES] = INFINITY
+    for slot in given:
+        links = links_of(graph, np.int64(slot), level)
+        for place in range(cap_of(graph, level)):
+            other = get_i32(links, place)
+            if other < 0:
+                break
+            if get_u8(marks, other) != tag and get_u8(graph[DELETED], other) == 0:
+                set_u8(marks, other, tag)
+                found = measure(graph, query, scale, norm, other)
+                if found < found_d[most - 1]:
+                    insert(found_d, found_i, count, most, found, other)
+                    count = min(count + 1, most)
+    return count
+
+
+@nb.njit(cache=True, nogil=True)
+def link_new(graph, visited, slot_B, begin, end):
+    """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have."""
+    ef = graph[EF]
+    found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
+    todo = np.empty(max(graph[CAP0], graph[CAP]) + 1, np.int32)
+    chosen = np.empty(graph[CAP] + 1, np.int32)
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
+    for number in range(begin, end):
+        base = np.int64(slot_B[number])
+        query, scale, norm = as_query(graph, base, own.ctypes.data)
+        top = get_i32(graph[LEVEL], base)
+        entry, nearest, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
+        for level in range(min(top, graph[TOP]), -1, -1):
+            count, _, _ = pool_search(
+                graph, query, scale, norm, level, entry, nearest, ef, visited, found_d, found_i, todo
+            )
+            entry, nearest = np.int64(~found_i[0]), found_d[0]
+            count = live_candidates(graph, base, count, found_d, found_i)
+            if graph[EXTEND] != 0:
+                count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
+            count = select(graph, count, graph[CAP], found_d, found_i, chosen, other.ctypes.data)
+            write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
+
+
+@nb.njit(cache=True, nogil=True)
+def add_links(graph, level, target, source_B, begin, end, own, other):
+    """Add ``source_B[begin:end]`` to the links of ``target``; select again where they are too many."""
+    links, cap = links_of(graph, target, level), cap_of(graph, level)
+    held = 0
+    while held < cap and get_i32(links, held) >= 0:
+        held += 1
+    count = held + end - begin
+    if count <= cap:
+        for number in range(begin, end):
+            set_i32(links, held + number - begin, source_B[number])
+        return
+    query, scale, norm = as_query(graph, target, own.ctypes.data)
+    found_d, found_i = np.empty(count + LANES, np.float32), np.empty(count + LANES, np.int32)
+    found_d[:] = INFINITY
+    for number in range(count):
+        slot = np.int64(source_B[begin + number - held]) if number >= held else get_i32(links, number)
+        insert(found_d, found_i, number, count, measure(graph, query, scale, norm, slot), slot)
+    chosen = np.empty(cap, np.int32)
+    write_links(links, cap, chosen, select(graph, count, cap, found_d, found_i, chosen, other.ctypes.data))
+
+
+@nb.njit(cache=True, nogil=True)
+def link_back(graph, level, target_T, start_T, source_B, begin, end):
+    """Add sources ``start_T[t]`` ... ``start_T[t + 1]`` to the links of each target t of ``begin`` ... ``end``."""
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
+    for number in range(begin, end):
+        add_links(graph, level, target_T[number], source_B, start_T[number], start_T[number + 1], own, other)
+
+
+@nb.njit(cache=True, nogil=True)
+def insert_singly(graph, visited, slot_B, begin, end):
+    """Insert elements one after the other: batches of one."""
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
+    for number in range(begin, end):
+        base = np.int64(slot_B[number])
+        top = get_i32(graph[LEVEL], base)
+        if graph[ENTRY] >= 0:
+            link_new(graph, visited, slot_B, number, number + 1)
+            for level in range(min(top, graph[TOP]) + 1):
+                links = links_of(graph, base, level)
+                for place in range(cap_of(graph, level)):
+                    target = get_i32(links, place)
+                    if target < 0:
+                        break
+                    add_links(graph, level, target, slot_B, number, number + 1, own, other)
+        if graph[ENTRY] < 0 or top > graph[TOP]:
+            graph[ENTRY], graph[TOP] = base, top
+
+
+@nb.njit(cache=True, nogil=True)
+def points_at(graph, level, gone_N, begin, end, is_hit_N):
+    """Mark the slots ``begin`` ... ``end`` that stay and have a link to one that goes on a level."""
+    cap = cap_of(graph, level)
+    for slot in range(begin, end):
+        is_hit_N[slot] = 0
+        if gone_N[slot] != 0 or get_i32(graph[LEVEL], slot) < level:
+            continue
+        links = links_of(graph, slot, level)
+        for place in range(cap):
+            other = get_i32(links, place)
+            if other < 0:
+                break
+            if gone_N[other] != 0:
+                is_hit_N[slot] = 1
+                break
+
+
+@nb.njit(cache=True, nogil=True)
+def bridge(graph, level, visited, gone_N, slot_T, begin, end):
+    """Select the links of slots anew, from those that stay and those that can be reached through what goes (at most ef_construction)."""
+    most = max(graph[EF], graph[CAP0])
+    found_d, found_i = np.empty(most + LANES, np.float32), np.empty(most + LANES, np.int32)
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
+    cap, marks = cap_of(graph, level), visited.ctypes.data
+    chosen, through = np.empty(cap, np.int32), np.empty(most + 1, np.int32)
+    for number in range(begin, end):
+        base, tag = np.int64(slot_T[number]), next_tag(visited)
+        query, scale, norm = as_query(graph, base, own.ctypes.data)
+        found_d[:] = INFINITY
+        set_u8(marks, base, tag)
+        through[0], size, at, count = base, 1, 0, 0
+        while at < size:
+            links = links_of(graph, np.int64(through[at]), level)
+            at += 1
+            for place in range(cap):
+                slot = get_i32(links, place)
+                if slot < 0:
+                    break
+                if get_u8(marks, slot) == tag:
+                    continue
+                set_u8(marks, slot, tag)
+                if gone_N[slot] == 0:
+                    found = measure(graph, query, scale, norm, slot)
+                    if found < found_d[most - 1]:
+                        insert(found_d, found_i, count, most, found, slot)
+                        count = min(count + 1, most)
+                elif size <= most:
+                    through[size] = slot
+                    size += 1
+        count = select(graph, count, cap, found_d, found_i, chosen, other.ctypes.data)
+        write_links(links_of(graph, base, level), cap, chosen, count)
+
+
+@nb.njit(cache=True, nogil=True)
+def reach(graph, start, is_reached_N, queue_N):
+    """Mark what can be reached on level 0 from ``start``, itself included; how many were not marked before."""
+    if is_reached_N[start] != 0:
+        return 0
+    is_reached_N[start] = 1
+    queue_N[0], size, at = start, 1, 0
+    while at < size:
+        links = links_of(graph, np.int64(queue_N[at]), 0)
+        at += 1
+        for place in range(graph[CAP0]):
+            slot = get_i32(links, place)
+            if slot < 0:
+                break
+            if is_reached_N[slot] == 0:
+                is_reached_N[slot] = 1
+                queue_N[size] = slot
+                size += 1
+    return size
+
+
+@nb.njit(cache=True, nogil=True)
+def has_room(graph, slot):
+    """Whether a list on level 0 takes one more link."""
+    return get_i32(links_of(graph, slot, 0), graph[CAP0] - 1) < 0
+
+
+@nb.njit(cache=True, nogil=True)
+def repair_links(graph, visited, is_reached_N):
+    """Link every element that level 0 does not lead to from the nearest reached list with room; how many were linked, how many remain."""
+    num_slots, ef = graph[COUNT], graph[EF]
+    queue = np.empty(num_slots + 1, np.int32)
+    found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
+    todo, own = np.empty(graph[CAP0] + graph[CAP] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
+    is_reached_N[:] = 0
+    reach(graph, graph[ENTRY], is_reached_N, queue)
+    linked, left = 0, 0
+    for slot in range(num_slots):
+        if is_reached_N[slot] != 0 or get_i32(graph[LEVEL], slot) < 0:
+            continue
+        query, scale, norm = as_query(graph, slot, own.ctypes.data)
+        entry, nearest, _, _ = descend(graph, query, scale, norm, 0)
+        count, _, _ = pool_search(graph, query, scale, norm, 0, entry, nearest, ef, visited, found_d, found_i, todo)
+        best, place = np.int64(-1), 0
+        while place < count and best < 0:
+            near = np.int64(~found_i[place])
+            if is_reached_N[near] != 0 and has_room(graph, near):
+                best = near
+            place += 1
+        if best < 0:
+            closest = INFINITY
+            for near in range(num_slots):
+                if is_reached_N[near] != 0 and has_room(graph, near):
+                    found = measure(graph, query, scale, norm, near)
+                    if found < closest:
+                        closest, best = found, near
+        if best < 0:
+            left += 1
+            continue
+        links, end = links_of(graph, best, 0), 0
+        while get_i32(links, end) >= 0:
+            end += 1
+        set_i32(links, end, slot)
+        linked += 1
+        reach(graph, slot, is_reached_N, queue)
+    return linked, left

@@ -1,0 +1,114 @@
+"""What callers pass: vectors, ids and filters as arrays that kernels can trust, or an error that names the row."""
+# Shapes: N vectors, D dimension
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def as_array(value: Any, what: str) -> np.ndarray:
+    """Numbers, from an array, a tensor on any device, or nested lists."""
+    if is_tensor(value):
+        value = value.detach()
+        value = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    try:
+        found = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{what} must be an array of numbers: {error}") from None
+    if found.dtype.kind not in "fiub" and found.size:
+        raise InputError(f"{what} must be numbers, not {found.dtype}")
+    return found
+
+
+def like(array: np.ndarray, value: Any) -> Any:
+    """An array as the kind of ``value``: a tensor on its device, or the array."""
+    return sys.modules["torch"].from_numpy(array).to(value.device) if is_tensor(value) else array
+
+
+def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
+    """float32 [N, dim], C order; of length 1 for "cosine". One vector [dim] is one row.
+
+    Raises InputError for a wrong dimension, for what is not finite as float32, and for a zero vector with "cosine".
+    """
+    found = as_array(value, what)
+    if found.ndim == 1 and (found.size == dim or found.size):
+        found = found[None]
+    if found.ndim == 1:
+        found = found.reshape(0, dim)
+    if found.ndim != 2 or found.shape[1] != dim:
+        raise InputError(f"{what} have the shape {list(found.shape)}; the index takes rows of {dim} numbers")
+    with np.errstate(over="ignore"):
+        vector_ND = np.ascontiguousarray(found, np.float32)
+    bad = np.flatnonzero(~np.isfinite(vector_ND).all(1))
+    if bad.size:
+        raise InputError(f"row {bad[0]} of {what} is not finite (as 32-bit numbers); leave such rows out")
+    return normalized(vector_ND, what) if metric == "cosine" else vector_ND
+
+
+def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:
+    """Rows of length 1. Raises InputError for one of length 0."""
+    largest = np.abs(vector_ND).max(1, initial=0.0, keepdims=True)
+    zero = np.flatnonzero(largest == 0)
+    if zero.size:
+        raise InputError(f"row {zero[0]} of {what} is zero and has no direction, which the metric 'cosine' compares")
+    scaled = vector_ND / largest  # so that squares neither overflow nor vanish
+    return (scaled / np.sqrt(np.einsum("nd,nd->n", scaled, scaled, dtype=np.float64))[:, None]).astype(np.float32)
+
+
+def as_ids(value: Any, count: int | None, what: str = "ids") -> np.ndarray:
+    """int64 [count], not negative. Raises InputError, with the row, for others and for a wrong number of them."""
+    found = as_array(value, what)
+    if found.size and found.dtype.kind not in "iu":
+        raise InputError(f"{what} must be integers, not {found.dtype}")
+    found = np.atleast_1d(found)
+    if found.ndim != 1 or (count is not None and len(found) != count):
+        wanted = "one list" if count is None else f"one for each of the {count:,} vectors"
+        raise InputError(f"{what} have the shape {list(found.shape)}; they must be {wanted}")
+    limit = np.iinfo(np.int64).max
+    bad = np.flatnonzero((found < 0) | (found > limit))
+    if bad.size:
+        raise InputError(f"{what}[{bad[0]}] is {found[bad[0]]}; ids are 0 to {limit} (-1 stands for no result)")
+    return found.astype(np.int64, copy=False)
+
+
+def as_distinct(id_N: np.ndarray, what: str = "ids") -> np.ndarray:
+    """The same ids. Raises InputError, with the row, if one stands there twice."""
+    order = np.argsort(id_N, kind="stable")
+    twice = np.flatnonzero(id_N[order][1:] == id_N[order][:-1])
+    if twice.size:
+        row = int(order[twice + 1].min())
+        raise InputError(f"{what}[{row}] is {id_N[row]}, which stands there before; give each id once")
+    return id_N
+
+
+def as_positive(value: Any, name: str) -> int:
+    """An integer of at least 1. Raises InputError for others."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+    return int(value)
+
+
+def as_filter(value: Any, label_N: np.ndarray) -> np.ndarray:
+    """Which slots a filter lets through, bool [N]: of a mask by id, or of a list of ids (those that are not there match nothing).
+
+    Raises InputError for another type, and for a mask that ends before the largest id.
+    """
+    found = as_array(value, "filter")
+    if found.ndim != 1:
+        raise InputError(f"filter has the shape {list(found.shape)}; it must be a mask by id or a list of ids")
+    if found.dtype == bool:
+        if label_N.size and len(found) <= label_N.max():
+            raise InputError(f"filter is a mask of {len(found):,} entries and the largest id is {label_N.max()}; give an entry per id")
+        return found[label_N]
+    if found.size and found.dtype.kind not in "iu":
+        raise InputError(f"filter is of {found.dtype}; it must be a mask by id (bool) or a list of ids (integers)")
+    return np.isin(label_N, found.astype(np.int64, copy=False) if found.size else np.empty(0, np.int64))

@@ -1,0 +1,540 @@
+"""`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`."""
+# Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
+
+import copy
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.errors import CapacityError, DataError, InputError
+from anabranch.graph.hnsw import layout, storage
+from anabranch.graph.hnsw.build import (
+    bridge,
+    insert_singly,
+    link_back,
+    link_new,
+    points_at,
+    reach,
+    repair_links,
+)
+from anabranch.graph.hnsw.checks import (
+    as_array,
+    as_distinct,
+    as_filter,
+    as_ids,
+    as_positive,
+    as_vectors,
+    like,
+)
+from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.search import scan_many, search_many
+from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
+
+SINGLY = 1024  # as many elements are inserted one by one
+SHARE = 64  # then batches of N / SHARE
+BATCH = 4096  # at most
+POOL = 1024  # above this ef, two heaps are quicker than one sorted array
+SELECTIVE = 0.01  # a filter that lets a smaller share through is answered by measuring all of it
+EXTRA = 16  # results measured again beside 2 k
+
+
+class HNSW:
+    """Approximate nearest neighbours of vectors, by a walk through a hierarchy of small-world graphs.
+
+    Any number of threads may search at once; whatever changes the index waits for them and keeps others out. The same calls with the same
+    seed give the same bytes, whatever the number of threads.
+
+    Args:
+        dim: numbers in a vector.
+        metric: "l2" (squared), "ip" (1 - inner product; no metric, so recall may suffer) or "cosine" (vectors are scaled to length 1).
+        M: links of a new element; at most 2 M accumulate on level 0. 5 to 48, more for more dimensions.
+        ef_construction: candidates considered for them; at least M.
+        dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter).
+        seed: of the levels.
+        rerank: whether to keep float32 vectors beside shorter ones and measure the best results again by them; without effect for "f32".
+        heuristic: "diverse" (paper, algorithm 4) or "simple" (the M nearest, algorithm 3).
+        extend_candidates: consider neighbours of candidates too (algorithm 4).
+        keep_pruned: fill links up with the nearest rejected (algorithm 4).
+        flat: put all elements on level 0 alone, which is NSW.
+        compact_at: `remove` compacts once more than this share is deleted; None for never.
+        num_threads: of all calls that are not told another number; None for all processors.
+
+    Raises:
+        InputError: an argument has a value it may not have.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "l2",
+        M: int = 16,
+        ef_construction: int = 200,
+        dtype: str = "f32",
+        seed: int = 0,
+        *,
+        rerank: bool = True,
+        heuristic: str = "diverse",
+        extend_candidates: bool = False,
+        keep_pruned: bool = False,
+        flat: bool = False,
+        compact_at: float | None = 0.2,
+        num_threads: int | None = None,
+    ) -> None:
+        self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
+        self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
+        for name, value, allowed in (
+            ("metric", metric, METRICS),
+            ("dtype", dtype, PRECISIONS),
+            ("heuristic", heuristic, ("diverse", "simple")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.M < 2 or self.M > 1024 or self.dim > 2**16:
+            raise InputError(f"M is {M} and dim {dim}; M must be 2 to 1024 and dim at most {2**16}")
+        if compact_at is not None and not 0 <= compact_at < 1:
+            raise InputError(f"compact_at is {compact_at}; it must be a share from 0 to below 1, or None")
+        if not isinstance(seed, int | np.integer):
+            raise InputError(f"seed is {seed!r}; it must be an integer")
+        self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
+        self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
+        self.compact_at = compact_at
+        self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
+        self._storage = Storage(self.dim, metric, self.M, self.ef_construction, dtype, bool(rerank))
+        self._storage.graph[layout.SIMPLE] = heuristic == "simple"
+        self._storage.graph[layout.EXTEND], self._storage.graph[layout.KEEP] = extend_candidates, keep_pruned
+        self._lock = ReadWriteLock()
+        self._drawn = 0  # levels so far
+        self._next_id = 0
+        self._linked = 0  # elements in the graph
+        self._slots: dict[int, int] | None = {}  # of live ids; None until it is needed
+        self._last = (0, 0, 0)
+
+    # What is in it
+
+    def __len__(self) -> int:
+        return self._storage.count - int(self._storage.graph[layout.NUM_DELETED])
+
+    def __contains__(self, id: int) -> bool:
+        with self._lock.read():
+            return int(id) in self._by_id()
+
+    def __repr__(self) -> str:
+        return f"HNSW({len(self):,} vectors of {self.dim}, {self.metric}, {self.dtype}, M={self.M})"
+
+    @property
+    def rerank(self) -> bool:
+        """Whether results are measured again by float32 vectors."""
+        return self._storage.rerank
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids in the order in which they came, int64 [N]."""
+        with self._lock.read():
+            return self._storage.label[: self._storage.count][self._live()]
+
+    def vectors(self, ids: Any) -> Any:
+        """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept. Raises InputError for unknown ids."""
+        with self._lock.read():
+            return like(self._storage.decode(self._slots_of(as_ids(ids, None))), ids)
+
+    # Putting in
+
+    def add(
+        self,
+        vectors: Any,
+        ids: Any = None,
+        *,
+        update: bool = False,
+        repair: bool = False,
+        num_threads: int | None = None,
+    ) -> np.ndarray:
+        """Insert vectors.
+
+        Args:
+            vectors: [N, D] numbers.
+            ids: int [N], not negative, each once; None for those after the largest so far.
+            update: move elements whose id is there already, instead of raising.
+            repair: link elements that level 0 does not lead to afterwards (as `repair`).
+            num_threads: for this call; None for the index's own.
+
+        Returns:
+            The ids, int64 [N].
+
+        Raises:
+            InputError: vectors of another dimension or with numbers that are not finite, ids that do not fit.
+            CapacityError: memory does not suffice; the index is as it was.
+        """
+        vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
+        with self._lock.write(), self._workers(num_threads) as workers:
+            id_N = np.arange(self._next_id, self._next_id + len(vector_ND)) if given is None else given
+            known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
+            if known.any() and not update:
+                row = int(np.flatnonzero(known)[0])
+                raise InputError(f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector")
+            if known.any():
+                self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
+            if not known.all():
+                self._insert_new(vector_ND[~known], id_N[~known], workers)
+            if repair:
+                self._repair()
+        return id_N
+
+    def update(self, ids: Any, vectors: Any, *, repair: bool = True, num_threads: int | None = None) -> None:
+        """Move elements to new vectors: they are taken out of the graph and inserted again on their levels.
+
+        Raises InputError for unknown ids, and as `add`.
+        """
+        vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        id_N = as_distinct(as_ids(ids, len(vector_ND)))
+        with self._lock.write(), self._workers(num_threads) as workers:
+            self._move(self._slots_of(id_N), vector_ND, workers)
+            if repair:
+                self._repair()
+
+    def remove(self, ids: Any) -> None:
+        """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
+
+        Compacts by itself once more than ``compact_at`` of the elements are deleted. Raises InputError for unknown ids, and then deletes none.
+        """
+        id_N = as_distinct(as_ids(ids, None))
+        with self._lock.write():
+            slot_S = self._slots_of(id_N)
+            self._storage.own()
+            self._storage.deleted[slot_S] = 1
+            self._storage.graph[layout.NUM_DELETED] += len(slot_S)
+            by_id = self._by_id()
+            for id in id_N.tolist():
+                del by_id[id]
+            share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
+            if self.compact_at is not None and share > self.compact_at:
+                with self._workers(None) as workers:
+                    self._compact(True, workers)
+
+    def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
+        """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
+        with self._lock.write(), self._workers(num_threads) as workers:
+            return self._compact(repair, workers)
+
+    def repair(self) -> int:
+        """Link every element that cannot be reached on level 0 from the entry point; how many there were.
+
+        It is linked from the nearest reached list that has room, so nothing else changes.
+        """
+        with self._lock.write():
+            return self._repair()
+
+    # Searching
+
+    def search(
+        self, queries: Any, k: int = 10, ef: int | None = None, filter: Any = None, *, num_threads: int | None = None
+    ) -> tuple[Any, Any]:
+        """The k nearest of each query.
+
+        Args:
+            queries: [Q, D], or [D] for one; a numpy array, or a torch tensor on any device.
+            k: how many.
+            ef: how many to hold during the walk, at least k; more finds more. Default 64.
+            filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest) or a list of ids. Few
+                matches (at most 2 ef, or 1%) are measured one by one, exactly.
+            num_threads: for this call; None for the index's own.
+
+        Returns:
+            ids, int64 [Q, K], and distances, float32 [Q, K], the nearest first, those at one distance by id; -1 and infinity behind the last
+            where there are fewer. Tensors, on their device, where queries are.
+
+        Raises:
+            InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
+            CapacityError: memory does not hold the results.
+        """
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
+        try:
+            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
+        except (MemoryError, ValueError) as error:
+            raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
+        with self._lock.read():
+            if self._storage.count and len(query_QD):
+                self._search(query_QD, ef, filter, id_QK, distance_QK, num_threads)
+        return like(id_QK, queries), like(distance_QK, queries)
+
+    def stats(self) -> dict[str, Any]:
+        """What the index looks like, and what the last search cost.
+
+        Returns:
+            ``count``, ``deleted``, ``levels`` (elements on each level), ``mean_degree`` (links per list on each level), ``unreachable``
+            (elements that level 0 does not lead to), ``size_bytes`` (of all arrays in use), and of the last search ``queries``, ``hops`` and
+            ``distances`` (means per query).
+        """
+        with self._lock.read():
+            held, graph = self._storage, self._storage.graph
+            level_N = held.level[: held.count]
+            levels = [int((level_N >= level).sum()) for level in range(int(graph[layout.TOP]) + 1)]
+            degrees = []
+            for level in range(len(levels)):
+                lists = held.first[: held.count][level_N >= level] + level - 1
+                links = held.links[: held.count] if level == 0 else held.upper[lists]
+                degrees.append(round(float((links >= 0).sum(1).mean()), 3))
+            reached = self._reached()
+            hops, distances, queries = self._last
+            return {
+                "count": held.count - int(graph[layout.NUM_DELETED]),
+                "deleted": int(graph[layout.NUM_DELETED]),
+                "levels": levels,
+                "mean_degree": degrees,
+                "unreachable": int((~reached & (held.deleted[: held.count] == 0)).sum()),
+                "size_bytes": sum(array.nbytes for array in held.arrays().values()),
+                "queries": queries,
+                "hops": hops / max(queries, 1),
+                "distances": distances / max(queries, 1),
+            }
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing."""
+        with self._lock.read():
+            storage.save(self._storage, path, self._facts())
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            mmap: leave vectors and links on disk until they are used; the first change copies them into memory. Links are checked all the
+                same, the bytes of vectors only without ``mmap``.
+            num_threads: as for a new index.
+
+        Raises:
+            DataError: the file is missing, foreign, truncated or damaged.
+        """
+        arrays, meta = storage.read(path, mmap=mmap)
+        return cls._made(arrays, meta, mapped=mmap, source=str(path), num_threads=num_threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock.read():
+            arrays = {name: np.array(array) for name, array in self._storage.arrays().items()}
+            graph = self._storage.graph
+            meta = {**self._facts(), "entry": int(graph[layout.ENTRY]), "top": int(graph[layout.TOP])}
+            return {"arrays": arrays, "meta": meta, "num_threads": self.num_threads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made = type(self)._made(
+            state["arrays"], state["meta"], mapped=False, source="the pickle", num_threads=state["num_threads"]
+        )
+        self.__dict__.update(made.__dict__)
+
+    def _facts(self) -> dict[str, Any]:
+        names = ("dim", "metric", "M", "ef_construction", "dtype", "seed", "rerank", "heuristic", "extend_candidates")
+        return {
+            "options": {name: getattr(self, name) for name in (*names, "keep_pruned", "flat", "compact_at")},
+            "drawn": self._drawn,
+            "next_id": self._next_id,
+        }
+
+    @classmethod
+    def _made(
+        cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, mapped: bool, source: str, num_threads: int | None
+    ) -> Self:
+        try:
+            made = cls(**meta["options"], num_threads=num_threads)
+            drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
+        made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
+        made._drawn, made._next_id, made._linked, made._slots = drawn, next_id, made._storage.count, None
+        return made
+
+    # Inside: callers hold the lock
+
+    def _workers(self, num_threads: int | None) -> Workers:
+        return Workers(self.num_threads if num_threads is None else as_positive(num_threads, "num_threads"))
+
+    def _live(self) -> np.ndarray:
+        return self._storage.deleted[: self._storage.count] == 0
+
+    def _by_id(self) -> dict[int, int]:
+        if self._slots is None:
+            live = np.flatnonzero(self._live())
+            self._slots = dict(zip(self._storage.label[live].tolist(), live.tolist(), strict=True))
+        return self._slots
+
+    def _known(self, id_N: np.ndarray) -> np.ndarray:
+        by_id = self._by_id()
+        return np.fromiter((id in by_id for id in id_N.tolist()), bool, len(id_N))
+
+    def _slots_of(self, id_N: np.ndarray) -> np.ndarray:
+        by_id = self._by_id()
+        slot_S = np.fromiter((by_id.get(id, -1) for id in id_N.tolist()), np.int64, len(id_N))
+        bad = np.flatnonzero(slot_S < 0)
+        if bad.size:
+            raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
+        return slot_S
+
+    def _insert_new(self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers) -> None:
+        count = len(vector_ND)
+        level_N = np.zeros(count, np.int32)
+        if not self.flat:
+            level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, count, self.M)
+        slot_S = self._storage.append(vector_ND, id_N, level_N)
+        self._drawn += count
+        self._next_id = max(self._next_id, int(id_N.max()) + 1)
+        if self._slots is not None:
+            self._slots.update(zip(id_N.tolist(), slot_S.tolist(), strict=True))
+        self._link(slot_S, workers)
+
+    def _link(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Insert slots that no list points at, and whose own lists are empty, into the graph."""
+        graph, done = self._storage.graph, 0
+        singly = max(min(SINGLY - self._linked, len(slot_S)), 0)
+        if singly:
+            with _Marks(self._storage) as marks:
+                insert_singly(graph, marks, slot_S, 0, singly)
+            done, self._linked = singly, self._linked + singly
+        while done < len(slot_S):
+            batch_B = slot_S[done : done + min(self._linked // SHARE, BATCH)]
+            above = np.flatnonzero(self._storage.level[batch_B] > graph[layout.TOP])
+            if above.size:  # it becomes the entry point before others come that it may link to on its level
+                batch_B = batch_B[: above[0] + 1]
+            self._link_batch(batch_B, workers)
+            if above.size:
+                graph[layout.ENTRY], graph[layout.TOP] = batch_B[-1], self._storage.level[batch_B[-1]]
+            done, self._linked = done + len(batch_B), self._linked + len(batch_B)
+
+    def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
+        held, graph = self._storage, self._storage.graph
+
+        def forward(begin: int, end: int) -> None:
+            with _Marks(held) as marks:
+                link_new(graph, marks, batch_B, begin, end)
+
+        workers.run(forward, len(batch_B), 4)
+        for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
+            base_S = batch_B[held.level[batch_B] >= level]
+            links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
+            target_P = links[links >= 0]
+            source_P = np.repeat(base_S, (links >= 0).sum(1))
+            pair_P = np.sort((target_P.astype(np.int64) << 32) | np.arange(len(target_P)))  # by target, then as they came
+            source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
+            start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
+            target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))
+
+            def back(begin: int, end: int, level: int = level, target_T: Any = target_T, start_T: Any = start_T) -> None:
+                link_back(graph, level, target_T, start_T, source_P, begin, end)  # noqa: B023 - run before the next level
+
+            workers.run(back, len(target_T), 16)
+
+    def _take_out(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Let no list point at slots any more: lists that did are selected anew. Their own become empty."""
+        held, graph = self._storage, self._storage.graph
+        gone_N = np.zeros(held.count, np.uint8)
+        gone_N[slot_S] = 1
+        hit_N = np.zeros(held.count, np.uint8)
+        for level in range(int(graph[layout.TOP]) + 1):
+            workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, hit_N), held.count, 4096)  # noqa: B023
+            target_T = np.flatnonzero(hit_N)
+
+            def mend(begin: int, end: int, level: int = level, target_T: np.ndarray = target_T) -> None:
+                with _Marks(held) as marks:
+                    bridge(graph, level, marks, gone_N, target_T, begin, end)
+
+            workers.run(mend, len(target_T), 8)
+        held.links[slot_S] = -1
+        held.upper[held.lists_of(slot_S)] = -1
+        self._linked -= len(slot_S)
+        if gone_N[graph[layout.ENTRY]]:
+            stays = np.flatnonzero(gone_N == 0)
+            entry = stays[held.level[stays].argmax()] if stays.size else -1
+            graph[layout.ENTRY], graph[layout.TOP] = entry, held.level[entry] if stays.size else -1
+
+    def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
+        if len(slot_S):
+            self._storage.own()
+            self._take_out(slot_S, workers)
+            self._storage.put(slot_S, vector_SD)
+            self._link(slot_S, workers)
+
+    def _compact(self, repair: bool, workers: Workers) -> int:
+        held = self._storage
+        dead, live = np.flatnonzero(~self._live()), np.flatnonzero(self._live())
+        if not dead.size:
+            return 0
+        held.own()
+        if live.size:
+            self._take_out(dead, workers)
+            held.keep(live)
+        else:
+            held.reset()
+            self._linked = 0
+        self._slots = None
+        if repair:
+            self._repair()
+        return len(dead)
+
+    def _repair(self) -> int:
+        if not self._storage.count:
+            return 0
+        self._storage.own()
+        with _Marks(self._storage) as marks:
+            linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
+        return int(linked)
+
+    def _reached(self) -> np.ndarray:
+        """Which slots level 0 leads to, bool [N]."""
+        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
+        is_reached_N = np.zeros(count, np.uint8)
+        if count:
+            reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
+        return is_reached_N.astype(bool)
+
+    def _search(
+        self, query_QD: np.ndarray, ef: int, filter: Any, id_QK: np.ndarray, distance_QK: np.ndarray, num_threads: int | None
+    ) -> None:
+        held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
+        ef = min(max(ef, k), held.count)
+        label_N, counts = held.label[: held.count], np.zeros(2, np.int64)
+        query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
+        allowed_N = None
+        if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
+            allowed_N = self._live() if filter is None else as_filter(filter, label_N) & self._live()
+            matches = int(allowed_N.sum())
+            if filter is not None and matches <= max(2 * ef, SELECTIVE * held.count):
+                slot_S = np.flatnonzero(allowed_N)
+                slot_S = slot_S[np.argsort(label_N[slot_S])]
+
+        def walk(begin: int, end: int) -> None:
+            found = np.zeros(2, np.int64)
+            if scanned:
+                scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, found)
+            else:
+                with _Marks(held) as marks:
+                    search_many(
+                        graph, label_N, marks, query_Q, aux_Q, full_Q, begin, end, ef, keep, allowed, id_QK, distance_QK, found
+                    )
+            parts.append(found)
+
+        parts: list[np.ndarray] = []
+        scanned = allowed_N is not None and filter is not None and matches <= max(2 * ef, SELECTIVE * held.count)
+        allowed = 0 if allowed_N is None else allowed_N.ctypes.data
+        keep = min(ef, 2 * k + EXTRA)
+        if not scanned or len(slot_S):
+            with self._workers(num_threads) as workers:
+                workers.run(walk, len(query_QD), 4)
+        counts = sum(parts, counts)
+        self._last = (int(counts[0]), int(counts[1]), len(query_QD))
+
+
+class _Marks:
+    """Marks of a storage for as long as it is entered."""
+
+    def __init__(self, held: Storage) -> None:
+        self._held = held
+
+    def __enter__(self) -> np.ndarray:
+        self._marks = self._held.take_marks()
+        return self._marks
+
+    def __exit__(self, *_: object) -> None:
+        self._held.give_marks(self._marks)

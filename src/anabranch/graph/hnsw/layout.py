@@ -1,0 +1,107 @@
+"""Where the parts of an index lie, as kernels see it: one row of int64 with addresses, sizes and the entry point; and distances to a slot.
+
+Kinds of distance are 2 * precision + metric: precision 0 float32, 1 float16, 2 int8; metric 0 squared L2, 1 for 1 - <a, b>.
+
+A row of int8 holds round(x / s) with s = max |x| / 127 of that row; beside it stand s and |x|^2 ("aux"). Then
+
+    <q, x> ~ s_q s_x <codes of q, codes of x>          |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>
+"""
+# Shapes: N slots, C capacity; a slot is the number of an element within the arrays
+
+import numba as nb
+import numpy as np
+
+from anabranch.graph.hnsw.raw import (
+    LINE,
+    dot_f16,
+    dot_f32,
+    dot_i8,
+    get_f32,
+    get_i32,
+    prefetch,
+    squared_f16,
+    squared_f32,
+    widen_f16,
+)
+
+# Places in the row that describes an index
+(
+    KIND,  # of distance
+    ROWS,  # address of vectors as they are searched, [C, STRIDE bytes]
+    STRIDE,
+    WIDTH,  # elements of a row, zeros at the end included
+    AUX,  # address of float32 [C, 2]: scale and squared norm of int8 rows
+    LINKS,  # address of int32 [C, CAP0], links on level 0; -1 behind the last
+    CAP0,  # most links on level 0
+    UPPER,  # address of int32 [rows, CAP], links on levels above, one row per (slot, level)
+    CAP,  # most links on a level above 0, and of a new element on every level (M)
+    FIRST,  # address of int32 [C]: the row of level 1 of a slot in UPPER
+    LEVEL,  # address of int32 [C]: the top level of a slot, -1 where it is in no list
+    ENTRY,  # slot of the entry point, -1 where there is none
+    TOP,  # its level
+    COUNT,  # N
+    EF,  # ef_construction
+    DELETED,  # address of uint8 [C]
+    NUM_DELETED,
+    SIMPLE,  # 1: the nearest M instead of the heuristic (paper, algorithm 3)
+    EXTEND,  # 1: consider neighbours of candidates too (paper, algorithm 4)
+    KEEP,  # 1: fill up with the nearest rejected (paper, algorithm 4)
+    FULL,  # address of float32 vectors to measure again by, 0 where rows are final
+    FULL_STRIDE,
+    FULL_WIDTH,
+    FIELDS,
+) = range(24)
+
+L2_F32, IP_F32, L2_F16, IP_F16, L2_I8, IP_I8 = range(6)
+
+
+@nb.njit(cache=True, nogil=True)
+def distance(kind, query, scale, norm, row, aux, slot, width):
+    """From a query (address, and scale and squared norm where it is int8) to the vector at ``row``, which is that of ``slot``."""
+    if kind == L2_F32:
+        return squared_f32(query, row, width)
+    if kind == IP_F32:
+        return np.float32(1.0) - dot_f32(query, row, width)
+    if kind == L2_F16:
+        return squared_f16(query, row, width)
+    if kind == IP_F16:
+        return np.float32(1.0) - dot_f16(query, row, width)
+    product = np.float32(dot_i8(query, row, width)) * (scale * get_f32(aux, 2 * slot))
+    if kind == IP_I8:
+        return np.float32(1.0) - product
+    return norm + get_f32(aux, 2 * slot + 1) - np.float32(2.0) * product
+
+
+@nb.njit(cache=True, nogil=True)
+def as_query(graph, slot, scratch):
+    """The vector of a slot as a query: address, scale, squared norm. ``scratch`` has room for WIDTH floats."""
+    row = graph[ROWS] + slot * graph[STRIDE]
+    kind = graph[KIND]
+    if kind == L2_F16 or kind == IP_F16:
+        widen_f16(row, scratch, graph[WIDTH])
+        return scratch, np.float32(0.0), np.float32(0.0)
+    if kind >= L2_I8:
+        return row, get_f32(graph[AUX], 2 * slot), get_f32(graph[AUX], 2 * slot + 1)
+    return row, np.float32(0.0), np.float32(0.0)
+
+
+@nb.njit(cache=True, nogil=True)
+def links_of(graph, slot, level):
+    """Address of the links of a slot on a level that it has."""
+    if level == 0:
+        return graph[LINKS] + slot * graph[CAP0] * 4
+    return graph[UPPER] + (get_i32(graph[FIRST], slot) + level - 1) * graph[CAP] * 4
+
+
+@nb.njit(cache=True, nogil=True)
+def cap_of(graph, level):
+    """Most links of a slot on a level."""
+    return graph[CAP0] if level == 0 else graph[CAP]
+
+
+@nb.njit(inline="always")
+def touch(row, stride):
+    """Ask for the first lines of a row; the processor goes on by itself."""
+    prefetch(row)
+    if stride > LINE:
+        prefetch(row + LINE)

@@ -1,0 +1,82 @@
+"""Many readers or one writer; and pieces of work for threads whose kernels run without the interpreter's lock."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+PIECES = 4  # per thread, so that threads finish together
+
+
+class ReadWriteLock:
+    """Readers share it, a writer has it alone; a waiting writer goes before readers that come later. Not reentrant."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._readers = 0
+        self._writing = False
+        self._waiting = 0
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """Hold it with other readers."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._writing and not self._waiting)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        """Hold it alone."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._writing and not self._readers)
+            self._waiting -= 1
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+
+
+class Workers:
+    """Threads for as long as it is entered; with one thread, work is done where it is asked for."""
+
+    def __init__(self, num_threads: int | None) -> None:
+        self.num_threads = num_threads or default_threads()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def run(self, work: Callable[[int, int], None], total: int, least: int = 1) -> None:
+        """``work(begin, end)`` on pieces that cover ``total``, none shorter than ``least`` unless there is only one."""
+        pieces = min(self.num_threads * PIECES, total // max(least, 1))
+        if self.num_threads == 1 or pieces < 2:
+            if total:
+                work(0, total)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.num_threads)
+        ends = [total * piece // pieces for piece in range(pieces + 1)]
+        for task in [self._pool.submit(work, *pair) for pair in zip(ends, ends[1:], strict=False)]:
+            task.result()
+
+
+def default_threads() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

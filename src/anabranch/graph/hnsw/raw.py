@@ -1,0 +1,229 @@
+"""Memory by address, prefetching and distances in vector registers: what the kernels of the index are written on.
+
+Kernels take addresses instead of arrays, so that one compiled kernel serves arrays in memory, read-only arrays mapped from a file, and
+rows of every precision. Nothing here checks anything: callers own the arrays and keep ids in range (see `storage`).
+
+Distances are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a machine
+without AVX-512 runs the same code. Loops written in Python vectorise too, but their rests of fewer than 64 elements run one by one.
+"""
+# Shapes: widths are counts of elements, padded with zeros to whole lines of 64 bytes
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LINE = 64  # bytes
+LANES = 16
+SUMS = 4
+
+_F32, _HALF = ir.FloatType(), ir.HalfType()
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VECTOR, _HALVES = ir.VectorType(_F32, LANES), ir.VectorType(_HALF, LANES)
+_INTS = ir.VectorType(_I32, LANES)
+
+
+def _element(builder: Any, kind: Any, address: Any, index: Any, size: int) -> Any:
+    """A pointer to element ``index`` of an array of ``kind`` at ``address``."""
+    offset = builder.mul(index, ir.Constant(_I64, size))
+    return builder.inttoptr(builder.add(address, offset), ir.PointerType())
+
+
+def _loader(result: Any, kind: Any, size: int, extend: bool = False) -> Callable[..., Any]:
+    def typed(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = builder.load(_element(builder, kind, *arguments, size), typ=kind)
+            value.align = size
+            return builder.sext(value, _I64) if extend else value
+
+        return result(types.int64, types.int64), codegen
+
+    return typed
+
+
+def _storer(value_type: Any, kind: Any, size: int) -> Callable[..., Any]:
+    def typed(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            stored = builder.store(arguments[2], _element(builder, kind, arguments[0], arguments[1], size))
+            stored.align = size
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, value_type), codegen
+
+    return typed
+
+
+get_i32 = intrinsic(_loader(types.int64, _I32, 4, extend=True))
+get_u8 = intrinsic(_loader(types.uint8, _I8, 1))
+get_f32 = intrinsic(_loader(types.float32, _F32, 4))
+set_i32 = intrinsic(_storer(types.int32, _I32, 4))
+set_u8 = intrinsic(_storer(types.uint8, _I8, 1))
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the line of 64 bytes at ``address``."""
+
+    def codegen(context, builder, signature, arguments):
+        pointer = ir.PointerType()
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32]), "llvm.prefetch.p0"
+        )
+        read, near, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def move(typingctx, to, source, count):
+    """Copy ``count`` bytes; the two places may overlap."""
+
+    def codegen(context, builder, signature, arguments):
+        pointer = ir.PointerType()
+        ends = [builder.inttoptr(address, pointer) for address in arguments[:2]]
+        cgutils.raw_memmove(builder, *ends, arguments[2], ir.Constant(_I64, 1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _chunk(builder: Any, address: Any, offset: Any, kind: Any, size: int) -> Any:
+    """LANES elements that start ``offset`` elements behind ``address``."""
+    loaded = builder.load(_element(builder, kind.element, address, offset, size), typ=kind)
+    loaded.align = size
+    return loaded
+
+
+def _summed(builder: Any, width: Any, step: Callable[[Any, Any], Any], zero: Any, add: Callable[..., Any]) -> Any:
+    """Sum ``step(offset, sum)`` over offsets 0, LANES, ... below ``width`` in SUMS sums that do not wait for each other."""
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SUMS)]
+    block = ir.Constant(_I64, LANES * SUMS)
+    many = builder.udiv(width, block)
+    with cgutils.for_range(builder, many, intp=_I64) as loop:
+        start = builder.mul(loop.index, block)
+        for number, place in enumerate(sums):
+            offset = builder.add(start, ir.Constant(_I64, number * LANES))
+            builder.store(step(offset, builder.load(place, typ=zero.type)), place)
+    start = builder.mul(many, block)
+    rest = builder.udiv(builder.sub(width, start), ir.Constant(_I64, LANES))
+    with cgutils.for_range(builder, rest, intp=_I64) as loop:
+        offset = builder.add(start, builder.mul(loop.index, ir.Constant(_I64, LANES)))
+        builder.store(step(offset, builder.load(sums[0], typ=zero.type)), sums[0])
+    values = [builder.load(place, typ=zero.type) for place in sums]
+    return add(add(values[0], values[1]), add(values[2], values[3]))
+
+
+def _fused(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32"
+    )
+    return builder.call(function, [left, right, total])
+
+
+def _horizontal(builder: Any, value: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_F32, [_F32, _VECTOR]), f"llvm.vector.reduce.fadd.v{LANES}f32"
+    )
+    return builder.call(function, [ir.Constant(_F32, 0.0), value], fastmath=("reassoc",))
+
+
+def _float_sum(builder: Any, query: Any, row: Any, width: Any, half: bool, square: bool) -> Any:
+    def step(offset: Any, total: Any) -> Any:
+        left = _chunk(builder, query, offset, _VECTOR, 4)
+        if half:
+            right = builder.fpext(_chunk(builder, row, offset, _HALVES, 2), _VECTOR)
+        else:
+            right = _chunk(builder, row, offset, _VECTOR, 4)
+        if square:
+            left = right = builder.fsub(left, right)
+        return _fused(builder, left, right, total)
+
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    return _horizontal(builder, _summed(builder, width, step, zero, builder.fadd))
+
+
+def _float_distance(half: bool, square: bool) -> Callable[..., Any]:
+    def typed(typingctx: Any, query: Any, row: Any, width: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return _float_sum(builder, *arguments, half, square)
+
+        return types.float32(types.int64, types.int64, types.int64), codegen
+
+    return typed
+
+
+squared_f32 = intrinsic(_float_distance(half=False, square=True))
+dot_f32 = intrinsic(_float_distance(half=False, square=False))
+squared_f16 = intrinsic(_float_distance(half=True, square=True))
+dot_f16 = intrinsic(_float_distance(half=True, square=False))
+
+
+@intrinsic
+def dot_i8(typingctx, query, row, width):
+    """Dot product of signed bytes, exact; ``width`` is below 2**17, so that it fits 32 bits."""
+    wide_bytes, wide_ints = ir.VectorType(_I8, 2 * LANES), ir.VectorType(_I32, 2 * LANES)
+    even = ir.Constant(_INTS, [2 * lane for lane in range(LANES)])
+    odd = ir.Constant(_INTS, [2 * lane + 1 for lane in range(LANES)])
+
+    def codegen(context, builder, signature, arguments):
+        left_address, right_address, count = arguments
+
+        def step(offset, total):  # twice as many elements as lanes: neighbours are added before the sum, one instruction
+            offset = builder.mul(offset, ir.Constant(_I64, 2))
+            ends = (_chunk(builder, address, offset, wide_bytes, 1) for address in (left_address, right_address))
+            left, right = (builder.sext(end, wide_ints) for end in ends)
+            product, nothing = builder.mul(left, right), ir.Constant(wide_ints, ir.Undefined)
+            pairs = builder.add(
+                builder.shuffle_vector(product, nothing, even), builder.shuffle_vector(product, nothing, odd)
+            )
+            return builder.add(total, pairs)
+
+        zero = ir.Constant(_INTS, [0] * LANES)
+        total = _summed(builder, builder.udiv(count, ir.Constant(_I64, 2)), step, zero, builder.add)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
+        )
+        return builder.call(function, [total])
+
+    return types.int32(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def widen_f16(typingctx, source, to, width):
+    """Write ``width`` half-precision numbers as float32."""
+
+    def codegen(context, builder, signature, arguments):
+        begin, end, count = arguments
+        with cgutils.for_range(builder, builder.udiv(count, ir.Constant(_I64, LANES)), intp=_I64) as loop:
+            offset = builder.mul(loop.index, ir.Constant(_I64, LANES))
+            value = builder.fpext(_chunk(builder, begin, offset, _HALVES, 2), _VECTOR)
+            builder.store(value, _element(builder, _F32, end, offset, 4)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def count_not_above(typingctx, numbers, count, limit):
+    """How many of ``count`` floats at ``numbers`` are at most ``limit``; reads whole vectors, so the array is padded with infinity."""
+
+    def codegen(context, builder, signature, arguments):
+        address, number, limit = arguments
+        sums = cgutils.alloca_once_value(builder, ir.Constant(_INTS, [0] * LANES))
+        single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), limit, ir.Constant(_I32, 0))
+        spread = builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
+        chunks = builder.udiv(builder.add(number, ir.Constant(_I64, LANES - 1)), ir.Constant(_I64, LANES))
+        with cgutils.for_range(builder, chunks, intp=_I64) as loop:
+            offset = builder.mul(loop.index, ir.Constant(_I64, LANES))
+            found = builder.fcmp_ordered("<=", _chunk(builder, address, offset, _VECTOR, 4), spread)
+            builder.store(builder.add(builder.load(sums, typ=_INTS), builder.zext(found, _INTS)), sums)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
+        )
+        return builder.call(function, [builder.load(sums, typ=_INTS)])
+
+    return types.int32(types.int64, types.int64, types.float32), codegen

@@ -1,0 +1,312 @@
+"""SEARCH-LAYER and K-NN-SEARCH (paper, algorithms 2 and 5), and the exact scan of few elements.
+
+`pool_search` keeps the ef best in one sorted array, each marked once it was expanded. That is the two heaps of algorithm 2: what falls out
+of W lies farther than all of W, and the search would stop before it. Finding a place is one pass of vector compares, making room one move.
+
+`filtered_search` has the two heaps, since W then holds only elements that may be returned, while C holds all. It stops when the nearest of C
+is farther than W's farthest and W is full.
+"""
+# Shapes: Q queries, K neighbours, R room of results per query (at least K)
+
+import numba as nb
+import numpy as np
+
+from anabranch.graph.hnsw.layout import (
+    AUX,
+    CAP,
+    CAP0,
+    COUNT,
+    DELETED,
+    ENTRY,
+    FULL,
+    FULL_STRIDE,
+    FULL_WIDTH,
+    KIND,
+    L2_F32,
+    ROWS,
+    STRIDE,
+    TOP,
+    WIDTH,
+    cap_of,
+    distance,
+    links_of,
+    touch,
+)
+from anabranch.graph.hnsw.raw import LANES, count_not_above, get_i32, get_u8, move, prefetch, set_u8
+
+INFINITY = np.float32(np.inf)
+AHEAD = 4  # rows asked for before they are measured
+
+
+@nb.njit(cache=True, nogil=True)
+def next_tag(visited):
+    """A tag that no mark carries; marks are bytes, the last of ``visited`` is the tag of the search before."""
+    tag = np.int64(visited[-1]) + 1
+    if tag > 255:
+        visited[:] = 0
+        tag = 1
+    visited[-1] = tag
+    return tag
+
+
+@nb.njit(cache=True, nogil=True)
+def descend(graph, query, scale, norm, to_level):
+    """Greedy walk from the entry point down to, and on, ``to_level`` + 1: slot, distance, hops and evaluations."""
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    at = graph[ENTRY]
+    best = distance(kind, query, scale, norm, rows + at * stride, aux, at, width)
+    hops, evaluations = 0, 1
+    for level in range(graph[TOP], to_level, -1):
+        is_better = True
+        while is_better:
+            is_better = False
+            links = links_of(graph, at, level)
+            hops += 1
+            for place in range(graph[CAP]):
+                slot = get_i32(links, place)
+                if slot < 0:
+                    break
+                found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+                evaluations += 1
+                if found < best:
+                    best, at, is_better = found, slot, True
+    return at, best, hops, evaluations
+
+
+@nb.njit(cache=True, nogil=True)
+def unvisited(links, cap, visited, tag, todo, rows, stride):
+    """Write the links that carry no mark into ``todo``, mark them and ask for the first rows; how many."""
+    count = 0
+    for place in range(cap):
+        slot = get_i32(links, place)
+        if slot < 0:
+            break
+        todo[count] = slot  # overwritten by the next where it was seen before: no branch to guess
+        count += get_u8(visited, slot) != tag
+        set_u8(visited, slot, tag)
+    for place in range(min(count, AHEAD)):
+        touch(rows + np.int64(todo[place]) * stride, stride)
+    return count
+
+
+@nb.njit(cache=True, nogil=True)
+def insert(pool_d, pool_i, size, room, key, value):
+    """Put an entry behind those of at most its key in a sorted pool, whose last falls out if it is full; where it stands."""
+    distances, slots = pool_d.ctypes.data, pool_i.ctypes.data
+    place = np.int64(count_not_above(distances, size, key))
+    after = min(size, room - 1) - place
+    move(distances + 4 * (place + 1), distances + 4 * place, 4 * after)
+    move(slots + 4 * (place + 1), slots + 4 * place, 4 * after)
+    pool_d[place], pool_i[place] = key, value
+    return place
+
+
+@nb.njit(cache=True, nogil=True)
+def pool_search(graph, query, scale, norm, level, entry, entry_distance, ef, visited, pool_d, pool_i, todo):
+    """The ``ef`` nearest on a level into the sorted ``pool_d``, ``pool_i`` [>= ef + LANES]; count, hops, evaluations.
+
+    Slots come back as ~slot, the mark of those that were expanded, which all are at the end.
+    """
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    cap, marks, tag = cap_of(graph, level), visited.ctypes.data, next_tag(visited)
+    pool_d[: ef + LANES] = INFINITY
+    pool_d[0], pool_i[0] = entry_distance, entry
+    set_u8(marks, entry, tag)
+    size, at, hops, evaluations = 1, 0, 0, 0
+    while at < size:
+        if pool_i[at] < 0:
+            at += 1
+            continue
+        links = links_of(graph, pool_i[at], level)
+        pool_i[at] = ~pool_i[at]
+        count = unvisited(links, cap, marks, tag, todo, rows, stride)
+        hops += 1
+        evaluations += count
+        lowest = at + 1
+        for number in range(count):
+            if number + AHEAD < count:
+                touch(rows + np.int64(todo[number + AHEAD]) * stride, stride)
+            slot = np.int64(todo[number])
+            found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+            if found < pool_d[ef - 1]:
+                place = insert(pool_d, pool_i, size, ef, found, slot)
+                size = min(size + 1, ef)
+                if place < lowest:
+                    lowest = place
+                    prefetch(links_of(graph, slot, level))
+        at = lowest
+    return size, hops, evaluations
+
+
+@nb.njit(cache=True, nogil=True)
+def push(keys, values, size, key, value):
+    """Put an entry into a heap with the smallest key on top; the new size."""
+    place = size
+    while place > 0:
+        above = (place - 1) >> 1
+        if keys[above] <= key:
+            break
+        keys[place], values[place] = keys[above], values[above]
+        place = above
+    keys[place], values[place] = key, value
+    return size + 1
+
+
+@nb.njit(cache=True, nogil=True)
+def pop(keys, values, size):
+    """Take the top off a heap; the new size."""
+    size -= 1
+    key, value = keys[size], values[size]
+    place = 0
+    while True:
+        below = 2 * place + 1
+        if below >= size:
+            break
+        if below + 1 < size and keys[below + 1] < keys[below]:
+            below += 1
+        if keys[below] >= key:
+            break
+        keys[place], values[place] = keys[below], values[below]
+        place = below
+    keys[place], values[place] = key, value
+    return size
+
+
+@nb.njit(cache=True, nogil=True)
+def filtered_search(
+    graph, query, scale, norm, entry, entry_distance, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
+):
+    """As `pool_search` on level 0, of slots with ``allowed`` (address of uint8 [N]) alone; results in rising order, as ~slot."""
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    cap, marks, tag = graph[CAP0], visited.ctypes.data, next_tag(visited)
+    size, held, hops, evaluations = push(heap_d, heap_i, 0, entry_distance, entry), 0, 0, 0
+    if get_u8(allowed, entry) != 0:
+        held = push(best_d, best_i, 0, -entry_distance, entry)
+    set_u8(marks, entry, tag)
+    while size > 0:
+        if held == ef and heap_d[0] > -best_d[0]:
+            break
+        links = links_of(graph, heap_i[0], 0)
+        size = pop(heap_d, heap_i, size)
+        count = unvisited(links, cap, marks, tag, todo, rows, stride)
+        hops += 1
+        evaluations += count
+        for number in range(count):
+            if number + AHEAD < count:
+                touch(rows + np.int64(todo[number + AHEAD]) * stride, stride)
+            slot = np.int64(todo[number])
+            found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+            if held < ef or found < -best_d[0]:
+                size = push(heap_d, heap_i, size, found, slot)
+                if get_u8(allowed, slot) != 0:
+                    if held == ef:
+                        held = pop(best_d, best_i, held)
+                    held = push(best_d, best_i, held, -found, slot)
+    for place in range(held - 1, -1, -1):  # the farthest goes behind the rest
+        key, value = best_d[0], best_i[0]
+        pop(best_d, best_i, place + 1)
+        best_d[place], best_i[place] = -key, ~value
+    return held, hops, evaluations
+
+
+@nb.njit(cache=True, nogil=True)
+def sort_ties(distance_R, slot_R, count, label_N):
+    """Bring entries that are sorted by distance, or nearly so, into the order of (distance, label)."""
+    for end in range(1, count):
+        key, value = distance_R[end], slot_R[end]
+        place = end
+        while place > 0 and (
+            distance_R[place - 1] > key
+            or (distance_R[place - 1] == key and label_N[slot_R[place - 1]] > label_N[value])
+        ):
+            distance_R[place], slot_R[place] = distance_R[place - 1], slot_R[place - 1]
+            place -= 1
+        distance_R[place], slot_R[place] = key, value
+
+
+@nb.njit(cache=True, nogil=True)
+def finish(graph, full_query, count, keep, label_N, found_d, found_i, id_K, distance_K):
+    """Measure the nearest ``keep`` again where rows are not final, sort, and write the nearest K with their labels."""
+    if graph[FULL] != 0:
+        count = min(count, keep)
+        for place in range(count):
+            row = graph[FULL] + np.int64(found_i[place]) * graph[FULL_STRIDE]
+            zero = np.float32(0.0)
+            found_d[place] = distance(graph[KIND] & 1, full_query, zero, zero, row, 0, 0, graph[FULL_WIDTH])
+    sort_ties(found_d, found_i, count, label_N)
+    for place in range(min(count, len(id_K))):
+        id_K[place] = label_N[found_i[place]]
+        distance_K[place] = found_d[place]
+
+
+@nb.njit(cache=True, nogil=True)
+def search_many(
+    graph, label_N, visited, query_Q, aux_Q, full_Q, begin, end, ef, keep, allowed, id_QK, distance_QK, counts
+):
+    """K-NN-SEARCH of queries ``begin`` ... ``end``; ids and distances must hold -1 and infinity before.
+
+    Args:
+        graph: the row that describes the index.
+        label_N: int64, ids outside.
+        visited: uint8 [C + 1], marks.
+        query_Q: uint8 [Q, bytes], queries as rows are; float32 for those of float16.
+        aux_Q: float32 [Q, 2], their scales and squared norms.
+        full_Q: float32 [Q, FULL_WIDTH], queries to measure again by.
+        begin: the first query.
+        end: behind the last.
+        ef: how many to hold.
+        keep: how many of them to measure again.
+        allowed: address of uint8 [N], 0 for all.
+        id_QK: int64, written.
+        distance_QK: float32, written.
+        counts: int64 [2], hops and evaluations are added.
+    """
+    room = ef + LANES
+    best_d, best_i = np.empty(room, np.float32), np.empty(room, np.int32)
+    heap_room = graph[COUNT] + 1 if allowed != 0 else 1
+    heap_d, heap_i = np.empty(heap_room, np.float32), np.empty(heap_room, np.int32)
+    todo = np.empty(max(graph[CAP0], graph[CAP]) + 1, np.int32)
+    for number in range(begin, end):
+        query, scale, norm = query_Q[number].ctypes.data, aux_Q[number, 0], aux_Q[number, 1]
+        entry, nearest, hops, evaluations = descend(graph, query, scale, norm, 0)
+        if allowed == 0:
+            count, more_hops, more = pool_search(
+                graph, query, scale, norm, 0, entry, nearest, ef, visited, best_d, best_i, todo
+            )
+        else:
+            count, more_hops, more = filtered_search(
+                graph, query, scale, norm, entry, nearest, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
+            )
+        counts[0] += hops + more_hops
+        counts[1] += evaluations + more
+        for place in range(count):
+            best_i[place] = ~best_i[place]
+        finish(graph, full_Q[number].ctypes.data, count, keep, label_N, best_d, best_i, id_QK[number], distance_QK[number])
+
+
+@nb.njit(cache=True, nogil=True)
+def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, counts):
+    """The nearest K of the slots ``slot_S`` (rising by label) by measuring all, exactly where there are full vectors; as `search_many`."""
+    room = min(id_QK.shape[1], len(slot_S))
+    best_d, best_i = np.empty(room + LANES, np.float32), np.empty(room + LANES, np.int32)
+    zero = np.float32(0.0)
+    is_full = graph[FULL] != 0
+    kind = graph[KIND] & 1 if is_full else graph[KIND]
+    rows, stride = (graph[FULL], graph[FULL_STRIDE]) if is_full else (graph[ROWS], graph[STRIDE])
+    width, aux = (graph[FULL_WIDTH], 0) if is_full else (graph[WIDTH], graph[AUX])
+    for number in range(begin, end):
+        query = full_Q[number].ctypes.data if is_full else query_Q[number].ctypes.data
+        scale, norm = (zero, zero) if is_full else (aux_Q[number, 0], aux_Q[number, 1])
+        best_d[:] = INFINITY
+        size = 0
+        for place in range(len(slot_S)):
+            slot = np.int64(slot_S[place])
+            found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+            if found < best_d[room - 1]:
+                insert(best_d, best_i, size, room, found, slot)
+                size = min(size + 1, room)
+        sort_ties(best_d, best_i, size, label_N)
+        for place in range(size):
+            id_QK[number, place] = label_N[best_i[place]]
+            distance_QK[number, place] = best_d[place]
+        counts[1] += len(slot_S)
