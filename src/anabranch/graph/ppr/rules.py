@@ -1,0 +1,224 @@
+"""Rules that every form of personalised PageRank here shares: the walk, its restart, dead ends, and sets of seeds.
+
+A walk from node u ends where it stands with probability alpha, else steps to an out-neighbour by weight; pi_u(v) is the probability that
+it ends at v. With P0 the transition matrix whose rows of dangling nodes (no out-edge) are empty, and c = 1 - alpha, all algorithms solve
+one *leaky* system, in which walks that reach a dead end vanish unless they end there,
+
+    g_s = alpha sum_k c^k s P0^k,        G = alpha (I - c P0)^-1,
+
+and a policy says what a walk at a dead end does instead:
+
+    source    it goes back to the node it started from: pi_u = g_u / h_u with h = G 1, the chance not to vanish
+    absorb    it stays: pi(v) = g(v) / alpha at dangling v
+    uniform   it goes anywhere: pi = g + (1 - h_s) / h_1/n * g_1/n
+
+A set of seeds means the mixture of its members' vectors, so ``source`` starts from s(u) / h_u. (Other libraries send all walks of a set
+back to the set; for one seed, and without dangling nodes, that is the same.) For the global PageRank, whose walks start anywhere,
+``source`` sends them anywhere, as elsewhere.
+
+Every algorithm keeps an estimate x and a residual f with g_s = x + G f. Columns sums of G are at most 1, so the L1 error is at most |f|_1,
+signed or not, also after the policy (``absorb`` counts what arrives at dead ends as ended).
+"""
+# Shapes: N nodes, M stored edges, S seeds
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numba as nb
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
+from anabranch.graph.store import Graph
+
+Dangling = Literal["source", "absorb", "uniform"]
+CODES = {"source": SOURCE, "absorb": ABSORB, "uniform": UNIFORM}
+NO_WEIGHTS = np.empty(0, np.float32)
+
+
+def check_alpha(alpha: float) -> float:
+    """Raises InputError unless 0 < alpha < 1."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.floating) or not 0 < alpha < 1:
+        raise InputError(f"alpha is {alpha!r}; the probability to end a walk must lie between 0 and 1, both excluded")
+    return float(alpha)
+
+
+def check_dangling(dangling: str) -> Dangling:
+    """Raises InputError for an unknown policy."""
+    if dangling not in CODES:
+        raise InputError(f"dangling is {dangling!r}; it must be one of {', '.join(get_args(Dangling))}")
+    return dangling  # type: ignore[return-value]
+
+
+def check_tol(tol: float) -> float:
+    """Raises InputError unless tol is positive and finite."""
+    if isinstance(tol, bool) or not isinstance(tol, int | float | np.floating) or not 0 < tol < np.inf:
+        raise InputError(f"tol is {tol!r}; the L1 error allowed must be a positive number")
+    return float(tol)
+
+
+def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Seeds as distinct int64 ids [S], rising, and float64 weights [S] that sum to 1.
+
+    Args:
+        graph: they are nodes of.
+        seeds: one node; a list or array of nodes (of equal weight); a mapping node -> weight; or a tuple of two lists or arrays
+            ``(nodes, weights)``.
+
+    Raises:
+        InputError: no seed, an unknown node, a weight that is negative or not finite, or weights that are all 0.
+    """
+    weights: Any = None
+    if isinstance(seeds, Mapping):
+        nodes, weights = list(seeds.keys()), list(seeds.values())
+    elif isinstance(seeds, tuple) and len(seeds) == 2 and all(np.ndim(part) == 1 for part in seeds):
+        nodes, weights = seeds
+    else:
+        nodes = seeds
+    ids = graph.check_nodes(nodes)
+    if ids.ndim != 1 or not ids.size:
+        raise InputError(f"seeds have the shape {ids.shape}; give one node or a list of at least one")
+    if weights is None:
+        share = np.ones(len(ids))
+    else:
+        try:
+            share = np.asarray(weights, np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"weights of seeds are numbers: {error}") from None
+        if share.shape != ids.shape:
+            raise InputError(f"there are {len(ids):,} seeds and weights of the shape {share.shape}; give one per seed")
+        bad = np.flatnonzero(~np.isfinite(share) | (share < 0))
+        if bad.size:
+            raise InputError(
+                f"seed {ids[bad[0]]} has the weight {share[bad[0]]}; weights must be finite and not negative"
+            )
+    kept = share > 0
+    if not kept.any():
+        raise InputError("all seeds have the weight 0; at least one must be positive")
+    largest = share.max()  # so that the sum of huge or tiny weights stays in range
+    ids, place = np.unique(ids[kept], return_inverse=True)
+    total = np.bincount(place.reshape(-1), share[kept] / largest, len(ids))
+    return ids, total / total.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """The walk on one graph: what all algorithms take. Make it once per graph; parts are made when they are first used.
+
+    Attributes:
+        graph: the graph, with weights that are not negative.
+        alpha: probability to end before each step.
+        dangling: policy.
+    """
+
+    graph: Graph
+    alpha: float = 0.15
+    dangling: Dangling = "source"
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        check_dangling(self.dangling)
+        weights = self.graph.weights
+        if weights is not None and len(weights) and not weights.min() >= 0:
+            raise InputError(f"walks need weights that are not negative; the least of this graph is {weights.min()}")
+        if not self.graph.num_nodes:
+            raise InputError("the graph has no nodes, so there is no walk on it")
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.graph.num_nodes
+
+    @cached_property
+    def inverse_N(self) -> np.ndarray:
+        """float64 [N], 1 over the sum of each node's weights; 0 at dangling nodes."""
+        strength_N = self.graph.strength_N
+        return np.divide(1.0, strength_N, out=np.zeros(len(strength_N)), where=strength_N > 0)
+
+    @cached_property
+    def dangling_nodes(self) -> np.ndarray:
+        """Ids of nodes that no step leaves."""
+        return np.flatnonzero(self.inverse_N == 0)
+
+    @cached_property
+    def out(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """indptr, indices and weights (empty: all 1) of out-edges."""
+        return _arrays(self.graph)
+
+    @cached_property
+    def into(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of in-edges."""
+        return _arrays(self.graph.reversed)
+
+    @cached_property
+    def stay_N(self) -> np.ndarray:
+        """h, float64 [N]: the chance of a walk from each node to end before it vanishes at a dead end. Ones without dead ends."""
+        stay_N = np.ones(self.num_nodes)
+        if len(self.dangling_nodes):
+            _sweep_stay(*self.out, self.inverse_N, self.alpha, stay_N)
+        return stay_N
+
+    @cached_property
+    def _anywhere(self) -> tuple[np.ndarray, float]:
+        """Leaky PageRank of the uniform start, to 1e-14, and its sum."""
+        from anabranch.graph.ppr.power import leaky_power
+
+        start_N = np.full(self.num_nodes, 1.0 / self.num_nodes)
+        found_N, _, _ = leaky_power(self, start_N, 1e-14, 0)
+        return found_N, float(found_N.sum())
+
+    def start(self, ids: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """What the leaky system starts from at the seeds, [S]."""
+        if self.dangling == "source" and len(self.dangling_nodes):
+            return share / self.stay_N[ids]
+        return share
+
+    def finish(self, leaky_N: np.ndarray, ids: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """The policy applied to a dense leaky solution, in place where that is possible."""
+        if not len(self.dangling_nodes) or self.dangling == "source":
+            return leaky_N
+        if self.dangling == "absorb":
+            leaky_N[self.dangling_nodes] /= self.alpha
+            return leaky_N
+        anywhere_N, total = self._anywhere
+        lost = 1.0 - float(self.stay_N[ids] @ share)
+        return leaky_N + (lost / total) * anywhere_N
+
+    def finish_sparse(
+        self, found: np.ndarray, value: np.ndarray, ids: np.ndarray, share: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same for a solution of few entries; it becomes dense where walks go anywhere and any is lost."""
+        if not len(self.dangling_nodes) or self.dangling == "source":
+            return found, value
+        if self.dangling == "absorb":
+            return found, np.where(self.inverse_N[found] == 0, value / self.alpha, value)
+        if float(self.stay_N[ids] @ share) >= 1.0:
+            return found, value
+        leaky_N = np.zeros(self.num_nodes)
+        leaky_N[found] = value
+        leaky_N = self.finish(leaky_N, ids, share)
+        dense = np.flatnonzero(leaky_N)
+        return dense, leaky_N[dense]
+
+
+def _arrays(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return graph.indptr, graph.indices, NO_WEIGHTS if graph.weights is None else graph.weights
+
+
+@nb.njit(cache=True, nogil=True)
+def _sweep_stay(indptr, indices, weight_M, inverse_N, alpha, stay_N):
+    """h = alpha + c P0 h from h = 1, node after node until nothing moves; a sweep contracts the error by c at least."""
+    for _ in range(int(np.log(1e-16) / np.log1p(-alpha)) + 2):
+        moved = 0.0
+        for node in range(len(stay_N)):
+            total = 0.0
+            for edge in range(indptr[node], indptr[node + 1]):
+                weight = weight_M[edge] if len(weight_M) else 1.0
+                total += weight * stay_N[indices[edge]]
+            new = alpha + (1.0 - alpha) * total * inverse_N[node]
+            moved = max(moved, abs(new - stay_N[node]))
+            stay_N[node] = new
+        if moved <= 2e-16:
+            break

@@ -1,0 +1,252 @@
+"""Sparse rows of scores: what PageRank from many nodes gives, what an index of it holds, and how both lie in a file.
+
+A row is about one node (or one query) and lists columns with their scores, largest first, ties by rising id. Rows may be cut to their
+largest entries; nothing else is assumed of them (they need not sum to 1).
+"""
+# Shapes: R rows, Z stored entries, N columns
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any, Self
+
+import numba as nb
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anabranch.errors import InputError
+from anabranch.graph.array_file import read_arrays, write_arrays
+
+KIND = "sparse-rows"
+INT32 = np.iinfo(np.int32).max
+
+
+def id_type(num_columns: int) -> type[np.signedinteger]:
+    """int32 where ids of that many columns fit, int64 otherwise."""
+    return np.int32 if num_columns <= INT32 else np.int64
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """Rows of scores.
+
+    Attributes:
+        indptr: int64 [R + 1], where each row starts.
+        ids: int32 or int64 [Z], columns, in the order of their scores.
+        values: float16, float32 or float64 [Z], scores, falling within a row.
+        num_columns: N.
+        nodes: int64 [R], the node that each row is about; None where row i is about node i (or the i-th query).
+    """
+
+    indptr: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+    num_columns: int
+    nodes: np.ndarray | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[tuple[ArrayLike, ArrayLike]],
+        num_columns: int,
+        *,
+        dtype: Any = np.float32,
+        nodes: np.ndarray | None = None,
+    ) -> Self:
+        """Rows given one by one as ``(ids, values)``, already in order."""
+        lengths = [len(np.asarray(ids)) for ids, _ in rows]
+        indptr = np.append(0, np.cumsum(lengths)).astype(np.int64)
+        ids = np.concatenate([np.asarray(ids) for ids, _ in rows]) if rows else np.empty(0)
+        values = np.concatenate([np.asarray(values) for _, values in rows]) if rows else np.empty(0)
+        return cls(indptr, ids.astype(id_type(num_columns)), values.astype(dtype), num_columns, nodes)
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        extra = 0 if self.nodes is None else self.nodes.nbytes
+        return self.indptr.nbytes + self.ids.nbytes + self.values.nbytes + extra
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and values of a row, views. Raises InputError for a row that is not there."""
+        if not 0 <= number < len(self):
+            raise InputError(f"row {number} is not one of the {len(self):,} rows")
+        start, end = self.indptr[number], self.indptr[number + 1]
+        return self.ids[start:end], self.values[start:end]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (self.row(number) for number in range(len(self)))
+
+    def top(self, k: int) -> "SparseRows":
+        """Every row cut to its ``k`` largest entries. Raises InputError unless k is at least 1."""
+        check_top_k(k)
+        length_R = np.minimum(np.diff(self.indptr), k)
+        indptr = np.append(0, np.cumsum(length_R)).astype(np.int64)
+        kept = np.repeat(self.indptr[:-1] - indptr[:-1], length_R) + np.arange(indptr[-1])
+        return replace(self, indptr=indptr, ids=self.ids[kept], values=self.values[kept])
+
+    def sums(self) -> np.ndarray:
+        """float64 [R], the sum of each row."""
+        running = np.append(0.0, np.cumsum(self.values, dtype=np.float64))
+        return running[self.indptr[1:]] - running[self.indptr[:-1]]
+
+    def to_scipy(self) -> Any:
+        """`scipy.sparse.csr_array` [R, N] of float32 or float64 (scipy has no float16), columns in rising order."""
+        from scipy.sparse import csr_array
+
+        values = self.values.astype(np.float32) if self.values.dtype == np.float16 else self.values.copy()
+        found = csr_array((values, self.ids.copy(), self.indptr.copy()), shape=(len(self), self.num_columns))
+        found.sort_indices()
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows into one checked file, all or nothing. Raises as `anabranch.files.atomic_file`."""
+        arrays = {"indptr": self.indptr, "ids": self.ids, "values": self.values}
+        if self.nodes is not None:
+            arrays["nodes"] = self.nodes
+        write_arrays(path, KIND, arrays, {"num_columns": self.num_columns})
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
+        """Read what `save` or `RowFile` wrote. Raises DataError for a file that is missing, foreign, truncated or damaged."""
+        found = read_arrays(path, KIND, mmap=mmap)
+        arrays = found.arrays
+        return cls(
+            arrays["indptr"], arrays["ids"], arrays["values"], int(found.meta["num_columns"]), arrays.get("nodes")
+        )
+
+
+class RowFile:
+    """Rows written to disk as they are made, in memory of one chunk.
+
+    Chunks go to two plain files in a temporary folder beside ``path``; at the end they become one checked array file. Use `row_file`.
+    """
+
+    def __init__(self, folder: Path, num_columns: int, dtype: Any) -> None:
+        self.num_columns, self.dtype = num_columns, np.dtype(dtype)
+        self._lengths: list[np.ndarray] = []
+        self._paths = {"ids": folder / "ids", "values": folder / "values"}
+        self._types = {"ids": np.dtype(id_type(num_columns)), "values": self.dtype}
+        self._files: dict[str, IO[bytes]] = {name: open(path, "wb") for name, path in self._paths.items()}
+
+    def append(self, rows: SparseRows) -> None:
+        """Add rows after those there are."""
+        self._lengths.append(np.diff(rows.indptr))
+        self._files["ids"].write(np.ascontiguousarray(rows.ids, self._types["ids"]).data)
+        self._files["values"].write(np.ascontiguousarray(rows.values, self.dtype).data)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was written, mapped from disk."""
+        self.close()
+        length_R = np.concatenate([np.empty(0, np.int64), *self._lengths])
+        found = {"indptr": np.append(0, np.cumsum(length_R)).astype(np.int64)}
+        for name, path in self._paths.items():
+            dtype = self._types[name]
+            found[name] = np.memmap(path, dtype, "r") if os.path.getsize(path) else np.empty(0, dtype)
+        return found
+
+    def close(self) -> None:
+        """Close the plain files."""
+        for file in self._files.values():
+            file.close()
+
+
+@contextmanager
+def row_file(
+    path: str | Path,
+    num_columns: int,
+    dtype: Any = np.float32,
+    *,
+    kind: str = KIND,
+    extra: Mapping[str, np.ndarray] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> Iterator[RowFile]:
+    """Yield a `RowFile`; on a clean exit ``path`` is written whole, otherwise it stays as it was.
+
+    Args:
+        path: the file that comes out.
+        num_columns: N.
+        dtype: of values.
+        kind: of the file; that of `SparseRows` unless the caller reads it differently.
+        extra: further arrays of the file, read when it is written (they may be filled while rows are).
+        meta: further facts, read at the end too.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        rows = RowFile(Path(folder), num_columns, dtype)
+        try:
+            yield rows
+            write_arrays(path, kind, {**rows.arrays(), **(extra or {})}, {"num_columns": num_columns, **(meta or {})})
+        finally:
+            rows.close()
+
+
+def check_top_k(top_k: int | None) -> int:
+    """``top_k`` as a number, 0 for None (all). Raises InputError unless it is at least 1."""
+    if top_k is None:
+        return 0
+    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
+        raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all")
+    return int(top_k)
+
+
+@nb.njit(cache=True, nogil=True)
+def _before(value, node, other_value, other_node):
+    """Whether an entry comes before another: larger, or as large with the smaller id."""
+    return value > other_value or (value == other_value and node < other_node)
+
+
+@nb.njit(cache=True, nogil=True)
+def _sift(ids, values, place, count):
+    """Let the entry at ``place`` sink in a heap whose root is the last in order."""
+    node, value = ids[place], values[place]
+    while True:
+        child = 2 * place + 1
+        if child >= count:
+            break
+        if child + 1 < count and _before(values[child], ids[child], values[child + 1], ids[child + 1]):
+            child += 1
+        if not _before(value, node, values[child], ids[child]):
+            break
+        ids[place], values[place] = ids[child], values[child]
+        place = child
+    ids[place], values[place] = node, value
+
+
+@nb.njit(cache=True, nogil=True)
+def order_top(ids, values, count, top_k):
+    """Bring the ``top_k`` first of ``count`` entries to the front, in order, in place; 0 orders all. Returns how many stand there."""
+    kept = count if top_k == 0 or top_k > count else top_k
+    if kept == 0:
+        return 0
+    for place in range(kept // 2 - 1, -1, -1):
+        _sift(ids, values, place, kept)
+    for place in range(kept, count):
+        if _before(values[place], ids[place], values[0], ids[0]):
+            ids[0], values[0] = ids[place], values[place]
+            _sift(ids, values, 0, kept)
+    for last in range(kept - 1, 0, -1):
+        node, value = ids[0], values[0]
+        ids[0], values[0] = ids[last], values[last]
+        ids[last], values[last] = node, value
+        _sift(ids, values, 0, last)
+    return kept
+
+
+def top_of_dense(score_N: np.ndarray, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int64 and scores of the ``top_k`` largest positive entries of a dense row, in order; None for all of them."""
+    kept = check_top_k(top_k)
+    if kept and kept < len(score_N):
+        # ties at the edge: keep all of them here, `lexsort` decides by id
+        least = np.partition(score_N, len(score_N) - kept)[len(score_N) - kept]
+        ids = np.flatnonzero((score_N >= least) & (score_N > 0))
+    else:
+        ids = np.flatnonzero(score_N > 0)
+    order = np.lexsort((ids, -score_N[ids]))[: kept or None]
+    return ids[order], score_N[ids[order]]
