@@ -114,7 +114,7 @@ def _explained(path: Path) -> Iterator[None]:
     except AnabranchError:
         raise
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             raise CapacityError(f"no room left on disk to write {path}; free some or choose another place") from error
         if not isinstance(error, OSError):
             raise
@@ -123,7 +123,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise DataError(f"cannot write {path}: {error.strerror or error}{where}") from error
 
 
-def _is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException | None) -> bool:
     """Whether ``error``, or what it came from, is a full disk. safetensors only quotes the system's error."""
     while error is not None:
         quoted = re.search(r"\(os error (\d+)\)", str(error))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.graph.random import below, low_unit
 
 
@@ -34,11 +35,32 @@ def build_alias(indptr: np.ndarray, weight_M: np.ndarray) -> AliasTable:
     """Tables of every row ``weight_M[indptr[i]:indptr[i + 1]]``.
 
     Weights must be finite and not negative, with a positive sum in every row that has any.
+
+    Raises:
+        InputError: they are not, naming the row.
     """
+    row = _bad_row(indptr, weight_M)
+    if row >= 0:
+        raise InputError(
+            f"the weights of row {row} cannot be drawn by: they must be finite, not negative, and not all 0"
+        )
     keep_M = np.empty(len(weight_M), np.float32)
     other_M = np.empty(len(weight_M), np.int32)
     _build(indptr, weight_M, keep_M, other_M)
     return AliasTable(keep_M, other_M)
+
+
+@nb.njit(cache=True, nogil=True)
+def _bad_row(indptr, weight_M):
+    for row in range(len(indptr) - 1):
+        total = 0.0
+        for place in range(indptr[row], indptr[row + 1]):
+            if not weight_M[place] >= 0:
+                return row
+            total += weight_M[place]
+        if indptr[row + 1] > indptr[row] and not (0 < total < np.inf):
+            return row
+    return -1
 
 
 @nb.njit(cache=True, nogil=True)

@@ -7,10 +7,12 @@
     arrays    raw, little-endian, C order, each at a multiple of 64 bytes, so that they can be mapped into memory
 
 A file is written beside its place and renamed. Reading refuses a file that is foreign, of another kind, truncated, or altered: lengths and
-the header's checksum are always checked; checksums of arrays unless it is mapped (that would read all of it; `verify` does).
+the header's checksum are always checked; checksums of arrays unless it is mapped (that would read all of it; `verify` does, and so does
+``verify=True``). A byte between two arrays belongs to none and is not looked at.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError
+from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file
 
 MAGIC = b"ANABARR1"
 ALIGN = 64
 _CHUNK = 1 << 24
+_KINDS = "biufcSU"  # of numpy types: those whose bytes say all
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ def write_arrays(
     meta: Mapping[str, Any] | None = None,
     version: int = 1,
 ) -> None:
-    """Write a file, all or nothing. ``meta`` is what JSON can hold. Raises as `atomic_file`."""
+    """Write a file, all or nothing. ``meta`` is what JSON can hold.
+
+    Raises InputError for arrays of objects or records, and as `atomic_file`.
+    """
     entries, offset = [], 0
-    stored = {name: _little(array) for name, array in arrays.items()}
+    stored = {name: _little(name, array) for name, array in arrays.items()}
     for name, array in stored.items():
         entries.append(
             {"name": name, "dtype": array.dtype.str, "shape": list(array.shape), "offset": offset, "crc": _crc(array)}
@@ -68,14 +74,17 @@ def write_arrays(
             file.write(b"\0" * (_padded(array.nbytes) - array.nbytes))
 
 
-def read_arrays(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,), mmap: bool = False) -> ArrayFile:
+def read_arrays(
+    path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,), mmap: bool = False, verify: bool | None = None
+) -> ArrayFile:
     """Read a file of this kind.
 
     Args:
         path: the file.
         kind: what it must hold.
         versions: those the caller can read.
-        mmap: map arrays into memory instead of reading them; they are then read-only and their checksums are not looked at.
+        mmap: map arrays into memory instead of reading them; they are then read-only.
+        verify: look at the checksums of arrays. Default: unless they are mapped.
 
     Raises:
         DataError: there is no such file, or it is foreign, of another kind or version, truncated or altered.
@@ -87,18 +96,25 @@ def read_arrays(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,)
     if header["version"] not in versions:
         known = ", ".join(map(str, versions))
         raise DataError(f"{path} is version {header['version']} of a {kind}; this release reads {known}")
+    verify = not mmap if verify is None else verify
     arrays: dict[str, np.ndarray] = {}
     for entry in header["arrays"]:
-        shape, dtype, place = tuple(entry["shape"]), np.dtype(entry["dtype"]), start + entry["offset"]
-        if mmap and 0 not in shape:
-            arrays[entry["name"]] = np.memmap(path, dtype, "r", place, shape)
-            continue
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.fromfile(path, dtype, count, offset=place).reshape(shape)
-        if not mmap and _crc(array) != entry["crc"]:
+        array = _array(path, entry, start, mmap)
+        if verify and _crc(array) != entry["crc"]:
             raise DataError(f"{path} is damaged: the checksum of {entry['name']!r} is wrong; make the file again")
         arrays[entry["name"]] = array
     return ArrayFile(arrays, header["meta"], header["version"])
+
+
+def _array(path: Path, entry: dict[str, Any], start: int, mmap: bool) -> np.ndarray:
+    shape, dtype, place = tuple(entry["shape"]), np.dtype(entry["dtype"]), start + entry["offset"]
+    try:
+        if mmap and 0 not in shape:
+            return np.memmap(path, dtype, "r", place, shape)
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.fromfile(path, dtype, count, offset=place).reshape(shape)
+    except (OSError, ValueError) as error:  # another process changed it after the header was read
+        raise DataError(f"cannot read {entry['name']!r} of {path}: {str(error).lower()}") from error
 
 
 def verify(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,)) -> None:
@@ -129,17 +145,25 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
     if len(crc) < 4 or zlib.crc32(header) != int(np.frombuffer(crc, "<u4")[0]):
         raise DataError(f"{path} is damaged: the checksum of its header is wrong; make the file again")
-    found = json.loads(header)
     start = _padded(len(MAGIC) + 16 + length + 4)
-    for entry in found["arrays"]:
-        count = int(np.prod(entry["shape"], dtype=np.int64))
-        if start + entry["offset"] + count * np.dtype(entry["dtype"]).itemsize > size:
-            raise DataError(f"{path} is damaged: {entry['name']!r} would reach beyond its end")
+    try:
+        found = json.loads(header)
+        found["kind"], found["version"], found["meta"]
+        for entry in found["arrays"]:
+            dtype, shape, offset = np.dtype(entry["dtype"]), entry["shape"], entry["offset"]
+            if dtype.kind not in _KINDS or offset < 0 or any(side < 0 for side in shape):
+                raise ValueError(f"{entry['name']!r} of type {dtype}, shape {shape}, at {offset}")
+            if start + offset + math.prod(shape) * dtype.itemsize > size:
+                raise ValueError(f"{entry['name']!r} would reach beyond the end")
+    except (KeyError, TypeError, ValueError) as error:  # its sum is right: written so by something else
+        raise DataError(f"{path} has a header that this release cannot read: {error}") from error
     return found, start
 
 
-def _little(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array)
+def _little(name: str, array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array, order="C")
+    if array.dtype.kind not in _KINDS:
+        raise InputError(f"{name!r} is of type {array.dtype}; a file holds numbers, truth values and fixed-length text")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 

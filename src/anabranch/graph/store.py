@@ -8,8 +8,9 @@ Rules, the same for every way a graph comes in (`anabranch.graph.formats` reads 
 - nodes are 0 ... N - 1; names of an outside kind are kept as ``names`` and translated by `ids_of` and `names_of`
 - neighbours of a node stand in rising order, each once; ids are int32 where N and the edges fit, int64 otherwise
 - an undirected edge is stored in both rows, a self-loop once; it may be given in either direction or in both
-- duplicates of an edge: their weights are added; without weights they are one edge
+- duplicates of an edge: their weights are added (in float64, in the order given); without weights they are one edge
 - weights are positive and finite; a zero is an error, or dropped where that is asked for; isolated and dangling nodes stay
+- arrays are read-only, of a graph in memory as of a mapped one
 """
 # Shapes: N nodes, M stored edges (an undirected edge is two of them), E edges as given
 
@@ -17,22 +18,36 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
+from anabranch.graph import csr, transform
 from anabranch.graph.alias import AliasTable, build_alias
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.checks import checked_ends, checked_names, checked_weights, is_known, near_name
+from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
 
 KIND = "graph"
-INT32 = np.iinfo(np.int32).max
+
+
+class GraphBytes(NamedTuple):
+    """What `Graph.estimate_bytes` gives.
+
+    Attributes:
+        stored: bytes of the graph's arrays, what `Graph.nbytes` will say where no edge is given twice.
+        build: most bytes that building holds at once, those of ``stored`` among them, the edges given not.
+    """
+
+    stored: int
+    build: int
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A graph in compressed sparse rows. Make one with `from_edges`, `from_scipy`, `load` or a reader of `anabranch.graph.formats`.
+    """A graph in compressed sparse csr. Make one with `from_edges`, `from_scipy`, `load` or a reader of `anabranch.graph.formats`.
 
     Attributes:
         indptr: int64 [N + 1], where each node's edges start.
@@ -49,6 +64,14 @@ class Graph:
     names: np.ndarray | None = None
     _index: dict[Any, int] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("indptr", "indices", "weights", "names"):
+            array = getattr(self, name)
+            if array is not None:  # a plain read-only view, also of a mapped array, so that kernels see one type
+                view = np.asarray(array).view()
+                view.flags.writeable = False
+                object.__setattr__(self, name, view)
+
     # Making one
 
     @classmethod
@@ -61,6 +84,7 @@ class Graph:
         num_nodes: int | None = None,
         *,
         names: Sequence[Any] | np.ndarray | None = None,
+        duplicates: str = "add",
         drop_zero: bool = False,
         allow_negative: bool = False,
     ) -> Self:
@@ -73,20 +97,29 @@ class Graph:
             directed: whether (u, v) differs from (v, u).
             num_nodes: nodes, those without edges included. Default: the largest id + 1.
             names: what nodes are called outside, distinct, [num_nodes].
+            duplicates: the weight of an edge that is given several times (also (u, v) and (v, u) of an undirected graph): their sum
+                ("add"), the largest ("max"), that of the "first"; "error" refuses them.
             drop_zero: leave out edges of weight 0 instead of refusing them.
             allow_negative: take negative weights, which only algebraic methods (FastRP) can use.
 
         Raises:
             InputError: arrays of different length or kind, an id out of range, a weight that is not finite or not positive (with
-                the number of the edge), names that do not fit.
+                the number of the edge), sums of duplicates that are 0 or beyond float32, names that do not fit.
         """
-        source_E, target_E, count = _checked_ends(source, target, num_nodes)
-        weight_E = None if weight is None else _checked_weights(weight, len(source_E), drop_zero, allow_negative)
+        if duplicates not in DUPLICATES:
+            raise InputError(f"duplicates is {duplicates!r}; it must be one of {', '.join(DUPLICATES)}")
+        source_E, target_E, count = checked_ends(source, target, num_nodes)
+        weight_E = None if weight is None else checked_weights(weight, len(source_E), drop_zero, allow_negative)
         if weight_E is not None and drop_zero and not weight_E.all():
             kept = weight_E != 0
             source_E, target_E, weight_E = source_E[kept], target_E[kept], weight_E[kept]
-        indptr, indices, weights = _rows(source_E, target_E, weight_E, directed, count)
-        return cls(indptr, indices, weights, directed, _checked_names(names, count))
+        found_names = checked_names(names, count)
+        chunk = (source_E, target_E, weight_E)
+        indptr, indices, weights = csr.compress(
+            lambda: [chunk], count, directed=bool(directed), is_weighted=weight_E is not None,
+            duplicates=duplicates, drop_zero=drop_zero,
+        )  # fmt: skip
+        return cls(indptr, indices, weights, bool(directed), found_names)
 
     @classmethod
     def from_scipy(
@@ -98,10 +131,10 @@ class Graph:
         drop_zero: bool = True,
         allow_negative: bool = False,
     ) -> Self:
-        """The graph of a sparse adjacency matrix; entry (u, v) is the weight of u -> v, and equal entries make a graph without weights.
+        """The graph of a sparse adjacency matrix; entry (u, v) is the weight of u -> v, and a matrix of ones is a graph without weights.
 
         Args:
-            matrix: a scipy sparse matrix or array, square.
+            matrix: a scipy sparse matrix or array, or a numpy array, square. Entries given twice are added, as scipy does.
             directed: None looks whether the matrix is symmetric; False demands it.
             names: as in `from_edges`.
             drop_zero: stored zeros are left out.
@@ -110,22 +143,37 @@ class Graph:
         Raises:
             InputError: the matrix is not square, or not symmetric where ``directed`` is False; and as in `from_edges`.
         """
+        from scipy.sparse import coo_array
+
+        matrix = matrix if hasattr(matrix, "shape") else np.asarray(matrix)
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
-        coo = matrix.tocoo()
-        if directed is not True:
-            difference = (matrix != matrix.T) if coo.nnz else coo
-            if directed is False and difference.nnz:
-                raise InputError(f"the matrix is not symmetric ({difference.nnz} entries differ); pass directed=True")
-            directed = bool(difference.nnz)
-        even = coo.nnz == 0 or (coo.data == coo.data[0]).all()
-        plain = even and (coo.nnz == 0 or coo.data[0] in (1, True))
-        kept = slice(None) if directed else coo.row <= coo.col  # each undirected edge once: duplicates would be added
-        weight = None if plain else coo.data[kept]
-        return cls.from_edges(
-            coo.row[kept], coo.col[kept], weight, directed, matrix.shape[0],
+        coo = matrix.tocoo() if hasattr(matrix, "tocoo") else coo_array(matrix)
+        if coo.data.dtype.kind not in "biuf":
+            raise InputError(f"entries of an adjacency matrix are real numbers, not {coo.data.dtype}")
+        graph = cls.from_edges(
+            coo.row, coo.col, coo.data, True, matrix.shape[0],
             names=names, drop_zero=drop_zero, allow_negative=allow_negative,
         )  # fmt: skip
+        if graph.weights is not None and (graph.weights == 1).all():
+            graph = cls(graph.indptr, graph.indices, None, True, graph.names)
+        return graph if directed else graph._as_undirected(demanded=directed is False)
+
+    @staticmethod
+    def estimate_bytes(num_nodes: int, num_edges: int, weighted: bool = False, directed: bool = False) -> GraphBytes:
+        """Bytes of a graph and of building it, before there is one.
+
+            S      = num_edges if directed else 2 * num_edges        edges stored, self-loops of undirected graphs once
+            id     = 4 where N and S are below 2**31, else 8
+            stored = 8 (N + 1) + S (id + 4 if weighted)
+            build  = stored + 8 N + (4 num_edges if weighted)        the place of each row, and the weights as float32
+
+        The edges given (16 bytes each as two int64 arrays), names and alias tables (8 S) are not part of it.
+        """
+        stored = num_edges if directed else 2 * num_edges
+        width = np.dtype(csr.id_type(num_nodes, stored)).itemsize + (4 if weighted else 0)
+        final = 8 * (num_nodes + 1) + stored * width
+        return GraphBytes(final, final + 8 * num_nodes + (4 * num_edges if weighted else 0))
 
     # Looking at it
 
@@ -142,7 +190,7 @@ class Graph:
     @cached_property
     def num_self_loops(self) -> int:
         """Edges from a node to itself."""
-        return int((self.indices == self._sources()).sum())
+        return csr.count_loops(self.indptr, self.indices)
 
     @cached_property
     def degree_N(self) -> np.ndarray:
@@ -180,7 +228,10 @@ class Graph:
         """The graph with every edge turned around; itself where undirected. Made once."""
         if not self.is_directed:
             return self
-        indptr, indices, weights = _rows(self.indices, self._sources(), self.weights, True, self.num_nodes)
+        indptr, indices = np.zeros(self.num_nodes + 1, np.int64), np.empty_like(self.indices)
+        weights = None if self.weights is None else np.empty_like(self.weights)
+        none = NO_WEIGHTS if weights is None else weights
+        csr.transpose(self.indptr, self.indices, self._plain_weights, indptr, indices, none)
         return Graph(indptr, indices, weights, True, self.names)
 
     def neighbors(self, node: int) -> np.ndarray:
@@ -222,20 +273,87 @@ class Graph:
             return self.check_nodes(list(names))
         if not self._index:
             self._index.update((name, number) for number, name in enumerate(self.names.tolist()))
+        given = list(names)
         try:
-            return np.array([self._index[name] for name in names], np.int64)
-        except KeyError as error:
-            raise InputError(f"the graph has no node {error.args[0]!r}") from None
+            return np.array([self._index[name] for name in given], np.int64)
+        except (KeyError, TypeError):  # TypeError: a name that cannot be hashed is no name either
+            unknown = next(name for name in given if not is_known(name, self._index))
+        raise InputError(f"the graph has no node {unknown!r}{near_name(unknown, self._index)}")
 
     def names_of(self, nodes: ArrayLike) -> np.ndarray:
         """Outside names of nodes by id; the ids themselves where there are none."""
         found = self.check_nodes(nodes)
         return found if self.names is None else self.names[found]
 
+    # Other graphs of it
+
+    def subgraph(self, nodes: ArrayLike) -> "Graph":
+        """The graph of these nodes and the edges between them; node i is ``nodes[i]``.
+
+        Its names are those of this graph, or this graph's ids where it has none. Raises InputError for a node that is not there or
+        given twice.
+        """
+        kept = self.check_nodes(nodes)
+        indptr, indices, weights = transform.subgraph(self, kept)
+        return Graph(indptr, indices, weights, self.is_directed, self.names_of(kept))
+
+    def components(self) -> np.ndarray:
+        """int32 [N], the (weakly) connected component of each node; the largest is 0, equals by their smallest node."""
+        return transform.components(self)
+
+    def largest_component(self) -> "Graph":
+        """`subgraph` of the largest component, nodes in rising order."""
+        return self.subgraph(np.flatnonzero(self.components() == 0))
+
+    def with_weights(self, weights: ArrayLike | None) -> "Graph":
+        """The same edges with other weights.
+
+        Args:
+            weights: positive and finite, [M] in the order of ``indices`` or [E] in that of `edges`; None for none.
+
+        Raises:
+            InputError: another number of weights, a bad weight, or two directions of an undirected edge that differ.
+        """
+        checked = None if weights is None else transform.aligned_weights(self, weights)
+        return Graph(self.indptr, self.indices, checked, self.is_directed, self.names)
+
+    def to_undirected(self) -> "Graph":
+        """The graph without directions: u - v where there is u -> v or v -> u; the weights of both are added. Itself if it is one."""
+        if not self.is_directed:
+            return self
+        source_M, target_M, weight_M = self.edges()
+        return Graph.from_edges(source_M, target_M, weight_M, False, self.num_nodes, names=self.names)
+
+    def to_directed(self) -> "Graph":
+        """The graph with every undirected edge as two directed ones; arrays are shared."""
+        return Graph(self.indptr, self.indices, self.weights, True, self.names)
+
+    def _as_undirected(self, demanded: bool) -> Self:
+        """This directed graph as an undirected one if it is symmetric; else itself, or an InputError if it had to be."""
+        differ = csr.count_asymmetric(self.indptr, self.indices, self._plain_weights)
+        if differ and demanded:
+            raise InputError(f"the matrix is not symmetric ({differ:,} entries differ); pass directed=True")
+        return self if differ else type(self)(self.indptr, self.indices, self.weights, False, self.names)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for people, all plain numbers: sizes, degrees, weights, what is isolated, dangling or apart. See `transform.describe`."""
+        return transform.describe(self)
+
+    def difference(self, other: "Graph") -> str | None:
+        """The first thing in which two graphs differ, in words; None if they are equal to the byte."""
+        return transform.difference(self, other)
+
+    def equals(self, other: "Graph") -> bool:
+        """Whether two graphs are equal to the byte, names included."""
+        return transform.difference(self, other) is None
+
     # On disk
 
     def save(self, path: str | Path) -> None:
-        """Write the graph into one checked file (`anabranch.graph.array_file`), all or nothing."""
+        """Write the graph into one checked file (`anabranch.graph.array_file`), all or nothing.
+
+        Raises InputError for names that are neither integers nor all text, and as `anabranch.files.atomic_file`.
+        """
         arrays = {"indptr": self.indptr, "indices": self.indices}
         meta: dict[str, Any] = {"is_directed": self.is_directed}
         if self.weights is not None:
@@ -243,106 +361,78 @@ class Graph:
         if self.names is not None and self.names.dtype.kind in "iu":
             arrays["names"] = self.names
         elif self.names is not None:
-            encoded = [str(name).encode() for name in self.names.tolist()]
+            strange = next((name for name in self.names.tolist() if not isinstance(name, str)), None)
+            if strange is not None:
+                raise InputError(f"names can be saved if all are integers or all are text; {strange!r} is not text")
+            encoded = [name.encode() for name in self.names.tolist()]
             arrays["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
             arrays["name_bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
         write_arrays(path, KIND, arrays, meta)
 
     @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
-        """Read what `save` wrote; with ``mmap`` arrays stay on disk until they are used.
+    def load(cls, path: str | Path, *, mmap: bool = False, verify: bool | None = None) -> Self:
+        """Read what `save` wrote.
 
-        Raises DataError for a file that is missing, foreign, truncated or damaged.
+        Args:
+            path: the file.
+            mmap: leave arrays on disk until they are used.
+            verify: read all of it and check sums and rows. Default: unless it is mapped, where lengths and the header alone are checked.
+
+        Raises:
+            DataError: the file is missing, foreign, truncated or damaged.
         """
-        found = read_arrays(path, KIND, mmap=mmap)
-        arrays, names = found.arrays, found.arrays.get("names")
+        verify = not mmap if verify is None else verify
+        found = read_arrays(path, KIND, mmap=mmap, verify=verify)
+        try:
+            return cls._of_file(found.arrays, found.meta, verify)
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            UnicodeDecodeError,
+        ) as error:  # sums were right: written so, not damaged
+            raise DataError(f"{path} does not hold a graph that this release can read ({error})") from error
+
+    @classmethod
+    def _of_file(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], verify: bool) -> Self:
+        indptr, indices, weights, names = (
+            arrays["indptr"],
+            arrays["indices"],
+            arrays.get("weights"),
+            arrays.get("names"),
+        )
         if "name_ends" in arrays:
             text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
-            names = np.array([text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)], object)
-        return cls(arrays["indptr"], arrays["indices"], arrays.get("weights"), found.meta["is_directed"], names)
+            names = np.empty(len(ends), object)
+            names[:] = [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        if indptr.dtype != np.int64 or indptr.ndim != 1 or not len(indptr):
+            raise ValueError("indptr is not a list of int64")
+        if indices.dtype not in (np.int32, np.int64) or indices.ndim != 1:
+            raise ValueError("indices are not a list of integers")
+        if indptr[0] != 0 or indptr[-1] != len(indices):
+            raise ValueError("indptr does not fit indices")
+        if weights is not None and (weights.dtype != np.float32 or weights.shape != indices.shape):
+            raise ValueError("weights do not fit indices")
+        if names is not None and names.shape != (len(indptr) - 1,):
+            raise ValueError("names do not fit nodes")
+        if verify and (row := csr.find_fault(indptr, indices, len(indices))) >= 0:
+            raise ValueError(f"the edges of node {row} are out of order or range")
+        return cls(indptr, indices, weights, bool(meta["is_directed"]), names)
 
     def __repr__(self) -> str:
         kind = "directed" if self.is_directed else "undirected"
         weighted = "weighted" if self.weights is not None else "unweighted"
         return f"Graph({self.num_nodes:,} nodes, {self.num_edges:,} edges, {kind}, {weighted})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what can be made again (alias tables, the reversed graph)."""
+        return type(self), (self.indptr, self.indices, self.weights, self.is_directed, self.names)
+
+    @property
+    def _plain_weights(self) -> np.ndarray:
+        """Weights for kernels, which know none by an empty array."""
+        return NO_WEIGHTS if self.weights is None else self.weights
+
     def _sources(self) -> np.ndarray:
         """The source of every stored edge, [M]."""
         return np.repeat(np.arange(self.num_nodes, dtype=self.indices.dtype), self.degree_N)
-
-
-def _rows(
-    source_E: np.ndarray, target_E: np.ndarray, weight_E: np.ndarray | None, directed: bool, num_nodes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Compressed rows: sorted, both directions of undirected edges, duplicates added up (or taken once)."""
-    from scipy.sparse import coo_array
-
-    fits = max(num_nodes, 2 * len(source_E)) <= INT32
-    ids = np.int32 if fits else np.int64
-
-    def compressed(source: np.ndarray, target: np.ndarray, data: np.ndarray) -> Any:
-        ends = (source.astype(ids, copy=False), target.astype(ids, copy=False))
-        return coo_array((data, ends), shape=(num_nodes, num_nodes)).tocsr()  # sorts, and adds up what is given twice
-
-    data = np.ones(len(source_E), bool) if weight_E is None else weight_E  # true + true is true
-    if directed:
-        matrix = compressed(source_E, target_E, data)
-    else:  # an undirected edge may be given as (u, v), (v, u) or both: bring all to u <= v, add up, then mirror
-        upper = compressed(np.minimum(source_E, target_E), np.maximum(source_E, target_E), data).tocoo()
-        off = upper.row != upper.col
-        rows, columns = np.append(upper.row, upper.col[off]), np.append(upper.col, upper.row[off])
-        matrix = compressed(rows, columns, np.append(upper.data, upper.data[off]))
-    indices = matrix.indices.astype(ids, copy=False)
-    weights = None if weight_E is None else matrix.data.astype(np.float32, copy=False)
-    return matrix.indptr.astype(np.int64, copy=False), indices, weights
-
-
-def _checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-    ends = {"source": np.asarray(source), "target": np.asarray(target)}
-    for name, array in ends.items():
-        if array.ndim != 1:
-            raise InputError(f"{name} has the shape {array.shape}; it must be a list of node ids")
-        if array.size and array.dtype.kind not in "iu":
-            raise InputError(f"{name} is of type {array.dtype}; node ids are integers (pass names as `names`)")
-    source_E, target_E = (array.astype(np.int64) if not array.size else array for array in ends.values())
-    if len(source_E) != len(target_E):
-        raise InputError(f"source has {len(source_E):,} ends and target {len(target_E):,}; they must be as many")
-    largest = max((int(array.max()) for array in (source_E, target_E) if array.size), default=-1)
-    count = largest + 1 if num_nodes is None else int(num_nodes)
-    if count < 0:
-        raise InputError(f"num_nodes is {num_nodes}; it must not be negative")
-    for name, array in (("source", source_E), ("target", target_E)):
-        bad = np.flatnonzero((array < 0) | (array >= count))
-        if len(bad):
-            raise InputError(f"edge {bad[0]} has the {name} {array[bad[0]]}; nodes are 0 to {count - 1}")
-    return source_E, target_E, count
-
-
-def _checked_weights(weight: ArrayLike, count: int, drop_zero: bool, allow_negative: bool) -> np.ndarray:
-    try:
-        weight_E = np.asarray(weight).astype(np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"weights are numbers: {error}") from None
-    if weight_E.shape != (count,):
-        raise InputError(f"weight has the shape {weight_E.shape}; there are {count:,} edges")
-    for bad, what in (
-        (~np.isfinite(weight_E), "finite (as 32-bit numbers)"),
-        ((weight_E < 0) & (not allow_negative), "not negative"),
-        ((weight_E == 0) & (not drop_zero), "not 0 (drop_zero=True leaves such edges out)"),
-    ):
-        place = np.flatnonzero(bad)
-        if place.size:
-            raise InputError(f"edge {place[0]} has the weight {np.asarray(weight)[place[0]]}; weights must be {what}")
-    return weight_E
-
-
-def _checked_names(names: Any, count: int) -> np.ndarray | None:
-    if names is None:
-        return None
-    found = np.asarray(names)
-    found = found if found.dtype.kind in "iu" else np.asarray(names, dtype=object)
-    if found.shape != (count,):
-        raise InputError(f"there are {count:,} nodes and names of the shape {found.shape}; give one name per node")
-    if len(set(found.tolist())) != count:
-        raise InputError("names must be distinct; at least two nodes have the same one")
-    return found

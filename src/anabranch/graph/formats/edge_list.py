@@ -1,0 +1,355 @@
+"""Edge lists and CSV: one edge a line, its ends and perhaps a weight. `read_edge_list` finds out how a file is written, then streams it."""
+# Shapes: R rows of a block, E edges
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.checks import near_name, weight_problem
+from anabranch.graph.formats.build import EdgeSink, Rules
+from anabranch.graph.formats.lines import (
+    WHITESPACE,
+    Fields,
+    RowError,
+    Splitter,
+    blocks,
+    fail,
+    first_bytes,
+    gather,
+    integers,
+    numbers,
+)
+from anabranch.graph.store import Graph
+
+SOURCES = (
+    "source",
+    "src",
+    "from",
+    "from_node",
+    "fromnode",
+    "from_id",
+    "u",
+    "node1",
+    "node_1",
+    "id1",
+    "head",
+    "start",
+    "citing",
+)
+TARGETS = ("target", "dst", "to", "to_node", "tonode", "to_id", "v", "node2", "node_2", "id2", "tail", "end", "cited")
+WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
+NOTE = re.compile(
+    rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE
+)  # `write_graph` leaves it
+
+Column = int | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a text file is written; see `anabranch.graph.formats.read_graph`.
+
+    Attributes:
+        source, target: columns by name or number; None for the first two (or those with well-known names).
+        weight: "auto", None for none, or a column.
+        header: whether the first row names the columns; None looks.
+        delimiter: one character, "whitespace", or None to look.
+        comment: characters that start a line to be left out.
+    """
+
+    source: Column = None
+    target: Column = None
+    weight: Column = "auto"
+    header: bool | None = None
+    delimiter: str | None = None
+    comment: str = "#%"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found out about a file.
+
+    Attributes:
+        delimiter: a byte, or `WHITESPACE`.
+        header_line: the line of the header, 0 if there is none.
+        columns: numbers of the columns of source, target and (perhaps) weight.
+        is_text: whether ids are text.
+    """
+
+    delimiter: int
+    header_line: int
+    columns: tuple[int, ...]
+    is_text: bool
+
+
+def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
+    """The graph of a text file. Raises as `anabranch.graph.formats.read_graph`."""
+    start, lines, texts = _first_rows(path, dialect)
+    note = NOTE.search(start)
+    if note and rules.num_nodes is None and rules.ids in ("auto", "numbers"):
+        rules = replace(rules, num_nodes=int(note[1]))
+    if note and rules.directed is None:
+        rules = replace(rules, directed=note[2] == b"directed")
+    layout = _layout(path, rules, dialect, lines, texts, note is not None)
+    if layout.is_text and rules.num_nodes is not None:
+        rules = replace(rules, num_nodes=None)
+    splitter = Splitter(path, layout.delimiter, dialect.comment, layout.columns)
+    with EdgeSink(rules) as sink:
+        for text, first_line in blocks(path, rules.block_bytes):
+            fields, problem = splitter.split(text, first_line)
+            if layout.header_line and len(fields.line_R) and fields.line_R[0] == layout.header_line:
+                fields.keep(slice(1, None))
+            add_fields(path, sink, fields, layout.is_text)
+            if problem:
+                raise problem
+        if not sink.seen:
+            raise DataError(f"{path} holds no edges")
+        return sink.finish()
+
+
+def add_fields(path: Path, sink: EdgeSink, fields: Fields, is_text: bool, base: int = 0) -> None:
+    """Check the rows of a block and hand them on; ids start at ``base``. Raises DataError naming the first line with a fault."""
+    rules = sink.rules
+
+    def ends(field: int) -> Any:
+        what = ("source", "target")[field]
+        return _text(fields, field, what) if is_text else _ids(fields, field, what, rules, base)
+
+    def weights(field: int) -> np.ndarray:
+        return checked_floats(numbers(fields, field, "weight"), rules)
+
+    columns: list[Any] = []
+    fault, fault_line = None, 0
+    for field in range(len(fields.wanted)):
+        while len(columns) == field:
+            try:
+                columns.append((weights if field == 2 else ends)(field))
+            except RowError as error:  # a row before it may have a fault in a later column: look at those as well
+                fault, fault_line = error, int(fields.line_R[error.row])
+                fields.keep(slice(0, error.row))
+                columns = [column[: error.row] for column in columns]
+    if fault:
+        fail(path, fault_line, fault.what)
+    (sink.add_text if is_text else sink.add)(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
+
+
+def _ids(fields: Fields, field: int, what: str, rules: Rules, base: int) -> np.ndarray:
+    hint = (
+        ", as the ids of the first row are; ids='text' reads all of them as text"
+        if rules.ids == "auto" and not base
+        else ""
+    )
+    found = integers(fields, field, what, hint)
+    if rules.num_nodes is None and rules.ids != "numbers":
+        return found
+    high = np.iinfo(np.int64).max if rules.num_nodes is None else rules.num_nodes - 1 + base
+    if len(found) and (found.min() < base or found.max() > high):
+        row = int(np.flatnonzero((found < base) | (found > high))[0])
+        allowed = "must not be negative" if rules.num_nodes is None else f"is out of range; nodes are {base} to {high}"
+        raise RowError(row, f"the {what} {found[row]} {allowed}")
+    return found - base if base else found
+
+
+def _text(fields: Fields, field: int, what: str) -> Any:
+    """A column as `pyarrow` array of text."""
+    import pyarrow as pa
+
+    rows = len(fields.line_R)
+    start_R, end_R, quoted_R = fields.start_FR[field], fields.end_FR[field], fields.quoted_FR[field]
+    empty = np.flatnonzero((start_R == end_R) & (quoted_R == 0))
+    if len(empty):
+        raise RowError(int(empty[0]), f"the {what} is empty")
+    offset_R = np.zeros(rows + 1, np.int32)
+    np.cumsum(end_R - start_R, out=offset_R[1:])
+    gathered = np.empty(int(offset_R[-1]), np.uint8)
+    gather(fields.text, start_R, end_R, offset_R, gathered)
+    array = pa.Array.from_buffers(pa.string(), rows, [None, pa.py_buffer(offset_R), pa.py_buffer(gathered)])
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        row = next(row for row in range(rows) if not _is_utf8(gathered[offset_R[row] : offset_R[row + 1]]))
+        raise RowError(row, f"the {what} is not UTF-8 text") from None
+    if (quoted_R == 2).any():
+        return pa.array([fields.value(field, row) for row in range(rows)], pa.string())
+    return array
+
+
+def _is_utf8(text: np.ndarray) -> bool:
+    try:
+        bytes(text).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def checked_floats(value_E: np.ndarray, rules: Rules) -> np.ndarray:
+    """Weights as float32. Raises RowError for a bad one."""
+    with np.errstate(over="ignore"):
+        weight_E = value_E.astype(np.float32)
+    problem = weight_problem(weight_E, rules.drop_zero, rules.allow_negative)
+    if problem:
+        row, what = problem
+        raise RowError(row, f"the weight {value_E[row]} is not allowed; weights must be {what}")
+    return weight_E
+
+
+def _first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[str]]:
+    """The start of a file, and line numbers and texts of its first two rows."""
+    size = 1 << 16
+    while True:
+        start = first_bytes(path, size)
+        whole = start if len(start) < size else start[: start.rfind(b"\n") + 1]
+        found = [
+            (number, line)
+            for number, line in enumerate(whole.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+            if line.strip() and line.strip()[:1].decode("latin-1") not in tuple(dialect.comment)
+        ][:2]
+        if len(found) == 2 or len(start) < size:
+            break
+        size *= 16
+    if b"\0" in start[: 1 << 16]:
+        next(iter(blocks(path)))  # says where
+    if not start:
+        raise DataError(f"{path} is empty")
+    if not found:
+        raise DataError(f"{path} holds no edges, only comments and blank lines")
+    return whole, [number for number, _ in found], [line.decode("utf-8", "replace") for _, line in found]
+
+
+def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts: list[str], noted: bool):
+    delimiter = _delimiter(texts[0], dialect.delimiter)
+    rows = [_fields_of(path, text, line, delimiter) for text, line in zip(texts, lines, strict=True)]
+    first = [text for text, _ in rows[0]]
+    if len(first) < 2:
+        shown = "whitespace" if delimiter == WHITESPACE else repr(chr(delimiter))
+        fail(
+            path,
+            lines[0],
+            f"{len(first)} field, where an edge needs two (split at {shown}; `delimiter` says what else)",
+        )
+    has_header = _has_header(rows, dialect) if dialect.header is None and not noted else bool(dialect.header)
+    names = first if has_header else None
+    columns = _columns(path, dialect, names, len(first), lines[0])
+    sample = rows[1] if has_header and len(rows) > 1 else rows[0]
+    if has_header and len(rows) == 1:
+        raise DataError(f"{path} holds no edges, only the header in line {lines[0]}")
+    inside = [sample[column] for column in columns[:2] if column < len(sample)]
+    is_whole = [_is_whole(text) and not quoted for text, quoted in inside]
+    if rules.ids == "numbers" or (rules.num_nodes is not None and rules.ids == "auto" and not noted):
+        is_text = False
+    elif rules.ids == "text":
+        is_text = True
+    else:
+        is_text = not all(is_whole)
+    if (
+        len(columns) > 2
+        and dialect.weight == "auto"
+        and columns[2] < len(sample)
+        and not _is_number(sample[columns[2]][0])
+    ):
+        place = lines[1] if has_header else lines[0]
+        fail(
+            path, place,
+            f"the third field {sample[columns[2]][0]!r} is not a number; weight=None leaves it out, weight=COLUMN takes another",
+        )  # fmt: skip
+    return Layout(delimiter, lines[0] if has_header else 0, columns, is_text)
+
+
+def _delimiter(text: str, given: str | None) -> int:
+    if given == "whitespace" or given == " ":
+        return WHITESPACE
+    if given is not None:
+        if len(given) != 1 or not given.isascii() or given in '"\n\r\0':
+            raise InputError(f"delimiter is {given!r}; it must be one ASCII character, or 'whitespace'")
+        return ord(given)
+    bare = re.sub(r'"[^"]*"', "", text.strip())
+    return next((ord(mark) for mark in "\t,;|" if mark in bare), WHITESPACE)
+
+
+def _fields_of(path: Path, text: str, line: int, delimiter: int) -> list[tuple[str, bool]]:
+    """All fields of a line, and whether each was in quotes, by the rules of the kernel."""
+    block = np.frombuffer(text.encode(), np.uint8)
+    splitter = Splitter(path, delimiter, "", tuple(range(len(block) + 1)))
+    fields, problem = splitter.split(block, line)
+    if problem:
+        raise problem
+    return [(fields.value(field, 0), bool(fields.quoted_FR[field, 0])) for field in range(splitter.num_fields)]
+
+
+def _has_header(rows: list[list[tuple[str, bool]]], dialect: Dialect) -> bool:
+    if any(isinstance(column, str) and column != "auto" for column in (dialect.source, dialect.target, dialect.weight)):
+        return True
+    first = [text for text, _ in rows[0]]
+    if any(text.lower() in SOURCES for text in first) and any(text.lower() in TARGETS for text in first):
+        return True
+    ends = [
+        column if isinstance(column, int) else place for place, column in enumerate((dialect.source, dialect.target))
+    ]
+    if len(rows) < 2 or len(rows[1]) <= max(ends) or len(first) <= max(ends):
+        return False
+    second = [text for text, _ in rows[1]]
+    if all(_is_whole(second[end]) for end in ends) and not any(_is_whole(first[end]) for end in ends):
+        return True
+    weight = dialect.weight if isinstance(dialect.weight, int) else 2
+    has_third = dialect.weight is not None and 0 <= weight < min(len(first), len(second))
+    return has_third and _is_number(second[weight]) and first[weight].lower() in WEIGHTS
+
+
+def _columns(path: Path, dialect: Dialect, names: list[str] | None, count: int, line: int) -> tuple[int, ...]:
+    low = [name.lower() for name in names or ()]
+    source = column_of(path, dialect.source, names, count, next((low.index(n) for n in SOURCES if n in low), None))
+    target = column_of(path, dialect.target, names, count, next((low.index(n) for n in TARGETS if n in low), None))
+    if dialect.source is None and (source is None or target is None or source == target):
+        source = next(column for column in range(count) if column != target)
+    if dialect.target is None and (target is None or source == target):
+        target = next(column for column in range(count) if column != source)
+    assert source is not None
+    assert target is not None
+    if source == target:
+        raise InputError(f"source and target are both column {source} of {path}")
+    if dialect.weight is None or dialect.weight is False:
+        return source, target
+    if dialect.weight != "auto":
+        weight = column_of(path, dialect.weight, names, count, None)
+        assert weight is not None
+        return source, target, weight
+    if names is not None:
+        weight = next((low.index(name) for name in WEIGHTS if name in low), None)
+    else:
+        weight = next((column for column in range(count) if column not in (source, target)), None)
+    return (source, target) if weight is None else (source, target, weight)
+
+
+def column_of(
+    path: Path | str, given: Column, names: Sequence[str] | None, count: int, default: int | None
+) -> int | None:
+    """The number of a column by name or number. Raises InputError, suggesting a near name."""
+    if given is None:
+        return default
+    if isinstance(given, str):
+        if names is None:
+            raise InputError(f"{path} has no header to look for the column {given!r} in; give its number")
+        if given in names:
+            return list(names).index(given)
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise InputError(f"{path} has no column {given!r}{near_name(given, names)} (columns: {shown})")
+    if isinstance(given, bool) or not 0 <= given < count:
+        raise InputError(f"{path} has no column {given}; columns are 0 to {count - 1}")
+    return int(given)
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text

@@ -1,0 +1,171 @@
+"""Adjacency matrices and edge arrays in NumPy ``.npz`` and MATLAB ``.mat`` files. Both are read whole."""
+# Shapes: N nodes, E edges
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.checks import near_name
+from anabranch.graph.formats.build import Rules
+from anabranch.graph.store import Graph
+
+_ENDS = (("row", "col"), ("source", "target"), ("src", "dst"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A matrix in a file, under the name that ``variable`` chooses it by."""
+
+    name: str
+    matrix: Any
+
+
+def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
+    """The graph of an ``.npz``: what `scipy.sparse.save_npz` writes, arrays ``X_data, X_indices, X_indptr, X_shape``, or lists of edges.
+
+    Lists are ``row, col`` (or ``source, target`` or ``src, dst``) with perhaps ``weight`` and ``num_nodes``, or ``edge_index`` [2, E] with
+    perhaps ``edge_weight``; they hold entries of the matrix, so an undirected edge stands in them both ways. Pickles are never read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise DataError(f"{path} holds one array, not a sparse matrix or lists of edges")
+            names = list(file.files)
+            found = _sparse_of(file, names)
+            if not found and (lists := _lists_of(path, file, names)):
+                return _of_lists(path, lists, rules)
+            matrix = _choose(path, found, names, variable)
+    except DataError:
+        raise
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from error
+    except Exception as error:  # zip, zlib, numpy and pickle each raise their own for damage of their part
+        raise DataError(
+            f"{path} cannot be read as .npz: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    return of_matrix(path, matrix, rules)
+
+
+def read_mat(path: Path, rules: Rules, variable: str | None) -> Graph:
+    """The graph of a matrix in a ``.mat`` file of version 4 to 7.2: ``variable``, or the only square sparse one."""
+    from scipy.io import loadmat
+    from scipy.sparse import issparse
+
+    with open(path, "rb") as file:
+        start = file.read(128)
+    if start.startswith(b"\x89HDF") or start.startswith(b"MATLAB 7.3"):
+        raise DataError(f"{path} is a MATLAB 7.3 (HDF5) file; save it with '-v7'")
+    try:
+        held = (
+            loadmat(str(path), spmatrix=False)
+            if variable is None
+            else loadmat(str(path), spmatrix=False, variable_names=[variable])
+        )
+        names = (
+            [name for name in loadmat(str(path)) if not name.startswith("__")] if variable is not None else list(held)
+        )
+    except Exception as error:  # the reader raises whatever the damage makes of its input
+        raise DataError(
+            f"{path} cannot be read as .mat: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    names = [name for name in names if not name.startswith("__")]
+    if variable is not None and variable in held:
+        return of_matrix(path, held[variable], rules)
+    found = [Found(name, held[name]) for name in names if name in held and issparse(held[name])]
+    square = [one for one in found if one.matrix.shape[0] == one.matrix.shape[1]]
+    return of_matrix(path, _choose(path, square or found, names, variable), rules)
+
+
+def of_matrix(path: Path, matrix: Any, rules: Rules) -> Graph:
+    """`Graph.from_scipy` of a matrix in a file. Raises DataError naming the file."""
+    shape = getattr(matrix, "shape", ())
+    if rules.num_nodes is not None and shape and rules.num_nodes != shape[0]:
+        raise DataError(f"{path} has {shape[0]:,} rows; num_nodes is {rules.num_nodes:,}")
+    try:
+        return Graph.from_scipy(matrix, rules.directed, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _sparse_of(file: Mapping[str, np.ndarray], names: list[str]) -> list[Found]:
+    from scipy.sparse import coo_array, csc_array, csr_array
+
+    found = []
+    for name in names:
+        if not name.endswith("indptr"):
+            continue
+        prefix = name.removesuffix("indptr")
+        if not {f"{prefix}indices", f"{prefix}data", f"{prefix}shape"} <= set(names):
+            continue
+        kind = str(file["format"].item().decode()) if prefix == "" and "format" in names else "csr"
+        make = {"csr": csr_array, "csc": csc_array}.get(kind)
+        if make is None:
+            raise InputError(f"the matrix is stored as {kind!r}; csr, csc and coo are read")
+        parts = (file[f"{prefix}data"], file[f"{prefix}indices"], file[f"{prefix}indptr"])
+        matrix = make(parts, shape=tuple(int(side) for side in file[f"{prefix}shape"]))
+        matrix.check_format(full_check=True)
+        found.append(Found(prefix.rstrip("_") or "matrix", matrix))
+    if "format" in names and file["format"].item() == b"coo":
+        shape = tuple(int(side) for side in file["shape"])
+        found.append(Found("matrix", coo_array((file["data"], (file["row"], file["col"])), shape=shape)))
+    return found
+
+
+def _lists_of(path: Path, file: Mapping[str, np.ndarray], names: list[str]) -> dict[str, Any] | None:
+    """Source, target, weight and number of nodes, if the file holds lists of edges."""
+    ends = next(((a, b) for a, b in _ENDS if a in names and b in names), None)
+    if ends is None and "edge_index" not in names:
+        return None
+    if ends is None and (file["edge_index"].ndim != 2 or file["edge_index"].shape[0] != 2):
+        raise DataError(f"{path}: edge_index has the shape {file['edge_index'].shape}; it must be [2, edges]")
+    source, target = file["edge_index"] if ends is None else (file[ends[0]], file[ends[1]])
+    weight = next((file[name] for name in ("weight", "edge_weight", "data") if name in names), None)
+    return {
+        "source": source,
+        "target": target,
+        "weight": weight,
+        "num_nodes": int(file["num_nodes"]) if "num_nodes" in names else None,
+    }
+
+
+def _of_lists(path: Path, lists: dict[str, Any], rules: Rules) -> Graph:
+    num_nodes = lists["num_nodes"] if rules.num_nodes is None else rules.num_nodes
+    try:
+        return of_entries(lists["source"], lists["target"], lists["weight"], num_nodes, rules)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def of_entries(source: Any, target: Any, weight: Any, num_nodes: int | None, rules: Rules, names: Any = None) -> Graph:
+    """The graph of entries of a matrix; undirected if it is symmetric, or must be so by ``rules.directed``. Raises InputError."""
+    graph = Graph.from_edges(
+        source, target, weight, True, num_nodes,
+        names=names, duplicates=rules.duplicates, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative,
+    )  # fmt: skip
+    if graph.weights is not None and (graph.weights == 1).all():
+        graph = graph.with_weights(None)
+    return graph if rules.directed else graph._as_undirected(demanded=rules.directed is False)
+
+
+def _choose(path: Path, found: list[Found], names: list[str], variable: str | None) -> Any:
+    """The matrix that is asked for, or the only square one. Raises DataError or InputError naming what there is."""
+    known = [one.name for one in found]
+    if variable is not None:
+        if variable not in known:
+            there = known or names
+            raise DataError(
+                f"{path} has no matrix {variable!r}{near_name(variable, there)} (there: {', '.join(there) or 'nothing'})"
+            )
+        return found[known.index(variable)].matrix
+    if not found:
+        raise DataError(f"{path} holds no sparse matrix and no lists of edges (there: {', '.join(names) or 'nothing'})")
+    square = [one for one in found if len(one.matrix.shape) == 2 and one.matrix.shape[0] == one.matrix.shape[1]]
+    if len(square) > 1:
+        raise DataError(
+            f"{path} holds several square matrices; choose one with variable=: {', '.join(one.name for one in square)}"
+        )
+    return (square or found)[0].matrix

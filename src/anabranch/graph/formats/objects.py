@@ -1,0 +1,267 @@
+"""Graphs of other libraries, there and back. Nothing is imported that the caller has not imported, except to make their objects."""
+# Shapes: N nodes, E edges
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import BackendError, InputError
+from anabranch.graph.formats.build import Rules
+from anabranch.graph.formats.edge_list import Column, Dialect
+from anabranch.graph.formats.matrices import of_entries
+from anabranch.graph.formats.parquet import NOTE, choose_columns, graph_of
+from anabranch.graph.store import Graph
+
+
+def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> Graph:
+    """The graph of a networkx one.
+
+    Nodes keep their order; they become names unless they are the integers 0 ... N - 1, in any order, which stay what they are.
+
+    Args:
+        graph: a ``Graph``, ``DiGraph`` or a multigraph, whose parallel edges are duplicates.
+        weight: the edge attribute that is the weight, 1 for edges without it if others have it (networkx's own rule); None for none.
+        options: ``duplicates``, ``drop_zero`` and ``allow_negative`` of `Graph.from_edges`.
+
+    Raises:
+        InputError: not a networkx graph, or a weight that is not a positive finite number, naming the edge.
+    """
+    if not all(hasattr(graph, name) for name in ("nodes", "edges", "is_directed")):
+        raise InputError(f"from_networkx needs a networkx graph, not {type(graph).__name__}")
+    nodes = list(graph.nodes)
+    is_plain = all(isinstance(node, (int, np.integer)) and not isinstance(node, bool) for node in nodes)
+    is_plain = is_plain and set(nodes) == set(range(len(nodes)))
+    place = {node: node if is_plain else number for number, node in enumerate(nodes)}
+    ends = np.array([(place[u], place[v]) for u, v in graph.edges()], np.int64).reshape(-1, 2)
+    values = None if weight is None else [value for _, _, value in graph.edges(data=weight)]
+    if values is not None and all(value is None for value in values):
+        values = None
+    weight_E = None if values is None else _numbers(values, [(u, v) for u, v in graph.edges()])
+    names = None if is_plain else nodes
+    return Graph.from_edges(
+        ends[:, 0], ends[:, 1], weight_E, bool(graph.is_directed()), len(nodes), names=names, **options
+    )
+
+
+def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
+    """Weights as numbers, 1 where there is none. Raises InputError naming the edge."""
+    found = np.ones(len(values))
+    for place, value in enumerate(values):
+        if value is None:
+            continue
+        if not isinstance(value, (int, float, np.integer, np.floating)):
+            raise InputError(f"edge {edges[place]} has the weight {value!r}, which is not a number")
+        found[place] = value
+    return found
+
+
+def to_networkx(graph: Graph) -> Any:
+    """A networkx ``Graph`` or ``DiGraph``; nodes are the graph's names, or its ids. Raises BackendError where networkx is not installed."""
+    try:
+        import networkx
+    except ImportError:
+        raise BackendError("networkx is not installed; pip install networkx") from None
+    made = networkx.DiGraph() if graph.is_directed else networkx.Graph()
+    names = range(graph.num_nodes) if graph.names is None else graph.names.tolist()
+    made.add_nodes_from(names)
+    source_E, target_E, weight_E = graph.edges()
+    ends = [(names[u], names[v]) for u, v in zip(source_E.tolist(), target_E.tolist(), strict=True)]
+    if weight_E is None:
+        made.add_edges_from(ends)
+    else:
+        made.add_weighted_edges_from((u, v, w) for (u, v), w in zip(ends, weight_E.tolist(), strict=True))
+    return made
+
+
+def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "name", **options: Any) -> Graph:
+    """The graph of an igraph one.
+
+    Args:
+        graph: an ``igraph.Graph``; parallel edges are duplicates.
+        weight: the edge attribute that is the weight, if there is such a one; None for none.
+        name: the vertex attribute that is the name, likewise.
+        options: as of `from_networkx`.
+
+    Raises:
+        InputError: not an igraph graph, or a weight that is not a positive finite number, naming the edge.
+    """
+    if not all(hasattr(graph, method) for method in ("get_edgelist", "vcount", "is_directed")):
+        raise InputError(f"from_igraph needs an igraph graph, not {type(graph).__name__}")
+    edges = graph.get_edgelist()
+    ends = np.array(edges, np.int64).reshape(-1, 2)
+    weight_E = None
+    if weight is not None and weight in graph.es.attributes():
+        values = graph.es[weight]
+        missing = next((place for place, value in enumerate(values) if value is None), None)
+        if missing is not None:
+            raise InputError(f"edge {edges[missing]} has no {weight!r}, others have")
+        weight_E = _numbers(values, edges)
+    names = graph.vs[name] if name is not None and name in graph.vs.attributes() else None
+    return Graph.from_edges(
+        ends[:, 0], ends[:, 1], weight_E, bool(graph.is_directed()), graph.vcount(), names=names, **options
+    )
+
+
+def to_igraph(graph: Graph) -> Any:
+    """An ``igraph.Graph`` with the attributes ``name`` and ``weight`` where there are some. Raises BackendError without igraph."""
+    try:
+        import igraph
+    except ImportError:
+        raise BackendError("igraph is not installed; pip install python-igraph") from None
+    source_E, target_E, weight_E = graph.edges()
+    made = igraph.Graph(
+        n=graph.num_nodes, edges=np.column_stack([source_E, target_E]).tolist(), directed=graph.is_directed
+    )
+    if weight_E is not None:
+        made.es["weight"] = weight_E.tolist()
+    if graph.names is not None:
+        made.vs["name"] = graph.names.tolist()
+    return made
+
+
+def from_pyg(data: Any, weight: str | None = "auto", directed: bool | None = None, **options: Any) -> Graph:
+    """The graph of a PyTorch Geometric ``Data`` (anything with an ``edge_index`` [2, E]).
+
+    Args:
+        data: its edges are entries of a matrix, as there: an undirected edge stands in it both ways.
+        weight: the attribute that is the weight, [E] or [E, 1]; None for none. "auto" takes ``edge_weight``, else an ``edge_attr`` of
+            that shape.
+        directed: None looks whether the matrix is symmetric; False demands it.
+        options: as of `from_networkx`.
+
+    Raises:
+        InputError: no ``edge_index`` of that shape, no such attribute, or as in `Graph.from_edges`.
+    """
+    if getattr(data, "edge_index", None) is None:
+        raise InputError(f"from_pyg needs an object with an edge_index, not {type(data).__name__}")
+    index = _array(data.edge_index)
+    if index.ndim != 2 or index.shape[0] != 2:
+        raise InputError(f"edge_index has the shape {index.shape}; it must be [2, edges]")
+    value = None
+    if weight == "auto":
+        value = getattr(data, "edge_weight", None)
+        attribute = getattr(data, "edge_attr", None)
+        if value is None and attribute is not None and _array(attribute).size == index.shape[1]:
+            value = attribute
+    elif weight is not None:
+        value = getattr(data, weight, None)
+        if value is None:
+            raise InputError(f"the data have no {weight!r}")
+    weight_E = None if value is None else _array(value)
+    if weight_E is not None and weight_E.ndim == 2 and weight_E.shape[1] == 1:
+        weight_E = weight_E[:, 0]
+    return of_entries(
+        index[0], index[1], weight_E, getattr(data, "num_nodes", None), Rules(directed=directed, **options)
+    )
+
+
+def from_torch(matrix: Any, directed: bool | None = None, **options: Any) -> Graph:
+    """The graph of a sparse torch tensor [N, N], COO, CSR or CSC; entry (u, v) is the weight of u -> v, entries given twice are added.
+
+    Args:
+        matrix: the tensor, on any device.
+        directed: None looks whether it is symmetric; False demands it.
+        options: ``drop_zero`` (default True) and ``allow_negative`` of `Graph.from_edges`.
+
+    Raises:
+        InputError: not a sparse square tensor, or as in `Graph.from_edges`.
+    """
+    layout = str(getattr(matrix, "layout", None)).removeprefix("torch.")
+    if layout not in ("sparse_coo", "sparse_csr", "sparse_csc"):
+        raise InputError(
+            f"from_torch needs a sparse tensor (COO, CSR or CSC), not {layout if layout != 'None' else type(matrix).__name__}"
+        )
+    if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
+    if layout == "sparse_coo":
+        index = _array(matrix._indices())  # as given; duplicates are added below
+        source, target, value = index[0], index[1], matrix._values()
+    elif layout == "sparse_csr":
+        target, value = _array(matrix.col_indices()), matrix.values()
+        source = np.repeat(np.arange(matrix.shape[0]), np.diff(_array(matrix.crow_indices())))
+    else:
+        source, value = _array(matrix.row_indices()), matrix.values()
+        target = np.repeat(np.arange(matrix.shape[0]), np.diff(_array(matrix.ccol_indices())))
+    if value.ndim != 1:
+        raise InputError(f"entries of the matrix have the shape {tuple(value.shape[1:])}; they must be single numbers")
+    rules = Rules(directed=directed, **{"drop_zero": True, **options})
+    return of_entries(source, target, _array(value), int(matrix.shape[0]), rules)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """A numpy array of a tensor, on whatever device, or of what numpy takes."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        if str(tensor.dtype) == "torch.bfloat16":
+            tensor = tensor.float()
+        return tensor.numpy()
+    return np.asarray(tensor)
+
+
+def from_table(
+    table: Any,
+    source: Column = None,
+    target: Column = None,
+    weight: Column = "auto",
+    directed: bool | None = None,
+    **options: Any,
+) -> Graph:
+    """The graph of a table of edges: a `pyarrow.Table`, or what `pyarrow.table` takes (a dict of columns, a pandas or polars frame).
+
+    Args:
+        table: one edge a row.
+        source, target, weight: columns by name or number; by default those with well-known names, else the first two and no weight.
+        directed: default False.
+        options: ``ids``, ``num_nodes``, ``duplicates``, ``drop_zero`` and ``allow_negative`` of `read_graph`.
+
+    Raises:
+        InputError: no such column. DataError: ids or weights that are not what they must be, naming the row.
+    """
+    import pyarrow as pa
+
+    try:
+        table = table if isinstance(table, pa.Table) else pa.table(table)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(
+            f"from_table needs a table, not {type(table).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+    columns = choose_columns("the table", table.schema, Dialect(source=source, target=target, weight=weight))
+    batch = [table.column(column) for column in columns]
+    return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))
+
+
+def to_table(graph: Graph, names: bool = True) -> Any:
+    """The edges as a `pyarrow.Table` with the columns ``source``, ``target`` and (perhaps) ``weight``, an undirected edge once.
+
+    Args:
+        graph: the graph.
+        names: whether ends are outside names, where the graph has some; otherwise ids.
+    """
+    import pyarrow as pa
+
+    source_E, target_E, weight_E = graph.edges()
+    return pa.table(edge_columns(graph, source_E, target_E, weight_E, names)).replace_schema_metadata(
+        {NOTE: note_of(graph)}
+    )
+
+
+def note_of(graph: Graph) -> str:
+    """What is kept beside a table of edges: nodes, direction."""
+    return f"{graph.num_nodes} {'directed' if graph.is_directed else 'undirected'}"
+
+
+def edge_columns(
+    graph: Graph, source_E: np.ndarray, target_E: np.ndarray, weight_E: np.ndarray | None, names: bool
+) -> dict[str, Any]:
+    """Columns of some edges for a table."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {"source": source_E, "target": target_E}
+    if names and graph.names is not None:
+        if graph.names.dtype.kind == "O" and not all(isinstance(name, str) for name in graph.names.tolist()):
+            raise InputError("names can be written if all are integers or all are text")
+        kind = pa.string() if graph.names.dtype.kind == "O" else None
+        columns = {end: pa.array(graph.names[ids], kind) for end, ids in columns.items()}
+    if weight_E is not None:
+        columns["weight"] = weight_E
+    return columns

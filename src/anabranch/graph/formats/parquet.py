@@ -1,0 +1,171 @@
+"""Edges of Parquet files and Arrow tables, batch by batch."""
+# Shapes: E edges of a batch
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.formats.build import EdgeSink, Rules
+from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS, Dialect, checked_floats, column_of
+from anabranch.graph.formats.lines import RowError
+from anabranch.graph.store import Graph
+
+NOTE = b"anabranch.graph"  # `write_graph` leaves it in the metadata: nodes, direction
+
+
+def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
+    """The graph of a Parquet file. Raises as `anabranch.graph.formats.read_graph`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
+            schema = file.schema_arrow
+            columns = choose_columns(path, schema, dialect)
+            batches = file.iter_batches(
+                rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
+            )
+            return graph_of(path, schema, columns, (_columns(batch, schema, columns) for batch in batches), rules)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:
+    return [batch.column(schema.names[column]) for column in columns]
+
+
+def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int, ...]:
+    """Numbers of the columns of source, target and (perhaps) weight, by name, well-known name, or place."""
+    import pyarrow as pa
+
+    names = list(schema.names)
+    low = [str(name).lower() for name in names]
+    if len(names) < 2:
+        raise DataError(f"{path} has {len(names)} column{'s' * (len(names) != 1)}, where an edge needs two")
+    if len(set(names)) != len(names):
+        raise DataError(f"{path} has several columns of the same name: {', '.join(map(str, names))}")
+    source = column_of(path, dialect.source, names, len(names), next((low.index(n) for n in SOURCES if n in low), None))
+    target = column_of(path, dialect.target, names, len(names), next((low.index(n) for n in TARGETS if n in low), None))
+    if source is None:
+        source = next(column for column in range(len(names)) if column != target)
+    if target is None:
+        target = next(column for column in range(len(names)) if column != source)
+    if source == target:
+        raise InputError(f"source and target are both column {names[source]!r} of {path}")
+    chosen: tuple[int, ...] = (source, target)
+    if dialect.weight == "auto":
+        weight = next((low.index(n) for n in WEIGHTS if n in low), None)
+        chosen += () if weight is None or weight in chosen else (weight,)
+    elif dialect.weight is not None and dialect.weight is not False:
+        weight = column_of(path, dialect.weight, names, len(names), None)
+        assert weight is not None
+        chosen += (weight,)
+    for column in chosen[:2]:
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_integer(kind) or _is_text(kind)):
+            raise DataError(f"{path}: the column {names[column]!r} is of type {kind}; node ids are integers or text")
+    kind = schema.field(chosen[-1]).type
+    if len(chosen) > 2 and not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        raise DataError(f"{path}: the column {names[chosen[-1]]!r} is of type {kind}; weights are numbers")
+    return chosen
+
+
+def graph_of(
+    path: Path | str, schema: Any, columns: tuple[int, ...], batches: Iterable[list[Any]], rules: Rules
+) -> Graph:
+    """The graph of batches, each the two or three columns of `choose_columns`."""
+    import pyarrow as pa
+
+    kinds = [schema.field(column).type for column in columns[:2]]
+    is_text = rules.ids == "text" or any(_is_text(k.value_type if pa.types.is_dictionary(k) else k) for k in kinds)
+    note = ((schema.metadata or {}).get(NOTE) or b"").split()
+    if len(note) == 2 and note[0].isdigit():
+        if rules.num_nodes is None and rules.ids in ("auto", "numbers") and not is_text:
+            rules = replace(rules, num_nodes=int(note[0]))
+        if rules.directed is None:
+            rules = replace(rules, directed=note[1] == b"directed")
+    if is_text and (rules.ids == "numbers" or rules.num_nodes is not None):
+        raise DataError(f"{path}: ids are text, not numbers; leave out ids and num_nodes")
+    done = 0
+    with EdgeSink(rules) as sink:
+        for batch in batches:
+            _add(path, sink, batch, is_text, done)
+            done += len(batch[0])
+        if not sink.seen and not note:
+            raise DataError(f"{path} holds no edges")
+        return sink.finish()
+
+
+def _add(path: Path | str, sink: EdgeSink, batch: list[Any], is_text: bool, done: int) -> None:
+    columns: list[Any] = []
+    readers = (_text_column if is_text else _id_column,) * 2 + (_weight_column,)
+    what = ("source", "target", "weight")
+    fault: RowError | None = None
+    for field, array in enumerate(batch):
+        while len(columns) == field:
+            try:
+                columns.append(readers[field](array if fault is None else array[: fault.row], what[field], sink.rules))
+            except RowError as error:
+                fault = error
+                columns = [column[: error.row] for column in columns]
+    if fault:
+        raise DataError(f"{path}, row {done + fault.row}: {fault.what}")
+    (sink.add_text if is_text else sink.add)(columns[0], columns[1], columns[2] if len(columns) > 2 else None)
+
+
+def _full(array: Any, what: str) -> Any:
+    """The array, dictionaries unpacked. Raises RowError for a null."""
+    import pyarrow as pa
+
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    if array.null_count:
+        raise RowError(
+            int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), f"the {what} is missing (null)"
+        )
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _id_column(array: Any, what: str, rules: Rules) -> np.ndarray:
+    found = _full(array, what).to_numpy(zero_copy_only=False)
+    if found.dtype == np.uint64 and len(found) and found.max() > np.iinfo(np.int64).max:
+        row = int(np.flatnonzero(found > np.uint64(np.iinfo(np.int64).max))[0])
+        raise RowError(row, f"the {what} {found[row]} is beyond 64-bit whole numbers with a sign")
+    ids = found.astype(np.int64, copy=False)
+    if rules.num_nodes is None and rules.ids != "numbers":
+        return ids
+    high = np.iinfo(np.int64).max if rules.num_nodes is None else rules.num_nodes - 1
+    if len(ids) and (ids.min() < 0 or ids.max() > high):
+        row = int(np.flatnonzero((ids < 0) | (ids > high))[0])
+        allowed = "must not be negative" if rules.num_nodes is None else f"is out of range; nodes are 0 to {high}"
+        raise RowError(row, f"the {what} {ids[row]} {allowed}")
+    return ids
+
+
+def _text_column(array: Any, what: str, rules: Rules) -> Any:
+    import pyarrow as pa
+
+    return _full(array, what).cast(pa.string())
+
+
+def _weight_column(array: Any, what: str, rules: Rules) -> np.ndarray:
+    import pyarrow as pa
+
+    return checked_floats(_full(array, what).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), rules)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,182 @@
+"""`read_graph` and `write_graph`: which format a file is of, and who reads or writes it."""
+
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.array_file import MAGIC
+from anabranch.graph.checks import near_name
+from anabranch.graph.csr import DUPLICATES
+from anabranch.graph.formats.build import IDS, LEAST_LIMIT, Rules
+from anabranch.graph.formats.edge_list import Column, Dialect, read_edge_list
+from anabranch.graph.formats.lines import compression, first_bytes
+from anabranch.graph.formats.matrices import read_mat, read_npz
+from anabranch.graph.formats.matrix_market import read_matrix_market
+from anabranch.graph.formats.metis import read_metis
+from anabranch.graph.formats.parquet import read_parquet
+from anabranch.graph.formats.write import WRITERS, name_of
+from anabranch.graph.store import Graph
+
+FORMATS = {
+    "anb": "our own file, checked and mappable",
+    "edges": "an edge a line, split at blanks, tabs, commas ...",
+    "csv": "the same; written with commas and a header",
+    "parquet": "a table of edges",
+    "mtx": "MatrixMarket, coordinate",
+    "metis": "METIS, neighbours a line",
+    "npz": "a scipy matrix, or arrays of edges",
+    "mat": "a MATLAB matrix, up to version 7.2",
+}
+_ENDINGS = {
+    ".anb": "anb", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".mtx": "mtx", ".mm": "mtx", ".metis": "metis",
+    ".graph": "metis", ".npz": "npz", ".mat": "mat", ".txt": "edges", ".tsv": "edges", ".edgelist": "edges", ".edges": "edges",
+    ".el": "edges", ".ncol": "edges",
+}  # fmt: skip
+_MAGICS = {MAGIC: "anb", b"PAR1": "parquet", b"PK\x03\x04": "npz", b"MATLAB 5.0": "mat", b"MATLAB 7.3": "mat"}
+_STREAMED = ("edges", "csv", "parquet", "mtx", "metis")
+
+
+def read_graph(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    directed: bool | None = None,
+    source: Column = None,
+    target: Column = None,
+    weight: Column = "auto",
+    header: bool | None = None,
+    delimiter: str | None = None,
+    comment: str = "#%",
+    ids: str = "auto",
+    num_nodes: int | None = None,
+    variable: str | None = None,
+    duplicates: str = "add",
+    drop_zero: bool = False,
+    allow_negative: bool = False,
+    memory_limit: int | None = None,
+    spill_folder: str | os.PathLike[str] | None = None,
+) -> Graph:
+    """The graph in a file.
+
+    Args:
+        path: the file; text may be compressed by gzip, bzip2 or xz.
+        format: one of `FORMATS`. Default: by the file's first bytes, else by its ending, else an edge list.
+        directed: whether (u, v) differs from (v, u). Default: what the file says (our own, MatrixMarket, METIS; a matrix is
+            undirected if it is symmetric), False for lists of edges. False for a matrix demands that it is symmetric.
+        source, target: columns of a list of edges, by name or number (from 0). Default: those with well-known names, else the first two.
+        weight: the column of weights. "auto": the one called weight, or without a header the third; None for none.
+        header: whether the first row of a text names its columns. Default: looked at (see `docs/systems/graph.md`).
+        delimiter: one character or "whitespace". Default: tab, comma, semicolon or bar, whichever is in the first row, else whitespace.
+        comment: characters that start a line to be left out.
+        ids: what ends of edges are. "numbers": ids from 0 up, those that are missing are isolated nodes; "names": numbers or text that
+            become `Graph.names` in rising order; "text": names, read as text. "auto": numbers if they are whole numbers that fill
+            0 ... N - 1 (or ``num_nodes`` is given), else names.
+        num_nodes: nodes, where ids are numbers.
+        variable: the matrix in an .npz or .mat file.
+        duplicates, drop_zero, allow_negative: as in `Graph.from_edges`.
+        memory_limit: bytes that reading may hold at once, from 1 MiB; edges are then kept in temporary files, and a graph larger than
+            half of it is mapped from one. Names of nodes are in memory all the same. Not for .npz and .mat, which are read whole.
+        spill_folder: where those files go. Default: the system's folder.
+
+    Returns:
+        The graph, the same to the byte with any ``memory_limit``.
+
+    Raises:
+        DataError: the file is missing, unreadable, truncated or malformed, naming the line (of tables the row).
+        InputError: an argument that does not fit, such as a column that is not there.
+        CapacityError: memory_limit, the disk or this machine's memory does not suffice.
+    """
+    path = Path(path)
+    rules = _rules(
+        directed=directed, ids=ids, num_nodes=num_nodes, duplicates=duplicates, drop_zero=drop_zero, allow_negative=allow_negative,
+        memory_limit=memory_limit, spill_folder=spill_folder,
+    )  # fmt: skip
+    dialect = Dialect(source=source, target=target, weight=weight, header=header, delimiter=delimiter, comment=comment)
+    if not path.is_file():
+        raise DataError(f"{path} is a folder, not a file" if path.is_dir() else f"there is no file {path}")
+    kind = _kind(path, format)
+    if variable is not None and kind not in ("npz", "mat"):
+        raise InputError(f"variable={variable!r} chooses a matrix of an .npz or .mat file; {path} is read as {kind!r}")
+    if memory_limit is not None and kind in ("npz", "mat"):
+        raise InputError(f"{path} is read whole; memory_limit is for {', '.join(_STREAMED)}")
+    try:
+        return _read(path, kind, rules, dialect, variable)
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _read(path: Path, kind: str, rules: Rules, dialect: Dialect, variable: str | None) -> Graph:
+    if kind == "anb":
+        graph = Graph.load(path, mmap=rules.memory_limit is not None and path.stat().st_size > rules.memory_limit // 2)
+        if rules.directed is not None and rules.directed != graph.is_directed:
+            raise InputError(f"{path} holds {graph}; `to_directed` and `to_undirected` change that")
+        return graph
+    if kind == "npz":
+        return read_npz(path, rules, variable)
+    if kind == "mat":
+        return read_mat(path, rules, variable)
+    reader: Any = {"parquet": read_parquet, "mtx": read_matrix_market, "metis": read_metis}.get(kind, read_edge_list)
+    return reader(path, rules, dialect)
+
+
+def write_graph(graph: Graph, path: str | os.PathLike[str], *, format: str | None = None) -> None:
+    """Write a graph, all or nothing. `read_graph` gives it back, except where the format cannot hold it (see `docs/systems/graph.md`).
+
+    Args:
+        graph: the graph.
+        path: the file; text whose name ends in ``.gz`` is compressed.
+        format: one of `FORMATS`. Default: by the ending.
+
+    Raises:
+        InputError: an unknown format, or a graph that it cannot hold (names, self-loops ...).
+        DataError, CapacityError: the place cannot be written, or its disk is full.
+    """
+    path = Path(path)
+    kind = format or _ENDINGS.get(name_of(path).suffix.lower())
+    if kind not in FORMATS:
+        shown = f"{format!r}" if format else f"of {path.name}"
+        raise InputError(f"the format {shown} is unknown; give one of {', '.join(FORMATS)}")
+    if path.suffix in (".bz2", ".xz") or (path.suffix == ".gz" and kind not in ("csv", "edges", "mtx", "metis")):
+        raise InputError(f"{path}: {kind!r} cannot be written compressed like that; text can as .gz")
+    WRITERS[kind](graph, path)
+
+
+def _rules(**values: Any) -> Rules:
+    if values["ids"] not in IDS:
+        raise InputError(f"ids is {values['ids']!r}{near_name(values['ids'], IDS)}; it must be one of {', '.join(IDS)}")
+    if values["duplicates"] not in DUPLICATES:
+        raise InputError(f"duplicates is {values['duplicates']!r}; it must be one of {', '.join(DUPLICATES)}")
+    for name, least in (("num_nodes", 0), ("memory_limit", LEAST_LIMIT)):
+        if values[name] is None:
+            continue
+        try:
+            values[name] = operator.index(values[name])
+        except TypeError:
+            raise InputError(f"{name} is {values[name]!r}; it must be a whole number") from None
+        if values[name] < least:
+            raise InputError(f"{name} is {values[name]:,}; it must be at least {least:,}")
+    if values["num_nodes"] is not None and values["ids"] in ("names", "text"):
+        raise InputError(f"num_nodes goes with ids that are numbers, not with ids={values['ids']!r}")
+    return Rules(**values)
+
+
+def _kind(path: Path, format: str | None) -> str:
+    if format is not None:
+        if format not in FORMATS:
+            raise InputError(
+                f"the format {format!r} is unknown{near_name(format, FORMATS)}; it must be one of {', '.join(FORMATS)}"
+            )
+        return format
+    start = first_bytes(path, 64)
+    known = next((kind for magic, kind in _MAGICS.items() if start.startswith(magic)), None)
+    if known is None and start.lower().startswith(b"%%matrixmarket"):
+        known = "mtx"
+    if known is not None and known != "mtx" and compression(path):
+        raise DataError(f"{path} is a compressed {known!r} file; uncompress it first")
+    return known or _ENDINGS.get(name_of(path).suffix.lower(), "edges")
