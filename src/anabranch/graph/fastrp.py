@@ -1,0 +1,510 @@
+"""FastRP: vectors of nodes by iterated sparse random projection, without training.
+
+"Fast and Accurate Network Embeddings via Very Sparse Random Projection", Chen, Sultan, Tian, Chen and Skiena, CIKM 2019, arXiv 1908.11512.
+Written from the published code's behaviour and the paper's abstract.
+
+    P = D^-1 A                           the transition matrix (D: degrees; rows of nodes without edges are 0)
+    L = diag(d_j^beta)                   beta <= 0 damps hubs
+    R [N, D], very sparse, keyed         `anabranch.graph.projection`, scaled by 1 / sqrt(dim)
+    N_1 = P (L R), N_k = P N_(k-1)       right to left: the similarity P^k L of all pairs is projected, never formed
+    N = sum_k w_k N_k / |N_k|            each row to length 1 first, if ``normalize``
+    N = (N - mean) / deviation           by columns, if ``standardize``
+
+q products with M edges and dim columns. Columns do not know of each other before rows are normalised, so they are computed in chunks.
+
+Departures: s is sqrt(N) rounded to a power of 2, so that a growing graph keeps its vectors (pass s to fix it for good). L uses d, not
+d / sum d, a constant factor. A degree of 0, which only directed graphs' L can see, counts as the smallest that is not. In the same
+graph, ``direction`` chooses which edges count. With negative weights degrees are sums of absolute values. From Neo4j's variant: ``self_weight`` adds
+w_0 L R / |L R|, ``feature_ratio`` gives a share of the columns of R to random combinations of the nodes' features.
+"""
+# Shapes: N nodes, M stored edges, D dim, C columns of a chunk, F features
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import numba as nb
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.coerce import as_graph
+from anabranch.graph.estimator import Estimator
+from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, Threads, TorchProducts, threads
+from anabranch.graph.projection import BLOCK, SparseRows, gaussian_rows, keys_of, sparse_rows
+from anabranch.graph.store import Graph
+from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
+
+SCRATCH_BYTES = 64 << 20  # of chunks, where ``chunk`` is not given
+DENSE_BELOW = 4.0  # s at which rows are so full that a product with them made dense is quicker
+_CHOICES = {
+    "projection": ("sparse", "gaussian"),
+    "matrix": ("transition", "adjacency", "symmetric"),
+    "direction": ("out", "in", "both"),
+    "dtype": ("float32", "float64"),
+    "backend": ("numba", "scipy", "torch"),
+}
+
+
+@dataclass(frozen=True)
+class Powers:
+    """What `FastRP.combine` makes vectors of, for any weights.
+
+    Attributes:
+        start_ND: L R.
+        power_KND: N_1, N_2, ..., not normalised, a tuple of [N, D].
+    """
+
+    start_ND: np.ndarray
+    power_KND: tuple[np.ndarray, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self.start_ND.nbytes + sum(power.nbytes for power in self.power_KND)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """A graph made ready: diag(left) A diag(right), the scale of the rows of R, their keys, and columns of R from features."""
+
+    operator: Operator
+    right_N: np.ndarray | None
+    scale_N: np.ndarray
+    key_N: np.ndarray
+    s: float
+    feature_NC: np.ndarray | None
+
+
+class FastRP(Estimator):
+    """Vectors of nodes by FastRP, in the form of a scikit-learn estimator.
+
+    Args:
+        dim: D. The published code's default is 128, its experiments use 512.
+        weights: w_1 ... w_q; q is their number. The default is near the published optimum of BlogCatalog.
+        beta: exponent of degrees in L; searched in [-1, 0] by the authors.
+        normalize: rows of each N_k to length 1 before they are added.
+        projection: ``sparse`` or ``gaussian``.
+        s: a sparse entry is not 0 with probability 1 / s; None for sqrt(N), rounded to a power of 2. At least 1.
+        matrix: ``transition`` D^-1 A, ``adjacency`` A, or ``symmetric`` D^-1/2 A D^-1/2.
+        standardize: columns to mean 0 and variance 1; one that is constant becomes 0.
+        concatenate: N_k (of weights that are not 0, times them) side by side instead of added: [N, D q].
+        features: [N, F] numbers, dense or scipy sparse, known of the nodes; needs ``feature_ratio``.
+        feature_ratio: share of the D columns that come from features, 0 to 1.
+        self_weight: w_0, of each node's own row of L R (normalised); it lets nodes without edges differ.
+        direction: of directed graphs: a row sums over the targets of a node's edges (``out``), their sources (``in``), or ``both``.
+        allow_negative: take negative edge weights.
+        seed: of R. Row i depends on it and on the node's outside name (number i without names).
+        dtype: ``float32`` or ``float64``.
+        backend: ``numba``, ``scipy`` (one thread) or ``torch``; the same numbers up to rounding.
+        device: of torch.
+        chunk: columns computed at a time, rounded up to a multiple of 32; None for about 64 MB of scratch. Changes no bit of the result.
+        threads: None for numba's number. Changes no bit of the result.
+        keep_powers: let `fit` keep N_1 ... N_q, which `transform` needs.
+
+    Attributes:
+        embedding_: [N, D], after `fit`.
+        powers_: `Powers`, after `fit` with ``keep_powers``.
+
+    Raises InputError for a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        weights: Sequence[float] = (0, 0, 1, 6),
+        beta: float = -0.65,
+        normalize: bool = True,
+        *,
+        projection: Literal["sparse", "gaussian"] = "sparse",
+        s: float | None = None,
+        matrix: Literal["transition", "adjacency", "symmetric"] = "transition",
+        standardize: bool = True,
+        concatenate: bool = False,
+        features: Any = None,
+        feature_ratio: float = 0.0,
+        self_weight: float = 0.0,
+        direction: Literal["out", "in", "both"] = "out",
+        allow_negative: bool = False,
+        seed: int = 0,
+        dtype: Literal["float32", "float64"] = "float32",
+        backend: Literal["numba", "scipy", "torch"] = "numba",
+        device: str = "cpu",
+        chunk: int | None = None,
+        threads: int | None = None,
+        keep_powers: bool = False,
+    ) -> None:
+        self.dim, self.weights, self.beta, self.normalize = dim, weights, beta, normalize
+        self.projection, self.s, self.matrix, self.standardize = projection, s, matrix, standardize
+        self.concatenate, self.features, self.feature_ratio = concatenate, features, feature_ratio
+        self.self_weight, self.direction, self.allow_negative = self_weight, direction, allow_negative
+        self.seed, self.dtype, self.backend, self.device = seed, dtype, backend, device
+        self.chunk, self.threads, self.keep_powers = chunk, threads, keep_powers
+        self._check()
+
+    # What it is for
+
+    def fit(self, graph: Any, y: Any = None) -> Self:
+        """Embed the nodes of a graph (whatever `as_graph` takes) into `embedding_`. ``y`` is not used.
+
+        Raises InputError for a graph or features that do not fit.
+        """
+        setup = self._prepare(graph)
+        with threads(self._num_threads) as pool:
+            if self.keep_powers:
+                self.powers_ = self._powers(setup, pool, len(self.weights))
+                found = self._combine(self.powers_, tuple(self.weights), self.self_weight, pool)
+            else:
+                found = self._embed(setup, pool)
+            self._mean_D, self._factor_D = self._standardize(found, pool)
+        self.embedding_, self._setup = found, setup if self.keep_powers else None
+        return self
+
+    def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
+        """`fit`, and the vectors [N, D]."""
+        return self.fit(graph).embedding_
+
+    def transform(self, rows: Any, *, names: Iterable[Any] | None = None) -> np.ndarray:
+        """Vectors of new nodes from their edges to the nodes of the fitted graph, which stay as they are.
+
+        They are those that fitting the larger graph would give, up to the columns' means and deviations, if no old node has an edge to a new
+        one and ``s`` is given; otherwise an approximation of them.
+
+        Args:
+            rows: [R, N] weights of edges from new nodes to old ones (in the direction that rows sum over), scipy sparse or dense.
+            names: of the new nodes, for ``self_weight``; without, they are numbers N, N + 1, ...
+
+        Raises InputError if `fit` has not kept the powers, features are used, or rows do not fit.
+        """
+        if getattr(self, "_setup", None) is None or not hasattr(self, "powers_"):
+            raise InputError("transform needs what fit keeps with keep_powers=True; set it and fit again")
+        setup = cast(_Setup, self._setup)
+        if self.feature_ratio:
+            raise InputError("transform knows no features of new nodes; fit with feature_ratio=0")
+        matrix, left_R = self._new_rows(rows, setup)
+        powers = [
+            left_R[:, None] * (matrix @ before) for before in (self.powers_.start_ND, *self.powers_.power_KND[:-1])
+        ]
+        start = np.zeros_like(powers[0])
+        if self.self_weight:
+            old = len(setup.key_N)
+            key_R = np.arange(old, old + len(start), dtype=np.uint64) if names is None else keys_of(names)
+            if len(key_R) != len(start):
+                raise InputError(f"there are {len(start):,} rows and {len(key_R):,} names; give one per row")
+            start = self._random(key_R, 0, self.dim, setup.s)
+        with threads(1) as pool:
+            found = self._combine(Powers(start, tuple(powers)), tuple(self.weights), self.self_weight, pool)
+            if self.standardize:
+                shift_columns(found, self._mean_D, self._factor_D, pool)
+        return found
+
+    def powers(self, graph: Any, order: int | None = None) -> Powers:
+        """L R and N_1 ... N_q of a graph, for `combine`; they do not depend on weights. ``order`` is q, by default that of ``weights``."""
+        count = len(self.weights) if order is None else order
+        if count < 1:
+            raise InputError(f"order is {order}; it must be at least 1")
+        with threads(self._num_threads) as pool:
+            return self._powers(self._prepare(graph), pool, count)
+
+    def combine(self, powers: Powers, weights: Sequence[float] | None = None) -> np.ndarray:
+        """Vectors of these powers with other weights (default: its own), which must not be more than there are powers."""
+        chosen = tuple(self.weights if weights is None else weights)
+        _check_weights(chosen, self.self_weight)
+        if len(chosen) > len(powers.power_KND):
+            raise InputError(
+                f"there are {len(chosen)} weights and {len(powers.power_KND)} powers; call powers(graph, order=...)"
+            )
+        with threads(self._num_threads) as pool:
+            found = self._combine(powers, chosen, self.self_weight, pool)
+            self._standardize(found, pool)
+        return found
+
+    def peak_bytes(self, num_nodes: int, num_stored_edges: int, is_weighted: bool = False) -> int:
+        """Bytes that `fit` holds at once beside the graph, its result included.
+
+        b N (D Z + 2 C) for numbers of b bytes, Z arrays of vectors and two chunks of C columns; Z is the number of weights that are not 0
+        (and ``self_weight``) if rows are normalised or kept side by side, 1 otherwise, q + 2 with ``keep_powers``. Then R's entries of a
+        chunk, weights of edges in the working type, and per node 40 bytes.
+        """
+        b = np.dtype(self.dtype).itemsize
+        parts = sum(weight != 0 for weight in self.weights)
+        vectors = (parts if self.normalize or self.concatenate else min(parts, 1)) + (self.self_weight != 0)
+        vectors = len(self.weights) + 1 + (parts if self.concatenate else 1) + 1 if self.keep_powers else vectors
+        chunk = self._chunk_columns(num_nodes)
+        s = self._sparsity(num_nodes)
+        random = num_nodes * chunk * (2 / s if self.projection == "sparse" and s >= DENSE_BELOW else b)
+        copied = is_weighted and b != 4 or self.matrix == "symmetric"
+        edges = num_stored_edges * b if copied else 0
+        return int(b * num_nodes * (self.dim * vectors + 2 * chunk) + random + edges + 40 * num_nodes)
+
+    # Steps
+
+    def _prepare(self, graph: Any) -> _Setup:
+        """The matrix to multiply with, scales, keys and columns of features."""
+        found = as_graph(graph, allow_negative=self.allow_negative)
+        key_N = np.arange(found.num_nodes, dtype=np.uint64) if found.names is None else keys_of(found.names)
+        if found.is_directed and self.direction == "both":
+            matrix = found.to_scipy(np.float64)
+            found = Graph.from_scipy(matrix + matrix.T, False, allow_negative=True)
+        elif self.direction == "in":
+            found = found.reversed
+        if found.weights is not None and not np.isfinite(found.weights).all():
+            raise InputError(f"edge weight {np.flatnonzero(~np.isfinite(found.weights))[0]} is not finite")
+        degree_N = found.strength_N
+        if self.allow_negative and found.weights is not None:
+            degree_N = Graph(found.indptr, found.indices, np.abs(found.weights), found.is_directed).strength_N
+        left_N, right_N = self._sides(degree_N, found)
+        value_M = np.empty(0, self.dtype) if found.weights is None else found.weights.astype(self.dtype, copy=False)
+        if right_N is not None:
+            value_M = right_N[found.indices] if found.weights is None else value_M * right_N[found.indices]
+        positive = degree_N[degree_N > 0]
+        seen_N = np.where(degree_N > 0, degree_N, positive.min() if positive.size else 1.0)
+        scale_N = (seen_N**self.beta / math.sqrt(self.dim)).astype(self.dtype)
+        if not (np.isfinite(scale_N).all() and (scale_N > 0).all()):
+            raise InputError(
+                f"degrees to the power beta = {self.beta} leave the range of {self.dtype}; scale the edge weights"
+            )
+        operator = Operator(found.indptr, found.indices, value_M, left_N)
+        sparsity = self._sparsity(found.num_nodes)
+        return _Setup(operator, right_N, scale_N, key_N, sparsity, self._feature_columns(found.num_nodes))
+
+    def _sides(self, degree_N: np.ndarray, graph: Graph) -> tuple[np.ndarray, np.ndarray | None]:
+        """Diagonals on the left and the right of A; None for ones."""
+        if self.matrix == "adjacency":
+            return np.ones(len(degree_N), self.dtype), None
+        power = -1.0 if self.matrix == "transition" else -0.5
+        left_N = _power(degree_N, power).astype(self.dtype)
+        if self.matrix == "transition":
+            return left_N, None
+        other = graph.reversed
+        weights = other.weights if other.weights is None else np.abs(other.weights)
+        incoming = Graph(other.indptr, other.indices, weights, other.is_directed)
+        return left_N, _power(incoming.strength_N, power).astype(self.dtype)
+
+    def _feature_columns(self, num_nodes: int) -> np.ndarray | None:
+        """Random combinations of features, of mean square 1 as R's entries, [N, C]."""
+        count = self._num_feature_columns
+        if self.features is None:
+            if count:
+                raise InputError(
+                    f"feature_ratio is {self.feature_ratio} and features is None; give features [nodes, features]"
+                )
+            return None
+        if not count:
+            raise InputError(f"features are given and feature_ratio is {self.feature_ratio}; they would have no column")
+        values = self.features.tocsr() if hasattr(self.features, "tocsr") else np.asarray(self.features)
+        if values.ndim != 2 or values.shape[0] != num_nodes:
+            raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")
+        data = values.data if hasattr(values, "tocsr") else values
+        if data.dtype.kind not in "fiub" or not np.isfinite(data).all():
+            raise InputError("features must be finite numbers")
+        random_FC = gaussian_rows(np.arange(values.shape[1], dtype=np.uint64), 0, count, ~self.seed, np.float64)
+        found = np.asarray(values @ random_FC)
+        size = math.sqrt(float(np.mean(found**2))) if found.size else 0.0
+        return (found / (size or 1.0)).astype(self.dtype)
+
+    def _random(self, key_N: np.ndarray, first: int, last: int, s: float) -> np.ndarray:
+        """Columns of R, dense, entries of variance 1."""
+        if self.projection == "gaussian":
+            return gaussian_rows(key_N, first, last, self.seed, self.dtype)
+        return sparse_rows(key_N, first, last, s, self.seed).to_scipy(self.dtype).toarray()
+
+    def _start(self, setup: _Setup, first: int, last: int) -> np.ndarray:
+        """Columns of L R, dense."""
+        random = self.dim - self._num_feature_columns
+        parts = []
+        if first < random:
+            parts.append(self._random(setup.key_N, first, min(last, random), setup.s))
+        if last > random:
+            feature_NC = cast(np.ndarray, setup.feature_NC)
+            parts.append(feature_NC[:, max(first - random, 0) : last - random])
+        found = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return found * setup.scale_N[:, None]
+
+    def _sparse_start(self, setup: _Setup, first: int, last: int) -> SparseRows | None:
+        """Columns of R where they are worth keeping sparse; not yet scaled."""
+        if self.projection != "sparse" or setup.s < DENSE_BELOW or last > self.dim - self._num_feature_columns:
+            return None
+        return sparse_rows(setup.key_N, first, last, setup.s, self.seed)
+
+    def _run(self, setup: _Setup, pool: Threads, targets: dict[int, tuple[np.ndarray, float, bool]]) -> None:
+        """Add w_k N_k to targets[k] = (array, w_k, whether it is the first there), chunk by chunk of columns."""
+        products, step = self._products(setup.operator, pool), self._chunk_columns(setup.operator.num_rows)
+        for first in range(0, self.dim, step):
+            last = min(first + step, self.dim)
+            rows = self._sparse_start(setup, first, last)
+            start = self._start(setup, first, last) if rows is None or 0 in targets else None
+            if 0 in targets:
+                targets[0][0][:, first:last] = start
+            if max(targets) == 0:
+                continue
+            chunk = products.multiply(products.load(start)) if rows is None else products.first(rows, setup.scale_N)
+            rows = start = None  # their memory is needed
+            for order in range(1, max(targets) + 1):
+                if order > 1:
+                    chunk = products.multiply(chunk)
+                if order in targets:
+                    out_ND, weight, is_new = targets[order]
+                    products.add_to(chunk, out_ND, first, weight, is_new)
+
+    def _embed(self, setup: _Setup, pool: Threads) -> np.ndarray:
+        """Vectors before columns are standardised, without keeping powers."""
+        count, orders = setup.operator.num_rows, [k for k, weight in enumerate(self.weights, 1) if weight]
+        if self.concatenate:
+            whole = np.empty((count, self.dim * (len(orders) + bool(self.self_weight))), self.dtype)
+            every = ([0] if self.self_weight else []) + orders
+            parts = {k: whole[:, place * self.dim : (place + 1) * self.dim] for place, k in enumerate(every)}
+            self._run(setup, pool, {k: (part, 1.0, True) for k, part in parts.items()})
+            for k, part in parts.items():
+                scale_rows(part, self._weight(k), self.normalize or k == 0, pool)
+            return whole
+        if self.normalize:
+            found = {k: np.empty((count, self.dim), self.dtype) for k in orders}
+            targets = {k: (part, 1.0, True) for k, part in found.items()}
+        else:
+            total = np.empty((count, self.dim), self.dtype)
+            found = {orders[-1]: total} if orders else {}
+            targets = {k: (total, float(self.weights[k - 1]), k == orders[0]) for k in orders}
+        if self.self_weight:
+            found[0] = np.empty((count, self.dim), self.dtype)
+            targets[0] = (found[0], 1.0, True)
+        self._run(setup, pool, targets)
+        return self._sum(found, tuple(self.weights), self.self_weight, pool, summed=not self.normalize)
+
+    def _sum(
+        self, parts: dict[int, np.ndarray], weights: Sequence[float], own: float, pool: Threads, summed: bool = False
+    ) -> np.ndarray:
+        """sum_k w_k N_k (normalised), in the place of the first part; ``summed``: parts but 0 have their weights in them."""
+        out = None
+        for k in sorted(parts):
+            part = parts.pop(k)
+            weight = own if k == 0 else 1.0 if summed else weights[k - 1]
+            if out is None:
+                out = part
+                scale_rows(out, weight, self.normalize or k == 0, pool)
+            else:
+                add_rows(out, part, weight, self.normalize or k == 0, pool)
+        return cast(np.ndarray, out)
+
+    def _powers(self, setup: _Setup, pool: Threads, count: int) -> Powers:
+        arrays = [np.empty((setup.operator.num_rows, self.dim), self.dtype) for _ in range(count + 1)]
+        self._run(setup, pool, {k: (array, 1.0, True) for k, array in enumerate(arrays)})
+        return Powers(arrays[0], tuple(arrays[1:]))
+
+    def _combine(self, powers: Powers, weights: Sequence[float], own: float, pool: Threads) -> np.ndarray:
+        """Vectors before columns are standardised."""
+        parts = {k: powers.power_KND[k - 1] for k, weight in enumerate(weights, 1) if weight}
+        if own:
+            parts[0] = powers.start_ND
+        if self.concatenate:
+            out = np.concatenate([parts[k] for k in sorted(parts)], axis=1)
+            for place, k in enumerate(sorted(parts)):
+                part = out[:, place * self.dim : (place + 1) * self.dim]
+                scale_rows(part, own if k == 0 else weights[k - 1], self.normalize or k == 0, pool)
+            return out
+        parts[min(parts)] = parts[min(parts)].copy()  # the sum is made there
+        return self._sum(parts, weights, own, pool)
+
+    def _standardize(self, out_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndarray]:
+        """In place; mean and factor of columns. Raises InputError if values have left the range of the type."""
+        mean_D, factor_D = column_moments(out_ND, pool)
+        if not np.isfinite(mean_D).all():
+            raise InputError(
+                f"vectors leave the range of {self.dtype}; use matrix='transition', dtype='float64', or smaller edge weights"
+            )
+        if self.standardize:
+            shift_columns(out_ND, mean_D, factor_D, pool)
+        return mean_D, factor_D
+
+    def _products(self, operator: Operator, pool: Threads) -> Products:
+        if self.backend == "numba":
+            return NumbaProducts(operator, pool)
+        return ScipyProducts(operator) if self.backend == "scipy" else TorchProducts(operator, self.device)
+
+    def _new_rows(self, rows: Any, setup: _Setup) -> tuple[Any, np.ndarray]:
+        """diag(left) and A diag(right) of new nodes."""
+        from scipy.sparse import csr_array
+
+        matrix = csr_array(rows, dtype=np.float64, copy=True)
+        if matrix.ndim != 2 or matrix.shape[1] != len(setup.key_N):
+            raise InputError(f"rows have the shape {matrix.shape}; it must be [new nodes, {len(setup.key_N)}]")
+        matrix.sum_duplicates()
+        if not np.isfinite(matrix.data).all() or (not self.allow_negative and (matrix.data < 0).any()):
+            raise InputError("weights of new edges must be finite and not negative (allow_negative takes those)")
+        degree_R = abs(matrix).sum(1)
+        power = {"transition": -1.0, "symmetric": -0.5, "adjacency": 0.0}[self.matrix]
+        left_R = np.ones(len(degree_R)) if not power else _power(degree_R, power)
+        if setup.right_N is not None:
+            matrix.data *= setup.right_N[matrix.indices]
+        return matrix.astype(self.dtype), left_R.astype(self.dtype)
+
+    # Sizes and checks
+
+    @property
+    def _num_feature_columns(self) -> int:
+        return round(self.feature_ratio * self.dim)
+
+    @property
+    def _num_threads(self) -> int:
+        return self.threads or nb.get_num_threads()
+
+    def _weight(self, order: int) -> float:
+        return self.self_weight if order == 0 else self.weights[order - 1]
+
+    def _sparsity(self, num_nodes: int) -> float:
+        """s; by default sqrt(N) rounded to a power of 2."""
+        return 2.0 ** round(math.log2(max(num_nodes, 1)) / 2) if self.s is None else float(self.s)
+
+    def _chunk_columns(self, num_nodes: int) -> int:
+        """Columns of a chunk, a multiple of `BLOCK`, no more than there are."""
+        wanted = self.chunk
+        if wanted is None:
+            fits = SCRATCH_BYTES // (2 * np.dtype(self.dtype).itemsize * max(num_nodes, 1))
+            wanted = max(fits // BLOCK, self._num_threads) * BLOCK
+        return min(-(-wanted // BLOCK), -(-self.dim // BLOCK)) * BLOCK
+
+    def _check(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}"
+                )
+        for name in ("dim", "chunk", "threads"):
+            value = getattr(self, name)
+            if value is None and name != "dim":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise InputError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
+            raise InputError(f"seed is {self.seed!r}; it must be a whole number")
+        for name, low, high in (
+            ("beta", -math.inf, math.inf),
+            ("feature_ratio", 0, 1),
+            ("self_weight", -math.inf, math.inf),
+        ):
+            value = getattr(self, name)
+            if not (_is_number(value) and math.isfinite(value) and low <= value <= high):
+                limits = "finite" if math.isinf(low) else f"{low} to {high}"
+                raise InputError(f"{name} is {value!r}; it must be a number, {limits}")
+        if self.s is not None and not (_is_number(self.s) and 1 <= self.s < math.inf):
+            raise InputError(f"s is {self.s!r}; it must be a number, at least 1 (None: sqrt of the number of nodes)")
+        _check_weights(tuple(self.weights) if np.iterable(self.weights) else self.weights, self.self_weight)
+
+
+def _check_weights(weights: Any, own: float) -> None:
+    if not isinstance(weights, tuple) or not weights:
+        raise InputError(f"weights is {weights!r}; give one number per order, at least one")
+    for order, weight in enumerate(weights, 1):
+        if not (_is_number(weight) and math.isfinite(weight)):
+            raise InputError(f"weight {order} is {weight!r}; weights are finite numbers")
+    if not any(weights) and not own:
+        raise InputError("all weights are 0, so all vectors would be; give one that is not")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _power(degree_N: np.ndarray, power: float) -> np.ndarray:
+    """degree ** power, 0 where the degree is."""
+    return np.where(degree_N > 0, np.where(degree_N > 0, degree_N, 1.0) ** power, 0.0)
