@@ -1,0 +1,317 @@
+"""`GraphVite`: the estimator, which puts the pieces together."""
+# Shapes: N nodes, D dim, E edges asked for, S samples of a pool
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anabranch.errors import InputError
+from anabranch.graph.estimator import Estimator
+from anabranch.graph.graphvite import settings, storage
+from anabranch.graph.graphvite.augmentation import Sampler
+from anabranch.graph.graphvite.executor import BlockExecutor, Plan, ThreadExecutor
+from anabranch.graph.graphvite.partition import Partition, negative_tables, zig_zag
+from anabranch.graph.graphvite.parts import SIDES, MappedParts, Parts
+from anabranch.graph.graphvite.schedule import blocks_in_order
+from anabranch.graph.graphvite.solver import Callback, Counters, train
+from anabranch.graph.graphvite.train import Rule
+from anabranch.graph.store import Graph
+
+_NOT_SAVED = ("callbacks",)
+
+
+class GraphVite(Estimator):
+    """Node embedding by skip-gram with negative sampling on walks made as they are needed, trained block by block without races.
+
+    Args:
+        dim: D.
+        model: ``deepwalk``, ``line`` (the same with the pseudo shuffle), or ``node2vec`` (walks of second order).
+        epochs: positive samples over edges (an undirected edge counted once).
+        augmentation: s, the distance up to which two nodes of a walk are a positive; ``auto``: floor(ln 1600 / ln(E / N)), 1 to 10.
+        walk_length: L, edges of a walk.
+        negatives: K, per positive.
+        negative_weight: w, what one negative counts for.
+        lr: the first rate; it falls linearly to 1e-4 of it.
+        weight_decay: wd.
+        optimizer: ``sgd``, ``momentum``, ``adagrad``, ``rmsprop`` or ``adam``.
+        partitions: P; ``auto``: 4, or more where ``memory_limit`` needs it. The result depends on it.
+        group: blocks of an orthogonal step, a divisor of P; ``auto``: P. The result depends on it. Out of memory, ``group=workers`` halves
+            the reads.
+        workers: threads or devices that train at once (at most P). The result does not depend on it.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``cuda:*`` for all of them.
+        executor: ``threads`` (CPU kernels), ``torch`` (micro-batches on ``device``), ``distributed`` (a process per worker: every process of
+            an initialised `torch.distributed` group calls `fit` with the same graph), or ``auto``: by the device.
+        memory_limit: bytes of parameters (with moments) in memory, or with ``torch`` on each device; beyond it parts are moved as the schedule
+            needs them. None: no limit.
+        p, q: of node2vec: how little walks go back, and how little they go far.
+        shuffle_base: b of the pseudo shuffle; ``auto``: s for ``line``, else 1 (none). A given ``pool_size`` must be a multiple.
+        pool_size: positive samples of a pool; two are held, 8 bytes a sample.
+        micro_batch: of the torch executor, positives whose gradients are added up before they are applied; ``auto``: as many as bring the
+            busiest node at most 8 times, 1 to 8192.
+        samplers: threads that make the next pool while one is trained; 0: in turn, in the calling thread.
+        normalize: give rows of length 1 from `transform`.
+        isolated: ``keep`` the first values of nodes without edges, or make them ``zero``. `is_trained_N` says which they are.
+        scratch: folder of the files of parameters out of memory. Default: the system's for temporary files.
+        callbacks: called with `Progress` after each pool; one that returns False ends training, and `resume` goes on.
+        seed: of everything. One seed gives one result, to the bit with CPU threads.
+
+    Raises:
+        InputError: an argument has a value it may not have.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        *,
+        model: str = "deepwalk",
+        epochs: float = 2000,
+        augmentation: int | str = "auto",
+        walk_length: int = 40,
+        negatives: int = 1,
+        negative_weight: float = 5.0,
+        lr: float = 0.025,
+        weight_decay: float = 0.005,
+        optimizer: str = "sgd",
+        partitions: int | str = "auto",
+        group: int | str = "auto",
+        workers: int = 1,
+        device: str = "cpu",
+        executor: str = "auto",
+        memory_limit: int | None = None,
+        p: float = 1.0,
+        q: float = 1.0,
+        shuffle_base: int | str = "auto",
+        pool_size: int | str = "auto",
+        micro_batch: int | str = "auto",
+        samplers: int = 1,
+        normalize: bool = False,
+        isolated: str = "keep",
+        scratch: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        seed: int = 0,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in self._names()}
+        settings.check(given)
+        for name, value in given.items():
+            setattr(self, name, value)
+        self._arrays: dict[str, np.ndarray] = {}
+        self._counters = Counters()
+
+    # Fitting
+
+    def fit(self, graph: Graph, y: Any = None) -> Self:
+        """Train on a graph. ``y`` is there for scikit-learn.
+
+        Raises:
+            InputError: the graph has no edges, negative weights, or fewer nodes than ``partitions``.
+            CapacityError: two parts do not fit into ``memory_limit``.
+            BackendError: the device or its library is not there.
+        """
+        settings.check_graph(graph)
+        return self._train(graph, Counters(total=max(1, round(self.epochs * graph.num_edges))), {})
+
+    def resume(self, graph: Graph, epochs: float | None = None) -> Self:
+        """Go on: to the end of a run that a callback ended (the result is that of a run that was not ended), or for so many more epochs.
+
+        More epochs are a run of their own, with the rate from its start and new walks.
+
+        Raises InputError if nothing is fitted, the graph has another number of nodes, or there is no run to end; and as `fit`.
+        """
+        settings.check_graph(graph)
+        self._need("context")
+        before = self._counters
+        if graph.num_nodes != len(self._arrays["vertex"]):
+            raise InputError(
+                f"the embedding has {len(self._arrays['vertex']):,} nodes, the graph {graph.num_nodes:,}; fit anew"
+            )
+        if epochs is None and before.done >= before.total:
+            raise InputError("the run was trained to its end; say for how many more `epochs`")
+        counters = Counters(**asdict(before))
+        if epochs is not None:
+            settings.check({**self.get_params(), "epochs": epochs})
+            counters.done, counters.total = 0, max(1, round(epochs * graph.num_edges))
+        return self._train(graph, counters, dict(self._arrays))
+
+    def fit_transform(self, graph: Graph, y: Any = None) -> np.ndarray:
+        """`fit`, then the vectors of all nodes, float32 [N, D]."""
+        return self.fit(graph).transform()
+
+    def _train(self, graph: Graph, counters: Counters, arrays: dict[str, np.ndarray]) -> Self:
+        rule = Rule(self.optimizer, self.lr, self.weight_decay, self.negatives, self.negative_weight)
+        row_bytes = 4 * self.dim * (1 + rule.moments)
+        limit = self.memory_limit
+        count = graph.num_nodes
+        if limit is not None and 2 * count * row_bytes <= limit:
+            limit = None  # all of it fits
+        num_parts = settings.parts_of(self.partitions, count, row_bytes, limit)
+        degree_N = graph.strength_N + (graph.reversed.strength_N if graph.is_directed else 0)
+        partition = zig_zag(degree_N, num_parts)
+        group = num_parts if self.group == "auto" else int(self.group)
+        steps = settings.steps_of(self.augmentation, self.walk_length, graph)
+        base = self.shuffle_base if self.shuffle_base != "auto" else steps if self.model == "line" else 1
+        plan = Plan(
+            partition, blocks_in_order(num_parts, group), negative_tables(graph.reversed.strength_N, partition),
+            rule, self.seed,
+        )  # fmt: skip
+        sampler = Sampler.of(
+            graph, partition, self.seed,
+            walk_length=self.walk_length, augmentation=steps, shuffle_base=int(base), p=self.p, q=self.q,
+        )  # fmt: skip
+        parts = self._parts(partition, rule, limit, row_bytes, arrays)
+        executor = self._executor(plan, parts, limit, row_bytes)
+        size = settings.pool_of(self.pool_size, count, num_parts, counters.total, int(base), limit is not None)
+        train(
+            sampler, executor, counters,
+            num_edges=graph.num_edges, pool_size=size, samplers=self.samplers, per_positive=1 + self.negatives,
+            lr=self.lr, callbacks=self.callbacks,
+        )  # fmt: skip
+        executor.finish()
+        self._collect(graph, parts, rule, counters)
+        return self
+
+    def _parts(
+        self, partition: Partition, rule: Rule, limit: int | None, row_bytes: int, arrays: dict[str, np.ndarray]
+    ) -> Parts:
+        if limit is not None and self._how == "threads":
+            parts: Parts = MappedParts(
+                partition, self.dim, rule.moments, limit_bytes=limit, folder=self.scratch
+            )  # fmt: skip
+        else:
+            parts = Parts(partition, self.dim, rule.moments)
+        parts.initialize(self.seed)
+        for side, name in zip(SIDES, ("vertex", "context"), strict=True):
+            for number in range(1 + rule.moments):
+                stored = arrays.get(name if number == 0 else f"{side}{number}")
+                if stored is not None:
+                    parts.set(side, number, stored)
+        return parts
+
+    @property
+    def _how(self) -> str:
+        if self.executor != "auto":
+            return self.executor
+        return "threads" if self.device == "cpu" else "torch"
+
+    def _executor(self, plan: Plan, parts: Parts, limit: int | None, row_bytes: int) -> BlockExecutor:
+        largest = plan.partition.largest * row_bytes
+        return ThreadExecutor(
+            plan, parts, settings.workers_of(self.workers, plan.partition.num_parts, largest, limit)
+        )
+
+    def _collect(self, graph: Graph, parts: Parts, rule: Rule, counters: Counters) -> None:
+        arrays = {"vertex": parts.get("head"), "context": parts.get("tail")}
+        for side in SIDES:
+            arrays |= {f"{side}{number}": parts.get(side, number) for number in range(1, 1 + rule.moments)}
+        arrays["trained"] = (graph.strength_N > 0) | (graph.reversed.strength_N > 0)
+        if self.isolated == "zero":
+            arrays["vertex"][~arrays["trained"]] = 0
+        if graph.names is not None:
+            arrays["names"] = graph.names
+        self._arrays, self._counters = arrays, counters
+        self._files = parts  # files of parameters out of memory live as long as what is mapped from them
+
+    # Looking at it
+
+    @property
+    def vertex_ND(self) -> np.ndarray:
+        """V, float32 [N, D]: the embedding. Raises InputError before `fit`, as all that follow."""
+        return self._need("vertex")
+
+    @property
+    def context_ND(self) -> np.ndarray:
+        """C, float32 [N, D]: what nodes are as contexts of others."""
+        return self._need("context")
+
+    @property
+    def is_trained_N(self) -> np.ndarray:
+        """bool [N]: False for isolated nodes."""
+        return self._need("trained")
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Per pool: ``epoch``, mean ``loss`` and the rate ``lr``."""
+        self._need("vertex")
+        return self._counters.history
+
+    def transform(self, nodes: ArrayLike | Graph | None = None) -> np.ndarray:
+        """Vectors of nodes, float32 [len(nodes), D]; of all for None or for the graph that was fitted.
+
+        Raises InputError for a node, or a graph, that was not fitted.
+        """
+        found = self._need("vertex")
+        if isinstance(nodes, Graph):
+            if nodes.num_nodes != len(found):
+                raise InputError(f"{len(found):,} nodes were fitted; nodes of another graph need a fit of their own")
+            nodes = None
+        if nodes is not None:
+            found = found[self._checked(nodes)]
+        if self.normalize:
+            found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-30))
+        return found
+
+    def predict(self, edges: ArrayLike) -> np.ndarray:
+        """Scores V_u . C_v of edges (u, v), [E, 2] of node ids; float32 [E]. The larger, the likelier is the edge."""
+        ends = np.asarray(edges)
+        if ends.ndim != 2 or ends.shape[1] != 2:
+            raise InputError(f"edges have the shape [edges, 2], these {ends.shape}")
+        ends = self._checked(ends)
+        vertex_ND, context_ND = self.vertex_ND, self.context_ND
+        found = np.empty(len(ends), np.float32)
+        for at in range(0, len(ends), 65536):
+            head, tail = ends[at : at + 65536].T
+            found[at : at + 65536] = np.einsum("ed,ed->e", vertex_ND[head], context_ND[tail])
+        return found
+
+    def _checked(self, nodes: ArrayLike) -> np.ndarray:
+        found, count = np.asarray(nodes), len(self._need("vertex"))
+        if found.size and found.dtype.kind not in "iu":
+            raise InputError(f"node ids are integers, not {found.dtype}; `Graph.ids_of` translates names")
+        bad = np.flatnonzero((found < 0) | (found >= count))
+        if bad.size:
+            raise InputError(f"node {found.flat[bad[0]]} is not one of the {count:,} that were fitted")
+        return found.astype(np.int64, copy=False)
+
+    def _need(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            if self._arrays:
+                raise InputError(f"there is no {name} here: word2vec text holds vectors only; save as .npz to keep all")
+            raise InputError("this GraphVite is not fitted yet; call fit first")
+        return self._arrays[name]
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write it: ``.npz`` or any other name (our checked array file) with all that `load`, `predict` and `resume` need; ``.txt``,
+        ``.vec``, ``.emb`` or ``.w2v`` as word2vec text, vectors alone. All or nothing.
+        """
+        self._need("vertex")
+        arrays = dict(self._arrays)
+        if "names" in arrays and arrays["names"].dtype == object:
+            arrays["names"] = np.array([str(name) for name in arrays["names"]])
+        params = {name: value for name, value in self.get_params().items() if name not in _NOT_SAVED}
+        params["scratch"] = None if self.scratch is None else str(self.scratch)
+        storage.write(path, storage.Saved(arrays, {"params": _plain(params), "counters": asdict(self._counters)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote (from text: vectors alone). Raises DataError for a file that is missing, foreign or damaged."""
+        saved = storage.read(path)
+        arrays, meta = saved.arrays, saved.meta
+        try:
+            found = cls(**meta.get("params", {"dim": arrays["vertex"].shape[1]}))
+            found._counters = Counters(**meta.get("counters", {}))
+        except (TypeError, InputError) as error:
+            raise storage.DataError(f"{path} is not a saved GraphVite of this release: {error}") from error
+        if "names" in arrays and arrays["names"].dtype.kind not in "iu":
+            arrays["names"] = arrays["names"].astype(object)
+        found._arrays = arrays
+        return found
+
+
+def _plain(params: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of numpy as those of Python, which JSON can hold."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in params.items()}

@@ -1,0 +1,131 @@
+"""Arguments: what is allowed, and what ``"auto"`` stands for."""
+# Shapes: N nodes, P parts
+
+import math
+from typing import Any
+
+from anabranch.errors import CapacityError, InputError
+from anabranch.graph.graphvite.augmentation import auto_augmentation
+from anabranch.graph.graphvite.train import OPTIMIZERS
+from anabranch.graph.store import Graph
+
+MODELS = ("deepwalk", "line", "node2vec")
+EXECUTORS = ("auto", "threads", "torch", "distributed")
+PARTS = 4  # by default; more where memory is short
+MOST_PARTS = 1024
+POOL = 4_000_000  # samples of a pool in memory at most, 8 bytes each, two pools at a time
+POOL_OF_PARTS = 64_000_000  # the same where parts have to be moved for every pool
+LEAST_POOL = 65_536
+POOLS = 10  # per run at least, where pools stay above that
+VISITS = 175  # samples of a pool per node and part: the reference's episode
+
+
+def check(given: dict[str, Any]) -> None:
+    """Raise InputError for the first argument that has a value it may not have."""
+    for name, least in (("dim", 1), ("walk_length", 1), ("negatives", 0), ("workers", 1), ("samplers", 0)):
+        _whole(name, given[name], least)
+    for name, least in (
+        ("augmentation", 1), ("partitions", 1), ("group", 1), ("pool_size", 1), ("shuffle_base", 1), ("micro_batch", 1),
+    ):  # fmt: skip
+        if given[name] != "auto":
+            _whole(name, given[name], least, " or 'auto'")
+    for name, zero in (("epochs", False), ("lr", False), ("negative_weight", True), ("weight_decay", True), ("p", False), ("q", False)):
+        _number(name, given[name], zero)
+    for name, known in (
+        ("model", MODELS), ("optimizer", tuple(OPTIMIZERS)), ("executor", EXECUTORS), ("isolated", ("keep", "zero")),
+    ):  # fmt: skip
+        if given[name] not in known:
+            raise InputError(f"{name} is {given[name]!r}; known: {', '.join(known)}")
+    if given["memory_limit"] is not None:
+        _whole("memory_limit", given["memory_limit"], 1, " bytes, or None")
+    if given["model"] != "node2vec" and (given["p"], given["q"]) != (1, 1):
+        raise InputError(f"p and q bend the walks of model='node2vec'; the model is {given['model']!r}")
+    if given["augmentation"] != "auto" and given["augmentation"] > given["walk_length"]:
+        raise InputError(f"augmentation is {given['augmentation']}, beyond the walk_length of {given['walk_length']}")
+    if "auto" not in (given["pool_size"], given["shuffle_base"]) and given["pool_size"] % given["shuffle_base"]:
+        raise InputError(
+            f"pool_size is {given['pool_size']}, not a multiple of shuffle_base, {given['shuffle_base']}; "
+            f"{given['pool_size'] // given['shuffle_base'] * given['shuffle_base']} is"
+        )
+    seed = given["seed"]
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**63:
+        raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
+
+
+def check_graph(graph: Any) -> None:
+    """Raise InputError for what is not a graph with an edge to train on."""
+    if not isinstance(graph, Graph):
+        raise InputError(f"fit takes a Graph, not {type(graph).__name__}; Graph.from_scipy and from_edges make one")
+    if not len(graph.indices):
+        raise InputError(f"the graph has {graph.num_nodes:,} nodes and no edges; there is nothing to train on")
+
+
+def steps_of(augmentation: int | str, walk_length: int, graph: Graph) -> int:
+    """The augmentation step."""
+    if augmentation == "auto":
+        return min(auto_augmentation(graph.num_nodes, graph.num_edges), walk_length)
+    return int(augmentation)
+
+
+def parts_of(partitions: int | str, num_nodes: int, row_bytes: int, memory_limit: int | None) -> int:
+    """P: what is asked for, or the smallest of 4, 8, 16 ... of which a head part and a tail part fit into the limit.
+
+    A small graph has at most as many parts as nodes.
+    """
+    if partitions != "auto":
+        if int(partitions) > num_nodes:
+            raise InputError(f"partitions is {partitions}, but the graph has {num_nodes:,} nodes")
+        return int(partitions)
+    found = 1
+    while found * 2 <= min(num_nodes, PARTS):
+        found *= 2
+    while memory_limit is not None and 2 * part_bytes(num_nodes, found, row_bytes) > memory_limit:
+        if found * 2 > min(num_nodes, MOST_PARTS):
+            raise CapacityError(
+                f"memory_limit is {memory_limit:,} bytes; with {found} parts, the most, one head part and one tail part "
+                f"need {2 * part_bytes(num_nodes, found, row_bytes):,}"
+            )
+        found *= 2
+    return found
+
+
+def part_bytes(num_nodes: int, num_parts: int, row_bytes: int) -> int:
+    """Bytes of the largest part of one side."""
+    return math.ceil(num_nodes / num_parts) * row_bytes
+
+
+def workers_of(workers: int, num_parts: int, largest: int, memory_limit: int | None) -> int:
+    """Workers in effect: no more than parts, and than have room for a head part and a tail part each."""
+    found = min(workers, num_parts)
+    if memory_limit is None:
+        return found
+    if 2 * largest > memory_limit:
+        raise CapacityError(
+            f"memory_limit is {memory_limit:,} bytes; one head part and one tail part of {num_parts} need {2 * largest:,}; "
+            "use more partitions"
+        )
+    return min(found, memory_limit // (2 * largest))
+
+
+def pool_of(pool_size: int | str, num_nodes: int, num_parts: int, total: int, base: int, moved: bool) -> int:
+    """Samples of a pool, a multiple of the shuffle's base."""
+    if pool_size != "auto":
+        return int(pool_size)
+    found = min(VISITS * num_nodes * num_parts, POOL_OF_PARTS if moved else POOL)
+    if not moved:
+        found = min(found, max(total // POOLS, LEAST_POOL))
+    return -(-found // base) * base
+
+
+def _whole(name: str, value: Any, least: int, also: str = "") -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}")
+
+
+def _number(name: str, value: Any, zero: bool) -> None:
+    try:
+        fits = not isinstance(value, (bool, str)) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+    except TypeError:
+        fits = False
+    if not fits:
+        raise InputError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'greater than'} 0")
