@@ -1,0 +1,194 @@
+"""The click log of a peer: sequences of rows by origin, merged as sets, with the counts that rankings need kept up to date.
+
+    n[Q][item][origin]      clicks of an origin on an item for a term: what scores sum over
+    clicks[origin]          the same by origin: what similarity compares
+
+Merging is union: rows may come in any order, in any parts and any number of times. A second row of one key with other content is refused and its origin
+marked; only then does it matter which came first. Where both rows are signed that is proof, and the origin's clicks no longer weigh anything;
+where they are not, anyone could have written either, so a mark is only told.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from anabranch.graph.rank.defences import Defences
+from anabranch.graph.rank.items import Id, Item
+from anabranch.graph.rank.rows import Ranges, Row, Vector
+
+TermKey = Callable[[str], Any]
+
+
+class ClickLog:
+    """Rows by origin and number.
+
+    Attributes:
+        own: the node whose log it is.
+        count: ``count[Q][item][origin]``, clicks.
+        clicks: ``clicks[origin][Q, item]``, the same.
+        terms: ``terms[origin][Q]``, clicks for a term.
+        items: ``items[origin][item]``, clicks on an item.
+        popularity: clicks on an item.
+        marked: origins of which two rows of one key with different content were seen, and how often.
+        distrusted: those of which this is proven.
+        num_rows: rows held.
+        num_bytes: bytes of them on the wire.
+    """
+
+    def __init__(self, own: str, defences: Defences, term_key: TermKey, is_signed: Callable[[Row], bool]) -> None:
+        self.own, self.defences, self.term_key, self._is_signed = own, defences, term_key, is_signed
+        self.rows: dict[str, dict[int, Row]] = {}
+        self.held: dict[str, Ranges] = {}
+        self.count: dict[Any, dict[Id, Counter[str]]] = {}
+        self.clicks: dict[str, Counter[tuple[Any, Id]]] = defaultdict(Counter)
+        self.terms: dict[str, Counter[Any]] = defaultdict(Counter)
+        self.items: dict[str, Counter[Id]] = defaultdict(Counter)
+        self.popularity: Counter[Id] = Counter()
+        self.claims: dict[Id, dict[Item, Counter[str]]] = {}
+        self.marked: Counter[str] = Counter()
+        self.distrusted: set[str] = set()
+        self.num_rows = self.num_bytes = 0
+        self._by_time: list[tuple[float, str, int]] = []
+
+    # Taking rows in
+
+    def add(self, row: Row, *, is_ours: bool = False, now: float | None = None) -> str:
+        """Take a row in: "added", "known" if it was there or is too old to count, else why it is refused.
+
+        The reasons: "signature", "forged" (in our own name), "conflict", "future", "full".
+        """
+        if self.defences.signed and not self._is_signed(row):
+            return "signature"
+        known = self.rows.get(row.origin, {}).get(row.number)
+        if known is not None:
+            return "known" if known.content() == row.content() else self._conflict(row)
+        held = self.held.get(row.origin)
+        if held is not None and row.number in held:  # seen, and dropped since
+            return "known"
+        if row.origin == self.own and not is_ours and not self.defences.signed:
+            return "forged"
+        ttl = self.defences.ttl
+        if ttl is not None and now is not None and row.time is not None:
+            if row.time > now + ttl:  # it would outlive all others
+                return "future"
+            if row.time < now - ttl:
+                self._hold(row)
+                return "known"
+        if self.num_rows >= self.defences.max_rows and row.origin != self.own:
+            return "full"
+        self._hold(row)
+        if row.number < self.floor(row.origin):
+            return "known"
+        self._count(row, 1)
+        self.rows.setdefault(row.origin, {})[row.number] = row
+        if row.time is not None and ttl is not None:
+            heapq.heappush(self._by_time, (row.time, row.origin, row.number))
+        return "added"
+
+    def _conflict(self, row: Row) -> str:
+        if row.origin == self.own:
+            return "forged"
+        self.marked[row.origin] += 1
+        if self.defences.signed:  # both rows carry its signature
+            self.distrusted.add(row.origin)
+        return "conflict"
+
+    def _hold(self, row: Row) -> None:
+        held = self.held.setdefault(row.origin, Ranges())
+        before = self.floor(row.origin)
+        held.add(row.number)
+        after = self.floor(row.origin)
+        if after == before:
+            return
+        held.add(0, after)  # what is older than the newest ones is not asked for again
+        own = self.rows.get(row.origin, {})
+        old = range(before, after) if after - before < len(own) else [number for number in own if number < after]
+        for number in old:
+            self._drop(row.origin, number)
+
+    def floor(self, origin: str) -> int:
+        """The lowest number of an origin that is still kept."""
+        limit, held = self.defences.rows_per_origin, self.held.get(origin)
+        return 0 if limit is None or held is None else max(0, held.end - limit)
+
+    def expire(self, now: float) -> set[str]:
+        """Drop rows that are older than ``ttl``; the origins that lost some."""
+        touched: set[str] = set()
+        while self._by_time and self.defences.ttl is not None and self._by_time[0][0] < now - self.defences.ttl:
+            _, origin, number = heapq.heappop(self._by_time)
+            if self._drop(origin, number):
+                touched.add(origin)
+        return touched
+
+    def _drop(self, origin: str, number: int) -> bool:
+        row = self.rows.get(origin, {}).pop(number, None)
+        if row is not None:
+            self._count(row, -1)
+        return row is not None
+
+    def _count(self, row: Row, change: int) -> None:
+        """O(1) updates of every count; what falls to 0 is removed, so that sizes of dictionaries are numbers of distinct things."""
+        term, item, origin = self.term_key(row.term), row.item, row.origin
+        by_item = self.count.setdefault(term, {})
+        _change(by_item.setdefault(item, Counter()), origin, change)
+        claims = self.claims.setdefault(item, {})
+        claim = row.metadata()
+        _change(claims.setdefault(claim, Counter()), origin, change)
+        _change(self.clicks[origin], (term, item), change)
+        _change(self.terms[origin], term, change)
+        _change(self.items[origin], item, change)
+        _change(self.popularity, item, change)
+        if change < 0:
+            for outer, key in ((by_item, item), (self.count, term), (claims, claim), (self.claims, item)):
+                if not outer[key]:
+                    del outer[key]
+        self.num_rows += change
+        self.num_bytes += change * row.size()
+
+    def restore(self, origin: str, ends: list[int]) -> None:
+        """Note that these numbers were held once, so that rows dropped before a save are not asked for again."""
+        held = self.held.setdefault(origin, Ranges())
+        for low, high in zip(ends[::2], ends[1::2], strict=True):
+            held.add(low, high)
+
+    # Giving rows out
+
+    def vector(self) -> Vector:
+        """Which rows are held, or were."""
+        return {origin: list(held.ends) for origin, held in self.held.items()}
+
+    def beyond(self, since: Vector) -> Iterator[tuple[str, list[int]]]:
+        """Numbers of the rows that ``since`` lacks, rising, by origin: our own first, then the others in order."""
+        for origin in sorted(self.rows, key=lambda origin: (origin != self.own, origin)):
+            rows = self.rows[origin]
+            missing = self.held[origin].without(Ranges(since.get(origin)))
+            numbers = [number for low, high in missing for number in _present(rows, low, high)]
+            if numbers:
+                yield origin, numbers
+
+    def all_rows(self) -> Iterator[Row]:
+        """Every row, by origin and number."""
+        for origin in sorted(self.rows):
+            for number in sorted(self.rows[origin]):
+                yield self.rows[origin][number]
+
+    def metadata(self, item: Id) -> Item:
+        """An item as most origins describe it; of equally many, the first in order of their text."""
+        claims = self.claims.get(item, {})
+        if not claims:
+            return Item(item)
+        return min(claims, key=lambda claim: (-len(claims[claim]), claim.title, claim.artist, claim.tags))
+
+
+def _change(counter: Counter, key: Any, change: int) -> None:
+    counter[key] += change
+    if not counter[key]:
+        del counter[key]
+
+
+def _present(rows: dict[int, Row], low: int, high: int) -> list[int]:
+    """The numbers from ``low`` to before ``high`` that are among ``rows``, rising."""
+    if high - low <= len(rows):
+        return [number for number in range(low, high) if number in rows]
+    return sorted(number for number in rows if low <= number < high)
