@@ -1,0 +1,196 @@
+"""Work on sources chunk by chunk: in parallel, to memory or to disk, with a manifest so that a run that was stopped goes on.
+
+    OUT.parts/manifest.json        what is made (all that decides the result), how it is cut into chunks
+    OUT.parts/chunk-000012.anb     rows of a finished chunk
+    OUT                            the result, once all chunks are there; the folder is then removed
+
+A chunk is a range of the sources. What comes out does not depend on the chunks, the number of threads, or where a run was stopped.
+"""
+# Shapes: S sources, Z stored entries
+
+import json
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import AnabranchError, DataError
+from anabranch.files import atomic_write_json
+from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_writer
+from anabranch.graph.rows import SparseRows, row_file
+from anabranch.graph.store import Graph
+
+Work = Callable[[np.ndarray], SparseRows]
+Progress = Callable[[int, int], None]
+_CRC_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made, of what.
+
+    Attributes:
+        graph: the graph.
+        source_S: int64 [S], distinct.
+        is_all: whether these are all nodes in order.
+        facts: all that decides the result beside graph and sources, as JSON.
+        dtype: of scores.
+        chunk: sources of a chunk.
+        workers: threads.
+        progress: called with the number of sources done and S.
+        cancel: set it to stop at the next chunk.
+    """
+
+    graph: Graph
+    source_S: np.ndarray
+    is_all: bool
+    facts: Mapping[str, Any]
+    dtype: Any
+    chunk: int
+    workers: int = 1
+    progress: Progress | None = None
+    cancel: threading.Event | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells two jobs apart."""
+        arrays = [self.graph.indptr, self.graph.indices]
+        arrays += [] if self.graph.weights is None else [self.graph.weights]
+        return {"facts": dict(self.facts), "graph": [_crc(array) for array in arrays], "sources": _crc(self.source_S)}
+
+
+def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
+    """Do all chunks that are missing; the result in memory, or written to ``out`` and mapped from there.
+
+    ``work`` takes sources and gives their rows; it runs in ``job.workers`` threads. Raises DataError where ``out`` cannot be written or its
+    parts belong to another run, AnabranchError where the run was cancelled.
+    """
+    if out is None:
+        found: dict[int, SparseRows] = {}
+        for number, rows in _finished(job, work, range(_count(job)), 0):
+            found[number] = rows
+        return FullyPPRResult(
+            _together(job, [found[number] for number in sorted(found)]), job.graph.names, dict(job.facts)
+        )
+    out = Path(out)
+    if out.is_dir():
+        raise DataError(f"cannot write {out}: it is a folder; name a file")
+    folder = out.with_name(f"{out.name}.parts")
+    job, done = _resumed(job, folder)
+    missing = [number for number in range(_count(job)) if number not in done]
+    already = sum(len(_part(job, number)) for number in done)
+    for number, rows in _finished(job, work, missing, already):
+        rows.save(_path(folder, number))
+    _assemble(job, folder, out)
+    shutil.rmtree(folder)
+    return FullyPPRResult.load(out, mmap=out.suffix != ".parquet")
+
+
+def _finished(job: Job, work: Work, numbers: Any, already: int) -> Iterator[tuple[int, SparseRows]]:
+    """Chunks as they are done, at most a few more than workers under way."""
+    total, waiting = len(job.source_S), list(numbers)[::-1]
+    if job.progress is not None:
+        job.progress(already, total)
+    with ThreadPoolExecutor(job.workers) as pool:
+        running: dict[Future[SparseRows], int] = {}
+        try:
+            while waiting or running:
+                _check_cancelled(job, already)
+                while waiting and len(running) < job.workers + 1:
+                    number = waiting.pop()
+                    running[pool.submit(work, _part(job, number))] = number
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number = running.pop(future)
+                    rows = future.result()
+                    already += len(rows)
+                    yield number, rows
+                    if job.progress is not None:
+                        job.progress(already, total)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _check_cancelled(job: Job, already: int) -> None:
+    if job.cancel is not None and job.cancel.is_set():
+        raise AnabranchError(
+            f"cancelled after {already:,} of {len(job.source_S):,} sources; with the same `out` the run goes on from there"
+        )
+
+
+def _count(job: Job) -> int:
+    return -(-len(job.source_S) // job.chunk)
+
+
+def _part(job: Job, number: int) -> np.ndarray:
+    return job.source_S[number * job.chunk : (number + 1) * job.chunk]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"chunk-{number:06d}.anb"
+
+
+def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
+    """The job with the chunks of the manifest, and which of them are there; a new manifest where there is none."""
+    path, identity = folder / "manifest.json", job.identity
+    if not path.exists():
+        atomic_write_json(path, {"job": identity, "chunk": job.chunk})
+        return job, set()
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        recorded, chunk = manifest["job"], manifest["chunk"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not readable; remove {folder} to start anew") from error
+    if recorded != identity:
+        raise DataError(
+            f"{folder} holds parts of another run (other graph, sources or settings); remove it to start anew"
+        )
+    job = Job(**{**vars(job), "chunk": chunk})
+    done = set()
+    for number in range(_count(job)):
+        if _path(folder, number).exists():
+            rows = SparseRows.load(_path(folder, number))
+            if len(rows) != len(_part(job, number)):
+                raise DataError(f"{_path(folder, number)} has {len(rows)} rows; remove {folder} to start anew")
+            done.add(number)
+    return job, done
+
+
+def _assemble(job: Job, folder: Path, out: Path) -> None:
+    num_nodes, names = job.graph.num_nodes, job.graph.names
+    parts = ((number, SparseRows.load(_path(folder, number), mmap=True)) for number in range(_count(job)))
+    if out.suffix == ".parquet":
+        with parquet_writer(out, num_nodes, job.dtype, names, dict(job.facts)) as write:
+            for number, rows in parts:
+                write(SparseRows(rows.indptr, rows.ids, rows.values, num_nodes, _part(job, number)), 0)
+        return
+    extra = names_arrays(names)
+    if not job.is_all:
+        extra["nodes"] = job.source_S
+    with row_file(out, num_nodes, job.dtype, kind=KIND, extra=extra, meta={"facts": dict(job.facts)}) as file:
+        for _, rows in parts:
+            file.append(rows)
+
+
+def _together(job: Job, parts: list[SparseRows]) -> SparseRows:
+    num_nodes = job.graph.num_nodes
+    lengths = [np.diff(rows.indptr) for rows in parts]
+    indptr = np.append(0, np.cumsum(np.concatenate(lengths) if lengths else [])).astype(np.int64)
+    empty = SparseRows.from_rows([], num_nodes, dtype=job.dtype)
+    ids = np.concatenate([rows.ids for rows in parts]) if parts else empty.ids
+    values = np.concatenate([rows.values for rows in parts]) if parts else empty.values
+    return SparseRows(indptr, ids, values, num_nodes, None if job.is_all else job.source_S)
+
+
+def _crc(array: np.ndarray) -> int:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    found = 0
+    for start in range(0, len(flat), _CRC_BYTES):
+        found = zlib.crc32(flat[start : start + _CRC_BYTES].data, found)
+    return found

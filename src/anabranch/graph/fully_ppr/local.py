@@ -1,0 +1,153 @@
+"""The embedded engine: rows of any set of sources on this machine, by walks, by an index of walks, or exactly.
+
+Walks of a source are all made at once, with counts in a dense array beside the list of what was touched (`anabranch.graph.counters`); a
+source costs its walks and nothing that grows with the graph. Sources are independent, so threads share nothing but the graph.
+Rounds, pipelines and pieces of hubs are for graphs that do not fit here (`anabranch.graph.fully_ppr.rounds`).
+"""
+# Shapes: N nodes, C sources of a chunk, W walks
+
+import threading
+from collections.abc import Callable
+
+import numba as nb
+import numpy as np
+
+from anabranch.graph.counters import count_walks, take_counts
+from anabranch.graph.ppr import Transition, forward_push, power_rows
+from anabranch.graph.ppr.pagerank import LOCAL
+from anabranch.graph.ppr.power import BLOCK
+from anabranch.graph.ppr.push import PushBuffers
+from anabranch.graph.rows import SparseRows, id_type, order_top
+
+Work = Callable[[np.ndarray], SparseRows]
+
+
+class WalkWork:
+    """Rows of sources by ``walks`` walks from each; one object serves any number of threads.
+
+    Args:
+        arrays: of `anabranch.graph.walk.walk_arrays`.
+        walks: per source.
+        alpha: probability to end before each step.
+        dangling: a code of `anabranch.graph.counters`.
+        full: count every visit and let a row sum to 1; else ends over walks.
+        top_k: entries of a row; 0 for all.
+        least: smallest score that is kept.
+        seed: of the streams (seed, source, 0).
+    """
+
+    def __init__(
+        self,
+        arrays: tuple[np.ndarray, ...],
+        walks: int,
+        alpha: float,
+        dangling: int,
+        full: bool,
+        top_k: int,
+        least: float,
+        seed: int,
+    ) -> None:
+        self.arrays, self.walks, self.alpha, self.dangling = arrays, walks, alpha, dangling
+        self.full, self.top_k, self.least, self.seed = full, top_k, least, seed
+        self._scratch = threading.local()
+
+    def __call__(self, source_C: np.ndarray) -> SparseRows:
+        """Rows of these sources."""
+        num_nodes = len(self.arrays[0]) - 1
+        scratch = self._buffers(num_nodes)
+        most = min(num_nodes, self.top_k or num_nodes)
+        most = most if self.full else min(most, self.walks)
+        indptr = np.zeros(len(source_C) + 1, np.int64)
+        ids = np.empty(min(len(source_C) * most, 1 << 20) + most, id_type(num_nodes))
+        values = np.empty(len(ids), np.float32)
+        done = 0
+        while True:
+            done = _walk_rows(
+                self.seed, source_C, done, self.alpha, self.dangling, self.full, self.top_k, self.least, *self.arrays,
+                *scratch, indptr, ids, values,
+            )  # fmt: skip
+            if done == len(source_C):
+                break
+            ids = np.append(ids, np.empty_like(ids))  # rows are longer than expected: twice the room
+            values = np.append(values, np.empty_like(values))
+        used = indptr[-1]
+        return SparseRows(indptr, ids[:used].copy(), values[:used].copy(), num_nodes)
+
+    def _buffers(self, num_nodes: int) -> tuple[np.ndarray, ...]:
+        """Scratch of this thread."""
+        if not hasattr(self._scratch, "arrays"):
+            ids = id_type(num_nodes)
+            self._scratch.arrays = (
+                np.empty(self.walks, np.int64),
+                np.empty(self.walks, np.int64),
+                np.zeros(num_nodes, np.int32),
+                np.empty(num_nodes, ids),
+                np.empty(num_nodes, np.float32),
+            )
+        return self._scratch.arrays
+
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch of one thread: 16 W + (4 + 4 + id) N."""
+        num_nodes = len(self.arrays[0]) - 1
+        return 16 * self.walks + num_nodes * (8 + np.dtype(id_type(num_nodes)).itemsize)
+
+
+@nb.njit(cache=True, nogil=True)
+def _walk_rows(
+    seed, source_C, done, alpha, dangling, full, top_k, least, indptr, indices, keep_M, other_M,
+    left_W, at_W, count_N, touched_N, value_N, first, ids, values,
+):  # fmt: skip
+    """Rows of the sources from ``done`` on, as far as there is room; returns how many are done."""
+    used = first[done]
+    while done < len(source_C):
+        touched, _ = count_walks(
+            seed, source_C[done], 0, alpha, dangling, full, 0, indptr, indices, keep_M, other_M,
+            left_W, at_W, count_N, touched_N, 0,
+        )  # fmt: skip
+        total = 0
+        for place in range(touched):
+            total += count_N[touched_N[place]]
+        take_counts(count_N, touched_N, touched, touched_N, value_N, 1.0 / total)
+        kept = order_top(touched_N, value_N, touched, top_k)
+        while kept > 0 and value_N[kept - 1] < least:
+            kept -= 1
+        if kept > len(ids) - used:
+            break  # made again, the same, when there is room
+        for place in range(kept):
+            ids[used + place] = touched_N[place]
+            values[used + place] = value_N[place]
+        used += kept
+        done += 1
+        first[done] = used
+    return done
+
+
+def exact_work(transition: Transition, tol: float, top_k: int | None, least: float) -> Work:
+    """Rows within ``tol`` of the truth in L1, float64: blocks of power iteration, or forward push where the tolerance is wide."""
+    num_nodes = transition.num_nodes
+    scratch = threading.local()
+
+    def power(source_C: np.ndarray) -> SparseRows:
+        return kept(power_rows(transition, source_C.tolist(), tol=tol, top_k=top_k, block=BLOCK))
+
+    def push(source_C: np.ndarray) -> SparseRows:
+        if not hasattr(scratch, "buffers"):
+            scratch.buffers = PushBuffers(num_nodes)
+        found = [
+            forward_push(transition, int(node), tol=tol, top_k=top_k, buffers=scratch.buffers) for node in source_C
+        ]
+        return kept(SparseRows.from_rows([(of.ids, of.scores) for of in found], num_nodes, dtype=np.float64))
+
+    def kept(rows: SparseRows) -> SparseRows:
+        return at_least(rows, least)
+
+    return push if tol >= LOCAL else power
+
+
+def at_least(rows: SparseRows, least: float) -> SparseRows:
+    """Rows without entries below ``least``."""
+    if least <= 0:
+        return rows
+    chosen = rows.values >= least
+    running = np.append(0, np.cumsum(chosen))
+    return SparseRows(running[rows.indptr], rows.ids[chosen], rows.values[chosen], rows.num_columns, rows.nodes)

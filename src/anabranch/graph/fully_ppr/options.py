@@ -1,0 +1,178 @@
+"""Arguments of `FullyPPR`, checked; and which engine, method and plan "auto" means, by bytes and by estimated work."""
+# Shapes: N nodes, M stored edges, S sources
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from anabranch.errors import CapacityError, InputError
+from anabranch.graph.fully_ppr.devices import num_walks
+from anabranch.graph.ppr.rules import check_alpha, check_dangling, check_tol
+from anabranch.graph.ppr.walks import check_count
+from anabranch.graph.rows import check_top_k, id_type
+from anabranch.graph.store import Graph
+
+Engine = Literal["auto", "local", "spark"]
+Method = Literal["auto", "walks", "decompose", "exact"]
+Estimate = Literal["endpoint", "fullpath"]
+Plan = Literal["auto", "broadcast", "partitioned"]
+WALKS, INDEX_WALKS = 1000, 100  # defaults; ours
+CHUNKS = 64  # of a run, about: how often progress is told and how much is lost when it is stopped
+LARGEST_CHUNK = 4096  # sources
+# Nanoseconds on one core of a shared machine, for the choice of a method alone
+STEP_NS, EDGE_NS = 200.0, 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `FullyPPR` as given; `check` refuses bad ones."""
+
+    alpha: float
+    walks: int | None
+    eps: float | None
+    delta: float | None
+    p_f: float | None
+    top_k: int | None
+    min_score: float
+    engine: Engine
+    method: Method
+    estimator: Estimate
+    dangling: str
+    index_walks: int
+    rounds: int
+    tol: float
+    memory_limit: int | None
+    seed: int
+    workers: int | None
+
+    def check(self) -> None:
+        """Raises InputError for the first argument that is out of range."""
+        check_alpha(self.alpha)
+        check_dangling(self.dangling)
+        check_top_k(self.top_k)
+        check_tol(self.tol)
+        check_count("index_walks", self.index_walks)
+        for name, value, allowed in (
+            ("engine", self.engine, get_args(Engine)),
+            ("method", self.method, get_args(Method)),
+            ("estimator", self.estimator, get_args(Estimate)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.walks is not None:
+            check_count("walks", self.walks)
+        self._check_accuracy()
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or not 0 <= self.rounds <= 100:
+            raise InputError(f"rounds is {self.rounds!r}; decomposition takes 0 to 100 rounds")
+        if not 0 <= self.min_score < 1:
+            raise InputError(f"min_score is {self.min_score!r}; scores lie between 0 and 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
+            raise InputError(f"seed is {self.seed!r}; it must be a whole number")
+        if self.workers is not None:
+            check_count("workers", self.workers)
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise InputError(f"memory_limit is {self.memory_limit!r}; it must be a positive number of bytes")
+
+    def _check_accuracy(self) -> None:
+        accuracy = {"eps": self.eps, "delta": self.delta, "p_f": self.p_f}
+        given = [name for name, value in accuracy.items() if value is not None]
+        if given and self.walks is not None:
+            raise InputError(f"walks and {given[0]} are both given; an accuracy decides the number of walks by itself")
+        if given and len(given) < 3:
+            missing = next(name for name in accuracy if name not in given)
+            raise InputError(f"{given[0]} is given without {missing}; an accuracy is eps, delta and p_f")
+        if given:
+            if self.estimator == "fullpath":
+                raise InputError(
+                    "the bound of eps, delta and p_f is for estimator 'endpoint'; visits of one walk are not independent"
+                )
+            check_count("the number of walks for this eps, delta and p_f", self._bound())
+
+    def _bound(self) -> int:
+        assert self.eps is not None
+        assert self.delta is not None
+        assert self.p_f is not None
+        return num_walks(self.eps, self.delta, self.p_f)
+
+    @property
+    def num_walks(self) -> int:
+        """omega."""
+        if self.eps is not None:
+            return self._bound()
+        return WALKS if self.walks is None else int(self.walks)
+
+    @property
+    def num_workers(self) -> int:
+        """Threads."""
+        return self.workers or os.cpu_count() or 1
+
+    def choose_method(self, graph: Graph, engine: str) -> str:
+        """What "auto" is: exact where that is the least work, walks where they are asked for or on Spark, else decompose."""
+        if engine == "spark":
+            if self.method not in ("auto", "walks"):
+                raise InputError(f"method {self.method!r} runs on this machine alone; on Spark it is 'walks'")
+            return "walks"
+        if self.method != "auto":
+            return self.method
+        sampled = "walks" if self.walks is not None or self.eps is not None else "decompose"
+        per_source = self.num_walks if sampled == "walks" else self.index_walks
+        exact_ns = EDGE_NS * (len(graph.indices) + graph.num_nodes) * math.log(self.tol) / math.log1p(-self.alpha)
+        return "exact" if exact_ns <= STEP_NS * per_source / self.alpha else sampled
+
+    def facts(self, method: str, engine: str) -> dict[str, Any]:
+        """What decides the scores, as JSON."""
+        found: dict[str, Any] = {
+            "method": method, "alpha": self.alpha, "dangling": self.dangling, "top_k": self.top_k, "min_score": self.min_score,
+        }  # fmt: skip
+        if method == "exact":
+            return {**found, "tol": self.tol}
+        found |= {"seed": int(self.seed)}
+        if method == "decompose":
+            return {**found, "index_walks": self.index_walks, "rounds": self.rounds}
+        return {**found, "walks": self.num_walks, "estimator": self.estimator}
+
+    def room(self) -> int:
+        """Bytes that may be used."""
+        return int(self.memory_limit) if self.memory_limit is not None else physical_memory()
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory; 2^63 - 1 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63 - 1
+
+
+def walk_bytes(graph: Graph) -> int:
+    """Bytes of what walks read: the graph, and alias tables of 8 bytes an edge where it has weights."""
+    weights = 0 if graph.weights is None else graph.weights.nbytes
+    return graph.nbytes - weights + (0 if graph.weights is None else 8 * len(graph.indices))
+
+
+def row_bytes(graph: Graph, top_k: int | None, most: int, score_bytes: int = 4) -> int:
+    """Bytes of a row of the result at most."""
+    entries = min(graph.num_nodes, most, top_k or graph.num_nodes)
+    return entries * (np.dtype(id_type(graph.num_nodes)).itemsize + score_bytes) + 8
+
+
+def choose_chunk(num_sources: int, workers: int, per_row: int, room: float, multiple: int = 1) -> int:
+    """Sources of a chunk: about `CHUNKS` chunks, no larger than memory and `LARGEST_CHUNK` allow, a multiple of ``multiple``.
+
+    A worker holds the rows of a chunk twice, while it makes them and while they are written.
+    """
+    wished = min(-(-num_sources // max(CHUNKS, workers)), LARGEST_CHUNK)
+    fits = max(int(room / (2 * (workers + 1) * per_row)), 1)
+    chosen = max(1, min(wished, fits))
+    return max(chosen // multiple, 1) * multiple
+
+
+def check_room(needed: float, room: float, what: str, hint: str) -> None:
+    """Raises CapacityError where more is needed than there is."""
+    if needed > room:
+        raise CapacityError(
+            f"{what} needs about {needed / 2**20:,.1f} MiB, {room / 2**20:,.1f} MiB are allowed; {hint}"
+        )

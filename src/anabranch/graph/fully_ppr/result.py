@@ -1,0 +1,234 @@
+"""`FullyPPRResult`: the most related nodes of every source, with scores; in memory, mapped from one checked file, or as Parquet."""
+# Shapes: S sources, Z stored entries, N nodes
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from anabranch.errors import DataError, InputError
+from anabranch.files import atomic_file, atomic_write_json
+from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.rows import SparseRows, id_type
+
+KIND = "fully-ppr"
+FACTS = "_anabranch.json"  # beside the Parquet files of a folder; readers pass over names with an underscore
+META = b"anabranch"  # of a Parquet file's schema
+COLUMNS = ("source", "target", "score")
+
+
+@dataclass(frozen=True, eq=False)
+class FullyPPRResult:
+    """Scores from many nodes, one sparse row per source, by falling score, ties by rising id.
+
+    Attributes:
+        rows: the rows; ``rows.nodes`` are the sources (None: row i is about node i).
+        names: outside names of nodes, as the graph has them, or None.
+        facts: how the scores were made: method, alpha, walks, seed and so on.
+    """
+
+    rows: SparseRows
+    names: np.ndarray | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_sources(self) -> int:
+        """S."""
+        return len(self.rows)
+
+    @property
+    def num_nodes(self) -> int:
+        """N, of the graph."""
+        return self.rows.num_columns
+
+    @property
+    def sources(self) -> np.ndarray:
+        """int64 [S], the node of each row."""
+        return np.arange(len(self.rows)) if self.rows.nodes is None else self.rows.nodes
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.sources, kind="stable")
+
+    def row_of(self, node: int) -> int:
+        """Which row is about a node. Raises InputError where none is."""
+        if isinstance(node, bool) or not isinstance(node, int | np.integer):
+            raise InputError(f"node {node!r} is not an id; `top_named` takes outside names")
+        if self.rows.nodes is None:
+            row = int(node)
+        else:
+            place = int(np.searchsorted(self.rows.nodes, node, sorter=self._order))
+            row = (
+                int(self._order[place])
+                if place < len(self.rows) and self.rows.nodes[self._order[place]] == node
+                else -1
+            )
+        if not 0 <= row < len(self.rows):
+            raise InputError(f"node {node} is not one of the {len(self.rows):,} sources")
+        return row
+
+    def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores of the ``k`` best of a source (all that are kept for None). Raises InputError for another node, or a k below 1."""
+        if k is not None and k < 1:
+            raise InputError(f"k is {k}; it must be at least 1, or None for all")
+        ids, scores = self.rows.row(self.row_of(node))
+        return ids[:k], scores[:k]
+
+    def top_named(self, name: Any, k: int | None = None) -> list[tuple[Any, float]]:
+        """The same by outside names: pairs of name and score."""
+        if self.names is None:
+            node = name
+        else:
+            place = self._index.get(name)
+            if place is None:
+                raise InputError(f"the graph has no node {name!r}")
+            node = place
+        ids, scores = self.top(node, k)
+        found = ids if self.names is None else self.names[ids]
+        return list(zip(found.tolist(), scores.tolist(), strict=True))
+
+    @cached_property
+    def _index(self) -> dict[Any, int]:
+        return {} if self.names is None else {name: number for number, name in enumerate(self.names.tolist())}
+
+    def to_scipy(self) -> Any:
+        """`scipy.sparse.csr_array` [S, N]."""
+        return self.rows.to_scipy()
+
+    def to_arrow(self) -> pa.Table:
+        """Columns source, target, score; and source_name, target_name where nodes have names."""
+        return table_of(self.rows, 0, self.names, self.facts)
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise."""
+        path = Path(path)
+        if path.suffix == ".parquet":
+            with parquet_writer(path, self.rows.num_columns, self.rows.values.dtype, self.names, self.facts) as write:
+                write(self.rows, 0)
+            return
+        arrays = {
+            "indptr": self.rows.indptr,
+            "ids": self.rows.ids,
+            "values": self.rows.values,
+            **names_arrays(self.names),
+        }
+        if self.rows.nodes is not None:
+            arrays["nodes"] = self.rows.nodes
+        write_arrays(path, KIND, arrays, {"num_columns": self.num_nodes, "facts": self.facts})
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
+        """Read what `save` wrote, or a folder of Parquet files of a run on Spark.
+
+        With ``mmap`` an array file stays on disk until it is used. Raises DataError for a file that is missing, foreign or damaged.
+        """
+        path = Path(path)
+        if path.suffix == ".parquet" or path.is_dir():
+            return cls._from_parquet(path)
+        found = read_arrays(path, KIND, mmap=mmap)
+        arrays = found.arrays
+        rows = SparseRows(
+            arrays["indptr"], arrays["ids"], arrays["values"], int(found.meta["num_columns"]), arrays.get("nodes")
+        )
+        return cls(rows, names_from(arrays), found.meta["facts"])
+
+    @classmethod
+    def _from_parquet(cls, path: Path) -> Self:
+        try:
+            if path.is_dir():
+                facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+                files = sorted(path.rglob("*.parquet"))
+                tables = [pq.ParquetFile(file).read() for file in files]
+                table = pa.concat_tables(tables)
+            else:
+                table = pq.ParquetFile(path).read()
+                facts = json.loads((table.schema.metadata or {})[META])
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"cannot read the scores in {path}: {str(error).splitlines()[0]}") from error
+        missing = [name for name in COLUMNS if name not in table.column_names]
+        if missing:
+            raise DataError(f"{path} has no column {missing[0]!r}; scores have {', '.join(COLUMNS)}")
+        return cls(*_from_table(table, facts), facts["facts"])
+
+
+def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.ndarray | None]:
+    num_nodes = facts["num_nodes"]
+    source, target, score = (table[name].to_numpy() for name in COLUMNS)
+    order = np.lexsort((target, -score, source))
+    # rows in the order the sources were asked in, where the file has kept it
+    nodes, first, length = np.unique(source, return_index=True, return_counts=True)
+    by_file = np.argsort(first, kind="stable") if facts["ordered"] else np.arange(len(nodes))
+    start = np.cumsum(length) - length
+    indptr = np.append(0, np.cumsum(length[by_file]))
+    place = np.repeat(start[by_file] - indptr[:-1], length[by_file]) + np.arange(len(source))
+    nodes = nodes[by_file]
+    kept = None if np.array_equal(nodes, np.arange(num_nodes)) else nodes
+    rows = SparseRows(indptr, target[order][place].astype(id_type(num_nodes)), score[order][place], num_nodes, kept)
+    if "source_name" not in table.column_names:
+        return rows, None
+    names = np.full(num_nodes, None, object)  # nodes that no row tells of have none
+    for ids, column in ((source, "source_name"), (target, "target_name")):
+        names[ids] = np.array(table[column].to_pylist(), object)
+    return rows, names
+
+
+def table_of(
+    rows: SparseRows, first: int, names: np.ndarray | None, facts: dict[str, Any], *, ordered: bool = True
+) -> pa.Table:
+    """Rows as a table; row i without ``nodes`` is about node ``first`` + i."""
+    nodes = np.arange(first, first + len(rows)) if rows.nodes is None else rows.nodes
+    source = np.repeat(nodes.astype(np.int64, copy=False), np.diff(rows.indptr))
+    columns = {"source": source, "target": rows.ids.astype(np.int64, copy=False), "score": rows.values}
+    if names is not None:
+        columns["source_name"], columns["target_name"] = names[source], names[rows.ids]
+    meta = {META: json.dumps(parquet_facts(rows.num_columns, facts, ordered)).encode()}
+    return pa.table(columns).replace_schema_metadata(meta)
+
+
+def parquet_facts(num_nodes: int, facts: dict[str, Any], ordered: bool) -> dict[str, Any]:
+    """What a Parquet file of scores says beside them."""
+    return {"num_nodes": num_nodes, "ordered": ordered, "facts": facts}
+
+
+@contextmanager
+def parquet_writer(
+    path: Path, num_nodes: int, dtype: Any, names: np.ndarray | None, facts: dict[str, Any]
+) -> Iterator[Any]:
+    """Yield ``write(rows, first)``, which adds a row group to a Parquet file that is there whole in the end or not at all."""
+    none = SparseRows(np.zeros(1, np.int64), np.empty(0, id_type(num_nodes)), np.empty(0, dtype), num_nodes)
+    schema = table_of(none, 0, names, facts).schema
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        yield lambda rows, first: writer.write_table(table_of(rows, first, names, facts).cast(schema))
+
+
+def write_facts(folder: Path, num_nodes: int, facts: dict[str, Any]) -> None:
+    """The facts of a folder of Parquet files; written last, so a folder without them is not whole."""
+    atomic_write_json(folder / FACTS, parquet_facts(num_nodes, facts, False))
+
+
+def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Names as arrays of an array file."""
+    if names is None:
+        return {}
+    if names.dtype.kind in "iu":
+        return {"names": names}
+    encoded = [str(name).encode() for name in names.tolist()]
+    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    return {"name_ends": ends, "name_bytes": np.frombuffer(b"".join(encoded), np.uint8)}
+
+
+def names_from(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Names of an array file."""
+    if "name_ends" not in arrays:
+        return arrays.get("names")
+    text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
+    return np.array([text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)], object)
