@@ -128,6 +128,7 @@ def difference(first: "Graph", second: "Graph") -> str | None:
             return f"{name}: {ours.dtype} and {theirs.dtype}"
         places = np.flatnonzero(ours != theirs)
         if places.size:
-            place = places[0]
-            return f"{name}: {len(places):,} differ, first at {place}: {ours[place]!r} and {theirs[place]!r}"
+            place = int(places[0])
+            one, other = (array[place : place + 1].tolist()[0] for array in (ours, theirs))
+            return f"{name}: {len(places):,} differ, first at {place}: {one!r} and {other!r}"
     return None
