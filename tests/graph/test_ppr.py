@@ -8,9 +8,12 @@ from anabranch.graph.ppr import (
     Transition,
     forward_push,
     monte_carlo,
+    parse_seeds,
     power_block,
     power_iteration,
     power_rows,
+    prepare,
+    solve,
 )
 
 ALPHA = 0.15
@@ -47,6 +50,18 @@ def dense(found, count):
     return result
 
 
+def pushed(transition, node, tol):
+    found = forward_push(transition, node, tol=tol)
+    return dense((found.ids, found.scores), transition.num_nodes)
+
+
+def solved(transition, factor, node, tol):
+    ids, share = parse_seeds(transition.graph, node)
+    found_N, error, _ = solve(transition, factor, ids, transition.start(ids, share), tol)
+    assert error <= tol
+    return transition.finish(found_N, ids, share)
+
+
 @pytest.mark.parametrize("dangling", DANGLING)
 @pytest.mark.parametrize("directed", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
@@ -55,11 +70,13 @@ def test_every_exact_method_against_linear_algebra(dangling, directed, weighted)
     transition = Transition(graph, ALPHA, dangling)
     exact = [dense_ppr(graph, node, dangling) for node in range(graph.num_nodes)]
     block_NB = power_block(transition, range(graph.num_nodes), tol=1e-12)
+    factors = {few: prepare(transition, few) for few in (0, 2, 8)}
     for node in range(graph.num_nodes):
         found = {
             "power": power_iteration(transition, node, tol=1e-12),
             "block": block_NB[:, node],
-            "push": dense((lambda got: (got.ids, got.scores))(forward_push(transition, node, tol=1e-12)), 30),
+            "push": pushed(transition, node, 1e-12),
+            **{f"solve {few}": solved(transition, factor, node, 1e-12) for few, factor in factors.items()},
         }
         for name, score_N in found.items():
             assert np.abs(score_N - exact[node]).sum() <= 2e-12, (name, node)
@@ -83,7 +100,7 @@ def test_rows_of_blocks_and_the_estimator_agree():
     rows = power_rows(graph, seeds, tol=1e-12, block=3)
     exact = PageRank(tol=1e-12).batch(graph, seeds)
     for number, of in enumerate(seeds):
-        for method in ("auto", "power", "push"):
+        for method in ("auto", "solve", "power", "push"):
             ids, scores = PageRank(tol=1e-12, method=method).personalized(graph, of)
             assert np.all(np.diff(scores) <= 0)
             assert np.abs(dense((ids, scores), 30) - dense(rows.row(number), 30)).sum() < 1e-11

@@ -243,10 +243,29 @@ def top_of_dense(score_N: np.ndarray, top_k: int | None) -> tuple[np.ndarray, np
     """Ids int64 and scores of the ``top_k`` largest positive entries of a dense row, in order; None for all of them."""
     kept = check_top_k(top_k)
     if kept and kept < len(score_N):
-        # ties at the edge: keep all of them here, `lexsort` decides by id
-        least = np.partition(score_N, len(score_N) - kept)[len(score_N) - kept]
-        ids = np.flatnonzero((score_N >= least) & (score_N > 0))
-    else:
-        ids = np.flatnonzero(score_N > 0)
-    order = np.lexsort((ids, -score_N[ids]))[: kept or None]
+        ids, values = np.empty(kept, np.int64), np.empty(kept, score_N.dtype)
+        found = _top_dense(np.ascontiguousarray(score_N), ids, values)
+        return ids[:found], values[:found]
+    ids = np.flatnonzero(score_N > 0)
+    order = np.argsort(-score_N[ids], kind="stable")  # ids rise, so ties do
     return ids[order], score_N[ids[order]]
+
+
+@nb.njit(cache=True, nogil=True)
+def _top_dense(score_N, ids, values):
+    """Fill ``ids`` and ``values`` with the largest positive entries, in order; returns how many there are."""
+    size, found = len(ids), 0
+    for node in range(len(score_N)):
+        value = score_N[node]
+        if not value > 0:
+            continue
+        if found < size:
+            ids[found], values[found] = node, value
+            found += 1
+            if found == size:
+                for place in range(size // 2 - 1, -1, -1):
+                    _sift(ids, values, place, size)
+        elif value > values[0]:  # a tie has the larger id
+            ids[0], values[0] = node, value
+            _sift(ids, values, 0, size)
+    return order_top(ids, values, found, 0)

@@ -11,10 +11,12 @@ from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.power import power_block, power_iteration, power_rows
 from anabranch.graph.ppr.push import Scores, forward_push
 from anabranch.graph.ppr.rules import Dangling, Transition, parse_seeds
+from anabranch.graph.ppr.solve import Factor, prepare, solve
 from anabranch.graph.ppr.walks import monte_carlo
 
 __all__ = [
     "Dangling",
+    "Factor",
     "PageRank",
     "Scores",
     "Transition",
@@ -24,4 +26,6 @@ __all__ = [
     "power_block",
     "power_iteration",
     "power_rows",
+    "prepare",
+    "solve",
 ]
