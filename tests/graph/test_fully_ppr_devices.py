@@ -14,10 +14,12 @@ from anabranch.graph.fully_ppr.devices import (
     adapt_gamma,
     big_moves,
     choose_gamma,
+    first_pieces,
     last_round,
     make_records,
     num_walks,
     pipelines,
+    records_of,
     rounds_formula,
     slot_shares,
     walkers_bound,
@@ -103,6 +105,27 @@ def test_without_hubs_records_are_the_graph():
     assert np.array_equal(records.code, 2 * graph.indices)
     assert np.array_equal(records.keep, graph.alias.keep_M)
     assert np.array_equal(records.other, graph.alias.other_M)
+
+
+@pytest.mark.parametrize("theta", [3, 1 << 16])
+@pytest.mark.parametrize("moves", [0, 2])
+def test_records_of_slices_are_those_of_the_whole(theta, moves):
+    graph = random_graph(4, nodes=50, edges=400)
+    whole = make_records(graph, theta=theta, moves=big_moves(graph, 0.2, cap=40) if moves else None, visits=True)
+    first_N = first_pieces(graph.indptr, theta)
+    assert len(whole) == first_N[-1]
+    seen = []
+    for first, end in ((0, 20), (20, 21), (21, 50)):
+        made = big_moves(graph, 0.2, cap=40, nodes=(first, end)) if moves else None
+        ids, part = records_of(graph, first, end, first_N, theta=theta, moves=made, visits=True)
+        seen += ids.tolist()
+        for place, record in enumerate(ids):
+            here = slice(part.indptr[place], part.indptr[place + 1])
+            there = slice(whole.indptr[record], whole.indptr[record + 1])
+            assert part.kind[place] == whole.kind[record]
+            for name in ("code", "keep", "other", "share"):
+                assert np.array_equal(getattr(part, name)[here], getattr(whole, name)[there])
+    assert sorted(seen) == list(range(len(whole)))
 
 
 def test_a_record_holds_at_least_two_entries():

@@ -72,9 +72,7 @@ def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
     parts belong to another run, AnabranchError where the run was cancelled.
     """
     if out is None:
-        found: dict[int, SparseRows] = {}
-        for number, rows in _finished(job, work, range(_count(job)), 0):
-            found[number] = rows
+        found = dict(_finished(job, work, range(_count(job)), 0))
         return FullyPPRResult(
             _together(job, [found[number] for number in sorted(found)]), job.graph.names, dict(job.facts)
         )

@@ -10,8 +10,8 @@ are ours where the paper's are not known to us:
 - *pipelines*: omega walks of a node start gamma at a time, one pipeline a round, and all advance together:
   rounds = ceil(omega / gamma) - 1 + L, where the last of n gamma walks ends after about L = ln(n gamma) / -ln(1 - alpha) rounds.
 - *gamma*: in steady state about n gamma (1 + (1 - alpha) + ...) = n gamma / alpha walks are alive, so M bytes at b bytes a row allow
-  gamma* = M alpha / (n b). Between rounds gamma grows by half while less than 0.7 M is used and a round's fixed cost is more than 20% of it,
-  and is halved when M is passed. Costs are counted, not timed, so that a run can be repeated.
+  gamma* = M alpha / (n b). Between rounds gamma grows by half while less than 0.7 M is used and a round's fixed cost is more than
+  20% of it, and is halved when M is passed. Costs are counted, not timed, so that a run can be repeated.
 """
 # Shapes: N nodes, M edges, R records, E entries of records, O outcomes of big moves
 
@@ -91,77 +91,107 @@ def make_records(graph: Graph, *, theta: int = THETA, moves: Moves | None = None
     Args:
         graph: the graph; its neighbours are drawn by weight.
         theta: entries of a record at most, at least 2.
-        moves: big moves, which replace the records of their nodes (they may be larger than theta, up to their own cap).
+        moves: big moves, which replace the records of their nodes (they may be larger than theta, up to their own cap; pieces of a
+            hub that has one are empty records).
         visits: keep the probabilities of outcomes, for counting visits on the way.
 
     Raises InputError for a theta below 2.
     """
+    first_N = first_pieces(graph.indptr, theta)
+    return records_of(graph, 0, graph.num_nodes, first_N, theta=theta, moves=moves, visits=visits)[1]
+
+
+def first_pieces(indptr: np.ndarray, theta: int) -> np.ndarray:
+    """int64 [N + 1]: the number of the first piece of each node, were it a hub; the last is R. It depends on degrees alone."""
     if theta < 2:
         raise InputError(f"theta is {theta}; a record holds at least 2 entries")
-    count = graph.num_nodes
-    weight_M = np.ones(len(graph.indices)) if graph.weights is None else graph.weights.astype(np.float64)
-    moved_N = np.zeros(count, bool) if moves is None else np.diff(moves.indptr) > 0
-    hubs = np.flatnonzero((graph.degree_N > theta) & ~moved_N)
-    tree = _Tree(count, theta)
-    for hub in hubs:
-        tree.add(
-            hub,
-            graph.indices[graph.indptr[hub] : graph.indptr[hub + 1]],
-            weight_M[graph.indptr[hub] : graph.indptr[hub + 1]],
-        )
-    # Parts one after another: edges of plain nodes, outcomes of moves, roots and further records of hubs.
-    plain_N = np.where(moved_N, 0, graph.degree_N)
-    plain_N[hubs] = 0
-    kept_M = np.repeat(plain_N > 0, graph.degree_N)
-    rows = [(np.arange(count), plain_N, 2 * graph.indices[kept_M].astype(np.int64), weight_M[kept_M])]
+    left_N, pieces_N = np.diff(indptr), np.zeros(len(indptr) - 1, np.int64)
+    while (left_N > theta).any():
+        left_N = np.where(left_N > theta, -(-left_N // theta), 0)
+        pieces_N += left_N
+    return len(pieces_N) + np.append(0, np.cumsum(pieces_N))
+
+
+def records_of(
+    graph: Graph,
+    first: int,
+    end: int,
+    first_N: np.ndarray,
+    *,
+    theta: int,
+    moves: Moves | None = None,
+    visits: bool = False,
+) -> tuple[np.ndarray, Records]:
+    """Records of the nodes ``first`` ... ``end`` - 1 and of their pieces, and their numbers, rising.
+
+    ``moves`` has rows of these nodes alone. Nothing else of the graph is looked at, so that it may be a mapped file.
+    """
+    count = end - first
+    here = slice(int(graph.indptr[first]), int(graph.indptr[end]))
+    degree = np.diff(graph.indptr[first : end + 1])
+    target = 2 * graph.indices[here].astype(np.int64)
+    weight = np.ones(len(target)) if graph.weights is None else graph.weights[here].astype(np.float64)
+    if len(weight) and weight.min() < 0:
+        raise InputError("walks need weights that are not negative; this graph has some that are")
+    moved = np.zeros(count, bool) if moves is None else np.diff(moves.indptr) > 0
+    hubs = np.flatnonzero((degree > theta) & ~moved)
+    start = np.append(0, np.cumsum(degree))
+    tree = _Tree(theta)
+    for hub in hubs.tolist():
+        row = slice(start[hub], start[hub + 1])
+        tree.add(hub, count + int(first_N[first + hub] - first_N[first]), target[row], weight[row])
+    # Parts one after another: edges of plain nodes, outcomes of moves, roots and pieces of hubs.
+    plain = np.where(moved, 0, degree)
+    plain[hubs] = 0
+    kept = np.repeat(plain > 0, degree)
+    parts = [(np.arange(count), plain, target[kept], weight[kept])]
     if moves is not None:
-        rows.append((np.arange(count), np.diff(moves.indptr), moves.code, moves.probability))
+        parts.append((np.arange(count), np.diff(moves.indptr), moves.code, moves.probability))
     if len(hubs):
-        rows.append(tree.rows())
-    length_R = np.zeros(count + tree.extra, np.int64)
-    for record, length, _, _ in rows:
-        length_R[record] += length  # of the parts of a record at most one is not empty
+        parts.append(tree.parts(count, int(first_N[first])))
+    length_R = np.zeros(count + int(first_N[end] - first_N[first]), np.int64)
+    for place, length, _, _ in parts:
+        length_R[place] += length  # of the parts of a record at most one is not empty
     indptr = np.append(0, np.cumsum(length_R))
     code, weight = np.empty(indptr[-1], np.int64), np.empty(indptr[-1])
-    for record, length, part_code, part_weight in rows:
-        place = np.repeat(indptr[record] - (np.cumsum(length) - length), length) + np.arange(len(part_code))
-        code[place], weight[place] = part_code, part_weight
+    for place, length, part_code, part_weight in parts:
+        to = np.repeat(indptr[place] - (np.cumsum(length) - length), length) + np.arange(len(part_code))
+        code[to], weight[to] = part_code, part_weight
     kind = np.full(len(length_R), INNER, np.int8)
-    kind[:count] = np.where(moved_N, MOVE, NODE)
+    kind[:count] = np.where(moved, MOVE, NODE)
     table = build_alias(indptr, weight)
-    share = None
-    if visits:
-        share = np.where(np.repeat(kind == MOVE, length_R), weight, 0.0)
-    return Records(indptr, kind, code, table.keep_M, table.other_M, share, count)
+    share = np.where(np.repeat(kind == MOVE, length_R), weight, 0.0) if visits else None
+    records = Records(indptr, kind, code, table.keep_M, table.other_M, share, graph.num_nodes)
+    return np.append(np.arange(first, end), np.arange(first_N[first], first_N[end])), records
 
 
 class _Tree:
-    """Records of hubs, numbered from N on; the root keeps the hub's own number."""
+    """Pieces of hubs. Places count from the nodes of the slice on; the root keeps the hub's own place."""
 
-    def __init__(self, first: int, theta: int) -> None:
-        self.first, self.theta, self.extra = first, theta, 0
-        self._rows: list[tuple[int, np.ndarray, np.ndarray]] = []
+    def __init__(self, theta: int) -> None:
+        self.theta = theta
+        self._rows: list[tuple[int, np.ndarray, np.ndarray, bool]] = []
 
-    def add(self, hub: int, target: np.ndarray, weight: np.ndarray) -> None:
-        code = 2 * target.astype(np.int64)
-        while len(code) > self.theta:  # one level of the tree
-            # even pieces, none larger than theta
+    def add(self, hub: int, first: int, code: np.ndarray, weight: np.ndarray) -> None:
+        """A hub whose pieces stand from the place ``first`` on."""
+        is_inner = False
+        while len(code) > self.theta:  # one level of the tree: even parts, none larger than theta
             edges = np.linspace(0, len(code), -(-len(code) // self.theta) + 1).astype(np.int64)
-            children = self.first + self.extra + np.arange(len(edges) - 1)
-            self.extra += len(children)
-            for child, start, end in zip(children, edges[:-1], edges[1:], strict=True):
-                self._rows.append((int(child), code[start:end], weight[start:end]))
-            code, weight = 2 * children, np.add.reduceat(weight, edges[:-1])
-        self._rows.append((int(hub), code, weight))
+            children = first + np.arange(len(edges) - 1)
+            first += len(children)
+            for child, start, end in zip(children.tolist(), edges[:-1], edges[1:], strict=True):
+                self._rows.append((child, code[start:end], weight[start:end], is_inner))
+            code, weight, is_inner = children, np.add.reduceat(weight, edges[:-1]), True
+        self._rows.append((hub, code, weight, is_inner))
 
-    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        record = np.array([record for record, _, _ in self._rows])
-        length = np.array([len(code) for _, code, _ in self._rows])
+    def parts(self, count: int, first_piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Places, lengths, codes and weights; places of pieces become their numbers."""
+        codes = [2 * (code - count + first_piece) if is_inner else code for _, code, _, is_inner in self._rows]
         return (
-            record,
-            length,
-            np.concatenate([code for _, code, _ in self._rows]),
-            np.concatenate([weight for _, _, weight in self._rows]),
+            np.array([place for place, _, _, _ in self._rows]),
+            np.array([len(code) for code in codes]),
+            np.concatenate(codes),
+            np.concatenate([weight for _, _, weight, _ in self._rows]),
         )
 
 
@@ -174,11 +204,14 @@ def slot_shares(records: Records, record: int) -> np.ndarray:
     return share / max(len(share), 1)
 
 
-def big_moves(graph: Graph, alpha: float, steps: int = 2, cap: int = CAP) -> Moves:
+def big_moves(
+    graph: Graph, alpha: float, steps: int = 2, cap: int = CAP, *, nodes: tuple[int, int] | None = None
+) -> Moves:
     """The exact outcomes of the next ``steps`` steps of a walk, for every node where they are at most ``cap``.
 
     A walk that comes to a node without edges, or of more than ``cap``, stays alive there: what happens next is up to the record of that
-    node. Where the outcomes of ``steps`` steps are too many, fewer steps are tried, down to 2.
+    node. Where the outcomes of ``steps`` steps are too many, fewer steps are tried, down to 2. ``nodes`` = (first, end) makes them for
+    these alone, and rows count from the first. Scratch is 32 bytes a node of the graph.
 
     Raises InputError for steps other than 2 or 3, or a cap below 2.
     """
@@ -186,50 +219,47 @@ def big_moves(graph: Graph, alpha: float, steps: int = 2, cap: int = CAP) -> Mov
         raise InputError(f"a big move takes 2 or 3 steps, not {steps}")
     if cap < 2:
         raise InputError(f"cap is {cap}; a big move has at least 2 outcomes")
+    first, end = (0, graph.num_nodes) if nodes is None else nodes
     weight_M = np.empty(0, np.float32) if graph.weights is None else graph.weights
-    indptr, code, probability, steps_N = _moves(
-        graph.indptr, graph.indices, weight_M, graph.strength_N, alpha, steps, cap
-    )
-    order = np.lexsort((code, np.repeat(np.arange(graph.num_nodes), np.diff(indptr))))
+    indptr, code, probability, steps_N = _moves(first, end, graph.indptr, graph.indices, weight_M, alpha, steps, cap)
+    order = np.lexsort((code, np.repeat(np.arange(end - first), np.diff(indptr))))
     return Moves(indptr, code[order], probability[order], steps_N)
 
 
 @nb.njit(cache=True, nogil=True)
-def _moves(indptr, indices, weight_M, strength_N, alpha, steps, cap):
+def _moves(first, end, indptr, indices, weight_M, alpha, steps, cap):
     count = len(indptr) - 1
-    first_O = np.zeros(count + 1, np.int64)
-    steps_N = np.zeros(count, np.int8)
+    first_O = np.zeros(end - first + 1, np.int64)
+    steps_N = np.zeros(end - first, np.int8)
     code_O, share_O = np.empty(1024, np.int64), np.empty(1024, np.float64)
     mass = np.zeros(2 * count, np.float64)  # by code, of the node under way
-    seen = np.empty(2 * cap + 2, np.int64)
+    seen = np.empty(cap, np.int64)
     here, ahead = np.zeros(count, np.float64), np.zeros(count, np.float64)  # alive now and after the step
     now, then = np.empty(cap + 1, np.int64), np.empty(cap + 1, np.int64)
     used = 0
-    for node in range(count):
+    for node in range(first, end):
         depth = steps
         found = 0
         while depth >= 2:
-            found = _outcomes(
-                node, depth, cap, alpha, indptr, indices, weight_M, strength_N, mass, seen, here, ahead, now, then
-            )
+            found = _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, mass, seen, here, ahead, now, then)
             if found > 0:
                 break
             depth -= 1
         if found > 0:
             while used + found > len(code_O):
-                code_O, share_O = _doubled_int(code_O), _doubled_float(share_O)
+                code_O, share_O = np.append(code_O, np.empty_like(code_O)), np.append(share_O, np.empty_like(share_O))
             for place in range(found):
                 code_O[used + place] = seen[place]
                 share_O[used + place] = mass[seen[place]]
                 mass[seen[place]] = 0.0
             used += found
-            steps_N[node] = depth
-        first_O[node + 1] = used
+            steps_N[node - first] = depth
+        first_O[node - first + 1] = used
     return first_O, code_O[:used].copy(), share_O[:used].copy(), steps_N
 
 
 @nb.njit(cache=True, nogil=True)
-def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, strength_N, mass, seen, here, ahead, now, then):
+def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, mass, seen, here, ahead, now, then):
     """Outcomes of ``depth`` steps from ``node`` in ``seen`` and ``mass``; 0, and nothing left behind, where there are more than ``cap``."""
     degree = indptr[node + 1] - indptr[node]
     if degree == 0 or degree > cap:
@@ -257,10 +287,13 @@ def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, strength_N, ma
             mass[code] += alpha * share if goes_on else share
             if not goes_on:
                 continue
+            strength = 0.0
+            for edge in range(indptr[at], indptr[at + 1]):
+                strength += 1.0 if len(weight_M) == 0 else weight_M[edge]
             for edge in range(indptr[at], indptr[at + 1]):
                 weight = 1.0 if len(weight_M) == 0 else weight_M[edge]
                 to = indices[edge]
-                gain = (1.0 - alpha) * share * weight / strength_N[at]
+                gain = (1.0 - alpha) * share * weight / strength
                 if gain == 0.0:
                     continue
                 if ahead[to] == 0.0:
@@ -282,20 +315,6 @@ def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, strength_N, ma
     for place in range(found):
         mass[seen[place]] = 0.0
     return 0
-
-
-@nb.njit(cache=True, nogil=True)
-def _doubled_int(array):
-    longer = np.empty(2 * len(array), np.int64)
-    longer[: len(array)] = array
-    return longer
-
-
-@nb.njit(cache=True, nogil=True)
-def _doubled_float(array):
-    longer = np.empty(2 * len(array), np.float64)
-    longer[: len(array)] = array
-    return longer
 
 
 # Pipelines
@@ -347,7 +366,7 @@ def adapt_gamma(gamma: int, rows: int, walkers: int, memory: float, overhead: fl
 
     Args:
         gamma: of this round.
-        rows: rows alive after it.
+        rows: rows of walks that were in it.
         walkers: walks it moved.
         memory: bytes for rows, M.
         overhead: the fixed cost of a round, in walks moved in the same time.

@@ -48,7 +48,7 @@ class WalkWork:
         seed: int,
     ) -> None:
         self.arrays, self.walks, self.alpha, self.dangling = arrays, walks, alpha, dangling
-        self.full, self.top_k, self.least, self.seed = full, top_k, least, seed
+        self.full, self.top_k, self.least, self.seed = full, top_k, least, np.uint64(int(seed) % 2**64)
         self._scratch = threading.local()
 
     def __call__(self, source_C: np.ndarray) -> SparseRows:

@@ -2,11 +2,12 @@
 
 A walk under way is part of a row (source, record, count); rows of the same source and record are one row, since walks do not remember how
 they came. One round of one partition is a pure function of its rows and its records (`move`), which Spark calls on Arrow batches and
-`run_rounds` calls on arrays in this process. Draws come from the stream (seed, round, source, record), so rows are the same for any number of
-partitions, on one machine and on a cluster, run after run.
+`run_rounds` calls on arrays in this process. Draws come from the stream (seed, round, source, record), so rows are the same for any
+number of partitions, on one machine and on a cluster, run after run.
 """
 # Shapes: S sources, W rows of walks, D rows of what is counted, R records, E entries
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -117,7 +118,7 @@ def move(walks: Rows, records: Records, ids: np.ndarray | None, rules: Rules, nu
     if rules.full and is_move.any() and not len(share):
         raise AssertionError("records of moves keep no probabilities; make them with visits=True")
     num_live, num_done = _move(
-        stream(np.uint64(rules.seed % 2**64), np.uint64(number)), rules.alpha, rules.dangling, rules.full,
+        np.uint64(stream(np.uint64(rules.seed % 2**64), np.uint64(number))), rules.alpha, rules.dangling, rules.full,
         rules.num_nodes, rules.unit, walks.source, walks.key, place_W, walks.count,
         records.indptr, records.kind, records.code, records.keep, records.other, share,
         live.source, live.key, live.count, done.source, done.key, done.count,
@@ -142,6 +143,11 @@ def _move(
         start = indptr[place]
         entries = indptr[place + 1] - start
         kind = kind_R[place]
+        stuck = kind == NODE and entries == 0 and (dangling == ABSORB or (dangling == SOURCE and record == source))
+        if stuck and not full:  # it can only end here: no need to wait for it
+            done_source[num_done], done_key[num_done], done_count[num_done] = source, record, walkers
+            num_done += 1
+            continue
         state = stream(key, source, record)
         if kind == MOVE and full:  # expected visits before the next look-up: P(ends at v) / alpha each
             for entry in range(start, start + entries):
@@ -221,6 +227,8 @@ class Schedule:
         is_fixed: keep gamma.
         pipelined: start a pipeline each round; else only when all walks have ended.
         overhead: fixed cost of a round, in walks moved.
+        patience: rounds before gamma changes again: what a change does shows after about 1 / alpha.
+        since: rounds since it changed.
     """
 
     num_sources: int
@@ -230,6 +238,8 @@ class Schedule:
     is_fixed: bool = False
     pipelined: bool = True
     overhead: float = OVERHEAD_WALKS
+    patience: int = 1
+    since: int = 0
     started: int = 0
     alive: int = 0
     log: list[Round] = field(default_factory=list)
@@ -240,7 +250,8 @@ class Schedule:
     ) -> "Schedule":
         """A schedule with the given gamma, fixed, or with one that is chosen for the memory and follows it."""
         chosen = choose_gamma(num_sources, walks, alpha, memory) if gamma is None else min(gamma, walks)
-        return cls(num_sources, walks, chosen, memory, gamma is not None, **options)
+        patience = math.ceil(1 / alpha)
+        return cls(num_sources, walks, chosen, memory, gamma is not None, patience=patience, **options)
 
     @property
     def is_over(self) -> bool:
@@ -263,8 +274,11 @@ class Schedule:
         self.log.append(Round(self.number, self.gamma, started, walks, rows, alive))
         self.started += started
         self.alive = alive
-        if not self.is_fixed:
-            self.gamma = min(adapt_gamma(self.gamma, alive, walks, self.memory, self.overhead), self.walks)
+        self.since += 1
+        if not self.is_fixed and self.since >= self.patience:
+            gamma = min(adapt_gamma(self.gamma, rows, walks, self.memory, self.overhead), self.walks)
+            if gamma != self.gamma:
+                self.gamma, self.since = gamma, 0
 
     @property
     def peak(self) -> int:
@@ -348,22 +362,25 @@ def split(records: Records, part: int, partitions: int) -> tuple[Records, np.nda
 
 
 def _where(rows: Rows, chosen: np.ndarray) -> Rows:
+    """Rows by mask or places."""
     return Rows(rows.source[chosen], rows.key[chosen], rows.count[chosen])
 
 
-def best_rows(counted: Rows, top_k: int, least: float, scale: float) -> tuple[Rows, np.ndarray]:
+def best_rows(counted: Rows, top_k: int, least: float) -> tuple[Rows, np.ndarray]:
     """The ``top_k`` largest counts of each source (0: all) with a score of at least ``least``, and their scores, float32.
 
-    Sources rise; within one scores fall, ties by rising node.
+    A score is a count over the sum of its source's. Sources rise; within one scores fall, ties by rising node.
     """
     rows = merged(counted)
-    score = (rows.count * scale).astype(np.float32)
-    kept = np.flatnonzero(score >= np.float32(least))
-    order = kept[np.lexsort((rows.key[kept], -score[kept], rows.source[kept]))]
-    rows = Rows(rows.source[order], rows.key[order], rows.count[order])
-    if top_k and len(rows):
-        first = np.flatnonzero(np.append(True, np.diff(rows.source) != 0))
-        rank = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
-        order = order[rank < top_k]
-        rows = _where(rows, rank < top_k)
-    return rows, score[order]
+    if not len(rows):
+        return rows, np.empty(0, np.float32)
+    first = np.flatnonzero(np.append(True, np.diff(rows.source) != 0))
+    scale = 1.0 / np.add.reduceat(rows.count, first)
+    score = (rows.count * np.repeat(scale, np.diff(np.append(first, len(rows))))).astype(np.float32)
+    order = np.lexsort((rows.key, -score, rows.source))
+    rank = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+    kept = score[order] >= np.float32(least)
+    if top_k:
+        kept &= rank < top_k
+    order = order[kept]
+    return _where(rows, order), score[order]
