@@ -21,8 +21,8 @@ class Attack:
         queries: rows that each writes.
         join_at: tick.
         attack_at: tick; from then on attackers are also among the acting nodes.
-        aim: for "sybil", "last": each click goes to the last result as the attacker then has it (the paper's); "one": all go to one item, the
-            globally last of the term at the time.
+        aim: for "sybil", "last": each click goes to the last result as the attacker then has it (the paper's); "one": all go to
+            one item, the globally last of the term at the time.
         forge: rows are written in the names of random honest nodes.
         term: place of the attacked term; None for "inflation". Default: the first.
         target: (term, item) places that "one" lifts, once the attack has begun.
@@ -40,7 +40,9 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.kind not in ("sybil", "inflation") or self.aim not in ("last", "one"):
-            raise InputError(f"kind is {self.kind!r} and aim {self.aim!r}; they are 'sybil' or 'inflation', 'last' or 'one'")
+            raise InputError(
+                f"kind is {self.kind!r} and aim {self.aim!r}; they are 'sybil' or 'inflation', 'last' or 'one'"
+            )
         if self.attackers < 1 or self.queries < 1 or not 0 < self.join_at <= self.attack_at:
             raise InputError("an attack has at least one attacker and one query, and its nodes join before they attack")
         if self.kind == "inflation":

@@ -20,11 +20,11 @@ class Defences:
         min_common: m; an origin with fewer than m clicks in common with us has its similarity lowered to kappa_m / m of it.
         pull_only: rows nobody asked for are refused.
         rows_per_origin: only so many newest rows of an origin are kept and counted; None for all.
-        ttl: rows older than this many seconds by the peer's clock (ticks in the simulator) no longer count; None for ever. Rows without a time
-            stay.
+        ttl: rows older than this many seconds by the peer's clock (ticks in the simulator) no longer count; None for ever. Rows
+            without a time stay.
         reply_rows: rows in one message at most; the rest comes with the next.
         reply_rows_per_origin: rows of one origin in one message at most.
-        max_message_bytes: of a message, sent or taken.
+        max_message_bytes: of a message, sent or taken; at least 262,144, so that any row fits.
         max_rows: rows in a log at most; further ones of others are refused.
         signed: rows without a valid Ed25519 signature of their origin are refused; needs the package ``cryptography``.
     """
@@ -45,7 +45,7 @@ class Defences:
         if self.saturation not in ("cap", "log", None):
             raise InputError(f"saturation is {self.saturation!r}; it is 'cap', 'log' or None")
         least = {"click_cap": 1, "min_common": 0, "reply_rows": 1, "reply_rows_per_origin": 1, "max_rows": 1}
-        least |= {"max_message_bytes": 1024}
+        least |= {"max_message_bytes": 1 << 18}
         least |= {} if self.rows_per_origin is None else {"rows_per_origin": 1}
         for name, limit in least.items():
             value = getattr(self, name)

@@ -13,8 +13,12 @@ from anabranch.graph.rank.defences import Defences
 def saturated(count: Any, defences: Defences) -> Any:
     """What C clicks of one origin on one item for one term count: C, min(C, cap) or log(1 + C). A number or an array."""
     if isinstance(count, int):
-        return min(count, defences.click_cap) if defences.saturation == "cap" else _unbounded(count, defences, math.log1p)
-    return np.minimum(count, defences.click_cap) if defences.saturation == "cap" else _unbounded(count, defences, np.log1p)
+        return (
+            min(count, defences.click_cap) if defences.saturation == "cap" else _unbounded(count, defences, math.log1p)
+        )
+    return (
+        np.minimum(count, defences.click_cap) if defences.saturation == "cap" else _unbounded(count, defences, np.log1p)
+    )
 
 
 def _unbounded(count: Any, defences: Defences, log1p: Any) -> Any:

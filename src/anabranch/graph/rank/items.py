@@ -37,7 +37,7 @@ def fault_of_item(id: object, title: object, artist: object, tags: object) -> st
     """What is wrong with these fields; None if nothing is."""
     if isinstance(id, bool) or not isinstance(id, int | str) or id == "":
         return "an id is an integer or a text that is not empty"
-    if isinstance(id, str) and len(id) > ID_LIMIT or isinstance(id, int) and not -(2**53) < id < 2**53:
+    if (isinstance(id, str) and len(id) > ID_LIMIT) or (isinstance(id, int) and not -(2**53) < id < 2**53):
         return f"an id is an integer below 2**53 or a text of at most {ID_LIMIT} characters"
     if not isinstance(tags, tuple) or len(tags) > TAGS_LIMIT:
         return f"tags are a tuple of at most {TAGS_LIMIT} texts"
@@ -101,11 +101,11 @@ def library(
     for tag in np.argsort(-size_T, kind="stable"):  # always into the items with most places left: never a dead end
         taken_I = has_IT.sum(1) + generator.random(num_items)
         has_IT[np.argsort(taken_I)[: size_T[tag]], tag] = True
-    for _ in range(20 * num_items):  # the choice above avoids pairs of tags; exchanges make them as frequent as chance does
+    for _ in range(8 * num_items):  # that avoids pairs of tags; exchanges make them as frequent as chance does
         first, second = generator.integers(num_items, size=2)
         gives, takes = (np.flatnonzero(has_IT[a] & ~has_IT[b]) for a, b in ((first, second), (second, first)))
         if len(gives) and len(takes):
-            swap = [generator.choice(gives), generator.choice(takes)]
+            swap = [gives[generator.integers(len(gives))], takes[generator.integers(len(takes))]]
             has_IT[first, swap], has_IT[second, swap] = [False, True], [True, False]
     return [
         Item(number, f"Title {number}", f"Artist {number % 97}", tuple(f"tag-{tag:02}" for tag in np.flatnonzero(row)))

@@ -1,4 +1,7 @@
-"""Signatures of rows: Ed25519, through the package ``cryptography``. A node that signs is named by its public key, so no directory is needed."""
+"""Signatures of rows: Ed25519, through the package ``cryptography``.
+
+A node that signs is named by its public key, so no directory is needed.
+"""
 
 import os
 import tempfile
@@ -43,7 +46,9 @@ class SigningKey:
         """Write the key, for its owner alone to read, all or nothing. Raises DataError if the place cannot be written."""
         path = Path(path)
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # readable by the owner alone
+            handle, temporary = tempfile.mkstemp(
+                prefix=f".{path.name}.", dir=path.parent
+            )  # readable by the owner alone
             with os.fdopen(handle, "wb") as file:
                 file.write(self._secret)
                 file.flush()

@@ -3,9 +3,9 @@
     n[Q][item][origin]      clicks of an origin on an item for a term: what scores sum over
     clicks[origin]          the same by origin: what similarity compares
 
-Merging is union: rows may come in any order, in any parts and any number of times. A second row of one key with other content is refused and its origin
-marked; only then does it matter which came first. Where both rows are signed that is proof, and the origin's clicks no longer weigh anything;
-where they are not, anyone could have written either, so a mark is only told.
+Merging is union: rows may come in any order, in any parts and any number of times. A second row of one key with other content is
+refused and its origin marked; only then does it matter which came first. Where both rows are signed that is proof, and the
+origin's clicks no longer weigh anything; where they are not, anyone could have written either, so a mark is only told.
 """
 
 import heapq
@@ -140,7 +140,9 @@ class ClickLog:
         _change(self.items[origin], item, change)
         _change(self.popularity, item, change)
         if change < 0:
-            for outer, key in ((by_item, item), (self.count, term), (claims, claim), (self.claims, item)):
+            places: list[tuple[dict[Any, Any], Any]]
+            places = [(by_item, item), (self.count, term), (claims, claim), (self.claims, item)]
+            for outer, key in places:
                 if not outer[key]:
                     del outer[key]
         self.num_rows += change

@@ -1,15 +1,15 @@
 """`Network`: a whole network of peers in one process, by the tick, with gossip, churn and attackers.
 
-In a tick one node asks for a random term, clicks, and gossips once. All rows ever made stand in one table; what a node knows is a row of bits over it,
-so that a message is a difference of bit rows, and counts, similarities and rankings are a few `numpy.bincount`s over the distinct (origin, term,
-item) cells of the table. The same formulas as `Peer`'s; a test drives both with the same rows.
+In a tick one node asks for a random term, clicks, and gossips once. All rows ever made stand in one table; what a node knows is a
+row of bits over it, so that a message is a difference of bit rows, and counts, similarities and rankings are a few
+`numpy.bincount`s over the distinct (origin, term, item) cells of the table. The same formulas as `Peer`'s; a test drives both with
+the same rows.
 
-What is simulated beside the paper: departures (``churn``), nodes that go on without a connection (`disconnect`), users with tastes (``groups``), rows in
-the name of others (`Attack.forge`), and every field of `Defences` but byte and row limits.
+What is simulated beside the paper: departures (``churn``), nodes that go on without a connection (`disconnect`), users with tastes
+(``groups``), rows in the name of others (`Attack.forge`), and every field of `Defences` but byte and row limits.
 """
 # Shapes: N nodes, T terms, I items, R rows, D distinct (origin, term, item), L most items of a term (padded)
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -79,7 +79,9 @@ class Network:
         _check_network(num_nodes, gossip, library_share, bootstrap_share, churn, away, groups, fidelity)
         self.defences = Defences(pull_only=gossip == "pull") if defences is None else defences
         if gossip == "push" and self.defences.pull_only:
-            raise InputError("gossip is 'push', and the defences take rows by pull only; pass Defences(pull_only=False)")
+            raise InputError(
+                "gossip is 'push', and the defences take rows by pull only; pass Defences(pull_only=False)"
+            )
         self.items = list(library(seed=seed) if items is None else items)
         self.F, self.explore, self.top_terms, self.gossip, self.attack = float(F), explore, top_terms, gossip, attack
         self.bootstrap_share, self.churn, self.away = bootstrap_share, churn, away
@@ -87,10 +89,10 @@ class Network:
         self.generator = np.random.default_rng(seed)
         self.num_honest = num_nodes
         self.num_nodes = num_nodes + (attack.attackers if attack else 0)
+        self.tick = 0
         self._terms()
         self._nodes(library_share)
         self._table()
-        self.tick = 0
         self.history: list[dict[str, Any]] = []
         for node in range(num_nodes):
             self._join(node)
@@ -129,10 +131,13 @@ class Network:
 
     def _table(self) -> None:
         self.num_rows = self.num_cells = 0
-        self.row_origin, self.row_number, self.row_cell, self.row_tick, self.row_bytes = (np.zeros(1024, np.int64) for _ in range(5))
+        self.row_origin, self.row_number, self.row_cell, self.row_tick, self.row_bytes = (
+            np.zeros(1024, np.int64) for _ in range(5)
+        )
         self.row_forged = np.zeros(1024, bool)
         self.has_NR = np.zeros((self.num_nodes, 1024), bool)
         self._cells: dict[tuple[int, int], int] = {}
+        self._bytes_of_pair: dict[int, int] = {}
         self.cell_origin, self.cell_pair = np.zeros(1024, np.int64), np.zeros(1024, np.int64)
         self._cells_of_term: list[list[int]] = [[] for _ in range(self.num_terms)]
 
@@ -175,11 +180,13 @@ class Network:
         if cell == self.num_cells:
             self.num_cells += 1
             if cell == len(self.cell_origin):
-                self.cell_origin, self.cell_pair = (np.append(a, np.zeros_like(a)) for a in (self.cell_origin, self.cell_pair))
+                self.cell_origin, self.cell_pair = (
+                    np.append(a, np.zeros_like(a)) for a in (self.cell_origin, self.cell_pair)
+                )
             self.cell_origin[cell], self.cell_pair[cell] = origin, pair
             self._cells_of_term[term].append(cell)
         self.row_origin[row], self.row_number[row], self.row_cell[row] = origin, self.clicks_N[origin], cell
-        self.row_tick[row] = self.tick if hasattr(self, "tick") else 0
+        self.row_tick[row] = self.tick
         self.row_forged[row], self.row_bytes[row] = name is not None, self._row_bytes(pair)
         self.clicks_N[origin] += 1
         self.has_NR[author, row] = True
@@ -191,17 +198,23 @@ class Network:
             setattr(self, name, np.append(array, np.zeros_like(array)))
         self.has_NR = np.concatenate([self.has_NR, np.zeros_like(self.has_NR)], axis=1)
 
-    @functools.cached_property
-    def _bytes_of_pair(self) -> dict[int, int]:
-        return {}
-
     def _row_bytes(self, pair: int) -> int:
         """Bytes of such a row on the wire, ten results shown."""
         found = self._bytes_of_pair.get(pair)
         if found is None:
             item = self.items[pair % self.num_items]
             shown = tuple(self.items[place].id for place in self.of_term[pair // self.num_items][:SHOWN])
-            row = Row("node-123", 1234, self.terms[pair // self.num_items], item.id, item.title, item.artist, item.tags, shown, 12345.0)
+            row = Row(
+                "node-123",
+                1234,
+                self.terms[pair // self.num_items],
+                item.id,
+                item.title,
+                item.artist,
+                item.tags,
+                shown,
+                12345.0,
+            )
             found = self._bytes_of_pair[pair] = row.size() + (128 + 64 if self.defences.signed else 0)
         return found
 
@@ -228,7 +241,9 @@ class Network:
         origin, pair = self.cell_origin[held], self.cell_pair[held]
         term, item = np.divmod(pair, self.num_items)
         shape = self.num_nodes, self.num_terms
-        count_NT = np.bincount(origin * self.num_terms + term, count_D[held], minlength=shape[0] * shape[1]).reshape(shape)
+        count_NT = np.bincount(origin * self.num_terms + term, count_D[held], minlength=shape[0] * shape[1]).reshape(
+            shape
+        )
         top_NT = top_terms_mask(count_NT, self.top_terms)
         own = np.zeros(self.num_terms * self.num_items, bool)
         own[pair[origin == node]] = True
@@ -247,7 +262,9 @@ class Network:
         """R of every term and item as ``node`` has it, and plain clicks; float64 ``[T, I]`` both."""
         count_D = self.counts(node)
         weight_N = self.similarity(node, count_D) + self.F
-        return self._sum(saturated(count_D, self.defences) * weight_N[self.cell_origin[: self.num_cells]]), self._sum(count_D)
+        return self._sum(saturated(count_D, self.defences) * weight_N[self.cell_origin[: self.num_cells]]), self._sum(
+            count_D
+        )
 
     def _sum(self, value_D: np.ndarray) -> np.ndarray:
         size = self.num_terms * self.num_items
@@ -270,14 +287,18 @@ class Network:
             return self._rank_unseen(node, term, local_I)
         weight_N = self.similarity(node, count_D) + self.F
         item, origin = self.cell_pair[cells] - term * self.num_items, self.cell_origin[cells]
-        score_I = np.bincount(item, saturated(count_D[cells], self.defences) * weight_N[origin], minlength=self.num_items)
+        score_I = np.bincount(
+            item, saturated(count_D[cells], self.defences) * weight_N[origin], minlength=self.num_items
+        )
         shown_I = local_I.copy()
         shown_I[item] = True
         found = np.flatnonzero(shown_I)
         return found[np.lexsort((found, -score_I[found], ~self.match_TI[term, found]))]
 
     def _rank_unseen(self, node: int, term: int, local_I: np.ndarray) -> np.ndarray:
-        clicks_I = np.bincount(self.cell_pair[: self.num_cells] % self.num_items, self.counts(node), minlength=self.num_items)
+        clicks_I = np.bincount(
+            self.cell_pair[: self.num_cells] % self.num_items, self.counts(node), minlength=self.num_items
+        )
         heard_I = (clicks_I > 0) & self.match_TI[term] & ~local_I
         if not (local_I | heard_I).any():
             heard_I = clicks_I > 0
@@ -390,14 +411,15 @@ class Network:
     def evaluate(self, nodes: Sequence[int] | None = None, reference_TI: np.ndarray | None = None) -> dict[str, Any]:
         """How good the rankings of ``nodes`` (default: all honest ones) are now; appended to `history` for the default.
 
-        Distances are sums over a term's items of |local position - global position|, the mean over terms and nodes; the global ranking is by
-        clicks of honest nodes (``reference_TI`` for another).
+        Distances are sums over a term's items of |local position - global position|, the mean over terms and nodes; the global
+        ranking is by clicks of honest nodes (``reference_TI`` for another).
 
         Returns:
-            ``tick``; ``distance``, of plain clicks in the local log (how complete it is; what the paper's figures show); ``ranked_distance``, of R;
-            ``coverage``, median over terms of the share of nodes that know the globally top item; ``by_term``, the ranked distance of
-            each term; ``log_rows``, mean; with an attack ``attacked_distance`` of its term and ``target_place``, the mean place of its item;
-            with groups ``ndcg``, NDCG@5 of own-group items, and ``ndcg_global`` of global popularity.
+            ``tick``; ``distance``, of plain clicks in the local log (how complete it is; what the paper's figures show);
+            ``ranked_distance``, of R; ``coverage``, median over terms of the share of nodes that know the globally top item;
+            ``by_term``, the ranked distance of each term; ``log_rows``, mean; with an attack ``attacked_distance`` of its term and
+            ``target_place``, the mean place of its item; with groups ``ndcg``, NDCG@5 of own-group items, and ``ndcg_global`` of
+            global popularity.
         """
         everyone = nodes is None
         chosen = range(self.num_honest) if nodes is None else nodes
@@ -432,8 +454,8 @@ class Network:
             "largest_bytes": self.largest_bytes,
         }
         if self.attack is not None:
-            term = self.attack.term
-            found["attacked_distance"] = None if term is None else found["by_term"][term]
+            attacked = self.attack.term
+            found["attacked_distance"] = None if attacked is None else found["by_term"][attacked]
             found["target_place"] = float(np.mean(target)) if target else None
         if self.groups > 1:
             found |= {"ndcg": float(np.mean(gained)), "ndcg_global": float(np.mean(gained_global))}
@@ -450,7 +472,9 @@ class Network:
         return (np.abs(place_TL - global_TL) * self.real_TL).sum(1)
 
     def _ndcg(self, place_TL: np.ndarray, node: int) -> float:
-        own_TL = (np.take_along_axis(self.group_TI, np.maximum(self.item_TL, 0), 1) == self.group_N[node]) & self.real_TL
+        own_TL = (
+            np.take_along_axis(self.group_TI, np.maximum(self.item_TL, 0), 1) == self.group_N[node]
+        ) & self.real_TL
         values = []
         for place_L, own_L in zip(place_TL, own_TL, strict=True):
             gain_L = np.zeros(len(place_L))

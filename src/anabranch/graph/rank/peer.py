@@ -1,14 +1,14 @@
 """`Peer`: one node of G-Rank, with its library, its log, the peers it knows, and how it ranks.
 
-    R_i(Q)[k] = sum_j C_jk(Q) (S_i(j) + F)                 C: clicks by node j on item k for Q in the log of i, saturated by `Defences`
-    S_i(j)    = (kappa_t + kappa_m^2) / kappa_u, over the largest S_i of all known peers; S_i(i) = 1
+R_i(Q)[k] = sum_j C_jk(Q) (S_i(j) + F)                 C: clicks by node j on item k for Q in the log of i, saturated by `Defences`
+S_i(j)    = (kappa_t + kappa_m^2) / kappa_u, over the largest S_i of all known peers; S_i(i) = 1
 """
 
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -26,6 +26,7 @@ from anabranch.graph.rank.rows import SHOWN_LIMIT, Row, Vector, check_vector, is
 from anabranch.graph.rank.store import RowStore
 
 KIND = "rank peer"
+AROUND = 1 << 14  # bytes of a message around its rows: names and addresses
 PENDING = 1_000  # queries without a click that are remembered
 PEERS_LIMIT = 100_000
 Match = Callable[[str, Item], bool]
@@ -83,7 +84,8 @@ class Peer:
         defences: see `Defences`.
         match: whether an item's metadata match a term, ``match(term, item)``; default: a tag, or words of title or artist.
         term_key: under which key clicks for a term are counted; default: the normalised term itself. Terms with one key are one term: map
-            to the nearest of some anchors to rank for text, pictures or vectors. Keys must sort.
+            to the nearest of some anchors to rank for text, pictures or vectors. Keys must sort; it may raise InputError for a term it
+            cannot place, whose rows are then refused.
         key: to sign rows with.
         clock: seconds, for `Defences.ttl`; without it rows have no time.
         seed: of exploration and of the random share handed to new nodes.
@@ -167,17 +169,19 @@ class Peer:
     def _rank_clicked(self, text: str, clicked: Mapping[Id, Counter[str]]) -> list[Ranked]:
         weight = self._weights()
         score = {
-            item: float(sum(saturated(count, self.defences) * weight.get(origin, 0.0) for origin, count in origins.items()))
+            item: float(
+                sum(saturated(count, self.defences) * weight.get(origin, 0.0) for origin, count in origins.items())
+            )
             for item, origins in clicked.items()
         }
         matching = set(self._local_matches(text))
-        score |= {item: 0.0 for item in matching - score.keys()}
+        score |= dict.fromkeys(matching - score.keys(), 0.0)
         first = matching | {item for item in clicked if item not in self.library and self.match(text, self.item(item))}
         order = sorted(score, key=lambda item: (item not in first, -score[item], order_of(item)))
         return [Ranked(item, score[item]) for item in order]
 
     def _rank_unseen(self, text: str) -> list[Ranked]:
-        """Items of the library that match, then items of the log that do, each by clicks on them; if there are none, the most popular of the log."""
+        """Items of the library that match, then items of the log that do, each by clicks on them; if none, the log's most popular."""
         popularity = self.log.popularity
         local = self._local_matches(text)
         heard = [item for item in popularity if item not in self.library and self.match(text, self.item(item))]
@@ -205,7 +209,9 @@ class Peer:
         Raises InputError for a query that is not open (each takes one click, and 1,000 are remembered) or an item it did not show.
         """
         if qid not in self._pending:
-            raise InputError(f"query {qid!r} is not open: unknown, clicked before, or more than {PENDING:,} queries ago")
+            raise InputError(
+                f"query {qid!r} is not open: unknown, clicked before, or more than {PENDING:,} queries ago"
+            )
         text, shown = self._pending[qid]
         if item not in shown:
             raise InputError(f"query {qid} did not show the item {item!r}")
@@ -220,7 +226,7 @@ class Peer:
         fields = (self.node_id, number, normalize(term), item, about.title, about.artist, about.tags)
         row = Row(*fields, tuple(islice(shown, SHOWN_LIMIT)), time)
         if self._key is not None:
-            row = Row(*row.content(), self._key.sign(row.signed_bytes()))
+            row = replace(row, signature=self._key.sign(row.signed_bytes()))
         self._take([row], is_ours=True)
         return row
 
@@ -318,10 +324,10 @@ class Peer:
 
     def _message(self, rows: Iterable[Row], available: int) -> dict[str, Any]:
         sent: list[list[Any]] = []
-        left = self.defences.max_message_bytes - 1024  # for what is around the rows
+        left = self.defences.max_message_bytes - AROUND
         for row in islice(rows, self.defences.reply_rows):
             left -= row.size() + 1
-            if left < 0 and sent:
+            if left < 0:
                 break
             sent.append(row.to_json())
         return {"from": self.node_id, "rows": sent, "more": len(sent) < available}
@@ -350,6 +356,7 @@ class Peer:
             try:
                 row = row_from_json(value)
                 normal = normalize(row.term) == row.term
+                self.term_key(row.term)  # before anything is changed: it is the user's, and may refuse
             except (DataError, InputError):
                 refused["malformed"] += 1
                 continue
@@ -388,7 +395,7 @@ class Peer:
     # Keeping
 
     def stats(self) -> dict[str, int]:
-        """``rows``, their ``bytes`` on the wire, ``origins`` of rows, ``cells`` (distinct (term, item, origin)), ``peers``, ``marked`` origins."""
+        """``rows``, their ``bytes`` on the wire, ``origins`` of rows, ``cells`` (term, item, origin), ``peers``, ``marked`` origins."""
         cells = sum(len(clicks) for clicks in self.log.clicks.values())
         origins = sum(bool(rows) for rows in self.log.rows.values())
         return {
@@ -401,7 +408,10 @@ class Peer:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the peer into one checked file, all or nothing: log, library, known peers, parameters. Not: the key, the store, open queries."""
+        """Write the peer into one checked file, all or nothing: log, library, known peers, parameters.
+
+        Not: the key, the store, open queries.
+        """
         rows = b"\n".join(json.dumps(row.to_json()).encode() for row in self.log.all_rows())
         library = [[item.id, item.title, item.artist, list(item.tags)] for item in self.library.values()]
         meta = {
@@ -417,7 +427,10 @@ class Peer:
             "next_query": self._next_query,
             "generator": self._generator.bit_generator.state,
         }
-        arrays = {"rows": np.frombuffer(rows, np.uint8), "library": np.frombuffer(json.dumps(library).encode(), np.uint8)}
+        arrays = {
+            "rows": np.frombuffer(rows, np.uint8),
+            "library": np.frombuffer(json.dumps(library).encode(), np.uint8),
+        }
         write_arrays(path, KIND, arrays, meta)
 
     @classmethod
@@ -428,7 +441,10 @@ class Peer:
         """
         file = read_arrays(path, KIND)
         meta = file.meta
-        items = [Item(id, title, artist, tuple(tags)) for id, title, artist, tags in json.loads(file.arrays["library"].tobytes())]
+        items = [
+            Item(id, title, artist, tuple(tags))
+            for id, title, artist, tags in json.loads(file.arrays["library"].tobytes())
+        ]
         defences = Defences(**meta["defences"])
         peer = cls(items, meta["node_id"], meta["F"], meta["explore"], meta["top_terms"], defences=defences, **others)
         lines = file.arrays["rows"].tobytes().splitlines()

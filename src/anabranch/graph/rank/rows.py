@@ -1,11 +1,12 @@
 """A row of the click log, its form on the wire, and the vector that says which rows a peer has.
 
-A row is identified by (origin, number). On the wire it is a JSON list of its fields, strictly checked on the way in. A vector is, by origin, the
-numbers held as rising half-open ranges ``[low, high, low, high, ...]``: one range where the log of an origin is whole, more after a bootstrap by a
-random share.
+A row is identified by (origin, number). On the wire it is a JSON list of its fields, strictly checked on the way in. A vector is,
+by origin, the numbers held as rising half-open ranges ``[low, high, low, high, ...]``: one range where the log of an origin is
+whole, more after a bootstrap by a random share.
 """
 
 import bisect
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -115,8 +116,10 @@ def check_vector(value: Any) -> Vector:
     for origin, ranges in value.items():
         good = is_node(origin) and isinstance(ranges, list | tuple) and len(ranges) % 2 == 0
         good = good and all(isinstance(end, int) and not isinstance(end, bool) for end in ranges)
-        if not good or any(low >= high for low, high in zip(ranges, ranges[1:], strict=False)) or min(ranges, default=0) < 0:
-            raise DataError(f"a vector has rising ranges [low, high, low, high, ...] by origin; that of {origin!r:.80} is none")
+        if not good or any(low >= high for low, high in itertools.pairwise(ranges)) or min(ranges, default=0) < 0:
+            raise DataError(
+                f"a vector has rising ranges [low, high, low, high, ...] by origin; that of {origin!r:.80} is none"
+            )
     return {origin: list(ranges) for origin, ranges in value.items()}
 
 

@@ -30,7 +30,9 @@ class RowStore:
         run("INSERT OR IGNORE INTO about VALUES ('node', ?), ('version', ?)", (node_id, str(VERSION)))
         about = dict(run("SELECT name, value FROM about").fetchall())
         if about["version"] != str(VERSION):
-            raise DataError(f"{self.path} is version {about['version']} of a store of rows; this release reads {VERSION}")
+            raise DataError(
+                f"{self.path} is version {about['version']} of a store of rows; this release reads {VERSION}"
+            )
         if about["node"] != node_id:
             raise DataError(f"{self.path} holds the log of {about['node']!r}, not of {node_id!r}")
 
