@@ -62,10 +62,10 @@ def write_names(index: str | Path, names: Names) -> Path:
     return path
 
 
-def read_names(index: str | Path) -> Names | None:
-    """The names of an index; None where there is no file of them.
+def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None:
+    """The names of an index; None where there is no file of them. ``ids`` are those that must have one.
 
-    Raises DataError for a damaged file, or one that was written for another index.
+    Raises DataError for a damaged file, or one that was written for another index or has too few names.
     """
     path = names_path(index)
     if not path.exists():
@@ -74,10 +74,14 @@ def read_names(index: str | Path) -> Names | None:
     if found.meta.get("index") != _fingerprint(Path(index)):
         raise DataError(f"{path} belongs to another index than {index}; build the index again, or remove the file")
     if "names" in found.arrays:
-        return Names(found.arrays["names"])
-    text, ends = found.arrays["name_bytes"].tobytes(), found.arrays["name_ends"].tolist()
-    names = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-    return Names(np.array(names, object))
+        names = Names(found.arrays["names"])
+    else:
+        text, ends = found.arrays["name_bytes"].tobytes(), found.arrays["name_ends"].tolist()
+        parts = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+        names = Names(np.array(parts, object))
+    if ids is not None and len(ids) and ids.max() >= len(names):
+        raise DataError(f"{path} has {len(names):,} names, and an id of the index is {ids.max()}; build the index again")
+    return names
 
 
 def _fingerprint(index: Path) -> str:

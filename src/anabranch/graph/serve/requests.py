@@ -232,7 +232,9 @@ def _count(value: Any, field: str, most: int) -> int:
     if type(value) is not int or value < 1:
         raise _wrong(field, f"{field} is {_kind(value)}; it must be a whole number of at least 1")
     if value > most:
-        raise RequestError(400, "over_limit", f"{field} is {value:.6g}; this server takes at most {most:,}", field=field)
+        raise RequestError(
+            400, "over_limit", f"{field} is {value:.6g}; this server takes at most {most:,}", field=field
+        )
     return value
 
 

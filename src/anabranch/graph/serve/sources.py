@@ -132,7 +132,8 @@ class Sources:
     def _vectors(self, path: Path) -> Vectors:
         from anabranch.graph.hnsw import HNSW
 
-        index, names = HNSW.load(path, mmap=self.mmap), read_names(path)
+        index = HNSW.load(path, mmap=self.mmap)
+        names = read_names(path, index.ids)
         if len(index):
             first = index.ids[:1]
             for filter in (None, first):

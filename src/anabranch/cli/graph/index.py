@@ -1,0 +1,110 @@
+"""``anabranch graph index``: an index of vectors, for nearest-neighbour search."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.graph.options import Threads, check_extra
+from anabranch.cli.graph.waiting import Rate
+from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
+from anabranch.cli.progress import Progress
+from anabranch.errors import DataError, InputError
+
+STEP = 4096  # vectors added at once, at least
+
+
+def index(
+    vectors: Annotated[
+        str, typer.Argument(metavar="VECTORS", help="Vectors: .npy, .npz, .parquet, .csv, .tsv, or an index of ours.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The index, e.g. index.anb.")],
+    metric: Annotated[str, typer.Option(metavar="M", help="l2 (squared), cosine, or ip (inner product).")] = "l2",
+    links: Annotated[
+        int, typer.Option("--m", metavar="M", help="Links of an element, 5 to 48; more for more dimensions.")
+    ] = 16,
+    ef_construction: Annotated[
+        int, typer.Option(metavar="EF", help="Candidates looked at for them; more is better and slower.")
+    ] = 200,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter).")
+    ] = "f32",
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GRAPH", help="Call rows by the names of this graph's nodes. Default: names that the vectors have."
+        ),
+    ] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an HNSW index of vectors.
+
+    Row i gets id i. Where rows have names, they go into a second file beside the index (FILE.names).
+
+    Example: anabranch graph index vectors.npy --metric cosine --out index.anb
+    """  # fmt: skip
+    check_extra()
+    import numpy as np
+
+    from anabranch.cli.graph.vectors import read_vectors
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import Names, names_path, write_names
+
+    found = read_vectors(vectors)
+    count, dim = found.array.shape
+    called = found.names
+    if names is not None:
+        called = _names_of(names, count, quiet)
+    zero = np.flatnonzero(~found.array.any(1))
+    if metric == "cosine" and zero.size:
+        raise DataError(
+            f"{vectors}, row {zero[0]}: all numbers are 0, which has no cosine ({zero.size:,} such rows); use --metric l2"
+        )
+    made = HNSW(dim, metric, links, ef_construction, dtype, seed, num_threads=threads)
+    started = time.perf_counter()
+    with Progress(count, "vector", quiet=quiet) as progress:
+        rate, step = Rate(progress, "vectors"), max(STEP, count // 50)
+        rate(0)
+        for first in range(0, count, step):
+            made.add(found.array[first : first + step])
+            rate(min(first + step, count))
+    seconds = time.perf_counter() - started
+    made.save(out)
+    if called is not None:
+        write_names(out, Names(called))
+    else:
+        names_path(out).unlink(missing_ok=True)  # of an index that was there before
+    stats = made.stats()
+    facts = {
+        "vectors": count, "dim": dim, "metric": metric, "dtype": dtype, "M": made.M, "ef_construction": made.ef_construction,
+        "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
+        "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("vectors", f"{vectors}   {count:,} x {dim}" + ("   with names" if called is not None else ""))
+    fact("index", f"{metric}, {dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
+         f"{stats['mean_degree'][0]:.1f} links each")  # fmt: skip
+    fact("built", f"in {duration(seconds)}, {quantity(count / max(seconds, 1e-9))} vectors/s")
+    if stats["unreachable"]:
+        fact("note", f"{stats['unreachable']:,} vectors cannot be reached; a larger --m links them")
+    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph search {out} --rows 0 --check")
+
+
+def _names_of(source: str, count: int, quiet: bool) -> object:
+    from anabranch.cli.graph.inputs import open_graph
+
+    graph = open_graph(source, quiet=quiet).graph
+    if graph.names is None:
+        raise InputError(f"--names is {source}, whose nodes have no names")
+    if graph.num_nodes != count:
+        raise InputError(f"--names is {source} with {graph.num_nodes:,} nodes; there are {count:,} vectors")
+    return graph.names
