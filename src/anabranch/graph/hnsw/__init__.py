@@ -4,6 +4,8 @@ Malkov and Yashunin, "Efficient and robust approximate nearest neighbor search u
 arXiv 1603.09320.
 """
 
+from anabranch.graph.hnsw.exact import brute_force
 from anabranch.graph.hnsw.index import HNSW
+from anabranch.graph.hnsw.sharded import ShardedHNSW
 
-__all__ = ["HNSW"]
+__all__ = ["HNSW", "ShardedHNSW", "brute_force"]

@@ -6,7 +6,8 @@ any way: each list is written once, from what the step before left, so the bytes
 """
 # Shapes: B batch, T targets, K candidates
 
-import numba as nb
+from typing import Any
+
 import numpy as np
 
 from anabranch.graph.hnsw.layout import (
@@ -21,7 +22,6 @@ from anabranch.graph.hnsw.layout import (
     KEEP,
     KIND,
     LEVEL,
-    NUM_DELETED,
     ROWS,
     SIMPLE,
     STRIDE,
@@ -29,23 +29,23 @@ from anabranch.graph.hnsw.layout import (
     WIDTH,
     as_query,
     cap_of,
-    distance,
     links_of,
+    touch,
 )
-from anabranch.graph.hnsw.raw import LANES, get_i32, get_u8, set_i32, set_u8
-from anabranch.graph.hnsw.search import INFINITY, descend, insert, next_tag, pool_search
+from anabranch.graph.hnsw.raw import LANES, address, distance, get_i32, get_u8, helper, kernel, set_i32, set_u8
+from anabranch.graph.hnsw.search import INFINITY, clear, descend, insert, next_tag, pool_search
 
 NEAR = np.float32(0.0)
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def measure(graph, query, scale, norm, slot):
     """From a query to a slot."""
     row = graph[ROWS] + slot * graph[STRIDE]
     return distance(graph[KIND], query, scale, norm, row, graph[AUX], slot, graph[WIDTH])
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def select(graph, count, most, found_d, found_i, chosen, scratch):
     """SELECT: at most ``most`` of ``count`` candidates, sorted by their distance to the base, into ``chosen``; how many.
 
@@ -53,7 +53,8 @@ def select(graph, count, most, found_d, found_i, chosen, scratch):
     """
     if count <= most or graph[SIMPLE] != 0:
         taken = min(count, most)
-        chosen[:taken] = found_i[:taken]
+        for number in range(taken):
+            chosen[number] = found_i[number]
         return taken
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     taken, rejected = 0, np.empty(count, np.int32)
@@ -82,7 +83,7 @@ def select(graph, count, most, found_d, found_i, chosen, scratch):
     return taken
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def write_links(links, cap, chosen, count):
     """Replace a list of links."""
     for place in range(count):
@@ -91,7 +92,7 @@ def write_links(links, cap, chosen, count):
         set_i32(links, place, -1)
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def live_candidates(graph, base, count, found_d, found_i):
     """Unmark what `pool_search` found and leave out the base, and deleted elements unless all are; how many stay."""
     held, num_live = 0, 0
@@ -106,15 +107,16 @@ def live_candidates(graph, base, count, found_d, found_i):
     return held
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i):
     """Add the neighbours of candidates to them (paper, algorithm 4), up to ef_construction; how many there are."""
-    marks, tag, most = visited.ctypes.data, next_tag(visited), graph[EF]
-    given = found_i[:count].copy()
+    marks, tag, most = address(visited), next_tag(visited), graph[EF]
+    given = np.empty(count, np.int32)
     set_u8(marks, base, tag)
     for place in range(count):
+        given[place] = found_i[place]
         set_u8(marks, given[place], tag)
-    found_d[count : most + LANES] = INFINITY
+    clear(found_d, count)
     for slot in given:
         links = links_of(graph, np.int64(slot), level)
         for place in range(cap_of(graph, level)):
@@ -130,17 +132,17 @@ def extend(graph, base, level, query, scale, norm, count, visited, found_d, foun
     return count
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def link_new(graph, visited, slot_B, begin, end):
     """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have."""
     ef = graph[EF]
     found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
-    todo = np.empty(max(graph[CAP0], graph[CAP]) + 1, np.int32)
+    todo = np.empty(graph[CAP0] + 1, np.int32)
     chosen = np.empty(graph[CAP] + 1, np.int32)
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     for number in range(begin, end):
         base = np.int64(slot_B[number])
-        query, scale, norm = as_query(graph, base, own.ctypes.data)
+        query, scale, norm = as_query(graph, base, address(own))
         top = get_i32(graph[LEVEL], base)
         entry, nearest, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
         for level in range(min(top, graph[TOP]), -1, -1):
@@ -151,11 +153,11 @@ def link_new(graph, visited, slot_B, begin, end):
             count = live_candidates(graph, base, count, found_d, found_i)
             if graph[EXTEND] != 0:
                 count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
-            count = select(graph, count, graph[CAP], found_d, found_i, chosen, other.ctypes.data)
+            count = select(graph, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def add_links(graph, level, target, source_B, begin, end, own, other):
     """Add ``source_B[begin:end]`` to the links of ``target``; select again where they are too many."""
     links, cap = links_of(graph, target, level), cap_of(graph, level)
@@ -167,17 +169,19 @@ def add_links(graph, level, target, source_B, begin, end, own, other):
         for number in range(begin, end):
             set_i32(links, held + number - begin, source_B[number])
         return
-    query, scale, norm = as_query(graph, target, own.ctypes.data)
+    query, scale, norm = as_query(graph, target, address(own))
     found_d, found_i = np.empty(count + LANES, np.float32), np.empty(count + LANES, np.int32)
-    found_d[:] = INFINITY
+    clear(found_d, 0)
+    for number in range(held):
+        touch(graph[ROWS] + get_i32(links, number) * graph[STRIDE], graph[STRIDE])
     for number in range(count):
         slot = np.int64(source_B[begin + number - held]) if number >= held else get_i32(links, number)
         insert(found_d, found_i, number, count, measure(graph, query, scale, norm, slot), slot)
     chosen = np.empty(cap, np.int32)
-    write_links(links, cap, chosen, select(graph, count, cap, found_d, found_i, chosen, other.ctypes.data))
+    write_links(links, cap, chosen, select(graph, count, cap, found_d, found_i, chosen, address(other)))
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def link_back(graph, level, target_T, start_T, source_B, begin, end):
     """Add sources ``start_T[t]`` ... ``start_T[t + 1]`` to the links of each target t of ``begin`` ... ``end``."""
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
@@ -185,7 +189,7 @@ def link_back(graph, level, target_T, start_T, source_B, begin, end):
         add_links(graph, level, target_T[number], source_B, start_T[number], start_T[number + 1], own, other)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def insert_singly(graph, visited, slot_B, begin, end):
     """Insert elements one after the other: batches of one."""
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
@@ -205,7 +209,7 @@ def insert_singly(graph, visited, slot_B, begin, end):
             graph[ENTRY], graph[TOP] = base, top
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def points_at(graph, level, gone_N, begin, end, is_hit_N):
     """Mark the slots ``begin`` ... ``end`` that stay and have a link to one that goes on a level."""
     cap = cap_of(graph, level)
@@ -223,18 +227,18 @@ def points_at(graph, level, gone_N, begin, end, is_hit_N):
                 break
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def bridge(graph, level, visited, gone_N, slot_T, begin, end):
     """Select the links of slots anew, from those that stay and those that can be reached through what goes (at most ef_construction)."""
     most = max(graph[EF], graph[CAP0])
     found_d, found_i = np.empty(most + LANES, np.float32), np.empty(most + LANES, np.int32)
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
-    cap, marks = cap_of(graph, level), visited.ctypes.data
+    cap, marks = cap_of(graph, level), address(visited)
     chosen, through = np.empty(cap, np.int32), np.empty(most + 1, np.int32)
     for number in range(begin, end):
         base, tag = np.int64(slot_T[number]), next_tag(visited)
-        query, scale, norm = as_query(graph, base, own.ctypes.data)
-        found_d[:] = INFINITY
+        query, scale, norm = as_query(graph, base, address(own))
+        clear(found_d, 0)
         set_u8(marks, base, tag)
         through[0], size, at, count = base, 1, 0, 0
         while at < size:
@@ -255,11 +259,11 @@ def bridge(graph, level, visited, gone_N, slot_T, begin, end):
                 elif size <= most:
                     through[size] = slot
                     size += 1
-        count = select(graph, count, cap, found_d, found_i, chosen, other.ctypes.data)
+        count = select(graph, count, cap, found_d, found_i, chosen, address(other))
         write_links(links_of(graph, base, level), cap, chosen, count)
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def reach(graph, start, is_reached_N, queue_N):
     """Mark what can be reached on level 0 from ``start``, itself included; how many were not marked before."""
     if is_reached_N[start] != 0:
@@ -280,29 +284,31 @@ def reach(graph, start, is_reached_N, queue_N):
     return size
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def has_room(graph, slot):
     """Whether a list on level 0 takes one more link."""
     return get_i32(links_of(graph, slot, 0), graph[CAP0] - 1) < 0
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def repair_links(graph, visited, is_reached_N):
     """Link every element that level 0 does not lead to from the nearest reached list with room; how many were linked, how many remain."""
     num_slots, ef = graph[COUNT], graph[EF]
     queue = np.empty(num_slots + 1, np.int32)
     found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
-    todo, own = np.empty(graph[CAP0] + graph[CAP] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
-    is_reached_N[:] = 0
+    todo, own = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
     reach(graph, graph[ENTRY], is_reached_N, queue)
-    linked, left = 0, 0
+    linked, left, ground = 0, 0, np.int64(0)  # typed: a literal would be compiled as a case of its own
     for slot in range(num_slots):
         if is_reached_N[slot] != 0 or get_i32(graph[LEVEL], slot) < 0:
             continue
-        query, scale, norm = as_query(graph, slot, own.ctypes.data)
-        entry, nearest, _, _ = descend(graph, query, scale, norm, 0)
-        count, _, _ = pool_search(graph, query, scale, norm, 0, entry, nearest, ef, visited, found_d, found_i, todo)
-        best, place = np.int64(-1), 0
+        query, scale, norm = as_query(graph, slot, address(own))
+        entry, nearest, _, _ = descend(graph, query, scale, norm, ground)
+        count, _, _ = pool_search(
+            graph, query, scale, norm, ground, entry, nearest, ef, visited, found_d, found_i, todo
+        )
+        best: Any = np.int64(-1)
+        place = 0
         while place < count and best < 0:
             near = np.int64(~found_i[place])
             if is_reached_N[near] != 0 and has_room(graph, near):

@@ -107,7 +107,9 @@ def as_filter(value: Any, label_N: np.ndarray) -> np.ndarray:
         raise InputError(f"filter has the shape {list(found.shape)}; it must be a mask by id or a list of ids")
     if found.dtype == bool:
         if label_N.size and len(found) <= label_N.max():
-            raise InputError(f"filter is a mask of {len(found):,} entries and the largest id is {label_N.max()}; give an entry per id")
+            raise InputError(
+                f"filter is a mask of {len(found):,} entries and the largest id is {label_N.max()}; give an entry per id"
+            )
         return found[label_N]
     if found.size and found.dtype.kind not in "iu":
         raise InputError(f"filter is of {found.dtype}; it must be a mask by id (bool) or a list of ids (integers)")

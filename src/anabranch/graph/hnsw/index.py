@@ -1,7 +1,6 @@
 """`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`."""
 # Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
 
-import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,17 +8,7 @@ import numpy as np
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
-from anabranch.graph.hnsw.build import (
-    bridge,
-    insert_singly,
-    link_back,
-    link_new,
-    points_at,
-    reach,
-    repair_links,
-)
 from anabranch.graph.hnsw.checks import (
-    as_array,
     as_distinct,
     as_filter,
     as_ids,
@@ -27,13 +16,11 @@ from anabranch.graph.hnsw.checks import (
     as_vectors,
     like,
 )
+from anabranch.graph.hnsw.linking import Linker, Marks
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.search import scan_many, search_many
 from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
 
-SINGLY = 1024  # as many elements are inserted one by one
-SHARE = 64  # then batches of N / SHARE
-BATCH = 4096  # at most
 POOL = 1024  # above this ef, two heaps are quicker than one sorted array
 SELECTIVE = 0.01  # a filter that lets a smaller share through is answered by measuring all of it
 EXTRA = 16  # results measured again beside 2 k
@@ -106,7 +93,7 @@ class HNSW:
         self._lock = ReadWriteLock()
         self._drawn = 0  # levels so far
         self._next_id = 0
-        self._linked = 0  # elements in the graph
+        self._linker = Linker(self._storage)
         self._slots: dict[int, int] | None = {}  # of live ids; None until it is needed
         self._last = (0, 0, 0)
 
@@ -134,7 +121,10 @@ class HNSW:
             return self._storage.label[: self._storage.count][self._live()]
 
     def vectors(self, ids: Any) -> Any:
-        """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept. Raises InputError for unknown ids."""
+        """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept.
+
+        Raises InputError for unknown ids.
+        """
         with self._lock.read():
             return like(self._storage.decode(self._slots_of(as_ids(ids, None))), ids)
 
@@ -172,7 +162,9 @@ class HNSW:
             known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
                 row = int(np.flatnonzero(known)[0])
-                raise InputError(f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector")
+                raise InputError(
+                    f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
+                )
             if known.any():
                 self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
             if not known.all():
@@ -196,7 +188,9 @@ class HNSW:
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
 
-        Compacts by itself once more than ``compact_at`` of the elements are deleted. Raises InputError for unknown ids, and then deletes none.
+        Compacts by itself once more than ``compact_at`` of the elements are deleted.
+
+        Raises InputError for unknown ids, and then deletes none.
         """
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
@@ -211,6 +205,24 @@ class HNSW:
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
                     self._compact(True, workers)
+
+    def restore(self, ids: Any) -> None:
+        """Undo `remove` for elements that were not compacted since.
+
+        Raises InputError for ids that are not deleted, and then restores none.
+        """
+        id_N = as_distinct(as_ids(ids, None))
+        with self._lock.write():
+            held, by_id = self._storage, self._by_id()
+            dead = np.flatnonzero(~self._live())
+            slots = dict(zip(held.label[dead].tolist(), dead.tolist(), strict=True))
+            for row, id in enumerate(id_N.tolist()):
+                if id in by_id or id not in slots:
+                    raise InputError(f"ids[{row}] is {id}, which is not a deleted element of the index")
+            for id in id_N.tolist():
+                by_id[id] = slots[id]
+                held.deleted[slots[id]] = 0
+            held.graph[layout.NUM_DELETED] -= len(id_N)
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
@@ -241,8 +253,8 @@ class HNSW:
             num_threads: for this call; None for the index's own.
 
         Returns:
-            ids, int64 [Q, K], and distances, float32 [Q, K], the nearest first, those at one distance by id; -1 and infinity behind the last
-            where there are fewer. Tensors, on their device, where queries are.
+            ids, int64 [Q, K], and distances, float32 [Q, K], the nearest first, those at one distance by id; -1 and infinity behind the
+            last where there are fewer. Tensors, on their device, where queries are.
 
         Raises:
             InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
@@ -264,8 +276,8 @@ class HNSW:
 
         Returns:
             ``count``, ``deleted``, ``levels`` (elements on each level), ``mean_degree`` (links per list on each level), ``unreachable``
-            (elements that level 0 does not lead to), ``size_bytes`` (of all arrays in use), and of the last search ``queries``, ``hops`` and
-            ``distances`` (means per query).
+            (elements that level 0 does not lead to), ``size_bytes`` (of all arrays in use), and of the last search ``queries``, ``hops``
+            and ``distances`` (means per query).
         """
         with self._lock.read():
             held, graph = self._storage, self._storage.graph
@@ -276,7 +288,7 @@ class HNSW:
                 lists = held.first[: held.count][level_N >= level] + level - 1
                 links = held.links[: held.count] if level == 0 else held.upper[lists]
                 degrees.append(round(float((links >= 0).sum(1).mean()), 3))
-            reached = self._reached()
+            reached = self._linker.reached()
             hops, distances, queries = self._last
             return {
                 "count": held.count - int(graph[layout.NUM_DELETED]),
@@ -344,7 +356,7 @@ class HNSW:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
-        made._drawn, made._next_id, made._linked, made._slots = drawn, next_id, made._storage.count, None
+        made._drawn, made._next_id, made._linker.linked, made._slots = drawn, next_id, made._storage.count, None
         return made
 
     # Inside: callers hold the lock
@@ -383,78 +395,14 @@ class HNSW:
         self._next_id = max(self._next_id, int(id_N.max()) + 1)
         if self._slots is not None:
             self._slots.update(zip(id_N.tolist(), slot_S.tolist(), strict=True))
-        self._link(slot_S, workers)
-
-    def _link(self, slot_S: np.ndarray, workers: Workers) -> None:
-        """Insert slots that no list points at, and whose own lists are empty, into the graph."""
-        graph, done = self._storage.graph, 0
-        singly = max(min(SINGLY - self._linked, len(slot_S)), 0)
-        if singly:
-            with _Marks(self._storage) as marks:
-                insert_singly(graph, marks, slot_S, 0, singly)
-            done, self._linked = singly, self._linked + singly
-        while done < len(slot_S):
-            batch_B = slot_S[done : done + min(self._linked // SHARE, BATCH)]
-            above = np.flatnonzero(self._storage.level[batch_B] > graph[layout.TOP])
-            if above.size:  # it becomes the entry point before others come that it may link to on its level
-                batch_B = batch_B[: above[0] + 1]
-            self._link_batch(batch_B, workers)
-            if above.size:
-                graph[layout.ENTRY], graph[layout.TOP] = batch_B[-1], self._storage.level[batch_B[-1]]
-            done, self._linked = done + len(batch_B), self._linked + len(batch_B)
-
-    def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
-        held, graph = self._storage, self._storage.graph
-
-        def forward(begin: int, end: int) -> None:
-            with _Marks(held) as marks:
-                link_new(graph, marks, batch_B, begin, end)
-
-        workers.run(forward, len(batch_B), 4)
-        for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
-            base_S = batch_B[held.level[batch_B] >= level]
-            links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
-            target_P = links[links >= 0]
-            source_P = np.repeat(base_S, (links >= 0).sum(1))
-            pair_P = np.sort((target_P.astype(np.int64) << 32) | np.arange(len(target_P)))  # by target, then as they came
-            source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
-            start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
-            target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))
-
-            def back(begin: int, end: int, level: int = level, target_T: Any = target_T, start_T: Any = start_T) -> None:
-                link_back(graph, level, target_T, start_T, source_P, begin, end)  # noqa: B023 - run before the next level
-
-            workers.run(back, len(target_T), 16)
-
-    def _take_out(self, slot_S: np.ndarray, workers: Workers) -> None:
-        """Let no list point at slots any more: lists that did are selected anew. Their own become empty."""
-        held, graph = self._storage, self._storage.graph
-        gone_N = np.zeros(held.count, np.uint8)
-        gone_N[slot_S] = 1
-        hit_N = np.zeros(held.count, np.uint8)
-        for level in range(int(graph[layout.TOP]) + 1):
-            workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, hit_N), held.count, 4096)  # noqa: B023
-            target_T = np.flatnonzero(hit_N)
-
-            def mend(begin: int, end: int, level: int = level, target_T: np.ndarray = target_T) -> None:
-                with _Marks(held) as marks:
-                    bridge(graph, level, marks, gone_N, target_T, begin, end)
-
-            workers.run(mend, len(target_T), 8)
-        held.links[slot_S] = -1
-        held.upper[held.lists_of(slot_S)] = -1
-        self._linked -= len(slot_S)
-        if gone_N[graph[layout.ENTRY]]:
-            stays = np.flatnonzero(gone_N == 0)
-            entry = stays[held.level[stays].argmax()] if stays.size else -1
-            graph[layout.ENTRY], graph[layout.TOP] = entry, held.level[entry] if stays.size else -1
+        self._linker.link(slot_S, workers)
 
     def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
         if len(slot_S):
             self._storage.own()
-            self._take_out(slot_S, workers)
+            self._linker.take_out(slot_S, workers)
             self._storage.put(slot_S, vector_SD)
-            self._link(slot_S, workers)
+            self._linker.link(slot_S, workers)
 
     def _compact(self, repair: bool, workers: Workers) -> int:
         held = self._storage
@@ -463,11 +411,11 @@ class HNSW:
             return 0
         held.own()
         if live.size:
-            self._take_out(dead, workers)
+            self._linker.take_out(dead, workers)
             held.keep(live)
         else:
             held.reset()
-            self._linked = 0
+            self._linker.linked = 0
         self._slots = None
         if repair:
             self._repair()
@@ -477,64 +425,41 @@ class HNSW:
         if not self._storage.count:
             return 0
         self._storage.own()
-        with _Marks(self._storage) as marks:
-            linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
-        return int(linked)
-
-    def _reached(self) -> np.ndarray:
-        """Which slots level 0 leads to, bool [N]."""
-        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
-        is_reached_N = np.zeros(count, np.uint8)
-        if count:
-            reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
-        return is_reached_N.astype(bool)
+        return self._linker.repair()
 
     def _search(
-        self, query_QD: np.ndarray, ef: int, filter: Any, id_QK: np.ndarray, distance_QK: np.ndarray, num_threads: int | None
+        self,
+        query_QD: np.ndarray,
+        ef: int,
+        filter: Any,
+        id_QK: np.ndarray,
+        distance_QK: np.ndarray,
+        num_threads: int | None,
     ) -> None:
         held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, counts = held.label[: held.count], np.zeros(2, np.int64)
+        label_N, keep = held.label[: held.count], min(ef, 2 * k + EXTRA)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
-        allowed_N = None
+        allowed, slot_S = 0, None  # all, unless something keeps some out or two heaps are quicker
         if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
             allowed_N = self._live() if filter is None else as_filter(filter, label_N) & self._live()
-            matches = int(allowed_N.sum())
-            if filter is not None and matches <= max(2 * ef, SELECTIVE * held.count):
+            allowed = allowed_N.ctypes.data
+            if filter is not None and allowed_N.sum() <= max(2 * ef, SELECTIVE * held.count):
                 slot_S = np.flatnonzero(allowed_N)
                 slot_S = slot_S[np.argsort(label_N[slot_S])]
+        parts: list[np.ndarray] = []
 
         def walk(begin: int, end: int) -> None:
-            found = np.zeros(2, np.int64)
-            if scanned:
-                scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, found)
+            counts = np.zeros(2, np.int64)
+            queries, results = (query_Q, aux_Q, full_Q, begin, end), (id_QK, distance_QK, counts)
+            if slot_S is not None:
+                scan_many(graph, label_N, slot_S, *queries, *results)
             else:
-                with _Marks(held) as marks:
-                    search_many(
-                        graph, label_N, marks, query_Q, aux_Q, full_Q, begin, end, ef, keep, allowed, id_QK, distance_QK, found
-                    )
-            parts.append(found)
+                with Marks(held) as marks:
+                    search_many(graph, label_N, marks, *queries, ef, keep, allowed, *results)
+            parts.append(counts)
 
-        parts: list[np.ndarray] = []
-        scanned = allowed_N is not None and filter is not None and matches <= max(2 * ef, SELECTIVE * held.count)
-        allowed = 0 if allowed_N is None else allowed_N.ctypes.data
-        keep = min(ef, 2 * k + EXTRA)
-        if not scanned or len(slot_S):
-            with self._workers(num_threads) as workers:
-                workers.run(walk, len(query_QD), 4)
-        counts = sum(parts, counts)
-        self._last = (int(counts[0]), int(counts[1]), len(query_QD))
-
-
-class _Marks:
-    """Marks of a storage for as long as it is entered."""
-
-    def __init__(self, held: Storage) -> None:
-        self._held = held
-
-    def __enter__(self) -> np.ndarray:
-        self._marks = self._held.take_marks()
-        return self._marks
-
-    def __exit__(self, *_: object) -> None:
-        self._held.give_marks(self._marks)
+        with self._workers(num_threads) as workers:
+            workers.run(walk, len(query_QD) if slot_S is None or len(slot_S) else 0, 4)
+        hops, distances = np.sum(parts, 0) if parts else (0, 0)
+        self._last = (int(hops), int(distances), len(query_QD))

@@ -8,21 +8,9 @@ A row of int8 holds round(x / s) with s = max |x| / 127 of that row; beside it s
 """
 # Shapes: N slots, C capacity; a slot is the number of an element within the arrays
 
-import numba as nb
 import numpy as np
 
-from anabranch.graph.hnsw.raw import (
-    LINE,
-    dot_f16,
-    dot_f32,
-    dot_i8,
-    get_f32,
-    get_i32,
-    prefetch,
-    squared_f16,
-    squared_f32,
-    widen_f16,
-)
+from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, widen_f16
 
 # Places in the row that describes an index
 (
@@ -52,27 +40,12 @@ from anabranch.graph.hnsw.raw import (
     FIELDS,
 ) = range(24)
 
+ASKED = 256  # bytes of a row that are asked for ahead
+
 L2_F32, IP_F32, L2_F16, IP_F16, L2_I8, IP_I8 = range(6)
 
 
-@nb.njit(cache=True, nogil=True)
-def distance(kind, query, scale, norm, row, aux, slot, width):
-    """From a query (address, and scale and squared norm where it is int8) to the vector at ``row``, which is that of ``slot``."""
-    if kind == L2_F32:
-        return squared_f32(query, row, width)
-    if kind == IP_F32:
-        return np.float32(1.0) - dot_f32(query, row, width)
-    if kind == L2_F16:
-        return squared_f16(query, row, width)
-    if kind == IP_F16:
-        return np.float32(1.0) - dot_f16(query, row, width)
-    product = np.float32(dot_i8(query, row, width)) * (scale * get_f32(aux, 2 * slot))
-    if kind == IP_I8:
-        return np.float32(1.0) - product
-    return norm + get_f32(aux, 2 * slot + 1) - np.float32(2.0) * product
-
-
-@nb.njit(cache=True, nogil=True)
+@helper
 def as_query(graph, slot, scratch):
     """The vector of a slot as a query: address, scale, squared norm. ``scratch`` has room for WIDTH floats."""
     row = graph[ROWS] + slot * graph[STRIDE]
@@ -85,7 +58,7 @@ def as_query(graph, slot, scratch):
     return row, np.float32(0.0), np.float32(0.0)
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def links_of(graph, slot, level):
     """Address of the links of a slot on a level that it has."""
     if level == 0:
@@ -93,15 +66,14 @@ def links_of(graph, slot, level):
     return graph[UPPER] + (get_i32(graph[FIRST], slot) + level - 1) * graph[CAP] * 4
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def cap_of(graph, level):
     """Most links of a slot on a level."""
     return graph[CAP0] if level == 0 else graph[CAP]
 
 
-@nb.njit(inline="always")
+@helper
 def touch(row, stride):
     """Ask for the first lines of a row; the processor goes on by itself."""
-    prefetch(row)
-    if stride > LINE:
-        prefetch(row + LINE)
+    for line in range(0, min(stride, ASKED), LINE):
+        prefetch(row + line)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -59,7 +60,9 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -73,7 +76,7 @@ class Workers:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.num_threads)
         ends = [total * piece // pieces for piece in range(pieces + 1)]
-        for task in [self._pool.submit(work, *pair) for pair in zip(ends, ends[1:], strict=False)]:
+        for task in [self._pool.submit(work, *pair) for pair in pairwise(ends)]:
             task.result()
 
 

@@ -3,17 +3,26 @@
 Kernels take addresses instead of arrays, so that one compiled kernel serves arrays in memory, read-only arrays mapped from a file, and
 rows of every precision. Nothing here checks anything: callers own the arrays and keep ids in range (see `storage`).
 
-Distances are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a machine
-without AVX-512 runs the same code. Loops written in Python vectorise too, but their rests of fewer than 64 elements run one by one.
+Distances are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a
+machine without AVX-512 runs the same code. Loops in Python vectorise too, but their rests of fewer than 64 elements run one by one.
 """
 # Shapes: widths are counts of elements, padded with zeros to whole lines of 64 bytes
 
 from collections.abc import Callable
 from typing import Any
 
+import numba as nb
+import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba import extending
+from numba.core import cgutils as numba_cgutils
+from numba.core import types
+
+jit: Any = nb.njit  # numba's types do not know of all of its options, nor of what an intrinsic is called with
+intrinsic: Any = extending.intrinsic
+cgutils: Any = numba_cgutils
+kernel = jit(cache=True, nogil=True)  # called from Python
+helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by kernels alone: half the time to compile
 
 LINE = 64  # bytes
 LANES = 16
@@ -25,8 +34,8 @@ _VECTOR, _HALVES = ir.VectorType(_F32, LANES), ir.VectorType(_HALF, LANES)
 _INTS = ir.VectorType(_I32, LANES)
 
 
-def _element(builder: Any, kind: Any, address: Any, index: Any, size: int) -> Any:
-    """A pointer to element ``index`` of an array of ``kind`` at ``address``."""
+def _element(builder: Any, address: Any, index: Any, size: int) -> Any:
+    """A pointer to element ``index``, of ``size`` bytes, of an array at ``address``."""
     offset = builder.mul(index, ir.Constant(_I64, size))
     return builder.inttoptr(builder.add(address, offset), ir.PointerType())
 
@@ -34,7 +43,7 @@ def _element(builder: Any, kind: Any, address: Any, index: Any, size: int) -> An
 def _loader(result: Any, kind: Any, size: int, extend: bool = False) -> Callable[..., Any]:
     def typed(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value = builder.load(_element(builder, kind, *arguments, size), typ=kind)
+            value = builder.load(_element(builder, arguments[0], arguments[1], size), typ=kind)
             value.align = size
             return builder.sext(value, _I64) if extend else value
 
@@ -46,7 +55,7 @@ def _loader(result: Any, kind: Any, size: int, extend: bool = False) -> Callable
 def _storer(value_type: Any, kind: Any, size: int) -> Callable[..., Any]:
     def typed(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            stored = builder.store(arguments[2], _element(builder, kind, arguments[0], arguments[1], size))
+            stored = builder.store(arguments[2], _element(builder, arguments[0], arguments[1], size))
             stored.align = size
             return context.get_dummy_value()
 
@@ -93,7 +102,7 @@ def move(typingctx, to, source, count):
 
 def _chunk(builder: Any, address: Any, offset: Any, kind: Any, size: int) -> Any:
     """LANES elements that start ``offset`` elements behind ``address``."""
-    loaded = builder.load(_element(builder, kind.element, address, offset, size), typ=kind)
+    loaded = builder.load(_element(builder, address, offset, size), typ=kind)
     loaded.align = size
     return loaded
 
@@ -146,50 +155,75 @@ def _float_sum(builder: Any, query: Any, row: Any, width: Any, half: bool, squar
     return _horizontal(builder, _summed(builder, width, step, zero, builder.fadd))
 
 
-def _float_distance(half: bool, square: bool) -> Callable[..., Any]:
-    def typed(typingctx: Any, query: Any, row: Any, width: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return _float_sum(builder, *arguments, half, square)
-
-        return types.float32(types.int64, types.int64, types.int64), codegen
-
-    return typed
-
-
-squared_f32 = intrinsic(_float_distance(half=False, square=True))
-dot_f32 = intrinsic(_float_distance(half=False, square=False))
-squared_f16 = intrinsic(_float_distance(half=True, square=True))
-dot_f16 = intrinsic(_float_distance(half=True, square=False))
-
-
-@intrinsic
-def dot_i8(typingctx, query, row, width):
+def _byte_product(builder: Any, query: Any, row: Any, width: Any) -> Any:
     """Dot product of signed bytes, exact; ``width`` is below 2**17, so that it fits 32 bits."""
     wide_bytes, wide_ints = ir.VectorType(_I8, 2 * LANES), ir.VectorType(_I32, 2 * LANES)
     even = ir.Constant(_INTS, [2 * lane for lane in range(LANES)])
     odd = ir.Constant(_INTS, [2 * lane + 1 for lane in range(LANES)])
 
-    def codegen(context, builder, signature, arguments):
-        left_address, right_address, count = arguments
-
-        def step(offset, total):  # twice as many elements as lanes: neighbours are added before the sum, one instruction
-            offset = builder.mul(offset, ir.Constant(_I64, 2))
-            ends = (_chunk(builder, address, offset, wide_bytes, 1) for address in (left_address, right_address))
-            left, right = (builder.sext(end, wide_ints) for end in ends)
-            product, nothing = builder.mul(left, right), ir.Constant(wide_ints, ir.Undefined)
-            pairs = builder.add(
-                builder.shuffle_vector(product, nothing, even), builder.shuffle_vector(product, nothing, odd)
-            )
-            return builder.add(total, pairs)
-
-        zero = ir.Constant(_INTS, [0] * LANES)
-        total = _summed(builder, builder.udiv(count, ir.Constant(_I64, 2)), step, zero, builder.add)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
+    def step(offset: Any, total: Any) -> Any:  # twice the lanes: neighbours are added first, which is one instruction
+        offset = builder.mul(offset, ir.Constant(_I64, 2))
+        left, right = (
+            builder.sext(_chunk(builder, address, offset, wide_bytes, 1), wide_ints) for address in (query, row)
         )
-        return builder.call(function, [total])
+        product, nothing = builder.mul(left, right), ir.Constant(wide_ints, ir.Undefined)
+        firsts, seconds = (builder.shuffle_vector(product, nothing, lanes) for lanes in (even, odd))
+        return builder.add(total, builder.add(firsts, seconds))
 
-    return types.int32(types.int64, types.int64, types.int64), codegen
+    zero = ir.Constant(_INTS, [0] * LANES)
+    return _count(builder, _summed(builder, builder.udiv(width, ir.Constant(_I64, 2)), step, zero, builder.add))
+
+
+def _count(builder: Any, value: Any) -> Any:
+    """The sum of a vector of integers."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
+    )
+    return builder.call(function, [value])
+
+
+def _distance_function(module: Any) -> Any:
+    """One function per module that is not inlined: its loops, copied to every place that measures, would take seconds to compile."""
+    arguments = [_I64, _I64, _F32, _F32, _I64, _I64, _I64, _I64]
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(_F32, arguments), "anabranch_hnsw_distance")
+    if not function.is_declaration:
+        return function
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    function.attributes.add("nounwind")
+    kind, query, scale, norm, row, aux, slot, width = function.args
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    other = function.append_basic_block("bytes")
+    choice = builder.switch(kind, other)
+    one, two = ir.Constant(_F32, 1.0), ir.Constant(_F32, 2.0)
+    for number, (half, square) in enumerate(((False, True), (False, False), (True, True), (True, False))):
+        block = function.append_basic_block(f"kind{number}")
+        choice.add_case(ir.Constant(_I64, number), block)
+        builder.position_at_end(block)
+        total = _float_sum(builder, query, row, width, half, square)
+        builder.ret(total if square else builder.fsub(one, total))
+    builder.position_at_end(other)
+    beside = builder.mul(slot, ir.Constant(_I64, 2))
+    place = _element(builder, aux, beside, 4)
+    product = builder.sitofp(_byte_product(builder, query, row, width), _F32)
+    product = builder.fmul(product, builder.fmul(scale, builder.load(place, typ=_F32)))
+    is_product = builder.icmp_unsigned("==", kind, ir.Constant(_I64, 5))
+    with builder.if_then(is_product):
+        builder.ret(builder.fsub(one, product))
+    square = builder.load(_element(builder, aux, builder.add(beside, ir.Constant(_I64, 1)), 4), typ=_F32)
+    builder.ret(builder.fsub(builder.fadd(norm, square), builder.fmul(two, product)))
+    return function
+
+
+@intrinsic
+def distance(typingctx, kind, query, scale, norm, row, aux, slot, width):
+    """From a query (address, and scale and squared norm where it is int8) to the vector at ``row``, which is that of ``slot``."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.call(_distance_function(builder.module), arguments)
+
+    whole, single = types.int64, types.float32
+    return single(whole, whole, single, single, whole, whole, whole, whole), codegen
 
 
 @intrinsic
@@ -201,7 +235,7 @@ def widen_f16(typingctx, source, to, width):
         with cgutils.for_range(builder, builder.udiv(count, ir.Constant(_I64, LANES)), intp=_I64) as loop:
             offset = builder.mul(loop.index, ir.Constant(_I64, LANES))
             value = builder.fpext(_chunk(builder, begin, offset, _HALVES, 2), _VECTOR)
-            builder.store(value, _element(builder, _F32, end, offset, 4)).align = 4
+            builder.store(value, _element(builder, end, offset, 4)).align = 4
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -221,9 +255,12 @@ def count_not_above(typingctx, numbers, count, limit):
             offset = builder.mul(loop.index, ir.Constant(_I64, LANES))
             found = builder.fcmp_ordered("<=", _chunk(builder, address, offset, _VECTOR, 4), spread)
             builder.store(builder.add(builder.load(sums, typ=_INTS), builder.zext(found, _INTS)), sums)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
-        )
-        return builder.call(function, [builder.load(sums, typ=_INTS)])
+        return _count(builder, builder.load(sums, typ=_INTS))
 
     return types.int32(types.int64, types.int64, types.float32), codegen
+
+
+@helper
+def address(array):
+    """Where an array begins."""
+    return np.int64(array.ctypes.data)

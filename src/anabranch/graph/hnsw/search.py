@@ -3,12 +3,13 @@
 `pool_search` keeps the ef best in one sorted array, each marked once it was expanded. That is the two heaps of algorithm 2: what falls out
 of W lies farther than all of W, and the search would stop before it. Finding a place is one pass of vector compares, making room one move.
 
-`filtered_search` has the two heaps, since W then holds only elements that may be returned, while C holds all. It stops when the nearest of C
-is farther than W's farthest and W is full.
+`filtered_search` has the two heaps, since W then holds only elements that may be returned, while C holds all. It stops when the nearest of
+C is farther than W's farthest and W is full.
 """
 # Shapes: Q queries, K neighbours, R room of results per query (at least K)
 
-import numba as nb
+from typing import Any
+
 import numpy as np
 
 from anabranch.graph.hnsw.layout import (
@@ -16,40 +17,50 @@ from anabranch.graph.hnsw.layout import (
     CAP,
     CAP0,
     COUNT,
-    DELETED,
     ENTRY,
     FULL,
     FULL_STRIDE,
     FULL_WIDTH,
     KIND,
-    L2_F32,
     ROWS,
     STRIDE,
     TOP,
     WIDTH,
     cap_of,
-    distance,
     links_of,
     touch,
 )
-from anabranch.graph.hnsw.raw import LANES, count_not_above, get_i32, get_u8, move, prefetch, set_u8
+from anabranch.graph.hnsw.raw import (
+    LANES,
+    address,
+    count_not_above,
+    distance,
+    get_i32,
+    get_u8,
+    helper,
+    kernel,
+    move,
+    prefetch,
+    set_u8,
+)
 
 INFINITY = np.float32(np.inf)
 AHEAD = 4  # rows asked for before they are measured
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def next_tag(visited):
     """A tag that no mark carries; marks are bytes, the last of ``visited`` is the tag of the search before."""
-    tag = np.int64(visited[-1]) + 1
+    tag: Any = np.int64(visited[-1]) + 1
     if tag > 255:
-        visited[:] = 0
-        tag = 1
+        for slot in range(len(visited)):
+            visited[slot] = 0
+        tag = np.int64(1)
     visited[-1] = tag
     return tag
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def descend(graph, query, scale, norm, to_level):
     """Greedy walk from the entry point down to, and on, ``to_level`` + 1: slot, distance, hops and evaluations."""
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
@@ -73,7 +84,7 @@ def descend(graph, query, scale, norm, to_level):
     return at, best, hops, evaluations
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def unvisited(links, cap, visited, tag, todo, rows, stride):
     """Write the links that carry no mark into ``todo``, mark them and ask for the first rows; how many."""
     count = 0
@@ -89,10 +100,17 @@ def unvisited(links, cap, visited, tag, todo, rows, stride):
     return count
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
+def clear(pool_d, begin):
+    """Fill a pool with infinity from ``begin`` on."""
+    for place in range(begin, len(pool_d)):
+        pool_d[place] = INFINITY
+
+
+@helper
 def insert(pool_d, pool_i, size, room, key, value):
     """Put an entry behind those of at most its key in a sorted pool, whose last falls out if it is full; where it stands."""
-    distances, slots = pool_d.ctypes.data, pool_i.ctypes.data
+    distances, slots = address(pool_d), address(pool_i)
     place = np.int64(count_not_above(distances, size, key))
     after = min(size, room - 1) - place
     move(distances + 4 * (place + 1), distances + 4 * place, 4 * after)
@@ -101,15 +119,15 @@ def insert(pool_d, pool_i, size, room, key, value):
     return place
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def pool_search(graph, query, scale, norm, level, entry, entry_distance, ef, visited, pool_d, pool_i, todo):
     """The ``ef`` nearest on a level into the sorted ``pool_d``, ``pool_i`` [>= ef + LANES]; count, hops, evaluations.
 
     Slots come back as ~slot, the mark of those that were expanded, which all are at the end.
     """
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
-    cap, marks, tag = cap_of(graph, level), visited.ctypes.data, next_tag(visited)
-    pool_d[: ef + LANES] = INFINITY
+    cap, marks, tag = cap_of(graph, level), address(visited), next_tag(visited)
+    clear(pool_d, 0)
     pool_d[0], pool_i[0] = entry_distance, entry
     set_u8(marks, entry, tag)
     size, at, hops, evaluations = 1, 0, 0, 0
@@ -138,7 +156,7 @@ def pool_search(graph, query, scale, norm, level, entry, entry_distance, ef, vis
     return size, hops, evaluations
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def push(keys, values, size, key, value):
     """Put an entry into a heap with the smallest key on top; the new size."""
     place = size
@@ -152,7 +170,7 @@ def push(keys, values, size, key, value):
     return size + 1
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def pop(keys, values, size):
     """Take the top off a heap; the new size."""
     size -= 1
@@ -172,13 +190,13 @@ def pop(keys, values, size):
     return size
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def filtered_search(
     graph, query, scale, norm, entry, entry_distance, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
 ):
     """As `pool_search` on level 0, of slots with ``allowed`` (address of uint8 [N]) alone; results in rising order, as ~slot."""
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
-    cap, marks, tag = graph[CAP0], visited.ctypes.data, next_tag(visited)
+    cap, marks, tag = graph[CAP0], address(visited), next_tag(visited)
     size, held, hops, evaluations = push(heap_d, heap_i, 0, entry_distance, entry), 0, 0, 0
     if get_u8(allowed, entry) != 0:
         held = push(best_d, best_i, 0, -entry_distance, entry)
@@ -209,7 +227,7 @@ def filtered_search(
     return held, hops, evaluations
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def sort_ties(distance_R, slot_R, count, label_N):
     """Bring entries that are sorted by distance, or nearly so, into the order of (distance, label)."""
     for end in range(1, count):
@@ -224,7 +242,7 @@ def sort_ties(distance_R, slot_R, count, label_N):
         distance_R[place], slot_R[place] = key, value
 
 
-@nb.njit(cache=True, nogil=True)
+@helper
 def finish(graph, full_query, count, keep, label_N, found_d, found_i, id_K, distance_K):
     """Measure the nearest ``keep`` again where rows are not final, sort, and write the nearest K with their labels."""
     if graph[FULL] != 0:
@@ -239,7 +257,7 @@ def finish(graph, full_query, count, keep, label_N, found_d, found_i, id_K, dist
         distance_K[place] = found_d[place]
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def search_many(
     graph, label_N, visited, query_Q, aux_Q, full_Q, begin, end, ef, keep, allowed, id_QK, distance_QK, counts
 ):
@@ -265,13 +283,14 @@ def search_many(
     best_d, best_i = np.empty(room, np.float32), np.empty(room, np.int32)
     heap_room = graph[COUNT] + 1 if allowed != 0 else 1
     heap_d, heap_i = np.empty(heap_room, np.float32), np.empty(heap_room, np.int32)
-    todo = np.empty(max(graph[CAP0], graph[CAP]) + 1, np.int32)
+    todo = np.empty(graph[CAP0] + 1, np.int32)
+    ground = np.int64(0)  # typed: a literal would be compiled as a case of its own
     for number in range(begin, end):
-        query, scale, norm = query_Q[number].ctypes.data, aux_Q[number, 0], aux_Q[number, 1]
-        entry, nearest, hops, evaluations = descend(graph, query, scale, norm, 0)
+        query, scale, norm = address(query_Q[number]), aux_Q[number, 0], aux_Q[number, 1]
+        entry, nearest, hops, evaluations = descend(graph, query, scale, norm, ground)
         if allowed == 0:
             count, more_hops, more = pool_search(
-                graph, query, scale, norm, 0, entry, nearest, ef, visited, best_d, best_i, todo
+                graph, query, scale, norm, ground, entry, nearest, ef, visited, best_d, best_i, todo
             )
         else:
             count, more_hops, more = filtered_search(
@@ -281,10 +300,10 @@ def search_many(
         counts[1] += evaluations + more
         for place in range(count):
             best_i[place] = ~best_i[place]
-        finish(graph, full_Q[number].ctypes.data, count, keep, label_N, best_d, best_i, id_QK[number], distance_QK[number])
+        finish(graph, address(full_Q[number]), count, keep, label_N, best_d, best_i, id_QK[number], distance_QK[number])
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, counts):
     """The nearest K of the slots ``slot_S`` (rising by label) by measuring all, exactly where there are full vectors; as `search_many`."""
     room = min(id_QK.shape[1], len(slot_S))
@@ -295,9 +314,9 @@ def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK,
     rows, stride = (graph[FULL], graph[FULL_STRIDE]) if is_full else (graph[ROWS], graph[STRIDE])
     width, aux = (graph[FULL_WIDTH], 0) if is_full else (graph[WIDTH], graph[AUX])
     for number in range(begin, end):
-        query = full_Q[number].ctypes.data if is_full else query_Q[number].ctypes.data
+        query = address(full_Q[number]) if is_full else address(query_Q[number])
         scale, norm = (zero, zero) if is_full else (aux_Q[number, 0], aux_Q[number, 1])
-        best_d[:] = INFINITY
+        clear(best_d, 0)
         size = 0
         for place in range(len(slot_S)):
             slot = np.int64(slot_S[place])

@@ -5,8 +5,8 @@ element, so that the lists the search walks through lie together, without vector
 
 Precisions "f16" and "i8" search rows of a half or a quarter of the bytes. With ``rerank`` the float32 vectors are kept in an array of their
 own, which a search touches only for the few nearest it found (mapped from a file, it may stay on disk); without it there are only the short
-rows, and distances are theirs. For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by that,
-and their precision goes where the data is.
+rows, and distances are theirs. For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by
+that, and their precision goes where the data is.
 """
 # Shapes: N slots in use, C capacity, D dimension, M links of a new element
 
@@ -14,13 +14,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from anabranch.errors import CapacityError, DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.raw import LINE, get_i32
+from anabranch.graph.hnsw.raw import LINE, get_i32, kernel
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
@@ -163,7 +162,9 @@ class Storage:
 
     def _reserve(self, count: int, num_upper: int) -> None:
         if count >= 2**31 - 1:
-            raise CapacityError(f"an index holds at most {2**31 - 2:,} elements and would have {count:,}; use ShardedHNSW")
+            raise CapacityError(
+                f"an index holds at most {2**31 - 2:,} elements and would have {count:,}; use ShardedHNSW"
+            )
         if count > self.capacity or num_upper > len(self.upper):
             grown = max(count, self.capacity + self.capacity // 2) if self.capacity else count
             self._resize(grown if count > self.capacity else self.capacity, max(num_upper, 3 * len(self.upper) // 2))
@@ -242,7 +243,9 @@ class Storage:
         for name in ("links", "first", "level", "label", "deleted", "rows", "upper", "aux", "full"):
             if name in arrays:
                 stays = mapped and name in ("links", "rows", "upper", "aux", "full")  # the small ones are read anyway
-                setattr(self, name, arrays[name] if stays else _grown(arrays[name], len(arrays[name]), len(arrays[name])))
+                setattr(
+                    self, name, arrays[name] if stays else _grown(arrays[name], len(arrays[name]), len(arrays[name]))
+                )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
         self.centre_D = arrays.get("centre")
@@ -299,7 +302,7 @@ class Storage:
         )
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def links_are_sound(links, num_rows, cap, level_N, level):
     """Whether every link is -1, with nothing behind it, or a slot that has the level; ``links`` is an address."""
     for row in range(num_rows):
@@ -312,7 +315,7 @@ def links_are_sound(links, num_rows, cap, level_N, level):
     return True
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def draw_levels(seed, begin, count, M):
     """floor(-ln(U) / ln(M)), U uniform in (0, 1]: the levels of the elements inserted as number ``begin`` ... of all."""
     level_N = np.empty(count, np.int32)

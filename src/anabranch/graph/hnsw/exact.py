@@ -1,0 +1,89 @@
+"""The exact twin of the index: every distance, in torch, on any device."""
+# Shapes: N vectors, D dimension, Q queries, K neighbours
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import BackendError, InputError
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor
+from anabranch.graph.hnsw.storage import METRICS
+
+PIECE = 1 << 24  # numbers at once
+SLACK = 32  # candidates of the quick formula beside k, which are measured again
+
+
+def brute_force(
+    vectors: Any,
+    queries: Any,
+    k: int = 10,
+    metric: str = "l2",
+    *,
+    ids: Any = None,
+    device: Any = None,
+) -> tuple[Any, Any]:
+    """The k nearest of each query, exactly; in the order of (distance, id).
+
+    Distances of all pairs come from one matrix product; the k + 32 nearest by that are measured again as (a - b)^2, whose rounding does not
+    grow with the length of vectors.
+
+    Args:
+        vectors: [N, D], an array or a tensor.
+        queries: [Q, D] or [D].
+        k: how many.
+        metric: "l2" (squared), "ip" or "cosine", as of `HNSW`.
+        ids: int [N]; None for 0 ... N - 1.
+        device: of the work, such as "cuda"; None for that of ``vectors`` (the processor for arrays).
+
+    Returns:
+        ids, int64 [Q, K], and distances, float32 [Q, K]; -1 and infinity where N < k. Tensors, on their device, where queries are.
+
+    Raises:
+        InputError: as `HNSW.search`.
+        BackendError: torch is missing, or has no such device.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError("brute_force needs torch; pip install torch") from error
+    if metric not in METRICS:
+        raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    k = as_positive(k, "k")
+    try:
+        place = torch.device(device if device is not None else vectors.device if is_tensor(vectors) else "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f"torch has no device {device!r} here: {error}") from error
+    shape = np.shape(vectors) if not is_tensor(vectors) else tuple(vectors.shape)
+    if len(shape) != 2:
+        raise InputError(f"vectors have the shape {list(shape)}; they must be rows")
+    vector_ND = as_vectors(vectors, shape[1], metric, "vectors")
+    query_QD = as_vectors(queries, shape[1], metric, "queries")
+    id_N = np.arange(len(vector_ND)) if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
+    order = np.argsort(id_N)  # so that the order of rows is that of ids
+    found_id, found = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
+    held = min(k, len(vector_ND))
+    if held:
+        row_ND = torch.from_numpy(vector_ND[order]).to(place)
+        step = max(1, PIECE // max(len(vector_ND), (held + SLACK) * shape[1]))
+        for begin in range(0, len(query_QD), step):
+            query_PD = torch.from_numpy(query_QD[begin : begin + step]).to(place)
+            index_PK, distance_PK = _nearest(torch, row_ND, query_PD, held, metric)
+            found_id[begin : begin + step, :held] = id_N[order][index_PK.cpu().numpy()]
+            found[begin : begin + step, :held] = distance_PK.cpu().numpy()
+    if not is_tensor(queries):
+        return found_id, found
+    return tuple(torch.from_numpy(array).to(queries.device) for array in (found_id, found))  # type: ignore[return-value]
+
+
+def _nearest(torch: Any, row_ND: Any, query_PD: Any, k: int, metric: str) -> tuple[Any, Any]:
+    product_PN = query_PD @ row_ND.T
+    quick_PN = -product_PN if metric != "l2" else (row_ND * row_ND).sum(1) - 2 * product_PN
+    near_PK = quick_PN.topk(min(k + SLACK, len(row_ND)), largest=False).indices.sort(1).values
+    close_PKD = row_ND[near_PK]
+    if metric == "l2":
+        distance_PK = (close_PKD - query_PD[:, None]).square().sum(2)
+    else:
+        distance_PK = 1 - (close_PKD * query_PD[:, None]).sum(2)
+    best_PK = distance_PK.sort(1, stable=True)
+    return near_PK.gather(1, best_PK.indices[:, :k]), best_PK.values[:, :k]

@@ -1,0 +1,130 @@
+"""How elements come into the graph and out of it: batches, and the order that makes them independent of threads."""
+# Shapes: B batch, P pairs of a link's two ends, T targets, S slots, N slots in use
+
+import numpy as np
+
+from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.build import (
+    bridge,
+    insert_singly,
+    link_back,
+    link_new,
+    points_at,
+    reach,
+    repair_links,
+)
+from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.storage import Storage
+
+SINGLY = 1024  # as many elements are inserted one by one
+SHARE = 64  # then batches of N / SHARE
+BATCH = 4096  # at most
+
+
+class Linker:
+    """Changes the links of a storage. Not safe for threads: `HNSW` holds the lock.
+
+    Attributes:
+        linked: how many elements are in the graph.
+    """
+
+    def __init__(self, held: Storage) -> None:
+        self._storage = held
+        self.linked = 0
+
+    def link(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Insert slots that no list points at, and whose own lists are empty, into the graph."""
+        graph, done = self._storage.graph, 0
+        singly = max(min(SINGLY - self.linked, len(slot_S)), 0)
+        if singly:
+            with Marks(self._storage) as marks:
+                insert_singly(graph, marks, slot_S, 0, singly)
+            done, self.linked = singly, self.linked + singly
+        while done < len(slot_S):
+            batch_B = slot_S[done : done + min(self.linked // SHARE, BATCH)]
+            above = np.flatnonzero(self._storage.level[batch_B] > graph[layout.TOP])
+            if above.size:  # it becomes the entry point before others come that it may link to on its level
+                batch_B = batch_B[: above[0] + 1]
+            self._link_batch(batch_B, workers)
+            if above.size:
+                graph[layout.ENTRY], graph[layout.TOP] = batch_B[-1], self._storage.level[batch_B[-1]]
+            done, self.linked = done + len(batch_B), self.linked + len(batch_B)
+
+    def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
+        held, graph = self._storage, self._storage.graph
+
+        def forward(begin: int, end: int) -> None:
+            with Marks(held) as marks:
+                link_new(graph, marks, batch_B, begin, end)
+
+        workers.run(forward, len(batch_B), 4)
+        for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
+            self._link_back(batch_B[held.level[batch_B] >= level], level, workers)
+
+    def _link_back(self, base_S: np.ndarray, level: int, workers: Workers) -> None:
+        """Add new elements to the lists of those that they link to."""
+        held, graph = self._storage, self._storage.graph
+        links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
+        target_P, source_P = links[links >= 0].astype(np.int64), np.repeat(base_S, (links >= 0).sum(1))
+        pair_P = np.sort((target_P << 32) | np.arange(len(target_P)))  # by target, then as they came
+        source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
+        start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
+        target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))
+        workers.run(
+            lambda begin, end: link_back(graph, level, target_T, start_T, source_P, begin, end), len(target_T), 16
+        )
+
+    def take_out(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Let no list point at slots any more: lists that did are selected anew. Their own become empty."""
+        held, graph = self._storage, self._storage.graph
+        gone_N = np.zeros(held.count, np.uint8)
+        gone_N[slot_S] = 1
+        for level in range(int(graph[layout.TOP]) + 1):
+            self._mend(gone_N, level, workers)
+        held.links[slot_S] = -1
+        held.upper[held.lists_of(slot_S)] = -1
+        self.linked -= len(slot_S)
+        if gone_N[graph[layout.ENTRY]]:
+            stays = np.flatnonzero(gone_N == 0)
+            entry = stays[held.level[stays].argmax()] if stays.size else -1
+            graph[layout.ENTRY], graph[layout.TOP] = entry, held.level[entry] if stays.size else -1
+
+    def _mend(self, gone_N: np.ndarray, level: int, workers: Workers) -> None:
+        """Select the lists of a level that point at what goes anew."""
+        held, graph, is_hit_N = self._storage, self._storage.graph, np.zeros(self._storage.count, np.uint8)
+        workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, is_hit_N), held.count, 4096)
+        target_T = np.flatnonzero(is_hit_N)
+
+        def mend(begin: int, end: int) -> None:
+            with Marks(held) as marks:
+                bridge(graph, level, marks, gone_N, target_T, begin, end)
+
+        workers.run(mend, len(target_T), 8)
+
+    def repair(self) -> int:
+        """Link what level 0 does not lead to, by `repair_links`; how many."""
+        with Marks(self._storage) as marks:
+            linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
+        return int(linked)
+
+    def reached(self) -> np.ndarray:
+        """Which slots level 0 leads to, bool [N]."""
+        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
+        is_reached_N = np.zeros(count, np.uint8)
+        if count:
+            reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
+        return is_reached_N.astype(bool)
+
+
+class Marks:
+    """Marks of a storage for as long as it is entered."""
+
+    def __init__(self, held: Storage) -> None:
+        self._held = held
+
+    def __enter__(self) -> np.ndarray:
+        self._marks = self._held.take_marks()
+        return self._marks
+
+    def __exit__(self, *_: object) -> None:
+        self._held.give_marks(self._marks)

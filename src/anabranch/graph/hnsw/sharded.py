@@ -1,0 +1,153 @@
+"""`ShardedHNSW`: independent indexes that are built and searched side by side, their results merged exactly."""
+# Shapes: N vectors, Q queries, K neighbours
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
+from anabranch.graph.hnsw.index import HNSW
+from anabranch.graph.hnsw.lock import default_threads
+
+KIND = "sharded hnsw index"
+
+
+class ShardedHNSW:
+    """``num_shards`` indexes; the element of an id lives in shard id % num_shards.
+
+    What `search` returns is the k nearest among what each shard returns, so recall is at least that of a shard, at the cost of one walk per
+    shard. Shards work side by side, each in one thread. A shard may hold 2 billion elements; there is no bound on all.
+
+    Args:
+        dim: numbers in a vector.
+        num_shards: how many indexes.
+        metric: as of `HNSW`.
+        num_threads: how many shards work at once; None for one per processor.
+        **options: of each `HNSW` (M, ef_construction, dtype, seed ...).
+    """
+
+    def __init__(
+        self, dim: int, num_shards: int = 2, metric: str = "l2", *, num_threads: int | None = None, **options: Any
+    ) -> None:
+        self.num_shards = as_positive(num_shards, "num_shards")
+        self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
+        self.shards = [HNSW(dim, metric, **options, num_threads=1) for _ in range(self.num_shards)]
+        self.dim, self.metric = self.shards[0].dim, metric
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def __contains__(self, id: int) -> bool:
+        return id in self.shards[int(id) % self.num_shards]
+
+    def __repr__(self) -> str:
+        return f"ShardedHNSW({len(self):,} vectors of {self.dim} in {self.num_shards} shards, {self.metric})"
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids, rising, int64 [N]."""
+        return np.sort(np.concatenate([shard.ids for shard in self.shards]))
+
+    def add(self, vectors: Any, ids: Any = None, *, update: bool = False, repair: bool = False) -> np.ndarray:
+        """Insert vectors, as `HNSW.add`. All arguments are checked before any shard changes."""
+        vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        if ids is None:
+            begin = max((shard._next_id for shard in self.shards), default=0)
+            id_N = np.arange(begin, begin + len(vector_ND))
+        else:
+            id_N = as_distinct(as_ids(ids, len(vector_ND)))
+        if not update:
+            known = np.zeros(len(id_N), bool)
+            for number, shard in enumerate(self.shards):
+                known |= (id_N % self.num_shards == number) & np.isin(id_N, shard.ids)
+            if known.any():
+                row = int(np.flatnonzero(known)[0])
+                raise InputError(
+                    f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
+                )
+        self._each(id_N, lambda shard, mine: shard.add(vector_ND[mine], id_N[mine], update=update, repair=repair))
+        return id_N
+
+    def update(self, ids: Any, vectors: Any) -> None:
+        """Move elements, as `HNSW.update`."""
+        vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        id_N = as_distinct(as_ids(ids, len(vector_ND)))
+        self._check_known(id_N)
+        self._each(id_N, lambda shard, mine: shard.update(id_N[mine], vector_ND[mine]))
+
+    def remove(self, ids: Any) -> None:
+        """Delete elements, as `HNSW.remove`."""
+        id_N = as_distinct(as_ids(ids, None))
+        self._check_known(id_N)
+        self._each(id_N, lambda shard, mine: shard.remove(id_N[mine]))
+
+    def compact(self) -> int:
+        """Take deleted elements out of all shards; how many."""
+        return sum(self._all(lambda shard: shard.compact()))
+
+    def repair(self) -> int:
+        """Link what cannot be reached, in all shards; how many."""
+        return sum(self._all(lambda shard: shard.repair()))
+
+    def search(self, queries: Any, k: int = 10, ef: int | None = None, filter: Any = None) -> tuple[Any, Any]:
+        """The k nearest among those that each shard finds, as `HNSW.search`."""
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        found = self._all(lambda shard: shard.search(query_QD, k, ef, filter))
+        id_QR, distance_QR = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+        by_id = np.where(id_QR < 0, np.iinfo(np.int64).max, id_QR)
+        best_QK = np.lexsort((by_id, distance_QR))[:, :k]
+        ids, distances = np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)
+        return like(ids, queries), like(distances, queries)
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over shards (``count``, ``deleted``, ``unreachable``, ``size_bytes``, ``hops``, ``distances``), and each shard's own."""
+        each = [shard.stats() for shard in self.shards]
+        names = ("count", "deleted", "unreachable", "size_bytes", "hops", "distances")
+        return {**{name: sum(one[name] for one in each) for name in names}, "shards": each}
+
+    def save(self, path: str | Path) -> None:
+        """Write all shards into one checked file, all or nothing."""
+        states = [shard.__getstate__() for shard in self.shards]
+        arrays = {
+            f"{number}/{name}": array for number, state in enumerate(states) for name, array in state["arrays"].items()
+        }
+        write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]})
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> Self:
+        """Read what `save` wrote, as `HNSW.load`."""
+        found = read_arrays(path, KIND, mmap=mmap)
+        shards = []
+        for number, meta in enumerate(found.meta["shards"]):
+            start = f"{number}/"
+            arrays = {name.removeprefix(start): array for name, array in found.arrays.items() if name.startswith(start)}
+            shards.append(HNSW._made(arrays, meta, mapped=mmap, source=f"shard {number} of {path}", num_threads=1))
+        if not shards:
+            raise DataError(f"{path} is damaged: it holds no shard")
+        made = cls(shards[0].dim, len(shards), shards[0].metric, num_threads=num_threads)
+        made.shards = shards
+        return made
+
+    def _all(self, work: Callable[[HNSW], Any]) -> list[Any]:
+        threads = min(self.num_threads or default_threads(), self.num_shards)
+        if threads == 1:
+            return [work(shard) for shard in self.shards]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, self.shards))
+
+    def _each(self, id_N: np.ndarray, work: Callable[[HNSW, np.ndarray], Any]) -> None:
+        """Give every shard the rows of its ids."""
+        places = {
+            id(shard): np.flatnonzero(id_N % self.num_shards == number) for number, shard in enumerate(self.shards)
+        }
+        self._all(lambda shard: work(shard, places[id(shard)]) if len(places[id(shard)]) else None)
+
+    def _check_known(self, id_N: np.ndarray) -> None:
+        bad = [row for row, id in enumerate(id_N.tolist()) if id not in self]
+        if bad:
+            raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
