@@ -15,7 +15,9 @@ import numpy as np
 from anabranch.graph.random import below, next_bits, stream, to_unit
 from anabranch.graph.walk import step
 
-SOURCE, ABSORB, UNIFORM = 0, 1, 2  # where a walk goes from a node without edges: see `anabranch.graph.ppr`
+# What a walk does at a node without edges: see `anabranch.graph.ppr.rules`. One that vanishes there has counted its visit of
+# the node but ends nowhere.
+SOURCE, ABSORB, UNIFORM, VANISH = 0, 1, 2, 3
 
 
 @nb.njit(cache=True, nogil=True)
@@ -43,7 +45,7 @@ def count_walks(
     Args:
         seed, source, part: keys of the stream; ``part`` tells batches of walks of one source apart.
         alpha: probability to end before each step.
-        dangling: `SOURCE`, `ABSORB` or `UNIFORM`.
+        dangling: `SOURCE`, `ABSORB`, `UNIFORM` or `VANISH`.
         full: count every visit (else the end of each walk).
         max_steps: longest walk; 0 for no limit.
         indptr, indices, keep_M, other_M: of `anabranch.graph.walk.walk_arrays`.
@@ -75,6 +77,8 @@ def count_walks(
                 state, bits = next_bits(state)
                 to = step(bits, node, indptr, indices, keep_M, other_M)
                 if to < 0:
+                    if dangling == VANISH:
+                        continue
                     to = node
                     if dangling == SOURCE:
                         to = source

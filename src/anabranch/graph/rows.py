@@ -90,6 +90,17 @@ class SparseRows:
         kept = np.repeat(self.indptr[:-1] - indptr[:-1], length_R) + np.arange(indptr[-1])
         return replace(self, indptr=indptr, ids=self.ids[kept], values=self.values[kept])
 
+    def take(self, numbers: np.ndarray) -> "SparseRows":
+        """The rows of these numbers, in this order; itself where that is all of them as they are."""
+        numbers = np.asarray(numbers, np.int64)
+        if np.array_equal(numbers, np.arange(len(self))):
+            return self
+        length_R = np.diff(self.indptr)[numbers]
+        indptr = np.append(0, np.cumsum(length_R)).astype(np.int64)
+        kept = np.repeat(self.indptr[:-1][numbers] - indptr[:-1], length_R) + np.arange(indptr[-1])
+        nodes = None if self.nodes is None else self.nodes[numbers]
+        return replace(self, indptr=indptr, ids=self.ids[kept], values=self.values[kept], nodes=nodes)
+
     def sums(self) -> np.ndarray:
         """float64 [R], the sum of each row."""
         running = np.append(0.0, np.cumsum(self.values, dtype=np.float64))

@@ -1,0 +1,165 @@
+"""Many queries at once (the paper's shared decomposition): sparse-sparse products in two orders.
+
+    forward     F <- c F P0, S <- S + alpha F, result S + F X, row by row of F: one query after another, neighbours in a row
+    backward    Y_T = X, Y_{t-1} = alpha I + c P0 Y_t, each only at the nodes that the queries demand; the result is rows of Y_0
+
+Backward computes what a node passes on once for all queries that reach it, and gives the same numbers to rounding (float32).
+"""
+# Shapes: N nodes, Q queries, D demanded nodes
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.powerwalk.query import QueryBuffers, decompose_many, mix_rows, pull_level
+from anabranch.graph.powerwalk.stored import Index
+from anabranch.graph.ppr.rules import Transition
+from anabranch.graph.rows import SparseRows, order_top
+
+Parsed = list[tuple[np.ndarray, np.ndarray]]
+PIECE = 256  # queries of one piece of work
+DEMAND = 20_000  # nodes below the queries that a piece of the backward variant may demand
+_NO_PLACES, _NO_TABLE = np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+class _Queries:
+    """Distinct queries, near ones side by side, as starts of the leaky system."""
+
+    def __init__(self, transition: Transition, parsed: Parsed) -> None:
+        keys: dict[bytes, int] = {}
+        self.place_Q = np.empty(len(parsed), np.int64)  # of each query among the distinct ones, as they came
+        distinct: Parsed = []
+        for number, (ids, share) in enumerate(parsed):
+            key = ids.tobytes() + share.tobytes()
+            if key not in keys:
+                keys[key] = len(distinct)
+                distinct.append((ids, share))
+            self.place_Q[number] = keys[key]
+        order = np.argsort([ids[0] for ids, _ in distinct], kind="stable")
+        self.place_Q = np.argsort(order)[self.place_Q] if distinct else self.place_Q
+        self.parsed = [distinct[number] for number in order]
+        self.indptr = np.append(0, np.cumsum([len(ids) for ids, _ in self.parsed])).astype(np.int64)
+        self.ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in self.parsed)])
+        starts = (transition.start(ids, share) for ids, share in self.parsed)
+        self.values = np.concatenate([np.empty(0), *starts])
+
+    def __len__(self) -> int:
+        return len(self.parsed)
+
+    def piece(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """indptr, ids and values of some of them."""
+        start, end = self.indptr[first], self.indptr[last]
+        return self.indptr[first : last + 1] - start, self.ids[start:end], self.values[start:end]
+
+
+def forward_rows(
+    index: Index, parsed: Parsed, rounds: int, budget: int, eps: float, top_k: int, workers: int
+) -> SparseRows:
+    """Decompose every query by itself, in compiled code."""
+    transition, queries = index.transition, _Queries(index.transition, parsed)
+    plain = _is_plain(transition)
+
+    def work(first: int) -> tuple[np.ndarray, ...]:
+        buffers: QueryBuffers = index.take_buffers()
+        found = decompose_many(
+            *transition.out, transition.inverse_N, transition.alpha, *queries.piece(first, min(first + PIECE, len(queries))),
+            rounds, budget, eps, True, top_k if plain else 0, *index.lookup.arrays, *buffers.arrays,
+        )  # fmt: skip
+        index.spare.append(buffers)
+        return found[:3]
+
+    firsts = range(0, len(queries), PIECE)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(work, firsts) if workers > 1 else map(work, firsts))
+    return _gathered(transition, queries, parts, top_k)
+
+
+def backward_rows(index: Index, parsed: Parsed, rounds: int, top_k: int, workers: int) -> SparseRows:
+    """Propagate demand ``rounds`` levels down, pull fingerprints back. Raises InputError where one that is needed is not there."""
+    transition, queries = index.transition, _Queries(index.transition, parsed)
+    plain = _is_plain(transition)
+
+    def work(bounds: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        return _pull(index, queries.piece(*bounds), rounds, top_k if plain else 0)
+
+    pieces = _pieces(transition, queries, rounds)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(work, pieces) if workers > 1 else map(work, pieces))
+    return _gathered(transition, queries, parts, top_k)
+
+
+def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) -> tuple[np.ndarray, ...]:
+    transition, (query_ptr, seeds, starts) = index.transition, piece
+    demand = [np.unique(seeds)]
+    for _ in range(rounds):
+        demand.append(_neighbours(transition, demand[-1]))
+    missing = demand[-1][~index.has_N[demand[-1]]]
+    if len(missing):
+        raise InputError(
+            f"node {missing[0]} has no fingerprint, which the backward variant needs; use method='forward'"
+        )
+    buffers = index.take_buffers()
+    result_N, touched_N = buffers.result_N, buffers.touched_N
+    below: Any = (_NO_PLACES, *index.lookup.arrays)
+    for nodes in reversed(demand[:-1]):
+        length, ids, values = pull_level(
+            nodes, *transition.out, transition.inverse_N, transition.alpha, result_N, touched_N, *below
+        )
+        place_N = np.empty(transition.num_nodes, np.int64)
+        place_N[nodes] = np.arange(len(nodes))
+        indptr = np.append(0, np.cumsum(length)).astype(np.int64)
+        below = (place_N, indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
+    found = mix_rows(query_ptr, seeds, starts, top_k, result_N, touched_N, *below)
+    index.spare.append(buffers)
+    return found
+
+
+def _pieces(transition: Transition, queries: _Queries, rounds: int) -> list[tuple[int, int]]:
+    """Bounds of pieces whose queries have at most `DEMAND` neighbours in all (rows of level 1 are what takes memory)."""
+    degree_N = transition.graph.degree_N
+    pieces, first, load = [], 0, 0
+    for number in range(len(queries)):
+        ids = queries.ids[queries.indptr[number] : queries.indptr[number + 1]]
+        more = int(degree_N[ids].sum()) if rounds > 1 else len(ids)
+        if number > first and load + more > DEMAND:
+            pieces.append((first, number))
+            first, load = number, 0
+        load += more
+    if first < len(queries):
+        pieces.append((first, len(queries)))
+    return pieces
+
+
+def _neighbours(transition: Transition, nodes: np.ndarray) -> np.ndarray:
+    """All that edges of ``nodes`` lead to, rising, each once."""
+    indptr, indices, _ = transition.out
+    length = indptr[nodes + 1] - indptr[nodes]
+    starts = np.append(0, np.cumsum(length))[:-1]
+    edges = np.repeat(indptr[nodes] - starts, length) + np.arange(length.sum())
+    is_there_N = np.zeros(transition.num_nodes, bool)
+    is_there_N[indices[edges]] = True
+    return np.flatnonzero(is_there_N)
+
+
+def _is_plain(transition: Transition) -> bool:
+    """Whether a leaky solution is the answer as it is."""
+    return transition.dangling == "source" or not len(transition.dangling_nodes)
+
+
+def _gathered(transition: Transition, queries: _Queries, parts: list[Any], top_k: int) -> SparseRows:
+    """Rows in the order of the queries as they were given."""
+    length = np.concatenate([np.empty(0, np.int64), *(part[0] for part in parts)])
+    indptr = np.append(0, np.cumsum(length)).astype(np.int64)
+    ids = np.concatenate([np.empty(0, transition.graph.indices.dtype), *(part[1] for part in parts)])
+    values = np.concatenate([np.empty(0, np.float32), *(part[2] for part in parts)])
+    rows = SparseRows(indptr, ids, values, transition.num_nodes)
+    if not _is_plain(transition):
+        finished = []
+        for (found, value), (seeds, share) in zip(rows, queries.parsed, strict=True):
+            more, score = transition.finish_sparse(found.astype(np.int64), value.astype(np.float64), seeds, share)
+            kept = order_top(more, score, len(more), top_k)
+            finished.append((more[:kept], score[:kept]))
+        rows = SparseRows.from_rows(finished, transition.num_nodes)
+    return rows.take(queries.place_Q)

@@ -1,0 +1,206 @@
+"""The offline half: fingerprints of nodes by short walks, in compressed rows, built in bounded memory.
+
+A fingerprint holds how often the walks of a node visited (or ended at) each node. Walks *vanish* at dead ends, so that fingerprints
+estimate rows of the leaky system (`anabranch.graph.ppr.rules`), for which decomposition is an identity under every policy of dead ends:
+a walk that goes back to its source would have to know whose walk it was. Rows are ordered by count and may be cut; the estimate of a
+row is its counts times one number, ``h / (counts of all of the row, cut or not)`` or, unbiased, ``alpha / walks``.
+
+Counts are stored as float16, exact up to 2048, or float32. The walks of a node come from the stream (seed, node): rows are the same for any
+chunks and any number of threads, and a row can be made again by itself.
+"""
+# Shapes: N nodes, S sources, Z entries
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba as nb
+import numpy as np
+
+from anabranch.graph.counters import VANISH, count_walks
+from anabranch.graph.powerwalk.moves import count_long_path, count_moves
+from anabranch.graph.ppr.rules import NO_WEIGHTS
+from anabranch.graph.rows import id_type, order_top
+from anabranch.graph.store import Graph
+from anabranch.graph.walk import walk_arrays
+
+Moves = Literal["walkers", "counts", "rounding"]
+MOVES = {"walkers": 0, "counts": 1, "rounding": 2, "long_path": 3}
+CHUNK = 1024  # sources of one piece of work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a row beside the graph.
+
+    Attributes:
+        alpha, walks, seed: of the walks.
+        full: count every visit, else ends.
+        moves: a key of ``MOVES``.
+        max_steps: longest walk; 0 for no limit.
+        keep: entries kept of a row; 0 for all.
+        mass: share of a row's counts that is kept at least; 1 for all.
+        track: also keep the ids of all nodes that the walks visited.
+    """
+
+    alpha: float
+    walks: int
+    seed: int
+    full: bool
+    moves: str
+    max_steps: int
+    keep: int
+    mass: float
+    track: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows of some sources: what a thread hands back.
+
+    Attributes:
+        length_S: entries of each row. ids, counts: of the rows, one after another.
+        total_S: counts of each row before it was cut.
+        cut_S: walks that ``max_steps`` cut.
+        seen_length_S, seen: ids of visited nodes, where they are tracked.
+    """
+
+    length_S: np.ndarray
+    ids: np.ndarray
+    counts: np.ndarray
+    total_S: np.ndarray
+    cut_S: np.ndarray
+    seen_length_S: np.ndarray
+    seen: np.ndarray
+
+
+class Scratch:
+    """Arrays of one thread: 4 N bytes of counts and the ids beside them; twice more where counts move."""
+
+    def __init__(self, num_nodes: int, plan: Plan) -> None:
+        ids = id_type(num_nodes)
+        self.count_N, self.touched_N = np.zeros(num_nodes, np.int32), np.empty(num_nodes, ids)
+        moving = num_nodes if plan.moves in ("counts", "rounding") else 0
+        self.here_N, self.next_N = np.zeros(moving, np.int32), np.zeros(moving, np.int32)
+        self.front_N, self.ahead_N = np.empty(moving, ids), np.empty(moving, ids)
+        walks = plan.walks if plan.moves == "walkers" else 0
+        self.left_W, self.at_W = np.empty(walks, np.int64), np.empty(walks, np.int64)
+
+
+def make_chunk(graph: Graph, plan: Plan, sources: np.ndarray, scratch: Scratch) -> Chunk:
+    """Fingerprints of ``sources``."""
+    indptr, indices, keep_M, other_M = walk_arrays(graph)
+    weight_M = NO_WEIGHTS if graph.weights is None else graph.weights
+    parts = _rows(
+        sources, plan.seed, plan.walks, plan.alpha, plan.full, MOVES[plan.moves], plan.max_steps, plan.keep, plan.mass,
+        plan.track, indptr, indices, weight_M, keep_M, other_M, scratch.left_W, scratch.at_W, scratch.here_N,
+        scratch.next_N, scratch.front_N, scratch.ahead_N, scratch.count_N, scratch.touched_N,
+    )  # fmt: skip
+    return Chunk(*parts)
+
+
+def make_chunks(
+    graph: Graph, plan: Plan, sources: np.ndarray, workers: int, progress: Callable[[int], None] | None
+) -> Iterator[Chunk]:
+    """`make_chunk` of all sources, ``CHUNK`` at a time, in order, by ``workers`` threads of which none runs far ahead."""
+    _ = graph.alias  # made once, before threads ask for it
+    pieces = [sources[first : first + CHUNK] for first in range(0, len(sources), CHUNK)]
+    local = threading.local()
+
+    def work(piece: np.ndarray) -> Chunk:
+        if not hasattr(local, "scratch"):
+            local.scratch = Scratch(graph.num_nodes, plan)
+        return make_chunk(graph, plan, piece, local.scratch)
+
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future[Chunk]] = []
+        for place, piece in enumerate(pieces):
+            waiting.append(pool.submit(work, piece))
+            if len(waiting) > 2 * workers or place == len(pieces) - 1:
+                while waiting and (len(waiting) > 2 * workers or place == len(pieces) - 1):
+                    chunk = waiting.pop(0).result()
+                    done += len(chunk.length_S)
+                    yield chunk
+                    if progress:
+                        progress(done)
+
+
+@nb.njit(cache=True, nogil=True)
+def _grown(array, size):
+    """``array``, or a larger copy of it that holds ``size``."""
+    if size <= len(array):
+        return array
+    larger = np.empty(max(size, 2 * len(array)), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@nb.njit(cache=True, nogil=True)
+def _rows(
+    sources, seed, walks, alpha, full, moves, max_steps, keep, mass, track, indptr, indices, weight_M, keep_M, other_M,
+    left_W, at_W, here_N, next_N, front_N, ahead_N, count_N, touched_N,
+):  # fmt: skip
+    size = len(sources)
+    length_S, total_S, cut_S = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
+    seen_length_S = np.zeros(size if track else 0, np.int64)
+    ids, counts = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
+    seen = np.empty(1024 if track else 0, touched_N.dtype)
+    filled, watched = 0, 0
+    for place in range(size):
+        source = sources[place]
+        # Ends alone do not say where walks passed: tracked rows count visits first, with the very same walks.
+        for look in range(2 if track and not full else 1):
+            visits = full or (track and not full and look == 0)
+            touched, cut = 0, 0
+            if moves == 0:
+                touched, cut = count_walks(
+                    seed, source, 0, alpha, VANISH, visits, max_steps, indptr, indices, keep_M, other_M, left_W, at_W,
+                    count_N, touched_N, 0,
+                )  # fmt: skip
+            elif moves == 3:
+                touched, _ = count_long_path(
+                    seed, source, int(walks / alpha + 0.5), alpha, visits, indptr, indices, keep_M, other_M, count_N,
+                    touched_N,
+                )  # fmt: skip
+            else:
+                touched, cut = count_moves(
+                    seed, source, walks, alpha, visits, moves == 2, max_steps, indptr, indices, weight_M, keep_M, other_M,
+                    here_N, next_N, front_N, ahead_N, count_N, touched_N,
+                )  # fmt: skip
+            if track and (look == 0):
+                seen = _grown(seen, watched + touched)
+                seen[watched : watched + touched] = touched_N[:touched]
+                seen[watched : watched + touched].sort()
+                watched += touched
+                seen_length_S[place] = touched
+            if visits != full:
+                for entry in range(touched):
+                    count_N[touched_N[entry]] = 0
+        ids, counts = _grown(ids, filled + touched), _grown(counts, filled + touched)
+        total = 0
+        for entry in range(touched):
+            node = touched_N[entry]
+            ids[filled + entry] = node
+            counts[filled + entry] = count_N[node]
+            total += count_N[node]
+            count_N[node] = 0
+        kept = order_top(ids[filled : filled + touched], counts[filled : filled + touched], touched, keep)
+        if mass < 1.0:
+            running, entry = 0.0, 0
+            while entry < kept and running < mass * total:
+                running += counts[filled + entry]
+                entry += 1
+            kept = entry
+        length_S[place], total_S[place], cut_S[place] = kept, total, cut
+        filled += kept
+    return length_S, ids[:filled].copy(), counts[:filled].copy(), total_S, cut_S, seen_length_S, seen[:watched].copy()
+
+
+def stored_counts(counts: np.ndarray, dtype: Any) -> np.ndarray:
+    """Counts as they are stored; those beyond the range of float16 would be lost, so they end at its largest number."""
+    if dtype == np.float16:
+        counts = np.minimum(counts, np.float32(65504))
+    return counts.astype(dtype)

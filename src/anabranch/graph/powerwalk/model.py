@@ -1,0 +1,447 @@
+"""`PowerWalk`: an index of fingerprints of a graph, and personalised PageRank of any node or set from it in well under a millisecond."""
+# Shapes: N nodes, R indexed nodes, Z entries, Q queries
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.estimator import Estimator
+from anabranch.graph.powerwalk.batch import backward_rows, forward_rows
+from anabranch.graph.powerwalk.index import Moves, Plan, make_chunks
+from anabranch.graph.powerwalk.query import decompose, take
+from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
+from anabranch.graph.ppr.pagerank import PageRank
+from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, parse_seeds
+from anabranch.graph.ppr.walks import Mode, check_count, check_mode
+from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
+from anabranch.graph.store import Graph
+
+BUDGET = 300_000  # entries that a query of rounds="auto" reads at most, about a millisecond
+EXACT_ROUNDS = 12  # passes over the edges that an exact solution is reckoned to cost
+MOST_ROUNDS = 8  # of rounds="auto"
+DTYPES = {"f16": np.float16, "f32": np.float32}
+
+
+class PowerWalk(Estimator):
+    """Personalised PageRank from an index of short walks, refined per query by decomposition (Liu et al., CIKM 2016).
+
+    Args:
+        alpha: probability that a walk ends before each step.
+        walks: R, walks from each node.
+        mode: ``fullpath`` counts every visit, ``endpoint`` the end of each walk, which takes about 1 / alpha as many walks.
+        dangling: what walks do at nodes without out-edges (`anabranch.graph.ppr.rules`); the index serves every policy.
+        estimate: ``ratio`` divides counts by their sum, so that scores sum to 1; ``unbiased`` by what is expected.
+        moves: ``walkers`` one by one; ``counts`` of walkers, binomial and multinomial; ``rounding``, the reference's (see `moves`).
+        long_path: one walk that starts over until R / alpha nodes are visited, instead of R walks.
+        max_steps: cut walks there (the reference: 10); None for no limit. The share cut is (1 - alpha)^max_steps.
+        keep: entries kept of a fingerprint; None for all.
+        mass: or the share of its counts that is kept at least.
+        min_in_degree: only nodes with at least so many in-edges get a fingerprint; flows to others go on until they meet one.
+        track: also keep which nodes walks visited, so that `update` finds what a change touches in an index of end points or cut
+            rows too.
+        dtype: of counts, ``f16`` (exact up to 2048) or ``f32``.
+        seed: of the walks. The index does not depend on the number of threads.
+        workers: threads.
+
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.15,
+        walks: int = 100,
+        mode: Mode = "fullpath",
+        dangling: Dangling = "source",
+        estimate: Literal["ratio", "unbiased"] = "ratio",
+        moves: Moves = "walkers",
+        long_path: bool = False,
+        max_steps: int | None = None,
+        keep: int | None = None,
+        mass: float | None = None,
+        min_in_degree: int = 0,
+        track: bool = False,
+        dtype: Literal["f16", "f32"] = "f16",
+        seed: int = 0,
+        workers: int = 1,
+    ) -> None:
+        self.alpha = check_alpha(alpha)
+        self.walks = check_count("walks", walks)
+        self.mode = check_mode(mode)
+        self.dangling = check_dangling(dangling)
+        if (
+            self.walks * 40 / self.alpha >= 2**31
+        ):  # counts are 32-bit; a source's are this many at most, in all likelihood
+            raise InputError(f"walks is {walks} at alpha = {alpha}; counts would not fit 32 bits")
+        _one_of("estimate", estimate, ("ratio", "unbiased"))
+        _one_of("moves", moves, get_args(Moves))
+        _one_of("dtype", dtype, tuple(DTYPES))
+        if long_path and (moves != "walkers" or max_steps is not None or estimate != "ratio"):
+            raise InputError(
+                "long_path goes with moves='walkers', estimate='ratio' and no max_steps: its walks have no number"
+            )
+        if mass is not None and not 0 < mass <= 1:
+            raise InputError(f"mass is {mass!r}; the share of a fingerprint that is kept must lie in (0, 1]")
+        self.estimate, self.moves, self.long_path, self.dtype = estimate, moves, bool(long_path), dtype
+        self.max_steps = None if max_steps is None else check_count("max_steps", max_steps)
+        self.keep = None if keep is None else check_count("keep", keep)
+        self.mass = mass
+        if isinstance(min_in_degree, bool) or not isinstance(min_in_degree, int | np.integer) or min_in_degree < 0:
+            raise InputError(f"min_in_degree is {min_in_degree!r}; it must be a whole number of at least 0")
+        self.min_in_degree, self.track = int(min_in_degree), bool(track)
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
+        self.seed = int(seed)
+        self.workers = check_count("workers", workers)
+        self._index: Index | None = None
+        self._stale_N = np.empty(0)
+
+    # Making the index
+
+    def build(
+        self,
+        graph: Graph,
+        nodes: ArrayLike | None = None,
+        *,
+        out: str | Path | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Self:
+        """Walk from every node, from ``nodes``, or from those of ``min_in_degree``, and keep the counts.
+
+        Memory beside graph and index: 8 N bytes a thread (24 N where counts move) and a few chunks of 1,024 rows. With ``out`` rows
+        go to that file as they are made, and the index stays on disk, mapped.
+
+        Args:
+            graph: the graph.
+            nodes: ids that get a fingerprint; None for all (of ``min_in_degree``).
+            out: file to build in, as `save` writes it.
+            progress: called with the number of finished nodes.
+
+        Raises:
+            InputError: an unknown node, a graph without nodes or with negative weights. DataError, CapacityError: ``out`` cannot be
+                written.
+        """
+        transition = Transition(graph, self.alpha, self.dangling)
+        sources = self._sources(graph, nodes)
+        chunks = make_chunks(graph, self._plan(), sources, self.workers, progress)
+        gathered = Gathered(graph.num_nodes, sources, DTYPES[self.dtype], self.track)
+        if out is None:
+            for chunk in chunks:
+                gathered.append(chunk)
+            self._index = gathered.index(transition, self._unit())
+            self._reset_stale()
+            return self
+        facts: dict[str, np.ndarray] = {}
+        meta = {**self._meta(), "graph": mark(graph)}
+        with row_file(out, graph.num_nodes, DTYPES[self.dtype], kind=KIND, extra=facts, meta=meta) as file:
+            for chunk in chunks:
+                gathered.append(chunk, file)
+            facts |= gathered.facts()
+        arrays, _ = read(out, mmap=True)
+        self._index = Index(transition, arrays, self._unit())
+        self._reset_stale()
+        return self
+
+    fit = build
+
+    def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:
+        if nodes is not None:
+            return np.unique(graph.check_nodes(nodes))
+        if not self.min_in_degree:
+            return np.arange(graph.num_nodes, dtype=np.int64)
+        return np.flatnonzero(graph.reversed.degree_N >= self.min_in_degree)
+
+    def _plan(self) -> Plan:
+        moves = "long_path" if self.long_path else self.moves
+        return Plan(
+            self.alpha, self.walks, self.seed, self.mode == "fullpath", moves, self.max_steps or 0, self.keep or 0,
+            1.0 if self.mass is None else float(self.mass), self.track,
+        )  # fmt: skip
+
+    def _unit(self) -> float:
+        """What one count of an unbiased estimate is worth; 0 stands for the ratio."""
+        if self.estimate == "ratio":
+            return 0.0
+        return (self.alpha if self.mode == "fullpath" else 1.0) / self.walks
+
+    def _meta(self) -> dict[str, Any]:
+        return {"params": {name: value for name, value in self.get_params().items() if name != "workers"}}
+
+    def _reset_stale(self) -> None:
+        self._stale_N = np.zeros(self._built().transition.num_nodes)
+
+    def _built(self) -> Index:
+        if self._index is None:
+            raise InputError("there is no index yet; call build(graph) or PowerWalk.load(path, graph) first")
+        return self._index
+
+    # Asking it
+
+    def query(
+        self,
+        seeds: Any,
+        top_k: int | None = None,
+        rounds: int | Literal["auto"] = 2,
+        eps: float = 1e-6,
+        *,
+        use_index: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores from one node or a set: ids int64 and scores float64, all or the ``top_k`` largest, by falling score.
+
+        Args:
+            seeds: a node; a list of nodes; a mapping node -> weight; or ``(nodes, weights)``.
+            top_k: how many to return; None for all that are not 0.
+            rounds: T of decomposition; 0 gives the fingerprint itself. ``auto``: as many as fit a budget of entries read, at most 8.
+            eps: flows below it are not followed; 0 follows all.
+            use_index: False returns the decomposed part alone, short of (1 - alpha)^T.
+
+        Raises:
+            InputError: a bad argument, or there is no index.
+        """
+        index, kept = self._built(), check_top_k(top_k)
+        number, budget = _rounds(rounds)
+        transition = index.transition
+        ids, share = parse_seeds(transition.graph, seeds)
+        buffers = index.take_buffers()
+        touched, _, _ = decompose(
+            *transition.out, transition.inverse_N, self.alpha, ids, transition.start(ids, share), number, budget, _eps(eps),
+            use_index, *index.lookup.arrays, *buffers.arrays,
+        )  # fmt: skip
+        plain = transition.dangling == "source" or not len(transition.dangling_nodes)
+        found, score = take(buffers.result_N, buffers.touched_N, touched, kept if plain else 0)
+        index.spare.append(buffers)
+        if not plain:
+            found, score = transition.finish_sparse(found, score, ids, share)
+            length = order_top(found, score, len(found), kept)
+            found, score = found[:length], score[:length]
+        return found, score
+
+    def inspect(self, seeds: Any, rounds: int | Literal["auto"] = 2, eps: float = 1e-6) -> dict[str, float]:
+        """What a query does: ``dropped`` flow, entries ``reads``, and ``bound``, see `error_bound`, with what was dropped added."""
+        index = self._built()
+        number, budget = _rounds(rounds)
+        transition = index.transition
+        ids, share = parse_seeds(transition.graph, seeds)
+        buffers = index.take_buffers()
+        touched, dropped, reads = decompose(
+            *transition.out, transition.inverse_N, self.alpha, ids, transition.start(ids, share), number, budget, _eps(eps),
+            True, *index.lookup.arrays, *buffers.arrays,
+        )  # fmt: skip
+        take(buffers.result_N, buffers.touched_N, touched, 1)
+        index.spare.append(buffers)
+        bound = 2.0 if budget else min(2.0, self.error_bound(number) + dropped)
+        return {"dropped": float(dropped), "reads": int(reads), "bound": bound}
+
+    def query_batch(
+        self,
+        seeds_list: Sequence[Any],
+        top_k: int | None = None,
+        rounds: int | Literal["auto"] = 2,
+        eps: float = 1e-6,
+        *,
+        method: Literal["auto", "forward", "backward"] = "auto",
+    ) -> SparseRows:
+        """Many queries at once: one row each, in their order, float32.
+
+        ``forward`` decomposes one query after another in compiled code, equal queries once. ``backward`` propagates demand from the
+        queries, then pulls fingerprints back level by level, so that what several queries need is computed once; it follows every flow
+        (``eps`` does not count). ``auto`` is ``forward``, unless with ``rounds="auto"`` two rounds would read more than exact solutions
+        do, as on dense, well-mixed graphs: then it gives those (to an L1 error of 1e-4).
+
+        Raises:
+            InputError: a bad argument, there is no index, or ``backward`` needs a fingerprint that is not there.
+        """
+        index, kept = self._built(), check_top_k(top_k)
+        if method not in ("auto", "forward", "backward"):
+            raise InputError(f"method is {method!r}; it must be 'auto', 'forward' or 'backward'")
+        number, budget = _rounds(rounds)
+        if method == "backward" and budget:
+            raise InputError("method='backward' needs a number of rounds, not 'auto'")
+        parsed = [parse_seeds(index.transition.graph, seeds) for seeds in seeds_list]
+        if method == "backward":
+            return backward_rows(index, parsed, number, kept, self.workers)
+        if method == "auto" and budget and self._is_diffuse(parsed):
+            exact = PageRank(self.alpha, tol=1e-4, dangling=self.dangling)
+            found = exact.batch(index.transition.graph, list(seeds_list), top_k)
+            return SparseRows(found.indptr, found.ids, found.values.astype(np.float32), found.num_columns)
+        return forward_rows(index, parsed, number, budget, _eps(eps), kept, self.workers)
+
+    def _is_diffuse(self, parsed: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+        """Whether two rounds read more than an exact solution, by up to 16 of at least 64 queries (preparing costs some too)."""
+        index = self._built()
+        if len(parsed) < 64:
+            return False
+        probed = parsed[:: len(parsed) // 16][:16]
+        reads = [self.inspect(seeds, 2)["reads"] for seeds in probed]
+        return float(np.mean(reads)) > EXACT_ROUNDS * len(index.transition.graph.indices)
+
+    def fingerprint(self, node: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids and float64 estimate of the leaky vector of a node, as the index holds it. Raises InputError where there is none."""
+        index = self._built()
+        place = int(index.transition.graph.check_nodes([node])[0])
+        if not index.has_N[place]:
+            raise InputError(f"node {node} has no fingerprint")
+        row = slice(index.indptr[place], index.indptr[place + 1])
+        return index.ids[row].astype(np.int64), index.counts[row].astype(np.float64) * index.lookup.scale_N[place]
+
+    def error_bound(self, rounds: int = 2, sample: int = 0, seed: int = 0) -> float:
+        """Bound on the L1 error of a query of ``rounds`` rounds that drops nothing (``eps=0``, every node indexed).
+
+        (1 - alpha)^T times the largest error of a fingerprint: certain with 2 for that, the most that two distributions differ by (a
+        row that was cut lacks mass, and differs by less); or, with a ``sample``, an estimate with the largest of so many random rows,
+        each compared with the exact one.
+        """
+        index = self._built()
+        number, budget = _rounds(rounds)
+        if budget:
+            raise InputError("rounds is 'auto'; a bound needs a number of rounds")
+        worst = 2.0
+        if sample:
+            worst = max(self._row_errors(check_count("sample", sample), seed))
+        alive = (1.0 - self.alpha) ** number
+        if self.dangling == "source":  # given that walks end at all, more of them are still under way
+            alive = min(1.0, alive / float(index.transition.stay_N.min()))
+        return min(2.0, alive * worst)
+
+    def _row_errors(self, sample: int, seed: int) -> list[float]:
+        """L1 distance of fingerprints from the truth, relative to the sum of the true row."""
+        index = self._built()
+        graph = index.transition.graph
+        nodes = np.flatnonzero(index.has_N)
+        chosen = np.random.default_rng(seed).permutation(nodes)[:sample]
+        exact, stay_N = PageRank(self.alpha, tol=1e-10, dangling="source"), index.transition.stay_N
+        found = []
+        for node in chosen:
+            score_N = exact.vector(graph, int(node))
+            ids, value = self.fingerprint(int(node))
+            score_N[ids] -= value / stay_N[node]
+            found.append(float(np.abs(score_N).sum()))
+        return found or [2.0]
+
+    # Keeping it
+
+    def update(self, graph: Graph, *, refresh: bool = True) -> np.ndarray:
+        """Go over to a changed graph of as many nodes; only rows whose walks met a change are walked again.
+
+        The result is what `build` makes of the new graph, row by row. Rows are found by what the index holds (full paths, not cut),
+        or by what was tracked.
+
+        Args:
+            graph: the new graph.
+            refresh: walk at once; otherwise rows wait as stale until `refresh`.
+
+        Returns:
+            Ids of the stale rows, those with the largest share of visits at changed nodes first.
+
+        Raises:
+            InputError: the number of nodes differs, or the index cannot say where walks passed.
+        """
+        index = self._built()
+        old = index.transition.graph
+        if graph.num_nodes != old.num_nodes:
+            raise InputError(f"the graph has {graph.num_nodes:,} nodes, the index {old.num_nodes:,}; build a new index")
+        cut = self.keep is not None or (self.mass is not None and self.mass < 1)
+        if (self.mode == "endpoint" or cut) and not self.track:
+            raise InputError(
+                "this index does not say where walks passed (end points, or cut rows); build it with track=True"
+            )
+        share_N = np.maximum(index.stale(changed_nodes(old, graph)), self._stale_N)
+        arrays = index.arrays()
+        self._index = Index(Transition(graph, self.alpha, self.dangling), arrays, self._unit())
+        self._stale_N = share_N
+        stale = self.stale
+        if refresh:
+            self.refresh()
+        return stale
+
+    @property
+    def stale(self) -> np.ndarray:
+        """Ids of rows that a change of the graph has made stale, the most affected first."""
+        stale = np.flatnonzero(self._stale_N > 0)
+        return stale[np.argsort(-self._stale_N[stale], kind="stable")]
+
+    def refresh(self, fraction: float = 1.0) -> int:
+        """Walk again for ``fraction`` of the stale rows, the most affected first. Returns how many."""
+        if not 0 < fraction <= 1:
+            raise InputError(f"fraction is {fraction!r}; the share of stale rows to refresh must lie in (0, 1]")
+        index, stale = self._built(), self.stale
+        nodes = np.sort(stale[: int(np.ceil(fraction * len(stale)))])
+        if len(nodes):
+            graph = index.transition.graph
+            made = Gathered(graph.num_nodes, nodes, DTYPES[self.dtype], self.track)
+            for chunk in make_chunks(graph, self._plan(), nodes, self.workers, None):
+                made.append(chunk)
+            self._index = index.replaced(index.transition, nodes, made)
+            self._stale_N = self._stale_N.copy()
+            self._stale_N[nodes] = 0.0
+        return len(nodes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index into one checked file, all or nothing. Raises InputError for one with stale rows."""
+        index = self._built()
+        if len(self.stale):
+            raise InputError(f"{len(self.stale):,} rows are stale; refresh() before saving")
+        index.save(path, self._meta())
+
+    @classmethod
+    def load(cls, path: str | Path, graph: Graph, *, mmap: bool = False, workers: int = 1) -> Self:
+        """Read what `save` or ``build(out=...)`` wrote; with ``mmap`` rows stay on disk until they are looked up.
+
+        Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
+        """
+        arrays, meta = read(path, mmap=mmap)
+        check_mark(path, meta["graph"], graph)
+        try:
+            made = cls(**meta["params"], workers=workers)
+        except (TypeError, InputError) as error:
+            raise DataError(f"{path} holds an index of parameters that this release does not know: {error}") from error
+        made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
+        made._reset_stale()
+        return made
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the index."""
+        return self._built().transition.graph
+
+    @property
+    def rows(self) -> SparseRows:
+        """The index: counts of every node's walks (views)."""
+        index = self._built()
+        return SparseRows(index.indptr, index.ids, index.counts, index.transition.num_nodes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index."""
+        return self._built().nbytes
+
+    @property
+    def lost_mass(self) -> float:
+        """The largest share that a fingerprint lost by being cut (``keep``, ``mass``), or by walks cut at ``max_steps``."""
+        index = self._built()
+        cut = float((index.cut_N / self.walks).max(initial=0.0)) if not self.long_path else 0.0
+        return max(float(1.0 - index.kept_N.min()), cut)
+
+
+def _rounds(rounds: Any) -> tuple[int, int]:
+    """A number of rounds, and a budget of entries or 0."""
+    if rounds == "auto":
+        return MOST_ROUNDS, BUDGET
+    if isinstance(rounds, bool) or not isinstance(rounds, int | np.integer) or not 0 <= rounds <= 1000:
+        raise InputError(f"rounds is {rounds!r}; it must be a whole number from 0 to 1000, or 'auto'")
+    return int(rounds), 0
+
+
+def _eps(eps: Any) -> float:
+    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating) or not 0 <= eps < 1:
+        raise InputError(f"eps is {eps!r}; the flow below which nothing is followed must lie in [0, 1)")
+    return float(eps)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
