@@ -119,7 +119,7 @@ def test_every_truncation_and_every_longer_file_is_detected(file):
     for end in range(len(raw)):
         file.write_bytes(raw[:end])
         for mmap in (False, True):
-            with pytest.raises(DataError, match="truncated|does not start"):
+            with pytest.raises(DataError, match=r"truncated|does not start"):
                 read_arrays(file, "demo", mmap=mmap)
     file.write_bytes(raw + b"\0")
     with pytest.raises(DataError, match="truncated or damaged"):

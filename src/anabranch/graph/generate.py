@@ -328,7 +328,7 @@ def _skip(seed, num_nodes, probability, directed, place_N, source_E, target_E, c
     scale = np.log1p(-probability) if probability < 1 else -np.inf
     for node in range(num_nodes):
         state = stream(seed, node)
-        place, other = place_N[node], -1 if directed else node
+        place, other = place_N[node], np.int64(-1 if directed else node)
         while True:
             state, bits = next_bits(state)
             skip = np.log(1.0 - to_unit(bits)) / scale if probability < 1 else 0.0

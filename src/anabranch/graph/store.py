@@ -145,7 +145,8 @@ class Graph:
         """
         from scipy.sparse import coo_array
 
-        matrix = matrix if hasattr(matrix, "shape") else np.asarray(matrix)
+        if not hasattr(matrix, "shape"):
+            raise InputError(f"an adjacency matrix is a scipy or numpy matrix, not {type(matrix).__name__}")
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
         coo = matrix.tocoo() if hasattr(matrix, "tocoo") else coo_array(matrix)

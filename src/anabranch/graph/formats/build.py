@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numba as nb
 import numpy as np
 
-from anabranch.errors import CapacityError, InputError
+from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.files import is_full
 from anabranch.graph import csr
 from anabranch.graph.checks import check_room
@@ -64,14 +64,21 @@ class Rules:
 
 
 class EdgeSink:
-    """Edges as they are read. Fill it with `add` or `add_text` (not both), then `finish`; it is a context that closes its files."""
+    """Edges as they are read. Fill it with `add` or `add_text` (not both), then `finish`; it is a context that closes its files.
 
-    def __init__(self, rules: Rules) -> None:
+    Args:
+        rules: how edges become a graph.
+        path: where they come from, for messages.
+        is_weighted: whether they have weights.
+    """
+
+    def __init__(self, rules: Rules, path: Path | str, is_weighted: bool) -> None:
         self.rules = rules
+        self.path = path
+        self.is_weighted = is_weighted
         self.count = 0  # edges kept
         self.seen = 0  # edges given
         self.low, self.high = 0, -1
-        self.is_weighted: bool | None = None
         self._codes: dict[str, int] | None = None
         self._chunks: list[csr.Chunk] = []
         self._files: list[BinaryIO] = []
@@ -89,7 +96,6 @@ class EdgeSink:
         if len(source_E):
             self.low = min(self.low, int(source_E.min()), int(target_E.min()))
             self.high = max(self.high, int(source_E.max()), int(target_E.max()))
-        self.is_weighted = weight_E is not None
         if weight_E is not None and not weight_E.all():
             kept = weight_E != 0
             source_E, target_E, weight_E = source_E[kept], target_E[kept], weight_E[kept]
@@ -115,7 +121,13 @@ class EdgeSink:
         self.add(coded[0], coded[1], weight_E)
 
     def finish(self) -> Graph:
-        """The graph. Raises InputError for duplicates that may not be or a matrix that is not symmetric, and CapacityError."""
+        """The graph. Raises DataError for duplicates that may not be or a matrix that is not symmetric, and CapacityError."""
+        try:
+            return self._build()
+        except InputError as error:
+            raise DataError(f"{self.path}: {error}") from error
+
+    def _build(self) -> Graph:
         rules = self.rules
         num_nodes, names, rename = self._resolve()
         check_room(num_nodes)
@@ -127,11 +139,11 @@ class EdgeSink:
 
         options: dict[str, Any] = {
             "directed": directed,
-            "is_weighted": bool(self.is_weighted),
+            "is_weighted": self.is_weighted,
             "duplicates": rules.duplicates,
             "drop_zero": rules.drop_zero,
         }
-        need = Graph.estimate_bytes(num_nodes, self.count, bool(self.is_weighted), directed).build
+        need = Graph.estimate_bytes(num_nodes, self.count, self.is_weighted, directed).build
         if rules.memory_limit is None or need + 64 * rules.chunk_rows <= rules.memory_limit:
             arrays = csr.compress(chunks, num_nodes, **options)
         else:
@@ -342,14 +354,14 @@ class _Output:
 
 
 def temporary(folder: str | Path | None) -> Any:
-    """A file without a name, gone when it is closed. Raises InputError if the folder does not do."""
+    """A file without a name, gone when it is closed. Raises CapacityError if the folder does not do."""
     try:
         return tempfile.TemporaryFile(dir=folder)
     except OSError as error:
         if is_full(error):
             raise
         place = folder or tempfile.gettempdir()
-        raise InputError(
+        raise CapacityError(
             f"spill_folder {os.fspath(place)} cannot hold temporary files: {(error.strerror or '').lower()}"
         ) from error
 

@@ -99,7 +99,7 @@ def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     if layout.is_text and rules.num_nodes is not None:
         rules = replace(rules, num_nodes=None)
     splitter = Splitter(path, layout.delimiter, dialect.comment, layout.columns)
-    with EdgeSink(rules) as sink:
+    with EdgeSink(rules, path, len(layout.columns) > 2) as sink:
         for text, first_line in blocks(path, rules.block_bytes):
             fields, problem = splitter.split(text, first_line)
             if layout.header_line and len(fields.line_R) and fields.line_R[0] == layout.header_line:
@@ -268,6 +268,8 @@ def _delimiter(text: str, given: str | None) -> int:
             raise InputError(f"delimiter is {given!r}; it must be one ASCII character, or 'whitespace'")
         return ord(given)
     bare = re.sub(r'"[^"]*"', "", text.strip())
+    if all(map(_is_number, bare.split())):  # aligned by tabs and blanks
+        return WHITESPACE
     return next((ord(mark) for mark in "\t,;|" if mark in bare), WHITESPACE)
 
 

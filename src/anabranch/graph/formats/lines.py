@@ -32,6 +32,9 @@ def first_bytes(path: Path, count: int) -> bytes:
         with open_text(path) as file:
             return file.read(count)
     except _UNREADABLE as error:
+        if not isinstance(error, OSError) or compression(path):
+            for _ in blocks(path):  # says at which line
+                pass
         raise DataError(f"cannot read {path}: {_why(error)}") from error
 
 

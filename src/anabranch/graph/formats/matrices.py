@@ -30,10 +30,11 @@ def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
     Lists are ``row, col`` (or ``source, target`` or ``src, dst``) with perhaps ``weight`` and ``num_nodes``, or ``edge_index`` [2, E] with
     perhaps ``edge_weight``; they hold entries of the matrix, so an undirected edge stands in them both ways. Pickles are never read.
     """
+    with open(path, "rb") as opened:
+        if opened.read(6) == b"\x93NUMPY":
+            raise DataError(f"{path} holds one array (.npy), not a sparse matrix or lists of edges")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise DataError(f"{path} holds one array, not a sparse matrix or lists of edges")
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # numpy leaves a bad file open
             names = list(file.files)
             found = _sparse_of(file, names)
             if not found and (lists := _lists_of(path, file, names)):

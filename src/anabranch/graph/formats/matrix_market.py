@@ -42,7 +42,7 @@ def read_matrix_market(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             if sink is None:
                 is_pattern = header[0] == "pattern" or dialect.weight is None
                 rules, both_ways = _rules(path, rules, header, sizes)
-                sink = EdgeSink(rules)
+                sink = EdgeSink(rules, path, not is_pattern)
                 splitter = Splitter(path, WHITESPACE, "%", (0, 1) if is_pattern else (0, 1, 2))
                 splitter.num_fields = 2 if header[0] == "pattern" else 3
             assert splitter is not None

@@ -40,7 +40,8 @@ def read_metis(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             if not sizes:
                 continue
             if sink is None:
-                sink = EdgeSink(replace(rules, ids="numbers", is_matrix=True, num_nodes=sizes[0]))
+                entries = replace(rules, ids="numbers", is_matrix=True, num_nodes=sizes[0])
+                sink = EdgeSink(entries, path, has_weights and dialect.weight is not None)
             part = text[start:]
             source_E, target_E = (np.empty(len(part) // 2 + 1, np.int64) for _ in range(2))
             weight_E = np.empty(len(source_E) if has_weights else 0, np.float32)
@@ -49,7 +50,7 @@ def read_metis(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             )
             if problem:
                 fail(path, at, _what(problem, value, sizes))
-            used = weight_E[:count] if has_weights and dialect.weight is not None else None
+            used = weight_E[:count] if sink.is_weighted else None
             sink.add(source_E[:count], target_E[:count], used)
         if not sizes or sink is None:
             raise DataError(f"{path} holds no graph: the line of sizes (nodes, edges) is missing")

@@ -23,14 +23,14 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             columns = choose_columns(path, schema, dialect)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
             )
             return graph_of(path, schema, columns, (_columns(batch, schema, columns) for batch in batches), rules)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
@@ -94,7 +94,7 @@ def graph_of(
     if is_text and (rules.ids == "numbers" or rules.num_nodes is not None):
         raise DataError(f"{path}: ids are text, not numbers; leave out ids and num_nodes")
     done = 0
-    with EdgeSink(rules) as sink:
+    with EdgeSink(rules, path, len(columns) > 2) as sink:
         for batch in batches:
             _add(path, sink, batch, is_text, done)
             done += len(batch[0])

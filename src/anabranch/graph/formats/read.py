@@ -103,10 +103,6 @@ def read_graph(
         raise InputError(f"{path} is read whole; memory_limit is for {', '.join(_STREAMED)}")
     try:
         return _read(path, kind, rules, dialect, variable)
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise DataError(f"{path}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
 
@@ -163,6 +159,9 @@ def _rules(**values: Any) -> Rules:
             raise InputError(f"{name} is {values[name]:,}; it must be at least {least:,}")
     if values["num_nodes"] is not None and values["ids"] in ("names", "text"):
         raise InputError(f"num_nodes goes with ids that are numbers, not with ids={values['ids']!r}")
+    folder = values["spill_folder"]
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"spill_folder is {os.fspath(folder)}, which is no folder")
     return Rules(**values)
 
 

@@ -4,6 +4,7 @@
 import gzip
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -76,7 +77,7 @@ def write_parquet(graph: Graph, path: Path) -> None:
 
     _refuse_lost_names(graph, path)
     schema = pa.table(edge_columns(graph, *_none(graph), True)).schema.with_metadata({NOTE: note_of(graph)})
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts(graph):
             writer.write_table(pa.table(edge_columns(graph, *part, True), schema))
 
@@ -167,11 +168,15 @@ def _lines(first: np.ndarray, second: np.ndarray, weight: np.ndarray | None) -> 
     return "".join(" ".join(map(str, row)) + "\n" for row in zip(*columns, strict=True)).encode()
 
 
-def _opened(temporary: Path, path: Path) -> IO[bytes]:
+@contextmanager
+def _opened(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
     """The file to write, through gzip where the name ends so."""
-    if path.suffix == ".gz":
-        return gzip.GzipFile(filename="", mode="wb", fileobj=open(temporary, "wb"), mtime=0, compresslevel=6)  # type: ignore[return-value]
-    return open(temporary, "wb")
+    with open(temporary, "wb") as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as packed:
+            yield packed  # type: ignore[misc]
 
 
 def _refuse_names(graph: Graph, path: Path) -> None:
