@@ -15,14 +15,18 @@ Nothing is downloaded. Sizes are those of the graphs as loaded (undirected edges
 
 import gzip
 import os
-from collections.abc import Callable
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anabranch.errors import BackendError, ConfigError, DataError
+from anabranch.errors import BackendError, ConfigError, DataError, InputError
 from anabranch.graph.store import Graph
 
 
@@ -64,40 +68,65 @@ def _path(file: str) -> Path:
     return path
 
 
+@contextmanager
+def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Say which file it is that cannot be read or holds something else."""
+    wrong: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, *also)
+    wrong += (InputError, NotImplementedError, UserWarning, zlib.error, zipfile.BadZipFile)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # numpy's, of a file without data
+            yield
+    except wrong as error:
+        raise DataError(f"cannot read {path}: {error}; it is damaged, or not the shipped file") from error
+
+
 def _mat(name: str) -> Dataset:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
     from scipy.sparse import csr_array
 
-    found = loadmat(str(_path(f"{name}.mat")))
-    return Dataset(Graph.from_scipy(found["network"]), csr_array(found["group"]).astype(bool))
+    path = _path(f"{name}.mat")
+    with _reading(path, MatReadError):
+        found = loadmat(str(path))
+        return Dataset(Graph.from_scipy(found["network"]), csr_array(found["group"]).astype(bool))
 
 
 def _edge_list(name: str) -> Dataset:
-    ends = np.loadtxt(_path(f"{name}.edgelist.gz"), np.int64, ndmin=2)
-    with gzip.open(_path(f"{name}.labels.gz"), "rt") as file:
+    edges, labels = _path(f"{name}.edgelist.gz"), _path(f"{name}.labels.gz")
+    with _reading(edges):
+        ends = np.loadtxt(edges, np.int64, ndmin=2)
+        source_E, target_E = ends.T
+    with _reading(labels), gzip.open(labels, "rt") as file:
         members = [np.array(line.split(), np.int64) for line in file]
-    count = 1 + max(int(ends.max()), max(int(of.max()) for of in members if of.size))
-    return Dataset(Graph.from_edges(ends[:, 0], ends[:, 1], num_nodes=count), _labels(members, count))
+        count = 1 + max(int(ends.max()), max((int(of.max()) for of in members if of.size), default=-1))
+        label_NC = _labels(members, count)
+    with _reading(edges):
+        return Dataset(Graph.from_edges(source_E, target_E, num_nodes=count), label_NC)
 
 
 def _weighted(name: str) -> Dataset:
     from scipy.sparse import coo_array, csr_array
 
-    found = np.load(_path(f"{name}.npz"))
-    count = int(found["num_nodes"])
-    matrix = coo_array((found["weight"], (found["row"], found["col"])), shape=(count, count)).tocsr()
-    fields = csr_array(found["field_weight"] > 0)
-    return Dataset(Graph.from_scipy(matrix, directed=False), fields, tuple(map(str, found["field_name"])))
+    path = _path(f"{name}.npz")
+    with _reading(path):
+        found = np.load(path)
+        count = int(found["num_nodes"])
+        matrix = coo_array((found["weight"], (found["row"], found["col"])), shape=(count, count)).tocsr()
+        fields = csr_array(found["field_weight"] > 0)
+        return Dataset(Graph.from_scipy(matrix, directed=False), fields, tuple(map(str, found["field_name"])))
 
 
 def _cora(name: str) -> Dataset:
     from scipy.sparse import csr_array
 
-    found = np.load(_path(f"{name}.npz"))
-    shape = tuple(found["adj_shape"])
-    matrix = csr_array((found["adj_data"], found["adj_indices"], found["adj_indptr"]), shape=shape)
-    members = [np.flatnonzero(found["labels"] == label) for label in range(int(found["labels"].max()) + 1)]
-    return Dataset(Graph.from_scipy(matrix, directed=True), _labels(members, shape[0]))
+    path = _path(f"{name}.npz")
+    with _reading(path):
+        found = np.load(path)
+        shape = tuple(found["adj_shape"])
+        matrix = csr_array((found["adj_data"], found["adj_indices"], found["adj_indptr"]), shape=shape)
+        members = [np.flatnonzero(found["labels"] == label) for label in range(int(found["labels"].max()) + 1)]
+        return Dataset(Graph.from_scipy(matrix, directed=True), _labels(members, shape[0]))
 
 
 def _networkx(name: str) -> Dataset:

@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike
 
 from anabranch.errors import ConfigError, InputError
 
+_ROWS = 1 << 14
+
 
 class Estimator:
     """Base: constructors store what they are given under the same names; `get_params` reads it back, `set_params` changes it."""
@@ -39,20 +41,40 @@ class Estimator:
 def most_similar(embedding_ND: ArrayLike, node: int, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """The ``k`` nodes whose vectors have the largest cosine with that of ``node``, itself left out: ids int64 and cosines float32.
 
-    Exact, in one pass over the vectors; for many look-ups put them into an `HNSW` of metric ``cosine``. A zero vector is
-    similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range.
+    Exact, in one pass over the vectors; for many look-ups put them into an `HNSW` of metric ``cosine``. Ties go to the lowest id. A zero
+    vector is similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range,
+    and for vectors that are not finite numbers.
     """
-    vectors = np.asarray(embedding_ND, np.float32)
-    if vectors.ndim != 2:
-        raise InputError(f"an embedding has the shape [nodes, dim], this one {vectors.shape}")
-    if not 0 <= node < len(vectors):
+    vectors = np.asarray(embedding_ND)
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
+        raise InputError(
+            f"an embedding is numbers of the shape [nodes, dim], this one is {vectors.dtype} {vectors.shape}"
+        )
+    if not _is_whole(node) or not 0 <= node < len(vectors):
         raise InputError(f"node {node} is not one of the {len(vectors):,} nodes of the embedding")
-    if k < 1:
-        raise InputError(f"k is {k}; it must be at least 1")
-    norm_N = np.linalg.norm(vectors, axis=1)
-    cosine_N = vectors @ vectors[node] / np.maximum(norm_N * norm_N[node], np.float32(1e-30))
+    if not _is_whole(k) or k < 1:
+        raise InputError(f"k is {k}; it must be a whole number, at least 1")
+    cosine_N = np.empty(len(vectors), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # looked at below
+        own = vectors[node].astype(np.float64)
+        own /= max(float(np.linalg.norm(own)), 1e-300)
+        for start in range(0, len(vectors), _ROWS):  # 64-bit copies of some rows at a time
+            rows = vectors[start : start + _ROWS].astype(np.float64)
+            cosine_N[start : start + _ROWS] = rows @ own / np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
+    bad = np.flatnonzero(np.isnan(cosine_N))
+    if bad.size:
+        first = node if len(bad) == len(vectors) else int(bad[0])
+        raise InputError(f"the vector of node {first} has values that are not finite")
     cosine_N[node] = -np.inf
-    count = min(k, len(vectors) - 1)
-    best = np.argpartition(-cosine_N, max(count - 1, 0))[:count]
+    count = min(int(k), len(vectors) - 1)
+    if not count:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    least = np.partition(cosine_N, len(vectors) - count)[len(vectors) - count]
+    above, even = np.flatnonzero(cosine_N > least), np.flatnonzero(cosine_N == least)
+    best = np.concatenate([above, even[: count - len(above)]])
     best = best[np.lexsort((best, -cosine_N[best]))]
-    return best.astype(np.int64), cosine_N[best].astype(np.float32)
+    return best.astype(np.int64), cosine_N[best]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ whatever the chunks and threads, without fused multiply-adds, so all runs agree 
 """
 # Shapes: N nodes, M stored edges, D dim, B blocks, W columns of a block, C columns of a chunk
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,7 @@ def threads(count: int) -> Iterator[Threads]:
 def ranges(count: int, parts: int) -> list[tuple[int, int]]:
     """0 ... count - 1 in at most ``parts`` runs (first, last + 1)."""
     bounds = np.linspace(0, count, max(parts, 1) + 1).astype(int).tolist()
-    return [(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True) if last > first]
+    return [(first, last) for first, last in itertools.pairwise(bounds) if last > first]
 
 
 class NumbaProducts:
@@ -120,7 +121,7 @@ class NumbaProducts:
         work = operator.indptr + np.arange(operator.num_rows + 1)
         goal = np.linspace(0, work[-1], (4 * pool.count if pool.count > 1 else 1) + 1)
         bounds = np.unique(np.searchsorted(work, goal)).tolist()
-        self.runs = list(zip(bounds[:-1], bounds[1:], strict=True))
+        self.runs = list(itertools.pairwise(bounds))
         self._spare: list[np.ndarray] = []
 
     def load(self, start_NC: np.ndarray) -> np.ndarray:
@@ -214,11 +215,11 @@ class TorchProducts:
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
         self.torch, matrix = torch, operator.to_scipy()
-        ends = (torch.as_tensor(array.astype(np.int64)) for array in (matrix.indptr, matrix.indices))
+        indptr, indices = (torch.as_tensor(array.astype(np.int64)) for array in (matrix.indptr, matrix.indices))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)  # beta; products are all we use
             self.matrix = torch.sparse_csr_tensor(
-                *ends, torch.as_tensor(matrix.data), size=matrix.shape, device=self.device
+                indptr, indices, torch.as_tensor(matrix.data), matrix.shape, device=self.device, check_invariants=True
             )
         self.left_N1 = torch.as_tensor(operator.left_N[:, None], device=self.device)
 
@@ -242,7 +243,7 @@ class TorchProducts:
 
 
 def _row_sum(is_weighted: bool) -> Any:
-    """Intrinsic: out[row] = scale * sum of (value[e] *) x[indices[e]] over start <= e < end, for C-contiguous x and out of `BLOCK` columns."""
+    """Intrinsic: out[row] = scale * sum over start <= e < end of (value[e] *) x[indices[e]]; x and out are C-contiguous [N, BLOCK]."""
 
     @intrinsic
     def row_sum(typing, out, row, x, indices, value, start, end, scale):

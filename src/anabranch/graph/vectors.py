@@ -40,7 +40,8 @@ def column_moments(x_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndar
     )
     count = max(len(x_ND), 1)
     mean_D, square_D = sum_TD.sum(0) / count, square_TD.sum(0) / count
-    variance_D = square_D - mean_D**2
+    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the mean
+        variance_D = square_D - mean_D**2
     varies = variance_D > FLAT**2 * square_D
     return mean_D, np.where(varies, 1 / np.sqrt(np.where(varies, variance_D, 1.0)), 0.0)
 

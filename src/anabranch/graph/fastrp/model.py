@@ -13,16 +13,15 @@ Written from the published code's behaviour and the paper's abstract.
 q products with M edges and dim columns. Columns do not know of each other before rows are normalised, so they are computed in chunks.
 
 Departures: s is sqrt(N) rounded to a power of 2, so that a growing graph keeps its vectors (pass s to fix it for good). L uses d, not
-d / sum d, a constant factor. A degree of 0, which only directed graphs' L can see, counts as the smallest that is not. In the same
-graph, ``direction`` chooses which edges count. With negative weights degrees are sums of absolute values. From Neo4j's variant: ``self_weight`` adds
-w_0 L R / |L R|, ``feature_ratio`` gives a share of the columns of R to random combinations of the nodes' features.
+d / sum d, a constant factor. A degree of 0, which L sees in directed graphs alone, counts as the smallest that is not. ``direction``
+chooses which edges of a directed graph count. With negative weights degrees are sums of absolute values. From Neo4j's variant:
+``self_weight`` adds w_0 L R / |L R|, ``feature_ratio`` gives a share of R's columns to random combinations of the nodes' features.
 """
 # Shapes: N nodes, M stored edges, D dim, C columns of a chunk, F features
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numba as nb
 import numpy as np
@@ -30,20 +29,25 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
+from anabranch.graph.evaluate import HeldOut
+from anabranch.graph.fastrp.check import check, check_weights
+from anabranch.graph.fastrp.start import (
+    DENSE_BELOW,
+    Projection,
+    inverse_power,
+    operator_of,
+    projection_of,
+    sparsity,
+    turned,
+)
 from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, Threads, TorchProducts, threads
-from anabranch.graph.projection import BLOCK, SparseRows, gaussian_rows, keys_of, sparse_rows
-from anabranch.graph.store import Graph
+from anabranch.graph.projection import BLOCK, keys_of
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
 
+if TYPE_CHECKING:
+    from anabranch.graph.fastrp.tuning import Tuning
+
 SCRATCH_BYTES = 64 << 20  # of chunks, where ``chunk`` is not given
-DENSE_BELOW = 4.0  # s at which rows are so full that a product with them made dense is quicker
-_CHOICES = {
-    "projection": ("sparse", "gaussian"),
-    "matrix": ("transition", "adjacency", "symmetric"),
-    "direction": ("out", "in", "both"),
-    "dtype": ("float32", "float64"),
-    "backend": ("numba", "scipy", "torch"),
-}
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,11 @@ class Powers:
 
 @dataclass(frozen=True)
 class _Setup:
-    """A graph made ready: diag(left) A diag(right), the scale of the rows of R, their keys, and columns of R from features."""
+    """A graph made ready: the matrix, its diagonal on the right (in its values already), and L R."""
 
     operator: Operator
     right_N: np.ndarray | None
-    scale_N: np.ndarray
-    key_N: np.ndarray
-    s: float
-    feature_NC: np.ndarray | None
+    start: Projection
 
 
 class FastRP(Estimator):
@@ -140,7 +141,7 @@ class FastRP(Estimator):
         self.self_weight, self.direction, self.allow_negative = self_weight, direction, allow_negative
         self.seed, self.dtype, self.backend, self.device = seed, dtype, backend, device
         self.chunk, self.threads, self.keep_powers = chunk, threads, keep_powers
-        self._check()
+        check(self)
 
     # What it is for
 
@@ -167,8 +168,8 @@ class FastRP(Estimator):
     def transform(self, rows: Any, *, names: Iterable[Any] | None = None) -> np.ndarray:
         """Vectors of new nodes from their edges to the nodes of the fitted graph, which stay as they are.
 
-        They are those that fitting the larger graph would give, up to the columns' means and deviations, if no old node has an edge to a new
-        one and ``s`` is given; otherwise an approximation of them.
+        They are those that fitting the larger graph would give, up to the columns' means and deviations, if no old node has an edge
+        to a new one and ``s`` is given; otherwise an approximation of them.
 
         Args:
             rows: [R, N] weights of edges from new nodes to old ones (in the direction that rows sum over), scipy sparse or dense.
@@ -187,11 +188,11 @@ class FastRP(Estimator):
         ]
         start = np.zeros_like(powers[0])
         if self.self_weight:
-            old = len(setup.key_N)
+            old = len(setup.start.key_N)
             key_R = np.arange(old, old + len(start), dtype=np.uint64) if names is None else keys_of(names)
             if len(key_R) != len(start):
                 raise InputError(f"there are {len(start):,} rows and {len(key_R):,} names; give one per row")
-            start = self._random(key_R, 0, self.dim, setup.s)
+            start = setup.start.random(key_R, 0, self.dim)
         with threads(1) as pool:
             found = self._combine(Powers(start, tuple(powers)), tuple(self.weights), self.self_weight, pool)
             if self.standardize:
@@ -209,7 +210,7 @@ class FastRP(Estimator):
     def combine(self, powers: Powers, weights: Sequence[float] | None = None) -> np.ndarray:
         """Vectors of these powers with other weights (default: its own), which must not be more than there are powers."""
         chosen = tuple(self.weights if weights is None else weights)
-        _check_weights(chosen, self.self_weight)
+        check_weights(chosen, self.self_weight)
         if len(chosen) > len(powers.power_KND):
             raise InputError(
                 f"there are {len(chosen)} weights and {len(powers.power_KND)} powers; call powers(graph, order=...)"
@@ -231,115 +232,38 @@ class FastRP(Estimator):
         vectors = (parts if self.normalize or self.concatenate else min(parts, 1)) + (self.self_weight != 0)
         vectors = len(self.weights) + 1 + (parts if self.concatenate else 1) + 1 if self.keep_powers else vectors
         chunk = self._chunk_columns(num_nodes)
-        s = self._sparsity(num_nodes)
+        s = sparsity(num_nodes) if self.s is None else self.s
         random = num_nodes * chunk * (2 / s if self.projection == "sparse" and s >= DENSE_BELOW else b)
-        copied = is_weighted and b != 4 or self.matrix == "symmetric"
+        copied = (is_weighted and b != 4) or self.matrix == "symmetric"
         edges = num_stored_edges * b if copied else 0
         return int(b * num_nodes * (self.dim * vectors + 2 * chunk) + random + edges + 40 * num_nodes)
 
     # Steps
 
     def _prepare(self, graph: Any) -> _Setup:
-        """The matrix to multiply with, scales, keys and columns of features."""
         found = as_graph(graph, allow_negative=self.allow_negative)
-        key_N = np.arange(found.num_nodes, dtype=np.uint64) if found.names is None else keys_of(found.names)
-        if found.is_directed and self.direction == "both":
-            matrix = found.to_scipy(np.float64)
-            found = Graph.from_scipy(matrix + matrix.T, False, allow_negative=True)
-        elif self.direction == "in":
-            found = found.reversed
-        if found.weights is not None and not np.isfinite(found.weights).all():
-            raise InputError(f"edge weight {np.flatnonzero(~np.isfinite(found.weights))[0]} is not finite")
-        degree_N = found.strength_N
-        if self.allow_negative and found.weights is not None:
-            degree_N = Graph(found.indptr, found.indices, np.abs(found.weights), found.is_directed).strength_N
-        left_N, right_N = self._sides(degree_N, found)
-        value_M = np.empty(0, self.dtype) if found.weights is None else found.weights.astype(self.dtype, copy=False)
-        if right_N is not None:
-            value_M = right_N[found.indices] if found.weights is None else value_M * right_N[found.indices]
-        positive = degree_N[degree_N > 0]
-        seen_N = np.where(degree_N > 0, degree_N, positive.min() if positive.size else 1.0)
-        scale_N = (seen_N**self.beta / math.sqrt(self.dim)).astype(self.dtype)
-        if not (np.isfinite(scale_N).all() and (scale_N > 0).all()):
-            raise InputError(
-                f"degrees to the power beta = {self.beta} leave the range of {self.dtype}; scale the edge weights"
-            )
-        operator = Operator(found.indptr, found.indices, value_M, left_N)
-        sparsity = self._sparsity(found.num_nodes)
-        return _Setup(operator, right_N, scale_N, key_N, sparsity, self._feature_columns(found.num_nodes))
-
-    def _sides(self, degree_N: np.ndarray, graph: Graph) -> tuple[np.ndarray, np.ndarray | None]:
-        """Diagonals on the left and the right of A; None for ones."""
-        if self.matrix == "adjacency":
-            return np.ones(len(degree_N), self.dtype), None
-        power = -1.0 if self.matrix == "transition" else -0.5
-        left_N = _power(degree_N, power).astype(self.dtype)
-        if self.matrix == "transition":
-            return left_N, None
-        other = graph.reversed
-        weights = other.weights if other.weights is None else np.abs(other.weights)
-        incoming = Graph(other.indptr, other.indices, weights, other.is_directed)
-        return left_N, _power(incoming.strength_N, power).astype(self.dtype)
-
-    def _feature_columns(self, num_nodes: int) -> np.ndarray | None:
-        """Random combinations of features, of mean square 1 as R's entries, [N, C]."""
-        count = self._num_feature_columns
-        if self.features is None:
-            if count:
-                raise InputError(
-                    f"feature_ratio is {self.feature_ratio} and features is None; give features [nodes, features]"
-                )
-            return None
-        if not count:
-            raise InputError(f"features are given and feature_ratio is {self.feature_ratio}; they would have no column")
-        values = self.features.tocsr() if hasattr(self.features, "tocsr") else np.asarray(self.features)
-        if values.ndim != 2 or values.shape[0] != num_nodes:
-            raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")
-        data = values.data if hasattr(values, "tocsr") else values
-        if data.dtype.kind not in "fiub" or not np.isfinite(data).all():
-            raise InputError("features must be finite numbers")
-        random_FC = gaussian_rows(np.arange(values.shape[1], dtype=np.uint64), 0, count, ~self.seed, np.float64)
-        found = np.asarray(values @ random_FC)
-        size = math.sqrt(float(np.mean(found**2))) if found.size else 0.0
-        return (found / (size or 1.0)).astype(self.dtype)
-
-    def _random(self, key_N: np.ndarray, first: int, last: int, s: float) -> np.ndarray:
-        """Columns of R, dense, entries of variance 1."""
-        if self.projection == "gaussian":
-            return gaussian_rows(key_N, first, last, self.seed, self.dtype)
-        return sparse_rows(key_N, first, last, s, self.seed).to_scipy(self.dtype).toarray()
-
-    def _start(self, setup: _Setup, first: int, last: int) -> np.ndarray:
-        """Columns of L R, dense."""
-        random = self.dim - self._num_feature_columns
-        parts = []
-        if first < random:
-            parts.append(self._random(setup.key_N, first, min(last, random), setup.s))
-        if last > random:
-            feature_NC = cast(np.ndarray, setup.feature_NC)
-            parts.append(feature_NC[:, max(first - random, 0) : last - random])
-        found = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        return found * setup.scale_N[:, None]
-
-    def _sparse_start(self, setup: _Setup, first: int, last: int) -> SparseRows | None:
-        """Columns of R where they are worth keeping sparse; not yet scaled."""
-        if self.projection != "sparse" or setup.s < DENSE_BELOW or last > self.dim - self._num_feature_columns:
-            return None
-        return sparse_rows(setup.key_N, first, last, setup.s, self.seed)
+        rows = turned(found, self.direction)
+        start = projection_of(
+            rows, found.names, self.projection, self.s, self.seed, self.dim,
+            self.beta, self.features, self._num_feature_columns, self.dtype,
+        )  # fmt: skip
+        return _Setup(*operator_of(rows, self.matrix, self.dtype), start)
 
     def _run(self, setup: _Setup, pool: Threads, targets: dict[int, tuple[np.ndarray, float, bool]]) -> None:
         """Add w_k N_k to targets[k] = (array, w_k, whether it is the first there), chunk by chunk of columns."""
         products, step = self._products(setup.operator, pool), self._chunk_columns(setup.operator.num_rows)
         for first in range(0, self.dim, step):
             last = min(first + step, self.dim)
-            rows = self._sparse_start(setup, first, last)
-            start = self._start(setup, first, last) if rows is None or 0 in targets else None
+            rows = setup.start.sparse_columns(first, last)
             if 0 in targets:
-                targets[0][0][:, first:last] = start
+                targets[0][0][:, first:last] = setup.start.columns(first, last)
             if max(targets) == 0:
                 continue
-            chunk = products.multiply(products.load(start)) if rows is None else products.first(rows, setup.scale_N)
-            rows = start = None  # their memory is needed
+            if rows is None:
+                chunk = products.multiply(products.load(setup.start.columns(first, last)))
+            else:
+                chunk = products.first(rows, setup.start.scale_N)
+            rows = None  # its memory is needed
             for order in range(1, max(targets) + 1):
                 if order > 1:
                     chunk = products.multiply(chunk)
@@ -425,18 +349,29 @@ class FastRP(Estimator):
         """diag(left) and A diag(right) of new nodes."""
         from scipy.sparse import csr_array
 
-        matrix = csr_array(rows, dtype=np.float64, copy=True)
-        if matrix.ndim != 2 or matrix.shape[1] != len(setup.key_N):
-            raise InputError(f"rows have the shape {matrix.shape}; it must be [new nodes, {len(setup.key_N)}]")
+        try:
+            matrix = csr_array(rows, dtype=np.float64, copy=True)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"rows are numbers, [new nodes, {len(setup.start.key_N)}]: {error}") from None
+        if matrix.ndim != 2 or matrix.shape[1] != len(setup.start.key_N):
+            raise InputError(f"rows have the shape {matrix.shape}; it must be [new nodes, {len(setup.start.key_N)}]")
         matrix.sum_duplicates()
         if not np.isfinite(matrix.data).all() or (not self.allow_negative and (matrix.data < 0).any()):
             raise InputError("weights of new edges must be finite and not negative (allow_negative takes those)")
         degree_R = abs(matrix).sum(1)
-        power = {"transition": -1.0, "symmetric": -0.5, "adjacency": 0.0}[self.matrix]
-        left_R = np.ones(len(degree_R)) if not power else _power(degree_R, power)
+        power = {"transition": 1.0, "symmetric": 0.5, "adjacency": 0.0}[self.matrix]
+        left_R = np.ones(len(degree_R)) if not power else inverse_power(degree_R, power)
         if setup.right_N is not None:
             matrix.data *= setup.right_N[matrix.indices]
         return matrix.astype(self.dtype), left_R.astype(self.dtype)
+
+    def tune(
+        self, graph: Any, labels: Any = None, *, edges: HeldOut | None = None, trials: int = 20, **options: Any
+    ) -> "Tuning":
+        """Search weights and beta for this graph; see `anabranch.graph.fastrp.tuning.tune`."""
+        from anabranch.graph.fastrp.tuning import tune
+
+        return tune(self, graph, labels, edges=edges, trials=trials, **options)
 
     # Sizes and checks
 
@@ -451,10 +386,6 @@ class FastRP(Estimator):
     def _weight(self, order: int) -> float:
         return self.self_weight if order == 0 else self.weights[order - 1]
 
-    def _sparsity(self, num_nodes: int) -> float:
-        """s; by default sqrt(N) rounded to a power of 2."""
-        return 2.0 ** round(math.log2(max(num_nodes, 1)) / 2) if self.s is None else float(self.s)
-
     def _chunk_columns(self, num_nodes: int) -> int:
         """Columns of a chunk, a multiple of `BLOCK`, no more than there are."""
         wanted = self.chunk
@@ -462,49 +393,3 @@ class FastRP(Estimator):
             fits = SCRATCH_BYTES // (2 * np.dtype(self.dtype).itemsize * max(num_nodes, 1))
             wanted = max(fits // BLOCK, self._num_threads) * BLOCK
         return min(-(-wanted // BLOCK), -(-self.dim // BLOCK)) * BLOCK
-
-    def _check(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}"
-                )
-        for name in ("dim", "chunk", "threads"):
-            value = getattr(self, name)
-            if value is None and name != "dim":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number, at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
-            raise InputError(f"seed is {self.seed!r}; it must be a whole number")
-        for name, low, high in (
-            ("beta", -math.inf, math.inf),
-            ("feature_ratio", 0, 1),
-            ("self_weight", -math.inf, math.inf),
-        ):
-            value = getattr(self, name)
-            if not (_is_number(value) and math.isfinite(value) and low <= value <= high):
-                limits = "finite" if math.isinf(low) else f"{low} to {high}"
-                raise InputError(f"{name} is {value!r}; it must be a number, {limits}")
-        if self.s is not None and not (_is_number(self.s) and 1 <= self.s < math.inf):
-            raise InputError(f"s is {self.s!r}; it must be a number, at least 1 (None: sqrt of the number of nodes)")
-        _check_weights(tuple(self.weights) if np.iterable(self.weights) else self.weights, self.self_weight)
-
-
-def _check_weights(weights: Any, own: float) -> None:
-    if not isinstance(weights, tuple) or not weights:
-        raise InputError(f"weights is {weights!r}; give one number per order, at least one")
-    for order, weight in enumerate(weights, 1):
-        if not (_is_number(weight) and math.isfinite(weight)):
-            raise InputError(f"weight {order} is {weight!r}; weights are finite numbers")
-    if not any(weights) and not own:
-        raise InputError("all weights are 0, so all vectors would be; give one that is not")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _power(degree_N: np.ndarray, power: float) -> np.ndarray:
-    """degree ** power, 0 where the degree is."""
-    return np.where(degree_N > 0, np.where(degree_N > 0, degree_N, 1.0) ** power, 0.0)

@@ -1,0 +1,156 @@
+"""What FastRP multiplies: a graph's matrix with its diagonals, and the columns of L R that the first product takes."""
+# Shapes: N nodes, M stored edges, C columns of a chunk, F features
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.products import Operator
+from anabranch.graph.projection import SparseRows, gaussian_rows, keys_of, sparse_rows
+from anabranch.graph.store import Graph
+
+DENSE_BELOW = 4.0  # s at which rows are so full that a product with them made dense is quicker
+
+
+@dataclass(frozen=True)
+class Projection:
+    """R: random columns by keys of nodes, then columns from features.
+
+    Attributes:
+        key_N: uint64.
+        kind: ``sparse`` or ``gaussian``.
+        s: of sparse ones.
+        seed: of all.
+        num_random: columns that are random.
+        feature_NC: the rest; None where there are none.
+        scale_N: the diagonal of L over sqrt(D), of the working type.
+    """
+
+    key_N: np.ndarray
+    kind: str
+    s: float
+    seed: int
+    num_random: int
+    feature_NC: np.ndarray | None
+    scale_N: np.ndarray
+
+    def random(self, key_N: np.ndarray, first: int, last: int) -> np.ndarray:
+        """Random columns, dense, entries of variance 1."""
+        if self.kind == "gaussian":
+            return gaussian_rows(key_N, first, last, self.seed, self.scale_N.dtype)
+        return sparse_rows(key_N, first, last, self.s, self.seed).to_scipy(self.scale_N.dtype).toarray()
+
+    def columns(self, first: int, last: int) -> np.ndarray:
+        """Columns of L R, dense."""
+        parts = []
+        if first < self.num_random:
+            parts.append(self.random(self.key_N, first, min(last, self.num_random)))
+        if last > self.num_random and self.feature_NC is not None:
+            parts.append(self.feature_NC[:, max(first - self.num_random, 0) : last - self.num_random])
+        found = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return found * self.scale_N[:, None]
+
+    def sparse_columns(self, first: int, last: int) -> SparseRows | None:
+        """Columns of R where they are worth keeping sparse, not yet scaled; None where not."""
+        if self.kind != "sparse" or self.s < DENSE_BELOW or last > self.num_random:
+            return None
+        return sparse_rows(self.key_N, first, last, self.s, self.seed)
+
+
+def sparsity(num_nodes: int) -> float:
+    """sqrt(N), rounded to a power of 2."""
+    return 2.0 ** round(math.log2(max(num_nodes, 1)) / 2)
+
+
+def turned(graph: Graph, direction: str) -> Graph:
+    """The graph whose rows sum over what ``direction`` says."""
+    if not graph.is_directed or direction == "out":
+        return graph
+    if direction == "in":
+        return graph.reversed
+    matrix = graph.to_scipy(np.float64)
+    return Graph.from_scipy(matrix + matrix.T, False, names=graph.names, allow_negative=True)
+
+
+def strengths(graph: Graph) -> np.ndarray:
+    """float64 [N]: sums of the absolute weights of each node's edges."""
+    if graph.weights is None or not len(graph.weights) or graph.weights.min() >= 0:
+        return graph.strength_N
+    return Graph(graph.indptr, graph.indices, np.abs(graph.weights), graph.is_directed).strength_N
+
+
+def sides(graph: Graph, matrix: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """float64 diagonals on the left and the right of A; None for ones on the right."""
+    if matrix == "adjacency":
+        return np.ones(graph.num_nodes), None
+    if matrix == "transition":
+        return inverse_power(strengths(graph), 1.0), None
+    return inverse_power(strengths(graph), 0.5), inverse_power(strengths(graph.reversed), 0.5)
+
+
+def inverse_power(degree_N: np.ndarray, power: float) -> np.ndarray:
+    """degree ** -power, 0 where the degree is."""
+    return np.where(degree_N > 0, np.where(degree_N > 0, degree_N, 1.0) ** -power, 0.0)
+
+
+def operator_of(graph: Graph, matrix: str, dtype: Any) -> tuple[Operator, np.ndarray | None]:
+    """diag(left) A diag(right), the right side in the values, and that side."""
+    if graph.weights is not None and not np.isfinite(graph.weights).all():
+        raise InputError(f"edge weight {int(np.isfinite(graph.weights).argmin())} is not finite")
+    left_N, right_N = sides(graph, matrix)
+    value_M = np.empty(0, dtype) if graph.weights is None else graph.weights.astype(dtype, copy=False)
+    if right_N is not None:
+        right_N = right_N.astype(dtype)
+        value_M = right_N[graph.indices] if graph.weights is None else value_M * right_N[graph.indices]
+    return Operator(graph.indptr, graph.indices, value_M, left_N.astype(dtype)), right_N
+
+
+def degree_scale(graph: Graph, beta: float, dim: int, dtype: Any) -> np.ndarray:
+    """The diagonal of L over sqrt(D); a degree of 0 counts as the smallest that is not."""
+    degree_N = strengths(graph)
+    positive = degree_N[degree_N > 0]
+    degree_N = np.where(degree_N > 0, degree_N, positive.min() if positive.size else 1.0)
+    with np.errstate(over="ignore", under="ignore"):
+        scale_N = (degree_N**beta / math.sqrt(dim)).astype(dtype)
+    if not (np.isfinite(scale_N).all() and (scale_N > 0).all()):
+        raise InputError(
+            f"degrees to the power beta = {beta} leave the range of {np.dtype(dtype)}; scale the edge weights"
+        )
+    return scale_N
+
+
+def feature_columns(features: Any, count: int, num_nodes: int, seed: int, dtype: Any) -> np.ndarray | None:
+    """``count`` random combinations of features, of mean square 1 as R's entries, [N, C]."""
+    if features is None:
+        if count:
+            raise InputError(
+                f"feature_ratio asks for {count} columns and features is None; give features [nodes, features]"
+            )
+        return None
+    if not count:
+        raise InputError("features are given and feature_ratio leaves them no column; raise it")
+    values = features.tocsr() if hasattr(features, "tocsr") else np.asarray(features)
+    if values.ndim != 2 or values.shape[0] != num_nodes:
+        raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")
+    data = np.asarray(values.data if hasattr(values, "tocsr") else values)
+    if data.dtype.kind not in "fiub" or not np.isfinite(data).all():
+        raise InputError("features must be finite numbers")
+    random_FC = gaussian_rows(np.arange(values.shape[1], dtype=np.uint64), 0, count, ~seed, np.float64)
+    found = np.asarray(values @ random_FC)
+    size = math.sqrt(float(np.mean(found**2))) if found.size else 0.0
+    return (found / (size or 1.0)).astype(dtype)
+
+
+def projection_of(
+    graph: Graph, names: np.ndarray | None, kind: str, s: float | None, seed: int, dim: int,
+    beta: float, features: Any, num_features: int, dtype: Any,
+) -> Projection:  # fmt: skip
+    """L R of a graph (turned already) whose nodes have these outside names."""
+    key_N = np.arange(graph.num_nodes, dtype=np.uint64) if names is None else keys_of(names)
+    feature_NC = feature_columns(features, num_features, graph.num_nodes, seed, dtype)
+    s = sparsity(graph.num_nodes) if s is None else float(s)
+    scale_N = degree_scale(graph, beta, dim, dtype)
+    return Projection(key_N, kind, s, seed, dim - num_features, feature_NC, scale_N)
