@@ -20,6 +20,7 @@ STUDIES = {
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
+    "graphvite": "anabranch.studies.graphvite:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",

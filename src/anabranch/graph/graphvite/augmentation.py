@@ -39,23 +39,25 @@ class Pool:
     Attributes:
         head_S: int32, rows within the head parts.
         tail_S: int32, rows within the tail parts.
-        start_B: int64 [P^2 + 1], where the samples of block (head part) P + (tail part) begin.
+        start_B: int64, where the samples of block (head part) P + (tail part) begin.
+        count_B: int64, how many it has; where processes share a pool, also the blocks that lie elsewhere.
         num_walks: that gave them.
     """
 
     head_S: np.ndarray
     tail_S: np.ndarray
     start_B: np.ndarray
+    count_B: np.ndarray
     num_walks: int
 
     @property
     def size(self) -> int:
         """S."""
-        return int(self.start_B[-1])
+        return int(self.count_B.sum())
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Heads and tails of a block."""
-        inside = slice(self.start_B[number], self.start_B[number + 1])
+        inside = slice(self.start_B[number], self.start_B[number] + self.count_B[number])
         return self.head_S[inside], self.tail_S[inside]
 
 
@@ -126,7 +128,8 @@ class Sampler:
         if self.bias == (1.0, 1.0):
             _walk(self.seed, first, walk_CL, *self.arrays[:6])
         else:
-            _walk_biased(self.seed, first, walk_CL, *self.arrays, *self.bias)
+            arguments = (self.seed, first, walk_CL, *self.arrays, *self.bias)
+            _walk_biased(*arguments)
         return walk_CL
 
     def pool(self, first: int, count: int, pools: Sequence[Executor] = ()) -> Pool:
@@ -142,20 +145,20 @@ class Sampler:
             return walk_CL, count_B
 
         made = list(mapped(make, chunks))
-        count_KB = np.array([count_B for _, count_B in made])
-        start_B = np.zeros(num_blocks + 1, np.int64)
-        np.cumsum(count_KB.sum(0), out=start_B[1:])
+        count_KB = np.array([count_B for _, count_B in made], np.int64).reshape(len(made), num_blocks)
+        count_B = count_KB.sum(0)
+        start_B = np.cumsum(count_B) - count_B
         before_KB = np.cumsum(count_KB, 0) - count_KB  # samples of each block in the chunks before
-        head_S, tail_S = np.empty(start_B[-1], np.int32), np.empty(start_B[-1], np.int32)
+        head_S, tail_S = np.empty(count_B.sum(), np.int32), np.empty(count_B.sum(), np.int32)
 
         def fill(number: int) -> None:
             _fill(
                 made[number][0], self.augmentation, parts.part_N, parts.local_N, parts.num_parts,
-                before_KB[number], start_B, self.shuffle_base, head_S, tail_S,
+                before_KB[number], start_B, count_B, self.shuffle_base, head_S, tail_S,
             )  # fmt: skip
 
         list(mapped(fill, range(len(made))))
-        return Pool(head_S, tail_S, start_B, count)
+        return Pool(head_S, tail_S, start_B, count_B, count)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -212,21 +215,23 @@ def _second(state, before, node, indptr, indices, keep_M, other_M, weights, stre
     if indptr[node + 1] == indptr[node]:
         return state, np.int64(-1)
     most = max(1.0, far)
+    excess = 0.0
     if back > most:
         edge = _find(node, before, indptr, indices)
         if edge >= 0:
             excess = (back - most) * (1.0 if len(weights) == 0 else weights[edge])
+    for _ in range(_TRIES):
+        if excess > 0:
             state, bits = next_bits(state)
             if to_unit(bits) * (strength_N[node] * most + excess) < excess:
                 return state, np.int64(before)
-    for _ in range(_TRIES):
         state, bits = next_bits(state)
         target = step(bits, node, indptr, indices, keep_M, other_M)
         state, bits = next_bits(state)
         if to_unit(bits) * most < min(_bias(before, target, indptr, indices, back, far), most):
             return state, target
     state, bits = next_bits(state)
-    return state, _through_row(bits, before, node, indptr, indices, weights, min(back, most), far)
+    return state, _through_row(bits, before, node, indptr, indices, weights, back, far)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -266,7 +271,7 @@ def _count(walk_CL, reach, part_N, num_parts, count_B):
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill(walk_CL, reach, part_N, local_N, num_parts, before_B, start_B, base, head_S, tail_S):
+def _fill(walk_CL, reach, part_N, local_N, num_parts, before_B, start_B, count_B, base, head_S, tail_S):
     length = walk_CL.shape[1]
     part_L, local_L = np.empty(length, np.int64), np.empty(length, np.int32)
     sample_B = before_B.copy()
@@ -280,6 +285,6 @@ def _fill(walk_CL, reach, part_N, local_N, num_parts, before_B, start_B, base, h
                 block = part_L[j] * num_parts + part_L[k]
                 sample = sample_B[block]
                 sample_B[block] += 1
-                slot = sample if base == 1 else shuffled(sample, start_B[block + 1] - start_B[block], base)
+                slot = sample if base == 1 else shuffled(sample, count_B[block], base)
                 head_S[start_B[block] + slot] = local_L[j]
                 tail_S[start_B[block] + slot] = local_L[k]

@@ -13,6 +13,8 @@ from anabranch.errors import InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.graphvite import settings, storage
 from anabranch.graph.graphvite.augmentation import Sampler
+from anabranch.graph.graphvite.device import TorchExecutor, auto_micro_batch, devices_of
+from anabranch.graph.graphvite.distributed import DistributedExecutor, ShareSampler
 from anabranch.graph.graphvite.executor import BlockExecutor, Plan, ThreadExecutor
 from anabranch.graph.graphvite.partition import Partition, negative_tables, zig_zag
 from anabranch.graph.graphvite.parts import SIDES, MappedParts, Parts
@@ -43,10 +45,10 @@ class GraphVite(Estimator):
             the reads.
         workers: threads or devices that train at once (at most P). The result does not depend on it.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``cuda:*`` for all of them.
-        executor: ``threads`` (CPU kernels), ``torch`` (micro-batches on ``device``), ``distributed`` (a process per worker: every process of
-            an initialised `torch.distributed` group calls `fit` with the same graph), or ``auto``: by the device.
-        memory_limit: bytes of parameters (with moments) in memory, or with ``torch`` on each device; beyond it parts are moved as the schedule
-            needs them. None: no limit.
+        executor: ``threads`` (CPU kernels), ``torch`` (micro-batches on ``device``), ``distributed`` (a process per worker: every
+            process of an initialised `torch.distributed` group calls `fit` with the same graph), or ``auto``: by the device.
+        memory_limit: bytes of parameters (with moments) in memory, or with ``torch`` on each device; beyond it parts are moved as
+            the schedule needs them. None: no limit.
         p, q: of node2vec: how little walks go back, and how little they go far.
         shuffle_base: b of the pseudo shuffle; ``auto``: s for ``line``, else 1 (none). A given ``pool_size`` must be a multiple.
         pool_size: positive samples of a pool; two are held, 8 bytes a sample.
@@ -94,11 +96,36 @@ class GraphVite(Estimator):
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in self._names()}
-        settings.check(given)
-        for name, value in given.items():
-            setattr(self, name, value)
+        self.dim = dim
+        self.model = model
+        self.epochs = epochs
+        self.augmentation = augmentation
+        self.walk_length = walk_length
+        self.negatives = negatives
+        self.negative_weight = negative_weight
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.partitions = partitions
+        self.group = group
+        self.workers = workers
+        self.device = device
+        self.executor = executor
+        self.memory_limit = memory_limit
+        self.p = p
+        self.q = q
+        self.shuffle_base = shuffle_base
+        self.pool_size = pool_size
+        self.micro_batch = micro_batch
+        self.samplers = samplers
+        self.normalize = normalize
+        self.isolated = isolated
+        self.scratch = scratch
+        self.callbacks = callbacks
+        self.seed = seed
+        settings.check(self.get_params())
         self._arrays: dict[str, np.ndarray] = {}
+        self._peak_part_bytes = 0
         self._counters = Counters()
 
     # Fitting
@@ -128,6 +155,10 @@ class GraphVite(Estimator):
             raise InputError(
                 f"the embedding has {len(self._arrays['vertex']):,} nodes, the graph {graph.num_nodes:,}; fit anew"
             )
+        if self._arrays["vertex"].shape[1] != self.dim:
+            raise InputError(
+                f"the embedding has dim {self._arrays['vertex'].shape[1]}, dim is now {self.dim}; fit anew"
+            )
         if epochs is None and before.done >= before.total:
             raise InputError("the run was trained to its end; say for how many more `epochs`")
         counters = Counters(**asdict(before))
@@ -153,16 +184,18 @@ class GraphVite(Estimator):
         group = num_parts if self.group == "auto" else int(self.group)
         steps = settings.steps_of(self.augmentation, self.walk_length, graph)
         base = self.shuffle_base if self.shuffle_base != "auto" else steps if self.model == "line" else 1
+        how = ShareSampler if self._how == "distributed" else Sampler
+        sampler = how.of(
+            graph, partition, self.seed,
+            walk_length=self.walk_length, augmentation=steps, p=self.p, q=self.q,
+            shuffle_base=1 if self._how == "distributed" else int(base),  # shuffled once all are together
+        )  # fmt: skip
         plan = Plan(
             partition, blocks_in_order(num_parts, group), negative_tables(graph.reversed.strength_N, partition),
             rule, self.seed,
         )  # fmt: skip
-        sampler = Sampler.of(
-            graph, partition, self.seed,
-            walk_length=self.walk_length, augmentation=steps, shuffle_base=int(base), p=self.p, q=self.q,
-        )  # fmt: skip
         parts = self._parts(partition, rule, limit, row_bytes, arrays)
-        executor = self._executor(plan, parts, limit, row_bytes)
+        executor = self._executor(plan, parts, limit, row_bytes, degree_N, int(base))
         size = settings.pool_of(self.pool_size, count, num_parts, counters.total, int(base), limit is not None)
         train(
             sampler, executor, counters,
@@ -196,11 +229,17 @@ class GraphVite(Estimator):
             return self.executor
         return "threads" if self.device == "cpu" else "torch"
 
-    def _executor(self, plan: Plan, parts: Parts, limit: int | None, row_bytes: int) -> BlockExecutor:
-        largest = plan.partition.largest * row_bytes
-        return ThreadExecutor(
-            plan, parts, settings.workers_of(self.workers, plan.partition.num_parts, largest, limit)
-        )
+    def _executor(
+        self, plan: Plan, parts: Parts, limit: int | None, row_bytes: int, degree_N: np.ndarray, base: int
+    ) -> BlockExecutor:
+        if self._how == "distributed":
+            return DistributedExecutor(plan, parts, base)
+        num_parts, largest = plan.partition.num_parts, plan.partition.largest * row_bytes
+        if self._how == "threads":
+            return ThreadExecutor(plan, parts, settings.workers_of(self.workers, num_parts, largest, limit))
+        devices = devices_of(self.device, self.workers)[:num_parts]
+        micro_batch = auto_micro_batch(degree_N, num_parts) if self.micro_batch == "auto" else int(self.micro_batch)
+        return TorchExecutor(plan, parts, devices, micro_batch, limit, row_bytes)
 
     def _collect(self, graph: Graph, parts: Parts, rule: Rule, counters: Counters) -> None:
         arrays = {"vertex": parts.get("head"), "context": parts.get("tail")}
@@ -212,7 +251,10 @@ class GraphVite(Estimator):
         if graph.names is not None:
             arrays["names"] = graph.names
         self._arrays, self._counters = arrays, counters
-        self._files = parts  # files of parameters out of memory live as long as what is mapped from them
+        self._peak_part_bytes = parts.peak_bytes
+        self._keep = (
+            parts if isinstance(parts, MappedParts) else None
+        )  # its files live as long as what is mapped from them
 
     # Looking at it
 
@@ -236,6 +278,12 @@ class GraphVite(Estimator):
         """Per pool: ``epoch``, mean ``loss`` and the rate ``lr``."""
         self._need("vertex")
         return self._counters.history
+
+    @property
+    def peak_part_bytes(self) -> int:
+        """Bytes of parameters and moments in memory at most while CPU threads trained; of all of them without parts on disk."""
+        self._need("context")
+        return self._peak_part_bytes
 
     def transform(self, nodes: ArrayLike | Graph | None = None) -> np.ndarray:
         """Vectors of nodes, float32 [len(nodes), D]; of all for None or for the graph that was fitted.

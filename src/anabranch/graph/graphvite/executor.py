@@ -55,6 +55,9 @@ class Plan:
 class BlockExecutor(Protocol):
     """Trains pools; the parameters lie in `Parts` before and, after `finish`, again."""
 
+    def route(self, pool: Pool) -> Pool:
+        """Bring samples to where they are trained."""
+
     def run(self, pool: Pool, episode: int, rate: Rate) -> np.ndarray:
         """Train a pool; the sums of losses, float64 [B]."""
 
@@ -68,11 +71,15 @@ class ThreadExecutor:
     def __init__(self, plan: Plan, parts: Parts, workers: int) -> None:
         self.plan, self.parts, self.workers = plan, parts, workers
 
+    def route(self, pool: Pool) -> Pool:
+        """They are where they are trained."""
+        return pool
+
     def run(self, pool: Pool, episode: int, rate: Rate) -> np.ndarray:
         """Train a pool; the sums of losses, float64 [B]."""
         plan, parts = self.plan, self.parts
         loss_B = np.zeros(len(plan.blocks))
-        first_B = plan.firsts(np.diff(pool.start_B))
+        first_B = plan.firsts(pool.count_B)
         held: list[tuple[int, list[np.ndarray]] | None] = [None] * self.workers  # the tail part that each worker keeps
 
         def tail_of(worker: int, part: int) -> list[np.ndarray]:

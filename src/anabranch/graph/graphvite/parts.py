@@ -5,6 +5,7 @@ tails) at 0.
 """
 # Shapes: N nodes, D dim, P parts
 
+import itertools
 import shutil
 import tempfile
 import threading
@@ -27,12 +28,14 @@ class Parts:
 
     Attributes:
         arrays: per side (head: V, tail: C) the parameters and their moments, each float32 [N, D] in the order of rows.
+        peak_bytes: that parts took in memory at most so far.
     """
 
     def __init__(self, partition: Partition, dim: int, moments: int) -> None:
         self.partition, self.dim = partition, dim
         shape = (len(partition.row_N), dim)
         self.arrays = {side: [self._zeros(side, number, shape) for number in range(1 + moments)] for side in SIDES}
+        self.peak_bytes = sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
 
     def _zeros(self, side: str, number: int, shape: tuple[int, int]) -> np.ndarray:
         return np.zeros(shape, np.float32)
@@ -59,8 +62,7 @@ class Parts:
         """Take the arrays of a part back."""
 
     def _slices(self) -> list[slice]:
-        start_P = self.partition.start_P
-        return [slice(a, b) for a, b in zip(start_P[:-1], start_P[1:], strict=True)]
+        return [slice(a, b) for a, b in itertools.pairwise(self.partition.start_P)]
 
 
 class MappedParts(Parts):
@@ -68,7 +70,7 @@ class MappedParts(Parts):
 
     Attributes:
         limit_bytes: that parts may take at once.
-        resident_bytes: that they take now; ``peak_bytes``: at most so far.
+        resident_bytes: that they take now.
         folder: of the files; removed with this object.
     """
 
@@ -84,9 +86,9 @@ class MappedParts(Parts):
                 f"the parameters need {needed:,} bytes in {self.folder.parent}, {free:,} are free; "
                 "choose another folder with `scratch`, or a larger memory_limit"
             )
+        super().__init__(partition, dim, moments)
         self.limit_bytes, self.resident_bytes, self.peak_bytes = limit_bytes, 0, 0
         self._lock = threading.Lock()
-        super().__init__(partition, dim, moments)
 
     def _zeros(self, side: str, number: int, shape: tuple[int, int]) -> np.ndarray:
         return np.memmap(self.folder / f"{side}{number}", np.float32, "w+", shape=shape)

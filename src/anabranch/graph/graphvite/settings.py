@@ -29,7 +29,14 @@ def check(given: dict[str, Any]) -> None:
     ):  # fmt: skip
         if given[name] != "auto":
             _whole(name, given[name], least, " or 'auto'")
-    for name, zero in (("epochs", False), ("lr", False), ("negative_weight", True), ("weight_decay", True), ("p", False), ("q", False)):
+    for name, zero in (
+        ("epochs", False),
+        ("lr", False),
+        ("negative_weight", True),
+        ("weight_decay", True),
+        ("p", False),
+        ("q", False),
+    ):
         _number(name, given[name], zero)
     for name, known in (
         ("model", MODELS), ("optimizer", tuple(OPTIMIZERS)), ("executor", EXECUTORS), ("isolated", ("keep", "zero")),
@@ -47,6 +54,10 @@ def check(given: dict[str, Any]) -> None:
             f"pool_size is {given['pool_size']}, not a multiple of shuffle_base, {given['shuffle_base']}; "
             f"{given['pool_size'] // given['shuffle_base'] * given['shuffle_base']} is"
         )
+    if given["executor"] in ("threads", "distributed") and given["device"] != "cpu":
+        raise InputError(f"executor={given['executor']!r} trains on the CPU; device is {given['device']!r}")
+    if given["executor"] == "distributed" and given["memory_limit"] is not None:
+        raise InputError("memory_limit is for one process; executor='distributed' keeps all parameters in memory")
     seed = given["seed"]
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**63:
         raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
@@ -128,4 +139,6 @@ def _number(name: str, value: Any, zero: bool) -> None:
     except TypeError:
         fits = False
     if not fits:
-        raise InputError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'greater than'} 0")
+        raise InputError(
+            f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'greater than'} 0"
+        )

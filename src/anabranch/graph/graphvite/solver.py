@@ -90,7 +90,7 @@ def train(
         upcoming = begin(counters)
         clock = time.perf_counter()
         while counters.done < counters.total:
-            pool = upcoming.result() if isinstance(upcoming, Future) else upcoming()
+            pool = executor.route(upcoming.result() if isinstance(upcoming, Future) else upcoming())
             rate = Rate(counters.done, counters.total)
             episode = counters.episodes
             counters.walks += pool.num_walks
@@ -108,6 +108,7 @@ def train(
             )  # fmt: skip
             clock = now
             counters.history.append({"epoch": progress.epoch, "loss": loss, "lr": last})
-            if any([callback(progress) is False for callback in callbacks]):
+            answers = [callback(progress) for callback in callbacks]  # all are told, whatever one says
+            if any(answer is False for answer in answers):
                 return counters.done >= counters.total
     return True

@@ -1,7 +1,7 @@
 """Saved embeddings: .npz, our array file, and word2vec text.
 
-The first two hold all that it takes to predict and to go on training; the text, V alone, for other programs: a line ``N D``, then per node its
-name and its numbers.
+The first two hold all that it takes to predict and to go on training; the text, V alone, for other programs: a line ``N D``, then
+per node its name and its numbers.
 """
 # Shapes: N nodes, D dim
 
@@ -26,8 +26,8 @@ class Saved:
     """What a file holds.
 
     Attributes:
-        arrays: "vertex" [N, D]; unless the file is text, also "context" [N, D], moments "head1", "head2", "tail1", "tail2" of optimisers that
-            have them, "trained" bool [N], and "names" [N] where nodes have some.
+        arrays: "vertex" [N, D]; "names" [N] where nodes have some; unless the file is text, "context" [N, D], "trained" bool [N], and
+            moments "head1", "head2", "tail1", "tail2" of optimisers that have them.
         meta: parameters and counters; empty for text.
     """
 
@@ -78,7 +78,7 @@ def _read_npz(path: Path) -> Saved:
     import json
 
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         meta = json.loads(arrays.pop(_META).tobytes())
     except (zipfile.BadZipFile, zipfile.error, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
