@@ -301,4 +301,4 @@ def test_the_papers_size_runs_through():
     history = network.run(10_000, 500)
     assert history[-1]["coverage"] == 1.0
     assert history[-1]["distance"] < 0.1 * history[0]["distance"]
-    assert max(found["largest_bytes"] for found in history[:11]) < 600_000  # the paper's messages, before the attack
+    assert max(found["largest_bytes"] for found in history[:10]) < 600_000  # the paper's messages, before the attack

@@ -22,7 +22,7 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.rank.clicks import read_clicks
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms_mask
-from anabranch.graph.rank.items import Item, by_id, matches, normalize
+from anabranch.graph.rank.items import Item, by_id, matches, normalize, order_of
 from anabranch.graph.rank.measures import ndcg
 from anabranch.graph.rank.peer import Match, Ranked, _check_k
 
@@ -102,6 +102,10 @@ class GRank:
         self._defences()
         self._library = by_id(items)
         nodes, terms, found = read_clicks(clicks, columns)
+        if len(found) and any(isinstance(id, str) != (found.dtype.kind == "U") for id in self._library):
+            raise InputError(
+                "ids of items in clicks and of `items` are of different types; use integers or texts in both"
+            )
         self._count(nodes, self._keys(terms), found, np.ones(len(nodes), np.int64))
         return self
 
@@ -232,10 +236,7 @@ class GRank:
         if not seen and first:
             score = {id: value for id, value in score.items() if id in first}
         score |= {id: 0.0 for id in first if id not in score}
-        try:
-            order = sorted(score, key=lambda id: (id not in first, -score[id], id))
-        except TypeError:
-            raise InputError("ids of items in clicks and of `items` are of different types; use one") from None
+        order = sorted(score, key=lambda id: (id not in first, -score[id], order_of(id)))
         return [Ranked(id, score[id]) for id in order[:k]]
 
     def score(

@@ -25,6 +25,7 @@ from anabranch.graph.rank.rows import is_node
 
 LENGTH = 4
 ADDRESSES = 64  # that one answer tells
+LINGER = 0.5  # seconds
 Address = tuple[str, int]
 
 
@@ -59,7 +60,7 @@ class GossipServer:
         self.received_bytes = self.sent_bytes = 0
         self.errors: dict[str, int] = {}
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self._open: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> Self:
         """Listen. Raises InputError if the address cannot be listened on."""
@@ -72,9 +73,11 @@ class GossipServer:
         return self
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; answers under way have until the timeout."""
         if self._server is not None:
             self._server.close()
+            if self._open:
+                await asyncio.wait(self._open)
             await self._server.wait_closed()
             self._server = None
 
@@ -136,21 +139,30 @@ class GossipServer:
     # Answering
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         try:
             async with asyncio.timeout(self.timeout):
                 try:
-                    if self._open > self.max_connections:
+                    if len(self._open) > self.max_connections:
                         raise DataError(f"busy: {self.max_connections} connections are open")
                     answer = self._answer(await self._read(reader))
                 except AnabranchError as error:
                     self._count_error(str(error))
                     answer = {"type": "error", "message": str(error)[:500]}
                 await self._write(writer, answer)
+                if (
+                    answer["type"] == "error"
+                ):  # closing on what was not read would reset the connection before it is heard
+                    writer.write_eof()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(LINGER):
+                            await reader.read(1 << 16)
         except (TimeoutError, OSError, EOFError) as error:  # the other side is slow or gone: its loss
             self._count_error(type(error).__name__)
         finally:
-            self._open -= 1
+            self._open.discard(task)
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
