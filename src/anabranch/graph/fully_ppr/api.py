@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from anabranch.errors import InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
-from anabranch.graph.fully_ppr.local import WalkWork, exact_work
+from anabranch.graph.fully_ppr.devices import THETA
+from anabranch.graph.fully_ppr.local import WalkWork, decompose_work, exact_work, scratch_bytes
 from anabranch.graph.fully_ppr.options import (
     INDEX_WALKS,
     Engine,
@@ -22,13 +23,17 @@ from anabranch.graph.fully_ppr.options import (
     Plan,
     check_room,
     choose_chunk,
+    exact_bytes,
+    index_bytes,
     row_bytes,
     walk_bytes,
 )
 from anabranch.graph.fully_ppr.result import FullyPPRResult
+from anabranch.graph.fully_ppr.rounds import Round
+from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.ppr import Dangling, Transition
-from anabranch.graph.ppr.power import BLOCK
 from anabranch.graph.ppr.rules import CODES
+from anabranch.graph.ppr.walks import check_count
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
@@ -45,10 +50,11 @@ class FullyPPR(Estimator):
             probability 1 - ``p_f``. All three, or none.
         top_k: entries kept of each source; None for all.
         min_score: smallest score that is kept.
-        engine: ``local`` (this machine, no services), ``spark`` (extra ``spark``, Java 17), or ``auto``: local unless memory does not suffice.
+        engine: ``local`` (this machine, no services), ``spark`` (extra ``spark``, Java 17), or ``auto``: local unless memory does not
+            suffice.
         method: ``walks``; ``decompose``: rounds of exact decomposition on an index of few walks, the most accurate for its time, local;
-            ``exact``: within ``tol`` of the truth in L1, local; ``auto``: exact where that is the least work, ``walks`` where a number, an
-            accuracy or Spark is asked for, else decompose.
+            ``exact``: within ``tol`` of the truth in L1, local; ``auto``: walks where their number, an accuracy or Spark is asked for,
+            else exact where that is the least work, as on small graphs, else decompose.
         estimator: of ``walks``: count the ``endpoint`` of each (as the paper does), or every visit (``fullpath``), which is more accurate.
         sources: nodes to start from, distinct; None for all.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
@@ -63,17 +69,19 @@ class FullyPPR(Estimator):
         cancel: set this event to stop at the next chunk or round.
         plan: on Spark: ``broadcast`` (every worker maps the whole graph), ``partitioned`` (rounds of joins), or ``auto``: broadcast where
             the graph fits into an executor.
-        partitions: of Spark's work. Default: four per core.
-        spark: a session to use. Default: one on all cores of this machine.
+        partitions: of Spark's work. Default: two per core.
+        spark: a session to use. Default: the active one, else one on all cores of this machine.
+        gamma: of the partitioned plan: walks of a source that start in a round. Default: chosen for the memory, and adapted.
+        theta: of the partitioned plan: most entries of a record of a hub.
+        big_moves: of the partitioned plan: steps that one draw takes at small nodes, 2 or 3; 0 for none.
 
     Attributes:
-        result_: `FullyPPRResult` of the last `fit`.
+        result_: `FullyPPRResult` of the last `fit`; read from ``out`` when it is first asked for, where that was given.
+        rounds_: log of the partitioned plan's rounds, a list of `anabranch.graph.fully_ppr.rounds.Round`.
 
     Raises:
         InputError: an argument out of range.
     """
-
-    result_: FullyPPRResult
 
     def __init__(
         self,
@@ -101,6 +109,9 @@ class FullyPPR(Estimator):
         plan: Plan = "auto",
         partitions: int | None = None,
         spark: Any = None,
+        gamma: int | None = None,
+        theta: int = THETA,
+        big_moves: int = 2,
     ) -> None:
         self.alpha, self.walks, self.eps, self.delta, self.p_f = alpha, walks, eps, delta, p_f
         self.top_k, self.min_score = top_k, min_score
@@ -110,11 +121,19 @@ class FullyPPR(Estimator):
         self.out, self.memory_limit, self.seed, self.workers = out, memory_limit, seed, workers
         self.progress, self.cancel = progress, cancel
         self.plan, self.partitions, self.spark = plan, partitions, spark
+        self.gamma, self.theta, self.big_moves = gamma, theta, big_moves
+        self.rounds_: list[Round] = []
+        self._found: FullyPPRResult | Path | None = None
         self._options().check()
         if plan not in ("auto", "broadcast", "partitioned"):
             raise InputError(f"plan is {plan!r}; it must be one of auto, broadcast, partitioned")
-        if partitions is not None and not partitions >= 1:
-            raise InputError(f"partitions is {partitions!r}; it must be at least 1")
+        for name, value in (("partitions", partitions), ("gamma", gamma)):
+            if value is not None:
+                check_count(name, value)
+        if theta < 2:
+            raise InputError(f"theta is {theta}; a record holds at least 2 entries")
+        if big_moves not in (0, 2, 3):
+            raise InputError(f"big_moves is {big_moves!r}; it must be 0, 2 or 3")
 
     def fit(self, graph: Graph) -> Self:
         """Scores from every source of the graph; they are in ``result_``.
@@ -127,34 +146,38 @@ class FullyPPR(Estimator):
             AnabranchError: the run was cancelled.
         """
         options = self._options()
-        transition = Transition(graph, self.alpha, self.dangling)
+        Transition(graph, self.alpha, self.dangling)  # refuses graphs without nodes, or of negative weights
         source_S, is_all = check_sources(graph, self.sources)
         engine = self._choose_engine(graph, options)
         if engine == "spark":
             from anabranch.graph.fully_ppr.spark import run_spark
 
-            self.result_ = run_spark(self, options, graph, source_S, is_all)
+            self._found = run_spark(self, options, graph, source_S, is_all)
         else:
-            self.result_ = self._fit_local(options, transition, source_S, is_all)
+            self._found = self._fit_local(options, graph, source_S, is_all)
         return self
 
     def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of the ``k`` best of a source. Raises InputError before `fit`, and as `FullyPPRResult.top`."""
-        return self._fitted().top(node, k)
+        return self.result_.top(node, k)
 
     def save(self, path: str | Path) -> None:
         """As `FullyPPRResult.save`."""
-        self._fitted().save(path)
+        self.result_.save(path)
 
     @staticmethod
     def load(path: str | Path, *, mmap: bool = False) -> FullyPPRResult:
         """As `FullyPPRResult.load`."""
         return FullyPPRResult.load(path, mmap=mmap)
 
-    def _fitted(self) -> FullyPPRResult:
-        if not hasattr(self, "result_"):
+    @property
+    def result_(self) -> FullyPPRResult:
+        """Scores of the last `fit`. Raises InputError before it."""
+        if self._found is None:
             raise InputError("there are no scores yet; call fit(graph) first")
-        return self.result_
+        if isinstance(self._found, Path):
+            self._found = FullyPPRResult.load(self._found, mmap=True)
+        return self._found
 
     def _options(self) -> Options:
         return Options(**{name: getattr(self, name) for name in Options.__dataclass_fields__})
@@ -164,42 +187,43 @@ class FullyPPR(Estimator):
             return self.engine
         return "local" if walk_bytes(graph) <= options.room() else "spark"
 
-    def _fit_local(
-        self, options: Options, transition: Transition, source_S: np.ndarray, is_all: bool
-    ) -> FullyPPRResult:
-        graph = transition.graph
-        method = options.choose_method(graph, "local")
+    def _fit_local(self, options: Options, graph: Graph, source_S: np.ndarray, is_all: bool) -> FullyPPRResult | Path:
+        method, room = options.choose_method(graph, "local"), options.room()
         workers = min(options.num_workers, max(len(source_S), 1))
-        work, held, dtype, multiple = self._work(options, transition, method, workers)
+        dtype: Any = np.float64 if method == "exact" else np.float32
         most = graph.num_nodes if method != "walks" or self.estimator == "fullpath" else options.num_walks
         per_row = row_bytes(graph, self.top_k, most, np.dtype(dtype).itemsize)
-        needed = held + (0 if self.out is not None else per_row * len(source_S)) + 2 * (workers + 1) * per_row
-        room = options.room()
-        hint = (
-            "use out=FILE, fewer workers, a smaller top_k"
-            if self.out is None
-            else "use fewer workers or a smaller top_k"
-        )
+        kept = 0 if self.out is not None else per_row * len(source_S)
+        needed = self._held(options, graph, method, workers) + kept + 2 * (workers + 1) * per_row
+        hint = "use fewer workers or a smaller top_k" if self.out is not None else "use out=FILE or a smaller top_k"
         check_room(needed, room, f"method {method!r} on this machine", f"{hint}, or engine='spark'")
-        chunk = choose_chunk(len(source_S), workers, per_row, room - needed, multiple)
-        facts = options.facts(method, "local")
+        chunk = choose_chunk(len(source_S), workers, per_row, room - needed)
+        facts = options.facts(method)
         job = chunks.Job(graph, source_S, is_all, facts, dtype, chunk, workers, self.progress, self.cancel)
-        return chunks.run(job, work, self.out)
+        return chunks.run(job, lambda: self._work(options, graph, method, workers), self.out)
 
-    def _work(
-        self, options: Options, transition: Transition, method: str, workers: int
-    ) -> tuple[chunks.Work, float, Any, int]:
-        """What makes rows, the bytes that it holds, the type of scores, and how many sources go best together."""
-        graph = transition.graph
+    def _held(self, options: Options, graph: Graph, method: str, workers: int) -> float:
+        """Bytes of all that is not rows."""
         if method == "exact":
-            held = graph.nbytes * (2 if graph.is_directed else 1) + workers * 24 * graph.num_nodes * BLOCK
-            check_room(held, options.room(), "method 'exact'", "use method='walks' or fewer workers")
-            return exact_work(transition, self.tol, self.top_k, self.min_score), held, np.float64, BLOCK
-        walks = WalkWork(
+            return exact_bytes(graph, workers)
+        if method == "decompose":
+            return walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) + 24 * graph.num_nodes * workers
+        return walk_bytes(graph) + workers * scratch_bytes(graph.num_nodes, options.num_walks)
+
+    def _work(self, options: Options, graph: Graph, method: str, workers: int) -> chunks.Work:
+        """What makes rows of sources."""
+        if method == "exact":
+            return exact_work(graph, self.alpha, self.dangling, self.tol, self.top_k, self.min_score)
+        if method == "decompose":
+            index = PowerWalk(
+                self.alpha, self.index_walks, dangling=self.dangling, seed=int(self.seed) % 2**63, workers=workers
+            ).build(graph)
+            index.workers = 1  # chunks are what runs side by side
+            return decompose_work(index, self.rounds, self.top_k, self.min_score)
+        return WalkWork(
             walk_arrays(graph), options.num_walks, self.alpha, CODES[self.dangling], self.estimator == "fullpath",
             self.top_k or 0, self.min_score, self.seed,
         )  # fmt: skip
-        return walks, walk_bytes(graph) + workers * walks.scratch_bytes(), np.float32, 1
 
 
 def fully_ppr(graph: Graph, alpha: float = 0.15, walks: int | None = None, **options: Any) -> FullyPPRResult:

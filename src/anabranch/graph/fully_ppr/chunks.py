@@ -65,14 +65,15 @@ class Job:
         return {"facts": dict(self.facts), "graph": [_crc(array) for array in arrays], "sources": _crc(self.source_S)}
 
 
-def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
-    """Do all chunks that are missing; the result in memory, or written to ``out`` and mapped from there.
+def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyPPRResult | Path:
+    """Do all chunks that are missing; gives the result in memory, or the file that was written.
 
-    ``work`` takes sources and gives their rows; it runs in ``job.workers`` threads. Raises DataError where ``out`` cannot be written or its
+    ``prepare`` makes what takes sources and gives their rows, in ``job.workers`` threads; called when parts of another run are ruled out.
+    Raises DataError where ``out`` cannot be written or its
     parts belong to another run, AnabranchError where the run was cancelled.
     """
     if out is None:
-        found = dict(_finished(job, work, range(_count(job)), 0))
+        found = dict(_finished(job, prepare, range(_count(job)), 0))
         return FullyPPRResult(
             _together(job, [found[number] for number in sorted(found)]), job.graph.names, dict(job.facts)
         )
@@ -83,18 +84,22 @@ def run(job: Job, work: Work, out: str | Path | None) -> FullyPPRResult:
     job, done = _resumed(job, folder)
     missing = [number for number in range(_count(job)) if number not in done]
     already = sum(len(_part(job, number)) for number in done)
-    for number, rows in _finished(job, work, missing, already):
+    for number, rows in _finished(job, prepare, missing, already):
         rows.save(_path(folder, number))
     _assemble(job, folder, out)
     shutil.rmtree(folder)
-    return FullyPPRResult.load(out, mmap=out.suffix != ".parquet")
+    return out
 
 
-def _finished(job: Job, work: Work, numbers: Any, already: int) -> Iterator[tuple[int, SparseRows]]:
+def _finished(job: Job, prepare: Callable[[], Work], numbers: Any, already: int) -> Iterator[tuple[int, SparseRows]]:
     """Chunks as they are done, at most a few more than workers under way."""
     total, waiting = len(job.source_S), list(numbers)[::-1]
     if job.progress is not None:
         job.progress(already, total)
+    _check_cancelled(job, already)
+    if not waiting:
+        return
+    work = prepare()
     with ThreadPoolExecutor(job.workers) as pool:
         running: dict[Future[SparseRows], int] = {}
         try:

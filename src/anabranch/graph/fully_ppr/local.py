@@ -13,13 +13,13 @@ import numba as nb
 import numpy as np
 
 from anabranch.graph.counters import count_walks, take_counts
-from anabranch.graph.ppr import Transition, forward_push, power_rows
-from anabranch.graph.ppr.pagerank import LOCAL
-from anabranch.graph.ppr.power import BLOCK
-from anabranch.graph.ppr.push import PushBuffers
+from anabranch.graph.powerwalk import PowerWalk
+from anabranch.graph.ppr import Dangling, PageRank
 from anabranch.graph.rows import SparseRows, id_type, order_top
+from anabranch.graph.store import Graph
 
 Work = Callable[[np.ndarray], SparseRows]
+LOCAL = 1e-2  # L1 error above which a push looks at less of the graph than a solution does
 
 
 class WalkWork:
@@ -62,7 +62,7 @@ class WalkWork:
         values = np.empty(len(ids), np.float32)
         done = 0
         while True:
-            done = _walk_rows(
+            done = _walk_rows(  # type: ignore[call-arg]
                 self.seed, source_C, done, self.alpha, self.dangling, self.full, self.top_k, self.least, *self.arrays,
                 *scratch, indptr, ids, values,
             )  # fmt: skip
@@ -86,10 +86,10 @@ class WalkWork:
             )
         return self._scratch.arrays
 
-    def scratch_bytes(self) -> int:
-        """Bytes of scratch of one thread: 16 W + (4 + 4 + id) N."""
-        num_nodes = len(self.arrays[0]) - 1
-        return 16 * self.walks + num_nodes * (8 + np.dtype(id_type(num_nodes)).itemsize)
+
+def scratch_bytes(num_nodes: int, walks: int) -> int:
+    """Bytes of scratch of one thread: 16 W + (4 + 4 + id) N."""
+    return 16 * walks + num_nodes * (8 + np.dtype(id_type(num_nodes)).itemsize)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -122,26 +122,24 @@ def _walk_rows(
     return done
 
 
-def exact_work(transition: Transition, tol: float, top_k: int | None, least: float) -> Work:
-    """Rows within ``tol`` of the truth in L1, float64: blocks of power iteration, or forward push where the tolerance is wide."""
-    num_nodes = transition.num_nodes
-    scratch = threading.local()
+def exact_work(graph: Graph, alpha: float, dangling: Dangling, tol: float, top_k: int | None, least: float) -> Work:
+    """Rows within ``tol`` of the truth in L1, float64: elimination and conjugate gradients, or forward push where ``tol`` is wide."""
+    model = PageRank(alpha, "push" if tol >= LOCAL else "solve", tol, dangling)
+    model.personalized(graph, 0, 1)  # what queries share is made once, before threads ask for it
 
-    def power(source_C: np.ndarray) -> SparseRows:
-        return kept(power_rows(transition, source_C.tolist(), tol=tol, top_k=top_k, block=BLOCK))
+    def work(source_C: np.ndarray) -> SparseRows:
+        return at_least(model.batch(graph, source_C.tolist(), top_k), least)
 
-    def push(source_C: np.ndarray) -> SparseRows:
-        if not hasattr(scratch, "buffers"):
-            scratch.buffers = PushBuffers(num_nodes)
-        found = [
-            forward_push(transition, int(node), tol=tol, top_k=top_k, buffers=scratch.buffers) for node in source_C
-        ]
-        return kept(SparseRows.from_rows([(of.ids, of.scores) for of in found], num_nodes, dtype=np.float64))
+    return work
 
-    def kept(rows: SparseRows) -> SparseRows:
-        return at_least(rows, least)
 
-    return push if tol >= LOCAL else power
+def decompose_work(index: PowerWalk, rounds: int, top_k: int | None, least: float) -> Work:
+    """Rows by rounds of decomposition on an index of walks (`anabranch.graph.powerwalk`), float32."""
+
+    def work(source_C: np.ndarray) -> SparseRows:
+        return at_least(index.query_batch(source_C.tolist(), top_k, rounds), least)
+
+    return work
 
 
 def at_least(rows: SparseRows, least: float) -> SparseRows:

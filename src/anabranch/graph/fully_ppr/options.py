@@ -24,6 +24,7 @@ CHUNKS = 64  # of a run, about: how often progress is told and how much is lost 
 LARGEST_CHUNK = 4096  # sources
 # Nanoseconds on one core of a shared machine, for the choice of a method alone
 STEP_NS, EDGE_NS = 200.0, 1.0
+PASSES = 1.3  # over the edges that an exact solution takes per factor e of its error
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,22 @@ class Options:
         return self.workers or os.cpu_count() or 1
 
     def choose_method(self, graph: Graph, engine: str) -> str:
-        """What "auto" is: exact where that is the least work, walks where they are asked for or on Spark, else decompose."""
+        """What "auto" is: walks where they are asked for or on Spark, exact where that is less work than an index, else decompose."""
         if engine == "spark":
             if self.method not in ("auto", "walks"):
                 raise InputError(f"method {self.method!r} runs on this machine alone; on Spark it is 'walks'")
             return "walks"
         if self.method != "auto":
             return self.method
-        sampled = "walks" if self.walks is not None or self.eps is not None else "decompose"
-        per_source = self.num_walks if sampled == "walks" else self.index_walks
-        exact_ns = EDGE_NS * (len(graph.indices) + graph.num_nodes) * math.log(self.tol) / math.log1p(-self.alpha)
-        return "exact" if exact_ns <= STEP_NS * per_source / self.alpha else sampled
+        if self.walks is not None or self.eps is not None:
+            return "walks"
+        exact_ns = EDGE_NS * (len(graph.indices) + graph.num_nodes) * max(-math.log(self.tol), 1.0) * PASSES
+        if exact_ns <= STEP_NS * self.index_walks / self.alpha:
+            return "exact"
+        fits = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) <= self.room()
+        return "decompose" if fits else "walks"
 
-    def facts(self, method: str, engine: str) -> dict[str, Any]:
+    def facts(self, method: str) -> dict[str, Any]:
         """What decides the scores, as JSON."""
         found: dict[str, Any] = {
             "method": method, "alpha": self.alpha, "dangling": self.dangling, "top_k": self.top_k, "min_score": self.min_score,
@@ -153,21 +157,30 @@ def walk_bytes(graph: Graph) -> int:
     return graph.nbytes - weights + (0 if graph.weights is None else 8 * len(graph.indices))
 
 
+def index_bytes(graph: Graph, walks: int, alpha: float) -> float:
+    """Bytes of a full-path index at most: a visit is an id and a 16-bit count at worst, and a walk makes 1 / alpha of them."""
+    return graph.num_nodes * min(graph.num_nodes, walks / alpha) * (np.dtype(id_type(graph.num_nodes)).itemsize + 2)
+
+
+def exact_bytes(graph: Graph, workers: int) -> float:
+    """Bytes of exact solutions, about: an eliminated graph of up to twice the edges, and ten vectors of N per thread."""
+    return graph.nbytes + 2 * 12 * len(graph.indices) + 80 * graph.num_nodes * (workers + 1)
+
+
 def row_bytes(graph: Graph, top_k: int | None, most: int, score_bytes: int = 4) -> int:
     """Bytes of a row of the result at most."""
     entries = min(graph.num_nodes, most, top_k or graph.num_nodes)
     return entries * (np.dtype(id_type(graph.num_nodes)).itemsize + score_bytes) + 8
 
 
-def choose_chunk(num_sources: int, workers: int, per_row: int, room: float, multiple: int = 1) -> int:
-    """Sources of a chunk: about `CHUNKS` chunks, no larger than memory and `LARGEST_CHUNK` allow, a multiple of ``multiple``.
+def choose_chunk(num_sources: int, workers: int, per_row: int, room: float) -> int:
+    """Sources of a chunk: about `CHUNKS` chunks, no larger than memory and `LARGEST_CHUNK` allow.
 
     A worker holds the rows of a chunk twice, while it makes them and while they are written.
     """
     wished = min(-(-num_sources // max(CHUNKS, workers)), LARGEST_CHUNK)
     fits = max(int(room / (2 * (workers + 1) * per_row)), 1)
-    chosen = max(1, min(wished, fits))
-    return max(chosen // multiple, 1) * multiple
+    return max(1, min(wished, fits))
 
 
 def check_room(needed: float, room: float, what: str, hint: str) -> None:

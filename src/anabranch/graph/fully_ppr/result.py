@@ -187,9 +187,10 @@ def table_of(
     """Rows as a table; row i without ``nodes`` is about node ``first`` + i."""
     nodes = np.arange(first, first + len(rows)) if rows.nodes is None else rows.nodes
     source = np.repeat(nodes.astype(np.int64, copy=False), np.diff(rows.indptr))
-    columns = {"source": source, "target": rows.ids.astype(np.int64, copy=False), "score": rows.values}
+    columns: dict[str, Any] = {"source": source, "target": rows.ids.astype(np.int64, copy=False), "score": rows.values}
     if names is not None:
-        columns["source_name"], columns["target_name"] = names[source], names[rows.ids]
+        kind = pa.int64() if names.dtype.kind in "iu" else pa.string()
+        columns["source_name"], columns["target_name"] = (pa.array(names[ids], kind) for ids in (source, rows.ids))
     meta = {META: json.dumps(parquet_facts(rows.num_columns, facts, ordered)).encode()}
     return pa.table(columns).replace_schema_metadata(meta)
 

@@ -1,0 +1,101 @@
+"""A Spark session that works: the caller's, the active one, or one on the cores of this machine."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anabranch
+from anabranch.errors import BackendError
+
+EXTRA = "pip install 'anabranch[spark]'"
+GIB = 2**30
+UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@contextmanager
+def session(given: Any = None) -> Iterator[Any]:
+    """Yield a session. One that is made here is stopped afterwards; settings of another are put back.
+
+    Raises BackendError where pyspark, pandas or Java is missing, or the session does not start.
+    """
+    check_packages()
+    from pyspark.sql import SparkSession
+
+    found = given or SparkSession.getActiveSession()
+    made = found is None
+    if made:
+        check_java()
+        found = _start(SparkSession)
+    changed = {"spark.sql.adaptive.enabled": "false"}  # it would join partitions that are made to stay apart
+    before = {name: found.conf.get(name, None) for name in changed}
+    for name, value in changed.items():
+        found.conf.set(name, value)
+    try:
+        yield found
+    finally:
+        if made:
+            found.stop()
+        else:
+            for name, value in before.items():
+                found.conf.unset(name) if value is None else found.conf.set(name, value)
+
+
+def check_packages() -> None:
+    """Raises BackendError naming the extra where a package is missing."""
+    for package in ("pyspark", "pandas"):
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(f"engine 'spark' needs {package}; {EXTRA}, or use engine='local'")
+
+
+def check_java() -> None:
+    """Raises BackendError where there is no Java to start Spark with."""
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which("java") is None and not (home and (Path(home) / "bin" / "java").exists()):
+        raise BackendError("engine 'spark' needs Java 17: there is no `java` on the path, and JAVA_HOME names none")
+
+
+def _start(builder_of: Any) -> Any:
+    """A session on all cores of this machine. Without these settings workers start another interpreter, or look for the host's name."""
+    settings = {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
+    before = {name: os.environ.get(name) for name in settings}
+    paths = [str(Path(anabranch.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ.update(settings)
+    try:
+        found = (
+            builder_of.builder.master("local[*]")
+            .appName("anabranch fully_ppr")
+            .config("spark.ui.enabled", "false")
+            .config("spark.ui.showConsoleProgress", "false")
+            .config("spark.executorEnv.PYTHONPATH", os.pathsep.join(path for path in paths if path))
+            .getOrCreate()
+        )
+    except Exception as error:
+        raise BackendError(f"Spark does not start: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    found.sparkContext.setLogLevel("ERROR")
+    return found
+
+
+def executor_bytes(spark: Any) -> int:
+    """What an executor may use: ``spark.executor.memory``; on one machine, where workers are processes of it, the machine's memory."""
+    from anabranch.graph.fully_ppr.options import physical_memory
+
+    if spark.conf.get("spark.master", "").startswith("local"):
+        return physical_memory()
+    return parse_bytes(spark.conf.get("spark.executor.memory", "1g"))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of Spark's "512m", "4g", "2048" (MiB)."""
+    text = text.strip().lower().removesuffix("b") or "1g"
+    return int(text[:-1]) * UNITS[text[-1]] if text[-1] in UNITS else int(text) * UNITS["m"]
