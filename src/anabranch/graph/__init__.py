@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anabranch.graph.fully_ppr import FullyPPR
     from anabranch.graph.graphvite import GraphVite
     from anabranch.graph.hnsw import HNSW
+    from anabranch.graph.powerwalk import PowerWalk
     from anabranch.graph.ppr import PageRank
     from anabranch.graph.rank import GRank
     from anabranch.graph.store import Graph
@@ -34,6 +35,7 @@ __all__ = [
     "Graph",
     "GraphVite",
     "PageRank",
+    "PowerWalk",
     "load_dataset",
     "read_graph",
     "write_graph",
@@ -46,6 +48,7 @@ _HOMES = {
     "GraphVite": "graphvite",
     "HNSW": "hnsw",
     "PageRank": "ppr",
+    "PowerWalk": "powerwalk",
     "load_dataset": "datasets",
     "read_graph": "formats",
     "write_graph": "formats",

@@ -88,7 +88,7 @@ def embed(
         written.append(str(picture))
     facts = {
         "graph": opened.name, "method": method, "nodes": len(vectors_ND), "dim": vectors_ND.shape[1], "seconds": seconds,
-        "params": params, "classification": scores, "wrote": written,
+        "params": params, "alike": _alike(vectors_ND), "classification": scores, "wrote": written,
     }  # fmt: skip
     if as_json:
         print_json(facts)
@@ -132,6 +132,16 @@ def _fit(
 
         estimator.set_params(callbacks=(told,))
         return estimator.fit_transform(opened.graph), given
+
+
+def _alike(vectors_ND: np.ndarray) -> int:
+    """Nodes that have the vector which most nodes have, where several have it."""
+    import numpy as np
+
+    _, counts = np.unique(
+        np.ascontiguousarray(vectors_ND).view(f"V{vectors_ND.dtype.itemsize * vectors_ND.shape[1]}"), return_counts=True
+    )
+    return int(counts.max(initial=0)) if counts.max(initial=0) > 1 else 0
 
 
 def _made(kind: Any, given: dict[str, Any]) -> Any:
@@ -186,6 +196,9 @@ def _print(opened: Opened, facts: dict[str, Any]) -> None:
     fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
     fact("vectors", f"{facts['nodes']:,} x {facts['dim']} by {facts['method']} in {duration(facts['seconds'])}")
     scores = facts["classification"]
+    if facts["alike"] > max(1, 0.05 * facts["nodes"]):
+        hint = "; try --set direction=both" if graph.is_directed and facts["method"] == "fastrp" else ""
+        fact("note", f"{facts['alike']:,} nodes have one and the same vector, as those without edges have{hint}")
     if scores is None:
         return
     print()

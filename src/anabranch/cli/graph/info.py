@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import Opened, open_graph
+from anabranch.cli.graph.inputs import Opened, is_own, open_graph
 from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
@@ -86,14 +86,9 @@ def info(
 
 def _kind(source: str) -> str | None:
     """What one of our own files holds; None for anything else."""
-    from anabranch.graph.array_file import MAGIC, kind_of
+    from anabranch.graph.array_file import kind_of
 
-    path = Path(source)
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        own = file.read(len(MAGIC)) == MAGIC
-    return kind_of(path) if own else None
+    return kind_of(source) if is_own(source) else None
 
 
 def _example(opened: Opened) -> str:

@@ -35,16 +35,31 @@ def open_graph(
     check_extra()
     from anabranch.graph import load_dataset, read_graph
 
+    labels = None
     with waiting(f"reading {source}", quiet):
         if Path(source).exists():
-            return Opened(read_graph(source, directed=directed, ids=ids, **_columns(columns)), source)
-        try:
-            found = load_dataset(source)
-        except ConfigError as error:
-            raise DataError(f"there is no file {source}, and {error}") from None
-    if directed is not None and directed != found.graph.is_directed:
-        raise InputError(f"{source} is a data set and {'not ' if directed else ''}directed; leave the option out")
-    return Opened(found.graph, source, found.labels_NC)
+            own = is_own(source)  # which says itself whether it is directed
+            graph = read_graph(source, directed=None if own else directed, ids=ids, **_columns(columns))
+        else:
+            try:
+                found = load_dataset(source)
+            except ConfigError as error:
+                raise DataError(f"there is no file {source}, and {error}") from None
+            graph, labels = found.graph, found.labels_NC
+        if directed is not None and directed != graph.is_directed:
+            graph = graph.to_directed() if directed else graph.to_undirected()
+    return Opened(graph, source, labels)
+
+
+def is_own(source: str) -> bool:
+    """Whether this is one of our array files."""
+    from anabranch.graph.array_file import MAGIC
+
+    try:
+        with open(source, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, or not to be read: whoever reads it says so
+        return False
 
 
 def _columns(text: str | None) -> dict[str, Any]:

@@ -49,19 +49,19 @@ def draw_degrees(graph: Graph, name: str, path: Path) -> None:
             axes.plot(
                 value, share, MARKERS[number], color=SERIES[number], markersize=3.2, markeredgewidth=0, label=label
             )
-            mean = float(degree_N.mean())
-            axes.axvline(mean, color=SERIES[number], linewidth=1, alpha=0.6, linestyle=(0, (4, 3)))
+        mean = float(out_N.mean()) if graph.num_nodes else 0.0  # in and out alike
+        if mean > 0:
+            axes.axvline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
-                f"mean {mean:.3g}" if len(kinds) == 1 else f"mean {mean:.3g}".strip(),
-                (mean, 1), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                f"mean {mean:.2f}", (mean, 1), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
                 color=MUTED, fontsize=8.5,
-            ) if number == 0 else None  # fmt: skip
+            )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="edges of a node, at least", ylabel="share of nodes")
         axes.set_title(f"Degrees of {name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges", pad=20)
         axes.grid(color=GRID)
         _plain_ticks(axes)
         if len(kinds) > 1:
-            axes.legend(loc="lower left")
+            axes.legend(loc="upper right")
     save(made, path)
 
 
@@ -87,12 +87,14 @@ def draw_recall(points: Sequence[dict[str, Any]], title: str, path: Path) -> Non
 def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str], title: str, path: Path) -> None:
     """Nodes as points, coloured by label. ``label_N`` is -1 where there is none; ``names`` are those of labels."""
     with figure(6.8, 6.0) as (made, axes):
-        size = float(np.clip(4000 / max(len(xy_N2), 1), 1.5, 36))
+        size = float(np.clip(16000 / max(len(xy_N2), 1), 4, 36))
+        low, high = np.quantile(xy_N2, (0.005, 0.995), axis=0)  # a few far away must not make the rest small
+        xy_N2 = np.clip(xy_N2, low - 0.1 * (high - low), high + 0.1 * (high - low))
         label_N = np.full(len(xy_N2), -1) if label_N is None else label_N
         order = (
             np.argsort(-np.bincount(label_N[label_N >= 0], minlength=len(names)), kind="stable") if len(names) else []
         )
-        shown = list(order[:LABELLED])
+        shown = sorted(order[:LABELLED])
         rest = ~np.isin(label_N, shown)
         if rest.any():
             others = (
@@ -136,12 +138,15 @@ def flat_map(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 
 
 def _plain_ticks(axes: Any, *, x: bool = True) -> None:
-    """Logarithmic axes with numbers as they are written, not powers of ten, where these are not many."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """Logarithmic axes with 1, 2, 5, 10 ... written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def plain(value: float, _: Any) -> str:
         return f"{value:,.0f}" if value >= 1 else f"{value:.12f}".rstrip("0")
 
     for axis in (axes.xaxis, axes.yaxis) if x else (axes.yaxis,):
+        low, high = axis.get_view_interval()
+        decades = np.log10(max(high, 1e-300) / max(low, 1e-300))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
         axis.set_major_formatter(FuncFormatter(plain))
         axis.set_minor_formatter(NullFormatter())

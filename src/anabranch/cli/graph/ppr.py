@@ -56,6 +56,10 @@ def ppr(
     dangling: Annotated[
         str, typer.Option(metavar="D", help="What walks do at nodes without an edge out: source, absorb, uniform.")
     ] = "source",
+    index: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ask an index of walks instead (anabranch graph index GRAPH --walks N)."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -81,6 +85,8 @@ def ppr(
     Example: anabranch graph ppr lesmis Valjean Javert=2
     """  # fmt: skip
     if every:
+        if index is not None:
+            raise InputError("--index answers for seeds; --all does not need it")
         _check_all(out, engine)
     else:
         check_ending(out)
@@ -95,6 +101,11 @@ def ppr(
         return
     if engine != "auto":
         raise InputError(f"--engine {engine} is for --all; one ranking is made on this machine")
+    if index is not None:
+        if given is None or method != "auto":
+            raise InputError("--index answers for seeds, by its own method; give a node, and no --method")
+        _rank_one(opened, given, {"index": str(index)}, top, out, quiet, as_json)
+        return
     options = {"alpha": alpha, "method": method, "dangling": dangling, "seed": seed}
     options |= {name: value for name, value in (("tol", tol), ("walks", walks)) if value is not None}
     _rank_one(opened, given, options, top, out, quiet, as_json)
@@ -130,20 +141,11 @@ def _rank_one(
     opened: Opened, given: tuple[np.ndarray, np.ndarray] | None, options: dict[str, Any], top: int, out: Path | None,
     quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    import numpy as np
-
-    from anabranch.graph import PageRank
-
-    graph, engine = opened.graph, PageRank(**options)
+    graph = opened.graph
     started = time.perf_counter()
     with waiting("ranking", quiet):
-        if given is None:
-            score_N = engine.scores(graph)
-            ids = np.lexsort((np.arange(len(score_N)), -score_N))[:top]
-            scores = score_N[ids]
-        else:
-            ids, scores = engine.personalized(graph, given, top)
-    seconds = time.perf_counter() - started
+        ids, scores, facts = _ranking(opened, given, options, top)
+    facts["seconds"] = time.perf_counter() - started
     names = graph.names_of(ids).tolist()
     if out is not None:
         write_table(out, {"node": names, "score": scores})
@@ -154,13 +156,13 @@ def _rank_one(
         ]  # fmt: skip
         ranking = [{"node": node, "score": float(score)} for node, score in zip(names, scores, strict=True)]
         print_json({
-            "graph": opened.name, "seeds": seeds, **options, "tol": engine.tol, "seconds": seconds, "ranking": ranking,
+            "graph": opened.name, "seeds": seeds, **facts, "ranking": ranking,
             "wrote": None if out is None else str(out),
         })  # fmt: skip
         return
     where = "anywhere" if given is None else _listed(graph.names_of(given[0]).tolist(), given[1].tolist())
     fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
-    fact("from", f"{where}   alpha {engine.alpha:g}, method {engine.method}")
+    fact("from", f"{where}   alpha {facts['alpha']:g}, method {facts['method']}")
     print()
     rows = [
         [str(place), str(name), f"{score:.6f}"]
@@ -173,6 +175,33 @@ def _rank_one(
         fact("next", again)
     else:
         wrote(str(out), again)
+
+
+def _ranking(
+    opened: Opened, given: tuple[np.ndarray, np.ndarray] | None, options: dict[str, Any], top: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Ids, scores, and how they were found."""
+    import numpy as np
+
+    from anabranch.graph import PageRank, PowerWalk
+
+    if "index" in options:
+        walker = PowerWalk.load(options["index"], opened.graph)
+        facts = {
+            **options,
+            "method": "powerwalk",
+            "alpha": walker.alpha,
+            "walks": walker.walks,
+            "dangling": walker.dangling,
+        }
+        return *walker.query(given, top), facts
+    engine = PageRank(**options)
+    facts = {**options, "tol": engine.tol}
+    if given is not None:
+        return *engine.personalized(opened.graph, given, top), facts
+    score_N = engine.scores(opened.graph)
+    ids = np.lexsort((np.arange(len(score_N)), -score_N))[:top]
+    return ids, score_N[ids], facts
 
 
 def _listed(names: list[Any], weights: list[float]) -> str:

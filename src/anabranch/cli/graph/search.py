@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # queries in the table on a terminal
 CURVE = (8, 16, 32, 64, 128, 256, 512)
-BLOCK_BYTES = 64 << 20  # of distances, when all are measured
 
 
 def search(
@@ -88,7 +87,7 @@ def search(
     if check or curve is not None:
         with waiting("measuring all distances", quiet):
             truth = _exact(made, wanted, top)
-        facts["recall"] = _recall(ids, truth)
+        facts["recall"] = _recall(made, wanted, ids, truth)
     if curve is not None:
         facts["curve"] = _curve(made, wanted, truth, top, quiet)
         written.append(str(curve))
@@ -200,31 +199,34 @@ def _numbers(text: str) -> np.ndarray:
 
 
 def _exact(index: HNSW, wanted: _Wanted, k: int) -> np.ndarray:
-    """Ids [Q, k] of the true neighbours: all distances are measured, in 64 bits; those at one distance by id."""
-    import numpy as np
+    """Ids [Q, k] of the true neighbours: all distances are measured."""
+    from anabranch.graph.hnsw import brute_force
 
     ids = index.ids
-    held_ND = index.vectors(ids).astype(np.float64)
-    query_QD = wanted.vectors.astype(np.float64)
-    if index.metric == "cosine":
-        query_QD = query_QD / np.linalg.norm(query_QD, axis=1, keepdims=True)
-    square_N = (held_ND**2).sum(1)
-    count = min(k + (wanted.own is not None), len(ids))
-    found = np.full((len(query_QD), k + (wanted.own is not None)), -1)
-    step = max(1, BLOCK_BYTES // (8 * len(ids)))
-    for first in range(0, len(query_QD), step):
-        block = query_QD[first : first + step]
-        distance = square_N - 2 * block @ held_ND.T if index.metric == "l2" else -block @ held_ND.T
-        best = np.argpartition(distance, count - 1, axis=1)[:, :count]
-        order = np.lexsort((ids[best], np.take_along_axis(distance, best, 1)), axis=1)
-        found[first : first + step, :count] = ids[np.take_along_axis(best, order, 1)]
-    return found if wanted.own is None else _without(wanted.own, found, np.zeros(found.shape))[0]
+    more = k + (wanted.own is not None)
+    found, distances = brute_force(index.vectors(ids), wanted.vectors, more, index.metric, ids=ids)
+    return found if wanted.own is None else _without(wanted.own, found, distances)[0]
 
 
-def _recall(ids: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the true neighbours that were found."""
-    right = sum(len(set(row.tolist()) & set(true.tolist()) - {-1}) for row, true in zip(ids, truth, strict=True))
-    return right / max(int((truth >= 0).sum()), 1)
+def _recall(index: HNSW, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the true neighbours that were found. What is as near as the farthest of them counts as one of them."""
+    right = 0
+    for query, row, true in zip(wanted.vectors, ids, truth, strict=True):
+        row, true = row[row >= 0], true[true >= 0]
+        if len(row) and len(true):
+            limit = _distances(index, query, true).max()
+            right += int((_distances(index, query, row) <= limit + 1e-6 * abs(limit) + 1e-12).sum())
+    return min(right / max(int((truth >= 0).sum()), 1), 1.0)
+
+
+def _distances(index: HNSW, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Of one query to elements, in 64 bits."""
+    import numpy as np
+
+    held, query = index.vectors(ids).astype(np.float64), query.astype(np.float64)
+    if index.metric == "l2":
+        return ((held - query) ** 2).sum(1)
+    return 1 - held @ (query / np.linalg.norm(query) if index.metric == "cosine" else query)
 
 
 def _curve(index: HNSW, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool) -> list[dict[str, Any]]:
@@ -238,7 +240,7 @@ def _curve(index: HNSW, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool)
                 best = min(best, time.process_time() - started)
         stats = index.stats()
         points.append({
-            "ef": ef, "k": k, "recall": _recall(ids, truth), "queries_per_second": len(ids) / max(best, 1e-9),
+            "ef": ef, "k": k, "recall": _recall(index, wanted, ids, truth), "queries_per_second": len(ids) / max(best, 1e-9),
             "distances": stats["distances"], "hops": stats["hops"],
         })  # fmt: skip
     return points
