@@ -21,6 +21,7 @@ STUDIES = {
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "graphvite": "anabranch.studies.graphvite:make",
+    "hnsw": "anabranch.studies.hnsw:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "rexmoe": "anabranch.studies.rexmoe:make",

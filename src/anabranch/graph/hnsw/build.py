@@ -144,10 +144,10 @@ def link_new(graph, visited, slot_B, begin, end):
         base = np.int64(slot_B[number])
         query, scale, norm = as_query(graph, base, address(own))
         top = get_i32(graph[LEVEL], base)
-        entry, nearest, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
+        entry, nearest, _, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
         for level in range(min(top, graph[TOP]), -1, -1):
             count, _, _ = pool_search(
-                graph, query, scale, norm, level, entry, nearest, ef, visited, found_d, found_i, todo
+                graph, query, scale, norm, level, entry, nearest, INFINITY, ef, visited, found_d, found_i, todo
             )
             entry, nearest = np.int64(~found_i[0]), found_d[0]
             count = live_candidates(graph, base, count, found_d, found_i)
@@ -303,9 +303,9 @@ def repair_links(graph, visited, is_reached_N):
         if is_reached_N[slot] != 0 or get_i32(graph[LEVEL], slot) < 0:
             continue
         query, scale, norm = as_query(graph, slot, address(own))
-        entry, nearest, _, _ = descend(graph, query, scale, norm, ground)
+        entry, nearest, start, _, _ = descend(graph, query, scale, norm, ground)
         count, _, _ = pool_search(
-            graph, query, scale, norm, ground, entry, nearest, ef, visited, found_d, found_i, todo
+            graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
         )
         best: Any = np.int64(-1)
         place = 0
@@ -315,7 +315,7 @@ def repair_links(graph, visited, is_reached_N):
                 best = near
             place += 1
         if best < 0:
-            closest = INFINITY
+            closest: Any = INFINITY
             for near in range(num_slots):
                 if is_reached_N[near] != 0 and has_room(graph, near):
                     found = measure(graph, query, scale, norm, near)

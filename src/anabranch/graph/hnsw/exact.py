@@ -85,5 +85,5 @@ def _nearest(torch: Any, row_ND: Any, query_PD: Any, k: int, metric: str) -> tup
         distance_PK = (close_PKD - query_PD[:, None]).square().sum(2)
     else:
         distance_PK = 1 - (close_PKD * query_PD[:, None]).sum(2)
-    best_PK = distance_PK.sort(1, stable=True)
+    best_PK = distance_PK.sort(stable=True, dim=1)
     return near_PK.gather(1, best_PK.indices[:, :k]), best_PK.values[:, :k]

@@ -62,11 +62,11 @@ def next_tag(visited):
 
 @helper
 def descend(graph, query, scale, norm, to_level):
-    """Greedy walk from the entry point down to, and on, ``to_level`` + 1: slot, distance, hops and evaluations."""
+    """Greedy walk from the entry point down to, and on, ``to_level`` + 1: slot, distance, that of the entry point, hops, evaluations."""
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     at = graph[ENTRY]
     best = distance(kind, query, scale, norm, rows + at * stride, aux, at, width)
-    hops, evaluations = 0, 1
+    start, hops, evaluations = best, 0, 1
     for level in range(graph[TOP], to_level, -1):
         is_better = True
         while is_better:
@@ -81,7 +81,7 @@ def descend(graph, query, scale, norm, to_level):
                 evaluations += 1
                 if found < best:
                     best, at, is_better = found, slot, True
-    return at, best, hops, evaluations
+    return at, best, start, hops, evaluations
 
 
 @helper
@@ -120,17 +120,22 @@ def insert(pool_d, pool_i, size, room, key, value):
 
 
 @helper
-def pool_search(graph, query, scale, norm, level, entry, entry_distance, ef, visited, pool_d, pool_i, todo):
+def pool_search(graph, query, scale, norm, level, entry, nearest, start, ef, visited, pool_d, pool_i, todo):
     """The ``ef`` nearest on a level into the sorted ``pool_d``, ``pool_i`` [>= ef + LANES]; count, hops, evaluations.
 
-    Slots come back as ~slot, the mark of those that were expanded, which all are at the end.
+    It begins at ``entry``, and on level 0 also at the entry point of the graph at the distance ``start`` (infinity: not), so that whatever
+    can be reached from there is found if ``ef`` is large enough. Slots come back as ~slot, which marks those that were expanded: all.
     """
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     cap, marks, tag = cap_of(graph, level), address(visited), next_tag(visited)
     clear(pool_d, 0)
-    pool_d[0], pool_i[0] = entry_distance, entry
+    pool_d[0], pool_i[0] = nearest, entry
     set_u8(marks, entry, tag)
     size, at, hops, evaluations = 1, 0, 0, 0
+    if start < INFINITY and graph[ENTRY] != entry and ef > 1:
+        set_u8(marks, graph[ENTRY], tag)
+        insert(pool_d, pool_i, size, ef, start, graph[ENTRY])
+        size = 2
     while at < size:
         if pool_i[at] < 0:
             at += 1
@@ -192,15 +197,18 @@ def pop(keys, values, size):
 
 @helper
 def filtered_search(
-    graph, query, scale, norm, entry, entry_distance, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
+    graph, query, scale, norm, entry, nearest, start, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
 ):
     """As `pool_search` on level 0, of slots with ``allowed`` (address of uint8 [N]) alone; results in rising order, as ~slot."""
     kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     cap, marks, tag = graph[CAP0], address(visited), next_tag(visited)
-    size, held, hops, evaluations = push(heap_d, heap_i, 0, entry_distance, entry), 0, 0, 0
-    if get_u8(allowed, entry) != 0:
-        held = push(best_d, best_i, 0, -entry_distance, entry)
-    set_u8(marks, entry, tag)
+    size, held, hops, evaluations = 0, 0, 0, 0
+    for number in range(1 if graph[ENTRY] == entry or ef == 1 else 2):
+        slot, found = (entry, nearest) if number == 0 else (graph[ENTRY], start)
+        size = push(heap_d, heap_i, size, found, slot)
+        if get_u8(allowed, slot) != 0:
+            held = push(best_d, best_i, held, -found, slot)
+        set_u8(marks, slot, tag)
     while size > 0:
         if held == ef and heap_d[0] > -best_d[0]:
             break
@@ -287,14 +295,28 @@ def search_many(
     ground = np.int64(0)  # typed: a literal would be compiled as a case of its own
     for number in range(begin, end):
         query, scale, norm = address(query_Q[number]), aux_Q[number, 0], aux_Q[number, 1]
-        entry, nearest, hops, evaluations = descend(graph, query, scale, norm, ground)
+        entry, nearest, start, hops, evaluations = descend(graph, query, scale, norm, ground)
         if allowed == 0:
             count, more_hops, more = pool_search(
-                graph, query, scale, norm, ground, entry, nearest, ef, visited, best_d, best_i, todo
+                graph, query, scale, norm, ground, entry, nearest, start, ef, visited, best_d, best_i, todo
             )
         else:
             count, more_hops, more = filtered_search(
-                graph, query, scale, norm, entry, nearest, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
+                graph,
+                query,
+                scale,
+                norm,
+                entry,
+                nearest,
+                start,
+                ef,
+                allowed,
+                visited,
+                heap_d,
+                heap_i,
+                best_d,
+                best_i,
+                todo,
             )
         counts[0] += hops + more_hops
         counts[1] += evaluations + more

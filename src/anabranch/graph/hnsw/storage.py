@@ -170,14 +170,15 @@ class Storage:
             self._resize(grown if count > self.capacity else self.capacity, max(num_upper, 3 * len(self.upper) // 2))
 
     def _resize(self, capacity: int, num_upper: int) -> None:
+        names = ["rows", "aux", "links", "first", "level", "label", "deleted"] + ["full"] * self.rerank
         try:
-            for name in ("rows", "aux", "full", "links", "first", "level", "label", "deleted"):
-                if name != "full" or self.rerank:
-                    setattr(self, name, _grown(getattr(self, name), capacity, self.count))
-            self.upper = _grown(self.upper, num_upper, self.num_upper)
+            grown = {name: _grown(getattr(self, name), capacity, self.count) for name in names}
+            grown["upper"] = _grown(self.upper, num_upper, self.num_upper)
         except MemoryError as error:
             each = self.stride + 8 * self.M + 29 + self.rerank * self.full_stride
             raise CapacityError(f"no memory for {capacity:,} elements of {each:,} bytes") from error
+        for name, array in grown.items():  # not before all of them are there
+            setattr(self, name, array)
         self.capacity = capacity
         self.describe()
 
