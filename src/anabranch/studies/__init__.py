@@ -24,6 +24,7 @@ STUDIES = {
     "hnsw": "anabranch.studies.hnsw:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
+    "powerwalk": "anabranch.studies.powerwalk:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "versatile": "anabranch.studies.versatile:make",

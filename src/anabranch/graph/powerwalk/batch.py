@@ -10,6 +10,7 @@ Backward computes what a node passes on once for all queries that reach it, and 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba as nb
 import numpy as np
 
 from anabranch.errors import InputError
@@ -21,6 +22,7 @@ from anabranch.graph.rows import SparseRows, order_top
 Parsed = list[tuple[np.ndarray, np.ndarray]]
 PIECE = 256  # queries of one piece of work
 DEMAND = 20_000  # nodes below the queries that a piece of the backward variant may demand
+PULL = 0.4  # entries that are pulled per entry that is pushed at equal time: rows in between are written and read again
 _NO_PLACES, _NO_TABLE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
@@ -37,7 +39,7 @@ class _Queries:
                 keys[key] = len(distinct)
                 distinct.append((ids, share))
             self.place_Q[number] = keys[key]
-        order = np.argsort([ids[0] for ids, _ in distinct], kind="stable")
+        order = _near(transition, np.array([ids[0] for ids, _ in distinct], np.int64))
         self.place_Q = np.argsort(order)[self.place_Q] if distinct else self.place_Q
         self.parsed = [distinct[number] for number in order]
         self.indptr = np.append(0, np.cumsum([len(ids) for ids, _ in self.parsed])).astype(np.int64)
@@ -113,6 +115,48 @@ def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) 
         below = (place_N, indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
     found = mix_rows(query_ptr, seeds, starts, top_k, result_N, touched_N, *below)
     index.spare.append(buffers)
+    return found
+
+
+def prefers_backward(index: Index, parsed: Parsed, rounds: int, reads: float) -> bool:
+    """Whether pulling is likely to be quicker than ``reads`` entries a query: where neighbourhoods of the queries are mostly shared.
+
+    Reckons levels from the bottom: rows of d neighbours' rows have up to d times their entries, and at most N.
+    """
+    transition = index.transition
+    if rounds < 2 or not len(parsed) or not index.has_N.all():
+        return False
+    degree_N, num_nodes = transition.graph.degree_N, transition.num_nodes
+    levels = [np.unique(np.concatenate([ids for ids, _ in parsed]))]
+    for _ in range(rounds - 1):
+        levels.append(_neighbours(transition, levels[-1]))
+    length, pulled = len(index.ids) / num_nodes, 0.0
+    for nodes in reversed(levels):
+        pulled += float(degree_N[nodes].sum()) * length
+        length = min(float(num_nodes), 1.0 + float(degree_N[nodes].mean()) * length)
+    return pulled < PULL * reads * len(parsed)
+
+
+def _near(transition: Transition, seeds: np.ndarray) -> np.ndarray:
+    """An order of queries in which near ones follow each other, so that rows they share are still in the cache: by the most connected
+    neighbour, and that one's."""
+    indptr, indices, _ = transition.out
+    hub = _hubs(indptr, indices, seeds)
+    return np.lexsort((seeds, hub, _hubs(indptr, indices, hub)))
+
+
+@nb.njit(cache=True, nogil=True)
+def _hubs(indptr, indices, nodes):
+    """Of each node, the neighbour with most edges; itself where it has none."""
+    found = np.empty(len(nodes), np.int64)
+    for number in range(len(nodes)):
+        node, most = nodes[number], -1
+        found[number] = node
+        for edge in range(indptr[node], indptr[node + 1]):
+            target = indices[edge]
+            degree = indptr[target + 1] - indptr[target]
+            if degree > most:
+                found[number], most = target, degree
     return found
 
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.estimator import Estimator
-from anabranch.graph.powerwalk.batch import backward_rows, forward_rows
+from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
 from anabranch.graph.powerwalk.index import Moves, Plan, make_chunks
 from anabranch.graph.powerwalk.query import decompose, take
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
@@ -21,6 +21,7 @@ from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
 from anabranch.graph.store import Graph
 
 BUDGET = 300_000  # entries that a query of rounds="auto" reads at most, about a millisecond
+MANY = 64  # queries from which a batch is worth a look at what it costs
 EXACT_ROUNDS = 12  # passes over the edges that an exact solution is reckoned to cost
 MOST_ROUNDS = 8  # of rounds="auto"
 DTYPES = {"f16": np.float16, "f32": np.float32}
@@ -249,8 +250,8 @@ class PowerWalk(Estimator):
 
         ``forward`` decomposes one query after another in compiled code, equal queries once. ``backward`` propagates demand from the
         queries, then pulls fingerprints back level by level, so that what several queries need is computed once; it follows every flow
-        (``eps`` does not count). ``auto`` is ``forward``, unless with ``rounds="auto"`` two rounds would read more than exact solutions
-        do, as on dense, well-mixed graphs: then it gives those (to an L1 error of 1e-4).
+        (``eps`` does not count). ``auto`` takes the quicker one, by an estimate; with ``rounds="auto"``, where two rounds would read
+        more than exact solutions do, as on dense, well-mixed graphs, it gives those (to an L1 error of 1e-4).
 
         Raises:
             InputError: a bad argument, there is no index, or ``backward`` needs a fingerprint that is not there.
@@ -264,20 +265,19 @@ class PowerWalk(Estimator):
         parsed = [parse_seeds(index.transition.graph, seeds) for seeds in seeds_list]
         if method == "backward":
             return backward_rows(index, parsed, number, kept, self.workers)
-        if method == "auto" and budget and self._is_diffuse(parsed):
+        reads = self._probed(parsed, number, budget) if method == "auto" and len(parsed) >= MANY else 0.0
+        if method == "auto" and not budget and prefers_backward(index, parsed, number, reads):
+            return backward_rows(index, parsed, number, kept, self.workers)
+        if budget and reads > EXACT_ROUNDS * len(index.transition.graph.indices):
             exact = PageRank(self.alpha, tol=1e-4, dangling=self.dangling)
             found = exact.batch(index.transition.graph, list(seeds_list), top_k)
             return SparseRows(found.indptr, found.ids, found.values.astype(np.float32), found.num_columns)
         return forward_rows(index, parsed, number, budget, _eps(eps), kept, self.workers)
 
-    def _is_diffuse(self, parsed: list[tuple[np.ndarray, np.ndarray]]) -> bool:
-        """Whether two rounds read more than an exact solution, by up to 16 of at least 64 queries (preparing costs some too)."""
-        index = self._built()
-        if len(parsed) < 64:
-            return False
+    def _probed(self, parsed: list[tuple[np.ndarray, np.ndarray]], rounds: int, budget: int) -> float:
+        """Mean entries read by 16 of the queries; of two rounds where the number of rounds is open."""
         probed = parsed[:: len(parsed) // 16][:16]
-        reads = [self.inspect(seeds, 2)["reads"] for seeds in probed]
-        return float(np.mean(reads)) > EXACT_ROUNDS * len(index.transition.graph.indices)
+        return float(np.mean([self.inspect(seeds, 2 if budget else rounds)["reads"] for seeds in probed]))
 
     def fingerprint(self, node: int) -> tuple[np.ndarray, np.ndarray]:
         """ids and float64 estimate of the leaky vector of a node, as the index holds it. Raises InputError where there is none."""

@@ -70,6 +70,10 @@ def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: no seed, an unknown node, a weight that is negative or not finite, or weights that are all 0.
     """
+    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):  # the common case, quickly
+        if not 0 <= seeds < graph.num_nodes:
+            graph.check_nodes(seeds)
+        return np.array([seeds], np.int64), np.ones(1)
     weights: Any = None
     if isinstance(seeds, Mapping):
         nodes, weights = list(seeds.keys()), list(seeds.values())
