@@ -1,4 +1,4 @@
-"""Random graphs of known shape, for tests, benchmarks and tries at any size: the same on every machine for one seed.
+"""Random graphs of known shape, for tests, benchmarks and tries at any size; one seed is one graph.
 
     rmat(scale=20, num_edges=20_000_000, seed=0)
 

@@ -1,9 +1,11 @@
 """Edge lists and CSV: one edge a line, its ends and perhaps a weight. `read_edge_list` finds out how a file is written, then streams it."""
 # Shapes: R rows of a block, E edges
 
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +206,7 @@ def _first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[st
     while True:
         start = first_bytes(path, size)
         whole = start if len(start) < size else start[: start.rfind(b"\n") + 1]
-        found = [
-            (number, line)
-            for number, line in enumerate(whole.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
-            if line.strip() and line.strip()[:1].decode("latin-1") not in tuple(dialect.comment)
-        ][:2]
+        found = list(islice(_data_lines(whole, dialect.comment), 2))
         if len(found) == 2 or len(start) < size:
             break
         size *= 16
@@ -219,6 +217,14 @@ def _first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[st
     if not found:
         raise DataError(f"{path} holds no edges, only comments and blank lines")
     return whole, [number for number, _ in found], [line.decode("utf-8", "replace") for _, line in found]
+
+
+def _data_lines(text: bytes, comment: str) -> Iterator[tuple[int, bytes]]:
+    """Lines that are neither blank nor comments, with their numbers."""
+    for number, line in enumerate(io.BytesIO(text.removeprefix(b"\xef\xbb\xbf")), 1):
+        bare = line.strip()
+        if bare and bare[:1].decode("latin-1") not in tuple(comment):
+            yield number, line.rstrip(b"\n")
 
 
 def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts: list[str], noted: bool):
