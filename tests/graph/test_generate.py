@@ -95,16 +95,17 @@ def test_barabasi_albert_joins_each_new_node_to_distinct_earlier_ones(each, more
     graph = barabasi_albert(each + 1 + more, each, seed=seed)
     assert graph.num_edges == (graph.num_nodes - each) * each  # none falls together with another
     rows = [graph.neighbors(node) for node in range(graph.num_nodes)]
-    assert all((row < node).sum() == each for node, row in enumerate(rows) if node > each)
+    assert all((row < node).sum() == each for node, row in enumerate(rows) if node >= each)
     assert graph.describe()["components"] == 1
 
 
-def test_barabasi_albert_prefers_those_who_have():
-    graph = barabasi_albert(5000, 2, seed=0)
-    degree = graph.degree_N
-    assert degree.max() > 60  # about sqrt(N) x 2; a uniform choice would give about 2 + 2 ln N = 19
-    assert degree[:50].mean() > 10 * degree[-2500:].mean()
-    assert degree.min() >= 1
+def test_barabasi_albert_has_a_power_law():
+    assert barabasi_albert(5, 4).neighbors(4).tolist() == [0, 1, 2, 3]
+    degree_N = barabasi_albert(20_000, 5, seed=3).degree_N
+    # P(degree >= d) = m (m + 1) / (d (d + 1)): 30 / (20 * 21) = 0.071 at 20, 30 / (50 * 51) = 0.0118 at 50
+    assert (degree_N >= 20).mean() == pytest.approx(0.0714, abs=0.008)
+    assert (degree_N >= 50).mean() == pytest.approx(0.0118, abs=0.003)
+    assert degree_N.max() > 300
 
 
 @pytest.mark.parametrize("directed", [False, True])
@@ -166,8 +167,10 @@ def test_random_weights_are_the_same_both_ways():
         (lambda: power_law(5, 5, max_degree=-1), "max_degree is -1; it must be above 0"),
         (lambda: planted(5, 5, 6), "num_communities is 6; it must be at most 5"),
         (lambda: planted(5, 5, 2, mixing=1.5), "mixing is 1.5; it must be 0 to 1"),
-        (lambda: barabasi_albert(3, 3), "num_nodes is 3; with edges_each 3 it must be at least 4"),
+        (lambda: barabasi_albert(3, 3), "edges_each is 3; it must be 1 to 2, below the number of nodes"),
         (lambda: barabasi_albert(3, 0), "edges_each is 0"),
+        (lambda: barabasi_albert(1, 1), "edges_each is 1"),
+        (lambda: barabasi_albert(3, 1.5), "edges_each is 1.5"),
         (lambda: erdos_renyi(5, 5.0), "mean_degree is 5.0; it must be 0 to 4"),
         (lambda: erdos_renyi(5, float("nan")), "mean_degree is nan"),
         (lambda: random_regular(5, 3), "which is odd"),

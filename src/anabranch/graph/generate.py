@@ -12,7 +12,8 @@
 
 Departures: drawn edges that fall together are one edge, so `rmat`, `power_law` and `planted` have somewhat fewer than are asked for;
 R-MAT's ids are shuffled (`shuffle=False` leaves them), as Graph500 does. All graphs are without weights; `random_weights` gives some.
-Randomness is that of `anabranch.graph.random`, keyed by (seed, edge) or (seed, node).
+Randomness is that of `anabranch.graph.random`, keyed by (seed, edge) or (seed, node);
+one stream draws `barabasi_albert` and the orders that shuffle.
 """
 # Shapes: N nodes, E edges drawn, C communities
 
@@ -20,8 +21,9 @@ import numba as nb
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph import csr
 from anabranch.graph.alias import build_alias, pick
-from anabranch.graph.random import next_bits, stream, to_unit
+from anabranch.graph.random import mix, next_bits, stream, to_unit
 from anabranch.graph.store import Graph
 
 
@@ -157,21 +159,22 @@ def _falling(num_nodes: int, num_edges: int, exponent: float, max_degree: float 
     return weight_N
 
 
-def barabasi_albert(num_nodes: int, edges_each: int, *, seed: int = 0) -> Graph:
-    """Preferential attachment: each new node joins ``edges_each`` distinct earlier ones, drawn by degree; undirected.
+def barabasi_albert(num_nodes: int, edges_each: int, seed: int = 0) -> Graph:
+    """Preferential attachment: nodes come one by one, each with ``edges_each`` edges to distinct nodes that are there, drawn by degree.
 
-    The first ``edges_each + 1`` nodes are a star, so every node has at least one edge and there are (N - edges_each) * edges_each edges.
+    A graph of ``edges_each`` * (``num_nodes`` - ``edges_each``) edges, undirected, without weights or self-loops. The first node that comes
+    with edges has them to all of the ``edges_each`` nodes before it.
 
     Raises:
-        InputError: fewer nodes than ``edges_each + 1``, or an argument out of range.
+        InputError: unless 1 <= edges_each < num_nodes.
     """
-    _at_least(num_nodes=(num_nodes, 1), edges_each=(edges_each, 1))
-    if num_nodes <= edges_each:
-        raise InputError(f"num_nodes is {num_nodes}; with edges_each {edges_each} it must be at least {edges_each + 1}")
-    count = (num_nodes - edges_each) * edges_each
-    ends_2E = np.empty(2 * count, np.int64)
-    _attach(_seed(seed), num_nodes, edges_each, ends_2E)
-    return Graph.from_edges(ends_2E[0::2], ends_2E[1::2], None, False, num_nodes)
+    _at_least(num_nodes=(num_nodes, 0))
+    if not isinstance(edges_each, (int, np.integer)) or not 1 <= edges_each < num_nodes:
+        raise InputError(f"edges_each is {edges_each}; it must be 1 to {num_nodes - 1}, below the number of nodes")
+    ids = csr.id_type(num_nodes, 2 * num_nodes * edges_each)
+    end_E2 = np.empty((edges_each * (num_nodes - edges_each), 2), ids)
+    _attach(end_E2, edges_each, _seed(seed))
+    return Graph.from_edges(end_E2[:, 0], end_E2[:, 1], num_nodes=num_nodes)
 
 
 def erdos_renyi(num_nodes: int, mean_degree: float, *, directed: bool = False, seed: int = 0) -> Graph:
@@ -304,23 +307,23 @@ def _draw_planted(
 
 
 @nb.njit(cache=True, nogil=True)
-def _attach(seed, num_nodes, each, ends_2E):
-    place = 0
-    for node in range(1, each + 1):  # a star of the first nodes
-        ends_2E[place], ends_2E[place + 1] = node, 0
-        place += 2
-    for node in range(each + 1, num_nodes):
-        state, first = stream(seed, node), place
-        known = first
-        while place < first + 2 * each:
-            state, bits = next_bits(state)
-            drawn = ends_2E[np.int64(to_unit(bits) * known)]  # an end of an edge: drawn by degree
-            is_new = True
-            for other in range(first, place, 2):
-                is_new = is_new and ends_2E[other + 1] != drawn
-            if is_new:
-                ends_2E[place], ends_2E[place + 1] = node, drawn
-                place += 2
+def _attach(end_E2, edges_each, seed):
+    state = mix(seed)
+    filled = 0
+    for node in range(edges_each, edges_each + len(end_E2) // edges_each):
+        first = filled
+        for place in range(edges_each):
+            target = place  # of the first node: all before it
+            is_new = first == 0
+            while not is_new:
+                state, bits = next_bits(state)
+                draw = np.int64(bits % np.uint64(2 * first))  # an end of an earlier edge: in proportion to degrees
+                target = end_E2[draw >> 1, draw & 1]
+                is_new = True
+                for before in range(first, filled):
+                    is_new = is_new and end_E2[before, 1] != target
+            end_E2[filled, 0], end_E2[filled, 1] = node, target
+            filled += 1
 
 
 @nb.njit(cache=True, nogil=True)
