@@ -681,6 +681,28 @@ def test_saved_and_read_back_goes_on_the_same(tmp_path):
         Peer.load(tmp_path / "peer")
 
 
+def test_a_store_that_fails_gets_its_rows_later(tmp_path):
+    peer = Peer((), "a", store=tmp_path / "log.sqlite", **PLAIN)
+    peer._store._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(DataError, match="cannot write"):
+        peer.record("t", 1)
+    assert peer.rank("t") == [(1, 1.0)]
+    peer._store._database.execute("PRAGMA query_only = OFF")
+    peer.record("t", 2)
+    peer.close()
+    again = Peer((), "a", store=tmp_path / "log.sqlite", **PLAIN)
+    assert [row.item for row in again.log.all_rows()] == [1, 2]
+    again.close()
+
+
+def test_origins_are_bounded_too():
+    """Rows too old to be kept must not fill the memory with the names of their origins."""
+    peer = Peer((), "a", defences=Defences(max_rows=3, ttl=1.0), clock=lambda: 100.0)
+    found = peer.merge(message([Row(f"n{number}", 0, "t", 1, time=5.0) for number in range(9)]))
+    assert (found.known, found.refused) == (3, {"full": 6})
+    assert len(peer.vector()) == 3
+
+
 def test_a_store_holds_every_row_as_it_comes(tmp_path):
     peer = Peer((), "a", store=tmp_path / "log.sqlite", **PLAIN)
     peer.record("t", 1)

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from anabranch.errors import InputError
-from anabranch.graph.rank import NONE, Attack, Defences, Item, Network, Peer, Row, library, paper_attack, rank_distance
+from anabranch.graph.rank import (
+    NONE,
+    Attack,
+    Defences,
+    Item,
+    Network,
+    Peer,
+    Row,
+    library,
+    ndcg,
+    paper_attack,
+    rank_distance,
+)
 
 SMALL = {"items": library(40, 8, 2, low=5, high=18), "num_nodes": 10}
 
@@ -302,3 +314,17 @@ def test_the_papers_size_runs_through():
     assert history[-1]["coverage"] == 1.0
     assert history[-1]["distance"] < 0.1 * history[0]["distance"]
     assert max(found["largest_bytes"] for found in history[:10]) < 600_000  # the paper's messages, before the attack
+
+
+def test_own_tastes_are_measured_as_ndcg_is():
+    network = small(groups=2, seed=3)
+    network.run(40)
+    found = network.evaluate()
+    values = []
+    for node in range(10):
+        score_TI, _ = network.scores(node)
+        for term, of in enumerate(network.of_term):
+            order = of[np.lexsort((of, -score_TI[term, of]))]
+            values.append(ndcg(network.group_TI[term, order] == network.group_N[node], 5))
+    assert found["ndcg"] == pytest.approx(np.mean(values))
+    assert found["ndcg_local"] > found["ndcg_global"]

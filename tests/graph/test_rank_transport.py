@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import random
 
 import pytest
 
 from anabranch.errors import DataError, InputError
-from anabranch.graph.rank import NONE, Defences, GossipServer, Peer, Row, library
+from anabranch.graph.rank import NONE, Defences, GossipServer, Peer, Row, run_swarm
 
 
 def peer(name, clicks=(), **others):
@@ -269,56 +268,15 @@ def test_sockets_and_memory_end_in_the_same_state():
         assert set(one.peers()) == set(other.peers())
 
 
-def _process(number, inbox, outbox, count):
-    """A device of its own: searches, clicks and gossips, until all know all; then says what it holds."""
-    generator = random.Random(number)
-    items = [item for item in library(40, 8, 2, low=5, high=18) if item.id % 3 == number % 3]
-    mine = Peer(items, f"n{number}", F=1.0, seed=number)
-
-    async def run():
-        async with GossipServer(mine) as server:
-            outbox.put((number, server.address))
-            addresses = await asyncio.to_thread(inbox.get)
-            if number:  # all join through one that was there before
-                await server.bootstrap(addresses[generator.randrange(number)])
-            for _ in range(5):
-                shown = mine.query(f"tag-0{generator.randrange(8)}")
-                mine.click(shown.qid, shown.items[0])
-                await server.pull(addresses[generator.choice([n for n in range(count) if n != number])])
-            outbox.put((number, "clicked"))
-            await asyncio.to_thread(inbox.get)
-            for other in range(count):
-                if other != number:
-                    await server.pull(addresses[other])
-            counts = {term: {item: c.total() for item, c in items.items()} for term, items in mine.log.count.items()}
-            outbox.put((number, (sorted(rows(mine)), counts, server.errors)))
-            await asyncio.to_thread(inbox.get)
-
-    asyncio.run(run())
-
-
 @pytest.mark.slow
 def test_several_processes_agree():
-    count = 6
-    context = multiprocessing.get_context("spawn")
-    outbox, inboxes = context.Queue(), [context.Queue() for _ in range(count)]
-    processes = [context.Process(target=_process, args=(n, inboxes[n], outbox, count)) for n in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        addresses = dict(outbox.get(timeout=120) for _ in range(count))
-        found = {}
-        for message in (addresses, "all have clicked", "all are done"):
-            for inbox in inboxes:
-                inbox.put(message)
-            if message != "all are done":
-                found = dict(outbox.get(timeout=60) for _ in range(count))
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    assert all(process.exitcode == 0 for process in processes)
-    keys, counts, _ = found[0]
-    assert len(keys) == 5 * count
-    assert {origin for origin, _ in keys} == {f"n{number}" for number in range(count)}
-    assert all(entry == (keys, counts, {}) for entry in found.values())
+    found = run_swarm(6, 5, seed=1)
+    assert found["agreed"]
+    assert (found["peers"], found["rows"], found["errors"]) == (6, 30, 0)
+    assert 30 * 50 < found["largest_log_bytes"] < 30 * 600
+    assert found["bytes"] > found["largest_log_bytes"]
+
+
+def test_a_swarm_needs_peers():
+    with pytest.raises(InputError, match="num_peers is 1"):
+        run_swarm(1)

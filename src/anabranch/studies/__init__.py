@@ -22,6 +22,7 @@ STUDIES = {
     "fastrp": "anabranch.studies.fastrp:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",
+    "g_rank": "anabranch.studies.g_rank:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",

@@ -32,6 +32,7 @@ from anabranch.graph.rank.measures import ndcg, rank_distance
 from anabranch.graph.rank.network import Network
 from anabranch.graph.rank.peer import Merged, Peer, Ranked, Results
 from anabranch.graph.rank.rows import Row
+from anabranch.graph.rank.swarm import run_swarm
 from anabranch.graph.rank.transport import GossipServer
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "paper_attack",
     "rank_distance",
     "read_clicks",
+    "run_swarm",
 ]

@@ -68,6 +68,9 @@ class ClickLog:
             return "known"
         if row.origin == self.own and not is_ours and not self.defences.signed:
             return "forged"
+        limit = self.defences.max_rows
+        if row.origin != self.own and (self.num_rows >= limit or (held is None and len(self.held) >= limit)):
+            return "full"
         ttl = self.defences.ttl
         if ttl is not None and now is not None and row.time is not None:
             if row.time > now + ttl:  # it would outlive all others
@@ -75,8 +78,6 @@ class ClickLog:
             if row.time < now - ttl:
                 self._hold(row)
                 return "known"
-        if self.num_rows >= self.defences.max_rows and row.origin != self.own:
-            return "full"
         self._hold(row)
         if row.number < self.floor(row.origin):
             return "known"

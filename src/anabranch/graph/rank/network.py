@@ -18,9 +18,9 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.rank.attacks import Attack
 from anabranch.graph.rank.defences import Defences
+from anabranch.graph.rank.evaluation import evaluate
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms_mask
 from anabranch.graph.rank.items import Item, library, matches
-from anabranch.graph.rank.measures import ndcg, positions
 from anabranch.graph.rank.rows import Row
 
 SHOWN = 10
@@ -277,6 +277,11 @@ class Network:
         rows = rows[(self.row_origin[rows] < self.num_honest) & ~self.row_forged[rows]]
         return self._sum(np.bincount(self.row_cell[rows], minlength=self.num_cells))
 
+    def own_clicks(self, node: int) -> np.ndarray:
+        """The node's own clicks, float64 ``[T, I]``."""
+        rows = np.flatnonzero((self.row_origin[: self.num_rows] == node) & ~self.row_forged[: self.num_rows])
+        return self._sum(np.bincount(self.row_cell[rows], minlength=self.num_cells))
+
     def rank(self, node: int, term: int) -> np.ndarray:
         """Places of the items that ``node`` shows for a term, best first, before exploration."""
         count_D = self.counts(node)
@@ -406,81 +411,12 @@ class Network:
         """These nodes gossip again."""
         self.connected_N[list(nodes)] = True
 
-    # Measuring
-
     def evaluate(self, nodes: Sequence[int] | None = None, reference_TI: np.ndarray | None = None) -> dict[str, Any]:
-        """How good the rankings of ``nodes`` (default: all honest ones) are now; appended to `history` for the default.
-
-        Distances are sums over a term's items of |local position - global position|, the mean over terms and nodes; the global
-        ranking is by clicks of honest nodes (``reference_TI`` for another).
-
-        Returns:
-            ``tick``; ``distance``, of plain clicks in the local log (how complete it is; what the paper's figures show);
-            ``ranked_distance``, of R; ``coverage``, median over terms of the share of nodes that know the globally top item;
-            ``by_term``, the ranked distance of each term; ``log_rows``, mean; with an attack ``attacked_distance`` of its term and
-            ``target_place``, the mean place of its item; with groups ``ndcg``, NDCG@5 of own-group items, and ``ndcg_global`` of
-            global popularity.
-        """
-        everyone = nodes is None
-        chosen = range(self.num_honest) if nodes is None else nodes
-        global_TI = self.global_clicks() if reference_TI is None else reference_TI
-        global_TL = self._places(global_TI)
-        top_T = np.array([of[np.argmax(global_TI[term, of])] for term, of in enumerate(self.of_term)])
-        plain, ranked, covered, gained, gained_global, target, rows = [], [], [], [], [], [], []
-        for node in chosen:
-            score_TI, click_TI = self.scores(node)
-            place_TL = self._places(score_TI)
-            plain.append(self._distance(self._places(click_TI), global_TL))
-            ranked.append(self._distance(place_TL, global_TL))
-            term_T = np.arange(self.num_terms)
-            covered.append((click_TI[term_T, top_T] > 0) | self.library_NI[node, top_T])
-            rows.append(int(np.count_nonzero(self.has_NR[node, : self.num_rows])))
-            if self.groups > 1:
-                gained.append(self._ndcg(place_TL, node))
-                gained_global.append(self._ndcg(global_TL, node))
-            if self.attack is not None and self.attack.target is not None:
-                term, item = self.attack.target
-                target.append(place_TL[term, np.flatnonzero(self.item_TL[term] == item)[0]])
-        found: dict[str, Any] = {
-            "tick": self.tick,
-            "distance": float(np.mean(plain)),
-            "ranked_distance": float(np.mean(ranked)),
-            "coverage": float(np.median(np.mean(covered, axis=0))),
-            "by_term": np.mean(ranked, axis=0).tolist(),
-            "log_rows": float(np.mean(rows)),
-            "messages": self.messages,
-            "rows_sent": self.rows_sent,
-            "bytes_sent": self.bytes_sent,
-            "largest_bytes": self.largest_bytes,
-        }
-        if self.attack is not None:
-            attacked = self.attack.term
-            found["attacked_distance"] = None if attacked is None else found["by_term"][attacked]
-            found["target_place"] = float(np.mean(target)) if target else None
-        if self.groups > 1:
-            found |= {"ndcg": float(np.mean(gained)), "ndcg_global": float(np.mean(gained_global))}
-        if everyone:
+        """What `anabranch.graph.rank.evaluation` finds now; noted in `history` if it is about all honest nodes (the default)."""
+        found = evaluate(self, range(self.num_honest) if nodes is None else nodes, reference_TI)
+        if nodes is None:
             self.history.append(found)
         return found
-
-    def _places(self, score_TI: np.ndarray) -> np.ndarray:
-        """Places ``[T, L]`` of each term's items by score; padding stands last."""
-        score_TL = np.take_along_axis(score_TI, np.maximum(self.item_TL, 0), axis=1)
-        return positions(np.where(self.real_TL, score_TL, -np.inf))
-
-    def _distance(self, place_TL: np.ndarray, global_TL: np.ndarray) -> np.ndarray:
-        return (np.abs(place_TL - global_TL) * self.real_TL).sum(1)
-
-    def _ndcg(self, place_TL: np.ndarray, node: int) -> float:
-        own_TL = (
-            np.take_along_axis(self.group_TI, np.maximum(self.item_TL, 0), 1) == self.group_N[node]
-        ) & self.real_TL
-        values = []
-        for place_L, own_L in zip(place_TL, own_TL, strict=True):
-            gain_L = np.zeros(len(place_L))
-            gain_L[place_L] = own_L
-            values.append(ndcg(gain_L, 5))
-        return float(np.mean(values))
 
 
 def _check_network(

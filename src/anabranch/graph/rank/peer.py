@@ -129,11 +129,13 @@ class Peer:
         self._known: dict[str, None] = {}  # in the order in which they were met
         self._raw: dict[str, float] = {}
         self._stale: set[str] = set()
-        self._own_terms: set[Any] = set()
+        self._top: dict[str, set[Any]] = {self.node_id: set()}  # most searched terms
+        self._own: tuple[set[Any], set[Any]] = set(), set()
         self._pending: dict[int, tuple[str, tuple[Id, ...]]] = {}
         self._next_query = 0
         self._matching: dict[str, list[Id]] = {}
         self._store = None if store is None else RowStore(store, self.node_id)
+        self._unsaved: list[Row] = []  # rows that the store has still to take: a full disk may have room later
         if self._store is not None:
             self._take(self._store.rows(), is_ours=True, stored=True)
 
@@ -253,10 +255,9 @@ class Peer:
     def _raw_similarity(self, j: str) -> float:
         """O(distinct clicks of j)."""
         log, i = self.log, self.node_id
-        ours, theirs = log.items[i], log.items[j]
-        terms = len(self._own_terms & top_terms(log.terms[j], self.top_terms))
-        clicks = sum(click in log.clicks[i] for click in log.clicks[j])
-        union = len(ours) + sum(item not in ours for item in theirs)
+        terms = len(self._top[i] & self._top[j])
+        clicks = len(log.clicks[i].keys() & log.clicks[j].keys())
+        union = len(log.items[i]) + len(log.items[j]) - len(log.items[i].keys() & log.items[j].keys())
         return float(raw_similarity(terms, clicks, union, self.defences.min_common))
 
     def _weights(self) -> dict[str, float]:
@@ -266,9 +267,14 @@ class Peer:
         return weight
 
     def _touch(self, origins: set[str]) -> None:
+        """Note whose similarities are to be computed again: those of ``origins``, or all if what we compare with them changed."""
+        for origin in origins:
+            self._top[origin] = top_terms(self.log.terms[origin], self.top_terms)
         if self.node_id in origins:
-            self._own_terms = top_terms(self.log.terms[self.node_id], self.top_terms)
-            origins = set(self.log.clicks)
+            own = self._top[self.node_id], set(self.log.clicks[self.node_id])
+            if own != self._own:  # often we click again what we clicked before, and nothing changes
+                self._own = own
+                origins = set(self.log.clicks)
         self._stale |= origins - {self.node_id}
 
     def _expire(self) -> None:
@@ -388,8 +394,10 @@ class Peer:
         for origin in dict.fromkeys(row.origin for row in added):
             self.learn(origin)
         self._touch(touched)
-        if self._store is not None and not stored and added:
-            self._store.add(added)
+        if self._store is not None and not stored:
+            self._unsaved += added
+            self._store.add(self._unsaved)
+            self._unsaved.clear()
         return Merged(outcome.pop("added", 0), outcome.pop("known", 0), dict(outcome))
 
     # Keeping
