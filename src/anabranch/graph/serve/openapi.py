@@ -4,7 +4,7 @@ from typing import Any
 
 from anabranch import __version__
 from anabranch.graph.serve.limits import Limits
-from anabranch.graph.serve.requests import DEFAULT_K
+from anabranch.graph.serve.requests import default_k
 
 ERRORS = {
     400: "The request is not JSON, or a field has a value it may not have, or is over a limit.",
@@ -64,7 +64,7 @@ def describe(limits: Limits) -> dict[str, Any]:
 
 def _schemas(limits: Limits) -> dict[str, Any]:
     ids, names = _list({"type": "integer"}), _list({"type": ["string", "integer"]})
-    k = {"type": "integer", "minimum": 1, "maximum": limits.k, "default": DEFAULT_K}
+    k = {"type": "integer", "minimum": 1, "maximum": limits.k, "default": default_k(limits)}
     seeds = {
         "seeds": {"oneOf": [{"type": "integer"}, _list({"type": "integer"}, limits.seeds)]},
         "names": {"oneOf": [{"type": ["string", "integer"]}, _list({"type": ["string", "integer"]}, limits.seeds)]},

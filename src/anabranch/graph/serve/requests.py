@@ -69,10 +69,15 @@ class Ppr:
     k: int
 
 
+def default_k(limits: Limits) -> int:
+    """Results of a request that does not say how many."""
+    return min(DEFAULT_K, limits.k)
+
+
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises RequestError."""
     try:
-        found = json.loads(body, parse_constant=_constant)
+        found = json.loads(body.decode(), parse_constant=_constant)
     except UnicodeDecodeError as error:
         raise RequestError(400, "invalid_json", f"the body is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -100,13 +105,15 @@ def read_search(found: dict[str, Any], limits: Limits) -> Search:
     names = _names(found["names"], "names", limits.batch) if given == ["names"] else None
     ef = None if found.get("ef") is None else _count(found["ef"], "ef", limits.ef)
     by_id, by_name, is_exclude = _filter(found.get("filter"))
-    return Search(vectors, ids, names, _count(found.get("k", DEFAULT_K), "k", limits.k), ef, by_id, by_name, is_exclude)
+    return Search(
+        vectors, ids, names, _count(found.get("k", default_k(limits)), "k", limits.k), ef, by_id, by_name, is_exclude
+    )
 
 
 def read_ppr(found: dict[str, Any], limits: Limits) -> Ppr:
     """A request for PageRank. Raises RequestError."""
     _known(found, {"seeds", "names", "weights", "queries", "k"}, "")
-    k = _count(found.get("k", DEFAULT_K), "k", limits.k)
+    k = _count(found.get("k", default_k(limits)), "k", limits.k)
     if "queries" not in found:
         seeds = {name: value for name, value in found.items() if name != "k"}
         return Ppr([_seed_set(seeds, "", limits)], [""], k)
