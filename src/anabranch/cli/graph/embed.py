@@ -77,6 +77,7 @@ def embed(
         raise InputError(f"--train is {train}; it must be a share between 0 and 1")
     opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     label_NC = _labels(opened, labels)
+    _check_split(label_NC, train)
     started = time.perf_counter()
     vectors_ND, params = _fit(opened, method, dim, epochs, read_assignments(changes), threads, seed, quiet)
     seconds = time.perf_counter() - started
@@ -104,6 +105,16 @@ def _labels(opened: Opened, wanted: str | None) -> Any:
             raise InputError(f"{opened.name} has no labels of its own; give a table of node and label")
         return opened.labels
     return None if wanted is None else read_labels(wanted, opened.graph)
+
+
+def _check_split(label_NC: Any, train: float) -> None:
+    """Before the work. Raises InputError where nothing would be left to learn from, or to test with."""
+    if label_NC is not None:
+        count = int((label_NC.sum(1) > 0).sum())
+        if not 0 < int(train * count) < count:
+            raise InputError(
+                f"--train is {train}: of {count:,} labelled nodes some must be learned from, others tested"
+            )
 
 
 def _fit(

@@ -146,7 +146,7 @@ def read_labels(path: str, graph: Graph) -> Any:
     if not nodes:
         raise DataError(f"{path} has no rows")
     for row, (node, label) in enumerate(zip(nodes, labels, strict=True)):
-        if node is None or label is None:
+        if node in (None, "") or label in (None, ""):
             raise DataError(f"{path}, row {row}: an empty cell")
     try:
         ids = nodes_of(graph, [str(node) for node in nodes])
