@@ -316,11 +316,11 @@ def repair_links(graph, visited, is_reached_N):
             place += 1
         if best < 0:
             closest: Any = INFINITY
-            for near in range(num_slots):
-                if is_reached_N[near] != 0 and has_room(graph, near):
-                    found = measure(graph, query, scale, norm, near)
+            for held in range(num_slots):
+                if is_reached_N[held] != 0 and has_room(graph, held):
+                    found = measure(graph, query, scale, norm, held)
                     if found < closest:
-                        closest, best = found, near
+                        closest, best = found, np.int64(held)
         if best < 0:
             left += 1
             continue

@@ -46,10 +46,14 @@ def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
         found = found.reshape(0, dim)
     if found.ndim != 2 or found.shape[1] != dim:
         raise InputError(f"{what} have the shape {list(found.shape)}; the index takes rows of {dim} numbers")
-    with np.errstate(over="ignore"):
-        vector_ND = np.ascontiguousarray(found, np.float32)
-    bad = np.flatnonzero(~np.isfinite(vector_ND).all(1))
-    if bad.size:
+    if found.dtype == np.float32:
+        vector_ND = np.ascontiguousarray(found)
+    else:
+        with np.errstate(over="ignore"):
+            vector_ND = np.ascontiguousarray(found, np.float32)
+    is_finite_ND = np.isfinite(vector_ND)
+    if not is_finite_ND.all():
+        bad = np.flatnonzero(~is_finite_ND.all(1))
         raise InputError(f"row {bad[0]} of {what} is not finite (as 32-bit numbers); leave such rows out")
     return normalized(vector_ND, what) if metric == "cosine" else vector_ND
 

@@ -461,5 +461,5 @@ class HNSW:
 
         with self._workers(num_threads) as workers:
             workers.run(walk, len(query_QD) if slot_S is None or len(slot_S) else 0, 4)
-        hops, distances = np.sum(parts, 0) if parts else (0, 0)
-        self._last = (int(hops), int(distances), len(query_QD))
+        hops, distances = (sum(int(part[place]) for part in parts) for place in (0, 1))
+        self._last = (hops, distances, len(query_QD))

@@ -35,7 +35,7 @@ class Linker:
     def link(self, slot_S: np.ndarray, workers: Workers) -> None:
         """Insert slots that no list points at, and whose own lists are empty, into the graph."""
         graph, done = self._storage.graph, 0
-        singly = max(min(SINGLY - self.linked, len(slot_S)), 0)
+        singly = len(slot_S) if len(slot_S) == 1 else max(min(SINGLY - self.linked, len(slot_S)), 0)
         if singly:
             with Marks(self._storage) as marks:
                 insert_singly(graph, marks, slot_S, 0, singly)

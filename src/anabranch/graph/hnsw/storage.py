@@ -165,12 +165,17 @@ class Storage:
             raise CapacityError(
                 f"an index holds at most {2**31 - 2:,} elements and would have {count:,}; use ShardedHNSW"
             )
-        if count > self.capacity or num_upper > len(self.upper):
-            grown = max(count, self.capacity + self.capacity // 2) if self.capacity else count
-            self._resize(grown if count > self.capacity else self.capacity, max(num_upper, 3 * len(self.upper) // 2))
+        capacity, room = self.capacity, len(self.upper)
+        if count > capacity:
+            capacity = max(count, capacity + capacity // 2)
+        if num_upper > room:
+            room = max(num_upper, room + room // 2)
+        if capacity > self.capacity or room > len(self.upper):
+            self._resize(capacity, room)
 
     def _resize(self, capacity: int, num_upper: int) -> None:
         names = ["rows", "aux", "links", "first", "level", "label", "deleted"] + ["full"] * self.rerank
+        names = names if capacity > self.capacity or self.is_mapped else []
         try:
             grown = {name: _grown(getattr(self, name), capacity, self.count) for name in names}
             grown["upper"] = _grown(self.upper, num_upper, self.num_upper)
