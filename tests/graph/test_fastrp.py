@@ -1,5 +1,7 @@
 """FastRP is the dense algebra of its equations, whatever the backend, the chunks, the threads and the form of the graph."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,21 @@ def test_all_forms_of_a_graph_give_the_same():
     ends = plain.edges()[:2]
     for form in (ends, np.column_stack(ends)):
         assert np.array_equal(FastRP(32).fit_transform(form), FastRP(32).fit_transform(Graph.from_edges(*ends)))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_graph_that_stays_on_disk(weighted, tmp_path):
+    graph = drawn(weighted=weighted)
+    graph.save(tmp_path / "g.anb")
+    mapped = Graph.load(tmp_path / "g.anb", mmap=True)
+    assert np.array_equal(FastRP(32).fit_transform(mapped), FastRP(32).fit_transform(graph))
+
+
+def test_it_can_be_pickled():
+    model = FastRP(16, keep_powers=True).fit(drawn())
+    copied = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(copied.embedding_, model.embedding_)
+    assert np.array_equal(copied.transform(np.ones((1, 40))), model.transform(np.ones((1, 40))))
 
 
 def test_entries_given_twice_are_added_up_and_self_loops_kept():

@@ -8,7 +8,7 @@ from anabranch.graph import Graph
 from anabranch.graph.datasets import Dataset
 from anabranch.graph.generate import barabasi_albert
 from anabranch.studies import fastrp, find, names
-from anabranch.studies.fastrp import BETA, Case, by_svd, judge, make
+from anabranch.studies.fastrp import Case, by_svd, factors, judge, make
 from anabranch.studies.harness import Results, run_study
 
 
@@ -109,35 +109,36 @@ def test_it_is_listed():
     assert find("fastrp") is make
 
 
-def test_svd_is_what_dense_algebra_gives():
-    graph = barabasi_albert(60, 4)
-    case = Case(dim=60, weights=(0.5, 2.0), beta=-0.5, normalize=False)
+def similarity(graph, weights, beta, normalize):
+    """The matrix that is reduced, dense."""
     A = graph.to_scipy(np.float64).toarray()
-    P, L = A / A.sum(1, keepdims=True), np.diag(A.sum(1) ** -0.5)
-    similarity = 0.5 * P @ L + 2 * P @ P @ L
-    left, size, _ = np.linalg.svd(similarity)
-    expected = left * size
-    expected = (expected - expected.mean(0)) / expected.std(0)
-    found = by_svd(graph, case, 0)
-    cosine = np.abs((found[:, :20] * expected[:, :20]).mean(0))  # columns of mean 0 and variance 1, but for their sign
-    assert cosine == pytest.approx(np.ones(20), abs=1e-3)
+    P, power, total = A / A.sum(1, keepdims=True), np.diag(A.sum(1) ** beta), 0
+    for weight in weights:
+        power = P @ power
+        total = total + weight * (power / np.linalg.norm(power, axis=1, keepdims=True) if normalize else power)
+    return total
 
 
-def test_svd_of_normalised_rows():
-    graph = barabasi_albert(60, 4)
-    A = graph.to_scipy(np.float64).toarray()
-    P, L = A / A.sum(1, keepdims=True), np.diag(A.sum(1) ** BETA)
-    similarity = 0
-    for power, weight in ((P @ L, 1.0), (P @ P @ L, 2.0)):
-        similarity = similarity + weight * power / np.linalg.norm(power, axis=1, keepdims=True)
-    left, size, _ = np.linalg.svd(similarity)
-    expected = left * size
-    expected = (expected - expected.mean(0)) / expected.std(0)
-    found = by_svd(graph, Case(dim=30, weights=(1.0, 2.0)), 0)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_factors_are_those_of_a_dense_svd(normalize):
+    graph, weights = barabasi_albert(60, 4), (0.5, 0.0, 2.0)
+    found = factors(graph, Case(dim=30, weights=weights, beta=-0.5, normalize=normalize), 0)
     assert found.shape == (60, 30)
-    # lengths of rows are estimated, to 2%, and one column is nearly constant: subspaces agree, not columns
-    overlap = np.linalg.svd(np.linalg.qr(found[:, :8])[0].T @ np.linalg.qr(expected[:, :12])[0])[1]
-    assert overlap.min() > 0.95
+    size = np.linalg.svd(similarity(graph, weights, -0.5, normalize))[1]
+    ours = found @ np.linalg.pinv(found) @ similarity(graph, weights, -0.5, normalize)  # onto their span
+    rest = np.linalg.norm(similarity(graph, weights, -0.5, normalize) - ours)
+    assert rest < 1.02 * np.sqrt((size[30:] ** 2).sum()) + 1e-3 * size[0]
+    assert np.linalg.norm(found, axis=0)[:5] == pytest.approx(size[:5], rel=0.05 if normalize else 1e-3)
+
+
+def test_turned_factors_keep_distances():
+    graph = barabasi_albert(100, 4)
+    case = Case(dim=40, weights=(1.0, 2.0))
+    before, after = factors(graph, case, 0), by_svd(graph, case, 0)
+    assert after.std(0) == pytest.approx(np.ones(40), abs=1e-3)
+    left, right = np.triu_indices(100, 1)
+    near, far = (np.linalg.norm(of[left] - of[right], axis=1) for of in (before, after))
+    assert np.corrcoef(near, far)[0, 1] > 0.9
 
 
 def test_smoke_run(tmp_path, monkeypatch):
