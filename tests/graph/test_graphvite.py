@@ -158,6 +158,13 @@ def test_auto_partitions_grow_until_two_parts_fit(graph, optimizer):
     assert np.array_equal(enough, GraphVite(**SMALL, optimizer=optimizer).fit_transform(graph))
 
 
+def test_peak_bytes_by_hand(graph):
+    # A = 8 * 80 * 8 = 5120; S = 300; s = floor(ln 1600 / ln(285 / 80)) = 5; walks 300 / 5 * 11 / 10 * 4 bytes = 264
+    assert graph.num_edges == 285
+    assert GraphVite(**SMALL).peak_bytes(graph) == 2 * 5120 + 16 * 300 + 264 + 72 * 80
+    assert GraphVite(**SMALL, optimizer="adam").peak_bytes(graph) == 6 * 5120 + 16 * 300 + 264 + 72 * 80
+
+
 def test_too_little_memory_is_said(graph):
     with pytest.raises(CapacityError, match="memory_limit is 63 bytes; with 64 parts, the most"):
         GraphVite(**SMALL, memory_limit=63).fit(graph)

@@ -195,8 +195,9 @@ def within_memory(config: Trial, seed: int, progress: Progress) -> Metrics:
     """Whether training with half of the memory keeps to it, and gives the same."""
     graph = load_dataset(config.dataset).graph
     limit = graph.num_nodes * config.dim * 4
-    within = model_of(config, seed, partitions=16, memory_limit=limit, workers=2).fit(graph)
-    whole = model_of(config, seed, partitions=16).fit(graph)
+    options = {"partitions": 16, "pool_size": 1_000_000}  # by itself, a pool is larger where parts are moved
+    within = model_of(config, seed, **options, memory_limit=limit, workers=2).fit(graph)
+    whole = model_of(config, seed, **options).fit(graph)
     same = np.array_equal(within.vertex_ND, whole.vertex_ND) and np.array_equal(within.context_ND, whole.context_ND)
     return {"same_bits": float(same), "peak_share": within.peak_part_bytes / limit}
 

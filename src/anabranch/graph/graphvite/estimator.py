@@ -256,6 +256,22 @@ class GraphVite(Estimator):
             parts if isinstance(parts, MappedParts) else None
         )  # its files live as long as what is mapped from them
 
+    def peak_bytes(self, graph: Graph) -> int:
+        """Bytes that `fit` on this graph holds at most in this process's memory beyond the graph: CPU threads, all parameters in memory.
+
+        With A = 8 N D (1 + moments) for V, C and their moments, which at the end are there once more in the order of nodes,
+        B = 16 S + (S / s)(L + 1) i / L for two pools of S samples and the walks of one (ids of i bytes), and 72 N for tables,
+        partition and strengths: 2 A + B + 72 N.
+        """
+        moments = Rule(self.optimizer).moments
+        parameters = 8 * graph.num_nodes * self.dim * (1 + moments)
+        num_parts = settings.parts_of(self.partitions, graph.num_nodes, 4 * self.dim * (1 + moments), None)
+        steps = settings.steps_of(self.augmentation, self.walk_length, graph)
+        total = max(1, round(self.epochs * graph.num_edges))
+        size = min(total, settings.pool_of(self.pool_size, graph.num_nodes, num_parts, total, 1, False))
+        walks = size / steps * (self.walk_length + 1) / self.walk_length * graph.indices.itemsize
+        return int(2 * parameters + 16 * size + walks + 72 * graph.num_nodes)
+
     # Looking at it
 
     @property
