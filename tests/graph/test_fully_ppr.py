@@ -222,7 +222,7 @@ def test_decomposition_is_near_the_truth_and_nearer_with_each_round(dangling):
 def test_threads_and_chunks_change_nothing(method, monkeypatch, tmp_path):
     graph = random_graph(6, nodes=400, edges=2000)
     one = fully_ppr(graph, method=method, walks=200, workers=1, tol=1e-6)
-    for chunk in (1, 150):
+    for chunk in (61, 150):
         for workers in (1, 3):
             monkeypatch.setattr("anabranch.graph.fully_ppr.api.choose_chunk", lambda *_, chunk=chunk: chunk)
             assert same(one, fully_ppr(graph, method=method, walks=200, workers=workers, tol=1e-6))

@@ -237,7 +237,8 @@ def test_rounds_by_hand():
     assert [pipelines(10, gamma) for gamma in (1, 3, 10, 20)] == [10, 4, 1, 1]
     assert last_round(1, 0.5) == 1
     assert last_round(1024, 0.5) == pytest.approx(11)  # half of them end each round
-    assert rounds_formula(512, 20, 2, 0.5) == pytest.approx(10 - 1 + 11)
+    # when the tenth pipeline of 1,024 walks starts, 1024 (1 + 1/2 + ... + 1/512) = 2046 walks are alive
+    assert rounds_formula(512, 20, 2, 0.5) == pytest.approx(10 - 1 + math.log2(2046) + 1)
     assert rounds_formula(512, 20, 2, 0.5, pipelined=False) == pytest.approx(10 * 11)
 
 

@@ -23,6 +23,7 @@ STUDIES = {
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",
     "g_rank": "anabranch.studies.g_rank:make",
+    "fully_ppr": "anabranch.studies.fully_ppr:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",

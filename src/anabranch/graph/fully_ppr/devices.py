@@ -8,7 +8,8 @@ are ours where the paper's are not known to us:
 - *big move*: for a small node, the exact distribution of what a walk does in its next l steps: it ended at v (after j < l steps), or it
   is alive at v after l. One table, one draw, one round instead of l. Ends are distributed as before, nothing is used twice.
 - *pipelines*: omega walks of a node start gamma at a time, one pipeline a round, and all advance together:
-  rounds = ceil(omega / gamma) - 1 + L, where the last of n gamma walks ends after about L = ln(n gamma) / -ln(1 - alpha) rounds.
+  rounds = ceil(omega / gamma) - 1 + L, where the last of the n gamma / alpha walks alive then ends after about
+  L = ln(n gamma / alpha) / -ln(1 - alpha) rounds.
 - *gamma*: in steady state about n gamma (1 + (1 - alpha) + ...) = n gamma / alpha walks are alive, so M bytes at b bytes a row allow
   gamma* = M alpha / (n b). Between rounds gamma grows by half while less than 0.7 M is used and a round's fixed cost is more than
   20% of it, and is halved when M is passed. Costs are counted, not timed, so that a run can be repeated.
@@ -338,16 +339,22 @@ def pipelines(walks: int, gamma: int) -> int:
     return -(-walks // gamma)
 
 
-def last_round(walks: int, alpha: float) -> float:
+def last_round(walks: float, alpha: float) -> float:
     """L: rounds until the last of so many walks has ended, about ln(walks) / -ln(1 - alpha), and one to see its end."""
     return math.log(max(walks, 1)) / -math.log1p(-alpha) + 1
 
 
 def rounds_formula(num_sources: int, walks: int, gamma: int, alpha: float, *, pipelined: bool = True) -> float:
-    """Expected rounds: with pipelines each starts a round after the one before, without it waits for that one's last walk."""
+    """Rounds that are most likely: with pipelines each starts a round after the one before, without it waits for that one's last walk.
+
+    When the last pipeline starts, walks of those before it are alive too, n gamma (1 - (1 - alpha)^pipelines) / alpha in all, and the
+    longest of these is the last to end; what comes on top is a Gumbel variable of scale 1 / -ln(1 - alpha).
+    """
     started = pipelines(walks, gamma)
-    length = last_round(num_sources * gamma, alpha)
-    return started - 1 + length if pipelined else started * length
+    if not pipelined:
+        return started * last_round(num_sources * gamma, alpha)
+    alive = num_sources * gamma * (1 - (1 - alpha) ** started) / alpha
+    return started - 1 + last_round(alive, alpha)
 
 
 def walkers_bound(num_sources: int, gamma: int, alpha: float, deviations: float = 5.0) -> float:
