@@ -1,6 +1,6 @@
 """Walks to nodes, queries to neighbours: graphs, PageRank, embeddings, nearest-neighbour search and ranking. Knows no model.
 
-    graph = read_graph("edges.csv")                                    # or Graph.from_edges, load_dataset("karate")
+    graph = read_graph("edges.csv")                                    # or Graph.from_edges, load_dataset("karate").graph
     ids, scores = PageRank().personalized(graph, 7, top_k=10)          # PowerWalk: in a millisecond; FullyPPR: for all nodes
     vectors = FastRP(dim=128).fit_transform(graph)                     # or GraphVite
     index = HNSW(128, metric="cosine"); index.add(vectors); index.search(vectors[7], k=10)

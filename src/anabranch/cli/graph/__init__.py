@@ -1,5 +1,7 @@
 """``anabranch graph``: one module per command. What several of them need: `options`, `inputs`, `vectors`, `tables`, `pictures`."""
 
+from collections.abc import Callable
+
 import typer
 
 from anabranch.cli.graph.embed import embed
@@ -18,7 +20,7 @@ app = typer.Typer(
 
     A graph is a file of edges (CSV, Parquet, MatrixMarket, METIS, .npz, .mat, our own .anb) or the name of a data set (karate).""",
 )
-for _name, _command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "info": info,
     "ppr": ppr,
     "embed": embed,
@@ -26,5 +28,6 @@ for _name, _command in {
     "search": search,
     "rank": rank,
     "serve": serve,
-}.items():
+}
+for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -19,6 +19,8 @@ from anabranch.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from anabranch.graph import Graph
+
 METHODS = ("fastrp", "graphvite")
 OWN_LABELS = "own"
 MAPPED = 5000  # nodes on a map, at most
@@ -202,14 +204,22 @@ def _draw(
         draw_map(xy_N2, label_N, names, f"{Path(opened.name).name}   {method}, {how}{few}", path)
 
 
+def _cure(graph: Graph, method: str) -> str:
+    """Why vectors are alike, and what to do about it."""
+    if method != "fastrp":
+        return "are they without edges?"
+    if graph.is_directed:
+        return "nodes without an edge out have no other; try --set direction=both"
+    return "those of small components are often all 0 before scaling; try --set projection=gaussian"
+
+
 def _print(opened: Opened, facts: dict[str, Any]) -> None:
     graph = opened.graph
     fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
     fact("vectors", f"{facts['nodes']:,} x {facts['dim']} by {facts['method']} in {duration(facts['seconds'])}")
     scores = facts["classification"]
     if facts["alike"] > max(1, 0.05 * facts["nodes"]):
-        hint = "; try --set direction=both" if graph.is_directed and facts["method"] == "fastrp" else ""
-        fact("note", f"{facts['alike']:,} nodes have one and the same vector, as those without edges have{hint}")
+        fact("note", f"{facts['alike']:,} nodes have one and the same vector; {_cure(graph, facts['method'])}")
     if scores is None:
         return
     print()

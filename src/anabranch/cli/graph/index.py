@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from anabranch.cli.options import AsJson, Quiet, Seed
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STEP = 4096  # vectors added at once, at least
 
@@ -116,7 +119,7 @@ def index(
     wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph search {out} --rows 0 --check")
 
 
-def _names_of(source: str, count: int, quiet: bool) -> object:
+def _names_of(source: str, count: int, quiet: bool) -> np.ndarray:
     from anabranch.cli.graph.inputs import open_graph
 
     graph = open_graph(source, quiet=quiet).graph
@@ -141,7 +144,7 @@ def _index_walks(
     with Progress(graph.num_nodes, "node", quiet=quiet) as progress:
         made.build(graph, out=out, progress=Rate(progress, "nodes"))
     seconds = time.perf_counter() - started
-    facts = {
+    facts: dict[str, Any] = {
         "graph": source, "nodes": graph.num_nodes, "walks": walks, "alpha": alpha, "seconds": seconds,
         "size_bytes": out.stat().st_size, "wrote": str(out),
     }  # fmt: skip

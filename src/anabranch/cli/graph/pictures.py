@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.files import atomic_write
+from anabranch.files import atomic_file
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, to_png, to_svg
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def check_picture(path: Path | None) -> None:
 def save(made: Figure, path: Path) -> None:
     """Write a picture, all or nothing, in the form that the name ends in."""
     content = to_svg(made).encode() if path.suffix == ".svg" else to_png(made)
-    atomic_write(path, lambda temporary: temporary.write_bytes(content) and None)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def draw_degrees(graph: Graph, name: str, path: Path) -> None:
@@ -79,7 +80,7 @@ def draw_recall(points: Sequence[dict[str, Any]], title: str, path: Path) -> Non
         axes.set(yscale="log", xlabel=f"recall@{points[0]['k']}", ylabel="queries a second, one thread")
         axes.set_title(title)
         axes.margins(x=0.12, y=0.12)
-        axes.grid(color=GRID, which="both", linewidth=0.6)
+        axes.grid(color=GRID)
         _plain_ticks(axes, x=False)
     save(made, path)
 
@@ -91,10 +92,8 @@ def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str]
         low, high = np.quantile(xy_N2, (0.005, 0.995), axis=0)  # a few far away must not make the rest small
         xy_N2 = np.clip(xy_N2, low - 0.1 * (high - low), high + 0.1 * (high - low))
         label_N = np.full(len(xy_N2), -1) if label_N is None else label_N
-        order = (
-            np.argsort(-np.bincount(label_N[label_N >= 0], minlength=len(names)), kind="stable") if len(names) else []
-        )
-        shown = sorted(order[:LABELLED])
+        many = np.argsort(-np.bincount(label_N[label_N >= 0], minlength=len(names)), kind="stable")
+        shown = sorted(many[: min(LABELLED, len(names))].tolist())
         rest = ~np.isin(label_N, shown)
         if rest.any():
             others = (
