@@ -16,7 +16,7 @@ from anabranch.graph.powerwalk.query import decompose, take
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, parse_seeds
-from anabranch.graph.ppr.walks import Mode, check_count, check_mode
+from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
 from anabranch.graph.store import Graph
 
@@ -94,9 +94,7 @@ class PowerWalk(Estimator):
         if isinstance(min_in_degree, bool) or not isinstance(min_in_degree, int | np.integer) or min_in_degree < 0:
             raise InputError(f"min_in_degree is {min_in_degree!r}; it must be a whole number of at least 0")
         self.min_in_degree, self.track = int(min_in_degree), bool(track)
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
-        self.seed = int(seed)
+        self.seed = check_seed(seed)
         self.workers = check_count("workers", workers)
         self._index: Index | None = None
         self._stale_N = np.empty(0)
