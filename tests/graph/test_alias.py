@@ -89,7 +89,7 @@ def test_rows_without_edges_and_no_rows():
 
 @pytest.mark.parametrize("bad", [[-1, 2], [np.nan, 1], [0, 0], [np.inf, 1]])
 def test_weights_that_cannot_be_drawn_by(bad):
-    with pytest.raises(InputError, match="row 1 cannot be drawn by"):
+    with pytest.raises(InputError, match="row 1 cannot be drawn from"):
         build_alias(np.array([0, 1, 3]), np.array([1, *bad], np.float32))
 
 
