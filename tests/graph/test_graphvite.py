@@ -158,6 +158,18 @@ def test_auto_partitions_grow_until_two_parts_fit(graph, optimizer):
     assert np.array_equal(enough, GraphVite(**SMALL, optimizer=optimizer).fit_transform(graph))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_graphs_that_stay_on_disk_train_the_same(tmp_path, weighted):
+    generator = np.random.default_rng(0)
+    source, target = generator.integers(0, 30, (2, 90))
+    graph = Graph.from_edges(source, target, generator.random(90) + 0.1 if weighted else None)
+    graph.save(tmp_path / "g.anb")
+    mapped = Graph.load(tmp_path / "g.anb", mmap=True)
+    for options in ({}, {"model": "node2vec", "p": 0.2}, {"executor": "torch"}):
+        found = [GraphVite(**SMALL, **options).fit_transform(one) for one in (graph, mapped)]
+        assert np.array_equal(*found)
+
+
 def test_peak_bytes_by_hand(graph):
     # A = 8 * 80 * 8 = 5120; S = 300; s = floor(ln 1600 / ln(285 / 80)) = 5; walks 300 / 5 * 11 / 10 * 4 bytes = 264
     assert graph.num_edges == 285
