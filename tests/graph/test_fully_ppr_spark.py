@@ -245,18 +245,19 @@ def trust_graph(nodes=10_680, edges=24_316):
 @with_marks
 def test_both_plans_at_the_size_of_a_web_of_trust(spark):
     graph = trust_graph()
-    local = fully_ppr(graph, walks=50, engine="local", top_k=None)
-    broadcast = fully_ppr(graph, walks=50, engine="spark", plan="broadcast", spark=spark, top_k=None)
+    options = {"walks": 50, "alpha": 0.3, "top_k": None}
+    local = fully_ppr(graph, engine="local", **options)
+    broadcast = fully_ppr(graph, engine="spark", plan="broadcast", spark=spark, **options)
     for name in ("indptr", "ids", "values"):
         assert np.array_equal(getattr(broadcast.rows, name), getattr(local.rows, name))
-    model = FullyPPR(walks=50, engine="spark", plan="partitioned", spark=spark, top_k=None, big_moves=3).fit(graph)
+    model = FullyPPR(engine="spark", plan="partitioned", spark=spark, big_moves=3, **options).fit(graph)
     found = model.result_
     assert found.rows.sums() == pytest.approx(np.ones(graph.num_nodes), abs=1e-5)
     # The same distribution: ends of 50 walks of 200 sources against exact scores, and against those of the embedded engine
     for result in (local, found):
         statistic, degrees = 0.0, 0
         for node in range(0, graph.num_nodes, 53):
-            share = power_iteration(graph, node, tol=1e-8)
+            share = power_iteration(graph, node, 0.3, tol=1e-8)
             row = np.zeros(graph.num_nodes)
             ids, scores = result.top(node)
             row[ids] = scores

@@ -13,13 +13,12 @@ import anabranch
 from anabranch.errors import BackendError
 
 EXTRA = "pip install 'anabranch[spark]'"
-GIB = 2**30
 UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @contextmanager
-def session(given: Any = None) -> Iterator[Any]:
-    """Yield a session. One that is made here is stopped afterwards; settings of another are put back.
+def session(given: Any = None, partitions: int | None = None) -> Iterator[Any]:
+    """Yield a session whose shuffles have ``partitions``. One that is made here is stopped afterwards; settings of another are put back.
 
     Raises BackendError where pyspark, pandas or Java is missing, or the session does not start.
     """
@@ -31,7 +30,12 @@ def session(given: Any = None) -> Iterator[Any]:
     if made:
         check_java()
         found = _start(SparkSession)
-    changed = {"spark.sql.adaptive.enabled": "false"}  # it would join partitions that are made to stay apart
+    changed = {
+        "spark.sql.adaptive.enabled": "false",  # it would join partitions that are made to stay apart
+        "spark.sql.shuffle.partitions": str(
+            partitions or default_partitions(found)
+        ),  # 200 tasks for a sum take seconds
+    }
     before = {name: found.conf.get(name, None) for name in changed}
     for name, value in changed.items():
         found.conf.set(name, value)
@@ -43,6 +47,11 @@ def session(given: Any = None) -> Iterator[Any]:
         else:
             for name, value in before.items():
                 found.conf.unset(name) if value is None else found.conf.set(name, value)
+
+
+def default_partitions(spark: Any) -> int:
+    """Two per core."""
+    return 2 * spark.sparkContext.defaultParallelism
 
 
 def check_packages() -> None:

@@ -28,7 +28,7 @@ from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
 from anabranch.graph.fully_ppr.options import Options, walk_bytes
 from anabranch.graph.fully_ppr.result import FullyPPRResult, names_arrays, names_from, table_of, write_facts
-from anabranch.graph.fully_ppr.session import executor_bytes, session
+from anabranch.graph.fully_ppr.session import default_partitions, executor_bytes, session
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows
 from anabranch.graph.store import Graph
@@ -47,7 +47,7 @@ def run_spark(
 ) -> Path | FullyPPRResult:
     """Run on Spark. Gives the folder that was written, or the result where ``model.out`` is None."""
     method = options.choose_method(graph, "spark")
-    with session(model.spark) as spark:
+    with session(model.spark, model.partitions) as spark:
         plan = choose_plan(model.plan, graph, options.memory_limit or executor_bytes(spark))
         facts = {**options.facts(method), "engine": "spark", "plan": plan}
         job = Job(graph, source_S, is_all, facts, np.float32, 1, 1, model.progress, model.cancel)
@@ -75,7 +75,7 @@ def _run(model: "FullyPPR", options: Options, job: Job, spark: Any, out: Path) -
     folder = out.with_name(f"{out.name}.parts").resolve()
     if out.is_file():
         raise DataError(f"cannot write {out}: it is a file; on Spark `out` is a folder")
-    partitions = model.partitions or 2 * spark.sparkContext.defaultParallelism
+    partitions = model.partitions or default_partitions(spark)
     manifest = Manifest(folder, job, {"partitions": partitions})
     if job.facts["plan"] == "broadcast":
         written = run_broadcast(options, job, spark, manifest)
