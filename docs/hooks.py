@@ -98,13 +98,20 @@ def command_line_page() -> str:
         lines = "\n".join(line.rstrip() for line in shown.output.strip("\n").splitlines())
         return f"```text\n$ anabranch {' '.join([*words, '--help'])}\n{lines}\n```\n\n"
 
-    names = list(get_command(app).commands)  # type: ignore[attr-defined]
+    def below(group: Any, prefix: str = "") -> list[str]:
+        """Commands of a group and, after each that is a group itself, its own."""
+        found = []
+        for name, command in group.commands.items():
+            found += [prefix + name, *(below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [])]
+        return found
+
+    names = below(get_command(app))
     intro = (
         "# Command line\n\nEvery command takes `--help`. Commands that print results take `--json`: one object on standard "
         "output and nothing else there.\nProgress goes to standard error. A mistake gives one line and exit code 2; the kinds "
         "of mistakes are on [Errors](errors.md).\n\n"
     )
-    return intro + help_of() + "".join(f"## {name}\n\n{help_of(name)}" for name in names)
+    return intro + help_of() + "".join(f"## {name}\n\n{help_of(*name.split())}" for name in names)
 
 
 # Results

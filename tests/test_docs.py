@@ -102,23 +102,32 @@ def test_shell_examples_name_real_commands(page, words):
         assert {word for word in arguments if "=" not in word} <= set(targets)
     elif Path(program).name == "anabranch" and arguments[:1] != ["--help"]:
         commands = cli_options()
-        assert arguments[0] in commands
+        name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in commands else arguments[0]
+        assert name in commands
         options = {word.split("=")[0] for word in arguments if word.startswith("-")}
-        assert options <= commands[arguments[0]] | {"--help"}
+        assert options <= commands[name] | {"--help"}
 
 
 @cache
 def cli_options() -> dict[str, set[str]]:
-    """The options of each command."""
+    """The options of each command; those of groups by both words."""
     from typer.main import get_command
 
     from anabranch.cli.main import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    return {
-        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in commands.items()
-    }
+    def of(group: Any, prefix: str) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                found |= of(command, f"{name} ")
+            else:
+                words = [
+                    option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+                ]
+                found[prefix + name] = set(words)
+        return found
+
+    return of(get_command(app), "")
 
 
 # Links

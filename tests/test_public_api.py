@@ -22,6 +22,10 @@ PUBLIC = {
         Mixture Named Stdlib StreamDecoder Table TokenStore TokenStream Tokenizer Windows cache_folder corpus_at
         corpus_windows load_tokenizer text_windows train_bpe
     """,
+    "anabranch.graph": """
+        FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk load_dataset read_graph write_graph
+    """,
+    "anabranch.graph.serve": "Limits Sources create_app run",
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
         load_model load_weights save_model stream upcycle write_model

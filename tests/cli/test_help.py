@@ -16,22 +16,33 @@ FILE = Path(__file__).with_name("help.txt")
 SCRIPT = """
 import sys
 from anabranch.cli.main import main
-assert all(main([*name.split(), "--help"]) == 0 for name in ("", "train", "study", "report", "info"))
-heavy = [name for name in ("torch", "numpy", "pyarrow", "matplotlib", "tokenizers") if name in sys.modules]
+assert all(main([*name.split(), "--help"]) == 0 for name in ("", "train", "study", "report", "info", "graph", "graph ppr"))
+heavy = ("torch", "numpy", "pyarrow", "matplotlib", "tokenizers", "scipy", "numba", "starlette")
+heavy = [name for name in heavy if name in sys.modules]
 print("heavy:", heavy)
 """
+
+
+def commands(group, prefix=""):
+    """Every command by its whole name, those of groups included."""
+    found = {}
+    for name, command in group.commands.items():
+        found[prefix + name] = command
+        found |= commands(command, f"{prefix}{name} ") if hasattr(command, "commands") else {}
+    return found
 
 
 def shown():
     """Every command with its help, and every option with its names, value, need and help."""
     group = typer.main.get_command(app)
     lines = ["$ anabranch", inspect.cleandoc(group.help)]
-    for name, command in group.commands.items():
+    for name, command in commands(group).items():
         lines += ["", f"$ anabranch {name}", inspect.cleandoc(command.help), ""]
         for parameter in command.params:
             if "--help" in parameter.opts:
                 continue
-            names = "/".join(parameter.opts) if parameter.param_type_name == "option" else ""
+            every = [*parameter.opts, *parameter.secondary_opts]
+            names = "/".join(every) if parameter.param_type_name == "option" else ""
             value = (parameter.metavar or "").strip()
             need = "  (needed)" if parameter.required else ""
             lines.append(f"  {f'{names} {value}'.strip():<28}{parameter.help}{need}")
@@ -43,7 +54,7 @@ def test_help_is_as_reviewed():
 
 
 def test_every_option_is_explained_in_a_sentence():
-    for command in typer.main.get_command(app).commands.values():
+    for command in commands(typer.main.get_command(app)).values():
         for parameter in command.params:
             if "--help" not in parameter.opts:
                 assert parameter.help, (command.name, parameter.name)

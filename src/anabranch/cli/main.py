@@ -17,6 +17,7 @@ from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
 from anabranch.cli.eval import evaluate
 from anabranch.cli.generate import generate
+from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.report import report
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(graph, name="graph")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,6 +143,9 @@ def _given(option: str, arguments: Sequence[str]) -> str:
 
 
 def _command_of(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["graph"]:
+        known = {command.name for command in graph.registered_commands}
+        return " ".join(["anabranch graph", *(name for name in arguments[1:2] if name in known)])
     return f"anabranch {arguments[0]}" if arguments and arguments[0] in _COMMANDS else "anabranch"
 
 

@@ -60,6 +60,13 @@ class Progress:
             self._said, self._has_said = now, True
             say(f"{self._unit} {done:>{len(str(self._total))}}/{self._total}  {text}")
 
+    def set_total(self, total: int) -> None:
+        """There are ``total`` units, which is known only now."""
+        if total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total, width=len(str(total)))
+
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._quiet:

@@ -1,8 +1,73 @@
 """Walks to nodes, queries to neighbours: graphs, PageRank, embeddings, nearest-neighbour search and ranking. Knows no model.
 
-Stands on its own beside `anabranch.errors` and `anabranch.files`; needs the extra ``graph`` (scipy, numba).
+    graph = read_graph("edges.csv")                                    # or Graph.from_edges, load_dataset("karate").graph
+    ids, scores = PageRank().personalized(graph, 7, top_k=10)          # PowerWalk: in a millisecond; FullyPPR: for all nodes
+    vectors = FastRP(dim=128).fit_transform(graph)                     # or GraphVite
+    index = HNSW(128, metric="cosine"); index.add(vectors); index.search(vectors[7], k=10)
+    GRank().fit("clicks.parquet").rank("jazz", node="alice")
+
+Stands on its own beside `anabranch.errors` and `anabranch.files`; needs the extra ``graph`` (scipy, numba). Names are loaded
+when they are first used, so that importing this package is quick and works without the extra.
 """
 
-from anabranch.graph.store import Graph
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Graph"]
+from anabranch.errors import BackendError
+
+if TYPE_CHECKING:
+    from anabranch.graph.datasets import load_dataset
+    from anabranch.graph.fastrp import FastRP
+    from anabranch.graph.formats import read_graph, write_graph
+    from anabranch.graph.fully_ppr import FullyPPR
+    from anabranch.graph.graphvite import GraphVite
+    from anabranch.graph.hnsw import HNSW
+    from anabranch.graph.powerwalk import PowerWalk
+    from anabranch.graph.ppr import PageRank
+    from anabranch.graph.rank import GRank
+    from anabranch.graph.store import Graph
+
+__all__ = [
+    "HNSW",
+    "FastRP",
+    "FullyPPR",
+    "GRank",
+    "Graph",
+    "GraphVite",
+    "PageRank",
+    "PowerWalk",
+    "load_dataset",
+    "read_graph",
+    "write_graph",
+]
+_HOMES = {
+    "FastRP": "fastrp",
+    "FullyPPR": "fully_ppr",
+    "GRank": "rank",
+    "Graph": "store",
+    "GraphVite": "graphvite",
+    "HNSW": "hnsw",
+    "PageRank": "ppr",
+    "PowerWalk": "powerwalk",
+    "load_dataset": "datasets",
+    "read_graph": "formats",
+    "write_graph": "formats",
+}
+_EXTRA = ("numba", "scipy", "llvmlite")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        raise BackendError(f"anabranch.graph needs {error.name}; pip install 'anabranch[graph]'") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -42,7 +42,7 @@ def build_alias(indptr: np.ndarray, weight_M: np.ndarray) -> AliasTable:
     row = _bad_row(indptr, weight_M)
     if row >= 0:
         raise InputError(
-            f"the weights of row {row} cannot be drawn by: they must be finite, not negative, and not all 0"
+            f"row {row} cannot be drawn from: that takes finite weights that are not negative and not all 0"
         )
     keep_M = np.empty(len(weight_M), np.float32)
     other_M = np.empty(len(weight_M), np.int32)

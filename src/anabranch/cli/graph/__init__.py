@@ -1,0 +1,33 @@
+"""``anabranch graph``: one module per command. What several of them need: `options`, `inputs`, `vectors`, `tables`, `pictures`."""
+
+from collections.abc import Callable
+
+import typer
+
+from anabranch.cli.graph.embed import embed
+from anabranch.cli.graph.index import index
+from anabranch.cli.graph.info import info
+from anabranch.cli.graph.ppr import ppr
+from anabranch.cli.graph.rank import rank
+from anabranch.cli.graph.search import search
+from anabranch.cli.graph.serve import serve
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Rank, embed and search graphs and vectors.
+
+    A graph is a file of edges (CSV, Parquet, MatrixMarket, METIS, .npz, .mat, our own .anb) or the name of a data set (karate).""",
+)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "info": info,
+    "ppr": ppr,
+    "embed": embed,
+    "index": index,
+    "search": search,
+    "rank": rank,
+    "serve": serve,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)

@@ -1,0 +1,235 @@
+"""``anabranch graph embed``: vectors of nodes, what they are worth, and a map of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
+from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
+from anabranch.cli.progress import Progress
+from anabranch.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anabranch.graph import Graph
+
+METHODS = ("fastrp", "graphvite")
+OWN_LABELS = "own"
+MAPPED = 5000  # nodes on a map, at most
+
+
+def embed(
+    source: GraphSource,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where vectors go: .npy, .npz, .parquet, .csv or .tsv.")],
+    method: Annotated[str, typer.Option(metavar="M", help="fastrp (seconds) or graphvite (trained).")] = "fastrp",
+    dim: Annotated[int, typer.Option(metavar="D", min=1, help="Numbers in a vector.")] = 128,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Of graphvite: passes over the edges.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other argument of the method, e.g. --set beta=-0.9. May be repeated.",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Labels to test vectors with: a table of node and label, or own for those of a data set.",
+        ),
+    ] = None,
+    train: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of labelled nodes that the test may learn from.")
+    ] = 0.1,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--map", metavar="FILE", help="Draw nodes in two dimensions into this .png or .svg file."),
+    ] = None,
+    directed: Directed = None,
+    columns: Columns = None,
+    ids: Ids = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn the nodes of a graph into vectors.
+
+    With --labels the vectors are tested by the papers' protocol: logistic regressions on a share of the nodes, F1 on the rest, 5 shuffles.
+
+    Example: anabranch graph embed blogcatalog --out vectors.npy --labels own --map map.png
+    """  # fmt: skip
+    from anabranch.cli.graph.pictures import check_picture
+    from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
+
+    if method not in METHODS:
+        raise InputError(f"--method is {method!r}; use one of {', '.join(METHODS)}")
+    check_written(out)
+    check_picture(picture)
+    if not 0 < train < 1:
+        raise InputError(f"--train is {train}; it must be a share between 0 and 1")
+    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    label_NC = _labels(opened, labels)
+    _check_split(label_NC, train)
+    started = time.perf_counter()
+    vectors_ND, params = _fit(opened, method, dim, epochs, read_assignments(changes), threads, seed, quiet)
+    seconds = time.perf_counter() - started
+    write_vectors(out, Vectors(vectors_ND, opened.graph.names))
+    scores = None if label_NC is None else _test(vectors_ND, label_NC, train, quiet)
+    written = [str(out)]
+    if picture is not None:
+        _draw(opened, vectors_ND, label_NC, method, seed, picture, quiet)
+        written.append(str(picture))
+    facts = {
+        "graph": opened.name, "method": method, "nodes": len(vectors_ND), "dim": vectors_ND.shape[1], "seconds": seconds,
+        "params": params, "alike": _alike(vectors_ND), "classification": scores, "wrote": written,
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    _print(opened, facts)
+    wrote(", ".join(written), f"anabranch graph index {out} --metric cosine --out index.anb")
+
+
+def _labels(opened: Opened, wanted: str | None) -> Any:
+    """bool [N, C], or None. For a map, those of a data set are there without being asked for."""
+    if wanted == OWN_LABELS:
+        if opened.labels is None:
+            raise InputError(f"{opened.name} has no labels of its own; give a table of node and label")
+        return opened.labels
+    return None if wanted is None else read_labels(wanted, opened.graph)
+
+
+def _check_split(label_NC: Any, train: float) -> None:
+    """Before the work. Raises InputError where nothing would be left to learn from, or to test with."""
+    if label_NC is not None:
+        count = int((label_NC.sum(1) > 0).sum())
+        if not 0 < int(train * count) < count:
+            raise InputError(
+                f"--train is {train}: of {count:,} labelled nodes some must be learned from, others tested"
+            )
+
+
+def _fit(
+    opened: Opened, method: str, dim: int, epochs: float | None, changes: dict[str, Any], threads: int | None, seed: int,
+    quiet: bool,
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    """Vectors and the arguments that are not defaults."""
+    from anabranch.graph import FastRP, GraphVite
+
+    if method == "fastrp":
+        if epochs is not None:
+            raise InputError("--epochs is for graphvite; fastrp is not trained")
+        given = {"dim": dim, "seed": seed, "threads": threads, **changes}
+        estimator: Any = _made(FastRP, given)
+        with waiting("embedding", quiet):
+            return estimator.fit_transform(opened.graph), given
+    given = {"dim": dim, "seed": seed, **({} if epochs is None else {"epochs": epochs}), **changes}
+    if threads is not None:
+        given.setdefault("workers", threads)
+    estimator = _made(GraphVite, given)
+    with Progress(max(1, round(estimator.epochs * opened.graph.num_edges)), "sample", quiet=quiet) as progress:
+
+        def told(now: Any) -> None:
+            text = f"epoch {now.epoch:.0f}  loss {now.loss:.4f}  {quantity(now.samples_per_second)} samples/s"
+            progress.update(min(now.done, now.total), text)
+
+        estimator.set_params(callbacks=(told,))
+        return estimator.fit_transform(opened.graph), given
+
+
+def _alike(vectors_ND: np.ndarray) -> int:
+    """Nodes that have the vector which most nodes have, where several have it."""
+    import numpy as np
+
+    _, counts = np.unique(
+        np.ascontiguousarray(vectors_ND).view(f"V{vectors_ND.dtype.itemsize * vectors_ND.shape[1]}"), return_counts=True
+    )
+    return int(counts.max(initial=0)) if counts.max(initial=0) > 1 else 0
+
+
+def _made(kind: Any, given: dict[str, Any]) -> Any:
+    known = kind().get_params()
+    for name in given:
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise InputError(f"cannot set {name}: {kind.__name__} has no argument {name!r}; {hint}")
+    return kind(**given)
+
+
+def _test(vectors_ND: np.ndarray, label_NC: Any, train: float, quiet: bool) -> dict[str, Any]:
+    from anabranch.graph.evaluate import classify_nodes
+
+    with waiting("testing", quiet):
+        found = classify_nodes(vectors_ND, label_NC, train_fraction=train)
+    return {
+        "micro_f1": found.micro, "macro_f1": found.macro, "micro_f1_of": found.micro_S.tolist(),
+        "macro_f1_of": found.macro_S.tolist(), "train_fraction": train, "train_nodes": found.num_train,
+        "test_nodes": found.num_test, "labels": label_NC.shape[1],
+    }  # fmt: skip
+
+
+def _draw(
+    opened: Opened, vectors_ND: np.ndarray, label_NC: Any, method: str, seed: int, path: Path, quiet: bool
+) -> None:
+    import numpy as np
+
+    from anabranch.cli.graph.pictures import draw_map, flat_map
+
+    label_NC = opened.labels if label_NC is None else label_NC
+    chosen = np.arange(len(vectors_ND))
+    if len(chosen) > MAPPED:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), MAPPED, replace=False))
+    with waiting("drawing", quiet):
+        xy_N2, how = flat_map(vectors_ND[chosen], seed)
+        label_N, names = None, []
+        if label_NC is not None:
+            rows = label_NC.tocsr()[chosen]
+            first = rows.indptr[:-1]  # of several labels, the first
+            label_N = np.where(np.diff(rows.indptr) > 0, np.append(rows.indices, -1)[first], -1)
+            names = [str(number) for number in range(label_NC.shape[1])]
+        few = f"   {len(chosen):,} of {len(vectors_ND):,} nodes" if len(chosen) < len(vectors_ND) else ""
+        draw_map(xy_N2, label_N, names, f"{Path(opened.name).name}   {method}, {how}{few}", path)
+
+
+def _cure(graph: Graph, method: str) -> str:
+    """Why vectors are alike, and what to do about it."""
+    if method != "fastrp":
+        return "are they without edges?"
+    if graph.is_directed:
+        return "nodes without an edge out have no other; try --set direction=both"
+    return "those of small components are often all 0 before scaling; try --set projection=gaussian"
+
+
+def _print(opened: Opened, facts: dict[str, Any]) -> None:
+    graph = opened.graph
+    fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
+    fact("vectors", f"{facts['nodes']:,} x {facts['dim']} by {facts['method']} in {duration(facts['seconds'])}")
+    scores = facts["classification"]
+    if facts["alike"] > max(1, 0.05 * facts["nodes"]):
+        fact("note", f"{facts['alike']:,} nodes have one and the same vector; {_cure(graph, facts['method'])}")
+    if scores is None:
+        return
+    print()
+    rows = [
+        [name, f"{scores[key]:.4f}", f"{min(scores[f'{key}_of']):.4f}", f"{max(scores[f'{key}_of']):.4f}"]
+        for name, key in (("micro F1", "micro_f1"), ("macro F1", "macro_f1"))
+    ]
+    table([f"of {scores['labels']} labels", "mean", "least", "most"], rows)
+    print()
+    fact(
+        "tested",
+        f"on {scores['test_nodes']:,} nodes after {scores['train_nodes']:,}, {len(scores['micro_f1_of'])} shuffles",
+    )

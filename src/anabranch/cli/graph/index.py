@@ -1,0 +1,157 @@
+"""``anabranch graph index``: an index of vectors, for nearest-neighbour search."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.options import Threads, check_extra
+from anabranch.cli.graph.waiting import Rate
+from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
+from anabranch.cli.progress import Progress
+from anabranch.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+STEP = 4096  # vectors added at once, at least
+
+
+def index(
+    vectors: Annotated[
+        str,
+        typer.Argument(
+            metavar="VECTORS", help="Vectors: .npy, .npz, .parquet, .csv, .tsv, .anb; with --walks a graph."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The index, e.g. index.anb.")],
+    metric: Annotated[str, typer.Option(metavar="M", help="l2 (squared), cosine, or ip (inner product).")] = "l2",
+    links: Annotated[
+        int, typer.Option("--m", metavar="M", help="Links of an element, 5 to 48; more for more dimensions.")
+    ] = 16,
+    ef_construction: Annotated[
+        int, typer.Option(metavar="EF", help="Candidates looked at for them; more is better and slower.")
+    ] = 200,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter).")
+    ] = "f32",
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GRAPH", help="Call rows by the names of this graph's nodes. Default: names that the vectors have."
+        ),
+    ] = None,
+    walks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Index a graph instead: N walks from each node, for PageRank in a millisecond."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(metavar="A", help="Of --walks: probability that a walk ends before each step.")
+    ] = 0.15,
+    threads: Threads = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an index of vectors (HNSW), or with --walks of a graph (PowerWalk).
+
+    Row i gets id i. Where rows have names, they go into a second file beside the index (FILE.names).
+
+    Example: anabranch graph index vectors.npy --metric cosine --out index.anb
+    """  # fmt: skip
+    check_extra()
+    if walks is not None:
+        _index_walks(vectors, out, walks, alpha, threads, seed, quiet, as_json)
+        return
+    import numpy as np
+
+    from anabranch.cli.graph.vectors import read_vectors
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import Names, names_path, write_names
+
+    found = read_vectors(vectors)
+    count, dim = found.array.shape
+    called = found.names
+    if names is not None:
+        called = _names_of(names, count, quiet)
+    zero = np.flatnonzero(~found.array.any(1))
+    if metric == "cosine" and zero.size:
+        raise DataError(
+            f"{vectors}, row {zero[0]}: all numbers are 0, which has no cosine ({zero.size:,} such rows); use --metric l2"
+        )
+    made = HNSW(dim, metric, links, ef_construction, dtype, seed, num_threads=threads)
+    started = time.perf_counter()
+    with Progress(count, "vector", quiet=quiet) as progress:
+        rate, step = Rate(progress, "vectors"), max(STEP, count // 50)
+        rate(0)
+        for first in range(0, count, step):
+            made.add(found.array[first : first + step])
+            rate(min(first + step, count))
+    if repaired := made.stats()["unreachable"]:  # many vectors at one place leave no links to elsewhere
+        made.repair()
+    seconds = time.perf_counter() - started
+    made.save(out)
+    if called is not None:
+        write_names(out, Names(called))
+    else:
+        names_path(out).unlink(missing_ok=True)  # of an index that was there before
+    stats = made.stats()
+    facts = {
+        "vectors": count, "dim": dim, "metric": metric, "dtype": dtype, "M": made.M, "ef_construction": made.ef_construction,
+        "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
+        "repaired": repaired, "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("vectors", f"{vectors}   {count:,} x {dim}" + ("   with names" if called is not None else ""))
+    fact("index", f"{metric}, {dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
+         f"{stats['mean_degree'][0]:.1f} links each")  # fmt: skip
+    fact("built", f"in {duration(seconds)}, {quantity(count / max(seconds, 1e-9))} vectors/s")
+    if repaired:
+        fact("note", f"{repaired:,} vectors could not be reached and were linked; are many of them equal?")
+    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph search {out} --rows 0 --check")
+
+
+def _names_of(source: str, count: int, quiet: bool) -> np.ndarray:
+    from anabranch.cli.graph.inputs import open_graph
+
+    graph = open_graph(source, quiet=quiet).graph
+    if graph.names is None:
+        raise InputError(f"--names is {source}, whose nodes have no names")
+    if graph.num_nodes != count:
+        raise InputError(f"--names is {source} with {graph.num_nodes:,} nodes; there are {count:,} vectors")
+    return graph.names
+
+
+def _index_walks(
+    source: str, out: Path, walks: int, alpha: float, threads: int | None, seed: int, quiet: bool, as_json: bool
+) -> None:
+    import os
+
+    from anabranch.cli.graph.inputs import open_graph
+    from anabranch.graph import PowerWalk
+
+    graph = open_graph(source, quiet=quiet).graph
+    made = PowerWalk(alpha, walks, seed=seed, workers=threads or os.cpu_count() or 1)
+    started = time.perf_counter()
+    with Progress(graph.num_nodes, "node", quiet=quiet) as progress:
+        made.build(graph, out=out, progress=Rate(progress, "nodes"))
+    seconds = time.perf_counter() - started
+    facts: dict[str, Any] = {
+        "graph": source, "nodes": graph.num_nodes, "walks": walks, "alpha": alpha, "seconds": seconds,
+        "size_bytes": out.stat().st_size, "wrote": str(out),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("graph", f"{source}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
+    fact("index", f"{walks} walks from each node, alpha {alpha:g}")
+    fact("built", f"in {duration(seconds)}, {quantity(graph.num_nodes / max(seconds, 1e-9))} nodes/s")
+    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph serve {out} {source}")

@@ -1,0 +1,157 @@
+"""What commands are given: graphs, nodes by name, tables of nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.graph.options import check_extra
+from anabranch.cli.graph.waiting import waiting
+from anabranch.errors import ConfigError, DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anabranch.graph import Graph
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A graph that a command works on, what it was called, and the labels that a data set has."""
+
+    graph: Graph
+    name: str
+    labels: Any = None
+
+
+def open_graph(
+    source: str, *, directed: bool | None = None, columns: str | None = None, ids: str = "auto", quiet: bool = False
+) -> Opened:
+    """The graph in a file or data set.
+
+    Raises DataError if there is neither, InputError for options that do not fit, and as `read_graph`.
+    """
+    check_extra()
+    from anabranch.graph import load_dataset, read_graph
+
+    labels = None
+    with waiting(f"reading {source}", quiet):
+        if Path(source).exists():
+            own = is_own(source)  # which says itself whether it is directed
+            graph = read_graph(source, directed=None if own else directed, ids=ids, **_columns(columns))
+        else:
+            try:
+                found = load_dataset(source)
+            except ConfigError as error:
+                raise DataError(f"there is no file {source}, and {error}") from None
+            graph, labels = found.graph, found.labels_NC
+        if directed is not None and directed != graph.is_directed:
+            graph = graph.to_directed() if directed else graph.to_undirected()
+    return Opened(graph, source, labels)
+
+
+def is_own(source: str) -> bool:
+    """Whether this is one of our array files."""
+    from anabranch.graph.array_file import MAGIC
+
+    try:
+        with open(source, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, or not to be read: whoever reads it says so
+        return False
+
+
+def _columns(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(f"--columns is {text!r}; write SOURCE,TARGET or SOURCE,TARGET,WEIGHT")
+    named = dict(
+        zip(("source", "target", "weight"), [int(part) if part.isdigit() else part for part in parts], strict=False)
+    )
+    return named if len(parts) == 3 else {**named, "weight": None}
+
+
+def nodes_of(graph: Graph, texts: list[str]) -> np.ndarray:
+    """Ids of nodes as they were written: by outside name, or by number where nodes have none. Raises InputError."""
+    return graph.ids_of([_as_name(text, None if graph.names is None else graph.names) for text in texts])
+
+
+def _as_name(text: str, names: np.ndarray | None) -> Any:
+    if names is not None and names.dtype.kind not in "iu":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        what = "have no names, only numbers from 0" if names is None else "are called by numbers"
+        raise InputError(f"there is no node {text!r}: nodes of this graph {what}") from None
+
+
+def weighted_nodes(graph: Graph, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights of ``NODE`` or ``NODE=WEIGHT``. A node whose name has = in it is found by its whole name first."""
+    import numpy as np
+
+    ids, weights = [], []
+    for text in texts:
+        name, equals, weight = text.rpartition("=")
+        try:
+            ids.append(int(nodes_of(graph, [text])[0]))
+            weights.append(1.0)
+        except InputError:
+            if not equals:
+                raise
+            ids.append(int(nodes_of(graph, [name])[0]))
+            try:
+                weights.append(float(weight))
+            except ValueError:
+                raise InputError(f"{text!r} is no node and no NODE=WEIGHT: {weight!r} is not a number") from None
+    return np.array(ids, np.int64), np.array(weights)
+
+
+def read_table(path: str) -> dict[str, list[Any]]:
+    """Columns of a CSV, TSV or Parquet file as lists. Raises DataError."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    name = Path(path).name.removesuffix(".gz")
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        if name.endswith((".parquet", ".pq")):
+            table = parquet.read_table(path)
+        elif name.endswith((".csv", ".tsv", ".txt")):
+            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="," if name.endswith(".csv") else "\t"))
+        else:
+            raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def read_labels(path: str, graph: Graph) -> Any:
+    """`scipy.sparse.csr_array` of bool [N, C] from a table with a row for each label of each node.
+
+    Columns are node and label, or the first two. Raises DataError naming the row of an unknown node or an empty cell.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+
+    table = read_table(path)
+    if len(table) < 2:
+        raise DataError(f"{path} has {len(table)} column(s); labels are a table of node and label")
+    names = ("node", "label") if {"node", "label"} <= table.keys() else list(table)[:2]
+    nodes, labels = table[names[0]], table[names[1]]
+    if not nodes:
+        raise DataError(f"{path} has no rows")
+    for row, (node, label) in enumerate(zip(nodes, labels, strict=True)):
+        if node in (None, "") or label in (None, ""):
+            raise DataError(f"{path}, row {row}: an empty cell")
+    try:
+        ids = nodes_of(graph, [str(node) for node in nodes])
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from None
+    _, column = np.unique([str(label) for label in labels], return_inverse=True)
+    shape = (graph.num_nodes, int(column.max()) + 1)
+    return coo_array((np.ones(len(ids), bool), (ids, column)), shape=shape).tocsr().astype(bool)

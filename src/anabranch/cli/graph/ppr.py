@@ -1,0 +1,258 @@
+"""``anabranch graph ppr``: which nodes matter, to one node, to a few, to everyone, or to each."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.inputs import Opened, open_graph, read_table, weighted_nodes
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, Top
+from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
+from anabranch.cli.graph.waiting import Rate, waiting
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.output import duration, fact, print_json, size, table, wrote
+from anabranch.cli.progress import Progress
+from anabranch.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OWN = ".anb"
+
+
+def ppr(
+    source: GraphSource,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NODE[=WEIGHT]...",
+            help="Where walks start, by name or number. Default: anywhere (plain PageRank).",
+        ),
+    ] = None,
+    seeds: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Table of seeds (.csv, .parquet): columns node and weight.")
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", metavar=FLAG, help="From every node (or every node given): a file of the best of each."),
+    ] = False,
+    top: Top = 10,
+    alpha: Annotated[
+        float,
+        typer.Option(metavar="A", help="Probability that a walk ends before each step; others call 1 - A damping."),
+    ] = 0.15,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="M", help="auto, solve, power, push, monte_carlo; with --all: auto, exact, decompose, walks."
+        ),
+    ] = "auto",
+    engine: Annotated[str, typer.Option(metavar="E", help="Of --all: local, spark, or auto.")] = "auto",
+    tol: Annotated[float | None, typer.Option(metavar="T", help="L1 error allowed, where a method proves one.")] = None,
+    walks: Annotated[int | None, typer.Option(metavar="N", min=1, help="Random walks, where a method walks.")] = None,
+    dangling: Annotated[
+        str, typer.Option(metavar="D", help="What walks do at nodes without an edge out: source, absorb, uniform.")
+    ] = "source",
+    index: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ask an index of walks instead (anabranch graph index GRAPH --walks N)."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a table (.parquet, .csv, .tsv, .jsonl); with --all also .anb, on Spark a folder.",
+        ),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Of --all: memory to use at most.")] = None,
+    directed: Directed = None,
+    columns: Columns = None,
+    ids: Ids = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank nodes by personalised PageRank.
+
+    From one node or several with weights, from anywhere, or with --all from each, here or on Spark.
+
+    A run with --all that was stopped goes on where it was.
+
+    Example: anabranch graph ppr lesmis Valjean Javert=2
+    """  # fmt: skip
+    if every:
+        if index is not None:
+            raise InputError("--index answers for seeds; --all does not need it")
+        _check_all(out, engine)
+    else:
+        check_ending(out)
+    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    given = _seeds(opened, nodes, seeds)
+    if every:
+        options = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top, "seed": seed,
+                   "walks": walks, "workers": threads, "memory_limit": None if memory is None else int(memory * 1e9)}  # fmt: skip
+        if tol is not None:
+            options["tol"] = tol
+        _rank_all(opened, None if given is None else given[0], options, out, quiet, as_json)
+        return
+    if engine != "auto":
+        raise InputError(f"--engine {engine} is for --all; one ranking is made on this machine")
+    if index is not None:
+        if given is None or method != "auto":
+            raise InputError("--index answers for seeds, by its own method; give a node, and no --method")
+        _rank_one(opened, given, {"index": str(index)}, top, out, quiet, as_json)
+        return
+    options = {"alpha": alpha, "method": method, "dangling": dangling, "seed": seed}
+    options |= {name: value for name, value in (("tol", tol), ("walks", walks)) if value is not None}
+    _rank_one(opened, given, options, top, out, quiet, as_json)
+
+
+def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and weights; None where none were given."""
+    if file is None:
+        return weighted_nodes(opened.graph, nodes) if nodes else None
+    if nodes:
+        raise InputError("seeds come as arguments or by --seeds, not both")
+    import numpy as np
+
+    from anabranch.cli.graph.inputs import nodes_of
+
+    columns = read_table(str(file))
+    names = list(columns)
+    node = "node" if "node" in columns else names[0]
+    weights = columns.get("weight")
+    if weights is None and len(names) > 1:
+        weights = columns[next(name for name in names if name != node)]
+    try:
+        found = nodes_of(opened.graph, [str(name) for name in columns[node]])
+        share = np.ones(len(found)) if weights is None else np.array(weights, np.float64)
+    except (InputError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: {error}") from None
+    if not len(found):
+        raise DataError(f"{file} has no rows")
+    return found, share
+
+
+def _rank_one(
+    opened: Opened, given: tuple[np.ndarray, np.ndarray] | None, options: dict[str, Any], top: int, out: Path | None,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    graph = opened.graph
+    started = time.perf_counter()
+    with waiting("ranking", quiet):
+        ids, scores, facts = _ranking(opened, given, options, top)
+    facts["seconds"] = time.perf_counter() - started
+    names = graph.names_of(ids).tolist()
+    if out is not None:
+        write_table(out, {"node": names, "score": scores})
+    if as_json:
+        seeds = None if given is None else [
+            {"node": node, "weight": weight}
+            for node, weight in zip(graph.names_of(given[0]).tolist(), given[1].tolist(), strict=True)
+        ]  # fmt: skip
+        ranking = [{"node": node, "score": float(score)} for node, score in zip(names, scores, strict=True)]
+        print_json({
+            "graph": opened.name, "seeds": seeds, **facts, "ranking": ranking,
+            "wrote": None if out is None else str(out),
+        })  # fmt: skip
+        return
+    where = "anywhere" if given is None else _listed(graph.names_of(given[0]).tolist(), given[1].tolist())
+    fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
+    fact("from", f"{where}   alpha {facts['alpha']:g}, method {facts['method']}")
+    print()
+    rows = [
+        [str(place), str(name), f"{score:.6f}"]
+        for place, (name, score) in enumerate(zip(names, scores, strict=True), 1)
+    ]
+    table(["rank", "node", "score"], rows, text_columns=2)
+    print()
+    again = f"anabranch graph ppr {opened.name} --all --out scores.parquet"
+    if out is None:
+        fact("next", again)
+    else:
+        wrote(str(out), again)
+
+
+def _ranking(
+    opened: Opened, given: tuple[np.ndarray, np.ndarray] | None, options: dict[str, Any], top: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Ids, scores, and how they were found."""
+    import numpy as np
+
+    from anabranch.graph import PageRank, PowerWalk
+
+    if "index" in options:
+        walker = PowerWalk.load(options["index"], opened.graph)
+        facts = {
+            **options,
+            "method": "powerwalk",
+            "alpha": walker.alpha,
+            "walks": walker.walks,
+            "dangling": walker.dangling,
+        }
+        return *walker.query(given, top), facts
+    engine = PageRank(**options)
+    facts = {**options, "tol": engine.tol}
+    if given is not None:
+        return *engine.personalized(opened.graph, given, top), facts
+    score_N = engine.scores(opened.graph)
+    ids = np.lexsort((np.arange(len(score_N)), -score_N))[:top]
+    return ids, score_N[ids], facts
+
+
+def _listed(names: list[Any], weights: list[float]) -> str:
+    shown = [
+        f"{name}" if len(set(weights)) == 1 else f"{name}={weight:g}"
+        for name, weight in list(zip(names, weights, strict=True))[:8]
+    ]
+    return ", ".join(shown) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
+
+
+def _check_all(out: Path | None, engine: str) -> None:
+    if out is None:
+        raise InputError("--all makes a row for each node; say where to with --out FILE (.parquet, .csv, .anb)")
+    if engine != "spark":
+        check_ending(out, (OWN, *ENDINGS))
+
+
+def _rank_all(
+    opened: Opened, sources: np.ndarray | None, options: dict[str, Any], out: Path | None, quiet: bool, as_json: bool
+) -> None:
+    from anabranch.graph import FullyPPR
+
+    assert out is not None
+    count = opened.graph.num_nodes if sources is None else len(sources)
+    is_streamed = out.suffix in (OWN, ".parquet", "")
+    started = time.perf_counter()
+    with Progress(count, "node", quiet=quiet) as progress:
+        rate = Rate(progress, "nodes")
+
+        def told(done: int, total: int) -> None:
+            progress.set_total(total)
+            rate(done)
+
+        estimator = FullyPPR(**options, sources=sources, out=out if is_streamed else None, progress=told)
+        result = estimator.fit(opened.graph).result_
+    if not is_streamed:
+        found = result.to_arrow()
+        write_table(out, {name: found[name] for name in found.column_names})
+    seconds = time.perf_counter() - started
+    facts = {
+        "graph": opened.name, "sources": result.num_sources, "entries": int(result.rows.indptr[-1]), "top": options["top_k"],
+        "seconds": seconds, "how": result.facts, "wrote": str(out),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    shown = [
+        f"{name} {value}" for name, value in result.facts.items() if name in ("method", "engine", "walks", "alpha")
+    ]
+    fact("graph", f"{opened.name}   {opened.graph.num_nodes:,} nodes, {opened.graph.num_edges:,} edges")
+    fact("from", f"{facts['sources']:,} nodes   {', '.join(shown)}")
+    fact("found", f"{facts['entries']:,} scores in {duration(seconds)}")
+    room = f" ({size(out.stat().st_size)})" if out.is_file() else ""
+    wrote(f"{out}{room}", f"anabranch graph info {out}" if out.suffix == OWN else f"read {out} with pandas or DuckDB")

@@ -1,0 +1,306 @@
+"""``anabranch graph search``: nearest neighbours, and how many of the true ones an index finds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.options import Threads, Top, check_extra
+from anabranch.cli.graph.tables import check_ending, write_table
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.output import fact, print_json, quantity, table, wrote
+from anabranch.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import Names
+
+SHOWN = 5  # queries in the table on a terminal
+CURVE = (8, 16, 32, 64, 128, 256, 512)
+
+
+def search(
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="An index that anabranch graph index made.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Search for the neighbours of these elements, by name or id."),
+    ] = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Search for these vectors (.npy, .npz, .parquet, .csv, .tsv).")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Search for the neighbours of these ids, e.g. 0,7 or 0-9.")
+    ] = None,
+    top: Top = 10,
+    ef: Annotated[
+        int,
+        typer.Option(metavar="EF", min=1, help="Width of the search, at least K; more finds more and takes longer."),
+    ] = 64,
+    check: Annotated[
+        bool, typer.Option("--check", metavar=FLAG, help="Measure all distances too, and tell the recall.")
+    ] = False,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw recall and speed over ef into this .png or .svg file.")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of --check and --curve without queries: elements drawn.")
+    ] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all results as a table (.parquet, .csv, .tsv, .jsonl).")
+    ] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find nearest neighbours in an index.
+
+    Elements are searched for without themselves among their results. With --check or --curve and nothing to search for, elements are drawn.
+
+    Example: anabranch graph search index.anb --rows 0,7 --check
+    """
+    from anabranch.cli.graph.pictures import check_picture
+
+    check_extra()
+    check_ending(out)
+    check_picture(curve)
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import read_names
+
+    made = HNSW.load(index, num_threads=threads)
+    called = read_names(index, made.ids)
+    wanted = _wanted(made, called, names, queries, rows, sample if check or curve else None, seed)
+    started = time.perf_counter()
+    with waiting("searching", quiet):
+        ids, distances = wanted.find(made, top, ef)
+    facts: dict[str, Any] = {
+        "index": index, "vectors": len(made), "dim": made.dim, "metric": made.metric, "queries": len(wanted.vectors), "k": top,
+        "ef": max(ef, top), "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    written = []
+    if check or curve is not None:
+        with waiting("measuring all distances", quiet):
+            truth = _exact(made, wanted, top)
+        facts["recall"] = _recall(made, wanted, ids, truth)
+    if curve is not None:
+        facts["curve"] = _curve(made, wanted, truth, top, quiet)
+        written.append(str(curve))
+        _draw(made, facts, index, curve)
+    if out is not None:
+        _write(out, wanted, called, ids, distances)
+        written.append(str(out))
+    if as_json:
+        print_json(
+            {
+                **facts,
+                "results": None if wanted.is_sample else _results(wanted, called, ids, distances),
+                "wrote": written,
+            }
+        )
+        return
+    _print(made, wanted, called, ids, distances, facts)
+    after = f"anabranch graph serve {index}"
+    if written:
+        wrote(", ".join(written), after)
+    else:
+        fact("next", after)
+
+
+class _Wanted:
+    """What is searched for: vectors, and which elements they are, where they are some."""
+
+    def __init__(self, vectors: np.ndarray, own: np.ndarray | None, titles: list[Any], is_sample: bool = False) -> None:
+        self.vectors, self.own, self.titles, self.is_sample = vectors, own, titles, is_sample
+
+    def find(self, index: HNSW, k: int, ef: int, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and distances [Q, k], -1 and infinity behind the last."""
+        if self.own is None:
+            return index.search(self.vectors, k, ef, num_threads=threads)
+        return _without(self.own, *index.search(self.vectors, k + 1, ef, num_threads=threads))
+
+
+def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row less one: the query's own element, or the last if it is not there."""
+    import numpy as np
+
+    is_own = ids == own[:, None]
+    last = np.where(is_own.any(1), is_own.argmax(1), ids.shape[1] - 1)
+    kept = np.arange(ids.shape[1])[None] != last[:, None]
+    shape = (len(ids), ids.shape[1] - 1)
+    return ids[kept].reshape(shape), distances[kept].reshape(shape)
+
+
+def _wanted(
+    index: HNSW, called: Names | None, names: list[str] | None, queries: str | None, rows: str | None, sample: int | None,
+    seed: int,
+) -> _Wanted:  # fmt: skip
+    import numpy as np
+
+    given = [what for what in (names or None, queries, rows) if what is not None]
+    if len(given) > 1:
+        raise InputError("search for names, --queries or --rows, one of them")
+    if not len(index):
+        raise InputError("the index is empty, so nothing can be found in it")
+    if queries is not None:
+        from anabranch.cli.graph.vectors import read_vectors
+
+        found = read_vectors(queries)
+        titles = list(range(len(found.array))) if found.names is None else found.names.tolist()
+        if found.array.shape[1] != index.dim:
+            raise InputError(f"{queries} has vectors of {found.array.shape[1]} numbers, the index of {index.dim}")
+        return _Wanted(found.array, None, titles)
+    if names:
+        ids = _ids_of(called, names)
+    elif rows is not None:
+        ids = _numbers(rows)
+    elif sample is not None:
+        held = index.ids
+        ids = np.sort(np.random.default_rng(seed).choice(held, min(sample, len(held)), replace=False))
+        return _Wanted(index.vectors(ids), ids, ids.tolist(), is_sample=True)
+    else:
+        raise InputError(
+            "nothing to search for; give names, --queries FILE or --rows 0,7 (or --check to measure recall)"
+        )
+    return _Wanted(index.vectors(ids), ids, ids.tolist() if called is None else called.of(ids))
+
+
+def _ids_of(called: Names | None, texts: list[str]) -> np.ndarray:
+    import numpy as np
+
+    if called is None or called.array.dtype.kind in "iu":
+        for text in texts:
+            if not text.lstrip("-").isdigit():
+                what = "has no names, only ids" if called is None else "calls its elements by numbers"
+                raise InputError(f"there is no element {text!r}: the index {what}")
+        numbers = [int(text) for text in texts]
+        return np.array(numbers, np.int64) if called is None else called.ids_of(numbers)
+    return called.ids_of(texts)
+
+
+def _numbers(text: str) -> np.ndarray:
+    import numpy as np
+
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise InputError(f"--rows is {text!r}; write ids as 0,7 or 0-9") from None
+    if not found:
+        raise InputError(f"--rows is {text!r}, which are none")
+    return np.array(found, np.int64)
+
+
+def _exact(index: HNSW, wanted: _Wanted, k: int) -> np.ndarray:
+    """Ids [Q, k] of the true neighbours: all distances are measured."""
+    from anabranch.graph.hnsw import brute_force
+
+    ids = index.ids
+    more = k + (wanted.own is not None)
+    found, distances = brute_force(index.vectors(ids), wanted.vectors, more, index.metric, ids=ids)
+    return found if wanted.own is None else _without(wanted.own, found, distances)[0]
+
+
+def _recall(index: HNSW, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the true neighbours that were found. What is as near as the farthest of them counts as one of them."""
+    right = 0
+    for query, row, true in zip(wanted.vectors, ids, truth, strict=True):
+        row, true = row[row >= 0], true[true >= 0]
+        if len(row) and len(true):
+            limit = _distances(index, query, true).max()
+            right += int((_distances(index, query, row) <= limit + 1e-6 * abs(limit) + 1e-12).sum())
+    return min(right / max(int((truth >= 0).sum()), 1), 1.0)
+
+
+def _distances(index: HNSW, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Of one query to elements, in 64 bits."""
+    import numpy as np
+
+    held, query = index.vectors(ids).astype(np.float64), query.astype(np.float64)
+    if index.metric == "l2":
+        return ((held - query) ** 2).sum(1)
+    return 1 - held @ (query / np.linalg.norm(query) if index.metric == "cosine" else query)
+
+
+def _curve(index: HNSW, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool) -> list[dict[str, Any]]:
+    points = []
+    for ef in sorted({max(ef, k + 1) for ef in CURVE}):
+        with waiting(f"ef {ef}", quiet):
+            best = float("inf")
+            for _ in range(2):
+                started = time.process_time()
+                ids, _distances = wanted.find(index, k, ef, threads=1)
+                best = min(best, time.process_time() - started)
+        stats = index.stats()
+        points.append({
+            "ef": ef, "k": k, "recall": _recall(index, wanted, ids, truth), "queries_per_second": len(ids) / max(best, 1e-9),
+            "distances": stats["distances"], "hops": stats["hops"],
+        })  # fmt: skip
+    return points
+
+
+def _draw(index: HNSW, facts: dict[str, Any], name: str, path: Path) -> None:
+    from anabranch.cli.graph.pictures import draw_recall
+
+    title = f"{Path(name).name}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}"
+    draw_recall(facts["curve"], title, path)
+
+
+def _write(out: Path, wanted: _Wanted, called: Names | None, ids: np.ndarray, distances: np.ndarray) -> None:
+    import numpy as np
+
+    kept = ids >= 0
+    row, place = np.nonzero(kept)
+    columns = {
+        "query": [wanted.titles[number] for number in row.tolist()],
+        "rank": place + 1,
+        "id": ids[kept],
+        "distance": distances[kept],
+    }
+    write_table(out, columns if called is None else {**columns, "name": called.of(ids[kept])})
+
+
+def _results(wanted: _Wanted, called: Names | None, ids: np.ndarray, distances: np.ndarray) -> list[dict[str, Any]]:
+    found = []
+    for title, id_K, distance_K in zip(wanted.titles, ids, distances, strict=True):
+        kept = id_K >= 0
+        result = {"query": title, "ids": id_K[kept].tolist(), "distances": distance_K[kept].tolist()}
+        found.append(result if called is None else {**result, "names": called.of(id_K[kept])})
+    return found
+
+
+def _print(
+    index: HNSW, wanted: _Wanted, called: Names | None, ids: np.ndarray, distances: np.ndarray, facts: dict[str, Any]
+) -> None:
+    fact("index", f"{facts['index']}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}")
+    rate = quantity(facts["queries"] / max(facts["seconds"], 1e-9))
+    what = "elements drawn" if wanted.is_sample else "queries"
+    fact("search", f"{facts['queries']:,} {what}, k {facts['k']}, ef {facts['ef']}   {rate} queries/s")
+    if "recall" in facts:
+        fact("recall", f"{facts['recall']:.4f}")
+    if "curve" in facts:
+        print()
+        rows = [
+            [str(p["ef"]), f"{p['recall']:.4f}", quantity(p["queries_per_second"]), quantity(p["distances"])]
+            for p in facts["curve"]
+        ]
+        table(["ef", "recall", "queries\n(1/s, one thread)", "distances\n(per query)"], rows, text_columns=0)
+    if not wanted.is_sample:
+        print()
+        rows = []
+        for row, title in enumerate(wanted.titles[:SHOWN]):
+            kept = ids[row] >= 0
+            labels = ids[row][kept].tolist() if called is None else called.of(ids[row][kept])
+            for place, (label, distance) in enumerate(zip(labels, distances[row][kept], strict=True)):
+                rows.append([str(title) if not place else "", str(label), f"{distance:.6g}"])
+        table(["query", "neighbour", "distance"], rows, text_columns=2)
+        if len(wanted.titles) > SHOWN:
+            fact("", f"and {len(wanted.titles) - SHOWN:,} more queries; --out FILE has all")
+    print()

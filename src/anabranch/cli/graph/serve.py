@@ -1,0 +1,110 @@
+"""``anabranch graph serve``: answer searches and PageRank over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.options import Directed, check_extra
+from anabranch.cli.options import FLAG, AsJson, Quiet
+from anabranch.cli.output import fact, print_json, say
+from anabranch.errors import InputError
+
+TOKEN = "ANABRANCH_ADMIN_TOKEN"
+
+
+def serve(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="INDEX...", help="An index of vectors (.anb), and/or a graph or PageRank index."),
+    ],
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is seen from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.")] = 8080,
+    alpha: Annotated[
+        float,
+        typer.Option(metavar="A", help="Of PageRank from a graph: probability that a walk ends before each step."),
+    ] = 0.15,
+    method: Annotated[
+        str, typer.Option(metavar="M", help="Of PageRank from a graph: auto, solve, power, push.")
+    ] = "auto",
+    directed: Directed = None,
+    mmap: Annotated[
+        bool,
+        typer.Option(
+            "--mmap", metavar=FLAG, help="Leave files on disk until they are used; replace them by renaming only."
+        ),
+    ] = False,
+    watch: Annotated[
+        float | None, typer.Option(metavar="S", help="Look for changed files every S seconds, and serve them.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 8 << 20,
+    max_batch: Annotated[int, typer.Option(metavar="N", help="Most queries in a request.")] = 1024,
+    max_k: Annotated[int, typer.Option(metavar="K", help="Most results of a query.")] = 1000,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Requests at a time. Default: one per core.")
+    ] = None,
+    waiting: Annotated[int, typer.Option(metavar="N", help="Requests that may wait; more get 429.")] = 64,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds a request may take.")] = 10.0,
+    drain: Annotated[
+        float, typer.Option(metavar="S", help="Seconds to go on after a signal to stop, while /readyz says 503.")
+    ] = 0.0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer nearest-neighbour and PageRank requests over HTTP.
+
+    POST /v1/search and /v1/ppr; GET /v1/info, /openapi.json, /healthz, /readyz and /metrics.
+
+    SIGHUP, --watch or POST /admin/reload (with the token in ANABRANCH_ADMIN_TOKEN) take new files without a failed request.
+
+    SIGTERM and Ctrl-C stop when the requests under way are answered.
+
+    Example: anabranch graph serve index.anb graph.anb --port 8080
+    """  # fmt: skip
+    check_extra()
+    from anabranch.graph.serve import Limits, Sources, run
+
+    if watch is not None and not 0 < watch < float("inf"):
+        raise InputError(f"--watch is {watch}; it must be a positive number of seconds")
+    if not 0 <= drain < float("inf"):
+        raise InputError(f"--drain is {drain}; it must be a number of seconds, 0 or more")
+    limits = Limits(
+        body_bytes=max_body, batch=max_batch, k=max_k, concurrency=concurrency or os.cpu_count() or 1, waiting=waiting,
+        timeout_s=timeout,
+    )  # fmt: skip
+    if not quiet:
+        logging.getLogger("anabranch").setLevel(logging.INFO)
+    sources = Sources(files, mmap=mmap, alpha=alpha, method=method, directed=directed)
+
+    def ready(url: str, loaded: Any) -> None:
+        if as_json:
+            print_json({"url": url, "pid": os.getpid(), **loaded.to_dict()})
+        else:
+            _print(url, loaded.to_dict())
+        import sys
+
+        sys.stdout.flush()
+
+    run(
+        sources, host=host, port=port, limits=limits, token=os.environ.get(TOKEN) or None, watch_s=watch, drain_s=drain,
+        on_ready=ready,
+    )  # fmt: skip
+    if not quiet:
+        say("stopped; every request under way was answered")
+
+
+def _print(url: str, found: dict[str, Any]) -> None:
+    if found["search"] is not None:
+        about = found["search"]
+        fact("search", f"{about['file']}   {about['vectors']:,} x {about['dim']}, {about['metric']}, {about['dtype']}")
+    if found["ppr"] is not None:
+        about = found["ppr"]
+        fact("ppr", f"{about['file']}   {about['nodes']:,} nodes, alpha {about['alpha']:g}")
+    fact("serving", f"{url}   (Ctrl-C stops)")
+    path, body = ("search", '{"ids": [0], "k": 5}') if found["search"] is not None else ("ppr", '{"seeds": 0, "k": 5}')
+    fact("next", f"curl -s {url}/v1/{path} -d '{body}' -H 'content-type: application/json'")

@@ -1,0 +1,204 @@
+"""Vectors in files.
+
+.npy       an array [N, D]
+.npz       ``vectors`` [N, D] and perhaps ``names`` [N]; or any single array [N, D]
+.parquet   a row per vector: a column of lists, or columns of numbers; a column node, name or id tells names
+.csv .tsv  columns of numbers; a first column of text or called node, name or id tells names
+.anb       an index of ours: its vectors
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.files import atomic_file
+
+WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
+_NAMES = ("node", "name", "id", "key")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Rows of numbers [N, D], float32, and what they are called (None: by number)."""
+
+    array: np.ndarray
+    names: np.ndarray | None = None
+
+
+def read_vectors(path: str | Path) -> Vectors:
+    """Vectors and names in a file. Raises DataError for a file that is missing, foreign or malformed, naming the row."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    readers = {".npy": _npy, ".npz": _npz, ".parquet": _table, ".csv": _table, ".tsv": _table, ".anb": _index}
+    if path.suffix not in readers:
+        raise DataError(f"cannot tell what {path} is; vectors come as {', '.join(readers)}")
+    try:
+        found = readers[path.suffix](path)
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return Vectors(_checked(found.array, path), None if found.names is None else _checked_names(found, path))
+
+
+def write_vectors(path: str | Path, vectors: Vectors) -> None:
+    """Write vectors, all or nothing. Raises InputError for an unknown ending, and as `atomic_file`."""
+    path = Path(path)
+    check_written(path)
+    with atomic_file(path) as temporary:
+        if path.suffix == ".npy":
+            with open(temporary, "wb") as file:
+                np.save(file, vectors.array)
+        elif path.suffix == ".npz":
+            names = {} if vectors.names is None else {"names": _plain(vectors.names)}
+            with open(temporary, "wb") as file:
+                np.savez(file, vectors=vectors.array, **names)  # type: ignore[arg-type]
+        else:
+            _write_table(path, temporary, vectors)
+
+
+def check_written(path: Path) -> None:
+    """Raises InputError for a name whose ending `write_vectors` does not know."""
+    if path.suffix not in WRITTEN:
+        raise InputError(f"--out is {str(path)!r}; its name must end in {', '.join(WRITTEN)}")
+
+
+def _write_table(path: Path, temporary: Path, vectors: Vectors) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    count, dim = vectors.array.shape
+    node = pa.array(np.arange(count) if vectors.names is None else vectors.names.tolist())
+    if path.suffix == ".parquet":
+        flat = pa.array(np.ascontiguousarray(vectors.array).reshape(-1))
+        parquet.write_table(pa.table({"node": node, "vector": pa.FixedSizeListArray.from_arrays(flat, dim)}), temporary)
+        return
+    columns = {f"x{number}": vectors.array[:, number] for number in range(dim)}
+    delimiter = "," if path.suffix == ".csv" else "\t"
+    csv.write_csv(pa.table({"node": node, **columns}), temporary, csv.WriteOptions(delimiter=delimiter))
+
+
+def _npy(path: Path) -> Vectors:
+    try:
+        return Vectors(np.load(path, mmap_mode="r", allow_pickle=False))
+    except ValueError as error:
+        raise DataError(f"{path} is no array of numpy, or is damaged: {error}") from None
+
+
+def _npz(path: Path) -> Vectors:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if "vectors" in found.files:
+                return Vectors(found["vectors"], found["names"] if "names" in found.files else None)
+            if len(found.files) == 1:
+                return Vectors(found[found.files[0]])
+            raise DataError(f"{path} holds {', '.join(found.files)}; call the array of vectors 'vectors'")
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise DataError(f"{path} is no .npz of numpy, or is damaged: {error}") from None
+
+
+def _index(path: Path) -> Vectors:
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import read_names
+
+    index = HNSW.load(path)
+    ids = index.ids
+    names = read_names(path, ids)
+    if names is not None:
+        return Vectors(index.vectors(ids), names.array[ids])
+    return Vectors(index.vectors(ids), None if np.array_equal(ids, np.arange(len(ids))) else ids)
+
+
+def _table(path: Path) -> Vectors:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    try:
+        if path.suffix == ".parquet":
+            table = parquet.read_table(path)
+        else:
+            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="," if path.suffix == ".csv" else "\t"))
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    names = next((name for name in table.column_names if name.lower() in _NAMES), None)
+    if names is None and table.num_columns > 1 and pa.types.is_string(table.schema.field(0).type):
+        names = table.column_names[0]
+    rest = [name for name in table.column_names if name != names]
+    if not rest:
+        raise DataError(f"{path} has no columns of numbers")
+    for name in table.column_names:
+        column = table[name]
+        if column.null_count:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise DataError(f"{path}, row {row}: {name!r} is empty")
+    found = _lists(table, rest, path) if len(rest) == 1 and _is_list(table.schema.field(rest[0]).type) else None
+    if found is None:
+        for name in rest:
+            kind = table.schema.field(name).type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                raise DataError(f"{path}: {name!r} is of {kind}; vectors are numbers, or one column of lists")
+        found = np.stack([table[name].to_numpy() for name in rest], axis=1)
+    if names is None:
+        return Vectors(found)
+    column = table[names]
+    as_numbers = pa.types.is_integer(column.type)
+    named = column.to_numpy() if as_numbers else np.array([str(name) for name in column.to_pylist()], object)
+    return Vectors(found, None if as_numbers and np.array_equal(named, np.arange(len(named))) else named)
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lists(table: Any, names: list[str], path: Path) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    column = table[names[0]].combine_chunks()
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    if len(lengths) and (lengths != lengths[0]).any():
+        row = int(np.flatnonzero(lengths != lengths[0])[0])
+        raise DataError(f"{path}, row {row}: a vector of {lengths[row]} numbers, the first has {lengths[0]}")
+    flat = pc.list_flatten(column)
+    if flat.null_count:
+        row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // int(lengths[0])
+        raise DataError(f"{path}, row {row}: a number is missing")
+    values = flat.to_numpy(zero_copy_only=False)
+    if values.dtype.kind not in "iuf":
+        raise DataError(f"{path}: {names[0]!r} is a column of lists, but not of numbers")
+    return values.reshape(len(lengths), -1) if len(lengths) else np.empty((0, 0))
+
+
+def _checked(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype.kind not in "fiu" or array.ndim != 2:
+        raise DataError(f"{path} holds {array.dtype} of the shape {list(array.shape)}; vectors are numbers [N, D]")
+    if not array.size:
+        raise DataError(f"{path} holds no vectors (shape {list(array.shape)})")
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(array, np.float32)
+    bad = np.flatnonzero(~np.isfinite(found).all(1))
+    if bad.size:
+        raise DataError(f"{path}, row {bad[0]}: a number is not finite (as a 32-bit number)")
+    return found
+
+
+def _checked_names(found: Vectors, path: Path) -> np.ndarray:
+    names = np.asarray(found.names)
+    names = names if names.dtype.kind in "iu" else names.astype(object)
+    if names.shape != (len(found.array),):
+        raise DataError(f"{path} has {len(found.array):,} vectors and names of the shape {list(names.shape)}")
+    values, counts = np.unique(names.astype(str) if names.dtype == object else names, return_counts=True)
+    if (counts > 1).any():
+        raise DataError(f"{path} has the name {str(values[counts > 1][0])!r} twice")
+    return names
+
+
+def _plain(names: np.ndarray) -> np.ndarray:
+    """Names as an array that needs no pickle."""
+    return names if names.dtype.kind in "iu" else names.astype(str)

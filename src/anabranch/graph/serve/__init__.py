@@ -1,0 +1,22 @@
+"""An HTTP server that answers nearest-neighbour and PageRank requests from files, and takes new files without a failed request.
+
+    run(Sources(["index.anb", "graph.anb"]), port=8080)        # blocks until SIGTERM or SIGINT
+    app = create_app(Sources(["index.anb"]), Limits(k=50))     # for another ASGI server
+
+    sources   which files are served, and what is made of them
+    swap      the files in use, and how new ones take their place
+    requests  JSON in: what a request may be
+    answers   what is computed for it
+    gate      how many at once, and for how long
+    app       routes; `metrics` and `openapi` are what the names say
+    server    the process: socket, signals, graceful stop
+
+Needs the extra ``serve`` (starlette, uvicorn, prometheus-client).
+"""
+
+from anabranch.graph.serve.app import create_app
+from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.server import run
+from anabranch.graph.serve.sources import Sources
+
+__all__ = ["Limits", "Sources", "create_app", "run"]

@@ -1,0 +1,106 @@
+"""What is computed for a request. These functions run in threads, on what was loaded when the request came."""
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.names import Names
+from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
+from anabranch.graph.serve.sources import Loaded
+
+
+def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
+    """Nearest neighbours of each query, nearest first. Raises RequestError."""
+    held = loaded.vectors
+    if held is None:
+        raise RequestError(404, "not_served", "this server holds no index of vectors, so it answers no searches")
+    index, own = held.index, wanted.ids
+    if wanted.names is not None:
+        own = _by_name(held.names, wanted.names, "names")
+    if own is not None:
+        known = np.fromiter((id in index for id in own.tolist()), bool, len(own))
+        if not known.all():
+            raise _unknown("ids", own, known, f"the {len(index):,} vectors")
+        query = index.vectors(own)
+    else:
+        assert wanted.vectors is not None
+        query = _fitting(wanted.vectors, index)
+    filter = _filter(wanted, held.names, index)
+    k = wanted.k + (own is not None)  # an element finds itself, and that is left out
+    ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+    results = []
+    for row, (id_K, distance_K) in enumerate(zip(ids, distances, strict=True)):
+        kept = id_K >= 0
+        if own is not None:
+            kept &= id_K != own[row]
+        id_K, distance_K = id_K[kept][: wanted.k], distance_K[kept][: wanted.k]
+        result = {"ids": id_K.tolist(), "distances": distance_K.tolist()}
+        results.append(result if held.names is None else {**result, "names": held.names.of(id_K)})
+    return {"results": results, "generation": loaded.generation}
+
+
+def answer_ppr(loaded: Loaded, wanted: Ppr) -> dict[str, Any]:
+    """The nodes most related to each set of seeds, highest score first. Raises RequestError."""
+    held = loaded.scores
+    if held is None:
+        raise RequestError(404, "not_served", "this server holds no graph, so it answers no PageRank requests")
+    results = []
+    for seeds, field in zip(wanted.queries, wanted.field_of, strict=True):
+        ids = _seeds(seeds, field, held.names, held.num_nodes)
+        found, scores = held.top(ids, seeds.weights, wanted.k)
+        result = {"ids": found.tolist(), "scores": scores.tolist()}
+        results.append(result if held.names is None else {**result, "names": held.names.of(found)})
+    return {"results": results, "generation": loaded.generation}
+
+
+def _seeds(seeds: SeedSet, field: str, names: Names | None, num_nodes: int) -> np.ndarray:
+    if seeds.names is not None:
+        return _by_name(names, seeds.names, f"{field}names")
+    ids = seeds.ids
+    assert ids is not None
+    known = (ids >= 0) & (ids < num_nodes)
+    if not known.all():
+        raise _unknown(f"{field}seeds", ids, known, f"the {num_nodes:,} nodes")
+    return ids
+
+
+def _fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
+    if vectors.shape[1] != index.dim:
+        raise RequestError(
+            400, "invalid_request", f"vectors have {vectors.shape[1]} numbers each, those of the index {index.dim}",
+            field="vectors",
+        )  # fmt: skip
+    if index.metric == "cosine" and not vectors.any(1).all():
+        row = int(np.flatnonzero(~vectors.any(1))[0])
+        raise RequestError(
+            400, "invalid_request", f"vectors[{row}] is all zeros, which has no cosine", field=f"vectors[{row}]"
+        )
+    return vectors
+
+
+def _filter(wanted: Search, names: Names | None, index: Any) -> np.ndarray | None:
+    """What `HNSW.search` takes. Ids that no element has let nothing through, which is no mistake."""
+    ids = wanted.filter_ids
+    if wanted.filter_names is not None:
+        ids = _by_name(names, wanted.filter_names, "filter.names")
+    if ids is None:
+        return None
+    return np.setdiff1d(index.ids, ids) if wanted.is_exclude else ids
+
+
+def _by_name(names: Names | None, asked: list[Any], field: str) -> np.ndarray:
+    if names is None:
+        raise RequestError(
+            400, "invalid_request", f"{field} cannot be used: what is served has no names; give ids", field=field
+        )
+    try:
+        return names.ids_of(asked)
+    except InputError as error:
+        raise RequestError(404, "unknown_id", f"{field}: {error}", field=field) from None
+
+
+def _unknown(field: str, ids: np.ndarray, known: np.ndarray, of: str) -> RequestError:
+    place = int(np.flatnonzero(~known)[0])
+    name = f"{field}[{place}]"
+    return RequestError(404, "unknown_id", f"{name} is {ids[place]}, which is none of {of}", field=name)

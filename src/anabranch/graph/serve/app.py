@@ -1,0 +1,290 @@
+"""The ASGI application: routes, and what is the same for all of them (limits, errors, metrics)."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from anabranch.errors import AnabranchError, BackendError, CapacityError
+
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from anabranch.graph.serve.metrics import Metrics
+except ImportError as error:
+    raise BackendError(f"serving needs {error.name}; pip install 'anabranch[graph,serve]'") from None
+
+from anabranch.graph.serve.answers import answer_ppr, answer_search
+from anabranch.graph.serve.gate import FullError, Gate, LateError
+from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.openapi import describe
+from anabranch.graph.serve.requests import RequestError, parse, read_ppr, read_search
+from anabranch.graph.serve.sources import Loaded, Sources
+from anabranch.graph.serve.swap import Holder
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+JSON = "application/json"
+RETRY_S = "1"
+
+
+class Serving:
+    """What the routes of one application share.
+
+    Attributes:
+        holder: the files in use.
+        is_stopping: set by who stops the server, for ``/readyz``.
+    """
+
+    def __init__(self, sources: Sources, limits: Limits, token: str | None) -> None:
+        self.limits, self.token = limits, token
+        self.metrics, self.gate = Metrics(), Gate(limits)
+        self.holder = Holder(sources, self._reloaded)
+        self.is_stopping = False
+
+    def _reloaded(self, worked: bool) -> None:
+        self.metrics.reloaded(self.holder.current if worked else None)
+
+    def loaded(self) -> Loaded:
+        """What is served now. Raises RequestError before the first files are loaded."""
+        current = self.holder.current
+        if current is None:
+            why = f": {self.holder.failure}" if self.holder.failure is not None else ""
+            raise RequestError(503, "not_ready", f"nothing is loaded yet{why}", headers={"Retry-After": RETRY_S})
+        return current
+
+    async def answer(
+        self,
+        request: Request,
+        name: str,
+        read: Callable[[dict[str, Any], Limits], T],
+        compute: Callable[[Loaded, T], dict[str, Any]],
+    ) -> Response:
+        """One request from its body to its answer."""
+        deadline = time.monotonic() + self.limits.timeout_s
+        loaded = self.loaded()  # what it begins with, it ends with
+        if self.gate.is_full:  # say so before the body is read
+            raise self._full()
+        body = await self._body(request, deadline)
+
+        def work() -> bytes:
+            found = compute(loaded, read(parse(body), self.limits))
+            self.metrics.queries(name, len(found["results"]))
+            return json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+        try:
+            self.metrics.in_flight.inc()
+            return Response(await self.gate.run(work, deadline), media_type=JSON)
+        except FullError:
+            raise self._full() from None
+        except LateError:
+            raise RequestError(
+                503, "timeout", f"the answer took longer than {self.limits.timeout_s:g} s; ask for less at once",
+                headers={"Retry-After": RETRY_S},
+            ) from None  # fmt: skip
+        except (CapacityError, MemoryError) as error:
+            raise RequestError(503, "no_memory", f"no memory for this: {error}") from None
+        except AnabranchError as error:
+            raise RequestError(400, "invalid_request", str(error)) from None
+        finally:
+            self.metrics.in_flight.dec()
+
+    def _full(self) -> RequestError:
+        most = self.limits.concurrency + self.limits.waiting
+        return RequestError(
+            429, "busy", f"{most} requests are under way or waiting, which is the limit; try again",
+            headers={"Retry-After": RETRY_S},
+        )  # fmt: skip
+
+    async def _body(self, request: Request, deadline: float) -> bytes:
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind != JSON and not kind.endswith("+json"):
+            raise RequestError(415, "not_json", f"the content type is {kind!r:.80}; send {JSON}")
+        most, close = self.limits.body_bytes, {"Connection": "close"}
+        too_large = RequestError(413, "too_large", f"the body is larger than {most:,} bytes", headers=close)
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestError(
+                408, "slow_body", f"the body did not come within {self.limits.timeout_s:g} s", headers=close
+            ) from None
+        return b"".join(parts)
+
+
+def create_app(
+    sources: Sources,
+    limits: Limits | None = None,
+    *,
+    token: str | None = None,
+    watch_s: float | None = None,
+    on_ready: Callable[[Loaded], None] = lambda loaded: None,
+    on_failure: Callable[[AnabranchError], None] = lambda error: None,
+) -> Starlette:
+    """The application. It loads its files after it has started; ``/readyz`` says 503 until then.
+
+    Args:
+        sources: what to serve.
+        limits: of requests; None for the defaults.
+        token: lets ``POST /admin/reload`` in, as ``Authorization: Bearer TOKEN``; None keeps everybody out.
+        watch_s: look for changed files this often, in seconds; None never.
+        on_ready: called when the first files are loaded.
+        on_failure: called if they cannot be.
+
+    Raises BackendError (on import) if starlette or prometheus-client is not installed.
+    """
+    limits = limits or Limits()
+    description = describe(limits)
+
+    async def search(request: Request) -> Response:
+        return await serving(request).answer(request, "search", read_search, answer_search)
+
+    async def ppr(request: Request) -> Response:
+        return await serving(request).answer(request, "ppr", read_ppr, answer_ppr)
+
+    async def info(request: Request) -> Response:
+        shown = {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
+        return JSONResponse({**serving(request).loaded().to_dict(), "limits": shown})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        if serving(request).is_stopping:
+            raise RequestError(503, "stopping", "the server is stopping")
+        return JSONResponse({"status": "ready", "generation": serving(request).loaded().generation})
+
+    async def metrics(request: Request) -> Response:
+        return Response(serving(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(description)
+
+    async def reload(request: Request) -> Response:
+        _check_token(request, token)
+        try:
+            return JSONResponse((await serving(request).holder.reload()).to_dict())
+        except AnabranchError as error:
+            raise RequestError(409, "reload_failed", f"the old files are still served: {error}") from None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.serving = made = Serving(sources, limits, token)
+        tasks = [asyncio.create_task(_first(made.holder, on_ready, on_failure))]
+        if watch_s is not None:
+            tasks.append(asyncio.create_task(made.holder.watch(watch_s)))
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        made.holder.close()
+        made.gate.close()
+
+    routes = [
+        Route("/v1/search", search, methods=["POST"]),
+        Route("/v1/ppr", ppr, methods=["POST"]),
+        Route("/v1/info", info),
+        Route("/healthz", health),
+        Route("/readyz", ready),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        Route("/admin/reload", reload, methods=["POST"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={RequestError: _refuse, HTTPException: _no_route},  # type: ignore[dict-item]
+    )
+    app.add_middleware(_Counted, state=app.state, paths={route.path for route in routes})
+    return app
+
+
+def serving(request: Request) -> Serving:
+    """What the routes of the request's application share."""
+    return request.app.state.serving
+
+
+async def _first(
+    holder: Holder, on_ready: Callable[[Loaded], None], on_failure: Callable[[AnabranchError], None]
+) -> None:
+    try:
+        on_ready(await holder.reload())
+    except AnabranchError as error:
+        logger.error("nothing can be served: %s", error)
+        on_failure(error)
+
+
+def _check_token(request: Request, token: str | None) -> None:
+    if token is None:
+        raise RequestError(403, "no_token", "reloading by request is off; start the server with a token")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+        raise RequestError(
+            401, "wrong_token", "the token is missing or wrong; send Authorization: Bearer TOKEN",
+            headers={"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+
+
+async def _refuse(request: Request, error: RequestError) -> Response:
+    serving(request).metrics.refused(error.code)
+    return JSONResponse(error.to_dict(), error.status, error.headers)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    """Starlette's own 404 and 405, in our form."""
+    allowed = (error.headers or {}).get("Allow", "")
+    code, message = {
+        404: ("no_such_path", f"there is no {request.url.path!r:.80}; GET /openapi.json lists what there is"),
+        405: ("wrong_method", f"{request.url.path} takes {allowed}, not {request.method:.20}"),
+    }.get(error.status_code, ("http_error", str(error.detail)))
+    return await _refuse(request, RequestError(error.status_code, code, message, headers=error.headers))
+
+
+class _Counted:
+    """Around all of it: counts and times every answer, and makes one of what nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, state: Any, paths: set[str]) -> None:
+        self._app, self._state, self._paths = app, state, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or 499  # the client went away; nobody is there for an answer
+        except Exception:
+            logger.exception("a bug: %s %s", scope["method"], scope["path"])
+            if status:
+                raise
+            failed = RequestError(500, "bug", "the server failed; its log says how")
+            await JSONResponse(failed.to_dict(), 500)(scope, receive, watched)
+        finally:
+            endpoint = scope["path"] if scope["path"] in self._paths else "other"
+            self._state.serving.metrics.answered(endpoint, status, started)

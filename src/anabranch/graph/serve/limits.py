@@ -1,0 +1,43 @@
+"""`Limits`: how much one request may ask for, and how many there may be."""
+
+from dataclasses import dataclass, fields
+
+from anabranch.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server allows. Beyond a limit a request gets a clear 4xx answer, and costs next to nothing.
+
+    Attributes:
+        body_bytes: of a request.
+        batch: vectors, ids or seed sets in one request.
+        k: results of each.
+        ef: width of a search.
+        seeds: nodes in one seed set.
+        concurrency: requests computed at a time, each on one thread.
+        waiting: requests that may wait for one of those threads; more get 429.
+        timeout_s: seconds a request may take, waiting and its body included; then 503 (408 for a body that does not come).
+        stop_s: seconds that a stop waits for requests under way.
+
+    Raises InputError for a value that is not positive (``waiting`` may be 0).
+    """
+
+    body_bytes: int = 8 << 20
+    batch: int = 1024
+    k: int = 1000
+    ef: int = 10_000
+    seeds: int = 1000
+    concurrency: int = 2
+    waiting: int = 64
+    timeout_s: float = 10.0
+    stop_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "waiting" else 1
+            if field.name.endswith("_s"):
+                if not 0 < value < float("inf"):
+                    raise InputError(f"{field.name} is {value}; it must be a positive number of seconds")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least {least}")

@@ -1,0 +1,172 @@
+"""The OpenAPI description of a server, with its limits in it."""
+
+from typing import Any
+
+from anabranch import __version__
+from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.requests import default_k
+
+ERRORS = {
+    400: "The request is not JSON, or a field has a value it may not have, or is over a limit.",
+    404: "An id or name is unknown, or nothing of this kind is served.",
+    408: "The body did not come in time.",
+    413: "The body is larger than the limit.",
+    415: "The body is not called JSON.",
+    429: "Too many requests are under way; try again after Retry-After seconds.",
+    503: "Nothing is loaded yet, the server is stopping, or the answer took too long.",
+}
+
+
+def describe(limits: Limits) -> dict[str, Any]:
+    """OpenAPI 3.1, as JSON."""
+    post = {"search": ("Search", "Nearest neighbours of vectors, or of elements of the index"),
+            "ppr": ("Ppr", "Nodes most related to a set of seeds, by personalised PageRank")}  # fmt: skip
+    paths: dict[str, Any] = {
+        f"/v1/{name}": {
+            "post": {
+                "operationId": name,
+                "summary": about,
+                "requestBody": {"required": True, "content": _json(_ref(f"{schema}Request"))},
+                "responses": {
+                    "200": {"description": "The results.", "content": _json(_ref(f"{schema}Response"))},
+                    **_errors(*ERRORS),
+                },
+            }
+        }
+        for name, (schema, about) in post.items()
+    }
+    paths["/v1/info"] = _get("info", "What is served, and the limits")
+    paths["/healthz"] = _get("healthz", "Whether the process is alive")
+    paths["/readyz"] = _get("readyz", "Whether it answers requests; 503 if not", 503)
+    paths["/metrics"] = _get("metrics", "Counters for Prometheus", media="text/plain")
+    paths["/openapi.json"] = _get("openapi", "This description")
+    paths["/admin/reload"] = {
+        "post": {
+            "operationId": "reload",
+            "summary": "Read the files again and serve them, without a pause",
+            "security": [{"token": []}],
+            "responses": {
+                "200": {"description": "They are served.", "content": _json({"type": "object"})},
+                **_errors(401, 403, 409),
+            },
+        }
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "anabranch graph serve", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(limits),
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _schemas(limits: Limits) -> dict[str, Any]:
+    ids, names = _list({"type": "integer"}), _list({"type": ["string", "integer"]})
+    k = {"type": "integer", "minimum": 1, "maximum": limits.k, "default": default_k(limits)}
+    seeds = {
+        "seeds": {"oneOf": [{"type": "integer"}, _list({"type": "integer"}, limits.seeds)]},
+        "names": {"oneOf": [{"type": ["string", "integer"]}, _list({"type": ["string", "integer"]}, limits.seeds)]},
+        "weights": _list({"type": "number", "minimum": 0}, limits.seeds),
+    }
+    either = {"oneOf": [{"required": ["seeds"]}, {"required": ["names"]}]}
+    return {
+        "SearchRequest": {
+            "type": "object",
+            "additionalProperties": False,
+            "oneOf": [{"required": [name]} for name in ("vectors", "ids", "names")],
+            "properties": {
+                "vectors": _list(_list({"type": "number"}), limits.batch, "What to search for."),
+                "ids": _list({"type": "integer"}, limits.batch, "Or elements, which are left out of their results."),
+                "names": _list({"type": ["string", "integer"]}, limits.batch, "Or the same by name."),
+                "k": k,
+                "ef": {"type": "integer", "minimum": 1, "maximum": limits.ef, "default": 64,
+                       "description": "Width of the search: more finds more and takes longer."},
+                "filter": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "oneOf": [{"required": ["ids"]}, {"required": ["names"]}],
+                    "properties": {"ids": {**ids, "minItems": 0}, "names": {**names, "minItems": 0},
+                                   "exclude": {"type": "boolean", "default": False}},
+                    "description": "Only these elements are results; with exclude, all but these.",
+                },
+            },
+        },
+        "SearchResponse": _response("distances", "Nearest first; fewer than k where there are no more."),
+        "SeedSet": {"type": "object", "additionalProperties": False, "properties": seeds, **either},
+        "PprRequest": {
+            "type": "object",
+            "additionalProperties": False,
+            "oneOf": [*either["oneOf"], {"required": ["queries"]}],
+            "properties": {**seeds, "queries": _list(_ref("SeedSet"), limits.batch, "Several sets of seeds."), "k": k},
+        },
+        "PprResponse": _response("scores", "Highest score first; only nodes that can be reached."),
+        "Error": {
+            "type": "object",
+            "required": ["error"],
+            "properties": {
+                "error": {
+                    "type": "object",
+                    "required": ["code", "message"],
+                    "properties": {name: {"type": "string"} for name in ("code", "message", "field")},
+                }
+            },
+        },
+    }  # fmt: skip
+
+
+def _response(measure: str, about: str) -> dict[str, Any]:
+    result = {
+        "type": "object",
+        "required": ["ids", measure],
+        "properties": {
+            "ids": {"type": "array", "items": {"type": "integer"}},
+            measure: {"type": "array", "items": {"type": "number"}},
+            "names": {"type": "array", "items": {"type": ["string", "integer"]}},
+        },
+    }
+    return {
+        "type": "object",
+        "required": ["results", "generation"],
+        "properties": {
+            "results": {"type": "array", "items": result, "description": f"One for each query. {about}"},
+            "generation": {"type": "integer", "description": "Which loading of the files answered."},
+        },
+    }
+
+
+def _list(items: dict[str, Any], most: int | None = None, about: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"type": "array", "items": items, "minItems": 1}
+    if most is not None:
+        found["maxItems"] = most
+    return found if about is None else {**found, "description": about}
+
+
+def _get(name: str, about: str, *errors: int, media: str = "application/json") -> dict[str, Any]:
+    content = {media: {"schema": {"type": "string" if media == "text/plain" else "object"}}}
+    return {
+        "get": {
+            "operationId": name,
+            "summary": about,
+            "responses": {"200": {"description": about, "content": content}, **_errors(*errors)},
+        }
+    }
+
+
+def _errors(*statuses: int) -> dict[str, Any]:
+    known = {
+        **ERRORS,
+        401: "The token is missing or wrong.",
+        403: "The server was started without a token.",
+        409: "The files cannot be used; the old ones are still served.",
+    }
+    return {str(status): {"description": known[status], "content": _json(_ref("Error"))} for status in statuses}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,236 @@
+"""Which files are served, and what is made of them: at most one index of vectors, and at most one source of PageRank."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
+from anabranch.graph.array_file import MAGIC, kind_of
+from anabranch.graph.names import Names, names_path, read_names
+
+if TYPE_CHECKING:
+    from anabranch.graph.store import Graph
+
+TRIES = 5  # to read files that change while they are read
+
+
+class Scores(Protocol):
+    """What answers PageRank requests. Safe for several threads at once."""
+
+    names: Names | None
+    num_nodes: int
+    about: dict[str, Any]
+
+    def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores of the k most related nodes of a weighted set."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """An index of vectors with its names."""
+
+    index: Any
+    names: Names | None
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a server answers from. Never changed: new files make a new one, and requests keep the one they began with.
+
+    Attributes:
+        vectors: for searches, or None.
+        scores: for PageRank, or None.
+        generation: 1 for the first, then one more each time.
+        loaded_at: seconds since 1970.
+    """
+
+    vectors: Vectors | None
+    scores: Scores | None
+    generation: int = 1
+    loaded_at: float = field(default_factory=time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is served, JSON-ready."""
+        return {
+            "generation": self.generation,
+            "loaded_at": self.loaded_at,
+            "search": None if self.vectors is None else self.vectors.about,
+            "ppr": None if self.scores is None else self.scores.about,
+        }
+
+
+class Sources:
+    """Files to serve.
+
+    Args:
+        paths: an index of vectors (`HNSW.save`), a graph in any form that `read_graph` takes, or both; with a graph also an index of
+            its walks (`PowerWalk.save`), which answers PageRank then.
+        mmap: leave our own files on disk until they are used. Replace them by renaming then, never by writing into them.
+        alpha: of PageRank, the probability that a walk ends before each step.
+        method: of `PageRank`.
+        tol: of `PageRank`.
+        rounds: of `PowerWalk`, a number or "auto".
+        directed: how a list of edges is read, as in `read_graph`.
+
+    Raises InputError without a path.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        mmap: bool = False,
+        alpha: float = 0.15,
+        method: str = "auto",
+        tol: float = 1e-6,
+        rounds: Any = 2,
+        directed: bool | None = None,
+    ) -> None:
+        if not paths:
+            raise InputError("there is nothing to serve; name an index or a graph")
+        self.paths = [Path(path) for path in paths]
+        self.mmap, self.directed = mmap, directed
+        self.alpha, self.method, self.tol, self.rounds = alpha, method, tol, rounds
+
+    def signature(self) -> tuple[Any, ...]:
+        """Changes when a file does: inode, size and time of each, and of the names beside it."""
+        return tuple(_stat(path) for own in self.paths for path in (own, names_path(own)))
+
+    def load(self, generation: int = 1) -> Loaded:
+        """Read all files, and answer one request of each kind, so that kernels are compiled and pages are there.
+
+        Raises DataError for a file that is missing, foreign or damaged, InputError where two files answer the same requests.
+        """
+        for _ in range(TRIES):
+            before = self.signature()
+            try:
+                found = self._load(generation)
+            except AnabranchError:
+                if self.signature() == before:
+                    raise
+                continue
+            except MemoryError as error:
+                raise CapacityError(f"no memory for {', '.join(map(str, self.paths))} ({error})") from error
+            if self.signature() == before:
+                return found
+        raise DataError(f"files change faster than they can be read: {', '.join(map(str, self.paths))}")
+
+    def _load(self, generation: int) -> Loaded:
+        by_role: dict[str, list[tuple[Path, str | None]]] = {}
+        for path in self.paths:
+            kind = _kind(path)
+            if kind not in _ROLES:
+                raise DataError(f"{path} holds a {kind}; what can be served is an index of vectors, a graph, or both")
+            by_role.setdefault(_ROLES[kind], []).append((path, kind))
+        for role, found in by_role.items():
+            if len(found) > 1:
+                raise InputError(f"{found[1][0]} is a second {role}; a server has one")
+        index, graph, walks = (
+            by_role.get(role, [(None, None)])[0][0] for role in ("index of vectors", "graph", "index of walks")
+        )
+        if walks is not None and graph is None:
+            raise InputError(f"{walks} is an index of walks; name its graph too, which queries walk on")
+        scores: Scores | None = None
+        if graph is not None:
+            scores = GraphScores(graph, self) if walks is None else WalkScores(walks, graph, self)
+        return Loaded(None if index is None else self._vectors(index), scores, generation)
+
+    def _vectors(self, path: Path) -> Vectors:
+        from anabranch.graph.hnsw import HNSW
+
+        index = HNSW.load(path, mmap=self.mmap)
+        names = read_names(path, index.ids)
+        if len(index):
+            first = index.ids[:1]
+            for filter in (None, first):
+                index.search(index.vectors(first), 1, filter=filter, num_threads=1)
+        about = {
+            "file": str(path), "vectors": len(index), "dim": index.dim, "metric": index.metric, "dtype": index.dtype,
+            "named": names is not None,
+        }  # fmt: skip
+        return Vectors(index, names, about)
+
+
+class GraphScores:
+    """PageRank computed from a graph, by `PageRank`."""
+
+    def __init__(self, path: Path, sources: Sources) -> None:
+        from anabranch.graph.ppr import PageRank
+
+        self._graph = _read_graph(path, sources)
+        self._engine = PageRank(alpha=sources.alpha, method=sources.method, tol=sources.tol)  # type: ignore[arg-type]
+        self.num_nodes = self._graph.num_nodes
+        self.names = None if self._graph.names is None else Names(self._graph.names)
+        self.about: dict[str, Any] = {
+            "file": str(path), "engine": "graph", **_facts(self._graph), "alpha": sources.alpha, "method": sources.method,
+        }  # fmt: skip
+        if self.num_nodes:
+            self.top(np.zeros(1, np.int64), np.ones(1), 1)
+
+    def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Scores`."""
+        return self._engine.personalized(self._graph, (ids, weights), k)
+
+
+class WalkScores:
+    """PageRank estimated from an index of walks, by `PowerWalk`."""
+
+    def __init__(self, path: Path, graph_path: Path, sources: Sources) -> None:
+        from anabranch.graph.powerwalk import PowerWalk
+
+        graph = _read_graph(graph_path, sources)
+        self._engine = PowerWalk.load(path, graph, mmap=sources.mmap)
+        self._rounds = sources.rounds
+        self.num_nodes = graph.num_nodes
+        self.names = None if graph.names is None else Names(graph.names)
+        self.about: dict[str, Any] = {
+            "file": str(path), "engine": "powerwalk", "graph": str(graph_path), **_facts(graph),
+            "alpha": self._engine.alpha, "walks": self._engine.walks, "rounds": sources.rounds,
+        }  # fmt: skip
+        self.top(np.zeros(1, np.int64), np.ones(1), 1)
+
+    def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Scores`."""
+        return self._engine.query((ids, weights), k, self._rounds)
+
+
+_ROLES = {"hnsw index": "index of vectors", "powerwalk-index": "index of walks", "graph": "graph", None: "graph"}
+
+
+def _read_graph(path: Path, sources: Sources) -> "Graph":
+    from anabranch.graph.formats import read_graph
+    from anabranch.graph.store import Graph
+
+    if _kind(path) == "graph" and sources.mmap:
+        return Graph.load(path, mmap=True)
+    return read_graph(path, directed=sources.directed)
+
+
+def _facts(graph: "Graph") -> dict[str, Any]:
+    return {
+        "nodes": graph.num_nodes, "edges": graph.num_edges, "directed": graph.is_directed, "named": graph.names is not None,
+    }  # fmt: skip
+
+
+def _kind(path: Path) -> str | None:
+    """What one of our own files holds; None for another kind of file."""
+    try:
+        with open(path, "rb") as file:
+            own = file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    return kind_of(path) if own else None
+
+
+def _stat(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,35 @@
+"""The package's face: names are loaded when they are first used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import anabranch.graph as package
+
+SCRIPT = """
+import sys
+import anabranch.graph as package
+heavy = ("numpy", "scipy", "numba", "pyarrow", "torch", "sklearn", "starlette")
+assert not [name for name in heavy if name in sys.modules], sys.modules.keys()
+package.PageRank, package.HNSW
+assert not [name for name in ("torch", "sklearn", "starlette", "pyspark") if name in sys.modules]
+"""
+
+
+def test_importing_it_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", package.__all__)
+def test_every_name_leads_to_what_it_says(name):
+    value = getattr(package, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert name in dir(package)
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'PageRnk'"):
+        package.PageRnk  # noqa: B018
