@@ -1,10 +1,10 @@
 """What does PageRank from every node cost, against a loop over the nodes with fast-pagerank, igraph or scikit-network?
 
 Processor time of one thread for all sources of a graph, the 50 best of each, everything that is prepared included. Peers take a small
-sample of the sources and their time is scaled up (``peer_share`` says which part), and so do we in the exact mode; each has the loosest of its tolerances at which its
-mean L1 error on the sample is at most ours, so that accuracy is equal (igraph has none to set and is exact), and must rank its best, as
-ours does. Errors are of whole rows, against scores exact to 1e-8. Bars: all sources by decomposition in 1/100 of the best peer's time on
-DBLP; the exact mode no slower than the best exact peer.
+sample of the sources and their time is scaled up (``peer_share`` says which part), and so do we in the exact mode. Each peer has the
+loosest of its tolerances at which its mean L1 error on the sample is at most ours, so that accuracy is equal (igraph has none to set and
+is exact), and must rank its best, as ours does. Errors are of whole rows, against scores exact to 1e-8. Bars: all sources by
+decomposition in 1/100 of the best peer's time on DBLP; the exact mode no slower than the best exact peer.
 
 With pyspark and Java there are two more rows: both plans of the cluster engine on this machine, wall-clock, against the embedded engine.
 They say what Spark costs here, nothing about a cluster.
@@ -141,7 +141,7 @@ def case(name: str, options: dict[str, Any], rounds: int, peer_sources: int, sam
 
 
 def all_seconds(graph: Graph, options: dict[str, Any]) -> float:
-    """Processor seconds of ours for all sources. Exact solutions cost the same each: what two samples differ by, scaled, and what is prepared."""
+    """Processor seconds of ours for all sources. Exact solutions cost about the same each: two samples give that, and what is prepared."""
 
     def seconds(count: int | None) -> float:
         sources = None if count is None else sample_of(graph, count, 1)
@@ -230,11 +230,8 @@ def main() -> None:
         {"method": "walks", "walks": 1000, "estimator": "fullpath"},
         {"method": "exact", "tol": 1e-6},
     ]
-    rows = []
-    for name in names:
-        for method in methods:
-            if options.only in f"{name}, {method['method']}":
-                rows.append(case(name, method, rounds, peer_sources, sample))
+    chosen = [(name, method) for name in names for method in methods if options.only in f"{name}, {method['method']}"]
+    rows = [case(name, method, rounds, peer_sources, sample) for name, method in chosen]
     if not options.no_spark and options.only in "Spark":
         rows += spark_rows("power-500" if options.quick else "power-10680", 1)
     finish("fully_ppr", rows, options, ("numpy", "numba", "anabranch"))

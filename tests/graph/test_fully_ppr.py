@@ -215,6 +215,16 @@ def test_decomposition_is_near_the_truth_and_nearer_with_each_round(dangling):
     assert error[3] < 0.01
 
 
+def test_sources_without_a_score_of_that_size_keep_their_empty_rows(tmp_path):
+    graph = random_graph(5)
+    for suffix in (".anb", ".parquet"):
+        found = fully_ppr(graph, walks=100, min_score=0.5, out=tmp_path / f"x{suffix}")
+        length = np.diff(found.rows.indptr)
+        assert (length == 0).any()
+        assert found.top(30)[0].tolist() == [30]
+        assert found.top(int(np.argmin(length)))[0].tolist() == []
+
+
 # The same, however it is made
 
 
@@ -427,6 +437,7 @@ def test_a_run_in_memory_can_be_cancelled():
         ({"eps": 0.1, "delta": 0.1, "p_f": 2}, "p_f is 2"),
         ({"eps": 0.1, "delta": 0.1, "p_f": 0.1, "estimator": "fullpath"}, "for estimator 'endpoint'"),
         ({"eps": 1e-4, "delta": 1e-4, "p_f": 0.1}, "number of walks for this eps"),
+        ({"walks": 10**7, "estimator": "fullpath"}, "would not fit 32 bits"),
         ({"top_k": 0}, "top_k is 0"),
         ({"min_score": -0.1}, "min_score is -0.1"),
         ({"engine": "dask"}, "engine is 'dask'; it must be one of auto, local, spark"),

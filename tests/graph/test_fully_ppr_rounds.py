@@ -194,6 +194,22 @@ def test_a_round_does_not_depend_on_how_rows_are_given():
     assert not np.array_equal(move(whole, records, None, rules, 6)[0].key, move(whole, records, None, rules, 5)[0].key)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_pieces_of_a_round_change_nothing(piece, monkeypatch):
+    graph = random_graph(7)
+    for full in (False, True):
+        moves = big_moves(graph, 0.2)
+        records, rules = make_records(graph, moves=moves, visits=full), Rules(3, 0.2, SOURCE, full, graph.num_nodes, 8)
+        walks = newcomers(np.arange(graph.num_nodes), 50)
+        whole = move(walks, records, None, rules, 5)
+        with monkeypatch.context() as patched:
+            patched.setattr("anabranch.graph.fully_ppr.rounds.PIECE", piece)
+            parts = move(walks, records, None, rules, 5)
+        for left, right in zip(whole, parts, strict=True):
+            for name in ("source", "key", "count"):
+                assert np.array_equal(getattr(left, name), getattr(right, name))
+
+
 def test_split_holds_every_record_once():
     graph = random_graph(8, nodes=40, edges=200)
     records = make_records(graph, theta=3, moves=big_moves(graph, 0.2, cap=4), visits=True)

@@ -28,8 +28,9 @@ from anabranch.graph.fully_ppr.rounds import (
     split,
 )
 from anabranch.graph.fully_ppr.session import check_java, check_packages, parse_bytes, session
-from anabranch.graph.fully_ppr.spark import choose_plan
+from anabranch.graph.fully_ppr.spark import _rows_for, choose_plan
 from anabranch.graph.ppr import power_iteration
+from anabranch.graph.rows import SparseRows
 
 
 def random_graph(seed=0, nodes=40, edges=160, **options):
@@ -108,6 +109,19 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(BackendError, match="needs Java 17"):
         check_java()
+
+
+def test_no_sources_are_refused():
+    with pytest.raises((InputError, BackendError), match=r"no sources|needs"):
+        fully_ppr(random_graph(), sources=[], walks=3, engine="spark")
+
+
+def test_rows_come_in_the_order_of_the_sources():
+    rows = SparseRows(np.array([0, 2, 3]), np.array([5, 6, 7]), np.array([0.5, 0.4, 0.9]), 9, np.array([2, 8]))
+    found = _rows_for(rows, np.array([8, 3, 2]))
+    assert found.indptr.tolist() == [0, 1, 1, 3]
+    assert found.ids.tolist() == [7, 5, 6]
+    assert found.nodes.tolist() == [8, 3, 2]
 
 
 def test_methods_of_one_machine_are_refused():

@@ -22,7 +22,7 @@ import numpy as np
 
 from anabranch.errors import AnabranchError, DataError
 from anabranch.files import atomic_write_json
-from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_writer
+from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_facts, parquet_writer
 from anabranch.graph.rows import SparseRows, row_file
 from anabranch.graph.store import Graph
 
@@ -169,7 +169,8 @@ def _assemble(job: Job, folder: Path, out: Path) -> None:
     num_nodes, names = job.graph.num_nodes, job.graph.names
     parts = ((number, SparseRows.load(_path(folder, number), mmap=True)) for number in range(_count(job)))
     if out.suffix == ".parquet":
-        with parquet_writer(out, num_nodes, job.dtype, names, dict(job.facts)) as write:
+        meta = parquet_facts(num_nodes, dict(job.facts), is_all=job.is_all, ordered=True)
+        with parquet_writer(out, num_nodes, job.dtype, names, meta) as write:
             for number, rows in parts:
                 write(SparseRows(rows.indptr, rows.ids, rows.values, num_nodes, _part(job, number)), 0)
         return

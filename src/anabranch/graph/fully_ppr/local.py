@@ -134,10 +134,13 @@ def exact_work(graph: Graph, alpha: float, dangling: Dangling, tol: float, top_k
 
 
 def decompose_work(index: PowerWalk, rounds: int, top_k: int | None, least: float) -> Work:
-    """Rows by rounds of decomposition on an index of walks (`anabranch.graph.powerwalk`), float32."""
+    """Rows by rounds of decomposition on an index of walks (`anabranch.graph.powerwalk`), float32.
+
+    ``forward``, one source after another: what is pulled back for a batch at once differs in its last digits with the batch.
+    """
 
     def work(source_C: np.ndarray) -> SparseRows:
-        return at_least(index.query_batch(source_C.tolist(), top_k, rounds), least)
+        return at_least(index.query_batch(source_C.tolist(), top_k, rounds, method="forward"), least)
 
     return work
 

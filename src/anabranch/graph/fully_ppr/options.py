@@ -66,6 +66,10 @@ class Options:
         if self.walks is not None:
             check_count("walks", self.walks)
         self._check_accuracy()
+        if self.estimator == "fullpath" and self.num_walks * 40 / self.alpha >= 2**31:
+            raise InputError(
+                f"walks is {self.num_walks} at alpha = {self.alpha}; counts of visits would not fit 32 bits"
+            )
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or not 0 <= self.rounds <= 100:
             raise InputError(f"rounds is {self.rounds!r}; decomposition takes 0 to 100 rounds")
         if not 0 <= self.min_score < 1:

@@ -289,4 +289,4 @@ def best_table(ends: pa.Table, top_k: int, least: float, num_nodes: int, names: 
     nodes, length = np.unique(rows.source, return_counts=True)
     indptr = np.append(0, np.cumsum(length)).astype(np.int64)
     found = SparseRows(indptr, rows.key.astype(id_type(num_nodes)), score, num_nodes, nodes)
-    return table_of(found, 0, names, {}).replace_schema_metadata(None)
+    return table_of(found, 0, names)

@@ -104,7 +104,10 @@ class FullyPPRResult:
 
     def to_arrow(self) -> pa.Table:
         """Columns source, target, score; and source_name, target_name where nodes have names."""
-        return table_of(self.rows, 0, self.names, self.facts)
+        return table_of(self.rows, 0, self.names, self._meta())
+
+    def _meta(self) -> dict[str, Any]:
+        return parquet_facts(self.num_nodes, self.facts, is_all=self.rows.nodes is None, ordered=True)
 
     # On disk
 
@@ -112,7 +115,7 @@ class FullyPPRResult:
         """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise."""
         path = Path(path)
         if path.suffix == ".parquet":
-            with parquet_writer(path, self.rows.num_columns, self.rows.values.dtype, self.names, self.facts) as write:
+            with parquet_writer(path, self.num_nodes, self.rows.values.dtype, self.names, self._meta()) as write:
                 write(self.rows, 0)
             return
         arrays = {
@@ -129,7 +132,8 @@ class FullyPPRResult:
     def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
         """Read what `save` wrote, or a folder of Parquet files of a run on Spark.
 
-        With ``mmap`` an array file stays on disk until it is used. Raises DataError for a file that is missing, foreign or damaged.
+        With ``mmap`` an array file stays on disk until it is used. Parquet does not tell of sources that have no score of at least
+        ``min_score``, unless all nodes were sources. Raises DataError for a file that is missing, foreign or damaged.
         """
         path = Path(path)
         if path.suffix == ".parquet" or path.is_dir():
@@ -164,15 +168,15 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     num_nodes = facts["num_nodes"]
     source, target, score = (table[name].to_numpy() for name in COLUMNS)
     order = np.lexsort((target, -score, source))
-    # rows in the order the sources were asked in, where the file has kept it
-    nodes, first, length = np.unique(source, return_index=True, return_counts=True)
-    by_file = np.argsort(first, kind="stable") if facts["ordered"] else np.arange(len(nodes))
-    start = np.cumsum(length) - length
-    indptr = np.append(0, np.cumsum(length[by_file]))
-    place = np.repeat(start[by_file] - indptr[:-1], length[by_file]) + np.arange(len(source))
-    nodes = nodes[by_file]
-    kept = None if np.array_equal(nodes, np.arange(num_nodes)) else nodes
-    rows = SparseRows(indptr, target[order][place].astype(id_type(num_nodes)), score[order][place], num_nodes, kept)
+    if facts["is_all"]:  # a source whose scores are all below `min_score` has an empty row
+        length = np.bincount(source, minlength=num_nodes)
+        indptr = np.append(0, np.cumsum(length)).astype(np.int64)
+        rows = SparseRows(indptr, target[order].astype(id_type(num_nodes)), score[order], num_nodes)
+    else:
+        nodes, first, length = np.unique(source, return_index=True, return_counts=True)
+        indptr = np.append(0, np.cumsum(length)).astype(np.int64)
+        rows = SparseRows(indptr, target[order].astype(id_type(num_nodes)), score[order], num_nodes, nodes)
+        rows = rows.take(np.argsort(first, kind="stable")) if facts["ordered"] else rows
     if "source_name" not in table.column_names:
         return rows, None
     names = np.full(num_nodes, None, object)  # nodes that no row tells of have none
@@ -181,9 +185,7 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     return rows, names
 
 
-def table_of(
-    rows: SparseRows, first: int, names: np.ndarray | None, facts: dict[str, Any], *, ordered: bool = True
-) -> pa.Table:
+def table_of(rows: SparseRows, first: int, names: np.ndarray | None, meta: dict[str, Any] | None = None) -> pa.Table:
     """Rows as a table; row i without ``nodes`` is about node ``first`` + i."""
     nodes = np.arange(first, first + len(rows)) if rows.nodes is None else rows.nodes
     source = np.repeat(nodes.astype(np.int64, copy=False), np.diff(rows.indptr))
@@ -191,29 +193,29 @@ def table_of(
     if names is not None:
         kind = pa.int64() if names.dtype.kind in "iu" else pa.string()
         columns["source_name"], columns["target_name"] = (pa.array(names[ids], kind) for ids in (source, rows.ids))
-    meta = {META: json.dumps(parquet_facts(rows.num_columns, facts, ordered)).encode()}
-    return pa.table(columns).replace_schema_metadata(meta)
+    table = pa.table(columns)
+    return table if meta is None else table.replace_schema_metadata({META: json.dumps(meta).encode()})
 
 
-def parquet_facts(num_nodes: int, facts: dict[str, Any], ordered: bool) -> dict[str, Any]:
-    """What a Parquet file of scores says beside them."""
-    return {"num_nodes": num_nodes, "ordered": ordered, "facts": facts}
+def parquet_facts(num_nodes: int, facts: dict[str, Any], *, is_all: bool, ordered: bool) -> dict[str, Any]:
+    """What Parquet says beside the scores: N, whether every node is a source, whether sources stand in the order they were asked in."""
+    return {"num_nodes": num_nodes, "is_all": is_all, "ordered": ordered, "facts": facts}
 
 
 @contextmanager
 def parquet_writer(
-    path: Path, num_nodes: int, dtype: Any, names: np.ndarray | None, facts: dict[str, Any]
+    path: Path, num_nodes: int, dtype: Any, names: np.ndarray | None, meta: dict[str, Any]
 ) -> Iterator[Any]:
     """Yield ``write(rows, first)``, which adds a row group to a Parquet file that is there whole in the end or not at all."""
     none = SparseRows(np.zeros(1, np.int64), np.empty(0, id_type(num_nodes)), np.empty(0, dtype), num_nodes)
-    schema = table_of(none, 0, names, facts).schema
+    schema = table_of(none, 0, names, meta).schema
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        yield lambda rows, first: writer.write_table(table_of(rows, first, names, facts).cast(schema))
+        yield lambda rows, first: writer.write_table(table_of(rows, first, names, meta).cast(schema))
 
 
-def write_facts(folder: Path, num_nodes: int, facts: dict[str, Any]) -> None:
+def write_facts(folder: Path, num_nodes: int, facts: dict[str, Any], is_all: bool) -> None:
     """The facts of a folder of Parquet files; written last, so a folder without them is not whole."""
-    atomic_write_json(folder / FACTS, parquet_facts(num_nodes, facts, False))
+    atomic_write_json(folder / FACTS, parquet_facts(num_nodes, facts, is_all=is_all, ordered=False))
 
 
 def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:

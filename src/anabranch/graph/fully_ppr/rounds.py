@@ -7,6 +7,7 @@ number of partitions, on one machine and on a cluster, run after run.
 """
 # Shapes: S sources, W rows of walks, D rows of what is counted, R records, E entries
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from anabranch.graph.random import below, next_bits, stream, to_unit
 UNIT = (
     1 << 24
 )  # of visits on the way of a big move, which are fractions: counts stay whole, and sums do not depend on their order
+PIECE = 1 << 21  # walks that are moved one by one before they are merged into rows again
 OVERHEAD_WALKS = 1_000_000  # moved in the time of a round's fixed cost on a cluster: about a second of one core; ours
 
 
@@ -107,16 +109,27 @@ def move(walks: Rows, records: Records, ids: np.ndarray | None, rules: Rules, nu
     walks = merged(walks)
     if not len(walks):
         return NONE, NONE
+    if rules.full and records.share is None and (records.kind == MOVE).any():
+        raise AssertionError("records of moves keep no probabilities; make them with visits=True")
+    # Walks of a row part: some at a time, so that memory follows rows, not walks. Streams are those of rows, so the cuts do not show.
+    piece_W = (np.cumsum(walks.count) - 1) // PIECE
+    edges = np.flatnonzero(np.diff(piece_W, prepend=-1, append=-1))
+    parts = [
+        _move_piece(_where(walks, slice(first, end)), records, ids, rules, number)
+        for first, end in itertools.pairwise(edges.tolist())
+    ]
+    live, done = (joined([part[place] for part in parts]) for place in (0, 1))
+    return (live, done) if len(parts) == 1 else (merged(live), merged(done))
+
+
+def _move_piece(walks: Rows, records: Records, ids: np.ndarray | None, rules: Rules, number: int) -> tuple[Rows, Rows]:
     place_W = walks.key if ids is None else np.searchsorted(ids, walks.key)
-    kind_W = records.kind[place_W]
-    is_move = kind_W == MOVE
+    is_move = records.kind[place_W] == MOVE
     length_W = records.indptr[place_W + 1] - records.indptr[place_W]
     room = len(walks) + int((length_W if rules.full else walks.count)[is_move].sum())
     live = Rows(*(np.empty(walks.total, np.int64) for _ in range(3)))
     done = Rows(*(np.empty(room, np.int64) for _ in range(3)))
     share = np.empty(0) if records.share is None else records.share
-    if rules.full and is_move.any() and not len(share):
-        raise AssertionError("records of moves keep no probabilities; make them with visits=True")
     num_live, num_done = _move(
         np.uint64(stream(np.uint64(rules.seed % 2**64), np.uint64(number))), rules.alpha, rules.dangling, rules.full,
         rules.num_nodes, rules.unit, walks.source, walks.key, place_W, walks.count,
@@ -361,8 +374,8 @@ def split(records: Records, part: int, partitions: int) -> tuple[Records, np.nda
     return held, ids
 
 
-def _where(rows: Rows, chosen: np.ndarray) -> Rows:
-    """Rows by mask or places."""
+def _where(rows: Rows, chosen: np.ndarray | slice) -> Rows:
+    """Rows by mask, places or slice."""
     return Rows(rows.source[chosen], rows.key[chosen], rows.count[chosen])
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from anabranch.errors import AnabranchError, DataError
+from anabranch.errors import AnabranchError, DataError, InputError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.fully_ppr.chunks import Job
@@ -47,9 +47,13 @@ def run_spark(
 ) -> Path | FullyPPRResult:
     """Run on Spark. Gives the folder that was written, or the result where ``model.out`` is None."""
     method = options.choose_method(graph, "spark")
+    if not len(source_S):
+        raise InputError("there are no sources; engine 'spark' takes at least one")
     with session(model.spark, model.partitions) as spark:
         plan = choose_plan(model.plan, graph, options.memory_limit or executor_bytes(spark))
         facts = {**options.facts(method), "engine": "spark", "plan": plan}
+        if plan == "partitioned":  # what its draws depend on
+            facts |= {name: getattr(model, name) for name in ("gamma", "theta", "big_moves", "memory_limit")}
         job = Job(graph, source_S, is_all, facts, np.float32, 1, 1, model.progress, model.cancel)
         if model.out is not None:
             _run(model, options, job, spark, Path(model.out))
@@ -58,8 +62,7 @@ def run_spark(
             out = Path(folder) / "scores"
             _run(model, options, job, spark, out)
             found = FullyPPRResult.load(out)
-        order = np.argsort(np.argsort(source_S))  # rows come by rising source
-        return found if is_all else replace(found, rows=replace(found.rows.take(order), nodes=source_S))
+        return found if is_all else replace(found, rows=_rows_for(found.rows, source_S))
 
 
 def choose_plan(asked: str, graph: Graph, room: float) -> str:
@@ -85,7 +88,7 @@ def _run(model: "FullyPPR", options: Options, job: Job, spark: Any, out: Path) -
         files = sorted(file for place in written for file in place.glob("*.parquet"))
         for number, file in enumerate(files):
             file.rename(temporary / f"part-{number:06d}.parquet")
-        write_facts(temporary, job.graph.num_nodes, dict(job.facts))
+        write_facts(temporary, job.graph.num_nodes, dict(job.facts), job.is_all)
     shutil.rmtree(folder)
 
 
@@ -173,7 +176,7 @@ def _rows_of(path: str, settings: dict[str, Any]) -> Callable[[Iterator[pa.Recor
 
 
 def _batches(rows: SparseRows, names: np.ndarray | None) -> list[pa.RecordBatch]:
-    return table_of(rows, 0, names, {}).replace_schema_metadata(None).to_batches()
+    return table_of(rows, 0, names).to_batches()
 
 
 def schema_of(graph: Graph) -> str:
@@ -183,3 +186,15 @@ def schema_of(graph: Graph) -> str:
         return columns
     kind = "long" if graph.names.dtype.kind in "iu" else "string"
     return f"{columns}, source_name {kind}, target_name {kind}"
+
+
+def _rows_for(rows: SparseRows, source_S: np.ndarray) -> SparseRows:
+    """Rows by rising source brought into the order of ``source_S``; empty where there is none."""
+    nodes = np.arange(len(rows)) if rows.nodes is None else rows.nodes
+    place_S = np.minimum(np.searchsorted(nodes, source_S), max(len(nodes) - 1, 0))
+    is_there_S = nodes[place_S] == source_S if len(nodes) else np.zeros(len(source_S), bool)
+    found = rows.take(place_S[is_there_S])
+    length_S = np.zeros(len(source_S), np.int64)
+    length_S[is_there_S] = np.diff(found.indptr)
+    indptr = np.append(0, np.cumsum(length_S)).astype(np.int64)
+    return SparseRows(indptr, found.ids, found.values, rows.num_columns, source_S)
