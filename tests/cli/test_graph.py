@@ -433,6 +433,14 @@ def test_a_port_that_is_taken(here, place, monkeypatch):
         assert f"port {port}: address already in use" in one_line(here("graph", "serve", "v.anb", "--port", port))
 
 
+def test_spark_that_is_not_installed(here, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    message = one_line(here("graph", "ppr", "edges.csv", "--all", "--engine", "spark", "--out", "spark_out", "--quiet"))
+    assert "pip install 'anabranch[spark]'" in message
+    assert not (place / "spark_out").exists()
+
+
 def test_without_the_extra_help_works_and_commands_say_what_is_missing():
     script = """
 import sys

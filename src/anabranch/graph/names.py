@@ -80,7 +80,9 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
         parts = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
         names = Names(np.array(parts, object))
     if ids is not None and len(ids) and ids.max() >= len(names):
-        raise DataError(f"{path} has {len(names):,} names, and an id of the index is {ids.max()}; build the index again")
+        raise DataError(
+            f"{path} has {len(names):,} names, and an id of the index is {ids.max()}; build the index again"
+        )
     return names
 
 

@@ -135,7 +135,7 @@ def _index_walks(
 ) -> None:
     import os
 
-    from anabranch.cli.graph.inputs import open_graph
+    from anabranch.cli.graph.inputs import example_node, open_graph
     from anabranch.graph import PowerWalk
 
     graph = open_graph(source, quiet=quiet).graph
@@ -154,4 +154,4 @@ def _index_walks(
     fact("graph", f"{source}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
     fact("index", f"{walks} walks from each node, alpha {alpha:g}")
     fact("built", f"in {duration(seconds)}, {quantity(graph.num_nodes / max(seconds, 1e-9))} nodes/s")
-    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph serve {out} {source}")
+    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph ppr {source} {example_node(graph)} --index {out}")

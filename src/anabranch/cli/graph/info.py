@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import Opened, is_own, open_graph
+from anabranch.cli.graph.inputs import Opened, example_node, is_own, open_graph
 from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
@@ -79,9 +79,9 @@ def info(
         return
     _print(opened, facts)
     if written:
-        wrote(", ".join(written), f"anabranch graph ppr {out or source} {_example(opened)}")
+        wrote(", ".join(written), f"anabranch graph ppr {out or source} {example_node(opened.graph)}")
     else:
-        fact("next", f"anabranch graph ppr {source} {_example(opened)}")
+        fact("next", f"anabranch graph ppr {source} {example_node(opened.graph)}")
 
 
 def _kind(source: str) -> str | None:
@@ -89,14 +89,6 @@ def _kind(source: str) -> str | None:
     from anabranch.graph.array_file import kind_of
 
     return kind_of(source) if is_own(source) else None
-
-
-def _example(opened: Opened) -> str:
-    graph = opened.graph
-    if not graph.num_nodes:
-        return ""
-    name = str(graph.names_of([int(graph.degree_N.argmax())])[0])
-    return name if name.isalnum() else f"'{name}'"
 
 
 def _print(opened: Opened, facts: dict[str, Any]) -> None:

@@ -51,6 +51,14 @@ def open_graph(
     return Opened(graph, source, labels)
 
 
+def example_node(graph: Graph) -> str:
+    """The node with most edges, as a shell takes its name; empty where there is none."""
+    if not graph.num_nodes:
+        return ""
+    name = str(graph.names_of([int(graph.degree_N.argmax())])[0])
+    return name if name.isalnum() else f"'{name}'"
+
+
 def is_own(source: str) -> bool:
     """Whether this is one of our array files."""
     from anabranch.graph.array_file import MAGIC

@@ -278,7 +278,7 @@ class _Counted:
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
-            status = status or 499  # the client went away; nobody is there for an answer
+            logger.debug("%s %s: the client went away", scope["method"], scope["path"])
         except Exception:
             logger.exception("a bug: %s %s", scope["method"], scope["path"])
             if status:
@@ -287,4 +287,4 @@ class _Counted:
             await JSONResponse(failed.to_dict(), 500)(scope, receive, watched)
         finally:
             endpoint = scope["path"] if scope["path"] in self._paths else "other"
-            self._state.serving.metrics.answered(endpoint, status, started)
+            self._state.serving.metrics.answered(endpoint, status or 499, started)
