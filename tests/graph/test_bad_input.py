@@ -270,7 +270,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "options", "message"), FILES, ids=[f"{number}-{row[0]}" for number, row in enumerate(FILES)])
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"), FILES, ids=[f"{number}-{row[0]}" for number, row in enumerate(FILES)]
+)
 def test_files(tmp_path, name, content, options, message):
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -219,7 +219,7 @@ class TorchProducts:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)  # beta; products are all we use
             self.matrix = torch.sparse_csr_tensor(
-                indptr, indices, torch.as_tensor(matrix.data), matrix.shape, device=self.device, check_invariants=True
+                indptr, indices, torch.tensor(matrix.data), matrix.shape, device=self.device, check_invariants=True
             )
         self.left_N1 = torch.as_tensor(operator.left_N[:, None], device=self.device)
 

@@ -112,7 +112,7 @@ class TorchExecutor:
 
     def _tables(self, device: Any) -> tuple[Any, Any]:
         return tuple(
-            self.torch.from_numpy(array).to(device) for array in (self.plan.tables.keep_M, self.plan.tables.other_M)
+            self.torch.tensor(array, device=device) for array in (self.plan.tables.keep_M, self.plan.tables.other_M)
         )
 
     def route(self, pool: Pool) -> Pool:
