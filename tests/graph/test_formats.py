@@ -4,8 +4,8 @@ import bz2
 import gzip
 import lzma
 import types
+from pathlib import Path
 
-import igraph
 import networkx
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from anabranch.graph.formats import (
     to_table,
     write_graph,
 )
+from anabranch.graph.generate import power_law
 from graphs import edge_lists, graphs
 
 LIMIT = 1 << 20
@@ -407,6 +408,28 @@ def test_blocks_of_any_size_give_the_same_rows_and_lines(tmp_path):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the highest resident size")
+def test_twenty_million_edges_in_sixty_four_megabytes(tmp_path):
+    graph = power_law(2_000_000, 20_000_000)
+    write_graph(graph, tmp_path / "g.txt")
+    graph.save(tmp_path / "g.anb")
+    del graph
+    read_graph(text_file(tmp_path, "0 1\n", "small.txt"), memory_limit=LIMIT)  # kernels are loaded before
+    limit = 64 << 20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    found = read_graph(tmp_path / "g.txt", memory_limit=limit, spill_folder=tmp_path)
+    assert resident("VmHWM") - before <= limit
+    assert found.difference(Graph.load(tmp_path / "g.anb", mmap=True)) is None
+
+
+def resident(field):
+    """Bytes of this process that are in memory, now or at most so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
 # Files of other hands
 
 
@@ -536,10 +559,12 @@ def test_networkx_by_hand():
 
 @given(graphs())
 def test_igraph_there_and_back(graph):
+    pytest.importorskip("igraph")
     assert from_igraph(to_igraph(graph)).difference(graph) is None
 
 
 def test_igraph_by_hand():
+    igraph = pytest.importorskip("igraph")
     made = igraph.Graph(n=4, edges=[(0, 1), (1, 0), (2, 2)], directed=False)
     assert from_igraph(made).equals(Graph.from_edges([0, 2], [1, 2], None, False, 4))
     made.es["weight"] = [1.0, None, 2.0]
