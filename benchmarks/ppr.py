@@ -62,7 +62,7 @@ def peers(graph: Graph) -> Iterator[tuple[str, Callable[[float], Scores]]]:
             target, weight = graph.indices, graph.weights
         made = igraph.Graph(num_nodes, np.stack([source, target], 1), directed=one_way)
         if weight is not None:
-            made.es["weight"] = weight
+            made.es["weight"] = weight.tolist()
         name = None if weight is None else "weight"
         yield (
             "igraph",
