@@ -518,3 +518,10 @@ def test_bad_arguments_name_what_is_wrong():
     ):
         with pytest.raises(InputError, match=message.replace(".", r"\.")):
             call()
+
+
+def test_a_batch_of_isolated_nodes_alone():
+    """Asking how their neighbourhoods overlap took the mean of nothing."""
+    graph = Graph.from_edges([0], [1], num_nodes=5)
+    rows = PowerWalk(walks=10).fit(graph).query_batch([3, 4], rounds=2, top_k=3)
+    assert (rows.indptr.tolist(), rows.ids.tolist(), rows.values.tolist()) == ([0, 1, 2], [3, 4], [1.0, 1.0])

@@ -131,7 +131,7 @@ def prefers_backward(index: Index, parsed: Parsed, rounds: int, reads: float) ->
     for _ in range(rounds - 1):
         levels.append(_neighbours(transition, levels[-1]))
     length, pulled = len(index.ids) / num_nodes, 0.0
-    for nodes in reversed(levels):
+    for nodes in reversed([nodes for nodes in levels if len(nodes)]):  # walks of isolated nodes have none below
         pulled += float(degree_N[nodes].sum()) * length
         length = min(float(num_nodes), 1.0 + float(degree_N[nodes].mean()) * length)
     return pulled < PULL * reads * len(parsed)
