@@ -43,7 +43,15 @@ def start(options: argparse.Namespace) -> None:
     options.rounds = options.rounds or (3 if options.quick else 15)
 
 
-def compare(case: str, ours: Work, peers: Mapping[str, Work], *, rounds: int, least_s: float = 0.02) -> dict[str, Any]:
+def compare(
+    case: str,
+    ours: Work,
+    peers: Mapping[str, Work],
+    *,
+    rounds: int,
+    least_s: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Time ``ours`` against the fastest of ``peers``.
 
     Args:
@@ -52,13 +60,14 @@ def compare(case: str, ours: Work, peers: Mapping[str, Work], *, rounds: int, le
         peers: one unit of the same work for each contestant.
         rounds: how often each takes its turn.
         least_s: work shorter than this is repeated within a turn until it lasts about as long.
+        clock: what is compared; `time.process_time` for the processor's time of contestants of one thread on a busy machine.
 
     Returns:
         A row: milliseconds of ours and of the best peer, median ratio and its interquartile range, peak memory in MB.
     """
     contestants = {"ours": ours, **peers}
     memory = {name: peak_megabytes(work) for name, work in contestants.items()}  # also the first warm-up
-    once = {name: _seconds(work, 1) for name, work in contestants.items()}
+    once = {name: _seconds(work, 1, clock) for name, work in contestants.items()}
     quickest = min(once[name] for name in peers)
     peers = {name: peers[name] for name in peers if once[name] < 3 * quickest}  # the rest cannot win: spare the time
     contestants = {"ours": ours, **peers}
@@ -67,7 +76,7 @@ def compare(case: str, ours: Work, peers: Mapping[str, Work], *, rounds: int, le
     for turn in range(rounds):
         order = list(contestants) if turn % 2 else list(contestants)[::-1]
         for name in order:
-            times[name].append(_seconds(contestants[name], repeats[name]))
+            times[name].append(_seconds(contestants[name], repeats[name], clock))
     best = min(peers, key=lambda name: statistics.median(times[name]))
     ratios = [theirs / mine for theirs, mine in zip(times[best], times["ours"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -86,14 +95,14 @@ def compare(case: str, ours: Work, peers: Mapping[str, Work], *, rounds: int, le
     return row
 
 
-def _seconds(work: Work, repeats: int) -> float:
+def _seconds(work: Work, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Mean seconds of one unit of work."""
     _synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         work()
     _synchronize()
-    return (time.perf_counter() - begin) / repeats
+    return max(clock() - begin, 1e-7) / repeats
 
 
 def _synchronize() -> None:

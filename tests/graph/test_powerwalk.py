@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.powerwalk.moves import binomial
-from anabranch.graph.ppr import power_iteration
+from anabranch.graph.ppr import power_iteration, power_rows
 from anabranch.graph.rows import SparseRows
 
 ALPHA = 0.15
@@ -411,6 +412,24 @@ def test_saved_mapped_and_streamed_indexes_are_the_same(changes, tmp_path):
         assert other.get_params() | {"workers": 1} == found.get_params()
         assert np.array_equal(found.query(5)[1], other.query(5)[1])
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_scores_from_elsewhere_serve_as_an_index():
+    graph = connected(5)
+    rows = power_rows(graph, range(40), tol=1e-12)
+    found = PowerWalk.from_rows(graph, rows)
+    half = PowerWalk.from_rows(graph, replace(rows.take(np.arange(39, 9, -1)), nodes=np.arange(39, 9, -1)), dtype="f16")
+    for node in range(40):
+        exact = dense_ppr(graph, node)
+        for rounds in (0, 1, 3):
+            assert np.abs(spread(found.query(node, rounds=rounds, eps=0), 40) - exact).sum() < 1e-6
+        assert np.abs(spread(half.query(node, rounds=2, eps=0), 40) - exact).sum() < 2e-3
+    with pytest.raises(InputError, match="reach nodes without out-edges"):
+        PowerWalk.from_rows(random_graph(1), power_rows(random_graph(1), range(30)))
+    with pytest.raises(InputError, match="41 columns"):
+        PowerWalk.from_rows(graph, replace(rows, num_columns=41))
+    with pytest.raises(InputError, match="of different nodes"):
+        PowerWalk.from_rows(graph, replace(rows, nodes=np.zeros(40, np.int64)))
 
 
 def test_a_failed_build_leaves_the_file_as_it_was(tmp_path):

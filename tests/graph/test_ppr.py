@@ -1,5 +1,10 @@
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import InputError
 from anabranch.graph import Graph
@@ -15,7 +20,10 @@ from anabranch.graph.ppr import (
     prepare,
     solve,
 )
+from anabranch.graph.ppr.push import PushBuffers
+from anabranch.graph.rows import order_top, top_of_dense
 
+solver = importlib.import_module("anabranch.graph.ppr.solve")  # its function of that name hides it
 ALPHA = 0.15
 DANGLING = ("source", "absorb", "uniform")
 
@@ -112,6 +120,21 @@ def test_bad_input_names_what_is_wrong():
     for call, message in (
         (lambda: PageRank(alpha=1.0), "alpha is 1.0"),
         (lambda: PageRank(method="magic"), "method is 'magic'"),
+        (lambda: PageRank(tol=0), "tol is 0"),
+        (lambda: PageRank(tol=float("nan")), "tol is nan"),
+        (lambda: PageRank(dangling="lost"), "dangling is 'lost'"),
+        (lambda: PageRank(walks=0), "walks is 0"),
+        (lambda: PageRank(seed=-1), "seed is -1"),
+        (lambda: monte_carlo(graph, 0, seed=1.5), "seed is 1.5"),
+        (lambda: monte_carlo(graph, 0, mode="ends"), "mode is 'ends'"),
+        (lambda: PageRank().personalized(graph, -1), "node -1 is not one of"),
+        (lambda: PageRank().personalized(graph, 1.0), "node ids are integers"),
+        (lambda: PageRank().personalized(graph, [[1]]), "seeds have the shape"),
+        (lambda: PageRank().personalized(graph, ([1, 2], [1.0])), "weights of the shape"),
+        (lambda: PageRank().personalized(graph, {1: "much"}), "weights of seeds are numbers"),
+        (lambda: PageRank().personalized(graph, {1: float("nan")}), "seed 1 has the weight nan"),
+        (lambda: PageRank().scores(Graph.from_edges([], [])), "no nodes"),
+        (lambda: PageRank().scores(Graph.from_edges([0], [1], [-2.0], allow_negative=True)), "not negative"),
         (lambda: PageRank().personalized(graph, 30), "node 30 is not one of the 30 nodes"),
         (lambda: PageRank().personalized(graph, []), "seeds have the shape"),
         (lambda: PageRank().personalized(graph, {1: -1.0}), "seed 1 has the weight -1.0"),
@@ -120,3 +143,180 @@ def test_bad_input_names_what_is_wrong():
     ):
         with pytest.raises(InputError, match=message.replace(".", r"\.")):
             call()
+
+
+@pytest.mark.parametrize("name", ["igraph", "networkx"])
+def test_global_and_personalised_scores_equal_other_libraries(name):
+    """Directed, weighted, with dead ends; other libraries send those to the restart distribution, as `source` does for one seed."""
+    graph = random_graph(6)
+    source, target, weight = graph.edges()
+    if name == "igraph":
+        igraph = pytest.importorskip("igraph")
+        made = igraph.Graph(30, np.stack([source, target], 1), directed=True)
+        scores = made.pagerank(weights=weight.tolist())
+        one = made.personalized_pagerank(reset_vertices=[3], weights=weight.tolist())
+    else:
+        networkx = pytest.importorskip("networkx")
+        made = networkx.DiGraph()
+        made.add_nodes_from(range(30))
+        made.add_weighted_edges_from(zip(source.tolist(), target.tolist(), weight.tolist(), strict=True))
+        scores = list(networkx.pagerank(made, tol=1e-12, max_iter=1000).values())
+        one = list(networkx.pagerank(made, personalization={3: 1.0}, tol=1e-12, max_iter=1000).values())
+    ours = PageRank(tol=1e-11)
+    assert np.abs(ours.scores(graph) - scores).sum() < 1e-8
+    assert np.abs(ours.vector(graph, 3) - one).sum() < 1e-8
+    assert np.abs(PageRank(tol=1e-11, dangling="uniform").scores(graph) - scores).sum() < 1e-8
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.sampled_from(DANGLING),
+    st.sampled_from([1e-1, 1e-3, 1e-6]),
+    st.floats(0.02, 0.9),
+)
+def test_every_method_keeps_its_promise(seed, directed, dangling, tol, alpha):
+    """The L1 error is within the tolerance for any graph, alpha and policy."""
+    graph = random_graph(seed, num_nodes=25, num_edges=60, directed=directed)
+    node = seed % 25
+    exact = dense_ppr(graph, node, dangling, alpha)
+    for method in ("solve", "power", "push"):
+        found = PageRank(alpha, method, tol, dangling).vector(graph, node)
+        assert np.abs(found - exact).sum() <= tol + 1e-12, method
+        assert found.min() >= -tol
+
+
+def test_a_mixture_of_seeds_is_the_mixture_of_answers():
+    graph = random_graph(7)
+    for dangling in DANGLING:
+        exact = [dense_ppr(graph, node, dangling) for node in (7, 3, 29)]
+        for method in ("solve", "power", "push"):
+            ours = PageRank(tol=1e-12, method=method, dangling=dangling)
+            mixed = ours.vector(graph, ([7, 3, 29, 3], [2.0, 0.5, 1.0, 0.5]))
+            assert np.abs(mixed - np.dot([0.5, 0.25, 0.25], exact)).sum() < 1e-11
+            assert np.array_equal(mixed, ours.vector(graph, {3: 1e300, 7: 2e300, 29: 1e300}))
+
+
+def test_rounds_of_power_iteration_count_steps():
+    """R rounds hold walks of fewer than R steps: they lack (1 - alpha)^R, here without dead ends."""
+    ring = Graph.from_edges(np.arange(9), (np.arange(9) + 1) % 9, directed=True)
+    for rounds in range(1, 8):
+        found = power_iteration(ring, 0, max_rounds=rounds)
+        assert found.tolist() == pytest.approx([ALPHA * 0.85**step if step < rounds else 0 for step in range(9)])
+
+
+def test_power_stops_by_its_tolerance():
+    ring = Graph.from_edges(np.arange(9), (np.arange(9) + 1) % 9, directed=True)
+    for tol in (1e-1, 1e-5):
+        missing = 1 - power_iteration(ring, 0, tol=tol).sum()
+        assert 0.85 * tol < missing <= tol
+
+
+def test_push_stays_where_the_scores_are():
+    count = 5000
+    ring = Graph.from_edges(np.arange(count), (np.arange(count) + 1) % count)
+    found = forward_push(ring, 77, tol=1e-3)
+    assert found.error <= 1e-3
+    assert len(found.ids) < 300
+    assert found.edges < 20_000
+    assert (
+        np.abs(dense((found.ids, found.scores), count) - power_iteration(ring, 77, tol=1e-13)).sum()
+        <= found.error + 1e-12
+    )
+    buffers = PushBuffers(count)
+    for node in (3, 4, 3):
+        again = forward_push(ring, node, tol=1e-3, buffers=buffers, top_k=5)
+        assert again.ids.tolist() == forward_push(ring, node, tol=1e-3).ids[:5].tolist()
+        assert not buffers.flow_N.any()
+        assert not buffers.result_N.any()
+        assert not buffers.state_N.any()
+    stopped = forward_push(ring, 77, tol=1e-9, max_edges=50)
+    assert 50 <= stopped.edges < 60
+    assert stopped.error == pytest.approx(1 - stopped.scores.sum())
+
+
+def test_what_the_krylov_method_leaves_gauss_seidel_finishes(monkeypatch):
+    graph = random_graph(9, directed=False)
+    transition = Transition(graph)
+    factor = prepare(transition, few=0)
+    real = solver._conjugate
+
+    def broken(*arguments):
+        real(*arguments)
+        arguments[-1][0][:] = np.nan
+        return np.nan, 3
+
+    monkeypatch.setattr(solver, "_conjugate", broken)
+    ids, share = parse_seeds(graph, 5)
+    found_N, error, _ = solve(transition, factor, ids, transition.start(ids, share), 1e-10)
+    assert error <= 1e-10
+    assert np.abs(found_N - dense_ppr(graph, 5)).sum() <= 1e-10
+
+
+def test_elimination_leaves_an_exact_system_and_says_its_size():
+    star = Graph.from_edges(np.zeros(50, int), np.arange(1, 51))
+    factor = prepare(Transition(star))
+    assert len(factor.diagonal_P) == 51  # leaves, then the hub, which has no neighbour left
+    assert len(factor.core.diagonal_C) == 0
+    ids, share = parse_seeds(star, 3)
+    found_N, error, passes = solve(Transition(star), factor, ids, share, 1e-6)
+    assert (error, passes) == (0.0, 0)
+    assert np.abs(found_N - dense_ppr(star, 3)).sum() < 1e-14
+    clique = Graph.from_edges(*np.triu_indices(30, 1))
+    kept = prepare(Transition(clique))
+    assert len(kept.core.diagonal_C) == 30
+    assert len(kept.core.values) == 0  # all alike: no values are stored
+    assert sorted(kept.order_N.tolist()) == list(range(30))
+    assert kept.nbytes < 20_000
+
+
+def test_a_query_takes_what_another_graph_left():
+    ours = PageRank(tol=1e-10)
+    one, other = random_graph(1), random_graph(2, num_nodes=50)
+    for graph in (one, other, one):
+        for method in ("solve", "push"):
+            ours.set_params(method=method)
+            assert np.abs(ours.vector(graph, 4) - dense_ppr(graph, 4)).sum() < 1e-9
+    ours.set_params(alpha=0.5)
+    assert np.abs(ours.vector(one, 4) - dense_ppr(one, 4, alpha=0.5)).sum() < 1e-9
+    assert ours.get_params()["alpha"] == 0.5
+
+
+def test_threads_share_one_object():
+    graph = random_graph(3, num_nodes=200, num_edges=900)
+    ours = PageRank(tol=1e-9)
+    alone = [ours.vector(graph, node) for node in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda node: ours.vector(graph, node), range(100)))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_walks_are_shared_out_exactly_and_repeat():
+    graph = random_graph(4)
+    seeds = {1: 1.0, 2: 1.0, 4: 1.0}
+    ids, scores = monte_carlo(graph, seeds, walks=100, mode="endpoint", dangling="absorb", seed=3)
+    assert np.round(scores * 100) == pytest.approx(scores * 100)
+    assert scores.sum() == pytest.approx(1)
+    again = monte_carlo(graph, seeds, walks=100, mode="endpoint", dangling="absorb", seed=3)
+    assert np.array_equal(ids, again[0])
+    assert np.array_equal(scores, again[1])
+    unbiased = monte_carlo(graph, 1, walks=50, unbiased=True, dangling="absorb")[1].sum()
+    assert unbiased != 1
+    assert unbiased == pytest.approx(1, abs=0.5)
+    assert len(monte_carlo(graph, 1, walks=1, max_steps=1)[0]) <= 2
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=40), st.integers(1, 45))
+def test_the_best_of_a_dense_row_are_ordered_with_ties_by_id(values, top_k):
+    score_N = np.array(values)
+    positive = [node for node in range(len(values)) if values[node] > 0]
+    expected = sorted(positive, key=lambda node: (-values[node], node))
+    for kept in (top_k, None):
+        ids, scores = top_of_dense(score_N, kept)
+        assert ids.tolist() == expected[:kept]
+        assert scores.tolist() == [values[node] for node in expected[:kept]]
+    ids, copies = np.arange(len(values))[::-1].copy(), score_N[::-1].copy()
+    count = order_top(ids, copies, len(ids), top_k)
+    everything = sorted(range(len(values)), key=lambda node: (-values[node], node))
+    assert ids[:count].tolist() == everything[:top_k]

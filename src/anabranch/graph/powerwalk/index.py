@@ -22,13 +22,14 @@ import numpy as np
 from anabranch.graph.counters import VANISH, count_walks
 from anabranch.graph.powerwalk.moves import count_long_path, count_moves
 from anabranch.graph.ppr.rules import NO_WEIGHTS
-from anabranch.graph.rows import id_type, order_top
+from anabranch.graph.rows import SparseRows, id_type, order_top
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
 Moves = Literal["walkers", "counts", "rounding"]
 MOVES = {"walkers": 0, "counts": 1, "rounding": 2, "long_path": 3}
 CHUNK = 1024  # sources of one piece of work
+VISITS = 1 << 14  # that scores from elsewhere are taken for
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,15 @@ def _rows(
         length_S[place], total_S[place], cut_S[place] = kept, total, cut
         filled += kept
     return length_S, ids[:filled].copy(), counts[:filled].copy(), total_S, cut_S, seen_length_S, seen[:watched].copy()
+
+
+def adopted(rows: SparseRows, num_nodes: int) -> Chunk:
+    """Scores as counts of so many visits that float16 holds the largest to its precision."""
+    counts = rows.values.astype(np.float32) * np.float32(VISITS)
+    none = np.zeros(len(rows), np.int64)
+    ids = rows.ids.astype(id_type(num_nodes))
+    total_S = np.full(len(rows), VISITS, np.int64)
+    return Chunk(np.diff(rows.indptr), ids, counts, total_S, none, none[:0], ids[:0])
 
 
 def stored_counts(counts: np.ndarray, dtype: Any) -> np.ndarray:

@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike
 from anabranch.errors import DataError, InputError
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
-from anabranch.graph.powerwalk.index import Moves, Plan, make_chunks
+from anabranch.graph.powerwalk.index import Moves, Plan, adopted, make_chunks
 from anabranch.graph.powerwalk.query import decompose, take
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, parse_seeds
-from anabranch.graph.ppr.walks import Mode, check_count, check_mode
+from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
 from anabranch.graph.store import Graph
 
@@ -94,9 +94,7 @@ class PowerWalk(Estimator):
         if isinstance(min_in_degree, bool) or not isinstance(min_in_degree, int | np.integer) or min_in_degree < 0:
             raise InputError(f"min_in_degree is {min_in_degree!r}; it must be a whole number of at least 0")
         self.min_in_degree, self.track = int(min_in_degree), bool(track)
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
-        self.seed = int(seed)
+        self.seed = check_seed(seed)
         self.workers = check_count("workers", workers)
         self._index: Index | None = None
         self._stale_N = np.empty(0)
@@ -148,6 +146,38 @@ class PowerWalk(Estimator):
         return self
 
     fit = build
+
+    @classmethod
+    def from_rows(cls, graph: Graph, rows: SparseRows, **params: Any) -> Self:
+        """An index of scores that come from elsewhere, say of all nodes from a cluster (`anabranch.graph.fully_ppr`, full paths).
+
+        Args:
+            graph: that the scores are of.
+            rows: estimates of personalised PageRank that sum to 1, or to less where they were cut; ``rows.nodes`` says of which nodes.
+            params: of the constructor; alpha must be that of the scores. ``walks`` and the like count for rows that `update` makes again.
+
+        Raises:
+            InputError: rows that do not fit the graph, or a graph whose walks can reach dead ends: scores then depend on where walks came
+                from, and cannot stand for each other.
+        """
+        made = cls(**{"dtype": "f32", **params})
+        transition = Transition(graph, made.alpha, made.dangling)
+        dead = transition.dangling_nodes
+        if (graph.reversed.degree_N[dead] > 0).any():
+            raise InputError(
+                "walks on this graph reach nodes without out-edges; build the index here, from walks that vanish there"
+            )
+        nodes = np.arange(len(rows)) if rows.nodes is None else graph.check_nodes(rows.nodes)
+        if rows.num_columns != graph.num_nodes or len(nodes) > graph.num_nodes or len(np.unique(nodes)) != len(nodes):
+            raise InputError(
+                f"{len(rows):,} rows of {rows.num_columns:,} columns are not of different nodes of a graph of {graph.num_nodes:,}"
+            )
+        order = np.argsort(nodes)
+        gathered = Gathered(graph.num_nodes, nodes[order], DTYPES[made.dtype], track=False)
+        gathered.append(adopted(rows.take(order), graph.num_nodes))
+        made._index = gathered.index(transition, 0.0)
+        made._reset_stale()
+        return made
 
     def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:
         if nodes is not None:

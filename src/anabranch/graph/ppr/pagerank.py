@@ -13,7 +13,7 @@ from anabranch.graph.ppr.power import BLOCK, power_iteration, power_rows
 from anabranch.graph.ppr.push import PushBuffers, forward_push
 from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, check_tol, parse_seeds
 from anabranch.graph.ppr.solve import FEW, Factor, Workspace, prepare, solve
-from anabranch.graph.ppr.walks import check_count, monte_carlo
+from anabranch.graph.ppr.walks import check_count, check_seed, monte_carlo
 from anabranch.graph.rows import SparseRows, check_top_k, top_of_dense
 from anabranch.graph.store import Graph
 
@@ -59,7 +59,7 @@ class PageRank(Estimator):
         self.tol = check_tol(tol)
         self.dangling = check_dangling(dangling)
         self.walks = check_count("walks", walks)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._last: _Prepared | None = None
 
     def scores(self, graph: Graph) -> np.ndarray:

@@ -65,7 +65,7 @@ def monte_carlo(
     num_nodes, done = transition.num_nodes, 0
     count_N, touched_N, touched = np.zeros(num_nodes, np.int32), np.empty(num_nodes, np.int64), 0
     # Systematic sampling: seed i gets floor or ceil of W share_i walks, right in expectation.
-    offset = float(to_unit(stream(seed, num_nodes, 1)))
+    offset = float(to_unit(np.uint64(stream(check_seed(seed), num_nodes, 1))))
     ends = np.floor(np.cumsum(share) * walks + offset).astype(np.int64)
     ends[-1] = walks
     longest = int(np.diff(ends, prepend=0).max(initial=1))
@@ -89,6 +89,13 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
         raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
     return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """Raises InputError unless ``seed`` is a whole number of at least 0, and less than 2^63."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
+    return int(seed)
 
 
 def check_mode(mode: str) -> Mode:
