@@ -17,6 +17,7 @@ from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.fully_ppr import FullyPPR, FullyPPRResult, fully_ppr
 from anabranch.graph.fully_ppr.options import choose_chunk, walk_bytes
+from anabranch.graph.powerwalk import PowerWalk
 
 
 def random_graph(seed, nodes=30, edges=120, directed=True, weighted=True, **options):
@@ -419,6 +420,19 @@ def test_a_run_in_memory_can_be_cancelled():
     event.set()
     with pytest.raises(AnabranchError, match="cancelled after 0 of 31"):
         fully_ppr(random_graph(0), walks=10, cancel=event)
+
+
+def test_powerwalk_answers_from_these_rows():
+    graph = random_graph(2, directed=False)
+    found = fully_ppr(graph, walks=500, method="walks", estimator="fullpath", top_k=None)
+    index = PowerWalk.from_rows(graph, found.rows, alpha=0.15)
+    expected = dense_solve(graph)[3]
+    error = []
+    for rounds in (0, 3):
+        ids, scores = index.query(3, rounds=rounds)
+        error.append(np.abs(np.bincount(ids, scores, 31) - expected).sum())
+    assert error[0] == pytest.approx(np.abs(found.to_scipy().toarray()[3] - expected).sum(), abs=1e-4)
+    assert error[1] < 0.7 * error[0]
 
 
 # Errors
