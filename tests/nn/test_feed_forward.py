@@ -4,6 +4,7 @@ import torch
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, FeedForward, SwiGLU
+from anabranch.nn.feed_forward import is_fused
 
 
 def build(dim=6, hidden_dim=4, **context):
@@ -45,12 +46,12 @@ def test_the_residual_projection_has_its_own_spread():
 def test_in_training_one_kernel_does_what_the_matrices_do(dtype):
     layer, x_BLD = build(dim=32, hidden_dim=48).to(dtype), torch.randn(2, 9, 32, dtype=dtype)
     found = []
-    for is_fused in (True, False):
+    for expected in (True, False):
         handle = (
-            None if is_fused else layer.w13.register_forward_hook(lambda *_: None)
+            None if expected else layer.w13.register_forward_hook(lambda *_: None)
         )  # a hook wants to see the matrix at work
         x = x_BLD.clone().requires_grad_()
-        assert layer._is_fused(x) == is_fused
+        assert is_fused(layer.w13, layer.w2, x) == expected
         layer.zero_grad()
         y_BLD = layer(x)
         y_BLD.float().square().sum().backward()
@@ -68,7 +69,7 @@ def test_a_replaced_matrix_is_used():
     layer.w2 = torch.nn.Sequential(layer.w2)
     torch.testing.assert_close(layer(x_BLD), before)
     layer.w2 = torch.nn.Linear(16, 32)  # with a bias
-    assert not layer._is_fused(x_BLD)
+    assert not is_fused(layer.w13, layer.w2, x_BLD)
 
 
 def test_no_items():

@@ -60,17 +60,22 @@ class SwiGLU(FeedForward, kind="swiglu"):
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """y_BLD."""
-        if self._is_fused(x_BLD):
-            return dense_mlp(x_BLD.reshape(-1, x_BLD.shape[-1]), self.w13.weight, self.w2.weight).view_as(x_BLD)
-        gate, up = self.w13(x_BLD).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return swiglu_of(self.w13, self.w2, x_BLD)
 
-    def _is_fused(self, x_BLD: Tensor) -> bool:
-        """Whether the compiled kernels do it all: in training on a CPU, unless a matrix was replaced or is watched by hooks."""
-        if x_BLD.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        matrices = (self.w13, self.w2)
-        if any(type(part) is not nn.Linear or part.bias is not None or part._forward_hooks for part in matrices):
-            return False
-        w13_EFD, w2_EDF = (part.weight.unsqueeze(0) for part in matrices)
-        return why_not(x_BLD.reshape(-1, x_BLD.shape[-1]), w13_EFD, w2_EDF, x_BLD.dtype) is None
+
+def swiglu_of(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> Tensor:
+    """w2(silu(gate) * up) with gate and up from ``w13``; in one kernel where that computes it all (`is_fused`)."""
+    if is_fused(w13, w2, x_BLD):
+        return dense_mlp(x_BLD.reshape(-1, x_BLD.shape[-1]), w13.weight, w2.weight).view_as(x_BLD)  # type: ignore[arg-type]
+    gate, up = w13(x_BLD).chunk(2, dim=-1)
+    return w2(F.silu(gate) * up)
+
+
+def is_fused(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> bool:
+    """Whether the compiled kernels do it: in training on a CPU, unless a matrix was replaced or is watched by hooks."""
+    if x_BLD.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if any(type(part) is not nn.Linear or part.bias is not None or part._forward_hooks for part in (w13, w2)):
+        return False
+    w13_EFD, w2_EDF = (part.weight.unsqueeze(0) for part in (w13, w2))  # type: ignore[operator]
+    return why_not(x_BLD.reshape(-1, x_BLD.shape[-1]), w13_EFD, w2_EDF, x_BLD.dtype) is None

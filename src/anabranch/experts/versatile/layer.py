@@ -25,7 +25,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of
 from anabranch.nn.grouped import BACKENDS
 from anabranch.routing import Router, SwitchLoss, TopK
 from anabranch.routing.relax import Temperature
@@ -194,7 +194,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The plain feed-forward: what one loop adds to the stream, given the normalised stream."""
-        return self.w2(self.hidden(x_BLD))
+        return swiglu_of(self.w13, self.w2, x_BLD)
 
     def hidden(self, h_BLD: Tensor) -> Tensor:
         """a_BLF, the activated hidden units."""
@@ -208,7 +208,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
     def branch(self, norm: nn.Module) -> Branch:
         """This feed-forward behind ``norm``, as the paths see it."""
         dim, hidden_dim = self.w2.out_features, self.w2.in_features
-        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=self._weights)
+        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=self._weights, whole=self)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate_FD, up_FD = self.w13.weight.chunk(2)

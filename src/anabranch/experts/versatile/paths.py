@@ -53,6 +53,7 @@ class Branch:
         hidden_dim: F.
         num_inputs: matrices into the hidden layer, 2 with a gate.
         weights: gate, up and down of a SwiGLU without biases; None if it is none.
+        whole: down(hidden(h)) at once, where that is quicker than the two.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -63,6 +64,7 @@ class Branch:
     after: Callable[[Tensor], Tensor] | None = None
     num_inputs: int = 2
     weights: Callable[[], Weights] | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
 
     def output(self, a_NF: Tensor) -> Tensor:
         """From hidden units to the change of the stream."""
@@ -71,7 +73,10 @@ class Branch:
 
     def change(self, x_ND: Tensor) -> Tensor:
         """f(H) for the stream ``x_ND``."""
-        return self.output(self.hidden(self.norm(x_ND)))
+        h_ND = self.norm(x_ND)
+        if self.whole is not None and self.after is None:
+            return self.whole(h_ND)
+        return self.output(self.hidden(h_ND))
 
     @property
     def flops(self) -> int:
