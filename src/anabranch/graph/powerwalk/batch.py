@@ -22,7 +22,7 @@ from anabranch.graph.rows import SparseRows, order_top
 Parsed = list[tuple[np.ndarray, np.ndarray]]
 PIECE = 256  # queries of one piece of work
 DEMAND = 20_000  # nodes below the queries that a piece of the backward variant may demand
-PULL = 0.4  # entries that are pulled per entry that is pushed at equal time: rows in between are written and read again
+PULL = 0.25  # entries that are pulled per entry that is pushed: about 0.4 at equal time, since rows in between are written and read again
 _NO_PLACES, _NO_TABLE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
