@@ -1,0 +1,154 @@
+"""The seam every way of routing fits: a `Strategy` orders the models of a pool for a query.
+
+    learn     fit(recorded)                    from outcomes of every model, where they exist
+    decide    route(query, pool) -> Decision   in well under a millisecond; numpy only
+    go on     observe(outcome)                 from the one model that was asked
+    judge     play(recorded, pool) -> Played   what it would have earned and spent
+
+A strategy that reads answers (a cascade) is asked ``accept`` after each one, and the gateway goes on to the next candidate while it
+says no. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
+"""
+# Shapes: N queries, M models
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Part, configclass
+from anabranch.gateway.dataset import Recorded
+from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
+
+Arrays = dict[str, np.ndarray]
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """What a strategy's choices came to on recorded outcomes.
+
+    Attributes:
+        model_N: int64, column of the model whose answer was given.
+        quality_N: score of that answer.
+        cost_N: dollars of all calls made for it; NaN where unknown.
+        calls_NM: bool, models asked.
+    """
+
+    model_N: np.ndarray
+    quality_N: np.ndarray
+    cost_N: np.ndarray
+    calls_NM: np.ndarray
+
+
+class Strategy(Part, family="strategy"):
+    """Interface: query and pool in, ordered candidates out.
+
+    Attributes:
+        needs_vector: ``route`` wants ``query.vector_D``.
+        reads_answers: ``accept`` is asked after each answer.
+        needs_fit: it cannot route before ``fit``.
+        knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
+    """
+
+    @configclass
+    class Config(BaseConfig):
+        """Nothing in common."""
+
+    needs_vector: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
+    needs_fit: ClassVar[bool] = False
+    knob: ClassVar[str | None] = None
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and headers."""
+        return self.kind or type(self).__name__
+
+    def fit(self, data: Recorded, *, seed: int = 0) -> Self:
+        """Learn from recorded outcomes. Same data, same seed, same result."""
+        return self
+
+    def route(self, query: Query, pool: Pool) -> Decision:
+        """Order the models of the pool; each available one once, the unavailable ones left out or last.
+
+        Raises InputError if it was not fitted, or the query lacks what it needs.
+        """
+        raise NotImplementedError
+
+    def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """Whether this answer is good enough to give. ``details`` carries what the provider said of it (log-probabilities)."""
+        return True
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from one outcome. Outcomes without a quality may teach cost and latency."""
+
+    def knobs(self, data: Recorded) -> Sequence[float]:
+        """Values of the knob that trace cost against quality on such data, from dear to cheap."""
+        return ()
+
+    def with_knob(self, value: float) -> "Strategy":
+        """The same strategy, with what it learned, at another value of its knob."""
+        raise NotImplementedError
+
+    def play(self, data: Recorded, pool: Pool) -> Played:
+        """Route every row and look up what the first choice earned. Strategies that ask several models say their own."""
+        names = {name: column for column, name in enumerate(data.models)}
+        choice = [names[self.route(query, pool).model] for query in data.queries()]
+        return played(data, np.asarray(choice, np.int64))
+
+    def explain(self, query: Query, pool: Pool) -> Facts:
+        """Why it would decide so, ready for JSON."""
+        decision = self.route(query, pool)
+        candidates = [
+            {"model": item.model, "score": item.score, "quality": item.quality, "cost": item.cost}
+            for item in decision.candidates
+        ]
+        return {
+            "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence,
+            "candidates": candidates, "details": dict(decision.details),
+        }  # fmt: skip
+
+    def state(self) -> tuple[Arrays, Facts]:
+        """What it learned: named arrays, and facts ready for JSON. `load_state` reads them back to the bit."""
+        return {}, {}
+
+    def load_state(self, arrays: Arrays, facts: Facts) -> None:
+        """Take back what `state` gave."""
+
+
+def played(data: Recorded, model_N: np.ndarray) -> Played:
+    """The outcome of asking one model a query."""
+    rows = np.arange(len(data))
+    calls_NM = np.zeros(data.score_NM.shape, bool)
+    calls_NM[rows, model_N] = True
+    cost_N = np.full(len(data), np.nan) if data.cost_NM is None else data.cost_NM[rows, model_N]
+    return Played(model_N=model_N, quality_N=data.score_NM[rows, model_N], cost_N=cost_N, calls_NM=calls_NM)
+
+
+def ordered(pool: Pool, score_M: np.ndarray, **of_model: np.ndarray) -> tuple[Candidate, ...]:
+    """Candidates by falling score, ties in the order of the pool; a model with score -inf or NaN, or not available, is left out.
+
+    If that leaves none, availability is ignored: trying a model that may be down beats giving up.
+
+    Args:
+        pool: the models.
+        score_M: what to order by.
+        of_model: ``quality`` and ``cost`` of each model, where predicted.
+    """
+    usable_M = np.isfinite(score_M)
+    open_M = usable_M & np.fromiter((model.is_available for model in pool.models), bool, len(pool))
+    chosen_M = open_M if open_M.any() else usable_M
+    order = [int(at) for at in np.argsort(-np.where(chosen_M, score_M, -np.inf), kind="stable") if chosen_M[at]]
+    values = {name: value for name, value in of_model.items() if value is not None}
+    return tuple(
+        Candidate(
+            model=pool.models[at].name, score=float(score_M[at]),
+            **{name: float(value[at]) if np.isfinite(value[at]) else None for name, value in values.items()},
+        )
+        for at in order
+    )  # fmt: skip
