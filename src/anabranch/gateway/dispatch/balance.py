@@ -60,7 +60,7 @@ def price(choices: Sequence[Live], now: float, rng: random.Random) -> Live:
 
 def _least(choices: Sequence[Live], key: Callable[[Live], float | tuple[float, ...]], rng: random.Random) -> Live:
     keys = [key(live) for live in choices]
-    least = min(keys)  # type: ignore[type-var]
+    least = min(keys)
     ties = [live for live, value in zip(choices, keys, strict=True) if value == least]
     return ties[0] if len(ties) == 1 else rng.choice(ties)
 

@@ -4,8 +4,8 @@
     open ──(its time is up; the next request is a probe)──▶ half open
     half open ──(a probe fails)──▶ open, for twice as long        half open ──(enough successes)──▶ closed
 
-`admit` says whether a request may go and gives it a ticket; `record` takes what came of it. A ticket of an earlier phase says nothing about the
-present one and is ignored, unless it brings a fatal error.
+`admit` says whether a request may go and gives it a ticket; `record` takes what came of it. A ticket of an earlier phase says nothing about
+the present one and is ignored, unless it brings a fatal error.
 """
 
 from dataclasses import dataclass, replace

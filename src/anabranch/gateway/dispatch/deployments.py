@@ -1,6 +1,6 @@
 """What a `Dispatcher` is made from: groups of deployments and rules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
@@ -56,7 +56,7 @@ class Group:
 
     name: str
     deployments: tuple[Deployment, ...]
-    price: Price = Price()
+    price: Price = field(default_factory=Price)
     context: int | None = None
     parameters: float | None = None
     description: str = ""

@@ -14,7 +14,7 @@ A stream that breaks after its first token:
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from anabranch.gateway.dispatch.live import Live
@@ -195,7 +195,7 @@ class Stream:
         """Get to the first token. Raises UpstreamError."""
         self._opened, _ = await self._run.obtain(self._request, self._opening)
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
         return self._events
 
     async def aclose(self) -> None:
@@ -252,7 +252,7 @@ class Stream:
         attempt.first_token_s = self._now() - self._run.began - attempt.start_s
         return opened
 
-    async def _relay(self) -> AsyncIterator[bytes]:
+    async def _relay(self) -> AsyncGenerator[bytes, None]:
         try:
             while self._opened is not None:
                 opened = self._opened
@@ -280,7 +280,7 @@ class Stream:
         quiet_since = self._now()
         while not opened.is_done:
             assert opened.reply is not None
-            data = opened.reply.read_ready()
+            data: bytes | None = opened.reply.read_ready()
             if not data:
                 data = await self._some(opened, quiet_since)
                 if data is None:

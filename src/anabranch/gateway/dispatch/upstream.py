@@ -5,6 +5,7 @@ no cookies are kept. Nothing here has a timeout: whoever waits sets one.
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -80,24 +81,28 @@ class HttpReply:
     """An answer of aiohttp's client."""
 
     __slots__ = ("_content", "_response", "headers", "status")
+    headers: Mapping[str, str]
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response, self._content = response, response.content
         self.status, self.headers = response.status, response.headers
 
     def read_ready(self) -> bytes:
+        """What has come, without waiting."""
         try:
             return self._content.read_nowait()
         except (aiohttp.ClientError, OSError) as error:
             raise _failed(error) from None
 
     async def read_some(self) -> bytes:
+        """What comes next; empty at the end."""
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise _failed(error) from None
 
     def close(self) -> None:
+        """Drop the connection if the end has not been reached."""
         self._response.close()
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import urlsplit
 
-from anabranch.config import configclass
+from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.provider import Failure, HttpCall, Provider, UpstreamError, UpstreamRequest, hidden
@@ -30,7 +30,7 @@ class OpenAI(Provider, kind="openai"):
         base_url: str = "https://api.openai.com/v1"
         key_env: str | None = "OPENAI_API_KEY"
         key_file: str | None = None
-        headers: dict[str, str] = {}
+        headers: dict[str, str] = Field(default_factory=dict)
         sends_usage: bool = True
         proxy: str | None = None
 

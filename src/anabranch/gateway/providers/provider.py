@@ -11,11 +11,11 @@ All four are pure. Providers that need no socket (mock, replay) or that look on 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
@@ -138,10 +138,13 @@ class Usage:
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
         details = usage.get("prompt_tokens_details")
         cached = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
-        numbers = (prompt, completion, cached)
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
             return None
-        return cls(prompt, completion, min(cached, prompt))  # type: ignore[type-var]
+        return cls(prompt, completion, min(cached, prompt))
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
 
 
 class UpstreamRequest:
@@ -265,7 +268,10 @@ class Reply(Protocol):
     """An answer under way. Header names are lower case, or the mapping does not mind."""
 
     status: int
-    headers: Headers
+
+    @property
+    def headers(self) -> Headers:
+        """Of the answer."""
 
     def read_ready(self) -> bytes:
         """What has come, without waiting; empty if nothing has, or the end is reached."""
@@ -380,7 +386,8 @@ _CONTEXT = re.compile(
     r"context.?(length|window)|maximum context|prompt is too long|too many tokens|input is too long|exceeds? the (model|limit)", re.I
 )  # fmt: skip
 _CREDIT = re.compile(
-    r"insufficient.?(quota|credit|balance|funds)|credit balance|usage limit|billing|exceeded your current quota|spending limit|payment required", re.I
+    r"insufficient.?(quota|credit|balance|funds)|credit balance|usage limit|billing|exceeded your current quota|spending limit"
+    r"|payment required", re.I
 )  # fmt: skip
 _FILTER = re.compile(r"content.?(filter|policy|management)|responsible.?ai|safety system|flagged", re.I)
 
