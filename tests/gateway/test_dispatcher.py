@@ -157,6 +157,34 @@ def test_the_price_of_a_fallback_is_asked_for():
     run(work)
 
 
+@pytest.mark.parametrize("why", ["resting", "breaker open", "unknown"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_price_of_a_candidate_behind_one_that_was_passed_over_is_asked_for(why, stream):
+    """It was not: money was set aside for the first candidate, and the second was asked at its own price."""
+
+    async def work() -> None:
+        asked = []
+
+        async def allow(model: str, spent: int) -> bool:
+            asked.append((model, spent))
+            return False
+
+        dispatcher = Dispatcher([group("a", {}), group("b", {})], QUICK)
+        first = dispatcher.groups["a"].lives[0]
+        if why == "resting":
+            first.rests_until = dispatcher.now() + 60
+        elif why == "breaker open":
+            first.end(first.begin(dispatcher.now(), 0), "fatal", dispatcher.now())
+        names = ("x", "b") if why == "unknown" else ("a", "b")
+        given = plan(dispatcher, *names, allow=allow)
+        with pytest.raises(UpstreamError) as caught:
+            await (dispatcher.stream(given, chat(stream=True)) if stream else dispatcher.complete(given, chat()))
+        assert asked == [("b", 0)]
+        assert (caught.value.failure.kind, caught.value.report.attempts) == ("refused", [])
+
+    run(work)
+
+
 def test_answers_that_are_not_accepted_cost_and_the_next_is_asked():
     async def work() -> None:
         dispatcher = Dispatcher([group("a", {}), group("b", {}), group("c", {})])

@@ -112,7 +112,7 @@ class Run:
             if not group.free(now, self.tokens):
                 await self._wait_or_skip(group, now)
                 continue
-            if self.report.attempts and not await self._may_go_on(model, now):
+            if not await self._may_go_on(model, now):
                 continue
             live = self._pick(group)
             if live is not None:
@@ -128,7 +128,11 @@ class Run:
             self._skip(group.name, "no deployment takes requests")
 
     async def _may_go_on(self, model: str, now: float) -> bool:
-        """Whether an attempt beyond the first may be made; waits as long as a retry has to. Raises UpstreamError if no more may."""
+        """Whether this attempt may be made; waits as long as a retry has to. Raises UpstreamError if no more may.
+
+        The price is asked for wherever it may differ from what was set aside for the request: after an attempt, and of any candidate
+        but the first, also where that was passed over without an attempt.
+        """
         if self._has_failed:
             holds, self._holds = self._holds, False
             if not self.dispatcher.budget.take(now, holds):
@@ -138,7 +142,8 @@ class Run:
             if self._retry:
                 wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
                 await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
-        if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
+        is_new = bool(self.report.attempts) or model != self.plan.candidates[0]
+        if is_new and self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
             failure = Failure(kind="refused", message=f"no budget is left for {model}")
             self._last = self._last or UpstreamError(failure)
             self._skip(model, "its price is not allowed")
