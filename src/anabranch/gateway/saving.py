@@ -237,7 +237,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or no router: {error}") from None
     text = metadata.get(_FIELD)

@@ -274,7 +274,7 @@ def _standing(
     trial: Trial, score: Interval, gain: Interval, p_holm: float, test: Recorded, rules: Mapping[str, Baseline], dollar: float
 ) -> Standing:  # fmt: skip
     share_M = np.mean([one.calls_NM.mean(0) for one in trial.played], axis=0)
-    recovered = {}
+    recovered: dict[str, Any] = {}
     if trial.recovery is not None and trial.binned is not None:
         cpt = {f"{target:.0%}": trial.recovery.cpt(target) for target in TARGETS}
         recovered = {"apgr": trial.recovery.apgr, "apgr_in_bins": trial.binned.apgr, "cpt": cpt}
