@@ -146,9 +146,13 @@ class RouterFolder:
     manifest: Facts
     seen: frozenset[int]
 
+    def has_seen(self, text: str) -> bool:
+        """Whether this question was learned from."""
+        return _hash(text) in self.seen
+
     def check_unseen(self, test: Recorded) -> None:
         """Raises DataError if a question of ``test`` was learned from."""
-        shared = [text for text in test.query if _hash(text) in self.seen]
+        shared = [text for text in test.query if self.has_seen(text)]
         if shared:
             raise DataError(
                 f"{len(shared):,} of {len(test):,} questions were learned from, which would flatter the routers; the first is "
@@ -164,7 +168,8 @@ def load_folder(folder: str | Path, names: Sequence[str] | None = None) -> Route
     folder = Path(folder)
     if folder.is_file():
         router = FittedRouter.load(folder)
-        return RouterFolder({folder.stem: router}, {"routers": [folder.stem], **router.about}, frozenset())
+        manifest = {"routers": [folder.stem], "models": [model.name for model in router.models], **router.about}
+        return RouterFolder({folder.stem: router}, manifest, frozenset())
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
