@@ -57,7 +57,7 @@ def read_data(name: str, columns: str | None, prices: Path | None) -> tuple[Reco
     """Outcomes without duplicates, and the pool of their models."""
     from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
 
-    if name in SETS and not Path(name).exists():
+    if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
