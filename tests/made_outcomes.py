@@ -32,7 +32,11 @@ def write_outcomes(path, data):
     """As JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         for row, text in enumerate(data.query):
-            line = {"query": text, "task": data.task[row], "scores": dict(zip(data.models, data.score_NM[row].tolist(), strict=True))}
+            line = {
+                "query": text,
+                "task": data.task[row],
+                "scores": dict(zip(data.models, data.score_NM[row].tolist(), strict=True)),
+            }
             if data.cost_NM is not None:
                 line["cost"] = dict(zip(data.models, data.cost_NM[row].tolist(), strict=True))
             file.write(json.dumps(line) + "\n")

@@ -3,16 +3,16 @@ import math
 
 import numpy as np
 import pytest
-from made_outcomes import MODELS, WordMeans, made_outcomes
 
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.data import pool_of, split
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Ranked
 from anabranch.gateway.query import Decision
-from anabranch.gateway.referee import decision_latency, evaluate, preference
 from anabranch.gateway.referee import baselines as rules
+from anabranch.gateway.referee import decision_latency, evaluate, preference
 from anabranch.gateway.strategy import Strategy, ordered, played
+from made_outcomes import MODELS, WordMeans, made_outcomes
 
 
 class Always(Strategy, kind=None):
@@ -78,7 +78,9 @@ def test_a_standing_by_hand():
     assert weak.cost_save is None
     assert strong.cost_save == 0.0
     assert (strong.aiq, weak.aiq) == (0.75, 0.5)
-    assert strong.aiq_from_cheapest == pytest.approx(0.625)  # budgets below its cost are met by mixing with the weak model
+    assert strong.aiq_from_cheapest == pytest.approx(
+        0.625
+    )  # budgets below its cost are met by mixing with the weak model
     assert strong.aiq_routerbench == 0.0
     assert (weak.pareto_distance, strong.pareto_distance) == (0.0, 0.0)
     assert weak.apgr == pytest.approx(0.5)  # it prefers no query to another
@@ -131,7 +133,9 @@ def test_seeds_are_averaged_and_repeat():
 
 def test_no_strategy_passes_the_oracle():
     test = made_outcomes(80)
-    report = evaluate({"hindsight": Hindsight(Hindsight.Config()), "always": Always(Always.Config())}, train=None, test=test)
+    report = evaluate(
+        {"hindsight": Hindsight(Hindsight.Config()), "always": Always(Always.Config())}, train=None, test=test
+    )
     hindsight, always = report.strategies
     assert hindsight.score == report.baselines["oracle"]["score"] >= always.score
     assert hindsight.gap == 0
@@ -146,7 +150,8 @@ def test_two_models_are_judged_by_the_order_of_queries():
     fitted = word_means().fit(train)
     by_predictor = preference(fitted, test, pool_of(test.models), "large", "small")
     by_routes = [
-        {item.model: item.score for item in fitted.route(query, pool_of(test.models)).candidates} for query in test.queries()
+        {item.model: item.score for item in fitted.route(query, pool_of(test.models)).candidates}
+        for query in test.queries()
     ]
     np.testing.assert_allclose(by_predictor, [scores["large"] - scores["small"] for scores in by_routes])
     assert 0.5 < one.apgr < 1.5
@@ -200,7 +205,9 @@ def test_one_model_and_constant_scores():
 
 
 def test_one_that_fails_does_not_spoil_the_rest():
-    report = evaluate({"deaf": Deaf(Deaf.Config()), "always": Always(Always.Config())}, train=None, test=made_outcomes(20))
+    report = evaluate(
+        {"deaf": Deaf(Deaf.Config()), "always": Always(Always.Config())}, train=None, test=made_outcomes(20)
+    )
     assert list(report.failed) == ["deaf"]
     assert "needs vectors" in report.failed["deaf"]
     assert [one.name for one in report.strategies] == ["always"]

@@ -34,7 +34,7 @@ def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:
     """A finite number, true and false counting as 1 and 0; None stays. Raises DataError, of which ``what`` is the subject."""
     if value is None:
         return None
-    if isinstance(value, bool | int | float) and math.isfinite(value) and low <= value <= sys.float_info.max:
+    if isinstance(value, bool | int | float) and low <= value and abs(value) <= sys.float_info.max:
         return float(value)
     allowed = "a finite number" if low == -math.inf else f"a number of at least {low:g}"
     raise DataError(f"{what} is {value!r}; it must be {allowed}, or null if it is not known")
