@@ -251,7 +251,7 @@ def test_markdown_has_a_row_for_each_strategy_and_baseline():
     train, test = split(made_outcomes(100), seed=0)
     text = evaluate({"word_means": word_means()}, train=train, test=test, seeds=[0]).to_markdown()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 3 + 2 + 4 + 3  # heads and rules, a strategy, baselines, single models
+    assert len(rows) == 3 + 2 + 1 + 4 + 3  # heads and rules, a strategy, mixing, baselines, single models
     assert all(line.count("|") == rows[0].count("|") for line in rows[:3])
 
 

@@ -108,9 +108,7 @@ class FittedRouter:
         except AnabranchError as error:
             raise CheckpointError(f"{path} cannot be used here: {error}") from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} does not hold what {type(error).__name__} shows is needed: {error}"
-            ) from None
+            raise CheckpointError(f"{path} lacks what its strategy needs ({type(error).__name__}: {error})") from None
 
 
 def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:

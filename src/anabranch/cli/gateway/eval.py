@@ -75,7 +75,7 @@ def evaluate(
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
     if router is None:
         parts = _parts(recorded, test, columns, prices, test_share, seed)
-        chosen = read_strategies(strategy, fields, recorded)
+        chosen = read_strategies(strategy, fields)
         report = _learn_and_judge(chosen, *parts, embedder, range(seed, seed + seeds), settings, quiet)
     else:
         report = _judge(router, strategy, recorded, unseen, settings, quiet)
