@@ -48,7 +48,7 @@ def test_every_field_of_a_row_is_read(tmp_path):
     row = {
         "query": "What?", "task": "t", "scores": {"a": True, "b": 0.25, "c": None}, "cost": {"a": 0.1},
         "tokens": {"a": [10, 20], "b": {"prompt": 5}},
-        "latency": {"b": 1.5}, "answers": {"a": "yes"}, "metric": "ignored", "ground_truth": ["so", "is", "this"],
+        "signals": {"logprob": {"b": -0.5}}, "latency": {"b": 1.5}, "answers": {"a": "yes"}, "metric": "ignored", "ground_truth": ["so", "is", "this"],
     }  # fmt: skip
     data = load(written(tmp_path, json.dumps(row) + "\n\n" + GOOD))
     assert (data.models, data.query, data.task) == (("a", "b", "c"), ("What?", "q"), ("t", None))
@@ -56,6 +56,7 @@ def test_every_field_of_a_row_is_read(tmp_path):
     np.testing.assert_array_equal(data.cost_NM, [[0.1, np.nan, np.nan], [np.nan] * 3])
     np.testing.assert_array_equal(data.tokens_NM2[0], [[10, 20], [5, np.nan], [np.nan, np.nan]])
     assert data.latency_NM[0, 1] == 1.5
+    np.testing.assert_array_equal(data.signals["logprob"], [[np.nan, -0.5, np.nan], [np.nan] * 3])
     assert data.answers == ({"a": "yes"}, {})
 
 
@@ -94,7 +95,7 @@ BAD_LINES = {
     "a score that is no number": ('{"query": "q", "scores": {"a": NaN}}', "scores of 'a' is nan"),
     "an infinite score": ('{"query": "q", "scores": {"a": Infinity}}', "finite"),
     "a score beyond floats": (f'{{"query": "q", "scores": {{"a": 1{"0" * 400}}}}}', "finite"),
-    "a model without a name": ('{"query": "q", "scores": {"": 1}}', "model's name"),
+    "a model without a name": ('{"query": "q", "scores": {"": 1}}', "must be a table by name"),
     "a negative cost": (
         '{"query": "q", "scores": {"a": 1}, "cost": {"a": -1}}',
         "cost of 'a' is -1; it must be a number of at least 0",
@@ -108,6 +109,11 @@ BAD_LINES = {
         '{"query": "q", "scores": {"a": 1}, "tokens": {"a": [1, -2]}}',
         "completion tokens of 'a' is -2",
     ),
+    "a signal of words": (
+        '{"query": "q", "scores": {"a": 1}, "signals": {"votes": {"a": "x"}}}',
+        "votes of 'a' is 'x'",
+    ),
+    "signals without a name": ('{"query": "q", "scores": {"a": 1}, "signals": 3}', "signals is 3"),
     "negative latency": ('{"query": "q", "scores": {"a": 1}, "latency": {"a": -0.1}}', "latency of 'a'"),
     "an answer that is no text": ('{"query": "q", "scores": {"a": 1}, "answers": {"a": 5}}', "answer of 'a' is 5"),
     "very deep nesting": ('{"query": "q", "scores": ' + "[" * 100_000 + "}", "not JSON"),

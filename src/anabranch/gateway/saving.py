@@ -97,12 +97,11 @@ class FittedRouter:
         tensors, content = _read(path)
         try:
             strategy = from_dict(Strategy.Config, content["config"]).build()
+            made = None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder)
+            strategy.connect(embed=None if made is None else made.embed)
             strategy.load_state(_part(tensors, "strategy."), content["facts"])
             models = tuple(_model_from_dict(fields) for fields in content["models"])
-            return cls(
-                strategy=strategy, models=models, about=content["about"],
-                embedder=None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder),
-            )  # fmt: skip
+            return cls(strategy=strategy, models=models, embedder=made, about=content["about"])
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         except AnabranchError as error:

@@ -112,6 +112,7 @@ def _learn_and_judge(
 
     if any(one.needs_vector for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
+        settings["embed"] = made.embed
         train, test = embed(made, train, tell), embed(made, test, tell)
     with waiting("judging", quiet):
         return judge(chosen, train=train, test=test, seeds=seeds, **settings)

@@ -73,6 +73,7 @@ def fit(
     routers = {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
+            one.connect(embed=made.embed)
             one.fit(learned, seed=seed)
         needed = made if one.needs_vector else None
         routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)

@@ -23,7 +23,7 @@ from anabranch.gateway.referee.compare import DRAWS, Interval, bootstrap, holm
 from anabranch.gateway.referee.curve import Scale, aiq, cost_save, hull, pareto_distance, routerbench_aiq
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import TARGETS, Recovery, recovery, recovery_in_bins
-from anabranch.gateway.strategy import Played, Strategy
+from anabranch.gateway.strategy import Embed, Played, Strategy
 
 Progress = Callable[[str], None]
 TIMED = 300  # decisions
@@ -66,6 +66,7 @@ def evaluate(
     test: Recorded,
     pool: Pool | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    embed: Embed | None = None,
     cost_range: tuple[float, float] | None = None,
     dollar: float = 0.0,
     draws: int = DRAWS,
@@ -80,6 +81,7 @@ def evaluate(
         test: outcomes to be judged on.
         pool: models with prices; None knows only their names.
         seeds: of learning.
+        embed: what made the vectors, for strategies that embed texts of their own.
         cost_range: dollars a query between which AIQ is taken; None takes the cheapest to the dearest model on the test.
         dollar: score that a dollar is worth, for regret.
         draws: of the bootstrap.
@@ -99,7 +101,7 @@ def evaluate(
     for name, strategy in strategies.items():
         progress(name)
         try:
-            trials.append(_trial(name, strategy, train, test, pool, seeds))
+            trials.append(_trial(name, strategy, train, test, pool, seeds, embed))
         except AnabranchError as error:
             failed[name] = str(error)
     if failed and not trials:
@@ -145,8 +147,8 @@ def _in_order(pool: Pool, names: tuple[str, ...]) -> tuple:
 
 
 def _trial(
-    name: str, strategy: Strategy, train: Recorded | None, test: Recorded, pool: Pool, seeds: Sequence[int]
-) -> Trial:
+    name: str, strategy: Strategy, train: Recorded | None, test: Recorded, pool: Pool, seeds: Sequence[int], embed: Embed | None
+) -> Trial:  # fmt: skip
     if strategy.needs_vector and test.vector_ND is None:
         raise InputError(f"{name} needs vectors; embed the data first")
     trial = Trial(name, strategy)
@@ -155,7 +157,9 @@ def _trial(
         one = strategy
         if train is not None and seed is not None:
             begun = time.process_time()
-            one = strategy.config.build().fit(train, seed=seed)
+            one = strategy.config.build()
+            one.connect(embed=embed)
+            one.fit(train, seed=seed)
             spent.append(time.process_time() - begun)
         trial.strategy = one
         trial.played.append(one.play(test, pool))
