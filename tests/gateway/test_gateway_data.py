@@ -48,7 +48,8 @@ def test_every_field_of_a_row_is_read(tmp_path):
     row = {
         "query": "What?", "task": "t", "scores": {"a": True, "b": 0.25, "c": None}, "cost": {"a": 0.1},
         "tokens": {"a": [10, 20], "b": {"prompt": 5}},
-        "signals": {"logprob": {"b": -0.5}}, "latency": {"b": 1.5}, "answers": {"a": "yes"}, "metric": "ignored", "ground_truth": ["so", "is", "this"],
+        "signals": {"logprob": {"b": -0.5}}, "latency": {"b": 1.5}, "answers": {"a": "yes"},
+        "metric": "ignored", "ground_truth": ["so", "is", "this"],
     }  # fmt: skip
     data = load(written(tmp_path, json.dumps(row) + "\n\n" + GOOD))
     assert (data.models, data.query, data.task) == (("a", "b", "c"), ("What?", "q"), ("t", None))

@@ -101,7 +101,7 @@ def evaluate(
     for name, strategy in strategies.items():
         progress(name)
         try:
-            trials.append(_trial(name, strategy, train, test, pool, seeds, embed))
+            trials.append(try_out(name, strategy, train, test, pool, seeds, embed))
         except AnabranchError as error:
             failed[name] = str(error)
     if failed and not trials:
@@ -146,9 +146,13 @@ def _in_order(pool: Pool, names: tuple[str, ...]) -> tuple:
     return tuple(known[name] for name in names)
 
 
-def _trial(
+def try_out(
     name: str, strategy: Strategy, train: Recorded | None, test: Recorded, pool: Pool, seeds: Sequence[int], embed: Embed | None
 ) -> Trial:  # fmt: skip
+    """Learn and play with every seed, as `evaluate` does with each strategy; arguments are as there, outcomes complete.
+
+    Raises InputError if vectors are missing.
+    """
     if strategy.needs_vector and test.vector_ND is None:
         raise InputError(f"{name} needs vectors; embed the data first")
     trial = Trial(name, strategy)
