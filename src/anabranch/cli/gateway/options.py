@@ -53,15 +53,18 @@ AllowLeak = Annotated[
 ]
 
 
-def read_data(name: str, columns: str | None, prices: Path | None) -> tuple[Recorded, Pool]:
-    """Outcomes without duplicates, and the pool of their models."""
+def read_data(
+    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False
+) -> tuple[Recorded, Pool]:
+    """Outcomes, each question once unless copies are kept, and the pool of their models."""
     from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
 
     if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
-    data = deduplicated(load(name, columns=None if columns is None else Columns.parse(columns), prices=known))
+    data = load(name, columns=None if columns is None else Columns.parse(columns), prices=known)
+    data = data if keep_copies else deduplicated(data)
     return data, pool_of(data.models, known)
 
 
