@@ -184,12 +184,11 @@ def _write(report: Report, name: str, html: Path | None, picture: Path | None, m
 def _print(report: Report, written: list[str]) -> None:
     from anabranch.gateway.referee.report import BASELINE_HEADERS, HEADERS
 
-    rows = report.rows()
-    shown = [column for column in range(len(HEADERS)) if column == 0 or any(row[column] for row in rows)]
-    table([HEADERS[column] for column in shown], [[row[column] for column in shown] for row in rows])
-    print()
-    table(BASELINE_HEADERS, report.baseline_rows())
-    print(f"\n{report.describe()}")
+    for headers, rows in ((HEADERS, report.rows()), (BASELINE_HEADERS, report.baseline_rows())):
+        shown = [column for column in range(len(headers)) if column == 0 or any(row[column] for row in rows)]
+        table([headers[column] for column in shown], [[row[column] for column in shown] for row in rows])
+        print()
+    print(report.describe())
     for name, reason in report.failed.items():
         say(f"{name} was left out: {reason}")
     if written:
