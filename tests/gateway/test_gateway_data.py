@@ -15,8 +15,10 @@ from anabranch.gateway.data import (
     groups,
     load,
     load_csv,
+    measured_in,
     merged,
     pool_of,
+    read_joules,
     read_prices,
     split,
 )
@@ -86,6 +88,7 @@ BAD_LINES = {
     "no object": ("[1, 2]", "must be an object"),
     "no query": ('{"scores": {"a": 1}}', "query is None"),
     "blank query": ('{"query": " ", "scores": {"a": 1}}', "not empty"),
+    "half a character": ('{"query": "\\ud800", "scores": {"a": 1}}', "half of a surrogate pair"),
     "query of a number": ('{"query": 3, "scores": {"a": 1}}', "query is 3"),
     "task of a number": ('{"query": "q", "task": 3, "scores": {"a": 1}}', "task is 3"),
     "no scores": ('{"query": "q"}', "scores are missing"),
@@ -266,6 +269,34 @@ def test_bad_price_files(tmp_path, content, message):
     with pytest.raises(DataError, match=r"prices\.json") as error:
         read_prices(written(tmp_path, content, "prices.json"))
     assert message in str(error.value)
+
+
+def test_budgets_of_other_things_than_money(tmp_path):
+    row = {
+        "query": "q",
+        "scores": {"a": 1, "b": 0},
+        "cost": {"a": 1, "b": 2},
+        "tokens": {"a": [10, 5], "b": [20, 1]},
+        "latency": {"a": 3, "b": 4},
+    }
+    data = load(written(tmp_path, json.dumps(row)))
+    joules = read_joules(
+        written(tmp_path, '{"a": {"joules_per_token": 2}, "b": {"joules_per_token": 0.5}, "c": {}}', "prices.json")
+    )
+    assert measured_in(data, "dollars") is data
+    np.testing.assert_array_equal(measured_in(data, "seconds").cost_NM, [[3, 4]])
+    np.testing.assert_array_equal(measured_in(data, "tokens").cost_NM, [[15, 21]])
+    np.testing.assert_array_equal(measured_in(data, "joules", joules).cost_NM, [[30, 10.5]])
+    for known in (None, {"a": 1.0}):
+        with pytest.raises(InputError, match="needs those of a token for every model"):
+            measured_in(data, "joules", known)
+    bare = load(written(tmp_path, GOOD))
+    with pytest.raises(InputError, match="no latency"):
+        measured_in(bare, "seconds")
+    with pytest.raises(InputError, match="no token counts"):
+        measured_in(bare, "tokens")
+    with pytest.raises(DataError, match="joules_per_token of 'a' is 0"):
+        read_joules(written(tmp_path, '{"a": {"joules_per_token": 0}}', "prices.json"))
 
 
 def test_copies_are_found_whatever_their_case_and_marks():

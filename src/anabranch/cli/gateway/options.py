@@ -68,6 +68,16 @@ def read_data(
     return data, pool_of(data.models, known)
 
 
+def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
+    """Outcomes with costs in another unit. Raises ConfigError for another word than those of `UNITS`."""
+    from anabranch.gateway.data import UNITS, measured_in, read_joules
+
+    for known in UNITS:
+        if unit == known:
+            return measured_in(data, known, None if prices is None or known != "joules" else read_joules(prices))
+    raise ConfigError(f"--budget is {unit!r}; use one of {', '.join(UNITS)}")
+
+
 def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
     """Strategies by name, not fitted."""
     from anabranch.gateway import strategies

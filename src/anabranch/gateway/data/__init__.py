@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from anabranch.errors import DataError
+from anabranch.gateway.data.budget import UNITS, measured_in
 from anabranch.gateway.data.csv import Columns, load_csv
 from anabranch.gateway.data.guard import check_disjoint, deduplicated, folds, groups, split
 from anabranch.gateway.data.jsonl import load_jsonl
-from anabranch.gateway.data.prices import pool_of, read_prices
+from anabranch.gateway.data.prices import pool_of, read_joules, read_prices
 from anabranch.gateway.data.sets import SETS, RoutingSet, llmrouter, merged, routellm_mmlu
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Model
 
 __all__ = [
     "SETS",
+    "UNITS",
     "Columns",
     "RoutingSet",
     "check_disjoint",
@@ -28,8 +30,10 @@ __all__ = [
     "load",
     "load_csv",
     "load_jsonl",
+    "measured_in",
     "merged",
     "pool_of",
+    "read_joules",
     "read_prices",
     "routellm_mmlu",
     "split",

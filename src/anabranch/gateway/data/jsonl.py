@@ -51,6 +51,8 @@ def _row(text: str) -> Row:
     query, task = found.get("query"), found.get("task")
     if not isinstance(query, str) or not query.strip():
         raise DataError(f"query is {query!r}; it must be a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in query):
+        raise DataError("query holds half of a surrogate pair, which is no character; write the whole pair")
     if task is not None and not isinstance(task, str):
         raise DataError(f"task is {task!r}; it must be a name")
     values = {part: _numbers(found, field, low) for part, field, low in _FIELDS if field in found}

@@ -60,7 +60,10 @@ class MiniLM(Embedder, kind="minilm"):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 ``[N, 384]`` of length 1; an empty text is a row of zeros."""
-        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch([text.strip() for text in texts])]
+        clean = [
+            text.strip().encode("utf-8", "replace").decode() for text in texts
+        ]  # halves of surrogate pairs are no text
+        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(clean)]
         vector_ND = np.zeros((len(texts), self.dim), np.float32)
         rows = [row for row, ids in enumerate(tokens) if len(ids) > 2]
         rows.sort(key=lambda row: len(tokens[row]))
