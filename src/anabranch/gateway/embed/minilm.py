@@ -178,17 +178,17 @@ def _unpacked(archive: Path) -> Path:
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors.numpy import load_file
 
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise CheckpointError(f"{path} is not the published model (sha256 {found[:16]}..., not {SHA256[:16]}...)")
     try:
-        return load(content)
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 
