@@ -6,7 +6,7 @@ from recorded outcomes, each with its defaults, and what they must be held again
 model of the true task (chosen on what is learned from), and the oracle.
 
     llmrouter       5,540 questions, 9 open models, costs estimated; MiniLM vectors; 80/20 by task, ten splits
-    routellm_mmlu   13,928 questions, Mixtral and GPT-4; hashed TF-IDF of 2,048 buckets; the first three splits
+    routellm_mmlu   13,928 questions, Mixtral and GPT-4; hashed TF-IDF of 1,024 buckets; the first three splits
     made            topics with words of their own and models good at some of them: small, for a quick look and for tests
 
 LLMRouter's published test repeats 69 questions of its train; both are merged, and a question is on one side only. Learned in-domain,
@@ -85,7 +85,7 @@ class Case(Config):
     sets: tuple[str, ...] = ("llmrouter", "routellm_mmlu")
     splits: tuple[int, ...] = (10, 3)
     rounds: int = Field(default=4000, ge=1)
-    buckets: int = 2048
+    buckets: int = 1024
     test_share: float = 0.2
 
 
