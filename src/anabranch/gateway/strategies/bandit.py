@@ -276,7 +276,7 @@ class LinUCB(Bandit, kind="linucb"):
 
     @configclass
     class Config(Bandit.Config):
-        """Attributes: ``alpha``, standard errors added: 1 + sqrt(ln(2 / delta) / 2) in theory, and far less in practice (Li et al., figure 4)."""
+        """Attributes: ``alpha``, standard errors added: in theory 1 + sqrt(ln(2 / delta) / 2), in practice far less."""
 
         alpha: float = Field(default=0.3, ge=0)
 
