@@ -29,7 +29,7 @@ PUBLIC = {
     "anabranch.gateway.embed": "Embedder embed_cached",
     "anabranch.gateway.referee": """
         Interval Recovery Replay Replayed Report Standing Trial aiq bootstrap cost_save decision_latency evaluate holm hull
-        pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out
+        pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk load_dataset read_graph write_graph

@@ -41,7 +41,7 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.embed import Embedder, embed_cached
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.query import Outcome, Pool
-from anabranch.gateway.referee import aiq, bootstrap, holm, try_out
+from anabranch.gateway.referee import aiq, bootstrap, holm, try_out, with_cheapest
 from anabranch.gateway.referee import baselines as rules
 from anabranch.gateway.strategies.bandit import Bandit
 from anabranch.gateway.strategy import Strategy
@@ -167,12 +167,13 @@ def _judged(case: Case, name: str, seed: int, train: Recorded, test: Recorded, e
     trial = try_out(case.strategy, made, train, test, pool, [seed], embedder.embed)
     assert trial.curve_P2 is not None
     assert test.cost_NM is not None
-    cost_M = test.cost_NM.mean(0)
+    single_M2 = np.column_stack([test.cost_NM.mean(0), test.score_NM.mean(0)])
+    low, high = single_M2[:, 0].min(), single_M2[:, 0].max()
     gain_N = trial.quality_N - rules.best_single(train, test).quality_N
     path = trial.recovery
     found: Metrics = {
         f"{name}_score": float(trial.quality_N.mean()), f"{name}_gain": float(gain_N.mean()), f"{name}_cost": float(trial.cost_N.mean()),
-        f"{name}_aiq": aiq(trial.curve_P2, float(cost_M.min()), float(cost_M.max())), f"{name}_fit_s": trial.fit_s,
+        f"{name}_aiq": aiq(with_cheapest(trial.curve_P2, single_M2), float(low), float(high)), f"{name}_fit_s": trial.fit_s,
         f"{name}_apgr": None if path is None else path.apgr, f"{name}_cpt50": None if path is None else path.cpt(0.5),
         f"{name}_gains": _packed(np.rint(CODE * gain_N).astype("i1")),
         f"{name}_p99_ms": None if trial.latency_ms is None else trial.latency_ms[1],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, read_assignments
+from anabranch.cli.output import say
 from anabranch.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -79,20 +80,27 @@ def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
 
 
 def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
-    """Strategies by name, not fitted."""
+    """Strategies by name, not fitted; of ``all``, those that need no more than their defaults and what is installed."""
     from anabranch.gateway import strategies
 
-    if names is None:
-        names = list(DEFAULT)
-    elif names == ["all"]:
+    is_all = names == ["all"]
+    if is_all:
         names = [name for name in strategies.names() if name != "oracle"]
-    of_name: dict[str, dict[str, Any]] = {name: {} for name in names}
+    of_name: dict[str, dict[str, Any]] = {name: {} for name in names or DEFAULT}
     for path, value in read_assignments(fields).items():
         name, _, field = path.partition(".")
         if name not in of_name or not field:
             raise ConfigError(f"--set has {path!r}; write NAME.FIELD=VALUE with one of {', '.join(of_name)}")
         of_name[name][field] = value
-    return {name: strategies.make(name, **given) for name, given in of_name.items()}
+    made = {}
+    for name, given in of_name.items():
+        try:
+            made[name] = strategies.make(name, **given)
+        except (ImportError, ConfigError) as error:
+            if not is_all:
+                raise
+            say(f"{name} was left out: {error}")
+    return made
 
 
 def make_embedder(kind: str) -> Embedder:

@@ -6,7 +6,7 @@ print(report.to_markdown())
 
 from anabranch.gateway.referee.compare import Interval, bootstrap, holm
 from anabranch.gateway.referee.curve import aiq, cost_save, hull, pareto_distance, routerbench_aiq
-from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate, preference, try_out
+from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate, preference, try_out, with_cheapest
 from anabranch.gateway.referee.replay import Replay, Replayed, replay
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import Recovery, recovery, recovery_in_bins
@@ -33,4 +33,5 @@ __all__ = [
     "replay",
     "routerbench_aiq",
     "try_out",
+    "with_cheapest",
 ]

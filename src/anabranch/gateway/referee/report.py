@@ -23,8 +23,8 @@ class Standing:
         calls: mean calls of each model a question.
         cost: mean dollars a question.
         curve: points (cost, score) over its knob.
-        aiq: mean score of the hull over the declared range of costs, flat beyond its ends.
-        aiq_from_cheapest: the same where budgets below its cheapest setting are met by mixing with the cheapest model.
+        aiq: mean score of the hull over the declared range of costs, where budgets below its cheapest setting are met by mixing with
+            the cheapest model.
         aiq_routerbench: as RouterBench's code reckons it, on the strategies compared.
         cost_save: largest share of the best single model's cost saved without loss; None if it is never as good.
         pareto_distance: from its own setting to the hull of all that is compared; ranges of cost and score count 1.
@@ -46,7 +46,6 @@ class Standing:
     cost: float | None = None
     curve: list[list[float]] | None = None
     aiq: float | None = None
-    aiq_from_cheapest: float | None = None
     aiq_routerbench: float | None = None
     cost_save: float | None = None
     pareto_distance: float | None = None
@@ -151,7 +150,7 @@ class Report:
         ]  # fmt: skip
 
     def baseline_rows(self) -> list[list[str]]:
-        """Cells under `BASELINE_HEADERS`. The AIQ of one setting is its score, at whatever cost, so it is not shown."""
+        """Cells under `BASELINE_HEADERS`."""
         named = {
             "random": "random choice",
             "best_single": f"best single ({self.baselines.get('best_single', {}).get('model', '')})",
@@ -159,10 +158,7 @@ class Report:
             "oracle": "oracle",
         }
         rows = {named[name]: row for name, row in self.baselines.items()} | self.singles
-        found = [
-            [name, number(row["score"]), dollars(row["cost"]), number(row["aiq"]) if "curve" in row else ""]
-            for name, row in rows.items()
-        ]
+        found = [[name, number(row["score"]), dollars(row["cost"]), number(row["aiq"])] for name, row in rows.items()]
         mixed = [] if self.mixing is None else [["single models, mixed at random", "", "", number(self.mixing["aiq"])]]
         return mixed + found
 
