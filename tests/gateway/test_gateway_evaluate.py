@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.data import pool_of, split
