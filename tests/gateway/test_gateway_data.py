@@ -12,6 +12,7 @@ from anabranch.gateway.data import (
     check_disjoint,
     deduplicated,
     folds,
+    from_ledger,
     groups,
     load,
     load_csv,
@@ -373,3 +374,29 @@ def test_parts_are_merged_by_model(tmp_path):
     np.testing.assert_array_equal(found.score_NM, [[0, 1], [2, 3], [1, 0]])
     with pytest.raises(InputError, match="no model 'n'"):
         merged([first, of(["c"], models=("m",))])
+
+
+def test_the_ledger_is_a_log_of_one_answer_per_query():
+    rows = [
+        {
+            "query": "a",
+            "model": "m",
+            "score": 1,
+            "cost_nano": 2_000_000,
+            "prompt_tokens": 7,
+            "completion_tokens": 9,
+            "latency_us": 1_500_000,
+        },
+        {"query": "b", "model": "n", "score": 0.5, "task": "t", "cost_nano": 0, "probability": 0.25},
+        {"query": "", "model": "n", "score": 1.0},
+        {"query": "no feedback", "model": "n", "score": None},
+    ]
+    data = from_ledger(rows)
+    assert (data.query, data.models, data.task) == (("a", "b"), ("m", "n"), (None, "t"))
+    np.testing.assert_array_equal(data.score_NM, [[1, np.nan], [np.nan, 0.5]])
+    np.testing.assert_array_equal(data.cost_NM, [[0.002, np.nan], [np.nan, 0]])
+    np.testing.assert_array_equal(data.tokens_NM2[0, 0], [7, 9])
+    assert data.latency_NM[0, 0] == 1.5
+    np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
+    with pytest.raises(DataError, match="no request with both its text and a score"):
+        from_ledger(rows[2:])

@@ -12,6 +12,7 @@ from anabranch.gateway.data.budget import UNITS, measured_in
 from anabranch.gateway.data.csv import Columns, load_csv
 from anabranch.gateway.data.guard import check_disjoint, deduplicated, folds, groups, split
 from anabranch.gateway.data.jsonl import load_jsonl
+from anabranch.gateway.data.ledger import from_ledger
 from anabranch.gateway.data.prices import pool_of, read_joules, read_prices
 from anabranch.gateway.data.sets import SETS, RoutingSet, llmrouter, merged, routellm_mmlu
 from anabranch.gateway.dataset import Recorded
@@ -25,6 +26,7 @@ __all__ = [
     "check_disjoint",
     "deduplicated",
     "folds",
+    "from_ledger",
     "groups",
     "llmrouter",
     "load",
