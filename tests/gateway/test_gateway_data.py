@@ -1,3 +1,4 @@
+import asyncio
 import gzip
 import json
 
@@ -14,6 +15,7 @@ from anabranch.gateway.data import (
     folds,
     from_ledger,
     groups,
+    ledger,
     load,
     load_csv,
     measured_in,
@@ -400,3 +402,37 @@ def test_the_ledger_is_a_log_of_one_answer_per_query():
     np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
     with pytest.raises(DataError, match="no request with both its text and a score"):
         from_ledger(rows[2:])
+
+
+@pytest.mark.parametrize("page", [1, 2, 1000])
+def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(ledger, "PAGE", page)
+    from anabranch.gateway.store.records import GLOBAL, LedgerRow
+    from anabranch.gateway.store.store import open_store
+
+    async def serve():
+        async with open_store(str(tmp_path / "gateway.db")) as store:
+            for number, text in enumerate(("one", "two", "three")):
+                held = await store.reserve(f"r{number}", (GLOBAL,), 10_000)
+                store.append_decision(
+                    f"r{number}", "knn", "small", {"query": text, "probability": 0.5} if number < 2 else {}
+                )
+                await store.settle(
+                    held,
+                    LedgerRow(
+                        request_id=f"r{number}", model="small", cost_nano=5_000, prompt_tokens=3, latency_us=2_000_000
+                    ),
+                )
+            await store.feedback("r0", 1.0)
+            await store.feedback("r0", 0.5)
+            await store.feedback("r2", 1.0)  # its text was not kept
+
+    asyncio.run(serve())
+    data = load(tmp_path / "gateway.db")
+    assert (data.query, data.models) == (("one",), ("small",))
+    np.testing.assert_array_equal(data.score_NM, [[0.75]])
+    np.testing.assert_array_equal(data.cost_NM, [[5e-6]])
+    np.testing.assert_array_equal(data.latency_NM, [[2.0]])
+    np.testing.assert_array_equal(data.signals["probability"], [[0.5]])
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "none.db")

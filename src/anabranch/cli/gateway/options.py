@@ -21,7 +21,8 @@ DEFAULT = ("knn", "cluster", "ridge")  # learn in seconds and need no torch
 Data = Annotated[
     str,
     typer.Argument(
-        metavar="DATA", help="Recorded outcomes: .jsonl, .csv, also .gz, or a public set (llmrouter, routellm_mmlu)."
+        metavar="DATA",
+        help="Recorded outcomes: .jsonl, .csv, also .gz; a gateway's store (.db); or a public set (llmrouter, routellm_mmlu).",
     ),
 ]
 Named = Annotated[

@@ -1,16 +1,59 @@
-"""The gateway's own log as recorded outcomes: requests that somebody scored, each answered by the one model that was asked."""
+"""The gateway's own log as recorded outcomes: requests that somebody scored, each answered by the one model that was asked.
 
+A decision that was stored holds the text under ``query``, where the gateway is let keep prompts, and may hold ``task`` and ``probability``.
+"""
+
+import asyncio
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError
 from anabranch.gateway.data.table import Row, gather
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
 
+if TYPE_CHECKING:
+    from anabranch.gateway.store.store import Store
+
 SOURCE = Path("the ledger")  # named in errors
+PAGE = 10_000  # rows of the ledger read at a time
+
+
+def load_store(url: str) -> Recorded:
+    """Outcomes from a gateway's store (a SQLite file or a PostgreSQL URL), which may be in use. Raises DataError if it holds none."""
+    if "://" not in url and not Path(url).is_file():
+        raise DataError(f"cannot read {url}: no such file")
+
+    async def read() -> Recorded:
+        from anabranch.gateway.store.store import open_store
+
+        async with open_store(url, serves=False) as store:
+            return from_ledger(await scored_requests(store))
+
+    return asyncio.run(read())
+
+
+async def scored_requests(store: "Store") -> list[dict[str, Any]]:
+    """Rows for `from_ledger`: every request that a model answered and somebody scored, oldest first."""
+    from anabranch.gateway.store.records import LedgerQuery
+
+    found: list[dict[str, Any]] = []
+    after: int | None = None
+    while rows := await store.ledger(LedgerQuery(after_seq=after, limit=PAGE, newest_first=False)):
+        after = rows[-1].seq
+        for row in rows:
+            if not row.model or row.quality is None:
+                continue
+            decisions = await store.decisions(row.request_id, limit=1)
+            body = decisions[0].body if decisions else {}
+            found.append({
+                **{name: body.get(name) for name in ("query", "task", "probability")}, "model": row.model, "score": row.quality,
+                "cost_nano": row.cost_nano, "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
+                "latency_us": row.latency_us,
+            })  # fmt: skip
+    return found
 
 
 def from_ledger(rows: Iterable[Mapping[str, Any]]) -> Recorded:
