@@ -19,7 +19,7 @@ self-verification costs ``vote_cost`` of an answer.
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -79,6 +79,7 @@ class AutoMix(Escalating, kind="automix"):
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
         self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._decided: dict[tuple[Any, ...], Any] = {}  # few combinations of votes occur, so each is decided once
 
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take the models to ask for their verdict."""
@@ -116,6 +117,7 @@ class AutoMix(Escalating, kind="automix"):
                 "automix needs queries with the scores of the whole chain and the votes of all but its last model"
             )
         self.models = tuple(data.models[column] for column in columns)
+        self._decided.clear()
         score_NK = data.score_NM[rows][:, columns]
         right_NK = Span.of(data.score_NM).shrink(score_NK) >= self.config.correct
         state_N = right_NK @ (1 << np.arange(len(columns)))
@@ -180,13 +182,18 @@ class AutoMix(Escalating, kind="automix"):
     def ask(self, place: int, belief_S: np.ndarray) -> float:
         """Value of asking the model at this place, at a belief: what it costs, and the best that can then be done."""
         blind = self.give(place, belief_S)
-        return max(blind, self.verify(place, belief_S)) - self.config.trade_off * float(self.cost_K[place])
+        return max(blind, self.verify(place, belief_S)) - self.price * float(self.cost_K[place])
+
+    @property
+    def price(self) -> float:
+        """The trade-off; where money is no object, next to nothing, so that of two ways that are as good the cheaper is gone."""
+        return max(self.config.trade_off, 1e-9 / max(float(self.cost_K.max()), 1e-300))
 
     def verify(self, place: int, belief_S: np.ndarray) -> float:
         """Value of letting the model verify its answer, then giving it or asking on. The last model's answer is given as it is."""
         if place == len(self.models) - 1:
             return -np.inf
-        value = -self.config.trade_off * self.config.votes * self.config.vote_cost * float(self.cost_K[place])
+        value = -self.price * self.config.votes * self.config.vote_cost * float(self.cost_K[place])
         for level in range(self.vote_KSV.shape[2]):
             joint_S = belief_S * self.vote_KSV[place, :, level]
             chance = float(joint_S.sum())
@@ -207,17 +214,36 @@ class AutoMix(Escalating, kind="automix"):
 
     def first(self) -> int:
         """Place of the model to ask first: the one of largest value at the prior, of equals the earliest."""
-        return int(np.argmax([self.ask(place, self.prior_S) for place in range(len(self.models))]))
+        return self._once(
+            ("first",), lambda: int(np.argmax([self.ask(place, self.prior_S) for place in range(len(self.models))]))
+        )
 
     def verifies(self, votes: list[float], first: int = 0) -> bool:
         """Whether the model after those that voted verifies its answer; otherwise it is given as it is."""
-        place, belief_S = first + len(votes), self.believe(votes, first)
-        return self.verify(place, belief_S) > self.give(place, belief_S)
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes), self.believe(votes, first)
+            return self.verify(place, belief_S) > self.give(place, belief_S)
+
+        return self._once(("verifies", first, *self._known(votes)), decide)
 
     def accepts(self, votes: list[float], first: int = 0) -> bool:
         """Whether the answer of the last model that voted is given."""
-        place, belief_S = first + len(votes) - 1, self.believe(votes, first)
-        return self.give(place, belief_S) >= self.ask(place + 1, belief_S)
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes) - 1, self.believe(votes, first)
+            return self.give(place, belief_S) >= self.ask(place + 1, belief_S)
+
+        return self._once(("accepts", first, *self._known(votes)), decide)
+
+    def _known(self, votes: list[float]) -> list[int]:
+        """Levels; -1 for a vote that is not known."""
+        return [int(self._levels(np.array(share))) if np.isfinite(share) else -1 for share in votes]
+
+    def _once(self, key: tuple[Any, ...], decide: Callable[[], Any]) -> Any:
+        if key not in self._decided:
+            self._decided[key] = decide()
+        return self._decided[key]
 
     # -- deciding
 
@@ -308,12 +334,11 @@ class AutoMix(Escalating, kind="automix"):
         if len(places) > 1:
             votes_NK[:, np.array(places) - first] = self.confidences(data)[:, columns]
         accept_NK, calls_NK = np.ones((len(data), len(places)), bool), np.ones((len(data), len(places)))
-        for at, place in enumerate(places[:-1]):  # few combinations of votes occur, so each is decided once
-            seen_VK, kind_N = np.unique(votes_NK[:, : place - first + 1], axis=0, return_inverse=True)
-            verifies_V = np.array([self.verifies(votes_K[:-1].tolist(), first) for votes_K in seen_VK])
-            accepts_V = np.array([self.accepts(votes_K.tolist(), first) for votes_K in seen_VK])
-            accept_NK[:, at] = (accepts_V | ~verifies_V)[kind_N.reshape(-1)]
-            calls_NK[:, at] += self.config.votes * self.config.vote_cost * verifies_V[kind_N.reshape(-1)]
+        for at, place in enumerate(places[:-1]):
+            votes = votes_NK[:, : place - first + 1].tolist()
+            verifies_N = np.array([self.verifies(votes_K[:-1], first) for votes_K in votes], bool)
+            accept_NK[:, at] = np.array([self.accepts(votes_K, first) for votes_K in votes], bool) | ~verifies_N
+            calls_NK[:, at] += self.config.votes * self.config.vote_cost * verifies_N
         return run(data, columns, accept_NK, calls_NK)
 
     def knobs(self, data: Recorded) -> list[float]:
@@ -340,3 +365,4 @@ class AutoMix(Escalating, kind="automix"):
             arrays[name] for name in ("prior_S", "quality_SK", "cost_K", "vote_KSV")
         )
         self.models = tuple(facts["models"])
+        self._decided.clear()
