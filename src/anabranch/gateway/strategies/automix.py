@@ -3,7 +3,8 @@
     v    = share of k self-verifications that say "correct"
     b(s) = P(s | v_1 ... v_j),  by Bayes' rule from P(s) and P(v_i | s);     s says which models of the chain are right on this query
     give answer j     if E[quality_j | b] >= the best that can come of asking on
-    ask model j + 1   otherwise: its value is -trade_off cost_j+1 + E over v_j+1 of the same choice there
+    ask model j + 1   otherwise: its value is -trade_off cost_j+1 + the better of giving its answer as it is, and of verifying it,
+    which costs too, and choosing again
 
 Source: Madaan et al. 2023, AutoMix (arXiv 2310.12963, section 3): few-shot self-verification, and a router that treats correctness
 as the hidden state of a POMDP with the votes as observations. States, observations and means are counted on recorded outcomes,
@@ -18,7 +19,7 @@ self-verification costs ``vote_cost`` of an answer.
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -78,6 +79,7 @@ class AutoMix(Escalating, kind="automix"):
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
         self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._decided: dict[tuple[Any, ...], Any] = {}  # few combinations of votes occur, so each is decided once
 
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take the models to ask for their verdict."""
@@ -115,6 +117,7 @@ class AutoMix(Escalating, kind="automix"):
                 "automix needs queries with the scores of the whole chain and the votes of all but its last model"
             )
         self.models = tuple(data.models[column] for column in columns)
+        self._decided.clear()
         score_NK = data.score_NM[rows][:, columns]
         right_NK = Span.of(data.score_NM).shrink(score_NK) >= self.config.correct
         state_N = right_NK @ (1 << np.arange(len(columns)))
@@ -122,7 +125,7 @@ class AutoMix(Escalating, kind="automix"):
         count_S = np.bincount(state_N, minlength=num_states).astype(float)
         self.prior_S = (count_S + 1) / (len(rows) + num_states)
         self.quality_SK = self._qualities(score_NK, right_NK, state_N, count_S)
-        self.cost_K = means(data.cost_NM)[columns] * [self.calls_for(column == columns[-1]) for column in columns]  # type: ignore[arg-type]
+        self.cost_K = means(data.cost_NM)[columns]  # type: ignore[arg-type]
         if not np.isfinite(self.cost_K).all():
             raise DataError(f"automix needs the cost of every model of its chain: {', '.join(self.models)}")
         self.vote_KSV = np.ones((len(judged), num_states, self.config.votes + 1))
@@ -178,9 +181,19 @@ class AutoMix(Escalating, kind="automix"):
 
     def ask(self, place: int, belief_S: np.ndarray) -> float:
         """Value of asking the model at this place, at a belief: what it costs, and the best that can then be done."""
-        value = -self.config.trade_off * float(self.cost_K[place])
+        blind = self.give(place, belief_S)
+        return max(blind, self.verify(place, belief_S)) - self.price * float(self.cost_K[place])
+
+    @property
+    def price(self) -> float:
+        """The trade-off; where money is no object, next to nothing, so that of two ways that are as good the cheaper is gone."""
+        return max(self.config.trade_off, 1e-9 / max(float(self.cost_K.max()), 1e-300))
+
+    def verify(self, place: int, belief_S: np.ndarray) -> float:
+        """Value of letting the model verify its answer, then giving it or asking on. The last model's answer is given as it is."""
         if place == len(self.models) - 1:
-            return value + float(belief_S @ self.quality_SK[:, place])
+            return -np.inf
+        value = -self.price * self.config.votes * self.config.vote_cost * float(self.cost_K[place])
         for level in range(self.vote_KSV.shape[2]):
             joint_S = belief_S * self.vote_KSV[place, :, level]
             chance = float(joint_S.sum())
@@ -201,15 +214,36 @@ class AutoMix(Escalating, kind="automix"):
 
     def first(self) -> int:
         """Place of the model to ask first: the one of largest value at the prior, of equals the earliest."""
-        return int(np.argmax([self.ask(place, self.prior_S) for place in range(len(self.models))]))
+        return self._once(
+            ("first",), lambda: int(np.argmax([self.ask(place, self.prior_S) for place in range(len(self.models))]))
+        )
+
+    def verifies(self, votes: list[float], first: int = 0) -> bool:
+        """Whether the model after those that voted verifies its answer; otherwise it is given as it is."""
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes), self.believe(votes, first)
+            return self.verify(place, belief_S) > self.give(place, belief_S)
+
+        return self._once(("verifies", first, *self._known(votes)), decide)
 
     def accepts(self, votes: list[float], first: int = 0) -> bool:
         """Whether the answer of the last model that voted is given."""
-        place = first + len(votes) - 1
-        if place >= len(self.models) - 1:
-            return True
-        belief_S = self.believe(votes, first)
-        return self.give(place, belief_S) >= self.ask(place + 1, belief_S)
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes) - 1, self.believe(votes, first)
+            return self.give(place, belief_S) >= self.ask(place + 1, belief_S)
+
+        return self._once(("accepts", first, *self._known(votes)), decide)
+
+    def _known(self, votes: list[float]) -> list[int]:
+        """Levels; -1 for a vote that is not known."""
+        return [int(self._levels(np.array(share))) if np.isfinite(share) else -1 for share in votes]
+
+    def _once(self, key: tuple[Any, ...], decide: Callable[[], Any]) -> Any:
+        if key not in self._decided:
+            self._decided[key] = decide()
+        return self._decided[key]
 
     # -- deciding
 
@@ -237,28 +271,43 @@ class AutoMix(Escalating, kind="automix"):
         if self.config.rule == "threshold":
             return super().accept(query, model, answer, details)
         self._check()
-        if model not in self.models:
+        votes, first = self._earlier(query, model)
+        if votes is None or not self.verifies(votes, first):
             return True
-        first, place, key = self.first(), self.models.index(model), (query.tenant, query.text)
-        votes = self._seen.setdefault(key, [])
-        votes += [float("nan")] * (place - first - len(votes))  # models that failed
-        del votes[max(0, place - first) :]
         votes.append(self.confidence(query, model, answer, details))
+        is_given = self.accepts(votes, first)
+        if is_given:
+            self._seen.pop((query.tenant, query.text), None)
+        return is_given
+
+    def _earlier(self, query: Query, model: str) -> tuple[list[float] | None, int]:
+        """Votes of the models before this one for the same query, NaN for those that failed; None if its answer is given in any case."""
+        if model not in self.models[:-1]:
+            return None, 0
+        place = self.models.index(model)
+        first = min(self.first(), place)
+        votes = self._seen.setdefault((query.tenant, query.text), [])
+        self._seen.move_to_end((query.tenant, query.text))
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
-        is_given = self.accepts(votes, min(first, place))
-        if is_given:
-            self._seen.pop(key, None)
-        return is_given
+        votes += [float("nan")] * (place - first - len(votes))
+        del votes[place - first :]
+        return votes, first
 
     async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
         """Let the model verify its answer k times, all at once, then `accept`. A verdict that cannot be read counts against the answer."""
-        is_last = self.threshold_of(model) is None if self.config.rule == "threshold" else model not in self.models[:-1]
-        if "votes" in details or is_last or self.complete is None:
+        if "votes" in details or self.complete is None or not self._wants_votes(query, model):
             return self.accept(query, model, answer, details)
         text = VERIFY.format(question=query.text, answer=answer)
         verdicts = await asyncio.gather(*(self._verdict(model, text) for _ in range(self.config.votes)))
         return self.accept(query, model, answer, {**details, "votes": sum(verdicts) / len(verdicts)})
+
+    def _wants_votes(self, query: Query, model: str) -> bool:
+        if self.config.rule == "threshold":
+            return self.threshold_of(model) is not None
+        self._check()
+        votes, first = self._earlier(query, model)
+        return votes is not None and self.verifies(votes, first)
 
     async def _verdict(self, model: str, text: str) -> bool:
         assert self.complete is not None
@@ -277,20 +326,20 @@ class AutoMix(Escalating, kind="automix"):
         self._check()
         first = self.first()
         there = {data.models[column] for column in playable(data, pool)}
-        missing = [name for name in self.models[first:] if name not in there]
-        if missing:
-            raise InputError(f"automix asks {missing[0]!r}, which is not recorded or not in the pool")
-        columns = [data.models.index(name) for name in self.models[first:]]
-        calls_K = np.array([self.calls_for(place == len(columns) - 1) for place in range(len(columns))])
-        accept_NK = np.ones((len(data), len(columns)), bool)
-        if len(columns) > 1:
-            votes_NK = self.confidences(data)[:, columns[:-1]]
-            for place in range(len(columns) - 1):  # few combinations of votes occur, so each is decided once
-                seen_VK, at_N = np.unique(votes_NK[:, : place + 1], axis=0, return_inverse=True)
-                accept_NK[:, place] = np.array([self.accepts(votes_K.tolist(), first) for votes_K in seen_VK])[
-                    at_N.reshape(-1)
-                ]
-        return run(data, columns, accept_NK, calls_K)
+        places = [place for place in range(first, len(self.models)) if self.models[place] in there]
+        if not places:
+            raise InputError(f"automix asks {', '.join(self.models[first:])}; none is recorded and in the pool")
+        columns = [data.models.index(self.models[place]) for place in places]
+        votes_NK = np.full((len(data), len(self.models) - first), np.nan)
+        if len(places) > 1:
+            votes_NK[:, np.array(places) - first] = self.confidences(data)[:, columns]
+        accept_NK, calls_NK = np.ones((len(data), len(places)), bool), np.ones((len(data), len(places)))
+        for at, place in enumerate(places[:-1]):
+            votes = votes_NK[:, : place - first + 1].tolist()
+            verifies_N = np.array([self.verifies(votes_K[:-1], first) for votes_K in votes], bool)
+            accept_NK[:, at] = np.array([self.accepts(votes_K, first) for votes_K in votes], bool) | ~verifies_N
+            calls_NK[:, at] += self.config.votes * self.config.vote_cost * verifies_N
+        return run(data, columns, accept_NK, calls_NK)
 
     def knobs(self, data: Recorded) -> list[float]:
         """Trade-offs around what a dollar buys between the models of the chain."""
@@ -316,3 +365,4 @@ class AutoMix(Escalating, kind="automix"):
             arrays[name] for name in ("prior_S", "quality_SK", "cost_K", "vote_KSV")
         )
         self.models = tuple(facts["models"])
+        self._decided.clear()

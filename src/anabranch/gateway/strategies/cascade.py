@@ -24,7 +24,7 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.query import Query
+from anabranch.gateway.query import Decision, Pool, Query
 from anabranch.gateway.strategies.escalate import Escalating
 from anabranch.gateway.strategies.ridge import ridge_left_out
 from anabranch.gateway.strategy import Arrays, Facts
@@ -72,6 +72,15 @@ class Cascade(Escalating, kind="cascade"):
     def needs_vector(self) -> bool:  # type: ignore[override]
         """Where it uses one."""
         return self.config.uses_vector
+
+    def route(self, query: Query, pool: Pool) -> Decision:
+        """The chain. Raises InputError before ``fit``, or without a vector like those it learned from."""
+        if self.frontier and self.dim and (query.vector_D is None or len(query.vector_D) != self.dim):
+            given = "none" if query.vector_D is None else f"{len(query.vector_D)}"
+            raise InputError(
+                f"cascade judges answers with vectors of {self.dim} dimensions and was given {given}; use its embedder"
+            )
+        return super().route(query, pool)
 
     def learn(self, data: Recorded, *, seed: int) -> np.ndarray:
         """A scorer per model on the rows whose score is known."""

@@ -168,6 +168,8 @@ class Escalating(Strategy):
     def route(self, query: Query, pool: Pool) -> Decision:
         """The chain, then the rest of the pool in case all of it fails. Raises InputError if the pool has none of the chain."""
         chain = self.chain
+        if chain is None and self.needs_fit:
+            raise InputError(f"{self.name} has not learned yet: fit it on recorded outcomes first")
         models = (
             chain.models if chain is not None else self.config.models or tuple(pool.names[at] for at in by_price(pool))
         )
@@ -244,8 +246,8 @@ class Escalating(Strategy):
         ]
 
 
-def run(data: Recorded, columns: list[int], accept_NK: np.ndarray, calls_K: np.ndarray) -> Played:
-    """Ask the columns in order until one is accepted; the last is in any case. ``calls_K`` are calls' worth of cost of each."""
+def run(data: Recorded, columns: list[int], accept_NK: np.ndarray, calls_NK: np.ndarray) -> Played:
+    """Ask the columns in order until one is accepted; the last is in any case. ``calls_NK`` is the calls' worth of cost of each."""
     accept_NK = accept_NK.copy()
     accept_NK[:, -1] = True
     stop_N = accept_NK.argmax(axis=1)
@@ -255,7 +257,7 @@ def run(data: Recorded, columns: list[int], accept_NK: np.ndarray, calls_K: np.n
     calls_NM[:, columns] = asked_NK
     cost_N = np.full(len(data), np.nan)
     if data.cost_NM is not None:
-        cost_N = np.where(asked_NK, data.cost_NM[:, columns] * calls_K, 0.0).sum(axis=1)
+        cost_N = np.where(asked_NK, data.cost_NM[:, columns] * calls_NK, 0.0).sum(axis=1)
     return Played(model_N=model_N, quality_N=data.score_NM[rows, model_N], cost_N=cost_N, calls_NM=calls_NM)
 
 

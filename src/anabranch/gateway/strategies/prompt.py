@@ -139,7 +139,7 @@ class Prompt(Strategy, kind="prompt"):
 
     def parse(self, answer: str, pool: Pool) -> int | str | None:
         """A level from 1 to 5, or a model of the pool; None if the answer is not exactly that (marks and a full stop around it aside)."""
-        bare = answer.strip().strip("`*\"'").rstrip(".").strip()
+        bare = answer.strip(" \t\r\n`*\"'.")
         if self.config.ask == "difficulty":
             return int(bare) if re.fullmatch(r"[1-5]", bare) else None
         return next((name for name in pool.names if name.casefold() == bare.casefold()), None)

@@ -144,6 +144,8 @@ def _decomposed(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """U, s, V^T without directions of no length; by X^T X where that is small, far quicker than the SVD of a tall matrix."""
     if len(x_ND) < x_ND.shape[1]:
         return np.linalg.svd(x_ND, full_matrices=False)
+    if not x_ND.shape[1]:
+        return np.zeros((len(x_ND), 0)), np.zeros(0), np.zeros((0, 0))
     square_R, v_DR = np.linalg.eigh(x_ND.T @ x_ND)
     kept_R = square_R > square_R[-1] * 1e-12
     if not kept_R.any() or square_R[-1] <= 0:
