@@ -1,0 +1,1 @@
+"""Upstreams: what is sent to them, and how their answers are read."""
