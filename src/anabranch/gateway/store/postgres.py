@@ -137,6 +137,7 @@ class PostgresDatabase:
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
         self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex
+        self._is_held = False
 
     def connect(self) -> PostgresConnection:
         """See `Database`."""
@@ -169,6 +170,7 @@ class PostgresDatabase:
         connection = self.connect()
         try:
             self.beat(connection)
+            self._is_held = True
         except BusyError as error:
             raise DataError(f"cannot open the store {self.name}: {error}") from None
         finally:
@@ -194,6 +196,9 @@ class PostgresDatabase:
 
     def let_go(self) -> None:
         """See `Database`."""
+        if not self._is_held:
+            return
+        self._is_held = False
         connection = self.connect()
         with suppress(BusyError):  # the lease ends by itself
             connection.run("DELETE FROM replicas WHERE id = :id", id=self.replica)

@@ -64,8 +64,12 @@ def open_store(url: str, *, serves: bool = True, clock: Callable[[], float] = ti
     Raises DataError for what is no store or cannot be reached, BackendError if a package is missing.
     """
     database = _database(url)
-    database.open()
-    return Store(database, serves=serves, clock=clock)
+    try:
+        database.open()
+        return Store(database, serves=serves, clock=clock)
+    except BaseException:
+        database.close()
+        raise
 
 
 def _database(url: str) -> Database:
