@@ -1,1 +1,5 @@
-"""Upstreams: what is sent to them, and how their answers are read."""
+"""What upstreams are asked and what they answer, in one vocabulary."""
+
+from anabranch.gateway.providers.provider import Answer, Failure, Provider, UpstreamError, UpstreamRequest, Usage
+
+__all__ = ["Answer", "Failure", "Provider", "UpstreamError", "UpstreamRequest", "Usage"]
