@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.gateway.budget import app as budget
+from anabranch.cli.gateway.keys import app as keys
+from anabranch.cli.gateway.ledger import app as ledger
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -15,6 +19,8 @@ app = typer.Typer(
 _COMMANDS: dict[str, Callable[..., None]] = {}
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
+for _name, _group in {"keys": keys, "budget": budget, "ledger": ledger}.items():
+    app.add_typer(_group, name=_name)
 
 
 @app.callback()
