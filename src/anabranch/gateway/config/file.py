@@ -228,8 +228,10 @@ def _check_strategies(config: GatewayConfig, source: _Source) -> None:
         try:
             make_strategy(strategy)
         except AnabranchError as error:
-            field = re.search(r" has no field '([^']*)'", str(error))
-            source.fail(f"{path}: {error}", join(path, field[1]) if field else f"{path}.kind")
+            unknown = re.search(r" has no field '([^']*)'", str(error))
+            word = unknown[1] if unknown else re.split(r"[ :]", str(error), maxsplit=1)[0]
+            places = (join(path, word), join(f"{path}.fields", word), f"{path}.kind", f"{path}.use")
+            source.fail(f"{path}: {error}", next((place for place in places if place in source.lines), path))
 
 
 def make_strategy(config: StrategyConfig) -> Any:
