@@ -151,14 +151,16 @@ def test_files_with_nothing_to_take(moved, tmp_path):
         moved("model_list:\n  - model_name: a\n    litellm_params: {model: bedrock/a}\n")
     with pytest.raises(ConfigError, match="model_list is no list"):
         moved("model_list: {a: 1}\n")
-    with pytest.raises(ConfigError, match="config.yaml:2: not YAML"):
+    with pytest.raises(ConfigError, match=r"config.yaml:2: not YAML"):
         moved("model_list: [\n")
     with pytest.raises(DataError, match="cannot read the config"):
         import_litellm(tmp_path / "none.yaml")
 
 
 def test_a_master_key_written_down_is_not_taken(moved):
-    done = moved("model_list: [{model_name: a, litellm_params: {model: openai/a}}]\ngeneral_settings: {master_key: sk-1234}\n")
+    done = moved(
+        "model_list: [{model_name: a, litellm_params: {model: openai/a}}]\ngeneral_settings: {master_key: sk-1234}\n"
+    )
     assert done.config.admin.key is None
     assert "sk-1234" not in str(done.left)
     assert done.config.models[0].deployments[0].provider.key_env == "OPENAI_API_KEY"
