@@ -1,4 +1,4 @@
-"""What a store keeps: keys, budgets, reservations, ledger rows. Money is integer nano-dollars, time integer microseconds since 1970 (UTC)."""
+"""What a store keeps: keys, budgets, reservations, ledger rows. Money is nano-dollars, time microseconds since 1970 (UTC), all integers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,9 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(tags))
     for tag in found:
         if not isinstance(tag, str) or not TAG.fullmatch(tag):
-            raise InputError(f"the tag {tag!r} may not be: 1 to 64 of letters, digits and _ . @ / + = -, a letter or digit first")
+            raise InputError(
+                f"the tag {tag!r} may not be: 1 to 64 of letters, digits and _ . @ / + = -, a letter or digit first"
+            )
     if len(found) > MAX_TAGS:
         raise InputError(f"{len(found)} tags are too many; {MAX_TAGS} at most")
     return found
