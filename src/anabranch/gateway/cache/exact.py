@@ -34,7 +34,9 @@ class ExactCache:
 
     def __init__(self, *, ttl_s: float, size_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         if not ttl_s > 0 or size_bytes < 0:
-            raise InputError(f"a cache needs a ttl_s above 0 and size_bytes of at least 0; got {ttl_s} and {size_bytes}")
+            raise InputError(
+                f"a cache needs a ttl_s above 0 and size_bytes of at least 0; got {ttl_s} and {size_bytes}"
+            )
         self.ttl_s, self.most_bytes, self._clock = ttl_s, size_bytes, clock
         self.size_bytes = 0
         self._held: OrderedDict[tuple[str, bytes], tuple[Entry, float]] = OrderedDict()

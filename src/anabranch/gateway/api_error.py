@@ -1,4 +1,4 @@
-"""`Refusal`: an answer that is an error, in the shape and with the status that OpenAI's clients know."""
+"""`ApiError`: an answer that is an error, in the shape and with the status that OpenAI's clients know."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from anabranch.errors import AnabranchError
 
 
-class Refusal(AnabranchError):
+class ApiError(AnabranchError):
     """A request that is not answered. The HTTP layer turns it into a response, the Python API raises it.
 
     Attributes:
@@ -46,6 +46,6 @@ _TYPES = {
 }
 
 
-def wrong(param: str, message: str, code: str | None = "invalid_value") -> Refusal:
+def wrong(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
     """A field of the request has a value it may not have (400)."""
-    return Refusal(400, code, message, param=param)
+    return ApiError(400, code, message, param=param)
