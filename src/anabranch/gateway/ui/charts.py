@@ -36,7 +36,7 @@ def histogram(buckets: Buckets, what: str) -> str:
         parts.append(
             f'<rect class="column" x="{at * width + 0.8:.2f}%" width="{width - 1.6:.2f}%" y="{HISTOGRAM_PX - 18 - height:.1f}" '
             f'height="{height:.1f}"><title>{count:,} up to {label}</title></rect>'
-            f'<text x="{middle:.2f}%" y="{HISTOGRAM_PX - 4}" class="tick">{label}</text>'
+            f'<text x="{middle:.2f}%" y="{HISTOGRAM_PX - 4}" class="tick{" second" if at % 2 else ""}">{label}</text>'
         )
         if count:
             parts.append(
@@ -96,7 +96,7 @@ def pareto(points: Sequence[Point]) -> str:
 
     parts = [f'<line x1="9%" x2="98%" y1="{base}" y2="{base}" class="axis"/>']
     parts.extend(
-        f'<text x="{to_x(cost):.2f}%" y="{PARETO_PX - 8}" class="tick">${cost * 1000:.3g}</text>' for cost in ticks
+        f'<text x="{to_x(cost):.2f}%" y="{PARETO_PX - 8}" class="tick">${cost * 1000:.2g}</text>' for cost in ticks
     )
     for step in range(5):
         quality = low + (high - low) * step / 4

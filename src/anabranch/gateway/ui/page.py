@@ -1,6 +1,7 @@
 """HTML of the page, whole or only its parts (what the script puts in place every few seconds). A pure function of a `Snapshot`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
@@ -217,18 +218,18 @@ def _attempts(seen: Seen) -> str:
 
 
 def _money(nano: float, digits: int = 2) -> str:
-    value = dollars(round(nano))
-    return (
-        f"${value:,.{digits}f}"
-        if value == 0 or value >= 10**-digits
-        else f"${value:.2g}"
-        if value >= 1e-4
-        else f"${value:.7f}".rstrip("0")
-    )
+    return _dollars(dollars(round(nano)), digits)
 
 
 def _cost(cost: Any) -> str:
-    return NONE if cost is None else f"${cost:.2g}"
+    return NONE if cost is None else _dollars(cost, 4)
+
+
+def _dollars(value: float, digits: int) -> str:
+    """With so many digits, or, where that would show nothing, with two that count."""
+    if value == 0 or value >= 10**-digits:
+        return f"${value:,.{digits}f}"
+    return f"${value:.{1 - math.floor(math.log10(value))}f}"
 
 
 def _number(value: Any) -> str:
@@ -242,7 +243,7 @@ def _percent(share: float | None) -> str:
 def _time(seconds: Any) -> str:
     if seconds is None:
         return NONE
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1000:.2f} ms" if seconds < 0.001 else f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _span(seconds: float) -> str:

@@ -1,0 +1,286 @@
+"""Strategies at work in a server: none may slow, break or mislead it.
+
+A strategy that raises, names a model that is not there, or takes longer than its time is passed over for the default one, and counted. What
+may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop goes on; what
+says that it is fast (`is_fast`) is called in place.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anabranch.errors import ConfigError, InputError
+from anabranch.gateway.api_error import wrong
+from anabranch.gateway.config import GatewayConfig, StrategyConfig
+from anabranch.gateway.embed import Embedder
+from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.gateway.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+WAITING = 256  # observations that may wait for a strategy's thread; more are dropped
+
+
+class BypassError(Exception):
+    """A strategy cannot be asked, or said what cannot be; ``why`` is one word for the counter."""
+
+    def __init__(self, why: str, message: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A decision as it will be acted on.
+
+    Attributes:
+        decision: candidates are all in the pool.
+        bypassed: why the strategy that was asked for did not make it; "" if it did.
+        query: with its vector, if one was made.
+    """
+
+    decision: Decision
+    bypassed: str
+    query: Query
+
+
+class Lane:
+    """One strategy and its thread.
+
+    Attributes:
+        name: ``auto/NAME``.
+        learns: `observe` does something.
+    """
+
+    def __init__(self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None) -> None:
+        self.name, self.strategy, self.timeout_s = name, strategy, config.timeout_s
+        self._models = frozenset(config.models)
+        self._embedder = embedder if strategy.needs_vector else None
+        self.is_fast = getattr(strategy, "is_fast", False) and self._embedder is None
+        self.learns = type(strategy).observe is not Strategy.observe
+        self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
+        self._began: float | None = None  # when what runs in the thread began; None if nothing does
+        self._waiting = 0
+
+    def narrowed(self, pool: Pool) -> Pool:
+        """The models this strategy may choose among."""
+        if not self._models:
+            return pool
+        return Pool(tuple(model for model in pool.models if model.name in self._models), pool.now_s)
+
+    async def decide(self, query: Query, pool: Pool) -> tuple[Decision, Query]:
+        """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
+        pool = self.narrowed(pool)
+
+        def ask() -> tuple[Decision, Query]:
+            seen = query
+            if self._embedder is not None and query.vector_D is None:
+                seen = replace(query, vector_D=self._embedder.embed([query.text])[0])
+            return self.strategy.route(seen, pool), seen
+
+        try:
+            decision, seen = ask() if self.is_fast else await self._in_thread(ask, self.timeout_s)
+        except BypassError:
+            raise
+        except InputError as error:
+            if query.knobs:
+                raise wrong("model", str(error)) from None
+            raise BypassError("raised", str(error)) from None
+        except Exception as error:
+            logger.warning("strategy %s failed: %s", self.name, type(error).__name__, exc_info=logger.isEnabledFor(10))
+            raise BypassError("raised", f"{type(error).__name__} in the strategy") from None
+        _check(decision, pool)
+        return decision, seen
+
+    async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """Whether an answer is good enough. Raises BypassError."""
+
+        def ask() -> bool:
+            return bool(self.strategy.accept(query, model, answer, details))
+
+        try:
+            return ask() if self.is_fast else await self._in_thread(ask, max(self.timeout_s, 1.0))
+        except BypassError:
+            raise
+        except Exception as error:
+            logger.warning("strategy %s failed to judge an answer: %s", self.name, type(error).__name__)
+            raise BypassError("raised", f"{type(error).__name__} in the strategy") from None
+
+    def observe(self, outcome: Outcome) -> None:
+        """Let the strategy learn, later and where it disturbs nobody."""
+        if not self.learns:
+            return
+        if self._threads is None:
+            self._observe(outcome)
+        elif self._waiting < WAITING:
+            self._waiting += 1
+            self._threads.submit(self._observe, outcome).add_done_callback(self._observed)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """``work()`` where the strategy is called, so that it meets no other call of it."""
+        return work() if self.is_fast else await self._in_thread(work, max(self.timeout_s, 2.0))
+
+    def close(self) -> None:
+        """End the thread once it is idle."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _observe(self, outcome: Outcome) -> None:
+        try:
+            self.strategy.observe(outcome)
+        except Exception as error:
+            logger.warning("strategy %s failed to learn: %s", self.name, type(error).__name__)
+
+    def _observed(self, future: object) -> None:
+        self._waiting -= 1
+
+    async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:
+        """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
+        assert self._threads is not None
+        if self._is_stuck(limit_s):
+            raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
+        started: list[float] = []
+
+        def timed() -> T:
+            self._began = time.monotonic()
+            started.append(self._began)
+            try:
+                return work()
+            finally:
+                self._began = None
+
+        future = asyncio.get_running_loop().run_in_executor(self._threads, timed)
+        while True:
+            begin = started[0] if started else self._began or time.monotonic()
+            await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
+            if future.done():
+                return future.result()
+            if started and time.monotonic() - started[0] >= limit_s:
+                break
+            if not started and self._is_stuck(limit_s):
+                future.cancel()
+                break
+        future.add_done_callback(lambda late: late.cancelled() or late.exception())  # so that it counts as seen
+        raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
+
+    def _is_stuck(self, limit_s: float) -> bool:
+        began = self._began
+        return began is not None and time.monotonic() - began > limit_s
+
+
+class Decider:
+    """All strategies of a config.
+
+    Args:
+        config: of the gateway.
+        embedder: of queries, for strategies that were not fitted with one of their own.
+        on_bypass: called with a strategy's name and why.
+        strategies: ready-made ones, by name, in place of the config's.
+
+    Raises ConfigError if a strategy cannot be made or has not learned, CheckpointError for a fitted router that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        embedder: Embedder | None,
+        on_bypass: Callable[[str, str], None] = lambda name, why: None,
+        strategies: Mapping[str, Strategy] | None = None,
+    ) -> None:
+        self.default = config.default
+        self._on_bypass = on_bypass
+        self.lanes: dict[str, Lane] = {}
+        for name, wanted in config.strategies.items():
+            made, own = (strategies or {}).get(name), embedder
+            if made is None:
+                made, own = _make(name, wanted, embedder)
+            if made.needs_vector and own is None:
+                raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
+            self.lanes[name] = Lane(name, wanted, made, own)
+
+    async def decide(self, name: str, query: Query, pool: Pool) -> Decided:
+        """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs."""
+        bypassed = ""
+        for asked in dict.fromkeys((name, self.default)):
+            lane = self.lanes[asked]
+            try:
+                decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool)
+                return Decided(decision, bypassed, seen)
+            except BypassError as error:
+                self._on_bypass(asked, error.why)
+                bypassed = bypassed or str(error)
+        pool = self.lanes[name].narrowed(pool)
+        ready = sorted(pool.models, key=lambda model: not model.is_available)
+        candidates = tuple(Candidate(model=model.name, score=-float(at)) for at, model in enumerate(ready))
+        reason = "the order of the config, since no strategy could decide"
+        return Decided(Decision(candidates=candidates, strategy="order", reason=reason), bypassed, query)
+
+    def acceptance(self, name: str, query: Query) -> Callable[[str, Any], Awaitable[bool]] | None:
+        """What a dispatcher asks after each answer; None if the strategy takes any."""
+        lane = self.lanes[name]
+        if not lane.strategy.reads_answers:
+            return None
+
+        async def accept(model: str, answer: Any) -> bool:
+            try:
+                return await lane.accept(query, model, answer.text, _details(answer))
+            except BypassError as error:
+                self._on_bypass(name, error.why)
+                return True
+
+        return accept
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        for lane in self.lanes.values():
+            lane.close()
+
+
+def _check(decision: Any, pool: Pool) -> None:
+    """Raises BypassError for what is no decision on this pool."""
+    if not isinstance(decision, Decision) or not decision.candidates:
+        raise BypassError("empty", "it named no model")
+    names = [candidate.model for candidate in decision.candidates]
+    unknown = next((name for name in names if name not in pool.names), None)
+    if unknown is not None:
+        raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
+    if len(set(names)) < len(names):
+        raise BypassError("twice", "it named a model twice")
+
+
+def _details(answer: Any) -> dict[str, Any]:
+    choices = answer.body.get("choices") or [{}]
+    return {"finish_reason": answer.finish_reason, "logprobs": choices[0].get("logprobs"), "usage": answer.body.get("usage")}
+
+
+def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+    """The strategy of a config, and what embeds its queries."""
+    from anabranch.gateway import strategies
+
+    if wanted.router is not None:
+        return _load(name, Path(wanted.router), embedder)
+    assert wanted.use is not None
+    try:
+        made = strategies.make(wanted.use, trade_off=wanted.trade_off, **wanted.fields)
+    except ConfigError as error:
+        raise ConfigError(f"strategies.{name}: {error}") from None
+    if made.needs_fit:
+        raise ConfigError(f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit")
+    return made, embedder
+
+
+def _load(name: str, path: Path, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+    from anabranch.gateway.saving import load_folder
+
+    held = load_folder(path).routers
+    if name not in held and len(held) != 1:
+        raise ConfigError(
+            f"strategies.{name}.router is {str(path)!r}, which holds {', '.join(held)}; name the strategy as one of them"
+        )
+    router = held[name] if name in held else next(iter(held.values()))
+    return router.strategy, router.embedder or embedder
