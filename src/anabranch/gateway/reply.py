@@ -1,7 +1,13 @@
 """`Reply`: what a gateway gives back for one request, before it is HTTP or Python."""
 
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+
+
+def new_id() -> str:
+    """Of a request: never taken from the sender, since the ledger has one row for each."""
+    return f"req_{secrets.token_hex(12)}"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
 from anabranch.gateway.http.sse import read_data
-from anabranch.gateway.reply import Reply
+from anabranch.gateway.reply import Reply, new_id
 from anabranch.gateway.validate import parse
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,9 @@ SAFE = {"x-content-type-options": "nosniff"}
 Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-def error_response(error: ApiError, request_id: str | None = None) -> web.Response:
+def error_response(error: ApiError) -> web.Response:
     """OpenAI's form of an error."""
-    headers = {**SAFE, **error.headers}
-    if request_id:
-        headers["x-request-id"] = request_id
+    headers = {"x-request-id": new_id(), **SAFE, **error.headers}
     body = json.dumps(error.to_dict(), ensure_ascii=False).encode("utf-8", "replace")
     return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)
 
