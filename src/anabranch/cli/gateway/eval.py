@@ -75,7 +75,7 @@ def evaluate(
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
     if router is None:
         parts = _parts(recorded, test, columns, prices, test_share, seed)
-        chosen = read_strategies(strategy, fields, recorded)
+        chosen = read_strategies(strategy, fields)
         report = _learn_and_judge(chosen, *parts, embedder, range(seed, seed + seeds), settings, quiet)
     else:
         report = _judge(router, strategy, recorded, unseen, settings, quiet)
@@ -112,6 +112,7 @@ def _learn_and_judge(
 
     if any(one.needs_vector for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
+        settings["embed"] = made.embed
         train, test = embed(made, train, tell), embed(made, test, tell)
     with waiting("judging", quiet):
         return judge(chosen, train=train, test=test, seeds=seeds, **settings)

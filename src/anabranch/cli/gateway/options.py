@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anabranch.gateway.query import Pool
     from anabranch.gateway.strategy import Strategy
 
-DEFAULT = ("knn", "cluster", "ridge", "task")  # learn in seconds and need no torch
+DEFAULT = ("knn", "cluster", "ridge")  # learn in seconds and need no torch
 Data = Annotated[
     str,
     typer.Argument(
@@ -57,7 +57,7 @@ def read_data(name: str, columns: str | None, prices: Path | None) -> tuple[Reco
     """Outcomes without duplicates, and the pool of their models."""
     from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
 
-    if name in SETS and not Path(name).exists():
+    if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
@@ -65,12 +65,12 @@ def read_data(name: str, columns: str | None, prices: Path | None) -> tuple[Reco
     return data, pool_of(data.models, known)
 
 
-def read_strategies(names: list[str] | None, fields: list[str] | None, data: Recorded) -> dict[str, Strategy]:
-    """Strategies by name, not fitted. ``task`` is left out of the default where no task is known."""
+def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
+    """Strategies by name, not fitted."""
     from anabranch.gateway import strategies
 
     if names is None:
-        names = [name for name in DEFAULT if name != "task" or any(data.task)]
+        names = list(DEFAULT)
     elif names == ["all"]:
         names = [name for name in strategies.names() if name != "oracle"]
     of_name: dict[str, dict[str, Any]] = {name: {} for name in names}

@@ -2,8 +2,9 @@
 
     {"query": "...", "task": "maths", "scores": {"small": 0, "large": 1}, "cost": {"small": 0.0001, "large": 0.002}}
 
-``cost`` is in dollars. ``tokens`` ({model: [prompt, completion]}), ``latency`` ({model: seconds}) and ``answers`` ({model: text}) may
-be there too; other fields are not looked at. A model that is left out of a row, or null, was not asked.
+``cost`` is in dollars. ``tokens`` ({model: [prompt, completion]}), ``latency`` ({model: seconds}), ``answers`` ({model: text}) and
+``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too; other fields are not looked at. A model that is left out
+of a row, or null, was not asked.
 """
 
 import json
@@ -54,7 +55,8 @@ def _row(text: str) -> Row:
     values = {part: _numbers(found, field, low) for part, field, low in _FIELDS if field in found}
     if not any(score is not None for score in values.get("score", {}).values()):
         raise DataError("scores are missing; write them as {model: number}")
-    return Row(query, task, values | _tokens(found), _answers(found))
+    signals = {name: _numbers(_table(found, "signals"), name, -float("inf")) for name in _table(found, "signals")}
+    return Row(query, task, values | _tokens(found), _answers(found), signals)
 
 
 _FIELDS = (("score", "scores", -float("inf")), ("cost", "cost", 0.0), ("latency", "latency", 0.0))
@@ -65,7 +67,7 @@ def _table(found: dict[str, Any], field: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or "" in value:
-        raise DataError(f"{field} is {value!r}; it must be a table with a value for each model's name")
+        raise DataError(f"{field} is {value!r}; it must be a table by name")
     return value
 
 

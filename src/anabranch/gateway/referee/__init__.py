@@ -6,7 +6,7 @@ print(report.to_markdown())
 
 from anabranch.gateway.referee.compare import Interval, bootstrap, holm
 from anabranch.gateway.referee.curve import aiq, cost_save, hull, pareto_distance, routerbench_aiq
-from anabranch.gateway.referee.evaluate import decision_latency, evaluate, preference
+from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate, preference, try_out
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import Recovery, recovery, recovery_in_bins
 
@@ -15,6 +15,7 @@ __all__ = [
     "Recovery",
     "Report",
     "Standing",
+    "Trial",
     "aiq",
     "bootstrap",
     "cost_save",
@@ -27,4 +28,5 @@ __all__ = [
     "recovery",
     "recovery_in_bins",
     "routerbench_aiq",
+    "try_out",
 ]

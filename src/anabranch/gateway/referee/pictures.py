@@ -19,10 +19,10 @@ def draw(report: Report, title: str = "") -> Figure:
     if report.cost_range is None or all(one.curve is None for one in report.strategies):
         return _scores(report, title)
     with figure(9.6, 5.4) as (made, axes):
-        _reference(axes, report)
         shown = sorted((one for one in report.strategies if one.curve), key=lambda one: -(one.aiq or 0.0))[:SHOWN]
         for number, one in enumerate(shown):
             _curve(axes, one, SERIES[number], MARKERS[number % len(MARKERS)])
+        _reference(axes, report)
         axes.set(xlabel="dollars per thousand queries", ylabel="mean score", title=title)
         axes.margins(x=0.04, y=0.06)
         axes.grid(color=GRID)
@@ -48,11 +48,15 @@ def _curve(axes: Axes, one: Standing, colour: str, marker: str) -> None:
 
 def _reference(axes: Axes, report: Report) -> None:
     """Single models and mixing among them, the best single one, random choice, and the oracle."""
+    assert report.cost_range is not None
+    middle = sum(report.cost_range) / 2
     for name, row in report.singles.items():
+        is_left = row["cost"] <= middle
         axes.plot(row["cost"] * THOUSAND, row["score"], "o", color=MUTED, markersize=4)
         axes.annotate(
-            name, (row["cost"] * THOUSAND, row["score"]), (4, -9), textcoords="offset points", color=MUTED, fontsize=7
-        )
+            name, (row["cost"] * THOUSAND, row["score"]), (5 if is_left else -5, -9), textcoords="offset points",
+            ha="left" if is_left else "right", color=MUTED, fontsize=7,
+        )  # fmt: skip
     if report.mixing is not None:
         cost, quality = zip(*report.mixing["curve"], strict=True)
         axes.plot(

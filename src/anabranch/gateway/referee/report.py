@@ -139,7 +139,7 @@ class Report:
         ]  # fmt: skip
 
     def baseline_rows(self) -> list[list[str]]:
-        """Cells under `BASELINE_HEADERS`."""
+        """Cells under `BASELINE_HEADERS`. The AIQ of one setting is its score, at whatever cost, so it is not shown."""
         named = {
             "random": "random choice",
             "best_single": f"best single ({self.baselines.get('best_single', {}).get('model', '')})",
@@ -147,7 +147,12 @@ class Report:
             "oracle": "oracle",
         }
         rows = {named[name]: row for name, row in self.baselines.items()} | self.singles
-        return [[name, number(row["score"]), dollars(row["cost"]), number(row["aiq"])] for name, row in rows.items()]
+        found = [
+            [name, number(row["score"]), dollars(row["cost"]), number(row["aiq"]) if "curve" in row else ""]
+            for name, row in rows.items()
+        ]
+        mixed = [] if self.mixing is None else [["single models, mixed at random", "", "", number(self.mixing["aiq"])]]
+        return mixed + found
 
 
 HEADERS = (
