@@ -19,11 +19,14 @@ from anabranch.gateway.api_error import wrong
 from anabranch.gateway.config import GatewayConfig, StrategyConfig
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
-from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.strategy import Complete, Strategy
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+SHORT = 20_000  # characters: longer texts are looked at in the thread, even by strategies that are fast
 WAITING = 256  # observations that may wait for a strategy's thread; more are dropped
+JUDGING_S = 1.0  # least time to judge an answer, which took a model longer than that to write
+ASKING_S = 10.0  # least time of a strategy that asks models: their answers take longer than any computation may
 
 
 class BypassError(Exception):
@@ -58,10 +61,11 @@ class Lane:
     """
 
     def __init__(self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None) -> None:
-        self.name, self.strategy, self.timeout_s = name, strategy, config.timeout_s
+        self.name, self.strategy = name, strategy
+        self.timeout_s = max(config.timeout_s, ASKING_S) if strategy.is_async else config.timeout_s
         self._models = frozenset(config.models)
         self._embedder = embedder if strategy.needs_vector else None
-        self.is_fast = getattr(strategy, "is_fast", False) and self._embedder is None
+        self.is_fast = strategy.is_fast
         self.learns = type(strategy).observe is not Strategy.observe
         self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
         self._began: float | None = None  # when what runs in the thread began; None if nothing does
@@ -76,54 +80,43 @@ class Lane:
     async def decide(self, query: Query, pool: Pool) -> tuple[Decision, Query]:
         """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
         pool = self.narrowed(pool)
-
-        def ask() -> tuple[Decision, Query]:
-            seen = query
-            if self._embedder is not None and query.vector_D is None:
-                seen = replace(query, vector_D=self._embedder.embed([query.text])[0])
-            return self.strategy.route(seen, pool), seen
-
         try:
-            decision, seen = ask() if self.is_fast else await self._in_thread(ask, self.timeout_s)
-        except BypassError:
-            raise
+            if self._embedder is not None and query.vector_D is None:
+                embedder = self._embedder
+                vector_D = (await self._in_thread(lambda: embedder.embed([query.text]), self.timeout_s))[0]
+                query = replace(query, vector_D=vector_D)
+            if self.strategy.is_async:
+                decision = await self._awaited(self.strategy.aroute(query, pool))
+            else:
+                is_short = len(query.text) <= SHORT
+                decision = await self._called(lambda: self.strategy.route(query, pool), self.timeout_s, is_short)
         except InputError as error:
             if query.knobs:
                 raise wrong("model", str(error)) from None
             raise BypassError("raised", str(error)) from None
-        except Exception as error:
-            logger.warning("strategy %s failed: %s", self.name, type(error).__name__, exc_info=logger.isEnabledFor(10))
-            raise BypassError("raised", f"{type(error).__name__} in the strategy") from None
         _check(decision, pool)
-        return decision, seen
+        return decision, query
 
     async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
         """Whether an answer is good enough. Raises BypassError."""
-
-        def ask() -> bool:
-            return bool(self.strategy.accept(query, model, answer, details))
-
-        try:
-            return ask() if self.is_fast else await self._in_thread(ask, max(self.timeout_s, 1.0))
-        except BypassError:
-            raise
-        except Exception as error:
-            logger.warning("strategy %s failed to judge an answer: %s", self.name, type(error).__name__)
-            raise BypassError("raised", f"{type(error).__name__} in the strategy") from None
+        if self.strategy.is_async:
+            return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details)))
+        wanted = max(self.timeout_s, JUDGING_S)
+        return bool(await self._called(lambda: self.strategy.accept(query, model, answer, details), wanted))
 
     def observe(self, outcome: Outcome) -> None:
         """Let the strategy learn, later and where it disturbs nobody."""
         if not self.learns:
             return
-        if self._threads is None:
+        if self.is_fast or self._threads is None:
             self._observe(outcome)
         elif self._waiting < WAITING:
             self._waiting += 1
             self._threads.submit(self._observe, outcome).add_done_callback(self._observed)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """``work()`` where the strategy is called, so that it meets no other call of it."""
-        return work() if self.is_fast else await self._in_thread(work, max(self.timeout_s, 2.0))
+    async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
+        """Why the strategy would decide so. Raises BypassError."""
+        return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
 
     def close(self) -> None:
         """End the thread once it is idle."""
@@ -139,9 +132,39 @@ class Lane:
     def _observed(self, future: object) -> None:
         self._waiting -= 1
 
+    async def _called(self, work: Callable[[], T], limit_s: float, is_short: bool = True) -> T:
+        """``work()`` in place or in the thread. Raises BypassError for whatever it raises but InputError."""
+        try:
+            return work() if self.is_fast and is_short else await self._in_thread(work, limit_s)
+        except (BypassError, InputError):
+            raise
+        except Exception as error:
+            raise self._raised(error) from None
+
+    async def _awaited(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await work
+        except TimeoutError:
+            raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
+        except InputError:
+            raise
+        except Exception as error:
+            raise self._raised(error) from None
+
+    def _raised(self, error: Exception) -> BypassError:
+        """The log says what and where, without the texts an exception may quote."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = "" if trace is None else f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        logger.warning("strategy %s failed: %s%s", self.name, type(error).__name__, where)
+        return BypassError("raised", f"{type(error).__name__} in the strategy")
+
     async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:
         """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
-        assert self._threads is not None
+        if self._threads is None:  # a fast strategy that needs vectors
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
         if self._is_stuck(limit_s):
             raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
         started: list[float] = []
@@ -181,6 +204,7 @@ class Decider:
         embedder: of queries, for strategies that were not fitted with one of their own.
         on_bypass: called with a strategy's name and why.
         strategies: ready-made ones, by name, in place of the config's.
+        complete: how strategies ask models.
 
     Raises ConfigError if a strategy cannot be made or has not learned, CheckpointError for a fitted router that cannot be read.
     """
@@ -191,6 +215,7 @@ class Decider:
         embedder: Embedder | None,
         on_bypass: Callable[[str, str], None] = lambda name, why: None,
         strategies: Mapping[str, Strategy] | None = None,
+        complete: Complete | None = None,
     ) -> None:
         self.default = config.default
         self._on_bypass = on_bypass
@@ -201,6 +226,7 @@ class Decider:
                 made, own = _make(name, wanted, embedder)
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
+            made.connect(embed=None if own is None else own.embed, complete=complete)
             self.lanes[name] = Lane(name, wanted, made, own)
 
     async def decide(self, name: str, query: Query, pool: Pool) -> Decided:
@@ -254,8 +280,15 @@ def _check(decision: Any, pool: Pool) -> None:
 
 
 def _details(answer: Any) -> dict[str, Any]:
+    """What the provider said of an answer, as `Strategy.accept` wants it."""
     choices = answer.body.get("choices") or [{}]
-    return {"finish_reason": answer.finish_reason, "logprobs": choices[0].get("logprobs"), "usage": answer.body.get("usage")}
+    found: dict[str, Any] = {"finish_reason": answer.finish_reason}
+    logprobs = choices[0].get("logprobs")
+    if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+        found["logprobs"] = logprobs["content"]
+    if len(choices) > 1:
+        found["samples"] = [(choice.get("message") or {}).get("content") or "" for choice in choices[1:]]
+    return found
 
 
 def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:

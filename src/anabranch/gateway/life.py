@@ -52,7 +52,8 @@ class Life:
         self.decided: Decided | None = None
         self.reservation: Any = None
         self.report: Report | None = None
-        self.keys: tuple[bytes | None, tuple[bytes, str] | None] = (None, None)
+        self.exact_key: bytes | None = None
+        self.context: tuple[bytes, str] | None = None
         self.vector: Any = None
         self.ticket: Ticket[Entry] | None = None
         self.is_over = False
@@ -113,3 +114,60 @@ class Life:
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
         return self.runtime.models[model].price.cost(self.count.at_most, self.most_tokens(model))
+
+    # Caches
+
+    async def _look(self) -> tuple[Entry, str] | None:
+        """An answer somebody got before, and which cache had it: ``exact``, ``shared`` (another request was under way) or ``semantic``."""
+        caches, wish = self.gateway.caches, self._wish()
+        if wish == "deny" or self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str):
+            return None
+        is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
+        if caches.exact is not None and is_settled:
+            self.exact_key = key = exact_key(self.endpoint, self.label, self.body)
+            entry = caches.exact.get(self.tenant, key)
+            if entry is not None:
+                return entry, "exact"
+            joined = await caches.flights.join((self.tenant, key))
+            if not isinstance(joined, Ticket):
+                return joined, "shared"
+            self.ticket = joined
+        if caches.semantic is not None and self.endpoint == "chat":
+            self.context = context_key(self.endpoint, self.label, self.body)
+            if self.context is not None:
+                self.vector = await caches.embed(self.context[1])
+                found = caches.semantic.get(self.tenant, self.context[0], self.vector)
+                if found is not None:
+                    return found[0], "semantic"
+        if self.exact_key is not None or self.context is not None:
+            self.gateway.metrics.cached("miss")
+        return None
+
+    def _wish(self) -> str:
+        """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""
+        control = self.headers.get("cache-control", "")
+        if "no-cache" in control or "no-store" in control:
+            return "deny"
+        return self.headers.get("x-cache", "").lower()
+
+    # Where it goes
+
+    async def _decide(self) -> None:
+        """Candidates, best first: what the strategy says, or the model that was named and its fallbacks."""
+        runtime = self.runtime
+        if self.target.strategy is None:
+            assert self.target.model is not None
+            names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
+            candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(names))
+            decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
+            self.decided = Decided(decision, "", Query(text=""))
+            return
+        messages = self.body.get("messages") or ()
+        text = last_text(messages) if messages else _flat(self.body.get("prompt", self.body.get("input", "")))
+        names = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
+        query = Query(
+            text=text, messages=messages, task=names.get("x-task"), prompt_tokens=self.count.tokens,
+            max_tokens=self.body.get("max_completion_tokens") or self.body.get("max_tokens"), has_tools=bool(self.body.get("tools")),
+            has_images=has_images(messages), headers=names, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
+        )  # fmt: skip
+        self.decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
