@@ -303,7 +303,9 @@ def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple
     except ConfigError as error:
         raise ConfigError(f"strategies.{name}: {error}") from None
     if made.needs_fit:
-        raise ConfigError(f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit")
+        raise ConfigError(
+            f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit"
+        )
     return made, embedder
 
 

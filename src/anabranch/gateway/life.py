@@ -39,7 +39,13 @@ class Life:
     """One request. Attributes are what is known of it so far; see the methods for when."""
 
     def __init__(
-        self, gateway: "Gateway", runtime: "Runtime", endpoint: Any, body: dict[str, Any], headers: Mapping[str, str], shown_as: str
+        self,
+        gateway: "Gateway",
+        runtime: "Runtime",
+        endpoint: Any,
+        body: dict[str, Any],
+        headers: Mapping[str, str],
+        shown_as: str,
     ) -> None:
         self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
         self.headers, self.shown_as = headers, shown_as

@@ -48,7 +48,9 @@ class Runtime:
         self.models: dict[str, ModelConfig] = {model.name: model for model in config.models}
         self.embedder: Embedder | None = None if config.embedder is None else config.embedder.build()
         if self.embedder is not None and self.embedder.needs_fit:
-            raise ConfigError("embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own")
+            raise ConfigError(
+                "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
+            )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
         self.decider = Decider(config, self.embedder, on_bypass, strategies)
         self.dispatcher = Dispatcher(groups_of(config), rules_of(config))

@@ -86,7 +86,9 @@ class App:
         self.gateway.metrics.refused.labels("invalid_http").inc()
         if status >= 500:
             return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
-        return error_response(ApiError(status, "invalid_http", "the request is no HTTP that can be read, or its headers are too large"))
+        return error_response(
+            ApiError(status, "invalid_http", "the request is no HTTP that can be read, or its headers are too large")
+        )
 
     async def _longer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Paths with a name in them."""

@@ -69,7 +69,9 @@ async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float)
     except TimeoutError:
         raise ApiError(408, "slow_body", f"the body did not come within {timeout_s:g} s", headers=close) from None
     except (web.RequestPayloadError, ValueError):
-        raise ApiError(400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close) from None
+        raise ApiError(
+            400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
+        ) from None
     return b"".join(parts)
 
 
@@ -111,7 +113,9 @@ class OpenAIRoutes:
         if reply.stream is not None:
             reply.stream = _as_response(body, reply.stream)
         elif reply.body is not None:
-            reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode("utf-8", "replace")
+            reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode(
+                "utf-8", "replace"
+            )
         return await _send(request, reply)
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -19,7 +19,12 @@ _ERROR = {
         }
     },
 }
-_MODEL = {"type": "string", "minLength": 1, "maxLength": 512, "description": "a model, an alias, or auto/STRATEGY?knob=value"}
+_MODEL = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 512,
+    "description": "a model, an alias, or auto/STRATEGY?knob=value",
+}
 
 
 def _number(low: float, high: float) -> dict[str, Any]:
@@ -63,11 +68,19 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
         "required": ["role", "content"],
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"oneOf": [_TEXT, {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}}]},
+            "content": {
+                "oneOf": [
+                    _TEXT,
+                    {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}},
+                ]
+            },
             "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
         },
     }
-    tools = {"type": ["array", "null"], "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}}
+    tools = {
+        "type": ["array", "null"],
+        "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}},
+    }
     sampling = _sampling(most_tokens)
     return {
         "Chat": {
@@ -75,7 +88,11 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
             "required": ["model", "messages"],
             "properties": {**sampling, "messages": {"type": "array", "minItems": 1, "items": message}, "tools": tools},
         },
-        "Completion": {"type": "object", "required": ["model", "prompt"], "properties": {**sampling, "prompt": _texts()}},
+        "Completion": {
+            "type": "object",
+            "required": ["model", "prompt"],
+            "properties": {**sampling, "prompt": _texts()},
+        },
         "Embeddings": {
             "type": "object",
             "required": ["model", "input"],
@@ -119,7 +136,10 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         version: of the package.
         most_tokens: largest ``max_tokens``.
     """
-    error = {"description": "in OpenAI's form", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    error = {
+        "description": "in OpenAI's form",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
 
     def answers(kind: str, *more: str, stream: bool = False) -> dict[str, Any]:
         content: dict[str, Any] = {kind: {"schema": {"type": "object"} if kind == "application/json" else _TEXT}}
@@ -128,7 +148,10 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         return {"200": {"description": "the answer", "content": content}, **{status: error for status in more}}
 
     def post(schema: str, summary: str, stream: bool = False, *more: str) -> dict[str, Any]:
-        body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+        body = {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        }
         statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "502", "503", "504", *more)
         return {
             "post": {
@@ -157,5 +180,8 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/ready": get("It takes requests", "application/json", "503"),
             "/metrics": get("For Prometheus", "text/plain"),
         },
-        "components": {"schemas": _bodies(most_tokens), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": _bodies(most_tokens),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }

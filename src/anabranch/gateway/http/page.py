@@ -65,7 +65,9 @@ class PageRoutes:
 
 
 def _html(text: str) -> web.Response:
-    return web.Response(body=text.encode("utf-8", "replace"), content_type="text/html", charset="utf-8", headers=_HEADERS)
+    return web.Response(
+        body=text.encode("utf-8", "replace"), content_type="text/html", charset="utf-8", headers=_HEADERS
+    )
 
 
 def _fixed(body: bytes, kind: str) -> Route:

@@ -243,7 +243,13 @@ def _percent(share: float | None) -> str:
 def _time(seconds: Any) -> str:
     if seconds is None:
         return NONE
-    return f"{seconds * 1000:.2f} ms" if seconds < 0.001 else f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return (
+        f"{seconds * 1000:.2f} ms"
+        if seconds < 0.001
+        else f"{seconds * 1000:.3g} ms"
+        if seconds < 1
+        else f"{seconds:.3g} s"
+    )
 
 
 def _span(seconds: float) -> str:
