@@ -112,6 +112,7 @@ class Metrics:
         )
         self.refused = Counter("anabranch_refused", "Requests refused before any call", ["code"], registry=registry)
         self.in_flight = Gauge("anabranch_in_flight", "Requests under way", registry=registry)
+        self.tasks = Gauge("anabranch_tasks", "asyncio tasks of the process", registry=registry)
         self.breaker = Gauge("anabranch_breaker_open", "1 where a breaker is open", ["deployment"], registry=registry)
         self.reloads = Counter("anabranch_reloads", "Reloads of the config", ["result"], registry=registry)
         self.history: deque[Moment] = deque(maxlen=BUCKETS)

@@ -11,7 +11,7 @@ from anabranch.gateway.count import Counter
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.embed import Embedder
-from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.strategy import Complete, Strategy
 from anabranch.gateway.wiring import groups_of, rules_of
 
 CLOSE_S = 600.0  # requests that began before a reload have this long to end
@@ -33,6 +33,7 @@ class Runtime:
         on_bypass: see `Decider`.
         strategies: see `Decider`.
         previous: the one whose place it takes; what is known of deployments is carried over.
+        complete: see `Decider`.
 
     Raises ConfigError, CheckpointError, BackendError or TokenizerError if something in the config cannot be made.
     """
@@ -43,6 +44,7 @@ class Runtime:
         on_bypass: Callable[[str, str], None] = lambda name, why: None,
         strategies: Mapping[str, Strategy] | None = None,
         previous: "Runtime | None" = None,
+        complete: Complete | None = None,
     ) -> None:
         self.config = config
         self.models: dict[str, ModelConfig] = {model.name: model for model in config.models}
@@ -52,7 +54,7 @@ class Runtime:
                 "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
             )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
-        self.decider = Decider(config, self.embedder, on_bypass, strategies)
+        self.decider = Decider(config, self.embedder, on_bypass, strategies, complete)
         self.dispatcher = Dispatcher(groups_of(config), rules_of(config))
         self.users = 0
         self._free = asyncio.Event()

@@ -15,7 +15,12 @@ from anabranch.cli.output import fact, print_json, say
 def serve(
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", metavar="FILE", help="TOML or YAML. Without one: a mock pool of three models, and no keys."),
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="TOML or YAML. Without one: a mock pool of three models, and no keys.",
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is seen from other machines.")
@@ -23,12 +28,16 @@ def serve(
     port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.")] = 8080,
     store: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="SQLite file or URL of keys, budgets and the ledger. Default: as the config says."),
+        typer.Option(
+            metavar="FILE", help="SQLite file or URL of keys, budgets and the ledger. Default: as the config says."
+        ),
     ] = None,
     drain: Annotated[
         float, typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop.")
     ] = 30.0,
-    check: Annotated[bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

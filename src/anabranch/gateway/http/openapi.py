@@ -145,7 +145,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         content: dict[str, Any] = {kind: {"schema": {"type": "object"} if kind == "application/json" else _TEXT}}
         if stream:
             content["text/event-stream"] = {"schema": _TEXT}
-        return {"200": {"description": "the answer", "content": content}, **{status: error for status in more}}
+        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error)}
 
     def post(schema: str, summary: str, stream: bool = False, *more: str) -> dict[str, Any]:
         body = {

@@ -1,41 +1,16 @@
-"""The page's routes. Who may see it: whoever has the admin key (as a password), or, where there is none, whoever sits at this machine."""
-
-import base64
-import binascii
-import hmac
-import ipaddress
-from urllib.parse import urlsplit
+"""The page's routes."""
 
 from aiohttp import web
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.openai import SAFE, Route, bearer
+from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.openai import SAFE, Route
 from anabranch.gateway.ui.page import CSP, asset, icon, render, render_parts
 
-_ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}
 _HEADERS = {
     **SAFE, "content-security-policy": CSP, "referrer-policy": "no-referrer", "x-frame-options": "DENY", "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
 }  # fmt: skip
-
-
-def check_operator(gateway: Gateway, request: web.BaseRequest, *, local: bool) -> None:
-    """Raises ApiError unless the request may see what operators see.
-
-    Args:
-        gateway: with the admin key, if there is one.
-        request: with the key as bearer token or as password.
-        local: let requests from this machine in where there is no admin key.
-    """
-    key = gateway.admin_key
-    if key is None:
-        if local and _is_local(request):
-            return
-        raise ApiError(403, "admin_closed", "there is no admin key; set admin.key in the config to open this")
-    given = _password(request) or bearer(request) or ""
-    if not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
-        raise ApiError(401, "wrong_admin_key", "this needs the admin key", headers=_ASK)
 
 
 class PageRoutes:
@@ -56,11 +31,11 @@ class PageRoutes:
         }
 
     async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
-        check_operator(self._gateway, request, local=True)
+        await check_operator(self._gateway, request, local=True)
         return _html(render(await self._gateway.snapshot()))
 
     async def _parts(self, request: web.BaseRequest) -> web.StreamResponse:
-        check_operator(self._gateway, request, local=True)
+        await check_operator(self._gateway, request, local=True)
         return _html(render_parts(await self._gateway.snapshot()))
 
 
@@ -76,25 +51,3 @@ def _fixed(body: bytes, kind: str) -> Route:
         return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
 
     return answer
-
-
-def _password(request: web.BaseRequest) -> str | None:
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return None
-    try:
-        return base64.b64decode(value, validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
-        return ""
-
-
-def _is_local(request: web.BaseRequest) -> bool:
-    """It comes from this machine, and was meant for it: a name of another host that leads here (DNS rebinding) is none."""
-    try:
-        is_near = ipaddress.ip_address(request.remote or "").is_loopback
-        host = urlsplit(f"//{request.host}").hostname or ""
-        is_meant = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-    forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
-    return is_near and is_meant and not forwarded

@@ -152,3 +152,5 @@ async def reload_on(event: asyncio.Event, reload: Callable[[], Awaitable[None]])
             logger.warning("the config was read again and is in use")
         except AnabranchError as error:
             logger.error("the config cannot be used, the old one stays: %s", error)
+        except Exception:  # a bug of ours, which must not end what works
+            logger.exception("the config could not be read again, the old one stays")
