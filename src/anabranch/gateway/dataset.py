@@ -107,10 +107,12 @@ class Recorded:
     def queries(self) -> Iterator[Query]:
         """Each row as a strategy sees it."""
         for row, text in enumerate(self.query):
-            tokens = None if self.tokens_NM2 is None else float(np.nanmean(self.tokens_NM2[row, :, 0]))
+            known = (
+                [] if self.tokens_NM2 is None else self.tokens_NM2[row, :, 0][np.isfinite(self.tokens_NM2[row, :, 0])]
+            )
             yield Query(
                 text=text, task=self.task[row],
-                prompt_tokens=None if tokens is None or np.isnan(tokens) else round(tokens),
+                prompt_tokens=round(float(np.mean(known))) if len(known) else None,
                 vector_D=None if self.vector_ND is None else self.vector_ND[row],
                 answers=self.answers[row] if self.answers else {},
             )  # fmt: skip
