@@ -7,6 +7,7 @@ import typer
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
 from anabranch.cli.gateway.route import route
+from anabranch.cli.gateway.serve import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "eval": evaluate,
     "route": route,
+    "serve": serve,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
