@@ -381,7 +381,7 @@ class Life:
             error = UpstreamError(failure, report)
             self._share_failure(error)
             self.end("error", error.status, code=error.to_dict()["error"]["code"])
-        elif is_cut and not stream.is_done:
+        elif is_cut:
             self.end("cancelled", CLIENT_GONE)
         else:
             if self.ticket is not None or self.context is not None:

@@ -55,7 +55,9 @@ class Runtime:
             )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
         self.decider = Decider(config, self.embedder, on_bypass, strategies, complete)
-        self.dispatcher = Dispatcher(groups_of(config), rules_of(config))
+        self.dispatcher = Dispatcher(
+            groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
+        )
         self.users = 0
         self._free = asyncio.Event()
         self._is_old = False

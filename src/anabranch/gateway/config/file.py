@@ -75,7 +75,9 @@ class _Source:
         raise _Located(f"{self.path}:{line}: {message}") from None
 
     def _begun(self, message: str) -> str:
-        starts = (name for name in self.lines if message.startswith(name) and message[len(name) :][:1] in (" ", ":", "."))
+        starts = (
+            name for name in self.lines if message.startswith(name) and message[len(name) :][:1] in (" ", ":", ".")
+        )
         return max(starts, key=len, default="")
 
 
@@ -155,7 +157,9 @@ def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
         out |= {"key_env": where} if kind == "env" else {"key_env": None, "key_file": where}
     named = out.get("key_env")
     if named is not None and not (isinstance(named, str) and VARIABLE.fullmatch(named)):
-        source.fail(f"{path}.key_env is no name of an environment variable (what it is, is not shown here)", f"{path}.key_env")
+        source.fail(
+            f"{path}.key_env is no name of an environment variable (what it is, is not shown here)", f"{path}.key_env"
+        )
     return {**table, "provider": out}
 
 
@@ -176,7 +180,9 @@ def _at_home(config: GatewayConfig, folder: Path) -> GatewayConfig:
     def at(path: str | None) -> str | None:
         return path if path is None else os.path.join(folder, path)
 
-    models = tuple(model.replace(tokenizer=at(model.tokenizer)) if model.tokenizer else model for model in config.models)
+    models = tuple(
+        model.replace(tokenizer=at(model.tokenizer)) if model.tokenizer else model for model in config.models
+    )
     strategies = {
         name: item.replace(router=at(item.router)) if item.router else item for name, item in config.strategies.items()
     }

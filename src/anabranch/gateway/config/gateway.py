@@ -140,7 +140,9 @@ def _check_fallbacks(config: GatewayConfig) -> None:
         for place, other in enumerate(others):
             _check_model(config, f"fallbacks.{name}.{place}", other)
             if other == name or other in others[:place]:
-                raise ConfigError(f"fallbacks.{name}.{place} is {other!r}, which was tried before; name each model once")
+                raise ConfigError(
+                    f"fallbacks.{name}.{place} is {other!r}, which was tried before; name each model once"
+                )
 
 
 def _check_model(config: GatewayConfig, field: str, name: str) -> None:

@@ -1,10 +1,10 @@
 """What the field ``model`` of a request may say.
 
-    small                       a model, or a group of deployments
-    gpt-4o-mini                 an alias of one
-    auto                        the default strategy
-    auto/knn?lambda=2           a strategy, with knobs
-    router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
+small                       a model, or a group of deployments
+gpt-4o-mini                 an alias of one
+auto                        the default strategy
+auto/knn?lambda=2           a strategy, with knobs
+router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
 """
 
 import re

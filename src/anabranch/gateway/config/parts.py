@@ -105,7 +105,9 @@ class StrategyConfig(Config):
                 "a strategy needs one of kind (a strategy by name) and router (a folder of anabranch gateway fit)"
             )
         if self.router is not None and self.fields:
-            raise ConfigError(f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out")
+            raise ConfigError(
+                f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
+            )
 
 
 @configclass

@@ -210,7 +210,9 @@ class _Books:
         nano = self.open.pop(request, None)
         if nano is None:
             logger.warning(
-                "request %s was settled before; what it says now (%d nano-dollars) is not written", request, job.row.cost_nano
+                "request %s was settled before; what it says now (%d nano-dollars) is not written",
+                request,
+                job.row.cost_nano,
             )
             return
         for one in self._of(job.reservation.subjects):
@@ -225,7 +227,9 @@ class _Books:
 
     def write(self) -> None:
         connection, gone = self.connection, set(self.gone)
-        connection.insert("reservations", schema.RESERVATIONS, [row for key, row in self.new.items() if key not in gone])
+        connection.insert(
+            "reservations", schema.RESERVATIONS, [row for key, row in self.new.items() if key not in gone]
+        )
         for request, nano in self.grown.items():
             connection.run("UPDATE reservations SET nano = :nano WHERE request_id = :id", nano=nano, id=request)
         if gone:
@@ -267,7 +271,12 @@ def recover(database: Database, connection: Connection, now_us: int) -> int:
 def _left_behind(row: Row) -> Settle:
     request, nano, subjects, requested, strategy = row
     ended = LedgerRow(
-        request_id=request, requested=requested, strategy=strategy, cost_nano=nano, status="crashed", flags=("recovered",)
+        request_id=request,
+        requested=requested,
+        strategy=strategy,
+        cost_nano=nano,
+        status="crashed",
+        flags=("recovered",),
     )
     return Settle(Reservation(request, parted(subjects), nano), ended)
 
@@ -341,7 +350,9 @@ def read_ledger(row: Row) -> LedgerRow:
     named: dict[str, Any] = dict(zip(schema.LEDGER, values, strict=True))
     price_input, price_output = named.pop("price_input"), named.pop("price_output")
     cached = named.pop("price_cached")
-    price = None if price_input is None else Price(input=price_input, output=cast(int, price_output), cached_input=cached)
+    price = (
+        None if price_input is None else Price(input=price_input, output=cast(int, price_output), cached_input=cached)
+    )
     for name in ("tags", "candidates", "flags"):
         named[name] = parted(named[name])
     named["user"], named["is_estimated"] = named.pop("owner"), bool(named["is_estimated"])

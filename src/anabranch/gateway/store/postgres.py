@@ -93,7 +93,9 @@ class PostgresConnection:
         return list(items)
 
     def lock_budgets(self) -> None:
-        self.run("LOCK TABLE budgets IN EXCLUSIVE MODE")  # waits for each SELECT ... FOR UPDATE under way, and holds up new ones
+        self.run(
+            "LOCK TABLE budgets IN EXCLUSIVE MODE"
+        )  # waits for each SELECT ... FOR UPDATE under way, and holds up new ones
 
     def close(self) -> None:
         self.rollback()

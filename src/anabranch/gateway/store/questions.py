@@ -80,9 +80,7 @@ def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerR
     return [read_ledger(row) for row in connection.rows(sql, **values)]
 
 
-def read_spend(
-    connection: Connection, by: Sequence[str], since_us: int | None, until_us: int | None
-) -> list[Spend]:
+def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, until_us: int | None) -> list[Spend]:
     """Totals by group, dearest first; of days, in their order. A row with several tags counts in each of them."""
     for name in by:
         if name not in _GROUP:
@@ -187,7 +185,9 @@ def read_decisions(connection: Connection, request_id: str | None, limit: int) -
     part = "1 = 1" if request_id is None else "request_id = :request"
     values = {} if request_id is None else {"request": request_id}
     columns = ", ".join(schema.DECISIONS)
-    rows = connection.rows(f"SELECT {columns} FROM decisions WHERE {part} ORDER BY ts_us DESC LIMIT {int(limit)}", **values)
+    rows = connection.rows(
+        f"SELECT {columns} FROM decisions WHERE {part} ORDER BY ts_us DESC LIMIT {int(limit)}", **values
+    )
     return [
         DecisionRow(request_id=request, ts_us=ts_us, strategy=strategy, model=model, body=json.loads(body))
         for request, ts_us, strategy, model, body in rows
@@ -199,7 +199,9 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
     part = "1 = 1" if request_id is None else "request_id = :request"
     values = {} if request_id is None else {"request": request_id}
     columns = ", ".join(schema.FEEDBACK)
-    rows = connection.rows(f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values)
+    rows = connection.rows(
+        f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values
+    )
     return [FeedbackRow(**dict(zip(schema.FEEDBACK, row, strict=True))) for row in rows]
 
 

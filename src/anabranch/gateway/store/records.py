@@ -35,7 +35,9 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(tags))
     for tag in found:
         if not isinstance(tag, str) or not TAG.fullmatch(tag):
-            raise InputError(f"the tag {tag!r} may not be: 1 to 64 of letters, digits and _ . @ / + = -, a letter or digit first")
+            raise InputError(
+                f"the tag {tag!r} may not be: 1 to 64 of letters, digits and _ . @ / + = -, a letter or digit first"
+            )
     if len(found) > MAX_TAGS:
         raise InputError(f"{len(found)} tags are too many; {MAX_TAGS} at most")
     return found

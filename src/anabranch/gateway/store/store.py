@@ -136,7 +136,9 @@ class Store:
         """
         assert self._serves
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= REQUEST_CHARACTERS):
-            raise InputError(f"the request id is {request_id!r}; it must be 1 to {REQUEST_CHARACTERS} printable ASCII characters")
+            raise InputError(
+                f"the request id is {request_id!r}; it must be 1 to {REQUEST_CHARACTERS} printable ASCII characters"
+            )
         if request_id in self._open:
             raise InputError(f"the request id {request_id!r} is in use; ids of requests must differ")
         reservation = Reservation(request_id, tuple(dict.fromkeys(subjects)), _money("a reservation", nano))
@@ -187,7 +189,9 @@ class Store:
     def append(self, row: LedgerRow) -> "asyncio.Future[Any]":
         """The row of a request that ended without a reservation: refused, or answered from a cache."""
         if row.cost_nano:
-            raise InputError(f"a request without a reservation cost {row.cost_nano} nano-dollars; reserve before calling")
+            raise InputError(
+                f"a request without a reservation cost {row.cost_nano} nano-dollars; reserve before calling"
+            )
         return self._writer.give(Append(row), at_once=False)
 
     async def budgets(self) -> list[Budget]:
@@ -290,7 +294,9 @@ class Store:
         found = [key for key in await self.keys() if key.id.startswith(key_id)] if key_id else []
         found = [key for key in found if key.id == key_id] or found
         if len(found) != 1:
-            raise InputError(f"{len(found) or 'no'} keys have an id that begins with {key_id!r}; anabranch gateway keys list shows them")
+            raise InputError(
+                f"{len(found) or 'no'} keys have an id that begins with {key_id!r}; anabranch gateway keys list shows them"
+            )
         now_us = self._now_us()
         await self._do(
             lambda connection: connection.run(
@@ -302,7 +308,9 @@ class Store:
 
     # What happened
 
-    def append_decision(self, request_id: str, strategy: str, model: str, body: dict[str, Any]) -> "asyncio.Future[Any]":
+    def append_decision(
+        self, request_id: str, strategy: str, model: str, body: dict[str, Any]
+    ) -> "asyncio.Future[Any]":
         """Keep why a model was chosen. ``body`` is ready for JSON."""
         text = json.dumps(body, separators=(",", ":"))
         row = (request_id, self._now_us(), clean(strategy), clean(model), text)
@@ -312,7 +320,9 @@ class Store:
         """Of one request, or of all, newest first."""
         return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
 
-    async def feedback(self, request_id: str, score: float, *, key_id: str | None = None, comment: str = "") -> LedgerRow:
+    async def feedback(
+        self, request_id: str, score: float, *, key_id: str | None = None, comment: str = ""
+    ) -> LedgerRow:
         """Keep what somebody says of an answer; the row it is about.
 
         Args:

@@ -98,7 +98,12 @@ class Writer:
     def _taken(self) -> list[Job]:
         """Jobs for one transaction: a `Do` alone, or all up to the next one."""
         taken = [self._jobs.popleft()]
-        while len(taken) < GATHER_ROWS and self._jobs and not isinstance(taken[0], Do) and not isinstance(self._jobs[0], Do):
+        while (
+            len(taken) < GATHER_ROWS
+            and self._jobs
+            and not isinstance(taken[0], Do)
+            and not isinstance(self._jobs[0], Do)
+        ):
             taken.append(self._jobs.popleft())
         return taken
 
@@ -180,7 +185,11 @@ class Writer:
 
 def _unmade(job: Reserve) -> LedgerRow:
     return LedgerRow(
-        request_id=job.reservation.request_id, requested=job.requested, strategy=job.strategy, status="refused", code="store"
+        request_id=job.reservation.request_id,
+        requested=job.requested,
+        strategy=job.strategy,
+        status="refused",
+        code="store",
     )
 
 
