@@ -1,7 +1,7 @@
-"""What the benchmarks of the gateway share: a mock upstream, servers as processes of their own, a light client, and their use of the machine.
+"""What the benchmarks of the gateway share: a mock upstream, servers as processes, a light client, and their use of the machine.
 
-The client speaks HTTP/1.1 over asyncio's sockets and does next to nothing with answers, so that it does not hide what is measured. All is on
-loopback.
+The client speaks HTTP/1.1 over asyncio's sockets and does next to nothing with answers, so that it does not hide what is measured. All
+is on loopback.
 """
 
 import asyncio
@@ -103,7 +103,8 @@ import sys
 from aiohttp import ClientSession, TCPConnector, web
 async def relay(request):
     body = await request.read()
-    async with request.app["session"].post(sys.argv[2] + request.path_qs, data=body, headers={"content-type": "application/json"}) as upstream:
+    headers = {"content-type": "application/json"}
+    async with request.app["session"].post(sys.argv[2] + request.path_qs, data=body, headers=headers) as upstream:
         if upstream.content_type != "text/event-stream":
             return web.Response(status=upstream.status, body=await upstream.read(), content_type="application/json")
         response = web.StreamResponse()

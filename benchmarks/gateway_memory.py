@@ -1,6 +1,6 @@
-"""Does the gateway hold on to anything? 200,000 mixed requests: half streamed, one in ten failing upstream, one in twenty cut off by the client.
+"""Does the gateway hold on to anything? 200,000 mixed requests: half streamed, 1 in 10 failing upstream, 1 in 20 cut off by the client.
 
-Resident memory is read after a warm-up of a tenth and then along the way; sockets and asyncio tasks of the server are read before and after.
+Resident memory is read after a warm-up of a tenth and along the way; sockets and asyncio tasks of the server before and after.
 Bars: growth after warm-up below 5 MiB; sockets and tasks back where they were.
 
     python benchmarks/gateway_memory.py --json benchmarks/results/gateway_memory.json

@@ -1,8 +1,8 @@
 """What does the gateway add to a request, against a bare relay, LiteLLM's proxy and Portkey's?
 
-One mock upstream, one client for all, everything on loopback, contestants in turns within each round. Ours runs with all on: a key is checked,
-a budget reserved and settled, a ledger row written, a rule strategy asked. The relay is the least that Python and aiohttp can do. LiteLLM runs
-as its documentation says, without a database (which its keys and budgets need), so it does less than ours.
+One mock upstream, one client for all, everything on loopback, contestants in turns within each round. Ours runs with all on: a key is
+checked, a budget reserved and settled, a ledger row written, a rule strategy asked. The relay is the least that Python and aiohttp can
+do. LiteLLM runs as its documentation says, without a database (which its keys and budgets need), so it does less than ours.
 
 Bars: p50 added at most 1/3 of LiteLLM's and at most twice the relay's; requests per processor second at least 6 times LiteLLM's; streamed
 at least 8 times. Processor time of the server is measured beside wall time, since client, upstream and server share the machine.

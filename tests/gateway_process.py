@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import anabranch
+
+SOURCE = str(Path(anabranch.__file__).resolve().parent.parent)
+
 
 @dataclass
 class Served:
@@ -37,16 +41,19 @@ def served(*arguments: str, environment: dict[str, str] | None = None) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "stderr"
         command = [sys.executable, "-m", "anabranch.cli.main", "gateway", "serve", "--port", "0", "--json", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **(environment or {})}
         with open(log, "wb") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=folder)
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                process.wait(10)
-                raise AssertionError(f"the gateway did not start: {log.read_text()}")
-            yield Served(json.loads(line)["url"], process, log)
+            said = b""
+            while not said.endswith(b"}\n"):
+                line = process.stdout.readline()
+                if not line:
+                    process.wait(10)
+                    raise AssertionError(f"the gateway did not start: {log.read_text()}")
+                said += line
+            yield Served(json.loads(said)["url"], process, log)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

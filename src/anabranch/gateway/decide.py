@@ -1,8 +1,8 @@
 """Strategies at work in a server: none may slow, break or mislead it.
 
-A strategy that raises, names a model that is not there, or takes longer than its time is passed over for the default one, and counted. What
-may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop goes on; what
-says that it is fast (`is_fast`) is called in place.
+A strategy that raises, names a model that is not there, or takes longer than its time is passed over for the default one, and counted.
+What may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop
+goes on; what says that it is fast (`is_fast`) is called in place.
 """
 
 import asyncio

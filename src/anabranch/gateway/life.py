@@ -55,7 +55,9 @@ class Life:
         self.headers, self.shown_as, self.caches = headers, shown_as, gateway.caches
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         self.record: KeyRecord | None = None  # of the key; None if none is needed
-        self.user, self.tags, self.subjects = "", (), ()
+        self.user = ""
+        self.tags: tuple[str, ...] = ()
+        self.subjects: tuple[str, ...] = ()
         self.target = Target(model="")
         self.label = ""
         self.count = PromptCount(0, 0, True)
@@ -211,11 +213,11 @@ class Life:
             return
         messages = self.body.get("messages") or ()
         text = last_text(messages) if messages else _flat(self.body.get("prompt", self.body.get("input", "")))
-        names = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
+        headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
         query = Query(
-            text=text, messages=messages, task=names.get("x-task"), prompt_tokens=self.count.tokens,
+            text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
             max_tokens=self.body.get("max_completion_tokens") or self.body.get("max_tokens"), has_tools=bool(self.body.get("tools")),
-            has_images=has_images(messages), headers=names, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
+            has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
         self.decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
 
@@ -336,8 +338,8 @@ class Life:
             tags=self.tags, requested=self.label, strategy=self.strategy, candidates=candidates,
             model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
             completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=nano,
-            latency_us=round(latency_s * 1e6), first_token_us=self._first_token_us(report), overhead_us=round(self._overhead_s(report) * 1e6),
-            status=status, code=code, cache=cache, flags=self._flags(report),
+            latency_us=round(latency_s * 1e6), first_token_us=self._first_token_us(report),
+            overhead_us=round(self._overhead_s(report) * 1e6), status=status, code=code, cache=cache, flags=self._flags(report),
         )  # fmt: skip
         self.gateway.settle(self.reservation, row)
         self._tell(row, report, http_status, latency_s)

@@ -55,7 +55,7 @@ class Runtime:
             )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
         self.decider = Decider(config, self.embedder, on_bypass, strategies, complete)
-        self.dispatcher = Dispatcher(
+        self.dispatcher: Dispatcher = Dispatcher(
             groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
         )
         self.users = 0

@@ -149,9 +149,10 @@ class AdminRoutes:
 
     async def _ledger(self, call: _Call) -> Any:
         names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status")
-        wanted = {name: call.query[name] for name in names if name in call.query}
-        before = {"before_seq": call.number("before_seq", 1, 2**62)} if "before_seq" in call.query else {}
-        rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted, **before))
+        wanted: dict[str, Any] = {name: call.query[name] for name in names if name in call.query}
+        if "before_seq" in call.query:
+            wanted["before_seq"] = call.number("before_seq", 1, 2**62)
+        rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted))
         return {"rows": [dataclasses.asdict(row) for row in rows]}
 
     async def _spend(self, call: _Call) -> Any:

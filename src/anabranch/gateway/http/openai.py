@@ -18,7 +18,7 @@ from anabranch.gateway.validate import parse
 
 logger = logging.getLogger(__name__)
 JSON = "application/json"
-SAFE = {"x-content-type-options": "nosniff"}
+SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
 Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 

@@ -14,7 +14,7 @@ from anabranch.gateway.http.server import BACKLOG, Server, Signals, listening, r
 try:
     import uvloop
 except ImportError:
-    uvloop = None  # type: ignore[assignment]
+    uvloop = None
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """The process: sockets, signals, bounds of connections, and a stop that lets requests under way end.
 
-SIGTERM, SIGINT   ``/ready`` turns 503, no new connection is taken, requests under way are answered, then it ends; a second one ends it at once
+SIGTERM, SIGINT   ``/ready`` turns 503, no new connection is taken, requests under way are answered, then it ends; a second one ends
+                  it at once
 SIGHUP            the config file is read again; a bad one is reported, and the old one stays
 """
 
@@ -76,7 +77,7 @@ class Server(web.Server):
         """A new connection."""
         connection = Connection(
             self, self._refuse, self._header_timeout_s, loop=self._loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S,
-            max_line_size=HEADER_BYTES, max_field_size=HEADER_BYTES, max_headers=NUM_HEADERS, auto_decompress=False, lingering_time=2.0,
+            max_line_size=HEADER_BYTES, max_field_size=HEADER_BYTES, max_headers=NUM_HEADERS, auto_decompress=False, lingering_time=0.5,
         )  # fmt: skip
         return connection
 
