@@ -1,8 +1,9 @@
-"""What a gateway is told: models, strategies, limits; from TOML, YAML or Python."""
+"""One file is one gateway: its models, deployments, strategies and limits, checked as a whole."""
 
-from anabranch.gateway.config.default import default_config
-from anabranch.gateway.config.file import load_config
+from anabranch.gateway.config.defaults import default_config
+from anabranch.gateway.config.file import load_config, make_strategy
 from anabranch.gateway.config.gateway import GatewayConfig
+from anabranch.gateway.config.litellm import Imported, import_litellm
 from anabranch.gateway.config.names import Target, find_target, names_of
 from anabranch.gateway.config.parts import (
     AdminConfig,
@@ -16,6 +17,7 @@ from anabranch.gateway.config.parts import (
     RetryConfig,
     StrategyConfig,
 )
+from anabranch.gateway.config.secret import Secret
 
 __all__ = [
     "AdminConfig",
@@ -24,14 +26,18 @@ __all__ = [
     "DeploymentConfig",
     "GatewayConfig",
     "HedgeConfig",
+    "Imported",
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",
     "RetryConfig",
+    "Secret",
     "StrategyConfig",
     "Target",
     "default_config",
     "find_target",
+    "import_litellm",
     "load_config",
+    "make_strategy",
     "names_of",
 ]

@@ -43,7 +43,7 @@ def config_from(data: dict[str, Any], lines: Lines, path: Path) -> GatewayConfig
     source = _Source(path, lines)
     try:
         config = from_dict(GatewayConfig, _plain(data, source))
-    except _Located:
+    except _LocatedError:
         raise
     except ConfigError as error:
         source.fail(str(error))
@@ -53,7 +53,7 @@ def config_from(data: dict[str, Any], lines: Lines, path: Path) -> GatewayConfig
     return config
 
 
-class _Located(ConfigError):
+class _LocatedError(ConfigError):
     """Says where already."""
 
 
@@ -72,7 +72,7 @@ class _Source:
         while found and found not in self.lines:
             found = found.rpartition(".")[0]
         line = self.lines.get(found, 1)
-        raise _Located(f"{self.path}:{line}: {message}") from None
+        raise _LocatedError(f"{self.path}:{line}: {message}") from None
 
     def _begun(self, message: str) -> str:
         starts = (

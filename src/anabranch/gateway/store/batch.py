@@ -1,7 +1,7 @@
 """What a writer does with the jobs that have gathered: one transaction for all, decided in the order they came.
 
-Every job may be applied again without harm, since a commit whose answer was lost may have happened: a reservation that is there was made, one
-that is gone was settled, a request that is in the ledger has ended.
+Every job may be applied again without harm, since a commit whose answer was lost may have happened: a reservation that is there was
+made, one that is gone was settled, a request that is in the ledger has ended.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What a store keeps: keys, budgets, reservations, ledger rows. Money is integer nano-dollars, time integer microseconds since 1970 (UTC)."""
+"""What a store keeps: keys, budgets, reservations, ledger rows. Money is nano-dollars, time microseconds since 1970 (UTC), all integers."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -25,7 +25,8 @@ MIGRATIONS: list[Sequence[str]] = [
             model TEXT NOT NULL, deployment TEXT NOT NULL, attempts BIGINT NOT NULL, prompt_tokens BIGINT NOT NULL,
             completion_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL, is_estimated INTEGER NOT NULL, price_input BIGINT,
             price_output BIGINT, price_cached BIGINT, cost_nano BIGINT NOT NULL, reserved_nano BIGINT NOT NULL, latency_us BIGINT,
-            first_token_us BIGINT, overhead_us BIGINT, status TEXT NOT NULL, code TEXT NOT NULL, cache TEXT NOT NULL, flags TEXT NOT NULL)""",
+            first_token_us BIGINT, overhead_us BIGINT, status TEXT NOT NULL, code TEXT NOT NULL,
+            cache TEXT NOT NULL, flags TEXT NOT NULL)""",
         "CREATE INDEX ledger_by_time ON ledger (ts_us)",
         """CREATE TABLE decisions (
             request_id TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, strategy TEXT NOT NULL, model TEXT NOT NULL, body TEXT NOT NULL)""",

@@ -58,25 +58,31 @@ class SqliteConnection:
             raise DataError(f"cannot open the store {path}: {error}") from None
 
     def begin(self) -> None:
+        """See `Connection`."""
         self.run("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
+        """See `Connection`."""
         self.run("COMMIT")
 
     def rollback(self) -> None:
+        """See `Connection`."""
         if self._raw.in_transaction:
             with suppress(BusyError):
                 self.run("ROLLBACK")
 
     def rows(self, sql: str, **values: Any) -> list[Row]:
+        """See `Connection`."""
         with _busy():
             return self._raw.execute(sql, values).fetchall()
 
     def run(self, sql: str, **values: Any) -> int:
+        """See `Connection`."""
         with _busy():
             return self._raw.execute(sql, values).rowcount
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
+        """See `Connection`."""
         added, at = 0, 0
         marks = f"({', '.join('?' * len(columns))})"
         while at < len(rows):
@@ -90,6 +96,7 @@ class SqliteConnection:
         return added
 
     def update(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """See `Connection`."""
         key, *others = columns
         found = ", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(columns))
         sets = ", ".join(f"{name} = new.{name}" for name in others)
@@ -99,15 +106,18 @@ class SqliteConnection:
         )
 
     def among(self, column: str, name: str) -> str:
+        """See `Connection`."""
         return f"{column} IN (SELECT value FROM json_each(:{name}))"
 
     def values(self, items: Sequence[str]) -> Any:
+        """See `Connection`."""
         return json.dumps(list(items))
 
     def lock_budgets(self) -> None:
         """`begin` has done so."""
 
     def close(self) -> None:
+        """See `Connection`."""
         self._raw.close()
 
 
@@ -127,9 +137,11 @@ class SqliteDatabase:
         self._held: int | None = None
 
     def connect(self) -> SqliteConnection:
+        """See `Database`."""
         return SqliteConnection(self.path, self._synchronous)
 
     def open(self) -> None:
+        """See `Database`."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -164,6 +176,7 @@ class SqliteDatabase:
         return self.path.with_name(f"{self.path.name}-replica-{replica}")
 
     def hold(self) -> None:
+        """See `Database`."""
         if fcntl is None or self._held is not None:
             return
         path = self._lock_path(self.replica)
@@ -181,6 +194,7 @@ class SqliteDatabase:
         """The lock is enough."""
 
     def dead(self, connection: Any) -> list[str]:
+        """See `Database`."""
         found = [row[0] for row in connection.rows("SELECT DISTINCT replica FROM reservations")]
         return [replica for replica in found if self._is_dead(replica)]
 
@@ -205,6 +219,7 @@ class SqliteDatabase:
             os.close(handle)
 
     def let_go(self) -> None:
+        """See `Database`."""
         if self._held is not None:
             self._lock_path(self.replica).unlink(missing_ok=True)
             os.close(self._held)
@@ -223,8 +238,10 @@ class SqliteDatabase:
                 connection.close()
 
     def vacuum(self, connection: Any) -> None:
+        """See `Database`."""
         connection.run("VACUUM")
         connection.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
+        """See `Database`."""
         self.let_go()

@@ -3,11 +3,11 @@
     store = open_store("gateway.db")
     held = await store.reserve(request_id, subjects_of(key), nano)        # raises BudgetError; committed before it returns
     ...                                                                   # the call
-    store.settle(held, LedgerRow(request_id=request_id, cost_nano=spent)) # need not be awaited
+    store.settle(held, LedgerRow(request_id=request_id, cost_nano=cost))  # need not be awaited
 
-All that changes goes through one thread in transactions of many jobs (`writer`); budgets are decided there, on rows that nobody else can touch,
-so they are exact over any number of processes. A process that ends, however, leaves its reservations behind; whoever comes next settles them at
-what was reserved and flags the rows.
+All that changes goes through one thread in transactions of many jobs (`writer`); budgets are decided there, on rows that nobody else
+can touch, so they are exact over any number of processes. Reservations that a process leaves behind when it ends, however it ends, are
+settled at what was reserved by whoever comes next, and their rows flagged.
 """
 
 import asyncio
@@ -64,8 +64,12 @@ def open_store(url: str, *, serves: bool = True, clock: Callable[[], float] = ti
     Raises DataError for what is no store or cannot be reached, BackendError if a package is missing.
     """
     database = _database(url)
-    database.open()
-    return Store(database, serves=serves, clock=clock)
+    try:
+        database.open()
+        return Store(database, serves=serves, clock=clock)
+    except BaseException:
+        database.close()
+        raise
 
 
 def _database(url: str) -> Database:

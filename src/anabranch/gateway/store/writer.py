@@ -1,7 +1,7 @@
 """The one thread that writes: jobs from the event loop, gathered into few transactions (group commit).
 
 What somebody waits for is written at once, with all else that has gathered; the rest within `GATHER_S`. A job is told done when its
-transaction is committed. While the database cannot write, reservations are refused after a while, and everything else is kept and tried again.
+transaction is committed. While the database cannot write, reservations are refused after a while; all else is kept and tried again.
 """
 
 import asyncio
