@@ -135,7 +135,7 @@ def test_a_slow_strategy_is_bypassed_in_time_and_the_loop_goes_on():
     assert decided.decision.model == again.decision.model == "large"
     assert 0.04 < first < 0.4
     assert second < 0.02  # its thread is stuck: nobody waits again
-    assert len(ticks) > 10
+    assert len(ticks) > 4
 
 
 def test_many_at_once_wait_their_turn_without_being_bypassed():

@@ -235,8 +235,19 @@ class Gateway:
 
     async def aroute(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """Where a request would go; nothing is asked, reserved or kept. Raises ApiError."""
-        life = Life(self, self.runtime, "chat", {**(body or {}), **fields}, {}, "route")
-        return await life.route(key)
+        await self.authenticate(key)
+        return await self.explain({**(body or {}), **fields})
+
+    async def explain(self, body: dict[str, Any]) -> Decision:
+        """`aroute` for operators, who need no key."""
+        life = Life(self, self.runtime, "chat", body, {}, "route")
+        token = _CURRENT.set(life)
+        try:
+            return await life.route()
+        finally:
+            _CURRENT.reset(token)
+            if life.asked_nano:  # a strategy that asks models has spent something
+                life.end("ok", 200)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """`aroute` for code without an event loop."""

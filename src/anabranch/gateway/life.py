@@ -91,9 +91,8 @@ class Life:
         except BaseException as error:
             raise self._failed(error) from None
 
-    async def route(self, secret: str | None) -> Decision:
+    async def route(self) -> Decision:
         """Only the decision. Raises ApiError."""
-        self.record = await self.gateway.authenticate(secret)
         self._read()
         await self._decide()
         assert self.decided is not None

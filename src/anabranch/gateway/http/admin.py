@@ -131,7 +131,7 @@ class AdminRoutes:
     async def _explain(self, call: _Call) -> Any:
         """Why a request would go where it would; the body is one of chat."""
         try:
-            decision = await self._gateway.aroute(call.body)
+            decision = await self._gateway.explain(call.body)
         except BypassError as error:
             raise ApiError(409, "bypassed", str(error)) from None
         candidates = [dataclasses.asdict(candidate) for candidate in decision.candidates]
