@@ -15,13 +15,14 @@ import asyncio
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from _gateway import CHUNKS, Contestant, free_port, load, machine, relay_command, running, upstream_command
+from anabranch.gateway.money import nano_dollars
+from anabranch.gateway.store import open_store
 
 CONFIG = """
 store = "{store}"
@@ -73,22 +74,14 @@ def ours(folder: Path, upstream_port: int, stack: contextlib.ExitStack) -> Conte
 
 def make_key(store: Path) -> str:
     """A key with a budget that is never reached."""
-    command = [
-        sys.executable,
-        "-m",
-        "anabranch.cli.main",
-        "gateway",
-        "keys",
-        "create",
-        "bench",
-        "--store",
-        str(store),
-        "--budget",
-        "1000000",
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)["secret"]
+
+    async def make() -> str:
+        async with open_store(str(store), serves=False) as opened:
+            secret, record = await opened.create_key("bench")
+            await opened.set_budget(f"key:{record.id}", nano_dollars(1_000_000))
+            return secret
+
+    return asyncio.run(make())
 
 
 def relay(folder: Path, upstream_port: int, stack: contextlib.ExitStack) -> Contestant:

@@ -159,6 +159,14 @@ class Life:
         most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
         return most * (self.body.get("n") or 1)
 
+    def _bounded(self) -> dict[str, Any]:
+        """The body for the upstream. Where neither it nor the model says how long an answer may be, it is told what was reserved."""
+        body = self.body
+        says = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
+        if says or all(self.runtime.models[model].max_tokens for model in self.candidates):
+            return body
+        return {**body, "max_tokens": self.runtime.config.limits.max_tokens}
+
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
         return self.runtime.models[model].price.cost(self.count.at_most, self.most_tokens(model))
@@ -296,7 +304,7 @@ class Life:
         runtime, strategy = self.runtime, self.target.strategy
         accept = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
         self.dispatched = self.elapsed()
-        request = UpstreamRequest(self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens)
+        request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self.runtime.config.log.prompts
         )
