@@ -63,6 +63,8 @@ class Strategy(Part, family="strategy"):
         reads_answers: ``accept`` is asked after each answer.
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
+        is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
+            event loop; others get a thread.
         knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
     """
 
@@ -74,6 +76,7 @@ class Strategy(Part, family="strategy"):
     reads_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     is_async: ClassVar[bool] = False
+    is_fast: ClassVar[bool] = False
     knob: ClassVar[str | None] = None
 
     def __init__(self, config: Any) -> None:

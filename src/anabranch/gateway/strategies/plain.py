@@ -30,6 +30,8 @@ class Static(Strategy, kind="static"):
 
         model: str | None = None
 
+    is_fast = True
+
     def route(self, query: Query, pool: Pool) -> Decision:
         """Raises InputError if the model is not in the pool."""
         name = self.config.model
@@ -82,6 +84,7 @@ class Random(Strategy, kind="random"):
                 )
 
     knob = "share"
+    is_fast = True
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """Raises InputError if no model of the pool can be drawn."""
@@ -113,6 +116,8 @@ class Random(Strategy, kind="random"):
 
 class RoundRobin(Strategy, kind="round_robin"):
     """Each in turn."""
+
+    is_fast = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -146,6 +151,8 @@ class RoundRobin(Strategy, kind="round_robin"):
 
 class _OfModel(Strategy):
     """Base of strategies that go by one learned number per model where the pool has no live one."""
+
+    is_fast = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -115,6 +115,11 @@ class Rules(Strategy, kind="rules"):
             rule.name: re.compile(rule.regex, re.IGNORECASE) for rule in self.rules if rule.regex is not None
         }
 
+    @property
+    def is_fast(self) -> bool:  # type: ignore[override]
+        """Unless a rule has a regular expression of the operator's, which may take its time."""
+        return not self._patterns and not any(rule.headers for rule in self.rules)
+
     def route(self, query: Query, pool: Pool) -> Decision:
         """Raises InputError if a rule that fits names no model of the pool, or no model's context is long enough."""
         seen = _Seen(query)
