@@ -39,7 +39,7 @@ def test_updates_equal_the_direct_inverse(seed, ridge):
 
 def test_linucb_index_by_hand():
     """Ridge 1, one observation z = (1, 1) of quality 0.6: A = [[2, 1], [1, 2]], A^-1 = [[2, -1], [-1, 2]] / 3."""
-    one = LinUCB.Config(alpha=0.5).build()
+    one = LinUCB.Config(alpha=0.5, ridge=1.0).build()
     observe(one, [1.0], "a", 0.6)
     decision = one.route(query([2.0]), Pool((Model(name="a"), Model(name="b"))))
     found = {candidate.model: candidate for candidate in decision.candidates}
@@ -64,7 +64,7 @@ def test_discounted_updates_equal_weighted_regression():
 
 
 def test_an_arm_that_is_not_asked_grows_uncertain_up_to_the_prior():
-    one = LinUCB.Config(discount=0.9).build()
+    one = LinUCB.Config(discount=0.9, ridge=1.0).build()
     widths = []
     for _ in range(60):
         observe(one, [1.0, 0.0], "b", 0.5)
@@ -77,7 +77,7 @@ def test_an_arm_that_is_not_asked_grows_uncertain_up_to_the_prior():
 
 
 def test_forgetting_stays_finite():
-    one = LinUCB.Config(discount=0.5).build()
+    one = LinUCB.Config(discount=0.5, ridge=1.0).build()
     for number in range(300):
         observe(one, [1.0, 0.0], "ab"[number % 2], 1.0)
     assert np.isfinite(one.inverse_MDD).all()

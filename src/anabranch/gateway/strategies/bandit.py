@@ -58,9 +58,9 @@ class Bandit(Strategy):
             seed: of random directions and draws.
         """
 
-        dim: int = Field(default=24, ge=1)
+        dim: int = Field(default=16, ge=1)
         settle: int = Field(default=256, ge=2)
-        ridge: float = Field(default=1.0, gt=0)
+        ridge: float = Field(default=0.3, gt=0)
         trade_off: float = Field(default=0.0, ge=0)
         discount: float = Field(default=1.0, gt=0, le=1)
         warm_weight: float = Field(default=1.0, ge=0)
@@ -314,7 +314,7 @@ class LinUCB(Bandit, kind="linucb"):
     class Config(Bandit.Config):
         """Attributes: ``alpha``, standard errors added: in theory 1 + sqrt(ln(2 / delta) / 2), in practice far less."""
 
-        alpha: float = Field(default=0.3, ge=0)
+        alpha: float = Field(default=0.2, ge=0)
 
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
