@@ -90,7 +90,7 @@ class CategoryRouter:
         k: int = 32,
         general: str = "general",
         *,
-        C: float = 10.0,
+        C: float = 1.0,
         hidden: int = 64,
         uncertainty: Uncertainty = "probability",
         seed: int = 0,

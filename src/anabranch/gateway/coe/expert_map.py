@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -46,19 +46,22 @@ def solve_map(
             together, a size that is missing or negative, a category whose qualities are all NaN, an unknown solver.
         BackendError: milp is needed and scipy is not there.
     """
+    problem = Problem.of(table, parameters, prices, limits or Limits())
+    found = _solved(problem, solver)
+    return _explain(problem, solver) if found is None else found
+
+
+def _solved(problem: Problem, solver: Solver) -> ExpertMap | None:
+    """None if no map keeps the limits."""
     if solver not in ("auto", *SOLVERS):
         raise InputError(f"solver is {solver!r}; it must be one of auto, {', '.join(SOLVERS)}")
-    problem = Problem.of(table, parameters, prices, limits or Limits())
     if solver == "auto":
         solver = "exact" if len(problem.kept()) <= MOST else "milp"
     choice_C = SOLVERS[solver](problem)
-    if choice_C is None:
-        _explain(problem, solver)
-    assert choice_C is not None
-    return problem.map(choice_C)
+    return None if choice_C is None else problem.map(choice_C)
 
 
-def _explain(problem: Problem, solver: str) -> None:
+def _explain(problem: Problem, solver: str) -> NoReturn:
     """Say why no map keeps the limits. Raises InputError."""
     limits, least = problem.limits, least_host(problem)
     if least > problem.budget:
@@ -99,11 +102,7 @@ def frontier_of_budget(
     limits = limits or Limits()
 
     def at(budget: float) -> ExpertMap | None:
-        made = limits.replace(budget=float(budget))
-        least = least_host(Problem.of(table, parameters, prices, made))
-        if budget < least - TIE * max(1.0, least):
-            return None
-        return solve_map(table, parameters, limits=made, prices=prices, solver=solver)
+        return _solved(Problem.of(table, parameters, prices, limits.replace(budget=float(budget))), solver)
 
     if budgets is not None:
         return [found for found in map(at, sorted(budgets)) if found is not None]

@@ -72,7 +72,7 @@ class LogisticHead(Head):
 
     arrays = ("weight_DC", "bias_C")
 
-    def __init__(self, C: float = 10.0) -> None:
+    def __init__(self, C: float = 1.0) -> None:
         self.C = C
         self.weight_DC, self.bias_C = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
 
@@ -103,7 +103,7 @@ class MlpHead(Head):
 
     arrays = ("in_DF", "in_F", "out_FC", "out_C")
 
-    def __init__(self, C: float = 10.0, hidden: int = 64) -> None:
+    def __init__(self, C: float = 1.0, hidden: int = 64) -> None:
         self.C, self.hidden = C, hidden
         self.in_DF, self.in_F, self.out_FC, self.out_C = (np.zeros(0, np.float32) for _ in range(4))
 
