@@ -69,7 +69,7 @@ class Predictor(Part, family="predictor"):
         return self.predict(one_row(query, self.models))
 
     def meet(self, pool: Pool) -> None:
-        """Take note of the models there are, before each decision; for predictors that weigh sizes or prices. Must be quick if none changed."""
+        """Take note of the models there are, before each decision, where sizes or prices matter. Must be quick if none changed."""
 
     def explain(self, query: Query) -> Facts:
         """What lies behind the prediction, ready for JSON."""

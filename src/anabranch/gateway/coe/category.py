@@ -109,6 +109,10 @@ class CategoryRouter:
         self._example_ED, self._class_E = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
         self._cross: tuple[tuple[int, int], np.ndarray] | None = None
 
+    def __len__(self) -> int:
+        """Examples it learned from."""
+        return len(self._class_E)
+
     # Learning
 
     def fit(
@@ -193,9 +197,7 @@ class CategoryRouter:
                 rest = fold_E != fold
                 if not rest.any():
                     raise InputError("cross-fitting needs examples in at least two folds; label more")
-                head = self._new_head().fit(
-                    self._example_ED[rest], self._targets(self._class_E[rest]), seed=self.seed
-                )
+                head = self._new_head().fit(self._example_ED[rest], self._targets(self._class_E[rest]), seed=self.seed)
                 logit_EC[~rest] = head.logits(self._example_ED[~rest])
             self._cross = (folds, seed), logit_EC
         return self._cross[1]
@@ -205,9 +207,7 @@ class CategoryRouter:
         self._checked()
         return softmax(self._cross_logits(folds, seed), self.temperature)
 
-    def abstain(
-        self, target_rate: float, inputs: Sequence[str] | np.ndarray | None = None, *, folds: int = 5
-    ) -> Self:
+    def abstain(self, target_rate: float, inputs: Sequence[str] | np.ndarray | None = None, *, folds: int = 5) -> Self:
         """Set ``min_confidence`` so that this share of prompts goes to the general category.
 
         Args:
@@ -235,22 +235,31 @@ class CategoryRouter:
 
         Raises InputError if it has not learned yet, or a vector has another width or is not finite.
         """
-        vector_ND = self.vectors(inputs)
+        found = self.classify(self.vectors(inputs))
+        category = tuple(
+            self.general if abstained else self.categories[best]
+            for best, abstained in zip(
+                found.distribution_NC.argmax(axis=1).tolist(), found.abstained_N.tolist(), strict=True
+            )
+        )
+        return found._replace(category=category)
+
+    def classify(self, vector_ND: np.ndarray, min_confidence: float | None = None) -> Categories:
+        """`predict` of checked vectors, without the names; ``min_confidence`` takes the place of the router's own."""
         distribution_NC = self.distribution(vector_ND)
         confidence_N = self._confidence(distribution_NC, vector_ND)
         empty_N = ~vector_ND.any(axis=1)
         confidence_N[empty_N] = 0.0
-        abstained_N = (confidence_N < self.min_confidence) | empty_N
-        best_N = distribution_NC.argmax(axis=1)
-        category = tuple(
-            self.general if abstained else self.categories[best]
-            for best, abstained in zip(best_N.tolist(), abstained_N.tolist(), strict=True)
-        )
-        return Categories(category, confidence_N, distribution_NC, abstained_N)
+        least = self.min_confidence if min_confidence is None else min_confidence
+        return Categories((), confidence_N, distribution_NC, (confidence_N < least) | empty_N)
 
     def distribution(self, vector_ND: np.ndarray) -> np.ndarray:
         """Calibrated probabilities ``[N, C]``."""
         self._checked()
+        if vector_ND.shape[1] != self._example_ED.shape[1]:
+            raise InputError(
+                f"vectors have {vector_ND.shape[1]} dimensions; those it learned from have {self._example_ED.shape[1]}"
+            )
         return softmax(self._head.logits(vector_ND), self.temperature)
 
     def _confidence(self, distribution_NC: np.ndarray, vector_ND: np.ndarray, *, own: bool = False) -> np.ndarray:

@@ -42,8 +42,8 @@ def _sets(problem: Problem, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
         low, high = slice(0, 2**expert), slice(2**expert, 2 ** (expert + 1))
         best_SC[high] = np.maximum(best_SC[low], value_CE[:, expert])
         host_S[high], count_S[high] = host_S[low] + size_E[expert], count_S[low] + 1
-    whole_S = np.isfinite(best_SC).all(1)
-    worth_S = np.where(whole_S, np.where(whole_S[:, None], best_SC, 0.0) @ problem.share_C, -np.inf)
+    whole_S = np.isfinite(best_SC).all(axis=1)
+    worth_S = np.where(whole_S, np.where(np.isfinite(best_SC), best_SC, 0.0) @ problem.share_C, -np.inf)
     return worth_S, host_S, count_S
 
 

@@ -1,9 +1,9 @@
 """Choosing experts for categories under a budget of parameters, and what each budget would buy.
 
-    found = solve_map(table, {"small": 8, "large": 70}, limits=Limits(budget=80))
-    found["maths"], found.chosen, found.quality, found.active, found.host
-    frontier_of_budget(table, parameters)       every map that is best for some budget
-    frontier_of_trade_off(table, parameters)    every map that is best for some lambda
+found = solve_map(table, {"small": 8, "large": 70}, limits=Limits(budget=80))
+found["maths"], found.chosen, found.quality, found.active, found.host
+frontier_of_budget(table, parameters)       every map that is best for some budget
+frontier_of_trade_off(table, parameters)    every map that is best for some lambda
 """
 # Shapes: C categories, E experts
 
@@ -138,9 +138,7 @@ def frontier_of_trade_off(
     limits = limits or Limits()
 
     def at(value: float) -> ExpertMap:
-        return solve_map(
-            table, parameters, limits=limits.replace(trade_off=float(value)), prices=prices, solver=solver
-        )
+        return solve_map(table, parameters, limits=limits.replace(trade_off=float(value)), prices=prices, solver=solver)
 
     if values is not None:
         return [at(value) for value in sorted(values)]

@@ -62,7 +62,7 @@ def _choice(problem: Problem, members: list[int]) -> np.ndarray | None:
 
 
 def _cover(problem: Problem, kept: np.ndarray) -> list[int] | None:
-    """A small set in which every category has an expert: the one that serves most of the open categories per parameter, until none is open."""
+    """A small set that serves every category: the expert for most of the open categories per parameter, until none is open."""
     open_C, members = np.ones(len(problem.share_C), bool), []
     can_CE = np.isfinite(problem.value_CE)
     while open_C.any():

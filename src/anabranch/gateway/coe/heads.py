@@ -173,4 +173,4 @@ def minimized(loss: Any, begin: np.ndarray, iterations: int = 300) -> np.ndarray
         from scipy.optimize import minimize
     except ImportError:
         raise BackendError("learning categories needs scipy: pip install 'anabranch[gateway]'") from None
-    return minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20}).x
+    return minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-7}).x

@@ -197,7 +197,9 @@ def _size(name: str, parameters: Mapping[str, float], limits: Limits) -> float:
     size = parameters.get(name)
     if size is None:
         if matters:
-            raise InputError(f"how many parameters {name!r} has is not known; say it, in billions, or set no limit on them")
+            raise InputError(
+                f"how many parameters {name!r} has is not known; say it, in billions, or set no limit on them"
+            )
         return 0.0
     if not (np.isfinite(size) and size >= 0):
         raise InputError(f"{name!r} has {size} billion parameters; it must be a finite number of at least 0")

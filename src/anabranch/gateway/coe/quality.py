@@ -120,7 +120,7 @@ class QualityTable:
         empty_C1 = fill & (self.count_CE.sum(axis=1, keepdims=True) == 0)
         return replace(self, quality_CE=np.where(known_CE, quality_CE, np.where(empty_C1, self.mean_E, np.nan)))
 
-    def merged(self, other: Self) -> Self:
+    def merged(self, other: "QualityTable") -> "QualityTable":
         """Both tables' observations together; categories and experts of either. Shares are this one's unless it lacks the category."""
         categories = tuple(dict.fromkeys((*self.categories, *other.categories)))
         experts = tuple(dict.fromkeys((*self.experts, *other.experts)))
@@ -135,7 +135,9 @@ class QualityTable:
     def _moments(self, categories: tuple[str, ...], experts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
         """Count, sum and sum of squares at the places of larger lists of names."""
         found = np.zeros((3, len(categories), len(experts)))
-        at = np.ix_([categories.index(name) for name in self.categories], [experts.index(name) for name in self.experts])
+        at = np.ix_(
+            [categories.index(name) for name in self.categories], [experts.index(name) for name in self.experts]
+        )
         mean = np.nan_to_num(self.quality_CE)
         values = (
             self.count_CE,
@@ -232,7 +234,8 @@ def table_of_scores(
     for moment, part_NE in zip(moments, (known_NE.astype(np.float64), value_NE, value_NE**2), strict=True):
         np.add.at(moment, row_N, part_NE)
     share_C = np.bincount(row_N, minlength=len(names)) if share is None else [share.get(name, 0.0) for name in names]
-    return _of_moments(names, tuple(experts), *moments, np.asarray(share_C, np.float64))
+    count_CE, sum_CE, square_CE = moments
+    return _of_moments(names, tuple(experts), count_CE, sum_CE, square_CE, np.asarray(share_C, np.float64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,11 +274,15 @@ def table_of_judgements(
     for item in judgements:
         orders = pairs.setdefault((item.question, item.category, item.expert), {})
         if item.expert_first in orders:
-            raise InputError(f"question {item.question!r} and expert {item.expert!r} are judged twice in the same order")
+            raise InputError(
+                f"question {item.question!r} and expert {item.expert!r} are judged twice in the same order"
+            )
         orders[item.expert_first] = worth[item.won]
     seen = {pair: np.mean(list(orders.values())) for pair, orders in pairs.items() if one_order or len(orders) == 2}
     if not seen:
-        raise InputError("no pair was judged in both orders; judge each with the answers swapped, or pass one_order=True")
+        raise InputError(
+            "no pair was judged in both orders; judge each with the answers swapped, or pass one_order=True"
+        )
     return table_of_feedback(
         [(category, expert, float(score)) for (_, category, expert), score in seen.items()], share=share
     )
