@@ -110,12 +110,12 @@ class MlpHead(Head):
     def fit(self, vector_ND: np.ndarray, target_NC: np.ndarray, *, seed: int = 0) -> Self:
         """From normal weights of variance 1 / fan-in."""
         dim, num_classes, generator = vector_ND.shape[1], target_NC.shape[1], np.random.default_rng(seed)
-        vector_ND = vector_ND.astype(np.float64)
         shapes = [(dim, self.hidden), (self.hidden,), (self.hidden, num_classes), (num_classes,)]
         ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
         def parts(flat: np.ndarray) -> list[np.ndarray]:
-            return [piece.reshape(shape) for piece, shape in zip(np.split(flat, ends), shapes, strict=True)]
+            pieces = np.split(flat.astype(np.float32), ends)
+            return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             in_DF, in_F, out_FC, out_C = parts(flat)
@@ -127,13 +127,13 @@ class MlpHead(Head):
                 hidden_NF.T @ slope_NC + out_FC / self.C, slope_NC.sum(0),
             )  # fmt: skip
             total = value + 0.5 * float((in_DF**2).sum() + (out_FC**2).sum()) / self.C
-            return total, np.concatenate([gradient.ravel() for gradient in gradients])
+            return total, np.concatenate([gradient.ravel() for gradient in gradients]).astype(np.float64)
 
         begin = [
             generator.normal(0, shape[0] ** -0.5, shape) if len(shape) == 2 else np.zeros(shape) for shape in shapes
         ]
-        found = parts(minimized(loss, np.concatenate([part.ravel() for part in begin])))
-        self.in_DF, self.in_F, self.out_FC, self.out_C = (part.astype(np.float32) for part in found)
+        found = parts(minimized(loss, np.concatenate([part.ravel() for part in begin]), 100))
+        self.in_DF, self.in_F, self.out_FC, self.out_C = found
         return self
 
     def logits(self, vector_ND: np.ndarray) -> np.ndarray:
@@ -173,4 +173,6 @@ def minimized(loss: Any, begin: np.ndarray, iterations: int = 300) -> np.ndarray
         from scipy.optimize import minimize
     except ImportError:
         raise BackendError("learning categories needs scipy: pip install 'anabranch[gateway]'") from None
-    return minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-7}).x
+    return minimize(
+        loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-7}
+    ).x
