@@ -140,6 +140,7 @@ class Ranked(Strategy, kind="ranked"):
         """As the class says; the sender's knob ``lambda`` takes the place of ``trade_off``."""
         self._checked(query)
         self.predictor.meet(pool)
+        self._grow()
         prediction = self.predictor.predict_one(query)
         columns = {name: column for column, name in enumerate(self.predictor.models)}
         known = [columns.get(name, -1) for name in pool.names]
@@ -168,6 +169,13 @@ class Ranked(Strategy, kind="ranked"):
             confidence=confidence,
             details=self.predictor.explain(query) if prediction.details is None else prediction.details,
         )
+
+    def _grow(self) -> None:
+        """Models that the predictor learned of after ``fit`` have no usual cost."""
+        more = len(self.predictor.models) - len(self.cost_M)
+        if more > 0:
+            self.cost_M = np.append(self.cost_M, np.full(more, np.nan))
+            self.completion_M = np.append(self.completion_M, np.full(more, np.nan))
 
     def _checked(self, query: Query) -> Query:
         if not self.predictor.models:
@@ -213,6 +221,7 @@ class Ranked(Strategy, kind="ranked"):
         return [self.with_knob(value)._played(data, pool, prediction) for value in values]
 
     def _played(self, data: Recorded, pool: Pool | None, prediction: Prediction) -> Played:
+        self._grow()
         columns = playable(data, pool, self.predictor.models)
         at = [self.predictor.models.index(data.models[column]) for column in columns]
         cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)

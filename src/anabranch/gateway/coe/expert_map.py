@@ -21,6 +21,7 @@ from anabranch.gateway.coe.milp import least_host, solve_milp
 from anabranch.gateway.coe.quality import QualityTable
 
 Solver = Literal["auto", "exact", "milp", "greedy"]
+STEP = 2e-6  # of a budget: sizes of hosts that differ by less are one
 SOLVERS = {"exact": solve_exact, "milp": solve_milp, "greedy": solve_greedy}
 
 
@@ -111,7 +112,7 @@ def frontier_of_budget(
     while len(maps) < most and (found := at(budget)) is not None:
         # The best map at this budget is the best at its own size too, as ties went to the smallest.
         maps.append(replace(found, limits=found.limits.replace(budget=found.host)))
-        budget = found.host - 4 * TIE * max(1.0, found.host)
+        budget = found.host - STEP * max(1.0, found.host)
         if budget < 0:
             break
     return maps[::-1]

@@ -61,8 +61,8 @@ class KnnHead(Head):
         """See the class."""
         similarity_NE = vector_ND @ self.example_ED.T
         near_NK, similarity_NK = nearest(similarity_NE, self.k)
-        weight_NK1 = (1.0 + 1e-6 * similarity_NK)[..., None]
-        vote_NC = (self.target_EC[near_NK] * weight_NK1).sum(1, dtype=np.float64)
+        weight_NK1 = (1.0 + 1e-6 * similarity_NK.astype(np.float64))[..., None]
+        vote_NC = (self.target_EC[near_NK] * weight_NK1).sum(axis=1)
         num_classes = vote_NC.shape[1]
         return np.log((np.maximum(vote_NC, 0.0) + 1 / num_classes) / (near_NK.shape[1] + 1))
 

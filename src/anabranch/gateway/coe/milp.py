@@ -5,6 +5,8 @@ After the best objective is known, a second program finds the smallest set that 
 """
 # Shapes: C categories, E experts, V variables: z[c,e] row by row, then y[e]
 
+from typing import Any
+
 import numpy as np
 
 from anabranch.errors import BackendError
@@ -47,7 +49,8 @@ class _Program:
             from scipy.sparse import coo_array, vstack
         except ImportError:
             raise BackendError("the solver 'milp' needs scipy: pip install 'anabranch[gateway]'") from None
-        self.problem, self.kept = problem, kept
+        self.problem, self.kept, self.limited = problem, kept, limited
+        self.budget = problem.budget if budget is None else budget
         num_c, num_e = len(problem.share_C), len(kept)
         self.shape = num_c, num_e
         value_CE, size_E = problem.value_CE[:, kept], problem.size_E[kept]
@@ -66,7 +69,7 @@ class _Program:
              (np.concatenate((cell, cell)), np.concatenate((cell, len(cell) + cell % num_e)))),
             shape=(len(cell), width),
         )  # fmt: skip
-        limits = [(self.host_V, problem.budget if budget is None else budget)]
+        limits = [(self.host_V, self.budget)]
         if limited:
             limits += [(number_V, float(problem.most_experts)), (active_V, problem.most_active)]
         limits = [(row_V, most) for row_V, most in limits if np.isfinite(most)]
@@ -79,11 +82,27 @@ class _Program:
 
     def solve(self, cost_V: np.ndarray, at_least: float | None = None) -> np.ndarray | None:
         """The choice of least cost, ``[C]``; None if there is none. ``at_least`` bounds the problem's objective."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import LinearConstraint
 
         constraints = [self.constraint]
         if at_least is not None:
             constraints.append(LinearConstraint(self.worth_V[None], at_least, np.inf))
+        while True:
+            members, choice_C = self._solve_once(cost_V, constraints)
+            if members is None or choice_C is not None:
+                return choice_C
+            # HiGHS keeps limits to 1e-6 only. What breaks one by less is excluded: with all larger sets if it is the budget.
+            row_V = np.zeros(len(cost_V))
+            y_V = row_V[-len(self.kept) :]
+            inside_E = np.isin(self.kept, members)
+            too_large = self.problem.size_E[members].sum() > self.budget
+            y_V[:] = np.where(inside_E, 1.0, 0.0 if too_large else -1.0)
+            constraints.append(LinearConstraint(row_V[None], -np.inf, inside_E.sum() - 1.0))
+
+    def _solve_once(self, cost_V: np.ndarray, constraints: list[Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Chosen experts (None if the program has no solution), and their best choice (None if it does not keep the limits)."""
+        from scipy.optimize import Bounds, milp
+
         num_c, num_e = self.shape
         upper_V = np.concatenate((self.open_CE.ravel().astype(np.float64), np.ones(num_e)))
         found = milp(
@@ -91,15 +110,14 @@ class _Program:
             options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if found.status == 2:
-            return None
+            return None, None
         if found.x is None:
             raise BackendError(f"HiGHS found no map: {found.message}")
         members = self.kept[found.x[num_c * num_e :] > 0.5]
-        if self.problem.limits.active is None:
-            return self.problem.best_within(members)
-        choice = self.kept[found.x[: num_c * num_e].reshape(num_c, num_e).argmax(1)]
-        exact = choose_within(self.problem, members)
-        return choice if exact is None else exact
+        choice_C = _best(self.problem, members) if self.limited else self.problem.best_within(members)
+        if choice_C is not None and self.limited and not self.problem.fits(choice_C):
+            choice_C = None
+        return members, choice_C
 
 
 def _exchanged(problem: Problem, kept: np.ndarray, choice_C: np.ndarray) -> np.ndarray:

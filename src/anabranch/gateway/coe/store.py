@@ -12,8 +12,8 @@ How things are loaded is the caller's: ``load(path)`` reads a checkpoint into ho
 same before and after; whatever fails half-way leaves no trace. Room is taken before loading begins, so capacities are never passed. An
 expert that leaves the device stays in host memory for as long as there is room.
 
-Source: Composition of Experts, arXiv 2412.01868, and SN40L, arXiv 2405.07518 (three tiers, at most one copy a request); eviction by rate and
-the bound on waiting (`ExpertQueue`) are ours.
+Source: Composition of Experts, arXiv 2412.01868, and SN40L, arXiv 2405.07518 (three tiers, at most one copy a request); eviction by rate
+and the bound on waiting (`ExpertQueue`) are ours.
 """
 
 import logging
@@ -294,8 +294,10 @@ class ExpertStore:
             self._queue.clear()
             self._changed.notify_all()
         for job in jobs:
-            for future in (*(future for future, _ in job.waiting), *job.ahead):
-                future.cancel()
+            for waiting, _ in job.waiting:
+                waiting.cancel()
+            for ahead in job.ahead:
+                ahead.cancel()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
