@@ -4,6 +4,11 @@ from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.gateway.eval import evaluate
+from anabranch.cli.gateway.fit import fit
+from anabranch.cli.gateway.replay import replay
+from anabranch.cli.gateway.route import route
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -12,11 +17,11 @@ app = typer.Typer(
 
     Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
 )
-_COMMANDS: dict[str, Callable[..., None]] = {}
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "fit": fit,
+    "eval": evaluate,
+    "route": route,
+    "replay": replay,
+}
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
-
-
-@app.callback()
-def _root() -> None:
-    """Keep this a group of commands, however few there are."""

@@ -156,8 +156,8 @@ def _meaning(name: str) -> tuple[str, str]:
     for ending, kind in (
         ("_correct", "score"),
         ("|total_cost", "cost"),
-        ("_response", "answer"),
         ("|model_response", "answer"),
+        ("_response", "answer"),
     ):
         if name.endswith(ending):
             return kind, name.removesuffix(ending)

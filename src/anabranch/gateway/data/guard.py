@@ -1,5 +1,5 @@
 """Against fooling oneself: duplicates go, copies of a question stay on one side of a split, a test seen in training is refused."""
-# Shapes: N queries, G different questions, T those of one task
+# Shapes: N queries, G different questions, T those of one task, P parts
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ def split(data: Recorded, fractions: Sequence[float] = HOLD_OUT, *, seed: int) -
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"fractions are {list(fractions)}; they must be above 0 and add up to 1")
-    part_N = _drawn(data, np.cumsum(fractions), seed)
+    part_N = _drawn(data, np.array(fractions, float), seed)
     parts = [data.take(np.flatnonzero(part_N == part)) for part in range(len(fractions))]
     if not all(map(len, parts)):
         raise InputError(
@@ -53,7 +53,7 @@ def folds(data: Recorded, count: int, *, seed: int) -> list[tuple[Recorded, Reco
     """(train, test) of each fold; every row is tested once. Raises InputError for fewer than 2 folds, or more than there are questions."""
     if count < 2:
         raise InputError(f"folds are {count}; there must be at least 2")
-    part_N = _drawn(data, np.arange(1, count + 1) / count, seed)
+    part_N = _drawn(data, np.full(count, 1 / count), seed)
     if len(np.unique(part_N)) < count:
         raise InputError(f"{len(data)} rows are too few for {count} folds")
     return [
@@ -61,11 +61,8 @@ def folds(data: Recorded, count: int, *, seed: int) -> list[tuple[Recorded, Reco
     ]
 
 
-def _drawn(data: Recorded, end_P: np.ndarray, seed: int) -> np.ndarray:
-    """The part of each row: questions, shuffled within their tasks, lie end to end and are cut where parts would end in a task.
-
-    Cuts are reckoned on the running total over tasks, so that small tasks together still fill every part.
-    """
+def _drawn(data: Recorded, share_P: np.ndarray, seed: int) -> np.ndarray:
+    """The part of each row. Task by task, shuffled questions go where most are still missing, so that small tasks fill parts too."""
     group_N = groups(data)
     first_G = np.unique(group_N, return_index=True)[1]
     tasks = sorted({data.task[row] or "" for row in first_G})
@@ -73,13 +70,17 @@ def _drawn(data: Recorded, end_P: np.ndarray, seed: int) -> np.ndarray:
     task_G = np.array([number[data.task[row] or ""] for row in first_G])
     generator = np.random.default_rng(seed)
     part_G = np.empty(len(first_G), np.int64)
-    before = 0
+    missing_P = np.zeros(len(share_P))
     for task in range(len(tasks)):
         member_T = generator.permutation(np.flatnonzero(task_G == task))
-        after = before + len(member_T)
-        end = np.floor(end_P * after + 0.5) - np.floor(end_P * before + 0.5)
-        part_G[member_T] = np.searchsorted(end, np.arange(len(member_T)), side="right")
-        before = after
+        missing_P += share_P * len(member_T)
+        taken_P = np.floor(np.maximum(missing_P, 0))
+        while taken_P.sum() < len(member_T):
+            taken_P[np.argmax(missing_P - taken_P)] += 1
+        while taken_P.sum() > len(member_T):
+            taken_P[np.argmin(np.where(taken_P > 0, missing_P - taken_P, np.inf))] -= 1
+        missing_P -= taken_P
+        part_G[member_T] = np.repeat(np.arange(len(share_P)), taken_P.astype(np.int64))
     return part_G[group_N]
 
 
