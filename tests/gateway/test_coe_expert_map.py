@@ -277,7 +277,7 @@ def test_other_limits_that_cannot_be_kept():
     with pytest.raises(InputError, match=r"at least 8 billion .* active allows 5"):
         solve_map(TWO, SIZES, limits=Limits(active=5))
     needs_both = QualityTable.of({"x": {"a": 0.5}, "y": {"b": 0.5}})
-    with pytest.raises(InputError, match="max_experts 1 .* together"):
+    with pytest.raises(InputError, match=r"max_experts 1 .* together"):
         solve_map(needs_both, {"a": 2, "b": 3}, limits=Limits(max_experts=1))
 
 

@@ -10,6 +10,7 @@ from anabranch.gateway import strategies
 from anabranch.gateway.coe.choice import MapKind, largest_trade_off, table_for
 from anabranch.gateway.coe.predictor import CompositionOfExperts
 from anabranch.gateway.coe.quality import table_of_scores
+from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import Price
 from anabranch.gateway.predictor import Prediction, Predictor, Ranked
@@ -98,7 +99,7 @@ def test_budget_is_kept_and_hosts_are_all_that_is_asked():
     router = fitted(budget_params=15.0)
     assert {item.model for name in RIGHT for item in first(router, name).candidates} == {"maths", "poet"}
     assert sum(SIZES[name] for name in router.predictor.plan().map.chosen) <= 15
-    with pytest.raises(InputError, match="the smallest that does is 1$"):
+    with pytest.raises(InputError, match=r"the smallest that does is 1$"):
         first(fitted(budget_params=0.5, map="plain"), "maths")
 
 
@@ -122,12 +123,11 @@ def test_automatic_trade_off_stays_at_the_best_single():
 
 def test_fallbacks_follow_the_table_within_the_hosts():
     decision = first(fitted(), "maths")
-    assert [item.model for item in decision.candidates] == [
-        "maths",
-        "giant",
-        "poet",
-    ]  # tiny serves no category: not hosted
-    qualities = [item.quality for item in decision.candidates]
+    assert [item.model for item in decision.candidates][:2] == ["maths", "giant"]
+    assert {item.model for item in decision.candidates} == set(MODELS)
+    hosted = first(fitted(max_experts=3), "maths")  # tiny serves no category
+    assert [item.model for item in hosted.candidates] == ["maths", "giant", "poet"]
+    qualities = [item.quality for item in hosted.candidates]
     assert qualities == pytest.approx([0.9, 0.8, 0.1], abs=0.1)
     scores = [item.score for item in decision.candidates]
     assert scores == sorted(scores, reverse=True)
@@ -171,7 +171,7 @@ def test_knobs_of_the_sender():
     assert first(router, "maths").model == "maths"  # the next sender's are not changed
     with pytest.raises(InputError, match="budget_params is 'much'"):
         first(router, "maths", knobs={"budget_params": "much"})
-    with pytest.raises(InputError, match="budget of 0.1 .* the smallest that does is 1$"):
+    with pytest.raises(InputError, match=r"budget of 0.1 .* the smallest that does is 1$"):
         first(router, "maths", knobs={"budget_params": "0.1"})
 
 
@@ -200,7 +200,7 @@ def test_models_that_leave_the_pool_are_replaced():
 
 def test_prices_settle_ties():
     data = replace(DATA, score_NM=np.ones(DATA.score_NM.shape))
-    same = {name: 5.0 for name in SIZES}
+    same = dict.fromkeys(SIZES, 5.0)
     router = fitted(data, parameters=same, prices={"tiny": 2.0, "maths": 2.0, "poet": 1.0, "giant": 2.0})
     assert router.route(next(HELD.queries()), pool(**same)).model == "poet"
     priced = [
@@ -404,3 +404,10 @@ def test_penalties_order_models_but_do_not_change_what_is_expected(penalty, want
     data = Recorded(query=("q",), models=("a", "b"), score_NM=np.array([[1.0, 0.5]]))
     assert router.play(data, Pool(at.models[1:])).model_N.tolist() == [("a", "b").index(wanted)]
     assert router.predictor.met == [("c", "b", "a"), ("b", "a")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"head": "knn", "abstain_rate": 0.1}, {"categories": "clusters", "map": "aware"}]
+)
+def test_contract(fields):
+    check_strategy(CompositionOfExperts.Config(**fields))

@@ -86,7 +86,7 @@ def test_feedback_adds_to_scores():
     assert both.count_CE[0].tolist() == [4, 2, 0]
     assert both.quality_CE[1, 2] == pytest.approx(0.3)
     assert np.isnan(both.quality_CE[1, 0])
-    with pytest.raises(InputError, match="the score of 'a' in 'm'.*nan"):
+    with pytest.raises(InputError, match=r"the score of 'a' in 'm'.*nan"):
         table_of_feedback([("m", "a", NAN)])
     with pytest.raises(InputError, match="no feedback"):
         table_of_feedback([])

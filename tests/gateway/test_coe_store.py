@@ -160,7 +160,7 @@ def test_queue_lets_nobody_starve_by_hand():
 @given(st.data(), st.integers(0, 5), st.integers(2, 5))
 def test_queue_bounds_waiting(data, max_passes, experts):
     queue, popped, came = ExpertQueue(max_passes=max_passes), 0, {}
-    for number in range(60):
+    for _ in range(60):
         for _ in range(data.draw(st.integers(0, 3), label="arrivals")):
             request = len(came)
             came[request] = popped
@@ -172,7 +172,6 @@ def test_queue_bounds_waiting(data, max_passes, experts):
                 assert popped - came[request] <= max_passes + experts - 1
             assert found[1] == sorted(found[1])
             popped += 1
-    assert number == 59
 
 
 # The store
@@ -445,7 +444,7 @@ def test_half_written_checkpoint_is_never_served(tmp_path):
     with opened(tmp_path, ABC, 20) as store:
         (tmp_path / "a").write_bytes(b"x" * 4)  # somebody writes over it
         with pytest.raises(
-            CheckpointError, match="the files of expert 'a' .* are not those that were added; add it again"
+            CheckpointError, match=r"the files of expert 'a' .* are not those that were added; add it again"
         ):
             store.request("a").result(PATIENCE_S)
         (tmp_path / "a").write_bytes(b"y" * 10)

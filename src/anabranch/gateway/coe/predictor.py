@@ -10,7 +10,7 @@ map; a model that was scored later only adds a column (`add_experts`). Scores th
 made anew, where an incumbent gives way only to a gain that is no luck.
 
 Departures: kind, shrinkage, cross-validation and steadiness are ours; the order after the first choice (the fallback chain) is by the same
-table within the hosted experts.
+table, within the chosen experts if there is a limit on what is hosted.
 """
 # Shapes: N queries, M models, D dimensions, C categories (the general one last)
 
@@ -45,7 +45,7 @@ class Plan:
 
     Attributes:
         map: from categories to experts.
-        quality_CM: predicted; -inf for models that are not hosted.
+        quality_CM: predicted; -inf for models that must not be asked: not there, never seen in the category, or not hosted for a limit.
         penalty_CM: what puts the models of each category in order.
     """
 
@@ -324,9 +324,9 @@ class CompositionOfExperts(Predictor, kind="coe"):
         found = solve_map(drawn, parameters, limits=limits, prices=prices, solver=self.config.solver)
         at = [self.models.index(name) for name in present]
         quality_CM = np.full((len(drawn.categories), len(self.models)), -np.inf)
-        hosted_M = np.isin(self.models, found.chosen)
         quality_CM[:, at] = np.where(np.isnan(drawn.quality_CE), -np.inf, drawn.quality_CE)
-        quality_CM[:, ~hosted_M] = -np.inf
+        if limits.budget is not None or limits.max_experts is not None:  # the others are not hosted
+            quality_CM[:, ~np.isin(self.models, found.chosen)] = -np.inf
         size_M = np.array([limits.trade_off * parameters.get(name, 0.0) for name in self.models])
         first_C = [self.models.index(found[name]) for name in drawn.categories]
         return Plan(map=found, quality_CM=quality_CM, penalty_CM=_penalties(quality_CM, size_M, np.array(first_C)))

@@ -333,7 +333,8 @@ def shares(value_C: np.ndarray, categories: Sequence[str]) -> np.ndarray:
         raise InputError(f"each of the {len(categories)} categories needs a finite weight of at least 0{where}")
     if not share_C.sum() > 0:
         raise InputError("all weights of categories are 0; at least one must be asked")
-    return share_C / share_C.sum()
+    total = float(share_C.sum())
+    return share_C if abs(total - 1) < 1e-12 else share_C / total  # what was read back stays as it was, to the bit
 
 
 def _of_moments(
