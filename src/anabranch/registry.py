@@ -91,6 +91,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "hashed": "anabranch.gateway.embed.hashed:Hashed",
         "minilm": "anabranch.gateway.embed.minilm:MiniLM",
     },
+    "vector_index": {
+        "exact": "anabranch.gateway.retrieve.exact:Exact",
+        "clustered": "anabranch.gateway.retrieve.clustered:Clustered",
+        "hnsw": "anabranch.gateway.retrieve.hnsw:Hnsw",
+    },
     "provider": {
         "openai": "anabranch.gateway.providers.openai:OpenAI",
         "anthropic": "anabranch.gateway.providers.anthropic:Anthropic",
