@@ -1,0 +1,22 @@
+"""``anabranch gateway``: one module per command, each of which loads what it needs when it is called."""
+
+from collections.abc import Callable
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Serve many models behind one endpoint, and learn from recorded outcomes which query should go to which.
+
+    Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
+)
+_COMMANDS: dict[str, Callable[..., None]] = {}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep this a group of commands, however few there are."""
