@@ -48,6 +48,8 @@ def test_by_hand(config):
     ids, similarity = index.search([10, 0], k=2)
     assert ids.tolist() == [0, 2]
     np.testing.assert_allclose(similarity, [1, math.sqrt(0.5)], atol=1e-6)
+    np.testing.assert_allclose(index.vectors([2, 1]), [[math.sqrt(0.5)] * 2, [0, 1]], atol=1e-6)
+    assert index.vectors([]).shape == (0, 2)
 
 
 @each_exact

@@ -87,6 +87,10 @@ class ClusteredShard(Shard):
             [rows.vector_ND for rows in self._clusters]
         )
 
+    def vector(self, id: int) -> np.ndarray:
+        """Of one that is there."""
+        return self._clusters[self._cluster[id]].vector(id)
+
     @property
     def size_bytes(self) -> int:
         """Memory of its arrays."""

@@ -30,6 +30,10 @@ class ExactShard(Shard):
         """Copies."""
         return self._rows.id_N.copy(), self._rows.vector_ND.copy()
 
+    def vector(self, id: int) -> np.ndarray:
+        """Of one that is there."""
+        return self._rows.vector(id)
+
     @property
     def size_bytes(self) -> int:
         """Memory of its arrays."""

@@ -49,6 +49,10 @@ class HnswShard(Shard):
         id_N = self._graph.ids
         return id_N, self._graph.vectors(id_N)
 
+    def vector(self, id: int) -> np.ndarray:
+        """Of one that is there."""
+        return self._graph.vectors([id])[0]
+
     @property
     def size_bytes(self) -> int:
         """Memory of vectors and links."""

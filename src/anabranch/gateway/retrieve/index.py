@@ -41,6 +41,10 @@ class Shard:
         """All ids and vectors."""
         raise NotImplementedError
 
+    def vector(self, id: int) -> np.ndarray:
+        """Of one that is there, float32 [D]."""
+        raise NotImplementedError
+
     @property
     def size_bytes(self) -> int:
         """Memory of its arrays."""
@@ -95,6 +99,12 @@ class Index(Part, family="vector_index"):
             if int(id) not in self._namespace:
                 raise InputError(f"no vector with id {id} in the index")
             return self._namespace[int(id)]
+
+    def vectors(self, ids: Iterable[int]) -> np.ndarray:
+        """Unit vectors of these ids, float32 [N, D]. Raises InputError for an unknown one."""
+        with self._lock:
+            found = [self._shards[self.namespace_of(id)].vector(int(id)) for id in ids]
+        return np.array(found, np.float32).reshape(len(found), self.dim)
 
     def sizes(self) -> dict[str, int]:
         """Vectors in each namespace."""

@@ -52,6 +52,10 @@ class Rows:
             self._row[int(self._id[row])] = row
         self._vector[last] = 0
 
+    def vector(self, id: int) -> np.ndarray:
+        """Of one that is there."""
+        return self._vector[self._row[id]]
+
     def candidates(self, query_D: np.ndarray, allow: Allow | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and vectors that may be found, and rough similarities."""
         id_N, vector_ND = self.id_N, self.vector_ND
