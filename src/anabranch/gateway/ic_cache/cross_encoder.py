@@ -1,9 +1,9 @@
 """A utility proxy that reads: one small transformer over request, example and answer together.
 
-The paper's proxy is of TinyBERT's class. This one is smaller (words are hashed into a table, so there is no vocabulary to carry), is trained
-by torch inside ``fit``, and scores in numpy, since what serves holds no torch.
+The paper's proxy is of TinyBERT's class. This one is smaller (words are hashed into a table, so there is no vocabulary to carry), is
+trained by torch inside ``fit``, and scores in numpy, since what serves holds no torch.
 
-    x = [request | example's request | example's answer], cut to ``max_tokens``; table + segment + position + "this word occurs in another part"
+    x = [request | example's request | its answer], cut to ``max_tokens``; table + segment + position + "the word is in another part too"
     layers: x += attention(norm(x)); x += relu(norm(x) W1) W2;   h = sigmoid(mean(norm(x)) . w + b)
 """
 # Shapes: K candidates, L tokens, D width, H heads, E = D / H, F inner width, V buckets
@@ -81,7 +81,8 @@ class CrossEncoder(Proxy, kind="cross_encoder"):
             kept = own[: max(1, room // (SEGMENTS - segment))]
             room -= len(kept)
             row += [
-                (1 + zlib.crc32(word.encode()) % (self.config.buckets - 1), segment, int(word in others)) for word in kept
+                (1 + zlib.crc32(word.encode()) % (self.config.buckets - 1), segment, int(word in others))
+                for word in kept
             ]
         return row or [(1, 0, 0)]
 

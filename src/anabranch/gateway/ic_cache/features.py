@@ -14,10 +14,11 @@ OPPOSITES = tuple(
     frozenset(pair.split("/"))
     for pair in (
         "enable/disable start/stop add/remove add/delete create/delete create/remove include/exclude allow/deny allow/block open/close "
-        "lock/unlock mount/unmount show/hide on/off true/false yes/no increase/decrease raise/lower up/down more/less larger/smaller bigger/smaller "
-        "newer/older before/after first/last ascending/descending compress/decompress compress/extract encrypt/decrypt install/uninstall connect/disconnect "
-        "activate/deactivate load/unload push/pop attach/detach best/worst minimum/maximum upper/lower uppercase/lowercase with/without start/end head/tail "
-        "accept/reject join/split import/export upload/download read/write success/failure"
+        "lock/unlock mount/unmount show/hide on/off true/false yes/no increase/decrease raise/lower up/down more/less larger/smaller "
+        "bigger/smaller newer/older before/after first/last ascending/descending compress/decompress compress/extract encrypt/decrypt "
+        "install/uninstall install/remove connect/disconnect activate/deactivate load/unload push/pop attach/detach best/worst "
+        "minimum/maximum upper/lower uppercase/lowercase with/without start/end head/tail accept/reject join/split import/export "
+        "upload/download read/write success/failure"
     ).split()
 )
 NEGATIONS = frozenset("not no never without none except isn don doesn cannot exclude excluding non".split())
@@ -59,10 +60,10 @@ def pairs(request: str, examples: Sequence[Example], similarity_K: np.ndarray, m
     bucket = zlib.crc32(model.encode()) % MODEL_BUCKETS
     one_hot = [float(at == bucket) for at in range(MODEL_BUCKETS)]
     best = float(similarity_K[0]) if len(examples) else 0.0
-    rows = [
-        [float(similarity), best - float(similarity), math.log1p(rank), *_overlap(asked, example), *_history(example), *_copying(asked, example), *one_hot]
-        for rank, (example, similarity) in enumerate(zip(examples, similarity_K, strict=True))
-    ]  # fmt: skip
+    rows = []
+    for rank, (example, similarity) in enumerate(zip(examples, similarity_K, strict=True)):
+        near = [float(similarity), best - float(similarity), math.log1p(rank)]
+        rows.append([*near, *_overlap(asked, example), *_history(example), *_copying(asked, example), *one_hot])
     texts = [(request, example.request, example.response) for example in examples]
     return Pairs(np.array(rows, np.float64).reshape(len(examples), len(NAMES)), texts)
 

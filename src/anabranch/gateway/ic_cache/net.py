@@ -1,6 +1,7 @@
 """A small network in numpy: layers of rectified units and a linear head, trained by Adam. What a gateway learns with while it serves."""
 # Shapes: N rows, I inputs, H hidden units, O outputs
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ class Network:
         random = np.random.default_rng(seed)
         self.sizes, self.learning_rate, self.weight_decay = tuple(sizes), learning_rate, weight_decay
         self.parameters: list[np.ndarray] = []
-        for layer, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
             is_head = layer == len(sizes) - 2
             scale = 0.0 if is_head else np.sqrt(2 / before)
             self.parameters += [

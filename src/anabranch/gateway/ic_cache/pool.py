@@ -1,8 +1,8 @@
 """The pool of examples: who may enter, who may see, what must go.
 
 An example serves its own tenant in its own domain. It enters only if that domain has opted in, the sender did not forbid it
-(``store: false``), and the model that answered is trusted enough (else one bad answer would teach many). It goes when it expires, when it is
-erased, or when others are worth more of the room (`manager`).
+(``store: false``), and the model that answered is trusted enough (else one bad answer would teach many). It goes when it expires, when
+it is erased, or when others are worth more of the room (`manager`).
 """
 # Shapes: N examples, D dimensions
 
@@ -122,7 +122,7 @@ class ExamplePool:
             response: the answer.
             model: that gave it.
             now_s: the time.
-            vector_D: of the request; used only where redaction leaves the request as it is, since a vector tells of the words it is made of.
+            vector_D: of the request; used only where redaction leaves that as it is, since a vector tells of the words it is made of.
             embed: makes the vector otherwise.
             quality: 0 to 1, if known.
             store: what the sender said.
