@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.gateway.ic_cache.net import Network, sigmoid
 from anabranch.gateway.strategy import Arrays
 
@@ -93,7 +94,7 @@ class ReplayBuffer:
         self._count = int(arrays["count"])
 
 
-class Critic:
+class Critic(Part):
     """See the module.
 
     Args:
@@ -104,7 +105,7 @@ class Critic:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """Sizes and training. The defaults make 0.33 million parameters with vectors of 384 numbers (paper: 0.5).
 
         Attributes:

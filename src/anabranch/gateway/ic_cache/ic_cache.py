@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.ic_cache import judge as judging
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
@@ -42,7 +43,7 @@ from anabranch.gateway.strategy import Arrays, Facts
 logger = logging.getLogger(__name__)
 
 
-class ICCache:
+class ICCache(Part):
     """See the module. One thread at a time; a gateway calls it on its event loop.
 
     Args:
@@ -62,7 +63,7 @@ class ICCache:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """Of all parts.
 
         Attributes:

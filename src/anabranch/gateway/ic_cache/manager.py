@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.gateway.ic_cache.example import Example
 from anabranch.gateway.ic_cache.knapsack import knapsack
 from anabranch.gateway.ic_cache.pool import ExamplePool
@@ -43,7 +44,7 @@ class Upkeep:
     is_optimal: bool = True
 
 
-class Manager:
+class Manager(Part):
     """See the module.
 
     Args:
@@ -54,7 +55,7 @@ class Manager:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """How far each goes.
 
         Attributes:

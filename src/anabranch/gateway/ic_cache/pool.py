@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import ANY_DOMAIN, Example
@@ -38,7 +39,7 @@ class Admission:
     reason: str
 
 
-class ExamplePool:
+class ExamplePool(Part):
     """Examples by id, and the index that finds them.
 
     Args:
@@ -48,7 +49,7 @@ class ExamplePool:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """Who may enter, and for how long.
 
         Attributes:

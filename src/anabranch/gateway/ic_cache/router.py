@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.ic_cache.critic import Critic
 from anabranch.gateway.ic_cache.selector import Selection
@@ -73,7 +74,7 @@ class Choice:
     second: str | None = None
 
 
-class Router:
+class Router(Part):
     """See the module.
 
     Args:
@@ -85,7 +86,7 @@ class Router:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """Of the bandit.
 
         Attributes:

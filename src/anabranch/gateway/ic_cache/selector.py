@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.gateway.ic_cache.example import Example
 from anabranch.gateway.ic_cache.features import Pairs, pairs
 from anabranch.gateway.ic_cache.pool import ExamplePool
@@ -81,7 +82,7 @@ class Selection:
         return sum(item.tokens for item in self.chosen)
 
 
-class Selector:
+class Selector(Part):
     """See the module.
 
     Args:
@@ -92,7 +93,7 @@ class Selector:
     """
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """How many and which.
 
         Attributes:

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.strategy import Arrays, Facts
 
 
-class Threshold:
+class Threshold(Part):
     """The value in use, and what each has brought."""
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """What is tried, and how often.
 
         Attributes:
