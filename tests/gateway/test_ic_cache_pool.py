@@ -205,6 +205,19 @@ def test_full_pool_refuses_where_nobody_makes_room():
     assert pool.size_bytes == 40
 
 
+def test_an_admission_that_fails_changes_nothing():
+    pool = make_pool(max_bytes=60)
+    admit(pool, "a" * 20, "b" * 20)
+    with pytest.raises(InputError, match="vector has shape"):
+        admit(pool, "a" * 20, "new", vector_D=np.ones(3))
+    with pytest.raises(InputError, match="not finite"):
+        admit(pool, "a" * 20, "new", vector_D=np.full(64, np.nan))
+    assert admit(pool, "a" * 20, "c" * 45).reason == "too large"
+    assert admit(pool, "A" * 20, "d" * 38).id == 1  # fits once the older answer has gone
+    assert [(e.id, e.size_bytes) for e in pool] == [(1, 58)]
+    assert len(pool.index) == 1
+
+
 def test_state_reads_back_and_reindex_changes_the_dimension():
     pool = make_pool(domains=("*",))
     for number in range(30):

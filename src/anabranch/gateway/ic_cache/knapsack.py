@@ -5,6 +5,8 @@ search the few that are left by branch and bound (Horowitz and Sahni, 1974).
 """
 # Shapes: N items, C items of the core
 
+import bisect
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,11 +89,19 @@ def _search(
 ) -> tuple[list[int] | None, bool]:
     """Items worth more than ``least`` together, the best such; None if there are none. Depth first, an item taken before it is left out."""
     best: list[int] | None = None
+    weight_sum, value_sum = [0.0, *itertools.accumulate(weight)], [0.0, *itertools.accumulate(value)]
+
+    def bound(at: int, room: float) -> float:
+        """What items from ``at`` on are worth at most, the last one in part."""
+        end = bisect.bisect_right(weight_sum, weight_sum[at] + room, lo=at) - 1
+        part = (room - (weight_sum[end] - weight_sum[at])) * value[end] / weight[end] if end < len(value) else 0.0
+        return value_sum[end] - value_sum[at] + part
+
     total, room, nodes = 0.0, capacity, 0
     taken: list[int] = []
     at = 0
     while True:
-        while at < len(value) and _bound(value, weight, at, room) + total > least and nodes < max_nodes:
+        while at < len(value) and bound(at, room) + total > least and nodes < max_nodes:
             nodes += 1
             if weight[at] <= room:
                 taken.append(at)
@@ -104,12 +114,3 @@ def _search(
         at = taken.pop()  # back to the last one taken, and go on without it
         total, room = total - value[at], room + weight[at]
         at += 1
-
-
-def _bound(value: list[float], weight: list[float], at: int, room: float) -> float:
-    """What items from ``at`` on are worth at most, the last one in part."""
-    total = 0.0
-    while at < len(value) and weight[at] <= room:
-        total, room = total + value[at], room - weight[at]
-        at += 1
-    return total + (room * value[at] / weight[at] if at < len(value) else 0.0)

@@ -20,7 +20,7 @@ from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import ANY_DOMAIN, Example
 from anabranch.gateway.ic_cache.redact import Redact, redact_personal
 from anabranch.gateway.query import Query
-from anabranch.gateway.retrieve.index import Index
+from anabranch.gateway.retrieve.index import Index, unit_rows
 from anabranch.gateway.strategy import Arrays, Facts
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -151,14 +151,17 @@ class ExamplePool(Part):
         older = self._examples.get(self._by_request.get(key, -1))
         if older is not None and (older.trust, older.quality or 0) > (example.trust, quality or 0):
             return Admission(None, "a better answer is there")
+        vector_D = unit_rows(vector_D, self.index.dim, "vector")[0]  # what may fail comes before anything is changed
+        missing = self.size_bytes + size - self.config.max_bytes - (older.size_bytes if older is not None else 0)
+        if missing > 0:
+            make_room(missing)
+        older = self._examples.get(self._by_request.get(key, -1))
+        if self.size_bytes + size - (older.size_bytes if older is not None else 0) > self.config.max_bytes:
+            return Admission(None, "pool is full")
         if older is not None:
             example.uses, example.helped, example.rated = older.uses, older.helped, older.rated
             example.offloads, example.offloads_s = older.offloads, older.offloads_s
             self.remove([older.id])
-        if self.size_bytes + size > self.config.max_bytes:
-            make_room(self.size_bytes + size - self.config.max_bytes)
-        if self.size_bytes + size > self.config.max_bytes:
-            return Admission(None, "pool is full")
         self._keep(example, key, vector_D)
         return Admission(example.id, "kept")
 

@@ -18,7 +18,7 @@ from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
 from anabranch.gateway.ic_cache.ic_cache import ICCache
 from anabranch.gateway.ic_cache.pool import ExamplePool
-from anabranch.gateway.ic_cache.records import Arm, Routed
+from anabranch.gateway.ic_cache.records import Arm, Routed, shortened
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.gateway.strategy import Arrays, Facts, Strategy
@@ -203,19 +203,23 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
                     quality = float(min(max(score, 0.0), 1.0))
                     cache.offer(query, answers[model], model, vector_D=query.vector_D, quality=quality)
         random = np.random.default_rng(seed)
+        x_NI = [self._context(cache, query) for query in queries]
         for _ in range(self.config.epochs):
             for row in random.permutation(len(data)):
-                self._learn(cache, queries[row], data.score_NM[row])
+                for at in np.flatnonzero(np.isfinite(data.score_NM[row])):
+                    cache.router.critic.rate(x_NI[row], int(at), float(np.clip(data.score_NM[row, at], 0, 1)))
+                cache.router.critic.train(1)
         return self
 
-    def _learn(self, cache: ICCache, query: Query, score_M: np.ndarray) -> None:
-        assert query.vector_D is not None  # data has vectors
-        known = np.flatnonzero(np.isfinite(score_M))
-        own = cache.selector.select(query, query.vector_D, cache.assisted, tau=cache.threshold.best, now_s=self._now_s)
-        x_I = cache.router.context(query.vector_D, own, query.prompt_tokens or cache.selector.count_tokens(query.text))
-        for at in known:
-            cache.router.critic.rate(x_I, int(at), float(np.clip(score_M[at], 0, 1)))
-        cache.router.critic.train(1)
+    def _context(self, cache: ICCache, query: Query) -> np.ndarray:
+        """What the bandit would see of a recorded query, its own answer left out."""
+        assert query.vector_D is not None  # the data has vectors
+        found = cache.selector.select(
+            query, query.vector_D, cache.assisted, tau=cache.threshold.best, now_s=self._now_s
+        )
+        kept = [item for item in found.chosen if item.example.request != query.text]
+        tokens = query.prompt_tokens or cache.selector.count_tokens(query.text)
+        return cache.router.context(query.vector_D, shortened(found, kept), tokens)
 
     def state(self) -> tuple[Arrays, Facts]:
         """What the cache holds and learned; empty before it has seen a model."""
