@@ -28,7 +28,8 @@ def litellm(tmp_path):
     return path
 
 
-def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys):
+def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER", "a-key-of-the-operator")
     out = tmp_path / "gateway.yaml"
     assert main(["gateway", "import", str(litellm), "--out", str(out), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -25,14 +25,13 @@ def convert(
 
     from anabranch.errors import InputError
     from anabranch.files import atomic_write_text
-    from anabranch.gateway.config import import_litellm, load_config
+    from anabranch.gateway.config import import_litellm
 
     if out.exists() and out.resolve() == file.resolve():
         raise InputError(f"--out is {out}, the file that is read; name another")
     imported = import_litellm(file)
     text = yaml.safe_dump(_changed(imported.config), sort_keys=False, allow_unicode=True)
     atomic_write_text(out, f"# made from {file.name} by anabranch gateway import\n{text}")
-    load_config(out)  # what was written is what will be read
     if as_json:
         names = [model.name for model in imported.config.models]
         print_json({"out": str(out), "models": names, "left": list(imported.left)})
@@ -62,4 +61,8 @@ def _changed(config: Any) -> Any:
 
 
 def _default(field: Any) -> Any:
+    from pydantic.fields import FieldInfo
+
+    if isinstance(field.default, FieldInfo):
+        return field.default.get_default(call_default_factory=True)
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
