@@ -16,7 +16,7 @@ from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Decision, Model, Outcome, Pool, Query
-from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, played
+from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,13 @@ class Prediction:
         quality_NM: float64; -inf for a model that must not be asked.
         cost_NM: dollars; None leaves costs to `Ranked`.
         confidence_N: between 0 and 1; None if the predictor has none.
+        details: what lies behind the prediction of one query; None leaves that to `Predictor.explain`, which may do the work again.
     """
 
     quality_NM: np.ndarray
     cost_NM: np.ndarray | None = None
     confidence_N: np.ndarray | None = None
+    details: Facts | None = None
 
 
 class Predictor(Part, family="predictor"):
@@ -154,7 +156,7 @@ class Ranked(Strategy, kind="ranked"):
             strategy=self.name,
             reason=reason,
             confidence=confidence,
-            details=self.predictor.explain(query),
+            details=self.predictor.explain(query) if prediction.details is None else prediction.details,
         )
 
     def _checked(self, query: Query) -> Query:
@@ -190,18 +192,21 @@ class Ranked(Strategy, kind="ranked"):
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """All rows at once. Costs are the predicted or usual ones, since recorded ones are not known beforehand."""
-        return played(data, self._choices(data, self.predictor.predict(data)))
+        return self._played(data, pool, self.predictor.predict(data))
 
-    def play_knobs(self, data: Recorded, values: list[float]) -> list[Played]:
-        """`play` at many values of the knob, predicting once."""
+    def play_knobs(self, data: Recorded, values: list[float], pool: Pool | None = None) -> list[Played]:
+        """`play` at many values of the knob, predicting once; ``pool`` None stands for all models of the data."""
         prediction = self.predictor.predict(data)
-        return [played(data, self.with_knob(value)._choices(data, prediction)) for value in values]
+        return [self.with_knob(value)._played(data, pool, prediction) for value in values]
 
-    def _choices(self, data: Recorded, prediction: Prediction) -> np.ndarray:
-        at = [self.predictor.models.index(name) for name in data.models]
-        cost = self.cost_M if prediction.cost_NM is None else prediction.cost_NM
-        value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost)
-        return np.argmax(value_NM[:, at], axis=1)
+    def _played(self, data: Recorded, pool: Pool | None, prediction: Prediction) -> Played:
+        columns = playable(data, pool, self.predictor.models)
+        at = [self.predictor.models.index(data.models[column]) for column in columns]
+        cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
+        if prediction.cost_NM is not None:
+            cost_NM = prediction.cost_NM
+        value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost_NM)
+        return played(data, columns[np.argmax(value_NM[:, at], axis=1)])
 
     def explain(self, query: Query, pool: Pool) -> Facts:
         """The decision, and the trade-off it was made at."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
+from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 
@@ -97,8 +98,10 @@ class Strategy(Part, family="strategy"):
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """Route every row and look up what the first choice earned. Strategies that ask several models say their own."""
-        names = {name: column for column, name in enumerate(data.models)}
-        choice = [names[self.route(query, pool).model] for query in data.queries()]
+        columns = playable(data, pool)
+        recorded = Pool(tuple(model for model in pool.models if model.name in data.models), pool.now_s)
+        names = {data.models[column]: column for column in columns}
+        choice = [names[self.route(query, recorded).model] for query in data.queries()]
         return played(data, np.asarray(choice, np.int64))
 
     def explain(self, query: Query, pool: Pool) -> Facts:
@@ -128,6 +131,20 @@ def played(data: Recorded, model_N: np.ndarray) -> Played:
     calls_NM[rows, model_N] = True
     cost_N = np.full(len(data), np.nan) if data.cost_NM is None else data.cost_NM[rows, model_N]
     return Played(model_N=model_N, quality_N=data.score_NM[rows, model_N], cost_N=cost_N, calls_NM=calls_NM)
+
+
+def playable(data: Recorded, pool: Pool | None, known: Sequence[str] | None = None) -> np.ndarray:
+    """Columns of the data that a strategy may choose: those of the pool and, where it must know a model, of the known ones.
+
+    In the order of the pool, so that ties fall as they do in `ordered`. Raises InputError if there is none.
+    """
+    names = data.models if pool is None else [name for name in pool.names if name in data.models]
+    columns = [data.models.index(name) for name in names if known is None or name in known]
+    if not columns:
+        there = "" if pool is None else f" and are in the pool ({', '.join(pool.names)})"
+        learned = "" if known is None else f"; the strategy learned of {', '.join(known) or 'none'}"
+        raise InputError(f"none of the recorded models {', '.join(data.models)} can be chosen{there}{learned}")
+    return np.asarray(columns, np.int64)
 
 
 def ordered(pool: Pool, score_M: np.ndarray, **of_model: np.ndarray) -> tuple[Candidate, ...]:
