@@ -41,7 +41,9 @@ def means(score_NM: np.ndarray, kappa: float, rounds: int = 3) -> np.ndarray:
     overall = filled_NM.sum() / max(seen_NM.sum(), 1)
     level_N, mean_M = np.zeros(len(score_NM)), np.full(score_NM.shape[1], overall)
     for _ in range(rounds):
-        mean_M = np.where(count_M > 0, ((filled_NM - level_N[:, None]) * seen_NM).sum(0) / np.maximum(count_M, 1), overall)
+        mean_M = np.where(
+            count_M > 0, ((filled_NM - level_N[:, None]) * seen_NM).sum(0) / np.maximum(count_M, 1), overall
+        )
         level_N = ((filled_NM - mean_M) * seen_NM).sum(1) / (seen_NM.sum(1) + kappa)
     return mean_M
 

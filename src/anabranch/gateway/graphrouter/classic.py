@@ -54,7 +54,12 @@ class Classic:
             torch.manual_seed(seed)
             sizes = (vector_ND.shape[1], task_TV.shape[1], model_MV.shape[1], hidden)
             network = Hetero(*sizes) if mode == "hetero" else Network(*sizes, mean=mode == "mean")
-        nodes = Nodes(*(torch.from_numpy(np.ascontiguousarray(value, np.float32)) for value in (vector_ND, share_NT, task_TV, model_MV)))
+        nodes = Nodes(
+            *(
+                torch.from_numpy(np.ascontiguousarray(value, np.float32))
+                for value in (vector_ND, share_NT, task_TV, model_MV)
+            )
+        )
         fit_network(network, nodes, Table(effect_NM, cost_NM, held_N, scenario), settings, seed)
         made = cls(mode, scenario, Encoding(layers(network), mode, task_TV, model_MV))
         made.add(vector_ND, share_NT, effect_NM, cost_NM)

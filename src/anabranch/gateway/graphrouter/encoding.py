@@ -54,7 +54,13 @@ class Encoding:
         self.width = weights["w.bias.0"].shape[0]
         self.task_TH, self.first_MH = task_TH, first_MH
         models, tasks = len(first_MH), len(task_TH)
-        shapes = {"x0": (models, self.width), "x1": (models, self.width), "a": (models, 3), "count": (models,), "task": (tasks, self.width)}
+        shapes = {
+            "x0": (models, self.width),
+            "x1": (models, self.width),
+            "a": (models, 3),
+            "count": (models,),
+            "task": (tasks, self.width),
+        }
         self.sums = {name: np.zeros(shape) for name, shape in shapes.items()} | {"weight": np.zeros(tasks)}
         self.refresh()
 
@@ -91,7 +97,9 @@ class Encoding:
             sums["task"] += share_NT.T.astype(np.float64) @ x0_NH
             sums["weight"] += share_NT.sum(0)
 
-    def _second(self, x0_NH: np.ndarray, share_NT: np.ndarray, a_NM3: np.ndarray | None, seen_NM: np.ndarray | None) -> np.ndarray:
+    def _second(
+        self, x0_NH: np.ndarray, share_NT: np.ndarray, a_NM3: np.ndarray | None, seen_NM: np.ndarray | None
+    ) -> np.ndarray:
         """x_q(1), [N, H]; without edges for a query that has none yet."""
         weights, value_NH = self.weights, x0_NH + self.weights["w.bias.0"]
         if self.mode == "hetero":
@@ -109,7 +117,9 @@ class Encoding:
         value_MH = self.first_MH
         share_M1 = 1.0 if self.mode == "reference" else 1 / np.maximum(sums["count"], 1)[:, None]
         for k, name in enumerate(("x0", "x1")):
-            message = sums[name] @ weights[f"w.from_node.{k}.weight"].T + sums["a"] @ weights[f"w.from_edge.{k}.weight"].T
+            message = (
+                sums[name] @ weights[f"w.from_node.{k}.weight"].T + sums["a"] @ weights[f"w.from_edge.{k}.weight"].T
+            )
             value_MH = self._normed(k, value_MH + share_M1 * message + weights[f"w.bias.{k}"])
         self.model_MH = value_MH.astype(np.float32)
         if self.mode == "hetero":
@@ -121,7 +131,9 @@ class Encoding:
         x_NH = self.start(query_ND, share_NT)
         if self.mode == "hetero":
             x_NH = self._second(x_NH, share_NT, None, None)
-            x_NH = self._normed(1, x_NH + (share_NT @ self.task1_TH) @ self.weights["w.from_task.1.weight"].T + self.weights["w.bias.1"])
+            x_NH = self._normed(
+                1, x_NH + (share_NT @ self.task1_TH) @ self.weights["w.from_task.1.weight"].T + self.weights["w.bias.1"]
+            )
         return x_NH @ self.model_MH.T / np.float32(self.width)
 
     def add_model(self, vector_V: np.ndarray) -> None:

@@ -1,18 +1,20 @@
 """The graph of what was observed: query -> model edges with effect and cost, how costs are scaled, what an edge is worth, how it is split."""
 # Shapes: N queries, M models, T tasks (and one row more for queries of no known task), E edges
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.gateway.dataset import normal_form
 
 Scenario = Literal["performance", "balance", "cost"]
 
-WEIGHTS: dict[str, tuple[float, float]] = {"performance": (1.0, 0.0), "balance": (0.5, 0.5), "cost": (0.2, 0.8)}  # the paper's three
+WEIGHTS: dict[str, tuple[float, float]] = {
+    "performance": (1.0, 0.0),
+    "balance": (0.5, 0.5),
+    "cost": (0.2, 0.8),
+}  # the paper's three
 
 
 def utility(effect_NM: np.ndarray, cost_NM: np.ndarray, scenario: Scenario) -> np.ndarray:
@@ -56,17 +58,15 @@ class CostScale:
     def scale(self, cost_NM: np.ndarray, task_N: np.ndarray) -> np.ndarray:
         """Dollars to shares; beyond [0, 1] where a call is cheaper or dearer than any seen. ``task_N`` -1 is no known task."""
         low_N1, span_N1 = self.low_T[task_N][:, None], self.span_T[task_N][:, None]
-        return np.where(span_N1 > 0, (cost_NM - low_N1) / np.where(span_N1 > 0, span_N1, 1.0), np.where(np.isnan(cost_NM), np.nan, 0.0))
+        return np.where(
+            span_N1 > 0,
+            (cost_NM - low_N1) / np.where(span_N1 > 0, span_N1, 1.0),
+            np.where(np.isnan(cost_NM), np.nan, 0.0),
+        )
 
     def dollars(self, share_NM: np.ndarray, task_N: np.ndarray) -> np.ndarray:
         """Shares back to dollars, at least 0."""
         return np.maximum(self.low_T[task_N][:, None] + share_NM * self.span_T[task_N][:, None], 0.0)
-
-
-def groups(texts: Sequence[str]) -> np.ndarray:
-    """Int64 [N]: rows of one number ask the same (`normal_form`), and must not be parted by a split."""
-    number: dict[str, int] = {}
-    return np.fromiter((number.setdefault(normal_form(text), len(number)) for text in texts), np.int64, len(texts))
 
 
 def hold_out(group_N: np.ndarray, task_N: np.ndarray, share: float, seed: int) -> np.ndarray:

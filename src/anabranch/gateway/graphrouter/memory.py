@@ -1,5 +1,7 @@
 """Mode ``plus`` at rest, in numpy: stored queries with their edges, the sums that make profiles, and predictions from them.
 
+What is stored of an edge is what both banks left unsaid of it when it came: the neighbours' message.
+
 An edge more changes two columns of the profiles and one row of the store: O(d), whatever the size of the graph.
 """
 # Shapes: N stored queries, Q asked ones, M models, C = 1 + M columns (level, models), F = T + K parts of both banks, J neighbours, A width
@@ -16,6 +18,8 @@ from anabranch.gateway.strategy import Arrays, Facts
 
 SPARE = 8  # columns kept free for models to come
 PIECE = 512  # queries at once
+ALL = slice(None)
+Columns = slice | list[int]
 UP_E, WEIGHT_E, UP_C, WEIGHT_C = range(4)  # planes of the store: gate and weight, of effect and of cost
 
 
@@ -52,9 +56,23 @@ class Memory:
     """
 
     def __init__(
-        self, learned: Arrays, mean_2M: np.ndarray, kappa_2: tuple[float, float], k: int, near: Neighbours, num_tasks: int, capacity: int
+        self,
+        learned: Arrays,
+        mean_2M: np.ndarray,
+        kappa_2: tuple[float, float],
+        k: int,
+        near: Neighbours,
+        num_tasks: int,
+        capacity: int,
     ) -> None:
-        self.learned, self.mean_2M, self.kappa_2, self.k, self.near, self.capacity = learned, mean_2M, kappa_2, k, near, capacity
+        self.learned, self.mean_2M, self.kappa_2, self.k, self.near, self.capacity = (
+            learned,
+            mean_2M,
+            kappa_2,
+            k,
+            near,
+            capacity,
+        )
         self.num_tasks = num_tasks
         parts = num_tasks + len(learned["l.centre_KD"])
         columns = 1 + mean_2M.shape[1] + SPARE
@@ -62,11 +80,18 @@ class Memory:
         self.share_NT = np.zeros((0, num_tasks), np.float32)
         self.own_NA = np.zeros((0, learned["l.attend_DA"].shape[1]), np.float32)
         self.sum_4FC = np.zeros((4, parts, columns))
-        self.square_2C = np.zeros((2, columns))  # sums of weight and of weight times the square of what is left, of effects
+        self.square_2C = np.zeros(
+            (2, columns)
+        )  # sums of weight and of weight times the square of what is left, of effects
         self.fitted, self.oldest = 0, 0
-        bank = np.repeat([0, 1], [num_tasks, parts - num_tasks])
-        self.caution_2F1 = learned["l.caution_23"][:, bank][..., None]
-        self.weight_2F1 = learned["l.weight_23"][:, bank][..., None]
+        self.banks = slice(0, num_tasks), slice(num_tasks, parts)
+        bank_F = np.repeat([0, 1], [num_tasks, parts - num_tasks])
+        self.caution_2F1 = learned["l.caution_23"][:, bank_F, None].astype(np.float64)
+        self.weight_2F1 = learned["l.weight_23"][:, bank_F, None].astype(np.float64)
+        self.profile_2FC, self.spread_FC = (
+            np.zeros((2, parts, columns), np.float32),
+            np.zeros((parts, columns), np.float32),
+        )
         self.refresh()
 
     @property
@@ -87,31 +112,24 @@ class Memory:
         tasks = softmax(learned["l.sharp_2"][0] * np.log(np.maximum(share_QT, np.float32(1e-6))))
         return np.concatenate([tasks, softmax(learned["l.sharp_2"][1] * (vector_QD @ learned["l.centre_KD"].T))], 1)
 
-    def refresh(self, columns: "slice | list[int]" = slice(None)) -> None:
+    def refresh(self, columns: Columns = ALL) -> None:
         """Make the profiles anew from the sums, of some columns."""
-        if isinstance(columns, slice):
-            self.profile_2FC = np.zeros((2, *self.sum_4FC.shape[1:]), np.float32)
-            self.spread_FC = np.zeros(self.sum_4FC.shape[1:], np.float32)
-        for head in range(2):
-            up, down = self.sum_4FC[2 * head][:, columns], self.sum_4FC[2 * head + 1][:, columns]
-            self.profile_2FC[head][:, columns] = self.weight_2F1[head] * up / (down + self.caution_2F1[head])
-        self.spread_FC[:, columns] = self.weight_2F1[0] ** 2 / (self.sum_4FC[1][:, columns] + self.caution_2F1[0])
+        up_2FC, down_2FC = self.sum_4FC[::2, :, columns], self.sum_4FC[1::2, :, columns]
+        self.profile_2FC[:, :, columns] = self.weight_2F1 * up_2FC / (down_2FC + self.caution_2F1)
+        self.spread_FC[:, columns] = self.weight_2F1[0] ** 2 / (down_2FC[0] + self.caution_2F1[0])
 
     # Edges
 
     def take(self, near: Neighbours, share_NT: np.ndarray, value_2NM: np.ndarray) -> None:
         """Fill an empty store with fitted queries, whose vectors are in ``near`` already."""
         self.near, self.fitted = near, len(near)
-        edge_N4C = self._edges(value_2NM, np.zeros((2, len(near))))
-        self.edge_N4C, self.share_NT = edge_N4C, np.ascontiguousarray(share_NT, np.float32)
+        self.share_NT = np.ascontiguousarray(share_NT, np.float32)
         self.own_NA = near.vector_ND @ self.learned["l.attend_DA"]
-        for at in range(0, len(near), PIECE * 8):
-            piece = slice(at, at + PIECE * 8)
-            self._sum(self.parts(near.vector_ND[piece], self.share_NT[piece]), edge_N4C[piece])
-        self.refresh()
+        self.edge_N4C = self._edges(value_2NM, np.zeros((2, len(near))))
+        self._absorb(near.vector_ND, self.share_NT, self.edge_N4C)
 
     def add(self, vector_ND: np.ndarray, share_NT: np.ndarray, value_2NM: np.ndarray, guess_2N: np.ndarray) -> None:
-        """Store observed queries with edges. Call `refresh` afterwards.
+        """Store observed queries with edges.
 
         Args:
             vector_ND: unit vectors.
@@ -119,7 +137,8 @@ class Memory:
             value_2NM: effect and scaled cost of every model; NaN where there is no edge.
             guess_2N: levels expected beforehand.
         """
-        self._store(vector_ND, share_NT, self._edges(value_2NM, guess_2N))
+        models = np.flatnonzero(np.isfinite(value_2NM).any((0, 1)))
+        self._store(vector_ND, share_NT, self._edges(value_2NM, guess_2N), [0, *(1 + models).tolist()])
 
     def _edges(self, value_2NM: np.ndarray, guess_2N: np.ndarray) -> np.ndarray:
         """Gates and weights, float32 [N, 4, columns]."""
@@ -127,59 +146,88 @@ class Memory:
         for head in range(2):
             seen_NM = np.isfinite(value_2NM[head])
             excess_NM = np.where(seen_NM, value_2NM[head] - self.mean_2M[head], 0.0)
-            level_N, level_weight_N, left_NM, weight_NM = centred(excess_NM, seen_NM.astype(float), self.kappa_2[head], guess_2N[head])
+            level_N, level_weight_N, left_NM, weight_NM = centred(
+                excess_NM, seen_NM.astype(float), self.kappa_2[head], guess_2N[head]
+            )
             edge_N4C[:, 2 * head, 0], edge_N4C[:, 2 * head + 1, 0] = level_N * level_weight_N, level_weight_N
-            edge_N4C[:, 2 * head, 1 : self.columns], edge_N4C[:, 2 * head + 1, 1 : self.columns] = left_NM * weight_NM, weight_NM
+            edge_N4C[:, 2 * head, 1 : self.columns], edge_N4C[:, 2 * head + 1, 1 : self.columns] = (
+                left_NM * weight_NM,
+                weight_NM,
+            )
         return edge_N4C
 
-    def _store(self, vector_ND: np.ndarray, share_NT: np.ndarray, edge_N4C: np.ndarray) -> None:
+    def _absorb(
+        self, vector_ND: np.ndarray, share_NT: np.ndarray, edge_N4C: np.ndarray, columns: Columns = ALL
+    ) -> None:
+        """Add gates to the sums, bank after bank, and turn them in place into what both banks leave unsaid."""
+        for bank in self.banks:
+            for pieces in (True, False):
+                for at in range(0, len(vector_ND), 8 * PIECE):
+                    piece = slice(at, at + 8 * PIECE)
+                    part_NF, edge = self.parts(vector_ND[piece], share_NT[piece])[:, bank], edge_N4C[piece]
+                    if pieces:
+                        self.sum_4FC[:, bank] += np.einsum(
+                            "nf,npc->pfc", part_NF.astype(np.float64), edge, optimize=len(edge) > 1
+                        )
+                    else:
+                        for head in range(2):
+                            edge[:, 2 * head] -= edge[:, 2 * head + 1] * (part_NF @ self.profile_2FC[head, bank])
+                self.refresh(columns)
+        up_NC, weight_NC = edge_N4C[:, UP_E].astype(np.float64), edge_N4C[:, WEIGHT_E].astype(np.float64)
+        self.square_2C += np.stack([weight_NC.sum(0), (up_NC**2 / np.maximum(weight_NC, 1e-9)).sum(0)])
+
+    def gates(self, rows: np.ndarray) -> np.ndarray:
+        """Gates of stored rows as they came, float32 [rows, 4, C]: what is stored, and what the banks say of it now."""
+        edge_R4C = self.edge_N4C[rows, :, : self.columns]
+        part_RF = self.parts(self.near.vector_ND[rows], self.share_NT[rows])
+        for head in range(2):
+            edge_R4C[:, 2 * head] += edge_R4C[:, 2 * head + 1] * (part_RF @ self.profile_2FC[head, :, : self.columns])
+        return edge_R4C
+
+    def _store(self, vector_ND: np.ndarray, share_NT: np.ndarray, edge_N4C: np.ndarray, columns: list[int]) -> None:
         """Append rows while there is room, then write over those observed first (what they gave to the profiles stays)."""
-        self._sum(self.parts(vector_ND, share_NT), edge_N4C)
-        begin, room = len(self.near), max(self.capacity - len(self.near), 0)
-        first = slice(0, min(room, len(vector_ND)))
-        self.edge_N4C, self.share_NT, self.own_NA = (
-            with_room(held, begin + first.stop) for held in (self.edge_N4C, self.share_NT, self.own_NA)
-        )
-        self.near.add(vector_ND[first])
-        rows = [*range(begin, begin + first.stop)]
-        if self.capacity > self.fitted:
-            for at in range(first.stop, len(vector_ND)):
-                rows.append(self.fitted + self.oldest)
-                self.oldest = (self.oldest + 1) % (self.capacity - self.fitted)
-                self.near.replace(rows[-1], vector_ND[at])
+        self._absorb(vector_ND, share_NT, edge_N4C, columns)
+        begin, count = len(self.near), len(vector_ND)
+        room = min(count, max(self.capacity - begin, 0))
+        held = (with_room(held, begin + room) for held in (self.edge_N4C, self.share_NT, self.own_NA))
+        self.edge_N4C, self.share_NT, self.own_NA = held
+        self.near.add(vector_ND[:room])
+        rows = [*range(begin, begin + room)]
+        for at in range(room, count if self.capacity > self.fitted else room):
+            rows.append(self.fitted + self.oldest)
+            self.oldest = (self.oldest + 1) % (self.capacity - self.fitted)
+            self.near.replace(rows[-1], vector_ND[at])
         kept = len(rows)
         self.edge_N4C[rows], self.share_NT[rows] = edge_N4C[:kept], share_NT[:kept]
         self.own_NA[rows] = vector_ND[:kept] @ self.learned["l.attend_DA"]
 
-    def _sum(self, part_NF: np.ndarray, edge_N4C: np.ndarray) -> None:
-        part_FN = part_NF.T.astype(np.float64)
-        for plane in range(4):
-            self.sum_4FC[plane] += part_FN @ edge_N4C[:, plane]
-        up, weight = edge_N4C[:, UP_E].astype(np.float64), edge_N4C[:, WEIGHT_E].astype(np.float64)
-        self.square_2C += np.stack([weight.sum(0), (up * up / np.maximum(weight, 1e-9)).sum(0)])
-
     def levels(self, row_S: np.ndarray, guess_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Level against which one more edge of these queries is held, and what the edge counts: of stored rows, and (-1) from a guess."""
         kappa, stored_S = self.kappa_2[0], row_S >= 0
-        up_S, weight_S = self.edge_N4C[row_S, UP_E, 0].astype(np.float64), self.edge_N4C[row_S, WEIGHT_E, 0].astype(np.float64)
+        up_S, weight_S = self.gates(row_S)[:, :2, 0].astype(np.float64).T
         stored_S = stored_S & (weight_S > 0)
         level_S = np.where(stored_S, up_S / np.where(weight_S > 0, weight_S, 1), guess_S)
         count_S = kappa / np.maximum(1 - np.where(stored_S, weight_S, 0), 1e-6)  # edges + kappa
         return level_S, count_S / (count_S + 1)
 
     def put(
-        self, row_S: np.ndarray, vector_SD: np.ndarray, share_ST: np.ndarray, model: int, left_S: np.ndarray, weight_S: np.ndarray
+        self,
+        row_S: np.ndarray,
+        vector_SD: np.ndarray,
+        share_ST: np.ndarray,
+        model: int,
+        left_S: np.ndarray,
+        weight_S: np.ndarray,
     ) -> None:
         """Edges of one model: in stored rows, or (-1) with the queries, which are stored with them."""
-        column = 1 + model
+        column, stored_S = 1 + model, row_S >= 0
         edge_S4C = np.zeros((len(row_S), 4, self.edge_N4C.shape[2]), np.float32)
         edge_S4C[:, UP_E, column], edge_S4C[:, WEIGHT_E, column] = left_S * weight_S, weight_S
-        stored_S = row_S >= 0
-        self._sum(self.parts(vector_SD, share_ST)[stored_S], edge_S4C[stored_S])
-        self.edge_N4C[row_S[stored_S], :2, column] = edge_S4C[stored_S, :2, column]
+        old_S4C = edge_S4C[stored_S]
+        self._absorb(vector_SD[stored_S], share_ST[stored_S], old_S4C, [column])
+        self.edge_N4C[row_S[stored_S], :2, column] = old_S4C[:, :2, column]
         if not stored_S.all():
-            self._store(vector_SD[~stored_S], share_ST[~stored_S], edge_S4C[~stored_S])
-        self.refresh([column])
+            self._store(vector_SD[~stored_S], share_ST[~stored_S], edge_S4C[~stored_S], [column])
 
     def spread_C(self) -> np.ndarray:
         """Standard deviation of what is left of an edge, of each column; that of all models where a model has few."""
@@ -198,7 +246,11 @@ class Memory:
             without: stored rows that the queries are, -1 for none: nothing of them is used.
         """
         pieces = [
-            self._look(vector_QD[at : at + PIECE], share_QT[at : at + PIECE], None if without is None else without[at : at + PIECE])
+            self._look(
+                vector_QD[at : at + PIECE],
+                share_QT[at : at + PIECE],
+                None if without is None else without[at : at + PIECE],
+            )
             for at in range(0, max(len(vector_QD), 1), PIECE)
         ]
         if len(pieces) == 1:
@@ -236,10 +288,19 @@ class Memory:
     def _take_out(self, part_QF: np.ndarray, without: np.ndarray, sum_2QC: np.ndarray) -> None:
         """Profiles as they would be without each query's own row."""
         for at in np.flatnonzero(without >= 0).tolist():
-            own_4C = self.edge_N4C[without[at], :, : self.columns]
-            for head in range(2):
-                up, down = self.sum_4FC[2 * head : 2 * head + 2, :, : self.columns] - part_QF[at][:, None] * own_4C[2 * head : 2 * head + 2, None]
-                sum_2QC[head, at] = part_QF[at] @ (self.weight_2F1[head] * up / (down + self.caution_2F1[head]))
+            row = int(without[at])
+            edge_4C = self.edge_N4C[row, :, : self.columns].astype(np.float64)
+            sum_2QC[:, at] = 0
+            for bank in self.banks[::-1]:  # backwards: what the last bank left, then what the first did
+                part_F = part_QF[at, bank].astype(np.float64)
+                for head in range(2):
+                    up_C, weight_C = edge_4C[2 * head], edge_4C[2 * head + 1]
+                    up_C += weight_C * (part_F @ self.profile_2FC[head, bank, : self.columns])
+                    up_FC, down_FC = self.sum_4FC[2 * head : 2 * head + 2, bank, : self.columns]
+                    others_FC = down_FC - part_F[:, None] * weight_C + self.caution_2F1[head, bank]
+                    sum_2QC[head, at] += part_F @ (
+                        self.weight_2F1[head, bank] * (up_FC - part_F[:, None] * up_C) / others_FC
+                    )
 
     def described(self, vector_QD: np.ndarray, model_MV: np.ndarray) -> np.ndarray:
         """The part of the effect that the description alone says, [Q, M]."""
@@ -251,9 +312,11 @@ class Memory:
         """A column more, without edges."""
         self.mean_2M = np.concatenate([self.mean_2M, mean_2[:, None]], 1)
         if self.columns > self.edge_N4C.shape[2]:
-            wider = ((0, 0), (0, 0), (0, self.columns))
-            self.edge_N4C, self.sum_4FC = np.pad(self.edge_N4C, wider), np.pad(self.sum_4FC, wider)
-            self.square_2C = np.pad(self.square_2C, wider[1:])
+            room = ((0, 0), (0, 0), (0, self.columns))
+            self.edge_N4C, self.sum_4FC, self.profile_2FC = (
+                np.pad(held, room) for held in (self.edge_N4C, self.sum_4FC, self.profile_2FC)
+            )
+            self.square_2C, self.spread_FC = np.pad(self.square_2C, room[1:]), np.pad(self.spread_FC, room[1:])
         self.refresh()
 
     def state(self) -> tuple[Arrays, Facts]:
@@ -264,11 +327,21 @@ class Memory:
             "mean_2M": self.mean_2M, "edge_N4C": self.edge_N4C[:rows], "share_NT": self.share_NT[:rows], "own_NA": self.own_NA[:rows],
             "sum_4FC": self.sum_4FC, "square_2C": self.square_2C,
         }  # fmt: skip
-        names = {"kappa_2": list(self.kappa_2), "fitted": self.fitted, "oldest": self.oldest, "num_tasks": self.num_tasks}
-        return {**arrays, **self.learned, **{f"m.{name}": value.copy() for name, value in own.items()}}, {**facts, **names}
+        names = {
+            "kappa_2": list(self.kappa_2),
+            "fitted": self.fitted,
+            "oldest": self.oldest,
+            "num_tasks": self.num_tasks,
+        }
+        return {**arrays, **self.learned, **{f"m.{name}": value.copy() for name, value in own.items()}}, {
+            **facts,
+            **names,
+        }
 
     @classmethod
-    def of_state(cls, arrays: Mapping[str, np.ndarray], facts: Facts, k: int, near: Neighbours, capacity: int) -> "Memory":
+    def of_state(
+        cls, arrays: Mapping[str, np.ndarray], facts: Facts, k: int, near: Neighbours, capacity: int
+    ) -> "Memory":
         """From what `state` gave."""
         learned = {name: value for name, value in arrays.items() if name.startswith("l.")}
         first, second = facts["kappa_2"]

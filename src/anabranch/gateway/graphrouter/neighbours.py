@@ -102,7 +102,11 @@ def nearest(query_QD: np.ndarray, vector_ND: np.ndarray, k: int) -> tuple[np.nda
     step = max(1, PIECE // max(len(vector_ND), 1))
     for begin in range(0, len(query_QD), step):
         like_QN = query_QD[begin : begin + step] @ vector_ND.T
-        row_QJ = np.argpartition(-like_QN, k - 1, 1)[:, :k] if 0 < k < like_QN.shape[1] else np.tile(np.arange(k), (len(like_QN), 1))
+        row_QJ = (
+            np.argpartition(-like_QN, k - 1, 1)[:, :k]
+            if 0 < k < like_QN.shape[1]
+            else np.tile(np.arange(k), (len(like_QN), 1))
+        )
         row_QJ.sort(1)
         like_QJ = np.take_along_axis(like_QN, row_QJ, 1)
         order_QJ = np.argsort(-like_QJ, 1, kind="stable")

@@ -141,7 +141,9 @@ class Network(nn.Module):
         a, (_, degree_M1) = torch.relu(self.edge(edges.edge)), edges.degrees()
         share_M1 = 1 / degree_M1.clamp(min=1) if self.mean else torch.ones_like(degree_M1)
         for layer in range(2):
-            message_MH = self.from_node[layer](edges.to_models(query_NH)) + self.from_edge[layer](edges.edges_to_models(a))
+            message_MH = self.from_node[layer](edges.to_models(query_NH)) + self.from_edge[layer](
+                edges.edges_to_models(a)
+            )
             model_MH = model_MH + share_M1 * message_MH + self.bias[layer]
             query_NH, model_MH = self._normed(layer, query_NH + self.bias[layer], model_MH)
         return first_NH @ model_MH.T / self.width

@@ -32,7 +32,9 @@ class Ratio:
         self.down += usual * usual
 
 
-def first_ratio(price: Price, prices: Mapping[str, Price], models: tuple[str, ...], tokens: tuple[float, float], usual: float) -> Ratio:
+def first_ratio(
+    price: Price, prices: Mapping[str, Price], models: tuple[str, ...], tokens: tuple[float, float], usual: float
+) -> Ratio:
     """From the price alone.
 
     Args:

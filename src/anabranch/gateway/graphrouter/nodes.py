@@ -33,12 +33,16 @@ def described(
     given = {name: np.asarray(vectors[name], np.float32).reshape(-1) for name in names if name in vectors}
     texts = {name: descriptions[name] for name in names if name not in given and descriptions.get(name)}
     if texts and embedder is None:
-        raise InputError(f"{next(iter(texts))!r} has a description and no embedder to read it; set embedder, or give its vector")
+        raise InputError(
+            f"{next(iter(texts))!r} has a description and no embedder to read it; set embedder, or give its vector"
+        )
     if texts and embedder is not None:
         given |= dict(zip(texts, embedder.embed(list(texts.values())), strict=True))
     sizes = {len(vector) for vector in given.values()} | ({dim} if dim else set())
     if len(sizes) > 1:
-        raise InputError(f"vectors of descriptions have {' and '.join(map(str, sorted(sizes)))} dimensions; they must agree")
+        raise InputError(
+            f"vectors of descriptions have {' and '.join(map(str, sorted(sizes)))} dimensions; they must agree"
+        )
     size = sizes.pop() if sizes else NAMELESS
     return np.stack([given[name] if name in given else of_name(name, size) for name in names]).astype(np.float32)
 
@@ -60,26 +64,42 @@ class Tasks:
         sharpness: factor before the softmax.
     """
 
-    RIDGE = 0.5
+    RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
     SHARPNESS = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
     def __init__(self, names: tuple[str, ...], weight_DT: np.ndarray, bias_T: np.ndarray, sharpness: float) -> None:
         self.names, self.weight_DT, self.bias_T, self.sharpness = names, weight_DT, bias_T, sharpness
+        self.ridge = 0.0
 
     @classmethod
     def fit(cls, vector_ND: np.ndarray, names_N: Sequence[str | None]) -> tuple["Tasks", np.ndarray]:
-        """Learn to tell tasks, and say of each row what would be told of it had it been left out (float32 [N, T])."""
+        """Learn to tell tasks, and say of each row what would be told of it had it been left out (float32 [N, T]).
+
+        Ridge and sharpness are those of the least log loss of rows left out.
+        """
         names = tuple(dict.fromkeys(name or "" for name in names_N))
         label_NT = np.equal.outer([name or "" for name in names_N], names).astype(np.float64)
         bias_T = label_NT.mean(0)
-        x_ND = vector_ND.astype(np.float64)
-        inverse_DD = np.linalg.inv(x_ND.T @ x_ND + cls.RIDGE * np.eye(x_ND.shape[1]))
-        weight_DT = inverse_DD @ (x_ND.T @ (label_NT - bias_T))
-        hat_N1 = np.einsum("nd,nd->n", x_ND @ inverse_DD, x_ND)[:, None]
-        out_NT = (x_ND @ weight_DT - hat_N1 * (label_NT - bias_T)) / np.maximum(1 - hat_N1, 1e-6)  # leave one out, exactly
-        losses = [-np.log(np.maximum((softmax(value * out_NT) * label_NT).sum(1), 1e-9)).mean() for value in cls.SHARPNESS]
-        made = cls(names, weight_DT.astype(np.float32), bias_T.astype(np.float32), cls.SHARPNESS[int(np.argmin(losses))])
-        return made, softmax(made.sharpness * (out_NT + bias_T)).astype(np.float32)
+        x_ND, found = vector_ND.astype(np.float64), []
+        size_D, turn_DD = np.linalg.eigh(x_ND.T @ x_ND)
+        turned_ND = x_ND @ turn_DD
+        aim_DT = turned_ND.T @ (label_NT - bias_T)
+        for ridge in cls.RIDGES:
+            scale_D = 1 / (np.maximum(size_D, 0) + ridge)
+            hat_N1 = (turned_ND**2 @ scale_D)[:, None]
+            out_NT = (turned_ND @ (scale_D[:, None] * aim_DT) - hat_N1 * (label_NT - bias_T)) / np.maximum(
+                1 - hat_N1, 1e-6
+            )
+            for sharpness in cls.SHARPNESS:
+                share_NT = softmax(sharpness * (out_NT + bias_T))
+                found.append(
+                    (-np.log(np.maximum((share_NT * label_NT).sum(1), 1e-9)).mean(), ridge, sharpness, share_NT)
+                )
+        _, ridge, sharpness, share_NT = min(found, key=lambda item: item[0])
+        weight_DT = turn_DD @ (aim_DT / (np.maximum(size_D, 0) + ridge)[:, None])
+        made = cls(names, weight_DT.astype(np.float32), bias_T.astype(np.float32), sharpness)
+        made.ridge = ridge
+        return made, share_NT.astype(np.float32)
 
     def told(self, vector_ND: np.ndarray) -> np.ndarray:
         """float32 [N, T], rows that add up to 1: from vectors alone."""

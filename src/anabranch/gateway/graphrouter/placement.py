@@ -55,14 +55,21 @@ class Placement:
         error = rest - float(away_X @ self.weight_X)
         self.weight_X = self.weight_X + gain_X * (share * error)
         self.inverse_XX = self.inverse_XX - share * np.outer(gain_X, gain_X)
-        self.variance = (self.variance * (self.mass + PRIOR_COUNT) + weight * error**2) / (self.mass + PRIOR_COUNT + weight)
+        self.variance = (self.variance * (self.mass + PRIOR_COUNT) + weight * error**2) / (
+            self.mass + PRIOR_COUNT + weight
+        )
         self.mass += weight
         return error * weight / self.mass
 
     def state(self, prefix: str) -> Arrays:
         """All of it."""
         numbers = np.array([self.variance, self.mass])
-        arrays = {"weight_X": self.weight_X, "centre_X": self.centre_X, "inverse_XX": self.inverse_XX, "numbers": numbers}
+        arrays = {
+            "weight_X": self.weight_X,
+            "centre_X": self.centre_X,
+            "inverse_XX": self.inverse_XX,
+            "numbers": numbers,
+        }
         return {f"{prefix}{name}": value.copy() for name, value in arrays.items()}
 
     @classmethod

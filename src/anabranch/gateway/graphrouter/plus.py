@@ -14,6 +14,7 @@ from anabranch.gateway.graphrouter.memory import Looked, Memory, learned_arrays
 from anabranch.gateway.graphrouter.neighbours import Neighbours
 from anabranch.gateway.graphrouter.placement import Placement
 from anabranch.gateway.graphrouter.settings import PlusConfig
+from anabranch.gateway.strategies.kmeans import kmeans
 from anabranch.gateway.strategy import Arrays, Facts
 
 if TYPE_CHECKING:
@@ -78,12 +79,33 @@ class Plus:
         near.add(vector_ND)
         kappa_2 = (kappa_of(effect_NM[~held_N]), kappa_of(cost_NM[~held_N]))
         network = PlusNetwork(centres(vector_ND[~held_N], config.centres, seed), model_MV.shape[1], config.width, seed)
-        material = _material(near, config.neighbours, vector_ND, share_NT, task_N, model_MV, (effect_NM, cost_NM), held_N, group_N, kappa_2)
-        validate = _validation(network, material, config.neighbours, effect_NM, cost_NM, held_N) if held_N.any() else None
+        material = _material(
+            near,
+            config.neighbours,
+            vector_ND,
+            share_NT,
+            task_N,
+            model_MV,
+            (effect_NM, cost_NM),
+            held_N,
+            group_N,
+            kappa_2,
+        )
+        validate = (
+            _validation(network, material, config.neighbours, effect_NM, cost_NM, held_N) if held_N.any() else None
+        )
         fit_plus(network, material, config.episodes, config.neighbours, seed, validate)
         mean_2M = np.stack([means(effect_NM, kappa_2[0]), means(cost_NM, kappa_2[1])])
         empty = Neighbours(vector_ND.shape[1], config.exact_below, seed)
-        memory = Memory(learned_arrays(network), mean_2M, kappa_2, config.neighbours, empty, share_NT.shape[1], max(config.capacity, len(vector_ND)))
+        memory = Memory(
+            learned_arrays(network),
+            mean_2M,
+            kappa_2,
+            config.neighbours,
+            empty,
+            share_NT.shape[1],
+            max(config.capacity, len(vector_ND)),
+        )
         memory.take(near, share_NT, np.stack([effect_NM, cost_NM]))
         return cls(config, memory, model_MV, model_MV.shape[0])
 
@@ -122,6 +144,27 @@ class Plus:
         quality_QM[:, later] -= self.config.safety * said.error_QM[:, later]
         return quality_QM
 
+    def nearest(
+        self, vector_QD: np.ndarray, share_QT: np.ndarray, count: int
+    ) -> list[tuple[int, float, float, dict[int, float]]]:
+        """Of one query the rows attended to most, cosine, share of the attention, and what is left of each edge there."""
+        looked = self.memory.look(vector_QD, share_QT)
+        alpha_J = looked.alpha_QJ[0] / max(float(looked.alpha_QJ[0].sum()), 1e-9)
+        found = []
+        for at in np.argsort(-alpha_J, kind="stable")[:count].tolist():
+            row = int(looked.row_QJ[0, at])
+            up_C, weight_C = self.memory.gates(np.array([row]))[0, :2]
+            edges = {int(c) - 1: round(float(up_C[c] / weight_C[c]), 4) for c in np.flatnonzero(weight_C) if c}
+            found.append(
+                (
+                    row,
+                    round(float(self.memory.near.vector_ND[row] @ vector_QD[0]), 4),
+                    round(float(alpha_J[at]), 4),
+                    edges,
+                )
+            )
+        return found
+
     # Learning on
 
     def add_edges(self, vector_ND: np.ndarray, share_NT: np.ndarray, model: int, effect: float, cost: float) -> None:
@@ -141,7 +184,6 @@ class Plus:
         guess_2N = said.looked.sum_2QC[:, :, 0].astype(np.float64)
         if np.isfinite(value_2NM).any():
             memory.add(vector_ND, share_NT, value_2NM, guess_2N)
-            memory.refresh([0, 1 + model])
 
     def add_model(self, vector_V: np.ndarray) -> int:
         """A model that nobody has seen yet, placed by its description. Returns its column."""
@@ -176,14 +218,23 @@ class Plus:
         arrays, facts = self.memory.state()
         for model, placed in self.placed.items():
             arrays |= placed.state(f"placed.{model}.")
-        return {**arrays, "model_MV": self.model_MV}, {**facts, "num_fitted": self.num_fitted, "placed": list(self.placed)}
+        return {**arrays, "model_MV": self.model_MV}, {
+            **facts,
+            "num_fitted": self.num_fitted,
+            "placed": list(self.placed),
+        }
 
     @classmethod
     def of_state(cls, config: PlusConfig, arrays: Mapping[str, np.ndarray], facts: Facts) -> "Plus":
         """From what `state` gave."""
         near = Neighbours(arrays["near.vector_ND"].shape[1], config.exact_below)
         rows = max(config.capacity, facts["fitted"])
-        made = cls(config, Memory.of_state(arrays, facts, config.neighbours, near, rows), arrays["model_MV"], facts["num_fitted"])
+        made = cls(
+            config,
+            Memory.of_state(arrays, facts, config.neighbours, near, rows),
+            arrays["model_MV"],
+            facts["num_fitted"],
+        )
         made.placed = {int(model): Placement.of_state(dict(arrays), f"placed.{model}.") for model in facts["placed"]}
         return made
 
@@ -194,23 +245,11 @@ def softened(like_M: np.ndarray) -> np.ndarray:
     return power_M / power_M.sum()
 
 
-def centres(vector_ND: np.ndarray, k: int, seed: int, rounds: int = 25, most: int = 20_000) -> np.ndarray:
-    """float32 [k, D]: k-means of unit vectors by cosine, started far apart (k-means++); of ``most`` rows at most. Fewer rows, fewer centres."""
-    rng = np.random.default_rng(seed)
-    x_ND = vector_ND if len(vector_ND) <= most else vector_ND[rng.choice(len(vector_ND), most, replace=False)]
-    chosen = [int(rng.integers(len(x_ND)))]
-    far_N = np.maximum(1 - x_ND @ x_ND[chosen[0]], 0).astype(np.float64)
-    while len(chosen) < min(k, len(x_ND)) and far_N.sum() > 1e-6:
-        chosen.append(int(rng.choice(len(x_ND), p=far_N / far_N.sum())))
-        far_N = np.minimum(far_N, np.maximum(1 - x_ND @ x_ND[chosen[-1]], 0))
-    centre_KD = x_ND[chosen]
-    for _ in range(rounds):
-        nearest_N = np.argmax(x_ND @ centre_KD.T, 1)
-        sum_KD = np.zeros_like(centre_KD)
-        np.add.at(sum_KD, nearest_N, x_ND)
-        size_K1 = np.linalg.norm(sum_KD, axis=1, keepdims=True)
-        centre_KD = np.where(size_K1 > 1e-6, sum_KD / np.maximum(size_K1, 1e-6), centre_KD).astype(np.float32)
-    return centre_KD
+def centres(vector_ND: np.ndarray, k: int, seed: int, most: int = 20_000) -> np.ndarray:
+    """float32 [k, D]: k-means of ``most`` rows at most; fewer centres where there are fewer different rows."""
+    if len(vector_ND) > most:
+        vector_ND = vector_ND[np.random.default_rng(seed).choice(len(vector_ND), most, replace=False)]
+    return kmeans(vector_ND, k, num_starts=1, seed=seed)[0]
 
 
 def _material(
@@ -236,7 +275,12 @@ def _material(
 
 
 def _validation(
-    network: "PlusNetwork", material: "Material", neighbours: int, effect_NM: np.ndarray, cost_NM: np.ndarray, held_N: np.ndarray
+    network: "PlusNetwork",
+    material: "Material",
+    neighbours: int,
+    effect_NM: np.ndarray,
+    cost_NM: np.ndarray,
+    held_N: np.ndarray,
 ) -> Callable[[], float]:
     """What choices on held-out queries earn, each scenario as a share of the spread between its best and its mean choice."""
     import torch
@@ -251,12 +295,16 @@ def _validation(
     def earned() -> float:
         found = network(visible, support.vector_ND[target_Q], support.share_NT[target_Q], *near, material.model_MV)
         effect_QM, cost_QM = (value.numpy() for value in found)
-        return sum(_share(effect_QM, cost_QM, effect_NM[held_N], cost_NM[held_N], *weights) for weights in WEIGHTS.values())
+        return sum(
+            _share(effect_QM, cost_QM, effect_NM[held_N], cost_NM[held_N], *weights) for weights in WEIGHTS.values()
+        )
 
     return earned
 
 
-def _share(effect_QM: np.ndarray, cost_QM: np.ndarray, true_QM: np.ndarray, paid_QM: np.ndarray, effect: float, cost: float) -> float:
+def _share(
+    effect_QM: np.ndarray, cost_QM: np.ndarray, true_QM: np.ndarray, paid_QM: np.ndarray, effect: float, cost: float
+) -> float:
     value_QM = effect * true_QM - cost * np.nan_to_num(paid_QM)
     seen_QM = np.isfinite(value_QM)
     filled_QM = np.where(seen_QM, value_QM, 0.0)

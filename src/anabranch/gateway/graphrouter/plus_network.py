@@ -1,14 +1,15 @@
 """Mode ``plus``, trained: messages gated by what an edge says beyond its query's difficulty, and attention between like queries.
 
-    profile of model m    P_mk = sum_q phi_k(q) g_qm / (sum_q phi_k(q) w_qm + n)        gate g: what is left of the edge (`centre`)
+    profile of model m    P_mk = sum_q phi_k(q) g_qm / (sum_q phi_k(q) w_qm + n)      gate g: what is left of the edge (`centre`)
     neighbours            R_m(q) = sum_{q' in N(q)} alpha(q, q') g_q'm / (sum alpha w + n)
-    predicted edge        mean_m + level(q) + sum over the two profiles and the neighbours of weight * estimate + description term
+    predicted edge        mean_m + level(q) + weight_1 phi P + weight_2 phi' P' + weight_3 R + description term
 
-phi has two banks: how much of each task a query is, and a softmax over learned centres. Both contain routers that are hard to beat: the
-first the best model of each task, the second k-means, the neighbours k-NN. Effect and cost are predicted by the same graph with heads of
-their own, so what a dollar is worth is said when a query comes. What is learned is little (how sharp, how much, how cautious), so that
-thousands of noisy edges suffice, and is learned in episodes that look like what comes later: queries wholly hidden, models of which 0.5%
-to 100% of edges are visible, models without a description, and virtual models, each of which is another real one in every task.
+phi has two banks: how much of each task a query is, and a softmax over centres. Each round of messages carries what the one before it
+left unsaid: first tasks, then centres, then neighbours. So the graph holds three routers that are hard to beat, the best model of each
+task, k-means and k-NN, and each corrects the one before. Effect and cost have heads of their own, so what a dollar is worth is said when
+a query comes. What is learned is little (how sharp, how much, how cautious: n, in edges), so that thousands of noisy edges suffice, and
+in episodes that look like what comes later: queries wholly hidden, models of which 0.5% to 100% of edges are visible, models without a
+description, and virtual models, each of which is another real one in every task.
 """
 # Shapes: N supporting queries, Q target queries, M models, C = 1 + M columns, T tasks, K centres, D, V dimensions, J neighbours, A width
 
@@ -23,7 +24,7 @@ from torch.nn.functional import mse_loss, normalize, softplus
 from anabranch.gateway.graphrouter.centre import centred
 from anabranch.gateway.graphrouter.settings import Episodes
 
-BANKS = 3  # tasks, centres, neighbours
+CAUTION = (1.0, 10.0, 30.0)  # n of tasks, centres and neighbours, where training starts
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class PlusNetwork(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         dim = centre_KD.shape[1]
         self.centre_KD = nn.Parameter(normalize(torch.from_numpy(centre_KD).float(), dim=1))
-        self.sharp_2 = nn.Parameter(torch.tensor([1.0, 20.0]).log())  # of tasks (already sharpened) and centres
+        self.sharp_2 = nn.Parameter(torch.tensor([1.0, 25.0]).log())  # of tasks (already sharpened) and centres
         self.focus = nn.Parameter(torch.tensor(8.0).log())
         self.attend_DA = nn.Parameter(torch.randn(dim, width, generator=draw) * 0.02)
-        self.caution_23 = nn.Parameter(torch.full((2, BANKS), 3.5))  # n, in edges, through a softplus
-        self.weight_23 = nn.Parameter(torch.tensor([[0.6, 0.3, 0.3]]).repeat(2, 1))
+        self.caution_23 = nn.Parameter(torch.tensor([CAUTION]).repeat(2, 1).expm1().log())  # through a softplus
+        self.weight_23 = nn.Parameter(torch.ones(2, len(CAUTION)))
         self.query_DA = nn.Parameter(torch.randn(dim, width, generator=draw) * 0.1)
         self.describe_VA = nn.Parameter(torch.zeros(model_dim, width))
 
@@ -88,8 +89,12 @@ class PlusNetwork(nn.Module):
             model_MV: descriptions; zeros for none.
         """
         from_NF, to_QF = self.banks(support.vector_ND, support.share_NT), self.banks(vector_QD, share_QT)
-        like_QJ = like_QJ * self.focus.exp() + self._learned(vector_QD, support.vector_ND, near_QJ)
-        alpha_QJ = torch.exp(like_QJ - like_QJ.max(1, keepdim=True).values.clamp(min=-1e9))
+        there_QJ = torch.isfinite(like_QJ)
+        logit_QJ = torch.where(there_QJ, like_QJ, 0.0) * self.focus.exp() + self._learned(
+            vector_QD, support.vector_ND, near_QJ
+        )
+        logit_QJ = torch.where(there_QJ, logit_QJ, -1e9)
+        alpha_QJ = torch.exp(logit_QJ - logit_QJ.max(1, keepdim=True).values) * there_QJ
         found = []
         for head in range(2):
             value_NM, seen_NM, kappa = support.value_2NM[head], support.seen_2NM[head], support.kappa_2[head]
@@ -100,10 +105,14 @@ class PlusNetwork(nn.Module):
             caution_3, weight_3 = softplus(self.caution_23[head]), self.weight_23[head]
             sum_QC: Tensor = alpha_QJ.new_zeros(())
             for bank in range(2):
-                up = from_NF[bank].T @ gate_NC
-                sum_QC = sum_QC + weight_3[bank] * (to_QF[bank] @ (up / (from_NF[bank].T @ weight_NC + caution_3[bank])))
-            up = torch.einsum("qj,qjc->qc", alpha_QJ, gate_NC[near_QJ])
-            sum_QC = sum_QC + weight_3[2] * up / (torch.einsum("qj,qjc->qc", alpha_QJ, weight_NC[near_QJ]) + caution_3[2])
+                down_FC = from_NF[bank].T @ weight_NC + caution_3[bank]
+                profile_FC = weight_3[bank] * (from_NF[bank].T @ gate_NC) / down_FC
+                sum_QC = sum_QC + to_QF[bank] @ profile_FC
+                gate_NC = gate_NC - weight_NC * (from_NF[bank] @ profile_FC)  # what this bank leaves unsaid
+            up_QC, down_QC = (
+                torch.einsum("qj,qjc->qc", alpha_QJ, value_NC[near_QJ]) for value_NC in (gate_NC, weight_NC)
+            )
+            sum_QC = sum_QC + weight_3[2] * up_QC / (down_QC + caution_3[2])
             found.append(mean_M + sum_QC[:, :1] + sum_QC[:, 1:])
         return found[0] + (vector_QD @ self.query_DA) @ (model_MV @ self.describe_VA).T, found[1]
 
@@ -153,7 +162,10 @@ def fit_plus(
     fine = [network.centre_KD, network.attend_DA, network.query_DA, network.describe_VA]
     coarse = [network.sharp_2, network.focus, network.caution_23, network.weight_23]
     optimizer = torch.optim.AdamW(
-        [{"params": coarse, "lr": settings.lr, "weight_decay": 0.0}, {"params": fine, "lr": settings.fine_lr, "weight_decay": settings.weight_decay}]
+        [
+            {"params": coarse, "lr": settings.lr, "weight_decay": 0.0},
+            {"params": fine, "lr": settings.fine_lr, "weight_decay": settings.weight_decay},
+        ]
     )
     kept, most = None, -np.inf
     for step in range(settings.steps + 1):
@@ -175,7 +187,9 @@ def fit_plus(
     return network
 
 
-def episode_loss(network: PlusNetwork, material: Material, settings: Episodes, neighbours: int, draw: torch.Generator) -> Tensor | None:
+def episode_loss(
+    network: PlusNetwork, material: Material, settings: Episodes, neighbours: int, draw: torch.Generator
+) -> Tensor | None:
     """Squared error over the edges of hidden queries; differences between models count fully, the level a tenth. None without such edges."""
     num_models = material.support.value_2NM.shape[2]
     value_2NM, seen_2NM, model_MV = virtual_models(material, settings, draw)
@@ -192,13 +206,20 @@ def episode_loss(network: PlusNetwork, material: Material, settings: Episodes, n
         taken(material.support, used_S, value_2NM, seen_2NM, visible_SM.float()), material.support.vector_ND[target_Q],
         material.support.share_NT[target_Q], *among(material, target_Q, used_S, neighbours), model_MV,
     )  # fmt: skip
-    return sum((_loss(found, value_2NM[head, target_Q], seen_2NM[head, target_Q]) for head, found in enumerate(heads)), torch.zeros(()))
+    return sum(
+        (_loss(found, value_2NM[head, target_Q], seen_2NM[head, target_Q]) for head, found in enumerate(heads)),
+        torch.zeros(()),
+    )
 
 
 def taken(support: Support, used_S: Tensor, value_2NM: Tensor, seen_2NM: Tensor, visible_SM: Tensor | float) -> Support:
     """These queries, with these edges of theirs."""
     return Support(
-        support.vector_ND[used_S], support.share_NT[used_S], value_2NM[:, used_S], seen_2NM[:, used_S] * visible_SM, support.kappa_2
+        support.vector_ND[used_S],
+        support.share_NT[used_S],
+        value_2NM[:, used_S],
+        seen_2NM[:, used_S] * visible_SM,
+        support.kappa_2,
     )
 
 
@@ -219,7 +240,9 @@ def _loss(found_QM: Tensor, value_QM: Tensor, seen_QM: Tensor) -> Tensor:
     error_QM = (found_QM - value_QM) * seen_QM
     level_Q1 = error_QM.sum(1, keepdim=True) / count_Q1.clamp(min=1)
     edges = seen_QM.sum().clamp(min=1)
-    return ((error_QM - level_Q1 * seen_QM) ** 2).sum() / edges + 0.1 * mse_loss(error_QM, torch.zeros_like(error_QM), reduction="sum") / edges
+    return ((error_QM - level_Q1 * seen_QM) ** 2).sum() / edges + 0.1 * mse_loss(
+        error_QM, torch.zeros_like(error_QM), reduction="sum"
+    ) / edges
 
 
 def virtual_models(material: Material, settings: Episodes, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,4 +257,8 @@ def virtual_models(material: Material, settings: Episodes, draw: torch.Generator
     source_TM = torch.where(is_virtual_M, other_TM, torch.arange(num_models))
     source_NM = source_TM[material.task_N]
     swap = source_NM.expand(2, *source_NM.shape)
-    return value_2NM.gather(2, swap), seen_2NM.gather(2, swap), material.model_MV * described_M1 * ~is_virtual_M[:, None]
+    return (
+        value_2NM.gather(2, swap),
+        seen_2NM.gather(2, swap),
+        material.model_MV * described_M1 * ~is_virtual_M[:, None],
+    )

@@ -41,9 +41,9 @@ class Episodes(Config):
         check_every: steps between looks at the validation queries.
     """
 
-    steps: int = Field(default=150, ge=0)
+    steps: int = Field(default=100, ge=0)
     lr: float = Field(default=0.01, gt=0)
-    fine_lr: float = Field(default=0.0002, ge=0)
+    fine_lr: float = Field(default=0.00005, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     hidden: float = Field(default=0.5, gt=0, lt=1)
     least_rate: float = Field(default=0.005, gt=0, le=1)

@@ -47,7 +47,12 @@ def features(table: Table) -> np.ndarray:
 
 
 def fit_network(
-    network: Network, nodes: Nodes, table: Table, settings: Training, seed: int, progress: Callable[[int, float], None] = lambda *_: None
+    network: Network,
+    nodes: Nodes,
+    table: Table,
+    settings: Training,
+    seed: int,
+    progress: Callable[[int, float], None] = lambda *_: None,
 ) -> Network:
     """Train in place, and leave the best weights in it, ready for inference (BatchNorm frozen).
 
