@@ -202,9 +202,9 @@ class Ranked(Strategy, kind="ranked"):
     def _played(self, data: Recorded, pool: Pool | None, prediction: Prediction) -> Played:
         columns = playable(data, pool, self.predictor.models)
         at = [self.predictor.models.index(data.models[column]) for column in columns]
-        cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
-        if prediction.cost_NM is not None:
-            cost_NM = prediction.cost_NM
+        cost_NM = prediction.cost_NM
+        if cost_NM is None:
+            cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
         value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost_NM)
         return played(data, columns[np.argmax(value_NM[:, at], axis=1)])
 

@@ -96,17 +96,10 @@ class Plus:
         )
         fit_plus(network, material, config.episodes, config.neighbours, seed, validate)
         mean_2M = np.stack([means(effect_NM, kappa_2[0]), means(cost_NM, kappa_2[1])])
-        empty = Neighbours(vector_ND.shape[1], config.exact_below, seed)
-        memory = Memory(
-            learned_arrays(network),
-            mean_2M,
-            kappa_2,
-            config.neighbours,
-            empty,
-            share_NT.shape[1],
-            max(config.capacity, len(vector_ND)),
-        )
-        memory.take(near, share_NT, np.stack([effect_NM, cost_NM]))
+        stores = near, Neighbours(vector_ND.shape[1], config.exact_below, seed)
+        value_2NM = np.stack([effect_NM, cost_NM])
+        learned = learned_arrays(network)
+        memory = Memory.fill(learned, mean_2M, kappa_2, config.neighbours, stores, share_NT, value_2NM, config.capacity)
         return cls(config, memory, model_MV, model_MV.shape[0])
 
     # Predictions
@@ -148,21 +141,19 @@ class Plus:
         self, vector_QD: np.ndarray, share_QT: np.ndarray, count: int
     ) -> list[tuple[int, float, float, dict[int, float]]]:
         """Of one query the rows attended to most, cosine, share of the attention, and what is left of each edge there."""
-        looked = self.memory.look(vector_QD, share_QT)
+        memory = self.memory
+        looked = memory.look(vector_QD, share_QT)
         alpha_J = looked.alpha_QJ[0] / max(float(looked.alpha_QJ[0].sum()), 1e-9)
         found = []
         for at in np.argsort(-alpha_J, kind="stable")[:count].tolist():
             row = int(looked.row_QJ[0, at])
-            up_C, weight_C = self.memory.gates(np.array([row]))[0, :2]
-            edges = {int(c) - 1: round(float(up_C[c] / weight_C[c]), 4) for c in np.flatnonzero(weight_C) if c}
-            found.append(
-                (
-                    row,
-                    round(float(self.memory.near.vector_ND[row] @ vector_QD[0]), 4),
-                    round(float(alpha_J[at]), 4),
-                    edges,
-                )
+            store, place = (
+                (memory.fitted, row) if row < len(memory.fitted) else (memory.observed, row - len(memory.fitted))
             )
+            up_C, weight_C = memory.gates(store, np.array([place]))[0, :2]
+            edges = {int(c) - 1: round(float(up_C[c] / weight_C[c]), 4) for c in np.flatnonzero(weight_C) if c}
+            like = float(store.near.vector_ND[place] @ vector_QD[0])
+            found.append((row, round(like, 4), round(float(alpha_J[at]), 4), edges))
         return found
 
     # Learning on
@@ -200,7 +191,7 @@ class Plus:
     def place(self, model: int, vector_SD: np.ndarray, share_ST: np.ndarray, effect_S: np.ndarray) -> None:
         """Place a model by its scores at some queries, stored ones or new (`placement`)."""
         memory = self.memory
-        row_SJ, like_SJ = memory.near.search(vector_SD, 1)
+        row_SJ, like_SJ = memory.fitted.near.search(vector_SD, 1)
         row_S = np.where(like_SJ[:, 0] >= SAME, row_SJ[:, 0], -1)
         looked = memory.look(vector_SD, share_ST, without=row_S)
         x_SX = self._known(looked)
@@ -227,14 +218,10 @@ class Plus:
     @classmethod
     def of_state(cls, config: PlusConfig, arrays: Mapping[str, np.ndarray], facts: Facts) -> "Plus":
         """From what `state` gave."""
-        near = Neighbours(arrays["near.vector_ND"].shape[1], config.exact_below)
-        rows = max(config.capacity, facts["fitted"])
-        made = cls(
-            config,
-            Memory.of_state(arrays, facts, config.neighbours, near, rows),
-            arrays["model_MV"],
-            facts["num_fitted"],
-        )
+        dim = arrays["fitted.near.vector_ND"].shape[1]
+        first, second = (Neighbours(dim, config.exact_below) for _ in range(2))
+        memory = Memory.of_state(arrays, facts, config.neighbours, (first, second), config.capacity)
+        made = cls(config, memory, arrays["model_MV"], facts["num_fitted"])
         made.placed = {int(model): Placement.of_state(dict(arrays), f"placed.{model}.") for model in facts["placed"]}
         return made
 

@@ -154,7 +154,7 @@ class GraphRouter(Predictor, kind="graph"):
         shape, num_tasks = data.score_NM.shape, len(self.tasks.names)
         cost_NM = np.zeros(shape) if data.cost_NM is None or not np.isfinite(data.cost_NM).any() else data.cost_NM
         self.scale = CostScale.fit(cost_NM[~held_N], task_N[~held_N], num_tasks)
-        known = data.cost_NM is not None
+        known = data.cost_NM is not None and np.isfinite(data.cost_NM).any()
         self.cost_TM = np.stack([_column_means(cost_NM[task_N == task]) for task in range(num_tasks)])
         self.cost_TM = (
             np.where(np.isfinite(self.cost_TM), self.cost_TM, _column_means(cost_NM))

@@ -59,19 +59,19 @@ class PlusConfig(Config):
 
     Attributes:
         centres: K of the bank of learned centres.
-        neighbours: J, nearest seen queries that are attended to.
+        neighbours: J, nearest queries that are attended to, of those fitted and of those observed since.
         width: of learned attention and of the description term.
         safety: a model that joined later counts for its expected effect less so many standard errors; 0 takes it at its word.
         explore: every model counts for so many standard errors more; above 0 for routers that learn from their own choices alone.
         exact_below: rows from which on neighbours are found by HNSW.
-        capacity: most queries that are stored; then those observed first are forgotten. Those fitted stay.
+        capacity: most observed queries that are stored; then the oldest make room. Those fitted stay.
         episodes: training.
     """
 
     centres: int = Field(default=64, ge=1)
     neighbours: int = Field(default=40, ge=1)
     width: int = Field(default=16, ge=1)
-    safety: float = Field(default=1.0, ge=0)
+    safety: float = Field(default=2.0, ge=0)
     explore: float = Field(default=0.0, ge=0)
     exact_below: int = Field(default=2000, ge=1)
     capacity: int = Field(default=200_000, ge=1)
