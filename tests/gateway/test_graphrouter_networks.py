@@ -395,7 +395,7 @@ def test_plus_by_hand():
 
 
 def test_order_is_no_matter_in_plus():
-    network, support, value, model = plus_case()
+    network, support, _, model = plus_case()
     x, share = queries()
     columns = np.array([2, 0, 3, 1])
     rows = np.random.default_rng(0).permutation(len(support.vector_ND))
@@ -407,7 +407,7 @@ def test_order_is_no_matter_in_plus():
 
 
 def material(network_case, held=()):
-    _, support, value, model = network_case
+    _, support, _, model = network_case
     row, like = nearest(support.vector_ND.numpy(), support.vector_ND.numpy(), 13)
     like[row == np.arange(len(row))[:, None]] = -np.inf
     train = torch.ones(len(row), dtype=torch.bool)

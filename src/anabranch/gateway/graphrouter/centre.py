@@ -1,4 +1,4 @@
-"""What an edge says of its model once the query's own difficulty is taken out: score = mean of the model + level of the query + what is left.
+"""What an edge says of its model once the query's difficulty is taken out: score = mean of model + level of query + what is left.
 
 The level against which an edge is held comes from the *other* edges of its query, and from a guess where there are few; so a lone edge
 counts, though for less. With ``kappa`` = variance of what is left / variance of levels, and n edges of a query:

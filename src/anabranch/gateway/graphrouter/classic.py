@@ -25,8 +25,8 @@ class Classic:
 
     @classmethod
     def fit(
-        cls, mode: str, scenario: Scenario, hidden: int, settings: Training, vector_ND: np.ndarray, share_NT: np.ndarray, task_TV: np.ndarray,
-        model_MV: np.ndarray, effect_NM: np.ndarray, cost_NM: np.ndarray, held_N: np.ndarray, seed: int,
+        cls, mode: str, scenario: Scenario, hidden: int, settings: Training, vector_ND: np.ndarray, share_NT: np.ndarray,
+        task_TV: np.ndarray, model_MV: np.ndarray, effect_NM: np.ndarray, cost_NM: np.ndarray, held_N: np.ndarray, seed: int,
     ) -> "Classic":  # fmt: skip
         """Train, then make all edges visible, those of validation queries too.
 

@@ -1,4 +1,4 @@
-"""The graph of what was observed: query -> model edges with effect and cost, how costs are scaled, what an edge is worth, how it is split."""
+"""The graph of what was observed: edges with effect and cost, how costs are scaled, what an edge is worth, how it is split."""
 # Shapes: N queries, M models, T tasks (and one row more for queries of no known task), E edges
 
 from dataclasses import dataclass

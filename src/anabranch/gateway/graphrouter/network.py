@@ -4,8 +4,8 @@
     x'_m = BN_k(x_m + sum_{q visible} (W_k x_q + V_k a_qm) + b_k)    twice, ReLU after the first; x'_q = BN_k(x_q + b_k)
     logit(q, m) = mean(x_q(0) * x_m(2))
 
-``mean`` divides the sum by the number of visible edges. `Hetero` keeps tasks as nodes of their own, sends messages both ways with weights
-per kind of edge, takes means, and scores by x_q(2). Since W_k x_q + V_k a is linear, sum and weights change places: W_k (sum x_q) + V_k (sum a).
+``mean`` divides the sum by the number of visible edges. `Hetero` keeps tasks as nodes of their own, sends messages both ways with
+weights per kind of edge, takes means, and scores by x_q(2). Since W_k x_q + V_k a is linear, sum and weights change places: W_k (sum x_q) + V_k (sum a).
 """
 # Shapes: N queries, M models, T tasks, E edges, H width of a node (2 hidden), D, V dimensions of vectors
 
@@ -165,8 +165,9 @@ class Hetero(Network):
         super().__init__(query_dim, task_dim, model_dim, hidden, mean=True)
         width = self.width
         self.task, self.query = nn.Linear(task_dim, width), nn.Linear(query_dim, width)
-        for name in ("from_task", "from_model", "to_task"):
-            self.add_module(name, nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2)))
+        self.from_task, self.from_model, self.to_task = (
+            nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2)) for _ in range(3)
+        )
         self.edge_to_query = nn.ModuleList(nn.Linear(EDGE, width, bias=False) for _ in range(2))
 
     def start(self, nodes: Nodes) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""A model that joins later is placed by its likeness to the models that are known: model-model edges, as weights of a small ridge regression.
+"""A model that joins later is placed by its likeness to known models: model-model edges, as weights of a small ridge regression.
 
     score(q, new) = mean_new + level(q) + w . (x(q) - mean x) + what is left, from neighbours
 
@@ -75,8 +75,11 @@ class Placement:
     @classmethod
     def of_state(cls, arrays: Arrays, prefix: str) -> "Placement":
         """From what `state` gave."""
-        first = (arrays[f"{prefix}{name}"].copy() for name in ("weight_X", "centre_X", "inverse_XX"))
-        return cls(*first, *(float(value) for value in arrays[f"{prefix}numbers"]))
+        weight_X, centre_X, inverse_XX = (
+            arrays[f"{prefix}{name}"].copy() for name in ("weight_X", "centre_X", "inverse_XX")
+        )
+        variance, mass = arrays[f"{prefix}numbers"].tolist()
+        return cls(weight_X, centre_X, inverse_XX, variance, mass)
 
 
 def place(x_SX: np.ndarray, rest_S: np.ndarray, weight_S: np.ndarray) -> Placement:

@@ -190,7 +190,7 @@ def fit_plus(
 def episode_loss(
     network: PlusNetwork, material: Material, settings: Episodes, neighbours: int, draw: torch.Generator
 ) -> Tensor | None:
-    """Squared error over the edges of hidden queries; differences between models count fully, the level a tenth. None without such edges."""
+    """Squared error over edges of hidden queries; differences between models count fully, levels a tenth. None without such edges."""
     num_models = material.support.value_2NM.shape[2]
     value_2NM, seen_2NM, model_MV = virtual_models(material, settings, draw)
     rows = material.train_N.nonzero()[:, 0]
