@@ -63,12 +63,6 @@ class FittedRouter:
         """Decide on a text; ``fields`` are further ones of `Query`."""
         return self.strategy.route(self.query(text, **fields), pool or self.pool)
 
-    def embedded(self, data: Recorded) -> Recorded:
-        """Outcomes with the vectors this router needs, those of its own embedder."""
-        if self.embedder is None or not self.strategy.needs_vector:
-            return data
-        return data.with_vectors(self.embedder.embed(data.query))
-
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
         arrays, facts = self.strategy.state()
@@ -97,20 +91,17 @@ class FittedRouter:
         tensors, content = _read(path)
         try:
             strategy = from_dict(Strategy.Config, content["config"]).build()
+            made = None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder)
+            strategy.connect(embed=None if made is None else made.embed)
             strategy.load_state(_part(tensors, "strategy."), content["facts"])
             models = tuple(_model_from_dict(fields) for fields in content["models"])
-            return cls(
-                strategy=strategy, models=models, about=content["about"],
-                embedder=None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder),
-            )  # fmt: skip
+            return cls(strategy=strategy, models=models, embedder=made, about=content["about"])
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         except AnabranchError as error:
             raise CheckpointError(f"{path} cannot be used here: {error}") from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} does not hold what {type(error).__name__} shows is needed: {error}"
-            ) from None
+            raise CheckpointError(f"{path} lacks what its strategy needs ({type(error).__name__}: {error})") from None
 
 
 def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:

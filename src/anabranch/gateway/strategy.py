@@ -6,13 +6,14 @@
     judge     play(recorded, pool) -> Played   what it would have earned and spent
 
 A strategy that reads answers (a cascade) is asked ``accept`` after each one, and the gateway goes on to the next candidate while it
-says no. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
+says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``; what it asks through, the gateway lends by
+``connect``. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
 """
 # Shapes: N queries, M models
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -24,6 +25,17 @@ from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
+Embed = Callable[[Sequence[str]], np.ndarray]  # texts to unit vectors [N, D]
+
+
+class Complete(Protocol):
+    """How a strategy asks a model of the gateway: its name, the text, and how; the answer's text comes back.
+
+    The gateway counts these calls as any other and charges them to the request they are made for.
+    """
+
+    def __call__(self, model: str, prompt: str, *, max_tokens: int, temperature: float) -> Awaitable[str]:
+        """Raises an AnabranchError if no answer comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,7 @@ class Strategy(Part, family="strategy"):
         needs_vector: ``route`` wants ``query.vector_D``.
         reads_answers: ``accept`` is asked after each answer.
         needs_fit: it cannot route before ``fit``.
+        is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
         knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
     """
 
@@ -60,6 +73,7 @@ class Strategy(Part, family="strategy"):
     needs_vector: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
+    is_async: ClassVar[bool] = False
     knob: ClassVar[str | None] = None
 
     def __init__(self, config: Any) -> None:
@@ -69,6 +83,9 @@ class Strategy(Part, family="strategy"):
     def name(self) -> str:
         """What it is called in tables and headers."""
         return self.kind or type(self).__name__
+
+    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+        """Take what the gateway lends: its embedder and its models. Called once before the first decision, and after a reload."""
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn from recorded outcomes. Same data, same seed, same result."""
@@ -81,9 +98,25 @@ class Strategy(Part, family="strategy"):
         """
         raise NotImplementedError
 
+    async def aroute(self, query: Query, pool: Pool) -> Decision:
+        """`route`, for strategies that ask a model to decide."""
+        return self.route(query, pool)
+
     def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
-        """Whether this answer is good enough to give. ``details`` carries what the provider said of it (log-probabilities)."""
+        """Whether this answer is good enough to give.
+
+        Args:
+            query: as it was decided on.
+            model: that answered.
+            answer: its text.
+            details: what the provider said of it, as far as it did: ``logprobs`` (OpenAI's list of tokens with ``logprob`` and
+                ``top_logprobs``), ``samples`` (texts of further answers), or a number by the name of a signal of `Recorded`.
+        """
         return True
+
+    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """`accept`, for strategies that ask a model for its opinion."""
+        return self.accept(query, model, answer, details)
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome. Outcomes without a quality may teach cost and latency."""

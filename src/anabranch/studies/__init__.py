@@ -28,6 +28,7 @@ STUDIES = {
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
+    "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }

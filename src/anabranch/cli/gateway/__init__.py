@@ -6,6 +6,7 @@ import typer
 
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
+from anabranch.cli.gateway.replay import replay
 from anabranch.cli.gateway.route import route
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "eval": evaluate,
     "route": route,
+    "replay": replay,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

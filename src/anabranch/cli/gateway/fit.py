@@ -60,7 +60,7 @@ def fit(
 
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
-    chosen = read_strategies(strategy, fields, recorded)
+    chosen = read_strategies(strategy, fields)
     learned = _learned(recorded, hold_out, seed)
     made = make_embedder(embedder)
     if any(one.needs_vector for one in chosen.values()):
@@ -73,6 +73,7 @@ def fit(
     routers = {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
+            one.connect(embed=made.embed)
             one.fit(learned, seed=seed)
         needed = made if one.needs_vector else None
         routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)

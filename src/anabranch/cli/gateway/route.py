@@ -47,8 +47,9 @@ def route(
         for item in facts["candidates"]
     ]
     table(["model", "predicted\nquality", "predicted\n$ per 1k", "ordered\nby"], rows)
-    for key, value in facts["details"].items():
-        fact(key, _short(value))
+    if facts["details"]:
+        print()
+        table(["detail", "value"], [[key, _short(value)] for key, value in facts["details"].items()], text_columns=2)
 
 
 def _number(value: float | None, times: float = 1) -> str:
@@ -56,5 +57,9 @@ def _number(value: float | None, times: float = 1) -> str:
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(map(_short, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    """A detail in a line: tables as ``name value``, lists with semicolons between."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -84,6 +84,8 @@ def merged(parts: list[Recorded]) -> Recorded:
     """Rows of all parts, one after another, with the models of the first. Raises InputError if a part lacks one of them."""
     parts = [part.only(parts[0].models) for part in parts]
 
+    shared = [name for name in parts[0].signals if all(name in part.signals for part in parts)]
+
     def stacked(name: str) -> np.ndarray | None:
         found = [getattr(part, name) for part in parts]
         return None if any(value is None for value in found) else np.concatenate(found)
@@ -94,6 +96,7 @@ def merged(parts: list[Recorded]) -> Recorded:
         score_NM=np.concatenate([part.score_NM for part in parts]), cost_NM=stacked("cost_NM"), tokens_NM2=stacked("tokens_NM2"),
         latency_NM=stacked("latency_NM"), vector_ND=stacked("vector_ND"),
         answers=tuple(a for part in parts for a in part.answers) if all(part.answers for part in parts) else (),
+        signals={name: np.concatenate([part.signals[name] for part in parts]) for name in shared},
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Row:
     task: str | None = None
     values: dict[str, dict[str, float | None]] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
+    signals: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
 def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:
@@ -53,11 +54,9 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
     models = list(dict.fromkeys(name for row in rows for name in row.values.get("score", ())))
     if not models:
         raise DataError(f"{path} holds no scores")
-    table = {part: _column(rows, part, models) for part in PARTS}
-    for part in PARTS[1:]:
-        extra = {name for row in rows for name in row.values.get(part, ())} - set(models)
-        if extra:
-            raise DataError(f"{path} has a {part} of {min(extra)!r}, which has no score in any row")
+    table = {part: _column([row.values.get(part, {}) for row in rows], part, models, path) for part in PARTS}
+    named = sorted({name for row in rows for name in row.signals})
+    signals = {name: _column([row.signals.get(name, {}) for row in rows], name, models, path) for name in named}
     tokens_NM2 = np.stack([table["prompt"], table["completion"]], axis=2)
     cost_NM = table["cost"]
     if prices is not None:
@@ -66,17 +65,19 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
     return Recorded(
         query=tuple(row.query for row in rows), models=tuple(models), task=tuple(row.task for row in rows),
         score_NM=table["score"], cost_NM=_known(cost_NM), tokens_NM2=_known(tokens_NM2), latency_NM=_known(table["latency"]),
-        answers=tuple(row.answers for row in rows) if any(row.answers for row in rows) else (),
+        answers=tuple(row.answers for row in rows) if any(row.answers for row in rows) else (), signals=signals,
     )  # fmt: skip
 
 
-def _column(rows: list[Row], part: str, models: list[str]) -> np.ndarray:
-    table_NM = np.full((len(rows), len(models)), np.nan)
+def _column(values: list[dict[str, float | None]], part: str, models: list[str], path: Path) -> np.ndarray:
+    """Values of each row by model as ``[N, M]``."""
+    table_NM = np.full((len(values), len(models)), np.nan)
     at = {name: column for column, name in enumerate(models)}
-    for number_, row in enumerate(rows):
-        for name, value in row.values.get(part, {}).items():
-            if value is not None and name in at:
-                table_NM[number_, at[name]] = value
+    for row, of_model in enumerate(values):
+        for name, value in of_model.items():
+            if name not in at:
+                raise DataError(f"{path} has a {part} of {name!r}, which has no score in any row")
+            table_NM[row, at[name]] = np.nan if value is None else value
     return table_NM
 
 

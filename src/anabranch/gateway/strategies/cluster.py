@@ -25,7 +25,7 @@ from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.kmeans import distances, kmeans
 from anabranch.gateway.strategies.knn import one_vector, top_k
-from anabranch.gateway.strategies.training import Kept, closed, means, shrunk, training_set, vectors_of
+from anabranch.gateway.strategies.training import Kept, closed, means, shrunk, totals, training_set, vectors_of
 from anabranch.gateway.strategy import Facts
 
 
@@ -69,11 +69,11 @@ class Cluster(Kept, Predictor, kind="cluster"):
             data.vector_ND, config.num_clusters, num_starts=config.num_starts, seed=seed  # type: ignore[arg-type]
         )  # fmt: skip
         self.size_C = np.bincount(cluster_N, minlength=len(self.centre_CD)).astype(float)
-        self.score_CM = shrunk(*_totals(data.score_NM, cluster_N, len(self.centre_CD)), config.prior, self.mean_M)
+        self.score_CM = shrunk(*totals(data.score_NM, cluster_N, len(self.centre_CD)), config.prior, self.mean_M)
         self.cost_CM = np.zeros((len(self.centre_CD), 0))
         if data.cost_NM is not None:
             cost_M = means(data.cost_NM)
-            self.cost_CM = shrunk(*_totals(data.cost_NM, cluster_N, len(self.centre_CD)), config.prior, cost_M)
+            self.cost_CM = shrunk(*totals(data.cost_NM, cluster_N, len(self.centre_CD)), config.prior, cost_M)
             self.cost_CM[:, np.isnan(cost_M)] = np.nan
         if config.performance_weight is not None:
             self.score_CM = self._balanced(config.performance_weight)
@@ -121,12 +121,3 @@ class Cluster(Kept, Predictor, kind="cluster"):
                 for at, weight in zip(cluster_1K[0], weight_1K[0], strict=True)
             ]
         }
-
-
-def _totals(value_NM: np.ndarray, group_N: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and count of the known values of each group and model."""
-    known_NM = np.isfinite(value_NM)
-    total_GM, count_GM = np.zeros((2, num_groups, value_NM.shape[1]))
-    np.add.at(total_GM, group_N, np.where(known_NM, value_NM, 0.0))
-    np.add.at(count_GM, group_N, known_NM.astype(float))
-    return total_GM, count_GM

@@ -76,6 +76,15 @@ def shrunk(total_GM: np.ndarray, count_GM: np.ndarray, prior: float, mean_M: np.
     return np.where(weight_GM > 0, (total_GM + prior * mean_M) / np.where(weight_GM > 0, weight_GM, 1.0), mean_M)
 
 
+def totals(value_NM: np.ndarray, group_N: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and count of the known values of each group and model."""
+    known_NM = np.isfinite(value_NM)
+    total_GM, count_GM = np.zeros((2, num_groups, value_NM.shape[1]))
+    np.add.at(total_GM, group_N, np.where(known_NM, value_NM, 0.0))
+    np.add.at(count_GM, group_N, known_NM.astype(float))
+    return total_GM, count_GM
+
+
 def closed(quality_NM: np.ndarray, mean_M: np.ndarray) -> np.ndarray:
     """Qualities with -inf for models of which no score was ever seen, so that they are not chosen."""
     return np.where(np.isfinite(mean_M), quality_NM, -np.inf)
