@@ -172,7 +172,7 @@ def test_order_of_queries_and_models_is_no_matter(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_visible_edges(mode):
-    nodes, edge, visible = inputs()
+    nodes, edge, _ = inputs()
     found = make(mode)(nodes, Block(edge, torch.zeros(N, M)))
     assert torch.isfinite(found).all()
     assert torch.equal(found, make(mode)(nodes, Block(edge * 7, torch.zeros(N, M))))
@@ -181,7 +181,7 @@ def test_no_visible_edges(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_predicted_edge_is_not_seen(mode):
     """Its utility, cost and effect may be anything: not a bit of the output changes."""
-    nodes, edge, visible = inputs()
+    nodes, edge, _ = inputs()
     network = make(mode).train()
     hidden = mask(torch.ones(N, M, dtype=torch.bool), 0.5, torch.Generator().manual_seed(0), whole=mode == "hetero")
     other = torch.where(hidden[1][..., None], edge + 100, edge)
@@ -363,6 +363,41 @@ def test_memory_at_rest_is_the_network():
     assert memory.mean_2M[1] + looked.sum_2QC[1][:, :1] + looked.sum_2QC[1][:, 1:] == pytest.approx(cost, **SUMS_ROUND)
     one = np.concatenate([memory.look(x[at : at + 1], share[at : at + 1]).sum_2QC for at in range(len(x))], 1)
     assert one == pytest.approx(memory.look(x, share).sum_2QC, abs=1e-5)
+
+
+def test_without_its_own_row():
+    """What is said of a stored query without itself is what a graph says from which its edges were taken (they stay in the means)."""
+    network, support, value, _ = plus_case()
+    memory = rest_of(network, support, value, 8)
+    rows = np.array([3, 40, -1, 17])
+    x, share = support.vector_ND.numpy()[rows], support.share_NT.numpy()[rows]
+    found = memory.look(x, share, without=rows).sum_2QC
+    assert found[:, 2] == pytest.approx(memory.look(x[2:3], share[2:3]).sum_2QC[:, 0], abs=1e-6)
+    for at, row in enumerate(rows[[0, 1, 3]]):
+        gates = memory.gates(memory.fitted, np.arange(60)).astype(float)
+        part = memory.parts(support.vector_ND.numpy(), support.share_NT.numpy()).astype(float)
+        others = np.arange(60) != row
+        bank, total = memory.banks[0], np.zeros(5)  # the first bank by hand, effects
+        up, down = part[others, bank].T @ gates[others, 0], part[others, bank].T @ gates[others, 1]
+        total += part[row, bank] @ (memory.weight_2F1[0, bank] * up / (down + memory.caution_2F1[0, bank]))
+        bank = memory.banks[1]
+        said = part[:, memory.banks[0]] @ memory.profile_2FC[0, memory.banks[0], :5]
+        left = gates[:, 0] - gates[:, 1] * said  # what the first bank left, by the profiles of all
+        up, down = part[others, bank].T @ left[others], part[others, bank].T @ gates[others, 1]
+        total += part[row, bank] @ (memory.weight_2F1[0, bank] * up / (down + memory.caution_2F1[0, bank]))
+        near, alpha = (
+            memory.look(x[[0, 1, 3]][at : at + 1], share[[0, 1, 3]][at : at + 1], without=np.array([row])),
+            None,
+        )
+        assert row not in near.row_QJ
+        alpha = near.alpha_QJ[0]
+        stored = memory.fitted.edge_N4C[near.row_QJ[0], :, :5]
+        total += (
+            memory.learned["l.weight_23"][0, 2]
+            * (alpha @ stored[:, 0])
+            / (alpha @ stored[:, 1] + memory.learned["l.caution_23"][0, 2])
+        )
+        assert found[0, [0, 1, 3][at]] == pytest.approx(total, abs=1e-5)
 
 
 def test_plus_by_hand():

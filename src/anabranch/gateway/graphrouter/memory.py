@@ -17,7 +17,7 @@ from anabranch.gateway.graphrouter.rows import UP_E, WEIGHT_E, Rows
 from anabranch.gateway.strategy import Arrays, Facts
 
 SPARE = 8  # columns kept free for models to come
-PIECE = 512  # queries at once
+PIECE, OUT = 512, 64  # queries at once; those taken out of the profiles at once
 ALL = slice(None)
 Columns = slice | list[int]
 
@@ -78,7 +78,7 @@ class Memory:
         cls, learned: Arrays, mean_2M: np.ndarray, kappa_2: tuple[float, float], k: int, stores: tuple[Neighbours, Neighbours],
         share_NT: np.ndarray, value_2NM: np.ndarray, capacity: int,
     ) -> "Memory":  # fmt: skip
-        """Of fitted queries, whose vectors are in the first store: how much of each task they are, effects and scaled costs (NaN: no edge)."""
+        """Of fitted queries, whose vectors are in the first store: share of each task, effects and scaled costs (NaN: no edge)."""
         made = cls(learned, mean_2M, kappa_2, k, stores, share_NT.shape[1], capacity, 1 + mean_2M.shape[1] + SPARE)
         vector_ND, share_NT = stores[0].vector_ND, np.ascontiguousarray(share_NT, np.float32)
         edge_N4C = made._edges(value_2NM, np.zeros((2, len(share_NT))))
@@ -271,18 +271,20 @@ class Memory:
 
     def _take_out(self, part_QF: np.ndarray, without: np.ndarray, sum_2QC: np.ndarray) -> None:
         """Profiles as they would be without each query's own row; backwards, what the last bank left, then what the first did."""
-        for at in np.flatnonzero(without >= 0).tolist():
-            edge_4C = self.fitted.edge_N4C[int(without[at]), :, : self.columns].astype(np.float64)
-            sum_2QC[:, at] = 0
+        stored = np.flatnonzero(without >= 0)
+        for begin in range(0, len(stored), OUT):
+            at_R = stored[begin : begin + OUT]
+            edge_R4C = self.fitted.edge_N4C[without[at_R], :, : self.columns].astype(np.float64)
+            sum_2QC[:, at_R] = 0
             for bank in self.banks[::-1]:
-                part_F = part_QF[at, bank].astype(np.float64)
+                part_RF = part_QF[at_R, bank].astype(np.float64)
+                self._subtract(part_QF[at_R], edge_R4C, bank, 1)
                 for head in range(2):
-                    weight_C = edge_4C[2 * head + 1]
-                    edge_4C[2 * head] += weight_C * (part_F @ self.profile_2FC[head, bank, : self.columns])
+                    gate_RC, weight_RC = edge_R4C[:, 2 * head], edge_R4C[:, 2 * head + 1]
                     up_FC, down_FC = self.sum_4FC[2 * head : 2 * head + 2, bank, : self.columns]
-                    others_FC = down_FC - part_F[:, None] * weight_C + self.caution_2F1[head, bank]
-                    left_FC = self.weight_2F1[head, bank] * (up_FC - part_F[:, None] * edge_4C[2 * head])
-                    sum_2QC[head, at] += part_F @ (left_FC / others_FC)
+                    up_RFC = up_FC - part_RF[:, :, None] * gate_RC[:, None]
+                    up_RFC /= down_FC + self.caution_2F1[head, bank] - part_RF[:, :, None] * weight_RC[:, None]
+                    sum_2QC[head, at_R] += np.einsum("rf,rfc->rc", part_RF * self.weight_2F1[head, bank, 0], up_RFC)
 
     def described(self, vector_QD: np.ndarray, model_MV: np.ndarray) -> np.ndarray:
         """The part of the effect that the description alone says, [Q, M]."""

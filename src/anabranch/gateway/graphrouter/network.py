@@ -5,7 +5,8 @@
     logit(q, m) = mean(x_q(0) * x_m(2))
 
 ``mean`` divides the sum by the number of visible edges. `Hetero` keeps tasks as nodes of their own, sends messages both ways with
-weights per kind of edge, takes means, and scores by x_q(2). Since W_k x_q + V_k a is linear, sum and weights change places: W_k (sum x_q) + V_k (sum a).
+weights per kind of edge, takes means, and scores by x_q(2). Since W_k x_q + V_k a is linear, sum and weights change places:
+W_k (sum x_q) + V_k (sum a).
 """
 # Shapes: N queries, M models, T tasks, E edges, H width of a node (2 hidden), D, V dimensions of vectors
 
