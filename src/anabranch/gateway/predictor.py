@@ -224,9 +224,9 @@ class Ranked(Strategy, kind="ranked"):
         self._grow()
         columns = playable(data, pool, self.predictor.models)
         at = [self.predictor.models.index(data.models[column]) for column in columns]
-        cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
-        if prediction.cost_NM is not None:
-            cost_NM = prediction.cost_NM
+        cost_NM = prediction.cost_NM
+        if cost_NM is None:
+            cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
         value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost_NM)
         if prediction.penalty_NM is not None:
             value_NM = value_NM - prediction.penalty_NM
