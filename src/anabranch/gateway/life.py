@@ -64,6 +64,7 @@ class Life:
         self.query: Query | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
+        self.prepared: dict[str, Any] = {}  # messages that the strategy sends to a model in place of the sender's
         self.reservation: Reservation | None = None
         self.asked_nano = 0  # what models cost that the strategy asked to decide
         self.report: Report | None = None
@@ -169,7 +170,10 @@ class Life:
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
-        return self.runtime.models[model].price.cost(self.count.at_most, self.most_tokens(model))
+        count = self.count
+        if model in self.prepared:
+            count = count_prompt({**self.body, "messages": self.prepared[model]})
+        return self.runtime.models[model].price.cost(count.at_most, self.most_tokens(model))
 
     # Caches
 
@@ -226,7 +230,9 @@ class Life:
             max_tokens=self.body.get("max_completion_tokens") or self.body.get("max_tokens"), has_tools=bool(self.body.get("tools")),
             has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
-        self.decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        if not decided.bypassed:
+            self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
 
     async def _reserve(self) -> None:
         """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over."""
@@ -311,6 +317,7 @@ class Life:
         plan = Plan(
             candidates=self.candidates, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
             accept=accept, allow=self._allow, keep=keeps,
+            requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)

@@ -105,6 +105,7 @@ class Strategy(Part, family="strategy"):
     async def aroute(self, query: Query, pool: Pool) -> Decision:
         """`route`, for strategies that ask a model to decide."""
         return self.route(query, pool)
+
     def prepare(
         self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None
     ) -> Sequence[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
-from anabranch.gateway.dispatch.stream import Stream
+from anabranch.gateway.dispatch.stream import Stream, WholeStream
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers.provider import (
     Answer,
@@ -136,8 +136,8 @@ class Dispatcher:
         Raises UpstreamError, with the report, when all that may be tried has failed. If answers came but none was accepted, the last
         one is given.
         """
-        run, last = Run(self, plan, request), None
         request = request.whole()
+        run, last = Run(self, plan, request), None
         try:
             while True:
                 try:
@@ -181,11 +181,14 @@ class Dispatcher:
         run.won(live, attempt, answer.usage)
         return answer
 
-    async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
+    async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream | WholeStream:
         """A stream whose first token has come. Read it to the end, or close it.
 
+        Where the plan wants to see answers before they are given, the whole answer comes first and is then told as a stream.
         Raises UpstreamError, with the report, when all that may be tried has failed before a first token.
         """
+        if plan.accept is not None:
+            return WholeStream(await self.complete(plan, request), request)
         run = Run(self, plan, request)
         try:
             stream = Stream(run, request)

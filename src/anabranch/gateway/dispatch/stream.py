@@ -354,6 +354,38 @@ class Stream:
         return self._request.with_body(messages=[*body["messages"], *said])
 
 
+class WholeStream:
+    """An answer that had to be whole before it was accepted, told as a stream: the same face as `Stream`.
+
+    Attributes:
+        report: as `Answer.report`.
+        failure: None; it cannot break any more.
+    """
+
+    def __init__(self, answer: Answer, request: UpstreamRequest) -> None:
+        self._answer = answer
+        self._chunks = as_chunks(answer.body, request.endpoint, request.wants_usage)
+        self._events = self._told()
+        self.report: Report = answer.report
+        self.failure: Failure | None = None
+
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        return self._events
+
+    async def _told(self) -> AsyncGenerator[bytes, None]:
+        for chunk in self._chunks:
+            yield event(chunk)
+        yield DONE
+
+    async def aclose(self) -> None:
+        """Stop."""
+        await self._events.aclose()
+
+    def answer(self) -> Answer:
+        """The answer."""
+        return self._answer
+
+
 def _chunk(data: bytes) -> Json:
     try:
         chunk = json.loads(data)
