@@ -527,6 +527,34 @@ def test_a_stream_that_nobody_reads_is_given_back_when_closed():
     run(work)
 
 
+def test_a_stream_whose_answer_must_be_accepted_is_told_once_it_is():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {})])
+        chosen = plan(dispatcher, "a", "b", accept=lambda model, answer: model == "b")
+        stream = await dispatcher.stream(chosen, chat(stream=True))
+        text, events = await read(stream)
+        assert (text, events[-1]) == ("b answers you", "data: [DONE]")
+        assert statuses(stream.report) == [("a-0", "rejected"), ("b-0", "ok")]
+        assert stream.answer().text == "b answers you"
+
+    run(work)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_model_may_be_sent_something_of_its_own(streams):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"fails": 1.0}), group("b", {})], DispatchRules(retries=0))
+        request = chat(stream=streams)
+        own = request.with_body(messages=[{"role": "user", "content": "four words are here"}])
+        chosen = plan(dispatcher, "a", "b", requests={"b": own})
+        found = await (dispatcher.stream(chosen, request) if streams else dispatcher.complete(chosen, request))
+        if streams:
+            assert (await read(found))[0] == "b answers you"
+        assert found.report.winner.usage.prompt == 4
+
+    run(work)
+
+
 def test_names_must_differ():
     with pytest.raises(ConfigError, match="there twice"):
         Dispatcher([group("a", {}), group("a", {})])

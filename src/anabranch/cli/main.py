@@ -16,6 +16,7 @@ from anabranch.cli.chat import chat
 from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
 from anabranch.cli.eval import evaluate
+from anabranch.cli.gateway import app as gateway
 from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
@@ -69,7 +70,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
-app.add_typer(graph, name="graph")
+_GROUPS = {"graph": graph, "gateway": gateway}
+for _name, _group in _GROUPS.items():
+    app.add_typer(_group, name=_name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,9 +146,10 @@ def _given(option: str, arguments: Sequence[str]) -> str:
 
 
 def _command_of(arguments: Sequence[str]) -> str:
-    if arguments[:1] == ["graph"]:
-        known = {command.name for command in graph.registered_commands}
-        return " ".join(["anabranch graph", *(name for name in arguments[1:2] if name in known)])
+    group = _GROUPS.get(arguments[0]) if arguments else None
+    if group is not None:
+        known = {command.name for command in group.registered_commands}
+        return " ".join([f"anabranch {arguments[0]}", *(name for name in arguments[1:2] if name in known)])
     return f"anabranch {arguments[0]}" if arguments and arguments[0] in _COMMANDS else "anabranch"
 
 

@@ -20,6 +20,7 @@ STUDIES = {
     "chain": "anabranch.studies.chain:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
+    "graphrouter": "anabranch.studies.graphrouter:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",
     "g_rank": "anabranch.studies.g_rank:make",
@@ -28,6 +29,7 @@ STUDIES = {
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
+    "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }

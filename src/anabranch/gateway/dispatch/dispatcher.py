@@ -139,8 +139,8 @@ class Dispatcher:
         Raises UpstreamError, with the report, when all that may be tried has failed. If answers came but none was accepted, the last
         one is given.
         """
-        run, last = Run(self, plan, request), None
         request = request.whole()
+        run, last = Run(self, plan, request), None
         try:
             while True:
                 try:
@@ -187,6 +187,7 @@ class Dispatcher:
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it.
 
+        Where the plan judges answers, each but the last candidate's is whole before any of it is given; the last one's comes as it is made.
         Raises UpstreamError, with the report, when all that may be tried has failed before a first token.
         """
         run = Run(self, plan, request)

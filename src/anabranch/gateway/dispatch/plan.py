@@ -1,10 +1,10 @@
 """`Plan`: which models may be asked, until when. `Report`: what was asked, and what came of it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
-from anabranch.gateway.providers.provider import Answer, Usage
+from anabranch.gateway.providers.provider import Answer, UpstreamRequest, Usage
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
 Allow = Callable[[str, int], Awaitable[bool]]
@@ -24,6 +24,7 @@ class Plan:
         hedge: in place of the rules'.
         max_attempts: most attempts in all; None for what candidates and retries come to.
         keep: keep the stream's chunks, so that `Stream.answer` can put the whole answer together.
+        requests: what to send to a model in place of the request, by its name.
     """
 
     candidates: tuple[str, ...]
@@ -34,6 +35,7 @@ class Plan:
     hedge: bool | None = None
     max_attempts: int | None = None
     keep: bool = False
+    requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
 
     def most_attempts(self, retries: int) -> int:
         """Attempts that may be made."""

@@ -43,6 +43,7 @@ class Run:
 
     Attributes:
         report: what has been done.
+        request: as it came; another one is sent where a plan says so, or a broken stream is continued.
         avoid: deployments that failed this request; asked again only when no other is free.
     """
 
@@ -50,7 +51,7 @@ class Run:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.began = dispatcher.now()
         self.report = Report()
-        self.tokens, self._streams = request.prompt_tokens, request.stream
+        self.request, self.tokens, self._streams = request, request.prompt_tokens, request.stream
         self.avoid: set[str] = set()
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
@@ -251,6 +252,9 @@ class Run:
         attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge)
         self.report.attempts.append(attempt)
         attempt.ticket = live.begin(start, self.tokens)
+        own = self.plan.requests.get(live.model) if request is self.request else None
+        if own is not None:
+            request = own if request.stream else own.whole()
         try:
             return await opening(live, request, attempt), attempt
         except Exception as cause:

@@ -55,7 +55,7 @@ class Stream:
         self._run, self._request, self._now = run, request, run.dispatcher.now
         mode = run.plan.mid_stream or run.rules.mid_stream
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
-        self._keeps = run.plan.keep or self._mode == "continue"
+        self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
         self._kept: list[bytes] = []
         self._parts: list[Opened] = []  # of what the reader got: streams that broke and were gone on from, and the last
         self._stitch: Json | None = None
@@ -120,7 +120,7 @@ class Stream:
             await asyncio.wait((coming,))
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep``."""
+        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``."""
         answer = _whole(_chunks(self._kept), self._request, self.usage)
         answer.report = self._run.report
         return answer

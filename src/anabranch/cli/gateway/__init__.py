@@ -1,0 +1,36 @@
+"""``anabranch gateway``: one module per command, each of which loads what it needs when it is called."""
+
+from collections.abc import Callable
+
+import typer
+
+from anabranch.cli.gateway.budget import app as budget
+from anabranch.cli.gateway.convert import convert
+from anabranch.cli.gateway.eval import evaluate
+from anabranch.cli.gateway.fit import fit
+from anabranch.cli.gateway.keys import app as keys
+from anabranch.cli.gateway.ledger import app as ledger
+from anabranch.cli.gateway.replay import replay
+from anabranch.cli.gateway.route import route
+from anabranch.cli.gateway.serve import serve
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Serve many models behind one endpoint, and learn from recorded outcomes which query should go to which.
+
+    Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
+)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "serve": serve,
+    "fit": fit,
+    "eval": evaluate,
+    "route": route,
+    "replay": replay,
+    "import": convert,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+for _name, _group in {"keys": keys, "budget": budget, "ledger": ledger}.items():
+    app.add_typer(_group, name=_name)
