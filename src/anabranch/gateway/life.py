@@ -16,7 +16,7 @@ from anabranch.errors import BudgetError, InputError, LimitError, RateError, Unk
 from anabranch.gateway.api_error import ApiError, wrong
 from anabranch.gateway.cache import Entry, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
-from anabranch.gateway.count import PromptCount, count_prompt, has_images, last_text
+from anabranch.gateway.count import PromptCount, count_prompt, has_images, last_text, num_prompts
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
@@ -155,9 +155,13 @@ class Life:
         """The most completion tokens this may cost at a model."""
         if self.endpoint == "embeddings":
             return 0
-        asked = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        body = self.body
+        asked = max(
+            body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0
+        )  # an upstream may know only one of them
         most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
-        return most * (self.body.get("n") or 1)
+        answers = num_prompts(body) if self.endpoint == "completions" else 1
+        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
 
     def _bounded(self) -> dict[str, Any]:
         """The body for the upstream. Where neither it nor the model says how long an answer may be, it is told what was reserved."""
@@ -218,12 +222,14 @@ class Life:
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
-        messages = self.body.get("messages") or ()
-        text = last_text(messages) if messages else _flat(self.body.get("prompt", self.body.get("input", "")))
+        is_chat, has_limit = self.endpoint == "chat", self.endpoint != "embeddings"
+        messages = self.body["messages"] if is_chat else ()
+        most = self.body.get("max_completion_tokens") or self.body.get("max_tokens") if has_limit else None
+        text = last_text(messages) if is_chat else _flat(self.body.get("prompt", self.body.get("input", "")))
         headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
         query = Query(
             text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
-            max_tokens=self.body.get("max_completion_tokens") or self.body.get("max_tokens"), has_tools=bool(self.body.get("tools")),
+            max_tokens=most, has_tools=bool(self.body.get("tools")),
             has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
         self.decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())

@@ -1,0 +1,194 @@
+"""What hostile clients and broken upstreams must not get: money, memory, other people's answers, or a request that never ends."""
+
+import asyncio
+
+import pytest
+
+from anabranch.gateway.api_error import ApiError
+from anabranch.gateway.config import (
+    CacheConfig,
+    DeploymentConfig,
+    GatewayConfig,
+    HedgeConfig,
+    ModelConfig,
+    StrategyConfig,
+)
+from anabranch.gateway.embed.hashed import Hashed
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.behaviour import Behaviour, Scene
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.sse import event
+from anabranch.gateway.query import Candidate, Decision
+from anabranch.gateway.store import LedgerQuery
+from anabranch.gateway.strategy import Strategy
+
+PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
+
+
+def model(name, price=PRICE, max_tokens=100, **behaviour):
+    provider = Mock.Config(**{"model": name, "tokens": 4, **behaviour})
+    return ModelConfig(
+        name=name, price=price, max_tokens=max_tokens, deployments=(DeploymentConfig(provider=provider),)
+    )
+
+
+def config(tmp_path, *models, **fields):
+    fields = {
+        "strategies": {"cheapest": StrategyConfig(use="cheapest")},
+        "require_key": False,
+        "store": str(tmp_path / "g.db"),
+        **fields,
+    }
+    return GatewayConfig(models=models or (model("small"),), **fields)
+
+
+def ask(text="hello", **fields):
+    return {"model": "small", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def run(config, work, **options):
+    """What ``work(gateway)`` gives, and all rows of the ledger, oldest first; nothing may be left under way."""
+
+    async def main():
+        async with Gateway(config, **options) as gateway:
+            found = await work(gateway)
+            rows = await gateway.store.ledger(LedgerQuery(limit=10_000, newest_first=False))
+            assert all(budget.reserved_nano == 0 for budget in await gateway.store.budgets())
+            left = await gateway.store._read(lambda connection: connection.rows("SELECT request_id FROM reservations"))
+            assert left == []
+            assert gateway.in_flight == gateway.runtime.users == 0
+            assert len(gateway.caches.flights) == 0
+            assert [state["in_flight"] for state in gateway.runtime.dispatcher.states() if state["in_flight"]] == []
+            return found, rows
+
+    return asyncio.run(main())
+
+
+async def read(reply):
+    """All of a stream."""
+    try:
+        return b"".join([piece async for piece in reply.stream])
+    finally:
+        await reply.stream.aclose()
+
+
+async def refused(work):
+    with pytest.raises(ApiError) as caught:
+        await work
+    return caught.value
+
+
+def says(monkeypatch, *parts, kind="text/event-stream"):
+    """All mocks send these bytes."""
+    monkeypatch.setattr(
+        Behaviour,
+        "scene",
+        lambda self, path, body: Scene(headers={"content-type": kind}, parts=[(0.0, part) for part in parts]),
+    )
+
+
+def chunk(**choice):
+    return event({"id": "x", "choices": [{"index": 0, "delta": {"content": "word"}, "finish_reason": None, **choice}]})
+
+
+# Money: no request may cost more than was set aside for it
+
+
+def reserved(tmp_path, endpoint, body, **fields):
+    """What one request sets aside, and what it cost."""
+
+    async def work(gateway):
+        return await gateway.handle(endpoint, body)
+
+    _, [row] = run(config(tmp_path, **fields), work)
+    return row
+
+
+def test_a_list_of_prompts_is_reserved_for_as_many_answers(tmp_path):
+    one = reserved(tmp_path, "completions", {"model": "small", "prompt": ["a"], "max_tokens": 10})
+    (tmp_path / "many").mkdir()
+    many = reserved(tmp_path / "many", "completions", {"model": "small", "prompt": ["a"] * 50, "max_tokens": 10})
+    assert many.reserved_nano >= 50 * 10 * 2_000 > one.reserved_nano
+
+
+def test_best_of_is_reserved_for_as_many_answers(tmp_path):
+    row = reserved(tmp_path, "completions", {"model": "small", "prompt": "a", "max_tokens": 10, "n": 1, "best_of": 20})
+    assert row.reserved_nano >= 20 * 10 * 2_000
+
+
+def test_the_larger_of_two_limits_of_an_answer_is_reserved(tmp_path):
+    row = reserved(tmp_path, "chat", ask(max_tokens=90, max_completion_tokens=1))
+    assert row.reserved_nano >= 90 * 2_000
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("completions", {"model": "small", "prompt": "x" * 5000, "messages": [], "max_tokens": 1}),
+        ("completions", {"model": "small", "prompt": "x" * 5000, "messages": [5], "max_tokens": 1}),
+        ("embeddings", {"model": "small", "input": "x" * 5000, "messages": []}),
+        ("embeddings", {"model": "small", "input": "short", "prompt": "x" * 5000}),
+        ("chat", ask(max_tokens=1, functions=[{"name": "f", "description": "x" * 5000}])),
+        ("chat", ask(max_tokens=1, response_format={"type": "json_schema", "json_schema": {"name": "x" * 5000}})),
+        ("chat", ask(max_tokens=1, guided_json={"a": "x" * 5000})),
+        ("chat", {"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": "hi", "reasoning_content": "x" * 5000}]}),
+        ("chat", {"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "x" * 5000}}]}]}),
+    ],
+)  # fmt: skip
+def test_no_text_of_a_body_goes_uncounted(tmp_path, endpoint, body):
+    assert reserved(tmp_path, endpoint, body).reserved_nano >= 5000 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("embeddings", {"model": "small", "input": "a", "user": 5}),
+        ("embeddings", {"model": "auto/cheapest", "input": "a", "messages": [5], "max_tokens": "x", "tools": 3}),
+        ("completions", {"model": "auto/cheapest", "prompt": "a", "messages": 5}),
+        ("completions", {"model": "small", "prompt": "a", "messages": [{"content": [5]}]}),
+        ("completions", {"model": "small", "prompt": "a", "best_of": "many"}),
+        ("chat", ask("half a pair: \ud800")),
+        ("chat", ask("half a pair: \ud800", model="auto/knn")),
+    ],
+)
+def test_odd_fields_are_answered_or_refused_never_a_bug(tmp_path, endpoint, body):
+    class Vectors(Strategy):
+        needs_vector = True
+
+        def route(self, query, pool):
+            return Decision(candidates=(Candidate(model="small", score=1),), strategy="v", reason="so")
+
+    async def work(gateway):
+        try:
+            await gateway.handle(endpoint, body)
+        except ApiError as error:
+            assert error.status == 400
+
+    strategies = {"cheapest": StrategyConfig(use="cheapest"), "knn": StrategyConfig(use="static")}
+    made = config(tmp_path, strategies=strategies, embedder=Hashed.Config(), cache=CacheConfig(semantic=True))
+    run(made, work, strategies={"knn": Vectors(None)})
+
+
+def hedged(tmp_path, limit_usd=None):
+    """Two deployments, one slow at first, with hedging at once."""
+    both = tuple(
+        DeploymentConfig(name=name, provider=Mock.Config(model=name, tokens=4, latency_s=0.05)) for name in ("a", "b")
+    )
+    small = ModelConfig(name="small", price=PRICE, max_tokens=100, deployments=both)
+    return GatewayConfig(
+        models=(small,), strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, hedge=HedgeConfig(), store=str(tmp_path / "g.db")
+    )  # fmt: skip
+
+
+def hurry(gateway, seconds=0.01):
+    gateway.runtime.dispatcher.groups["small"].hedge._delay_s = seconds
+
+
+# Upstreams that send what nobody expects
+
+
+# Requests under way
+
+
+# Memory
