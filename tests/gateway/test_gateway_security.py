@@ -15,7 +15,7 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
+from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.sse import event
@@ -183,6 +183,84 @@ def hedged(tmp_path, limit_usd=None):
 
 def hurry(gateway, seconds=0.01):
     gateway.runtime.dispatcher.groups["small"].hedge._delay_s = seconds
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_hedge_is_set_aside_beside_the_first_attempt(tmp_path, streams):
+    async def work(gateway):
+        hurry(gateway)
+        reply = await gateway.handle("chat", ask(stream=streams))
+        if streams:
+            await read(reply)
+
+    _, [row] = run(hedged(tmp_path), work)
+    assert row.attempts == 2
+    assert row.flags == ("hedged",)
+    worst = (len("hello") + 7) * 1_000 + 100 * 2_000
+    assert row.reserved_nano >= 2 * worst
+
+
+def test_a_hedge_that_no_budget_has_room_for_is_not_sent(tmp_path):
+    async def work(gateway):
+        hurry(gateway)
+        await gateway.store.set_budget("global", 300_000)  # room for one, not for two
+        await gateway.handle("chat", ask())
+
+    _, [row] = run(hedged(tmp_path), work)
+    assert (row.attempts, row.status) == (1, "ok")
+
+
+def test_what_was_asked_before_the_client_left_is_paid_for(tmp_path):
+    async def work(gateway):
+        task = asyncio.create_task(gateway.achat(ask("x" * 400)))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    _, [row] = run(config(tmp_path, model("small", latency_s=5)), work)
+    assert (row.status, row.attempts) == ("cancelled", 1)
+    assert row.cost_nano >= 100 * 1_000  # the prompt went upstream
+
+
+def test_a_strategys_call_that_ran_out_of_time_is_paid_for(tmp_path):
+    class Asks(Strategy):
+        is_async = True
+
+        def connect(self, *, embed=None, complete=None):
+            self.complete = complete
+
+        async def aroute(self, query, pool):
+            async with asyncio.timeout(0.05):
+                await self.complete("small", "x" * 400, max_tokens=2, temperature=0)
+
+    async def work(gateway):
+        await gateway.achat({**ask(), "model": "auto/asks"})
+
+    strategies = {"cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static")}
+    made = config(tmp_path, model("small", script=("slow:5",)), strategies=strategies, default_strategy="cheapest")
+    _, [row] = run(made, work, strategies={"asks": Asks(None)})
+    assert (row.status, row.flags) == ("ok", ("bypassed",))
+    assert row.cost_nano >= 100 * 1_000
+
+
+def test_explaining_gives_back_what_it_set_aside(tmp_path):
+    class Asks(Strategy):
+        is_async = True
+
+        def connect(self, *, embed=None, complete=None):
+            self.complete = complete
+
+        async def aroute(self, query, pool):
+            await self.complete("small", "which?", max_tokens=2, temperature=0)
+
+    async def work(gateway):
+        await gateway.store.set_budget("global", nano_dollars(1))
+        await gateway.aroute({**ask(), "model": "auto/asks"})
+
+    strategies = {"cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static")}
+    made = config(tmp_path, model("small", fails=1.0), strategies=strategies, default_strategy="cheapest")
+    run(made, work, strategies={"asks": Asks(None)})
 
 
 # Upstreams that send what nobody expects

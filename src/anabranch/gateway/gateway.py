@@ -246,7 +246,7 @@ class Gateway:
             return await life.route()
         finally:
             _CURRENT.reset(token)
-            if life.asked_nano:  # a strategy that asks models has spent something
+            if life.reservation is not None:  # a strategy that asks models has spent something, or tried to
                 life.end("ok", 200)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:

@@ -270,10 +270,15 @@ class Life:
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked by the dispatcher before each one but the first."""
         try:
-            await self._hold(self.asked_nano + spent_nano + self.worst_nano(model))
+            await self._hold(self.asked_nano + spent_nano + self._open_nano() + self.worst_nano(model))
         except BudgetError:
             return False
         return True
+
+    def _open_nano(self) -> int:
+        """The most that attempts under way may cost: a hedge is paid beside the first."""
+        attempts = () if self.report is None else self.report.attempts
+        return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
 
     async def _hold(self, nano: int) -> None:
         """Have so many nano-dollars in all set aside. Raises BudgetError, and what was set aside stays so."""
@@ -294,13 +299,12 @@ class Life:
         worst = self.runtime.models[model].price.cost(count_prompt(body).at_most, max_tokens)
         await self._hold((0 if self.reservation is None else self.reservation.nano) + worst)
         dispatcher = self.runtime.dispatcher
-        plan = Plan(candidates=(model,), deadline=dispatcher.now() + self.runtime.config.deadline_s - self.elapsed())
+        report, left_s = Report(), self.runtime.config.deadline_s - self.elapsed()
+        plan = Plan(candidates=(model,), deadline=dispatcher.now() + left_s, report=report)
         try:
             answer = await dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=self.id))
-        except UpstreamError as error:
-            self.asked_nano += error.report.cost if error.report else 0
-            raise
-        self.asked_nano += answer.report.cost
+        finally:
+            self.asked_nano += report.cost
         return answer.text
 
     # The call
@@ -314,16 +318,15 @@ class Life:
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self.runtime.config.log.prompts
         )
+        self.report = Report()
         plan = Plan(
-            candidates=self.candidates, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
+            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
             accept=accept, allow=self._allow, keep=keeps,
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)
-            self.report = stream.report
             return Reply(stream=Relay(stream, self.streamed), headers=self._headers(stream.report))
         answer = await runtime.dispatcher.complete(plan, request)
-        self.report = answer.report
         self._keep(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=self._headers(answer.report))

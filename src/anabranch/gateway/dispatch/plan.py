@@ -23,6 +23,7 @@ class Plan:
         hedge: in place of the rules'.
         max_attempts: most attempts in all; None for what candidates and retries come to.
         keep: keep the stream's chunks, so that `Stream.answer` can put the whole answer together.
+        report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
     """
 
     candidates: tuple[str, ...]
@@ -33,6 +34,7 @@ class Plan:
     hedge: bool | None = None
     max_attempts: int | None = None
     keep: bool = False
+    report: "Report | None" = None
 
     def most_attempts(self, retries: int) -> int:
         """Attempts that may be made."""

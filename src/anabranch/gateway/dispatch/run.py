@@ -33,7 +33,7 @@ class Run:
     def __init__(self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest) -> None:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.began = dispatcher.now()
-        self.report = Report()
+        self.report = Report() if plan.report is None else plan.report
         self.tokens = request.prompt_tokens
         self.avoid: set[str] = set()
         self._at, self._retry = 0, 0
