@@ -13,11 +13,13 @@ from anabranch.gateway.config import (
     ModelConfig,
     StrategyConfig,
 )
+from anabranch.gateway.dispatch import Plan
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.providers.sse import event
 from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
@@ -267,6 +269,27 @@ def test_explaining_gives_back_what_it_set_aside(tmp_path):
 
 
 # Requests under way
+
+
+def test_a_race_left_in_the_middle_leaves_nothing_open(tmp_path):
+    """The first attempt has its first token while the hedge's price is being asked for, and then the client goes."""
+
+    async def work(gateway):
+        hurry(gateway)
+        dispatcher = gateway.runtime.dispatcher
+
+        async def allow(model, spent):
+            await asyncio.sleep(0.2)
+            return True
+
+        plan = Plan(candidates=("small",), deadline=dispatcher.now() + 5, allow=allow)
+        task = asyncio.create_task(dispatcher.stream(plan, UpstreamRequest("chat", ask(stream=True))))
+        await asyncio.sleep(0.12)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(hedged(tmp_path), work)
 
 
 # Memory
