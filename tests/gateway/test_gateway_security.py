@@ -265,6 +265,19 @@ def test_explaining_gives_back_what_it_set_aside(tmp_path):
     run(made, work, strategies={"asks": Asks(None)})
 
 
+def test_a_continued_stream_sets_aside_the_longer_prompt(tmp_path):
+    async def work(gateway):
+        await read(await gateway.handle("chat", ask(stream=True)))
+
+    first = model("small", script=("cut:80",), tokens=90)
+    made = config(tmp_path, first, model("next", tokens=90), fallbacks={"small": ("next",)}, mid_stream="continue")
+    made = made.replace(retries=made.retries.replace(attempts=1))
+    _, [row] = run(made, work)
+    assert "stitched" in row.flags
+    assert "over_reserved" not in row.flags
+    assert row.reserved_nano >= (12 + 12 + 80) * 1_000 + (80 + 100) * 2_000
+
+
 # Upstreams that send what nobody expects
 
 

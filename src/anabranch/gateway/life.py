@@ -16,7 +16,7 @@ from anabranch.errors import BudgetError, InputError, LimitError, RateError, Unk
 from anabranch.gateway.api_error import ApiError, wrong
 from anabranch.gateway.cache import Entry, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
-from anabranch.gateway.count import PromptCount, count_prompt, has_images, last_text, num_prompts
+from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
+CONTINUED = 200  # tokens, at most, of telling a model to go on where another broke off
 
 
 class Life:
@@ -173,7 +174,10 @@ class Life:
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
-        return self.runtime.models[model].price.cost(self.count.at_most, self.most_tokens(model))
+        prompt = self.count.at_most
+        if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
+            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN  # the next one is sent what was said
+        return self.runtime.models[model].price.cost(prompt, self.most_tokens(model))
 
     # Caches
 
