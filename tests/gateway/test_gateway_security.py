@@ -1,6 +1,7 @@
 """What hostile clients and broken upstreams must not get: money, memory, other people's answers, or a request that never ends."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -19,8 +20,8 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.providers.provider import UpstreamRequest
-from anabranch.gateway.providers.sse import event
+from anabranch.gateway.providers.provider import UpstreamRequest, Usage
+from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.strategy import Strategy
@@ -212,6 +213,27 @@ def test_a_hedge_that_no_budget_has_room_for_is_not_sent(tmp_path):
     assert (row.attempts, row.status) == (1, "ok")
 
 
+@pytest.mark.parametrize("tokens", [10**30, 2**53, -1, True, 1.5])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_senseless_usage_is_not_believed(tmp_path, monkeypatch, tokens, streams):
+    usage = {"prompt_tokens": tokens, "completion_tokens": tokens, "total_tokens": tokens}
+    if streams:
+        says(monkeypatch, chunk(), chunk(finish_reason="stop"), event({"choices": [], "usage": usage}), DONE)
+    else:
+        message = {"index": 0, "message": {"role": "assistant", "content": "word"}, "finish_reason": "stop"}
+        says(monkeypatch, json.dumps({"choices": [message], "usage": usage}).encode(), kind="application/json")
+
+    async def work(gateway):
+        reply = await gateway.handle("chat", ask(stream=streams))
+        if streams:
+            await read(reply)
+
+    _, [row] = run(config(tmp_path), work)
+    assert row.status == "ok"
+    assert row.is_estimated
+    assert 0 < row.cost_nano <= row.reserved_nano
+
+
 def test_what_was_asked_before_the_client_left_is_paid_for(tmp_path):
     async def work(gateway):
         task = asyncio.create_task(gateway.achat(ask("x" * 400)))
@@ -306,3 +328,8 @@ def test_a_race_left_in_the_middle_leaves_nothing_open(tmp_path):
 
 
 # Memory
+
+
+def test_usage_may_be_large_but_not_without_bound():
+    assert Usage.of({"usage": {"prompt_tokens": 10**8, "completion_tokens": 10**8}}) is not None
+    assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
