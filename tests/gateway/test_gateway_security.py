@@ -303,6 +303,34 @@ def test_a_continued_stream_sets_aside_the_longer_prompt(tmp_path):
 # Upstreams that send what nobody expects
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"data: this is no JSON\n\n",
+        b"data: [1, 2]\n\n",
+        chunk(index=[]),
+        chunk(index={}),
+        chunk(index="a"),
+        chunk(delta={"tool_calls": [5]}),
+        chunk(delta={"tool_calls": [{"index": "a", "function": 5}]}),
+        chunk(logprobs={"content": 5}),
+        event({"choices": {"a": 1}}),
+        event({"error": {"status": "what", "message": "x"}}),
+        event({"error": {"status": 10**30, "message": "x"}}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["error", "continue"])
+def test_a_stream_with_a_senseless_chunk_ends_once(tmp_path, monkeypatch, bad, mode):
+    says(monkeypatch, chunk(), bad, chunk(finish_reason="stop"), DONE)
+
+    async def work(gateway):
+        await read(await gateway.handle("chat", ask(stream=True, temperature=0)))
+        await read(await gateway.handle("chat", ask(stream=True, temperature=0)))
+
+    _, rows = run(config(tmp_path, mid_stream=mode), work)
+    assert len(rows) == 2
+
+
 # Requests under way
 
 

@@ -407,7 +407,12 @@ class Life:
             self.end("cancelled", CLIENT_GONE)
         else:
             if self.ticket is not None or self.context is not None:
-                self._keep(stream.answer())
+                try:
+                    self._keep(stream.answer())
+                except UpstreamError:  # it went out as it came, but nobody else shall have it
+                    logger.warning(
+                        "request %s: the stream of %s is not kept, since it makes no answer", self.id, report.deployment
+                    )
             self.end("ok", 200)
 
     def _keep(self, answer: Answer) -> None:

@@ -141,9 +141,9 @@ class Opened:
     def _takes_usage(self, chunk: Json) -> bool:
         """Read a chunk; whether it is kept from the reader, who did not ask for the usage that we asked for."""
         if isinstance(chunk.get("error"), dict):
-            raise UpstreamError(
-                self.live.provider.error(int(chunk["error"].get("status") or 500), {}, json.dumps(chunk).encode())
-            )
+            status = chunk["error"].get("status")
+            known = status if isinstance(status, int) and 400 <= status <= 599 else 500
+            raise UpstreamError(self.live.provider.error(known, {}, json.dumps(chunk).encode()))
         self.num_events += 1
         self.has_finished = self.has_finished or is_finished(chunk)
         self.usage = Usage.of(chunk) or self.usage
@@ -204,9 +204,11 @@ class Stream:
         self._drop()
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep``."""
-        chunks = list(self._chunks())
-        body = assembled(chunks, self._request.endpoint)
+        """What the stream said, as a whole answer; needs ``Plan.keep``. Raises UpstreamError (``garbage``) if that is none."""
+        try:
+            body = assembled(self._chunks(), self._request.endpoint)
+        except (AttributeError, TypeError, ValueError):  # parts of chunks that are not what they should be
+            raise garbage("chunks that make no answer") from None
         usage = self._run.report.winner.usage if self._run.report.winner else Usage()
         body["usage"] = {
             "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
@@ -218,7 +220,7 @@ class Stream:
     def _chunks(self) -> Iterator[Json]:
         for name, data in events(b"".join(self._kept)):
             if data != DONE_DATA and not name:
-                yield json.loads(data)
+                yield _chunk(data)
 
     def _drop(self) -> None:
         opened, self._opened = self._opened, None
