@@ -331,6 +331,33 @@ def test_a_stream_with_a_senseless_chunk_ends_once(tmp_path, monkeypatch, bad, m
     assert len(rows) == 2
 
 
+def test_a_stream_without_end_is_not_kept_without_bound(tmp_path, monkeypatch):
+    piece = chunk(delta={"content": "x" * 100_000})
+    says(monkeypatch, chunk(), *[piece] * 400, chunk(finish_reason="stop"), DONE)
+    held = []
+
+    async def work(gateway):
+        reply = await gateway.handle("chat", ask(stream=True, temperature=0))
+        async for _ in reply.stream:
+            held.append(sum(map(len, reply.stream._stream._kept)))
+        await reply.stream.aclose()
+
+    _, [row] = run(config(tmp_path), work)
+    assert row.status == "ok"
+    assert max(held) <= 33 << 20
+
+
+def test_what_comes_before_the_first_token_is_bounded(tmp_path, monkeypatch):
+    piece = chunk(delta={"role": "assistant"}) + b": " + b"x" * 100_000 + b"\n\n"
+    says(monkeypatch, *[piece] * 400, chunk(), DONE)
+
+    async def work(gateway):
+        return await refused(gateway.handle("chat", ask(stream=True)))
+
+    error, [row] = run(config(tmp_path), work)
+    assert (error.status, row.status) == (502, "error")
+
+
 # Requests under way
 
 
