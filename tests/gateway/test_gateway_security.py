@@ -358,6 +358,22 @@ def test_what_comes_before_the_first_token_is_bounded(tmp_path, monkeypatch):
     assert (error.status, row.status) == (502, "error")
 
 
+def test_codes_of_upstreams_are_no_labels(tmp_path, monkeypatch):
+    count = iter(range(1000))
+    monkeypatch.setattr(
+        Behaviour, "scene",
+        lambda self, path, body: Scene(400, parts=[(0.0, json.dumps({"error": {"message": "m", "code": f"odd-{next(count)}"}}).encode())]),
+    )  # fmt: skip
+
+    async def work(gateway):
+        for _ in range(3):
+            assert (await refused(gateway.achat(ask()))).code.startswith("odd")
+        return gateway.metrics_text().decode()
+
+    text, _ = run(config(tmp_path), work)
+    assert "odd-" not in text
+
+
 # Requests under way
 
 

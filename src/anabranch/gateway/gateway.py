@@ -190,7 +190,8 @@ class Gateway:
             self._leave(runtime)
             if isinstance(error, ApiError):
                 error.headers.setdefault("x-request-id", life.id)
-                self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
+                if life.report is None:  # codes of upstreams are theirs to choose
+                    self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
             raise
         finally:
             _CURRENT.reset(token)
