@@ -398,6 +398,33 @@ def test_a_race_left_in_the_middle_leaves_nothing_open(tmp_path):
     run(hedged(tmp_path), work)
 
 
+def test_those_who_wait_for_a_stream_that_breaks_do_not_pay_for_it(tmp_path):
+    async def work(gateway):
+        first = await gateway.handle("chat", ask(stream=True, temperature=0))
+        waits = asyncio.create_task(gateway.handle("chat", ask(temperature=0)))
+        await asyncio.sleep(0.02)
+        await read(first)
+        error = await refused(waits)
+        assert error.status == 502
+        return first.headers["x-request-id"], error.headers["x-request-id"]
+
+    ids, rows = run(config(tmp_path, model("small", script=("cut:2",), tokens_per_s=50)), work)
+    assert [row.request_id for row in rows] == [*ids]
+    assert [row.status for row in rows] == ["error", "error"]
+    assert rows[0].cost_nano > 0
+    assert rows[1].cost_nano == 0
+
+
+def test_those_who_wait_have_ids_of_their_own(tmp_path):
+    async def work(gateway):
+        found = await asyncio.gather(*(refused(gateway.handle("chat", ask(temperature=0))) for _ in range(3)))
+        return {error.headers["x-request-id"] for error in found}
+
+    ids, rows = run(config(tmp_path, model("small", latency_s=0.05, script=("context",) * 3)), work)
+    assert {row.request_id for row in rows} == ids
+    assert len(ids) == 3
+
+
 # Memory
 
 

@@ -401,7 +401,7 @@ class Life:
         self.report = report
         if failure is not None:
             error = UpstreamError(failure, report)
-            self._share_failure(error)
+            self._share_failure(UpstreamError(failure))
             self.end("error", error.status, code=error.to_dict()["error"]["code"])
         elif is_cut:
             self.end("cancelled", CLIENT_GONE)
@@ -455,7 +455,7 @@ class Life:
             )  # fmt: skip
             if self.report is not None:
                 refusal.headers |= self._headers(self.report)
-            self._share_failure(refusal)
+            self._share_failure(UpstreamError(error.failure))  # without the report: they have asked nobody
             self.end("error", refusal.status, code=refusal.code or "")
         elif isinstance(error, BudgetError):
             refusal = _limited(error)
