@@ -425,6 +425,18 @@ def test_those_who_wait_have_ids_of_their_own(tmp_path):
     assert len(ids) == 3
 
 
+def test_those_who_wait_do_so_until_their_deadline(tmp_path):
+    async def work(gateway):
+        first = await gateway.handle("chat", ask(stream=True, temperature=0))  # and does not read it
+        error = await asyncio.wait_for(refused(gateway.handle("chat", ask(temperature=0))), 2)
+        await first.stream.aclose()
+        return error
+
+    error, rows = run(config(tmp_path, deadline_s=0.2), work)
+    assert error.status == 504
+    assert sorted(row.status for row in rows) == ["cancelled", "error"]
+
+
 # Memory
 
 

@@ -5,6 +5,7 @@
 Whatever happens after a reservation, it is settled exactly once, and the request has exactly one row in the ledger.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
 from anabranch.gateway.api_error import ApiError, wrong
-from anabranch.gateway.cache import Entry, Ticket, context_key, exact_key
+from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
 from anabranch.gateway.decide import Decided
@@ -22,7 +23,7 @@ from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.money import dollars
-from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
 from anabranch.gateway.query import Candidate, Decision, Outcome, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply, new_id
@@ -192,7 +193,7 @@ class Life:
             entry = caches.exact.get(self.tenant, key)
             if entry is not None:
                 return entry, "exact"
-            joined = await caches.flights.join((self.tenant, key))
+            joined = await self._joined(caches.flights, key)
             if not isinstance(joined, Ticket):
                 return joined, "shared"
             self.ticket = joined
@@ -206,6 +207,15 @@ class Life:
         if self.exact_key is not None or self.context is not None:
             self.gateway.metrics.cached("miss")
         return None
+
+    async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
+        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, ApiError if it is late."""
+        try:
+            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+                return await flights.join((self.tenant, key))
+        except TimeoutError:
+            message = "an identical request is under way, and its answer did not come in time"
+            raise UpstreamError(Failure(kind="deadline", message=message)) from None
 
     def _wish(self) -> str:
         """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""
