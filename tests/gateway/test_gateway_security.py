@@ -437,6 +437,27 @@ def test_those_who_wait_do_so_until_their_deadline(tmp_path):
     assert sorted(row.status for row in rows) == ["cancelled", "error"]
 
 
+def test_a_strategy_that_explains_nonsense_is_bypassed(tmp_path):
+    class Odd(Strategy):
+        def route(self, query, pool):
+            return Decision(
+                candidates=(Candidate(model="small", score=1),), strategy="odd", reason=query.text and odd[0], confidence=odd[1],
+                details=odd[2],
+            )  # fmt: skip
+
+    async def work(gateway):
+        for odd[:] in ([None, None, {}], ["so", "sure", {}], ["so", None, {(1, 2): 3}], ["so", None, 5]):
+            await gateway.achat({**ask(), "model": "auto/odd"})
+            await read(await gateway.handle("chat", {**ask(stream=True), "model": "auto/odd"}))
+
+    odd = [None, None, {}]
+    strategies = {"cheapest": StrategyConfig(use="cheapest"), "odd": StrategyConfig(use="static")}
+    _, rows = run(
+        config(tmp_path, strategies=strategies, default_strategy="cheapest"), work, strategies={"odd": Odd(None)}
+    )
+    assert [row.status for row in rows] == ["ok"] * 8
+
+
 # Memory
 
 
