@@ -461,6 +461,24 @@ def test_a_strategy_that_explains_nonsense_is_bypassed(tmp_path):
 # Memory
 
 
+def test_outcomes_that_wait_for_feedback_hold_no_conversations(tmp_path):
+    class Learns(Strategy):
+        def route(self, query, pool):
+            return Decision(candidates=(Candidate(model="small", score=1),), strategy="l", reason="so")
+
+        def observe(self, outcome):
+            pass
+
+    async def work(gateway):
+        for number in range(40):
+            await gateway.achat({**ask("x" * 1_000_000 + str(number)), "model": "auto/learns"})
+        return sum(len(repr(outcome)) for _, outcome in gateway._outcomes.values())
+
+    strategies = {"learns": StrategyConfig(use="static")}
+    size, _ = run(config(tmp_path, strategies=strategies), work, strategies={"learns": Learns(None)})
+    assert size < 34 << 20
+
+
 def test_usage_may_be_large_but_not_without_bound():
     assert Usage.of({"usage": {"prompt_tokens": 10**8, "completion_tokens": 10**8}}) is not None
     assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
