@@ -479,6 +479,19 @@ def test_outcomes_that_wait_for_feedback_hold_no_conversations(tmp_path):
     assert size < 34 << 20
 
 
+def test_the_semantic_cache_is_bounded_by_bytes(tmp_path):
+    async def work(gateway):
+        for number in range(8):
+            await gateway.achat(ask(f"{number} words that differ {number * 7}"))
+        return sum(entry.size_bytes for _, entry, _ in gateway.caches.semantic._held.values())
+
+    made = config(
+        tmp_path, model("small", reply="y" * 10_000), cache=CacheConfig(semantic=True, max_bytes=30_000), embedder=Hashed.Config()
+    )  # fmt: skip
+    size, _ = run(made, work)
+    assert 0 < size <= 30_000
+
+
 def test_usage_may_be_large_but_not_without_bound():
     assert Usage.of({"usage": {"prompt_tokens": 10**8, "completion_tokens": 10**8}}) is not None
     assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
