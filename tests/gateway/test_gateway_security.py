@@ -11,6 +11,7 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     HedgeConfig,
+    LimitsConfig,
     ModelConfig,
     StrategyConfig,
 )
@@ -82,13 +83,15 @@ async def refused(work):
     return caught.value
 
 
-def says(monkeypatch, *parts, kind="text/event-stream"):
+def says(monkeypatch, *parts, kind="text/event-stream", gap_s=0.0):
     """All mocks send these bytes."""
-    monkeypatch.setattr(
-        Behaviour,
-        "scene",
-        lambda self, path, body: Scene(headers={"content-type": kind}, parts=[(0.0, part) for part in parts]),
-    )
+
+    def scene(self, path, body):
+        return Scene(
+            headers={"content-type": kind}, parts=[(gap_s if at else 0.0, part) for at, part in enumerate(parts)]
+        )
+
+    monkeypatch.setattr(Behaviour, "scene", scene)
 
 
 def chunk(**choice):
@@ -135,8 +138,8 @@ def test_the_larger_of_two_limits_of_an_answer_is_reserved(tmp_path):
         ("chat", ask(max_tokens=1, functions=[{"name": "f", "description": "x" * 5000}])),
         ("chat", ask(max_tokens=1, response_format={"type": "json_schema", "json_schema": {"name": "x" * 5000}})),
         ("chat", ask(max_tokens=1, guided_json={"a": "x" * 5000})),
-        ("chat", {"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": "hi", "reasoning_content": "x" * 5000}]}),
-        ("chat", {"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "x" * 5000}}]}]}),
+        ("chat", {**ask(max_tokens=1), "messages": [{"role": "user", "content": "hi", "reasoning_content": "x" * 5000}]}),
+        ("chat", {**ask(max_tokens=1), "messages": [{"role": "user", "content": [{"type": "file", "file": {"data": "x" * 5000}}]}]}),
     ],
 )  # fmt: skip
 def test_no_text_of_a_body_goes_uncounted(tmp_path, endpoint, body):
@@ -163,14 +166,12 @@ def test_odd_fields_are_answered_or_refused_never_a_bug(tmp_path, endpoint, body
             return Decision(candidates=(Candidate(model="small", score=1),), strategy="v", reason="so")
 
     async def work(gateway):
-        try:
-            await gateway.handle(endpoint, body)
-        except ApiError as error:
-            assert error.status == 400
+        return (await asyncio.gather(gateway.handle(endpoint, body), return_exceptions=True))[0]
 
     strategies = {"cheapest": StrategyConfig(use="cheapest"), "knn": StrategyConfig(use="static")}
     made = config(tmp_path, strategies=strategies, embedder=Hashed.Config(), cache=CacheConfig(semantic=True))
-    run(made, work, strategies={"knn": Vectors(None)})
+    found, _ = run(made, work, strategies={"knn": Vectors(None)})
+    assert getattr(found, "status", 500) in (200, 400), found
 
 
 def hedged(tmp_path, limit_usd=None):
@@ -179,9 +180,7 @@ def hedged(tmp_path, limit_usd=None):
         DeploymentConfig(name=name, provider=Mock.Config(model=name, tokens=4, latency_s=0.05)) for name in ("a", "b")
     )
     small = ModelConfig(name="small", price=PRICE, max_tokens=100, deployments=both)
-    return GatewayConfig(
-        models=(small,), strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, hedge=HedgeConfig(), store=str(tmp_path / "g.db")
-    )  # fmt: skip
+    return config(tmp_path, small, hedge=HedgeConfig())
 
 
 def hurry(gateway, seconds=0.01):
@@ -321,7 +320,7 @@ def test_a_continued_stream_sets_aside_the_longer_prompt(tmp_path):
 )
 @pytest.mark.parametrize("mode", ["error", "continue"])
 def test_a_stream_with_a_senseless_chunk_ends_once(tmp_path, monkeypatch, bad, mode):
-    says(monkeypatch, chunk(), bad, chunk(finish_reason="stop"), DONE)
+    says(monkeypatch, chunk(), bad, chunk(finish_reason="stop"), DONE, gap_s=0.001)
 
     async def work(gateway):
         await read(await gateway.handle("chat", ask(stream=True, temperature=0)))
@@ -349,7 +348,7 @@ def test_a_stream_without_end_is_not_kept_without_bound(tmp_path, monkeypatch):
 
 def test_what_comes_before_the_first_token_is_bounded(tmp_path, monkeypatch):
     piece = chunk(delta={"role": "assistant"}) + b": " + b"x" * 100_000 + b"\n\n"
-    says(monkeypatch, *[piece] * 400, chunk(), DONE)
+    says(monkeypatch, *[piece] * 400, chunk(), DONE, gap_s=1e-5)
 
     async def work(gateway):
         return await refused(gateway.handle("chat", ask(stream=True)))
@@ -495,3 +494,13 @@ def test_the_semantic_cache_is_bounded_by_bytes(tmp_path):
 def test_usage_may_be_large_but_not_without_bound():
     assert Usage.of({"usage": {"prompt_tokens": 10**8, "completion_tokens": 10**8}}) is not None
     assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
+
+
+def test_limits_hold_before_a_tenant_may_do_anything(tmp_path):
+    async def work(gateway):
+        secret, _ = await gateway.store.create_key("k", rpm=1)
+        await gateway.achat(ask(), key=secret)
+        return await refused(gateway.achat(ask(), key=secret))
+
+    error, _ = run(config(tmp_path, require_key=True, limits=LimitsConfig()), work)
+    assert error.status == 429
