@@ -11,13 +11,13 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     HedgeConfig,
-    LimitsConfig,
     ModelConfig,
     StrategyConfig,
 )
 from anabranch.gateway.dispatch import Plan
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
@@ -337,8 +337,7 @@ def test_a_stream_without_end_is_not_kept_without_bound(tmp_path, monkeypatch):
 
     async def work(gateway):
         reply = await gateway.handle("chat", ask(stream=True, temperature=0))
-        async for _ in reply.stream:
-            held.append(sum(map(len, reply.stream._stream._kept)))
+        held.extend([sum(map(len, reply.stream._stream._kept)) async for _ in reply.stream])
         await reply.stream.aclose()
 
     _, [row] = run(config(tmp_path), work)
@@ -496,11 +495,40 @@ def test_usage_may_be_large_but_not_without_bound():
     assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
 
 
-def test_limits_hold_before_a_tenant_may_do_anything(tmp_path):
-    async def work(gateway):
-        secret, _ = await gateway.store.create_key("k", rpm=1)
-        await gateway.achat(ask(), key=secret)
-        return await refused(gateway.achat(ask(), key=secret))
+# Over HTTP
 
-    error, _ = run(config(tmp_path, require_key=True, limits=LimitsConfig()), work)
-    assert error.status == 429
+
+def served(config, work, **options):
+    """What ``work(gateway, url)`` gives, of a gateway that listens."""
+
+    async def inside(gateway):
+        apart = options.pop("apart", False)
+        server = App(gateway, admin=not apart).server()
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        try:
+            return await work(gateway, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+        finally:
+            listener.close()
+            await server.shutdown(0.1)
+
+    return run(config, inside)
+
+
+async def until(is_so, seconds=5.0):
+    end = asyncio.get_running_loop().time() + seconds
+    while not is_so():
+        assert asyncio.get_running_loop().time() < end
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses", "feedback"])
+def test_the_body_of_somebody_without_a_key_is_not_read(tmp_path, path):
+    async def work(gateway, url):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n".encode() + b"{" * 1000)
+        answer = await asyncio.wait_for(reader.read(), 3)
+        writer.close()
+        return answer
+
+    answer, _ = served(config(tmp_path, require_key=True), work)
+    assert answer.startswith(b"HTTP/1.1 401 ")

@@ -127,6 +127,13 @@ class OpenAIRoutes:
         return json_response(await self._gateway.feedback(body, key=bearer(request)))
 
     async def _read(self, request: web.BaseRequest) -> dict[str, Any]:
+        """The body, of those only who have a key: nobody else may fill the memory."""
+        try:
+            await self._gateway.authenticate(bearer(request))
+        except ApiError as error:
+            if not request.content.is_eof():
+                error.headers["connection"] = "close"
+            raise
         limits = self._gateway.config.limits
         return parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
 
