@@ -3,10 +3,12 @@
 import asyncio
 import json
 
+import aiohttp
 import pytest
 
 from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
+    AdminConfig,
     CacheConfig,
     DeploymentConfig,
     GatewayConfig,
@@ -14,6 +16,7 @@ from anabranch.gateway.config import (
     ModelConfig,
     StrategyConfig,
 )
+from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.dispatch import Plan
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
@@ -532,3 +535,19 @@ def test_the_body_of_somebody_without_a_key_is_not_read(tmp_path, path):
 
     answer, _ = served(config(tmp_path, require_key=True), work)
     assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def test_metrics_are_for_operators(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECURITY_ADMIN", "an-admin-key")
+    made = config(tmp_path, admin=AdminConfig(key=Secret("env:SECURITY_ADMIN")))
+
+    async def work(gateway, url):
+        async with aiohttp.ClientSession() as session:
+            found = []
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer an-admin-key"}):
+                async with session.get(f"{url}/metrics", headers=headers) as answer:
+                    found.append(answer.status)
+            return found
+
+    assert served(made, work)[0] == [401, 401, 200]
+    assert served(made, work, apart=True)[0] == [404, 404, 404]
