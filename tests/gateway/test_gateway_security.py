@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import socket
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
@@ -551,3 +553,56 @@ def test_metrics_are_for_operators(tmp_path, monkeypatch):
 
     assert served(made, work)[0] == [401, 401, 200]
     assert served(made, work, apart=True)[0] == [404, 404, 404]
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_client_that_is_gone_before_the_head_is_settled(tmp_path, monkeypatch, path):
+    async def gone(self, request):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(web.StreamResponse, "prepare", gone)
+
+    async def work(gateway, url):
+        body = {**ask(stream=True), "input": "hello"}
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.ClientError):
+                await session.post(f"{url}/v1/{path}", json=body)
+        await until(lambda: gateway.in_flight == 0)
+
+    _, [row] = served(config(tmp_path, model("small", tokens_per_s=50)), work)
+    assert row.status == "cancelled"
+
+
+def test_a_client_that_does_not_read_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("anabranch.gateway.http.openai.STALL_S", 0.1)
+
+    async def work(gateway, url):
+        link = socket.socket()
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        body = json.dumps(ask(stream=True)).encode()
+        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await until(lambda: gateway.in_flight == 1)
+        await until(lambda: gateway.in_flight == 0, 8.0)
+        link.close()
+
+    made = config(tmp_path, model("small", max_tokens=None, tokens=60_000), deadline_s=0.5)
+    _, [row] = served(made, work)
+    assert row.status in ("cancelled", "error")
+
+
+@pytest.mark.parametrize("bad", [chunk(delta={"tool_calls": [5]}), b"data: {no JSON\n\n", chunk(delta={"content": 5})])
+def test_a_response_of_senseless_chunks_fails_as_one(tmp_path, monkeypatch, bad):
+    says(monkeypatch, chunk(), bad, chunk(finish_reason="stop"), DONE, gap_s=0.01)
+
+    async def work(gateway, url):
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/v1/responses", json={"model": "small", "input": "hello", "stream": True}) as answer,
+        ):
+            return await answer.text()
+
+    text, rows = served(config(tmp_path), work)
+    assert "response.failed" in text
+    assert "HTTP/1.1" not in text
+    assert len(rows) == 1
