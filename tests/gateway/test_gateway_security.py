@@ -26,6 +26,7 @@ from anabranch.gateway.http.app import App
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest, Usage
 from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.query import Candidate, Decision
@@ -606,3 +607,15 @@ def test_a_response_of_senseless_chunks_fails_as_one(tmp_path, monkeypatch, bad)
     assert "response.failed" in text
     assert "HTTP/1.1" not in text
     assert len(rows) == 1
+
+
+def test_clients_are_not_told_where_upstreams_are(tmp_path):
+    provider = OpenAI.Config(base_url="http://127.0.0.1:9/v1", key_env=None, model="m")
+    made = config(tmp_path, ModelConfig(name="small", deployments=(DeploymentConfig(provider=provider),)))
+
+    async def work(gateway):
+        return await refused(gateway.achat(ask()))
+
+    error, _ = run(made, work)
+    assert "no connection" in str(error)
+    assert "127.0.0.1" not in json.dumps(error.to_dict())
