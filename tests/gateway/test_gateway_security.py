@@ -15,6 +15,7 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     HedgeConfig,
+    LimitsConfig,
     ModelConfig,
     StrategyConfig,
 )
@@ -501,6 +502,16 @@ def test_usage_may_be_large_but_not_without_bound():
     assert Usage.of({"usage": {"prompt_tokens": 10**10, "completion_tokens": 1}}) is None
 
 
+def test_limits_hold_before_a_tenant_may_do_anything(tmp_path):
+    async def work(gateway):
+        secret, _ = await gateway.store.create_key("k", rpm=1)
+        await gateway.achat(ask(), key=secret)
+        return await refused(gateway.achat(ask(), key=secret))
+
+    error, _ = run(config(tmp_path, require_key=True, limits=LimitsConfig()), work)
+    assert error.status == 429
+
+
 # Over HTTP
 
 
@@ -581,13 +592,13 @@ def test_a_client_that_does_not_read_is_not_waited_for_without_end(tmp_path, mon
         link = socket.socket()
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         link.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
-        body = json.dumps(ask(stream=True)).encode()
+        body = json.dumps(ask(stream=True, max_tokens=60_000)).encode()
         link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: gateway.in_flight == 1)
         await until(lambda: gateway.in_flight == 0, 8.0)
         link.close()
 
-    made = config(tmp_path, model("small", max_tokens=None, tokens=60_000), deadline_s=0.5)
+    made = config(tmp_path, model("small", tokens=60_000), deadline_s=0.5)
     _, [row] = served(made, work)
     assert row.status in ("cancelled", "error")
 
