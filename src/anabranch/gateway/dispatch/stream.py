@@ -22,6 +22,7 @@ from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.providers.chunks import as_chunks, assembled, has_content, is_finished, text_of
 from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
     Answer,
     Failure,
     Json,
@@ -33,7 +34,7 @@ from anabranch.gateway.providers.provider import (
     garbage,
     read_all,
 )
-from anabranch.gateway.providers.sse import DONE, DONE_DATA, Splitter, event, events
+from anabranch.gateway.providers.sse import DONE, DONE_DATA, EVENT_BYTES, Splitter, event, events
 
 HEARTBEAT = b": waiting\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
@@ -90,6 +91,8 @@ class Opened:
             held += passed
             if has_any or self.is_done:
                 break
+            if len(held) > EVENT_BYTES:
+                raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
         self.first = held
 
     def _ended_early(self, held: bytes) -> None:
@@ -141,9 +144,9 @@ class Opened:
     def _takes_usage(self, chunk: Json) -> bool:
         """Read a chunk; whether it is kept from the reader, who did not ask for the usage that we asked for."""
         if isinstance(chunk.get("error"), dict):
-            raise UpstreamError(
-                self.live.provider.error(int(chunk["error"].get("status") or 500), {}, json.dumps(chunk).encode())
-            )
+            status = chunk["error"].get("status")
+            known = status if isinstance(status, int) and 400 <= status <= 599 else 500
+            raise UpstreamError(self.live.provider.error(known, {}, json.dumps(chunk).encode()))
         self.num_events += 1
         self.has_finished = self.has_finished or is_finished(chunk)
         self.usage = Usage.of(chunk) or self.usage
@@ -182,6 +185,7 @@ class Stream:
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
         self._keeps = run.plan.keep or self._mode == "continue"
         self._kept: list[bytes] = []
+        self._size = 0  # bytes of what would be kept
         self._opened: Opened | None = None
         self._events = self._relay()
         self.failure: Failure | None = None
@@ -204,9 +208,11 @@ class Stream:
         self._drop()
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep``."""
-        chunks = list(self._chunks())
-        body = assembled(chunks, self._request.endpoint)
+        """What the stream said, as a whole answer; needs ``Plan.keep``. Raises UpstreamError (``garbage``) if that is none."""
+        try:
+            body = assembled(self._chunks(), self._request.endpoint)
+        except (AttributeError, TypeError, ValueError):  # parts of chunks that are not what they should be
+            raise garbage("chunks that make no answer") from None
         usage = self._run.report.winner.usage if self._run.report.winner else Usage()
         body["usage"] = {
             "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
@@ -215,10 +221,19 @@ class Stream:
         answer.report = self._run.report
         return answer
 
+    def _keep(self, block: bytes) -> None:
+        self._size += len(block)
+        if self._size <= BODY_BYTES:
+            self._kept.append(block)
+        else:
+            self._kept.clear()
+
     def _chunks(self) -> Iterator[Json]:
+        if self._size > BODY_BYTES:
+            raise garbage(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
         for name, data in events(b"".join(self._kept)):
             if data != DONE_DATA and not name:
-                yield json.loads(data)
+                yield _chunk(data)
 
     def _drop(self) -> None:
         opened, self._opened = self._opened, None
@@ -259,7 +274,7 @@ class Stream:
                 try:
                     async for block in self._blocks(opened):
                         if self._keeps and block is not HEARTBEAT:
-                            self._kept.append(block)
+                            self._keep(block)
                         yield block
                 except UpstreamError as error:
                     self._broke(opened, error.failure)
@@ -337,6 +352,7 @@ class Stream:
             return
         if self._mode == "restart":
             self._kept.clear()
+            self._size = 0
             yield RESTART
         else:
             self._run.report.is_stitched = True
