@@ -37,7 +37,7 @@ from anabranch.gateway.graphrouter.settings import PlusConfig, Training
 from anabranch.gateway.money import Price
 from anabranch.gateway.predictor import Prediction, Predictor, one_row
 from anabranch.gateway.query import Outcome, Query
-from anabranch.gateway.strategies.training import closed, training_set, vectors_of
+from anabranch.gateway.strategies.training import training_set, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
 ANY = ("any",)  # a table of queries needs models; which is no matter
@@ -293,21 +293,30 @@ class GraphRouter(Predictor, kind="graph"):
         return self._predict(*self._seen(data))
 
     def predict_one(self, query: Query) -> Prediction:
-        """Of one query."""
-        return self._predict(*self._seen(one_row(query, ANY)))
+        """Of one query, with its task and nearest queries; `explain` says more."""
+        return self._predict(*self._seen(one_row(query, ANY)), shows=True)
 
-    def _predict(self, vector_ND: np.ndarray, share_NT: np.ndarray) -> Prediction:
-        engine, known_M = self._fitted(), self._known()
-        if isinstance(engine, Plus):
-            said = engine.say(vector_ND, share_NT)
-            quality_NM = closed(engine.quality(said), known_M)
-            return Prediction(
-                quality_NM=quality_NM,
-                cost_NM=self._dollars(said, share_NT),
-                confidence_N=_sure(quality_NM, said.error_QM),
-            )
+    def _predict(self, vector_ND: np.ndarray, share_NT: np.ndarray, *, shows: bool = False) -> Prediction:
+        engine = self._fitted()
+        details: Facts | None = None
+        if shows:
+            best = int(share_NT[0].argmax())
+            details = {"task": {self.tasks.names[best]: round(float(share_NT[0, best]), 3)}}
+        if not isinstance(engine, Plus):
+            quality_NM = self._closed(engine.predict(vector_ND, share_NT))
+            return Prediction(quality_NM=quality_NM, cost_NM=self._cost_by_task(share_NT), details=details)
+        said = engine.say(vector_ND, share_NT)
+        quality_NM = self._closed(engine.quality(said))
+        if details is not None:
+            row_J, alpha_J = said.looked.row_QJ[0], said.looked.alpha_QJ[0]
+            nearest = np.argsort(-alpha_J, kind="stable")[:SHOWN]
+            rows, shares = row_J[nearest].tolist(), (alpha_J[nearest] / max(alpha_J.sum(), 1e-9)).tolist()
+            details["neighbours"] = [
+                {"row": row, "attention": round(share, 4)} for row, share in zip(rows, shares, strict=True)
+            ]
+        sure_N = _sure(quality_NM, said.error_QM)
         return Prediction(
-            quality_NM=closed(engine.predict(vector_ND, share_NT), known_M), cost_NM=self._cost_by_task(share_NT)
+            quality_NM=quality_NM, cost_NM=self._dollars(said, share_NT), confidence_N=sure_N, details=details
         )
 
     def utilities(self, data: Recorded, trade_off: float = 0.0) -> np.ndarray:
@@ -325,12 +334,12 @@ class GraphRouter(Predictor, kind="graph"):
                 raise InputError(
                     f"mode {self.config.mode!r} was trained for scenario {self.config.scenario!r}; only 'plus' takes a trade_off"
                 )
-            return closed(engine.predict(vector_ND, share_NT), self._known())
+            return self._closed(engine.predict(vector_ND, share_NT))
         said = engine.say(vector_ND, share_NT)
         cost_NM = (
             self.scale.scale(self._dollars(said, share_NT), self._task_of(share_NT)) if self.ratios else said.cost_QM
         )
-        return closed(engine.quality(said), self._known()) - trade_off * np.nan_to_num(cost_NM)
+        return self._closed(engine.quality(said)) - trade_off * np.where(np.isfinite(cost_NM), cost_NM, 0.0)
 
     def decide(self, query: Query, trade_off: float = 0.0) -> str:
         """The model of most utility (`utilities`); the first of those that tie."""
@@ -374,11 +383,12 @@ class GraphRouter(Predictor, kind="graph"):
     def _task_of(self, share_NT: np.ndarray) -> np.ndarray:
         return share_NT.argmax(1)
 
-    def _known(self) -> np.ndarray:
-        """1 for a model of which something was seen or which joined later; NaN for a fitted column without any score."""
-        known_M = np.where(self.edges_M > 0, 1.0, np.nan)
-        known_M[self.num_fitted :] = 1.0
-        return known_M
+    def _closed(self, quality_NM: np.ndarray) -> np.ndarray:
+        """-inf for a fitted model without a single score."""
+        silent_M = self.edges_M[: self.num_fitted] == 0
+        if silent_M.any():
+            quality_NM[:, : self.num_fitted][:, silent_M] = -np.inf
+        return quality_NM
 
     def _usual(self, share_NT: np.ndarray) -> np.ndarray:
         """[N]: what a call of the fitted models costs on average, dollars."""
