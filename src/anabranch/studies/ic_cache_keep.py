@@ -4,6 +4,8 @@ An offload counts as successful here if the nearest example's command, handed ou
 what one can tell of thousands of requests without asking a model.
 """
 
+import functools
+
 import numpy as np
 
 from anabranch.gateway.ic_cache.manager import HOUR_S, Manager
@@ -99,7 +101,7 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         scores.append(max(quality, default=0.0))
         pool.admit(
             query, pair.command, "large", now_s=now_s, vector_D=vector_D,
-            make_room=lambda missing, now_s=now_s: manager.make_room(missing, now_s),
+            make_room=functools.partial(manager.make_room, now_s=now_s),
         )  # fmt: skip
     half, quarter = count // 2, count // 8
     return {

@@ -7,7 +7,7 @@ There is one deadline, and every wait is cut to what is left of it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
@@ -302,7 +302,7 @@ class Run:
         return UpstreamError(Failure(kind=kind, message=f"{live.name} brought {what} within {limit_s:g} s"))
 
 
-async def _stopped(tasks: list["asyncio.Future[Any]"]) -> None:
+async def _stopped(tasks: Sequence["asyncio.Future[Any]"]) -> None:
     """Cancel those that are not done, and wait until they are."""
     losers = [task for task in tasks if not task.done()]
     for task in losers:
