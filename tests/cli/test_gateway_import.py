@@ -29,7 +29,8 @@ def litellm(tmp_path):
 
 
 def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MASTER", "a-key-of-the-operator")
+    for name in ("MASTER", "OPENAI_API_KEY", "OTHER_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "a-key-of-the-operator")
     out = tmp_path / "gateway.yaml"
     assert main(["gateway", "import", str(litellm), "--out", str(out), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

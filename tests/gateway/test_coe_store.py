@@ -329,6 +329,29 @@ def test_prefetch_that_was_given_up_does_not_take_a_request_with_it(tmp_path):
             ahead.result(PATIENCE_S)
 
 
+def test_guesses_can_be_taken_back(tmp_path):
+    gate = Gate()
+    with opened(tmp_path, ABC, 20, load=gate, eviction="lru", grace_s=1e6) as store:
+        first = store.request("a")
+        assert gate.begun.wait(PATIENCE_S)
+        ahead = store.prefetch("b")
+        store.retract("b")  # before it began
+        ahead.result(PATIENCE_S)
+        gate.go.set()
+        first.result(PATIENCE_S).release()
+        store.prefetch("b").result(PATIENCE_S)
+        with store.use("a", PATIENCE_S):
+            pass
+        with store.use("c", PATIENCE_S):  # b was spared, so a went, although it was used since
+            assert sorted(store.resident()) == ["b", "c"]
+        store.retract("b")
+        with store.use("a", PATIENCE_S):
+            assert sorted(store.resident()) == ["a", "c"]
+        assert gate.calls == ["a", "b", "c", "a"]
+        with pytest.raises(InputError, match="no expert 'law'"):
+            store.retract("law")
+
+
 def test_works_on_an_event_loop(tmp_path):
     async def main(store):
         leases = await asyncio.gather(*(asyncio.wrap_future(store.request(name)) for name in "abab"))

@@ -226,10 +226,22 @@ def test_an_event_without_end_is_given_up_on(monkeypatch):
 
 
 def test_an_upstream_that_never_begins_is_not_listened_to_for_ever(monkeypatch):
+    monkeypatch.setattr("anabranch.gateway.dispatch.opened.EVENT_BYTES", 1000)
+
+    async def work() -> None:
+        for piece in (ROLE, b": a comment\n\n"):
+            stream, raw = await read(dispatcher_of(Wire([piece] * 99, [said("b"), END])))
+            assert (text(raw), stream.report.attempts[0].status) == ("b", "garbage")
+
+    run(work)
+
+
+def test_an_answer_that_is_to_be_judged_is_bounded(monkeypatch):
     monkeypatch.setattr("anabranch.gateway.dispatch.opened.BODY_BYTES", 1000)
 
     async def work() -> None:
-        stream, raw = await read(dispatcher_of(Wire([ROLE] * 50, [said("b"), END])))
+        wire = Wire([said("a")] * 50, [said("b"), END])
+        stream, raw = await read(dispatcher_of(wire), accept=lambda model, answer: True)
         assert (text(raw), stream.report.attempts[0].status) == ("b", "garbage")
 
     run(work)

@@ -225,8 +225,8 @@ def test_validation_costs_have_no_part_in_the_scale():
         vector_ND=data.vector_ND,
     )
     one, two = (config(plus={"episodes": {"steps": 0}}).build().fit(rows) for rows in (data, other))
-    assert (one.scale.low_T == two.scale.low_T).all()
-    assert (one.scale.span_T == two.scale.span_T).all()
+    assert (one.costs.scale.low_T == two.costs.scale.low_T).all()
+    assert (one.costs.scale.span_T == two.costs.scale.span_T).all()
 
 
 def test_descriptions_and_vectors_of_descriptions():
@@ -363,7 +363,7 @@ def test_an_observed_edge_is_as_if_it_had_been_there(mode):
     only = np.full((30, 4), np.nan)
     only[np.arange(30), np.arange(30) % 4] = 1
     share = router.tasks.told(new.vector_ND)
-    scaled = router.scale.scale(new.cost_NM * only, share.argmax(1))
+    scaled = router.costs.scaled(new.cost_NM * only, share)
     read.engine.add(new.vector_ND, share, new.score_NM * only, scaled)
     assert grown.engine.encoding.model_MH == pytest.approx(read.engine.encoding.model_MH, abs=1e-4)
     assert grown.edges_M.sum() == data.score_NM.size + 30

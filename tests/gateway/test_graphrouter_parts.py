@@ -5,9 +5,9 @@ import pytest
 
 from anabranch.errors import InputError
 from anabranch.gateway.graphrouter.centre import centred, kappa_of, means
+from anabranch.gateway.graphrouter.costs import Ratio, first_ratio
 from anabranch.gateway.graphrouter.graph import CostScale, best, hold_out, utility
 from anabranch.gateway.graphrouter.neighbours import Neighbours, nearest
-from anabranch.gateway.graphrouter.newcomers import Ratio, first_ratio
 from anabranch.gateway.graphrouter.nodes import Tasks, described, of_name
 from anabranch.gateway.graphrouter.placement import RIDGES, place, unseen
 from anabranch.gateway.money import Price

@@ -123,6 +123,14 @@ def test_gain_by_hand():
     assert example.offloads == 1
 
 
+@pytest.mark.parametrize(("credit_all", "offloads"), [(False, [0, 0, 1]), (True, [1, 1, 1])])
+def test_credit_of_an_offload(credit_all, offloads):
+    manager = make([("a", "b"), ("c", "d"), ("e", "f")], credit_all=credit_all)
+    manager.shown(list(manager.pool), 0.9, 0.2, is_cheap=True, now_s=0.0)
+    assert [example.offloads for example in manager.pool] == offloads
+    assert [example.rated for example in manager.pool] == [1, 1, 1]
+
+
 # Replay
 
 
@@ -196,7 +204,8 @@ def test_replay_waits_for_low_load_and_needs_a_judge():
 
 
 def test_retention_by_hand():
-    manager = make([("r" * 10, "a" * 10), ("s" * 10, "b" * 30), ("t" * 10, "c" * 10), ("u" * 10, "d" * 10)])
+    rows = [("r" * 10, "a" * 10), ("s" * 10, "b" * 30), ("t" * 10, "c" * 10), ("u" * 10, "d" * 10)]
+    manager = make(rows, newcomers=0.0)
     manager.pool.get(0).offloads, manager.pool.get(1).offloads = 2.0, 3.0
     assert manager.retain(60, now_s=0.0) == (2, True)
     assert {example.id for example in manager.pool} == {0, 1}  # 20 + 40
@@ -205,6 +214,11 @@ def test_retention_by_hand():
     fresh = make([("r" * 10, "a" * 10), ("s" * 10, "b" * 10), ("t" * 10, "c" * 10)])
     fresh.retain(40, now_s=0.0)
     assert {example.id for example in fresh.pool} == {1, 2}  # nothing proved itself: the newest stay
+    mixed = make(rows, newcomers=0.5)
+    for example in mixed.pool:
+        example.offloads = 3.0 - example.id
+    mixed.retain(40, now_s=0.0)
+    assert {example.id for example in mixed.pool} == {0, 3}  # half for the best, half for the newest
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,6 +6,7 @@ goes on; what says that it is fast (`is_fast`) is called in place.
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -299,6 +300,15 @@ def _check(decision: Any, pool: Pool) -> None:
         raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
     if len(set(names)) < len(names):
         raise BypassError("twice", "it named a model twice")
+    sure, numbers = decision.confidence, [one for at in decision.candidates for one in (at.score, at.quality, at.cost)]
+    if not isinstance(decision.reason, str) or not all(
+        one is None or isinstance(one, int | float) for one in (sure, *numbers)
+    ):
+        raise BypassError("odd", "its reason is no text, or a figure is no number")
+    try:
+        json.dumps(dict(decision.details), default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise BypassError("odd", "its details are not ready for JSON") from None
 
 
 def _details(answer: Any) -> dict[str, Any]:

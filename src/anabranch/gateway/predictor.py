@@ -149,7 +149,7 @@ class Ranked(Strategy, kind="ranked"):
             [self._cost(query, model, at, prediction) for model, at in zip(pool.models, known, strict=True)]
         )
         trade_off = _number(query.knobs.get("lambda"), self.config.trade_off)
-        worth_P = quality_P - trade_off * np.nan_to_num(cost_P)
+        worth_P = quality_P - trade_off * _weighed(cost_P)
         if prediction.penalty_NM is not None:
             worth_P = worth_P - [prediction.penalty_NM[0, max(at, 0)] for at in known]
         candidates = ordered(pool, worth_P, quality=quality_P, cost=cost_P)
@@ -227,7 +227,7 @@ class Ranked(Strategy, kind="ranked"):
         cost_NM = prediction.cost_NM
         if cost_NM is None:
             cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
-        value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost_NM)
+        value_NM = prediction.quality_NM - self.config.trade_off * _weighed(cost_NM)
         if prediction.penalty_NM is not None:
             value_NM = value_NM - prediction.penalty_NM
         return played(data, columns[np.argmax(value_NM[:, at], axis=1)])
@@ -275,3 +275,10 @@ def _number(text: str | None, default: float) -> float:
     if not (np.isfinite(value) and value >= 0):
         raise InputError(f"lambda is {text!r}; it must be a number of at least 0 (score given up to save a dollar)")
     return value
+
+
+def _weighed(cost: np.ndarray) -> np.ndarray:
+    """Costs, where those nobody knows weigh like the dearest that is known: a model does not become cheap by being unknown."""
+    known = np.isfinite(cost)
+    dearest = cost[known].max() if known.any() else 0.0
+    return np.where(known, cost, dearest)

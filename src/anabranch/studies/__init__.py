@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STUDIES = {
     "alf_lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
+    "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "graphrouter": "anabranch.studies.graphrouter:make",

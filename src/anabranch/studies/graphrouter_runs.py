@@ -115,12 +115,10 @@ def baseline(method: str, part: Parts, scenario: str, seed: int) -> np.ndarray:
         task_N = tasks.index(part.train.task)
         task_Q = tasks.index(test.task) if method == "task" else tasks.told(test.vector_ND).argmax(1)  # type: ignore[arg-type]
         return np.array([reward_NM[task_N == task].mean(0).argmax() for task in range(len(tasks.names))])[task_Q]
-    fields: dict[str, Any] = {
-        "knn": {"k": 40},
-        "kmeans": {"num_clusters": 32, "nearest": 1, "prior": 0.0},
-        "ridge": {},
-    }[method]
-    strategy = strategies.make("cluster" if method == "kmeans" else method, **fields)
+    settings: dict[str, dict[str, Any]] = {
+        "knn": {"k": 40}, "kmeans": {"num_clusters": 32, "nearest": 1, "prior": 0.0}, "ridge": {},
+    }  # fmt: skip
+    strategy = strategies.make("cluster" if method == "kmeans" else method, **settings[method])
     strategy.fit(dataclasses.replace(part.train, score_NM=reward_NM), seed=seed)
     assert isinstance(strategy, Ranked)
     return strategy.predictor.predict(test).quality_NM.argmax(1)
@@ -161,8 +159,8 @@ def run_graph(config: GraphRouter.Config, name: str, seed: int) -> dict[str, Any
         router = config.build().fit(part.train, seed=seed, model_vectors=vectors)
         spent = time.process_time() - started
         choice = {trade_off: router.utilities(part.test, trade_off).argmax(1) for trade_off in TRADE_OFFS}
-        choices = {scenario: choice[trade_off] for scenario, trade_off in SCENARIO_TRADE_OFF.items()}
-        return earned(part, choices) | {"aiq": area(part, list(choice.values())), "fit_cpu_s": spent}
+        chosen = {scenario: choice[trade_off] for scenario, trade_off in SCENARIO_TRADE_OFF.items()}
+        return earned(part, chosen) | {"aiq": area(part, list(choice.values())), "fit_cpu_s": spent}
     choices = {}
     for scenario in WEIGHTS:
         router = config.replace(scenario=scenario).build().fit(part.train, seed=seed, model_vectors=vectors)

@@ -80,6 +80,7 @@ class _Job:
     waiting: list[tuple[Future[Lease], float]] = field(default_factory=list)
     ahead: list[Future[None]] = field(default_factory=list)
     has_begun: bool = False
+    is_spared: bool = True  # what is fetched ahead goes last for a while
 
     def is_wanted(self) -> bool:
         return any(not future.cancelled() for future, _ in self.waiting)
@@ -113,7 +114,7 @@ class ExpertStore:
         eviction: Eviction = "rate",
         half_life_s: float = 300.0,
         workers: int = 1,
-        grace_s: float = 5.0,
+        grace_s: float = 1.0,
         on_evict: Callable[[str, str, Any], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -259,6 +260,23 @@ class ExpertStore:
                 return future
         future.set_result(None)
         return future
+
+    def retract(self, name: str) -> None:
+        """Take a guess back, as the prompt turned out to need another expert: what was not begun is dropped, what is there may go."""
+        dropped: _Job | None = None
+        with self._changed:
+            self._expert(name)
+            job, found = self._jobs.get(name), self._top.residents.get(name)
+            if job is not None:
+                job.is_spared = False
+                if not job.has_begun and not job.waiting:
+                    self._queue.remove(name)
+                    dropped = self._jobs.pop(name)
+                    self._counts["prefetch_dropped"] += 1
+            elif found is not None:
+                found.spare_until_s = -float("inf")
+        if dropped is not None:
+            _finish(dropped)
 
     def pin(self, name: str, timeout_s: float | None = None) -> None:
         """Keep an expert resident until `unpin`. Raises as `request`, and CapacityError if it was not there in time."""
@@ -475,7 +493,7 @@ class ExpertStore:
                 now_s = self._clock()
                 self._counts["switches"] += bool(live)
                 self._counts["prefetched"] += bool(job.ahead)
-                if job.ahead:
+                if job.ahead and job.is_spared:
                     resident.spare_until_s = now_s + self._grace_s
                 self._switch_s.extend(now_s - since for _, since in live)
                 leases = [(future, self._leased(job.name, resident)) for future, _ in live]

@@ -24,7 +24,7 @@ from anabranch.gateway.providers.provider import (
     Usage,
     garbage,
 )
-from anabranch.gateway.providers.sse import DONE_DATA, Splitter, event, events
+from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run
@@ -66,7 +66,7 @@ class Opened:
         self._stitch = stitch
         self._gives_usage = request.wants_usage and stitch is None
         self._has_begun = self._is_settled = False
-        self._num_texts = self._text_bytes = 0
+        self._num_bytes = self._num_texts = self._text_bytes = 0
 
     def counted(self) -> Usage:
         """What the upstream said, else an estimate: the more of the chunks with text and a quarter of the bytes of it."""
@@ -88,7 +88,9 @@ class Opened:
     async def until_content(self) -> None:
         """Read to the first token. Raises UpstreamError."""
         while not self._has_begun and not self.is_done:
-            self._keep(self.ready() or await self.next())
+            self.first += self.ready() or await self.next()
+            if self._num_bytes > EVENT_BYTES and not self._has_begun:
+                raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
         if not self._has_begun:
             raise UpstreamError(
                 Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
@@ -100,7 +102,9 @@ class Opened:
             while not self.is_done:
                 limit_s = self.live.deployment.timeout_s
                 async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
-                    self._keep(self.ready() or await self.next())
+                    self.first += self.ready() or await self.next()
+                if len(self.first) > BODY_BYTES:
+                    raise garbage(f"an answer of more than {BODY_BYTES:,} bytes")
         except TimeoutError:
             error = self.run.timed_out(self.live, limit_s, "timeout")
             self.drop(error.failure)
@@ -112,11 +116,6 @@ class Opened:
             self.drop()
             raise
         self.settle()
-
-    def _keep(self, block: bytes) -> None:
-        self.first += block
-        if len(self.first) > BODY_BYTES:
-            raise garbage(f"a stream of more than {BODY_BYTES:,} bytes before anything could be passed on")
 
     def ready(self) -> bytes:
         """What is passed on of what has come without waiting. Raises UpstreamError for what cannot be read."""
@@ -146,6 +145,7 @@ class Opened:
 
     def taken(self, data: bytes) -> bytes:
         """What is passed on of some bytes that came. Raises UpstreamError."""
+        self._num_bytes += len(data)
         block = self.splitter.feed(data)
         if not block:
             return b""
@@ -181,7 +181,7 @@ class Opened:
                 kept += [event(chunk) for chunk in self.translator.feed(data) if self._is_passed(chunk)]
                 self.is_done = self.translator.is_done
                 continue
-            chunk = _chunk(data)
+            chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
                 raise UpstreamError(self.live.provider.error(_status(chunk), self.reply.headers, data))
             if self._is_passed(chunk):
@@ -246,7 +246,8 @@ def _is_utf8(block: bytes) -> bool:
     return True
 
 
-def _chunk(data: bytes) -> Json:
+def read_chunk(data: bytes) -> Json:
+    """A chunk. Raises UpstreamError (``garbage``)."""
     try:
         chunk = json.loads(data)
     except (ValueError, RecursionError):

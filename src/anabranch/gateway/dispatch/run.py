@@ -8,7 +8,7 @@ There is one deadline, and every wait is cut to what is left of it.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
@@ -50,7 +50,7 @@ class Run:
     def __init__(self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest) -> None:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.began = dispatcher.now()
-        self.report = Report()
+        self.report = Report() if plan.report is None else plan.report
         self.request, self.tokens, self._streams = request, request.prompt_tokens, request.stream
         self.avoid: set[str] = set()
         self._at, self._retry = 0, 0
@@ -204,28 +204,28 @@ class Run:
     ) -> tuple[Any, Attempt]:
         """Ask a second deployment beside the first when that is slow; the first to bring something wins."""
         tasks = [asyncio.ensure_future(self._one(live, request, opening))]
+        winner: asyncio.Future[Any] | None = None
         try:
             await asyncio.wait(tasks, timeout=delay_s)
             if not tasks[0].done():
                 other = await self._elsewhere(live)
                 if other is not None and not tasks[0].done():
                     tasks.append(asyncio.ensure_future(self._one(other, request, opening, is_hedge=True)))
-            pending, winner = set(tasks), None
+            pending = set(tasks)
             while pending and winner is None:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 winner = next((task for task in tasks if task in done and task.exception() is None), None)
-            if winner is None:
-                return tasks[0].result()  # raises what the first failed of
-            for task in tasks:
-                if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
-                    self._discard(*task.result())
-            return winner.result()
         finally:
-            losers = [task for task in tasks if not task.done()]
-            for task in losers:
-                task.cancel()
-            if losers:
-                await asyncio.gather(*losers, return_exceptions=True)
+            try:
+                await _stopped(tasks)
+            except asyncio.CancelledError:  # nobody will take what was won
+                winner = None
+                raise
+            finally:
+                for task in tasks:
+                    if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
+                        self._discard(*task.result())
+        return (winner or tasks[0]).result()  # without a winner, raises what the first failed of
 
     async def _elsewhere(self, live: Live) -> Live | None:
         """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked."""
@@ -338,3 +338,12 @@ class Run:
             return self._too_late()
         what = "no first token" if kind == "first_token" else "no answer"
         return UpstreamError(Failure(kind=kind, message=f"{live.name} brought {what} within {limit_s:g} s"))
+
+
+async def _stopped(tasks: Sequence["asyncio.Future[Any]"]) -> None:
+    """Cancel those that are not done, and wait until they are."""
+    losers = [task for task in tasks if not task.done()]
+    for task in losers:
+        task.cancel()
+    if losers:
+        await asyncio.gather(*losers, return_exceptions=True)

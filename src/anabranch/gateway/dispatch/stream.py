@@ -13,16 +13,16 @@ A stream that breaks after its first token:
 
 import asyncio
 import inspect
-import json
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
 from anabranch.gateway.dispatch.live import Live
-from anabranch.gateway.dispatch.opened import Opened
+from anabranch.gateway.dispatch.opened import Opened, read_chunk
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run, as_failure
 from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
     Answer,
     Failure,
     Json,
@@ -30,6 +30,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
     Usage,
+    garbage,
     read_all,
 )
 from anabranch.gateway.providers.sse import DONE, DONE_DATA, event, events
@@ -57,6 +58,7 @@ class Stream:
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
         self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
         self._kept: list[bytes] = []
+        self._size = 0  # bytes of what would be kept
         self._parts: list[Opened] = []  # of what the reader got: streams that broke and were gone on from, and the last
         self._stitch: Json | None = None
         self._opened: Opened | None = None
@@ -120,8 +122,8 @@ class Stream:
             await asyncio.wait((coming,))
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``."""
-        answer = _whole(_chunks(self._kept), self._request, self.usage)
+        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``. Raises UpstreamError if that is none."""
+        answer = _whole(self._said(), self._request, self.usage)
         answer.report = self._run.report
         return answer
 
@@ -192,8 +194,21 @@ class Stream:
         if block is not HEARTBEAT:
             self._quiet_since = None
             if self._keeps:
-                self._kept.append(block)
+                self._keep(block)
         return block
+
+    def _keep(self, block: bytes) -> None:
+        self._size += len(block)
+        if self._size <= BODY_BYTES:
+            self._kept.append(block)
+        else:
+            self._kept.clear()
+
+    def _said(self) -> list[Json]:
+        """Chunks that were passed on. Raises UpstreamError (``garbage``) if they were too much to keep, or are none."""
+        if self._size > BODY_BYTES:
+            raise garbage(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
+        return list(_chunks(self._kept))
 
     def _ready(self, opened: Opened) -> bytes:
         """What is there without waiting. Raises UpstreamError."""
@@ -235,6 +250,7 @@ class Stream:
         if self._mode == "restart":
             self._kept.clear()
             self._parts.clear()
+            self._size = 0
         else:
             self._stitch = self._parts[0].head
         self._coming = asyncio.ensure_future(self._run.obtain(request, self._opening))
@@ -255,7 +271,7 @@ class Stream:
 
     def _continued(self) -> UpstreamRequest:
         """The request with what has been said so far. Raises UpstreamError where that cannot be told (tool calls, several choices)."""
-        body, chunks = self._request.body, list(_chunks(self._kept))
+        body, chunks = self._request.body, self._said()
         text = text_of(chunks)
         is_plain = (body.get("n") or 1) == 1 and not any(_has_calls(chunk) for chunk in chunks)
         if (
@@ -289,7 +305,7 @@ def _forget(coming: "asyncio.Future[tuple[Opened, Attempt]]") -> None:
 def _chunks(blocks: Iterable[bytes]) -> Iterator[Json]:
     for name, data in events(b"".join(blocks)):
         if data != DONE_DATA and not name:
-            yield json.loads(data)
+            yield read_chunk(data)
 
 
 def _has_calls(chunk: Json) -> bool:

@@ -132,9 +132,10 @@ class Plus:
 
     def quality(self, said: Said) -> np.ndarray:
         """[Q, M]: the effect a choice is made by: less by caution for models that joined later, more by curiosity where that is set."""
-        quality_QM = said.effect_QM + self.config.explore * said.error_QM
-        later = list(self.placed)
-        quality_QM[:, later] -= self.config.safety * said.error_QM[:, later]
+        explore, later = self.config.explore, list(self.placed)
+        quality_QM = said.effect_QM + explore * said.error_QM if explore else said.effect_QM.copy()
+        if later:
+            quality_QM[:, later] -= self.config.safety * said.error_QM[:, later]
         return quality_QM
 
     def nearest(

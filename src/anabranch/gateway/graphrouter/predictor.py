@@ -29,15 +29,15 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.graphrouter.classic import Classic
+from anabranch.gateway.graphrouter.costs import Costs
 from anabranch.gateway.graphrouter.graph import CostScale, Scenario, hold_out
-from anabranch.gateway.graphrouter.newcomers import Ratio, first_ratio
 from anabranch.gateway.graphrouter.nodes import Tasks, described
-from anabranch.gateway.graphrouter.plus import Plus, Said
+from anabranch.gateway.graphrouter.plus import Plus
 from anabranch.gateway.graphrouter.settings import PlusConfig, Training
 from anabranch.gateway.money import Price
 from anabranch.gateway.predictor import Prediction, Predictor, one_row
 from anabranch.gateway.query import Outcome, Query
-from anabranch.gateway.strategies.training import closed, training_set, vectors_of
+from anabranch.gateway.strategies.training import training_set, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
 ANY = ("any",)  # a table of queries needs models; which is no matter
@@ -50,7 +50,7 @@ class GraphRouter(Predictor, kind="graph"):
 
     Attributes:
         tasks: how the task of a query is told.
-        scale: of costs.
+        costs: what calls cost.
         engine: what was trained.
         edges_M: observed edges of each model.
     """
@@ -98,12 +98,9 @@ class GraphRouter(Predictor, kind="graph"):
         super().__init__(config)
         self.engine: Classic | Plus | None = None
         self.tasks = Tasks((), np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 1.0)
-        self.scale = CostScale(np.zeros(1), np.zeros(1))
-        self.cost_TM = np.zeros((1, 0))
+        self.costs = Costs(CostScale(np.zeros(1), np.zeros(1)), np.zeros((1, 0)), (math.nan, math.nan))
         self.edges_M = np.zeros(0, np.int64)
-        self.ratios: dict[str, Ratio] = {}
-        self.num_fitted, self.description_dim = 0, 0
-        self.tokens = (math.nan, math.nan)
+        self.description_dim = 0
         self.texts: tuple[str, ...] = ()
 
     # Learning
@@ -135,8 +132,10 @@ class GraphRouter(Predictor, kind="graph"):
         share_NT = self.tasks.one_hot(task_N) if config.task == "given" else told_NT
         group_N = groups(data)
         held_N = hold_out(group_N, task_N, config.validation, seed)
-        cost_NM = self._costs(data, task_N, held_N)
-        self._read_models(data)
+        self.costs, cost_NM = Costs.fit(data, task_N, held_N, len(self.tasks.names))
+        self.models, self.edges_M = data.models, np.isfinite(data.score_NM).sum(0)
+        length = config.text_length if config.mode == "plus" else 0
+        self.texts = tuple(text[:length] for text in data.query) if length else ()
         model_MV, task_TV = self._describe(data.models, vector_ND, task_N, model_vectors or {}, task_vectors or {})
         if config.mode == "plus":
             self.engine = Plus.fit(
@@ -148,30 +147,6 @@ class GraphRouter(Predictor, kind="graph"):
                 data.score_NM, cost_NM, held_N, seed,
             )  # fmt: skip
         return self
-
-    def _costs(self, data: Recorded, task_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-        """Scaled costs, by a scale that validation queries have no part in; zeros where no cost is known at all."""
-        shape, num_tasks = data.score_NM.shape, len(self.tasks.names)
-        cost_NM = np.zeros(shape) if data.cost_NM is None or not np.isfinite(data.cost_NM).any() else data.cost_NM
-        self.scale = CostScale.fit(cost_NM[~held_N], task_N[~held_N], num_tasks)
-        known = data.cost_NM is not None and np.isfinite(data.cost_NM).any()
-        self.cost_TM = np.stack([_column_means(cost_NM[task_N == task]) for task in range(num_tasks)])
-        self.cost_TM = (
-            np.where(np.isfinite(self.cost_TM), self.cost_TM, _column_means(cost_NM))
-            if known
-            else np.full_like(self.cost_TM, np.nan)
-        )
-        return self.scale.scale(cost_NM, task_N)
-
-    def _read_models(self, data: Recorded) -> None:
-        """What of the data is kept beside the graph."""
-        self.models, self.num_fitted, self.ratios = data.models, len(data.models), {}
-        self.edges_M = np.isfinite(data.score_NM).sum(0)
-        if data.tokens_NM2 is not None and np.isfinite(data.tokens_NM2).any((0, 1)).all():
-            prompt, completion = np.nanmean(data.tokens_NM2, (0, 1)).tolist()
-            self.tokens = (prompt, completion)
-        length = self.config.text_length
-        self.texts = tuple(text[:length] for text in data.query) if length and self.config.mode == "plus" else ()
 
     def _describe(
         self, models: tuple[str, ...], vector_ND: np.ndarray, task_N: np.ndarray,
@@ -202,22 +177,17 @@ class GraphRouter(Predictor, kind="graph"):
         self._learn(vector_ND, share_NT, model, effect, cost)
 
     def _learn(self, vector_ND: np.ndarray, share_NT: np.ndarray, model: int, effect: float, cost: float) -> None:
-        engine, task_N = self._fitted(), self._task_of(share_NT)
-        usual = float(self._usual(share_NT)[0])
-        ratio = self.ratios.get(self.models[model])
-        if ratio is not None and math.isfinite(cost) and usual > 0:
-            ratio.learn(cost, usual)
+        engine, costs = self._fitted(), self.costs
+        costs.learn(model, cost, float(costs.usual(share_NT)[0]))
         if isinstance(engine, Plus):
-            scaled = float(self.scale.scale(np.array([[cost]]), task_N)[0, 0])
-            engine.add_edges(vector_ND, share_NT, model, effect, scaled)
-        elif math.isfinite(effect):
-            paid = cost if math.isfinite(cost) else float(self._cost_by_task(share_NT)[0, model])
-            row_NM = np.full((1, len(self.models)), np.nan)
-            effect_NM, cost_NM = row_NM.copy(), row_NM
-            effect_NM[0, model], cost_NM[0, model] = (
-                effect,
-                self.scale.scale(np.array([[np.nan_to_num(paid)]]), task_N)[0, 0],
+            engine.add_edges(
+                vector_ND, share_NT, model, effect, float(costs.scaled(np.array([[cost]]), share_NT)[0, 0])
             )
+        elif math.isfinite(effect):
+            paid = cost if math.isfinite(cost) else float(costs.by_task(share_NT)[0, model])
+            effect_NM, cost_NM = np.full((2, 1, len(self.models)), np.nan)
+            effect_NM[0, model] = effect
+            cost_NM[0, model] = costs.scaled(np.array([[np.nan_to_num(paid)]]), share_NT)[0, 0]
             engine.add(vector_ND, share_NT, effect_NM, cost_NM)
         self.edges_M[model] += math.isfinite(effect)
 
@@ -250,9 +220,7 @@ class GraphRouter(Predictor, kind="graph"):
             shots = shots.take(np.flatnonzero(np.isfinite(shots.score_NM[:, 0])))
         seen = None if shots is None or not len(shots) else self._seen(shots)
         vector_V = self._described(name, description, vector)
-        usual = float(np.nanmean(self.cost_TM)) if np.isfinite(self.cost_TM).any() else 0.0
-        fitted = self.models[: self.num_fitted]
-        self.ratios[name] = first_ratio(price or Price(), self.config.prices, fitted, self.tokens, usual)
+        self.costs.join(price or Price(), self.config.prices, self.models[: self.costs.num_fitted])
         self.models, self.edges_M = (*self.models, name), np.append(self.edges_M, 0)
         if isinstance(engine, Plus):
             engine.add_model(vector_V)
@@ -270,20 +238,19 @@ class GraphRouter(Predictor, kind="graph"):
 
     def _shots(self, shots: Recorded, vector_SD: np.ndarray, share_ST: np.ndarray) -> None:
         """Place the newest model by its scores."""
-        engine, model, usual_S = self._fitted(), len(self.models) - 1, self._usual(share_ST)
+        engine, model, costs = self._fitted(), len(self.models) - 1, self.costs
         if shots.cost_NM is not None:
-            for cost, usual in zip(shots.cost_NM[:, 0].tolist(), usual_S.tolist(), strict=True):
-                if math.isfinite(cost) and usual > 0:
-                    self.ratios[self.models[model]].learn(cost, usual)
+            for cost, usual in zip(shots.cost_NM[:, 0].tolist(), costs.usual(share_ST).tolist(), strict=True):
+                costs.learn(model, cost, usual)
         if isinstance(engine, Plus):
             engine.place(model, vector_SD, share_ST, shots.score_NM[:, 0])
         else:
             effect_SM = np.full((len(shots), len(self.models)), np.nan)
             effect_SM[:, model] = shots.score_NM[:, 0]
-            paid_SM = np.nan_to_num(self._cost_by_task(share_ST))
+            paid_SM = np.nan_to_num(costs.by_task(share_ST))
             if shots.cost_NM is not None:
                 paid_SM[:, model] = np.where(np.isfinite(shots.cost_NM[:, 0]), shots.cost_NM[:, 0], paid_SM[:, model])
-            engine.add(vector_SD, share_ST, effect_SM, self.scale.scale(paid_SM, self._task_of(share_ST)))
+            engine.add(vector_SD, share_ST, effect_SM, costs.scaled(paid_SM, share_ST))
         self.edges_M[model] += len(shots)
 
     # Deciding
@@ -293,21 +260,33 @@ class GraphRouter(Predictor, kind="graph"):
         return self._predict(*self._seen(data))
 
     def predict_one(self, query: Query) -> Prediction:
-        """Of one query."""
-        return self._predict(*self._seen(one_row(query, ANY)))
+        """Of one query, with its task and nearest queries; `explain` says more."""
+        return self._predict(*self._seen(one_row(query, ANY)), shows=True)
 
-    def _predict(self, vector_ND: np.ndarray, share_NT: np.ndarray) -> Prediction:
-        engine, known_M = self._fitted(), self._known()
-        if isinstance(engine, Plus):
-            said = engine.say(vector_ND, share_NT)
-            quality_NM = closed(engine.quality(said), known_M)
-            return Prediction(
-                quality_NM=quality_NM,
-                cost_NM=self._dollars(said, share_NT),
-                confidence_N=_sure(quality_NM, said.error_QM),
-            )
+    def _predict(self, vector_ND: np.ndarray, share_NT: np.ndarray, *, shows: bool = False) -> Prediction:
+        engine = self._fitted()
+        details: Facts | None = None
+        if shows:
+            best = int(share_NT[0].argmax())
+            details = {"task": {self.tasks.names[best]: round(float(share_NT[0, best]), 3)}}
+        if not isinstance(engine, Plus):
+            quality_NM = self._closed(engine.predict(vector_ND, share_NT))
+            return Prediction(quality_NM=quality_NM, cost_NM=self.costs.by_task(share_NT), details=details)
+        said = engine.say(vector_ND, share_NT)
+        quality_NM = self._closed(engine.quality(said))
+        if details is not None:
+            row_J, alpha_J = said.looked.row_QJ[0], said.looked.alpha_QJ[0]
+            nearest = np.argsort(-alpha_J, kind="stable")[:SHOWN]
+            rows, shares = row_J[nearest].tolist(), (alpha_J[nearest] / max(alpha_J.sum(), 1e-9)).tolist()
+            details["neighbours"] = [
+                {"row": row, "attention": round(share, 4)} for row, share in zip(rows, shares, strict=True)
+            ]
+        sure_N = _sure(quality_NM, said.error_QM)
         return Prediction(
-            quality_NM=closed(engine.predict(vector_ND, share_NT), known_M), cost_NM=self._cost_by_task(share_NT)
+            quality_NM=quality_NM,
+            cost_NM=self.costs.dollars(said.cost_QM, share_NT),
+            confidence_N=sure_N,
+            details=details,
         )
 
     def utilities(self, data: Recorded, trade_off: float = 0.0) -> np.ndarray:
@@ -325,12 +304,12 @@ class GraphRouter(Predictor, kind="graph"):
                 raise InputError(
                     f"mode {self.config.mode!r} was trained for scenario {self.config.scenario!r}; only 'plus' takes a trade_off"
                 )
-            return closed(engine.predict(vector_ND, share_NT), self._known())
+            return self._closed(engine.predict(vector_ND, share_NT))
         said = engine.say(vector_ND, share_NT)
-        cost_NM = (
-            self.scale.scale(self._dollars(said, share_NT), self._task_of(share_NT)) if self.ratios else said.cost_QM
-        )
-        return closed(engine.quality(said), self._known()) - trade_off * np.nan_to_num(cost_NM)
+        cost_NM = said.cost_QM
+        if self.costs.ratios:
+            cost_NM = self.costs.scaled(self.costs.dollars(cost_NM, share_NT), share_NT)
+        return self._closed(engine.quality(said)) - trade_off * np.where(np.isfinite(cost_NM), cost_NM, 0.0)
 
     def decide(self, query: Query, trade_off: float = 0.0) -> str:
         """The model of most utility (`utilities`); the first of those that tie."""
@@ -371,34 +350,12 @@ class GraphRouter(Predictor, kind="graph"):
             share_NT = np.where(place_N[:, None] >= 0, self.tasks.one_hot(place_N), share_NT)
         return vector_ND, share_NT
 
-    def _task_of(self, share_NT: np.ndarray) -> np.ndarray:
-        return share_NT.argmax(1)
-
-    def _known(self) -> np.ndarray:
-        """1 for a model of which something was seen or which joined later; NaN for a fitted column without any score."""
-        known_M = np.where(self.edges_M > 0, 1.0, np.nan)
-        known_M[self.num_fitted :] = 1.0
-        return known_M
-
-    def _usual(self, share_NT: np.ndarray) -> np.ndarray:
-        """[N]: what a call of the fitted models costs on average, dollars."""
-        return share_NT.astype(float) @ self.cost_TM.mean(1)
-
-    def _cost_by_task(self, share_NT: np.ndarray) -> np.ndarray:
-        """[N, M] dollars: the mean of the task, and for models that joined later their ratio to it."""
-        cost_NM, usual_N = share_NT.astype(float) @ self.cost_TM, self._usual(share_NT)
-        later = [self.ratios[name].value * usual_N for name in self.models[self.num_fitted :]]
-        return np.concatenate([cost_NM, np.stack(later, 1)], 1) if later else cost_NM
-
-    def _dollars(self, said: Said, share_NT: np.ndarray) -> np.ndarray:
-        """Of mode ``plus``, [N, M]: the cost head, and for models that joined later their ratio to what the others cost there."""
-        if not np.isfinite(self.cost_TM).any():
-            return np.full(said.cost_QM.shape, np.nan)
-        dollars_NM = self.scale.dollars(said.cost_QM, self._task_of(share_NT))
-        usual_N = dollars_NM[:, : self.num_fitted].mean(1)
-        for at, name in enumerate(self.models[self.num_fitted :], start=self.num_fitted):
-            dollars_NM[:, at] = self.ratios[name].value * usual_N
-        return dollars_NM
+    def _closed(self, quality_NM: np.ndarray) -> np.ndarray:
+        """-inf for a fitted model without a single score."""
+        silent_M = self.edges_M[: self.costs.num_fitted] == 0
+        if silent_M.any():
+            quality_NM[:, : self.costs.num_fitted][:, silent_M] = -np.inf
+        return quality_NM
 
     # Saving
 
@@ -406,45 +363,28 @@ class GraphRouter(Predictor, kind="graph"):
         """All it learned, but for ``models``."""
         engine = self._fitted()
         arrays, facts = engine.state() if isinstance(engine, Plus) else (engine.state(), {})
-        own = {
-            "tasks.weight_DT": self.tasks.weight_DT, "tasks.bias_T": self.tasks.bias_T, "scale.low_T": self.scale.low_T,
-            "scale.span_T": self.scale.span_T, "cost_TM": self.cost_TM, "edges_M": self.edges_M.copy(), "tokens": np.array(self.tokens),
-            "ratios": np.array([[ratio.up, ratio.down] for ratio in self.ratios.values()]).reshape(-1, 2),
-        }  # fmt: skip
+        own = {"weight_DT": self.tasks.weight_DT, "bias_T": self.tasks.bias_T, "edges_M": self.edges_M.copy()}
         names = {
-            "tasks": list(self.tasks.names), "sharpness": self.tasks.sharpness, "later": list(self.ratios), "texts": list(self.texts),
-            "fitted_models": self.num_fitted, "description_dim": self.description_dim,
+            "tasks": list(self.tasks.names), "sharpness": self.tasks.sharpness, "texts": list(self.texts),
+            "description_dim": self.description_dim,
         }  # fmt: skip
-        return {**arrays, **{f"graph.{name}": value for name, value in own.items()}}, {**facts, **names}
+        return {**arrays, **self.costs.state(), **{f"graph.{name}": value for name, value in own.items()}}, {
+            **facts,
+            **names,
+        }
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
-        own = {
-            name.removeprefix("graph."): np.array(value) for name, value in arrays.items() if name.startswith("graph.")
-        }
-        self.tasks = Tasks(
-            tuple(facts["tasks"]), own["tasks.weight_DT"], own["tasks.bias_T"], float(facts["sharpness"])
+        weight_DT, bias_T, self.edges_M = (
+            np.array(arrays[f"graph.{name}"]) for name in ("weight_DT", "bias_T", "edges_M")
         )
-        self.scale, self.cost_TM, self.edges_M = (
-            CostScale(own["scale.low_T"], own["scale.span_T"]),
-            own["cost_TM"],
-            own["edges_M"],
-        )
-        prompt, completion = own["tokens"].tolist()
-        self.tokens, self.texts = (prompt, completion), tuple(facts["texts"])
-        self.ratios = {name: Ratio(*pair) for name, pair in zip(facts["later"], own["ratios"].tolist(), strict=True)}
-        self.num_fitted, self.description_dim = facts["fitted_models"], facts["description_dim"]
+        self.tasks = Tasks(tuple(facts["tasks"]), weight_DT, bias_T, float(facts["sharpness"]))
+        self.costs = Costs.of_state(arrays)
+        self.texts, self.description_dim = tuple(facts["texts"]), facts["description_dim"]
         if self.config.mode == "plus":
             self.engine = Plus.of_state(self.config.plus, arrays, facts)
         else:
             self.engine = Classic.of_state(self.config.mode, self.config.scenario, arrays)
-
-
-def _column_means(value_NM: np.ndarray) -> np.ndarray:
-    """NaN where nothing is known."""
-    known_NM = np.isfinite(value_NM)
-    count_M = known_NM.sum(0)
-    return np.where(count_M > 0, np.where(known_NM, value_NM, 0.0).sum(0) / np.maximum(count_M, 1), np.nan)
 
 
 def _sure(quality_NM: np.ndarray, error_NM: np.ndarray) -> np.ndarray | None:

@@ -5,16 +5,16 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.http.server import BACKLOG, Server, Signals, listening, reload_on, url_of
 
-try:
+uvloop: Any = None
+with contextlib.suppress(ImportError):
     import uvloop
-except ImportError:
-    uvloop = None
 
 logger = logging.getLogger(__name__)
 

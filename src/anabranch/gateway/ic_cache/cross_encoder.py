@@ -47,11 +47,11 @@ class CrossEncoder(Proxy, kind="cross_encoder"):
         """
 
         dim: int = Field(default=32, ge=2)
-        layers: int = Field(default=2, ge=1)
+        layers: int = Field(default=1, ge=1)
         heads: int = Field(default=2, ge=1)
         inner: int = Field(default=64, ge=1)
         buckets: int = Field(default=4096, ge=2)
-        max_tokens: int = Field(default=64, ge=6)
+        max_tokens: int = Field(default=48, ge=6)
         epochs: int = Field(default=8, ge=1)
         batch_size: int = Field(default=32, ge=1)
         learning_rate: float = Field(default=2e-3, gt=0)

@@ -84,7 +84,7 @@ class ICCache(Part):
         """
 
         pool: ExamplePool.Config = Field(default_factory=ExamplePool.Config)
-        index: Index.Config = Field(default_factory=Clustered.Config)
+        index: Index.Config = Field(default_factory=lambda: Clustered.Config(probes=16))
         proxy: Proxy.Config = Field(default_factory=Logistic.Config)
         selector: Selector.Config = Field(default_factory=Selector.Config)
         threshold: Threshold.Config = Field(default_factory=Threshold.Config)
@@ -404,8 +404,8 @@ class ICCache(Part):
         selection = routed.selection
         if not self.shows_examples(arm):
             return
-        for item in selection.chosen:
-            self.manager.used(item.example, quality, cost, is_cheap=arm != self.dearest, now_s=self.clock())
+        examples = [item.example for item in selection.chosen]
+        self.manager.shown(examples, quality, cost, is_cheap=arm != self.dearest, now_s=self.clock())
         if selection.pairs is not None and len(selection.pairs):
             query = routed.query
             self._lessons.append(Lesson(selection.pairs, quality, selection.ids, query.tenant, query.user))

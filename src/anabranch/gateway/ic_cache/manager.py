@@ -67,8 +67,12 @@ class Manager(Part):
             off_peak: replays happen only below this load.
             decay_per_hour: of the value of an offload (paper: 0.9).
             success: least quality of an answer that counts as an offload.
-            near_limit: share of the pool's bytes above which a tick evicts.
+            credit_all: every example that was shown has the credit of an offload, not the most useful alone (the paper does not say). With it,
+            what lies near many requests crowds out what some requests need.
+        near_limit: share of the pool's bytes above which a tick evicts.
             evict_to: share that it evicts to.
+        newcomers: share of the room that is kept for the newest, which had no chance yet to prove themselves; 0 is the paper's rule, under
+            which a full pool does not follow when users turn to something new.
         """
 
         gain_rate: float = Field(default=0.3, gt=0, le=1)
@@ -79,8 +83,10 @@ class Manager(Part):
         off_peak: float = Field(default=0.5, ge=0)
         decay_per_hour: float = Field(default=0.9, gt=0, le=1)
         success: float = Field(default=0.5, ge=0, le=1)
+        credit_all: bool = False
         near_limit: float = Field(default=0.95, gt=0, le=1)
         evict_to: float = Field(default=0.85, gt=0, le=1)
+        newcomers: float = Field(default=0.25, ge=0, le=1)
 
     def __init__(
         self, config: Any, pool: ExamplePool, *, regenerate: Regenerate | None = None, rate: Rate | None = None
@@ -89,6 +95,12 @@ class Manager(Part):
 
     # What examples earn
 
+    def shown(self, examples: Sequence[Example], quality: float, cost: float, *, is_cheap: bool, now_s: float) -> None:
+        """An answer was made with these examples, the most useful last. The rest as `used`."""
+        for place, example in enumerate(examples, start=1):
+            has_credit = self.config.credit_all or place == len(examples)
+            self.used(example, quality, cost, is_cheap=is_cheap and has_credit, now_s=now_s)
+
     def used(self, example: Example, quality: float, cost: float, *, is_cheap: bool, now_s: float) -> None:
         """An answer was made with this example.
 
@@ -96,7 +108,7 @@ class Manager(Part):
             example: it.
             quality: of the answer, 0 to 1.
             cost: of the arm over that of the dearest, 0 to 1.
-            is_cheap: a cheaper arm than the dearest answered.
+            is_cheap: a cheaper arm than the dearest answered, thanks to this example.
             now_s: the time.
         """
         rate = self.config.gain_rate
@@ -117,16 +129,17 @@ class Manager(Part):
     def retain(self, capacity: float, now_s: float) -> tuple[int, bool]:
         """Keep what is worth most within so many bytes; returns how many went, and whether the choice is proved best.
 
-        Examples without an offload so far fill what room is left, the newest first.
+        The newest of the others fill what room is left, ``newcomers`` of it at least.
         """
         examples = list(self.pool)
         if self.pool.size_bytes <= capacity:
             return 0, True
         size_N = np.array([example.size_bytes for example in examples], np.float64)
-        packed = knapsack(np.array([self.value(example, now_s) for example in examples]), size_N, capacity)
+        value_N = np.array([self.value(example, now_s) for example in examples])
+        packed = knapsack(value_N, size_N, capacity * (1 - self.config.newcomers))
         keep_N, room = packed.keep_N.copy(), capacity - size_N[packed.keep_N].sum()
-        unproved = [at for at, example in enumerate(examples) if not keep_N[at] and not self.value(example, now_s) > 0]
-        for at in sorted(unproved, key=lambda at: (-examples[at].created_s, -examples[at].id)):
+        others = np.flatnonzero(~keep_N).tolist()
+        for at in sorted(others, key=lambda at: (-examples[at].created_s, -examples[at].id)):
             if size_N[at] <= room:
                 keep_N[at] = True
                 room -= size_N[at]
