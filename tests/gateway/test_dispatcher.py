@@ -120,14 +120,17 @@ def test_when_all_fails_the_last_failure_is_told():
 
 def test_one_deadline_holds_for_all_attempts_together():
     async def work() -> None:
-        dispatcher = Dispatcher([group(name, {"script": ("hang",) * 9}) for name in "abc"], QUICK)
-        began = dispatcher.now()
-        with pytest.raises(UpstreamError) as caught:
-            await dispatcher.complete(plan(dispatcher, "a", "b", "c", seconds=0.2), chat())
-        assert dispatcher.now() - began < 0.25
-        assert (caught.value.status, caught.value.failure.kind) == (504, "deadline")
+        hangs = {"script": ("hang",) * 9, "timeout_s": 30.0, "first_token_timeout_s": 20.0}
+        for stream in (False, True):
+            dispatcher = Dispatcher([group(name, hangs) for name in "abc"], QUICK, clock=virtual_clock)
+            began, given = dispatcher.now(), plan(dispatcher, "a", "b", "c", seconds=50.0)
+            with pytest.raises(UpstreamError) as caught:
+                await (dispatcher.stream(given, chat(stream=True)) if stream else dispatcher.complete(given, chat()))
+            assert dispatcher.now() - began == pytest.approx(50.0)
+            assert (caught.value.status, caught.value.failure.kind) == (504, "deadline")
+            assert len(caught.value.report.attempts) == (3 if stream else 2)  # 20 + 20 + 10, and 30 + 20 seconds
 
-    run(work)
+    run_virtual(work)
 
 
 def test_a_deployments_own_limit_leaves_time_for_the_next():
