@@ -31,6 +31,12 @@ default_strategy = "rules"
 fallbacks = {{ mock = ["spare"] }}
 [strategies.rules]
 kind = "rules"
+rules = [
+  {{ name = "tools", has_tools = true, size = "large" }},
+  {{ name = "long", min_tokens = 2000, size = "medium" }},
+  {{ name = "short", max_tokens = 60, size = "small" }},
+]
+otherwise = "small"
 [cache]
 exact = false
 [[models]]

@@ -38,7 +38,7 @@ PUBLIC = {
     """,
     "anabranch.testing": """
         DEVICES check_balancer check_feed_forward check_pool check_router check_routing check_score check_select
-        check_streams
+        check_strategy check_streams
     """,
     "anabranch.train": """
         Constant Cosine Evaluation Event RunConfig Schedule TrainConfig TrainResult Trainer WarmupStableDecay

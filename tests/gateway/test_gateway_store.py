@@ -10,11 +10,11 @@ import sqlite3
 from datetime import UTC, datetime
 
 import pytest
-from gateway_stores import KINDS, missing, server
 
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
 from anabranch.gateway.money import Price
 from anabranch.gateway.store import LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
+from gateway_stores import KINDS, missing, server
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0
@@ -77,7 +77,11 @@ def test_a_budget_by_hand(url):
             assert (budget.spent_nano, budget.reserved_nano, budget.remaining_nano) == (250, 0, 750)
             with pytest.raises(BudgetError) as refused:
                 await store.reserve("c", ["global"], 751)
-            assert (refused.value.remaining_nano, refused.value.limit_nano, refused.value.subject) == (750, 1000, "global")
+            assert (refused.value.remaining_nano, refused.value.limit_nano, refused.value.subject) == (
+                750,
+                1000,
+                "global",
+            )
             assert (await store.reserve("d", ["global"], 750)).nano == 750
             assert (await one_budget(store)).remaining_nano == 0
 
@@ -264,7 +268,10 @@ def test_a_request_ends_once(url, caplog):
             with pytest.raises(InputError, match="was used before"):
                 await store.reserve("a", ["global"], 1)
             entries = await store.ledger()
-            assert [(one.request_id, one.status, one.cost_nano) for one in entries] == [("b", "refused", 0), ("a", "ok", 10)]
+            assert [(one.request_id, one.status, one.cost_nano) for one in entries] == [
+                ("b", "refused", 0),
+                ("a", "ok", 10),
+            ]
             budget = await one_budget(store)
             assert (budget.spent_nano, budget.reserved_nano) == (10, 0)
             with pytest.raises(InputError, match="without a reservation cost 5"):
@@ -322,7 +329,17 @@ def test_a_row_reads_back_as_it_was(url):
             plain, found = await store.ledger()
             assert found.candidates == ("small", "la;rge")  # a comma parts names
             assert found.code == "upstream\N{REPLACEMENT CHARACTER}broke?"
-            same = ("user", "tags", "requested", "price", "prompt_tokens", "is_estimated", "first_token_us", "flags", "latency_us")
+            same = (
+                "user",
+                "tags",
+                "requested",
+                "price",
+                "prompt_tokens",
+                "is_estimated",
+                "first_token_us",
+                "flags",
+                "latency_us",
+            )
             assert [getattr(found, name) for name in same] == [getattr(full, name) for name in same]
             assert (found.ts_us, found.quality, plain.price, plain.latency_us) == (int(NOON * 1e6), None, None, None)
             assert plain.seq > found.seq
@@ -430,7 +447,12 @@ def test_what_a_closed_process_left_is_settled(url):
         async with open_store(url) as second:
             assert second.recovered == 1
             (entry,) = await second.ledger()
-            assert (entry.status, entry.cost_nano, entry.reserved_nano, entry.flags) == ("crashed", 60, 60, ("recovered",))
+            assert (entry.status, entry.cost_nano, entry.reserved_nano, entry.flags) == (
+                "crashed",
+                60,
+                60,
+                ("recovered",),
+            )
             assert (entry.requested, entry.strategy, entry.team, entry.tags) == ("auto", "knn", "ml", ("t",))
             budget = await one_budget(second)
             assert (budget.spent_nano, budget.reserved_nano) == (60, 0)
@@ -494,7 +516,13 @@ def test_keys(url):
             for bad in ("", "nothing", "k"):
                 with pytest.raises(InputError, match="keys have an id that begins with"):
                     await store.revoke_key(bad)
-            wrongs = ({"rpm": 0}, {"tpm": -1}, {"expires_s": NOON}, {"tags": ["a b"]}, {"tags": [f"t{n}" for n in range(17)]})
+            wrongs = (
+                {"rpm": 0},
+                {"tpm": -1},
+                {"expires_s": NOON},
+                {"tags": ["a b"]},
+                {"tags": [f"t{n}" for n in range(17)]},
+            )
             for wrong in wrongs:
                 with pytest.raises(InputError):
                     await store.create_key("x", **wrong)
@@ -557,7 +585,9 @@ def test_ledger_and_spend(url):
                 [("a", "ok", ["x"], 5), ("b", "ok", ["x", "y"], 7), ("a", "error", [], 1), ("b", "ok", ["X"], 20)]
             ):
                 held = await store.reserve(f"r{number}", subjects_of(user=f"u{number % 2}", tags=tags), 100)
-                await store.settle(held, row(f"r{number}", cost, model=model, status=status, prompt_tokens=10, strategy="s"))
+                await store.settle(
+                    held, row(f"r{number}", cost, model=model, status=status, prompt_tokens=10, strategy="s")
+                )
                 if number == 1:
                     clock.now = NOON
 

@@ -95,7 +95,10 @@ def test_a_thousand_at_once(tmp_path, seed):
     draw = random.Random(seed)
 
     async def main():
-        async with open_store(str(tmp_path / "g.db")) as store, open_store(str(tmp_path / "g.db"), serves=False) as onlooker:
+        async with (
+            open_store(str(tmp_path / "g.db")) as store,
+            open_store(str(tmp_path / "g.db"), serves=False) as onlooker,
+        ):
             for subject in SUBJECTS:
                 await store.set_budget(subject, draw.randrange(20_000, 400_000))
             over, busy, granted = [], [0], []
@@ -134,7 +137,9 @@ def test_a_thousand_at_once(tmp_path, seed):
             costs = {plan[0]: plan[4] for plan in plans if plan[0] in set(granted)}
             assert {one.request_id: one.cost_nano for one in entries if one.status == "ok"} == costs
             for one in await store.budgets():
-                assert one.spent_nano == sum(costs[name] for name, subjects, *_ in plans if name in costs and one.subject in subjects)
+                assert one.spent_nano == sum(
+                    costs[name] for name, subjects, *_ in plans if name in costs and one.subject in subjects
+                )
                 assert one.reserved_nano == 0
 
     asyncio.run(main())
@@ -222,7 +227,11 @@ async def _check(path, limits, held, ended):
         assert held | ended <= set(rows)  # nothing that was committed is lost
         status = {one.request_id: one.status for one in entries}
         assert not [name for name in ended if status[name] == "crashed"]  # what ended before ended as it said
-        assert all(one.cost_nano == one.reserved_nano and one.flags == ("recovered",) for one in entries if one.status == "crashed")
+        assert all(
+            one.cost_nano == one.reserved_nano and one.flags == ("recovered",)
+            for one in entries
+            if one.status == "crashed"
+        )
         assert all(one.cost_nano <= one.reserved_nano for one in entries)
         for one in await store.budgets():
             assert one.reserved_nano == 0

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.api_error import wrong
-from anabranch.gateway.config import GatewayConfig, StrategyConfig
+from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.strategy import Complete, Strategy
@@ -303,13 +303,10 @@ def _details(answer: Any) -> dict[str, Any]:
 
 def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
-    from anabranch.gateway import strategies
-
     if wanted.router is not None:
         return _load(name, Path(wanted.router), embedder)
-    assert wanted.use is not None
     try:
-        made = strategies.make(wanted.use, trade_off=wanted.trade_off, **wanted.fields)
+        made: Strategy = make_strategy(wanted)
     except ConfigError as error:
         raise ConfigError(f"strategies.{name}: {error}") from None
     if made.needs_fit:

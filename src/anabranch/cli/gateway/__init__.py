@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.gateway.budget import app as budget
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
+from anabranch.cli.gateway.keys import app as keys
+from anabranch.cli.gateway.ledger import app as ledger
 from anabranch.cli.gateway.route import route
 from anabranch.cli.gateway.serve import serve
 
@@ -25,3 +28,5 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
+for _name, _group in {"keys": keys, "budget": budget, "ledger": ledger}.items():
+    app.add_typer(_group, name=_name)

@@ -5,14 +5,30 @@ from typing import Any
 from anabranch.config import from_dict
 from anabranch.gateway.config.gateway import GatewayConfig
 
-# name, dollars per million prompt and completion tokens as nano-dollars, billions of parameters, what it is good at
+# name, nano-dollars per million prompt and completion tokens, billions of parameters, what it is good at, seconds to the first token,
+# tokens a second
 _MODELS = (
-    ("small", 100_000_000, 400_000_000, 3.0, "quick and cheap; short questions, rewriting, classification"),
-    ("medium", 500_000_000, 1_500_000_000, 30.0, "everyday work; summaries, drafting, simple code"),
-    ("large", 3_000_000_000, 15_000_000_000, 300.0, "slow and dear; hard reasoning, mathematics, long code"),
+    (
+        "small",
+        100_000_000,
+        400_000_000,
+        3.0,
+        "quick and cheap; short questions, rewriting, classification",
+        0.02,
+        400.0,
+    ),
+    ("medium", 500_000_000, 1_500_000_000, 30.0, "everyday work; summaries, drafting, simple code", 0.05, 200.0),
+    (
+        "large",
+        3_000_000_000,
+        15_000_000_000,
+        300.0,
+        "slow and dear; hard reasoning, mathematics, long code",
+        0.15,
+        100.0,
+    ),
 )
-_STRATEGIES = ("cheapest", "random", "round_robin", "least_latency")
-_HARD = r"(?i)\b(prove|theorem|integral|derive|debug|refactor|step by step)\b|```"
+_STRATEGIES = ("rules", "cheapest", "random", "round_robin", "least_latency")
 
 
 def default_config() -> GatewayConfig:
@@ -23,19 +39,16 @@ def default_config() -> GatewayConfig:
     models = [
         {
             "name": name, "price": {"input": price_in, "output": price_out}, "context": 128_000, "max_tokens": 4096,
-            "parameters": parameters, "description": description, "deployments": [{"provider": _provider(name)}],
+            "parameters": parameters, "description": description,
+            "deployments": [{"provider": {"kind": "mock", "model": name, "latency_s": latency_s, "tokens_per_s": speed}}],
         }
-        for name, price_in, price_out, parameters, description in _MODELS
+        for name, price_in, price_out, parameters, description, latency_s, speed in _MODELS
     ]  # fmt: skip
     config: dict[str, Any] = {
         "models": models,
         "strategies": {name: {"use": name} for name in _STRATEGIES},
-        "default_strategy": "cheapest",
+        "default_strategy": "rules",
         "fallbacks": {"small": ["medium", "large"], "medium": ["large", "small"], "large": ["medium", "small"]},
         "require_key": False,
     }
     return from_dict(GatewayConfig, config)
-
-
-def _provider(name: str) -> dict[str, Any]:
-    return {"kind": "mock", "model": name}

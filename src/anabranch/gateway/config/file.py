@@ -29,7 +29,8 @@ _STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s")
 def load_config(path: str | Path) -> GatewayConfig:
     """Read a gateway's config from a ``.toml``, ``.yaml`` or ``.json`` file.
 
-    Paths in it (``store``, ``router``, ``tokenizer``) are relative to the file. Strategies are checked, secrets looked up but not kept.
+    Paths in it (``store``, ``router``, ``tokenizer``, key files) are relative to the file. Strategies are tried out, and secrets looked
+    up but not kept.
 
     Raises DataError for a file that cannot be read, ConfigError for one that is wrong: ``gateway.toml:12: models.0.price.input is ...``.
     """
@@ -155,8 +156,10 @@ def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
             source.fail(f"{path}.api_key {MUST}", f"{path}.api_key")
         kind, _, where = key.partition(":")
         out |= {"key_env": where} if kind == "env" else {"key_env": None, "key_file": where}
+    if isinstance(out.get("key_file"), str):
+        out["key_file"] = os.path.join(source.path.parent, out["key_file"])
     named = out.get("key_env")
-    if named is not None and not (isinstance(named, str) and VARIABLE.fullmatch(named)):
+    if named and not (isinstance(named, str) and VARIABLE.fullmatch(named)):
         source.fail(
             f"{path}.key_env is no name of an environment variable (what it is, is not shown here)", f"{path}.key_env"
         )
@@ -187,6 +190,9 @@ def _at_home(config: GatewayConfig, folder: Path) -> GatewayConfig:
         name: item.replace(router=at(item.router)) if item.router else item for name, item in config.strategies.items()
     }
     store = config.store if "://" in config.store else str(at(config.store))
+    key = config.admin.key
+    if key is not None and key.startswith("file:"):
+        config = config.replace(admin=config.admin.replace(key=f"file:{at(key.removeprefix('file:'))}"))
     return config.replace(models=models, strategies=strategies, store=store)
 
 
@@ -201,11 +207,13 @@ def _check_secrets(config: GatewayConfig, source: _Source) -> None:
         for place, deployment in enumerate(model.deployments):
             path = f"models.{at}.deployments.{place}.provider"
             variable = getattr(deployment.provider, "key_env", None)
-            given = next((name for name in ("api_key", "key_env") if f"{path}.{name}" in source.lines), None)
+            given = next((name for name in ("api_key", "key_env") if f"{path}.{name}" in source.lines), "key_env")
             has_file = getattr(deployment.provider, "key_file", None) is not None
-            if given and variable and not has_file and not os.environ.get(variable):
+            if variable and not has_file and not os.environ.get(variable):
                 source.fail(
-                    f"{path}.{given} names the environment variable {variable}, which is not set", f"{path}.{given}"
+                    f"{path}.{given} is {variable}, an environment variable that is not set; "
+                    'set it, or key_env = "" for an upstream that wants no key',
+                    f"{path}.{given}",
                 )
 
 
@@ -220,8 +228,10 @@ def _check_strategies(config: GatewayConfig, source: _Source) -> None:
         try:
             make_strategy(strategy)
         except AnabranchError as error:
-            field = re.search(r" has no field '([^']*)'", str(error))
-            source.fail(f"{path}: {error}", join(path, field[1]) if field else f"{path}.kind")
+            unknown = re.search(r" has no field '([^']*)'", str(error))
+            word = unknown[1] if unknown else re.split(r"[ :]", str(error), maxsplit=1)[0]
+            places = (join(path, word), join(f"{path}.fields", word), f"{path}.kind", f"{path}.use")
+            source.fail(f"{path}: {error}", next((place for place in places if place in source.lines), path))
 
 
 def make_strategy(config: StrategyConfig) -> Any:

@@ -14,29 +14,26 @@ DONE_DATA = b"[DONE]"
 class Splitter:
     """Collects bytes and gives out whole events, with ``\\n`` as the only line end."""
 
-    __slots__ = ("_has_cr", "_rest")
+    __slots__ = ("_ends_in_cr", "_rest")
 
     def __init__(self) -> None:
         self._rest = b""
-        self._has_cr = False  # a carriage return was seen: from now on line ends are looked at closely
+        self._ends_in_cr = False  # a line feed that comes next is the other half of a line end
 
     def feed(self, data: bytes) -> bytes:
         """All events that are whole now; what follows them is kept. Raises UpstreamError (``garbage``) for an endless event."""
+        if self._ends_in_cr and data:
+            data, self._ends_in_cr = data.removeprefix(b"\n"), False
+        if b"\r" in data:
+            self._ends_in_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         block = self._rest + data if self._rest else data
-        if self._has_cr or b"\r" in data:
-            self._has_cr = True
-            held = block[-1:] == b"\r"  # the other half of a line end may follow
-            block = (block[:-1] if held else block).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            end = b"\r" if held else b""
-        else:
-            end = b""
-        cut = block.rfind(b"\n\n") + 2
-        if cut == 1:
-            cut = 0
-        if cut == len(block) and not end:
+        end = block.rfind(b"\n\n")
+        cut = end + 2 if end >= 0 else 0
+        if cut == len(block):
             self._rest = b""
             return block
-        self._rest = block[cut:] + end
+        self._rest = block[cut:]
         if len(self._rest) > EVENT_BYTES:
             raise garbage(f"an event of more than {EVENT_BYTES:,} bytes")
         return block[:cut]

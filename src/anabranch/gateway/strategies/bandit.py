@@ -36,6 +36,7 @@ from anabranch.gateway.strategies.plain import USUAL_COMPLETION, USUAL_PROMPT
 from anabranch.gateway.strategies.training import share, training_set
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 
+MOST_AGE = 10_000  # observations, beyond which an arm is as uncertain as can be
 KNOBS = (0.0, *np.logspace(-3, 3, 61).tolist())
 
 
@@ -102,17 +103,16 @@ class Bandit(Strategy):
         self.models, self.last_M = (), np.zeros(0, np.int64)
         self.calls_M, self.cost_M, self.steps = np.zeros(0), np.zeros(0), 0
 
-    def arms(self, names: tuple[str, ...]) -> np.ndarray:
-        """Places of the arms of these models; one that is new starts from the prior."""
-        for name in names:
-            if name not in self.models:
-                dim = self.b_MD.shape[1]
-                self.models = (*self.models, name)
-                self.inverse_MDD = np.concatenate((self.inverse_MDD, np.eye(dim)[None] / self.config.ridge))
-                self.b_MD, self.theta_MD = (np.vstack((value, np.zeros(dim))) for value in (self.b_MD, self.theta_MD))
-                self.last_M = np.append(self.last_M, self.steps)
-                self.calls_M, self.cost_M = np.append(self.calls_M, 0.0), np.append(self.cost_M, 0.0)
-        return np.array([self.models.index(name) for name in names], np.int64)
+    def _arm(self, name: str) -> int:
+        """Place of a model's arm; one that is new starts from the prior."""
+        if name not in self.models:
+            dim = self.b_MD.shape[1]
+            self.models = (*self.models, name)
+            self.inverse_MDD = np.concatenate((self.inverse_MDD, np.eye(dim)[None] / self.config.ridge))
+            self.b_MD, self.theta_MD = (np.vstack((value, np.zeros(dim))) for value in (self.b_MD, self.theta_MD))
+            self.last_M = np.append(self.last_M, self.steps)
+            self.calls_M, self.cost_M = np.append(self.calls_M, 0.0), np.append(self.cost_M, 0.0)
+        return self.models.index(name)
 
     # -- learning
 
@@ -128,7 +128,8 @@ class Bandit(Strategy):
         scale = np.sqrt(size_V[:kept].sum())  # so that z is as long as [1, 1] on average
         self._start(centre_V, axis_VV[:kept] / (scale if scale > 0 else 1.0))
         z_ND = self.features(vector_NV)
-        self.arms(data.models)
+        for name in data.models:
+            self._arm(name)
         for arm in range(len(data.models)):
             self._warm(arm, z_ND, data.score_NM[:, arm])
             if data.cost_NM is not None:
@@ -151,7 +152,7 @@ class Bandit(Strategy):
         if vector_V is None or (quality is None and outcome.cost is None):
             return
         z_D = self.features(np.asarray(vector_V)[None])[0]
-        arm = int(self.arms((outcome.model,))[0])
+        arm = self._arm(outcome.model)
         if outcome.cost is not None and np.isfinite(outcome.cost):
             self.calls_M[arm] += 1
             step = max(1 / self.calls_M[arm], 1 - self.config.discount)
@@ -182,10 +183,9 @@ class Bandit(Strategy):
         if query.vector_D is None:
             raise InputError(f"{self.name} needs the vector of a query; give the gateway an embedder")
         z_D = self.features(np.asarray(query.vector_D)[None])[0]
-        arm_P = self.arms(pool.names)
-        mean_P = self.theta_MD[arm_P] @ z_D
-        width_P = np.sqrt(self._variance(z_D, arm_P))
-        cost_P = np.array([self._cost(arm, model) for arm, model in zip(arm_P, pool.models, strict=True)])
+        mean_P, variance_P = self._beliefs(z_D, pool.names)
+        width_P = np.sqrt(variance_P)
+        cost_P = np.array([self._cost(model) for model in pool.models])
         index_P, how = self._index(query, pool, mean_P, width_P, self.config.trade_off * cost_P)
         candidates = ordered(pool, index_P, quality=mean_P, cost=cost_P)
         best = pool.names.index(candidates[0].model)
@@ -194,24 +194,33 @@ class Bandit(Strategy):
             details={"mean": round(float(mean_P[best]), 4), "width": round(float(width_P[best]), 4), "steps": self.steps},
         )  # fmt: skip
 
-    def _variance(self, z_D: np.ndarray, arm_P: np.ndarray) -> np.ndarray:
-        """z^T A^-1 z of the arms as of now: larger the longer an arm was not asked, at most the prior's."""
-        inverse_PDD = (
-            self.inverse_MDD if np.array_equal(arm_P, np.arange(len(self.models))) else self.inverse_MDD[arm_P]
-        )
-        variance_P = ((inverse_PDD @ z_D) @ z_D).clip(min=0)
-        if self.config.discount < 1:
-            prior = float(z_D @ z_D) / self.config.ridge
-            aged_P = variance_P * self.config.discount ** -np.minimum(self.steps - self.last_M[arm_P], 10_000).astype(
-                float
-            )
-            variance_P = np.minimum(aged_P, np.maximum(prior, variance_P))
-        return variance_P
+    def _beliefs(self, z_D: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance z^T A^-1 z of each model's quality as of now: variance grows while an arm is not asked, up to the prior's."""
+        prior = float(z_D @ z_D) / self.config.ridge
+        mean_P, variance_P = np.zeros(len(names)), np.full(len(names), prior)
+        if names == self.models:  # the usual case, without copying the matrices
+            places, arms, inverse_MDD = np.arange(len(names)), np.arange(len(names)), self.inverse_MDD
+        else:
+            places = np.array([place for place, name in enumerate(names) if name in self.models], np.int64)
+            arms = np.array([self.models.index(names[place]) for place in places], np.int64)
+            inverse_MDD = self.inverse_MDD[arms]
+        if len(arms):
+            mean_P[places] = self.theta_MD[arms] @ z_D
+            own_M = ((inverse_MDD @ z_D) @ z_D).clip(min=0)
+            if self.config.discount < 1:
+                aged_M = own_M * self.config.discount ** -np.minimum(self.steps - self.last_M[arms], MOST_AGE).astype(
+                    float
+                )
+                own_M = np.maximum(own_M, np.minimum(aged_M, prior))
+            variance_P[places] = own_M
+        return mean_P, variance_P
 
-    def _cost(self, arm: int, model: Model) -> float:
-        return (
-            float(self.cost_M[arm]) if self.calls_M[arm] else dollars(model.price.cost(USUAL_PROMPT, USUAL_COMPLETION))
-        )
+    def _cost(self, model: Model) -> float:
+        """Mean cost so far; before the first call the price of a usual one."""
+        arm = self.models.index(model.name) if model.name in self.models else -1
+        if arm >= 0 and self.calls_M[arm]:
+            return float(self.cost_M[arm])
+        return dollars(model.price.cost(USUAL_PROMPT, USUAL_COMPLETION))
 
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
@@ -276,7 +285,7 @@ class LinUCB(Bandit, kind="linucb"):
 
     @configclass
     class Config(Bandit.Config):
-        """Attributes: ``alpha``, standard errors added: 1 + sqrt(ln(2 / delta) / 2) in theory, and far less in practice (Li et al., figure 4)."""
+        """Attributes: ``alpha``, standard errors added: in theory 1 + sqrt(ln(2 / delta) / 2), in practice far less."""
 
         alpha: float = Field(default=0.3, ge=0)
 

@@ -51,10 +51,10 @@ def win_rates(strength_NM: np.ndarray, known_M: np.ndarray) -> np.ndarray:
 
     For two models it is the published win probability. -inf for unknown models.
     """
-    known = np.flatnonzero(known_M)
-    rate_NM = np.full(strength_NM.shape, -np.inf)
-    for model in known:
-        rivals = known[known != model]
-        gap_NR = strength_NM[:, [model]] - strength_NM[:, rivals]
-        rate_NM[:, model] = 0.5 * (1 + np.tanh(0.5 * gap_NR)).mean(axis=1) if len(rivals) else 0.5
-    return rate_NM
+    count = int(known_M.sum())
+    if count < 2:
+        return np.where(known_M, 0.5, -np.inf) + 0 * strength_NM
+    gap_NMM = strength_NM[:, :, None] - strength_NM[:, None]
+    rate_NMM = 0.5 * (1 + np.tanh(0.5 * gap_NMM))
+    total_NM = rate_NMM[:, :, known_M].sum(axis=2) - 0.5  # without the even match against itself
+    return np.where(known_M, total_NM / (count - 1), -np.inf)

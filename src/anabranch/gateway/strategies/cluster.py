@@ -25,7 +25,16 @@ from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.kmeans import distances, kmeans
 from anabranch.gateway.strategies.knn import one_vector, top_k
-from anabranch.gateway.strategies.training import Kept, closed, means, shrunk, totals, training_set, vectors_of
+from anabranch.gateway.strategies.training import (
+    Kept,
+    closed,
+    means,
+    shrunk,
+    totals,
+    training_set,
+    vector_of,
+    vectors_of,
+)
 from anabranch.gateway.strategy import Facts
 
 
@@ -114,7 +123,7 @@ class Cluster(Kept, Predictor, kind="cluster"):
 
     def explain(self, query: Query) -> Facts:
         """The nearest clusters, their weights and sizes."""
-        cluster_1K, weight_1K = self._nearest(vectors_of(one_vector(query), self.centre_CD.shape[1], "cluster"))
+        cluster_1K, weight_1K = self._nearest(vector_of(query, self.centre_CD.shape[1], "cluster"))
         return {
             "clusters": [
                 {"cluster": int(at), "weight": round(float(weight), 4), "queries": int(self.size_C[at])}

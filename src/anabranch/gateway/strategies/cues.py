@@ -19,9 +19,9 @@ _CODE_WORDS = _any_word(
     r"python|javascript|typescript|java|rust|golang|sql|regex|bash|shell script|html|css|api|json|yaml|docker|kubernetes|git"
     r"|compile[rs]?|debug|refactor|unit tests?|stack trace|pull request|function|algorithm|data structure|source code|code"
 )
+_LATEX = re.compile(r"\\(?:frac|sum|int|sqrt|prod|lim|begin|alpha|beta|theta|pi|infty|cdot|leq|geq)(?![a-zA-Z])")
 _MATHS = re.compile(
-    r"\\(?:frac|sum|int|sqrt|prod|lim|begin|alpha|beta|theta|pi|infty|cdot|leq|geq)\b|\$[^$\n]{1,200}\$"
-    r"|[\u2211\u222b\u221a\u221e\u2264\u2265\u2260\u2208\u2200\u2203\u03c0]|\b\d+(?:\.\d+)?\s*[-+*/\u00d7\u00f7^=]\s*\(?-?\d"
+    r"\$[^$\n]{1,200}\$|[\u2211\u222b\u221a\u221e\u2264\u2265\u2260\u2208\u2200\u2203\u03c0]|\b\d+(?:\.\d+)?\s*[-+*/\u00d7\u00f7^=]\s*\(?-?\d"
     r"|\b[a-z]\s*\^\s*\d|\b[a-z]\s*=\s*-?\d|\bf\(x\)"
 )
 _MATHS_WORDS = _any_word(
@@ -64,9 +64,9 @@ def has_code(text: str) -> bool:
 
 
 def has_maths(text: str) -> bool:
-    """Two signs of mathematics."""
+    """A command of LaTeX's mathematics, or two lesser signs."""
     text = text[:LOOKED_AT]
-    return len(_MATHS.findall(text)) + len(_MATHS_WORDS.findall(text)) >= 2
+    return _LATEX.search(text) is not None or len(_MATHS.findall(text)) + len(_MATHS_WORDS.findall(text)) >= 2
 
 
 def looks_hard(text: str) -> bool:

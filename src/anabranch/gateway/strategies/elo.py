@@ -22,8 +22,7 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.battles import battles_of, win_rates
-from anabranch.gateway.strategies.knn import one_vector
-from anabranch.gateway.strategies.training import Kept, means, training_set, vectors_of
+from anabranch.gateway.strategies.training import Kept, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Facts
 
 POINTS = 400 / np.log(10)  # Elo points in a unit of log odds
@@ -47,12 +46,13 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         gamma: float = Field(default=10.0, gt=1)
         penalty: float = Field(default=1e-5, gt=0)
 
-    learned = ("vector_ND", "wins_NP", "tier_M", "known_M", "rating_M")
+    learned = ("vector_ND", "wins_NP", "tier_M", "known_M", "rating_M", "start_T")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.vector_ND, self.wins_NP = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
         self.tier_M, self.known_M, self.rating_M = np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0)
+        self.start_T = np.zeros(0)  # strengths of the tiers over all, from where the search for a query's begins
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Ratings of all battles alike, tiers from them, and wins of tier over tier in every row. Needs no chance."""
@@ -62,6 +62,7 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         if num_models == 1:
             self.vector_ND, self.wins_NP = np.asarray(data.vector_ND[:1], np.float32), np.zeros((1, 1), np.float32)  # type: ignore[index]
             self.tier_M, self.rating_M = np.zeros(1, np.int64), np.zeros(1)
+            self.start_T = np.zeros(1)
             return self
         battles = battles_of(data.score_NM, "sw_elo")
         own_M = np.arange(num_models)
@@ -71,6 +72,7 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         fought = np.unique(battles.row_B)
         self.vector_ND = np.ascontiguousarray(data.vector_ND[fought], np.float32)  # type: ignore[index]
         wins_NTT = _wins(battles, self.tier_M, len(data))[fought]
+        self.start_T = bradley_terry(wins_NTT.sum(0, dtype=float)[None], self.config.penalty)[0]
         self.wins_NP = wins_NTT.reshape(len(fought), -1)
         return self
 
@@ -84,7 +86,7 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
 
     def predict_one(self, query: Query) -> Prediction:
         """With the ratings for the explanation."""
-        rating_1M = self.ratings(vectors_of(one_vector(query), self.vector_ND.shape[1], "sw_elo"))
+        rating_1M = self.ratings(vector_of(query, self.vector_ND.shape[1], "sw_elo"))
         rounded = dict(zip(self.models, np.round(rating_1M[0], 1).tolist(), strict=True))
         return Prediction(quality_NM=win_rates(rating_1M / POINTS, self.known_M), details={"ratings": rounded})
 
@@ -92,11 +94,11 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         """Elo points ``[Q, M]`` around 1000, with weights by similarity to each query."""
         similarity_QN = vector_QD @ self.vector_ND.T if len(vector_QD) > 1 else (self.vector_ND @ vector_QD[0])[None]
         largest_Q1 = np.maximum(similarity_QN.max(axis=1, keepdims=True), 1e-6)
-        gamma = np.float32(self.config.gamma)
-        weight_QN = gamma * gamma ** (similarity_QN / largest_Q1)
-        num_tiers = round(self.wins_NP.shape[1] ** 0.5)
+        rate = np.float32(np.log(self.config.gamma))
+        weight_QN = np.exp(rate * (1 + similarity_QN / largest_Q1))  # gamma * gamma^(s / max s)
+        num_tiers = len(self.start_T)
         wins_QTT = (weight_QN @ self.wins_NP).astype(float).reshape(-1, num_tiers, num_tiers)
-        return bradley_terry(wins_QTT, self.config.penalty)[:, self.tier_M] * POINTS + 1000
+        return bradley_terry(wins_QTT, self.config.penalty, self.start_T)[:, self.tier_M] * POINTS + 1000
 
     def explain(self, query: Query) -> Facts:
         """Ratings for this query, and over all."""
@@ -115,17 +117,17 @@ def _wins(battles: Any, group_M: np.ndarray, num_rows: int) -> np.ndarray:
     return wins_NTT
 
 
-def bradley_terry(wins_QTT: np.ndarray, penalty: float = 1e-5) -> np.ndarray:
+def bradley_terry(wins_QTT: np.ndarray, penalty: float = 1e-5, start_T: np.ndarray | None = None) -> np.ndarray:
     """Strengths in log odds ``[Q, T]``, of mean 0, of largest likelihood; ``wins_QTT[q, i, j]`` is how often i beat j, in any weights.
 
     Minimises -sum_ij wins_ij log sigma(s_i - s_j) + penalty |s|^2 / 2, wins scaled to sum to T, by Newton's method for all Q at once.
-    For two without a penalty that is s_1 - s_2 = log(wins_12 / wins_21).
+    For two without a penalty that is s_1 - s_2 = log(wins_12 / wins_21). ``start_T`` is where to begin, of mean 0; the result is the same.
     """
     num_queries, num_tiers = wins_QTT.shape[:2]
     total_Q11 = np.maximum(wins_QTT.sum((1, 2)), 1e-30)[:, None, None]
     wins_QTT = wins_QTT * num_tiers / total_Q11  # so that the penalty does not depend on the size of weights
     played_QTT = wins_QTT + wins_QTT.transpose(0, 2, 1)
-    strength_QT = np.zeros((num_queries, num_tiers))
+    strength_QT = np.zeros((num_queries, num_tiers)) if start_T is None else np.tile(start_T, (num_queries, 1))
     eye_TT = np.eye(num_tiers)
 
     def loss(strength_QT: np.ndarray) -> np.ndarray:
@@ -142,14 +144,11 @@ def bradley_terry(wins_QTT: np.ndarray, penalty: float = 1e-5) -> np.ndarray:
         if (gradient_QT * step_QT).sum(1).max(initial=0.0) < 1e-13:
             break
         size_Q1 = np.ones((num_queries, 1))
-        for _ in range(40):  # halve where the loss would rise
-            new_Q = loss(strength_QT - size_Q1 * step_QT)
-            worse_Q = new_Q > now_Q + 1e-15
-            if not worse_Q.any():
-                break
+        new_Q = loss(strength_QT - step_QT)
+        while (worse_Q := new_Q > now_Q + 1e-12).any():  # halve the steps that would raise the loss
             size_Q1[worse_Q] /= 2
-        strength_QT = strength_QT - size_Q1 * step_QT
-        now_Q = new_Q
+            new_Q = loss(strength_QT - size_Q1 * step_QT)
+        strength_QT, now_Q = strength_QT - size_Q1 * step_QT, new_Q
     return strength_QT - strength_QT.mean(axis=1, keepdims=True)
 
 

@@ -66,7 +66,7 @@ class Encoder(Predictor, kind="encoder"):
         rate: float = Field(default=2e-3, gt=0)
         weight_decay: float = Field(default=0.05, ge=0)
         batch: int = Field(default=64, ge=1)
-        epochs: int = Field(default=6, ge=1)
+        epochs: int = Field(default=10, ge=1)
         word_dropout: float = Field(default=0.1, ge=0, lt=1)
         holdout: float = Field(default=0.1, ge=0, lt=1)
 

@@ -91,7 +91,8 @@ def train(
     config: Any, words: list[np.ndarray], label_NM: np.ndarray, learn_N: np.ndarray, check_N: np.ndarray, *, seed: int
 ) -> dict[str, np.ndarray]:
     """Weights of the epoch that does best on the rows held back. Draws from its own generators only."""
-    network = Network(config, label_NM.shape[1], seed)
+    with torch.random.fork_rng(devices=[]):
+        network = Network(config, label_NM.shape[1], seed)
     with torch.no_grad():
         known_M = np.isfinite(label_NM).any(0)
         mean_M = np.array(
@@ -107,18 +108,17 @@ def train(
     steps = config.epochs * math.ceil(len(learn_N) / config.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     best, kept = np.inf, network.weights()
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(config.epochs):
-            for at in _batches(words, learn_N, config.batch, rng):
-                loss = _loss(network, _padded([words[row] for row in at], config.word_dropout, rng), label_NM[at])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-            now = _mean_loss(network, words, label_NM, check_N, config.batch)
-            if now < best:
-                best, kept = now, network.weights()
+    for _ in range(config.epochs):
+        for at in _batches(words, learn_N, config.batch, rng):
+            loss = _loss(network, _padded([words[row] for row in at], config.word_dropout, rng), label_NM[at])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        now = _mean_loss(network, words, label_NM, check_N, config.batch)
+        if now < best:
+            best, kept = now, network.weights()
     return kept
 
 

@@ -25,7 +25,7 @@ from anabranch.gateway.strategies.adam import Parameters, descend, held_back
 from anabranch.gateway.strategies.knn import one_vector
 from anabranch.gateway.strategies.logistic import cross_entropy, sigmoid
 from anabranch.gateway.strategies.span import Span
-from anabranch.gateway.strategies.training import Kept, closed, means, training_set, vectors_of
+from anabranch.gateway.strategies.training import Kept, closed, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Facts
 
 
@@ -128,7 +128,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
 
     def explain(self, query: Query) -> Facts:
         """How hard the query is, in log odds."""
-        _, difficulty_1 = self._items(vectors_of(one_vector(query), self.A_FD.shape[1], "irt").astype(float))
+        _, difficulty_1 = self._items(vector_of(query, self.A_FD.shape[1], "irt").astype(float))
         return {"difficulty": round(float(difficulty_1[0]), 4)}
 
 

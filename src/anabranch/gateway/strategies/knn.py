@@ -20,7 +20,7 @@ from anabranch.errors import BackendError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
-from anabranch.gateway.strategies.training import closed, means, training_set, vectors_of
+from anabranch.gateway.strategies.training import closed, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
 PIECE = 1 << 23  # similarities held at once
@@ -96,7 +96,7 @@ class Knn(Predictor, kind="knn"):
 
     def predict_one(self, query: Query) -> Prediction:
         """With the nearest neighbours for the explanation."""
-        vector_QD = vectors_of(one_vector(query), self.vector_ND.shape[1], "knn")
+        vector_QD = vector_of(query, self.vector_ND.shape[1], "knn")
         row_QK, similarity_QK = self.neighbours(vector_QD)
         quality_QM, confidence_Q = self._expected(row_QK, similarity_QK)
         nearest = [

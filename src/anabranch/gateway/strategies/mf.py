@@ -25,7 +25,7 @@ from anabranch.gateway.strategies.adam import Adam, Parameters
 from anabranch.gateway.strategies.battles import Battles, battles_of, win_rates
 from anabranch.gateway.strategies.knn import one_vector
 from anabranch.gateway.strategies.logistic import sigmoid
-from anabranch.gateway.strategies.training import Kept, means, training_set, vectors_of
+from anabranch.gateway.strategies.training import Kept, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Facts
 
 
@@ -99,7 +99,7 @@ class MatrixFactorisation(Kept, Predictor, kind="mf"):
 
     def explain(self, query: Query) -> Facts:
         """Log odds of each model, up to a common number."""
-        vector_1D = vectors_of(one_vector(query), self.delta_MD.shape[1], "mf").astype(float)
+        vector_1D = vector_of(query, self.delta_MD.shape[1], "mf").astype(float)
         return {"log_odds": dict(zip(self.models, np.round(vector_1D @ self.delta_MD.T, 4)[0].tolist(), strict=True))}
 
 

@@ -99,38 +99,53 @@ def ridge(x_ND: np.ndarray, y_NM: np.ndarray, alphas: tuple[float, ...]) -> tupl
         if not pattern_N.any():
             continue
         columns = np.flatnonzero((known_NM == pattern_N[:, None]).all(axis=0))
-        beta, offset, alpha = _ridge(x_ND[pattern_N], y_NM[np.ix_(pattern_N, columns)], alphas)
+        beta, offset, alpha, _ = _ridge(x_ND[pattern_N], y_NM[np.ix_(pattern_N, columns)], alphas)
         beta_MD[columns], offset_M[columns], alpha_M[columns] = beta, offset, alpha
     return beta_MD, offset_M, alpha_M
 
 
-def _ridge(x_ND: np.ndarray, y_NM: np.ndarray, alphas: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same where all is known."""
+def ridge_left_out(
+    x_ND: np.ndarray, y_N: np.ndarray, alphas: tuple[float, ...]
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Coefficients ``[D]`` and offset of one known column, and what each row is predicted without having been seen."""
+    beta_1D, offset_1, _, left_out_N1 = _ridge(x_ND, y_N[:, None], alphas)
+    return beta_1D[0], float(offset_1[0]), left_out_N1[:, 0]
+
+
+def _ridge(
+    x_ND: np.ndarray, y_NM: np.ndarray, alphas: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Coefficients, offsets, alphas and leave-one-out predictions where all is known."""
     num_rows = len(x_ND)
     mean_D, mean_M = x_ND.mean(0), y_NM.mean(0)
     u_NR, s_R, v_RD = _decomposed(x_ND - mean_D)
     centred_NM = y_NM - mean_M
     image_RM = u_NR.T @ centred_NM
-    error_AM = []
-    for alpha in alphas:
-        shrink_R = s_R**2 / (s_R**2 + alpha)
-        hat_N1 = 1 / num_rows + (u_NR**2 @ shrink_R)[:, None]
-        residual_NM = centred_NM - u_NR @ (shrink_R[:, None] * image_RM)
-        error_AM.append(
-            ((residual_NM / np.maximum(1 - hat_N1, 1e-9)) ** 2).mean(0)
-            if num_rows > 1
-            else -np.full(len(mean_M), alpha)
-        )
+    error_AM, shrink_AR = [], np.array([s_R**2 / (s_R**2 + alpha) for alpha in alphas])
+    for alpha, shrink_R in zip(alphas, shrink_AR, strict=True):
+        residual_NM = _left_out_residual(u_NR, shrink_R[:, None], image_RM, centred_NM)
+        error_AM.append((residual_NM**2).mean(0) if num_rows > 1 else np.full(len(mean_M), -alpha))
     choice_M = np.argmin(error_AM, axis=0)
     alpha_M = np.asarray(alphas)[choice_M]
+    left_out_NM = y_NM - _left_out_residual(u_NR, shrink_AR[choice_M].T, image_RM, centred_NM)
     beta_MD = ((s_R[:, None] / (s_R[:, None] ** 2 + alpha_M)) * image_RM).T @ v_RD
-    return beta_MD, mean_M - beta_MD @ mean_D, alpha_M
+    return beta_MD, mean_M - beta_MD @ mean_D, alpha_M, left_out_NM
+
+
+def _left_out_residual(
+    u_NR: np.ndarray, shrink_RM: np.ndarray, image_RM: np.ndarray, centred_NM: np.ndarray
+) -> np.ndarray:
+    """Residuals over 1 - h; ``shrink_RM`` may have one column for all."""
+    hat_NM = 1 / len(u_NR) + u_NR**2 @ shrink_RM
+    return (centred_NM - u_NR @ (shrink_RM * image_RM)) / np.maximum(1 - hat_NM, 1e-9)
 
 
 def _decomposed(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """U, s, V^T without directions of no length; by X^T X where that is small, far quicker than the SVD of a tall matrix."""
     if len(x_ND) < x_ND.shape[1]:
         return np.linalg.svd(x_ND, full_matrices=False)
+    if not x_ND.shape[1]:
+        return np.zeros((len(x_ND), 0)), np.zeros(0), np.zeros((0, 0))
     square_R, v_DR = np.linalg.eigh(x_ND.T @ x_ND)
     kept_R = square_R > square_R[-1] * 1e-12
     if not kept_R.any() or square_R[-1] <= 0:

@@ -9,6 +9,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.dataset import Recorded
+from anabranch.gateway.query import Query
 from anabranch.gateway.strategy import Arrays, Facts
 
 
@@ -51,11 +52,21 @@ def vectors_of(data: Recorded, dim: int, name: str) -> np.ndarray:
     """float32 ``[N, D]``. Raises InputError where there are none, or of another length than learned from."""
     if data.vector_ND is None:
         raise InputError(f"{name} needs the vectors of queries; give the gateway an embedder")
-    if data.vector_ND.shape[1] != dim:
+    return _checked(np.asarray(data.vector_ND, np.float32), dim, name)
+
+
+def vector_of(query: Query, dim: int, name: str) -> np.ndarray:
+    """The vector of one query, float32 ``[1, D]``; quicker than by a table of one row. Raises as `vectors_of`."""
+    if query.vector_D is None:
+        raise InputError(f"{name} needs the vectors of queries; give the gateway an embedder")
+    return _checked(np.asarray(query.vector_D, np.float32)[None], dim, name)
+
+
+def _checked(vector_ND: np.ndarray, dim: int, name: str) -> np.ndarray:
+    if vector_ND.shape[1] != dim:
         raise InputError(
-            f"{name} learned from vectors of {dim} dimensions and was given {data.vector_ND.shape[1]}; use the embedder it was fitted with"
+            f"{name} learned from vectors of {dim} dimensions and was given {vector_ND.shape[1]}; use the embedder it was fitted with"
         )
-    vector_ND = np.asarray(data.vector_ND, np.float32)
     if not np.isfinite(vector_ND).all():
         raise InputError(f"{name} was given a vector that is not finite")
     return vector_ND
