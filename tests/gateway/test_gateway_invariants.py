@@ -31,20 +31,10 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, open_store
 from gateway_process import served
 
-STEPS = ("ok",) * 9 + (
-    "500",
-    "429:0",
-    "cut:2",
-    "reset",
-    "garbage",
-    "slow:0.05",
-    "filter",
-    "credit",
-    "html",
-    "no_done",
-    "short",
-    *("slow:0.3",) * 5,
-)
+STEPS = (
+    *("ok",) * 9, *("slow:0.3",) * 5, "500", "429:0", "cut:2", "reset", "garbage", "slow:0.05", "filter", "credit", "html",
+    "no_done", "short",
+)  # fmt: skip
 LIMITS = {"global": 1.0, "team:a": 0.2, "user:x": 0.2, "tag:t": 0.03}
 
 
@@ -67,7 +57,8 @@ def busy(tmp_path, seed, mode):
     return GatewayConfig(
         models=models, strategies={"cheapest": StrategyConfig(use="cheapest"), "random": StrategyConfig(use="random")},
         fallbacks={"small": ("medium", "large"), "medium": ("small",)}, require_key=True, deadline_s=3.0, hedge=HedgeConfig(),
-        breaker=BreakerConfig(open_s=0.02, max_open_s=0.05), mid_stream=mode, retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=5.0),
+        breaker=BreakerConfig(open_s=0.02, max_open_s=0.05), mid_stream=mode,
+        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=5.0),
         cache=CacheConfig(semantic=True), embedder=Hashed.Config(), store=str(tmp_path / "g.db"),
     )  # fmt: skip
 

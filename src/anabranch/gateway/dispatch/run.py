@@ -128,7 +128,10 @@ class Run:
             self._skip(group.name, "no deployment takes requests")
 
     async def _may_go_on(self, model: str, now: float) -> bool:
-        """Whether an attempt beyond the first, or elsewhere than at the first candidate, may be made; waits as long as a retry has to. Raises UpstreamError if no more may."""
+        """Whether an attempt beyond the first, or elsewhere than at the first candidate, may be made; waits as long as a retry has to.
+
+        Raises UpstreamError if no more may.
+        """
         if self._has_failed:
             holds, self._holds = self._holds, False
             if not self.dispatcher.budget.take(now, holds):
