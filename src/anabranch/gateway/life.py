@@ -212,7 +212,7 @@ class Life:
         return None
 
     async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
-        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, ApiError when late."""
+        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, or a deadline."""
         try:
             async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
                 return await flights.join((self.tenant, key))
