@@ -4,6 +4,8 @@ An offload counts as successful here if the nearest example's command, handed ou
 what one can tell of thousands of requests without asking a model.
 """
 
+import functools
+
 import numpy as np
 
 from anabranch.gateway.ic_cache.manager import HOUR_S, Manager
@@ -78,7 +80,7 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         count: requests, half on each topic, over 16 hours.
         capacity_kb: of the pool.
 
-    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first quarter of the second.
+    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first of the second.
     """
     random = np.random.default_rng(seed)
     find = [pair for pair in work.stored if first_command(pair.command) == "find"]
@@ -97,10 +99,8 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         if examples:
             manager.shown(examples[::-1], quality[0], 0.3, is_cheap=True, now_s=now_s)
         scores.append(max(quality, default=0.0))
-        pool.admit(
-            query, pair.command, "large", now_s=now_s, vector_D=vector_D,
-            make_room=lambda missing, now_s=now_s: manager.make_room(missing, now_s),
-        )  # fmt: skip
+        make_room = functools.partial(manager.make_room, now_s=now_s)
+        pool.admit(query, pair.command, "large", now_s=now_s, vector_D=vector_D, make_room=make_room)
     half, quarter = count // 2, count // 8
     return {
         "before": float(np.mean(scores[half - quarter : half])),

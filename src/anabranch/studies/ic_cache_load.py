@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
@@ -150,7 +149,14 @@ def simulate(name: str, measured: Measured, rho: float, seed: int, times: np.nda
     }  # fmt: skip
 
 
-def sweep(name: str, measured: Measured, rhos: tuple[float, ...], seed: int, progress: Any, limit: int | None) -> dict[str, float]:  # fmt: skip
+def sweep(
+    name: str,
+    measured: Measured,
+    rhos: tuple[float, ...],
+    seed: int,
+    progress: Callable[[str], None],
+    limit: int | None,
+) -> dict[str, float]:
     """`simulate` at each load; metrics are named ``quality@0.5`` and so on."""
     times = arrivals(limit)
     found: dict[str, float] = {}
