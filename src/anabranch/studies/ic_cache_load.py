@@ -82,7 +82,9 @@ Policy = Callable[[np.ndarray, float, float], int]  # context, load of the large
 
 def ours(train: Measured, seed: int, *, lambda0: float = 1.0) -> tuple[Policy, Router]:
     """The bandit, taught both arms' qualities of the training requests."""
-    config = Router.Config(critic=Critic.Config(hidden=(128, 64)), lambda0=lambda0, temperature=0.0, ask_share=0.0)
+    config = Router.Config(
+        critic=Critic.Config(hidden=(128, 64)), lambda0=lambda0, temperature=0.0, explore=0.0, ask_share=0.0
+    )
     router = Router(config, ARMS, [0.3, 1.0], train.x_RI.shape[1] - 8, seed=seed)
     random = np.random.default_rng(seed)
     for _ in range(20):
