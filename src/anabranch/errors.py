@@ -3,6 +3,10 @@
     AnabranchError
     ├── ConfigError       a config field has a value it may not have (also a ValueError)
     ├── InputError        an argument of a call (array, graph, node, k) has a value it may not have (also a ValueError)
+    │   └── UnknownModelError   a request names a model that a gateway does not have
+    ├── LimitError        a request has no room in a limit of a gateway
+    │   ├── BudgetError         of spending
+    │   └── RateError           of requests or tokens a minute
     ├── DataError         a corpus, dataset or trace is missing, unreadable or malformed
     ├── CheckpointError   a model folder or file is missing, corrupt, or of another shape or version
     ├── TokenizerError    a tokenizer cannot be read or does not fit the model
@@ -11,6 +15,8 @@
 
 Messages say what was wrong, which value, and what would work. The command line prints them as one line, exit code 2.
 """
+
+from collections.abc import Sequence
 
 
 class AnabranchError(Exception):
@@ -23,6 +29,70 @@ class ConfigError(AnabranchError, ValueError):
 
 class InputError(AnabranchError, ValueError):
     """An argument of a call has a value it may not have; the message names it, the value (and its row), and what is allowed."""
+
+
+class UnknownModelError(InputError):
+    """A request names a model that a gateway does not have.
+
+    Attributes:
+        model: the name.
+        near: names that were perhaps meant, best first.
+    """
+
+    def __init__(self, model: str, near: Sequence[str] = ()) -> None:
+        self.model, self.near = model, tuple(near)
+        found = f"did you mean {' or '.join(map(repr, near))}?" if near else "list the models to see what there is"
+        super().__init__(f"there is no model {model!r}; {found}")
+
+
+class LimitError(AnabranchError):
+    """A request has no room in a limit of a gateway.
+
+    Attributes:
+        retry_after_s: seconds after which it may have; None if waiting does not help.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class BudgetError(LimitError):
+    """A budget has no room for what a request may cost.
+
+    Attributes:
+        subject: whose budget: ``key:ID``, ``user:NAME``, ``team:NAME``, ``tag:NAME`` or ``global``.
+        period: of the budget.
+        limit_nano, remaining_nano: nano-dollars; what remains is neither spent nor reserved.
+        resets_s: unix seconds at which the period ends; None if it never does.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        subject: str,
+        period: str,
+        limit_nano: int,
+        remaining_nano: int,
+        resets_s: float | None,
+        retry_after_s: float | None,
+    ) -> None:
+        super().__init__(message, retry_after_s)
+        self.subject, self.period = subject, period
+        self.limit_nano, self.remaining_nano, self.resets_s = limit_nano, remaining_nano, resets_s
+
+
+class RateError(LimitError):
+    """Too many requests or tokens in a minute.
+
+    Attributes:
+        limit: ``rpm`` or ``tpm``.
+    """
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float | None) -> None:
+        super().__init__(message, retry_after_s)
+        self.limit = limit
 
 
 class DataError(AnabranchError):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.config import Config, from_dict, to_dict
+from anabranch.gateway.contract import check_strategy
 from anabranch.lm import Decoder
 from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
 from anabranch.nn.streams import Streams
@@ -46,6 +47,7 @@ __all__ = [
     "check_routing",
     "check_score",
     "check_select",
+    "check_strategy",
     "check_streams",
 ]
 

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +26,8 @@ class Recorded:
         latency_NM: float64, seconds; None if not recorded.
         answers: of each query, model to answer; empty if not recorded.
         vector_ND: float32 unit vectors of the texts; None until embedded.
+        signals: float64 ``[N, M]`` by name: what is known of an answer beside its score, NaN where it is not: ``logprob`` (mean of its
+            tokens), ``entropy``, ``votes`` (share of self-verifications for it), ``agreement`` (share of samples that say the same).
     """
 
     query: tuple[str, ...]
@@ -37,6 +39,7 @@ class Recorded:
     latency_NM: np.ndarray | None = None
     answers: tuple[Mapping[str, str], ...] = ()
     vector_ND: np.ndarray | None = None
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.query), len(self.models))
@@ -58,6 +61,11 @@ class Recorded:
                 raise DataError(
                     f"{name} has shape {list(value.shape)}; it must begin with {list(shape)} (queries, models)"
                 )
+        for name, value in self.signals.items():
+            if value.shape != shape:
+                raise DataError(
+                    f"signal {name!r} has shape {list(value.shape)}; it must be {list(shape)} (queries, models)"
+                )
         if np.isinf(self.score_NM).any() or (
             self.cost_NM is not None and (np.isinf(self.cost_NM).any() or (self.cost_NM < 0).any())
         ):
@@ -75,7 +83,8 @@ class Recorded:
         }
         return replace(
             self, query=tuple(self.query[row] for row in at), task=tuple(self.task[row] for row in at), score_NM=self.score_NM[at],
-            answers=tuple(self.answers[row] for row in at) if self.answers else (), **part,
+            answers=tuple(self.answers[row] for row in at) if self.answers else (),
+            signals={name: value[at] for name, value in self.signals.items()}, **part,
         )  # fmt: skip
 
     def only(self, models: Sequence[str]) -> Self:
@@ -88,7 +97,8 @@ class Recorded:
             name: None if (value := getattr(self, name)) is None else value[:, at]
             for name in ("cost_NM", "tokens_NM2", "latency_NM")
         }
-        return replace(self, models=tuple(models), score_NM=self.score_NM[:, at], **part)
+        signals = {name: value[:, at] for name, value in self.signals.items()}
+        return replace(self, models=tuple(models), score_NM=self.score_NM[:, at], signals=signals, **part)
 
     def with_vectors(self, vector_ND: np.ndarray) -> Self:
         """The same with vectors of the texts."""
@@ -97,10 +107,12 @@ class Recorded:
     def queries(self) -> Iterator[Query]:
         """Each row as a strategy sees it."""
         for row, text in enumerate(self.query):
-            tokens = None if self.tokens_NM2 is None else float(np.nanmean(self.tokens_NM2[row, :, 0]))
+            known = (
+                [] if self.tokens_NM2 is None else self.tokens_NM2[row, :, 0][np.isfinite(self.tokens_NM2[row, :, 0])]
+            )
             yield Query(
                 text=text, task=self.task[row],
-                prompt_tokens=None if tokens is None or np.isnan(tokens) else round(tokens),
+                prompt_tokens=round(float(np.mean(known))) if len(known) else None,
                 vector_D=None if self.vector_ND is None else self.vector_ND[row],
                 answers=self.answers[row] if self.answers else {},
             )  # fmt: skip

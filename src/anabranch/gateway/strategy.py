@@ -7,23 +7,36 @@
     judge     play(recorded, pool) -> Played   what it would have earned and spent
 
 A strategy that reads answers (a cascade) is asked ``accept`` after each one, and the gateway goes on to the next candidate while it
-says no. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
+says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``; what it asks through, the gateway lends by
+``connect``. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
 """
 # Shapes: N queries, M models
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
+from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
+Embed = Callable[[Sequence[str]], np.ndarray]  # texts to unit vectors [N, D]
+
+
+class Complete(Protocol):
+    """How a strategy asks a model of the gateway: its name, the text, and how; the answer's text comes back.
+
+    The gateway counts these calls as any other and charges them to the request they are made for.
+    """
+
+    def __call__(self, model: str, prompt: str, *, max_tokens: int, temperature: float) -> Awaitable[str]:
+        """Raises an AnabranchError if no answer comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +63,9 @@ class Strategy(Part, family="strategy"):
         needs_vector: ``route`` wants ``query.vector_D``.
         reads_answers: ``accept`` is asked after each answer.
         needs_fit: it cannot route before ``fit``.
+        is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
+        is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
+            event loop; others get a thread.
         knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
     """
 
@@ -60,6 +76,8 @@ class Strategy(Part, family="strategy"):
     needs_vector: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
+    is_async: ClassVar[bool] = False
+    is_fast: ClassVar[bool] = False
     knob: ClassVar[str | None] = None
 
     def __init__(self, config: Any) -> None:
@@ -69,6 +87,9 @@ class Strategy(Part, family="strategy"):
     def name(self) -> str:
         """What it is called in tables and headers."""
         return self.kind or type(self).__name__
+
+    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+        """Take what the gateway lends: its embedder and its models. Called once before the first decision, and after a reload."""
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn from recorded outcomes. Same data, same seed, same result."""
@@ -80,6 +101,10 @@ class Strategy(Part, family="strategy"):
         Raises InputError if it was not fitted, or the query lacks what it needs.
         """
         raise NotImplementedError
+
+    async def aroute(self, query: Query, pool: Pool) -> Decision:
+        """`route`, for strategies that ask a model to decide."""
+        return self.route(query, pool)
 
     def prepare(
         self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None
@@ -98,8 +123,20 @@ class Strategy(Part, family="strategy"):
         return messages
 
     def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
-        """Whether this answer is good enough to give. ``details`` carries what the provider said of it (log-probabilities)."""
+        """Whether this answer is good enough to give.
+
+        Args:
+            query: as it was decided on.
+            model: that answered.
+            answer: its text.
+            details: what the provider said of it, as far as it did: ``logprobs`` (OpenAI's list of tokens with ``logprob`` and
+                ``top_logprobs``), ``samples`` (texts of further answers), or a number by the name of a signal of `Recorded`.
+        """
         return True
+
+    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """`accept`, for strategies that ask a model for its opinion."""
+        return self.accept(query, model, answer, details)
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome. Outcomes without a quality may teach cost and latency."""
@@ -114,8 +151,10 @@ class Strategy(Part, family="strategy"):
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """Route every row and look up what the first choice earned. Strategies that ask several models say their own."""
-        names = {name: column for column, name in enumerate(data.models)}
-        choice = [names[self.route(query, pool).model] for query in data.queries()]
+        columns = playable(data, pool)
+        recorded = Pool(tuple(model for model in pool.models if model.name in data.models), pool.now_s)
+        names = {data.models[column]: column for column in columns}
+        choice = [names[self.route(query, recorded).model] for query in data.queries()]
         return played(data, np.asarray(choice, np.int64))
 
     def explain(self, query: Query, pool: Pool) -> Facts:
@@ -145,6 +184,20 @@ def played(data: Recorded, model_N: np.ndarray) -> Played:
     calls_NM[rows, model_N] = True
     cost_N = np.full(len(data), np.nan) if data.cost_NM is None else data.cost_NM[rows, model_N]
     return Played(model_N=model_N, quality_N=data.score_NM[rows, model_N], cost_N=cost_N, calls_NM=calls_NM)
+
+
+def playable(data: Recorded, pool: Pool | None, known: Sequence[str] | None = None) -> np.ndarray:
+    """Columns of the data that a strategy may choose: those of the pool and, where it must know a model, of the known ones.
+
+    In the order of the pool, so that ties fall as they do in `ordered`. Raises InputError if there is none.
+    """
+    names = data.models if pool is None else [name for name in pool.names if name in data.models]
+    columns = [data.models.index(name) for name in names if known is None or name in known]
+    if not columns:
+        there = "" if pool is None else f" and are in the pool ({', '.join(pool.names)})"
+        learned = "" if known is None else f"; the strategy learned of {', '.join(known) or 'none'}"
+        raise InputError(f"none of the recorded models {', '.join(data.models)} can be chosen{there}{learned}")
+    return np.asarray(columns, np.int64)
 
 
 def ordered(pool: Pool, score_M: np.ndarray, **of_model: np.ndarray) -> tuple[Candidate, ...]:

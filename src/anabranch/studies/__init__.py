@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 STUDIES = {
     "alf_lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
+    "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
+    "graphrouter": "anabranch.studies.graphrouter:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",
     "g_rank": "anabranch.studies.g_rank:make",
@@ -29,6 +31,7 @@ STUDIES = {
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
+    "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "versatile": "anabranch.studies.versatile:make",
 }

@@ -80,7 +80,7 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         count: requests, half on each topic, over 16 hours.
         capacity_kb: of the pool.
 
-    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first of the second.
+    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first quarter of the second.
     """
     random = np.random.default_rng(seed)
     find = [pair for pair in work.stored if first_command(pair.command) == "find"]
@@ -99,8 +99,10 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         if examples:
             manager.shown(examples[::-1], quality[0], 0.3, is_cheap=True, now_s=now_s)
         scores.append(max(quality, default=0.0))
-        make_room = functools.partial(manager.make_room, now_s=now_s)
-        pool.admit(query, pair.command, "large", now_s=now_s, vector_D=vector_D, make_room=make_room)
+        pool.admit(
+            query, pair.command, "large", now_s=now_s, vector_D=vector_D,
+            make_room=functools.partial(manager.make_room, now_s=now_s),
+        )  # fmt: skip
     half, quarter = count // 2, count // 8
     return {
         "before": float(np.mean(scores[half - quarter : half])),

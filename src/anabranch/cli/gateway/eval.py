@@ -1,0 +1,205 @@
+"""``anabranch gateway eval``: judge routers on recorded outcomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.gateway.options import (
+    AllowLeak,
+    ColumnMap,
+    Data,
+    EmbedderKind,
+    Fields,
+    Named,
+    Prices,
+    check_ending,
+    embed,
+    make_embedder,
+    measured,
+    read_data,
+    read_strategies,
+)
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.output import fact, print_json, say, table
+from anabranch.errors import DataError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dataset import Recorded
+    from anabranch.gateway.referee import Report
+
+
+def evaluate(
+    data: Data,
+    router: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Judge these routers (of gateway fit) instead of fitting new ones."),
+    ] = None,
+    strategy: Named = None,
+    fields: Fields = None,
+    embedder: EmbedderKind = "hashed",
+    test: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Outcomes to judge on. Default: a share of DATA, drawn by task.")
+    ] = None,
+    test_share: Annotated[float, typer.Option(metavar="F", min=0.01, max=0.99, help="How large that share is.")] = 0.2,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each strategy learns.")] = 3,
+    seed: Seed = 0,
+    dollar: Annotated[
+        float, typer.Option(metavar="F", min=0, help="Score that a dollar (or unit) is worth, for regret.")
+    ] = 0.0,
+    unit: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="UNIT",
+            help="What costs are in: dollars, seconds, tokens or joules (of the price file).",
+        ),
+    ] = "dollars",
+    columns: ColumnMap = None,
+    prices: Prices = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", metavar=FLAG, help="Leave out questions that the routers learned from.")
+    ] = False,
+    allow_leak: AllowLeak = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with picture and tables.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw cost against quality (.png, .svg).")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
+
+    Without --router, each strategy learns from a part of DATA and is judged on the rest.
+
+    Example: anabranch gateway eval outcomes.jsonl.gz --strategy knn --html report.html
+    """
+    check_ending(picture, "--picture", (".png", ".svg"))
+    check_ending(html, "--html", (".html",))
+    check_ending(markdown, "--markdown", (".md",))
+    with waiting(f"reading {data}", quiet):
+        recorded, pool = read_data(data, columns, prices)
+    recorded = measured(recorded, unit, prices)
+    settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
+    if router is None:
+        other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)
+        parts = _parts(recorded, other, test_share, seed)
+        chosen = read_strategies(strategy, fields)
+        report = _learn_and_judge(chosen, *parts, embedder, range(seed, seed + seeds), settings, quiet)
+    else:
+        report = _judge(router, strategy, recorded, unseen, settings, quiet)
+    report = report.replace(unit=unit)
+    written = _write(report, data, html, picture, markdown)
+    if as_json:
+        print_json({**report.to_dict(), "wrote": written})
+        return
+    _print(report, written)
+
+
+def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tuple[Recorded, Recorded]:
+    """What to learn from and what to judge on."""
+    from anabranch.gateway.data import split
+
+    if test is not None:
+        return data, test
+    train, held_out = split(data, (1 - share, share), seed=seed)
+    return train, held_out
+
+
+def _learn_and_judge(
+    chosen: dict[str, Any], train: Recorded, test: Recorded, embedder: str, seeds: range, settings: dict[str, Any], quiet: bool
+) -> Report:  # fmt: skip
+    from anabranch.gateway.data import check_disjoint
+    from anabranch.gateway.referee import evaluate as judge
+
+    if not settings["allow_leak"]:
+        check_disjoint(train, test)  # before the work
+
+    def tell(text: str) -> None:
+        if not quiet:
+            say(text)
+
+    if any(one.needs_vector for one in chosen.values()):
+        made = make_embedder(embedder).fit(train.query)
+        settings["embed"] = made.embed
+        train, test = embed(made, train, tell), embed(made, test, tell)
+    with waiting("judging", quiet):
+        return judge(chosen, train=train, test=test, seeds=seeds, **settings)
+
+
+def _judge(
+    folder: Path, names: list[str] | None, data: Recorded, unseen: bool, settings: dict[str, Any], quiet: bool
+) -> Report:
+    """Fitted routers on what they did not learn from. Of the very outcomes they were fitted on, that is the part held out."""
+    from anabranch.gateway.embed.cache import fingerprint
+    from anabranch.gateway.referee import evaluate as judge
+    from anabranch.gateway.referee.evaluate import digest
+    from anabranch.gateway.saving import load_folder
+
+    found = load_folder(folder, names)
+    if not settings["allow_leak"]:
+        if unseen or digest(data) == found.manifest.get("data"):
+            data = _rest(found, data)
+        found.check_unseen(data)
+    data = data.only([name for name in found.manifest["models"] if name in data.models] or data.models)
+    embedded: dict[str, Recorded] = {}
+    for router in found.routers.values():
+        if router.embedder is not None:
+            embedded.setdefault(
+                fingerprint(router.embedder), embed(router.embedder, data, say if not quiet else _nothing)
+            )
+    if len(embedded) > 1:
+        raise DataError(f"the routers in {folder} were fitted with different embedders; judge them one at a time")
+    data = next(iter(embedded.values()), data)
+    strategies = {name: router.strategy for name, router in found.routers.items()}
+    with waiting("judging", quiet):
+        return judge(strategies, train=None, test=data, **settings)
+
+
+def _nothing(text: str) -> None:
+    pass
+
+
+def _rest(found: Any, data: Recorded) -> Recorded:
+    import numpy as np
+
+    rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
+    if not len(rows):
+        raise DataError(
+            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
+        )
+    return data.take(rows)
+
+
+def _write(report: Report, name: str, html: Path | None, picture: Path | None, markdown: Path | None) -> list[str]:
+    from anabranch.files import atomic_file, atomic_write_text
+
+    if picture is not None:
+        from anabranch.gateway.referee.pictures import draw
+        from anabranch.report.style import to_png, to_svg
+
+        made = draw(report)
+        with atomic_file(picture) as temporary:
+            temporary.write_bytes(to_svg(made).encode() if picture.suffix == ".svg" else to_png(made))
+    if html is not None:
+        from anabranch.gateway.referee.page import page
+
+        atomic_write_text(html, page(report, f"Routers on {Path(name).name}"))
+    if markdown is not None:
+        atomic_write_text(markdown, report.to_markdown())
+    return [str(path) for path in (picture, html, markdown) if path is not None]
+
+
+def _print(report: Report, written: list[str]) -> None:
+    for headers, rows in report.tables():
+        table(headers, rows)
+        print()
+    print(report.describe())
+    for name, reason in report.failed.items():
+        say(f"{name} was left out: {reason}")
+    if written:
+        fact("wrote", ", ".join(written))

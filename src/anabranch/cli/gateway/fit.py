@@ -1,0 +1,104 @@
+"""``anabranch gateway fit``: learn routers from recorded outcomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.gateway.options import (
+    ColumnMap,
+    Data,
+    EmbedderKind,
+    Fields,
+    Named,
+    Prices,
+    embed,
+    make_embedder,
+    read_data,
+    read_strategies,
+)
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.output import print_json, say, size, table, wrote
+from anabranch.errors import InputError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dataset import Recorded
+
+ENOUGH = 20  # questions, of which a share can be held out without a word
+
+
+def fit(
+    data: Data,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the routers; an older one is replaced.")],
+    strategy: Named = None,
+    fields: Fields = None,
+    embedder: EmbedderKind = "hashed",
+    columns: ColumnMap = None,
+    prices: Prices = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            min=0,
+            max=0.9,
+            help="Share of the questions kept for gateway eval. Default: 0.2; 0 learns from all.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn routers from recorded outcomes and write them to a folder.
+
+    Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
+    """
+    from anabranch.gateway.referee.evaluate import digest
+    from anabranch.gateway.saving import FittedRouter, save_folder
+
+    with waiting(f"reading {data}", quiet):
+        recorded, pool = read_data(data, columns, prices)
+    chosen = read_strategies(strategy, fields)
+    learned = _learned(recorded, hold_out, seed)
+    made = make_embedder(embedder)
+    if any(one.needs_vector for one in chosen.values()):
+        with waiting("embedding", quiet):
+            learned = embed(made.fit(learned.query), learned, lambda text: None if quiet else say(text))
+    about: dict[str, Any] = {
+        "data": digest(recorded), "learned": len(learned), "held_out": len(recorded) - len(learned), "seed": seed,
+        "embedder": embedder,
+    }  # fmt: skip
+    routers = {}
+    for name, one in chosen.items():
+        with waiting(f"fitting {name}", quiet):
+            one.connect(embed=made.embed)
+            one.fit(learned, seed=seed)
+        needed = made if one.needs_vector else None
+        routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)
+    save_folder(out, routers, learned, about)
+    sizes = {name: (out / f"{name}.safetensors").stat().st_size for name in routers}
+    if as_json:
+        print_json({"out": str(out), "routers": sizes, "models": list(recorded.models), **about})
+        return
+    table(["router", "needs vectors", "file"], [
+        [name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()
+    ], text_columns=2)  # fmt: skip
+    print(f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out")
+    after = "eval" if about["held_out"] else "route 'a question'"
+    wrote(str(out), f"anabranch gateway {after} {data if about['held_out'] else ''} --router {out}".replace("  ", " "))
+
+
+def _learned(data: Recorded, hold_out: float | None, seed: int) -> Recorded:
+    """The part to learn from."""
+    from anabranch.gateway.data import split
+
+    share = (0.2 if len(data) >= ENOUGH else 0.0) if hold_out is None else hold_out
+    if share == 0:
+        return data
+    if round(share * len(data)) in (0, len(data)):
+        raise InputError(
+            f"--hold-out is {share:g}, which leaves one side of {len(data)} questions empty; use 0 for none"
+        )
+    return split(data, (1 - share, share), seed=seed)[0]

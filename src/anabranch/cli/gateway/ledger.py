@@ -1,0 +1,265 @@
+"""``anabranch gateway ledger``: what was asked, what it cost, and taking it elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, amount, moment, when, with_store
+from anabranch.cli.options import AsJson
+from anabranch.cli.output import fact, print_json, table
+from anabranch.errors import InputError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.store import LedgerRow, Store
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the ledger, and take it elsewhere.")
+PAGE = 5000
+Since = Annotated[
+    str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
+]
+Until = Annotated[str | None, typer.Option(metavar="WHEN", help="Up to then, which is left out.")]
+Key = Annotated[str | None, typer.Option("--key", metavar="ID", help="Of this key.")]
+User = Annotated[str | None, typer.Option(metavar="USER", help="Of this user.")]
+Team = Annotated[str | None, typer.Option(metavar="TEAM", help="Of this team.")]
+Tag = Annotated[str | None, typer.Option(metavar="TAG", help="With this tag.")]
+Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Answered by this model.")]
+Status = Annotated[str | None, typer.Option(metavar="S", help="ok, error, refused, cancelled or crashed.")]
+
+
+@app.command("list")
+def show(
+    since: Since = None,
+    until: Until = None,
+    key: Key = None,
+    user: User = None,
+    team: Team = None,
+    tag: Tag = None,
+    model: Model = None,
+    status: Status = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Rows at most.")] = 20,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """List requests, newest first.
+
+    Example: anabranch gateway ledger list --since 24h --status error
+    """
+    query = _query(since, until, key, user, team, tag, model, status)
+    rows = with_store(store, lambda opened: opened.ledger(dataclasses.replace(query, limit=limit)))
+    if as_json:
+        print_json({"rows": [facts(row) for row in rows]})
+        return
+    heads = [
+        "time",
+        "request",
+        "key",
+        "asked for",
+        "model",
+        "status",
+        "tokens\nin",
+        "tokens\nout",
+        "cost\n($)",
+        "time\n(ms)",
+    ]
+    table(heads, [_cells(row) for row in rows], text_columns=6)
+
+
+@app.command()
+def spend(
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="key, user, team, tag, model, strategy, day, ... May be repeated."),
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Add up what was spent. A request with several tags counts in each of them.
+
+    Example: anabranch gateway ledger spend --by team --by model --since 30d
+    """
+    names = by or ["model"]
+    bounds = {"since_s": moment(since, "--since"), "until_s": moment(until, "--until")}
+    found = with_store(store, lambda opened: opened.spend(names, **bounds))
+    if as_json:
+        groups = [
+            {
+                **dict(zip(names, one.group, strict=True)),
+                **{k: v for k, v in dataclasses.asdict(one).items() if k != "group"},
+            }
+            for one in found
+        ]
+        print_json({"by": names, "groups": groups})
+        return
+    rows = [
+        [
+            *(text or "-" for text in one.group), f"{one.requests:,}", f"{one.errors:,}", f"{one.prompt_tokens:,}",
+            f"{one.completion_tokens:,}", amount(one.cost_nano),
+        ]
+        for one in found
+    ]  # fmt: skip
+    heads = [*names, "requests", "not ok", "tokens\nin", "tokens\nout", "cost\n($)"]
+    table(heads, rows, text_columns=len(names))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where rows go: .csv or .parquet.")],
+    since: Since = None,
+    until: Until = None,
+    key: Key = None,
+    user: User = None,
+    team: Team = None,
+    tag: Tag = None,
+    model: Model = None,
+    status: Status = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Write requests into a table, oldest first; money in nano-dollars, so that sums are exact.
+
+    Example: anabranch gateway ledger export --since 2026-11-01 --out november.parquet
+    """
+    from anabranch.files import atomic_file
+
+    writers = {".csv": _write_csv, ".parquet": _write_parquet}
+    if out.suffix not in writers:
+        raise InputError(f"--out is {str(out)!r}; it must end in {' or '.join(writers)}")
+    query = _query(since, until, key, user, team, tag, model, status)
+
+    async def pages(opened: Store) -> AsyncIterator[list[LedgerRow]]:
+        last = 0
+        while rows := await opened.ledger(dataclasses.replace(query, after_seq=last, newest_first=False, limit=PAGE)):
+            yield rows
+            assert rows[-1].seq is not None
+            last = rows[-1].seq
+
+    async def work(opened: Store) -> int:
+        with atomic_file(out) as temporary:
+            return await writers[out.suffix](temporary, pages(opened))
+
+    count = with_store(store, work)
+    if as_json:
+        print_json({"rows": count, "wrote": str(out)})
+    else:
+        fact("rows", f"{count:,}")
+        fact("wrote", str(out))
+
+
+@app.command()
+def prune(
+    before: Annotated[str, typer.Argument(metavar="WHEN", help="A date (UTC) or so long ago, e.g. 90d.")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Delete rows, decisions and feedback that are older, and give the room back. What budgets count stays.
+
+    Example: anabranch gateway ledger prune 90d
+    """
+
+    async def work(opened: Store) -> int:
+        count = await opened.prune(moment(before, "WHEN") or 0.0)
+        await opened.vacuum()
+        return count
+
+    count = with_store(store, work)
+    if as_json:
+        print_json({"deleted": count})
+    else:
+        fact("deleted", f"{count:,} rows")
+
+
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Where the copy goes.")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a SQLite store as it is now, while gateways go on writing.
+
+    Example: anabranch gateway ledger backup gateway-copy.db
+    """
+    with_store(store, lambda opened: opened.backup(out))
+    if as_json:
+        print_json({"wrote": str(out)})
+    else:
+        fact("wrote", str(out))
+
+
+def _query(
+    since: str | None, until: str | None, key: str | None, user: str | None, team: str | None, tag: str | None, model: str | None,
+    status: str | None,
+) -> Any:  # fmt: skip
+    from anabranch.gateway.store import LedgerQuery
+
+    bounds = [moment(text, option) for text, option in ((since, "--since"), (until, "--until"))]
+    since_us, until_us = (None if bound is None else int(bound * 1e6) for bound in bounds)
+    return LedgerQuery(
+        since_us=since_us, until_us=until_us, key_id=key, user=user, team=team, tag=tag, model=model, status=status
+    )
+
+
+def _cells(row: LedgerRow) -> list[str]:
+    return [
+        when(row.ts_us), row.request_id, row.key_id or "-", row.requested or "-", row.model or "-",
+        f"{row.status} {row.code}".strip() + (f" ({row.cache})" if row.cache else ""), f"{row.prompt_tokens:,}",
+        f"{row.completion_tokens:,}", amount(row.cost_nano), "-" if row.latency_us is None else f"{row.latency_us / 1000:,.1f}",
+    ]  # fmt: skip
+
+
+def facts(row: LedgerRow) -> dict[str, Any]:
+    """Of a row; its price flattened, its lists kept."""
+    out = dataclasses.asdict(row)
+    price = out.pop("price") or {}
+    for name in ("input", "output", "cached_input"):
+        out[f"price_{name}"] = price.get(name)
+    return {"time": when(row.ts_us), **out}
+
+
+def _flat(row: LedgerRow) -> dict[str, Any]:
+    return {name: " ".join(value) if isinstance(value, tuple) else value for name, value in facts(row).items()}
+
+
+async def _write_csv(path: Path, pages: AsyncIterator[list[LedgerRow]]) -> int:
+    count = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _names())
+        writer.writeheader()
+        async for rows in pages:
+            writer.writerows({name: _harmless(value) for name, value in _flat(row).items()} for row in rows)
+            count += len(rows)
+    return count
+
+
+def _harmless(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula is marked as text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+async def _write_parquet(path: Path, pages: AsyncIterator[list[LedgerRow]]) -> int:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"is_estimated": pa.bool_(), "quality": pa.float64()}
+    whole = ("_us", "_tokens", "_nano", "attempts", "seq", "price_input", "price_output", "price_cached_input")
+    texts = {name: pa.int64() if name.endswith(whole) else pa.string() for name in _names()}
+    schema = pa.schema({**texts, **kinds}.items())
+    count = 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        async for rows in pages:
+            writer.write_table(pa.Table.from_pylist([_flat(row) for row in rows], schema))
+            count += len(rows)
+    return count
+
+
+def _names() -> list[str]:
+    from anabranch.gateway.store import LedgerRow
+
+    return list(facts(LedgerRow(request_id="")))

@@ -1,0 +1,127 @@
+"""Arguments and options that several commands of ``anabranch gateway`` have, and how recorded outcomes are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import FLAG, read_assignments
+from anabranch.cli.output import say
+from anabranch.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dataset import Recorded
+    from anabranch.gateway.embed import Embedder
+    from anabranch.gateway.query import Pool
+    from anabranch.gateway.strategy import Strategy
+
+DEFAULT = ("knn", "cluster", "ridge")  # learn in seconds and need no torch
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Recorded outcomes: .jsonl, .csv, also .gz; a gateway's store (.db); or a public set (llmrouter, routellm_mmlu).",
+    ),
+]
+Named = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy", metavar="NAME", help=f"Which; may be repeated, all for every one. Default: {', '.join(DEFAULT)}."
+    ),
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME.FIELD=VALUE", help="Set a field of a strategy, e.g. --set knn.k=20."),
+]
+EmbedderKind = Annotated[
+    str, typer.Option("--embedder", metavar="KIND", help="What makes vectors of texts: hashed or minilm.")
+]
+ColumnMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Columns of a CSV file: query=COLUMN,task=COLUMN,score:MODEL=COLUMN,... Default: by their names.",
+    ),
+]
+Prices = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Prices of models (JSON or TOML), for costs where the outcomes hold none."),
+]
+AllowLeak = Annotated[
+    bool,
+    typer.Option("--allow-leak", metavar=FLAG, help="Judge on questions that were learned from, which flatters."),
+]
+
+
+def read_data(
+    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False
+) -> tuple[Recorded, Pool]:
+    """Outcomes, each question once unless copies are kept, and the pool of their models."""
+    from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
+
+    if name in SETS and not Path(name).is_file():
+        found = SETS[name]()
+        return found.data, found.pool
+    known = None if prices is None else read_prices(prices)
+    data = load(name, columns=None if columns is None else Columns.parse(columns), prices=known)
+    data = data if keep_copies else deduplicated(data)
+    return data, pool_of(data.models, known)
+
+
+def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
+    """Outcomes with costs in another unit. Raises ConfigError for another word than those of `UNITS`."""
+    from anabranch.gateway.data import UNITS, measured_in, read_joules
+
+    for known in UNITS:
+        if unit == known:
+            return measured_in(data, known, None if prices is None or known != "joules" else read_joules(prices))
+    raise ConfigError(f"--budget is {unit!r}; use one of {', '.join(UNITS)}")
+
+
+def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
+    """Strategies by name, not fitted; of ``all``, those that need no more than their defaults and what is installed."""
+    from anabranch.gateway import strategies
+
+    is_all = names == ["all"]
+    if is_all:
+        names = [name for name in strategies.names() if name != "oracle"]
+    of_name: dict[str, dict[str, Any]] = {name: {} for name in names or DEFAULT}
+    for path, value in read_assignments(fields).items():
+        name, _, field = path.partition(".")
+        if name not in of_name or not field:
+            raise ConfigError(f"--set has {path!r}; write NAME.FIELD=VALUE with one of {', '.join(of_name)}")
+        of_name[name][field] = value
+    made = {}
+    for name, given in of_name.items():
+        try:
+            made[name] = strategies.make(name, **given)
+        except (ImportError, ConfigError) as error:
+            if not is_all:
+                raise
+            say(f"{name} was left out: {error}")
+    return made
+
+
+def make_embedder(kind: str) -> Embedder:
+    """An embedder with its default config."""
+    from anabranch.config import from_dict
+    from anabranch.gateway.embed import Embedder
+
+    return from_dict(Embedder.Config, {"kind": kind}).build()
+
+
+def embed(embedder: Embedder, data: Recorded, progress: Any) -> Recorded:
+    """Outcomes with vectors; those of a slow embedder are kept for another time."""
+    from anabranch.gateway.embed import embed_cached
+
+    if embedder.is_fast:
+        return data.with_vectors(embedder.embed(data.query))
+    return data.with_vectors(embed_cached(embedder, data.query, progress=progress))
+
+
+def check_ending(path: Path | None, option: str, endings: tuple[str, ...]) -> None:
+    """Before the work. Raises InputError for a name that ends in nothing we write."""
+    if path is not None and path.suffix not in endings:
+        raise InputError(f"{option} is {str(path)!r}; its name must end in {' or '.join(endings)}")

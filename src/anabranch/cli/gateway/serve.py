@@ -1,0 +1,75 @@
+"""``anabranch gateway serve``: one OpenAI-compatible endpoint in front of many models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.options import FLAG, AsJson, Quiet
+from anabranch.cli.output import fact, print_json, say
+
+
+def serve(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="TOML or YAML. Without one: a mock pool of three models, and no keys.",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is seen from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.")] = 8080,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="SQLite file or URL of keys, budgets and the ledger. Default: as the config says."
+        ),
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop.")
+    ] = 30.0,
+    check: Annotated[
+        bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer OpenAI's clients, and send each request to the model that fits it.
+
+    POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/feedback; GET /v1/models, /health, /ready, /metrics,
+    /openapi.json; /admin/*; the page /ui. The field model takes a model, an alias, or auto/STRATEGY.
+
+    SIGHUP reads the config again; a bad one changes nothing. SIGTERM and Ctrl-C stop when the requests under way are answered.
+
+    Example: anabranch gateway serve --config gateway.toml --port 8080
+    """  # fmt: skip
+    from anabranch.gateway.http.run import load, run
+
+    if check:
+        held = load(config, store)
+        say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
+        return
+
+    def ready(url: str, admin_url: str) -> None:
+        import sys
+
+        if as_json:
+            print_json({"url": url, "admin_url": admin_url, "page": f"{admin_url}/ui", "pid": os.getpid()})
+        else:
+            fact("serving", f"{url}/v1   page {admin_url}/ui   (Ctrl-C stops)")
+            fact("next", f"curl -s {url}/v1/chat/completions -d '{_EXAMPLE}' -H 'content-type: application/json'")
+        sys.stdout.flush()
+
+    run(config, host=host, port=port, store=store, drain_s=drain, on_ready=ready)
+    if not quiet:
+        say("stopped; every request under way was answered")
+
+
+_EXAMPLE = '{"model": "auto", "messages": [{"role": "user", "content": "hello"}]}'

@@ -1,0 +1,27 @@
+"""`Entry`: an answer as it is kept."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A whole answer of a model.
+
+    Attributes:
+        body: the answer of ``/v1/chat/completions`` and its like, JSON.
+        model: that gave it.
+        prompt_tokens: it counted.
+        completion_tokens: it gave.
+        nano: nano-dollars that the call cost, and a hit saves.
+    """
+
+    body: bytes
+    model: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    nano: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in memory."""
+        return len(self.body) + len(self.model) + 300

@@ -1,0 +1,83 @@
+"""The exact cache: the same request of the same tenant gets the same answer, for a while."""
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from anabranch.errors import InputError
+from anabranch.gateway.cache.entry import Entry
+
+# What does not change the answer: how it is sent, and notes for the books. All else does, fields we do not know among them.
+IGNORED = frozenset(
+    {"stream", "stream_options", "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+)
+
+
+def exact_key(endpoint: str, target: str, body: Mapping[str, Any]) -> bytes:
+    """What requests share that ask the same of the same model or strategy; 32 bytes. The order of JSON keys does not matter."""
+    fields = {name: value for name, value in body.items() if name not in IGNORED and name != "model"}
+    text = json.dumps([endpoint, target, fields], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+class ExactCache:
+    """Answers by (namespace, key), the longest unused leaving first once there are too many bytes.
+
+    Args:
+        ttl_s: seconds an answer is good for.
+        size_bytes: most bytes of all answers together.
+        clock: seconds, rising.
+    """
+
+    def __init__(self, *, ttl_s: float, size_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        if not ttl_s > 0 or size_bytes < 0:
+            raise InputError(
+                f"a cache needs a ttl_s above 0 and size_bytes of at least 0; got {ttl_s} and {size_bytes}"
+            )
+        self.ttl_s, self.most_bytes, self._clock = ttl_s, size_bytes, clock
+        self.size_bytes = 0
+        self._held: OrderedDict[tuple[str, bytes], tuple[Entry, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, namespace: str, key: bytes) -> Entry | None:
+        """The answer, if there is one that is not too old."""
+        found = self._held.get((namespace, key))
+        if found is None:
+            return None
+        if found[1] <= self._clock():
+            self._drop((namespace, key))
+            return None
+        self._held.move_to_end((namespace, key))
+        return found[0]
+
+    def put(self, namespace: str, key: bytes, entry: Entry) -> None:
+        """Keep an answer; one that is larger than the whole cache is not kept."""
+        self._drop((namespace, key))
+        if entry.size_bytes > self.most_bytes:
+            return
+        self._held[namespace, key] = (entry, self._clock() + self.ttl_s)
+        self.size_bytes += entry.size_bytes
+        while self.size_bytes > self.most_bytes:
+            self._drop(next(iter(self._held)))
+
+    def delete(self, namespace: str, key: bytes | None = None) -> int:
+        """Forget one answer, or all of a namespace; returns how many there were."""
+        wanted = [at for at in self._held if at[0] == namespace and key in (None, at[1])]
+        for at in wanted:
+            self._drop(at)
+        return len(wanted)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self.size_bytes = 0
+
+    def _drop(self, at: tuple[str, bytes]) -> None:
+        found = self._held.pop(at, None)
+        if found is not None:
+            self.size_bytes -= found[0].size_bytes

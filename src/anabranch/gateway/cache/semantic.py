@@ -1,0 +1,140 @@
+"""The semantic cache: a last message that means the same as one before, in the same context of the same tenant.
+
+Only the last user message is compared by meaning. Whatever else shapes the answer (model or strategy, the messages before, tools, sampling
+fields) must be equal to the letter, so that "and in French?" never gets the answer to another conversation.
+"""
+# Shapes: D dimensions of a vector
+
+import hashlib
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.gateway.cache.entry import Entry
+from anabranch.gateway.cache.exact import IGNORED
+from anabranch.gateway.cache.index import ExactIndex, VectorIndex
+
+
+def context_key(endpoint: str, target: str, body: Mapping[str, Any]) -> tuple[bytes, str] | None:
+    """What must be equal, as 32 bytes, and the text that may differ in wording.
+
+    None where there is no such text: the last message is not the user's, or is more than text.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or messages[-1].get("role") != "user":
+        return None
+    text = messages[-1].get("content")
+    if not isinstance(text, str) or not text.strip():
+        return None
+    fields = {name: value for name, value in body.items() if name not in IGNORED and name not in ("model", "messages")}
+    last = {name: value for name, value in messages[-1].items() if name != "content"}
+    context = json.dumps([endpoint, target, fields, messages[:-1], last], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(context.encode()).digest(), text
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is held for one context of one tenant."""
+
+    index: VectorIndex
+    ids: set[int] = field(default_factory=set)
+
+
+class SemanticCache:
+    """Answers by (namespace, context) and meaning; the longest unused leave first once there are too many.
+
+    Args:
+        threshold: least cosine of two texts that count as the same.
+        ttl_s: seconds an answer is good for.
+        size: most answers.
+        size_bytes: most bytes of all answers together; None for no limit.
+        make_index: of D dimensions, for one context.
+        clock: seconds, rising.
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float,
+        ttl_s: float,
+        size: int,
+        size_bytes: int | None = None,
+        make_index: Callable[[int], VectorIndex] = ExactIndex,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 < threshold <= 1 or not ttl_s > 0 or size < 1:
+            raise InputError(
+                f"a semantic cache needs a threshold above 0 and at most 1, a ttl_s above 0 and a size of at least 1; "
+                f"got {threshold}, {ttl_s} and {size}"
+            )
+        self.threshold, self.ttl_s, self.size = threshold, ttl_s, size
+        self.most_bytes: float = math.inf if size_bytes is None else size_bytes
+        self.size_bytes = 0
+        self._make_index, self._clock = make_index, clock
+        self._rooms: dict[tuple[str, bytes], _Room] = {}
+        self._held: OrderedDict[int, tuple[tuple[str, bytes], Entry, float]] = OrderedDict()
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, namespace: str, context: bytes, vector_D: np.ndarray) -> tuple[Entry, float] | None:
+        """The answer to the nearest text with its cosine, if that reaches the threshold and is not too old."""
+        room = self._rooms.get((namespace, context))
+        while room is not None and room.ids:
+            found = room.index.nearest(vector_D)
+            if not found or found[0][1] < self.threshold:
+                return None
+            id, cosine = found[0]
+            _, entry, until = self._held[id]
+            if until > self._clock():
+                self._held.move_to_end(id)
+                return entry, min(cosine, 1.0)
+            self._drop(id)
+        return None
+
+    def put(self, namespace: str, context: bytes, vector_D: np.ndarray, entry: Entry) -> None:
+        """Keep an answer. A vector of zeros (nothing in the text was known) means nothing, and is not kept."""
+        length = float(np.linalg.norm(vector_D))
+        if not np.isfinite(length) or length == 0:
+            return
+        place = (namespace, context)
+        if place not in self._rooms:
+            self._rooms[place] = _Room(self._make_index(len(vector_D)))
+        room, id = self._rooms[place], self._next_id
+        self._next_id += 1
+        room.index.add(id, vector_D / length)
+        room.ids.add(id)
+        self._held[id] = (place, entry, self._clock() + self.ttl_s)
+        self.size_bytes += entry.size_bytes
+        while self._held and (len(self._held) > self.size or self.size_bytes > self.most_bytes):
+            self._drop(next(iter(self._held)))
+
+    def delete(self, namespace: str) -> int:
+        """Forget all of a namespace; returns how many answers there were."""
+        ids = [id for place, room in self._rooms.items() if place[0] == namespace for id in room.ids]
+        for id in ids:
+            self._drop(id)
+        return len(ids)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._rooms.clear()
+        self._held.clear()
+        self.size_bytes = 0
+
+    def _drop(self, id: int) -> None:
+        place, entry, _ = self._held.pop(id)
+        self.size_bytes -= entry.size_bytes
+        room = self._rooms[place]
+        room.index.remove(id)
+        room.ids.discard(id)
+        if not room.ids:
+            del self._rooms[place]

@@ -1,0 +1,55 @@
+"""The caches of one gateway, as its config wants them."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from anabranch.gateway.cache import Entry, ExactCache, SemanticCache, SingleFlight
+from anabranch.gateway.config import CacheConfig
+from anabranch.gateway.embed import Embedder
+
+
+class Caches:
+    """What a request looks into before a model is asked.
+
+    Attributes:
+        exact: None if it is off.
+        semantic: likewise.
+        flights: of identical requests under way.
+    """
+
+    def __init__(self, config: CacheConfig, embedder: Embedder | None) -> None:
+        self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
+        self.semantic: SemanticCache | None = None
+        if config.semantic and embedder is not None:
+            self.semantic = SemanticCache(
+                threshold=config.threshold, ttl_s=config.ttl_s, size=config.max_entries, size_bytes=config.max_bytes
+            )  # fmt: skip
+        self.flights: SingleFlight[Entry] = SingleFlight()
+        self._embedder = embedder
+
+    async def embed(self, text: str) -> np.ndarray:
+        """A unit vector, made in a thread: it may take a while."""
+        embedder = self._embedder
+        assert embedder is not None
+        return (await asyncio.to_thread(embedder.embed, [text]))[0]
+
+    def put(self, tenant: str, key: bytes | None, context: tuple[bytes, str] | None, vector: Any, entry: Entry) -> None:
+        """Keep an answer wherever it was looked for."""
+        if key is not None and self.exact is not None:
+            self.exact.put(tenant, key, entry)
+        if context is not None and vector is not None and self.semantic is not None:
+            self.semantic.put(tenant, context[0], vector, entry)
+
+    def delete(self, tenant: str) -> int:
+        """Forget a tenant's answers; returns how many there were."""
+        return sum(cache.delete(tenant) for cache in (self.exact, self.semantic) if cache is not None)
+
+    def clear(self) -> int:
+        """Forget all; returns how many there were."""
+        held = [cache for cache in (self.exact, self.semantic) if cache is not None]
+        count = sum(len(cache) for cache in held)
+        for cache in held:
+            cache.clear()
+        return count

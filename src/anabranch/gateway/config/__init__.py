@@ -1,0 +1,43 @@
+"""One file is one gateway: its models, deployments, strategies and limits, checked as a whole."""
+
+from anabranch.gateway.config.defaults import default_config
+from anabranch.gateway.config.file import load_config, make_strategy
+from anabranch.gateway.config.gateway import GatewayConfig
+from anabranch.gateway.config.litellm import Imported, import_litellm
+from anabranch.gateway.config.names import Target, find_target, names_of
+from anabranch.gateway.config.parts import (
+    AdminConfig,
+    BreakerConfig,
+    CacheConfig,
+    DeploymentConfig,
+    HedgeConfig,
+    LimitsConfig,
+    LogConfig,
+    ModelConfig,
+    RetryConfig,
+    StrategyConfig,
+)
+from anabranch.gateway.config.secret import Secret
+
+__all__ = [
+    "AdminConfig",
+    "BreakerConfig",
+    "CacheConfig",
+    "DeploymentConfig",
+    "GatewayConfig",
+    "HedgeConfig",
+    "Imported",
+    "LimitsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "RetryConfig",
+    "Secret",
+    "StrategyConfig",
+    "Target",
+    "default_config",
+    "find_target",
+    "import_litellm",
+    "load_config",
+    "make_strategy",
+    "names_of",
+]

@@ -1,0 +1,252 @@
+"""One file is one gateway: TOML or YAML to `GatewayConfig`, and every mistake told with file, line and field.
+
+What files may write shorter than `to_dict` does:
+
+    price = {input_usd = 0.15, output_usd = 0.6}    dollars per million tokens
+    kind = "knn" in a strategy                      its name, with the fields of its config beside it
+    api_key = "env:OPENAI_API_KEY" in a provider    where the key is: the environment, or "file:PATH", an encrypted file
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from anabranch.config import from_dict
+from anabranch.errors import AnabranchError, ConfigError, DataError
+from anabranch.gateway.config.gateway import GatewayConfig
+from anabranch.gateway.config.lines import Lines, join, parse
+from anabranch.gateway.config.near import hint
+from anabranch.gateway.config.parts import StrategyConfig
+from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
+from anabranch.gateway.money import nano_dollars
+
+PRICES = ("input_usd", "output_usd", "cached_input_usd")
+MAX_BYTES = 16 << 20
+_STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s")
+
+
+def load_config(path: str | Path) -> GatewayConfig:
+    """Read a gateway's config from a ``.toml``, ``.yaml`` or ``.json`` file.
+
+    Paths in it (``store``, ``router``, ``tokenizer``, key files) are relative to the file. Strategies are tried out, and secrets looked
+    up but not kept.
+
+    Raises DataError for a file that cannot be read, ConfigError for one that is wrong: ``gateway.toml:12: models.0.price.input is ...``.
+    """
+    path = Path(path)
+    data, lines = parse(_read(path), path)
+    return config_from(data, lines, path)
+
+
+def config_from(data: dict[str, Any], lines: Lines, path: Path) -> GatewayConfig:
+    """`load_config` of what was parsed already."""
+    source = _Source(path, lines)
+    try:
+        config = from_dict(GatewayConfig, _plain(data, source))
+    except _LocatedError:
+        raise
+    except ConfigError as error:
+        source.fail(str(error))
+    config = _at_home(config, path.parent)
+    _check_secrets(config, source)
+    _check_strategies(config, source)
+    return config
+
+
+class _LocatedError(ConfigError):
+    """Says where already."""
+
+
+class _Source:
+    """A file whose fields have lines."""
+
+    def __init__(self, path: Path, lines: Lines) -> None:
+        self.path, self.lines = path, lines
+
+    def fail(self, message: str, field: str | None = None) -> NoReturn:
+        """Raise ConfigError with the line of ``field``; None takes the field that the message begins with."""
+        found = self._begun(message) if field is None else field
+        unknown = re.search(r" has no field '([^']*)'", message)
+        if unknown and join(found, unknown[1]) in self.lines:
+            found = join(found, unknown[1])
+        while found and found not in self.lines:
+            found = found.rpartition(".")[0]
+        line = self.lines.get(found, 1)
+        raise _LocatedError(f"{self.path}:{line}: {message}") from None
+
+    def _begun(self, message: str) -> str:
+        starts = (
+            name for name in self.lines if message.startswith(name) and message[len(name) :][:1] in (" ", ":", ".")
+        )
+        return max(starts, key=len, default="")
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the config {path}: {(error.strerror or str(error)).lower()}") from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path} has {len(raw):,} bytes; a config has {MAX_BYTES:,} at most")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
+
+
+def _plain(data: dict[str, Any], source: _Source) -> dict[str, Any]:
+    """``data`` with the short forms of files written out."""
+    out = dict(data)
+    if isinstance(out.get("models"), list):
+        out["models"] = [_plain_model(model, f"models.{at}", source) for at, model in enumerate(out["models"])]
+    if isinstance(out.get("strategies"), dict):
+        out["strategies"] = {
+            name: _plain_strategy(table, f"strategies.{name}", source) for name, table in out["strategies"].items()
+        }
+    return out
+
+
+def _plain_model(model: Any, path: str, source: _Source) -> Any:
+    if not isinstance(model, dict):
+        return model
+    out = dict(model)
+    if isinstance(out.get("price"), dict):
+        out["price"] = _plain_price(out["price"], f"{path}.price", source)
+    if isinstance(out.get("deployments"), list):
+        out["deployments"] = [
+            _plain_deployment(table, f"{path}.deployments.{place}", source)
+            for place, table in enumerate(out["deployments"])
+        ]
+    return out
+
+
+def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in price.items():
+        field = f"{path}.{name}"
+        if name not in PRICES:
+            if name.endswith("_usd"):
+                source.fail(f"{path}: Price has no field {name!r}; {hint(name, PRICES)}", field)
+            out[name] = value
+            continue
+        plain = name.removesuffix("_usd")
+        if plain in price:
+            source.fail(f"{field} and {path}.{plain} are both there; give one", field)
+        is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
+        try:
+            nano = nano_dollars(value) if is_number else -1
+        except AnabranchError:
+            nano = -1
+        if nano < 0:
+            source.fail(f"{field} is {value!r}; it must be dollars per million tokens, at least 0", field)
+        out[plain] = nano
+    return out
+
+
+def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
+    provider = table.get("provider") if isinstance(table, dict) else None
+    if not isinstance(provider, dict):
+        return table
+    out, path = dict(provider), f"{path}.provider"
+    key = out.pop("api_key", None)
+    if key is not None:
+        if not is_reference(key):
+            source.fail(f"{path}.api_key {MUST}", f"{path}.api_key")
+        kind, _, where = key.partition(":")
+        out |= {"key_env": where} if kind == "env" else {"key_env": None, "key_file": where}
+    if isinstance(out.get("key_file"), str):
+        out["key_file"] = os.path.join(source.path.parent, out["key_file"])
+    named = out.get("key_env")
+    if named and not (isinstance(named, str) and VARIABLE.fullmatch(named)):
+        source.fail(
+            f"{path}.key_env is no name of an environment variable (what it is, is not shown here)", f"{path}.key_env"
+        )
+    return {**table, "provider": out}
+
+
+def _plain_strategy(table: Any, path: str, source: _Source) -> Any:
+    if not isinstance(table, dict) or "kind" not in table:
+        return table
+    out = {name: value for name, value in table.items() if name in _STRATEGY and name != "fields"}
+    if "use" in out:
+        source.fail(f"{path}.kind and {path}.use are both there; give one", f"{path}.kind")
+    beside = {name: value for name, value in table.items() if name not in _STRATEGY and name != "kind"}
+    fields = table.get("fields", {})
+    return {**out, "use": table["kind"], "fields": {**beside, **fields} if isinstance(fields, dict) else fields}
+
+
+def _at_home(config: GatewayConfig, folder: Path) -> GatewayConfig:
+    """Paths in the config, which are relative to its file, relative to where we are."""
+
+    def at(path: str | None) -> str | None:
+        return path if path is None else os.path.join(folder, path)
+
+    models = tuple(
+        model.replace(tokenizer=at(model.tokenizer)) if model.tokenizer else model for model in config.models
+    )
+    strategies = {
+        name: item.replace(router=at(item.router)) if item.router else item for name, item in config.strategies.items()
+    }
+    store = config.store if "://" in config.store else str(at(config.store))
+    key = config.admin.key
+    if key is not None and key.startswith("file:"):
+        config = config.replace(admin=config.admin.replace(key=f"file:{at(key.removeprefix('file:'))}"))
+    return config.replace(models=models, strategies=strategies, store=store)
+
+
+def _check_secrets(config: GatewayConfig, source: _Source) -> None:
+    """Variables that hold keys are there, where the config names them."""
+    if config.admin.key is not None:
+        try:
+            config.admin.key.reveal()
+        except AnabranchError as error:
+            source.fail(f"admin.key: {error}", "admin.key")
+    for at, model in enumerate(config.models):
+        for place, deployment in enumerate(model.deployments):
+            path = f"models.{at}.deployments.{place}.provider"
+            variable = getattr(deployment.provider, "key_env", None)
+            given = next((name for name in ("api_key", "key_env") if f"{path}.{name}" in source.lines), "key_env")
+            has_file = getattr(deployment.provider, "key_file", None) is not None
+            if variable and not has_file and not os.environ.get(variable):
+                source.fail(
+                    f"{path}.{given} is {variable}, an environment variable that is not set; "
+                    'set it, or key_env = "" for an upstream that wants no key',
+                    f"{path}.{given}",
+                )
+
+
+def _check_strategies(config: GatewayConfig, source: _Source) -> None:
+    """Each strategy can be made, but for those that were fitted: those are there."""
+    for name, strategy in config.strategies.items():
+        path = f"strategies.{name}"
+        if strategy.router is not None:
+            if not Path(strategy.router).is_dir():
+                source.fail(f"{path}.router is {strategy.router!r}, and there is no such folder", f"{path}.router")
+            continue
+        try:
+            make_strategy(strategy)
+        except AnabranchError as error:
+            unknown = re.search(r" has no field '([^']*)'", str(error))
+            word = unknown[1] if unknown else re.split(r"[ :]", str(error), maxsplit=1)[0]
+            places = (join(path, word), join(f"{path}.fields", word), f"{path}.kind", f"{path}.use")
+            source.fail(f"{path}: {error}", next((place for place in places if place in source.lines), path))
+
+
+def make_strategy(config: StrategyConfig) -> Any:
+    """The strategy that ``use``, ``fields`` and ``trade_off`` say, not yet fitted. Raises ConfigError."""
+    from anabranch.config import from_dict as read
+    from anabranch.gateway import strategies
+    from anabranch.gateway.predictor import Ranked
+    from anabranch.registry import kinds, resolve
+
+    assert config.use is not None
+    if config.use not in strategies.names():
+        raise ConfigError(f"no strategy {config.use!r}; {hint(config.use, strategies.names())}")
+    if config.use in kinds("predictor"):
+        part: Any = resolve("predictor", config.use)
+        return Ranked.Config(predictor=read(part.Config, config.fields), trade_off=config.trade_off or 0.0).build()
+    part = resolve("strategy", config.use)
+    fields = config.fields if config.trade_off is None else {**config.fields, "trade_off": config.trade_off}
+    return read(part.Config, fields).build()

@@ -1,0 +1,151 @@
+"""`GatewayConfig`: everything one gateway is told, checked as a whole."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.gateway.config.near import hint
+from anabranch.gateway.config.parts import (
+    AdminConfig,
+    Balance,
+    BreakerConfig,
+    CacheConfig,
+    HedgeConfig,
+    LimitsConfig,
+    LogConfig,
+    ModelConfig,
+    RetryConfig,
+    StrategyConfig,
+)
+from anabranch.gateway.embed import Embedder
+from anabranch.gateway.query import Pool
+
+
+def _cheapest() -> dict[str, StrategyConfig]:
+    return {"cheapest": StrategyConfig(use="cheapest")}
+
+
+@configclass
+class GatewayConfig(Config):
+    """A gateway.
+
+    Attributes:
+        models: at least one, in the order in which strategies see them.
+        strategies: by the name requests use: ``auto/NAME``.
+        default_strategy: what ``auto`` alone means, and what decides where a strategy fails; None takes the first.
+        fallbacks: models to try, in order, when one that was asked for by name cannot answer.
+        embedder: of queries, for strategies and caches that need vectors; None if nothing does.
+        deadline_s: seconds a request may take in all, retries and fallbacks included.
+        retries, breaker: what happens on failures.
+        hedge: second attempts while the first is slow; None for none.
+        balance: how requests are spread over the deployments of a model.
+        mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
+            fresh answer if the sender opted in.
+        limits, cache, admin, log: see there.
+        require_key: requests need a key of the store (``anabranch gateway keys create``).
+        store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
+
+    Raises ConfigError that names the field if names are there twice or lead nowhere.
+    """
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    strategies: dict[str, StrategyConfig] = Field(default_factory=_cheapest, min_length=1)
+    default_strategy: str | None = None
+    fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    embedder: Embedder.Config | None = None
+    deadline_s: float = Field(default=120.0, gt=0)
+    retries: RetryConfig = RetryConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    hedge: HedgeConfig | None = None
+    balance: Balance = "weighted"
+    mid_stream: Literal["error", "continue", "restart"] = "error"
+    limits: LimitsConfig = LimitsConfig()
+    cache: CacheConfig = CacheConfig()
+    admin: AdminConfig = AdminConfig()
+    log: LogConfig = LogConfig()
+    require_key: bool = True
+    store: str = Field(default="gateway.db", min_length=1)
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        _check_strategies(self)
+        _check_fallbacks(self)
+        if self.cache.semantic and self.embedder is None:
+            raise ConfigError("cache.semantic is true, which needs an embedder; set embedder.kind")
+
+    @property
+    def default(self) -> str:
+        """Name of the default strategy."""
+        return self.default_strategy or next(iter(self.strategies))
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Other names of models, with the model's own."""
+        return {alias: model.name for model in self.models for alias in model.aliases}
+
+    def model(self, name: str) -> ModelConfig:
+        """By its name or an alias. Raises KeyError if there is none."""
+        return _by_name(self)[name]
+
+    def pool(self) -> Pool:
+        """The models as strategies see them before anything is known of how they are doing."""
+        return Pool(tuple(model.model() for model in self.models))
+
+
+def _by_name(config: GatewayConfig) -> dict[str, ModelConfig]:
+    return {name: model for model in config.models for name in (model.name, *model.aliases)}
+
+
+def _named(config: GatewayConfig) -> Iterator[tuple[str, str]]:
+    """Each name that requests may use, with the field that gives it."""
+    for at, model in enumerate(config.models):
+        yield f"models.{at}.name", model.name
+        yield from ((f"models.{at}.aliases.{place}", alias) for place, alias in enumerate(model.aliases))
+
+
+def _check_names(config: GatewayConfig) -> None:
+    seen: dict[str, str] = {}
+    for field, name in _named(config):
+        if not name or name != name.strip() or not name.isprintable():
+            raise ConfigError(f"{field} is {name!r}; it must be visible text without spaces around it")
+        if name == "auto" or name.startswith("auto/"):
+            raise ConfigError(f"{field} is {name!r}; names that begin with auto are for strategies")
+        if name in seen:
+            raise ConfigError(f"{field} is {name!r}, which {seen[name]} is too; names must differ")
+        seen[name] = field
+    deployments: dict[str, str] = {}
+    for at, model in enumerate(config.models):
+        for place in range(len(model.deployments)):
+            field, name = f"models.{at}.deployments.{place}.name", model.deployment_name(place)
+            if name in deployments:
+                raise ConfigError(f"{field} is {name!r}, which {deployments[name]} is too; names must differ")
+            deployments[name] = field
+
+
+def _check_strategies(config: GatewayConfig) -> None:
+    for name, strategy in config.strategies.items():
+        if not name or any(sign in name for sign in "?&=/# ") or not name.isprintable():
+            raise ConfigError(f"strategies.{name}: a name of a strategy has no spaces and none of ? & = / #")
+        for place, model in enumerate(strategy.models):
+            _check_model(config, f"strategies.{name}.models.{place}", model)
+    default = config.default_strategy
+    if default is not None and default not in config.strategies:
+        raise ConfigError(f"default_strategy is {default!r}; {hint(default, config.strategies)}")
+
+
+def _check_fallbacks(config: GatewayConfig) -> None:
+    for name, others in config.fallbacks.items():
+        _check_model(config, f"fallbacks.{name}", name)
+        for place, other in enumerate(others):
+            _check_model(config, f"fallbacks.{name}.{place}", other)
+            if other == name or other in others[:place]:
+                raise ConfigError(
+                    f"fallbacks.{name}.{place} is {other!r}, which was tried before; name each model once"
+                )
+
+
+def _check_model(config: GatewayConfig, field: str, name: str) -> None:
+    known = [model.name for model in config.models]
+    if name not in known:
+        raise ConfigError(f"{field} is {name!r}, which is no name of a model; {hint(name, known)}")

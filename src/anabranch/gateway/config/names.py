@@ -1,0 +1,77 @@
+"""What the field ``model`` of a request may say.
+
+small                       a model, or a group of deployments
+gpt-4o-mini                 an alias of one
+auto                        the default strategy
+auto/knn?lambda=2           a strategy, with knobs
+router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
+
+from anabranch.errors import InputError, UnknownModelError
+from anabranch.gateway.config.gateway import GatewayConfig
+from anabranch.gateway.config.near import near
+
+AUTO = "auto"
+MAX_KNOBS = 16
+_ROUTELLM = re.compile(r"router-(?P<name>.+)-(?P<threshold>(?:0(?:\.\d+)?|1(?:\.0+)?|\.\d+))")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a request wants to go: to a model, or where a strategy sends it. One of the two is None.
+
+    Attributes:
+        model: the model's own name, whatever alias was used.
+        strategy: name of the strategy.
+        knobs: what the sender set for it.
+    """
+
+    model: str | None = None
+    strategy: str | None = None
+    knobs: Mapping[str, str] = field(default_factory=dict)
+
+
+def names_of(config: GatewayConfig) -> list[str]:
+    """Every name a request may use but for knobs: models, aliases, strategies."""
+    models = [name for model in config.models for name in (model.name, *model.aliases)]
+    return [*models, AUTO, *(f"{AUTO}/{name}" for name in config.strategies)]
+
+
+def find_target(config: GatewayConfig, name: str) -> Target:
+    """What ``name`` means.
+
+    Raises UnknownModelError, with near names, if nothing is called so, and InputError for knobs that cannot be read.
+    """
+    for model in config.models:
+        if name == model.name or name in model.aliases:
+            return Target(model=model.name)
+    head, mark, query = name.partition("?")
+    if head == AUTO:
+        return Target(strategy=config.default, knobs=_knobs(query, mark))
+    if head.removeprefix(f"{AUTO}/") in config.strategies and head.startswith(f"{AUTO}/"):
+        return Target(strategy=head.removeprefix(f"{AUTO}/"), knobs=_knobs(query, mark))
+    routellm = _ROUTELLM.fullmatch(name)
+    if routellm and routellm["name"] in config.strategies:
+        return Target(strategy=routellm["name"], knobs={"threshold": routellm["threshold"]})
+    raise UnknownModelError(name[:200], near(head[:200], names_of(config)))
+
+
+def _knobs(query: str, mark: str) -> dict[str, str]:
+    if not mark or not query:
+        return {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, max_num_fields=MAX_KNOBS)
+    except ValueError:
+        raise InputError(
+            f"model: what follows ? is {query[:100]!r}; write knob=value&knob=value, {MAX_KNOBS} at most"
+        ) from None
+    knobs = dict(pairs)
+    if len(knobs) < len(pairs):
+        twice = next(knob for knob in knobs if sum(other == knob for other, _ in pairs) > 1)
+        raise InputError(f"model: the knob {twice!r} is set twice")
+    return knobs

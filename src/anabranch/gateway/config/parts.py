@@ -1,0 +1,239 @@
+"""What a gateway is made of: models and their deployments, strategies, limits. One file of these is one gateway."""
+
+from typing import Any, Literal
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.gateway.config.secret import Secret
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.provider import Provider
+from anabranch.gateway.query import Model
+
+Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
+
+
+@configclass
+class DeploymentConfig(Config):
+    """One place where a model runs.
+
+    Attributes:
+        name: in logs, headers and metrics; unique in the gateway. Empty: the model's name, with its place if there are several.
+        provider: how to speak to it.
+        weight: share of requests among deployments of one model, relative to the others'.
+        timeout_s: seconds one attempt may take; None leaves it to the deadline of the request.
+        first_token_timeout_s: seconds until a stream's first token; None leaves it to ``timeout_s``.
+        rpm: requests a minute it takes; None is no limit.
+        tpm: tokens a minute it takes; None is no limit.
+        max_in_flight: requests at a time; None is no limit.
+    """
+
+    provider: Provider.Config
+    name: str = ""
+    weight: float = Field(default=1.0, ge=0)
+    timeout_s: float | None = Field(default=None, gt=0)
+    first_token_timeout_s: float | None = Field(default=None, gt=0)
+    rpm: int | None = Field(default=None, ge=1)
+    tpm: int | None = Field(default=None, ge=1)
+    max_in_flight: int | None = Field(default=None, ge=1)
+
+
+@configclass
+class ModelConfig(Config):
+    """A model that requests may name and strategies may choose; with several deployments, a group.
+
+    Attributes:
+        name: what requests call it.
+        aliases: other names of it.
+        price: of its tokens, in nano-dollars per million. Files may write dollars: ``price = {input_usd = 0.15, output_usd = 0.6}``.
+        context: most prompt and completion tokens; None if unknown.
+        max_tokens: most completion tokens of one answer; None if unknown.
+        parameters: billions of parameters; None if unknown.
+        description: a few words on what it is good at, for strategies that read them.
+        tokenizer: path of a ``tokenizer.json`` to count prompts with; None estimates.
+        balance: how requests are spread over its deployments; None takes the gateway's.
+        deployments: at least one.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    aliases: tuple[str, ...] = ()
+    price: Price = Price()
+    context: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    parameters: float | None = Field(default=None, gt=0)
+    description: str = ""
+    tokenizer: str | None = None
+    balance: Balance | None = None
+    deployments: tuple[DeploymentConfig, ...] = Field(min_length=1)
+
+    def model(self) -> Model:
+        """As strategies see it before anything is known of how it is doing."""
+        return Model(
+            name=self.name, price=self.price, parameters=self.parameters, description=self.description, context=self.context
+        )  # fmt: skip
+
+    def deployment_name(self, at: int) -> str:
+        """Of the deployment in place ``at``."""
+        return self.deployments[at].name or (self.name if len(self.deployments) == 1 else f"{self.name}#{at}")
+
+
+@configclass
+class StrategyConfig(Config):
+    """A way of routing that requests may name as ``auto/NAME``.
+
+    Exactly one of ``use`` and ``router`` is given. Files may write ``kind = "knn"`` and the strategy's fields beside it, instead of
+    ``use`` and ``fields``.
+
+    Attributes:
+        use: name of a strategy or predictor (`anabranch.gateway.strategies.names`).
+        fields: of its config.
+        trade_off: score given up to save a dollar; None takes the strategy's own.
+        router: folder of a fitted router (``anabranch gateway fit``).
+        models: those it may choose among; empty for all.
+        timeout_s: seconds a decision may take before the default strategy decides instead.
+    """
+
+    use: str | None = None
+    fields: dict[str, Any] = Field(default_factory=dict)
+    trade_off: float | None = Field(default=None, ge=0)
+    router: str | None = None
+    models: tuple[str, ...] = ()
+    timeout_s: float = Field(default=0.05, gt=0)
+
+    def __post_init__(self) -> None:
+        if (self.use is None) == (self.router is None):
+            raise ConfigError(
+                "a strategy needs one of kind (a strategy by name) and router (a folder of anabranch gateway fit)"
+            )
+        if self.router is not None and self.fields:
+            raise ConfigError(
+                f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
+            )
+
+
+@configclass
+class RetryConfig(Config):
+    """When an attempt fails in a way that another may not.
+
+    Attributes:
+        attempts: most calls of one model for one request, the first included.
+        base_s, cap_s: the wait before retry k is uniform in 0 .. min(cap, base * 2^k) seconds.
+        budget: most retries as a share of requests, over ``window_s`` seconds, so that an outage does not multiply load.
+        window_s: see ``budget``.
+    """
+
+    attempts: int = Field(default=3, ge=1, le=20)
+    base_s: float = Field(default=0.25, ge=0)
+    cap_s: float = Field(default=8.0, ge=0)
+    budget: float = Field(default=0.2, ge=0)
+    window_s: float = Field(default=10.0, gt=0)
+
+
+@configclass
+class HedgeConfig(Config):
+    """A second attempt elsewhere while the first is slow; the first to bring a token wins, both are paid.
+
+    Attributes:
+        quantile: of recent times to the first token, after which it starts.
+        min_s: never earlier than this.
+        samples: times that must be known first.
+    """
+
+    quantile: float = Field(default=0.95, gt=0, lt=1)
+    min_s: float = Field(default=0.05, ge=0)
+    samples: int = Field(default=20, ge=1)
+
+
+@configclass
+class BreakerConfig(Config):
+    """When a deployment is left alone.
+
+    Attributes:
+        failures: at least so many in the window,
+        rate: and at least this share of its calls, open the breaker.
+        window_s: sliding.
+        open_s, max_open_s: open for min(open_s * 2^n, max_open_s) seconds the n-th time in a row.
+        probes: requests let through at once when half open.
+        successes: of probes that close it.
+    """
+
+    failures: int = Field(default=5, ge=1)
+    rate: float = Field(default=0.5, gt=0, le=1)
+    window_s: float = Field(default=30.0, gt=0)
+    open_s: float = Field(default=5.0, gt=0)
+    max_open_s: float = Field(default=300.0, gt=0)
+    probes: int = Field(default=1, ge=1)
+    successes: int = Field(default=2, ge=1)
+
+
+@configclass
+class LimitsConfig(Config):
+    """What one request, and one sender, may ask for.
+
+    Attributes:
+        body_bytes: of a request.
+        header_timeout_s, body_timeout_s: seconds in which headers and body must have come.
+        max_tokens: completion tokens reserved for a request that names none, of a model that says nothing.
+        most_tokens: largest ``max_tokens`` a request may name.
+        in_flight: requests at a time; more get 429.
+        rpm, tpm: requests and tokens a minute of a key that has no limits of its own; None is no limit.
+    """
+
+    body_bytes: int = Field(default=16 << 20, ge=1)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    max_tokens: int = Field(default=4096, ge=1)
+    most_tokens: int = Field(default=1_000_000, ge=1)
+    in_flight: int = Field(default=1024, ge=1)
+    rpm: int | None = Field(default=None, ge=1)
+    tpm: int | None = Field(default=None, ge=1)
+
+
+@configclass
+class CacheConfig(Config):
+    """Answers kept. Nothing is shared between keys.
+
+    Attributes:
+        exact: answer an identical request again, if its temperature is 0 or it asks for that.
+        semantic: answer a request that means the same; needs an embedder.
+        threshold: least cosine of two requests that mean the same.
+        ttl_s: seconds an answer is kept.
+        max_entries, max_bytes: of all answers kept; the least recently used go first.
+    """
+
+    exact: bool = True
+    semantic: bool = False
+    threshold: float = Field(default=0.95, gt=0, le=1)
+    ttl_s: float = Field(default=3600.0, gt=0)
+    max_entries: int = Field(default=10_000, ge=1)
+    max_bytes: int = Field(default=64 << 20, ge=1)
+
+
+@configclass
+class AdminConfig(Config):
+    """The admin interface, apart from the one for requests.
+
+    Attributes:
+        key: what opens it; None leaves it closed but for the page on a loopback address.
+        host, port: where it listens; port None shares the port of requests (a key is needed then).
+    """
+
+    key: Secret | None = None
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+
+@configclass
+class LogConfig(Config):
+    """What is written down.
+
+    Attributes:
+        level: of the log on stderr.
+        prompts: keep texts of requests and answers in the store; otherwise hashes and token counts only.
+        decisions: keep why each model was chosen.
+        keep_days: age at which ledger rows, decisions and feedback are deleted; None keeps them.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    prompts: bool = False
+    decisions: bool = True
+    keep_days: int | None = Field(default=None, ge=1)

@@ -1,0 +1,350 @@
+"""Strategies at work in a server: none may slow, break or mislead it.
+
+A strategy that raises, names a model that is not there, or takes longer than its time is passed over for the default one, and counted.
+What may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop
+goes on; what says that it is fast (`is_fast`) is called in place.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anabranch.errors import ConfigError, InputError
+from anabranch.gateway.api_error import wrong
+from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
+from anabranch.gateway.embed import Embedder
+from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.gateway.strategy import Complete, Strategy
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+SHORT = 20_000  # characters: longer texts are looked at in the thread, even by strategies that are fast
+WAITING = 256  # observations that may wait for a strategy's thread; more are dropped
+JUDGING_S = 1.0  # least time to judge an answer, which took a model longer than that to write
+ASKING_S = 10.0  # least time of a strategy that asks models: their answers take longer than any computation may
+
+
+class BypassError(Exception):
+    """A strategy cannot be asked, or said what cannot be; ``why`` is one word for the counter."""
+
+    def __init__(self, why: str, message: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A decision as it will be acted on.
+
+    Attributes:
+        decision: candidates are all in the pool.
+        bypassed: why the strategy that was asked for did not make it; "" if it did.
+        query: with its vector, if one was made.
+    """
+
+    decision: Decision
+    bypassed: str
+    query: Query
+
+
+class Lane:
+    """One strategy and its thread.
+
+    Attributes:
+        name: ``auto/NAME``.
+        learns: `observe` does something.
+    """
+
+    def __init__(self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None) -> None:
+        self.name, self.strategy = name, strategy
+        self.timeout_s = max(config.timeout_s, ASKING_S) if strategy.is_async else config.timeout_s
+        self._models = frozenset(config.models)
+        self._embedder = embedder if strategy.needs_vector else None
+        self.is_fast = strategy.is_fast
+        self.learns = type(strategy).observe is not Strategy.observe
+        self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
+        self._began: float | None = None  # when what runs in the thread began; None if nothing does
+        self._waiting = 0
+
+    def narrowed(self, pool: Pool) -> Pool:
+        """The models this strategy may choose among."""
+        if not self._models:
+            return pool
+        return Pool(tuple(model for model in pool.models if model.name in self._models), pool.now_s)
+
+    async def decide(self, query: Query, pool: Pool) -> tuple[Decision, Query]:
+        """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
+        pool = self.narrowed(pool)
+        try:
+            if self._embedder is not None and query.vector_D is None:
+                embedder = self._embedder
+                vector_D = (await self._in_thread(lambda: embedder.embed([query.text]), self.timeout_s))[0]
+                query = replace(query, vector_D=vector_D)
+            if self.strategy.is_async:
+                decision = await self._awaited(self.strategy.aroute(query, pool))
+            else:
+                is_short = len(query.text) <= SHORT
+                decision = await self._called(lambda: self.strategy.route(query, pool), self.timeout_s, is_short)
+        except InputError as error:
+            if query.knobs:
+                raise wrong("model", str(error)) from None
+            raise BypassError("raised", str(error)) from None
+        _check(decision, pool)
+        return decision, query
+
+    async def prepare(self, query: Query, model: str, decision: Decision) -> Sequence[Mapping[str, Any]]:
+        """What to send to a candidate. Raises BypassError."""
+        return await self._called(
+            lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
+        )
+
+    async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """Whether an answer is good enough. Raises BypassError."""
+        if self.strategy.is_async:
+            return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details)))
+        wanted = max(self.timeout_s, JUDGING_S)
+        return bool(await self._called(lambda: self.strategy.accept(query, model, answer, details), wanted))
+
+    def observe(self, outcome: Outcome) -> None:
+        """Let the strategy learn, later and where it disturbs nobody."""
+        if not self.learns:
+            return
+        if self.is_fast or self._threads is None:
+            self._observe(outcome)
+        elif self._waiting < WAITING:
+            self._waiting += 1
+            self._threads.submit(self._observe, outcome).add_done_callback(self._observed)
+
+    async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
+        """Why the strategy would decide so. Raises BypassError."""
+        return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
+
+    def close(self) -> None:
+        """End the thread once it is idle."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _observe(self, outcome: Outcome) -> None:
+        try:
+            self.strategy.observe(outcome)
+        except Exception as error:
+            logger.warning("strategy %s failed to learn: %s", self.name, type(error).__name__)
+
+    def _observed(self, future: object) -> None:
+        self._waiting -= 1
+
+    async def _called(self, work: Callable[[], T], limit_s: float, is_short: bool = True) -> T:
+        """``work()`` in place or in the thread. Raises BypassError for whatever it raises but InputError."""
+        try:
+            return work() if self.is_fast and is_short else await self._in_thread(work, limit_s)
+        except (BypassError, InputError):
+            raise
+        except Exception as error:
+            raise self._raised(error) from None
+
+    async def _awaited(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await work
+        except TimeoutError:
+            raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
+        except InputError:
+            raise
+        except Exception as error:
+            raise self._raised(error) from None
+
+    def _raised(self, error: Exception) -> BypassError:
+        """The log says what and where, without the texts an exception may quote."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = "" if trace is None else f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        logger.warning("strategy %s failed: %s%s", self.name, type(error).__name__, where)
+        return BypassError("raised", f"{type(error).__name__} in the strategy")
+
+    async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:
+        """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
+        if self._threads is None:  # a fast strategy that needs vectors
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
+        if self._is_stuck(limit_s):
+            raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
+        started: list[float] = []
+
+        def timed() -> T:
+            self._began = time.monotonic()
+            started.append(self._began)
+            try:
+                return work()
+            finally:
+                self._began = None
+
+        future = asyncio.get_running_loop().run_in_executor(self._threads, timed)
+        while True:
+            begin = started[0] if started else self._began or time.monotonic()
+            await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
+            if future.done():
+                return future.result()
+            if started and time.monotonic() - started[0] >= limit_s:
+                break
+            if not started and self._is_stuck(limit_s):
+                future.cancel()
+                break
+        future.add_done_callback(lambda late: late.cancelled() or late.exception())  # so that it counts as seen
+        raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
+
+    def _is_stuck(self, limit_s: float) -> bool:
+        began = self._began
+        return began is not None and time.monotonic() - began > limit_s
+
+
+class Decider:
+    """All strategies of a config.
+
+    Args:
+        config: of the gateway.
+        embedder: of queries, for strategies that were not fitted with one of their own.
+        on_bypass: called with a strategy's name and why.
+        strategies: ready-made ones, by name, in place of the config's.
+        complete: how strategies ask models.
+
+    Raises ConfigError if a strategy cannot be made or has not learned, CheckpointError for a fitted router that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        embedder: Embedder | None,
+        on_bypass: Callable[[str, str], None] = lambda name, why: None,
+        strategies: Mapping[str, Strategy] | None = None,
+        complete: Complete | None = None,
+    ) -> None:
+        self.default = config.default
+        self._on_bypass = on_bypass
+        self.lanes: dict[str, Lane] = {}
+        for name, wanted in config.strategies.items():
+            made, own = (strategies or {}).get(name), embedder
+            if made is None:
+                made, own = _make(name, wanted, embedder)
+            if made.needs_vector and own is None:
+                raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
+            made.connect(embed=None if own is None else own.embed, complete=complete)
+            self.lanes[name] = Lane(name, wanted, made, own)
+
+    async def decide(self, name: str, query: Query, pool: Pool) -> Decided:
+        """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs."""
+        bypassed = ""
+        for asked in dict.fromkeys((name, self.default)):
+            lane = self.lanes[asked]
+            try:
+                decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool)
+                return Decided(decision, bypassed, seen)
+            except BypassError as error:
+                self._on_bypass(asked, error.why)
+                bypassed = bypassed or str(error)
+        pool = self.lanes[name].narrowed(pool)
+        ready = sorted(pool.models, key=lambda model: not model.is_available)
+        candidates = tuple(Candidate(model=model.name, score=-float(at)) for at, model in enumerate(ready))
+        reason = "the order of the config, since no strategy could decide"
+        return Decided(Decision(candidates=candidates, strategy="order", reason=reason), bypassed, query)
+
+    async def prepared(self, name: str, query: Query, decision: Decision) -> dict[str, Sequence[Mapping[str, Any]]]:
+        """The messages that the strategy wants sent to its candidates, for those where they are not what came."""
+        lane = self.lanes[name]
+        if type(lane.strategy).prepare is Strategy.prepare or not query.messages:
+            return {}
+        found = {}
+        try:
+            for candidate in decision.candidates:
+                messages = await lane.prepare(query, candidate.model, decision)
+                if messages is not query.messages:
+                    found[candidate.model] = messages
+        except BypassError as error:
+            self._on_bypass(name, error.why)
+            return {}
+        return found
+
+    def acceptance(self, name: str, query: Query) -> Callable[[str, Any], Awaitable[bool]] | None:
+        """What a dispatcher asks after each answer; None if the strategy takes any."""
+        lane = self.lanes[name]
+        if not lane.strategy.reads_answers:
+            return None
+
+        async def accept(model: str, answer: Any) -> bool:
+            try:
+                return await lane.accept(query, model, answer.text, _details(answer))
+            except BypassError as error:
+                self._on_bypass(name, error.why)
+                return True
+
+        return accept
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        for lane in self.lanes.values():
+            lane.close()
+
+
+def _check(decision: Any, pool: Pool) -> None:
+    """Raises BypassError for what is no decision on this pool."""
+    if not isinstance(decision, Decision) or not decision.candidates:
+        raise BypassError("empty", "it named no model")
+    names = [candidate.model for candidate in decision.candidates]
+    unknown = next((name for name in names if name not in pool.names), None)
+    if unknown is not None:
+        raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
+    if len(set(names)) < len(names):
+        raise BypassError("twice", "it named a model twice")
+    sure, numbers = decision.confidence, [one for at in decision.candidates for one in (at.score, at.quality, at.cost)]
+    if not isinstance(decision.reason, str) or not all(
+        one is None or isinstance(one, int | float) for one in (sure, *numbers)
+    ):
+        raise BypassError("odd", "its reason is no text, or a figure is no number")
+    try:
+        json.dumps(dict(decision.details), default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise BypassError("odd", "its details are not ready for JSON") from None
+
+
+def _details(answer: Any) -> dict[str, Any]:
+    """What the provider said of an answer, as `Strategy.accept` wants it."""
+    choices = answer.body.get("choices") or [{}]
+    found: dict[str, Any] = {"finish_reason": answer.finish_reason}
+    logprobs = choices[0].get("logprobs")
+    if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+        found["logprobs"] = logprobs["content"]
+    if len(choices) > 1:
+        found["samples"] = [(choice.get("message") or {}).get("content") or "" for choice in choices[1:]]
+    return found
+
+
+def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+    """The strategy of a config, and what embeds its queries."""
+    if wanted.router is not None:
+        return _load(name, Path(wanted.router), embedder)
+    try:
+        made: Strategy = make_strategy(wanted)
+    except ConfigError as error:
+        raise ConfigError(f"strategies.{name}: {error}") from None
+    if made.needs_fit:
+        raise ConfigError(
+            f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit"
+        )
+    return made, embedder
+
+
+def _load(name: str, path: Path, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+    from anabranch.gateway.saving import load_folder
+
+    held = load_folder(path).routers
+    if name not in held and len(held) != 1:
+        raise ConfigError(
+            f"strategies.{name}.router is {str(path)!r}, which holds {', '.join(held)}; name the strategy as one of them"
+        )
+    router = held[name] if name in held else next(iter(held.values()))
+    return router.strategy, router.embedder or embedder

@@ -1,0 +1,96 @@
+"""What a `Dispatcher` is made from: groups of deployments and rules."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.gateway.dispatch.breaker import BreakerRules
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.provider import Provider
+
+Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
+MidStream = Literal["error", "continue", "restart"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One place where a model can be asked.
+
+    Attributes:
+        name: unlike any other.
+        provider: config of what talks to it.
+        weight: share of the requests, for ``weighted``.
+        timeout_s: most seconds to a whole answer; of a stream, between two events of it.
+        first_token_timeout_s: most seconds to the first token of a stream.
+        rpm: most requests in a minute; None for no limit.
+        tpm: most tokens in a minute, prompts and completions.
+        max_in_flight: most requests at once.
+        price: if it differs from the group's.
+    """
+
+    name: str
+    provider: Provider.Config
+    weight: float = 1.0
+    timeout_s: float = 120.0
+    first_token_timeout_s: float = 30.0
+    rpm: int | None = None
+    tpm: int | None = None
+    max_in_flight: int | None = None
+    price: Price | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A model: one deployment or several that answer alike.
+
+    Attributes:
+        name: as strategies and plans know it.
+        deployments: at least one.
+        price: of its tokens.
+        context: most prompt and completion tokens; None if unknown.
+        parameters: billions; None if unknown.
+        description: what it is good at.
+        balance: how a deployment is chosen.
+    """
+
+    name: str
+    deployments: tuple[Deployment, ...]
+    price: Price = field(default_factory=Price)
+    context: int | None = None
+    parameters: float | None = None
+    description: str = ""
+    balance: Balance = "least_in_flight"
+
+    def __post_init__(self) -> None:
+        if not self.deployments:
+            raise ConfigError(f"model {self.name!r} has no deployment; it needs at least one")
+
+
+@configclass
+class DispatchRules(Config):
+    """How attempts follow one another.
+
+    Attributes:
+        retries: more attempts at one model before the next is asked.
+        backoff_s: the first retry waits up to this long, each further one up to twice as long as the one before.
+        max_backoff_s: most seconds a retry waits of itself.
+        extra: share of requests in ``window_s`` that may be attempts beyond the first (retries, fallbacks, hedges).
+        min_extra: extra attempts that any window may have, however quiet it is.
+        window_s: the window of ``extra``, seconds.
+        hedge: ask a second deployment when the first takes longer than 95 of 100 do.
+        mid_stream: what to do when a stream breaks after its first token. ``restart`` only happens to senders that opted in.
+        heartbeat_s: a comment is sent when a stream has been silent for so long.
+        breaker: when a deployment is left alone.
+    """
+
+    retries: int = Field(default=2, ge=0, le=20)
+    backoff_s: float = Field(default=0.05, ge=0)
+    max_backoff_s: float = Field(default=2.0, ge=0)
+    extra: float = Field(default=0.2, ge=0, le=10)
+    min_extra: int = Field(default=10, ge=0)
+    window_s: float = Field(default=10.0, gt=0)
+    hedge: bool = False
+    mid_stream: MidStream = "error"
+    heartbeat_s: float = Field(default=15.0, gt=0)
+    breaker: BreakerRules = BreakerRules()

@@ -1,0 +1,216 @@
+"""`Dispatcher`: calls upstreams for the gateway, with retries, fallbacks, hedges and breakers, under one deadline."""
+
+import asyncio
+import inspect
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.errors import ConfigError
+from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
+from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.dispatch.live import Live
+from anabranch.gateway.dispatch.plan import Attempt, Plan
+from anabranch.gateway.dispatch.retry import RetryBudget
+from anabranch.gateway.dispatch.run import Run
+from anabranch.gateway.dispatch.stream import Stream, WholeStream
+from anabranch.gateway.dispatch.upstream import Upstream
+from anabranch.gateway.providers.provider import (
+    Answer,
+    Transport,
+    UpstreamError,
+    UpstreamRequest,
+    read_all,
+)
+from anabranch.gateway.query import Model, Pool
+
+CHANGES = 500  # changes of breakers that are remembered
+
+
+@dataclass(slots=True)
+class LiveGroup:
+    """A model with its deployments as they are now."""
+
+    group: Group
+    lives: tuple[Live, ...]
+    hedge: HedgeDelay = field(default_factory=HedgeDelay)
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.group.name
+
+    @property
+    def balance(self) -> Balance:
+        """How a deployment is chosen."""
+        return self.group.balance
+
+    def free(self, now: float, tokens: int) -> list[Live]:
+        """Deployments that take a request of so many tokens now."""
+        return [live for live in self.lives if live.can_take(now, tokens)]
+
+    def seen(self, now: float) -> Model:
+        """The model as strategies see it."""
+        group, lives = self.group, self.lives
+        latencies = [live.latency_s for live in lives if live.latency_s is not None]
+        return Model(
+            name=group.name, price=group.price, parameters=group.parameters, description=group.description, context=group.context,
+            is_available=any(live.can_take(now, 0) for live in lives), in_flight=sum(live.in_flight for live in lives),
+            load=min(live.load(now) for live in lives), latency_s=min(latencies) if latencies else None,
+        )  # fmt: skip
+
+
+class Dispatcher:
+    """Calls upstreams.
+
+    Args:
+        groups: the models.
+        rules: of retries and breakers.
+        http: carries calls; None for a pool of connections of its own.
+        clock: seconds, never running back.
+        seed: of jitter and of drawing deployments; None for a new one each time.
+        previous: the one whose place it takes; what is known of deployments of the same name and provider is carried over.
+
+    Raises ConfigError if a name of a model or deployment is there twice, or a provider cannot be made.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        rules: DispatchRules | None = None,
+        *,
+        http: Transport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        seed: int | None = None,
+        previous: "Dispatcher | None" = None,
+    ) -> None:
+        self.rules = rules or DispatchRules()
+        self.now = clock
+        self.rng = random.Random(seed)
+        self.budget = RetryBudget(self.rules.extra, self.rules.min_extra, self.rules.window_s)
+        self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
+        self._http: Transport = Upstream() if http is None else http
+        self._owns_http = http is None
+        self.groups: dict[str, LiveGroup] = {}
+        names: set[str] = set()
+        for group in groups:
+            twice = group.name in self.groups or any(one.name in names for one in group.deployments)
+            if twice:
+                raise ConfigError(
+                    f"a name in model {group.name!r} is there twice; models and deployments need their own"
+                )
+            names.update(one.name for one in group.deployments)
+            lives = tuple(
+                Live(group.name, one, group.price, self.rules.breaker, self._http, self._changed)
+                for one in group.deployments
+            )
+            self.groups[group.name] = LiveGroup(group, lives)
+        if previous is not None:
+            self._adopt(previous)
+
+    def _adopt(self, previous: "Dispatcher") -> None:
+        known = {live.name: live for group in previous.groups.values() for live in group.lives}
+        for group in self.groups.values():
+            for live in group.lives:
+                old = known.get(live.name)
+                if old is not None and old.deployment.provider == live.deployment.provider:
+                    live.adopt(old)
+        self.changes.extend(previous.changes)
+
+    def _changed(self, live: Live, before: str, why: str, now: float) -> None:
+        self.changes.append(
+            {
+                "time_s": time.time(), "model": live.model, "deployment": live.name, "from": before,
+                "to": live.breaker.phase, "why": why,
+            }
+        )  # fmt: skip
+
+    # Asking
+
+    async def complete(self, plan: Plan, request: UpstreamRequest) -> Answer:
+        """A whole answer.
+
+        Raises UpstreamError, with the report, when all that may be tried has failed. If answers came but none was accepted, the last
+        one is given.
+        """
+        request = request.whole()
+        run, last = Run(self, plan, request), None
+        try:
+            while True:
+                try:
+                    answer, attempt = await run.obtain(request, lambda *given: self._whole(run, *given))
+                except UpstreamError:
+                    if last is None:
+                        raise
+                    answer, attempt = last
+                    attempt.status = "ok"
+                    break
+                if plan.accept is None or run.is_last:
+                    break
+                accepted = plan.accept(attempt.model, answer)
+                if await accepted if inspect.isawaitable(accepted) else accepted:
+                    break
+                attempt.status, last = "rejected", (answer, attempt)
+                run.reject()
+            run.report.model, run.report.deployment = attempt.model, attempt.deployment
+            answer.report = run.report
+            return answer
+        finally:
+            run.close()
+
+    async def _whole(self, run: Run, live: Live, request: UpstreamRequest, attempt: Attempt) -> Answer:
+        """One attempt at a whole answer."""
+        limit_s = live.deployment.timeout_s
+        call = live.provider.build(request)
+        try:
+            async with asyncio.timeout(min(limit_s, run.left_s)):
+                reply = await live.transport.open(call)
+                try:
+                    body = await read_all(reply)
+                finally:
+                    reply.close()
+        except TimeoutError:
+            raise run.timed_out(live, limit_s, "timeout") from None
+        attempt.http_status = reply.status
+        if not 200 <= reply.status < 300:
+            raise UpstreamError(live.provider.error(reply.status, reply.headers, body))
+        answer = live.provider.parse(request, body)
+        run.won(live, attempt, answer.usage)
+        return answer
+
+    async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream | WholeStream:
+        """A stream whose first token has come. Read it to the end, or close it.
+
+        Where the plan wants to see answers before they are given, the whole answer comes first and is then told as a stream.
+        Raises UpstreamError, with the report, when all that may be tried has failed before a first token.
+        """
+        if plan.accept is not None:
+            return WholeStream(await self.complete(plan, request), request)
+        run = Run(self, plan, request)
+        try:
+            stream = Stream(run, request)
+            await stream.open()
+        except BaseException:
+            run.close()
+            raise
+        return stream
+
+    # Looking
+
+    def pool(self) -> Pool:
+        """The models as strategies see them, now."""
+        now = self.now()
+        return Pool(tuple(group.seen(now) for group in self.groups.values()), now)
+
+    def states(self) -> list[dict[str, Any]]:
+        """Each deployment, for the page and for metrics."""
+        now = self.now()
+        return [live.state(now) for group in self.groups.values() for live in group.lives]
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._owns_http:
+            await self._http.close()  # type: ignore[attr-defined]

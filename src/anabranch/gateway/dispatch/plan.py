@@ -1,0 +1,111 @@
+"""`Plan`: which models may be asked, until when. `Report`: what was asked, and what came of it."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from anabranch.gateway.dispatch.deployments import MidStream
+from anabranch.gateway.providers.provider import Answer, UpstreamRequest, Usage
+
+Accept = Callable[[str, Answer], bool | Awaitable[bool]]
+Allow = Callable[[str, int], Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What may be done for a request.
+
+    Attributes:
+        candidates: models, best first; the tail is the fallback chain.
+        deadline: when all must be over, on the dispatcher's clock (`Dispatcher.now`).
+        accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
+        allow: asked, before every attempt but the first, with the model and the nano-dollars spent so far, whether its price may be spent.
+        mid_stream: in place of the rules'; None for theirs.
+        hedge: in place of the rules'.
+        max_attempts: most attempts in all; None for what candidates and retries come to.
+        keep: keep the stream's chunks, so that `Stream.answer` can put the whole answer together.
+        requests: what to send to a model in place of the request, by its name.
+        report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
+    """
+
+    candidates: tuple[str, ...]
+    deadline: float
+    accept: Accept | None = None
+    allow: Allow | None = None
+    mid_stream: MidStream | None = None
+    hedge: bool | None = None
+    max_attempts: int | None = None
+    keep: bool = False
+    requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
+    report: "Report | None" = None
+
+    def most_attempts(self, retries: int) -> int:
+        """Attempts that may be made."""
+        whole = len(self.candidates) * (1 + retries)
+        return whole if self.max_attempts is None else min(whole, self.max_attempts)
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """One call of an upstream.
+
+    Attributes:
+        model: of the plan.
+        deployment: that was asked.
+        start_s: seconds after the request began.
+        status: ``open`` while under way, then ``ok``, ``rejected`` (its answer was not accepted), ``cancelled``, or the kind of failure.
+        http_status: of the upstream.
+        message: of the failure.
+        first_token_s: seconds from the attempt's start.
+        total_s: likewise; None while under way.
+        is_hedge: a second attempt beside another.
+        usage: tokens it is charged for.
+        cost: nano-dollars.
+        ticket: of the breaker.
+    """
+
+    model: str
+    deployment: str
+    start_s: float
+    status: str = "open"
+    http_status: int | None = None
+    message: str = ""
+    first_token_s: float | None = None
+    total_s: float | None = None
+    is_hedge: bool = False
+    usage: Usage = field(default_factory=Usage)
+    cost: int = 0
+    ticket: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """How an answer was come by.
+
+    Attributes:
+        attempts: in the order they began.
+        skipped: (model, why) of candidates that were passed over without an attempt.
+        model: that answered; None if none did.
+        deployment: likewise.
+        is_stitched: another model went on where the first broke off.
+    """
+
+    attempts: list[Attempt] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    model: str | None = None
+    deployment: str | None = None
+    is_stitched: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Nano-dollars of all attempts, the lost ones among them."""
+        return sum(attempt.cost for attempt in self.attempts)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all attempts."""
+        return sum((attempt.usage for attempt in self.attempts), Usage())
+
+    @property
+    def winner(self) -> Attempt | None:
+        """The last attempt that succeeded."""
+        return next((item for item in reversed(self.attempts) if item.status == "ok"), None)

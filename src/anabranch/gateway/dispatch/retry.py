@@ -1,0 +1,83 @@
+"""What follows a failure: which kinds are tried again, how long to wait, and how many attempts all requests together may add."""
+
+import random
+from typing import Literal
+
+from anabranch.gateway.dispatch.breaker import Outcome
+from anabranch.gateway.dispatch.window import SlidingSum
+from anabranch.gateway.providers.provider import FailureKind
+
+Action = Literal["retry", "fall_back", "give_up"]
+
+ACTION: dict[FailureKind, Action] = {
+    "connect": "retry", "timeout": "retry", "first_token": "retry", "conflict": "retry", "rate_limit": "retry",
+    "server": "retry", "garbage": "retry", "cut": "retry",
+    "context": "fall_back", "filter": "fall_back", "unsupported": "fall_back", "unavailable": "fall_back", "refused": "fall_back",
+    "credit": "retry", "auth": "retry",  # the breaker opens: another deployment has its own account, else the next model is asked
+    "request": "give_up", "deadline": "give_up",
+}  # fmt: skip
+
+OUTCOME: dict[FailureKind, Outcome] = {
+    "connect": "failure", "timeout": "failure", "first_token": "failure", "rate_limit": "failure", "server": "failure",
+    "garbage": "failure", "cut": "failure", "deadline": "failure",
+    "credit": "fatal", "auth": "fatal",
+    "conflict": "ignored", "context": "ignored", "filter": "ignored", "unsupported": "ignored", "request": "ignored",
+    "unavailable": "ignored", "refused": "ignored",
+}  # fmt: skip
+
+
+def backoff(retry: int, base_s: float, most_s: float, rng: random.Random) -> float:
+    """Seconds before retry number ``retry`` (from 0): full jitter, U(0, min(most, base * 2^retry))."""
+    return rng.uniform(0.0, min(most_s, base_s * 2 ** min(retry, 60)))
+
+
+class RetryBudget:
+    """Bounds extra attempts to a share of the requests of a window, so that an outage does not multiply load.
+
+    A request that begins on a deployment which has been failing *holds* one extra attempt from the start; if none is left to hold, it had
+    better begin elsewhere. Otherwise a deployment that fails 30 times of 100 would use up a budget of 20 and fail the other 10.
+
+    Args:
+        share: of requests in the window.
+        least: extra attempts that any window may have.
+        window_s: seconds.
+    """
+
+    def __init__(self, share: float, least: int, window_s: float) -> None:
+        self._share, self._least = share, least
+        self._requests, self._extra = SlidingSum(window_s), SlidingSum(window_s)
+        self.held = 0
+
+    def request(self, now: float) -> None:
+        """A request has come."""
+        self._requests.add(now)
+
+    def room(self, now: float) -> float:
+        """Extra attempts that may still be made."""
+        return max(self._least, self._share * self._requests.at(now)) - self._extra.at(now) - self.held
+
+    def take(self, now: float, holds: bool = False) -> bool:
+        """Make an extra attempt, if there is room or the request holds one."""
+        if holds:
+            self.held -= 1
+        elif self.room(now) < 1:
+            return False
+        self._extra.add(now)
+        return True
+
+    def hold(self, now: float) -> bool:
+        """Keep one extra attempt for later; `take` or `release` ends it."""
+        if self.room(now) < 1:
+            return False
+        self.held += 1
+        return True
+
+    def release(self) -> None:
+        """Give a held attempt back."""
+        self.held -= 1
+
+    def state(self, now: float) -> dict[str, float]:
+        """For the page."""
+        return {
+            "requests": self._requests.at(now), "extra": self._extra.at(now), "held": self.held, "room": self.room(now),
+        }  # fmt: skip

@@ -1,0 +1,311 @@
+"""`Run`: the attempts of one request, one after another, until one works or nothing is left to try.
+
+    for each candidate, up to 1 + retries times:   time left? a deployment free? an extra attempt in the budget? its price allowed?
+                                                   -> ask it -> works: done | retry | fall back to the next | give up
+
+There is one deadline, and every wait is cut to what is left of it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.dispatch.balance import pick
+from anabranch.gateway.dispatch.live import Live
+from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
+from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, backoff
+from anabranch.gateway.providers.provider import Failure, UpstreamError, UpstreamRequest, Usage
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.dispatcher import Dispatcher, LiveGroup
+
+Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
+
+
+class Run:
+    """State of one request between its attempts.
+
+    Attributes:
+        report: what has been done.
+        request: as it came; another one is sent where a plan says so, or a broken stream is continued.
+        avoid: deployments that failed this request; asked again only when no other is free.
+    """
+
+    def __init__(self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest) -> None:
+        self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
+        self.began = dispatcher.now()
+        self.report = Report() if plan.report is None else plan.report
+        self.request, self.tokens = request, request.prompt_tokens
+        self.avoid: set[str] = set()
+        self._at, self._retry = 0, 0
+        self._most = plan.most_attempts(self.rules.retries)
+        self._holds, self._has_failed = False, False
+        self._last: UpstreamError | None = None
+        dispatcher.budget.request(self.began)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline."""
+        return self.plan.deadline - self.dispatcher.now()
+
+    @property
+    def is_last(self) -> bool:
+        """No candidate comes after the present one."""
+        return self._at >= len(self.plan.candidates) - 1
+
+    async def obtain(self, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
+        """The next result, with the attempt that brought it. Raises UpstreamError when nothing is left to try."""
+        while True:
+            live = await self._next()
+            try:
+                return await self._ask(live, request, opening)
+            except UpstreamError as error:
+                self.failed(error)
+
+    def failed(self, error: UpstreamError) -> None:
+        """Take note of a failure and decide what is next. Raises UpstreamError if that is nothing."""
+        self._last, self._has_failed = error, True
+        action = ACTION[error.failure.kind]
+        if action == "give_up":
+            raise self.ended(error)
+        if action == "fall_back" or self._retry >= self.rules.retries:
+            self._next_model()
+        else:
+            self._retry += 1
+
+    def reject(self) -> None:
+        """The answer is not good enough: go on to the next candidate."""
+        self._has_failed = False
+        self._next_model()
+
+    def close(self) -> None:
+        """Give back what is held; call it once, whatever came of the request."""
+        if self._holds:
+            self._holds = False
+            self.dispatcher.budget.release()
+
+    def ended(self, error: UpstreamError) -> UpstreamError:
+        """The error for whoever asked."""
+        return UpstreamError(error.failure, self.report)
+
+    def _next_model(self) -> None:
+        self._at, self._retry = self._at + 1, 0
+
+    def _skip(self, model: str, why: str) -> None:
+        self.report.skipped.append((model, why))
+        self._next_model()
+
+    # Which deployment is next
+
+    async def _next(self) -> Live:
+        """A deployment to ask now. Raises UpstreamError if there is none."""
+        while self._at < len(self.plan.candidates):
+            now = self.dispatcher.now()
+            if now >= self.plan.deadline:
+                raise self._too_late()
+            if len(self.report.attempts) >= self._most:
+                break
+            model = self.plan.candidates[self._at]
+            group = self.dispatcher.groups.get(model)
+            if group is None:
+                self._skip(model, "no such model")
+                continue
+            if not group.free(now, self.tokens):
+                await self._wait_or_skip(group, now)
+                continue
+            if self.report.attempts and not await self._may_go_on(model, now):
+                continue
+            live = self._pick(group)
+            if live is not None:
+                return live
+        raise self.ended(self._last or self._nothing())
+
+    async def _wait_or_skip(self, group: "LiveGroup", now: float) -> None:
+        """Nothing of the group is free: go on to the next candidate; behind the last, wait a little if that helps."""
+        wait_s = min(live.free_in_s(now, self.tokens) for live in group.lives)
+        if self.is_last and 0 < wait_s <= min(self.rules.max_backoff_s, self.left_s):
+            await asyncio.sleep(wait_s)
+        else:
+            self._skip(group.name, "no deployment takes requests")
+
+    async def _may_go_on(self, model: str, now: float) -> bool:
+        """Whether an attempt beyond the first may be made; waits as long as a retry has to. Raises UpstreamError if no more may."""
+        if self._has_failed:
+            holds, self._holds = self._holds, False
+            if not self.dispatcher.budget.take(now, holds):
+                self.report.skipped.append((model, "the budget of extra attempts is used up"))
+                raise self.ended(self._last or self._nothing())
+            self._has_failed = False  # paid for
+            if self._retry:
+                wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
+                await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
+        if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
+            failure = Failure(kind="refused", message=f"no budget is left for {model}")
+            self._last = self._last or UpstreamError(failure)
+            self._skip(model, "its price is not allowed")
+            return False
+        return True
+
+    def _pick(self, group: "LiveGroup") -> Live | None:
+        """One of the group, or None and on to the next candidate."""
+        now = self.dispatcher.now()
+        free = group.free(now, self.tokens)
+        fresh = [live for live in free if live.name not in self.avoid] or free
+        if not fresh:
+            return None
+        live = pick(group.balance, fresh, now, self.dispatcher.rng)
+        if live.is_shaky and not self.report.attempts and not self._holds:
+            if self.dispatcher.budget.hold(now):
+                self._holds = True
+            elif steady := [other for other in fresh if not other.is_shaky]:
+                live = pick(group.balance, steady, now, self.dispatcher.rng)
+            elif self._has_steady_later(now):
+                self._skip(group.name, "it fails, and the budget of extra attempts is used up")
+                return None
+        return live
+
+    def _has_steady_later(self, now: float) -> bool:
+        later = (self.dispatcher.groups.get(model) for model in self.plan.candidates[self._at + 1 :])
+        return any(not live.is_shaky for group in later if group for live in group.free(now, self.tokens))
+
+    # Asking
+
+    async def _ask(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
+        group = self.dispatcher.groups[live.model]
+        is_hedged = self.rules.hedge if self.plan.hedge is None else self.plan.hedge
+        delay_s = group.hedge.delay_s if is_hedged else None
+        if delay_s is None:
+            return await self._one(live, request, opening)
+        return await self._race(live, request, opening, delay_s)
+
+    async def _race(
+        self, live: Live, request: UpstreamRequest, opening: Opening, delay_s: float
+    ) -> tuple[Any, Attempt]:
+        """Ask a second deployment beside the first when that is slow; the first to bring something wins."""
+        tasks = [asyncio.ensure_future(self._one(live, request, opening))]
+        winner: asyncio.Future[Any] | None = None
+        try:
+            await asyncio.wait(tasks, timeout=delay_s)
+            if not tasks[0].done():
+                other = await self._elsewhere(live)
+                if other is not None and not tasks[0].done():
+                    tasks.append(asyncio.ensure_future(self._one(other, request, opening, is_hedge=True)))
+            pending = set(tasks)
+            while pending and winner is None:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                winner = next((task for task in tasks if task in done and task.exception() is None), None)
+        finally:
+            try:
+                await _stopped(tasks)
+            except asyncio.CancelledError:  # nobody will take what was won
+                winner = None
+                raise
+            finally:
+                for task in tasks:
+                    if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
+                        self._discard(*task.result())
+        return (winner or tasks[0]).result()  # without a winner, raises what the first failed of
+
+    async def _elsewhere(self, live: Live) -> Live | None:
+        """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked."""
+        now = self.dispatcher.now()
+        if len(self.report.attempts) >= self._most:
+            return None
+        for model in self.plan.candidates[self._at :]:
+            group = self.dispatcher.groups.get(model)
+            free = [] if group is None else [other for other in group.free(now, self.tokens) if other is not live]
+            if group is None or not free:
+                continue
+            if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
+                return None
+            other = pick(group.balance, free, now, self.dispatcher.rng)
+            still_free = other.can_take(self.dispatcher.now(), self.tokens)
+            return other if still_free and self.dispatcher.budget.take(now) else None
+        return None
+
+    async def _one(
+        self, live: Live, request: UpstreamRequest, opening: Opening, is_hedge: bool = False
+    ) -> tuple[Any, Attempt]:
+        """One attempt. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
+        start = self.dispatcher.now()
+        attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge)
+        self.report.attempts.append(attempt)
+        attempt.ticket = live.begin(start, self.tokens)
+        own = self.plan.requests.get(live.model) if request is self.request else None
+        if own is not None:
+            request = own if request.stream else own.whole()
+        try:
+            return await opening(live, request, attempt), attempt
+        except UpstreamError as error:
+            self.lost(live, attempt, error.failure)
+            raise
+        except BaseException:
+            self.lost(live, attempt, None)
+            raise
+
+    def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
+        """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled, which is charged for."""
+        now = self.dispatcher.now()
+        attempt.total_s = now - self.began - attempt.start_s
+        if failure is None:
+            attempt.status = "cancelled"
+            self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
+            live.end(attempt.ticket, "ignored", now)
+            return
+        attempt.status, attempt.http_status, attempt.message = failure.kind, failure.status, failure.message
+        self.avoid.add(live.name)
+        if usage is not None:
+            self.charge(live, attempt, usage)
+        live.end(attempt.ticket, OUTCOME[failure.kind], now, failure)
+
+    def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
+        """End an attempt that brought a whole answer."""
+        now = self.dispatcher.now()
+        attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
+        self.charge(live, attempt, usage)
+        live.end(attempt.ticket, "success", now)
+        live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
+        first_s = attempt.total_s if attempt.first_token_s is None else attempt.first_token_s
+        self.dispatcher.groups[live.model].hedge.observe(first_s)
+        self.report.model, self.report.deployment = live.model, live.name
+
+    def charge(self, live: Live, attempt: Attempt, usage: Usage) -> None:
+        """What an attempt costs."""
+        attempt.usage = usage
+        attempt.cost = live.price.cost(usage.prompt, usage.completion, usage.cached)
+        live.spent(self.dispatcher.now(), usage.completion)
+
+    def _discard(self, result: Any, attempt: Attempt) -> None:
+        """Both were quick: the second result is dropped, and charged."""
+        if attempt.status == "ok":
+            attempt.status = "cancelled"
+        else:
+            result.drop()
+
+    # Endings
+
+    def _too_late(self) -> UpstreamError:
+        message = f"the time for this request ({self.plan.deadline - self.began:g} s) is up"
+        if self._last is not None:
+            message += f"; the last failure was: {self._last.failure.message}"
+        return UpstreamError(Failure(kind="deadline", message=message), self.report)
+
+    def _nothing(self) -> UpstreamError:
+        skipped = "; ".join(f"{model}: {why}" for model, why in self.report.skipped[:5])
+        return UpstreamError(Failure(kind="unavailable", message=f"no model can be asked now ({skipped})"))
+
+    def timed_out(self, live: Live, limit_s: float, kind: Any) -> UpstreamError:
+        """The failure of a wait that ended: the deployment's limit, or the deadline of all."""
+        if self.left_s <= 1e-3:
+            return self._too_late()
+        what = "no first token" if kind == "first_token" else "no answer"
+        return UpstreamError(Failure(kind=kind, message=f"{live.name} brought {what} within {limit_s:g} s"))
+
+
+async def _stopped(tasks: Sequence["asyncio.Future[Any]"]) -> None:
+    """Cancel those that are not done, and wait until they are."""
+    losers = [task for task in tasks if not task.done()]
+    for task in losers:
+        task.cancel()
+    if losers:
+        await asyncio.gather(*losers, return_exceptions=True)

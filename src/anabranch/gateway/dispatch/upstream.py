@@ -1,0 +1,135 @@
+"""Calls over HTTP: one session with one pool of connections for all upstreams.
+
+URLs come from the config alone. A redirect is followed only to the same scheme, host and port; proxies of the environment are not used;
+no cookies are kept. Nothing here has a timeout: whoever waits sets one.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from anabranch.gateway.providers.provider import Failure, HttpCall, Reply, UpstreamError, garbage
+
+REDIRECTS = 3
+KEEP_ALIVE_S = (
+    4.0  # shorter than the 5 s after which common servers drop a connection, so that none is used while it is dropped
+)
+READ_BYTES = 64 << 10  # what is read ahead of a slow reader, at most twice this
+
+
+class Upstream:
+    """The transport over HTTP. Use within a running event loop; ``close`` ends its connections.
+
+    Args:
+        connections: most at once, to all hosts; 0 for no limit.
+    """
+
+    def __init__(self, connections: int = 0) -> None:
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+        self._urls: dict[str, URL] = {}
+
+    def _started(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=self._connections, limit_per_host=0, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),
+                trust_env=False,
+                auto_decompress=True,
+                read_bufsize=READ_BYTES,
+                headers={"accept-encoding": "identity", "user-agent": "anabranch"},
+                skip_auto_headers=("accept",),
+            )
+        return self._session
+
+    async def open(self, call: HttpCall) -> Reply:
+        """Send, and wait for status and headers. Raises UpstreamError."""
+        session, url = self._started(), self._urls.get(call.url)
+        if url is None:
+            url = self._urls[call.url] = URL(call.url)
+        for _ in range(REDIRECTS + 1):
+            try:
+                response = await session.post(
+                    url, data=call.body, headers=call.headers, allow_redirects=False, proxy=call.proxy
+                )
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise _failed(error) from None
+            if response.status not in (307, 308):
+                break
+            target = _same_origin(url, response.headers.get("location", ""))
+            if target is None:
+                break
+            response.close()
+            url = target
+        return HttpReply(response)
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class HttpReply:
+    """An answer of aiohttp's client."""
+
+    __slots__ = ("_content", "_response", "headers", "status")
+    headers: Mapping[str, str]
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response, self._content = response, response.content
+        self.status, self.headers = response.status, response.headers
+
+    def read_ready(self) -> bytes:
+        """What has come, without waiting."""
+        try:
+            return self._content.read_nowait()
+        except (aiohttp.ClientError, OSError) as error:
+            raise _failed(error) from None
+
+    async def read_some(self) -> bytes:
+        """What comes next; empty at the end."""
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise _failed(error) from None
+
+    def close(self) -> None:
+        """Drop the connection if the end has not been reached."""
+        self._response.close()
+
+
+def _same_origin(url: URL, location: str) -> URL | None:
+    try:
+        target = url.join(URL(location))
+    except ValueError:
+        return None
+    return target if location and target.origin() == url.origin() else None
+
+
+def _failed(error: Any) -> UpstreamError:
+    """aiohttp's exceptions in our vocabulary, without their texts: those name hosts, and clients are told what went wrong."""
+    if isinstance(
+        error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
+    ):
+        return UpstreamError(Failure(kind="connect", message=f"no connection to the upstream: {_said(error)}"))
+    if isinstance(error, asyncio.TimeoutError):
+        return UpstreamError(Failure(kind="timeout", message="the upstream took too long"))
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return garbage("the upstream's answer ended early or has another length than it said")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return garbage("the upstream's answer is no HTTP")
+    return UpstreamError(Failure(kind="connect", message=f"the call of the upstream failed: {type(error).__name__}"))
+
+
+def _said(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    return os.strerror(number).lower() if isinstance(number, int) and number > 0 else type(error).__name__

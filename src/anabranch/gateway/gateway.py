@@ -1,0 +1,435 @@
+"""`Gateway`: the whole of it as a Python object. The HTTP layer only translates.
+
+gateway = Gateway(load_config("gateway.toml"))
+gateway.chat(model="auto/rules", messages=[{"role": "user", "content": "hello"}])["choices"][0]["message"]["content"]
+
+async with Gateway() as gateway:                      # a mock pool
+    answer = await gateway.achat({"model": "small", "messages": [...]})
+    async for chunk in await gateway.achat({"model": "auto", "messages": [...], "stream": True}): ...
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from anabranch.errors import ConfigError, InputError
+from anabranch.gateway.api_error import ApiError, wrong
+from anabranch.gateway.caches import Caches
+from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.http.sse import read_data
+from anabranch.gateway.life import Life
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.overview import Overview
+from anabranch.gateway.query import Decision, Outcome
+from anabranch.gateway.reply import Reply
+from anabranch.gateway.runtime import Runtime
+from anabranch.gateway.store import KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
+from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.ui import Seen, Snapshot
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+REMEMBERED = 2_000  # outcomes that feedback may still be given for, of strategies that learn
+HELD_CHARACTERS = 16 << 20  # of the texts of these, all together
+PRUNE_S = 3600.0
+DAY_S = 86_400.0
+_CURRENT: ContextVar[Life] = ContextVar("life")
+
+
+class Gateway:
+    """One gateway. Its async methods belong to one event loop; its plain ones may be called from anywhere else.
+
+    Args:
+        config: a config, the path of a file, or None for a mock pool.
+        store: in place of the one the config names; whoever gives it closes it.
+        strategies: ready-made ones in place of the config's, by name.
+
+    Raises ConfigError, and what else the parts of the config raise when they are made.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig | str | Path | None = None,
+        store: Store | None = None,
+        *,
+        strategies: Mapping[str, Strategy] | None = None,
+    ) -> None:
+        if config is None:
+            config = default_config()
+        elif isinstance(config, str | Path):
+            config = load_config(Path(config))
+        self.metrics, self.rates = Metrics(), RateLimits()
+        self._strategies = strategies
+        self.runtime = self._made(config, None)
+        self.caches = Caches(config.cache, self.runtime.embedder)
+        self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
+        self.recent: deque[Seen] = deque(maxlen=200)
+        self.began_s, self.in_flight = time.time(), 0
+        self._given, self._store = store is not None, store
+        self._outcomes: OrderedDict[str, tuple[str, Outcome]] = OrderedDict()
+        self._held_characters = 0  # of their texts
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._overview = Overview(self)
+        self._worker: _Worker | None = None
+
+    def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
+        return Runtime(config, self._bypassed, self._strategies, previous, _ask)
+
+    @property
+    def config(self) -> GatewayConfig:
+        """In use now."""
+        return self.runtime.config
+
+    @property
+    def store(self) -> Store:
+        """Open from `start` to `stop`."""
+        if self._store is None:
+            raise InputError("the gateway has not been started: await start(), or use it as a context")
+        return self._store
+
+    # From start to stop
+
+    async def start(self) -> Self:
+        """Open the store. Raises DataError if it cannot be."""
+        if self._store is None:
+            self._store = await asyncio.to_thread(open_store, self.config.store)
+        self._spawn(self._prune())
+        return self
+
+    async def stop(self) -> None:
+        """Close everything. Whoever serves sees to it that no request is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.runtime.close()
+        if self._store is not None and not self._given:
+            await self._store.close()
+            self._store = None
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def reload(self, config: GatewayConfig) -> None:
+        """Take a new config without dropping a request. If it cannot be used, nothing has changed.
+
+        Raises ConfigError, and what its parts raise.
+        """
+        try:
+            for name in ("store", "admin"):
+                if getattr(config, name) != getattr(self.config, name):
+                    raise ConfigError(f"{name} cannot change while the gateway runs; start it anew")
+            old = self.runtime
+            new = await asyncio.to_thread(self._made, config, old)
+        except Exception:
+            self.metrics.reloads.labels("refused").inc()
+            raise
+        self.runtime, self.caches = new, Caches(config.cache, new.embedder)
+        self.metrics.reloads.labels("taken").inc()
+        self._spawn(old.retire())
+
+    async def _prune(self) -> None:
+        """Delete what is older than the config wants it kept."""
+        while True:
+            days = self.config.log.keep_days
+            if days is not None:
+                count = await self.store.prune(time.time() - days * DAY_S)
+                logger.info("deleted %d rows older than %d days", count, days)
+            await asyncio.sleep(PRUNE_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the gateway failed: %s", type(error).__name__, exc_info=error)
+
+    # Requests
+
+    async def handle(
+        self,
+        endpoint: str,
+        body: dict[str, Any],
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        shown_as: str | None = None,
+    ) -> Reply:
+        """Answer one request. Raises ApiError.
+
+        Args:
+            endpoint: ``chat``, ``completions`` or ``embeddings``.
+            body: as OpenAI's endpoint takes it.
+            key: of this gateway.
+            headers: of the request; names in lower case, or a mapping that does not mind.
+            shown_as: what metrics call the endpoint, if not by its name.
+        """
+        if self.in_flight >= self.config.limits.in_flight:
+            self.metrics.refused.labels("too_many").inc()
+            message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
+            raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
+        runtime = self.runtime
+        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint)
+        self.in_flight += 1
+        runtime.users += 1
+        token = _CURRENT.set(life)
+        try:
+            reply = await life.run(key)
+        except BaseException as error:
+            self._leave(runtime)
+            if isinstance(error, ApiError):
+                error.headers.setdefault("x-request-id", life.id)
+                if life.report is None:  # codes of upstreams are theirs to choose
+                    self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
+            raise
+        finally:
+            _CURRENT.reset(token)
+        if reply.stream is None:
+            self._leave(runtime)
+        else:
+            reply.stream.on_close = lambda: self._leave(runtime)  # type: ignore[attr-defined]
+        return reply
+
+    def _leave(self, runtime: Runtime) -> None:
+        self.in_flight -= 1
+        runtime.release()
+
+    async def authenticate(self, secret: str | None) -> KeyRecord | None:
+        """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401)."""
+        record = await self.store.key_of(secret) if secret else None
+        if record is None and self.config.require_key:
+            what = "is not known, or not valid any more" if secret else "is missing"
+            message = f"the key {what}; send Authorization: Bearer KEY (anabranch gateway keys create makes one)"
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+        return record
+
+    async def achat(
+        self,
+        body: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """``/v1/chat/completions``: the answer, or, with ``stream``, an async iterator of its chunks. Raises ApiError."""
+        reply = await self.handle("chat", {**(body or {}), **fields}, key=key, headers=headers)
+        if reply.stream is not None:
+            return _chunks(reply)
+        assert reply.body is not None
+        return json.loads(reply.body)
+
+    def chat(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Any:
+        """`achat` for code without an event loop; with ``stream``, an iterator. The gateway starts by itself and ends with `close`."""
+        answer = self._called(self._started_chat({**(body or {}), **fields}, key))
+        return self._iterated(answer) if isinstance(answer, AsyncIterator) else answer
+
+    async def aroute(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
+        """Where a request would go; nothing is asked, reserved or kept. Raises ApiError."""
+        await self.authenticate(key)
+        return await self.explain({**(body or {}), **fields})
+
+    async def explain(self, body: dict[str, Any]) -> Decision:
+        """`aroute` for operators, who need no key."""
+        life = Life(self, self.runtime, "chat", body, {}, "route")
+        token = _CURRENT.set(life)
+        try:
+            return await life.route()
+        finally:
+            _CURRENT.reset(token)
+            if life.reservation is not None:  # a strategy that asks models has spent something, or tried to
+                life.end("ok", 200)
+
+    def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
+        """`aroute` for code without an event loop."""
+        return self._called(self._started_route({**(body or {}), **fields}, key))
+
+    def close(self) -> None:
+        """End what `chat` and `route` started."""
+        if self._worker is not None:
+            self._worker.run(self.stop())
+            self._worker.close()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _started_chat(self, body: dict[str, Any], key: str | None) -> Any:
+        if self._store is None:
+            await self.start()
+        return await self.achat(body, key=key)
+
+    async def _started_route(self, body: dict[str, Any], key: str | None) -> Decision:
+        if self._store is None:
+            await self.start()
+        return await self.aroute(body, key=key)
+
+    def _called(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._worker is None:
+            self._worker = _Worker()
+        return self._worker.run(work)
+
+    def _iterated(self, chunks: AsyncIterator[T]) -> Iterator[T]:
+        done = object()
+        try:
+            while (chunk := self._called(_next(chunks, done))) is not done:
+                yield chunk
+        finally:
+            self._called(chunks.aclose())  # type: ignore[attr-defined]
+
+    # What else there is to ask
+
+    def models(self) -> list[dict[str, Any]]:
+        """Models, aliases and strategies, as ``/v1/models`` lists them."""
+        return [self._fact(name) for name in names_of(self.config)]
+
+    def model_facts(self, name: str) -> dict[str, Any]:
+        """One of `models`. Raises ApiError (404)."""
+        if name not in names_of(self.config):
+            from anabranch.gateway.config.near import hint
+
+            message = f"there is no model {name[:80]!r}; {hint(name[:200], names_of(self.config))}"
+            raise ApiError(404, "model_not_found", message, param="model")
+        return self._fact(name)
+
+    def _fact(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(self.began_s), "owned_by": "anabranch"}
+
+    async def feedback(self, body: dict[str, Any], *, key: str | None = None) -> dict[str, Any]:
+        """Take a score for an answer: the store keeps it, and the strategy that chose learns from it. Raises ApiError."""
+        record = await self.authenticate(key)
+        id, score, comment = body.get("request_id"), body.get("score"), body.get("comment")
+        if not isinstance(id, str) or not id or len(id) > 128:
+            raise wrong("request_id", "request_id must be that of an answer (its header x-request-id)")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise wrong("score", "score must be a number from 0 to 1")
+        if comment is not None and (not isinstance(comment, str) or len(comment) > 2000):
+            raise wrong("comment", "comment must be text of at most 2,000 characters")
+        try:
+            row = await self.store.feedback(
+                id, float(score), key_id="" if record is None else record.id, comment=comment or ""
+            )
+        except InputError as error:
+            raise ApiError(404, "unknown_request", str(error), param="request_id") from None
+        self._overview.judged(row, float(score))
+        known = self._outcomes.pop(id, None)
+        if known is not None:
+            self._held_characters -= len(known[1].query.text)
+        if known is not None and known[0] in self.runtime.decider.lanes:
+            self.runtime.decider.lanes[known[0]].observe(replace(known[1], quality=float(score)))
+        return {"object": "feedback", "request_id": id, "score": score, "model": row.model}
+
+    def learn(self, strategy: str, request_id: str, outcome: Outcome) -> None:
+        """Tell a strategy what came of its decision, and keep it until feedback comes."""
+        lane = self.runtime.decider.lanes.get(strategy)
+        if lane is None or not lane.learns:
+            return
+        lane.observe(outcome)
+        held = replace(outcome, query=replace(outcome.query, messages=(), headers={}))
+        self._outcomes[request_id] = (strategy, held)
+        self._held_characters += len(held.query.text)
+        while len(self._outcomes) > REMEMBERED or self._held_characters > HELD_CHARACTERS:
+            _, (_, old) = self._outcomes.popitem(last=False)
+            self._held_characters -= len(old.query.text)
+
+    def settle(self, reservation: Reservation | None, row: LedgerRow) -> None:
+        """End a request in the store; it is written soon, whoever waits or not."""
+        done = self.store.append(row) if reservation is None else self.store.settle(reservation, row)
+        done.add_done_callback(_noted)
+
+    def seen(self, request: Seen) -> None:
+        """Show it on the page."""
+        self.recent.append(request)
+        self._overview.ended(request)
+
+    async def snapshot(self) -> Snapshot:
+        """For the page."""
+        return await self._overview.snapshot()
+
+    def now_s(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def metrics_text(self) -> bytes:
+        """For Prometheus."""
+        self.note_states()
+        return self.metrics.text()
+
+    def note_states(self) -> list[dict[str, Any]]:
+        """How deployments are doing, noted in the metrics."""
+        states = self.runtime.dispatcher.states()
+        self.metrics.in_flight.set(self.in_flight)
+        self.metrics.tasks.set(len(asyncio.all_tasks()))
+        self.metrics.breakers({state["deployment"]: state["breaker"] == "open" for state in states})
+        return states
+
+    def _bypassed(self, strategy: str, why: str) -> None:
+        self.metrics.bypassed.labels(strategy, why).inc()
+
+
+async def _ask(model: str, prompt: str, *, max_tokens: int, temperature: float) -> str:
+    """How strategies ask models: on account of the request that is being decided."""
+    life = _CURRENT.get(None)
+    if life is None:
+        raise InputError("a strategy can only ask models while a request is decided")
+    return await life.ask(model, prompt, max_tokens, temperature)
+
+
+async def _chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream as objects. What breaks it off is raised as ApiError."""
+    stream = reply.stream
+    assert stream is not None
+    held = b""
+    try:
+        async for piece in stream:
+            events, mark, held = (held + piece).rpartition(b"\n\n")
+            for chunk in read_data(events + mark):
+                if "error" in chunk:
+                    error = chunk["error"]
+                    raise ApiError(502, error.get("code"), str(error.get("message")), type=error.get("type"))
+                yield chunk
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(items: AsyncIterator[T], done: Any) -> Any:
+    return await anext(items, done)
+
+
+def _noted(done: "asyncio.Future[Any]") -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        logger.error("the ledger could not be written: %s", error)
+
+
+class _Worker:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """End the loop."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,63 @@
+"""Who may see and do what operators do: whoever has the admin key or a key of the store that is an admin's.
+
+Where there is no admin key, whoever sits at this machine may look at the page, and nothing more.
+"""
+
+import base64
+import binascii
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from anabranch.gateway.api_error import ApiError
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.openai import bearer
+
+_ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}
+
+
+async def check_operator(gateway: Gateway, request: web.BaseRequest, *, local: bool) -> None:
+    """Raises ApiError unless the request may see what operators see.
+
+    Args:
+        gateway: with the admin key, if there is one.
+        request: with the key as bearer token or as password.
+        local: let requests from this machine in where there is no admin key.
+    """
+    key, given = gateway.admin_key, _password(request) or bearer(request) or ""
+    if key is None and local and _is_local(request):
+        return
+    if key is not None and hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
+        return
+    record = await gateway.store.key_of(given) if given else None
+    if record is not None and record.is_admin:
+        return
+    if key is None and not given:
+        raise ApiError(
+            403, "admin_closed", "there is no admin key; set admin.key in the config, or make a key with --admin"
+        )
+    raise ApiError(401, "wrong_admin_key", "this needs the admin key", headers=_ASK)
+
+
+def _password(request: web.BaseRequest) -> str | None:
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def _is_local(request: web.BaseRequest) -> bool:
+    """It comes from this machine, and was meant for it: a name of another host that leads here (DNS rebinding) is none."""
+    try:
+        is_near = ipaddress.ip_address(request.remote or "").is_loopback
+        host = urlsplit(f"//{request.host}").hostname or ""
+        is_meant = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
+    return is_near and is_meant and not forwarded

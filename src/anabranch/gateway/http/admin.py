@@ -1,0 +1,189 @@
+"""``/admin/*``: what operators do. Every route needs the admin key, or a key of the store that is an admin's."""
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from anabranch.config import to_dict
+from anabranch.errors import AnabranchError
+from anabranch.gateway.api_error import ApiError, wrong
+from anabranch.gateway.decide import BypassError
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.openai import json_response, read_body
+from anabranch.gateway.money import dollars, nano_dollars
+from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
+from anabranch.gateway.validate import parse
+
+Work = Callable[["_Call"], Awaitable[Any]]
+MOST_ROWS = 1000
+
+
+class _Call:
+    """One request: its path's names, its query, its body."""
+
+    def __init__(self, request: web.BaseRequest, name: str, body: dict[str, Any]) -> None:
+        self.query, self.name, self.body = request.query, name, body
+
+    def number(self, name: str, default: int, most: int = MOST_ROWS) -> int:
+        """A number of the query. Raises ApiError."""
+        text = self.query.get(name)
+        if text is None:
+            return default
+        if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+            raise wrong(name, f"{name} is {text[:20]!r}; it must be a number from 1 to {most:,}")
+        return int(text)
+
+    def text(self, name: str, default: str = "") -> str:
+        """A text of the body. Raises ApiError."""
+        value = self.body.get(name, default)
+        if not isinstance(value, str):
+            raise wrong(name, f"{name} must be text")
+        return value
+
+
+class AdminRoutes:
+    """The admin interface of one gateway."""
+
+    def __init__(self, gateway: Gateway, on_reload: Callable[[], Awaitable[None]] | None) -> None:
+        self._gateway, self._on_reload = gateway, on_reload
+        self._table: dict[str, dict[str, Work]] = {
+            "keys": {"GET": self._keys, "POST": self._create_key, "DELETE": self._revoke_key},
+            "budgets": {"GET": self._budgets, "PUT": self._set_budget, "DELETE": self._remove_budget},
+            "providers": {"GET": self._providers},
+            "strategies": {"GET": self._strategies},
+            "explain": {"POST": self._explain},
+            "decisions": {"GET": self._decisions},
+            "feedback": {"GET": self._feedback},
+            "ledger": {"GET": self._ledger},
+            "spend": {"GET": self._spend},
+            "cache": {"DELETE": self._clear},
+            "config": {"GET": self._config},
+            "reload": {"POST": self._reload},
+        }
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """``/admin/THING`` or ``/admin/THING/NAME``."""
+        await check_operator(self._gateway, request, local=False)
+        thing, _, name = request.rel_url.raw_path.removeprefix("/admin/").partition("/")
+        methods = self._table.get(thing)
+        if methods is None:
+            raise ApiError(404, "not_found", f"there is no /admin/{thing[:40]}; there are {', '.join(self._table)}")
+        work = methods.get(request.method)
+        if work is None:
+            allowed = ", ".join(methods)
+            raise ApiError(405, "wrong_method", f"/admin/{thing} takes {allowed}", headers={"Allow": allowed})
+        body: dict[str, Any] = {}
+        if request.method in ("POST", "PUT") and thing != "reload":
+            limits = self._gateway.config.limits
+            body = parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
+        return json_response(await work(_Call(request, unquote(name), body)))
+
+    async def _keys(self, call: _Call) -> Any:
+        return {"keys": [dataclasses.asdict(key) for key in await self._gateway.store.keys()]}
+
+    async def _create_key(self, call: _Call) -> Any:
+        body = call.body
+        known = {"name", "user", "team", "tags", "models", "rpm", "tpm", "expires_s", "is_admin"}
+        if unknown := set(body) - known:
+            raise wrong(min(unknown), f"a key has no {min(unknown)!r}; known: {', '.join(sorted(known))}")
+        try:
+            secret, record = await self._gateway.store.create_key(**body)
+        except TypeError as error:
+            raise wrong("body", f"a field is of the wrong type: {error}") from None
+        return {"secret": secret, "key": dataclasses.asdict(record)}
+
+    async def _revoke_key(self, call: _Call) -> Any:
+        return {"key": dataclasses.asdict(await self._gateway.store.revoke_key(call.name))}
+
+    async def _budgets(self, call: _Call) -> Any:
+        return {"budgets": [_budget(budget) for budget in await self._gateway.store.budgets()]}
+
+    async def _set_budget(self, call: _Call) -> Any:
+        limit = call.body.get("limit_usd")
+        if isinstance(limit, bool) or not isinstance(limit, int | float | str):
+            raise wrong("limit_usd", "limit_usd must be an amount of dollars")
+        period = call.text("period", "total")
+        return _budget(await self._gateway.store.set_budget(call.text("subject"), nano_dollars(limit), period))
+
+    async def _remove_budget(self, call: _Call) -> Any:
+        removed = await self._gateway.store.remove_budget(call.name, call.query.get("period", "total"))
+        return {"removed": removed}
+
+    async def _providers(self, call: _Call) -> Any:
+        return {"deployments": self._gateway.note_states()}
+
+    async def _strategies(self, call: _Call) -> Any:
+        lanes = self._gateway.runtime.decider.lanes
+        found = [
+            {
+                "name": name, "strategy": lane.strategy.name, "is_default": name == self._gateway.config.default,
+                "needs_vector": lane.strategy.needs_vector, "reads_answers": lane.strategy.reads_answers, "learns": lane.learns,
+                "knob": lane.strategy.knob, "timeout_s": lane.timeout_s, "config": to_dict(lane.strategy.config),
+            }
+            for name, lane in lanes.items()
+        ]  # fmt: skip
+        return {"strategies": found}
+
+    async def _explain(self, call: _Call) -> Any:
+        """Why a request would go where it would; the body is one of chat."""
+        try:
+            decision = await self._gateway.explain(call.body)
+        except BypassError as error:
+            raise ApiError(409, "bypassed", str(error)) from None
+        candidates = [dataclasses.asdict(candidate) for candidate in decision.candidates]
+        return {**dataclasses.asdict(decision), "candidates": candidates, "details": dict(decision.details)}
+
+    async def _decisions(self, call: _Call) -> Any:
+        rows = await self._gateway.store.decisions(call.name or None, call.number("limit", 100))
+        if call.name and not rows:
+            raise ApiError(404, "unknown_request", f"no decision is kept for {call.name[:80]!r}")
+        return {"decisions": [dataclasses.asdict(row) for row in rows]}
+
+    async def _feedback(self, call: _Call) -> Any:
+        rows = await self._gateway.store.feedbacks(call.name or None, call.number("limit", 100))
+        return {"feedback": [dataclasses.asdict(row) for row in rows]}
+
+    async def _ledger(self, call: _Call) -> Any:
+        names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status")
+        wanted: dict[str, Any] = {name: call.query[name] for name in names if name in call.query}
+        if "before_seq" in call.query:
+            wanted["before_seq"] = call.number("before_seq", 1, 2**62)
+        rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted))
+        return {"rows": [dataclasses.asdict(row) for row in rows]}
+
+    async def _spend(self, call: _Call) -> Any:
+        by = call.query.get("by", "model").split(",")
+        if unknown := [name for name in by if name not in GROUPS]:
+            raise wrong("by", f"by is {unknown[0][:40]!r}; it takes {', '.join(GROUPS)}")
+        since = call.number("days", 30, 36_500) * 86_400
+        rows = await self._gateway.store.spend(by, since_s=self._gateway.now_s() - since)
+        return {"spend": [{**dataclasses.asdict(row), "cost_usd": dollars(row.cost_nano)} for row in rows]}
+
+    async def _clear(self, call: _Call) -> Any:
+        caches = self._gateway.caches
+        return {"deleted": caches.delete(call.name) if call.name else caches.clear()}
+
+    async def _config(self, call: _Call) -> Any:
+        return to_dict(self._gateway.config)
+
+    async def _reload(self, call: _Call) -> Any:
+        if self._on_reload is None:
+            raise ApiError(
+                409, "no_config", "the gateway was started without a config file, so there is nothing to read again"
+            )
+        try:
+            await self._on_reload()
+        except AnabranchError as error:
+            raise ApiError(409, "reload_failed", f"the old config stays: {error}") from None
+        return {"status": "reloaded", "models": len(self._gateway.config.models)}
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(budget), "remaining_nano": budget.remaining_nano, "limit_usd": dollars(budget.limit_nano),
+        "spent_usd": dollars(budget.spent_nano),
+    }  # fmt: skip

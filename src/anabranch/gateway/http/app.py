@@ -1,0 +1,126 @@
+"""Routes of a gateway, and what is the same for all of them: errors in OpenAI's form, and nothing unforeseen reaching a client.
+
+The routes for requests and those for operators are two tables, served on one port or on two.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from anabranch import __version__
+from anabranch.errors import AnabranchError
+from anabranch.gateway.api_error import ApiError
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.admin import AdminRoutes
+from anabranch.gateway.http.openai import OpenAIRoutes, Route, error_response, json_response
+from anabranch.gateway.http.openapi import describe
+from anabranch.gateway.http.page import PageRoutes
+from anabranch.gateway.http.server import Server
+
+logger = logging.getLogger(__name__)
+MODEL = "/v1/models/"
+
+
+class App:
+    """Answers requests of one listener.
+
+    Attributes:
+        is_stopping: set by who stops the server, for ``/ready``.
+
+    Args:
+        gateway: what it talks to.
+        public: serve what OpenAI's clients call.
+        admin: serve what operators call.
+        on_reload: reads the config again, for ``POST /admin/reload``; None if there is no file to read.
+    """
+
+    def __init__(self, gateway: Gateway, *, public: bool = True, admin: bool = True, on_reload: Any = None) -> None:
+        self.gateway, self.is_stopping = gateway, False
+        self._openai, self._admin = OpenAIRoutes(gateway), AdminRoutes(gateway, on_reload) if admin else None
+        self._public = public
+        table: dict[str, dict[str, Route]] = {
+            "/health": {"GET": self._health},
+            "/ready": {"GET": self._ready},
+        }
+        if public:
+            table |= {**self._openai.table(), "/openapi.json": {"GET": self._openapi}}
+        if admin:
+            table |= {**PageRoutes(gateway).table(), "/metrics": {"GET": self._metrics}}
+        self._table = table
+        self._description: dict[str, Any] | None = None
+
+    def server(self) -> Server:
+        """For `asyncio.loop.create_server`."""
+        return Server(self, self.refuse, self.gateway.config.limits.header_timeout_s)
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        try:
+            methods = self._table.get(request.path)
+            if methods is not None:
+                route = methods.get(request.method)
+                if route is None:
+                    raise _wrong_method(request, methods)
+                return await route(request)
+            return await self._longer(request)
+        except ApiError as error:
+            response = error_response(error)
+            if error.headers.get("connection") == "close":
+                response.force_close()
+            return response
+        except AnabranchError as error:  # an argument that the store or the config refuses
+            return error_response(ApiError(400, "invalid_value", str(error)))
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as error:  # a bug of ours: the log says what, the client only that
+            logger.error("a bug: %s %.80s: %s", request.method, request.path, type(error).__name__, exc_info=error)
+            return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
+
+    def refuse(self, status: int, message: str) -> web.Response:
+        """What is no HTTP, or too much of it."""
+        self.gateway.metrics.refused.labels("invalid_http").inc()
+        if status >= 500:
+            return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
+        return error_response(
+            ApiError(status, "invalid_http", "the request is no HTTP that can be read, or its headers are too large")
+        )
+
+    async def _longer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Paths with a name in them."""
+        path = request.path
+        if self._public and path.startswith(MODEL):
+            if request.method != "GET":
+                raise _wrong_method(request, {"GET": None})
+            return await self._openai.model(request, unquote(request.rel_url.raw_path[len(MODEL) :]))
+        if self._admin is not None and path.startswith("/admin/"):
+            return await self._admin.answer(request)
+        raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
+
+    async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.is_stopping:
+            raise ApiError(503, "stopping", "the server is stopping", headers={"Retry-After": "5"})
+        return json_response({"status": "ready", "models": len(self.gateway.config.models)})
+
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        await check_operator(self.gateway, request, local=True)
+        body = self.gateway.metrics_text()
+        return web.Response(body=body, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _openapi(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._description is None:
+            self._description = describe(__version__, self.gateway.config.limits.most_tokens)
+        return json_response(self._description)
+
+
+def _wrong_method(request: web.BaseRequest, methods: Mapping[str, Any]) -> ApiError:
+    allowed = ", ".join(methods)
+    message = f"{request.path} takes {allowed}, not {request.method:.20}"
+    return ApiError(405, "wrong_method", message, headers={"Allow": allowed})

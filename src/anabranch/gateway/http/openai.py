@@ -1,0 +1,195 @@
+"""The ``/v1`` routes: bytes in, what the gateway says of them out."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from anabranch.gateway.api_error import ApiError
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
+from anabranch.gateway.http.sse import read_data
+from anabranch.gateway.reply import Reply, new_id
+from anabranch.gateway.validate import parse
+
+logger = logging.getLogger(__name__)
+JSON = "application/json"
+STALL_S = 5.0  # after its deadline a stream that is not read ends
+SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
+Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+def error_response(error: ApiError) -> web.Response:
+    """OpenAI's form of an error."""
+    headers = {"x-request-id": new_id(), **SAFE, **error.headers}
+    body = json.dumps(error.to_dict(), ensure_ascii=False).encode("utf-8", "replace")
+    return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """JSON, never cached."""
+    body = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return web.Response(
+        status=status, body=body, content_type=JSON, headers={**SAFE, "cache-control": "no-store", **(headers or {})}
+    )
+
+
+def bearer(request: web.BaseRequest) -> str | None:
+    """The key of a request: ``Authorization: Bearer KEY``, or Anthropic's and Azure's headers for it."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        return value.strip()
+    return request.headers.get("x-api-key") or request.headers.get("api-key")
+
+
+async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises ApiError if it is too large or too slow, or compressed."""
+    close = {"connection": "close"}
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ApiError(415, "unsupported_encoding", "send the body uncompressed")
+    length = request.content_length
+    large = ApiError(413, "request_too_large", f"the body is larger than {most_bytes:,} bytes", headers=close)
+    if length is not None and length > most_bytes:
+        raise large
+    content = request.content
+    if content.is_eof() and length is not None:  # it came with the headers
+        return content.read_nowait()
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while part := await content.readany():
+                size += len(part)
+                if size > most_bytes:
+                    raise large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, "slow_body", f"the body did not come within {timeout_s:g} s", headers=close) from None
+    except (web.RequestPayloadError, ValueError):
+        raise ApiError(
+            400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
+        ) from None
+    return b"".join(parts)
+
+
+class OpenAIRoutes:
+    """What OpenAI's clients call."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def table(self) -> dict[str, dict[str, Route]]:
+        """Route by path and method."""
+        return {
+            "/v1/chat/completions": {"POST": self._endpoint("chat")},
+            "/v1/completions": {"POST": self._endpoint("completions")},
+            "/v1/embeddings": {"POST": self._endpoint("embeddings")},
+            "/v1/responses": {"POST": self._responses},
+            "/v1/models": {"GET": self._models},
+            "/v1/feedback": {"POST": self._feedback},
+        }
+
+    async def model(self, request: web.BaseRequest, name: str) -> web.StreamResponse:
+        """``/v1/models/NAME``."""
+        await self._gateway.authenticate(bearer(request))
+        return json_response(self._gateway.model_facts(name))
+
+    def _endpoint(self, endpoint: str) -> Route:
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            body = await self._read(request)
+            reply = await self._gateway.handle(endpoint, body, key=bearer(request), headers=request.headers)
+            return await self._send(request, reply, reply.stream)
+
+        return answer
+
+    async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = await self._read(request)
+        reply = await self._gateway.handle(
+            "chat", to_chat(body), key=bearer(request), headers=request.headers, shown_as="responses"
+        )
+        source = reply.stream
+        if reply.stream is not None:
+            reply.stream = _as_response(body, reply.stream)
+        elif reply.body is not None:
+            reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode(
+                "utf-8", "replace"
+            )
+        return await self._send(request, reply, source)
+
+    async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
+        await self._gateway.authenticate(bearer(request))
+        return json_response({"object": "list", "data": self._gateway.models()})
+
+    async def _feedback(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = await self._read(request)
+        return json_response(await self._gateway.feedback(body, key=bearer(request)))
+
+    async def _read(self, request: web.BaseRequest) -> dict[str, Any]:
+        """The body, of those only who have a key: nobody else may fill the memory."""
+        try:
+            await self._gateway.authenticate(bearer(request))
+        except ApiError as error:
+            if not request.content.is_eof():
+                error.headers["connection"] = "close"
+            raise
+        limits = self._gateway.config.limits
+        return parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
+
+    async def _send(
+        self, request: web.BaseRequest, reply: Reply, source: AsyncIterator[bytes] | None
+    ) -> web.StreamResponse:
+        """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
+        that goes away, breaks, or does not read on until `STALL_S` after the deadline.
+        """
+        reply.headers |= SAFE
+        if reply.stream is None or source is None:
+            return web.Response(status=reply.status, body=reply.body, content_type=JSON, headers=reply.headers)
+        headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        response = web.StreamResponse(status=reply.status, headers=headers)
+        response.content_type = "text/event-stream"
+        try:
+            async with asyncio.timeout(self._gateway.config.deadline_s + STALL_S):
+                await response.prepare(request)
+                async for chunk in reply.stream:
+                    await response.write(chunk)
+                await response.write_eof()
+        except ConnectionError:
+            logger.debug("the client went away")
+        except Exception as error:  # the head is out: all that can be done is to break off
+            logger.error(
+                "a stream broke: %s", type(error).__name__, exc_info=None if isinstance(error, TimeoutError) else error
+            )
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            for stream in (reply.stream, source):
+                with contextlib.suppress(RuntimeError):  # it is being closed already
+                    await stream.aclose()  # type: ignore[attr-defined]
+        return response
+
+
+async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A chat stream as the events of a response. What the stream cannot go on from becomes ``response.failed``."""
+    made = ResponseStream(body)
+    for piece in made.begin():
+        yield piece
+    try:
+        async for chunk in stream:
+            for data in read_data(chunk):
+                if "error" in data:
+                    for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
+                        yield piece
+                    return
+                for piece in made.add(data):
+                    yield piece
+        for piece in made.end():
+            yield piece
+    except (AttributeError, LookupError, TypeError, ValueError):
+        for piece in made.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
+            yield piece
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]

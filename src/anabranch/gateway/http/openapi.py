@@ -1,0 +1,187 @@
+"""The description of the public routes, OpenAPI 3.1: ``GET /openapi.json``."""
+
+from typing import Any
+
+_TEXT = {"type": "string"}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "code", "param"],
+            "properties": {
+                "message": _TEXT,
+                "type": _TEXT,
+                "code": {"type": ["string", "null"]},
+                "param": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_MODEL = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 512,
+    "description": "a model, an alias, or auto/STRATEGY?knob=value",
+}
+
+
+def _number(low: float, high: float) -> dict[str, Any]:
+    return {"type": ["number", "null"], "minimum": low, "maximum": high}
+
+
+def _sampling(most_tokens: int) -> dict[str, Any]:
+    tokens = {"type": ["integer", "null"], "minimum": 1, "maximum": most_tokens}
+    return {
+        "model": _MODEL,
+        "max_tokens": tokens,
+        "max_completion_tokens": tokens,
+        "temperature": _number(0, 2),
+        "top_p": _number(0, 1),
+        "presence_penalty": _number(-2, 2),
+        "frequency_penalty": _number(-2, 2),
+        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 128},
+        "seed": {"type": ["integer", "null"]},
+        "stop": {"type": ["string", "array", "null"], "items": _TEXT},
+        "stream": {"type": ["boolean", "null"]},
+        "stream_options": {"type": ["object", "null"]},
+        "user": {"type": ["string", "null"]},
+    }
+
+
+def _texts() -> dict[str, Any]:
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    return {
+        "oneOf": [
+            _TEXT,
+            {"type": "array", "minItems": 1, "items": _TEXT},
+            ids,
+            {"type": "array", "minItems": 1, "items": ids},
+        ]
+    }
+
+
+def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {
+                "oneOf": [
+                    _TEXT,
+                    {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}},
+                ]
+            },
+            "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+        },
+    }
+    tools = {
+        "type": ["array", "null"],
+        "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}},
+    }
+    sampling = _sampling(most_tokens)
+    return {
+        "Chat": {
+            "type": "object",
+            "required": ["model", "messages"],
+            "properties": {**sampling, "messages": {"type": "array", "minItems": 1, "items": message}, "tools": tools},
+        },
+        "Completion": {
+            "type": "object",
+            "required": ["model", "prompt"],
+            "properties": {**sampling, "prompt": _texts()},
+        },
+        "Embeddings": {
+            "type": "object",
+            "required": ["model", "input"],
+            "properties": {
+                "model": _MODEL,
+                "input": _texts(),
+                "encoding_format": {"enum": ["float", "base64", None]},
+                "dimensions": {"type": ["integer", "null"], "minimum": 1},
+            },
+        },
+        "Responses": {
+            "type": "object",
+            "required": ["model", "input"],
+            "properties": {
+                "model": _MODEL,
+                "input": {"oneOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "object"}}]},
+                "instructions": {"type": ["string", "null"]},
+                "max_output_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": most_tokens},
+                "temperature": _number(0, 2),
+                "top_p": _number(0, 1),
+                "stream": {"type": ["boolean", "null"]},
+            },
+        },
+        "Feedback": {
+            "type": "object",
+            "required": ["request_id", "score"],
+            "properties": {
+                "request_id": {"type": "string", "minLength": 1, "maxLength": 128},
+                "score": {"type": "number", "minimum": 0, "maximum": 1},
+                "comment": {"type": ["string", "null"], "maxLength": 2000},
+            },
+        },
+        "Error": _ERROR,
+    }
+
+
+def describe(version: str, most_tokens: int) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        version: of the package.
+        most_tokens: largest ``max_tokens``.
+    """
+    error = {
+        "description": "in OpenAI's form",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+
+    def answers(kind: str, *more: str, stream: bool = False) -> dict[str, Any]:
+        content: dict[str, Any] = {kind: {"schema": {"type": "object"} if kind == "application/json" else _TEXT}}
+        if stream:
+            content["text/event-stream"] = {"schema": _TEXT}
+        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error)}
+
+    def post(schema: str, summary: str, stream: bool = False, *more: str) -> dict[str, Any]:
+        body = {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        }
+        statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "502", "503", "504", *more)
+        return {
+            "post": {
+                "summary": summary,
+                "operationId": schema.lower(),
+                "security": [{}, {"key": []}],
+                "requestBody": body,
+                "responses": answers("application/json", *statuses, stream=stream),
+            }
+        }
+
+    def get(summary: str, kind: str = "application/json", *more: str) -> dict[str, Any]:
+        return {"get": {"summary": summary, "responses": answers(kind, *more)}}
+
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "anabranch gateway", "version": version},
+        "paths": {
+            "/v1/chat/completions": post("Chat", "Answer a conversation", True),
+            "/v1/completions": post("Completion", "Go on with a text", True),
+            "/v1/embeddings": post("Embeddings", "Turn texts into vectors"),
+            "/v1/responses": post("Responses", "Answer, in the form of the Responses API", True),
+            "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1"),
+            "/v1/models": get("Models and strategies", "application/json", "401"),
+            "/health": get("The process is alive"),
+            "/ready": get("It takes requests", "application/json", "503"),
+            "/metrics": get("For Prometheus", "text/plain"),
+        },
+        "components": {
+            "schemas": _bodies(most_tokens),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }

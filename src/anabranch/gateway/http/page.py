@@ -1,0 +1,53 @@
+"""The page's routes."""
+
+from aiohttp import web
+
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.openai import SAFE, Route
+from anabranch.gateway.ui.page import CSP, asset, icon, render, render_parts
+
+_HEADERS = {
+    **SAFE, "content-security-policy": CSP, "referrer-policy": "no-referrer", "x-frame-options": "DENY", "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+}  # fmt: skip
+
+
+class PageRoutes:
+    """``/ui`` and what it loads."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def table(self) -> dict[str, dict[str, Route]]:
+        """Route by path and method."""
+        return {
+            "/ui": {"GET": self._page},
+            "/ui/": {"GET": self._page},
+            "/ui/parts": {"GET": self._parts},
+            "/ui/page.css": {"GET": _fixed(asset("page.css"), "text/css")},
+            "/ui/page.js": {"GET": _fixed(asset("page.js"), "text/javascript")},
+            "/ui/icon.svg": {"GET": _fixed(icon(), "image/svg+xml")},
+        }
+
+    async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
+        await check_operator(self._gateway, request, local=True)
+        return _html(render(await self._gateway.snapshot()))
+
+    async def _parts(self, request: web.BaseRequest) -> web.StreamResponse:
+        await check_operator(self._gateway, request, local=True)
+        return _html(render_parts(await self._gateway.snapshot()))
+
+
+def _html(text: str) -> web.Response:
+    return web.Response(
+        body=text.encode("utf-8", "replace"), content_type="text/html", charset="utf-8", headers=_HEADERS
+    )
+
+
+def _fixed(body: bytes, kind: str) -> Route:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        headers = {**_HEADERS, "cache-control": "max-age=300"}
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
+
+    return answer

@@ -1,0 +1,317 @@
+"""OpenAI's Responses API on top of chat: a request becomes one of chat, the answer or its stream becomes a response.
+
+What holds state on the server (``previous_response_id``, ``conversation``, ``background``) and tools that run there are refused: a gateway
+keeps no conversation. Fields that chat has too, and those nobody knows, pass through.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from anabranch.gateway.api_error import ApiError, wrong
+from anabranch.gateway.http.sse import event
+
+_HERE = frozenset(
+    {"input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "reasoning", "include", "truncation", "prompt"}
+)  # fmt: skip
+_STATE = ("previous_response_id", "conversation", "background", "prompt")
+_SHOWN: dict[str, Any] = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0,
+    "tool_choice": "auto", "tools": [], "top_p": 1.0, "truncation": "disabled", "user": None, "store": False,
+}  # fmt: skip
+
+
+def to_chat(body: dict[str, Any]) -> dict[str, Any]:
+    """The request of ``/v1/chat/completions`` that asks the same. Raises ApiError for what chat cannot do."""
+    for name in _STATE:
+        if body.get(name):
+            raise wrong(name, f"{name} needs a server that keeps conversations; send all of it in input", "unsupported")
+    chat = {name: value for name, value in body.items() if name not in _HERE}
+    chat["messages"] = _messages(body)
+    if body.get("max_output_tokens") is not None:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    if body.get("tools"):
+        chat["tools"] = [_tool(tool, at) for at, tool in enumerate(_listed(body, "tools"))]
+    if body.get("tool_choice") is not None:
+        choice = body["tool_choice"]
+        is_named = isinstance(choice, dict) and choice.get("type") == "function"
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}} if is_named else choice
+    wanted = _table(body, "text").get("format")
+    if wanted and wanted.get("type") != "text":
+        form = {name: value for name, value in wanted.items() if name != "type"}
+        is_schema = wanted.get("type") == "json_schema"
+        chat["response_format"] = {"type": wanted.get("type"), **({"json_schema": form} if is_schema else form)}
+    if effort := _table(body, "reasoning").get("effort"):
+        chat["reasoning_effort"] = effort
+    if body.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    return chat
+
+
+def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """The response that says what an answer of chat says.
+
+    Args:
+        body: the request, as it came.
+        answer: of chat.
+    """
+    choice = (answer.get("choices") or [{}])[0]
+    message = choice.get("message") or {}
+    output: list[dict[str, Any]] = []
+    if message.get("content") is not None or message.get("refusal"):
+        output.append(_message_item(_new("msg"), message.get("content") or "", message.get("refusal") or ""))
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        output.append(_call_item(_new("fc"), call.get("id"), function.get("name"), function.get("arguments") or ""))
+    made = _response(body, answer.get("model"), answer.get("created"))
+    return _finished(made, output, choice.get("finish_reason"), answer.get("usage"))
+
+
+class ResponseStream:
+    """Turns the chunks of a chat stream into the events of a streamed response: `begin`, `add` each chunk, `end` or `fail`."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._made = _response(body, body.get("model"), None)
+        self._number = -1
+        self._output: list[dict[str, Any]] = []
+        self._message: dict[str, Any] | None = None
+        self._part: str | None = None  # "text" or "refusal"
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._reason: str | None = None
+        self._usage: dict[str, Any] | None = None
+
+    def begin(self) -> Iterator[bytes]:
+        """Before the first chunk."""
+        yield self._event("response.created", response=self._made)
+        yield self._event("response.in_progress", response=self._made)
+
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        """The events of one chunk."""
+        self._usage = chunk.get("usage") or self._usage
+        self._made["model"] = chunk.get("model") or self._made["model"]
+        for choice in (chunk.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            self._reason = choice.get("finish_reason") or self._reason
+            for kind, field in (("text", "content"), ("refusal", "refusal")):
+                if delta.get(field):
+                    yield from self._add_text(kind, delta[field])
+            for call in delta.get("tool_calls") or ():
+                yield from self._add_call(call)
+
+    def end(self) -> Iterator[bytes]:
+        """After the last chunk."""
+        yield from self._close_message()
+        for call in self._calls.values():
+            yield from self._close_call(call)
+        made = _finished(self._made, self._output, self._reason, self._usage)
+        yield self._event(f"response.{made['status']}", response=made)
+
+    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
+        """Instead of the end."""
+        failed = {**self._made, "status": "failed", "output": self._output}
+        failed["error"] = {"code": code or "server_error", "message": message}
+        yield self._event("response.failed", response=failed)
+
+    def _event(self, name: str, /, **fields: Any) -> bytes:
+        self._number += 1
+        return event({"type": name, "sequence_number": self._number, **fields}, name)
+
+    def _add_text(self, kind: str, text: str) -> Iterator[bytes]:
+        if self._message is None:
+            self._message = _message_item(_new("msg"), "", "", status="in_progress")
+            self._message["content"] = []
+            self._output.append(self._message)
+            yield self._event("response.output_item.added", output_index=self._at(self._message), item=self._message)
+        if self._part != kind:
+            yield from self._close_part()
+            self._part = kind
+            self._message["content"].append(_part(kind, ""))
+            yield self._event("response.content_part.added", **self._where(), part=self._message["content"][-1])
+        self._message["content"][-1][kind] += text
+        name = "response.output_text.delta" if kind == "text" else "response.refusal.delta"
+        yield self._event(name, **self._where(), delta=text, **({"logprobs": []} if kind == "text" else {}))
+
+    def _close_part(self) -> Iterator[bytes]:
+        if self._part is None or self._message is None:
+            return
+        part, kind = self._message["content"][-1], self._part
+        name = "response.output_text.done" if kind == "text" else "response.refusal.done"
+        yield self._event(name, **self._where(), **{kind: part[kind]}, **({"logprobs": []} if kind == "text" else {}))
+        yield self._event("response.content_part.done", **self._where(), part=part)
+        self._part = None
+
+    def _close_message(self) -> Iterator[bytes]:
+        if self._message is None or self._message["status"] == "completed":
+            return
+        yield from self._close_part()
+        self._message["status"] = "completed"
+        yield self._event("response.output_item.done", output_index=self._at(self._message), item=self._message)
+
+    def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
+        number, function = part.get("index", 0), part.get("function") or {}
+        call = self._calls.get(number)
+        if call is None:
+            yield from self._close_message()
+            call = _call_item(_new("fc"), part.get("id"), function.get("name"), "", status="in_progress")
+            self._calls[number] = call
+            self._output.append(call)
+            yield self._event("response.output_item.added", output_index=self._at(call), item=call)
+        if text := function.get("arguments"):
+            call["arguments"] += text
+            yield self._event(
+                "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
+            )
+
+    def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
+        call["status"] = "completed"
+        at = self._at(call)
+        yield self._event(
+            "response.function_call_arguments.done", item_id=call["id"], output_index=at, name=call["name"],
+            arguments=call["arguments"],
+        )  # fmt: skip
+        yield self._event("response.output_item.done", output_index=at, item=call)
+
+    def _at(self, item: dict[str, Any]) -> int:
+        return next(at for at, held in enumerate(self._output) if held is item)
+
+    def _where(self) -> dict[str, Any]:
+        assert self._message is not None
+        place = len(self._message["content"]) - 1
+        return {"item_id": self._message["id"], "output_index": self._at(self._message), "content_index": place}
+
+
+def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted, messages = body.get("input"), []
+    if body.get("instructions") is not None:
+        messages.append({"role": "system", "content": body["instructions"]})
+    if isinstance(wanted, str):
+        return [*messages, {"role": "user", "content": wanted}]
+    if not isinstance(wanted, list) or not wanted:
+        raise wrong("input", "input must be text or a list of items with at least one in it")
+    for at, item in enumerate(wanted):
+        if not isinstance(item, dict):
+            raise wrong(f"input[{at}]", f"input[{at}] must be an object")
+        _add_item(messages, item, f"input[{at}]")
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -> None:
+    kind = item.get("type", "message")
+    if kind == "message":
+        messages.append({"role": item.get("role"), "content": _content(item.get("content"), name)})
+    elif kind == "function_call":
+        call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+        made = {"id": item.get("call_id"), "type": "function", "function": call}
+        if messages and messages[-1]["role"] == "assistant":  # what was said before the call, and calls beside it
+            messages[-1].setdefault("tool_calls", []).append(made)
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
+    elif kind == "function_call_output":
+        content = _content(item.get("output"), name)
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+    elif kind != "reasoning":  # what a model thought is not sent to another
+        raise wrong(
+            f"{name}.type",
+            f"{name} is of type {str(kind)[:40]!r}, which a gateway to chat models cannot send",
+            "unsupported",
+        )
+
+
+def _content(content: Any, name: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for at, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("input_text", "output_text", "text"):
+            parts.append({"type": "text", "text": part.get("text")})
+        elif kind == "refusal":
+            parts.append({"type": "refusal", "refusal": part.get("refusal")})
+        elif kind == "input_image" and part.get("image_url"):
+            detail = {"detail": part["detail"]} if part.get("detail") else {}
+            parts.append({"type": "image_url", "image_url": {"url": part["image_url"], **detail}})
+        else:
+            where = f"{name}.content[{at}]"
+            raise wrong(
+                where, f"{where} is of type {str(kind)[:40]!r}; text and images by URL can be sent", "unsupported"
+            )
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return parts[0]["text"]
+    return parts
+
+
+def _tool(tool: Any, at: int) -> dict[str, Any]:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind != "function":
+        raise wrong(
+            f"tools[{at}]", f"tools[{at}] is of type {str(kind)[:40]!r}; only functions can be offered", "unsupported"
+        )
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _response(body: dict[str, Any], model: str | None, created: int | None) -> dict[str, Any]:
+    shown = {name: default if body.get(name) is None else body[name] for name, default in _SHOWN.items()}
+    reasoning = {"effort": _table(body, "reasoning").get("effort"), "summary": None}
+    return {
+        "id": _new("resp"), "object": "response", "created_at": created or int(time.time()), "status": "in_progress", "error": None,
+        "incomplete_details": None, "model": model or body.get("model"), "output": [], "previous_response_id": None,
+        "reasoning": reasoning, "text": body.get("text") or {"format": {"type": "text"}}, "usage": None, **shown,
+    }  # fmt: skip
+
+
+def _finished(
+    made: dict[str, Any], output: list[dict[str, Any]], reason: str | None, usage: dict[str, Any] | None
+) -> dict[str, Any]:
+    why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason or "")
+    status = {"status": "incomplete", "incomplete_details": {"reason": why}} if why else {"status": "completed"}
+    return {**made, **status, "output": output, "usage": _usage(usage)}
+
+
+def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not usage:
+        return None
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
+    return {
+        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": reasoning}, "total_tokens": prompt + completion,
+    }  # fmt: skip
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "refusal":
+        return {"type": "refusal", "refusal": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _message_item(id: str, text: str, refusal: str, status: str = "completed") -> dict[str, Any]:
+    content = [_part(kind, value) for kind, value in (("text", text), ("refusal", refusal)) if value or kind == "text"]
+    return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+
+def _call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "completed") -> dict[str, Any]:
+    return {
+        "id": id, "type": "function_call", "call_id": call_id or id, "name": name or "", "arguments": arguments, "status": status
+    }  # fmt: skip
+
+
+def _listed(body: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(body[name], list):
+        raise wrong(name, f"{name} must be a list")
+    return body[name]
+
+
+def _table(body: dict[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name) or {}
+    if not isinstance(value, dict):
+        raise wrong(name, f"{name} must be an object")
+    return value
+
+
+def _new(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+__all__ = ["ApiError", "ResponseStream", "to_chat", "to_response"]

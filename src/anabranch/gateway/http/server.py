@@ -1,0 +1,157 @@
+"""The process: sockets, signals, bounds of connections, and a stop that lets requests under way end.
+
+SIGTERM, SIGINT   ``/ready`` turns 503, no new connection is taken, requests under way are answered, then it ends; a second one ends
+                  it at once
+SIGHUP            the config file is read again; a bad one is reported, and the old one stays
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from anabranch.errors import AnabranchError, BackendError, InputError
+
+try:
+    from aiohttp import web
+    from aiohttp.web_protocol import RequestHandler
+except ImportError as error:
+    raise BackendError(f"the gateway needs {error.name}; pip install 'anabranch[gateway]'") from None
+
+logger = logging.getLogger(__name__)
+BACKLOG = 2048
+KEEP_ALIVE_S = 75.0
+HEADER_BYTES, NUM_HEADERS = 16 << 10, 100
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Refuse = Callable[[int, str], web.Response]
+
+
+class Connection(RequestHandler):
+    """aiohttp's, but the first request's headers have to come soon, and what is no HTTP is refused in OpenAI's form."""
+
+    __slots__ = ("_header_timeout_s", "_late", "_refuse")
+
+    def __init__(self, manager: Any, refuse: Refuse, header_timeout_s: float, **settings: Any) -> None:
+        super().__init__(manager, **settings)
+        self._refuse, self._header_timeout_s = refuse, header_timeout_s
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Someone has connected."""
+        super().connection_made(transport)
+        self._late = self._loop.call_later(self._header_timeout_s, self._close_silent)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """They have gone."""
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _close_silent(self) -> None:
+        if self._request_count == 0:
+            self.force_close()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What aiohttp answers itself: headers that are too large or no HTTP, and bugs."""
+        if status >= 500:
+            logger.error("a bug: %s %.80s", request.method, request.path, exc_info=exc)
+        response = self._refuse(status, message or "")
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """A listener's connections."""
+
+    def __init__(self, handler: Handler, refuse: Refuse, header_timeout_s: float) -> None:
+        super().__init__(handler, handler_cancellation=True)
+        self._refuse, self._header_timeout_s = refuse, header_timeout_s
+
+    def __call__(self) -> RequestHandler:
+        """A new connection."""
+        connection = Connection(
+            self, self._refuse, self._header_timeout_s, loop=self._loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S,
+            max_line_size=HEADER_BYTES, max_field_size=HEADER_BYTES, max_headers=NUM_HEADERS, auto_decompress=False, lingering_time=0.5,
+        )  # fmt: skip
+        return connection
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket. Raises InputError if the address cannot be had."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot listen at {host!r}: {getattr(error, 'strerror', None) or error}") from None
+    with listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"cannot listen at {host}, port {port}: {reason}; choose another port") from None
+        yield listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """What a client on this machine calls it."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+class Signals:
+    """Set by the signals of the process, as events of the running loop."""
+
+    def __init__(self) -> None:
+        self.stop, self.kill, self.reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def __enter__(self) -> "Signals":
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                loop.remove_signal_handler(getattr(signal, name))
+
+    def _stop(self) -> None:
+        (self.kill if self.stop.is_set() else self.stop).set()
+
+
+async def until(event: asyncio.Event, timeout_s: float) -> bool:
+    """Whether the event came within this time."""
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def reload_on(event: asyncio.Event, reload: Callable[[], Awaitable[None]]) -> None:
+    """Each time the event is set, reload; a mistake in the new config is logged, and nothing changes."""
+    while True:
+        await event.wait()
+        event.clear()
+        try:
+            await reload()
+            logger.warning("the config was read again and is in use")
+        except AnabranchError as error:
+            logger.error("the config cannot be used, the old one stays: %s", error)
+        except Exception:  # a bug of ours, which must not end what works
+            logger.exception("the config could not be read again, the old one stays")

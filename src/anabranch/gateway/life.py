@@ -1,0 +1,605 @@
+"""One request from its key to its ledger row. `Gateway.handle` makes a `Life` of it and runs it; nothing else here is public.
+
+    authenticate, validate, count -> caches -> decide -> reserve -> dispatch -> stream or return -> settle -> observe
+
+Whatever happens after a reservation, it is settled exactly once, and the request has exactly one row in the ledger.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
+from anabranch.gateway.api_error import ApiError, wrong
+from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
+from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
+from anabranch.gateway.decide import Decided
+from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.http.sse import chunks_of
+from anabranch.gateway.metrics import Ended
+from anabranch.gateway.money import dollars
+from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
+from anabranch.gateway.query import Candidate, Decision, Outcome, Query
+from anabranch.gateway.relay import Relay, Replayed
+from anabranch.gateway.reply import Reply, new_id
+from anabranch.gateway.store import KeyRecord, LedgerRow, Reservation, subjects_of
+from anabranch.gateway.ui import Seen
+from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
+
+if TYPE_CHECKING:
+    from anabranch.gateway.gateway import Gateway
+    from anabranch.gateway.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
+CLIENT_GONE = 499
+CONTINUED = 200  # tokens, at most, of telling a model to go on where another broke off
+
+
+class Life:
+    """One request. Attributes are what is known of it so far; see the methods for when."""
+
+    def __init__(
+        self,
+        gateway: "Gateway",
+        runtime: "Runtime",
+        endpoint: Any,
+        body: dict[str, Any],
+        headers: Mapping[str, str],
+        shown_as: str,
+    ) -> None:
+        self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
+        self.headers, self.shown_as, self.caches = headers, shown_as, gateway.caches
+        self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
+        self.record: KeyRecord | None = None  # of the key; None if none is needed
+        self.user = ""
+        self.tags: tuple[str, ...] = ()
+        self.subjects: tuple[str, ...] = ()
+        self.target = Target(model="")
+        self.label = ""
+        self.count = PromptCount(0, 0, True)
+        self.query: Query | None = None
+        self.decided: Decided | None = None
+        self.candidates: tuple[str, ...] = ()
+        self.prepared: dict[str, Any] = {}  # messages that the strategy sends to a model in place of the sender's
+        self.reservation: Reservation | None = None
+        self.asked_nano = 0  # what models cost that the strategy asked to decide
+        self.report: Report | None = None
+        self.exact_key: bytes | None = None
+        self.context: tuple[bytes, str] | None = None
+        self.vector: Any = None
+        self.ticket: Ticket[Entry] | None = None
+        self.tpm: int | None = None
+        self.hit: Entry | None = None
+        self.dispatched: float | None = None
+        self.is_over = False
+
+    async def run(self, secret: str | None) -> Reply:
+        """From the key to the answer, or to the first token of a stream. Raises ApiError."""
+        self.record = await self.gateway.authenticate(secret)
+        self._read()
+        self._admit()
+        try:
+            found = await self._look()
+            if found is not None:
+                return self._from_cache(*found)
+            await self._decide()
+            await self._reserve()
+            return await self._call()
+        except BaseException as error:
+            raise self._failed(error) from None
+
+    async def route(self) -> Decision:
+        """Only the decision. Raises ApiError."""
+        self._read()
+        await self._decide()
+        assert self.decided is not None
+        return self.decided.decision
+
+    # What is asked
+
+    def _read(self) -> None:
+        """Check the body, and find out where it wants to go and how long it is."""
+        body, limits = self.body, self.runtime.config.limits
+        if self.endpoint == "chat":
+            check_chat(body, limits.most_tokens)
+        elif self.endpoint == "completions":
+            check_completion(body, limits.most_tokens)
+        else:
+            check_embeddings(body)
+        try:
+            self.target = find_target(self.runtime.config, body["model"])
+        except UnknownModelError as error:
+            raise ApiError(404, "model_not_found", str(error), param="model") from None
+        except InputError as error:
+            raise wrong("model", str(error)) from None
+        self.label = _label(self.target)
+        self.count = count_prompt(body, self.runtime.counters.get(self.target.model or ""))
+
+    def _admit(self) -> None:
+        """Whose it is, and whether they have asked too much of late."""
+        record, limits = self.record, self.runtime.config.limits
+        given = self.headers.get("x-tags", "")
+        added = tuple(tag.strip() for tag in given.split(",") if tag.strip()) if given else ()
+        named = self.body.get("user") or ""
+        try:
+            self.subjects = subjects_of(record, user=named, tags=added)
+        except InputError as error:
+            raise wrong("x-tags", str(error)) from None
+        self.user = (record.user if record is not None else "") or named[:256]
+        self.tags = (*(record.tags if record is not None else ()), *added)
+        rpm, tpm = limits.rpm, limits.tpm
+        if record is not None:
+            rpm, tpm = record.rpm or rpm, record.tpm or tpm
+        if rpm is None and tpm is None:
+            return
+        try:
+            self.gateway.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
+        except RateError as error:
+            raise _limited(error) from None
+        self.tpm = tpm
+
+    @property
+    def strategy(self) -> str:
+        """The strategy that chooses; "" if the sender named a model."""
+        return self.target.strategy or ""
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is; what is cached for one is never given to another."""
+        return "" if self.record is None else self.record.id
+
+    def most_tokens(self, model: str) -> int:
+        """The most completion tokens this may cost at a model."""
+        if self.endpoint == "embeddings":
+            return 0
+        body = self.body
+        asked = max(
+            body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0
+        )  # an upstream may know only one of them
+        most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
+        answers = num_prompts(body) if self.endpoint == "completions" else 1
+        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
+
+    def _bounded(self) -> dict[str, Any]:
+        """The body for the upstream. Where neither it nor the model says how long an answer may be, it is told what was reserved."""
+        body = self.body
+        says = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
+        if says or all(self.runtime.models[model].max_tokens for model in self.candidates):
+            return body
+        return {**body, "max_tokens": self.runtime.config.limits.max_tokens}
+
+    def worst_nano(self, model: str) -> int:
+        """The most nano-dollars that one call of a model may cost."""
+        prompt = self.count.at_most
+        if model in self.prepared:
+            prompt = count_prompt({**self.body, "messages": self.prepared[model]}).at_most
+        if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
+            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN  # the next one is sent what was said
+        return self.runtime.models[model].price.cost(prompt, self.most_tokens(model))
+
+    # Caches
+
+    async def _look(self) -> tuple[Entry, str] | None:
+        """An answer somebody got before, and which cache had it: ``exact``, ``shared`` (another request was under way) or ``semantic``."""
+        caches, wish = self.caches, self._wish()
+        if wish == "deny" or (self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str)):
+            return None
+        is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
+        if caches.exact is not None and is_settled:
+            self.exact_key = key = exact_key(self.endpoint, self.label, self.body)
+            entry = caches.exact.get(self.tenant, key)
+            if entry is not None:
+                return entry, "exact"
+            joined = await self._joined(caches.flights, key)
+            if not isinstance(joined, Ticket):
+                return joined, "shared"
+            self.ticket = joined
+        if caches.semantic is not None and self.endpoint == "chat":
+            self.context = context_key(self.endpoint, self.label, self.body)
+            if self.context is not None:
+                self.vector = await caches.embed(self.context[1])
+                found = caches.semantic.get(self.tenant, self.context[0], self.vector)
+                if found is not None:
+                    return found[0], "semantic"
+        if self.exact_key is not None or self.context is not None:
+            self.gateway.metrics.cached("miss")
+        return None
+
+    async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
+        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, ApiError when late."""
+        try:
+            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+                return await flights.join((self.tenant, key))
+        except TimeoutError:
+            message = "an identical request is under way, and its answer did not come in time"
+            raise UpstreamError(Failure(kind="deadline", message=message)) from None
+
+    def _wish(self) -> str:
+        """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""
+        control = self.headers.get("cache-control", "")
+        if "no-cache" in control or "no-store" in control:
+            return "deny"
+        return self.headers.get("x-cache", "").lower()
+
+    # Where it goes
+
+    async def _decide(self) -> None:
+        """Candidates, best first: what the strategy says, or the model that was named and its fallbacks."""
+        runtime = self.runtime
+        if self.target.strategy is None:
+            assert self.target.model is not None
+            names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
+            candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(names))
+            decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
+            self.decided = Decided(decision, "", Query(text=""))
+            return
+        is_chat, has_limit = self.endpoint == "chat", self.endpoint != "embeddings"
+        messages = self.body["messages"] if is_chat else ()
+        most = self.body.get("max_completion_tokens") or self.body.get("max_tokens") if has_limit else None
+        text = last_text(messages) if is_chat else _flat(self.body.get("prompt", self.body.get("input", "")))
+        headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
+        query = Query(
+            text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
+            max_tokens=most, has_tools=bool(self.body.get("tools")),
+            has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
+        )  # fmt: skip
+        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        if not decided.bypassed:
+            self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
+
+    async def _reserve(self) -> None:
+        """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over."""
+        assert self.decided is not None
+        candidates = self._allowed(self.decided.decision.candidates)
+        refused: BudgetError | None = None
+        for at, candidate in enumerate(candidates):
+            try:
+                await self._hold(self.asked_nano + self.worst_nano(candidate.model))
+            except BudgetError as error:
+                refused = refused or error
+                if self.target.model is not None:
+                    break
+                continue
+            self.candidates = tuple(one.model for one in candidates[at:])
+            return
+        assert refused is not None
+        raise refused
+
+    def _allowed(self, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        """Those that the key may use and that have room for the prompt. Raises ApiError if the key may use none."""
+        if self.record is not None and self.record.models:
+            candidates = tuple(one for one in candidates if self.record.allows(one.model))
+            if not candidates:
+                raise ApiError(
+                    403, "model_not_allowed", f"this key may use {', '.join(self.record.models)}", param="model"
+                )
+        fitting = tuple(one for one in candidates if self._fits(one.model))
+        return fitting or candidates
+
+    def _fits(self, model: str) -> bool:
+        context = self.runtime.models[model].context
+        return context is None or self.count.tokens <= context
+
+    async def _allow(self, model: str, spent_nano: int) -> bool:
+        """Whether a further attempt may be paid for, asked by the dispatcher before each one but the first."""
+        try:
+            await self._hold(self.asked_nano + spent_nano + self._open_nano() + self.worst_nano(model))
+        except BudgetError:
+            return False
+        return True
+
+    def _open_nano(self) -> int:
+        """The most that attempts under way may cost: a hedge is paid beside the first."""
+        attempts = () if self.report is None else self.report.attempts
+        return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
+
+    async def _hold(self, nano: int) -> None:
+        """Have so many nano-dollars in all set aside. Raises BudgetError, and what was set aside stays so."""
+        store = self.gateway.store
+        if self.reservation is None:
+            self.reservation = await store.reserve(
+                self.id, self.subjects, nano, requested=self.label, strategy=self.strategy
+            )
+        elif nano > self.reservation.nano:
+            self.reservation = await store.grow(self.reservation, nano)
+
+    async def ask(self, model: str, prompt: str, max_tokens: int, temperature: float) -> str:
+        """A model's answer for the strategy, charged to this request. Raises AnabranchError."""
+        if model not in self.runtime.models:
+            raise InputError(f"a strategy asks for model {model!r}, which is not in the config")
+        messages = [{"role": "user", "content": prompt}]
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        worst = self.runtime.models[model].price.cost(count_prompt(body).at_most, max_tokens)
+        await self._hold((0 if self.reservation is None else self.reservation.nano) + worst)
+        dispatcher = self.runtime.dispatcher
+        report, left_s = Report(), self.runtime.config.deadline_s - self.elapsed()
+        plan = Plan(candidates=(model,), deadline=dispatcher.now() + left_s, report=report)
+        try:
+            answer = await dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=self.id))
+        finally:
+            self.asked_nano += report.cost
+        return answer.text
+
+    # The call
+
+    async def _call(self) -> Reply:
+        assert self.decided is not None
+        runtime, strategy = self.runtime, self.target.strategy
+        accept = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
+        self.dispatched = self.elapsed()
+        request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
+        keeps = request.stream and (
+            self.ticket is not None or self.context is not None or self.runtime.config.log.prompts
+        )
+        self.report = Report()
+        plan = Plan(
+            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
+            accept=accept, allow=self._allow, keep=keeps,
+            requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
+        )  # fmt: skip
+        if request.stream:
+            stream = await runtime.dispatcher.stream(plan, request)
+            return Reply(stream=Relay(stream, self.streamed), headers=self._headers(stream.report))
+        answer = await runtime.dispatcher.complete(plan, request)
+        self._keep(answer)
+        self.end("ok", 200)
+        return Reply(body=answer.data, headers=self._headers(answer.report))
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self.began
+
+    # The end
+
+    def end(self, status: str, http_status: int, code: str = "", cache: str = "") -> None:
+        """Settle, write the ledger's row, count, and let the strategy learn; once, whatever comes after."""
+        if self.is_over:
+            return
+        self.is_over = True
+        if self.ticket is not None:
+            self.ticket.abandon()
+        report, latency_s = self.report or Report(), self.elapsed()
+        usage, price = report.usage, self.runtime.models[report.model].price if report.model else None
+        nano = report.cost + self.asked_nano
+        decided = self.decided
+        candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
+        row = LedgerRow(
+            request_id=self.id, key_id=self.tenant, user=self.user, team="" if self.record is None else self.record.team,
+            tags=self.tags, requested=self.label, strategy=self.strategy, candidates=candidates,
+            model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=nano,
+            latency_us=round(latency_s * 1e6), first_token_us=self._first_token_us(report),
+            overhead_us=round(self._overhead_s(report) * 1e6), status=status, code=code, cache=cache, flags=self._flags(report),
+        )  # fmt: skip
+        self.gateway.settle(self.reservation, row)
+        self._tell(row, report, http_status, latency_s)
+
+    def _tell(self, row: LedgerRow, report: Report, http_status: int, latency_s: float) -> None:
+        """Everybody who wants to know that it is over: rate limits, metrics, the page, the strategy, the store's decisions."""
+        gateway, decided = self.gateway, self.decided
+        if self.tpm is not None and report.attempts:
+            used = row.prompt_tokens + row.completion_tokens
+            gateway.rates.correct(self.tenant, used - self.count.tokens, tpm=self.tpm)
+        first_s = None if row.first_token_us is None or not self.body.get("stream") else row.first_token_us / 1e6
+        overhead_s = (row.overhead_us or 0) / 1e6
+        gateway.metrics.ended(
+            Ended(
+                endpoint=self.shown_as, model=row.model, strategy=self.strategy, status=http_status, cache=row.cache, latency_s=latency_s,
+                ttft_s=first_s, overhead_s=overhead_s, prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens,
+                nano=row.cost_nano,
+            )
+        )  # fmt: skip
+        for attempt in report.attempts:
+            gateway.metrics.attempted(attempt.deployment, attempt.status)
+        gateway.seen(self._seen(row, report, http_status, latency_s, overhead_s))
+        if decided is None or not self.strategy:
+            return
+        if self.runtime.config.log.decisions:
+            gateway.store.append_decision(self.id, self.strategy, row.model, _explained(decided))
+        if report.model is not None or report.attempts:
+            outcome = Outcome(
+                query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
+                succeeded=row.status == "ok", decision=decided.decision,
+            )  # fmt: skip
+            gateway.learn(self.strategy, self.id, outcome)
+
+    def streamed(self, stream: Any, is_cut: bool = False) -> None:
+        """A stream has ended, or its reader has gone."""
+        if self.is_over:
+            return
+        report, failure = stream.report, stream.failure
+        self.report = report
+        if failure is not None:
+            error = UpstreamError(failure, report)
+            self._share_failure(UpstreamError(failure))
+            self.end("error", error.status, code=error.to_dict()["error"]["code"])
+        elif is_cut:
+            self.end("cancelled", CLIENT_GONE)
+        else:
+            if self.ticket is not None or self.context is not None:
+                try:
+                    self._keep(stream.answer())
+                except UpstreamError:  # it went out as it came, but nobody else shall have it
+                    logger.warning(
+                        "request %s: the stream of %s is not kept, since it makes no answer", self.id, report.deployment
+                    )
+            self.end("ok", 200)
+
+    def _keep(self, answer: Answer) -> None:
+        """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
+        if self.exact_key is None and self.context is None:
+            return
+        if self.endpoint != "embeddings" and answer.finish_reason not in ("stop", "length", "tool_calls"):
+            return
+        usage = answer.usage
+        entry = Entry(
+            body=answer.data, model=self.report.model or "" if self.report else "", prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion, nano=self.report.cost if self.report else 0,
+        )  # fmt: skip
+        self.caches.put(self.tenant, self.exact_key, self.context, self.vector, entry)
+        if self.ticket is not None:
+            self.ticket.land(entry)
+
+    def _from_cache(self, entry: Entry, cache: str) -> Reply:
+        """A kept answer, streamed if the sender wants that. It costs nothing."""
+        self.gateway.metrics.cached(cache)
+        self.hit = entry
+        headers = {
+            "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}"
+        }  # fmt: skip
+        self.end("ok", 200, cache=cache)
+        if not self.body.get("stream") or self.endpoint == "embeddings":
+            return Reply(body=entry.body, headers=headers)
+        options = self.body.get("stream_options")
+        with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        chunks = chunks_of(json.loads(entry.body), is_chat=self.endpoint == "chat", with_usage=with_usage)
+        return Reply(stream=Replayed(list(chunks)), headers=headers)
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """What the sender is told, once all is settled and counted."""
+        if isinstance(error, UpstreamError):
+            self.report = error.report or self.report
+            told = error.to_dict()["error"]
+            refusal = ApiError(
+                error.status, told["code"], told["message"], type=told["type"], param=told["param"], headers=self._retry_after(error)
+            )  # fmt: skip
+            if self.report is not None:
+                refusal.headers |= self._headers(self.report)
+            self._share_failure(UpstreamError(error.failure))  # without the report: they have asked nobody
+            self.end("error", refusal.status, code=refusal.code or "")
+        elif isinstance(error, BudgetError):
+            refusal = _limited(error)
+            self.end("refused", refusal.status, code=refusal.code or "")
+        elif isinstance(error, ApiError):
+            refusal = error
+            self.end("refused", refusal.status, code=refusal.code or "")
+        elif isinstance(error, Exception):
+            self._share_failure(error)
+            self.end("error", 500, code="internal_error")
+            return error
+        else:  # cancelled: the client has gone
+            self.end("cancelled", CLIENT_GONE)
+            return error
+        refusal.headers.setdefault("x-request-id", self.id)
+        return refusal
+
+    def _share_failure(self, error: Exception) -> None:
+        """Those who wait for the same answer fail too."""
+        if self.ticket is not None:
+            self.ticket.fail(error)
+
+    def _retry_after(self, error: UpstreamError) -> dict[str, str]:
+        wait_s = error.failure.retry_after_s
+        if error.status not in (429, 503):
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}
+
+    # What is said of it
+
+    def _headers(self, report: Report) -> dict[str, str]:
+        """Where it went, and what the gateway took."""
+        decided = self.decided
+        found = {
+            "x-request-id": self.id, "x-route-model": report.model or "", "x-route-deployment": report.deployment or "",
+            "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{self._overhead_s(report) * 1e3:.3f}",
+        }  # fmt: skip
+        if self.strategy and decided is not None:
+            found["x-route-strategy"] = self.strategy
+            found["x-route-reason"] = decided.decision.reason[:200]
+            if decided.decision.confidence is not None:
+                found["x-route-confidence"] = f"{decided.decision.confidence:.3f}"
+            if decided.bypassed:
+                found["x-route-bypassed"] = decided.bypassed[:200]
+        if self.exact_key is not None or self.context is not None:
+            found["x-cache"] = "miss"
+        if report.is_stitched:
+            found["x-stitched"] = "true"
+        return {name: safe(value) for name, value in found.items()}
+
+    def _overhead_s(self, report: Report) -> float:
+        """Seconds so far that no upstream was being waited for: all but the span from the first attempt's start to the last one's end."""
+        if not report.attempts:
+            return self.elapsed()
+        first = min(attempt.start_s for attempt in report.attempts)
+        last = max(
+            attempt.start_s + (attempt.total_s if attempt.total_s is not None else attempt.first_token_s or 0.0)
+            for attempt in report.attempts
+        )
+        return max(0.0, self.elapsed() - (last - first))
+
+    def _first_token_us(self, report: Report) -> int | None:
+        winner = report.winner or (report.attempts[-1] if report.attempts else None)
+        if winner is None or winner.first_token_s is None or self.dispatched is None:
+            return None
+        return round((self.dispatched + winner.start_s + winner.first_token_s) * 1e6)
+
+    def _flags(self, report: Report) -> tuple[str, ...]:
+        hedged = any(attempt.is_hedge for attempt in report.attempts)
+        bypassed = self.decided is not None and bool(self.decided.bypassed)
+        flags = (("hedged", hedged), ("stitched", report.is_stitched), ("bypassed", bypassed))
+        return tuple(name for name, is_set in flags if is_set)
+
+    def _seen(self, row: LedgerRow, report: Report, http_status: int, latency_s: float, overhead_s: float) -> Seen:
+        """For the page: everything but what was asked and answered."""
+        decision = self.decided.decision if self.decided is not None else None
+        return Seen(
+            request_id=self.id, time_s=self.time_s, key="" if self.record is None else self.record.name or self.record.id,
+            asked=self.label, strategy=self.strategy, chosen=row.model or ("" if self.hit is None else self.hit.model),
+            reason="" if decision is None else decision.reason, confidence=None if decision is None else decision.confidence,
+            candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
+            attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in report.attempts],
+            status=http_status, cache=row.cache, bypassed=self.decided.bypassed if self.decided is not None else "",
+            prompt_tokens=row.prompt_tokens or self.count.tokens, completion_tokens=row.completion_tokens, nano=row.cost_nano,
+            latency_s=latency_s, overhead_s=overhead_s,
+        )  # fmt: skip
+
+
+def safe(value: str) -> str:
+    """As a header may hold it: printable ASCII in one line."""
+    return value if value.isascii() and value.isprintable() else "".join(
+        sign if sign.isascii() and sign.isprintable() else "?" for sign in value
+    )  # fmt: skip
+
+
+def _limited(error: LimitError) -> ApiError:
+    """A limit as OpenAI's clients know it. The wait is said where waiting helps."""
+    wait_s = error.retry_after_s
+    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
+    if isinstance(error, BudgetError):
+        return ApiError(429, "insufficient_quota", str(error), type="insufficient_quota", headers=headers)
+    return ApiError(429, "rate_limit_exceeded", str(error), type="requests", headers=headers)
+
+
+def _label(target: Target) -> str:
+    """What caches and the ledger call a target: knobs sorted."""
+    if target.model is not None:
+        return target.model
+    knobs = "&".join(f"{name}={value}" for name, value in sorted(target.knobs.items()))
+    return f"auto/{target.strategy}" + (f"?{knobs}" if knobs else "")
+
+
+def _flat(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(part for part in prompt if isinstance(part, str))
+
+
+def _candidates(decision: Decision) -> list[dict[str, Any]]:
+    return [
+        {"model": one.model, "score": one.score, "quality": one.quality, "cost": one.cost} for one in decision.candidates
+    ]  # fmt: skip
+
+
+def _explained(decided: Decided) -> dict[str, Any]:
+    """A decision, ready for JSON."""
+    decision = decided.decision
+    return {
+        "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
+        "details": json.loads(json.dumps(dict(decision.details), default=str)), "bypassed": decided.bypassed,
+    }  # fmt: skip

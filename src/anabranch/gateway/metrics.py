@@ -1,0 +1,185 @@
+"""What a gateway counts: for Prometheus at ``/metrics``, and a short history in memory for the page."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.errors import BackendError
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+except ImportError as error:
+    raise BackendError(f"the gateway needs {error.name}; pip install 'anabranch[gateway]'") from None
+
+LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+OVERHEAD_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+BUCKET_S, BUCKETS = 10, 360  # of the history: an hour in steps of ten seconds
+
+
+@dataclass(slots=True)
+class Moment:
+    """What happened in ten seconds.
+
+    Attributes:
+        start: seconds since 1970.
+        requests: ended.
+        errors: of them, with a status of 500 or more or 429.
+        hits: answered by a cache.
+        nano: spent.
+        opened: breakers that opened, by deployment.
+    """
+
+    start: int
+    requests: int = 0
+    errors: int = 0
+    hits: int = 0
+    nano: int = 0
+    opened: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """One request, when it is over.
+
+    Attributes:
+        endpoint: ``chat``, ``completions``, ``embeddings`` or ``responses``.
+        model: that answered; "" if none did.
+        strategy: that chose; "" if the sender named the model.
+        status: of the response; 499 if the client went away.
+        cache: ``exact``, ``semantic``, ``shared`` or "".
+        latency_s: from the first byte of the request to the last of the answer.
+        ttft_s: to the first token of a stream; None if there was none.
+        overhead_s: what the gateway took of it.
+        prompt_tokens: of the answer's usage.
+        completion_tokens: likewise.
+        nano: nano-dollars.
+    """
+
+    endpoint: str
+    model: str = ""
+    strategy: str = ""
+    status: int = 200
+    cache: str = ""
+    latency_s: float = 0.0
+    ttft_s: float | None = None
+    overhead_s: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    nano: int = 0
+
+
+class Metrics:
+    """Counters of one gateway. Labels come from the config and from fixed sets, so their number is bounded."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "anabranch_requests", "Requests that ended", ["endpoint", "model", "strategy", "status"], registry=registry
+        )
+        self.latency = Histogram(
+            "anabranch_request_seconds",
+            "To the end of the answer",
+            ["endpoint", "model"],
+            buckets=LATENCY_S,
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            "anabranch_first_token_seconds",
+            "To the first token of a stream",
+            ["model"],
+            buckets=LATENCY_S,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            "anabranch_overhead_seconds", "What the gateway itself took", buckets=OVERHEAD_S, registry=registry
+        )
+        self.tokens = Counter("anabranch_tokens", "Tokens", ["model", "direction"], registry=registry)
+        self.nano = Counter(
+            "anabranch_spend_nano_dollars", "Nano-dollars spent", ["model", "strategy"], registry=registry
+        )
+        self.cache = Counter("anabranch_cache", "Answers from a cache, and misses", ["result"], registry=registry)
+        self.bypassed = Counter(
+            "anabranch_strategy_bypassed",
+            "Decisions left to the default strategy",
+            ["strategy", "why"],
+            registry=registry,
+        )
+        self.attempts = Counter(
+            "anabranch_attempts", "Calls to deployments", ["deployment", "outcome"], registry=registry
+        )
+        self.refused = Counter("anabranch_refused", "Requests refused before any call", ["code"], registry=registry)
+        self.in_flight = Gauge("anabranch_in_flight", "Requests under way", registry=registry)
+        self.tasks = Gauge("anabranch_tasks", "asyncio tasks of the process", registry=registry)
+        self.breaker = Gauge("anabranch_breaker_open", "1 where a breaker is open", ["deployment"], registry=registry)
+        self.reloads = Counter("anabranch_reloads", "Reloads of the config", ["result"], registry=registry)
+        self.history: deque[Moment] = deque(maxlen=BUCKETS)
+        self._open: set[str] = set()
+        self._children: dict[tuple[Any, ...], Any] = {}
+
+    def ended(self, request: Ended) -> None:
+        """Count a request that is over."""
+        held = self._child
+        model = request.model or "none"
+        held(self.requests, request.endpoint, model, request.strategy or "none", str(request.status)).inc()
+        held(self.latency, request.endpoint, model).observe(request.latency_s)
+        self.overhead.observe(request.overhead_s)
+        if request.ttft_s is not None:
+            held(self.ttft, model).observe(request.ttft_s)
+        if request.prompt_tokens:
+            held(self.tokens, model, "prompt").inc(request.prompt_tokens)
+        if request.completion_tokens:
+            held(self.tokens, model, "completion").inc(request.completion_tokens)
+        if request.nano:
+            held(self.nano, model, request.strategy or "none").inc(request.nano)
+        now = self.now()
+        now.requests += 1
+        now.errors += request.status >= 500 or request.status == 429
+        now.hits += bool(request.cache)
+        now.nano += request.nano
+
+    def cached(self, result: str) -> None:
+        """Count a look into the caches: ``exact``, ``semantic``, ``shared`` or ``miss``."""
+        self._child(self.cache, result).inc()
+
+    def attempted(self, deployment: str, outcome: str) -> None:
+        """Count a call to a deployment: ``ok`` or the kind of failure."""
+        self._child(self.attempts, deployment, outcome).inc()
+
+    def breakers(self, is_open: Mapping[str, bool]) -> None:
+        """Note which breakers are open now."""
+        for name, state in is_open.items():
+            self._child(self.breaker, name).set(int(state))
+            if state and name not in self._open:
+                opened = self.now().opened
+                opened[name] = opened.get(name, 0) + 1
+        self._open = {name for name, state in is_open.items() if state}
+
+    def now(self) -> Moment:
+        """The moment under way."""
+        start = int(self._clock()) // BUCKET_S * BUCKET_S
+        if not self.history or self.history[-1].start != start:
+            self.history.append(Moment(start))
+        return self.history[-1]
+
+    def text(self) -> bytes:
+        """For Prometheus."""
+        return generate_latest(self.registry)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """A metric with its labels set. prometheus_client's own look-up takes a lock and some microseconds."""
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+
+def totals(metric: Any) -> Iterable[tuple[dict[str, str], float]]:
+    """Labels and value of each child of a counter."""
+    for family in metric.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                yield dict(sample.labels), sample.value

@@ -1,0 +1,148 @@
+"""`Overview`: the figures of the page, gathered as requests end and read from the store every few seconds."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from anabranch import __version__
+from anabranch.gateway.metrics import totals
+from anabranch.gateway.money import dollars
+from anabranch.gateway.store import LedgerRow
+from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend
+
+if TYPE_CHECKING:
+    from anabranch.gateway.gateway import Gateway
+
+FRESH_S = 3.0  # how long what was read from the store is shown
+SPEND_S = 86_400.0  # spend of the last day
+NAMED = "named by the sender"
+SHOWN = 60  # requests that can be looked into
+
+
+class _Mean:
+    """Of cost, and of quality as judged or, where nobody judged, as predicted."""
+
+    __slots__ = ("cost", "count", "judged", "predicted")
+
+    def __init__(self) -> None:
+        self.count, self.cost = 0, 0.0
+        self.judged, self.predicted = [0, 0.0], [0, 0.0]  # how many, and their sum
+
+    def quality(self) -> float | None:
+        for count, total in (self.judged, self.predicted):
+            if count:
+                return total / count
+        return None
+
+
+class Overview:
+    """Of one gateway, since its start."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+        self._means: dict[tuple[str, str], _Mean] = {}
+        self._spend: dict[str, list[Spend]] = {}
+        self._read_s = 0.0
+
+    def ended(self, request: Seen) -> None:
+        """A request is over."""
+        if request.status != 200 or request.cache or not request.chosen:
+            return
+        quality = next((one.get("quality") for one in request.candidates if one.get("model") == request.chosen), None)
+        for mean in self._of(request.chosen, request.strategy):
+            mean.count += 1
+            mean.cost += dollars(request.nano)
+            if quality is not None:
+                mean.predicted[0] += 1
+                mean.predicted[1] += quality
+
+    def judged(self, row: LedgerRow, score: float) -> None:
+        """Somebody scored an answer."""
+        if row.model:
+            for mean in self._of(row.model, row.strategy):
+                mean.judged[0] += 1
+                mean.judged[1] += score
+
+    def _of(self, model: str, strategy: str) -> list[_Mean]:
+        names = [("model", model), ("live", "all traffic"), *([("strategy", strategy)] if strategy else [])]
+        return [self._means.setdefault(name, _Mean()) for name in names]
+
+    async def snapshot(self) -> Snapshot:
+        """All of it, now."""
+        gateway, metrics = self._gateway, self._gateway.metrics
+        now_s = time.time()
+        if now_s - self._read_s > FRESH_S:
+            self._read_s = now_s
+            self._spend = await self._read()
+        requests = list(totals(metrics.requests))
+        cache = {labels["result"]: int(value) for labels, value in totals(metrics.cache)}
+        return Snapshot(
+            now_s=now_s, uptime_s=now_s - gateway.began_s, version=__version__,
+            requests=int(sum(value for _, value in requests)),
+            errors=int(sum(value for labels, value in requests if _is_error(labels["status"]))),
+            in_flight=gateway.in_flight, hits={name: count for name, count in cache.items() if name != "miss"},
+            misses=cache.get("miss", 0), bypassed=int(sum(value for _, value in totals(metrics.bypassed))), spend=self._spend,
+            latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
+            timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
+            recent=tuple(reversed(gateway.recent))[:SHOWN],
+        )  # fmt: skip
+
+    async def _read(self) -> dict[str, list[Spend]]:
+        store, since_s = self._gateway.store, time.time() - SPEND_S
+        names = {key.id: key.name or key.id for key in await store.keys()}
+        found = {}
+        for by in ("model", "strategy", "key"):
+            rows = [
+                Spend(_shown(by, row.group[0], names), row.cost_nano, row.requests)
+                for row in await store.spend(by, since_s=since_s)
+            ]
+            found[by] = sorted((row for row in rows if row.name), key=lambda row: (-row.nano, -row.requests, row.name))
+        return found
+
+    def _deployments(self) -> tuple[DeploymentFact, ...]:
+        calls: dict[str, list[int]] = {}
+        for labels, value in totals(self._gateway.metrics.attempts):
+            counted = calls.setdefault(labels["deployment"], [0, 0])
+            counted[0] += int(value)
+            counted[1] += 0 if labels["outcome"] in ("ok", "cancelled", "rejected") else int(value)
+        return tuple(
+            DeploymentFact(
+                name=state["deployment"], model=state["model"], state=state["breaker"], in_flight=state["in_flight"],
+                requests=calls.get(state["deployment"], [0, 0])[0], failures=calls.get(state["deployment"], [0, 0])[1],
+                latency_s=state["latency_s"],
+            )
+            for state in self._gateway.note_states()
+        )  # fmt: skip
+
+    def _points(self) -> tuple[Point, ...]:
+        points = []
+        for (kind, name), mean in self._means.items():
+            quality = mean.quality()
+            if quality is not None and mean.count:
+                points.append(
+                    Point(name=name, kind=kind, cost=mean.cost / mean.count, quality=quality, count=mean.count)
+                )
+        return tuple(points)
+
+
+def _shown(by: str, group: str, names: dict[str, str]) -> str:
+    if by == "key":
+        return names.get(group, group or "no key")
+    if by == "strategy":
+        return group or NAMED
+    return group
+
+
+def _is_error(status: str) -> bool:
+    return status >= "500" or status == "429"
+
+
+def _buckets(histogram: Any) -> list[tuple[float, int]]:
+    """All label sets together: upper bound, and how many lie in each bucket alone."""
+    below: dict[float, int] = {}
+    for family in histogram.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_bucket"):
+                upper = float(sample.labels["le"])
+                below[upper] = below.get(upper, 0) + int(sample.value)
+    bounds = sorted(below)
+    return [(upper, below[upper] - (below[bounds[at - 1]] if at else 0)) for at, upper in enumerate(bounds)]

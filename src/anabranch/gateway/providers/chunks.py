@@ -1,0 +1,116 @@
+"""Chunks of a stream and whole answers: what is in a chunk, an answer put together from chunks, and chunks made of an answer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from anabranch.gateway.providers.provider import Json
+
+TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
+
+
+def has_content(chunk: Json) -> bool:
+    """Whether a chunk carries something of the answer: text, a tool call, or its end."""
+    for choice in _choices(chunk):
+        if choice.get("text") or choice.get("finish_reason"):
+            return True
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(
+            value for name, value in delta.items() if name not in ("role", "function_call")
+        ):
+            return True
+    return False
+
+
+def is_finished(chunk: Json) -> bool:
+    """Whether a choice ends with this chunk."""
+    return any(choice.get("finish_reason") for choice in _choices(chunk))
+
+
+def text_of(chunks: Iterable[Json]) -> str:
+    """What the first choice says in them."""
+    parts = []
+    for chunk in chunks:
+        for choice in _choices(chunk):
+            delta = choice.get("delta")
+            text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+            if choice.get("index", 0) == 0 and isinstance(text, str):
+                parts.append(text)
+    return "".join(parts)
+
+
+def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
+    """The whole answer that a stream's chunks make, in the form a request without ``stream`` gets."""
+    body: Json = {}
+    choices: dict[int, Json] = {}
+    for chunk in chunks:
+        for name, value in chunk.items():
+            if name not in ("choices", "object") and (value is not None or name not in body):
+                body[name] = value
+        for choice in _choices(chunk):
+            at = choice.get("index", 0)
+            _add(choices.setdefault(at, {"index": at, "finish_reason": None}), choice, endpoint)
+    body["object"] = "chat.completion" if endpoint == "chat" else "text_completion"
+    body["choices"] = [choices[at] for at in sorted(choices)]
+    return body
+
+
+def _add(whole: Json, choice: Json, endpoint: str) -> None:
+    if choice.get("finish_reason"):
+        whole["finish_reason"] = choice["finish_reason"]
+    logprobs = choice.get("logprobs")
+    if isinstance(logprobs, dict):
+        kept = whole.setdefault("logprobs", {})
+        for name, value in logprobs.items():
+            kept[name] = [*(kept.get(name) or []), *value] if isinstance(value, list) else value
+    if endpoint != "chat":
+        whole["text"] = whole.get("text", "") + (choice.get("text") or "")
+        return
+    message = whole.setdefault("message", {"role": "assistant", "content": None})
+    delta = choice.get("delta")
+    for name, value in delta.items() if isinstance(delta, dict) else ():
+        if name == "tool_calls" and isinstance(value, list):
+            _add_calls(message.setdefault("tool_calls", []), value)
+        elif name in TEXTS and isinstance(value, str):
+            message[name] = (message.get(name) or "") + value
+        elif value is not None and name != "tool_calls":
+            message[name] = value
+
+
+def _add_calls(calls: list[Json], pieces: list[Any]) -> None:
+    for piece in pieces:
+        at = piece.get("index", len(calls))
+        while len(calls) <= min(at, 1023):
+            calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call = calls[min(at, 1023)]
+        call["id"] = piece.get("id") or call["id"]
+        for name, value in (piece.get("function") or {}).items():
+            if isinstance(value, str):
+                call["function"][name] = call["function"].get(name, "") + value
+
+
+def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> list[Json]:
+    """A whole answer as the chunks of a stream: for caches, and for upstreams that do not stream."""
+    head = {name: value for name, value in body.items() if name not in ("choices", "object", "usage")}
+    head["object"] = "chat.completion.chunk" if endpoint == "chat" else "text_completion"
+    chunks = []
+    for choice in _choices(body):
+        at = choice.get("index", 0)
+        shared = {"index": at, "logprobs": choice.get("logprobs")}
+        if endpoint == "chat":
+            message = dict(choice.get("message") or {})
+            if message.get("tool_calls"):
+                message["tool_calls"] = [{"index": place, **call} for place, call in enumerate(message["tool_calls"])]
+            part: Json = {**shared, "delta": {"role": "assistant", **message}, "finish_reason": None}
+            end: Json = {"index": at, "delta": {}, "finish_reason": choice.get("finish_reason") or "stop"}
+        else:
+            part = {**shared, "text": choice.get("text") or "", "finish_reason": None}
+            end = {"index": at, "text": "", "finish_reason": choice.get("finish_reason") or "stop"}
+        chunks += [{**head, "choices": [part]}, {**head, "choices": [end]}]
+    if with_usage and isinstance(body.get("usage"), dict):
+        chunks.append({**head, "choices": [], "usage": body["usage"]})
+    return chunks
+
+
+def _choices(chunk: Json) -> list[Json]:
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []

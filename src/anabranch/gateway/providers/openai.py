@@ -1,0 +1,88 @@
+"""Any endpoint that speaks OpenAI's API: bodies go through as they are, but for the model's name, the key and the wish for usage."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.gateway.providers.keys import read_key
+from anabranch.gateway.providers.provider import Failure, HttpCall, Provider, UpstreamError, UpstreamRequest, hidden
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+
+
+class OpenAI(Provider, kind="openai"):
+    """Talks to an OpenAI-compatible endpoint."""
+
+    @configclass
+    class Config(Provider.Config):
+        """Where it is and what it is called there.
+
+        Attributes:
+            base_url: up to and with the version, e.g. ``http://10.0.0.5:8000/v1``.
+            key_env: environment variable that holds the key; None if the endpoint wants none.
+            key_file: encrypted file that holds it, read if the variable is not set.
+            headers: to send with each call; no keys here.
+            sends_usage: the endpoint takes ``stream_options``; turn it off for old servers that refuse it.
+            proxy: URL of an HTTP proxy; None connects directly, whatever the environment says.
+        """
+
+        base_url: str = "https://api.openai.com/v1"
+        key_env: str | None = "OPENAI_API_KEY"
+        key_file: str | None = None
+        headers: dict[str, str] = Field(default_factory=dict)
+        sends_usage: bool = True
+        proxy: str | None = None
+
+        def __post_init__(self) -> None:
+            check_url("base_url", self.base_url)
+            if self.proxy is not None:
+                check_url("proxy", self.proxy)
+            for name, value in self.headers.items():
+                check_header(name, value)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._key = read_key(config.key_env, config.key_file)
+        base = config.base_url.rstrip("/")
+        self._urls = {endpoint: base + path for endpoint, path in PATHS.items()}
+        self._headers = {"content-type": "application/json", **config.headers, **self._authorization()}
+
+    def _authorization(self) -> dict[str, str]:
+        return {} if self._key is None else {"authorization": f"Bearer {self._key.reveal()}"}
+
+    def build(self, request: UpstreamRequest) -> HttpCall:
+        """The sender's body under the upstream's name of the model."""
+        if request.endpoint not in self.endpoints:
+            raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
+        body = request.encoded(self.config.model, self.config.sends_usage)
+        headers = {**self._headers, **request.headers} if request.headers else self._headers
+        return HttpCall(self._urls[request.endpoint], headers, body, self.config.proxy)
+
+    def redacted(self, failure: Failure) -> Failure:
+        """Without this provider's key."""
+        return hidden(failure, None if self._key is None else self._key.reveal())
+
+
+def unsupported(message: str) -> UpstreamError:
+    """The failure of a provider that cannot do what is asked."""
+    return UpstreamError(Failure(kind="unsupported", message=message))
+
+
+def check_url(field: str, url: str) -> None:
+    """Raises ConfigError for what is no plain http(s) URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ConfigError(f"{field} is {url!r}; it must be a URL such as https://api.openai.com/v1")
+    if "@" in parts.netloc:
+        raise ConfigError(f"{field} holds a user or password; keys come from the environment (key_env)")
+
+
+def check_header(name: str, value: str) -> None:
+    """Raises ConfigError for a header that could smuggle another, or that carries a key."""
+    if not name.replace("-", "").replace("_", "").isalnum() or not (value.isascii() and value.isprintable()):
+        raise ConfigError(f"headers has {name!r}: names are letters, digits and '-', values printable ASCII")
+    if name.lower() in ("authorization", "x-api-key", "api-key", "host", "content-length", "transfer-encoding"):
+        raise ConfigError(
+            f"headers has {name!r}, which is set by the gateway; keys come from the environment (key_env)"
+        )

@@ -1,0 +1,470 @@
+"""The seam every upstream fits: a `Provider` says what to send and how to read what comes back; a `Transport` carries it.
+
+    build       request -> HttpCall              what to send
+    parse       body -> Answer                   a whole answer, in OpenAI's form
+    translator  None, or what turns a foreign stream into OpenAI's chunks
+    error       status, headers, body -> Failure what went wrong, in one vocabulary
+
+All four are pure. Providers that need no socket (mock, replay) or that look on (record) put a transport of their own in the place of HTTP.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Part, configclass
+from anabranch.errors import AnabranchError
+
+Endpoint = Literal["chat", "completions", "embeddings"]
+Json = dict[str, Any]
+Headers = Mapping[str, str]
+
+BODY_BYTES = 32 << 20  # most bytes of an answer that are read
+TOKENS = 10**9  # most tokens of one call that are believed
+RETRY_AFTER_S = 300.0  # longer waits than this are not believed
+
+FailureKind = Literal[
+    "connect",  # no connection, or it broke before an answer
+    "timeout",  # 408, or the answer took longer than it may
+    "first_token",  # a stream brought no first token in time
+    "conflict",  # 409
+    "rate_limit",  # 429
+    "server",  # 5xx
+    "garbage",  # an answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect
+    "cut",  # a stream ended before the answer did
+    "context",  # the prompt is too long for this model
+    "filter",  # the provider's content filter refused
+    "credit",  # the account behind the key is out of money
+    "auth",  # our key is not accepted
+    "unsupported",  # this provider cannot do what is asked
+    "request",  # any other 4xx: the request itself is at fault
+    "unavailable",  # nothing to ask: breakers open, limits reached
+    "refused",  # the plan did not allow the price
+    "deadline",  # the time of the whole request is up
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What went wrong with an attempt.
+
+    Attributes:
+        kind: one word for it.
+        message: a sentence for people; holds no key.
+        status: HTTP status of the upstream; None if there was none.
+        retry_after_s: how long the upstream asks to be left alone; None if it does not say.
+        type: the upstream's own word, of OpenAI's ``error.type``.
+        code: of ``error.code``.
+        param: of ``error.param``.
+    """
+
+    kind: FailureKind
+    message: str
+    status: int | None = None
+    retry_after_s: float | None = None
+    type: str | None = None
+    code: str | None = None
+    param: str | None = None
+
+
+class UpstreamError(AnabranchError):
+    """An attempt failed, or, from a `Dispatcher`, all that may be tried failed. The gateway answers with ``status`` and ``to_dict()``.
+
+    Attributes:
+        failure: what went wrong last.
+        report: all attempts made; None from a provider.
+    """
+
+    def __init__(self, failure: Failure, report: Any = None) -> None:
+        super().__init__(failure.message)
+        self.failure, self.report = failure, report
+
+    @property
+    def status(self) -> int:
+        """The HTTP status for whoever asked."""
+        failure = self.failure
+        if failure.kind in ("request", "context", "filter", "unsupported"):
+            return failure.status if failure.status is not None and 400 <= failure.status < 500 else 400
+        return _STATUS.get(failure.kind, 502)
+
+    def to_dict(self) -> Json:
+        """OpenAI's form of an error."""
+        failure, ours = self.failure, self.status >= 500
+        kind = "server_error" if ours else failure.type or "invalid_request_error"
+        code = failure.code or _CODE.get(failure.kind, f"upstream_{failure.kind}")
+        return {"error": {"message": failure.message, "type": kind, "code": code, "param": failure.param}}
+
+
+_STATUS = {"rate_limit": 429, "refused": 429, "unavailable": 503, "deadline": 504, "timeout": 504, "first_token": 504}
+_CODE = {
+    "rate_limit": "rate_limit_exceeded", "refused": "insufficient_quota", "context": "context_length_exceeded",
+    "filter": "content_filter", "request": "invalid_request", "unsupported": "unsupported", "deadline": "deadline_exceeded",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a call.
+
+    Attributes:
+        prompt: all prompt tokens.
+        completion: completion tokens, reasoning among them.
+        cached: prompt tokens that the provider had cached.
+        is_estimated: counted here because the provider did not say.
+    """
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    is_estimated: bool = False
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached,
+            self.is_estimated or other.is_estimated,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, body: Any) -> "Usage | None":
+        """From OpenAI's ``usage``; None if it is not there or makes no sense."""
+        usage = body.get("usage") if isinstance(body, dict) else None
+        if not isinstance(usage, dict):
+            return None
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+        details = usage.get("prompt_tokens_details")
+        cached = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
+        if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
+            return None
+        return cls(prompt, completion, min(cached, prompt))
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= TOKENS
+
+
+class UpstreamRequest:
+    """One request for the upstreams. It is never changed; what differs from one provider to the next is made from it.
+
+    Args:
+        endpoint: which of OpenAI's endpoints.
+        body: of the sender, as it came.
+        request_id: for logs and recordings.
+        prompt_tokens: counted or estimated; None for a quarter of the bytes.
+        headers: to send along, lower case.
+    """
+
+    __slots__ = ("_rest", "body", "endpoint", "headers", "prompt_tokens", "request_id", "stream")
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        body: Json,
+        *,
+        request_id: str = "",
+        prompt_tokens: int | None = None,
+        headers: Headers | None = None,
+    ) -> None:
+        self.endpoint, self.body, self.request_id, self.headers = endpoint, body, request_id, headers
+        self.stream = bool(body.get("stream")) and endpoint != "embeddings"
+        self._rest: dict[bool, bytes] = {}
+        self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """The sender wants the usage as the last chunk of the stream."""
+        options = self.body.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
+    def encoded(self, model: str, asks_usage: bool) -> bytes:
+        """The body as JSON with another name of the model, and, where ``asks_usage``, asking for the usage of a stream."""
+        rest = self._rest.get(asks_usage)
+        if rest is None:
+            fields = {name: value for name, value in self.body.items() if name != "model"}
+            if asks_usage and self.stream:
+                options = fields.get("stream_options")
+                fields["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+            rest = self._rest[asks_usage] = json.dumps(fields, separators=(",", ":")).encode()
+        return b'{"model":' + json.dumps(model).encode() + (b"," + rest[1:] if len(rest) > 2 else b"}")
+
+    def whole(self) -> "UpstreamRequest":
+        """The same request, not streamed."""
+        if not self.stream:
+            return self
+        body = {name: value for name, value in self.body.items() if name not in ("stream", "stream_options")}
+        return UpstreamRequest(
+            self.endpoint, body, request_id=self.request_id, prompt_tokens=self.prompt_tokens, headers=self.headers
+        )
+
+    def with_body(self, **changes: Any) -> "UpstreamRequest":
+        """The same request with some fields of the body set."""
+        return UpstreamRequest(
+            self.endpoint, {**self.body, **changes}, request_id=self.request_id, headers=self.headers
+        )
+
+
+@dataclass(slots=True, repr=False)
+class HttpCall:
+    """What goes over the wire. Its repr shows neither the values of headers (keys) nor the body (prompts).
+
+    Attributes:
+        url: absolute; made of the config alone.
+        headers: to send.
+        body: JSON.
+        proxy: URL of a proxy; None for none.
+    """
+
+    url: str
+    headers: Headers
+    body: bytes
+    proxy: str | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpCall({self.url!r}, headers of {sorted(self.headers)}, {len(self.body)} bytes)"
+
+
+class Answer:
+    """A whole answer, in OpenAI's form.
+
+    Attributes:
+        body: the object.
+        raw: the bytes it was read from; None if it was translated.
+        usage: tokens.
+        report: how it was come by; set by the `Dispatcher`.
+    """
+
+    def __init__(self, body: Json, raw: bytes | None, usage: Usage) -> None:
+        self.body, self.raw, self.usage = body, raw, usage
+        self.report: Any = None
+
+    @cached_property
+    def data(self) -> bytes:
+        """The body as JSON, as it came where it could stay so."""
+        return json.dumps(self.body, separators=(",", ":")).encode() if self.raw is None else self.raw
+
+    @property
+    def text(self) -> str:
+        """What the first choice says; empty if it says nothing (tool calls) or this is no text."""
+        choice = _first(self.body.get("choices"))
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else choice.get("text")
+        return text if isinstance(text, str) else ""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended."""
+        return _first(self.body.get("choices")).get("finish_reason")
+
+
+def _first(items: Any) -> Json:
+    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+
+
+class Reply(Protocol):
+    """An answer under way. Header names are lower case, or the mapping does not mind."""
+
+    status: int
+
+    @property
+    def headers(self) -> Headers:
+        """Of the answer."""
+
+    def read_ready(self) -> bytes:
+        """What has come, without waiting; empty if nothing has, or the end is reached."""
+
+    async def read_some(self) -> bytes:
+        """What comes next, empty at the end. May be cancelled and called again without losing a byte. Raises UpstreamError."""
+
+    def close(self) -> None:
+        """Drop the connection if the end has not been reached."""
+
+
+class Transport(Protocol):
+    """What carries calls."""
+
+    async def open(self, call: HttpCall) -> Reply:
+        """Send, and wait for status and headers. Raises UpstreamError."""
+
+
+class Translator(Protocol):
+    """Turns one foreign stream into OpenAI's chunks."""
+
+    def feed(self, data: bytes) -> Iterable[Json]:
+        """The chunks of one event's data. Raises UpstreamError if it reports an error or cannot be read."""
+
+    @property
+    def is_done(self) -> bool:
+        """The stream has said that it is over."""
+
+
+class Provider(Part, family="provider"):
+    """Interface: see the module."""
+
+    @configclass
+    class Config(BaseConfig):
+        """What all have.
+
+        Attributes:
+            model: what the upstream calls the model.
+        """
+
+        model: str = ""
+
+    endpoints: ClassVar[tuple[Endpoint, ...]] = ("chat", "completions", "embeddings")
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config.model!r})"
+
+    def build(self, request: UpstreamRequest) -> HttpCall:
+        """What to send. Raises UpstreamError (``unsupported``) if the provider cannot do this."""
+        raise NotImplementedError
+
+    def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
+        """The body of a 2xx answer. Raises UpstreamError (``garbage``)."""
+        value = parse_object(body)
+        if isinstance(value.get("error"), dict):  # some servers say 200 and mean it not
+            raise UpstreamError(self.error(500, {}, body))
+        wanted = "data" if request.endpoint == "embeddings" else "choices"
+        if not isinstance(value.get(wanted), list):
+            raise garbage(f"an answer without {wanted!r}", body)
+        return Answer(value, body, Usage.of(value) or estimated(request, body))
+
+    def translator(self, request: UpstreamRequest) -> Translator | None:
+        """None if the stream is in OpenAI's form already and is passed on as it comes."""
+        return None
+
+    def error(self, status: int, headers: Headers, body: bytes) -> Failure:
+        """What an answer that is not 2xx means."""
+        return self.redacted(classify(status, headers, body))
+
+    def redacted(self, failure: Failure) -> Failure:
+        """The same with no key in the message."""
+        return failure
+
+    def transport(self, http: Transport) -> Transport:
+        """What carries its calls: HTTP, unless it says otherwise."""
+        return http
+
+
+def hidden(failure: Failure, secret: str | None) -> Failure:
+    """``failure`` with ``secret`` and whatever looks like a key taken out of its message."""
+    text = failure.message.replace(secret, "[key]") if secret else failure.message
+    return replace(failure, message=re.sub(r"\b(sk|key|xai|gsk|AIza)[-_][\w*.-]{8,}", "[key]", text))
+
+
+def parse_object(body: bytes) -> Json:
+    """A JSON object. Raises UpstreamError (``garbage``)."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise garbage("an answer that is no JSON", body) from None
+    if not isinstance(value, dict):
+        raise garbage("an answer that is no JSON object", body)
+    return value
+
+
+def garbage(what: str, body: bytes = b"") -> UpstreamError:
+    """The failure of an answer that cannot be read."""
+    kind = "HTML" if body[:200].lstrip().lower().startswith((b"<!doctype", b"<html")) else f"{len(body)} bytes"
+    return UpstreamError(Failure(kind="garbage", message=f"the upstream sent {what} ({kind})" if body else what))
+
+
+def estimated(request: UpstreamRequest, body: bytes) -> Usage:
+    """Usage where the provider does not say: a token for every four bytes."""
+    completion = 0 if request.endpoint == "embeddings" else len(body) // 4
+    return Usage(request.prompt_tokens, completion, 0, True)
+
+
+_CONTEXT = re.compile(
+    r"context.?(length|window)|maximum context|prompt is too long|too many tokens|input is too long|exceeds? the (model|limit)", re.I
+)  # fmt: skip
+_CREDIT = re.compile(
+    r"insufficient.?(quota|credit|balance|funds)|credit balance|usage limit|billing|exceeded your current quota|spending limit"
+    r"|payment required", re.I
+)  # fmt: skip
+_FILTER = re.compile(r"content.?(filter|policy|management)|responsible.?ai|safety system|flagged", re.I)
+
+
+def classify(status: int, headers: Headers, body: bytes) -> Failure:
+    """What an answer that is not 2xx means, from its status and the words in it (OpenAI's and Anthropic's forms)."""
+    message, kind, code, param = _said(body)
+    words = f"{message} {kind or ''} {code or ''}"
+    what: FailureKind
+    if status == 402 or (status in (400, 403, 429) and _CREDIT.search(words)):
+        what = "credit"
+    elif status in (400, 413, 422) and _CONTEXT.search(words):
+        what = "context"
+    elif status in (400, 403, 422) and _FILTER.search(words):
+        what = "filter"
+    elif status >= 500 or status < 200:
+        what = "server"
+    elif status < 400:
+        what = "garbage"
+        message = f"the upstream redirects ({status}), which is not followed to another host"
+    else:
+        what = _OF_STATUS.get(status, "request")
+    text = message or f"the upstream answered with status {status}"
+    return Failure(
+        kind=what, message=text[:500], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param
+    )  # fmt: skip
+
+
+_OF_STATUS: dict[int, FailureKind] = {
+    401: "auth", 403: "auth", 408: "timeout", 409: "conflict", 425: "conflict", 429: "rate_limit",
+}  # fmt: skip
+
+
+def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:
+    """Message, type, code and parameter of an error's body, as far as they can be found."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        text = body[:300].decode("utf-8", "replace").strip()
+        return ("" if text.startswith("<") else text), None, None, None
+    error = value.get("error", value) if isinstance(value, dict) else value
+    if isinstance(error, str):
+        return error, None, None, None
+    if not isinstance(error, dict):
+        return "", None, None, None
+    message = error.get("message") or error.get("detail") or ""
+    found = [error.get(name) for name in ("type", "code", "param")]
+    kind, code, param = (str(value) if isinstance(value, str | int) else None for value in found)
+    return message if isinstance(message, str) else json.dumps(message), kind, code, param
+
+
+def retry_after(headers: Headers, now: datetime | None = None) -> float | None:
+    """Seconds of ``Retry-After`` (a number or a date) or ``retry-after-ms``; None if absent or senseless, at most `RETRY_AFTER_S`."""
+    given, scale = headers.get("retry-after-ms"), 1e-3
+    if given is None:
+        given, scale = headers.get("retry-after"), 1.0
+    if given is None:
+        return None
+    try:
+        seconds = float(given) * scale
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(given)
+        except ValueError:
+            return None
+        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
+    return min(max(seconds, 0.0), RETRY_AFTER_S) if seconds == seconds else None
+
+
+async def read_all(reply: Reply, most: int = BODY_BYTES) -> bytes:
+    """The rest of an answer. Raises UpstreamError (``garbage``) beyond ``most`` bytes."""
+    parts, size = [], 0
+    while part := await reply.read_some():
+        size += len(part)
+        if size > most:
+            reply.close()
+            raise garbage(f"the upstream sent an answer of more than {most:,} bytes")
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

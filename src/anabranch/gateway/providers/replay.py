@@ -1,0 +1,262 @@
+"""Traffic on disk: `Record` writes down what another provider answered, `Replay` answers from it, by the hash of the request.
+
+A file has one JSON object a line, ``{"key", "status", "headers", "body", "seconds"}`` with ``body`` as text.
+A line is appended whole or not at all.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError, DataError
+from anabranch.gateway.providers.openai import PATHS
+from anabranch.gateway.providers.provider import (
+    Answer,
+    Failure,
+    Headers,
+    HttpCall,
+    Json,
+    Provider,
+    Reply,
+    Translator,
+    Transport,
+    UpstreamError,
+    UpstreamRequest,
+)
+
+KEPT_HEADERS = ("content-type", "retry-after")
+
+
+def request_key(path: str, body: bytes) -> str:
+    """Of what is asked, whatever the order of fields and the name of the model."""
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return hashlib.sha256(path.encode() + b"\0" + body).hexdigest()
+    fields.pop("model", None)
+    fields.pop("stream_options", None)
+    return hashlib.sha256(f"{path}\0{json.dumps(fields, sort_keys=True)}".encode()).hexdigest()
+
+
+class Record(Provider, kind="record"):
+    """Passes everything to another provider, and writes down what it answers."""
+
+    @configclass
+    class Config(Provider.Config):
+        """What to record.
+
+        Attributes:
+            provider: whose answers.
+            path: JSONL file, appended to; made if it is not there. It holds answers, not requests and no keys.
+        """
+
+        provider: Provider.Config
+        path: str
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.inner: Provider = config.provider.build()
+        self.endpoints = self.inner.endpoints  # type: ignore[misc]
+        self._file = _Log(Path(config.path))
+
+    def build(self, request: UpstreamRequest) -> HttpCall:
+        """As the other."""
+        return self.inner.build(request)
+
+    def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
+        """As the other."""
+        return self.inner.parse(request, body)
+
+    def translator(self, request: UpstreamRequest) -> Translator | None:
+        """As the other."""
+        return self.inner.translator(request)
+
+    def error(self, status: int, headers: Headers, body: bytes) -> Failure:
+        """As the other."""
+        return self.inner.error(status, headers, body)
+
+    def redacted(self, failure: Failure) -> Failure:
+        """As the other."""
+        return self.inner.redacted(failure)
+
+    def transport(self, http: Transport) -> Transport:
+        """That of the other, listened to."""
+        return _Recorder(self.inner.transport(http), self._file)
+
+
+class _Log:
+    """Appends whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.parent.is_dir():
+            raise ConfigError(f"path is {str(path)!r}, but there is no folder {path.parent}")
+        self._path = path
+
+    def append(self, row: Json) -> None:
+        line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, line)  # one write: appended as a whole
+        finally:
+            os.close(handle)
+
+
+class _Recorder:
+    def __init__(self, inner: Transport, file: _Log) -> None:
+        self._inner, self._file = inner, file
+
+    async def open(self, call: HttpCall) -> Reply:
+        began = time.perf_counter()
+        reply = await self._inner.open(call)
+        return _Listened(reply, self._file, request_key(_path(call.url), call.body), began)
+
+
+def _path(url: str) -> str:
+    """The endpoint of a URL, wherever the server is."""
+    return next((path for path in PATHS.values() if url.endswith(path)), url.rpartition("/")[2])
+
+
+class _Listened:
+    """Keeps what is read, and writes it down at the end."""
+
+    def __init__(self, reply: Reply, file: _Log, key: str, began: float) -> None:
+        self._reply, self._file, self._key, self._began = reply, file, key, began
+        self.status, self.headers = reply.status, reply.headers
+        self._parts: list[bytes] = []
+        self._is_written = False
+
+    def read_ready(self) -> bytes:
+        data = self._reply.read_ready()
+        self._parts.append(data)
+        return data
+
+    async def read_some(self) -> bytes:
+        data = await self._reply.read_some()
+        if data:
+            self._parts.append(data)
+        elif not self._is_written:
+            self._is_written = True
+            headers = {name: self.headers[name] for name in KEPT_HEADERS if name in self.headers}
+            body = b"".join(self._parts).decode("utf-8", "replace")
+            seconds = round(time.perf_counter() - self._began, 6)
+            self._file.append(
+                {"key": self._key, "status": self.status, "headers": headers, "body": body, "seconds": seconds}
+            )
+        return data
+
+    def close(self) -> None:
+        self._reply.close()
+
+
+class Replay(Provider, kind="replay"):
+    """Answers from a recording."""
+
+    @configclass
+    class Config(Provider.Config):
+        """Which.
+
+        Attributes:
+            path: JSONL file that `Record` wrote, or `write_answers`.
+            pace: share of the recorded time that an answer takes; 0 answers at once.
+        """
+
+        path: str
+        pace: float = Field(default=0.0, ge=0)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._rows = _read(Path(config.path))
+
+    def build(self, request: UpstreamRequest) -> HttpCall:
+        """As for OpenAI, to nowhere."""
+        return HttpCall(PATHS[request.endpoint], {}, request.encoded(self.config.model, True))
+
+    def transport(self, http: Transport) -> Transport:
+        """Itself."""
+        return _Player(self._rows, self.config.pace)
+
+
+def _read(path: Path) -> dict[str, list[Json]]:
+    rows: dict[str, list[Json]] = {}
+    if not path.is_file():
+        raise ConfigError(f"no recording at {path}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["key"], []).append({**row, "body": row["body"].encode()})
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DataError(
+                f"{path}, line {number}: no recorded answer (key, status, headers, body, seconds)"
+            ) from None
+    return rows
+
+
+class _Player:
+    """Gives the answers to one request in the order they were recorded, then the last again."""
+
+    def __init__(self, rows: dict[str, list[Json]], pace: float) -> None:
+        self._rows, self._pace = rows, pace
+        self._next: dict[str, int] = {}
+
+    async def open(self, call: HttpCall) -> Reply:
+        key = request_key(_path(call.url), call.body)
+        found = self._rows.get(key)
+        if found is None:
+            raise UpstreamError(Failure(kind="request", message="this request was not recorded", status=404))
+        at = self._next.get(key, 0)
+        self._next[key] = min(at + 1, len(found) - 1)
+        if self._pace:
+            await asyncio.sleep(self._pace * found[at]["seconds"])
+        return _Played(found[at])
+
+
+class _Played:
+    def __init__(self, row: Json) -> None:
+        self.status, self.headers, self._body = row["status"], row["headers"], row["body"]
+
+    def read_ready(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+    async def read_some(self) -> bytes:
+        return self.read_ready()
+
+    def close(self) -> None:
+        self._body = b""
+
+
+def write_answers(path: str | Path, answers: dict[str, str], tokens: dict[str, tuple[int, int]] | None = None) -> None:
+    """A recording made of prompts and what is answered to them, for replaying recorded outcomes through the gateway.
+
+    Args:
+        path: of the JSONL file, replaced whole.
+        answers: text of the user's only message to the answer.
+        tokens: prompt and completion tokens of it; words are counted where they are not given.
+    """
+    from anabranch.files import atomic_write_text
+
+    lines = []
+    for prompt, text in answers.items():
+        counted = (tokens or {}).get(prompt, (len(prompt.split()), len(text.split())))
+        usage = {"prompt_tokens": counted[0], "completion_tokens": counted[1], "total_tokens": sum(counted)}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        body = {
+            "id": "replay",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "",
+            "choices": [choice],
+            "usage": usage,
+        }
+        asked = json.dumps({"messages": [{"role": "user", "content": prompt}]}).encode()
+        row = {
+            "key": request_key(PATHS["chat"], asked), "status": 200, "headers": {"content-type": "application/json"},
+            "body": json.dumps(body), "seconds": 0.0,
+        }  # fmt: skip
+        lines.append(json.dumps(row, separators=(",", ":")))
+    atomic_write_text(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,71 @@
+"""Server-sent events: whole events out of bytes that are cut anywhere, and bytes out of events."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from anabranch.gateway.providers.provider import garbage
+
+EVENT_BYTES = 8 << 20  # most bytes of one event
+DONE = b"data: [DONE]\n\n"
+DONE_DATA = b"[DONE]"
+
+
+class Splitter:
+    """Collects bytes and gives out whole events, with ``\\n`` as the only line end."""
+
+    __slots__ = ("_ends_in_cr", "_rest")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._ends_in_cr = False  # a line feed that comes next is the other half of a line end
+
+    def feed(self, data: bytes) -> bytes:
+        """All events that are whole now; what follows them is kept. Raises UpstreamError (``garbage``) for an endless event."""
+        if self._ends_in_cr and data:
+            data, self._ends_in_cr = data.removeprefix(b"\n"), False
+        if b"\r" in data:
+            self._ends_in_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        block = self._rest + data if self._rest else data
+        end = block.rfind(b"\n\n")
+        cut = end + 2 if end >= 0 else 0
+        if cut == len(block):
+            self._rest = b""
+            return block
+        self._rest = block[cut:]
+        if len(self._rest) > EVENT_BYTES:
+            raise garbage(f"an event of more than {EVENT_BYTES:,} bytes")
+        return block[:cut]
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return self._rest
+
+
+def events(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name (empty if it has none) and data of each event in a block of whole events; comments are left out.
+
+    Raises UpstreamError (``garbage``) for a line that is no field of an event.
+    """
+    for event in block.split(b"\n\n"):
+        name, data = b"", []
+        for line in event.split(b"\n"):
+            if not line or line[:1] == b":":
+                continue
+            field, _, value = line.partition(b":")
+            value = value[1:] if value[:1] == b" " else value
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                name = value
+            elif field not in (b"id", b"retry"):
+                raise garbage("what is no event stream", line)
+        if data:
+            yield name, b"\n".join(data)
+
+
+def event(value: Any) -> bytes:
+    """A chunk as an event."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

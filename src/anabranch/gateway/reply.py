@@ -1,0 +1,29 @@
+"""`Reply`: what a gateway gives back for one request, before it is HTTP or Python."""
+
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+_RANDOM = random.Random()  # seeded by the system; asking the system each time lets go of the interpreter's lock
+
+
+def new_id() -> str:
+    """Of a request: never taken from the sender, since the ledger has one row for each."""
+    return f"req_{_RANDOM.getrandbits(96):024x}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Reply:
+    """A whole answer or a stream.
+
+    Attributes:
+        body: JSON of a whole answer; None of a stream.
+        stream: server-sent events as bytes; None of a whole answer. Whoever takes it reads it to the end or closes it.
+        headers: ``x-request-id``, ``x-route-*``, ``x-cache``, ``x-overhead-ms``.
+        status: of HTTP.
+    """
+
+    body: bytes | None = None
+    stream: AsyncIterator[bytes] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int = 200

@@ -1,0 +1,99 @@
+"""`Runtime`: all that is made from one config. A reload makes a new one; requests under way end on the one they began with."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import BackendError, ConfigError, TokenizerError
+from anabranch.gateway.config import GatewayConfig, ModelConfig
+from anabranch.gateway.count import Counter
+from anabranch.gateway.decide import Decider
+from anabranch.gateway.dispatch import Dispatcher
+from anabranch.gateway.embed import Embedder
+from anabranch.gateway.strategy import Complete, Strategy
+from anabranch.gateway.wiring import groups_of, rules_of
+
+CLOSE_S = 600.0  # requests that began before a reload have this long to end
+
+
+class Runtime:
+    """One config at work.
+
+    Attributes:
+        config: checked.
+        dispatcher: calls upstreams.
+        decider: asks strategies.
+        embedder: of queries; None if the config has none.
+        models: by name.
+        users: requests under way on it.
+
+    Args:
+        config: see there.
+        on_bypass: see `Decider`.
+        strategies: see `Decider`.
+        previous: the one whose place it takes; what is known of deployments is carried over.
+        complete: see `Decider`.
+
+    Raises ConfigError, CheckpointError, BackendError or TokenizerError if something in the config cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        on_bypass: Callable[[str, str], None] = lambda name, why: None,
+        strategies: Mapping[str, Strategy] | None = None,
+        previous: "Runtime | None" = None,
+        complete: Complete | None = None,
+    ) -> None:
+        self.config = config
+        self.models: dict[str, ModelConfig] = {model.name: model for model in config.models}
+        self.embedder: Embedder | None = None if config.embedder is None else config.embedder.build()
+        if self.embedder is not None and self.embedder.needs_fit:
+            raise ConfigError(
+                "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
+            )
+        self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
+        self.decider = Decider(config, self.embedder, on_bypass, strategies, complete)
+        self.dispatcher: Dispatcher = Dispatcher(
+            groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
+        )
+        self.users = 0
+        self._free = asyncio.Event()
+        self._is_old = False
+
+    def release(self) -> None:
+        """A request on it has ended."""
+        self.users -= 1
+        if self._is_old and self.users == 0:
+            self._free.set()
+
+    async def retire(self) -> None:
+        """Close it once the requests on it have ended."""
+        self._is_old = True
+        if self.users:
+            try:
+                await asyncio.wait_for(self._free.wait(), CLOSE_S)
+            except TimeoutError:
+                pass
+        await self.close()
+
+    async def close(self) -> None:
+        """Close it now."""
+        self.decider.close()
+        await self.dispatcher.close()
+
+
+def _counter(path: str) -> Counter:
+    """Counts tokens by a ``tokenizer.json``."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise BackendError("counting by a tokenizer needs tokenizers; pip install tokenizers") from None
+    if not Path(path).is_file():
+        raise TokenizerError(f"no tokenizer at {path}; give the path of a tokenizer.json, or leave it out to estimate")
+    try:
+        made: Any = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"{path} is no tokenizer.json: {error}") from None
+    return lambda text: len(made.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,42 @@
+"""What a gateway remembers: keys, budgets with reservations, the ledger, decisions and feedback, in SQLite or PostgreSQL."""
+
+from anabranch.errors import BudgetError, RateError
+from anabranch.gateway.store.limits import Bucket, RateLimits, refill, take
+from anabranch.gateway.store.period import PERIODS, Period, window
+from anabranch.gateway.store.questions import GROUPS
+from anabranch.gateway.store.records import (
+    Budget,
+    DecisionRow,
+    FeedbackRow,
+    KeyRecord,
+    LedgerQuery,
+    LedgerRow,
+    Reservation,
+    Spend,
+    subjects_of,
+)
+from anabranch.gateway.store.store import Store, open_store
+
+__all__ = [
+    "GROUPS",
+    "PERIODS",
+    "Bucket",
+    "Budget",
+    "BudgetError",
+    "DecisionRow",
+    "FeedbackRow",
+    "KeyRecord",
+    "LedgerQuery",
+    "LedgerRow",
+    "Period",
+    "RateError",
+    "RateLimits",
+    "Reservation",
+    "Spend",
+    "Store",
+    "open_store",
+    "refill",
+    "subjects_of",
+    "take",
+    "window",
+]

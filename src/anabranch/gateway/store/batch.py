@@ -1,0 +1,359 @@
+"""What a writer does with the jobs that have gathered: one transaction for all, decided in the order they came.
+
+Every job may be applied again without harm, since a commit whose answer was lost may have happened: a reservation that is there was
+made, one that is gone was settled, a request that is in the ledger has ended.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from anabranch.errors import BudgetError, DataError, InputError
+from anabranch.gateway.money import Price, dollars
+from anabranch.gateway.store import schema
+from anabranch.gateway.store.database import Connection, Database, Row, Work
+from anabranch.gateway.store.period import Period, iso, window
+from anabranch.gateway.store.records import GLOBAL, Budget, LedgerRow, Reservation, clean, joined, parted
+
+logger = logging.getLogger(__name__)
+RECOVERED = 500  # reservations settled in one transaction
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Something to write, and who waits for it.
+
+    Attributes:
+        future: of the event loop; None if nobody waits.
+        result, error: what to tell.
+        asked_s: when it was asked for, by a clock that never runs back.
+    """
+
+    future: "asyncio.Future[Any] | None" = field(default=None, kw_only=True)
+    result: Any = field(default=None, kw_only=True)
+    error: Exception | None = field(default=None, kw_only=True)
+    asked_s: float = field(default=0.0, kw_only=True)
+
+
+@dataclass(slots=True, eq=False)
+class Reserve(Job):
+    """Set money aside."""
+
+    reservation: Reservation
+    requested: str
+    strategy: str
+
+
+@dataclass(slots=True, eq=False)
+class Grow(Job):
+    """Set more aside."""
+
+    reservation: Reservation
+    nano: int
+
+
+@dataclass(slots=True, eq=False)
+class Settle(Job):
+    """Replace what was set aside by what was spent, and write the row of the request."""
+
+    reservation: Reservation
+    row: LedgerRow
+
+
+@dataclass(slots=True, eq=False)
+class Append(Job):
+    """Write the row of a request that reserved nothing."""
+
+    row: LedgerRow
+
+
+@dataclass(slots=True, eq=False)
+class Insert(Job):
+    """Write a row of another table."""
+
+    table: str
+    columns: Sequence[str]
+    row: Row
+
+
+@dataclass(slots=True, eq=False)
+class Do(Job):
+    """Run ``work`` in a transaction of its own; without one if it may not have one."""
+
+    work: Work
+    in_transaction: bool = True
+
+
+@dataclass(slots=True)
+class _Account:
+    """A budget inside a transaction."""
+
+    id: int
+    subject: str
+    period: Period
+    limit: int
+    spent: int
+    reserved: int
+    since: int
+    resets: int | None
+    is_changed: bool = False
+
+
+def apply(connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
+    """Do all jobs but `Do`, and set their results. Raises BusyError, and nothing or everything was written."""
+    connection.begin()
+    books = _Books(connection, jobs, replica, now_us)
+    for job in jobs:
+        job.result, job.error = None, None
+        try:
+            books.take(job)
+        except (BudgetError, InputError, DataError) as error:
+            job.error = error
+    books.write()
+    connection.commit()
+
+
+class _Books:
+    """Accounts and reservations that some jobs touch, locked, and what they will be."""
+
+    def __init__(self, connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
+        self.connection, self.replica, self.now_us = connection, replica, now_us
+        moving = [job for job in jobs if isinstance(job, Reserve | Grow | Settle)]
+        self.accounts: dict[str, list[_Account]] = {}
+        self.open: dict[str, int] = {}  # request -> nano
+        self.closed: set[str] = set()
+        self.foreign: set[str] = set()
+        if moving:
+            self._lock({subject for job in moving for subject in job.reservation.subjects})
+            self._look([job.reservation.request_id for job in moving])
+        self.new: dict[str, Row] = {}
+        self.grown: dict[str, int] = {}
+        self.gone: list[str] = []
+        self.ledger: list[Row] = []
+        self.inserts: dict[str, tuple[Sequence[str], list[Row]]] = {}
+
+    def _lock(self, subjects: set[str]) -> None:
+        columns = ", ".join(schema.BUDGETS)
+        found = self.connection.rows(
+            f"SELECT {columns} FROM budgets WHERE {self.connection.among('subject', 'subjects')} ORDER BY id"
+            + self.connection.for_update,
+            subjects=self.connection.values(sorted(subjects)),
+        )
+        for row in found:
+            account = _account(row, self.now_us)
+            self.accounts.setdefault(account.subject, []).append(account)
+
+    def _look(self, requests: list[str]) -> None:
+        among = self.connection.among("request_id", "requests")
+        found = self.connection.rows(
+            f"SELECT request_id, nano, replica FROM reservations WHERE {among}"
+            f" UNION ALL SELECT request_id, 0, '' FROM ledger WHERE {among}",
+            requests=self.connection.values(requests),
+        )
+        for request, nano, replica in found:
+            if not replica:
+                self.closed.add(request)
+            else:
+                self.open[request] = nano
+                if replica != self.replica:
+                    self.foreign.add(request)
+
+    def _of(self, subjects: Sequence[str]) -> list[_Account]:
+        return [account for subject in subjects for account in self.accounts.get(subject, ())]
+
+    def take(self, job: Job) -> None:
+        if isinstance(job, Reserve):
+            job.result = self._reserve(job)
+        elif isinstance(job, Settle):
+            self._settle(job)
+        elif isinstance(job, Grow):
+            job.result = self._grow(job)
+        elif isinstance(job, Append):
+            self.ledger.append(ledger_values(replace(job.row, ts_us=self.now_us)))
+        elif isinstance(job, Insert):
+            self.inserts.setdefault(job.table, (job.columns, []))[1].append(job.row)
+
+    def _reserve(self, job: Reserve) -> Reservation:
+        made = job.reservation
+        if made.request_id in self.closed or made.request_id in self.foreign:
+            raise InputError(f"the request id {made.request_id!r} was used before; ids of requests must differ")
+        if made.request_id not in self.open:
+            self._set_aside(made.subjects, made.nano)
+            self.open[made.request_id] = made.nano
+            self.new[made.request_id] = (
+                made.request_id, self.replica, self.now_us, made.nano, joined(made.subjects), clean(job.requested), clean(job.strategy),
+            )  # fmt: skip
+        return made
+
+    def _grow(self, job: Grow) -> Reservation:
+        request = job.reservation.request_id
+        if request not in self.open:
+            raise DataError(f"the reservation of request {request!r} is gone; it was settled already")
+        if job.nano > self.open[request]:
+            self._set_aside(job.reservation.subjects, job.nano - self.open[request])
+            self.open[request] = self.grown[request] = job.nano
+        return replace(job.reservation, nano=self.open[request])
+
+    def _set_aside(self, subjects: Sequence[str], nano: int) -> None:
+        accounts = self._of(subjects)
+        full = [one for one in accounts if one.spent + one.reserved + nano > one.limit]
+        if full:
+            raise _refusal(max(full, key=lambda one: (one.resets is None, one.resets or 0)), nano, self.now_us)
+        for one in accounts:
+            one.reserved += nano
+            one.is_changed = True
+
+    def _settle(self, job: Settle) -> None:
+        request = job.reservation.request_id
+        nano = self.open.pop(request, None)
+        if nano is None:
+            logger.warning(
+                "request %s was settled before; what it says now (%d nano-dollars) is not written",
+                request,
+                job.row.cost_nano,
+            )
+            return
+        for one in self._of(job.reservation.subjects):
+            one.reserved -= nano
+            one.spent += job.row.cost_nano
+            one.is_changed = True
+        self.gone.append(request)
+        self.closed.add(request)
+        flags = (*job.row.flags, "over_reserved") if job.row.cost_nano > nano else job.row.flags
+        row = replace(job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, **owners(job.reservation.subjects))
+        self.ledger.append(ledger_values(row))
+
+    def write(self) -> None:
+        connection, gone = self.connection, set(self.gone)
+        connection.insert(
+            "reservations", schema.RESERVATIONS, [row for key, row in self.new.items() if key not in gone]
+        )
+        for request, nano in self.grown.items():
+            connection.run("UPDATE reservations SET nano = :nano WHERE request_id = :id", nano=nano, id=request)
+        if gone:
+            connection.run(
+                f"DELETE FROM reservations WHERE {connection.among('request_id', 'gone')}",
+                gone=connection.values(self.gone),
+            )
+        added = connection.insert("ledger", schema.LEDGER, self.ledger)
+        if added < len(self.ledger):
+            logger.warning("%d rows were in the ledger already and are not written again", len(self.ledger) - added)
+        changed = [
+            (one.id, one.spent, one.reserved, one.since)
+            for accounts in self.accounts.values()
+            for one in accounts
+            if one.is_changed
+        ]
+        if changed:
+            connection.update("budgets", ("id", "spent_nano", "reserved_nano", "window_us"), changed)
+        for table, (columns, rows) in self.inserts.items():
+            connection.insert(table, columns, rows)
+
+
+def recover(database: Database, connection: Connection, now_us: int) -> int:
+    """Settle what processes that are gone had reserved, at what was reserved, since what they spent of it is not known; how many."""
+    count = 0
+    columns = "request_id, nano, subjects, requested, strategy"
+    for replica in database.dead(connection):
+        while True:
+            found = connection.rows(
+                f"SELECT {columns} FROM reservations WHERE replica = :replica LIMIT {RECOVERED}", replica=replica
+            )
+            if not found:
+                break
+            apply(connection, [_left_behind(row) for row in found], replica, now_us)
+            count += len(found)
+    return count
+
+
+def _left_behind(row: Row) -> Settle:
+    request, nano, subjects, requested, strategy = row
+    ended = LedgerRow(
+        request_id=request,
+        requested=requested,
+        strategy=strategy,
+        cost_nano=nano,
+        status="crashed",
+        flags=("recovered",),
+    )
+    return Settle(Reservation(request, parted(subjects), nano), ended)
+
+
+def _account(row: Row, now_us: int) -> _Account:
+    """A row of the table of budgets, its period begun anew where that is over."""
+    number, subject, period, limit, spent, reserved, since = row
+    start, end = window(period, now_us)
+    if start > since:
+        return _Account(number, subject, period, limit, 0, reserved, start, end)
+    return _Account(number, subject, period, limit, spent, reserved, since, window(period, since)[1])
+
+
+def read_budget(row: Row, now_us: int) -> Budget:
+    """A row of the table of budgets as of now."""
+    one = _account(row, now_us)
+    return Budget(
+        id=one.id, subject=one.subject, period=one.period, limit_nano=one.limit, spent_nano=one.spent, reserved_nano=one.reserved,
+        window_us=one.since, resets_us=one.resets,
+    )  # fmt: skip
+
+
+def _refusal(account: _Account, nano: int, now_us: int) -> BudgetError:
+    left = max(0, account.limit - account.spent - account.reserved)
+    whose = "everyone" if account.subject == GLOBAL else " ".join(account.subject.split(":", 1))
+    when = f"; it begins anew at {iso(account.resets)}" if account.resets is not None else ""
+    fits = nano <= account.limit
+    message = (
+        f"the {account.period} budget of {whose} has ${dollars(left):.6f} of ${dollars(account.limit):.2f} left, and this request may cost "
+        f"${dollars(nano):.6f}" + (when if fits else "; it is more than the whole budget")
+    )
+    if not fits:
+        retry = None
+    elif account.spent + nano <= account.limit:  # what is in the way is only reserved, and may come back soon
+        retry = 1.0
+    else:
+        retry = None if account.resets is None else max(1.0, (account.resets - now_us) / 1e6)
+    return BudgetError(
+        message, subject=account.subject, period=account.period, limit_nano=account.limit, remaining_nano=left,
+        resets_s=None if account.resets is None else account.resets / 1e6, retry_after_s=retry,
+    )  # fmt: skip
+
+
+def owners(subjects: Sequence[str]) -> dict[str, Any]:
+    """Fields of a ledger row that say whose it was."""
+    found: dict[str, list[str]] = {"key": [], "user": [], "team": [], "tag": []}
+    for subject in subjects:
+        scope, _, name = subject.partition(":")
+        if scope in found:
+            found[scope].append(name)
+    return {
+        "key_id": "".join(found["key"]), "user": "".join(found["user"]), "team": "".join(found["team"]), "tags": tuple(found["tag"]),
+    }  # fmt: skip
+
+
+def ledger_values(row: LedgerRow) -> Row:
+    """A row as the table has it, in the order of `schema.LEDGER`."""
+    price = row.price
+    return (
+        row.request_id, row.ts_us, clean(row.key_id), clean(row.user), clean(row.team), joined(row.tags), clean(row.requested),
+        clean(row.strategy), joined(row.candidates), clean(row.model), clean(row.deployment), row.attempts, row.prompt_tokens,
+        row.completion_tokens, row.cached_tokens, int(row.is_estimated), None if price is None else price.input,
+        None if price is None else price.output, None if price is None else price.cached_input, row.cost_nano, row.reserved_nano,
+        row.latency_us, row.first_token_us, row.overhead_us, row.status, clean(row.code), row.cache, joined(row.flags),
+    )  # fmt: skip
+
+
+def read_ledger(row: Row) -> LedgerRow:
+    """The opposite, with ``seq`` before and ``quality`` behind."""
+    seq, *values, quality = row
+    named: dict[str, Any] = dict(zip(schema.LEDGER, values, strict=True))
+    price_input, price_output = named.pop("price_input"), named.pop("price_output")
+    cached = named.pop("price_cached")
+    price = (
+        None if price_input is None else Price(input=price_input, output=cast(int, price_output), cached_input=cached)
+    )
+    for name in ("tags", "candidates", "flags"):
+        named[name] = parted(named[name])
+    named["user"], named["is_estimated"] = named.pop("owner"), bool(named["is_estimated"])
+    return LedgerRow(**named, price=price, seq=seq, quality=quality)

@@ -1,0 +1,225 @@
+"""PostgreSQL, for a gateway of several replicas: the same tables and statements, with row locks where SQLite locks the file.
+
+A replica says every few seconds that it is alive, in the database's own time; one that has not for `LEASE_S` is taken for dead, and
+what it had reserved is settled by another.
+"""
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anabranch.errors import BackendError, DataError
+from anabranch.gateway.store.database import BusyError, Row
+from anabranch.gateway.store.schema import MIGRATIONS
+
+LEASE_S = 15.0
+POOL = 8  # connections of a replica: the writer's, and those of readers
+_LOCK = 0x616E6162  # of the advisory lock that lets one replica migrate at a time
+_NOW_US = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+class PostgresConnection:
+    """See `Connection`. A connection that breaks is replaced when it is used next."""
+
+    for_update: ClassVar[str] = " FOR UPDATE"
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._raw: Any = None
+        self._in_transaction = False
+
+    def _do(self, sql: str, values: Any) -> Any:
+        from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+        try:
+            if self._raw is None:
+                self._raw = self._engine.connect()
+            return self._raw.execute(_text(sql), values)
+        except DBAPIError as error:
+            if self._raw is not None and error.connection_invalidated:
+                self._drop()
+            if not error.connection_invalidated and not isinstance(error, OperationalError | InterfaceError):
+                raise  # a mistake of ours
+            raise BusyError(str(error.orig).strip()) from error
+
+    def _drop(self) -> None:
+        raw, self._raw, self._in_transaction = self._raw, None, False
+        if raw is not None:
+            raw.invalidate()
+            raw.close()
+
+    def begin(self) -> None:
+        """See `Connection`."""
+        self._do("BEGIN", {})
+        self._in_transaction = True
+
+    def commit(self) -> None:
+        """See `Connection`."""
+        self._do("COMMIT", {})
+        self._in_transaction = False
+
+    def rollback(self) -> None:
+        """See `Connection`."""
+        if self._in_transaction:
+            self._in_transaction = False
+            with suppress(BusyError):
+                self._do("ROLLBACK", {})
+
+    def rows(self, sql: str, **values: Any) -> list[Row]:
+        """See `Connection`."""
+        return [tuple(row) for row in self._do(sql, values)]
+
+    def run(self, sql: str, **values: Any) -> int:
+        """See `Connection`."""
+        return self._do(sql, values).rowcount
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
+        """See `Connection`."""
+        if not rows:
+            return 0
+        marks = ", ".join(f":{name}" for name in columns)
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+        return self._do(sql, [dict(zip(columns, row, strict=True)) for row in rows]).rowcount
+
+    def update(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """See `Connection`."""
+        if rows:
+            key, *others = columns
+            sets = ", ".join(f"{name} = :{name}" for name in others)
+            values = [dict(zip(columns, row, strict=True)) for row in rows]
+            self._do(f"UPDATE {table} SET {sets} WHERE {key} = :{key}", values)
+
+    def among(self, column: str, name: str) -> str:
+        """See `Connection`."""
+        return f"{column} = ANY(:{name})"
+
+    def values(self, items: Sequence[str]) -> Any:
+        """See `Connection`."""
+        return list(items)
+
+    def lock_budgets(self) -> None:
+        """See `Connection`."""
+        self.run(
+            "LOCK TABLE budgets IN EXCLUSIVE MODE"
+        )  # waits for each SELECT ... FOR UPDATE under way, and holds up new ones
+
+    def close(self) -> None:
+        """See `Connection`."""
+        self.rollback()
+        if self._raw is not None:
+            self._raw.close()
+            self._raw = None
+
+
+class PostgresDatabase:
+    """See `Database`.
+
+    Args:
+        url: ``postgresql://user:password@host:port/name``; the password may come from ``PGPASSWORD`` or ``~/.pgpass`` instead.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            import psycopg  # noqa: F401
+            import sqlalchemy
+        except ImportError:
+            raise BackendError(
+                "a store in PostgreSQL needs SQLAlchemy and psycopg: pip install 'anabranch[postgres]'"
+            ) from None
+        try:
+            parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
+            self._engine = sqlalchemy.create_engine(
+                parsed, isolation_level="AUTOCOMMIT", pool_size=POOL, max_overflow=0
+            )  # transactions are begun and committed by statements
+        except (sqlalchemy.exc.ArgumentError, ValueError):
+            raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
+        self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex
+        self._is_held = False
+
+    def connect(self) -> PostgresConnection:
+        """See `Database`."""
+        return PostgresConnection(self._engine)
+
+    def open(self) -> None:
+        """See `Database`."""
+        connection = self.connect()
+        try:
+            connection.begin()
+            connection.rows("SELECT 1 FROM (SELECT pg_advisory_xact_lock(:lock)) AS locked", lock=_LOCK)
+            connection.run("CREATE TABLE IF NOT EXISTS anabranch_schema (version BIGINT NOT NULL)")
+            found = connection.rows("SELECT coalesce(max(version), 0) FROM anabranch_schema")[0][0]
+            if found > len(MIGRATIONS):
+                raise DataError(
+                    f"the store {self.name} has schema {found}, and this version knows up to {len(MIGRATIONS)}; upgrade anabranch"
+                )
+            for number in range(found, len(MIGRATIONS)):
+                for statement in MIGRATIONS[number]:
+                    connection.run(statement.replace("{serial}", "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"))
+                connection.insert("anabranch_schema", ("version",), [(number + 1,)])
+            connection.commit()
+        except BusyError as error:
+            raise DataError(f"cannot open the store {self.name}: {' '.join(str(error).split())}") from None
+        finally:
+            connection.close()
+
+    def hold(self) -> None:
+        """See `Database`."""
+        connection = self.connect()
+        try:
+            self.beat(connection)
+            self._is_held = True
+        except BusyError as error:
+            raise DataError(f"cannot open the store {self.name}: {error}") from None
+        finally:
+            connection.close()
+
+    def beat(self, connection: Any) -> None:
+        """See `Database`."""
+        connection.run(
+            f"INSERT INTO replicas (id, seen_us) VALUES (:id, {_NOW_US}) ON CONFLICT (id) DO UPDATE SET seen_us = excluded.seen_us",
+            id=self.replica,
+        )
+
+    def dead(self, connection: Any) -> list[str]:
+        """See `Database`."""
+        found = connection.rows(
+            "SELECT DISTINCT r.replica FROM reservations AS r LEFT JOIN replicas AS p ON p.id = r.replica WHERE r.replica <> :own"
+            f" AND (p.id IS NULL OR p.seen_us < {_NOW_US} - :lease)",
+            own=self.replica,
+            lease=round(LEASE_S * 1e6),
+        )
+        connection.run(f"DELETE FROM replicas WHERE seen_us < {_NOW_US} - :old", old=round(LEASE_S * 1e8))
+        return [row[0] for row in found]
+
+    def let_go(self) -> None:
+        """See `Database`."""
+        if not self._is_held:
+            return
+        self._is_held = False
+        connection = self.connect()
+        with suppress(BusyError):  # the lease ends by itself
+            connection.run("DELETE FROM replicas WHERE id = :id", id=self.replica)
+        connection.close()
+
+    def backup(self, path: str | Path) -> None:
+        """See `Database`."""
+        raise BackendError(f"{self.name} is backed up with PostgreSQL's own pg_dump")
+
+    def vacuum(self, connection: Any) -> None:
+        """See `Database`."""
+        connection.run("VACUUM")
+
+    def close(self) -> None:
+        """See `Database`."""
+        self.let_go()
+        self._engine.dispose()
+
+
+@lru_cache(maxsize=256)
+def _text(sql: str) -> Any:
+    from sqlalchemy import text
+
+    return text(sql)

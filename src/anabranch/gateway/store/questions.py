@@ -1,0 +1,216 @@
+"""What is asked of a store: SQL for ledgers, spending, keys and budgets, and how its rows are read."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from anabranch.errors import InputError
+from anabranch.gateway.store import schema
+from anabranch.gateway.store.batch import read_budget, read_ledger
+from anabranch.gateway.store.database import Connection, Row
+from anabranch.gateway.store.period import Period, iso, window
+from anabranch.gateway.store.records import (
+    GLOBAL,
+    Budget,
+    DecisionRow,
+    FeedbackRow,
+    KeyRecord,
+    LedgerQuery,
+    LedgerRow,
+    Spend,
+    joined,
+    parted,
+)
+
+Part = tuple[str, dict[str, Any]]  # of a WHERE, with its values
+MAX_ROWS = 100_000
+DAY_US = 86_400 * 10**6
+_COLUMN = {"key": "key_id", "user": "owner", "team": "team"}
+_GROUP = {
+    "key": "key_id", "user": "owner", "team": "team", "model": "model", "deployment": "deployment", "strategy": "strategy",
+    "requested": "requested", "status": "status", "cache": "cache", "tag": "tags", "day": f"ts_us / {DAY_US}",
+}  # fmt: skip
+GROUPS = tuple(_GROUP)
+
+
+def in_scope(subject: str) -> Part:
+    """Rows of the ledger that count against a budget of ``subject``."""
+    scope, _, name = subject.partition(":")
+    if scope == GLOBAL:
+        return "1 = 1", {}
+    if scope == "tag":
+        return _has("tags", "name", name)
+    return f"{_COLUMN[scope]} = :name", {"name": name}
+
+
+def _has(column: str, value: str, name: str) -> Part:
+    """``column``, made by `joined`, holds ``name``. Unlike LIKE, this minds upper and lower case, and no sign means another."""
+    return f"replace({column}, :{value}, '') <> {column}", {value: joined([name])}
+
+
+def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerRow]:
+    """Rows that fit. Raises InputError for a limit that may not be."""
+    if not 1 <= query.limit <= MAX_ROWS:
+        raise InputError(f"limit is {query.limit}; it must be 1 to {MAX_ROWS:,}")
+    parts, values = ["1 = 1"], {}
+    for column in ("request_id", "key_id", "team", "model", "strategy", "status"):
+        if (value := getattr(query, column)) is not None:
+            parts.append(f"{column} = :{column}")
+            values[column] = value
+    if query.user is not None:
+        parts.append("owner = :owner")
+        values["owner"] = query.user
+    if query.tag is not None:
+        part, more = _has("tags", "tag", query.tag)
+        parts.append(part)
+        values |= more
+    bounds = (
+        ("ts_us >=", "since_us", query.since_us), ("ts_us <", "until_us", query.until_us), ("seq <", "before", query.before_seq),
+        ("seq >", "after", query.after_seq),
+    )  # fmt: skip
+    for comparison, name, bound in bounds:
+        if bound is not None:
+            parts.append(f"{comparison} :{name}")
+            values[name] = bound
+    quality = "(SELECT avg(score) FROM feedback WHERE feedback.request_id = ledger.request_id)"
+    sql = (
+        f"SELECT seq, {', '.join(schema.LEDGER)}, {quality} FROM ledger WHERE {' AND '.join(parts)}"
+        f" ORDER BY seq {'DESC' if query.newest_first else 'ASC'} LIMIT {query.limit}"
+    )
+    return [read_ledger(row) for row in connection.rows(sql, **values)]
+
+
+def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, until_us: int | None) -> list[Spend]:
+    """Totals by group, dearest first; of days, in their order. A row with several tags counts in each of them."""
+    for name in by:
+        if name not in _GROUP:
+            raise InputError(f"spend by {name!r} is not known; use {', '.join(GROUPS)}")
+    columns = [_GROUP[name] for name in by]
+    sums = ", ".join(
+        f"CAST(coalesce(sum({what}), 0) AS BIGINT)"
+        for what in (
+            "1", "CASE WHEN status = 'ok' THEN 0 ELSE 1 END", "cost_nano", "prompt_tokens", "completion_tokens", "cached_tokens",
+        )
+    )  # fmt: skip
+    grouped = f" GROUP BY {', '.join(columns)}" if columns else ""
+    sql = f"SELECT {', '.join([*columns, sums])} FROM ledger WHERE ts_us >= :since AND ts_us < :until{grouped}"
+    until = 2**62 if until_us is None else until_us
+    totals: dict[tuple[str, ...], list[int]] = {}
+    for row in connection.rows(sql, since=since_us or 0, until=until):
+        for group in _groups(by, row[: len(by)]):
+            total = totals.setdefault(group, [0] * 6)
+            for place, value in enumerate(row[len(by) :]):
+                total[place] += int(value)
+    found = [
+        Spend(
+            group=group, requests=total[0], errors=total[1], cost_nano=total[2], prompt_tokens=total[3], completion_tokens=total[4],
+            cached_tokens=total[5],
+        )
+        for group, total in totals.items()
+        if total[0]
+    ]  # fmt: skip
+    order: Callable[[Spend], Any] = lambda one: one.group if "day" in by else (-one.cost_nano, one.group)  # noqa: E731
+    return sorted(found, key=order)
+
+
+def _groups(by: Sequence[str], values: Row) -> list[tuple[str, ...]]:
+    groups: list[tuple[str, ...]] = [()]
+    for name, value in zip(by, values, strict=True):
+        texts = (parted(value) or ("",)) if name == "tag" else (_day(value) if name == "day" else value,)
+        groups = [(*group, text) for group in groups for text in texts]
+    return groups
+
+
+def _day(number: Any) -> str:
+    return iso(int(number) * DAY_US)[:10]
+
+
+def read_key(row: Row) -> KeyRecord:
+    """A row of keys, in the order of `schema.KEYS`, without its hash."""
+    named = dict(zip(schema.KEYS, row, strict=True))
+    del named["hash"]
+    for name in ("tags", "models"):
+        named[name] = parted(named[name])
+    named["user"], named["is_admin"] = named.pop("owner"), bool(named["is_admin"])
+    return KeyRecord(**named)
+
+
+def find_key(connection: Connection, digest: str) -> tuple[str, KeyRecord] | None:
+    """The key with this SHA-256, and that hash as it is stored."""
+    rows = connection.rows(f"SELECT {', '.join(schema.KEYS)} FROM keys WHERE hash = :hash", hash=digest)
+    return (rows[0][1], read_key(rows[0])) if rows else None
+
+
+def read_keys(connection: Connection) -> list[KeyRecord]:
+    """All keys, oldest first."""
+    rows = connection.rows(f"SELECT {', '.join(schema.KEYS)} FROM keys ORDER BY created_us, id")
+    return [read_key(row) for row in rows]
+
+
+def read_budgets(connection: Connection, now_us: int) -> list[Budget]:
+    """All budgets as of now."""
+    rows = connection.rows(f"SELECT {', '.join(schema.BUDGETS)} FROM budgets ORDER BY subject, period")
+    return [read_budget(row, now_us) for row in rows]
+
+
+def put_budget(connection: Connection, subject: str, period: Period, limit_nano: int, now_us: int) -> Budget:
+    """Set the limit. A new budget counts what the ledger has of the period, and what is reserved now."""
+    connection.lock_budgets()
+    changed = connection.run(
+        "UPDATE budgets SET limit_nano = :limit WHERE subject = :subject AND period = :period",
+        limit=limit_nano, subject=subject, period=period,
+    )  # fmt: skip
+    if not changed:
+        since = window(period, now_us)[0]
+        part, values = in_scope(subject)
+        spent = connection.rows(
+            f"SELECT CAST(coalesce(sum(cost_nano), 0) AS BIGINT) FROM ledger WHERE ts_us >= :since AND {part}",
+            since=since,
+            **values,
+        )[0][0]
+        held, named = _has("subjects", "subject", subject)
+        reserved = connection.rows(
+            f"SELECT CAST(coalesce(sum(nano), 0) AS BIGINT) FROM reservations WHERE {held}", **named
+        )[0][0]
+        connection.insert("budgets", schema.BUDGETS[1:], [(subject, period, limit_nano, spent, reserved, since)])
+    rows = connection.rows(
+        f"SELECT {', '.join(schema.BUDGETS)} FROM budgets WHERE subject = :subject AND period = :period",
+        subject=subject, period=period,
+    )  # fmt: skip
+    return read_budget(rows[0], now_us)
+
+
+def read_decisions(connection: Connection, request_id: str | None, limit: int) -> list[DecisionRow]:
+    """Newest first."""
+    part = "1 = 1" if request_id is None else "request_id = :request"
+    values = {} if request_id is None else {"request": request_id}
+    columns = ", ".join(schema.DECISIONS)
+    rows = connection.rows(
+        f"SELECT {columns} FROM decisions WHERE {part} ORDER BY ts_us DESC LIMIT {int(limit)}", **values
+    )
+    return [
+        DecisionRow(request_id=request, ts_us=ts_us, strategy=strategy, model=model, body=json.loads(body))
+        for request, ts_us, strategy, model, body in rows
+    ]
+
+
+def read_feedback(connection: Connection, request_id: str | None, limit: int) -> list[FeedbackRow]:
+    """Newest first."""
+    part = "1 = 1" if request_id is None else "request_id = :request"
+    values = {} if request_id is None else {"request": request_id}
+    columns = ", ".join(schema.FEEDBACK)
+    rows = connection.rows(
+        f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values
+    )
+    return [FeedbackRow(**dict(zip(schema.FEEDBACK, row, strict=True))) for row in rows]
+
+
+def delete_before(connection: Connection, before_us: int, most: int) -> int:
+    """Delete old rows of the ledger, decisions and feedback, ``most`` of each at once; how many were deleted."""
+    count = 0
+    for table, key in (("ledger", "seq"), ("decisions", "request_id"), ("feedback", "seq")):
+        count += connection.run(
+            f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE ts_us < :before LIMIT {most})",
+            before=before_us,
+        )
+    return count

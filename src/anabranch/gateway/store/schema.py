@@ -1,0 +1,52 @@
+"""The schema, once for every database, and the steps that lead to it.
+
+A step, once released, is never edited: what changes is added as a new one. The types are those that SQLite and PostgreSQL both know;
+``{serial}`` is what counts up by itself.
+"""
+
+from collections.abc import Sequence
+
+MIGRATIONS: list[Sequence[str]] = [
+    (
+        """CREATE TABLE keys (
+            id TEXT PRIMARY KEY, hash TEXT NOT NULL UNIQUE, name TEXT NOT NULL, hint TEXT NOT NULL, owner TEXT NOT NULL,
+            team TEXT NOT NULL, tags TEXT NOT NULL, models TEXT NOT NULL, rpm BIGINT, tpm BIGINT, is_admin INTEGER NOT NULL,
+            created_us BIGINT NOT NULL, expires_us BIGINT, revoked_us BIGINT)""",
+        """CREATE TABLE budgets (
+            id {serial}, subject TEXT NOT NULL, period TEXT NOT NULL, limit_nano BIGINT NOT NULL, spent_nano BIGINT NOT NULL,
+            reserved_nano BIGINT NOT NULL, window_us BIGINT NOT NULL, UNIQUE (subject, period))""",
+        """CREATE TABLE replicas (id TEXT PRIMARY KEY, seen_us BIGINT NOT NULL)""",
+        """CREATE TABLE reservations (
+            request_id TEXT PRIMARY KEY, replica TEXT NOT NULL, ts_us BIGINT NOT NULL, nano BIGINT NOT NULL, subjects TEXT NOT NULL,
+            requested TEXT NOT NULL, strategy TEXT NOT NULL)""",
+        """CREATE TABLE ledger (
+            seq {serial}, request_id TEXT NOT NULL UNIQUE, ts_us BIGINT NOT NULL, key_id TEXT NOT NULL, owner TEXT NOT NULL,
+            team TEXT NOT NULL, tags TEXT NOT NULL, requested TEXT NOT NULL, strategy TEXT NOT NULL, candidates TEXT NOT NULL,
+            model TEXT NOT NULL, deployment TEXT NOT NULL, attempts BIGINT NOT NULL, prompt_tokens BIGINT NOT NULL,
+            completion_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL, is_estimated INTEGER NOT NULL, price_input BIGINT,
+            price_output BIGINT, price_cached BIGINT, cost_nano BIGINT NOT NULL, reserved_nano BIGINT NOT NULL, latency_us BIGINT,
+            first_token_us BIGINT, overhead_us BIGINT, status TEXT NOT NULL, code TEXT NOT NULL,
+            cache TEXT NOT NULL, flags TEXT NOT NULL)""",
+        "CREATE INDEX ledger_by_time ON ledger (ts_us)",
+        """CREATE TABLE decisions (
+            request_id TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, strategy TEXT NOT NULL, model TEXT NOT NULL, body TEXT NOT NULL)""",
+        "CREATE INDEX decisions_by_time ON decisions (ts_us)",
+        """CREATE TABLE feedback (
+            seq {serial}, request_id TEXT NOT NULL, ts_us BIGINT NOT NULL, key_id TEXT NOT NULL, score DOUBLE PRECISION NOT NULL,
+            comment TEXT NOT NULL)""",
+        "CREATE INDEX feedback_by_request ON feedback (request_id)",
+    ),
+]
+
+KEYS = (
+    "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
+)  # fmt: skip
+BUDGETS = ("id", "subject", "period", "limit_nano", "spent_nano", "reserved_nano", "window_us")
+RESERVATIONS = ("request_id", "replica", "ts_us", "nano", "subjects", "requested", "strategy")
+LEDGER = (
+    "request_id", "ts_us", "key_id", "owner", "team", "tags", "requested", "strategy", "candidates", "model", "deployment", "attempts",
+    "prompt_tokens", "completion_tokens", "cached_tokens", "is_estimated", "price_input", "price_output", "price_cached", "cost_nano",
+    "reserved_nano", "latency_us", "first_token_us", "overhead_us", "status", "code", "cache", "flags",
+)  # fmt: skip
+DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
+FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")

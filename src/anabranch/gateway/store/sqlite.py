@@ -1,0 +1,269 @@
+"""SQLite: one file, write-ahead log, several processes of one machine at a time."""
+
+import json
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anabranch.errors import DataError
+from anabranch.files import atomic_file
+from anabranch.gateway.store.database import BusyError, Row
+from anabranch.gateway.store.schema import MIGRATIONS
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+BUSY_S = 5.0  # that a write waits for another process
+CHUNKS = (64, 16, 4, 1)  # rows of one INSERT: few statements to prepare, few times the interpreter's lock changes hands
+SYNCHRONOUS = ("normal", "full")
+CHECKPOINT_S = 1.0  # between moves of the log into the file, which wait for the disk, by a thread that nobody waits for
+WAL_PAGES = (
+    16_384  # of the log (64 MB): then the writer does it itself, or under steady load the log would never begin anew
+)
+
+
+_PASSING = frozenset((
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_NOMEM,
+))  # fmt: skip
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    """What may pass (a lock of another process, a full disk) as BusyError; the rest is a mistake of ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _PASSING:
+            raise
+        raise BusyError(str(error)) from error
+
+
+class SqliteConnection:
+    """See `Connection`."""
+
+    for_update: ClassVar[str] = ""
+
+    def __init__(self, path: Path, synchronous: str, wal_pages: int = 1000) -> None:
+        try:
+            self._raw = sqlite3.connect(
+                path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256
+            )
+            self._raw.execute("PRAGMA journal_mode = WAL")
+            self._raw.execute(f"PRAGMA synchronous = {synchronous}")
+            self._raw.execute("PRAGMA journal_size_limit = 67108864")
+            self._raw.execute(f"PRAGMA wal_autocheckpoint = {wal_pages}")
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"cannot open the store {path}: {error}") from None
+
+    def begin(self) -> None:
+        """See `Connection`."""
+        self.run("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """See `Connection`."""
+        self.run("COMMIT")
+
+    def rollback(self) -> None:
+        """See `Connection`."""
+        if self._raw.in_transaction:
+            with suppress(BusyError):
+                self.run("ROLLBACK")
+
+    def rows(self, sql: str, **values: Any) -> list[Row]:
+        """See `Connection`."""
+        with _busy():
+            return self._raw.execute(sql, values).fetchall()
+
+    def run(self, sql: str, **values: Any) -> int:
+        """See `Connection`."""
+        with _busy():
+            return self._raw.execute(sql, values).rowcount
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
+        """See `Connection`."""
+        added, at = 0, 0
+        marks = f"({', '.join('?' * len(columns))})"
+        while at < len(rows):
+            size = next(size for size in CHUNKS if size <= len(rows) - at)
+            sql = (
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([marks] * size)} ON CONFLICT DO NOTHING"
+            )
+            with _busy():
+                added += self._raw.execute(sql, [value for row in rows[at : at + size] for value in row]).rowcount
+            at += size
+        return added
+
+    def update(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """See `Connection`."""
+        key, *others = columns
+        found = ", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(columns))
+        sets = ", ".join(f"{name} = new.{name}" for name in others)
+        self.run(
+            f"UPDATE {table} SET {sets} FROM (SELECT {found} FROM json_each(:rows)) AS new WHERE {table}.{key} = new.{key}",
+            rows=json.dumps(rows),
+        )
+
+    def among(self, column: str, name: str) -> str:
+        """See `Connection`."""
+        return f"{column} IN (SELECT value FROM json_each(:{name}))"
+
+    def values(self, items: Sequence[str]) -> Any:
+        """See `Connection`."""
+        return json.dumps(list(items))
+
+    def lock_budgets(self) -> None:
+        """`begin` has done so."""
+
+    def close(self) -> None:
+        """See `Connection`."""
+        self._raw.close()
+
+
+class SqliteDatabase:
+    """See `Database`. Which processes are alive is told by locks on files beside the store, which end with their process.
+
+    Args:
+        path: of the file.
+        synchronous: ``normal``: what is committed outlives the process, killed however; ``full``: a power cut too, and each commit
+            waits for the disk.
+    """
+
+    def __init__(self, path: str | Path, synchronous: str = "normal") -> None:
+        if synchronous not in SYNCHRONOUS:
+            raise DataError(f"synchronous is {synchronous!r}; use one of {', '.join(SYNCHRONOUS)}")
+        self.path, self._synchronous, self.replica = Path(path), synchronous, uuid.uuid4().hex
+        self._held: int | None = None
+        self._mover: threading.Thread | None = None
+        self._ends = threading.Event()
+
+    def connect(self) -> SqliteConnection:
+        """See `Database`."""
+        return SqliteConnection(self.path, self._synchronous, 1000 if self._mover is None else WAL_PAGES)
+
+    def open(self) -> None:
+        """See `Database`."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise DataError(f"cannot open the store {self.path}: {(error.strerror or str(error)).lower()}") from None
+        connection = self.connect()
+        try:
+            if self._version(connection) < len(MIGRATIONS):
+                connection.begin()
+                for number in range(self._version(connection), len(MIGRATIONS)):
+                    for statement in MIGRATIONS[number]:
+                        connection.run(statement.replace("{serial}", "INTEGER PRIMARY KEY"))
+                connection.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                connection.commit()
+        except BusyError as error:
+            connection.rollback()
+            raise DataError(f"cannot open the store {self.path}: {error}") from None
+        finally:
+            connection.close()
+
+    def _version(self, connection: SqliteConnection) -> int:
+        found = connection.rows("PRAGMA user_version")[0][0]
+        if found > len(MIGRATIONS):
+            raise DataError(
+                f"the store {self.path} has schema {found}, and this version knows up to {len(MIGRATIONS)}; upgrade anabranch"
+            )
+        if found == 0 and connection.rows("SELECT count(*) FROM sqlite_master")[0][0]:
+            raise DataError(f"{self.path} is a database of something else; choose another file")
+        return found
+
+    def _lock_path(self, replica: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-replica-{replica}")
+
+    def hold(self) -> None:
+        """See `Database`."""
+        self._mover = threading.Thread(target=self._checkpoint, name="anabranch-store-log", daemon=True)
+        self._mover.start()
+        if fcntl is None:
+            return
+        path = self._lock_path(self.replica)
+        while self._held is None:
+            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+                self._held = handle
+            else:  # taken for a dead one's and removed between the two lines above
+                os.close(handle)
+        for other in self.path.parent.glob(f"{self.path.name}-replica-*"):
+            self._is_dead(other.name.rpartition("-")[2])
+
+    def _checkpoint(self) -> None:
+        """Of a thread: move the log into the file as far as that holds up nobody."""
+        connection = self.connect()
+        while not self._ends.wait(CHECKPOINT_S):
+            with suppress(BusyError):
+                connection.rows("PRAGMA wal_checkpoint(PASSIVE)")
+        connection.close()
+
+    def beat(self, connection: Any) -> None:
+        """The lock is enough."""
+
+    def dead(self, connection: Any) -> list[str]:
+        """See `Database`."""
+        found = [row[0] for row in connection.rows("SELECT DISTINCT replica FROM reservations")]
+        return [replica for replica in found if self._is_dead(replica)]
+
+    def _is_dead(self, replica: str) -> bool:
+        """Whether its lock is free; then its file is removed."""
+        if replica == self.replica:
+            return False
+        if fcntl is None:
+            return True
+        path = self._lock_path(replica)
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(handle)
+
+    def let_go(self) -> None:
+        """See `Database`."""
+        if self._mover is not None:
+            self._ends.set()
+            self._mover.join()
+            self._mover = None
+        if self._held is not None:
+            self._lock_path(self.replica).unlink(missing_ok=True)
+            os.close(self._held)
+            self._held = None
+
+    def backup(self, path: str | Path) -> None:
+        """A compact copy of one moment, while others go on writing."""
+        with atomic_file(path) as temporary:
+            temporary.unlink()
+            connection = self.connect()
+            try:
+                connection.run("VACUUM INTO :path", path=str(temporary))
+            except BusyError as error:
+                raise DataError(f"cannot back up {self.path} to {path}: {error}") from None
+            finally:
+                connection.close()
+
+    def vacuum(self, connection: Any) -> None:
+        """See `Database`."""
+        connection.run("VACUUM")
+        connection.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """See `Database`."""
+        self.let_go()

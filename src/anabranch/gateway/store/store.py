@@ -1,0 +1,447 @@
+"""`Store`: keys, budgets, the ledger, decisions and feedback, for one event loop.
+
+    store = open_store("gateway.db")
+    held = await store.reserve(request_id, subjects_of(key), nano)        # raises BudgetError; committed before it returns
+    ...                                                                   # the call
+    store.settle(held, LedgerRow(request_id=request_id, cost_nano=cost))  # need not be awaited
+
+All that changes goes through one thread in transactions of many jobs (`writer`); budgets are decided there, on rows that nobody else
+can touch, so they are exact over any number of processes. Reservations that a process leaves behind when it ends, however it ends, are
+settled at what was reserved by whoever comes next, and their rows flagged.
+"""
+
+import asyncio
+import hmac
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+from anabranch.errors import DataError, InputError
+from anabranch.gateway.store import questions, schema
+from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, recover
+from anabranch.gateway.store.database import BusyError, Connection, Database
+from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
+from anabranch.gateway.store.period import check_period
+from anabranch.gateway.store.records import (
+    Budget,
+    DecisionRow,
+    FeedbackRow,
+    KeyRecord,
+    LedgerQuery,
+    LedgerRow,
+    Reservation,
+    Spend,
+    check_subject,
+    check_tags,
+    clean,
+    joined,
+    plain,
+)
+from anabranch.gateway.store.writer import Writer
+
+T = TypeVar("T")
+READERS = 4
+PRUNED = 2000  # rows deleted in one transaction
+MOST_NANO = 2**53  # nano-dollars of one request or limit: nine million dollars
+REQUEST_CHARACTERS = 128
+
+
+def open_store(url: str, *, serves: bool = True, clock: Callable[[], float] = time.time) -> "Store":
+    """Open a store, made or migrated where that is needed.
+
+    Args:
+        url: path of a SQLite file, ``sqlite:///PATH`` (``?synchronous=full`` to outlive a power cut), or
+            ``postgresql://user@host/name``.
+        serves: it reserves money: what a process that is gone had reserved is settled first. Tools that only look or edit say no.
+        clock: unix seconds.
+
+    Raises DataError for what is no store or cannot be reached, BackendError if a package is missing.
+    """
+    database = _database(url)
+    try:
+        database.open()
+        return Store(database, serves=serves, clock=clock)
+    except BaseException:
+        database.close()
+        raise
+
+
+def _database(url: str) -> Database:
+    if url.startswith(("postgresql://", "postgres://", "postgresql+")):
+        from anabranch.gateway.store.postgres import PostgresDatabase
+
+        return PostgresDatabase(url.replace("postgres://", "postgresql://", 1))
+    from anabranch.gateway.store.sqlite import SqliteDatabase
+
+    if "://" not in url:
+        return SqliteDatabase(url)
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if parts.scheme != "sqlite" or parts.netloc or not parts.path.strip("/") or set(options) - {"synchronous"}:
+        raise DataError(
+            "the URL of the store cannot be read; write a path, sqlite:///PATH?synchronous=full or postgresql://user@host/name"
+        )
+    return SqliteDatabase(parts.path[1:], **options)
+
+
+class Store:
+    """See the module. Use it from one event loop; every method but `key_of` sees what was written before it was called.
+
+    Args:
+        database: open.
+        serves, clock: see `open_store`.
+    """
+
+    def __init__(self, database: Database, *, serves: bool = True, clock: Callable[[], float] = time.time) -> None:
+        self._database, self._clock, self._serves = database, clock, serves
+        self.recovered = 0
+        if serves:
+            self._take_over()
+        self._keyring, self._open = Keyring(), set[str]()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="anabranch-store-reader")
+        self._local, self._connections = threading.local(), list[Connection]()
+        self._background: set[asyncio.Future[Any]] = set()
+        self._writer = Writer(database, self._now_us, serves)
+
+    def _take_over(self) -> None:
+        """Say that this process is alive, and settle what dead ones left."""
+        self._database.hold()
+        connection = self._database.connect()
+        try:
+            self.recovered = recover(self._database, connection, self._now_us())
+        except BusyError as error:
+            raise DataError(f"cannot open the store: {error}") from None
+        finally:
+            connection.close()
+
+    def _now_us(self) -> int:
+        return int(self._clock() * 1e6)
+
+    # Money
+
+    async def reserve(
+        self, request_id: str, subjects: Sequence[str], nano: int, *, requested: str = "", strategy: str = ""
+    ) -> Reservation:
+        """Set aside the most that a request may cost, in every budget of its subjects or in none. It is committed on return.
+
+        Args:
+            request_id: unique for ever; it names the row in the ledger.
+            subjects: of `subjects_of`.
+            nano: nano-dollars.
+            requested, strategy: for the ledger, should this process end before the request does.
+
+        Raises BudgetError if a budget has no room, InputError for an id that was used before, CapacityError if the store cannot write.
+        """
+        assert self._serves
+        if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= REQUEST_CHARACTERS):
+            raise InputError(
+                f"the request id is {request_id!r}; it must be 1 to {REQUEST_CHARACTERS} printable ASCII characters"
+            )
+        if request_id in self._open:
+            raise InputError(f"the request id {request_id!r} is in use; ids of requests must differ")
+        reservation = Reservation(request_id, tuple(dict.fromkeys(subjects)), _money("a reservation", nano))
+        self._open.add(request_id)
+        future = self._writer.give(Reserve(reservation, requested, strategy), at_once=True)
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: self._unwanted(done, reservation))
+            raise
+        except Exception:
+            self._open.discard(request_id)
+            raise
+        return reservation
+
+    def _unwanted(self, done: "asyncio.Future[Any]", reservation: Reservation) -> None:
+        """Whoever asked for it is gone: give it back as soon as it is there."""
+        if done.cancelled() or done.exception() is not None:
+            self._open.discard(reservation.request_id)
+        else:
+            self.release(reservation, LedgerRow(request_id=reservation.request_id, status="cancelled"))
+
+    async def grow(self, reservation: Reservation, nano: int) -> Reservation:
+        """Set aside ``nano`` in all, if that is more: for a dearer fallback, or a second attempt that is paid too.
+
+        Raises BudgetError, and the reservation is as it was.
+        """
+        job = Grow(reservation, _money("a reservation", nano))
+        return await self._writer.give(job, at_once=True)  # type: ignore[return-value]
+
+    def settle(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
+        """End a request: what it cost takes the place of what was set aside, and its row is written.
+
+        A cost above the reservation is charged in full and flagged, since the money is spent: reserve the worst case.
+
+        Returns what may be awaited until it is committed, which happens anyway. A second settlement of a request is ignored.
+        """
+        assert row.request_id == reservation.request_id, (row.request_id, reservation.request_id)
+        _money("a cost", row.cost_nano)
+        self._open.discard(row.request_id)
+        return self._writer.give(Settle(reservation, row), at_once=False)
+
+    def release(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
+        """`settle` for a request that cost nothing."""
+        assert row.cost_nano == 0
+        return self.settle(reservation, row)
+
+    def append(self, row: LedgerRow) -> "asyncio.Future[Any]":
+        """The row of a request that ended without a reservation: refused, or answered from a cache."""
+        if row.cost_nano:
+            raise InputError(
+                f"a request without a reservation cost {row.cost_nano} nano-dollars; reserve before calling"
+            )
+        return self._writer.give(Append(row), at_once=False)
+
+    async def budgets(self) -> list[Budget]:
+        """All budgets, as they stand now."""
+        return await self._read(lambda connection: questions.read_budgets(connection, self._now_us()))
+
+    async def set_budget(self, subject: str, limit_nano: int, period: str = "total") -> Budget:
+        """Set a limit on what may be spent for ``subject`` in each period. What was spent in the current one counts.
+
+        Raises InputError for a subject, period or limit that may not be.
+        """
+        subject, span, limit = check_subject(subject), check_period(period), _money("a limit", limit_nano)
+        now_us = self._now_us()
+        return await self._do(lambda connection: questions.put_budget(connection, subject, span, limit, now_us))
+
+    async def remove_budget(self, subject: str, period: str = "total") -> bool:
+        """Lift a limit; whether there was one."""
+        values = {"subject": check_subject(subject), "period": check_period(period)}
+
+        def work(connection: Connection) -> bool:
+            connection.lock_budgets()
+            return bool(connection.run("DELETE FROM budgets WHERE subject = :subject AND period = :period", **values))
+
+        return await self._do(work)
+
+    # Keys
+
+    async def key_of(self, secret: str) -> KeyRecord | None:
+        """The key a sender came with; None if there is none like it, or it was revoked or has expired.
+
+        What another process changes is seen within two seconds.
+        """
+        digest = digest_of(secret)
+        found = self._keyring.get(digest)
+        if found is None:
+            read = await self._read_key(digest)
+            if read is None:
+                return None
+            stored, record = read
+        else:
+            stored, record, age_s = found
+            if age_s > FRESH_S:
+                self._in_background(self._read_key(digest))
+        if not hmac.compare_digest(stored, digest) or not record.is_valid(self._now_us()):
+            return None
+        return record
+
+    async def _read_key(self, digest: str) -> tuple[str, KeyRecord] | None:
+        generation = self._keyring.generation
+        found = await self._ask(lambda connection: questions.find_key(connection, digest))
+        if found is not None:
+            self._keyring.put(digest, *found, generation)
+        return found
+
+    async def create_key(
+        self,
+        name: str = "",
+        *,
+        user: str = "",
+        team: str = "",
+        tags: Iterable[str] = (),
+        models: Iterable[str] = (),
+        rpm: int | None = None,
+        tpm: int | None = None,
+        expires_s: float | None = None,
+        is_admin: bool = False,
+    ) -> tuple[str, KeyRecord]:
+        """A new key, and what is known of it. The key is shown this once.
+
+        Args:
+            expires_s: unix seconds; None for never.
+
+        See `KeyRecord` for the others. Raises InputError for a value that may not be.
+        """
+        for label, limit in (("rpm", rpm), ("tpm", tpm)):
+            if limit is not None and limit < 1:
+                raise InputError(f"{label} is {limit}; it must be at least 1")
+        now_us = self._now_us()
+        expires_us = None if expires_s is None else int(expires_s * 1e6)
+        if expires_us is not None and expires_us <= now_us:
+            raise InputError("the key would have expired already")
+        secret = new_secret()
+        record = KeyRecord(
+            id=f"k{secrets.token_hex(6)}", name=clean(name), hint=secret[-4:], user=plain(user), team=plain(team), tags=check_tags(tags),
+            models=tuple(clean(model) for model in models), rpm=rpm, tpm=tpm, is_admin=is_admin, created_us=now_us, expires_us=expires_us,
+        )  # fmt: skip
+        row = (
+            record.id, digest_of(secret), record.name, record.hint, record.user, record.team, joined(record.tags), joined(record.models),
+            rpm, tpm, int(is_admin), now_us, expires_us, None,
+        )  # fmt: skip
+        await self._do(lambda connection: connection.insert("keys", schema.KEYS, [row]))
+        return secret, record
+
+    async def keys(self) -> list[KeyRecord]:
+        """All keys, the revoked ones too, oldest first."""
+        return await self._read(questions.read_keys)
+
+    async def revoke_key(self, key_id: str) -> KeyRecord:
+        """End a key for good. Raises InputError if there is none, or several begin with ``key_id``."""
+        found = [key for key in await self.keys() if key.id.startswith(key_id)] if key_id else []
+        found = [key for key in found if key.id == key_id] or found
+        if len(found) != 1:
+            raise InputError(
+                f"{len(found) or 'no'} keys have an id that begins with {key_id!r}; anabranch gateway keys list shows them"
+            )
+        now_us = self._now_us()
+        await self._do(
+            lambda connection: connection.run(
+                "UPDATE keys SET revoked_us = :now WHERE id = :id AND revoked_us IS NULL", now=now_us, id=found[0].id
+            )
+        )
+        self._keyring.forget()
+        return next(key for key in await self.keys() if key.id == found[0].id)
+
+    # What happened
+
+    def append_decision(
+        self, request_id: str, strategy: str, model: str, body: dict[str, Any]
+    ) -> "asyncio.Future[Any]":
+        """Keep why a model was chosen. ``body`` is ready for JSON."""
+        text = json.dumps(body, separators=(",", ":"))
+        row = (request_id, self._now_us(), clean(strategy), clean(model), text)
+        return self._writer.give(Insert("decisions", schema.DECISIONS, row), at_once=False)
+
+    async def decisions(self, request_id: str | None = None, limit: int = 100) -> list[DecisionRow]:
+        """Of one request, or of all, newest first."""
+        return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
+
+    async def feedback(
+        self, request_id: str, score: float, *, key_id: str | None = None, comment: str = ""
+    ) -> LedgerRow:
+        """Keep what somebody says of an answer; the row it is about.
+
+        Args:
+            request_id: of the request.
+            score: larger is better.
+            key_id: who says so; it must be the key of the request. None for an operator, who may judge any.
+            comment: in words.
+
+        Raises InputError if there is no such request, or it was somebody else's (which is not told apart).
+        """
+        if isinstance(score, bool) or not abs(score) < 1e9:
+            raise InputError(f"score is {score!r}; it must be a number")
+        rows = await self.ledger(LedgerQuery(request_id=request_id, key_id=key_id))
+        if not rows:
+            raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
+        row = (request_id, self._now_us(), key_id or "", float(score), clean(comment, 2000))
+        await self._writer.give(Insert("feedback", schema.FEEDBACK, row), at_once=True)
+        return rows[0]
+
+    async def feedbacks(self, request_id: str | None = None, limit: int = 100) -> list[FeedbackRow]:
+        """Of one request, or of all, newest first."""
+        return await self._read(lambda connection: questions.read_feedback(connection, request_id, limit))
+
+    async def ledger(self, query: LedgerQuery | None = None) -> list[LedgerRow]:
+        """Rows that fit; without a query, the newest hundred."""
+        query = query or LedgerQuery()
+        return await self._read(lambda connection: questions.read_ledger_rows(connection, query))
+
+    async def spend(
+        self, by: str | Sequence[str] = (), *, since_s: float | None = None, until_s: float | None = None
+    ) -> list[Spend]:
+        """Totals of the ledger, grouped.
+
+        Args:
+            by: one or several of `questions.GROUPS`: key, user, team, model, tag, day, ...
+            since_s, until_s: unix seconds, the second excluded.
+        """
+        names = (by,) if isinstance(by, str) else tuple(by)
+        bounds = [None if bound is None else int(bound * 1e6) for bound in (since_s, until_s)]
+        return await self._read(lambda connection: questions.read_spend(connection, names, *bounds))
+
+    # Care
+
+    async def prune(self, before_s: float) -> int:
+        """Delete rows of the ledger, decisions and feedback older than unix second ``before_s``; how many. Budgets stay as they are."""
+        before_us, count = int(before_s * 1e6), 0
+        while deleted := await self._do(lambda connection: questions.delete_before(connection, before_us, PRUNED)):
+            count += deleted
+        return count
+
+    async def backup(self, path: str | Path) -> None:
+        """Write a copy of one moment while all goes on. Raises BackendError for PostgreSQL, which has pg_dump."""
+        await self._flush()
+        await asyncio.get_running_loop().run_in_executor(self._readers, self._database.backup, path)
+
+    async def vacuum(self) -> None:
+        """Give the room of deleted rows back to the disk; writes wait meanwhile."""
+        await self._writer.give(Do(self._database.vacuum, in_transaction=False), at_once=True)
+
+    async def close(self) -> None:
+        """Write what is left, and let go. Requests still under way are settled as crashed by whoever opens the store next."""
+        loop = asyncio.get_running_loop()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await loop.run_in_executor(None, self._writer.close)
+        await loop.run_in_executor(None, self._readers.shutdown)
+        for connection in self._connections:
+            connection.close()
+        await loop.run_in_executor(None, self._database.close)
+
+    async def __aenter__(self) -> "Store":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _flush(self) -> None:
+        """Until all that was given is committed."""
+        await self._writer.give(Do(lambda connection: None, in_transaction=False), at_once=True)
+
+    async def _do(self, work: Callable[[Connection], T]) -> T:
+        return await self._writer.give(Do(work), at_once=True)  # type: ignore[return-value]
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        await self._flush()
+        return await self._ask(work)
+
+    async def _ask(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work`` on a connection of a reader's thread. Raises DataError if the database does not answer."""
+
+        def run() -> T:
+            connection = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = self._database.connect()
+                self._connections.append(connection)
+            try:
+                return work(connection)
+            except BusyError as error:
+                raise DataError(f"the store cannot be read: {error}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    def _in_background(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Future[Any]") -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()  # what cannot be read now is read when the key is next used
+
+
+def _money(what: str, nano: int) -> int:
+    if isinstance(nano, bool) or not isinstance(nano, int) or not 0 <= nano <= MOST_NANO:
+        raise InputError(f"{what} is {nano!r}; it must be whole nano-dollars from 0 to {MOST_NANO}")
+    return nano

@@ -1,0 +1,38 @@
+"""From what an operator writes to what the parts take: a `GatewayConfig` as groups of deployments and rules."""
+
+from anabranch.gateway.config import GatewayConfig, ModelConfig
+from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
+
+
+def groups_of(config: GatewayConfig) -> tuple[Group, ...]:
+    """Each model as the dispatcher knows it."""
+    return tuple(_group(model, config) for model in config.models)
+
+
+def rules_of(config: GatewayConfig) -> DispatchRules:
+    """How attempts follow one another."""
+    retries, breaker = config.retries, config.breaker
+    return DispatchRules(
+        retries=retries.attempts - 1, backoff_s=retries.base_s, max_backoff_s=retries.cap_s, extra=retries.budget,
+        window_s=retries.window_s, hedge=config.hedge is not None, mid_stream=config.mid_stream,
+        breaker=BreakerRules(
+            failures=breaker.failures, rate=breaker.rate, window_s=breaker.window_s, open_s=breaker.open_s,
+            max_open_s=breaker.max_open_s, probes=breaker.probes, successes=breaker.successes,
+        ),
+    )  # fmt: skip
+
+
+def _group(model: ModelConfig, config: GatewayConfig) -> Group:
+    deployments = tuple(
+        Deployment(
+            name=model.deployment_name(at), provider=one.provider, weight=one.weight,
+            timeout_s=one.timeout_s or config.deadline_s,
+            first_token_timeout_s=one.first_token_timeout_s or one.timeout_s or config.deadline_s,
+            rpm=one.rpm, tpm=one.tpm, max_in_flight=one.max_in_flight,
+        )
+        for at, one in enumerate(model.deployments)
+    )  # fmt: skip
+    return Group(
+        name=model.name, deployments=deployments, price=model.price, context=model.context, parameters=model.parameters,
+        description=model.description, balance=model.balance or config.balance,
+    )  # fmt: skip

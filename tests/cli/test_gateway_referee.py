@@ -1,0 +1,217 @@
+"""``anabranch gateway`` fit, eval and route: from files to files, what ``--json`` promises, and what mistakes give."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from anabranch.cli.main import main
+from made_outcomes import MODELS, made_outcomes, write_outcomes
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Outcomes to learn from and others to judge on, in each format, and fitted routers."""
+    folder = tmp_path_factory.mktemp("gateway")
+    learned, other = made_outcomes(160), made_outcomes(40, seed=1)
+    write_outcomes(folder / "data.jsonl", learned)
+    (folder / "data.jsonl.gz").write_bytes(gzip.compress((folder / "data.jsonl").read_bytes()))
+    write_outcomes(folder / "other.jsonl", other)
+    header = "prompt,subject," + ",".join(f"{name}_correct" for name in MODELS)
+    lines = [
+        f"{text},{other.task[row]},{','.join(map(str, other.score_NM[row]))}" for row, text in enumerate(other.query)
+    ]
+    (folder / "other.csv").write_text("\n".join([header, *lines]))
+    (folder / "prices.json").write_text(
+        json.dumps({name: {"input": at + 1, "output": 2 * at + 1} for at, name in enumerate(MODELS)})
+    )
+    assert main(f"gateway fit {folder}/data.jsonl --out {folder}/routers --quiet".split()) == 0
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """Runs a command in the folder: code, stdout, stderr."""
+    monkeypatch.chdir(place)
+
+    def run(*arguments):
+        code = main(["gateway", *arguments])
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return run
+
+
+def told(found):
+    """The JSON of a command that went well, with nothing else on stdout."""
+    code, out, err = found
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_fit_then_eval_judges_on_what_was_held_out(run):
+    found = told(
+        run("fit", "data.jsonl", "--out", "made", "--strategy", "ridge", "--strategy", "knn", "--json", "--quiet")
+    )
+    assert (list(found["routers"]), found["learned"], found["held_out"]) == (["ridge", "knn"], 128, 32)
+    judged = told(run("eval", "data.jsonl", "--router", "made", "--json", "--quiet"))
+    assert judged["num_test"] == 32
+    assert [one["name"] for one in judged["strategies"]] == ["ridge", "knn"]
+    assert {"name", "score", "cost", "aiq", "interval"} <= judged["strategies"][0].keys()
+    assert judged["baselines"]["best_single"]["model"] in MODELS
+
+
+def test_a_gzipped_file_gives_the_same_numbers(run):
+    plain, packed = (
+        told(run("eval", name, "--seeds", "1", "--json", "--quiet")) for name in ("data.jsonl", "data.jsonl.gz")
+    )
+    assert plain["data"] == packed["data"]
+    assert [one["score"] for one in plain["strategies"]] == [one["score"] for one in packed["strategies"]]
+
+
+def test_eval_learns_judges_and_writes_pages(run, place):
+    found = told(run("eval", "data.jsonl", "--strategy", "knn", "--set", "knn.k=5", "--html", "page.html", "--picture", "curve.svg",
+                     "--markdown", "table.md", "--seeds", "1", "--json", "--quiet"))  # fmt: skip
+    assert found["wrote"] == ["curve.svg", "page.html", "table.md"]
+    assert found["num_train"] == 128
+    page = (place / "page.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 1
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    assert "<script" not in page
+    assert (place / "curve.svg").read_text().startswith("<svg")
+    assert "| knn |" in (place / "table.md").read_text()
+
+
+def test_a_csv_file_without_costs_and_with_prices(run):
+    plain = told(run("eval", "other.csv", "--strategy", "ridge", "--seeds", "1", "--json", "--quiet"))
+    assert plain["strategies"][0]["cost"] is None
+    mapping = "query=prompt,task=subject,score:small=small_correct,score:large=large_correct"
+    prices = ["--prices", "prices.json", "--seeds", "1", "--json", "--quiet"]
+    priced = told(run("eval", "other.csv", "--strategy", "ridge", "--columns", mapping, *prices))
+    assert priced["models"] == ["small", "large"]
+    assert priced["strategies"][0]["cost"] > 0
+    assert priced["strategies"][0]["apgr"] is not None
+
+
+def test_other_outcomes_are_judged_whole_and_shared_ones_refused(run, place):
+    assert told(run("eval", "other.jsonl", "--router", "routers", "--json", "--quiet"))["num_test"] == 40
+    (place / "half.jsonl").write_text("\n".join((place / "data.jsonl").read_text().splitlines()[:80]))
+    code, out, err = run("eval", "half.jsonl", "--router", "routers", "--quiet")
+    assert (code, out) == (2, "")
+    assert re.search(r"error: \d+ of 80 questions were learned from", err)
+    unseen = told(run("eval", "half.jsonl", "--router", "routers", "--unseen", "--json", "--quiet"))
+    leak = told(run("eval", "half.jsonl", "--router", "routers", "--allow-leak", "--json", "--quiet"))
+    assert 0 < unseen["num_test"] < leak["num_test"] == 80
+    code, _, err = run("eval", "data.jsonl", "--test", "half.jsonl", "--quiet")
+    assert code == 2
+    assert "80 of 80 test questions were learned from" in err
+
+
+def test_route_explains_one_query(run):
+    found = told(run("route", "write verses about rain", "--router", "routers", "--strategy", "knn", "--json"))
+    assert (
+        found["candidates"][0]["model"] == "medium"
+        or found["candidates"][0]["quality"] >= found["candidates"][1]["quality"]
+    )
+    assert found["details"]["neighbours"]
+    cheap = told(run("route", "write verses about rain", "--router", "routers", "--trade-off", "1000000", "--json"))
+    assert cheap["candidates"][0]["model"] == "small"
+    code, out, _ = run("route", "write verses about rain", "--router", "routers/ridge.safetensors")
+    assert code == 0
+    assert "why     ridge expects" in out
+
+
+def test_replay_estimates_what_routers_would_have_earned(run, place):
+    other = made_outcomes(300, seed=2)
+    lines = []
+    for row, text in enumerate(other.query):
+        model = MODELS[row % 3]
+        line = {
+            "query": text,
+            "scores": {model: other.score_NM[row, row % 3]},
+            "cost": {model: other.cost_NM[row, row % 3]},
+        }
+        lines.append(json.dumps({**line, "probability": {model: 1 / 3}}))
+    (place / "log.jsonl").write_text("\n".join(lines))
+    found = told(run("replay", "log.jsonl", "--router", "routers", "--strategy", "knn", "--json", "--quiet"))
+    assert (found["rows"], found["has_probabilities"]) == (300, True)
+    one = found["strategies"][0]
+    assert 50 < one["matched"] < 150
+    assert one["interval"][0] < one["score"] < one["interval"][1]
+    code, out, _ = run("replay", "log.jsonl", "--router", "routers", "--quiet")
+    assert code == 0
+    assert "the log: 300 scored answers" in out
+    code, _, err = run("replay", "data.jsonl", "--router", "routers", "--quiet")
+    assert code == 2
+    assert "questions were learned from" in err
+
+
+def test_tables_are_plain_text_with_every_baseline(run):
+    code, out, _ = run("eval", "other.jsonl", "--router", "routers", "--quiet")
+    assert code == 0
+    for word in ("knn", "random choice", "best single", "best model of the true task", "oracle", *MODELS):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval", "missing argument 'DATA' (see anabranch gateway eval --help)"),
+        ("fit data.jsonl", "missing option '--out' (see anabranch gateway fit --help)"),
+        ("evl x", "no such command 'evl'; did you mean 'eval'? (see anabranch gateway --help)"),
+        ("eval none.jsonl", "cannot read none.jsonl: no such file or directory"),
+        ("eval prices.toml", "prices.toml has no ending that is known"),
+        ("eval data.jsonl --embedder bert", "no embedder of kind 'bert'; known: hashed, minilm"),
+        ("eval data.jsonl --strategy knn --set knn.q=1", "Knn has no field 'q'"),
+        ("eval data.jsonl --set knn=1", "--set has 'knn'; write NAME.FIELD=VALUE"),
+        ("eval data.jsonl --picture x.gif", "--picture is 'x.gif'; its name must end in .png or .svg"),
+        ("eval data.jsonl --html x.txt", "--html is 'x.txt'; its name must end in .html"),
+        (
+            "eval data.jsonl --router none",
+            "none is no folder of routers: it has no manifest.json; make one with gateway fit",
+        ),
+        ("eval other.csv --columns prompt", "columns have 'prompt'; write query=COLUMN"),
+        ("eval other.jsonl --router routers --strategy irt", "routers has no router 'irt'; it has knn, cluster, ridge"),
+        (
+            "fit data.jsonl --out x --hold-out 0.001",
+            "--hold-out is 0.001, which leaves one side of 160 questions empty",
+        ),
+        ("route", "missing argument 'TEXT' (see anabranch gateway route --help)"),
+        ("route q", "missing option '--router' (see anabranch gateway route --help)"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, arguments, message):
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"error: {message}")
+
+
+def test_a_blank_query_is_refused(run):
+    code, _, err = run("route", " ", "--router", "routers")
+    assert (code, err) == (2, "error: the query is empty; write what is asked\n")
+
+
+def test_a_damaged_router_is_refused(run, place):
+    content = (place / "routers" / "knn.safetensors").read_bytes()
+    (place / "cut.safetensors").write_bytes(content[:-20])
+    code, _, err = run("route", "q", "--router", "cut.safetensors")
+    assert code == 2
+    assert "cut.safetensors is damaged or no router" in err
+
+
+def test_routes_and_judgements_of_light_strategies_load_no_torch(place):
+    script = (
+        "import sys; from anabranch.cli.main import main\n"
+        "assert main('gateway fit data.jsonl --out light --quiet --json'.split()) == 0\n"
+        "assert main('gateway eval data.jsonl --router light --quiet --json'.split()) == 0\n"
+        "assert main(['gateway', 'route', 'add', '--router', 'light', '--json']) == 0\n"
+        "assert not {'torch', 'matplotlib', 'scipy', 'numba'} & sys.modules.keys(), sorted(sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

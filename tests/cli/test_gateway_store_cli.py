@@ -1,0 +1,181 @@
+"""``anabranch gateway keys``, ``budget`` and ``ledger``: what they do to a store, what ``--json`` promises, and what mistakes give."""
+
+import asyncio
+import csv
+import json
+import sys
+import time
+
+import pytest
+from pyarrow import parquet
+
+from anabranch.gateway.money import Price
+from anabranch.gateway.store import LedgerRow, open_store, subjects_of
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with three requests of two teams."""
+    path = str(tmp_path / "g.db")
+
+    async def fill():
+        async with open_store(path) as opened:
+            _, key = await opened.create_key("ci", team="ml", tags=["nightly"])
+            for number, (cost, status) in enumerate([(1_500_000, "ok"), (0, "error"), (2_000_000_000, "ok")]):
+                held = await opened.reserve(
+                    f"r{number}", subjects_of(key if number < 2 else None, user="=ann"), 3 * 10**9
+                )
+                row = LedgerRow(
+                    request_id=f"r{number}", cost_nano=cost, status=status, model=f"m{number % 2}", prompt_tokens=1000, latency_us=1500,
+                    candidates=("m0", "m1"), price=Price(input=1_500),
+                )  # fmt: skip
+                await opened.settle(held, row)
+
+    asyncio.run(fill())
+    return path
+
+
+@pytest.fixture
+def run(here, store):
+    """A command on that store: its output, which must be without error."""
+
+    def command(*arguments):
+        code, out, err = here("gateway", *arguments, "--store", store)
+        assert code == 0, err
+        return out
+
+    return command
+
+
+@pytest.fixture
+def facts(run):
+    return lambda *arguments: json.loads(run(*arguments, "--json"))
+
+
+def test_a_key_lives_and_ends(run, facts, store):
+    made = facts("keys", "create", "web", "--user", "ann", "--tag", "a", "--tag", "b", "--model", "m0", "--rpm", 60, "--expires", "90d",
+                 "--budget", 25, "--period", "month", "--admin")  # fmt: skip
+    assert made["key"].startswith("sk-ab-")
+    assert (made["name"], made["user"], made["tags"], made["models"], made["rpm"]) == (
+        "web",
+        "ann",
+        ["a", "b"],
+        ["m0"],
+        60,
+    )
+    assert made["expires"] > made["created"]
+    listed = facts("keys", "list")["keys"]
+    assert [key["name"] for key in listed] == ["ci", "web"]
+    assert "key" not in listed[1]
+    assert made["key"] not in run("keys", "list")
+    assert [(one["subject"], one["limit_usd"]) for one in facts("budget", "list")["budgets"]] == [
+        (f"key:{made['id']}", 25.0)
+    ]
+
+    async def known():
+        async with open_store(store, serves=False) as opened:
+            return await opened.key_of(made["key"])
+
+    assert asyncio.run(known()).id == made["id"]
+    assert facts("keys", "revoke", made["id"])["revoked"]
+    assert asyncio.run(known()) is None
+    assert "revoked 20" in run("keys", "list")
+    assert "web" in run("keys", "revoke", made["id"][:10])
+
+
+def test_a_key_is_shown_once(run):
+    lines = run("keys", "create").splitlines()
+    assert [line[:8].strip() for line in lines] == ["key", "id", "note"]
+
+
+def test_budgets(run, facts):
+    made = facts("budget", "set", "team:ml", "0.005", "--period", "day")
+    assert (made["limit_nano"], made["spent_nano"], made["remaining_nano"]) == (5_000_000, 1_500_000, 3_500_000)
+    assert made["resets"].endswith("T00:00:00Z")
+    shown = run("budget", "set", "global", "25").splitlines()
+    assert shown[-1].split() == ["global", "total", "-", "25.00", "2.00", "0.00", "23.00"]
+    assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global", "team:ml"]
+    assert facts("budget", "remove", "team:ml", "--period", "day") == {"removed": "team:ml", "period": "day"}
+    assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global"]
+
+
+def test_ledger_list_and_spend(run, facts):
+    rows = facts("ledger", "list")["rows"]
+    assert [row["request_id"] for row in rows] == ["r2", "r1", "r0"]
+    assert rows[2]["cost_nano"] == 1_500_000
+    assert (rows[2]["team"], rows[2]["tags"], rows[2]["price_input"]) == ("ml", ["nightly"], 1_500)
+    assert [row["request_id"] for row in facts("ledger", "list", "--team", "ml", "--status", "ok")["rows"]] == ["r0"]
+    assert facts("ledger", "list", "--until", "1h")["rows"] == []
+    assert len(facts("ledger", "list", "--since", "1h", "--limit", 2)["rows"]) == 2
+    assert len(facts("ledger", "list", "--since", "2020-01-01")["rows"]) == 3
+    last = run("ledger", "list").splitlines()[-1].split()
+    assert last[-5:] == ["ok", "1,000", "0", "0.001500", "1.5"]
+    groups = facts("ledger", "spend", "--by", "team", "--by", "model")["groups"]
+    assert [(one["team"], one["model"], one["cost_nano"]) for one in groups] == [
+        ("", "m0", 2 * 10**9), ("ml", "m0", 1_500_000), ("ml", "m1", 0),
+    ]  # fmt: skip
+    assert run("ledger", "spend").splitlines()[-1].split() == ["m1", "1", "1", "1,000", "0", "0.00"]
+
+
+def test_export(run, facts, tmp_path):
+    assert facts("ledger", "export", "--out", tmp_path / "l.csv") == {"rows": 3, "wrote": str(tmp_path / "l.csv")}
+    with (tmp_path / "l.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["request_id"] for row in rows] == ["r0", "r1", "r2"]
+    assert (rows[0]["candidates"], rows[0]["cost_nano"], rows[0]["user"]) == ("m0 m1", "1500000", "'=ann")  # no formula
+    run("ledger", "export", "--out", tmp_path / "l.parquet", "--status", "ok")
+    table = parquet.read_table(tmp_path / "l.parquet")
+    assert table["cost_nano"].to_pylist() == [1_500_000, 2_000_000_000]
+    assert str(table.schema.field("cost_nano").type) == "int64"
+    assert table["user"].to_pylist() == ["=ann", "=ann"]
+    assert table["first_token_us"].null_count == 2
+
+
+def test_export_goes_page_by_page(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["anabranch.cli.gateway.ledger"], "PAGE", 2)
+    run("ledger", "export", "--out", tmp_path / "l.parquet")
+    assert parquet.read_table(tmp_path / "l.parquet")["request_id"].to_pylist() == ["r0", "r1", "r2"]
+
+
+def test_prune_and_backup(facts, tmp_path):
+    assert facts("ledger", "backup", tmp_path / "copy.db") == {"wrote": str(tmp_path / "copy.db")}
+    assert facts("ledger", "prune", "1d") == {"deleted": 0}
+    time.sleep(1.1)
+    assert facts("ledger", "prune", "1s") == {"deleted": 3}
+    assert facts("ledger", "list")["rows"] == []
+    assert facts("ledger", "list", "--store", tmp_path / "copy.db") is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("keys list --store nothing.db", "no store at nothing.db; give its place with --store, or make one"),
+        ("keys revoke kx", "no keys have an id that begins with 'kx'; anabranch gateway keys list shows them"),
+        ("keys create --period yearly", "the period is 'yearly'; use one of total, hour, day, week, month"),
+        ("keys create --expires soon", "--expires is 'soon'; write a number and s, m, h, d or w, such as 90d"),
+        ("keys create --tag ,", "the tag ',' may not be"),
+        ("keys create --rpm 0", "--rpm is '0': it must be greater than or equal to 1"),
+        ("budget set team:ml much", "'much' is no amount of dollars; write a number such as 0.25"),
+        ("budget set team:ml -- -3", "a limit is -3000000000; it must be whole nano-dollars"),
+        ("budget set everyone 3", "a budget is for 'everyone'; it must be global, key:ID, user:NAME"),
+        ("budget set key:kx 3", "there is no key 'kx'; anabranch gateway keys list shows ids"),
+        (
+            "budget remove global",
+            "there is no total budget of global; anabranch gateway budget list shows what there is",
+        ),
+        ("ledger list --since yesterday", "--since is 'yesterday'; write a date (2026-11-25, in UTC) or how long ago"),
+        ("ledger spend --by tea", "spend by 'tea' is not known; use key, user, team"),
+        ("ledger export --out rows.txt", "--out is 'rows.txt'; it must end in .csv or .parquet"),
+        ("ledger export --out nowhere/x/../rows.csv --store nothing.db", "no store at nothing.db"),
+        ("ledger list --store mysql://x/y", "the URL of the store cannot be read"),
+        ("keys creat", "no such command 'creat'; did you mean 'create'?"),
+    ],
+)
+def test_mistakes(here, store, monkeypatch, arguments, message):
+    monkeypatch.setenv("ANABRANCH_STORE", store)
+    code, out, err = here("gateway", *arguments.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err

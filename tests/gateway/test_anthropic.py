@@ -1,0 +1,178 @@
+"""Anthropic's form, both ways, against messages written by hand from its documentation."""
+
+import json
+
+import pytest
+
+from anabranch.gateway.providers.anthropic import Anthropic, translated
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.sse import Splitter, events
+
+KEY = "sk-ant-0123456789abcdef"
+
+
+@pytest.fixture
+def provider(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    return Anthropic(Anthropic.Config(model="claude"))
+
+
+def chat(**fields):
+    return UpstreamRequest("chat", {"model": "x", "messages": [{"role": "user", "content": "hi"}], **fields})
+
+
+def test_a_request_with_all_kinds_of_parts():
+    tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}
+    body = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [
+                {"type": "text", "text": "what is it"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+            ]},
+            {"role": "assistant", "content": "wait", "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}},
+            ]},
+            {"role": "tool", "tool_call_id": "c1", "content": "a cat"},
+            {"role": "user", "content": "and?"},
+        ],
+        "tools": [tool], "tool_choice": "required", "stop": "END", "temperature": 1.5, "max_tokens": 7,
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    assert translated(body, "claude", 4096) == {
+        "model": "claude", "max_tokens": 7, "system": "Be brief.", "temperature": 1.0, "stop_sequences": ["END"],
+        "tools": [{"name": "look", "description": "d", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        "messages": [
+            {"role": "user", "content": [
+                {"type": "text", "text": "what is it"},
+                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+                {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+            ]},
+            {"role": "assistant", "content": [
+                {"type": "text", "text": "wait"}, {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}},
+            ]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "c1", "content": "a cat"}, {"type": "text", "text": "and?"},
+            ]},
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}}, {"logit_bias": {"1": 2}}]
+)
+def test_what_has_no_counterpart_is_said_to_be_unsupported(fields):
+    with pytest.raises(UpstreamError) as caught:
+        translated({"messages": [], **fields}, "m", 1)
+    assert caught.value.failure.kind == "unsupported"
+
+
+def test_arguments_that_are_no_json_are_the_senders_mistake():
+    call = {"id": "c", "function": {"name": "f", "arguments": "{"}}
+    with pytest.raises(UpstreamError) as caught:
+        translated({"messages": [{"role": "assistant", "tool_calls": [call]}]}, "m", 1)
+    assert caught.value.failure.kind == "request"
+
+
+def test_an_answer(provider):
+    body = {
+        "id": "msg_1", "type": "message", "model": "claude-x", "stop_reason": "tool_use",
+        "content": [
+            {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "t1", "name": "look", "input": {"at": 2}},
+        ],
+        "usage": {"input_tokens": 10, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 5, "output_tokens": 7},
+    }  # fmt: skip
+    answer = provider.parse(chat(), json.dumps(body).encode())
+    choice = answer.body["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant", "content": "I look.", "reasoning_content": "hm",
+        "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "look", "arguments": '{"at": 2}'}}],
+    }  # fmt: skip
+    assert (answer.usage.prompt, answer.usage.cached, answer.usage.completion) == (105, 90, 7)
+    assert answer.body["usage"]["prompt_tokens_details"] == {"cached_tokens": 90}
+
+
+STREAM = "".join(
+    f"event: {value['type']}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n"
+    for value in [
+        {
+            "type": "message_start",
+            "message": {"id": "m1", "model": "c", "usage": {"input_tokens": 3, "output_tokens": 1}},
+        },
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "ping"},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Grüße "}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "🦊"}},
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "content_block_start",
+            "index": 1,
+            "content_block": {"type": "tool_use", "id": "t", "name": "f", "input": {}},
+        },
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": '{"a":'}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": "1}"}},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}},
+        {"type": "message_stop"},
+    ]
+).encode()
+
+
+def chunks_of(provider, pieces):
+    splitter, translator, made = Splitter(), provider.translator(chat(stream=True)), []
+    for piece in pieces:
+        for _, data in events(splitter.feed(piece)):
+            made += translator.feed(data)
+    assert translator.is_done
+    for chunk in made:
+        chunk.pop("created")
+    return made
+
+
+def test_a_stream(provider):
+    made = chunks_of(provider, [STREAM])
+    deltas = [choice["delta"] for chunk in made for choice in chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Grüße 🦊"
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert calls[0] == {"index": 0, "id": "t", "type": "function", "function": {"name": "f", "arguments": ""}}
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"a":1}'
+    assert made[-2]["choices"][0]["finish_reason"] == "tool_calls"
+    assert made[-1]["usage"]["prompt_tokens"] == 3
+    assert made[-1]["usage"]["completion_tokens"] == 9
+    assert all(chunk["id"] == "m1" for chunk in made)
+
+
+def test_a_stream_cut_at_any_byte_is_the_same(provider):
+    whole = chunks_of(provider, [STREAM])
+    for at in range(1, len(STREAM)):
+        assert chunks_of(provider, [STREAM[:at], STREAM[at:]]) == whole
+    assert chunks_of(provider, [STREAM[at : at + 1] for at in range(len(STREAM))]) == whole
+
+
+def test_line_ends_of_any_kind_are_the_same(provider):
+    whole = chunks_of(provider, [STREAM])
+    for end in (b"\r\n", b"\r"):
+        other = STREAM.replace(b"\n", end)
+        assert chunks_of(provider, [other[at : at + 3] for at in range(0, len(other), 3)]) == whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "failure"),
+    [("overloaded_error", "server"), ("rate_limit_error", "rate_limit"), ("authentication_error", "auth"), ("billing_error", "credit")],
+)  # fmt: skip
+def test_an_error_within_a_stream(provider, kind, failure):
+    data = json.dumps({"type": "error", "error": {"type": kind, "message": f"bad key {KEY}"}}).encode()
+    with pytest.raises(UpstreamError) as caught:
+        provider.translator(chat()).feed(data)
+    assert caught.value.failure.kind == failure
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_is_in_the_headers_and_nowhere_else(provider):
+    call = provider.build(chat())
+    assert call.headers["x-api-key"] == KEY
+    assert KEY not in repr(call) + repr(provider) + repr(provider.config)
+    assert call.url == "https://api.anthropic.com/v1/messages"

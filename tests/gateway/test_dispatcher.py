@@ -1,0 +1,447 @@
+"""One request after another through a `Dispatcher` with scripted upstreams in process."""
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+
+PRICE = Price(input=1_000_000_000, output=2_000_000_000)  # 1,000 and 2,000 nano-dollars a token
+QUICK = DispatchRules(backoff_s=0.0, min_extra=100)
+
+
+def group(name: str, *configs: dict[str, Any], **fields: Any) -> Group:
+    """A model of mocks; fields of a deployment may stand among those of the mock."""
+    deployments = []
+    for at, given in enumerate(configs):
+        own = {key: value for key, value in given.items() if key in Deployment.__dataclass_fields__}
+        mock = {key: value for key, value in given.items() if key not in own}
+        provider = Mock.Config(**{"model": name, "reply": f"{name} answers you", **mock})
+        deployments.append(Deployment(name=f"{name}-{at}", provider=provider, **own))
+    return Group(name=name, deployments=tuple(deployments), price=PRICE, **fields)
+
+
+def chat(**fields: Any) -> UpstreamRequest:
+    return UpstreamRequest(
+        "chat", {"model": "auto", "messages": [{"role": "user", "content": "hello there"}], **fields}
+    )
+
+
+def plan(dispatcher: Dispatcher, *candidates: str, seconds: float = 5.0, **fields: Any) -> Plan:
+    return Plan(candidates=candidates, deadline=dispatcher.now() + seconds, **fields)
+
+
+def run(work: Callable[[], Any]) -> Any:
+    return asyncio.run(work())
+
+
+def statuses(report: Any) -> list[tuple[str, str]]:
+    return [(attempt.deployment, attempt.status) for attempt in report.attempts]
+
+
+async def read(stream: Any) -> tuple[str, list[str]]:
+    """Text of a stream, and its raw events."""
+    raw = b"".join([block async for block in stream]).decode()
+    events = [one for one in raw.split("\n\n") if one]
+    text = ""
+    for one in events:
+        data = one.removeprefix("data: ")
+        if one.startswith("data: {"):
+            for choice in json.loads(data).get("choices", []):
+                text += choice["delta"].get("content") or ""
+    return text, events
+
+
+def test_an_answer_comes_with_its_cost_and_its_report():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {})])
+        answer = await dispatcher.complete(plan(dispatcher, "a"), chat())
+        assert answer.text == "a answers you"
+        assert (answer.report.model, answer.report.deployment) == ("a", "a-0")
+        assert statuses(answer.report) == [("a-0", "ok")]
+        assert answer.usage.prompt == 2
+        assert answer.report.cost == 2 * 1000 + 3 * 2000
+
+    run(work)
+
+
+@pytest.mark.parametrize("step", ["500", "429", "408", "409", "garbage", "html", "reset", "credit"])
+def test_what_may_pass_is_tried_at_another_deployment(step):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": (step,), "weight": 1e9}, {"weight": 1e-9})], QUICK)
+        answer = await dispatcher.complete(plan(dispatcher, "a"), chat())
+        assert [name for name, _ in statuses(answer.report)] == ["a-0", "a-1"]
+        assert answer.text == "a answers you"
+
+    run(work)
+
+
+@pytest.mark.parametrize("step", ["context", "filter"])
+def test_what_another_model_may_do_falls_back_at_once(step):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": (step,)}, {"script": (step,)}), group("b", {})], QUICK)
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert [status for _, status in statuses(answer.report)] == [step, "ok"]
+        assert answer.report.model == "b"
+
+    run(work)
+
+
+def test_the_senders_mistake_goes_back_to_the_sender():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": ("422",)}), group("b", {})], QUICK)
+        with pytest.raises(UpstreamError) as caught:
+            await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert (caught.value.status, len(caught.value.report.attempts)) == (422, 1)
+        assert caught.value.to_dict()["error"]["code"] == "invalid_request"
+
+    run(work)
+
+
+def test_when_all_fails_the_last_failure_is_told():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"fails": 1.0, "fail_with": "503"})], QUICK)
+        with pytest.raises(UpstreamError, match="scripted failure") as caught:
+            await dispatcher.complete(plan(dispatcher, "a"), chat())
+        assert caught.value.status == 502
+        assert len(caught.value.report.attempts) == 1 + QUICK.retries
+
+    run(work)
+
+
+def test_one_deadline_holds_for_all_attempts_together():
+    async def work() -> None:
+        dispatcher = Dispatcher([group(name, {"script": ("hang",) * 9}) for name in "abc"], QUICK)
+        began = dispatcher.now()
+        with pytest.raises(UpstreamError) as caught:
+            await dispatcher.complete(plan(dispatcher, "a", "b", "c", seconds=0.2), chat())
+        assert dispatcher.now() - began < 0.25
+        assert (caught.value.status, caught.value.failure.kind) == (504, "deadline")
+
+    run(work)
+
+
+def test_a_deployments_own_limit_leaves_time_for_the_next():
+    async def work() -> None:
+        dispatcher = Dispatcher(
+            [group("a", {"script": ("hang",), "timeout_s": 0.05}), group("b", {})], DispatchRules(retries=0)
+        )
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert statuses(answer.report) == [("a-0", "timeout"), ("b-0", "ok")]
+
+    run(work)
+
+
+def test_the_price_of_a_fallback_is_asked_for():
+    async def work() -> None:
+        asked = []
+
+        async def allow(model: str, spent: int) -> bool:
+            asked.append((model, spent))
+            return model != "b"
+
+        dispatcher = Dispatcher([group("a", {"fails": 1.0}), group("b", {}), group("c", {})], DispatchRules(retries=0))
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b", "c", allow=allow), chat())
+        assert answer.report.model == "c"
+        assert answer.report.skipped == [("b", "its price is not allowed")]
+        assert asked == [("b", 0), ("c", 0)]
+
+    run(work)
+
+
+def test_answers_that_are_not_accepted_cost_and_the_next_is_asked():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {}), group("c", {})])
+        chosen = plan(dispatcher, "a", "b", "c", accept=lambda model, answer: model == "b")
+        answer = await dispatcher.complete(chosen, chat())
+        assert statuses(answer.report) == [("a-0", "rejected"), ("b-0", "ok")]
+        assert answer.report.cost == 2 * 8000
+
+        never = plan(dispatcher, "a", "b", accept=lambda model, answer: False)
+        answer = await dispatcher.complete(never, chat())
+        assert (answer.report.model, statuses(answer.report)[-1]) == ("b", ("b-0", "ok"))
+
+    run(work)
+
+
+def test_an_answer_that_was_not_accepted_is_better_than_none():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {"fails": 1.0})], QUICK)
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b", accept=lambda model, answer: False), chat())
+        assert (answer.text, answer.report.model) == ("a answers you", "a")
+
+    run(work)
+
+
+def test_a_broken_deployment_is_left_alone_and_asked_again_later():
+    async def work() -> None:
+        now = [0.0]
+        rules = DispatchRules(backoff_s=0.0, retries=0, min_extra=10**6)
+        dispatcher = Dispatcher([group("a", {"script": ("500",) * 5}), group("b", {})], rules, clock=lambda: now[0])
+        for _ in range(5):
+            await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+            now[0] += 0.01
+        assert dispatcher.states()[0]["breaker"] == "open"
+        assert not dispatcher.pool().models[0].is_available
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert answer.report.skipped == [("a", "no deployment takes requests")]
+        now[0] += 5.0
+        for _ in range(2):
+            assert (await dispatcher.complete(plan(dispatcher, "a", "b"), chat())).report.model == "a"
+        assert dispatcher.states()[0]["breaker"] == "closed"
+        assert [(one["from"], one["to"]) for one in dispatcher.changes] == [
+            ("closed", "open"), ("open", "half_open"), ("half_open", "closed"),
+        ]  # fmt: skip
+
+    run(work)
+
+
+def test_extra_attempts_stay_a_share_of_requests():
+    async def work() -> None:
+        rules = DispatchRules(backoff_s=0.0, min_extra=2, extra=0.2, breaker=BreakerRules(failures=10**6))
+        dispatcher = Dispatcher([group("a", {"fails": 1.0})], rules, seed=0)
+        attempts = 0
+        for _ in range(50):
+            with pytest.raises(UpstreamError) as caught:
+                await dispatcher.complete(plan(dispatcher, "a"), chat())
+            attempts += len(caught.value.report.attempts)
+        assert attempts <= 50 + 10
+
+    run(work)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_attempts_never_pass_the_plan(seed):
+    async def work() -> None:
+        rng = random.Random(seed)
+        rules = DispatchRules(backoff_s=0.0, retries=rng.randint(0, 3), min_extra=10**6)
+        groups = [
+            group(name, *({"fails": rng.random(), "seed": seed} for _ in range(rng.randint(1, 3)))) for name in "abc"
+        ]
+        dispatcher = Dispatcher(groups, rules, seed=seed)
+        for _ in range(30):
+            most = rng.choice([None, 1, 2, 5])
+            chosen = plan(dispatcher, "a", "b", "c", max_attempts=most)
+            try:
+                report = (await dispatcher.complete(chosen, chat())).report
+            except UpstreamError as error:
+                report = error.report
+            assert len(report.attempts) <= chosen.most_attempts(rules.retries)
+
+    run(work)
+
+
+# Hedging
+
+
+def warmed(dispatcher: Dispatcher, model: str) -> None:
+    for _ in range(30):
+        dispatcher.groups[model].hedge.observe(0.02)
+
+
+def test_a_slow_answer_is_overtaken_and_both_are_charged():
+    async def work() -> None:
+        slow, fast = {"latency_s": 5.0, "reply": "slow"}, {"reply": "fast one", "weight": 1e-9}
+        dispatcher = Dispatcher([group("a", {**slow, "weight": 1e9}, fast)], DispatchRules(hedge=True, min_extra=10))
+        warmed(dispatcher, "a")
+        answer = await dispatcher.complete(plan(dispatcher, "a"), chat())
+        assert answer.text == "fast one"
+        first, second = answer.report.attempts
+        assert (first.status, second.status, second.is_hedge) == ("cancelled", "ok", True)
+        assert first.cost > 0
+        assert second.cost > 0
+        assert dispatcher.states()[0]["in_flight"] == 0
+
+    run(work)
+
+
+def test_no_token_of_the_stream_that_lost_is_relayed():
+    async def work() -> None:
+        slow = {"latency_s": 0.3, "reply": "slow slow slow", "weight": 1e9}
+        dispatcher = Dispatcher(
+            [group("a", slow, {"reply": "fast", "weight": 1e-9})], DispatchRules(hedge=True, min_extra=10)
+        )
+        warmed(dispatcher, "a")
+        stream = await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True))
+        text, _ = await read(stream)
+        assert text == "fast"
+        assert [attempt.status for attempt in stream.report.attempts] == ["cancelled", "ok"]
+
+    run(work)
+
+
+# Streams
+
+
+def test_a_stream_is_passed_on_and_counted():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {})])
+        stream = await dispatcher.stream(plan(dispatcher, "a", keep=True), chat(stream=True))
+        text, events = await read(stream)
+        assert (text, events[-1]) == ("a answers you", "data: [DONE]")
+        assert not any('"usage": {' in one or '"usage":{' in one for one in events)  # nobody asked for it
+        assert stream.report.cost == 8000
+        assert stream.answer().text == "a answers you"
+        assert stream.report.attempts[0].first_token_s is not None
+
+    run(work)
+
+
+def test_usage_is_passed_on_to_those_who_ask():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {})])
+        request = chat(stream=True, stream_options={"include_usage": True})
+        _, events = await read(await dispatcher.stream(plan(dispatcher, "a"), request))
+        assert json.loads(events[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 3
+
+    run(work)
+
+
+@pytest.mark.parametrize("step", ["500", "garbage", "html", "reset", "cut:0", "429"])
+def test_before_the_first_token_a_stream_fails_like_any_call(step):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": (step,), "weight": 1e9}, {"weight": 1e-9})], QUICK)
+        stream = await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True))
+        text, _ = await read(stream)
+        assert text == "a answers you"
+        assert len(stream.report.attempts) == 2
+
+    run(work)
+
+
+def test_a_late_first_token_is_given_up_on():
+    async def work() -> None:
+        late = {"script": ("slow:5",), "first_token_timeout_s": 0.05}
+        dispatcher = Dispatcher([group("a", late), group("b", {})], DispatchRules(retries=0))
+        stream = await dispatcher.stream(plan(dispatcher, "a", "b"), chat(stream=True))
+        assert (await read(stream))[0] == "b answers you"
+        assert stream.report.attempts[0].status == "first_token"
+
+    run(work)
+
+
+def test_a_break_in_the_middle_is_an_error_event():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": ("cut:2",)}), group("b", {})])
+        stream = await dispatcher.stream(plan(dispatcher, "a", "b"), chat(stream=True))
+        text, events = await read(stream)
+        assert text == "a answers"
+        assert "error" in json.loads(events[-1].removeprefix("data: "))
+        assert stream.failure is not None
+        assert stream.report.attempts[0].cost > 0
+
+    run(work)
+
+
+def test_another_model_may_go_on_where_one_broke_off():
+    async def work() -> None:
+        dispatcher = Dispatcher(
+            [group("a", {"script": ("cut:2", "500", "500")}), group("b", {"reply": " and b"})], QUICK
+        )
+        stream = await dispatcher.stream(plan(dispatcher, "a", "b", mid_stream="continue"), chat(stream=True))
+        text, events = await read(stream)
+        assert text == "a answers and b"
+        assert ": x-stitched" in events
+        assert stream.report.is_stitched
+
+    run(work)
+
+
+def test_those_who_opted_in_get_the_answer_from_its_beginning():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": ("cut:2",)})], QUICK)
+        stream = await dispatcher.stream(plan(dispatcher, "a", mid_stream="restart", keep=True), chat(stream=True))
+        _, events = await read(stream)
+        assert any(one.startswith("event: restart") for one in events)
+        assert stream.answer().text == "a answers you"
+
+        quiet = Dispatcher([group("a", {"script": ("cut:2",)})], QUICK.replace(mid_stream="restart"))
+        stream = await quiet.stream(plan(quiet, "a"), chat(stream=True))
+        assert "error" in (await read(stream))[1][-1]  # the operator alone cannot opt in for the sender
+
+    run(work)
+
+
+def test_a_missing_end_mark_is_added():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"script": ("no_done",)})])
+        text, events = await read(await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True)))
+        assert (text, events.count("data: [DONE]")) == ("a answers you", 1)
+
+    run(work)
+
+
+def test_signs_of_life_are_sent_while_an_upstream_thinks():
+    async def work() -> None:
+        rules = DispatchRules(heartbeat_s=0.02)
+        dispatcher = Dispatcher([group("a", {"tokens_per_s": 10.0})], rules)
+        text, events = await read(await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True)))
+        assert text == "a answers you"
+        assert ": waiting" in events
+
+    run(work)
+
+
+def test_a_reader_who_leaves_ends_the_upstreams_work():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"tokens_per_s": 5.0, "reply": "x " * 100})])
+        stream = await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        attempt = stream.report.attempts[0]
+        assert (attempt.status, dispatcher.states()[0]["in_flight"]) == ("cancelled", 0)
+        assert attempt.cost > 0
+
+    run(work)
+
+
+def test_a_stream_that_nobody_reads_is_given_back_when_closed():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {})])
+        stream = await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True))
+        await stream.aclose()
+        assert dispatcher.states()[0]["in_flight"] == 0
+
+    run(work)
+
+
+def test_a_stream_whose_answer_must_be_accepted_is_told_once_it_is():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {})])
+        chosen = plan(dispatcher, "a", "b", accept=lambda model, answer: model == "b")
+        stream = await dispatcher.stream(chosen, chat(stream=True))
+        text, events = await read(stream)
+        assert (text, events[-1]) == ("b answers you", "data: [DONE]")
+        assert statuses(stream.report) == [("a-0", "rejected"), ("b-0", "ok")]
+        assert stream.answer().text == "b answers you"
+
+    run(work)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_model_may_be_sent_something_of_its_own(streams):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"fails": 1.0}), group("b", {})], DispatchRules(retries=0))
+        request = chat(stream=streams)
+        own = request.with_body(messages=[{"role": "user", "content": "four words are here"}])
+        chosen = plan(dispatcher, "a", "b", requests={"b": own})
+        found = await (dispatcher.stream(chosen, request) if streams else dispatcher.complete(chosen, request))
+        if streams:
+            assert (await read(found))[0] == "b answers you"
+        assert found.report.winner.usage.prompt == 4
+
+    run(work)
+
+
+def test_names_must_differ():
+    with pytest.raises(ConfigError, match="there twice"):
+        Dispatcher([group("a", {}), group("a", {})])

@@ -1,0 +1,166 @@
+"""Moving in from LiteLLM: what is taken over, field by field, and that everything else is said."""
+
+import json
+
+import pytest
+
+from anabranch import registry
+from anabranch.config import configclass, from_dict, to_dict
+from anabranch.errors import ConfigError, DataError
+from anabranch.gateway.config import GatewayConfig, import_litellm, load_config
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers import Provider
+
+THEIRS = """\
+model_list:
+  - model_name: gpt-4o-mini
+    litellm_params:
+      model: openai/gpt-4o-mini
+      api_key: os.environ/OPENAI_KEY_EAST
+      rpm: 500
+      tpm: 90000
+      weight: 2
+    model_info:
+      input_cost_per_token: 1.5e-7
+      output_cost_per_token: 0.0000006
+      cache_read_input_token_cost: 0.000000075
+      max_input_tokens: 128000
+      max_output_tokens: 16384
+  - model_name: gpt-4o-mini
+    litellm_params:
+      model: gpt-4o-mini
+      api_base: http://10.0.0.5:8000/v1
+      api_key: sk-written-down
+      timeout: 20
+      stream_timeout: "5"
+      max_parallel_requests: 8
+      temperature: 0.2
+  - model_name: claude
+    litellm_params: {model: claude-sonnet-4-5, api_key: os.environ/ANTHROPIC_API_KEY}
+  - model_name: local
+    litellm_params: {model: hosted_vllm/qwen, api_base: "http://gpu:8000/v1"}
+  - model_name: titan
+    litellm_params: {model: bedrock/amazon.titan}
+  - model_name: "any/*"
+    litellm_params: {model: "openai/*"}
+  - model_name: nowhere
+    litellm_params: {model: hosted_vllm/llama}
+  - model_name: pictures
+    litellm_params: {model: openai/dall-e-3}
+    model_info: {mode: image_generation}
+  - litellm_params: {model: openai/x}
+router_settings:
+  routing_strategy: least-busy
+  num_retries: 2
+  timeout: 60
+  fallbacks:
+    - gpt-4o-mini: [claude, titan]
+    - gone: [claude]
+  model_group_alias: {gpt-4: gpt-4o-mini, gpt-5: gone}
+  redis_host: localhost
+litellm_settings:
+  num_retries: 7
+  drop_params: true
+general_settings:
+  master_key: os.environ/LITELLM_MASTER_KEY
+  database_url: postgresql://user:hush@db/litellm
+environment_variables:
+  REDIS_PASSWORD: hush
+"""
+
+
+class Anthropic(Provider, kind="anthropic"):
+    """As much of the real one as an import sets."""
+
+    @configclass
+    class Config(Provider.Config):
+        base_url: str = "https://api.anthropic.com"
+        key_env: str | None = "ANTHROPIC_API_KEY"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setitem(registry.BUILTIN["provider"], "anthropic", f"{__name__}:Anthropic")
+    registry.resolve.cache_clear()
+    yield
+    registry.resolve.cache_clear()
+
+
+@pytest.fixture
+def moved(tmp_path):
+    def move(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return import_litellm(path)
+
+    return move
+
+
+def test_what_is_taken_over(moved):
+    config = moved(THEIRS).config
+    assert [model.name for model in config.models] == ["gpt-4o-mini", "claude", "local"]
+    mini, claude, local = config.models
+    assert mini.price == Price(input=150_000_000, output=600_000_000, cached_input=75_000_000)
+    assert (mini.context, mini.max_tokens, mini.aliases) == (144_384, 16_384, ("gpt-4",))
+    east, own = mini.deployments
+    assert (east.rpm, east.tpm, east.weight, east.timeout_s) == (500, 90_000, 2.0, None)
+    assert to_dict(east.provider)["kind"] == "openai"
+    assert (east.provider.model, east.provider.key_env) == ("gpt-4o-mini", "OPENAI_KEY_EAST")
+    assert east.provider.base_url == "https://api.openai.com/v1"
+    assert (own.timeout_s, own.first_token_timeout_s, own.max_in_flight) == (20.0, 5.0, 8)
+    assert (own.provider.base_url, own.provider.key_env) == ("http://10.0.0.5:8000/v1", None)
+    assert to_dict(claude.deployments[0].provider)["kind"] == "anthropic"
+    assert claude.deployments[0].provider.key_env == "ANTHROPIC_API_KEY"
+    assert (local.deployments[0].provider.model, local.deployments[0].provider.key_env) == ("qwen", None)
+    assert (config.balance, config.retries.attempts, config.deadline_s) == ("least_in_flight", 3, 60.0)
+    assert config.fallbacks == {"gpt-4o-mini": ("claude",)}
+    assert config.admin.key == "env:LITELLM_MASTER_KEY"
+
+
+def test_what_is_not_is_said(moved, tmp_path):
+    left = moved(THEIRS).left
+    path = tmp_path / "config.yaml"
+    fields = [line.removeprefix(f"{path}:").partition(": ")[2].split()[0] for line in left]
+    assert fields == [
+        "model_list.1.litellm_params.api_key", "model_list.1.litellm_params.temperature", "model_list.4.litellm_params.model",
+        "model_list.5.model_name", "model_list.6.litellm_params.api_base", "model_list.7.model_info.mode", "model_list.8",
+        "litellm_settings.drop_params", "router_settings.fallbacks.0.gpt-4o-mini", "router_settings.fallbacks.1.gone",
+        "router_settings.model_group_alias.gpt-5", "router_settings.redis_host", "general_settings.database_url",
+        "environment_variables.REDIS_PASSWORD",
+    ]  # fmt: skip
+    assert f"{path}:19: model_list.1.litellm_params.api_key is a key written into the file (not shown)" in left[0]
+    shown = "\n".join(left)
+    assert "sk-written-down" not in shown
+    assert "hush" not in shown
+
+
+def test_it_reads_back_as_ours(moved, tmp_path, monkeypatch):
+    """What was imported, written as JSON, loads as the same config."""
+    for name in ("OPENAI_KEY_EAST", "ANTHROPIC_API_KEY", "LITELLM_MASTER_KEY"):
+        monkeypatch.setenv(name, "x")
+    done = moved(THEIRS)
+    (tmp_path / "ours.json").write_text(json.dumps(done.to_dict()))
+    assert load_config(tmp_path / "ours.json") == done.config.replace(store=str(tmp_path / "gateway.db"))
+    assert from_dict(GatewayConfig, json.loads(json.dumps(done.to_dict()))) == done.config
+
+
+def test_files_with_nothing_to_take(moved, tmp_path):
+    with pytest.raises(ConfigError, match="no entry of model_list can be taken over; it is empty"):
+        moved("router_settings: {}\n")
+    with pytest.raises(ConfigError, match="there is no provider 'bedrock' here"):
+        moved("model_list:\n  - model_name: a\n    litellm_params: {model: bedrock/a}\n")
+    with pytest.raises(ConfigError, match="model_list is no list"):
+        moved("model_list: {a: 1}\n")
+    with pytest.raises(ConfigError, match=r"config.yaml:2: not YAML"):
+        moved("model_list: [\n")
+    with pytest.raises(DataError, match="cannot read the config"):
+        import_litellm(tmp_path / "none.yaml")
+
+
+def test_a_master_key_written_down_is_not_taken(moved):
+    done = moved(
+        "model_list: [{model_name: a, litellm_params: {model: openai/a}}]\ngeneral_settings: {master_key: sk-1234}\n"
+    )
+    assert done.config.admin.key is None
+    assert "sk-1234" not in str(done.left)
+    assert done.config.models[0].deployments[0].provider.key_env == "OPENAI_API_KEY"

@@ -1,0 +1,170 @@
+"""The page as a pure function of what is going on: figures, pictures, and nothing that a name could smuggle in."""
+
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from anabranch.gateway.metrics import Ended, Metrics, Moment, totals
+from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend, render
+from anabranch.gateway.ui.charts import frontier, histogram, pareto, timeline
+from anabranch.gateway.ui.page import CSP, asset
+from anabranch.gateway.ui.snapshot import quantile
+
+NASTY = '<script>alert("x")</script>\'"&'
+
+
+class Parsed(HTMLParser):
+    """Counts tags, and checks that they close in order."""
+
+    VOID = frozenset({"meta", "link", "input", "circle", "rect", "line", "path", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def busy(name="small"):
+    return Snapshot(
+        now_s=7200.0, uptime_s=3700, version="1", requests=10, errors=1, hits={"exact": 3}, misses=1,
+        spend={"model": [Spend(name, 2_500_000_000, 8)], "key": [Spend(name, 1, 1)] * 12},
+        latency=[(0.1, 4), (0.2, 4), (math.inf, 2)], timeline=[Moment(7100, 5, 1), Moment(10, 99)],
+        deployments=[DeploymentFact(name=name, model=name, state="open", latency_s=0.25)],
+        points=[Point(name=name, kind="model", cost=0.001, quality=0.5), Point(name="all", kind="live", cost=0.002, quality=0.6)],
+        recent=[
+            Seen(request_id="req_1", time_s=7190, chosen=name, asked=name, reason=name, bypassed=name, key=name, details={name: name},
+                 candidates=[{"model": name, "score": 1.0, "quality": None, "cost": 0.00002}],
+                 attempts=[{"deployment": name, "outcome": "ok", "seconds": 0.5}])
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("snapshot", [Snapshot(now_s=0.0), busy()])
+def test_the_page_is_whole_html_without_inline_styles_or_scripts(snapshot):
+    parsed = Parsed(render(snapshot))
+    names = [name for name, _ in parsed.attributes]
+    assert "style" not in names  # the policy would drop them
+    assert not [name for name in names if name.startswith("on")]
+    assert parsed.tags.count("script") == 1
+    outside = [value for name, value in parsed.attributes if name in ("src", "href") and not value.startswith("/ui/")]
+    assert outside == []
+    assert "default-src 'none'" in CSP
+
+
+def test_names_are_shown_and_never_run():
+    text = render(busy(NASTY))
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    Parsed(text)
+
+
+def test_the_figures_are_right():
+    text = render(busy())
+    assert "<b>90.0%</b>" in text  # 9 of 10 were answered
+    assert "<b>75.0%</b>" in text  # 3 hits, 1 miss
+    assert "$2.50" in text
+    assert "1 h 1 min" in text
+    assert "and 4 more" in text  # 12 keys, 8 shown
+    assert "$0.000020" in text
+    assert "10 s ago" in text
+
+
+def test_the_assets_fetch_nothing_from_elsewhere():
+    for name in ("page.css", "page.js"):
+        assert b"//" not in asset(name).replace(b"// Puts", b"")
+        assert b"http" not in asset(name)
+
+
+def test_quantiles_lie_on_straight_lines_within_buckets():
+    buckets = [(1.0, 4), (2.0, 4), (math.inf, 2)]
+    assert quantile(buckets, 0.2) == pytest.approx(0.5)  # 2 of the 4 below 1
+    assert quantile(buckets, 0.5) == pytest.approx(1.25)  # the 5th is the first of 4 between 1 and 2
+    assert quantile(buckets, 0.95) == 2.0
+    assert quantile([], 0.5) is None
+    assert quantile([(1.0, 0)], 0.5) is None
+
+
+def test_the_frontier_is_what_nothing_beats():
+    points = [
+        Point(name=name, kind="model", cost=cost, quality=quality)
+        for name, cost, quality in (("a", 1, 0.5), ("b", 2, 0.4), ("c", 3, 0.9), ("d", 1, 0.3))
+    ]
+    assert [point.name for point in frontier([*points, Point(name="live", kind="live", cost=0, quality=1)])] == [
+        "a",
+        "c",
+    ]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [Point(name="a", kind="model", cost=0, quality=0)],
+        [Point(name="a", kind="model", cost=1e-9, quality=1), Point(name="b", kind="strategy", cost=9.0, quality=1)],
+    ],
+)
+def test_odd_points_can_be_drawn(points):
+    assert "NaN" not in pareto(points)
+    assert "nan" not in pareto(points)
+
+
+def test_the_timeline_drops_what_is_older_than_an_hour_and_marks_open_breakers():
+    text = timeline([Moment(0, 5), Moment(7190, 3, 1, opened={"eu": 1})], 7200.0)
+    assert text.count('class="column"') == 1
+    assert text.count('class="error"') == 1
+    assert "opened: eu" in text
+
+
+def test_an_empty_histogram_says_so():
+    assert "No latency yet" in histogram([(1.0, 0)], "latency")
+
+
+# What is counted
+
+
+def test_requests_are_counted_by_model_and_in_time():
+    now = [100.0]
+    metrics = Metrics(lambda: now[0])
+    metrics.ended(
+        Ended(
+            endpoint="chat",
+            model="m",
+            strategy="s",
+            latency_s=0.2,
+            ttft_s=0.1,
+            prompt_tokens=3,
+            completion_tokens=2,
+            nano=7,
+        )
+    )
+    metrics.ended(Ended(endpoint="chat", model="m", strategy="s", status=503))
+    now[0] = 111.0
+    metrics.ended(Ended(endpoint="chat", model="m", cache="exact", status=200))
+    metrics.breakers({"d": True})
+    metrics.breakers({"d": True})
+    assert [(moment.start, moment.requests, moment.errors, moment.hits, moment.nano) for moment in metrics.history] == [
+        (100, 2, 1, 0, 7),
+        (110, 1, 0, 1, 0),
+    ]
+    assert metrics.history[-1].opened == {"d": 1}
+    found = {tuple(labels.values()): value for labels, value in totals(metrics.requests)}
+    assert found["chat", "m", "s", "200"] == 1
+    text = metrics.text().decode()
+    assert 'anabranch_tokens_total{direction="prompt",model="m"} 3.0' in text
+    assert 'anabranch_spend_nano_dollars_total{model="m",strategy="s"} 7.0' in text
+    assert 'anabranch_breaker_open{deployment="d"} 1.0' in text

@@ -1,0 +1,182 @@
+"""The Responses API on top of chat, and whole answers as streams and back."""
+
+import json
+
+import pytest
+
+from anabranch.gateway.api_error import ApiError
+from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
+from anabranch.gateway.http.sse import DONE, Assembler, chunks_of, event, read_data
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 4}}
+
+
+def answer(**message):
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 7,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": None, **message},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
+        ],
+        "usage": USAGE,
+    }
+
+
+def test_a_request_becomes_one_of_chat():
+    body = {
+        "model": "m", "instructions": "be brief", "max_output_tokens": 5, "temperature": 0.5, "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
+        "tools": [{"type": "function", "name": "add", "parameters": {}}], "tool_choice": {"type": "function", "name": "add"},
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "2+2?"}]},
+            {"type": "reasoning", "summary": []},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I add."}]},
+            {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "4"},
+            {"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}, {"type": "input_text", "text": "?"}]},
+        ],
+        "stream": True, "a_field_of_tomorrow": 1,
+    }  # fmt: skip
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    assert to_chat(body) == {
+        "model": "m", "temperature": 0.5, "stream": True, "a_field_of_tomorrow": 1, "max_completion_tokens": 5,
+        "reasoning_effort": "low", "stream_options": {"include_usage": True},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}},
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+        "tool_choice": {"type": "function", "function": {"name": "add"}},
+        "messages": [
+            {"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "4"},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}, {"type": "text", "text": "?"}]},
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": 3}, "tools"),
+        ({"input": None}, "input"),
+        ({"input": [3]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        ({"text": "json"}, "text"),
+    ],
+)
+def test_what_chat_cannot_do_is_refused(change, param):
+    with pytest.raises(ApiError) as caught:
+        to_chat({"model": "m", "input": "hi", **change})
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_an_answer_becomes_a_response():
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    made = to_response({"model": "auto", "input": "hi"}, answer(content="4", tool_calls=[call]))
+    assert made["status"] == "completed"
+    assert made["model"] == "m"
+    assert [item["type"] for item in made["output"]] == ["message", "function_call"]
+    assert made["output"][0]["content"] == [{"type": "output_text", "text": "4", "annotations": [], "logprobs": []}]
+    assert made["output"][1]["call_id"] == "c1"
+    assert made["usage"] == {
+        "input_tokens": 9, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 3,
+        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12,
+    }  # fmt: skip
+    cut = answer(content="4")
+    cut["choices"][0]["finish_reason"] = "length"
+    made = to_response({"model": "m", "input": "hi"}, cut)
+    assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+
+
+def test_a_stream_becomes_the_events_of_a_response():
+    stream = ResponseStream({"model": "auto", "input": "hi"})
+
+    def chunk(delta, reason=None):
+        return {"model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+    chunks = [
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"content": "fo"}),
+        chunk({"content": "ur"}),
+        chunk(
+            {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}]}
+        ),
+        chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}, "tool_calls"),
+        {"choices": [], "usage": USAGE},
+    ]
+    raw = [*stream.begin(), *(piece for one in chunks for piece in stream.add(one)), *stream.end()]
+    events = [json.loads(piece.split(b"data: ")[1]) for piece in raw]
+    assert [piece.split(b"\n")[0].removeprefix(b"event: ").decode() for piece in raw] == [
+        made["type"] for made in events
+    ]
+    assert [made["type"].removeprefix("response.") for made in events] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
+        "output_text.done", "content_part.done", "output_item.done", "output_item.added", "function_call_arguments.delta",
+        "function_call_arguments.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    assert [made["sequence_number"] for made in events] == list(range(len(events)))
+    last = events[-1]["response"]
+    assert last["output"][0]["content"][0]["text"] == "four"
+    assert last["output"][1]["arguments"] == "{}"
+    assert last["output"][1]["status"] == "completed"
+    assert last["usage"]["total_tokens"] == 12
+
+
+def test_a_stream_that_fails_says_so():
+    stream = ResponseStream({"model": "m", "input": "hi"})
+    list(stream.begin())
+    [raw] = stream.fail("the upstream broke off", "upstream_cut")
+    made = json.loads(raw.split(b"data: ")[1])
+    assert made["response"]["status"] == "failed"
+    assert made["response"]["error"] == {"code": "upstream_cut", "message": "the upstream broke off"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "héllo\n\nthere"},
+        {"content": ""},
+        {"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"content": "x", "reasoning_content": "hm"},
+    ],
+)
+def test_a_whole_answer_streamed_and_put_together_is_the_same(message):
+    whole = answer(**message)
+    raw = list(chunks_of(whole, is_chat=True, with_usage=True))
+    assert raw[-1] == DONE
+    made = Assembler(is_chat=True)
+    for chunk in read_data(b"".join(raw)):
+        made.add(chunk)
+    assert made.is_whole
+    assert made.answer() == whole
+
+
+def test_completions_stream_too():
+    whole = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "usage": None,
+             "choices": [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": None}]}  # fmt: skip
+    made = Assembler(is_chat=False)
+    for chunk in read_data(b"".join(chunks_of(whole, is_chat=False, with_usage=False))):
+        made.add(chunk)
+    assert made.answer() == whole
+
+
+def test_a_stream_that_broke_off_is_not_whole():
+    made = Assembler(is_chat=True)
+    assert not made.is_whole
+    made.add({"choices": [{"index": 0, "delta": {"content": "x"}}]})
+    assert not made.is_whole
+
+
+def test_an_event_is_one_line_of_data_whatever_the_text():
+    assert event({"a": "x\ny"}, "e") == b'event: e\ndata: {"a":"x\\ny"}\n\n'
+    assert list(read_data(event({"a": "\ud800"}))) == [{"a": "?"}]

@@ -1,0 +1,55 @@
+"""Schemathesis over ``/openapi.json``: no made-up request gets a 500, and every answer is what the document says."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from gateway_process import served
+
+PROGRAM = Path(sys.executable).parent / "schemathesis"
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+def test_the_document_describes_the_routes_there_are():
+    with served() as running, urllib.request.urlopen(f"{running.url}/openapi.json") as answer:
+        document = json.load(answer)
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/models",
+        "/v1/feedback",
+    } < set(document["paths"])
+    text = json.dumps(document)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in document["components"]["schemas"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (PROGRAM.exists() or shutil.which("schemathesis")), reason="needs schemathesis (the dev extra)")
+def test_no_made_up_request_breaks_it():
+    with served() as running:
+        program = str(PROGRAM) if PROGRAM.exists() else "schemathesis"
+        command = [
+            program,
+            "run",
+            f"{running.url}/openapi.json",
+            "--checks",
+            CHECKS,
+            "--max-examples",
+            "40",
+            "--seed",
+            "1",
+            "--phases",
+            "examples,coverage,fuzzing",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert running.process.poll() is None

@@ -1,0 +1,99 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, RetryBudget, backoff
+from anabranch.gateway.dispatch.window import SlidingSum
+from anabranch.gateway.providers.provider import FailureKind, classify, retry_after
+
+
+def test_every_kind_of_failure_has_its_action_and_says_something_to_the_breaker():
+    kinds = set(FailureKind.__args__)
+    assert set(ACTION) == kinds
+    assert set(OUTCOME) == kinds
+
+
+@given(st.integers(0, 200), st.integers(0, 2**32))
+def test_jitter_is_full_and_bounded(retry, seed):
+    assert 0 <= backoff(retry, 0.05, 2.0, random.Random(seed)) <= min(2.0, 0.05 * 2**retry)
+
+
+def test_jitter_is_even():
+    rng = random.Random(0)
+    waits = [backoff(1, 0.05, 2.0, rng) for _ in range(4000)]
+    assert abs(sum(waits) / 4000 - 0.05) < 0.002
+    assert max(waits) > 0.098
+    assert min(waits) < 0.002
+
+
+def test_extra_attempts_are_a_share_of_the_requests_in_the_window():
+    budget = RetryBudget(0.2, 1, 10.0)
+    for _ in range(20):
+        budget.request(0.0)
+    assert [budget.take(1.0) for _ in range(6)] == [True] * 4 + [False] * 2
+    assert budget.take(20.0)  # the least of a quiet window
+    assert not budget.take(20.0)
+
+
+def test_what_is_held_is_not_given_to_others():
+    budget = RetryBudget(0.0, 1, 10.0)
+    assert budget.hold(0.0)
+    assert not budget.take(0.0)
+    assert budget.take(0.0, holds=True)
+    assert not budget.hold(0.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 9)), max_size=60))
+def test_a_sliding_sum_is_never_short_and_little_long(steps):
+    window, seen, now = SlidingSum(10.0), [], 0.0
+    for wait, amount in steps:
+        now += wait
+        window.add(now, amount)
+        seen.append((now, amount))
+        exact = sum(amount for time, amount in seen if time > now - 10.0)
+        slack = sum(amount for time, amount in seen if time > now - 10.0 - 10.0 / 64)
+        assert exact <= window.at(now) <= slack
+
+
+def test_a_hedge_waits_for_the_95th_percentile():
+    delay = HedgeDelay()
+    for at in range(19):
+        delay.observe(float(at))
+    assert delay.delay_s is None
+    delay.observe(19.0)
+    assert delay.delay_s == 19.0
+    for _ in range(400):
+        delay.observe(1.0)
+    assert delay.delay_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (400, b'{"error":{"message":"This model\'s maximum context length is 8192 tokens"}}', "context"),
+        (400, b'{"error":{"message":"no","code":"content_filter"}}', "filter"),
+        (400, b'{"error":{"message":"You have reached your specified API usage limits"}}', "credit"),
+        (400, b'{"error":{"message":"bad"}}', "request"),
+        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "auth"), (404, b"{}", "request"), (408, b"", "timeout"),
+        (409, b"", "conflict"), (422, b"[]", "request"), (429, b"{}", "rate_limit"),
+        (429, b'{"error":{"code":"insufficient_quota"}}', "credit"), (500, b"", "server"), (529, b"<html>", "server"),
+        (302, b"", "garbage"),
+    ],
+)  # fmt: skip
+def test_what_a_status_means(status, body, kind):
+    assert classify(status, {}, body).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None), ({"retry-after": "2"}, 2.0), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": "-3"}, 0.0), ({"retry-after": "soon"}, None), ({"retry-after": "nan"}, None),
+        ({"retry-after": "1e9"}, 300.0), ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+    ],
+)  # fmt: skip
+def test_retry_after_in_all_its_forms(headers, seconds):
+    assert retry_after(headers) == seconds

@@ -1,0 +1,320 @@
+"""A dispatcher against real servers on loopback: the scripted one, and some that break every rule."""
+
+import asyncio
+import contextlib
+import json
+import os
+
+import pytest
+from aiohttp import web
+
+from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.mock_server import application
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.replay import Record, Replay, write_answers
+
+KEY = "sk-test-abcdefghijklmnop"
+
+
+def chat(**fields):
+    return UpstreamRequest("chat", {"model": "auto", "messages": [{"role": "user", "content": "hello"}], **fields})
+
+
+@contextlib.asynccontextmanager
+async def served(app):
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/v1"
+    await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def raw(*pieces, wait_s=0.0, hangs=False):
+    """A server that sends these bytes, whatever is asked."""
+
+    async def answer(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await reader.readuntil(b"\r\n\r\n")
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(wait_s)
+            if hangs:
+                await asyncio.sleep(30)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    server.close()
+
+
+def dispatcher_of(url, rules=None, **limits):
+    provider = OpenAI.Config(model="m", base_url=url, key_env=None)
+    group = Group(
+        name="a", deployments=(Deployment(name="a-0", provider=provider, **limits),), price=Price(output=10**9)
+    )
+    return Dispatcher([group], rules or DispatchRules(retries=0))
+
+
+async def asked(dispatcher, seconds=5.0, **fields):
+    plan = Plan(candidates=("a",), deadline=dispatcher.now() + seconds)
+    try:
+        if not fields.get("stream"):
+            return await dispatcher.complete(plan, chat(**fields))
+        stream = await dispatcher.stream(plan, chat(**fields))
+        return stream, b"".join([block async for block in stream])
+    finally:
+        await dispatcher.close()
+
+
+def text_of(raw_events):
+    text = ""
+    for line in raw_events.decode().splitlines():
+        if line.startswith("data: {"):
+            text += "".join(one["delta"].get("content") or "" for one in json.loads(line[6:])["choices"])
+    return text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_real_upstream_answers(stream):
+    async def work():
+        async with served(application(Mock.Config(model="m", reply="over a real socket"))) as url:
+            answer = await asked(dispatcher_of(url), stream=stream)
+        assert (text_of(answer[1]) if stream else answer.text) == "over a real socket"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        ("500", "server"), ("429:3", "rate_limit"), ("401", "auth"), ("402", "credit"), ("404", "request"), ("garbage", "garbage"),
+        ("html", "garbage"), ("short", "garbage"), ("context", "context"), ("filter", "filter"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_how_a_real_upstream_fails(step, kind, stream):
+    async def work():
+        async with served(application(Mock.Config(model="m", script=(step,)))) as url:
+            if step == "short" and stream:
+                return  # an event stream has no length
+            with pytest.raises(UpstreamError) as caught:
+                await asked(dispatcher_of(url), stream=stream)
+        assert caught.value.failure.kind == kind
+        if step == "429:3":
+            assert caught.value.failure.retry_after_s == 3.0
+
+    asyncio.run(work())
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+
+def said(text):
+    return (
+        b"data: "
+        + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}, ensure_ascii=False).encode()
+        + b"\n\n"
+    )
+
+
+END = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+
+
+def test_a_character_cut_in_half_is_whole_again():
+    async def work():
+        whole = said("Grüße 🦊") + END
+        at = whole.index("🦊".encode()) + 2
+        async with raw(HEAD, whole[:at], whole[at:], wait_s=0.02) as url:
+            _, events = await asked(dispatcher_of(url), stream=True)
+        assert text_of(events) == "Grüße 🦊"
+        assert events.endswith(b"data: [DONE]\n\n")
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kind"),
+    [
+        ((HEAD + b"this is no event\n\n",), "garbage"),
+        ((HEAD + b"data: {no json}\n\n",), "garbage"),
+        ((HEAD + b"data: [1, 2]\n\n",), "garbage"),
+        ((HEAD,), "cut"),
+        ((HEAD + b'data: {"error":{"message":"busy"}}\n\n',), "server"),
+        ((b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\ncontent-type: application/json\r\n\r\n{}",), "garbage"),
+        ((b"\x00\x01\x02 no http at all\r\n\r\n",), "garbage"),
+        ((b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n",), "garbage"),
+        ((b"HTTP/1.1 307 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n",), "garbage"),
+    ],
+)  # fmt: skip
+def test_upstreams_that_break_the_rules(pieces, kind):
+    async def work():
+        async with raw(*pieces) as url:
+            with pytest.raises(UpstreamError) as caught:
+                await asked(dispatcher_of(url), stream=True)
+        assert caught.value.failure.kind == kind
+
+    asyncio.run(work())
+
+
+def test_garbage_in_the_middle_of_a_stream_ends_it_with_an_error():
+    async def work():
+        async with raw(HEAD, said("so"), b"garbage\n\n", wait_s=0.02) as url:
+            stream, events = await asked(dispatcher_of(url), stream=True)
+        assert stream.failure.kind == "garbage"
+        assert b"garbage" not in events.split(b'"error"')[0]
+
+    asyncio.run(work())
+
+
+def test_one_byte_at_a_time_is_read_and_one_byte_a_second_is_given_up_on():
+    async def work():
+        whole = said("slow") + END
+        async with raw(HEAD, *(whole[at : at + 1] for at in range(len(whole)))) as url:
+            _, events = await asked(dispatcher_of(url), stream=True)
+        assert text_of(events) == "slow"
+        async with raw(HEAD, said("x"), *(whole[at : at + 1] for at in range(len(whole))), wait_s=0.05) as url:
+            stream, _ = await asked(dispatcher_of(url, timeout_s=0.3), stream=True)
+        assert stream.failure.kind == "timeout"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_hangs_costs_no_more_than_the_deadline(stream):
+    async def work():
+        async with raw(b"", hangs=True) as url:
+            dispatcher = dispatcher_of(url)
+            began = dispatcher.now()
+            with pytest.raises(UpstreamError) as caught:
+                await asked(dispatcher, seconds=0.2, stream=stream)
+            assert dispatcher.now() - began < 0.3
+        assert caught.value.status == 504
+
+    asyncio.run(work())
+
+
+def test_nobody_listens():
+    async def work():
+        with pytest.raises(UpstreamError) as caught:
+            await asked(dispatcher_of("http://127.0.0.1:9/v1"))
+        assert (caught.value.failure.kind, caught.value.status) == ("connect", 502)
+
+    asyncio.run(work())
+
+
+def test_a_reader_who_leaves_ends_the_connection_of_the_upstream():
+    async def work():
+        ended = asyncio.Event()
+
+        async def answer(request):
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            try:
+                while True:
+                    await response.write(said("more"))
+                    await asyncio.sleep(0.01)
+            finally:
+                ended.set()
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        async with served(app) as url:
+            dispatcher = dispatcher_of(url)
+            stream = await dispatcher.stream(Plan(candidates=("a",), deadline=dispatcher.now() + 9), chat(stream=True))
+            async for _ in stream:
+                break
+            await stream.aclose()
+            await asyncio.wait_for(ended.wait(), 0.1)
+            await dispatcher.close()
+
+    asyncio.run(work())
+
+
+def test_a_slow_reader_slows_the_upstream():
+    async def work():
+        sent = [0]
+
+        async def answer(request):
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            for _ in range(4000):
+                await response.write(said("x" * 16_000))
+                sent[0] += 1
+            return response
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        async with served(app) as url:
+            dispatcher = dispatcher_of(url)
+            stream = await dispatcher.stream(Plan(candidates=("a",), deadline=dispatcher.now() + 9), chat(stream=True))
+            async for _ in stream:
+                break
+            await asyncio.sleep(0.3)
+            assert sent[0] < 2000  # 32 of 64 MB: what sockets buffer, not what we do
+            await stream.aclose()
+            await dispatcher.close()
+
+    asyncio.run(work())
+
+
+def test_keys_go_to_the_upstream_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+
+    async def work():
+        seen = []
+
+        async def answer(request):
+            seen.append(request.headers.get("authorization"))
+            return web.json_response({"error": {"message": f"the key {KEY} is wrong"}}, status=401)
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        async with served(app) as url:
+            provider = OpenAI.Config(model="m", base_url=url, key_env="TEST_KEY")
+            dispatcher = Dispatcher([Group(name="a", deployments=(Deployment(name="a-0", provider=provider),))])
+            with pytest.raises(UpstreamError) as caught:
+                await asked(dispatcher)
+        assert seen == [f"Bearer {KEY}"]
+        assert KEY not in str(caught.value) + repr(caught.value.report) + repr(dispatcher.states())
+
+    asyncio.run(work())
+
+
+def test_what_was_recorded_is_replayed(tmp_path):
+    path = str(tmp_path / "traffic.jsonl")
+
+    async def work():
+        async with served(application(Mock.Config(model="m", reply="once said"))) as url:
+            inner = OpenAI.Config(model="m", base_url=url, key_env=None)
+            for fields in ({}, {"stream": True}):
+                provider = Record.Config(provider=inner, path=path)
+                dispatcher = Dispatcher([Group(name="a", deployments=(Deployment(name="a-0", provider=provider),))])
+                await asked(dispatcher, **fields)
+        player = Deployment(name="p", provider=Replay.Config(path=path))
+        answer = await asked(Dispatcher([Group(name="a", deployments=(player,))]))
+        assert answer.text == "once said"
+        _, events = await asked(Dispatcher([Group(name="a", deployments=(player,))]), stream=True)
+        assert text_of(events) == "once said"
+        with pytest.raises(UpstreamError, match="not recorded"):
+            await asked(Dispatcher([Group(name="a", deployments=(player,))]), temperature=0.5)
+
+    asyncio.run(work())
+    assert oct(os.stat(path).st_mode)[-3:] == "600"
+
+
+def test_recorded_outcomes_can_be_replayed(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, {"hello": "as recorded"}, {"hello": (11, 7)})
+
+    async def work():
+        player = Deployment(name="p", provider=Replay.Config(path=str(path)))
+        answer = await asked(Dispatcher([Group(name="a", deployments=(player,))]))
+        assert (answer.text, answer.usage.prompt, answer.usage.completion) == ("as recorded", 11, 7)
+
+    asyncio.run(work())
