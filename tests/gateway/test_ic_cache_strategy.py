@@ -18,7 +18,9 @@ from anabranch.gateway.strategies import make
 from anabranch.gateway.strategy import Strategy
 
 EMBEDDER = Hashed.Config(dim=64).build()
-CACHE = ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(16,), learning_rate=3e-3), temperature=0.0))
+CACHE = ICCache.Config(
+    router=Router.Config(critic=Critic.Config(hidden=(16,), learning_rate=3e-3), temperature=0.0, explore=0.0)
+)
 
 
 def pool_of(load=0.0, now_s=0.0, down=(), extra=()):
