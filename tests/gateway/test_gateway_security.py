@@ -192,7 +192,8 @@ def hedged(tmp_path, limit_usd=None):
 
 
 def hurry(gateway, seconds=0.01):
-    gateway.runtime.dispatcher.groups["small"].hedge._delay_s = seconds
+    group = gateway.runtime.dispatcher.groups["small"]
+    group.hedge._delay_s = group.hedge_whole._delay_s = seconds
 
 
 @pytest.mark.parametrize("streams", [False, True])

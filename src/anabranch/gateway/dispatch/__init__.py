@@ -4,7 +4,7 @@ from anabranch.gateway.dispatch.breaker import BreakerRules
 from anabranch.gateway.dispatch.deployments import Deployment, DispatchRules, Group
 from anabranch.gateway.dispatch.dispatcher import Dispatcher
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
-from anabranch.gateway.dispatch.stream import Stream, WholeStream
+from anabranch.gateway.dispatch.stream import Stream
 
 __all__ = [
     "Attempt",
@@ -16,5 +16,4 @@ __all__ = [
     "Plan",
     "Report",
     "Stream",
-    "WholeStream",
 ]

@@ -18,8 +18,8 @@ class Plan:
         candidates: models, best first; the tail is the fallback chain.
         deadline: when all must be over, on the dispatcher's clock (`Dispatcher.now`).
         accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
-        allow: asked with the model and the nano-dollars spent so far, before every attempt but a first one at the first candidate,
-            whether its price may be spent.
+        allow: asked, with the model and the nano-dollars spent so far, whether its price may be spent: before every attempt but one that
+            is the first and goes to the first candidate.
         mid_stream: in place of the rules'; None for theirs.
         hedge: in place of the rules'.
         max_attempts: most attempts in all; None for what candidates and retries come to.
