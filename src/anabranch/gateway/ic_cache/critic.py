@@ -135,7 +135,7 @@ class Critic(Part):
         if prior_M is not None:
             self.network.parameters[-1][:] = prior_M
         self.buffer = ReplayBuffer(config.memory, inputs, alpha=config.alpha, beta=config.beta)
-        self._random = np.random.default_rng([seed, 1])
+        self.random = np.random.default_rng([seed, 1])
 
     def utilities(self, x_I: np.ndarray) -> np.ndarray:
         """mu of each arm, float64 [M]."""
@@ -155,7 +155,7 @@ class Critic(Part):
         """Take steps on what is remembered; returns the mean absolute error of the last batch, 0 if there is nothing."""
         error = 0.0
         for _ in range(steps if len(self.buffer) else 0):
-            rows, weight_B = self.buffer.draw(self.config.batch_size, self._random)
+            rows, weight_B = self.buffer.draw(self.config.batch_size, self.random)
             error = self._step(rows, weight_B)
         return error
 

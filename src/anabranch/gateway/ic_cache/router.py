@@ -210,10 +210,10 @@ class Router(Part):
         self.critic.train(steps)
 
     def state(self) -> tuple[Arrays, Facts]:
-        """Critic and beliefs; load is of the moment, and not kept."""
+        """Critic, beliefs and what will be drawn next; load is of the moment, and not kept."""
         own = {"wins_M": self.wins_M, "losses_M": self.losses_M, "cost_M": self.cost_M}
         return {**own, **{f"critic.{name}": value for name, value in self.critic.state().items()}}, {
-            "arms": list(self.arms), "dim": self.dim,
+            "arms": list(self.arms), "dim": self.dim, "random": [self._random.bit_generator.state, self.critic.random.bit_generator.state],
         }  # fmt: skip
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
@@ -223,6 +223,7 @@ class Router(Part):
                 f"the stored router is of {facts['arms']} and {facts['dim']} dimensions, not {list(self.arms)} and {self.dim}"
             )
         self.wins_M, self.losses_M, self.cost_M = (arrays[name].copy() for name in ("wins_M", "losses_M", "cost_M"))
+        self._random.bit_generator.state, self.critic.random.bit_generator.state = facts["random"]
         self.critic.load_state(
             {name.removeprefix("critic."): value for name, value in arrays.items() if name.startswith("critic.")}
         )
