@@ -234,7 +234,8 @@ def test_a_port_of_its_own_for_operators(tmp_path):
 
 def test_no_secret_and_no_prompt_is_logged_even_when_all_is(tmp_path):
     """A whole debug run, with failures, refusals and a bad strategy, and then its log is searched."""
-    upstream = '[[models]]\nname = "far"\ndeployments = [{ provider = { kind = "openai", base_url = "http://127.0.0.1:9/v1", model = "m" } }]'
+    provider = '{ kind = "openai", base_url = "http://127.0.0.1:9/v1", model = "m" }'
+    upstream = f'[[models]]\nname = "far"\ndeployments = [{{ provider = {provider} }}]'
     path = write(tmp_path / "g.toml", require_key="true", level="debug", extra=upstream)
     prompt = "PRIVATE-PROMPT-8472"
     with served("--config", path, environment={"OPENAI_API_KEY": UPSTREAM_KEY}) as running:

@@ -4,7 +4,6 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-
 _RANDOM = random.Random()  # seeded by the system; asking the system each time lets go of the interpreter's lock
 
 
