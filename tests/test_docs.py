@@ -312,11 +312,15 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
         (tmp_path / folder / "results").mkdir(parents=True)
     claim = {"claim": "a beats b", "difference": -0.0123, "interval": [-0.02, -0.01], "verdict": "holds"}
     (tmp_path / "studies" / "results" / "s.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
-    rows = [{"case": f"{mode} x", "peer_name": "p", "ratio": 1.5, "spread": 0.1} for mode in ("training", "prefill")]
+    rows = [{"case": "x", "peer_name": "p", "ratio": ratio, "unit": "ms"} for ratio in (1.5, 0.5, 3.0)]
+    rows += [
+        {"case": "memory", "peer_name": "formula", "ratio": 9.0, "unit": "MB"},
+        {"case": "growth", "peer_name": None},
+    ]
     (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
-    assert "| s | a beats b | -0.0123 | -0.02 to -0.01 | holds |" in shown
-    assert "| b | training x | p | 1.5 | 0.1 |" in shown
-    assert "prefill" not in shown
+    assert "| s | 1 | 0 | 0 |" in shown
+    assert "| b | p | 3 | 0.5 | 1.5 | 3 |" in shown
+    assert "formula" not in shown
     assert "stale" not in shown

@@ -22,6 +22,15 @@ PUBLIC = {
         Mixture Named Stdlib StreamDecoder Table TokenStore TokenStream Tokenizer Windows cache_folder corpus_at
         corpus_windows load_tokenizer text_windows train_bpe
     """,
+    "anabranch.gateway.data": """
+        SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups llmrouter load load_csv load_jsonl
+        load_store measured_in merged pool_of read_joules read_prices routellm_mmlu split
+    """,
+    "anabranch.gateway.embed": "Embedder embed_cached",
+    "anabranch.gateway.referee": """
+        Interval Recovery Replay Replayed Report Standing Trial aiq bootstrap cost_save decision_latency evaluate holm hull
+        pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
+    """,
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk load_dataset read_graph write_graph
     """,

@@ -91,6 +91,17 @@ BUILTIN: dict[str, dict[str, str]] = {
         "hashed": "anabranch.gateway.embed.hashed:Hashed",
         "minilm": "anabranch.gateway.embed.minilm:MiniLM",
     },
+    "vector_index": {
+        "exact": "anabranch.gateway.retrieve.exact:Exact",
+        "clustered": "anabranch.gateway.retrieve.clustered:Clustered",
+        "hnsw": "anabranch.gateway.retrieve.hnsw:Hnsw",
+    },
+    "utility_proxy": {
+        "similarity": "anabranch.gateway.ic_cache.proxy:Similarity",
+        "logistic": "anabranch.gateway.ic_cache.proxy:Logistic",
+        "mlp": "anabranch.gateway.ic_cache.proxy:Mlp",
+        "cross_encoder": "anabranch.gateway.ic_cache.cross_encoder:CrossEncoder",
+    },
     "provider": {
         "openai": "anabranch.gateway.providers.openai:OpenAI",
         "anthropic": "anabranch.gateway.providers.anthropic:Anthropic",

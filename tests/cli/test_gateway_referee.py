@@ -125,6 +125,31 @@ def test_route_explains_one_query(run):
     assert "why     ridge expects" in out
 
 
+def test_replay_estimates_what_routers_would_have_earned(run, place):
+    other = made_outcomes(300, seed=2)
+    lines = []
+    for row, text in enumerate(other.query):
+        model = MODELS[row % 3]
+        line = {
+            "query": text,
+            "scores": {model: other.score_NM[row, row % 3]},
+            "cost": {model: other.cost_NM[row, row % 3]},
+        }
+        lines.append(json.dumps({**line, "probability": {model: 1 / 3}}))
+    (place / "log.jsonl").write_text("\n".join(lines))
+    found = told(run("replay", "log.jsonl", "--router", "routers", "--strategy", "knn", "--json", "--quiet"))
+    assert (found["rows"], found["has_probabilities"]) == (300, True)
+    one = found["strategies"][0]
+    assert 50 < one["matched"] < 150
+    assert one["interval"][0] < one["score"] < one["interval"][1]
+    code, out, _ = run("replay", "log.jsonl", "--router", "routers", "--quiet")
+    assert code == 0
+    assert "the log: 300 scored answers" in out
+    code, _, err = run("replay", "data.jsonl", "--router", "routers", "--quiet")
+    assert code == 2
+    assert "questions were learned from" in err
+
+
 def test_tables_are_plain_text_with_every_baseline(run):
     code, out, _ = run("eval", "other.jsonl", "--router", "routers", "--quiet")
     assert code == 0

@@ -76,6 +76,49 @@ def test_arguments_that_are_no_json_are_the_senders_mistake():
     assert caught.value.failure.kind == "request"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": ["x"]}, {"messages": 7}, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, {"tools": [{"type": "function"}]}, {"tools": ["f"]},
+        {"response_format": "json"}, {"tool_choice": {"type": "function"}, "tools": [{"function": {"name": "f"}}]},
+        {"temperature": "hot"},
+    ],
+)  # fmt: skip
+def test_a_request_of_another_shape_is_the_senders_mistake(provider, fields):
+    with pytest.raises(UpstreamError) as caught:
+        provider.build(chat(**fields))
+    assert (caught.value.failure.kind, caught.value.status) == ("request", 400)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"content": [7]}, {"content": [{"type": "tool_use"}]}, {"content": [{"type": "text", "text": 1}]}, {"content": "x"}, [], 3,
+        {"content": [], "usage": {"input_tokens": "many"}},
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_shape_is_garbage(provider, value):
+    with pytest.raises(UpstreamError) as caught:
+        provider.parse(chat(), json.dumps(value).encode())
+    assert caught.value.failure.kind == "garbage"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "content_block_start", "content_block": {"type": "tool_use"}}, {"type": "message_delta", "usage": 3}, [],
+        {"type": "content_block_delta", "delta": {"type": "text_delta"}}, {"type": "message_start", "message": "m"},
+        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}}, {"type": "message_delta", "delta": 5},
+    ],
+)  # fmt: skip
+def test_an_event_of_another_shape_is_garbage(provider, value):
+    with pytest.raises(UpstreamError) as caught:
+        provider.translator(chat()).feed(json.dumps(value).encode())
+    assert caught.value.failure.kind == "garbage"
+
+
 def test_an_answer(provider):
     body = {
         "id": "msg_1", "type": "message", "model": "claude-x", "stop_reason": "tool_use",

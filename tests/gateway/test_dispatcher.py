@@ -10,6 +10,7 @@ import pytest
 
 from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
+from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
@@ -140,6 +141,74 @@ def test_a_deployments_own_limit_leaves_time_for_the_next():
     run(work)
 
 
+def test_a_short_deadline_is_not_held_against_a_deployment_that_had_no_time():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"latency_s": 9.0, "timeout_s": 60.0})], QUICK)
+        for stream in (False, True) * 3:
+            given = plan(dispatcher, "a", seconds=0.01)
+            with pytest.raises(UpstreamError):
+                await (dispatcher.stream(given, chat(stream=True)) if stream else dispatcher.complete(given, chat()))
+        assert dispatcher.states()[0]["breaker"] == "closed"
+
+        dispatcher = Dispatcher([group("a", {"latency_s": 9.0, "timeout_s": 0.03})], DispatchRules(retries=0))
+        for _ in range(5):  # the deadline comes first, but it had most of its own time
+            with pytest.raises(UpstreamError):
+                await dispatcher.complete(plan(dispatcher, "a", seconds=0.02), chat())
+        assert dispatcher.states()[0]["breaker"] == "open"
+
+    run(work)
+
+
+@pytest.mark.parametrize(("step", "cost"), [("hang", 2 * 1000), ("500", 0), ("reset", 0), ("429", 0)])
+def test_an_attempt_the_upstream_may_have_worked_on_is_charged_its_prompt(step, cost):
+    async def work() -> None:
+        request = UpstreamRequest("chat", chat().body, prompt_tokens=2)
+        dispatcher = Dispatcher(
+            [group("a", {"script": (step,), "timeout_s": 0.05}), group("b", {})], DispatchRules(retries=0)
+        )
+        report = (await dispatcher.complete(plan(dispatcher, "a", "b"), request)).report
+        assert [attempt.cost for attempt in report.attempts] == [cost, 8000]
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("where", "stream"), [("build", False), ("build", True), ("parse", False), ("translator", True)]
+)
+def test_a_fault_of_a_provider_is_a_failed_attempt_and_no_more(where, stream, caplog):
+    def faulty(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {})], DispatchRules(retries=0))
+        setattr(dispatcher.groups["a"].lives[0].provider, where, faulty)
+        given = plan(dispatcher, "a", "b")
+        if stream:
+            opened = await dispatcher.stream(given, chat(stream=True))
+            assert (await read(opened))[0] == "b answers you"
+            report = opened.report
+        else:
+            report = (await dispatcher.complete(given, chat())).report
+        assert statuses(report) == [("a-0", "garbage"), ("b-0", "ok")]
+        assert [state["in_flight"] for state in dispatcher.states()] == [0, 0]
+
+    run(work)
+    assert "the provider of deployment a-0 failed" in caplog.text
+
+
+def test_when_nothing_can_be_asked_it_is_said_when_something_can():
+    async def work() -> None:
+        now = [0.0]
+        dispatcher = Dispatcher([group("a", {}), group("b", {})], QUICK, clock=lambda: now[0])
+        for name, seconds in (("a", 40.0), ("b", 30.0)):
+            dispatcher.groups[name].lives[0].rests_until = seconds
+        with pytest.raises(UpstreamError) as caught:
+            await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert (caught.value.status, caught.value.failure.retry_after_s) == (503, 30.0)
+
+    run(work)
+
+
 def test_the_price_of_a_fallback_is_asked_for():
     async def work() -> None:
         asked = []
@@ -153,6 +222,34 @@ def test_the_price_of_a_fallback_is_asked_for():
         assert answer.report.model == "c"
         assert answer.report.skipped == [("b", "its price is not allowed")]
         assert asked == [("b", 0), ("c", 0)]
+
+    run(work)
+
+
+@pytest.mark.parametrize("why", ["resting", "breaker open", "unknown"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_price_of_a_candidate_behind_one_that_was_passed_over_is_asked_for(why, stream):
+    """It was not: money was set aside for the first candidate, and the second was asked at its own price."""
+
+    async def work() -> None:
+        asked = []
+
+        async def allow(model: str, spent: int) -> bool:
+            asked.append((model, spent))
+            return False
+
+        dispatcher = Dispatcher([group("a", {}), group("b", {})], QUICK)
+        first = dispatcher.groups["a"].lives[0]
+        if why == "resting":
+            first.rests_until = dispatcher.now() + 60
+        elif why == "breaker open":
+            first.end(first.begin(dispatcher.now(), 0), "fatal", dispatcher.now())
+        names = ("x", "b") if why == "unknown" else ("a", "b")
+        given = plan(dispatcher, *names, allow=allow)
+        with pytest.raises(UpstreamError) as caught:
+            await (dispatcher.stream(given, chat(stream=True)) if stream else dispatcher.complete(given, chat()))
+        assert asked == [("b", 0)]
+        assert (caught.value.failure.kind, caught.value.report.attempts) == ("refused", [])
 
     run(work)
 
@@ -245,6 +342,7 @@ def test_attempts_never_pass_the_plan(seed):
 def warmed(dispatcher: Dispatcher, model: str) -> None:
     for _ in range(30):
         dispatcher.groups[model].hedge.observe(0.02)
+        dispatcher.groups[model].hedge_whole.observe(0.02)
 
 
 def test_a_slow_answer_is_overtaken_and_both_are_charged():
@@ -261,6 +359,21 @@ def test_a_slow_answer_is_overtaken_and_both_are_charged():
         assert dispatcher.states()[0]["in_flight"] == 0
 
     run(work)
+
+
+def test_streams_and_whole_answers_are_hedged_by_their_own_times():
+    """They shared one quantile: whole answers, which take longer, were hedged as if their first token was late."""
+
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"latency_s": 0.1, "tokens_per_s": 10.0})], clock=virtual_clock)
+        entry = dispatcher.groups["a"]
+        for _ in range(20):
+            await read(await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True, max_tokens=3)))
+            await dispatcher.complete(plan(dispatcher, "a"), chat(max_tokens=3))
+        assert entry.hedge.delay_s == pytest.approx(0.1 + 1 / 10)  # the first of three tokens
+        assert entry.hedge_whole.delay_s == pytest.approx(0.1 + 3 / 10)
+
+    run_virtual(work)
 
 
 def test_no_token_of_the_stream_that_lost_is_relayed():
@@ -410,6 +523,34 @@ def test_a_stream_that_nobody_reads_is_given_back_when_closed():
         stream = await dispatcher.stream(plan(dispatcher, "a"), chat(stream=True))
         await stream.aclose()
         assert dispatcher.states()[0]["in_flight"] == 0
+
+    run(work)
+
+
+def test_a_stream_whose_answer_must_be_accepted_is_told_once_it_is():
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {}), group("b", {})])
+        chosen = plan(dispatcher, "a", "b", accept=lambda model, answer: model == "b")
+        stream = await dispatcher.stream(chosen, chat(stream=True))
+        text, events = await read(stream)
+        assert (text, events[-1]) == ("b answers you", "data: [DONE]")
+        assert statuses(stream.report) == [("a-0", "rejected"), ("b-0", "ok")]
+        assert stream.answer().text == "b answers you"
+
+    run(work)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_model_may_be_sent_something_of_its_own(streams):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", {"fails": 1.0}), group("b", {})], DispatchRules(retries=0))
+        request = chat(stream=streams)
+        own = request.with_body(messages=[{"role": "user", "content": "four words are here"}])
+        chosen = plan(dispatcher, "a", "b", requests={"b": own})
+        found = await (dispatcher.stream(chosen, request) if streams else dispatcher.complete(chosen, request))
+        if streams:
+            assert (await read(found))[0] == "b answers you"
+        assert found.report.winner.usage.prompt == 4
 
     run(work)
 

@@ -35,7 +35,7 @@ def test_area_over_the_declared_range_and_as_routerbench_reckons_it():
 @pytest.mark.parametrize(
     ("points", "expected", "area"),
     [
-        ([(0.2, 0.6)], [(0.2, 0.6)], 0.6),
+        ([(0.2, 0.6)], [(0.2, 0.6)], 0.6),  # one setting: the flat line of its quality
         ([(0.0, 0.4), (1.0, 0.8)], [(0.0, 0.4), (1.0, 0.8)], 0.6),
         ([(0.0, 0.4), (0.5, 0.6), (1.0, 0.8)], [(0.0, 0.4), (1.0, 0.8)], 0.6),  # on a line
         ([(0.0, 0.8), (1.0, 0.4)], [(0.0, 0.8)], 0.8),  # dearer and worse

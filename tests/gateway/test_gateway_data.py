@@ -1,3 +1,4 @@
+import asyncio
 import gzip
 import json
 
@@ -12,11 +13,15 @@ from anabranch.gateway.data import (
     check_disjoint,
     deduplicated,
     folds,
+    from_ledger,
     groups,
+    ledger,
     load,
     load_csv,
+    measured_in,
     merged,
     pool_of,
+    read_joules,
     read_prices,
     split,
 )
@@ -86,6 +91,7 @@ BAD_LINES = {
     "no object": ("[1, 2]", "must be an object"),
     "no query": ('{"scores": {"a": 1}}', "query is None"),
     "blank query": ('{"query": " ", "scores": {"a": 1}}', "not empty"),
+    "half a character": ('{"query": "\\ud800", "scores": {"a": 1}}', "half of a surrogate pair"),
     "query of a number": ('{"query": 3, "scores": {"a": 1}}', "query is 3"),
     "task of a number": ('{"query": "q", "task": 3, "scores": {"a": 1}}', "task is 3"),
     "no scores": ('{"query": "q"}', "scores are missing"),
@@ -268,6 +274,34 @@ def test_bad_price_files(tmp_path, content, message):
     assert message in str(error.value)
 
 
+def test_budgets_of_other_things_than_money(tmp_path):
+    row = {
+        "query": "q",
+        "scores": {"a": 1, "b": 0},
+        "cost": {"a": 1, "b": 2},
+        "tokens": {"a": [10, 5], "b": [20, 1]},
+        "latency": {"a": 3, "b": 4},
+    }
+    data = load(written(tmp_path, json.dumps(row)))
+    joules = read_joules(
+        written(tmp_path, '{"a": {"joules_per_token": 2}, "b": {"joules_per_token": 0.5}, "c": {}}', "prices.json")
+    )
+    assert measured_in(data, "dollars") is data
+    np.testing.assert_array_equal(measured_in(data, "seconds").cost_NM, [[3, 4]])
+    np.testing.assert_array_equal(measured_in(data, "tokens").cost_NM, [[15, 21]])
+    np.testing.assert_array_equal(measured_in(data, "joules", joules).cost_NM, [[30, 10.5]])
+    for known in (None, {"a": 1.0}):
+        with pytest.raises(InputError, match="needs those of a token for every model"):
+            measured_in(data, "joules", known)
+    bare = load(written(tmp_path, GOOD))
+    with pytest.raises(InputError, match="no latency"):
+        measured_in(bare, "seconds")
+    with pytest.raises(InputError, match="no token counts"):
+        measured_in(bare, "tokens")
+    with pytest.raises(DataError, match="joules_per_token of 'a' is 0"):
+        read_joules(written(tmp_path, '{"a": {"joules_per_token": 0}}', "prices.json"))
+
+
 def test_copies_are_found_whatever_their_case_and_marks():
     data = of(["What is it?", "what  IS it", "+++", "---", "else"])
     np.testing.assert_array_equal(groups(data), [0, 0, 1, 2, 3])
@@ -342,3 +376,63 @@ def test_parts_are_merged_by_model(tmp_path):
     np.testing.assert_array_equal(found.score_NM, [[0, 1], [2, 3], [1, 0]])
     with pytest.raises(InputError, match="no model 'n'"):
         merged([first, of(["c"], models=("m",))])
+
+
+def test_the_ledger_is_a_log_of_one_answer_per_query():
+    rows = [
+        {
+            "query": "a",
+            "model": "m",
+            "score": 1,
+            "cost_nano": 2_000_000,
+            "prompt_tokens": 7,
+            "completion_tokens": 9,
+            "latency_us": 1_500_000,
+        },
+        {"query": "b", "model": "n", "score": 0.5, "task": "t", "cost_nano": 0, "probability": 0.25},
+        {"query": "", "model": "n", "score": 1.0},
+        {"query": "no feedback", "model": "n", "score": None},
+    ]
+    data = from_ledger(rows)
+    assert (data.query, data.models, data.task) == (("a", "b"), ("m", "n"), (None, "t"))
+    np.testing.assert_array_equal(data.score_NM, [[1, np.nan], [np.nan, 0.5]])
+    np.testing.assert_array_equal(data.cost_NM, [[0.002, np.nan], [np.nan, 0]])
+    np.testing.assert_array_equal(data.tokens_NM2[0, 0], [7, 9])
+    assert data.latency_NM[0, 0] == 1.5
+    np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
+    with pytest.raises(DataError, match="no request with both its text and a score"):
+        from_ledger(rows[2:])
+
+
+@pytest.mark.parametrize("page", [1, 2, 1000])
+def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(ledger, "PAGE", page)
+    from anabranch.gateway.store.records import GLOBAL, LedgerRow
+    from anabranch.gateway.store.store import open_store
+
+    async def serve():
+        async with open_store(str(tmp_path / "gateway.db")) as store:
+            for number, text in enumerate(("one", "two", "three")):
+                held = await store.reserve(f"r{number}", (GLOBAL,), 10_000)
+                store.append_decision(
+                    f"r{number}", "knn", "small", {"query": text, "probability": 0.5} if number < 2 else {}
+                )
+                await store.settle(
+                    held,
+                    LedgerRow(
+                        request_id=f"r{number}", model="small", cost_nano=5_000, prompt_tokens=3, latency_us=2_000_000
+                    ),
+                )
+            await store.feedback("r0", 1.0)
+            await store.feedback("r0", 0.5)
+            await store.feedback("r2", 1.0)  # its text was not kept
+
+    asyncio.run(serve())
+    data = load(tmp_path / "gateway.db")
+    assert (data.query, data.models) == (("one",), ("small",))
+    np.testing.assert_array_equal(data.score_NM, [[0.75]])
+    np.testing.assert_array_equal(data.cost_NM, [[5e-6]])
+    np.testing.assert_array_equal(data.latency_NM, [[2.0]])
+    np.testing.assert_array_equal(data.signals["probability"], [[0.5]])
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "none.db")

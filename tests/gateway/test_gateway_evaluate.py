@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.data import pool_of, split
@@ -54,12 +56,16 @@ def by_hand():
 def test_baselines_by_hand():
     data = by_hand()
     report = evaluate({"always": Always(Always.Config())}, train=None, test=data)
-    assert report.baselines["random"] == {"score": 0.625, "cost": 2.75, "aiq": 0.625}
+    assert report.baselines["random"] == {
+        "score": 0.625,
+        "cost": 2.75,
+        "aiq": pytest.approx((1.25 * 0.5625 + 1.25 * 0.625) / 2.5),
+    }
     assert {name: (row["score"], row["cost"]) for name, row in report.singles.items()} == {
         "weak": (0.5, 1.5), "strong": (0.75, 4.0),
     }  # fmt: skip
     best = report.baselines["best_single"]
-    assert (best["model"], best["score"], best["aiq"]) == ("strong", 0.75, 0.75)  # a flat line
+    assert (best["model"], best["score"], best["aiq"]) == ("strong", 0.75, 0.625)  # mixed with the weak model
     task = report.baselines["best_per_task"]
     assert task["models"] == {"x": "strong", "y": "weak"}  # of equals the cheaper one
     assert (task["score"], task["cost"]) == (0.75, 3.0)
@@ -77,10 +83,7 @@ def test_a_standing_by_hand():
     assert weak.calls == {"weak": 1.0, "strong": 0.0}
     assert weak.cost_save is None
     assert strong.cost_save == 0.0
-    assert (strong.aiq, weak.aiq) == (0.75, 0.5)
-    assert strong.aiq_from_cheapest == pytest.approx(
-        0.625
-    )  # budgets below its cost are met by mixing with the weak model
+    assert (strong.aiq, weak.aiq) == (0.625, 0.5)  # budgets below its cost are met by mixing with the weak model
     assert strong.aiq_routerbench == 0.0
     assert (weak.pareto_distance, strong.pareto_distance) == (0.0, 0.0)
     assert weak.apgr == pytest.approx(0.5)  # it prefers no query to another
@@ -265,3 +268,18 @@ def test_the_oracles_curve_gives_up_quality_for_cost():
 def test_latency_of_a_decision_is_measured_for_what_can_decide():
     p50, p99 = decision_latency(Always(Always.Config()), made_outcomes(10), pool_of(MODELS))
     assert 0 < p50 <= p99 < 1000
+
+
+@given(st.integers(0, 10**6))
+def test_no_area_passes_that_of_the_oracle(seed):
+    generator = np.random.default_rng(seed)
+    cost_NM = generator.uniform(0.1, 1, (12, 3)) * generator.uniform(0.1, 3, 3)
+    data = Recorded(
+        query=tuple(map(str, range(12))), models=MODELS, score_NM=generator.random((12, 3)), cost_NM=cost_NM
+    )
+    report = evaluate(
+        {"always": Always(Always.Config()), "second": Second(Second.Config())}, train=None, test=data, draws=10
+    )
+    areas = [one.aiq for one in report.strategies] + [row["aiq"] for row in report.singles.values()]
+    assert report.baselines["oracle"]["aiq"] >= max(areas) - 1e-9
+    assert report.baselines["oracle"]["score"] >= max(one.score for one in report.strategies)

@@ -475,3 +475,28 @@ def test_prompts_and_keys_are_nowhere_in_the_store(tmp_path):
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"private" not in stored
     assert secret.encode() not in stored
+
+
+class Examples(Strategy):
+    """Gives the small model an example to go by."""
+
+    def route(self, query, pool):
+        candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(pool.names))
+        return Decision(candidates=candidates, strategy="examples", reason="in order")
+
+    def prepare(self, query, model, messages, *, decision=None):
+        example = [{"role": "user", "content": "two words"}, {"role": "assistant", "content": "like these three"}]
+        return [*example, *messages] if model == "small" else messages
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_a_strategy_prepares_is_sent_paid_for_and_reserved_for(tmp_path, streams):
+    async def work(gateway):
+        reply = await gateway.handle("chat", {**ask("and now"), "model": "auto/cheapest", "stream": streams})
+        if streams:
+            async for _ in reply.stream:
+                pass
+
+    _, (row,) = run(config(tmp_path), work, strategies={"cheapest": Examples(Examples.Config())})
+    assert (row.model, row.prompt_tokens) == ("small", 2 + 3 + 2)
+    assert "over_reserved" not in row.flags

@@ -12,12 +12,13 @@ from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.predictor import Ranked
 from anabranch.gateway.saving import FittedRouter, load_folder, save_folder
 from anabranch.registry import BUILTIN, resolve
-from made_outcomes import MODELS, WordMeans, made_outcomes
+from made_outcomes import MODELS, Lengths, WordMeans, made_outcomes
 
 
 @pytest.fixture(autouse=True)
 def known_by_name(monkeypatch):
     monkeypatch.setitem(BUILTIN["predictor"], "word_means", "made_outcomes:WordMeans")
+    monkeypatch.setitem(BUILTIN["embedder"], "lengths", "made_outcomes:Lengths")
     yield
     resolve.cache_clear()
 
@@ -166,6 +167,17 @@ def test_a_folder_holds_routers_and_knows_what_they_learned_from(tmp_path):
     single = load_folder(tmp_path / "routers" / "one.safetensors")
     assert list(single.routers) == ["one"]
     assert same(single.routers["one"], found.routers["one"])
+
+
+def test_routers_of_a_folder_share_an_embedder_that_learns_nothing(tmp_path):
+    data = made_outcomes(30)
+    embedder = Lengths(Lengths.Config())
+    one = FittedRouter(strategy=fitted(data).strategy, models=pool_of(MODELS).models, embedder=embedder)
+    save_folder(tmp_path / "r", {"one": one, "two": one, "own": fitted(data)}, data, {})
+    found = load_folder(tmp_path / "r").routers
+    assert found["one"].embedder is found["two"].embedder
+    assert found["own"].embedder.kind == "hashed"
+    np.testing.assert_array_equal(found["one"].embedder.embed(["a", "bb"]), embedder.embed(["a", "bb"]))
 
 
 def test_folders_that_cannot_be_read_or_written(tmp_path):

@@ -39,7 +39,7 @@ def test_updates_equal_the_direct_inverse(seed, ridge):
 
 def test_linucb_index_by_hand():
     """Ridge 1, one observation z = (1, 1) of quality 0.6: A = [[2, 1], [1, 2]], A^-1 = [[2, -1], [-1, 2]] / 3."""
-    one = LinUCB.Config(alpha=0.5).build()
+    one = LinUCB.Config(alpha=0.5, ridge=1.0).build()
     observe(one, [1.0], "a", 0.6)
     decision = one.route(query([2.0]), Pool((Model(name="a"), Model(name="b"))))
     found = {candidate.model: candidate for candidate in decision.candidates}
@@ -64,7 +64,7 @@ def test_discounted_updates_equal_weighted_regression():
 
 
 def test_an_arm_that_is_not_asked_grows_uncertain_up_to_the_prior():
-    one = LinUCB.Config(discount=0.9).build()
+    one = LinUCB.Config(discount=0.9, ridge=1.0).build()
     widths = []
     for _ in range(60):
         observe(one, [1.0, 0.0], "b", 0.5)
@@ -77,7 +77,7 @@ def test_an_arm_that_is_not_asked_grows_uncertain_up_to_the_prior():
 
 
 def test_forgetting_stays_finite():
-    one = LinUCB.Config(discount=0.5).build()
+    one = LinUCB.Config(discount=0.5, ridge=1.0).build()
     for number in range(300):
         observe(one, [1.0, 0.0], "ab"[number % 2], 1.0)
     assert np.isfinite(one.inverse_MDD).all()
@@ -213,3 +213,30 @@ def test_refuses_without_a_vector_or_with_another():
     observe(one, [1.0, 0.0], "a", 0.5)
     with pytest.raises(InputError, match="2 dimensions and was given 3"):
         one.route(query([1.0, 0.0, 0.0]), POOL)
+
+
+def test_a_cold_start_settles_on_the_directions_of_what_it_saw():
+    """Of 20 dimensions only two vary: once settled, z is those two, and all is as if it had been learned so from the start."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((60, 20)) * ([5, 3] + [0.01] * 18)).astype(np.float32)
+    cold = LinUCB.Config(dim=2, settle=40).build()
+    for row, vector in enumerate(x):
+        observe(cold, vector, "ab"[row % 2], float(vector[0] > 0), cost=1.0)
+        assert len(cold.seen_SV) == (row + 1 if row < 39 else 0)
+    assert np.abs(cold.direction_DV[:, 2:]).max() < 0.01 * np.abs(cold.direction_DV[:, :2]).max()
+    direct = LinUCB.Config(dim=2).build()
+    direct._start(cold.centre_V, cold.direction_DV)
+    for row, vector in enumerate(x):
+        observe(direct, vector, "ab"[row % 2], float(vector[0] > 0), cost=1.0)
+    np.testing.assert_allclose(cold.theta_MD, direct.theta_MD, atol=1e-9)
+    assert cold.steps == direct.steps == 60
+    assert cold.calls_M.tolist() == [30, 30]
+    twin = LinUCB.Config(dim=2, settle=40).build()
+    for vector in x[:10]:
+        observe(twin, vector, "a", 1.0)
+    read = LinUCB.Config(dim=2, settle=40).build()
+    read.load_state(*twin.state())
+    for vector in x[10:50]:
+        for one in (twin, read):
+            observe(one, vector, "b", 0.5)
+    assert np.array_equal(read.theta_MD, twin.theta_MD)

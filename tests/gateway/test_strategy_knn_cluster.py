@@ -66,6 +66,7 @@ def test_knn_equals_a_naive_loop():
         np.testing.assert_allclose(quality[row], data.score_NM[nearest].mean(0))
 
 
+@pytest.mark.slow
 def test_hnsw_finds_what_exact_search_finds():
     pytest.importorskip("numba")
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -314,3 +315,21 @@ def test_dense_model_without_tokenizer(tmp_path):
     loaded, tokenizer = load_model(str(tmp_path / "m"))
     assert tokenizer is None
     torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=0, atol=0)
+
+
+def test_building_a_model_empty_leaves_other_threads_alone():
+    """The hook that empties parameters is the process's: models loaded side by side lost weights to each other."""
+
+    class Busy:
+        """Builds a layer on another thread while one is built here."""
+
+        def build(self):
+            built = []
+            thread = threading.Thread(target=lambda: built.append(torch.nn.Linear(2, 2)))
+            thread.start()
+            thread.join()
+            return torch.nn.Linear(2, 2), built[0]
+
+    here, there = build_empty(Busy())
+    assert here.weight.is_meta
+    assert not there.weight.is_meta

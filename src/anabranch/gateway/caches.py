@@ -23,7 +23,9 @@ class Caches:
         self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
         self.semantic: SemanticCache | None = None
         if config.semantic and embedder is not None:
-            self.semantic = SemanticCache(threshold=config.threshold, ttl_s=config.ttl_s, size=config.max_entries)
+            self.semantic = SemanticCache(
+                threshold=config.threshold, ttl_s=config.ttl_s, size=config.max_entries, size_bytes=config.max_bytes
+            )  # fmt: skip
         self.flights: SingleFlight[Entry] = SingleFlight()
         self._embedder = embedder
 

@@ -7,6 +7,21 @@ from typing import Any
 BYTES_PER_TOKEN = 4
 MESSAGE_TOKENS = 4  # around each message: its role and the marks of its ends
 IMAGE_TOKENS = 1_600  # of one image, about the most that providers count
+IMAGES = ("image_url", "input_image")
+# Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
+NO_PROMPT = frozenset(
+    {
+        "model",
+        "user",
+        "metadata",
+        "logit_bias",
+        "stop",
+        "stream_options",
+        "tool_choice",
+        "encoding_format",
+        "modalities",
+    }
+)
 
 Counter = Callable[[str], int]
 
@@ -30,24 +45,18 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
     """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``."""
     around, images = 0, 0
     texts: list[str] = []
-    messages = body.get("messages")
-    if messages is not None:
-        around = MESSAGE_TOKENS * len(messages) + 3
-        for message in messages:
-            images += _gather(message.get("content"), texts)
-            texts.extend(str(call) for call in message.get("tool_calls") or ())
-        if body.get("tools"):
-            texts.append(str(body["tools"]))
-    else:
-        prompt = body.get("prompt", body.get("input", ""))
-        if isinstance(prompt, str):
-            texts.append(prompt)
-        else:
-            for part in prompt:
-                if isinstance(part, str):
-                    texts.append(part)
+    for name, value in body.items():
+        if name == "messages" and isinstance(value, list):
+            around += MESSAGE_TOKENS * len(value) + 3
+            images += sum(_gather_message(message, texts) for message in value)
+        elif name in ("prompt", "input") and isinstance(value, list):
+            for part in value:
+                if isinstance(part, int | list):  # ids of tokens
+                    around += 1 if isinstance(part, int) else len(part)
                 else:
-                    around += 1 if isinstance(part, int) else len(part)  # ids of tokens
+                    texts.append(_text(part))
+        elif name not in NO_PROMPT and isinstance(value, str | list | dict):
+            texts.append(_text(value))
     fixed = around + images * IMAGE_TOKENS
     num_bytes = sum(_num_bytes(text) for text in texts)
     if counter is not None:
@@ -69,25 +78,47 @@ def last_text(messages: Sequence[Mapping[str, Any]]) -> str:
 def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a message carries an image."""
     return any(
-        isinstance(content := message.get("content"), list)
-        and any(part.get("type") in ("image_url", "input_image") for part in content)
+        isinstance(content := message.get("content"), list) and any(part.get("type") in IMAGES for part in content)
         for message in messages
     )
 
 
+def num_prompts(body: Mapping[str, Any]) -> int:
+    """How many prompts a request to ``/v1/completions`` holds; each is answered."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
+def _gather_message(message: Any, texts: list[str]) -> int:
+    """Add all texts of a message to ``texts``; returns the number of images."""
+    if not isinstance(message, dict):
+        texts.append(_text(message))
+        return 0
+    for name, value in message.items():
+        if name not in ("role", "content") and value:
+            texts.append(_text(value))
+    return _gather(message.get("content"), texts)
+
+
 def _gather(content: Any, texts: list[str]) -> int:
-    """Add the texts of a message to ``texts``; returns the number of images."""
+    """Add the texts of a message's content to ``texts``; returns the number of images."""
     if isinstance(content, str):
         texts.append(content)
         return 0
     images = 0
-    for part in content or ():
-        text = part.get("text") or part.get("refusal")
-        if isinstance(text, str):
-            texts.append(text)
-        elif part.get("type") != "text":
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict):
+            texts.append(_text(part))
+        elif part.get("type") in IMAGES:
             images += 1
+            texts.extend(value for value in part.values() if isinstance(value, str) and value != part["type"])
+        else:
+            texts.extend(_text(value) for name, value in part.items() if name != "type" and value)
     return images
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
 
 
 def _num_bytes(text: str) -> int:

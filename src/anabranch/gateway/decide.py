@@ -6,9 +6,10 @@ goes on; what says that it is fast (`is_fast`) is called in place.
 """
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,12 @@ class Lane:
             raise BypassError("raised", str(error)) from None
         _check(decision, pool)
         return decision, query
+
+    async def prepare(self, query: Query, model: str, decision: Decision) -> Sequence[Mapping[str, Any]]:
+        """What to send to a candidate. Raises BypassError."""
+        return await self._called(
+            lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
+        )
 
     async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
         """Whether an answer is good enough. Raises BypassError."""
@@ -246,6 +253,26 @@ class Decider:
         reason = "the order of the config, since no strategy could decide"
         return Decided(Decision(candidates=candidates, strategy="order", reason=reason), bypassed, query)
 
+    def keeps_answers(self, name: str) -> bool:
+        """Whether a strategy wants the texts of answers."""
+        return self.lanes[name].strategy.keeps_answers
+
+    async def prepared(self, name: str, query: Query, decision: Decision) -> dict[str, Sequence[Mapping[str, Any]]]:
+        """The messages that the strategy wants sent to its candidates, for those where they are not what came."""
+        lane = self.lanes[name]
+        if type(lane.strategy).prepare is Strategy.prepare or not query.messages:
+            return {}
+        found = {}
+        try:
+            for candidate in decision.candidates:
+                messages = await lane.prepare(query, candidate.model, decision)
+                if messages is not query.messages:
+                    found[candidate.model] = messages
+        except BypassError as error:
+            self._on_bypass(name, error.why)
+            return {}
+        return found
+
     def acceptance(self, name: str, query: Query) -> Callable[[str, Any], Awaitable[bool]] | None:
         """What a dispatcher asks after each answer; None if the strategy takes any."""
         lane = self.lanes[name]
@@ -277,6 +304,15 @@ def _check(decision: Any, pool: Pool) -> None:
         raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
     if len(set(names)) < len(names):
         raise BypassError("twice", "it named a model twice")
+    sure, numbers = decision.confidence, [one for at in decision.candidates for one in (at.score, at.quality, at.cost)]
+    if not isinstance(decision.reason, str) or not all(
+        one is None or isinstance(one, int | float) for one in (sure, *numbers)
+    ):
+        raise BypassError("odd", "its reason is no text, or a figure is no number")
+    try:
+        json.dumps(dict(decision.details), default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise BypassError("odd", "its details are not ready for JSON") from None
 
 
 def _details(answer: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from anabranch.gateway.ui import Seen, Snapshot
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 REMEMBERED = 2_000  # outcomes that feedback may still be given for, of strategies that learn
+HELD_CHARACTERS = 16 << 20  # of the texts of these, all together
 PRUNE_S = 3600.0
 DAY_S = 86_400.0
 _CURRENT: ContextVar[Life] = ContextVar("life")
@@ -74,6 +75,7 @@ class Gateway:
         self.began_s, self.in_flight = time.time(), 0
         self._given, self._store = store is not None, store
         self._outcomes: OrderedDict[str, tuple[str, Outcome]] = OrderedDict()
+        self._held_characters = 0  # of their texts
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
         self._worker: _Worker | None = None
@@ -190,7 +192,8 @@ class Gateway:
             self._leave(runtime)
             if isinstance(error, ApiError):
                 error.headers.setdefault("x-request-id", life.id)
-                self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
+                if life.report is None:  # codes of upstreams are theirs to choose
+                    self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
             raise
         finally:
             _CURRENT.reset(token)
@@ -246,7 +249,7 @@ class Gateway:
             return await life.route()
         finally:
             _CURRENT.reset(token)
-            if life.asked_nano:  # a strategy that asks models has spent something
+            if life.reservation is not None:  # a strategy that asks models has spent something, or tried to
                 life.end("ok", 200)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
@@ -325,6 +328,8 @@ class Gateway:
             raise ApiError(404, "unknown_request", str(error), param="request_id") from None
         self._overview.judged(row, float(score))
         known = self._outcomes.pop(id, None)
+        if known is not None:
+            self._held_characters -= len(known[1].query.text)
         if known is not None and known[0] in self.runtime.decider.lanes:
             self.runtime.decider.lanes[known[0]].observe(replace(known[1], quality=float(score)))
         return {"object": "feedback", "request_id": id, "score": score, "model": row.model}
@@ -335,9 +340,12 @@ class Gateway:
         if lane is None or not lane.learns:
             return
         lane.observe(outcome)
-        self._outcomes[request_id] = (strategy, outcome)
-        while len(self._outcomes) > REMEMBERED:
-            self._outcomes.popitem(last=False)
+        held = replace(outcome, answer=None, query=replace(outcome.query, messages=(), headers={}))
+        self._outcomes[request_id] = (strategy, held)
+        self._held_characters += len(held.query.text)
+        while len(self._outcomes) > REMEMBERED or self._held_characters > HELD_CHARACTERS:
+            _, (_, old) = self._outcomes.popitem(last=False)
+            self._held_characters -= len(old.query.text)
 
     def settle(self, reservation: Reservation | None, row: LedgerRow) -> None:
         """End a request in the store; it is written soon, whoever waits or not."""

@@ -5,6 +5,7 @@
 Whatever happens after a reservation, it is settled exactly once, and the request has exactly one row in the ledger.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -14,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
 from anabranch.gateway.api_error import ApiError, wrong
-from anabranch.gateway.cache import Entry, Ticket, context_key, exact_key
+from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
-from anabranch.gateway.count import PromptCount, count_prompt, has_images, last_text
+from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.money import dollars
-from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
 from anabranch.gateway.query import Candidate, Decision, Outcome, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply, new_id
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
+CONTINUED = 200  # tokens, at most, of telling a model to go on where another broke off
 
 
 class Life:
@@ -62,8 +64,10 @@ class Life:
         self.label = ""
         self.count = PromptCount(0, 0, True)
         self.query: Query | None = None
+        self.answer_text: str | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
+        self.prepared: dict[str, Any] = {}  # messages that the strategy sends to a model in place of the sender's
         self.reservation: Reservation | None = None
         self.asked_nano = 0  # what models cost that the strategy asked to decide
         self.report: Report | None = None
@@ -155,9 +159,13 @@ class Life:
         """The most completion tokens this may cost at a model."""
         if self.endpoint == "embeddings":
             return 0
-        asked = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        body = self.body
+        asked = max(
+            body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0
+        )  # an upstream may know only one of them
         most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
-        return most * (self.body.get("n") or 1)
+        answers = num_prompts(body) if self.endpoint == "completions" else 1
+        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
 
     def _bounded(self) -> dict[str, Any]:
         """The body for the upstream. Where neither it nor the model says how long an answer may be, it is told what was reserved."""
@@ -169,7 +177,12 @@ class Life:
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
-        return self.runtime.models[model].price.cost(self.count.at_most, self.most_tokens(model))
+        prompt = self.count.at_most
+        if model in self.prepared:
+            prompt = count_prompt({**self.body, "messages": self.prepared[model]}).at_most
+        if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
+            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN  # the next one is sent what was said
+        return self.runtime.models[model].price.cost(prompt, self.most_tokens(model))
 
     # Caches
 
@@ -184,7 +197,7 @@ class Life:
             entry = caches.exact.get(self.tenant, key)
             if entry is not None:
                 return entry, "exact"
-            joined = await caches.flights.join((self.tenant, key))
+            joined = await self._joined(caches.flights, key)
             if not isinstance(joined, Ticket):
                 return joined, "shared"
             self.ticket = joined
@@ -198,6 +211,15 @@ class Life:
         if self.exact_key is not None or self.context is not None:
             self.gateway.metrics.cached("miss")
         return None
+
+    async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
+        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, or a deadline."""
+        try:
+            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+                return await flights.join((self.tenant, key))
+        except TimeoutError:
+            message = "an identical request is under way, and its answer did not come in time"
+            raise UpstreamError(Failure(kind="deadline", message=message)) from None
 
     def _wish(self) -> str:
         """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""
@@ -218,15 +240,20 @@ class Life:
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
-        messages = self.body.get("messages") or ()
-        text = last_text(messages) if messages else _flat(self.body.get("prompt", self.body.get("input", "")))
+        is_chat, has_limit = self.endpoint == "chat", self.endpoint != "embeddings"
+        messages = self.body["messages"] if is_chat else ()
+        most = self.body.get("max_completion_tokens") or self.body.get("max_tokens") if has_limit else None
+        text = last_text(messages) if is_chat else _flat(self.body.get("prompt", self.body.get("input", "")))
         headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
         query = Query(
             text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
-            max_tokens=self.body.get("max_completion_tokens") or self.body.get("max_tokens"), has_tools=bool(self.body.get("tools")),
-            has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
+            max_tokens=most, has_tools=bool(self.body.get("tools")),
+            has_images=has_images(messages), headers=headers, tenant=self.tenant, user=self.user,
+            knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
-        self.decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        if not decided.bypassed:
+            self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
 
     async def _reserve(self) -> None:
         """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over."""
@@ -264,10 +291,15 @@ class Life:
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked by the dispatcher before each one but the first."""
         try:
-            await self._hold(self.asked_nano + spent_nano + self.worst_nano(model))
+            await self._hold(self.asked_nano + spent_nano + self._open_nano() + self.worst_nano(model))
         except BudgetError:
             return False
         return True
+
+    def _open_nano(self) -> int:
+        """The most that attempts under way may cost: a hedge is paid beside the first."""
+        attempts = () if self.report is None else self.report.attempts
+        return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
 
     async def _hold(self, nano: int) -> None:
         """Have so many nano-dollars in all set aside. Raises BudgetError, and what was set aside stays so."""
@@ -288,13 +320,12 @@ class Life:
         worst = self.runtime.models[model].price.cost(count_prompt(body).at_most, max_tokens)
         await self._hold((0 if self.reservation is None else self.reservation.nano) + worst)
         dispatcher = self.runtime.dispatcher
-        plan = Plan(candidates=(model,), deadline=dispatcher.now() + self.runtime.config.deadline_s - self.elapsed())
+        report, left_s = Report(), self.runtime.config.deadline_s - self.elapsed()
+        plan = Plan(candidates=(model,), deadline=dispatcher.now() + left_s, report=report)
         try:
             answer = await dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=self.id))
-        except UpstreamError as error:
-            self.asked_nano += error.report.cost if error.report else 0
-            raise
-        self.asked_nano += answer.report.cost
+        finally:
+            self.asked_nano += report.cost
         return answer.text
 
     # The call
@@ -306,19 +337,23 @@ class Life:
         self.dispatched = self.elapsed()
         request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
-            self.ticket is not None or self.context is not None or self.runtime.config.log.prompts
+            self.ticket is not None
+            or self.context is not None
+            or self.runtime.config.log.prompts
+            or self._strategy_keeps
         )
+        self.report = Report()
         plan = Plan(
-            candidates=self.candidates, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
+            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
             accept=accept, allow=self._allow, keep=keeps,
+            requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)
-            self.report = stream.report
             return Reply(stream=Relay(stream, self.streamed), headers=self._headers(stream.report))
         answer = await runtime.dispatcher.complete(plan, request)
-        self.report = answer.report
         self._keep(answer)
+        self._note(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=self._headers(answer.report))
 
@@ -376,7 +411,7 @@ class Life:
         if report.model is not None or report.attempts:
             outcome = Outcome(
                 query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
-                succeeded=row.status == "ok", decision=decided.decision,
+                succeeded=row.status == "ok", decision=decided.decision, answer=self.answer_text,
             )  # fmt: skip
             gateway.learn(self.strategy, self.id, outcome)
 
@@ -388,14 +423,34 @@ class Life:
         self.report = report
         if failure is not None:
             error = UpstreamError(failure, report)
-            self._share_failure(error)
+            self._share_failure(UpstreamError(failure))
             self.end("error", error.status, code=error.to_dict()["error"]["code"])
         elif is_cut:
             self.end("cancelled", CLIENT_GONE)
         else:
-            if self.ticket is not None or self.context is not None:
-                self._keep(stream.answer())
+            if self.ticket is not None or self.context is not None or self._strategy_keeps:
+                try:
+                    answer = stream.answer()
+                    self._keep(answer)
+                    self._note(answer)
+                except UpstreamError:  # it went out as it came, but nobody else shall have it
+                    logger.warning(
+                        "request %s: the stream of %s is not kept, since it makes no answer", self.id, report.deployment
+                    )
             self.end("ok", 200)
+
+    @property
+    def _strategy_keeps(self) -> bool:
+        """Whether the strategy that decided may be told the answer: it wants it, and the sender did not forbid it (``store: false``)."""
+        decided, name = self.decided, self.target.strategy
+        if name is None or decided is None or decided.bypassed or self.endpoint != "chat":
+            return False
+        return self.body.get("store") is not False and self.runtime.decider.keeps_answers(name)
+
+    def _note(self, answer: Answer) -> None:
+        """Hold on to the text of a whole answer, for the strategy."""
+        if self._strategy_keeps and answer.finish_reason == "stop" and answer.text:
+            self.answer_text = answer.text
 
     def _keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
@@ -437,7 +492,7 @@ class Life:
             )  # fmt: skip
             if self.report is not None:
                 refusal.headers |= self._headers(self.report)
-            self._share_failure(refusal)
+            self._share_failure(UpstreamError(error.failure))  # without the report: they have asked nobody
             self.end("error", refusal.status, code=refusal.code or "")
         elif isinstance(error, BudgetError):
             refusal = _limited(error)

@@ -27,12 +27,14 @@ class Prediction:
         quality_NM: float64; -inf for a model that must not be asked.
         cost_NM: dollars; None leaves costs to `Ranked`.
         confidence_N: between 0 and 1; None if the predictor has none.
+        penalty_NM: taken off the quality when models are ordered, in its units: what counts against a model beside dollars; None for none.
         details: what lies behind the prediction of one query; None leaves that to `Predictor.explain`, which may do the work again.
     """
 
     quality_NM: np.ndarray
     cost_NM: np.ndarray | None = None
     confidence_N: np.ndarray | None = None
+    penalty_NM: np.ndarray | None = None
     details: Facts | None = None
 
 
@@ -65,6 +67,9 @@ class Predictor(Part, family="predictor"):
     def predict_one(self, query: Query) -> Prediction:
         """Of one query, N = 1. Override where that is much faster than making a `Recorded` of it."""
         return self.predict(one_row(query, self.models))
+
+    def meet(self, pool: Pool) -> None:
+        """Take note of the models there are, before each decision, where sizes or prices matter. Must be quick if none changed."""
 
     def explain(self, query: Query) -> Facts:
         """What lies behind the prediction, ready for JSON."""
@@ -133,7 +138,10 @@ class Ranked(Strategy, kind="ranked"):
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """As the class says; the sender's knob ``lambda`` takes the place of ``trade_off``."""
-        prediction = self.predictor.predict_one(self._checked(query))
+        self._checked(query)
+        self.predictor.meet(pool)
+        self._grow()
+        prediction = self.predictor.predict_one(query)
         columns = {name: column for column, name in enumerate(self.predictor.models)}
         known = [columns.get(name, -1) for name in pool.names]
         quality_P = np.array([-np.inf if at < 0 else prediction.quality_NM[0, at] for at in known])
@@ -141,7 +149,10 @@ class Ranked(Strategy, kind="ranked"):
             [self._cost(query, model, at, prediction) for model, at in zip(pool.models, known, strict=True)]
         )
         trade_off = _number(query.knobs.get("lambda"), self.config.trade_off)
-        candidates = ordered(pool, quality_P - trade_off * np.nan_to_num(cost_P), quality=quality_P, cost=cost_P)
+        worth_P = quality_P - trade_off * _weighed(cost_P)
+        if prediction.penalty_NM is not None:
+            worth_P = worth_P - [prediction.penalty_NM[0, max(at, 0)] for at in known]
+        candidates = ordered(pool, worth_P, quality=quality_P, cost=cost_P)
         if not candidates:
             raise InputError(
                 f"{self.name} knows none of the models {', '.join(pool.names)}; it learned of {', '.join(self.predictor.models)}"
@@ -158,6 +169,13 @@ class Ranked(Strategy, kind="ranked"):
             confidence=confidence,
             details=self.predictor.explain(query) if prediction.details is None else prediction.details,
         )
+
+    def _grow(self) -> None:
+        """Models that the predictor learned of after ``fit`` have no usual cost."""
+        more = len(self.predictor.models) - len(self.cost_M)
+        if more > 0:
+            self.cost_M = np.append(self.cost_M, np.full(more, np.nan))
+            self.completion_M = np.append(self.completion_M, np.full(more, np.nan))
 
     def _checked(self, query: Query) -> Query:
         if not self.predictor.models:
@@ -192,20 +210,26 @@ class Ranked(Strategy, kind="ranked"):
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """All rows at once. Costs are the predicted or usual ones, since recorded ones are not known beforehand."""
+        self.predictor.meet(pool)
         return self._played(data, pool, self.predictor.predict(data))
 
     def play_knobs(self, data: Recorded, values: list[float], pool: Pool | None = None) -> list[Played]:
         """`play` at many values of the knob, predicting once; ``pool`` None stands for all models of the data."""
+        if pool is not None:
+            self.predictor.meet(pool)
         prediction = self.predictor.predict(data)
         return [self.with_knob(value)._played(data, pool, prediction) for value in values]
 
     def _played(self, data: Recorded, pool: Pool | None, prediction: Prediction) -> Played:
+        self._grow()
         columns = playable(data, pool, self.predictor.models)
         at = [self.predictor.models.index(data.models[column]) for column in columns]
-        cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
-        if prediction.cost_NM is not None:
-            cost_NM = prediction.cost_NM
-        value_NM = prediction.quality_NM - self.config.trade_off * np.nan_to_num(cost_NM)
+        cost_NM = prediction.cost_NM
+        if cost_NM is None:
+            cost_NM = np.broadcast_to(self.cost_M, prediction.quality_NM.shape)
+        value_NM = prediction.quality_NM - self.config.trade_off * _weighed(cost_NM)
+        if prediction.penalty_NM is not None:
+            value_NM = value_NM - prediction.penalty_NM
         return played(data, columns[np.argmax(value_NM[:, at], axis=1)])
 
     def explain(self, query: Query, pool: Pool) -> Facts:
@@ -251,3 +275,10 @@ def _number(text: str | None, default: float) -> float:
     if not (np.isfinite(value) and value >= 0):
         raise InputError(f"lambda is {text!r}; it must be a number of at least 0 (score given up to save a dollar)")
     return value
+
+
+def _weighed(cost: np.ndarray) -> np.ndarray:
+    """Costs, where those nobody knows weigh like the dearest that is known: a model does not become cheap by being unknown."""
+    known = np.isfinite(cost)
+    dearest = cost[known].max() if known.any() else 0.0
+    return np.where(known, cost, dearest)

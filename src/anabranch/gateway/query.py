@@ -24,6 +24,7 @@ class Query:
         has_images: a message carries an image.
         headers: request headers, lower case.
         tenant: whose request it is; what is learned or stored for one tenant stays with it.
+        user: the tenant's own name for who asks (the body's ``user``), by which what was stored can be erased; empty if not told.
         vector_D: float32 unit vector of ``text``, put there for strategies that need one.
         knobs: what the sender set in the name of the model (``auto/knn?lambda=2``).
         answers: of recorded data: the answer of each model, for strategies that read answers.
@@ -38,6 +39,7 @@ class Query:
     has_images: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""
+    user: str = ""
     vector_D: np.ndarray | None = None
     knobs: Mapping[str, str] = field(default_factory=dict)
     answers: Mapping[str, str] = field(default_factory=dict)
@@ -150,6 +152,8 @@ class Outcome:
         latency_s: seconds to the whole answer.
         succeeded: an answer came.
         decision: the decision that led here.
+        answer: its text, for strategies that keep examples; None where nobody kept it, and always where the sender forbade that
+            (``store: false``).
     """
 
     query: Query
@@ -159,3 +163,4 @@ class Outcome:
     latency_s: float | None = None
     succeeded: bool = True
     decision: Decision | None = None
+    answer: str | None = None

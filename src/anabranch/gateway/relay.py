@@ -29,8 +29,10 @@ class Relay:
         try:
             return await anext(self._events)
         except (StopAsyncIteration, UpstreamError):
-            self._on_end(self._stream)
-            self._close()
+            try:
+                self._on_end(self._stream)
+            finally:
+                self._close()
             raise StopAsyncIteration from None
 
     async def aclose(self) -> None:
@@ -38,8 +40,10 @@ class Relay:
         try:
             await self._stream.aclose()
         finally:
-            self._on_end(self._stream, True)
-            self._close()
+            try:
+                self._on_end(self._stream, True)
+            finally:
+                self._close()
 
     def _close(self) -> None:
         on_close, self.on_close = self.on_close, None

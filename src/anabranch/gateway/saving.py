@@ -63,12 +63,6 @@ class FittedRouter:
         """Decide on a text; ``fields`` are further ones of `Query`."""
         return self.strategy.route(self.query(text, **fields), pool or self.pool)
 
-    def embedded(self, data: Recorded) -> Recorded:
-        """Outcomes with the vectors this router needs, those of its own embedder."""
-        if self.embedder is None or not self.strategy.needs_vector:
-            return data
-        return data.with_vectors(self.embedder.embed(data.query))
-
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
         arrays, facts = self.strategy.state()

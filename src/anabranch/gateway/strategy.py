@@ -2,6 +2,7 @@
 
     learn     fit(recorded)                    from outcomes of every model, where they exist
     decide    route(query, pool) -> Decision   in well under a millisecond; numpy only
+    rewrite   prepare(query, model, messages)  what is sent to a candidate, where it is not what came in
     go on     observe(outcome)                 from the one model that was asked
     judge     play(recorded, pool) -> Played   what it would have earned and spent
 
@@ -61,6 +62,7 @@ class Strategy(Part, family="strategy"):
     Attributes:
         needs_vector: ``route`` wants ``query.vector_D``.
         reads_answers: ``accept`` is asked after each answer.
+        keeps_answers: `observe` wants the text of the answer, which a gateway otherwise does not hold on to.
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
         is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
@@ -74,6 +76,7 @@ class Strategy(Part, family="strategy"):
 
     needs_vector: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
+    keeps_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     is_async: ClassVar[bool] = False
     is_fast: ClassVar[bool] = False
@@ -104,6 +107,22 @@ class Strategy(Part, family="strategy"):
     async def aroute(self, query: Query, pool: Pool) -> Decision:
         """`route`, for strategies that ask a model to decide."""
         return self.route(query, pool)
+
+    def prepare(
+        self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        """The messages to send to this candidate; by default those that came.
+
+        It is asked once before each candidate is tried. It must not change ``messages``; where it returns the very same object, the
+        body may pass through unchanged.
+
+        Args:
+            query: as it was routed.
+            model: the candidate about to be asked.
+            messages: of the request, in OpenAI's form.
+            decision: what `route` said of this query; None where the caller did not keep it.
+        """
+        return messages
 
     def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
         """Whether this answer is good enough to give.

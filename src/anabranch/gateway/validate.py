@@ -55,6 +55,7 @@ def check_embeddings(body: dict[str, Any]) -> None:
     check_model(body)
     _check_texts(body, "input")
     _check(body, "encoding_format", lambda value: value in ("float", "base64"), '"float" or "base64"')
+    _check(body, "user", *_COMMON["user"])
     _check(body, "dimensions", lambda value: _is_int(value) and value >= 1, "an integer of at least 1")
 
 
@@ -157,6 +158,7 @@ _COMMON: dict[str, tuple[Check, str]] = {
     "stream": _BOOL,
     "stream_options": _OBJECT,
     "n": (lambda value: _is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
+    "best_of": (lambda value: _is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
     "seed": (_is_int, "an integer"),
     "stop": (_is_stop, "text or a list of texts"),
     "user": (lambda value: isinstance(value, str), "text"),

@@ -5,6 +5,7 @@ it imports, read backwards it exports; formats differ in their layouts alone.
 """
 
 import json
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,12 @@ def state_once(model: nn.Module) -> dict[str, Tensor]:
 def build_empty(config: Any) -> Any:
     """``config.build()`` with parameters that take no memory (on the meta device) and buffers as they should be."""
 
+    builder = threading.get_ident()
+
     def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
+        if (
+            parameter is None or parameter.is_meta or threading.get_ident() != builder
+        ):  # the hook is of the whole process
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import typer
 
 from anabranch.cli.gateway.budget import app as budget
+from anabranch.cli.gateway.convert import convert
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
 from anabranch.cli.gateway.keys import app as keys
 from anabranch.cli.gateway.ledger import app as ledger
+from anabranch.cli.gateway.replay import replay
 from anabranch.cli.gateway.route import route
 from anabranch.cli.gateway.serve import serve
 
@@ -21,10 +23,12 @@ app = typer.Typer(
     Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "serve": serve,
     "fit": fit,
     "eval": evaluate,
     "route": route,
-    "serve": serve,
+    "replay": replay,
+    "import": convert,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

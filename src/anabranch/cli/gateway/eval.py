@@ -18,6 +18,7 @@ from anabranch.cli.gateway.options import (
     check_ending,
     embed,
     make_embedder,
+    measured,
     read_data,
     read_strategies,
 )
@@ -46,7 +47,17 @@ def evaluate(
     test_share: Annotated[float, typer.Option(metavar="F", min=0.01, max=0.99, help="How large that share is.")] = 0.2,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each strategy learns.")] = 3,
     seed: Seed = 0,
-    dollar: Annotated[float, typer.Option(metavar="F", min=0, help="Score that a dollar is worth, for regret.")] = 0.0,
+    dollar: Annotated[
+        float, typer.Option(metavar="F", min=0, help="Score that a dollar (or unit) is worth, for regret.")
+    ] = 0.0,
+    unit: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="UNIT",
+            help="What costs are in: dollars, seconds, tokens or joules (of the price file).",
+        ),
+    ] = "dollars",
     columns: ColumnMap = None,
     prices: Prices = None,
     unseen: Annotated[
@@ -72,13 +83,16 @@ def evaluate(
     check_ending(markdown, "--markdown", (".md",))
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
+    recorded = measured(recorded, unit, prices)
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
     if router is None:
-        parts = _parts(recorded, test, columns, prices, test_share, seed)
+        other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)
+        parts = _parts(recorded, other, test_share, seed)
         chosen = read_strategies(strategy, fields)
         report = _learn_and_judge(chosen, *parts, embedder, range(seed, seed + seeds), settings, quiet)
     else:
         report = _judge(router, strategy, recorded, unseen, settings, quiet)
+    report = report.replace(unit=unit)
     written = _write(report, data, html, picture, markdown)
     if as_json:
         print_json({**report.to_dict(), "wrote": written})
@@ -86,13 +100,12 @@ def evaluate(
     _print(report, written)
 
 
-def _parts(
-    data: Recorded, test: str | None, columns: str | None, prices: Path | None, share: float, seed: int
-) -> tuple[Recorded, Recorded]:
+def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tuple[Recorded, Recorded]:
+    """What to learn from and what to judge on."""
     from anabranch.gateway.data import split
 
     if test is not None:
-        return data, read_data(test, columns, prices)[0]
+        return data, test
     train, held_out = split(data, (1 - share, share), seed=seed)
     return train, held_out
 
@@ -182,14 +195,10 @@ def _write(report: Report, name: str, html: Path | None, picture: Path | None, m
 
 
 def _print(report: Report, written: list[str]) -> None:
-    from anabranch.gateway.referee.report import BASELINE_HEADERS, HEADERS
-
-    rows = report.rows()
-    shown = [column for column in range(len(HEADERS)) if column == 0 or any(row[column] for row in rows)]
-    table([HEADERS[column] for column in shown], [[row[column] for column in shown] for row in rows])
-    print()
-    table(BASELINE_HEADERS, report.baseline_rows())
-    print(f"\n{report.describe()}")
+    for headers, rows in report.tables():
+        table(headers, rows)
+        print()
+    print(report.describe())
     for name, reason in report.failed.items():
         say(f"{name} was left out: {reason}")
     if written:

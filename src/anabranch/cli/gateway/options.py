@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, read_assignments
+from anabranch.cli.output import say
 from anabranch.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ DEFAULT = ("knn", "cluster", "ridge")  # learn in seconds and need no torch
 Data = Annotated[
     str,
     typer.Argument(
-        metavar="DATA", help="Recorded outcomes: .jsonl, .csv, also .gz, or a public set (llmrouter, routellm_mmlu)."
+        metavar="DATA",
+        help="Recorded outcomes: .jsonl, .csv, also .gz; a gateway's store (.db); or a public set (llmrouter, routellm_mmlu).",
     ),
 ]
 Named = Annotated[
@@ -53,33 +55,53 @@ AllowLeak = Annotated[
 ]
 
 
-def read_data(name: str, columns: str | None, prices: Path | None) -> tuple[Recorded, Pool]:
-    """Outcomes without duplicates, and the pool of their models."""
+def read_data(
+    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False
+) -> tuple[Recorded, Pool]:
+    """Outcomes, each question once unless copies are kept, and the pool of their models."""
     from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
 
     if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
-    data = deduplicated(load(name, columns=None if columns is None else Columns.parse(columns), prices=known))
+    data = load(name, columns=None if columns is None else Columns.parse(columns), prices=known)
+    data = data if keep_copies else deduplicated(data)
     return data, pool_of(data.models, known)
 
 
+def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
+    """Outcomes with costs in another unit. Raises ConfigError for another word than those of `UNITS`."""
+    from anabranch.gateway.data import UNITS, measured_in, read_joules
+
+    for known in UNITS:
+        if unit == known:
+            return measured_in(data, known, None if prices is None or known != "joules" else read_joules(prices))
+    raise ConfigError(f"--budget is {unit!r}; use one of {', '.join(UNITS)}")
+
+
 def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
-    """Strategies by name, not fitted."""
+    """Strategies by name, not fitted; of ``all``, those that need no more than their defaults and what is installed."""
     from anabranch.gateway import strategies
 
-    if names is None:
-        names = list(DEFAULT)
-    elif names == ["all"]:
+    is_all = names == ["all"]
+    if is_all:
         names = [name for name in strategies.names() if name != "oracle"]
-    of_name: dict[str, dict[str, Any]] = {name: {} for name in names}
+    of_name: dict[str, dict[str, Any]] = {name: {} for name in names or DEFAULT}
     for path, value in read_assignments(fields).items():
         name, _, field = path.partition(".")
         if name not in of_name or not field:
             raise ConfigError(f"--set has {path!r}; write NAME.FIELD=VALUE with one of {', '.join(of_name)}")
         of_name[name][field] = value
-    return {name: strategies.make(name, **given) for name, given in of_name.items()}
+    made = {}
+    for name, given in of_name.items():
+        try:
+            made[name] = strategies.make(name, **given)
+        except (ImportError, ConfigError) as error:
+            if not is_all:
+                raise
+            say(f"{name} was left out: {error}")
+    return made
 
 
 def make_embedder(kind: str) -> Embedder:

@@ -7,6 +7,7 @@ fields) must be equal to the letter, so that "and in French?" never gets the ans
 
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -53,6 +54,7 @@ class SemanticCache:
         threshold: least cosine of two texts that count as the same.
         ttl_s: seconds an answer is good for.
         size: most answers.
+        size_bytes: most bytes of all answers together; None for no limit.
         make_index: of D dimensions, for one context.
         clock: seconds, rising.
     """
@@ -63,6 +65,7 @@ class SemanticCache:
         threshold: float,
         ttl_s: float,
         size: int,
+        size_bytes: int | None = None,
         make_index: Callable[[int], VectorIndex] = ExactIndex,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +75,8 @@ class SemanticCache:
                 f"got {threshold}, {ttl_s} and {size}"
             )
         self.threshold, self.ttl_s, self.size = threshold, ttl_s, size
+        self.most_bytes: float = math.inf if size_bytes is None else size_bytes
+        self.size_bytes = 0
         self._make_index, self._clock = make_index, clock
         self._rooms: dict[tuple[str, bytes], _Room] = {}
         self._held: OrderedDict[int, tuple[tuple[str, bytes], Entry, float]] = OrderedDict()
@@ -108,7 +113,8 @@ class SemanticCache:
         room.index.add(id, vector_D / length)
         room.ids.add(id)
         self._held[id] = (place, entry, self._clock() + self.ttl_s)
-        while len(self._held) > self.size:
+        self.size_bytes += entry.size_bytes
+        while self._held and (len(self._held) > self.size or self.size_bytes > self.most_bytes):
             self._drop(next(iter(self._held)))
 
     def delete(self, namespace: str) -> int:
@@ -122,9 +128,11 @@ class SemanticCache:
         """Forget everything."""
         self._rooms.clear()
         self._held.clear()
+        self.size_bytes = 0
 
     def _drop(self, id: int) -> None:
-        place, _, _ = self._held.pop(id)
+        place, entry, _ = self._held.pop(id)
+        self.size_bytes -= entry.size_bytes
         room = self._rooms[place]
         room.index.remove(id)
         room.ids.discard(id)

@@ -8,28 +8,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from anabranch.errors import DataError
+from anabranch.gateway.data.budget import UNITS, measured_in
 from anabranch.gateway.data.csv import Columns, load_csv
 from anabranch.gateway.data.guard import check_disjoint, deduplicated, folds, groups, split
 from anabranch.gateway.data.jsonl import load_jsonl
-from anabranch.gateway.data.prices import pool_of, read_prices
+from anabranch.gateway.data.ledger import from_ledger, load_store
+from anabranch.gateway.data.prices import pool_of, read_joules, read_prices
 from anabranch.gateway.data.sets import SETS, RoutingSet, llmrouter, merged, routellm_mmlu
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Model
 
 __all__ = [
     "SETS",
+    "UNITS",
     "Columns",
     "RoutingSet",
     "check_disjoint",
     "deduplicated",
     "folds",
+    "from_ledger",
     "groups",
     "llmrouter",
     "load",
     "load_csv",
     "load_jsonl",
+    "load_store",
+    "measured_in",
     "merged",
     "pool_of",
+    "read_joules",
     "read_prices",
     "routellm_mmlu",
     "split",
@@ -37,10 +44,12 @@ __all__ = [
 
 
 def load(path: str | Path, *, columns: Columns | None = None, prices: Mapping[str, Model] | None = None) -> Recorded:
-    """Outcomes from a file, by the ending of its name: .jsonl, .csv or .tsv, each with or without .gz.
+    """Outcomes from a file, by the ending of its name: .jsonl, .csv or .tsv, each with or without .gz, or a gateway's store (.db, a URL).
 
     Raises DataError for another ending, or a file that is malformed, with the line.
     """
+    if "://" in str(path) or Path(path).suffix in (".db", ".sqlite", ".sqlite3"):
+        return load_store(str(path))
     path = Path(path)
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
     kind = endings[-1] if endings else ""

@@ -3,8 +3,9 @@
     {"query": "...", "task": "maths", "scores": {"small": 0, "large": 1}, "cost": {"small": 0.0001, "large": 0.002}}
 
 ``cost`` is in dollars. ``tokens`` ({model: [prompt, completion]}), ``latency`` ({model: seconds}), ``answers`` ({model: text}) and
-``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too; other fields are not looked at. A model that is left out
-of a row, or null, was not asked.
+``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too, and in a log of traffic ``probability`` ({model: number}), the
+chance with which the model that answered was chosen. Other fields are not looked at. A model that is left out of a row, or null,
+was not asked.
 """
 
 import json
@@ -50,12 +51,16 @@ def _row(text: str) -> Row:
     query, task = found.get("query"), found.get("task")
     if not isinstance(query, str) or not query.strip():
         raise DataError(f"query is {query!r}; it must be a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in query):
+        raise DataError("query holds half of a surrogate pair, which is no character; write the whole pair")
     if task is not None and not isinstance(task, str):
         raise DataError(f"task is {task!r}; it must be a name")
     values = {part: _numbers(found, field, low) for part, field, low in _FIELDS if field in found}
     if not any(score is not None for score in values.get("score", {}).values()):
         raise DataError("scores are missing; write them as {model: number}")
     signals = {name: _numbers(_table(found, "signals"), name, -float("inf")) for name in _table(found, "signals")}
+    if "probability" in found:
+        signals["probability"] = _numbers(found, "probability", 0.0)
     return Row(query, task, values | _tokens(found), _answers(found), signals)
 
 

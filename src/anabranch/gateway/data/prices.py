@@ -3,7 +3,7 @@
     {"small": {"input_price": 0.2, "output_price": 0.2, "size": "8B", "feature": "fast, good at short answers"}}
 
 JSON or TOML, a table for each model. Prices are dollars per million tokens; ``input`` and ``output`` are read too, ``parameters``
-(billions) for ``size``, ``description`` for ``feature``, and ``cached_input`` and ``context`` where they are there.
+(billions) for ``size``, ``description`` for ``feature``, and ``cached_input``, ``context`` and ``joules_per_token`` where they are there.
 """
 
 import json
@@ -28,6 +28,20 @@ def estimated_tokens(text: str) -> int:
 def read_prices(path: str | Path) -> dict[str, Model]:
     """Models by name, in the order of the file. Raises DataError that names the model and field that is wrong."""
     path = Path(path)
+    return {name: _model(name, fields, path) for name, fields in _tables(path).items()}
+
+
+def read_joules(path: str | Path) -> dict[str, float]:
+    """``joules_per_token`` of the models of a price file that have it. Raises DataError for one that is no number above 0."""
+    path = Path(path)
+    found = {name: fields["joules_per_token"] for name, fields in _tables(path).items() if "joules_per_token" in fields}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise DataError(f"{path}: joules_per_token of {name!r} is {value!r}; it must be a number above 0")
+    return {name: float(value) for name, value in found.items()}
+
+
+def _tables(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -39,7 +53,10 @@ def read_prices(path: str | Path) -> dict[str, Model]:
         raise DataError(
             f"{path} is no price file; it must hold a table of models, each with input_price and output_price"
         )
-    return {name: _model(name, fields, path) for name, fields in found.items()}
+    for name, fields in found.items():
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}: {name!r} is {fields!r}; it must be a table with input_price and output_price")
+    return found
 
 
 def pool_of(names: tuple[str, ...], known: Mapping[str, Model] | None = None) -> Pool:
@@ -47,9 +64,7 @@ def pool_of(names: tuple[str, ...], known: Mapping[str, Model] | None = None) ->
     return Pool(tuple((known or {}).get(name, Model(name=name)) for name in names))
 
 
-def _model(name: str, fields: Any, path: Path) -> Model:
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: {name!r} is {fields!r}; it must be a table with input_price and output_price")
+def _model(name: str, fields: dict[str, Any], path: Path) -> Model:
     prices = []
     for kind in ("input", "output"):
         value = fields.get(f"{kind}_price", fields.get(kind))

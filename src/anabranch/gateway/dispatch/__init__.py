@@ -6,4 +6,14 @@ from anabranch.gateway.dispatch.dispatcher import Dispatcher
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.stream import Stream
 
-__all__ = ["Attempt", "BreakerRules", "Deployment", "DispatchRules", "Dispatcher", "Group", "Plan", "Report", "Stream"]
+__all__ = [
+    "Attempt",
+    "BreakerRules",
+    "Deployment",
+    "DispatchRules",
+    "Dispatcher",
+    "Group",
+    "Plan",
+    "Report",
+    "Stream",
+]

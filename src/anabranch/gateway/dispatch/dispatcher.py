@@ -16,10 +16,11 @@ from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
-from anabranch.gateway.dispatch.stream import Stream
+from anabranch.gateway.dispatch.stream import Stream, linger
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers.provider import (
     Answer,
+    Reply,
     Transport,
     UpstreamError,
     UpstreamRequest,
@@ -36,7 +37,8 @@ class LiveGroup:
 
     group: Group
     lives: tuple[Live, ...]
-    hedge: HedgeDelay = field(default_factory=HedgeDelay)
+    hedge: HedgeDelay = field(default_factory=HedgeDelay)  # by first tokens of streams
+    hedge_whole: HedgeDelay = field(default_factory=HedgeDelay)  # by whole answers
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class Dispatcher:
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
         self._http: Transport = Upstream() if http is None else http
         self._owns_http = http is None
+        self._lingering: set[asyncio.Future[None]] = set()
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
         for group in groups:
@@ -136,8 +139,8 @@ class Dispatcher:
         Raises UpstreamError, with the report, when all that may be tried has failed. If answers came but none was accepted, the last
         one is given.
         """
-        run, last = Run(self, plan, request), None
         request = request.whole()
+        run, last = Run(self, plan, request), None
         try:
             while True:
                 try:
@@ -184,6 +187,7 @@ class Dispatcher:
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it.
 
+        Where the plan judges answers, each but the last candidate's is whole before any of it is given; the last one's comes as it is made.
         Raises UpstreamError, with the report, when all that may be tried has failed before a first token.
         """
         run = Run(self, plan, request)
@@ -194,6 +198,12 @@ class Dispatcher:
             run.close()
             raise
         return stream
+
+    def linger(self, reply: Reply) -> None:
+        """Let a stream that has said its last come to its end, while nobody waits for it."""
+        task = asyncio.ensure_future(linger(reply))
+        self._lingering.add(task)
+        task.add_done_callback(self._lingering.discard)
 
     # Looking
 
@@ -209,5 +219,6 @@ class Dispatcher:
 
     async def close(self) -> None:
         """End all connections."""
+        await asyncio.gather(*self._lingering)
         if self._owns_http:
             await self._http.close()  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
 """`Plan`: which models may be asked, until when. `Report`: what was asked, and what came of it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
-from anabranch.gateway.providers.provider import Answer, Usage
+from anabranch.gateway.providers.provider import Answer, UpstreamRequest, Usage
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
 Allow = Callable[[str, int], Awaitable[bool]]
@@ -18,11 +18,14 @@ class Plan:
         candidates: models, best first; the tail is the fallback chain.
         deadline: when all must be over, on the dispatcher's clock (`Dispatcher.now`).
         accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
-        allow: asked, before every attempt but the first, with the model and the nano-dollars spent so far, whether its price may be spent.
+        allow: asked, with the model and the nano-dollars spent so far, whether its price may be spent: before every attempt but one that
+            is the first and goes to the first candidate.
         mid_stream: in place of the rules'; None for theirs.
         hedge: in place of the rules'.
         max_attempts: most attempts in all; None for what candidates and retries come to.
         keep: keep the stream's chunks, so that `Stream.answer` can put the whole answer together.
+        requests: what to send to a model in place of the request, by its name.
+        report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
     """
 
     candidates: tuple[str, ...]
@@ -33,6 +36,8 @@ class Plan:
     hedge: bool | None = None
     max_attempts: int | None = None
     keep: bool = False
+    requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
+    report: "Report | None" = None
 
     def most_attempts(self, retries: int) -> int:
         """Attempts that may be made."""

@@ -7,19 +7,35 @@ There is one deadline, and every wait is cut to what is left of it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
+from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, backoff
-from anabranch.gateway.providers.provider import Failure, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import Failure, FailureKind, UpstreamError, UpstreamRequest, Usage
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.dispatcher import Dispatcher, LiveGroup
 
+logger = logging.getLogger(__name__)
 Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
+
+
+MAY_BE_CHARGED: tuple[FailureKind, ...] = ("timeout", "first_token", "cut", "deadline")
+
+
+def as_failure(error: Exception, name: str) -> UpstreamError:
+    """What went wrong at deployment ``name``. An exception that a provider may not raise is a fault of the provider, not of the request."""
+    if isinstance(error, UpstreamError):
+        return error
+    logger.error("the provider of deployment %s failed", name, exc_info=error)
+    return UpstreamError(
+        Failure(kind="garbage", message=f"the provider of {name} failed ({type(error).__name__}); the log says how")
+    )
 
 
 class Run:
@@ -27,14 +43,15 @@ class Run:
 
     Attributes:
         report: what has been done.
+        request: as it came; another one is sent where a plan says so, or a broken stream is continued.
         avoid: deployments that failed this request; asked again only when no other is free.
     """
 
     def __init__(self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest) -> None:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.began = dispatcher.now()
-        self.report = Report()
-        self.tokens = request.prompt_tokens
+        self.report = Report() if plan.report is None else plan.report
+        self.request, self.tokens, self._streams = request, request.prompt_tokens, request.stream
         self.avoid: set[str] = set()
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
@@ -112,7 +129,7 @@ class Run:
             if not group.free(now, self.tokens):
                 await self._wait_or_skip(group, now)
                 continue
-            if self.report.attempts and not await self._may_go_on(model, now):
+            if not await self._may_go_on(model, now):
                 continue
             live = self._pick(group)
             if live is not None:
@@ -128,7 +145,11 @@ class Run:
             self._skip(group.name, "no deployment takes requests")
 
     async def _may_go_on(self, model: str, now: float) -> bool:
-        """Whether an attempt beyond the first may be made; waits as long as a retry has to. Raises UpstreamError if no more may."""
+        """Whether this attempt may be made; waits as long as a retry has to. Raises UpstreamError if no more may.
+
+        The price is asked for wherever it may differ from what was set aside for the request: after an attempt, and of any candidate
+        but the first, also where that was passed over without an attempt.
+        """
         if self._has_failed:
             holds, self._holds = self._holds, False
             if not self.dispatcher.budget.take(now, holds):
@@ -138,7 +159,8 @@ class Run:
             if self._retry:
                 wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
                 await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
-        if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
+        is_new = bool(self.report.attempts) or model != self.plan.candidates[0]
+        if is_new and self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
             failure = Failure(kind="refused", message=f"no budget is left for {model}")
             self._last = self._last or UpstreamError(failure)
             self._skip(model, "its price is not allowed")
@@ -172,7 +194,7 @@ class Run:
     async def _ask(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
         group = self.dispatcher.groups[live.model]
         is_hedged = self.rules.hedge if self.plan.hedge is None else self.plan.hedge
-        delay_s = group.hedge.delay_s if is_hedged else None
+        delay_s = (group.hedge if self._streams else group.hedge_whole).delay_s if is_hedged else None
         if delay_s is None:
             return await self._one(live, request, opening)
         return await self._race(live, request, opening, delay_s)
@@ -181,29 +203,29 @@ class Run:
         self, live: Live, request: UpstreamRequest, opening: Opening, delay_s: float
     ) -> tuple[Any, Attempt]:
         """Ask a second deployment beside the first when that is slow; the first to bring something wins."""
-        tasks = [asyncio.ensure_future(self._one(live, request, opening))]
+        tasks = [self._started(live, request, opening)]
+        winner: asyncio.Future[Any] | None = None
         try:
             await asyncio.wait(tasks, timeout=delay_s)
             if not tasks[0].done():
                 other = await self._elsewhere(live)
                 if other is not None and not tasks[0].done():
-                    tasks.append(asyncio.ensure_future(self._one(other, request, opening, is_hedge=True)))
-            pending, winner = set(tasks), None
+                    tasks.append(self._started(other, request, opening, is_hedge=True))
+            pending = set(tasks)
             while pending and winner is None:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 winner = next((task for task in tasks if task in done and task.exception() is None), None)
-            if winner is None:
-                return tasks[0].result()  # raises what the first failed of
-            for task in tasks:
-                if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
-                    self._discard(*task.result())
-            return winner.result()
         finally:
-            losers = [task for task in tasks if not task.done()]
-            for task in losers:
-                task.cancel()
-            if losers:
-                await asyncio.gather(*losers, return_exceptions=True)
+            try:
+                await _stopped(tasks)
+            except asyncio.CancelledError:  # nobody will take what was won
+                winner = None
+                raise
+            finally:
+                for task in tasks:
+                    if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
+                        self._discard(*task.result())
+        return (winner or tasks[0]).result()  # without a winner, raises what the first failed of
 
     async def _elsewhere(self, live: Live) -> Live | None:
         """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked."""
@@ -222,25 +244,53 @@ class Run:
             return other if still_free and self.dispatcher.budget.take(now) else None
         return None
 
-    async def _one(
+    def _started(
         self, live: Live, request: UpstreamRequest, opening: Opening, is_hedge: bool = False
-    ) -> tuple[Any, Attempt]:
-        """One attempt. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
+    ) -> "asyncio.Future[Any]":
+        """One attempt beside others. It is counted in at once: by the time the task runs, another request may have taken its place."""
+        attempt = self._begun(live, is_hedge)
+        task = asyncio.ensure_future(self._made(live, request, opening, attempt))
+
+        def ended(done: "asyncio.Future[Any]") -> None:
+            if done.cancelled() and attempt.status == "open":  # before it ever ran
+                self.lost(live, attempt, None, Usage())
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _one(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
+        """One attempt."""
+        return await self._made(live, request, opening, self._begun(live))
+
+    def _begun(self, live: Live, is_hedge: bool = False) -> Attempt:
         start = self.dispatcher.now()
         attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge)
-        self.report.attempts.append(attempt)
         attempt.ticket = live.begin(start, self.tokens)
+        self.report.attempts.append(attempt)
+        return attempt
+
+    async def _made(
+        self, live: Live, request: UpstreamRequest, opening: Opening, attempt: Attempt
+    ) -> tuple[Any, Attempt]:
+        """An attempt that has begun. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
+        own = self.plan.requests.get(live.model) if request is self.request else None
+        if own is not None:
+            request = own if request.stream else own.whole()
         try:
             return await opening(live, request, attempt), attempt
-        except UpstreamError as error:
+        except Exception as cause:
+            error = as_failure(cause, live.name)
             self.lost(live, attempt, error.failure)
-            raise
+            raise error from None
         except BaseException:
             self.lost(live, attempt, None)
             raise
 
     def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
-        """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled, which is charged for."""
+        """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled.
+
+        It is charged for ``usage``, or for its prompt where the upstream may have been at work on it (`MAY_BE_CHARGED`).
+        """
         now = self.dispatcher.now()
         attempt.total_s = now - self.began - attempt.start_s
         if failure is None:
@@ -250,9 +300,18 @@ class Run:
             return
         attempt.status, attempt.http_status, attempt.message = failure.kind, failure.status, failure.message
         self.avoid.add(live.name)
-        if usage is not None:
-            self.charge(live, attempt, usage)
-        live.end(attempt.ticket, OUTCOME[failure.kind], now, failure)
+        if usage is not None or failure.kind in MAY_BE_CHARGED:
+            self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
+        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure)
+
+    def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
+        """What a failure says of the deployment. The end of the request's time is held against it only if it had half of its own."""
+        if failure.kind != "deadline" or attempt.total_s is None:
+            return OUTCOME[failure.kind]
+        own = live.deployment
+        limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
+        began_s = attempt.total_s if attempt.first_token_s is None else 0.0
+        return "failure" if began_s >= 0.5 * limit_s else "ignored"
 
     def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
         """End an attempt that brought a whole answer."""
@@ -261,8 +320,8 @@ class Run:
         self.charge(live, attempt, usage)
         live.end(attempt.ticket, "success", now)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
-        first_s = attempt.total_s if attempt.first_token_s is None else attempt.first_token_s
-        self.dispatcher.groups[live.model].hedge.observe(first_s)
+        if attempt.first_token_s is None:
+            self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
         self.report.model, self.report.deployment = live.model, live.name
 
     def charge(self, live: Live, attempt: Attempt, usage: Usage) -> None:
@@ -288,7 +347,11 @@ class Run:
 
     def _nothing(self) -> UpstreamError:
         skipped = "; ".join(f"{model}: {why}" for model, why in self.report.skipped[:5])
-        return UpstreamError(Failure(kind="unavailable", message=f"no model can be asked now ({skipped})"))
+        now, groups = self.dispatcher.now(), self.dispatcher.groups
+        lives = [live for model in self.plan.candidates if model in groups for live in groups[model].lives]
+        waits = [wait for live in lives if 0 < (wait := live.free_in_s(now, self.tokens)) < float("inf")]
+        message = f"no model can be asked now ({skipped})"
+        return UpstreamError(Failure(kind="unavailable", message=message, retry_after_s=min(waits, default=None)))
 
     def timed_out(self, live: Live, limit_s: float, kind: Any) -> UpstreamError:
         """The failure of a wait that ended: the deployment's limit, or the deadline of all."""
@@ -296,3 +359,12 @@ class Run:
             return self._too_late()
         what = "no first token" if kind == "first_token" else "no answer"
         return UpstreamError(Failure(kind=kind, message=f"{live.name} brought {what} within {limit_s:g} s"))
+
+
+async def _stopped(tasks: Sequence["asyncio.Future[Any]"]) -> None:
+    """Cancel those that are not done, and wait until they are."""
+    losers = [task for task in tasks if not task.done()]
+    for task in losers:
+        task.cancel()
+    if losers:
+        await asyncio.gather(*losers, return_exceptions=True)

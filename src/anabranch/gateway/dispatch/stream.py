@@ -1,8 +1,8 @@
 """`Stream`: an answer relayed event by event, and what is done when it breaks.
 
-Until the first token, chunks are read and held back: a failure there is an ordinary one, and another deployment is asked. After it, whole
-events are passed on as they came; only what ends a stream (usage, an error, ``[DONE]``) is looked into. Nothing is read ahead of the
-reader beyond what the transport buffers, so a slow reader slows the upstream and costs no memory.
+Until the first token a failure is an ordinary one, and another deployment is asked (`Opened` reads that far). After it, whole events are
+passed on as they come. Nothing is read ahead of the reader beyond what the transport buffers, so a slow reader slows the upstream and costs
+no memory. A stream that ends with ``[DONE]`` was whole.
 
 A stream that breaks after its first token:
 
@@ -12,160 +12,36 @@ A stream that breaks after its first token:
 """
 
 import asyncio
-import json
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import inspect
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
 from anabranch.gateway.dispatch.live import Live
+from anabranch.gateway.dispatch.opened import Opened, read_chunk
 from anabranch.gateway.dispatch.plan import Attempt, Report
-from anabranch.gateway.dispatch.run import Run
-from anabranch.gateway.providers.chunks import as_chunks, assembled, has_content, is_finished, text_of
+from anabranch.gateway.dispatch.run import Run, as_failure
+from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
     Answer,
     Failure,
     Json,
     Reply,
-    Translator,
     UpstreamError,
     UpstreamRequest,
     Usage,
     garbage,
     read_all,
 )
-from anabranch.gateway.providers.sse import DONE, DONE_DATA, Splitter, event, events
+from anabranch.gateway.providers.sse import DONE, DONE_DATA, event, events
 
 HEARTBEAT = b": waiting\n\n"
+STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
-LINGER_S = 0.05  # how long the end of the connection is waited for after [DONE], so that it can be used again
+LINGER_S = 0.2  # how long the end of the connection is waited for after [DONE], so that it can be used again
 CONTINUE = (
     "Continue your last message exactly where it broke off. Do not repeat anything and do not comment on the break."
 )
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-_ERROR = re.compile(rb'^(data:\s*\{\s*"error"|event:\s*error)', re.M)
-_FIELD = re.compile(rb"(?:data|event|id|retry)?:")
-
-
-class Opened:
-    """One upstream's stream, from its first token on.
-
-    Attributes:
-        first: events up to the first token.
-        usage: as the upstream said; None until it does.
-    """
-
-    def __init__(self, run: Run, live: Live, attempt: Attempt, request: UpstreamRequest, reply: Reply | None) -> None:
-        self.run, self.live, self.attempt, self.request, self.reply = run, live, attempt, request, reply
-        self.splitter = Splitter()
-        self.translator: Translator | None = live.provider.translator(request)
-        self.first = b""
-        self.usage: Usage | None = None
-        self.is_done = self.has_finished = False
-        self.num_events = 0
-
-    def counted(self) -> Usage:
-        """What the upstream said, else an estimate: a token for every event."""
-        return self.usage or Usage(self.request.prompt_tokens, self.num_events, 0, True)
-
-    def drop(self) -> None:
-        """Nobody wants it any more."""
-        if self.reply is not None:
-            self.reply.close()
-        self.run.lost(self.live, self.attempt, None, self.counted())
-
-    async def until_content(self) -> None:
-        """Read to the first token. Raises UpstreamError."""
-        assert self.reply is not None
-        held = b""
-        while True:
-            data = self.reply.read_ready() or await self.reply.read_some()
-            if not data:
-                self._ended_early(held)
-                break
-            block = self.splitter.feed(data)
-            if not block:
-                continue
-            passed, has_any = self.passed(block, looks_close=True)
-            held += passed
-            if has_any or self.is_done:
-                break
-        self.first = held
-
-    def _ended_early(self, held: bytes) -> None:
-        if not self.has_finished:
-            rest = self.splitter.rest
-            raise (
-                garbage("what is no event stream", rest)
-                if rest
-                else UpstreamError(
-                    Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
-                )
-            )
-        self.is_done = True
-
-    def passed(self, block: bytes, looks_close: bool = False) -> tuple[bytes, bool]:
-        """What of a block of whole events is passed on, and whether a token is among it (known only where one ``looks_close``).
-
-        Raises UpstreamError for an error event or what is no event stream.
-        """
-        if self.translator is not None:
-            return self._translated(block)
-        if looks_close or DONE_DATA in block or _USAGE.search(block) or _ERROR.search(block):
-            return self._examined(block)
-        for one in block.split(b"\n\n"):
-            if one and not _FIELD.match(one):
-                raise garbage("what is no event stream", one)
-        self.num_events += block.count(b"\n\n")
-        self.has_finished = self.has_finished or _FINISHED.search(block) is not None
-        return block, True
-
-    def _examined(self, block: bytes) -> tuple[bytes, bool]:
-        kept, has_any = [], False
-        for one in block.split(b"\n\n"):
-            if not one:
-                continue
-            found = list(events(one))
-            data = found[0][1] if found else None
-            if data == DONE_DATA:
-                self.is_done = True
-                break
-            if data is not None:
-                chunk = _chunk(data)
-                has_any = has_any or has_content(chunk)
-                if self._takes_usage(chunk):
-                    continue
-            kept.append(one + b"\n\n")
-        return b"".join(kept), has_any
-
-    def _takes_usage(self, chunk: Json) -> bool:
-        """Read a chunk; whether it is kept from the reader, who did not ask for the usage that we asked for."""
-        if isinstance(chunk.get("error"), dict):
-            raise UpstreamError(
-                self.live.provider.error(int(chunk["error"].get("status") or 500), {}, json.dumps(chunk).encode())
-            )
-        self.num_events += 1
-        self.has_finished = self.has_finished or is_finished(chunk)
-        self.usage = Usage.of(chunk) or self.usage
-        return not self.request.wants_usage and not chunk.get("choices") and isinstance(chunk.get("usage"), dict)
-
-    def _translated(self, block: bytes) -> tuple[bytes, bool]:
-        assert self.translator is not None
-        kept, has_any = [], False
-        for _, data in events(block):
-            for chunk in self.translator.feed(data):
-                has_any = has_any or has_content(chunk)
-                if not self._takes_usage(chunk):
-                    kept.append(event(chunk))
-        self.is_done = self.translator.is_done
-        return b"".join(kept), has_any
-
-    def from_answer(self, answer: Answer) -> None:
-        """The upstream gave a whole answer where a stream was asked for: make one of it."""
-        self.translator, self.usage = None, answer.usage
-        chunks = as_chunks(answer.body, self.request.endpoint, self.request.wants_usage)
-        self.first = b"".join(map(event, chunks))
-        self.num_events, self.is_done, self.has_finished = len(chunks), True, True
 
 
 class Stream:
@@ -180,9 +56,14 @@ class Stream:
         self._run, self._request, self._now = run, request, run.dispatcher.now
         mode = run.plan.mid_stream or run.rules.mid_stream
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
-        self._keeps = run.plan.keep or self._mode == "continue"
+        self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
         self._kept: list[bytes] = []
+        self._size = 0  # bytes of what would be kept
+        self._parts: list[Opened] = []  # of what the reader got: streams that broke and were gone on from, and the last
+        self._stitch: Json | None = None
         self._opened: Opened | None = None
+        self._coming: asyncio.Future[tuple[Opened, Attempt]] | None = None
+        self._quiet_since: float | None = None
         self._events = self._relay()
         self.failure: Failure | None = None
 
@@ -191,39 +72,69 @@ class Stream:
         """What has been done so far."""
         return self._run.report
 
+    @property
+    def usage(self) -> Usage:
+        """Tokens of what the reader got: the prompt once, and the completions of all parts."""
+        used = [part.counted() for part in self._parts] or [Usage(is_estimated=True)]
+        completion, is_estimated = sum(one.completion for one in used), any(one.is_estimated for one in used)
+        return Usage(used[0].prompt, completion, used[0].cached, is_estimated)
+
     async def open(self) -> None:
-        """Get to the first token. Raises UpstreamError."""
-        self._opened, _ = await self._run.obtain(self._request, self._opening)
+        """Get to the first token; where the plan judges answers, to the end of one that is accepted. Raises UpstreamError."""
+        run, accept, rejected = self._run, self._run.plan.accept, None
+        while True:
+            try:
+                opened, attempt = await run.obtain(self._request, self._opening)
+                if accept is None or run.is_last:
+                    break
+                try:
+                    await opened.read_whole()
+                except UpstreamError as error:
+                    run.failed(error)
+                    continue
+            except UpstreamError:
+                if rejected is None:
+                    raise
+                opened, attempt = rejected  # better than none
+                attempt.status = "ok"
+                run.report.model, run.report.deployment = attempt.model, attempt.deployment
+                break
+            accepted = accept(attempt.model, _whole(_chunks([opened.first]), self._request, opened.counted()))
+            if await accepted if inspect.isawaitable(accepted) else accepted:
+                break
+            attempt.status, rejected = "rejected", (opened, attempt)
+            run.reject()
+        self._take(opened)
+
+    def _take(self, opened: Opened) -> None:
+        self._opened = opened
+        self._parts.append(opened)
 
     def __aiter__(self) -> AsyncGenerator[bytes, None]:
         return self._events
 
     async def aclose(self) -> None:
         """Stop: the upstream's connection is dropped, and what it made so far is charged."""
+        coming = self._coming
         await self._events.aclose()
         self._drop()
+        if coming is not None:
+            await asyncio.wait((coming,))
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep``."""
-        chunks = list(self._chunks())
-        body = assembled(chunks, self._request.endpoint)
-        usage = self._run.report.winner.usage if self._run.report.winner else Usage()
-        body["usage"] = {
-            "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
-        }  # fmt: skip
-        answer = Answer(body, None, usage)
+        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``. Raises UpstreamError if that is none."""
+        answer = _whole(self._said(), self._request, self.usage)
         answer.report = self._run.report
         return answer
-
-    def _chunks(self) -> Iterator[Json]:
-        for name, data in events(b"".join(self._kept)):
-            if data != DONE_DATA and not name:
-                yield json.loads(data)
 
     def _drop(self) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.drop()
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.cancel()
+            coming.add_done_callback(_forget)
         self._run.close()
 
     # One upstream
@@ -233,12 +144,12 @@ class Stream:
         call = live.provider.build(request)
         reply: Reply | None = None
         try:
-            async with asyncio.timeout(min(limit_s, self._run.left_s)):
+            async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):
                 reply = await live.transport.open(call)
                 attempt.http_status = reply.status
-                opened = Opened(self._run, live, attempt, request, reply)
                 if not 200 <= reply.status < 300:
                     raise UpstreamError(live.provider.error(reply.status, reply.headers, await read_all(reply)))
+                opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
                     opened.from_answer(live.provider.parse(request, await read_all(reply)))
                 else:
@@ -250,118 +161,169 @@ class Stream:
             _close(reply)
             raise
         attempt.first_token_s = self._now() - self._run.began - attempt.start_s
+        self._run.dispatcher.groups[live.model].hedge.observe(attempt.first_token_s)
         return opened
 
     async def _relay(self) -> AsyncGenerator[bytes, None]:
         try:
-            while self._opened is not None:
-                opened = self._opened
+            while self._opened is not None or self._coming is not None:
                 try:
-                    async for block in self._blocks(opened):
-                        if self._keeps and block is not HEARTBEAT:
-                            self._kept.append(block)
-                        yield block
-                except UpstreamError as error:
-                    self._broke(opened, error.failure)
-                    async for block in self._after(error):
-                        yield block
+                    while not await self._has_come():
+                        yield HEARTBEAT
+                    opened = self._opened
+                    assert opened is not None
+                    if opened.first:
+                        yield self._noted(opened.first)
+                    while not opened.is_done:
+                        block = self._ready(opened) or await self._some(opened)
+                        if block:
+                            yield self._noted(block)
+                except Exception as error:
+                    yield self._broke(error)
                     continue
                 self._opened = None
-                self._run.won(opened.live, opened.attempt, opened.counted())
-                await _linger(opened.reply)
+                opened.settle()
+                self._run.dispatcher.linger(opened.reply)
+                if self._request.wants_usage and not opened.has_given_usage:
+                    yield self._usage_chunk()
                 yield DONE
         finally:
             self._drop()
 
-    async def _blocks(self, opened: Opened) -> AsyncIterator[bytes]:
-        """The events of one upstream. Raises UpstreamError if it breaks."""
-        if opened.first:
-            yield opened.first
-        quiet_since = self._now()
-        while not opened.is_done:
-            assert opened.reply is not None
-            data: bytes | None = opened.reply.read_ready()
-            if not data:
-                data = await self._some(opened, quiet_since)
-                if data is None:
-                    yield HEARTBEAT
-                    continue
-                if not data:
-                    if not opened.has_finished:
-                        raise UpstreamError(
-                            Failure(kind="cut", message=f"{opened.live.name} broke off in the middle of its answer")
-                        )
-                    return
-            block = opened.splitter.feed(data)
-            if block:
-                passed, _ = opened.passed(block)
-                quiet_since = self._now()
-                if passed:
-                    yield passed
-            elif self._now() - quiet_since > opened.live.deployment.timeout_s:
-                raise self._run.timed_out(opened.live, opened.live.deployment.timeout_s, "timeout")
+    def _noted(self, block: bytes) -> bytes:
+        if block is not HEARTBEAT:
+            self._quiet_since = None
+            if self._keeps:
+                self._keep(block)
+        return block
 
-    async def _some(self, opened: Opened, quiet_since: float) -> bytes | None:
-        """What comes next; None if it is time for a sign of life. Raises UpstreamError when it takes too long."""
-        assert opened.reply is not None
-        limit_s = opened.live.deployment.timeout_s
-        left_s = min(quiet_since + limit_s - self._now(), self._run.left_s)
+    def _keep(self, block: bytes) -> None:
+        self._size += len(block)
+        if self._size <= BODY_BYTES:
+            self._kept.append(block)
+        else:
+            self._kept.clear()
+
+    def _said(self) -> list[Json]:
+        """Chunks that were passed on. Raises UpstreamError (``garbage``) if they were too much to keep, or are none."""
+        if self._size > BODY_BYTES:
+            raise garbage(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
+        return list(_chunks(self._kept))
+
+    def _ready(self, opened: Opened) -> bytes:
+        """What is there without waiting. Raises UpstreamError."""
+        if self._run.left_s <= 0:
+            raise self._run.timed_out(opened.live, opened.live.deployment.timeout_s, "timeout")
+        return opened.ready()
+
+    async def _some(self, opened: Opened) -> bytes:
+        """What comes next, which may be empty, or a sign of life if that takes long. Raises UpstreamError when it takes too long."""
+        now, limit_s, beat_s = self._now(), opened.live.deployment.timeout_s, self._run.rules.heartbeat_s
+        if self._quiet_since is None:
+            self._quiet_since = now  # since we wait: until then it may have been the reader who was slow
+        left_s = min(self._quiet_since + limit_s - now, self._run.left_s)
         if left_s <= 0:
             raise self._run.timed_out(opened.live, limit_s, "timeout")
         try:
-            async with asyncio.timeout(min(left_s, self._run.rules.heartbeat_s)):
-                return await opened.reply.read_some()
+            async with asyncio.timeout(min(left_s, beat_s)):
+                return await opened.next()
         except TimeoutError:
-            return None
+            return HEARTBEAT if left_s > beat_s else b""
 
     # After a break
 
-    def _broke(self, opened: Opened, failure: Failure) -> None:
-        _close(opened.reply)
-        self._opened = None
-        self._run.lost(opened.live, opened.attempt, failure, opened.counted())
-
-    async def _after(self, error: UpstreamError) -> AsyncIterator[bytes]:
-        """Go on elsewhere as the mode says; where that fails, an error event."""
-        request = self._request
+    def _broke(self, cause: Exception) -> bytes:
+        """Go on elsewhere as the mode says, and say so; where that cannot be, the error event that ends it all."""
+        opened, self._opened = self._opened, None
+        error = as_failure(cause, "" if opened is None else opened.live.name)
         try:
+            if opened is None:  # nothing could be found to go on with
+                raise error
+            opened.drop(error.failure)
             if self._mode == "error" or error.failure.kind == "deadline":
                 raise error
             self._run.failed(error)
-            if self._mode == "continue":
-                request = self._continued()
-            self._opened, _ = await self._run.obtain(request, self._opening)
+            request = self._request if self._mode == "restart" else self._continued()
         except UpstreamError as last:
             self.failure = last.failure
-            yield event(last.to_dict())
-            return
+            return event(last.to_dict())
         if self._mode == "restart":
             self._kept.clear()
-            yield RESTART
+            self._parts.clear()
+            self._size = 0
         else:
-            self._run.report.is_stitched = True
-            yield b": x-stitched\n\n"
+            self._stitch = self._parts[0].head
+        self._coming = asyncio.ensure_future(self._run.obtain(request, self._opening))
+        return RESTART if self._mode == "restart" else STITCHED
+
+    async def _has_come(self) -> bool:
+        """Wait for the upstream that goes on, no longer than a heartbeat. Raises UpstreamError if there is none."""
+        if self._coming is None:
+            return True
+        done, _ = await asyncio.wait((self._coming,), timeout=self._run.rules.heartbeat_s)
+        if not done:
+            return False
+        coming, self._coming = self._coming, None
+        opened, _ = coming.result()
+        self.report.is_stitched = self._stitch is not None
+        self._take(opened)
+        return True
 
     def _continued(self) -> UpstreamRequest:
-        """The request with what has been said so far. Raises UpstreamError where that cannot be told (tools, plain completions)."""
-        text = text_of(self._chunks())
-        body = self._request.body
-        if not text or self._request.endpoint != "chat":
-            raise UpstreamError(
-                Failure(kind="cut", message="the stream broke off, and this kind of answer cannot be continued")
-            )
+        """The request with what has been said so far. Raises UpstreamError where that cannot be told (tool calls, several choices)."""
+        body, chunks = self._request.body, self._said()
+        text = text_of(chunks)
+        is_plain = (body.get("n") or 1) == 1 and not any(_has_calls(chunk) for chunk in chunks)
+        if (
+            not text
+            or not is_plain
+            or (self._request.endpoint == "completions" and not isinstance(body["prompt"], str))
+        ):
+            message = "the stream broke off, and this kind of answer cannot be continued"
+            raise UpstreamError(Failure(kind="cut", message=message))
+        spent = self.usage.completion
+        changes: Json = {
+            name: max(1, body[name] - spent)
+            for name in ("max_tokens", "max_completion_tokens")
+            if isinstance(body.get(name), int)
+        }
+        if self._request.endpoint == "completions":
+            return self._request.with_body(prompt=body["prompt"] + text, **changes)
         said: list[Any] = [{"role": "assistant", "content": text}, {"role": "user", "content": CONTINUE}]
-        return self._request.with_body(messages=[*body["messages"], *said])
+        return self._request.with_body(messages=[*body["messages"], *said], **changes)
+
+    def _usage_chunk(self) -> bytes:
+        return event({**self._parts[0].head, "choices": [], "usage": _usage_body(self.usage)})
 
 
-def _chunk(data: bytes) -> Json:
-    try:
-        chunk = json.loads(data)
-    except (ValueError, RecursionError):
-        raise garbage("a chunk that is no JSON", data) from None
-    if not isinstance(chunk, dict):
-        raise garbage("a chunk that is no JSON object", data)
-    return chunk
+def _forget(coming: "asyncio.Future[tuple[Opened, Attempt]]") -> None:
+    """The upstream that was to go on came when nobody waited any more."""
+    if not coming.cancelled() and coming.exception() is None:
+        coming.result()[0].drop()
+
+
+def _chunks(blocks: Iterable[bytes]) -> Iterator[Json]:
+    for name, data in events(b"".join(blocks)):
+        if data != DONE_DATA and not name:
+            yield read_chunk(data)
+
+
+def _has_calls(chunk: Json) -> bool:
+    deltas = [choice.get("delta") for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+    return any(isinstance(delta, dict) and delta.get("tool_calls") for delta in deltas)
+
+
+def _whole(chunks: Iterable[Json], request: UpstreamRequest, usage: Usage) -> Answer:
+    body = assembled(chunks, request.endpoint)
+    body["usage"] = _usage_body(usage)
+    return Answer(body, None, usage)
+
+
+def _usage_body(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }  # fmt: skip
 
 
 def _close(reply: Reply | None) -> None:
@@ -369,10 +331,8 @@ def _close(reply: Reply | None) -> None:
         reply.close()
 
 
-async def _linger(reply: Reply | None) -> None:
+async def linger(reply: Reply) -> None:
     """Read to the end of the connection, which is a moment away, so that it can be used again."""
-    if reply is None:
-        return
     try:
         async with asyncio.timeout(LINGER_S):
             while await reply.read_some():

@@ -5,6 +5,7 @@ no cookies are kept. Nothing here has a timeout: whoever waits sets one.
 """
 
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,7 @@ def _same_origin(url: URL, location: str) -> URL | None:
 
 
 def _failed(error: Any) -> UpstreamError:
-    """aiohttp's exceptions in our vocabulary. Their texts name hosts, never keys."""
+    """aiohttp's exceptions in our vocabulary, without their texts: those name hosts, and clients are told what went wrong."""
     if isinstance(
         error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
     ):
@@ -130,4 +131,5 @@ def _failed(error: Any) -> UpstreamError:
 
 
 def _said(error: BaseException) -> str:
-    return (str(error) or type(error).__name__)[:200]
+    number = getattr(error, "errno", None)
+    return os.strerror(number).lower() if isinstance(number, int) and number > 0 else type(error).__name__

@@ -60,7 +60,10 @@ class MiniLM(Embedder, kind="minilm"):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 ``[N, 384]`` of length 1; an empty text is a row of zeros."""
-        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch([text.strip() for text in texts])]
+        clean = [
+            text.strip().encode("utf-8", "replace").decode() for text in texts
+        ]  # halves of surrogate pairs are no text
+        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(clean)]
         vector_ND = np.zeros((len(texts), self.dim), np.float32)
         rows = [row for row, ids in enumerate(tokens) if len(ids) > 2]
         rows.sort(key=lambda row: len(tokens[row]))
@@ -175,17 +178,17 @@ def _unpacked(archive: Path) -> Path:
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors.numpy import load_file
 
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise CheckpointError(f"{path} is not the published model (sha256 {found[:16]}..., not {SHA256[:16]}...)")
     try:
-        return load(content)
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 

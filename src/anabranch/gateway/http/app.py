@@ -15,6 +15,7 @@ from anabranch import __version__
 from anabranch.errors import AnabranchError
 from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes, Route, error_response, json_response
 from anabranch.gateway.http.openapi import describe
@@ -45,12 +46,11 @@ class App:
         table: dict[str, dict[str, Route]] = {
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
-            "/metrics": {"GET": self._metrics},
         }
         if public:
             table |= {**self._openai.table(), "/openapi.json": {"GET": self._openapi}}
         if admin:
-            table |= PageRoutes(gateway).table()
+            table |= {**PageRoutes(gateway).table(), "/metrics": {"GET": self._metrics}}
         self._table = table
         self._description: dict[str, Any] | None = None
 
@@ -110,6 +110,7 @@ class App:
         return json_response({"status": "ready", "models": len(self.gateway.config.models)})
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        await check_operator(self.gateway, request, local=True)
         body = self.gateway.metrics_text()
         return web.Response(body=body, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 

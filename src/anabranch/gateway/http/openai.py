@@ -18,6 +18,7 @@ from anabranch.gateway.validate import parse
 
 logger = logging.getLogger(__name__)
 JSON = "application/json"
+STALL_S = 5.0  # after its deadline a stream that is not read ends
 SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
 Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -101,7 +102,7 @@ class OpenAIRoutes:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             body = await self._read(request)
             reply = await self._gateway.handle(endpoint, body, key=bearer(request), headers=request.headers)
-            return await _send(request, reply)
+            return await self._send(request, reply, reply.stream)
 
         return answer
 
@@ -110,13 +111,14 @@ class OpenAIRoutes:
         reply = await self._gateway.handle(
             "chat", to_chat(body), key=bearer(request), headers=request.headers, shown_as="responses"
         )
+        source = reply.stream
         if reply.stream is not None:
             reply.stream = _as_response(body, reply.stream)
         elif reply.body is not None:
             reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode(
                 "utf-8", "replace"
             )
-        return await _send(request, reply)
+        return await self._send(request, reply, source)
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
         await self._gateway.authenticate(bearer(request))
@@ -127,30 +129,47 @@ class OpenAIRoutes:
         return json_response(await self._gateway.feedback(body, key=bearer(request)))
 
     async def _read(self, request: web.BaseRequest) -> dict[str, Any]:
+        """The body, of those only who have a key: nobody else may fill the memory."""
+        try:
+            await self._gateway.authenticate(bearer(request))
+        except ApiError as error:
+            if not request.content.is_eof():
+                error.headers["connection"] = "close"
+            raise
         limits = self._gateway.config.limits
         return parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
 
-
-async def _send(request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
-    """Reply as HTTP. A stream is written as fast as it is read on the other side, and closed when that goes away."""
-    reply.headers |= SAFE
-    if reply.stream is None:
-        return web.Response(status=reply.status, body=reply.body, content_type=JSON, headers=reply.headers)
-    stream = reply.stream
-    headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
-    response = web.StreamResponse(status=reply.status, headers=headers)
-    response.content_type = "text/event-stream"
-    try:
-        await response.prepare(request)
-        async for chunk in stream:
-            await response.write(chunk)
-        await response.write_eof()
-    except ConnectionError:
-        logger.debug("the client went away")
-    finally:
-        with contextlib.suppress(RuntimeError):  # it is being closed already
-            await stream.aclose()  # type: ignore[attr-defined]
-    return response
+    async def _send(
+        self, request: web.BaseRequest, reply: Reply, source: AsyncIterator[bytes] | None
+    ) -> web.StreamResponse:
+        """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
+        that goes away, breaks, or does not read on until `STALL_S` after the deadline.
+        """
+        reply.headers |= SAFE
+        if reply.stream is None or source is None:
+            return web.Response(status=reply.status, body=reply.body, content_type=JSON, headers=reply.headers)
+        headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        response = web.StreamResponse(status=reply.status, headers=headers)
+        response.content_type = "text/event-stream"
+        try:
+            async with asyncio.timeout(self._gateway.config.deadline_s + STALL_S):
+                await response.prepare(request)
+                async for chunk in reply.stream:
+                    await response.write(chunk)
+                await response.write_eof()
+        except ConnectionError:
+            logger.debug("the client went away")
+        except Exception as error:  # the head is out: all that can be done is to break off
+            logger.error(
+                "a stream broke: %s", type(error).__name__, exc_info=None if isinstance(error, TimeoutError) else error
+            )
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            for stream in (reply.stream, source):
+                with contextlib.suppress(RuntimeError):  # it is being closed already
+                    await stream.aclose()  # type: ignore[attr-defined]
+        return response
 
 
 async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -168,6 +187,9 @@ async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> As
                 for piece in made.add(data):
                     yield piece
         for piece in made.end():
+            yield piece
+    except (AttributeError, LookupError, TypeError, ValueError):
+        for piece in made.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
             yield piece
     finally:
         await stream.aclose()  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ STATUS = {  # of an error inside a stream, which has no status of its own
     "overloaded_error": 529, "api_error": 500, "rate_limit_error": 429, "authentication_error": 401, "permission_error": 403,
     "not_found_error": 404, "request_too_large": 413, "timeout_error": 504, "billing_error": 402, "invalid_request_error": 400,
 }  # fmt: skip
+_MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)  # what reading a value of another shape raises
 REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio")
 
 
@@ -84,13 +85,22 @@ class Anthropic(Provider, kind="anthropic"):
         """The messages in Anthropic's form. Raises UpstreamError (``unsupported``) for what it cannot do."""
         if request.endpoint != "chat":
             raise unsupported(f"{request.endpoint} cannot be asked of anthropic")
-        body = translated(request.body, self.config.model, self.config.max_tokens)
+        try:
+            body = translated(request.body, self.config.model, self.config.max_tokens)
+        except _MISSHAPEN as error:
+            message = f"messages or tools are not in the form of OpenAI's API ({type(error).__name__}: {error})"
+            raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         return HttpCall(self._url, headers, json.dumps(body, separators=(",", ":")).encode(), self.config.proxy)
 
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
-        """A message as a chat completion."""
-        value = parse_object(body)
+        """A message as a chat completion. Raises UpstreamError (``garbage``)."""
+        try:
+            return self._parsed(parse_object(body), body)
+        except _MISSHAPEN:
+            raise garbage("an answer that is no message", body) from None
+
+    def _parsed(self, value: Json, body: bytes) -> Answer:
         if value.get("type") == "error":
             raise UpstreamError(self._of_event(value))
         if not isinstance(value.get("content"), list):
@@ -306,8 +316,10 @@ class MessageStream:
         kind = value.get("type")
         if kind == "error":
             raise UpstreamError(self._provider._of_event(value))
-        reader = getattr(self, f"_{kind}", None) if kind in EVENTS else None
-        return [] if reader is None else reader(value)
+        try:
+            return getattr(self, f"_{kind}")(value) if kind in EVENTS else []
+        except _MISSHAPEN:
+            raise garbage("an event that is none of a message", data) from None
 
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> list[Json]:
         return [{**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}]

@@ -5,6 +5,7 @@ from typing import Any
 
 from anabranch.gateway.providers.provider import Json
 
+PLACES = 1024  # most choices, or calls of tools, of an answer
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
 
 
@@ -47,7 +48,7 @@ def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
             if name not in ("choices", "object") and (value is not None or name not in body):
                 body[name] = value
         for choice in _choices(chunk):
-            at = choice.get("index", 0)
+            at = _place(choice, 0)
             _add(choices.setdefault(at, {"index": at, "finish_reason": None}), choice, endpoint)
     body["object"] = "chat.completion" if endpoint == "chat" else "text_completion"
     body["choices"] = [choices[at] for at in sorted(choices)]
@@ -61,9 +62,10 @@ def _add(whole: Json, choice: Json, endpoint: str) -> None:
     if isinstance(logprobs, dict):
         kept = whole.setdefault("logprobs", {})
         for name, value in logprobs.items():
-            kept[name] = [*(kept.get(name) or []), *value] if isinstance(value, list) else value
+            before = kept.get(name)
+            kept[name] = [*(before if isinstance(before, list) else []), *value] if isinstance(value, list) else value
     if endpoint != "chat":
-        whole["text"] = whole.get("text", "") + (choice.get("text") or "")
+        whole["text"] = whole.get("text", "") + _string(choice.get("text"))
         return
     message = whole.setdefault("message", {"role": "assistant", "content": None})
     delta = choice.get("delta")
@@ -71,21 +73,29 @@ def _add(whole: Json, choice: Json, endpoint: str) -> None:
         if name == "tool_calls" and isinstance(value, list):
             _add_calls(message.setdefault("tool_calls", []), value)
         elif name in TEXTS and isinstance(value, str):
-            message[name] = (message.get(name) or "") + value
+            message[name] = _string(message.get(name)) + value
         elif value is not None and name != "tool_calls":
             message[name] = value
 
 
 def _add_calls(calls: list[Json], pieces: list[Any]) -> None:
     for piece in pieces:
-        at = piece.get("index", len(calls))
-        while len(calls) <= min(at, 1023):
+        if not isinstance(piece, dict):
+            continue
+        at = _place(piece, len(calls))
+        while len(calls) <= at:
             calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-        call = calls[min(at, 1023)]
+        call, function = calls[at], piece.get("function")
         call["id"] = piece.get("id") or call["id"]
-        for name, value in (piece.get("function") or {}).items():
+        for name, value in function.items() if isinstance(function, dict) else ():
             if isinstance(value, str):
                 call["function"][name] = call["function"].get(name, "") + value
+
+
+def _place(item: Json, default: int) -> int:
+    """The index that a choice or a call says it has, if it is one."""
+    at = item.get("index", default)
+    return at if type(at) is int and 0 <= at < PLACES else min(default, PLACES - 1)
 
 
 def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> list[Json]:
@@ -94,21 +104,29 @@ def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> l
     head["object"] = "chat.completion.chunk" if endpoint == "chat" else "text_completion"
     chunks = []
     for choice in _choices(body):
-        at = choice.get("index", 0)
+        at = _place(choice, 0)
         shared = {"index": at, "logprobs": choice.get("logprobs")}
         if endpoint == "chat":
-            message = dict(choice.get("message") or {})
-            if message.get("tool_calls"):
-                message["tool_calls"] = [{"index": place, **call} for place, call in enumerate(message["tool_calls"])]
+            given = choice.get("message")
+            message = dict(given) if isinstance(given, dict) else {}
+            calls = message.get("tool_calls")
+            if isinstance(calls, list):
+                message["tool_calls"] = [
+                    {**call, "index": place} for place, call in enumerate(calls) if isinstance(call, dict)
+                ]
             part: Json = {**shared, "delta": {"role": "assistant", **message}, "finish_reason": None}
             end: Json = {"index": at, "delta": {}, "finish_reason": choice.get("finish_reason") or "stop"}
         else:
-            part = {**shared, "text": choice.get("text") or "", "finish_reason": None}
+            part = {**shared, "text": _string(choice.get("text")), "finish_reason": None}
             end = {"index": at, "text": "", "finish_reason": choice.get("finish_reason") or "stop"}
         chunks += [{**head, "choices": [part]}, {**head, "choices": [end]}]
     if with_usage and isinstance(body.get("usage"), dict):
         chunks.append({**head, "choices": [], "usage": body["usage"]})
     return chunks
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _choices(chunk: Json) -> list[Json]:

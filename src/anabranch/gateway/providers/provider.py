@@ -26,6 +26,7 @@ Json = dict[str, Any]
 Headers = Mapping[str, str]
 
 BODY_BYTES = 32 << 20  # most bytes of an answer that are read
+TOKENS = 10**9  # most tokens of one call that are believed
 RETRY_AFTER_S = 300.0  # longer waits than this are not believed
 
 FailureKind = Literal[
@@ -144,7 +145,7 @@ class Usage:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= TOKENS
 
 
 class UpstreamRequest:

@@ -5,8 +5,11 @@ A line is appended whole or not at all.
 """
 
 import asyncio
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -29,6 +32,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
 )
 
+logger = logging.getLogger(__name__)
 KEPT_HEADERS = ("content-type", "retry-after")
 
 
@@ -98,12 +102,20 @@ class _Log:
         self._path = path
 
     def append(self, row: Json) -> None:
+        """Raises nothing: that a recording has no room is no reason to fail a request, and is logged."""
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(handle, line)  # one write: appended as a whole
-        finally:
-            os.close(handle)
+            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # so that nobody appends between a short write and its undoing
+                size = os.fstat(handle).st_size
+                if os.write(handle, line) < len(line):
+                    os.ftruncate(handle, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(handle)
+        except OSError as error:
+            logger.error("an answer was not recorded in %s: %s", self._path, error.strerror or error)
 
 
 class _Recorder:
@@ -162,19 +174,38 @@ class Replay(Provider, kind="replay"):
 
         Attributes:
             path: JSONL file that `Record` wrote, or `write_answers`.
+            provider: in whose form the answers are, as it was recorded (without a key); None for OpenAI's.
             pace: share of the recorded time that an answer takes; 0 answers at once.
         """
 
         path: str
+        provider: Provider.Config | None = None
         pace: float = Field(default=0.0, ge=0)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._rows = _read(Path(config.path))
+        self._inner: Provider | None = None if config.provider is None else config.provider.build()
 
     def build(self, request: UpstreamRequest) -> HttpCall:
-        """As for OpenAI, to nowhere."""
+        """As for the provider whose form it is; sent to nowhere."""
+        if self._inner is not None:
+            return self._inner.build(request)
         return HttpCall(PATHS[request.endpoint], {}, request.encoded(self.config.model, True))
+
+    def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
+        """As the provider whose form it is."""
+        return super().parse(request, body) if self._inner is None else self._inner.parse(request, body)
+
+    def translator(self, request: UpstreamRequest) -> Translator | None:
+        """As the provider whose form it is."""
+        return None if self._inner is None else self._inner.translator(request)
+
+    def error(self, status: int, headers: Headers, body: bytes) -> Failure:
+        """As the provider whose form it is."""
+        if self._inner is None:
+            return super().error(status, headers, body)
+        return self._inner.error(status, headers, body)
 
     def transport(self, http: Transport) -> Transport:
         """Itself."""

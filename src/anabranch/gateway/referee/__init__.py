@@ -6,13 +6,16 @@ print(report.to_markdown())
 
 from anabranch.gateway.referee.compare import Interval, bootstrap, holm
 from anabranch.gateway.referee.curve import aiq, cost_save, hull, pareto_distance, routerbench_aiq
-from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate, preference, try_out
+from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate, preference, try_out, with_cheapest
+from anabranch.gateway.referee.replay import Replay, Replayed, replay
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import Recovery, recovery, recovery_in_bins
 
 __all__ = [
     "Interval",
     "Recovery",
+    "Replay",
+    "Replayed",
     "Report",
     "Standing",
     "Trial",
@@ -27,6 +30,8 @@ __all__ = [
     "preference",
     "recovery",
     "recovery_in_bins",
+    "replay",
     "routerbench_aiq",
     "try_out",
+    "with_cheapest",
 ]

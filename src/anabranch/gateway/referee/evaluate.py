@@ -254,8 +254,8 @@ def _report(
         cost_range = float(single_P2[:, 0].min()), float(single_P2[:, 0].max())
     found = Report(
         models=list(test.models), num_test=len(test), cost_range=cost_range, dollar=dollar,
-        baselines={name: _baseline_row(rule, cost_range) for name, rule in known.items()},
-        singles={model: _baseline_row(rule, cost_range) for model, rule in singles.items()},
+        baselines={name: _baseline_row(rule, single_P2, cost_range) for name, rule in known.items()},
+        singles={model: _baseline_row(rule, single_P2, cost_range) for model, rule in singles.items()},
         mixing=None if single_P2 is None or cost_range is None else {"aiq": aiq(single_P2, *cost_range), "curve": hull(single_P2).tolist()},
     )  # fmt: skip
     if not trials:
@@ -271,14 +271,24 @@ def _report(
     return found.replace(strategies=rows)
 
 
-def _baseline_row(rule: Baseline, cost_range: tuple[float, float] | None) -> dict:
-    """A baseline for the report. A single model is a flat line: its AIQ is its score."""
+def with_cheapest(point_P2: np.ndarray, single_P2: np.ndarray) -> np.ndarray:
+    """Points and that of the cheapest model: below the cost of a strategy's cheapest setting, a budget is met by mixing with it.
+
+    Without, a strategy that only ever asks the dearest model would count as if it met every budget.
+    """
+    return np.concatenate([point_P2, single_P2[np.argmin(single_P2[:, 0])][None]])
+
+
+def _baseline_row(
+    rule: Baseline, single_P2: np.ndarray | None, cost_range: tuple[float, float] | None
+) -> dict[str, Any]:
+    """A baseline for the report."""
     row = {"score": float(rule.quality_N.mean()), "cost": None, "aiq": None, **rule.facts}
-    if rule.cost_N is not None and rule.curve_P2 is not None and cost_range is not None:
-        row |= {"cost": float(rule.cost_N.mean()), "aiq": aiq(rule.curve_P2, *cost_range)}
-        if len(rule.curve_P2) > 1:
-            row["curve"] = hull(rule.curve_P2).tolist()
-    return row
+    if rule.cost_N is None or rule.curve_P2 is None or single_P2 is None or cost_range is None:
+        return row
+    if len(rule.curve_P2) > 1:
+        row["curve"] = hull(rule.curve_P2).tolist()
+    return {**row, "cost": float(rule.cost_N.mean()), "aiq": aiq(with_cheapest(rule.curve_P2, single_P2), *cost_range)}
 
 
 def _standing(
@@ -309,15 +319,13 @@ def _of_cost(
     best = rules["best_single"].point
     if trial.curve_P2 is None or single_P2 is None or cost_range is None or best is None:
         return {}
-    curve_P2, (low, high) = trial.curve_P2, cost_range
+    curve_P2 = trial.curve_P2
     every_P2 = np.concatenate([single_P2, *(other.curve_P2 for other in trials if other.curve_P2 is not None)])
-    cheapest_12 = single_P2[np.argmin(single_P2[:, 0])][None]
     scale = Scale(cost_range, (float(single_P2[:, 1].min()), float(rules["oracle"].quality_N.mean())))
     return {
         "cost": float(trial.cost_N.mean()),
         "curve": np.unique(curve_P2, axis=0).tolist(),
-        "aiq": aiq(curve_P2, low, high),
-        "aiq_from_cheapest": aiq(np.concatenate([curve_P2, cheapest_12]), low, high),
+        "aiq": aiq(with_cheapest(curve_P2, single_P2), *cost_range),
         "aiq_routerbench": routerbench_aiq(curve_P2, float(every_P2[:, 0].max())),
         "cost_save": cost_save(curve_P2, best[1], best[0]),
         "pareto_distance": pareto_distance(curve_P2[0].tolist(), hull(every_P2), scale),

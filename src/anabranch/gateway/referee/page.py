@@ -7,7 +7,7 @@ from string import Template
 
 from anabranch import __version__
 from anabranch.gateway.referee.pictures import draw
-from anabranch.gateway.referee.report import BASELINE_HEADERS, HEADERS, Report
+from anabranch.gateway.referee.report import Report
 from anabranch.report.style import to_svg
 
 _READ = (
@@ -31,8 +31,9 @@ def page(report: Report, title: str) -> str:
         text=f"<p>{escape(report.describe())}</p>{failed}",
         picture=f'<figure><img alt="Cost against quality" src="data:image/svg+xml;base64,{svg}">'
         f"<figcaption>{escape(_READ)}</figcaption></figure>",
-        tables=_table("Strategies", HEADERS, report.rows())
-        + _table("Baselines", BASELINE_HEADERS, report.baseline_rows()),
+        tables="".join(
+            _table(heading, *cells) for heading, cells in zip(("Strategies", "Baselines"), report.tables(), strict=True)
+        ),
         words=escape(_WORDS),
         facts="".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value

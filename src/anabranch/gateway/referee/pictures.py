@@ -23,7 +23,7 @@ def draw(report: Report, title: str = "") -> Figure:
         for number, one in enumerate(shown):
             _curve(axes, one, SERIES[number], MARKERS[number % len(MARKERS)])
         _reference(axes, report)
-        axes.set(xlabel="dollars per thousand queries", ylabel="mean score", title=title)
+        axes.set(xlabel=f"{report.unit} per thousand queries", ylabel="mean score", title=title)
         axes.margins(x=0.04, y=0.06)
         axes.grid(color=GRID)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -23,8 +23,8 @@ class Standing:
         calls: mean calls of each model a question.
         cost: mean dollars a question.
         curve: points (cost, score) over its knob.
-        aiq: mean score of the hull over the declared range of costs, flat beyond its ends.
-        aiq_from_cheapest: the same where budgets below its cheapest setting are met by mixing with the cheapest model.
+        aiq: mean score of the hull over the declared range of costs, where budgets below its cheapest setting are met by mixing with
+            the cheapest model.
         aiq_routerbench: as RouterBench's code reckons it, on the strategies compared.
         cost_save: largest share of the best single model's cost saved without loss; None if it is never as good.
         pareto_distance: from its own setting to the hull of all that is compared; ranges of cost and score count 1.
@@ -46,7 +46,6 @@ class Standing:
     cost: float | None = None
     curve: list[list[float]] | None = None
     aiq: float | None = None
-    aiq_from_cheapest: float | None = None
     aiq_routerbench: float | None = None
     cost_save: float | None = None
     pareto_distance: float | None = None
@@ -76,7 +75,7 @@ class Report:
         mixing: what drawing among single models at random reaches.
         failed: strategies that could not be judged, and why.
         cost_range: dollars a question between which AIQ is taken.
-        dollar: score that a dollar is worth, for regret.
+        dollar: score that a unit of cost is worth, for regret. unit: what costs are in.
         data: digests of the outcomes. seconds: wall time. versions: of what the result depends on.
     """
 
@@ -92,6 +91,7 @@ class Report:
     seeds: list[int] = field(default_factory=list)
     cost_range: tuple[float, float] | None = None
     dollar: float = 0.0
+    unit: str = "dollars"
     data: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -115,10 +115,21 @@ class Report:
 
     def to_markdown(self) -> str:
         """Tables of strategies and baselines, and a sentence on how they were judged."""
-        lines = [f"{self.describe()}\n", *_markdown(HEADERS, self.rows()), ""]
-        lines += _markdown(BASELINE_HEADERS, self.baseline_rows())
-        lines += [f"\n- {name} was left out: {reason}" for name, reason in self.failed.items()]
-        return "\n".join(lines) + "\n"
+        lines = [f"{self.describe()}\n"]
+        for headers, rows in self.tables():
+            lines += [*_markdown(headers, rows), ""]
+        lines += [f"- {name} was left out: {reason}" for name, reason in self.failed.items()]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Headers and cells of strategies, best first, and of baselines; columns that hold nothing are left out."""
+        cost = "$ per 1k\nqueries" if self.unit == "dollars" else f"{self.unit}\nper 1k"
+        found = []
+        for headers, rows in ((HEADERS, self.rows()), (BASELINE_HEADERS, self.baseline_rows())):
+            shown = [column for column in range(len(headers)) if column == 0 or any(row[column] for row in rows)]
+            named = [cost if headers[column] == COST else headers[column] for column in shown]
+            found.append((named, [[row[column] for column in shown] for row in rows]))
+        return found
 
     def describe(self) -> str:
         """How strategies were judged, in a sentence."""
@@ -139,7 +150,7 @@ class Report:
         ]  # fmt: skip
 
     def baseline_rows(self) -> list[list[str]]:
-        """Cells under `BASELINE_HEADERS`. The AIQ of one setting is its score, at whatever cost, so it is not shown."""
+        """Cells under `BASELINE_HEADERS`."""
         named = {
             "random": "random choice",
             "best_single": f"best single ({self.baselines.get('best_single', {}).get('model', '')})",
@@ -147,19 +158,17 @@ class Report:
             "oracle": "oracle",
         }
         rows = {named[name]: row for name, row in self.baselines.items()} | self.singles
-        found = [
-            [name, number(row["score"]), dollars(row["cost"]), number(row["aiq"]) if "curve" in row else ""]
-            for name, row in rows.items()
-        ]
+        found = [[name, number(row["score"]), dollars(row["cost"]), number(row["aiq"])] for name, row in rows.items()]
         mixed = [] if self.mixing is None else [["single models, mixed at random", "", "", number(self.mixing["aiq"])]]
         return mixed + found
 
 
+COST = "cost"
 HEADERS = (
-    "strategy", "score", "95% interval", "gain on\nbest single", "p<.05\nHolm", "$ per 1k\nqueries", "AIQ", "cost saved\nwithout loss",
+    "strategy", "score", "95% interval", "gain on\nbest single", "p<.05\nHolm", COST, "AIQ", "cost saved\nwithout loss",
     "gap to\noracle", "APGR", "decision\nms p99",
 )  # fmt: skip
-BASELINE_HEADERS = ("baseline", "score", "$ per 1k\nqueries", "AIQ")
+BASELINE_HEADERS = ("baseline", "score", COST, "AIQ")
 
 
 def versions() -> dict[str, str]:
@@ -183,7 +192,7 @@ def dollars(value: float | None) -> str:
     return "" if value is None else f"{1000 * value:.4g}"
 
 
-def _markdown(headers: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+def _markdown(headers: list[str], rows: list[list[str]]) -> list[str]:
     head = " | ".join(header.replace("\n", " ") for header in headers)
     line = " | ".join("---" if place == 0 else "---:" for place in range(len(headers)))
     return [

@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,10 @@ except ImportError:  # not on Windows: there, one process at a time
 BUSY_S = 5.0  # that a write waits for another process
 CHUNKS = (64, 16, 4, 1)  # rows of one INSERT: few statements to prepare, few times the interpreter's lock changes hands
 SYNCHRONOUS = ("normal", "full")
+CHECKPOINT_S = 1.0  # between moves of the log into the file, which wait for the disk, by a thread that nobody waits for
+WAL_PAGES = (
+    16_384  # of the log (64 MB): then the writer does it itself, or under steady load the log would never begin anew
+)
 
 
 _PASSING = frozenset((
@@ -46,7 +51,7 @@ class SqliteConnection:
 
     for_update: ClassVar[str] = ""
 
-    def __init__(self, path: Path, synchronous: str) -> None:
+    def __init__(self, path: Path, synchronous: str, wal_pages: int = 1000) -> None:
         try:
             self._raw = sqlite3.connect(
                 path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -54,6 +59,7 @@ class SqliteConnection:
             self._raw.execute("PRAGMA journal_mode = WAL")
             self._raw.execute(f"PRAGMA synchronous = {synchronous}")
             self._raw.execute("PRAGMA journal_size_limit = 67108864")
+            self._raw.execute(f"PRAGMA wal_autocheckpoint = {wal_pages}")
         except sqlite3.DatabaseError as error:
             raise DataError(f"cannot open the store {path}: {error}") from None
 
@@ -135,10 +141,12 @@ class SqliteDatabase:
             raise DataError(f"synchronous is {synchronous!r}; use one of {', '.join(SYNCHRONOUS)}")
         self.path, self._synchronous, self.replica = Path(path), synchronous, uuid.uuid4().hex
         self._held: int | None = None
+        self._mover: threading.Thread | None = None
+        self._ends = threading.Event()
 
     def connect(self) -> SqliteConnection:
         """See `Database`."""
-        return SqliteConnection(self.path, self._synchronous)
+        return SqliteConnection(self.path, self._synchronous, 1000 if self._mover is None else WAL_PAGES)
 
     def open(self) -> None:
         """See `Database`."""
@@ -177,7 +185,9 @@ class SqliteDatabase:
 
     def hold(self) -> None:
         """See `Database`."""
-        if fcntl is None or self._held is not None:
+        self._mover = threading.Thread(target=self._checkpoint, name="anabranch-store-log", daemon=True)
+        self._mover.start()
+        if fcntl is None:
             return
         path = self._lock_path(self.replica)
         while self._held is None:
@@ -189,6 +199,14 @@ class SqliteDatabase:
                 os.close(handle)
         for other in self.path.parent.glob(f"{self.path.name}-replica-*"):
             self._is_dead(other.name.rpartition("-")[2])
+
+    def _checkpoint(self) -> None:
+        """Of a thread: move the log into the file as far as that holds up nobody."""
+        connection = self.connect()
+        while not self._ends.wait(CHECKPOINT_S):
+            with suppress(BusyError):
+                connection.rows("PRAGMA wal_checkpoint(PASSIVE)")
+        connection.close()
 
     def beat(self, connection: Any) -> None:
         """The lock is enough."""
@@ -220,6 +238,10 @@ class SqliteDatabase:
 
     def let_go(self) -> None:
         """See `Database`."""
+        if self._mover is not None:
+            self._ends.set()
+            self._mover.join()
+            self._mover = None
         if self._held is not None:
             self._lock_path(self.replica).unlink(missing_ok=True)
             os.close(self._held)

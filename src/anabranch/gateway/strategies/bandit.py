@@ -13,9 +13,10 @@ An observation updates A^-1 in O(d^2) (Sherman and Morrison 1950): A^-1 <- A^-1 
 each minus ``trade_off`` times the model's mean cost so far. The draws of the latter two are a hash of seed, step and text: the
 same state decides the same.
 
-z(x) is [1, R (x - mean)] with R d - 1 directions: the principal ones of the recorded queries after ``fit`` (warm start: every
-known outcome of the data is an observation of weight ``warm_weight``), seeded random ones without. Fewer directions are learned
-from fewer answers; 1 / sqrt(d) of the norm of z is its constant.
+z(x) is [1, R (x - mean)] with few directions R, since fewer are learned from fewer answers: the principal ones of the recorded
+queries after ``fit`` (warm start: every known outcome of the data is an observation of weight ``warm_weight``). Without it seeded
+random ones serve for the first ``settle`` observations; then the principal ones of these take their place, and the observations are
+learned again.
 
 Drift: with ``discount`` < 1 an observation weighs discount^(observations since) (Russac et al. 2019, arXiv 1909.09146, D-LinUCB);
 arms that were not asked grow uncertain again. Forgetting stops where A^-1 would pass the prior's I / ridge by its trace, which
@@ -48,7 +49,8 @@ class Bandit(Strategy):
         """Learning.
 
         Attributes:
-            dim: directions of the vector that are learned from; all where the vector has fewer.
+            dim: directions of the vector that are learned from; all where the vector has no more.
+            settle: observations after which a cold start takes its directions from what it saw.
             ridge: of the regressions, in observations' worth.
             trade_off: score given up to save a dollar on one query.
             discount: weight of an observation after each later one; 1 never forgets.
@@ -56,8 +58,9 @@ class Bandit(Strategy):
             seed: of random directions and draws.
         """
 
-        dim: int = Field(default=48, ge=1)
-        ridge: float = Field(default=1.0, gt=0)
+        dim: int = Field(default=16, ge=1)
+        settle: int = Field(default=256, ge=2)
+        ridge: float = Field(default=0.3, gt=0)
         trade_off: float = Field(default=0.0, ge=0)
         discount: float = Field(default=1.0, gt=0, le=1)
         warm_weight: float = Field(default=1.0, ge=0)
@@ -75,6 +78,10 @@ class Bandit(Strategy):
         self.last_M = np.zeros(0, np.int64)  # step of the arm's last observation
         self.calls_M, self.cost_M = np.zeros(0), np.zeros(0)  # calls with a known cost, and its mean
         self.steps = 0
+        self.seen_SV, self.seen_S2 = (
+            np.zeros((0, 0), np.float32),
+            np.zeros((0, 2)),
+        )  # vectors; arm and quality, until it settles
 
     # -- z
 
@@ -85,9 +92,9 @@ class Bandit(Strategy):
             rng = np.random.default_rng(self.config.seed)
             basis_DV = np.eye(dim)
             if self.config.dim < dim:
-                basis_DV = np.linalg.qr(rng.standard_normal((dim, self.config.dim)))[0].T * np.sqrt(
-                    dim / self.config.dim
-                )
+                basis_DV = np.linalg.qr(rng.standard_normal((dim, self.config.dim)))[0].T
+                basis_DV *= np.sqrt(dim / self.config.dim)
+                self.seen_SV = np.zeros((0, dim), np.float32)
             self._start(np.zeros(dim), basis_DV)
         if vector_NV.shape[1] != len(self.centre_V):
             raise InputError(
@@ -120,13 +127,8 @@ class Bandit(Strategy):
         """Warm start. What was observed before is forgotten. Needs no chance."""
         training_set(data, self.name)
         vector_NV = np.asarray(data.vector_ND, float)
-        centre_V = vector_NV.mean(0)
-        _, size_V, axis_VV = np.linalg.svd(
-            np.cov((vector_NV - centre_V).T, bias=True).reshape(vector_NV.shape[1], -1), hermitian=True
-        )
-        kept = min(self.config.dim, int((size_V > size_V[0] * 1e-9).sum())) if size_V[0] > 0 else 1
-        scale = np.sqrt(size_V[:kept].sum())  # so that z is as long as [1, 1] on average
-        self._start(centre_V, axis_VV[:kept] / (scale if scale > 0 else 1.0))
+        self._start(*self._principal(vector_NV))
+        self.seen_SV, self.seen_S2 = np.zeros((0, 0), np.float32), np.zeros((0, 2))
         z_ND = self.features(vector_NV)
         for name in data.models:
             self._arm(name)
@@ -137,6 +139,28 @@ class Bandit(Strategy):
                 self.calls_M[arm] = known_N.sum()
                 self.cost_M[arm] = data.cost_NM[known_N, arm].mean() if known_N.any() else 0.0
         return self
+
+    def _principal(self, vector_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of the vectors, and their principal directions, scaled so that z is as long as [1, 1] on average."""
+        centre_V = vector_NV.mean(0)
+        covariance_VV = np.cov((vector_NV - centre_V).T, bias=True).reshape(len(centre_V), -1)
+        size_V, axis_VV = np.linalg.eigh(covariance_VV)
+        size_V, axis_VV = size_V[::-1], axis_VV.T[::-1]
+        kept = max(1, min(self.config.dim, int((size_V > size_V[0] * 1e-9).sum())))
+        scale = np.sqrt(max(float(size_V[:kept].sum()), 0.0))
+        return centre_V, axis_VV[:kept] / (scale if scale > 0 else 1.0)
+
+    def _settle(self) -> None:
+        """Directions from what was seen, and the same observations once more along them. Costs so far stay."""
+        vector_SV, told_S2 = self.seen_SV, self.seen_S2
+        models, calls_M, cost_M = self.models, self.calls_M, self.cost_M
+        self._start(*self._principal(vector_SV.astype(float)))
+        self.seen_SV, self.seen_S2 = np.zeros((0, 0), np.float32), np.zeros((0, 2))
+        for name in models:
+            self._arm(name)
+        self.calls_M, self.cost_M = calls_M, cost_M
+        for z_D, (arm, quality) in zip(self.features(vector_SV), told_S2, strict=True):
+            self._update(int(arm), z_D, float(quality))
 
     def _warm(self, arm: int, z_ND: np.ndarray, score_N: np.ndarray) -> None:
         known_N = np.isfinite(score_N)
@@ -159,6 +183,11 @@ class Bandit(Strategy):
             self.cost_M[arm] += (outcome.cost - self.cost_M[arm]) * step
         if quality is not None and np.isfinite(quality):
             self._update(arm, z_D, float(quality))
+            if self.seen_SV.shape[1]:
+                self.seen_SV = np.vstack((self.seen_SV, np.asarray(vector_V, np.float32)))
+                self.seen_S2 = np.vstack((self.seen_S2, (arm, quality)))
+                if len(self.seen_SV) >= self.config.settle:
+                    self._settle()
 
     def _update(self, arm: int, z_D: np.ndarray, quality: float) -> None:
         """Sherman and Morrison, after what the arm knew has been discounted."""
@@ -265,11 +294,9 @@ class Bandit(Strategy):
     def state(self) -> tuple[Arrays, Facts]:
         """All arms."""
         direction_DV = np.zeros((0, 0)) if self.direction_DV is None else self.direction_DV
-        names = ("centre_V", "inverse_MDD", "b_MD", "theta_MD", "last_M", "calls_M", "cost_M")
-        return {"direction_DV": direction_DV, **{name: getattr(self, name) for name in names}}, {
-            "models": list(self.models),
-            "steps": self.steps,
-        }
+        names = ("centre_V", "inverse_MDD", "b_MD", "theta_MD", "last_M", "calls_M", "cost_M", "seen_SV", "seen_S2")
+        arrays = {"direction_DV": direction_DV} | {name: getattr(self, name) for name in names}
+        return arrays, {"models": list(self.models), "steps": self.steps}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave. The arrays are copied, since learning goes on in place."""
@@ -287,7 +314,7 @@ class LinUCB(Bandit, kind="linucb"):
     class Config(Bandit.Config):
         """Attributes: ``alpha``, standard errors added: in theory 1 + sqrt(ln(2 / delta) / 2), in practice far less."""
 
-        alpha: float = Field(default=0.3, ge=0)
+        alpha: float = Field(default=0.2, ge=0)
 
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
@@ -302,7 +329,7 @@ class Thompson(Bandit, kind="thompson"):
     class Config(Bandit.Config):
         """Attributes: ``scale``, standard deviation of a quality about its mean, and so of the draws."""
 
-        scale: float = Field(default=0.3, gt=0)
+        scale: float = Field(default=0.15, gt=0)
 
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
@@ -323,8 +350,8 @@ class EpsGreedy(Bandit, kind="eps_greedy"):
             decay: epsilon is divided by 1 + decay * observations.
         """
 
-        epsilon: float = Field(default=0.1, ge=0, le=1)
-        decay: float = Field(default=0.0, ge=0)
+        epsilon: float = Field(default=0.3, ge=0, le=1)
+        decay: float = Field(default=0.002, ge=0)
 
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray

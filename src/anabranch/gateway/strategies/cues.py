@@ -1,36 +1,58 @@
 """What a text shows at a glance: code, mathematics, language, difficulty. Counting and pattern matching only, some tens of microseconds."""
 
 import re
+from dataclasses import dataclass
 
-LOOKED_AT = 20_000  # characters of a text that are looked at, so that a long one costs no more
-
-
-def _any_word(words: str) -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{words})\b", re.IGNORECASE)
+LOOKED_AT = 8_000  # characters of a text that are looked at, so that a long one costs no more
 
 
+@dataclass(frozen=True)
+class _Words:
+    """Words, beginnings of words and phrases; looked up word by word, which is ten times as quick as one long pattern."""
+
+    words: frozenset[str]
+    stems: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
+
+    def count(self, text: str) -> int:
+        """How often they occur in a text of lower case."""
+        found = sum(word in self.words or word.startswith(self.stems) for word in _WORD.findall(text))
+        return found + sum(text.count(phrase) for phrase in self.phrases)
+
+
+_WORD = re.compile(r"[a-z]+")
 _CODE = re.compile(
     r"^\s*(?:def|class|import|from|return|async def|public|private|static|void|const|let|var|func|fn|#include|package|using)\b"
-    r"|^\s*(?:SELECT|INSERT|CREATE)\b|[{};]\s*$|=>|::|</?[a-z]+[^<>\n]{0,80}>|\b\w{1,80}\([^()\n]{0,80}\)\s*[{:;]"
-    r"|\bTraceback \(most recent call last\)|\b[A-Za-z]{1,40}Error\b|\bException\b",
+    r"|^\s*(?:SELECT|INSERT|CREATE)\b|[{};]\s*$|=>|::|</?[a-z]+[^<>\n]{0,80}>|\w\([^()\n]{0,80}\)\s*[{:;]"
+    r"|\bTraceback \(most recent call last\)|[a-z]Error\b|\bException\b",
     re.MULTILINE,
 )
-_CODE_WORDS = _any_word(
-    r"python|javascript|typescript|java|rust|golang|sql|regex|bash|shell script|html|css|api|json|yaml|docker|kubernetes|git"
-    r"|compile[rs]?|debug|refactor|unit tests?|stack trace|pull request|function|algorithm|data structure|source code|code"
+_CODE_WORDS = _Words(
+    frozenset(
+        "python javascript typescript java rust golang sql regex bash html css api json yaml docker kubernetes git debug function "
+        "algorithm code".split()
+    ),
+    ("compile", "refactor"),
+    ("shell script", "unit test", "stack trace", "pull request", "data structure"),
 )
 _LATEX = re.compile(r"\\(?:frac|sum|int|sqrt|prod|lim|begin|alpha|beta|theta|pi|infty|cdot|leq|geq)(?![a-zA-Z])")
 _MATHS = re.compile(
-    r"\$[^$\n]{1,200}\$|[\u2211\u222b\u221a\u221e\u2264\u2265\u2260\u2208\u2200\u2203\u03c0]|\b\d+(?:\.\d+)?\s*[-+*/\u00d7\u00f7^=]\s*\(?-?\d"
-    r"|\b[a-z]\s*\^\s*\d|\b[a-z]\s*=\s*-?\d|\bf\(x\)"
+    r"\$[^$\n]{1,200}\$|[\u2211\u222b\u221a\u221e\u2264\u2265\u2260\u2208\u2200\u2203\u03c0]"
+    r"|\d\s*[-+*/\u00d7\u00f7^=]\s*\(?-?\d|\b[a-z]\s*\^\s*\d|\b[a-z]\s*=\s*-?\d|\bf\(x\)"
 )
-_MATHS_WORDS = _any_word(
-    r"prove|proof|theorem|lemma|equation|integral|derivative|matrix|polynomial|probability|algebra|geometry|calculus|prime"
-    r"|divisible|modulo|solve for|how many|how much|calculate|compute|percent|sum of|product of|triangle|perimeter|average"
+_MATHS_WORDS = _Words(
+    frozenset(
+        "prove proof theorem lemma equation integral derivative matrix polynomial probability algebra geometry calculus prime "
+        "divisible modulo calculate compute percent triangle perimeter average".split()
+    ),
+    phrases=("solve for", "how many", "how much", "sum of", "product of"),
 )
-_HARD_WORDS = _any_word(
-    r"step by step|in detail|explain why|prove|derive|analy[sz]e|compare and contrast|trade-?offs?|design|architect\w*|strategy"
-    r"|critique|evaluate|optimi[sz]e|plan|legal|contract|diagnos\w+|research|essay|in depth|comprehensive|rigorous\w*"
+_HARD_WORDS = _Words(
+    frozenset(
+        "prove derive design strategy critique evaluate plan legal contract research essay comprehensive tradeoff tradeoffs".split()
+    ),
+    ("analys", "analyz", "architect", "diagnos", "optimis", "optimiz", "rigorous"),
+    ("step by step", "in detail", "explain why", "compare and contrast", "trade-off", "in depth"),
 )
 _SCRIPTS = (
     ("ja", re.compile(r"[\u3040-\u30ff]")),
@@ -60,19 +82,19 @@ _COMMON_OF = {language: frozenset(words.split()) for language, words in _COMMON.
 def has_code(text: str) -> bool:
     """Two signs of code, or a fence."""
     text = text[:LOOKED_AT]
-    return "```" in text or len(_CODE.findall(text)) + len(_CODE_WORDS.findall(text)) >= 2
+    return "```" in text or len(_CODE.findall(text)) + _CODE_WORDS.count(text.lower()) >= 2
 
 
 def has_maths(text: str) -> bool:
     """A command of LaTeX's mathematics, or two lesser signs."""
     text = text[:LOOKED_AT]
-    return _LATEX.search(text) is not None or len(_MATHS.findall(text)) + len(_MATHS_WORDS.findall(text)) >= 2
+    return _LATEX.search(text) is not None or len(_MATHS.findall(text)) + _MATHS_WORDS.count(text.lower()) >= 2
 
 
 def looks_hard(text: str) -> bool:
     """A word that asks for reasoning, or several questions at once."""
     text = text[:LOOKED_AT]
-    return _HARD_WORDS.search(text) is not None or text.count("?") >= 4
+    return _HARD_WORDS.count(text.lower()) > 0 or text.count("?") >= 4
 
 
 def language(text: str) -> str | None:

@@ -54,9 +54,8 @@ def _lloyd(x_ND: np.ndarray, centre_CD: np.ndarray) -> tuple[np.ndarray, np.ndar
         if np.array_equal(new_N, cluster_N):
             break
         cluster_N = new_N
-        count_C1 = np.bincount(cluster_N, minlength=len(centre_CD))[:, None]
-        total_CD = np.zeros_like(centre_CD)
-        np.add.at(total_CD, cluster_N, x_ND)
-        centre_CD = total_CD / np.maximum(count_C1, 1)
+        order, count_C = np.argsort(cluster_N, kind="stable"), np.bincount(cluster_N)
+        begin_C = np.concatenate(([0], np.cumsum(count_C)[:-1]))  # none is empty
+        centre_CD = np.add.reduceat(x_ND[order], begin_C, axis=0) / count_C[:, None].astype(np.float32)
     spread = float(((x_ND - centre_CD[cluster_N]) ** 2).sum(dtype=float))
     return centre_CD, cluster_N, spread

@@ -52,7 +52,7 @@ class Rule(BaseConfig):
         has_tools: tools are offered.
         has_images: a message carries an image.
         headers: name to regular expression that the whole value must match.
-        regex: found in the first 20,000 characters of the text, case ignored.
+        regex: found in the first 8,000 characters of the text, case ignored.
         tenants: of which the sender is one.
     """
 

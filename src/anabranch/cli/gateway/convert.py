@@ -1,0 +1,68 @@
+"""``anabranch gateway import``: move in from another gateway's config."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson
+from anabranch.cli.output import print_json, say, wrote
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LiteLLM config.yaml.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where our config goes, as YAML.")] = Path("gateway.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Turn a LiteLLM config into one of ours, and say what could not be taken over.
+
+    Example: anabranch gateway import config.yaml --out gateway.yaml
+    """
+    import yaml
+
+    from anabranch.errors import InputError
+    from anabranch.files import atomic_write_text
+    from anabranch.gateway.config import import_litellm
+
+    if out.exists() and out.resolve() == file.resolve():
+        raise InputError(f"--out is {out}, the file that is read; name another")
+    imported = import_litellm(file)
+    text = yaml.safe_dump(_changed(imported.config), sort_keys=False, allow_unicode=True)
+    atomic_write_text(out, f"# made from {file.name} by anabranch gateway import\n{text}")
+    if as_json:
+        names = [model.name for model in imported.config.models]
+        print_json({"out": str(out), "models": names, "left": list(imported.left)})
+        return
+    for line in imported.left:
+        say(f"left out  {line}")
+    wrote(str(out), f"anabranch gateway serve --config {out}")
+
+
+def _changed(config: Any) -> Any:
+    """The plain form of a config without the fields that are at their defaults."""
+    from anabranch.config import Config
+
+    if isinstance(config, dict):
+        return {name: _changed(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_changed(value) for value in config]
+    if not isinstance(config, Config):
+        return str(config) if isinstance(config, str) else config  # a reference to a secret is plain text
+    kind = getattr(config.owner, "kind", None)
+    fields = {
+        field.name: _changed(value)
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        if (value := getattr(config, field.name)) != _default(field)
+    }
+    return {"kind": kind, **fields} if kind else fields
+
+
+def _default(field: Any) -> Any:
+    from pydantic.fields import FieldInfo
+
+    if isinstance(field.default, FieldInfo):
+        return field.default.get_default(call_default_factory=True)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

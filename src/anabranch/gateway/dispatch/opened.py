@@ -1,0 +1,268 @@
+"""`Opened`: one upstream's stream, as blocks of whole events in OpenAI's form.
+
+Until the first token every chunk is read. After it, blocks that plainly hold chunks are passed on unread: only their shape is looked at,
+and what they say is counted, for upstreams that send no usage. All else (an error, usage, the end, a foreign form) is read event by event.
+"""
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING
+
+from anabranch.gateway.dispatch.live import Live
+from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.providers.chunks import as_chunks, has_content, is_finished
+from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
+    Answer,
+    Failure,
+    Json,
+    Reply,
+    Translator,
+    UpstreamError,
+    UpstreamRequest,
+    Usage,
+    garbage,
+)
+from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.run import Run
+
+_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments|refusal)": ?"((?:[^"\\]|\\.)+)"')
+_FINISHED = re.compile(rb'"finish_reason": ?"')
+
+
+class Opened:
+    """See the module.
+
+    Attributes:
+        first: events up to the first token, and, once `read_whole` was called, all of them.
+        head: of the first chunk: its id, model and the like.
+        usage: as the upstream said; None until it does.
+        is_done: nothing more will come.
+        has_finished: the answer came to its end, whatever the connection does.
+        has_given_usage: a chunk with the usage was passed on.
+
+    Args:
+        stitch: the head of a stream that broke off: chunks take it over, and say no role, so that they go on with that stream.
+    """
+
+    def __init__(
+        self,
+        run: "Run",
+        live: Live,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        reply: Reply,
+        stitch: Json | None = None,
+    ) -> None:
+        self.run, self.live, self.attempt, self.request, self.reply = run, live, attempt, request, reply
+        self.splitter = Splitter()
+        self.translator: Translator | None = live.provider.translator(request)
+        self.first, self.head = b"", Json()
+        self.usage: Usage | None = None
+        self.is_done = self.has_finished = self.has_given_usage = False
+        self._stitch = stitch
+        self._gives_usage = request.wants_usage and stitch is None
+        self._has_begun = self._is_settled = False
+        self._num_bytes = self._num_texts = self._text_bytes = 0
+
+    def counted(self) -> Usage:
+        """What the upstream said, else an estimate: the more of the chunks with text and a quarter of the bytes of it."""
+        return self.usage or Usage(self.request.prompt_tokens, max(self._num_texts, self._text_bytes // 4), 0, True)
+
+    def settle(self) -> None:
+        """The answer is whole: close the books of its attempt, once."""
+        if not self._is_settled:
+            self._is_settled = True
+            self.run.won(self.live, self.attempt, self.counted())
+
+    def drop(self, failure: Failure | None = None) -> None:
+        """It broke, or, without a ``failure``, nobody wants it any more. What it made so far is charged."""
+        self.reply.close()
+        if not self._is_settled:
+            self._is_settled = True
+            self.run.lost(self.live, self.attempt, failure, self.counted())
+
+    async def until_content(self) -> None:
+        """Read to the first token. Raises UpstreamError."""
+        while not self._has_begun and not self.is_done:
+            self.first += self.ready() or await self.next()
+            if self._num_bytes > EVENT_BYTES and not self._has_begun:
+                raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
+        if not self._has_begun:
+            raise UpstreamError(
+                Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
+            )
+
+    async def read_whole(self) -> None:
+        """Read to the end, and close the books. Raises UpstreamError, with the books closed too."""
+        try:
+            while not self.is_done:
+                limit_s = self.live.deployment.timeout_s
+                async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
+                    self.first += self.ready() or await self.next()
+                if len(self.first) > BODY_BYTES:
+                    raise garbage(f"an answer of more than {BODY_BYTES:,} bytes")
+        except TimeoutError:
+            error = self.run.timed_out(self.live, limit_s, "timeout")
+            self.drop(error.failure)
+            raise error from None
+        except UpstreamError as error:
+            self.drop(error.failure)
+            raise
+        except BaseException:
+            self.drop()
+            raise
+        self.settle()
+
+    def ready(self) -> bytes:
+        """What is passed on of what has come without waiting. Raises UpstreamError for what cannot be read."""
+        try:
+            data = self.reply.read_ready()
+        except UpstreamError:
+            return b""  # the connection broke: `next` meets the same, and knows what it means
+        return self.taken(data) if data else b""
+
+    async def next(self) -> bytes:
+        """What is passed on next; empty if no event is whole yet, or it `is_done`. May be cancelled and called again.
+
+        Raises UpstreamError.
+        """
+        try:
+            data = await self.reply.read_some()
+        except UpstreamError as error:
+            if self.has_finished:
+                data = b""
+            elif self._has_begun:
+                raise UpstreamError(
+                    Failure(kind="cut", message=f"{self.live.name} broke off: {error.failure.message}")
+                ) from None
+            else:
+                raise
+        return self.taken(data) if data else self._ended()
+
+    def taken(self, data: bytes) -> bytes:
+        """What is passed on of some bytes that came. Raises UpstreamError."""
+        self._num_bytes += len(data)
+        block = self.splitter.feed(data)
+        if not block:
+            return b""
+        if self._has_begun and self.translator is None and self._stitch is None and _is_plain(block):
+            self._count(block)
+            return block
+        return self._examined(block)
+
+    def _ended(self) -> bytes:
+        """The connection says that it is over. Raises UpstreamError if the answer is not."""
+        self.is_done = True
+        rest, block = self.splitter.rest.strip(b"\n"), b""
+        if rest:
+            try:
+                block = self._examined(rest + b"\n\n")
+            except UpstreamError:
+                if not self.has_finished:
+                    raise
+        if not self.has_finished:
+            when = "in the middle of its answer" if self._has_begun else "before its first token"
+            raise UpstreamError(Failure(kind="cut", message=f"{self.live.name} broke off {when}"))
+        return block
+
+    def _examined(self, block: bytes) -> bytes:
+        """Read every event; what is passed on of them."""
+        kept: list[bytes] = []
+        for name, data in events(block):
+            if data.strip() == DONE_DATA:
+                self.is_done = True
+                self.has_finished = self.has_finished or self._has_begun
+                break
+            if self.translator is not None:
+                kept += [event(chunk) for chunk in self.translator.feed(data) if self._is_passed(chunk)]
+                self.is_done = self.translator.is_done
+                continue
+            chunk = read_chunk(data)
+            if name == b"error" or chunk.get("error"):
+                raise UpstreamError(self.live.provider.error(_status(chunk), self.reply.headers, data))
+            if self._is_passed(chunk):
+                kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if self._stitch is None else event(chunk))
+        passed = b"".join(kept)
+        self._count(passed)
+        return passed
+
+    def _is_passed(self, chunk: Json) -> bool:
+        """Learn from a chunk. Whether the reader sees it: not so the usage that we asked for and they did not."""
+        if not self._has_begun:
+            self.head = self.head or {key: value for key, value in chunk.items() if key not in ("choices", "usage")}
+            self._has_begun = has_content(chunk)
+        self.has_finished = self.has_finished or is_finished(chunk)
+        self.usage = Usage.of(chunk) or self.usage
+        if not chunk.get("choices") and isinstance(chunk.get("usage"), dict):
+            self.has_given_usage = self.has_given_usage or self._gives_usage
+            return self._gives_usage
+        if self._stitch is None:
+            return True
+        chunk.update(self._stitch)
+        for choice in chunk.get("choices") or ():
+            if isinstance(choice, dict) and isinstance(choice.get("delta"), dict):
+                choice["delta"].pop("role", None)
+        return has_content(chunk)
+
+    def _count(self, block: bytes) -> None:
+        for text in _TEXT.findall(block):
+            self._num_texts += 1
+            self._text_bytes += len(text)
+        if not self.has_finished and _FINISHED.search(block):
+            self.has_finished = True
+
+    def from_answer(self, answer: Answer) -> None:
+        """The upstream gave a whole answer where a stream was asked for: make one of it. Raises UpstreamError if it says nothing."""
+        chunks = as_chunks(answer.body, self.request.endpoint, with_usage=True)
+        self.first = b"".join(event(chunk) for chunk in chunks if self._is_passed(chunk))
+        self._count(self.first)
+        if not self._has_begun:
+            raise garbage("an answer without choices", answer.data)
+        self.usage, self.is_done, self.has_finished = answer.usage, True, True
+
+
+def _is_plain(block: bytes) -> bool:
+    """Whether a block holds nothing but chunks, by their shape, that need not be read."""
+    num = block.count(b"\n\n")
+    return (
+        block.startswith(b"data: {")
+        and block.count(b"}\n\n") == num
+        and block.count(b"\n\ndata: {") == num - 1
+        and b'"prompt_tokens"' not in block
+        and b'"error"' not in block
+        and (block.isascii() or _is_utf8(block))
+    )
+
+
+def _is_utf8(block: bytes) -> bool:
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_chunk(data: bytes) -> Json:
+    """A chunk. Raises UpstreamError (``garbage``)."""
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        raise garbage("a chunk that is no JSON", data) from None
+    if not isinstance(chunk, dict):
+        raise garbage("a chunk that is no JSON object", data)
+    return chunk
+
+
+def _status(chunk: Json) -> int:
+    """The HTTP status that an error inside a stream stands for."""
+    error = chunk.get("error")
+    for source in (error if isinstance(error, dict) else {}, chunk):
+        for name in ("status", "code", "status_code"):
+            word = str(source.get(name))
+            if len(word) == 3 and word.isdigit() and 400 <= int(word) < 600:
+                return int(word)
+    return 500

@@ -1,0 +1,105 @@
+"""A past request with a good answer, and what is remembered of its use."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+WORD = re.compile(r"\w+")
+LITERAL = re.compile(r'"[^"\n]+"|\'[^\'\n]+\'|\S*[\w*~$][/._*@$~\d-]\S*|\S*[/._*@$~\d-][\w*~$]\S*|\d')
+ANY_DOMAIN = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What features are made from, computed once per text.
+
+    Attributes:
+        words: of the text, lower case.
+        literals: quoted strings, paths, numbers, names with signs in them: what an answer must take over to the letter.
+        length: characters.
+    """
+
+    words: frozenset[str]
+    literals: frozenset[str]
+    length: int
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Of a text."""
+        return cls(frozenset(WORD.findall(text.casefold())), literals(text), len(text))
+
+
+def literals(text: str) -> frozenset[str]:
+    """Quoted strings without their quotes, and words with a digit or one of ``/._*@$~-`` in them, without closing punctuation."""
+    found = (match.strip("\"'()[]{},;:").rstrip(".?!") for match in LITERAL.findall(text))
+    return frozenset(item for item in found if item)
+
+
+@dataclass(slots=True, kw_only=True)
+class Example:
+    """One entry of the pool.
+
+    Attributes:
+        id: in the pool and in its index.
+        tenant: whose it is; nobody else ever sees it.
+        domain: the kind of work it is from; it serves no other.
+        user: the tenant's own name for who asked, by which it can be erased.
+        request: what was asked, after redaction.
+        response: the answer, after redaction.
+        model: that answered.
+        trust: level of that model.
+        created_s: when it came.
+        expires_s: when it goes; None for never.
+        quality: of the answer, 0 to 1; None if nobody said.
+        uses: answers it was shown for.
+        helped: of those, the sum of how good they were (0 to 1).
+        rated: of those, how many were rated.
+        offloads: successful uses by a cheaper model, decayed; as of ``offloads_s``.
+        offloads_s: see there.
+        gain: exponential moving average of G(e), what a better answer would be worth.
+        replays: times the answer was made anew.
+    """
+
+    id: int
+    tenant: str
+    domain: str
+    user: str
+    request: str
+    response: str
+    model: str
+    trust: int
+    created_s: float
+    expires_s: float | None = None
+    quality: float | None = None
+    uses: int = 0
+    helped: float = 0.0
+    rated: int = 0
+    offloads: float = 0.0
+    offloads_s: float = 0.0
+    gain: float = 0.0
+    replays: int = 0
+    _traits: tuple[Traits, Traits] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the plain text, UTF-8."""
+        return len(self.request.encode("utf-8", "surrogatepass")) + len(self.response.encode("utf-8", "surrogatepass"))
+
+    @property
+    def traits(self) -> tuple[Traits, Traits]:
+        """Of request and response."""
+        if self._traits is None:
+            self._traits = (Traits.of(self.request), Traits.of(self.response))
+        return self._traits
+
+    def replace_response(self, response: str, quality: float | None) -> None:
+        """Another answer to the same request."""
+        self.response, self.quality, self._traits = response, quality, None
+
+    def is_alive(self, now_s: float) -> bool:
+        """Whether it has not expired."""
+        return self.expires_s is None or now_s < self.expires_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_traits"}

@@ -1,0 +1,66 @@
+"""``anabranch gateway import``, end to end."""
+
+import json
+
+import pytest
+
+from anabranch.cli.main import main
+from anabranch.gateway.config import load_config
+
+LITELLM = """
+model_list:
+  - model_name: gpt
+    litellm_params: {model: openai/gpt-4o, api_key: os.environ/OPENAI_API_KEY, rpm: 60}
+    model_info: {input_cost_per_token: 0.0000025, output_cost_per_token: 0.00001}
+  - model_name: gpt
+    litellm_params: {model: openai/gpt-4o, api_base: "http://10.0.0.1:8000/v1", api_key: os.environ/OTHER_KEY}
+  - model_name: claude
+    litellm_params: {model: anthropic/claude-3-5-sonnet, api_key: os.environ/ANTHROPIC_API_KEY}
+router_settings: {routing_strategy: simple-shuffle, num_retries: 3, timeout: 30, fallbacks: [{gpt: [claude]}], weird: 1}
+general_settings: {master_key: os.environ/MASTER}
+"""
+
+
+@pytest.fixture
+def litellm(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(LITELLM)
+    return path
+
+
+def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys, monkeypatch):
+    for name in ("MASTER", "OPENAI_API_KEY", "OTHER_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "a-key-of-the-operator")
+    out = tmp_path / "gateway.yaml"
+    assert main(["gateway", "import", str(litellm), "--out", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["models"] == ["gpt", "claude"]
+    assert any("weird" in line for line in shown["left"])
+    config = load_config(out)
+    gpt, claude = config.models
+    assert [one.provider.key_env for one in gpt.deployments] == ["OPENAI_API_KEY", "OTHER_KEY"]
+    assert (gpt.deployments[0].rpm, gpt.price.input, gpt.price.output) == (60, 2_500_000_000, 10_000_000_000)
+    assert claude.deployments[0].provider.owner.kind == "anthropic"
+    assert config.fallbacks == {"gpt": ("claude",)}
+    assert "null" not in out.read_text()  # defaults stay out of it
+
+
+def test_what_was_left_out_is_said(litellm, tmp_path, capsys):
+    assert main(["gateway", "import", str(litellm), "--out", str(tmp_path / "g.yaml")]) == 0
+    shown = capsys.readouterr()
+    assert "left out" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("text", ["", "model_list: 3", "{", "model_list: []"])
+def test_what_is_no_config_is_told_in_a_line(text, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert main(["gateway", "import", str(path), "--out", str(tmp_path / "g.yaml")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "g.yaml").exists()
+
+
+def test_a_file_is_not_written_over_itself(litellm, capsys):
+    assert main(["gateway", "import", str(litellm), "--out", str(litellm)]) == 2
+    assert litellm.read_text() == LITELLM
+    assert "name another" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pytest
+
+from anabranch.errors import DataError
+from anabranch.gateway.data import load, pool_of
+from anabranch.gateway.dataset import Recorded
+from anabranch.gateway.predictor import Ranked
+from anabranch.gateway.referee import replay
+from anabranch.gateway.strategy import Strategy, played
+from made_outcomes import MODELS, SKILL, WordMeans, made_outcomes
+
+POOL = pool_of(MODELS)
+
+
+class Told(Strategy, kind=None):
+    """Chooses as it was told."""
+
+    def __init__(self, choice):
+        super().__init__(self.Config())
+        self.choice = np.array(choice)
+
+    def play(self, data, pool):
+        return played(data, self.choice)
+
+
+def logged(chance_of, num=3000, seed=0):
+    """Traffic of which each row was answered by one model, drawn by the chances of its topic."""
+    data = made_outcomes(num, seed)
+    generator = np.random.default_rng(seed + 1)
+    chance_NM = np.array([chance_of[task] for task in data.task])
+    chosen_N = np.array([generator.choice(3, p=chance) for chance in chance_NM])
+    is_chosen = np.arange(3) == chosen_N[:, None]
+    log = Recorded(
+        query=data.query, models=MODELS, task=data.task, score_NM=np.where(is_chosen, data.score_NM, np.nan),
+        cost_NM=np.where(is_chosen, data.cost_NM, np.nan), signals={"probability": np.where(is_chosen, chance_NM, np.nan)},
+    )  # fmt: skip
+    return data, log
+
+
+def test_estimates_by_hand():
+    nan = np.nan
+    log = Recorded(
+        query=("a", "b", "c", "d"), models=("m", "n"), score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
+        cost_NM=np.array([[1, nan], [nan, 2], [3, nan], [nan, 4.0]]),
+        signals={"probability": np.array([[0.5, nan], [nan, 0.25], [0.2, nan], [nan, 1.0]])},
+    )  # fmt: skip
+    found = replay({"told": Told([0, 1, 1, 0])}, log, pool_of(("m", "n")))
+    one = found.strategies[0]
+    # rows a and b match, weighing 2 and 4
+    assert (one.matched, one.score, one.cost) == (
+        2,
+        pytest.approx((2 * 1 + 4 * 0.5) / 6),
+        pytest.approx((2 * 1 + 4 * 2) / 6),
+    )
+    assert one.effective == pytest.approx(36 / 20)
+    assert (found.rows, found.score, found.cost) == (4, 0.625, 2.5)
+    assert one.gain == pytest.approx(4 / 6 - 0.625)
+    bare = Recorded(query=log.query, models=log.models, score_NM=log.score_NM)
+    plain = replay({"told": Told([0, 1, 1, 0])}, bare, pool_of(("m", "n")))
+    assert (plain.strategies[0].score, plain.strategies[0].cost, plain.has_probabilities) == (0.75, None, False)
+
+
+def test_weights_undo_a_log_that_looked_at_the_query():
+    skewed = {"maths": [0.8, 0.1, 0.1], "poetry": [0.1, 0.8, 0.1], "code": [0.1, 0.1, 0.8]}
+    data, log = logged(skewed)
+    choice = np.full(len(log), 2)
+    truth = data.score_NM[:, 2].mean()
+    weighed = replay({"large": Told(choice)}, log, POOL).strategies[0]
+    bare = Recorded(query=log.query, models=MODELS, score_NM=log.score_NM)
+    plain = replay({"large": Told(choice)}, bare, POOL).strategies[0]
+    assert weighed.interval[0] < truth < weighed.interval[1]
+    assert not plain.interval[0] < truth < plain.interval[1]  # mostly code, at which it is best
+    assert weighed.effective < weighed.matched
+
+
+def test_a_fitted_router_is_estimated_near_its_true_worth():
+    data, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, seed=3)
+    strategy = Ranked(Ranked.Config(predictor=WordMeans.Config())).fit(made_outcomes(400, 9))
+    truth = strategy.play(data, POOL).quality_N.mean()
+    one = replay({"word_means": strategy}, log, POOL).strategies[0]
+    assert one.score == pytest.approx(truth, abs=0.05)
+    assert one.interval[0] < truth < one.interval[1]
+    assert one.gain_interval[0] > 0
+    assert one.score == pytest.approx(SKILL.max(1).mean(), abs=0.06)
+
+
+def test_what_never_matches_has_no_estimate():
+    _, log = logged({name: [1, 0, 0] for name in ("maths", "poetry", "code")}, num=20)
+    one = replay({"large": Told(np.full(20, 2))}, log, POOL).strategies[0]
+    assert (one.matched, one.score, one.interval, one.gain) == (0, None, None, None)
+
+
+def test_rows_without_a_score_are_left_out_and_logs_without_any_refused():
+    _, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, num=30)
+    score_NM = log.score_NM.copy()
+    score_NM[:10] = np.nan
+    part = Recorded(query=log.query, models=MODELS, score_NM=score_NM)
+    assert replay({"large": Told(np.full(20, 2))}, part, POOL).rows == 20
+    with pytest.raises(DataError, match="no scored answer"):
+        replay({}, Recorded(query=("q",), models=MODELS, score_NM=np.full((1, 3), np.nan)), POOL)
+
+
+@pytest.mark.parametrize("chance", [0.0, -0.5, 1.5, np.nan])
+def test_chances_that_cannot_be_are_named(chance):
+    _, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, num=5)
+    log.signals["probability"][3, np.isfinite(log.score_NM[3])] = chance
+    with pytest.raises(DataError, match="row 4 of the log has no probability"):
+        replay({"large": Told(np.full(5, 2))}, log, POOL)
+
+
+def test_probabilities_are_read_from_a_file(tmp_path):
+    row = {"query": "q", "scores": {"m": 1}, "probability": {"m": 0.25}}
+    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+    np.testing.assert_array_equal(load(tmp_path / "log.jsonl").signals["probability"], [[0.25]])
