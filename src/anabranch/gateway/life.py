@@ -236,7 +236,7 @@ class Life:
         if self.target.strategy is None:
             assert self.target.model is not None
             names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
-            candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(names))
+            candidates = tuple(Candidate(model=name, score=1 / (1 + at)) for at, name in enumerate(names))
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
