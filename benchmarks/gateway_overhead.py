@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import secrets
 import statistics
 import sys
 import tempfile
@@ -54,7 +55,7 @@ model_list:
   - model_name: mock
     litellm_params: {{model: openai/mock, api_base: "http://127.0.0.1:{port}/v1", api_key: none}}
 litellm_settings: {{telemetry: false}}
-general_settings: {{master_key: sk-1234}}
+general_settings: {{master_key: {key}}}
 """
 
 
@@ -100,13 +101,14 @@ def relay(folder: Path, upstream_port: int, stack: contextlib.ExitStack) -> Cont
 
 def litellm(program: str, folder: Path, upstream_port: int, stack: contextlib.ExitStack) -> Contestant:
     config, port = folder / "litellm.yaml", free_port()
-    config.write_text(LITELLM.format(port=upstream_port))
+    key = f"sk-{secrets.token_hex(24)}"
+    config.write_text(LITELLM.format(port=upstream_port, key=key))
     command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     environment = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     process, ready = stack.enter_context(
         running(command, port, "/health/liveliness", environment, folder / "litellm.log")
     )
-    return Contestant("litellm", port, key="sk-1234", process=process, ready_s=ready)
+    return Contestant("litellm", port, key=key, process=process, ready_s=ready)
 
 
 def portkey(program: str, folder: Path, upstream_port: int, stack: contextlib.ExitStack) -> Contestant:

@@ -10,6 +10,7 @@ import ast
 import json
 import os
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _cell(value: Any) -> str:
 
 
 README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
-README_CASES = re.compile(r"training|decod|T=1 .*forward|memory|layers=")
+VERDICTS = ("holds", "does not hold", "not resolved")
 
 
 def readme_with_figures(text: str) -> str:
@@ -191,20 +192,34 @@ def readme_with_figures(text: str) -> str:
 
 
 def readme_figures() -> str:
-    """The verdicts of all studies and the cases of all benchmarks that have a bar to reach, as two tables."""
+    """How many claims of each study came out how, and the ratios of each benchmark against each peer, as two tables."""
     studies = [json.loads(path.read_text(encoding="utf-8")) for path in _records("studies")]
-    claims = [{"study": recorded["name"], **claim} for recorded in studies for claim in recorded["claims"]]
-    columns = {"Study": "study", "Claim": "claim", "Difference": "difference", "95% interval": "interval"}
-    text = _table(columns | {"Verdict": "verdict"}, claims) if claims else ""
+    verdicts = [{"study": recorded["name"], **_verdicts(recorded)} for recorded in studies]
+    text = _table({"Study": "study"} | {name.capitalize(): name for name in VERDICTS}, verdicts) if verdicts else ""
     benchmarks = [json.loads(path.read_text(encoding="utf-8")) for path in _records("benchmarks")]
-    rows = [
-        {"benchmark": recorded["name"], **row}
-        for recorded in benchmarks
-        for row in recorded["rows"]
-        if README_CASES.search(row["case"])
-    ]
-    columns = {"Benchmark": "benchmark", "Case": "case", "Against": "peer_name", "Ratio": "ratio", "Spread": "spread"}
-    return text + ("\n" + _table(columns, rows) if rows else "")
+    rows = [row for recorded in benchmarks for row in _ratios(recorded)]
+    columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest")
+    return text + ("\n" + _table({name: name.lower() for name in columns}, rows) if rows else "")
+
+
+def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
+    found = [claim["verdict"] for claim in recorded["claims"]]
+    return {verdict: found.count(verdict) for verdict in VERDICTS}
+
+
+def _ratios(recorded: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each peer of a benchmark of time."""
+    of_peer: dict[str, list[float]] = {}
+    for row in recorded["rows"]:
+        if row.get("peer_name") and row.get("ratio") is not None and row.get("unit") != "MB":
+            of_peer.setdefault(row["peer_name"], []).append(row["ratio"])
+    return [
+        {
+            "benchmark": recorded["name"], "against": peer, "cases": len(found),
+            "lowest": min(found), "median": statistics.median(found), "highest": max(found),
+        }
+        for peer, found in of_peer.items()
+    ]  # fmt: skip
 
 
 def _records(folder: str) -> list[Path]:

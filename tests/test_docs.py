@@ -102,15 +102,15 @@ def test_shell_examples_name_real_commands(page, words):
         assert {word for word in arguments if "=" not in word} <= set(targets)
     elif Path(program).name == "anabranch" and arguments[:1] != ["--help"]:
         commands = cli_options()
-        name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in commands else arguments[0]
-        assert name in commands
+        name = next((name for length in (3, 2, 1) if (name := " ".join(arguments[:length])) in commands), None)
+        assert name is not None
         options = {word.split("=")[0] for word in arguments if word.startswith("-")}
         assert options <= commands[name] | {"--help"}
 
 
 @cache
 def cli_options() -> dict[str, set[str]]:
-    """The options of each command; those of groups by both words."""
+    """The options of each command; those of groups by all words."""
     from typer.main import get_command
 
     from anabranch.cli.main import app
@@ -119,7 +119,7 @@ def cli_options() -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
         for name, command in group.commands.items():
             if hasattr(command, "commands"):
-                found |= of(command, f"{name} ")
+                found |= of(command, f"{prefix}{name} ")
             else:
                 words = [
                     option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
@@ -312,11 +312,15 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
         (tmp_path / folder / "results").mkdir(parents=True)
     claim = {"claim": "a beats b", "difference": -0.0123, "interval": [-0.02, -0.01], "verdict": "holds"}
     (tmp_path / "studies" / "results" / "s.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
-    rows = [{"case": f"{mode} x", "peer_name": "p", "ratio": 1.5, "spread": 0.1} for mode in ("training", "prefill")]
+    rows = [{"case": "x", "peer_name": "p", "ratio": ratio, "unit": "ms"} for ratio in (1.5, 0.5, 3.0)]
+    rows += [
+        {"case": "memory", "peer_name": "formula", "ratio": 9.0, "unit": "MB"},
+        {"case": "growth", "peer_name": None},
+    ]
     (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
-    assert "| s | a beats b | -0.0123 | -0.02 to -0.01 | holds |" in shown
-    assert "| b | training x | p | 1.5 | 0.1 |" in shown
-    assert "prefill" not in shown
+    assert "| s | 1 | 0 | 0 |" in shown
+    assert "| b | p | 3 | 0.5 | 1.5 | 3 |" in shown
+    assert "formula" not in shown
     assert "stale" not in shown

@@ -17,6 +17,7 @@ from anabranch.gateway.config import (
     HedgeConfig,
     LimitsConfig,
     ModelConfig,
+    RetryConfig,
     StrategyConfig,
 )
 from anabranch.gateway.config.secret import Secret
@@ -334,7 +335,8 @@ def test_a_stream_with_a_senseless_chunk_ends_once(tmp_path, monkeypatch, bad, m
         await read(await gateway.handle("chat", ask(stream=True, temperature=0)))
         await read(await gateway.handle("chat", ask(stream=True, temperature=0)))
 
-    _, rows = run(config(tmp_path, mid_stream=mode), work)
+    made = config(tmp_path, mid_stream=mode, retries=RetryConfig(base_s=0.001, cap_s=0.01))
+    _, rows = run(made, work)
     assert len(rows) == 2
 
 
@@ -631,3 +633,17 @@ def test_clients_are_not_told_where_upstreams_are(tmp_path):
     error, _ = run(made, work)
     assert "no connection" in str(error)
     assert "127.0.0.1" not in json.dumps(error.to_dict())
+
+
+def test_a_dear_fallback_that_is_asked_first_is_reserved_for_too(tmp_path):
+    async def work(gateway):
+        gateway.runtime.dispatcher.groups["small"].lives[0].rests_until = float("inf")  # so that nobody asks it
+        await gateway.store.set_budget("global", 2_500_000)
+        await gateway.achat(ask())
+        await refused(gateway.achat(ask(max_tokens=100, n=2)))
+
+    made = config(tmp_path, model("small"), model("large", Price.of_dollars(10, 20)), fallbacks={"small": ("large",)})
+    _, [dear, none] = run(made, work)
+    assert (dear.model, dear.status) == ("large", "ok")
+    assert dear.reserved_nano >= 12 * 10_000 + 100 * 20_000
+    assert (none.attempts, none.cost_nano) == (0, 0)

@@ -53,7 +53,7 @@ def make(*, embed=EMBEDDER.embed, config=None, small=None, large=None, clock=Non
     """Two arms and a cache that keeps the large one's answers."""
     config = config or ICCache.Config(
         pool=ExamplePool.Config(domains=("",), trust={"large": 1}), index=Exact.Config(),
-        router=Router.Config(critic=CRITIC, temperature=0.02), threshold=Threshold.Config(share=0.0),
+        router=Router.Config(critic=CRITIC, explore=0.0), threshold=Threshold.Config(share=0.0),
     )  # fmt: skip
     arms = [
         Arm(name="small", cost=0.1, ask=small or Model(True)), Arm(name="large", cost=1.0, ask=large or Model())
@@ -106,7 +106,8 @@ def test_examples_reach_the_small_arm_and_not_the_large_one():
 
 def test_it_learns_to_send_work_to_the_small_arm_once_examples_are_there():
     """The bandit starts blind. Rated 1 or 0, the share of the large arm falls while answers stay right."""
-    cache, random, history = make(), np.random.default_rng(0), []
+    config = make().config.replace(router=Router.Config(critic=CRITIC, explore=0.1))
+    cache, random, history = make(config=config), np.random.default_rng(0), []
     for _ in range(500):
         colour = str(random.choice(WORDS))
         response = cache.generate([f"paint {colour}"])[0]
@@ -114,8 +115,9 @@ def test_it_learns_to_send_work_to_the_small_arm_once_examples_are_there():
         cache.feedback(response.routed.id, score=0.9 * is_right + 0.1 * (response.arm == "small") * is_right)
         history.append((response.arm == "small", is_right))
     small, right = np.array(history, float).T
+    assert small[:20].mean() < 0.3  # what is unknown goes to the large arm
     assert small[-100:].mean() > 0.7
-    assert right[-100:].mean() > 0.97
+    assert right[-100:].mean() > 0.95
     rows = cache.log.rows
     value = evaluate(rows[-200:], lambda row: dict(zip(row["arms"], row["probability"], strict=True)))
     assert value.mean == pytest.approx(np.mean([row["reward"] for row in rows[-200:]]), abs=1e-9)  # the policy itself
@@ -402,7 +404,7 @@ def test_state_reads_back_and_answers_the_same():
 
 def test_same_seed_same_decisions():
     def run(seed):
-        cache = make(config=make().config.replace(seed=seed))
+        cache = make(config=make().config.replace(seed=seed, router=Router.Config(critic=CRITIC, explore=0.5)))
         return [cache.generate([f"paint {colour}"])[0].arm for colour in WORDS * 6]
 
     assert run(0) == run(0)

@@ -20,7 +20,7 @@ HALF_LIFE = 5.0
 
 
 def make_router(arms=("small", "large"), costs=(1.0, 4.0), dim=4, seed=0, **fields):
-    return Router(Router.Config(**{"critic": SMALL_CRITIC, **fields}), arms, costs, dim, seed=seed)
+    return Router(Router.Config(**{"critic": SMALL_CRITIC, "explore": 0.0, **fields}), arms, costs, dim, seed=seed)
 
 
 def fix(router, mu):
@@ -144,6 +144,16 @@ def test_draws_follow_the_chances_and_temperature_zero_takes_the_best():
     best = make_router(temperature=0)
     fix(best, [0.5, 0.6])
     assert {best.choose(X).arm for _ in range(20)} == {"large"}
+
+
+def test_what_is_unknown_goes_to_the_dear_arm_and_a_share_to_any():
+    router = make_router(("a", "b", "c"), (1, 2, 4), explore=0.3, temperature=0.0, prior=0.8)
+    choice = router.choose(X)
+    np.testing.assert_allclose(choice.mu_M, 1 / (1 + np.exp(-0.8 * np.array([0.25, 0.5, 1.0]))), rtol=1e-6)
+    np.testing.assert_allclose(choice.probability_M, [0.1, 0.1, 0.8], atol=1e-12)
+    np.testing.assert_allclose(router.choose(X, ["a", "b"]).probability_M, [0.15, 0.85, 0.0], atol=1e-12)
+    arms = [router.choose(X).arm for _ in range(3000)]
+    assert np.mean(np.array(arms) == "c") == pytest.approx(0.8, abs=0.03)
 
 
 def test_unavailable_arms_are_not_chosen_unless_all_are():

@@ -16,9 +16,12 @@ from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Outcome, Pool, Query
 from anabranch.gateway.strategies import make
 from anabranch.gateway.strategy import Strategy
+from anabranch.testing import check_strategy
 
 EMBEDDER = Hashed.Config(dim=64).build()
-CACHE = ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(16,), learning_rate=3e-3), temperature=0.0))
+CACHE = ICCache.Config(
+    router=Router.Config(critic=Critic.Config(hidden=(16,), learning_rate=3e-3), temperature=0.0, explore=0.0)
+)
 
 
 def pool_of(load=0.0, now_s=0.0, down=(), extra=()):
@@ -153,9 +156,40 @@ def test_redacted_requests_need_an_embedder():
     router = build()
     answered(router, "mail ann@example.org", "ok")
     assert len(router.cache.pool) == 0
-    router = build(embedder=Hashed.Config(dim=64))
+    router.connect(embed=EMBEDDER.embed)
     answered(router, "mail ann@example.org", "ok")
     assert [example.request for example in router.cache.pool] == ["mail [email]"]
+
+
+def test_it_keeps_to_the_contract_of_strategies():
+    settings = ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(8,))))
+    check_strategy(ICCacheRouting.Config(cache=settings, domains=("*",), epochs=1))
+    assert not ICCacheRouting.Config().build().keeps_answers
+    assert ICCacheRouting.Config(domains=("code",)).build().keeps_answers
+
+
+def test_a_drawn_arm_comes_first_and_scores_still_fall():
+    router = ICCacheRouting.Config(
+        cache=ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(8,)), explore=1.0))
+    ).build()
+    firsts = set()
+    for _ in range(40):
+        decision = router.route(query("x"), pool_of(extra=("new",)))
+        scores = [candidate.score for candidate in decision.candidates]
+        assert scores == sorted(scores, reverse=True)
+        assert np.isfinite(scores).all()
+        firsts.add(decision.model)
+    assert firsts == {"small", "large", "new"}
+
+
+def test_upkeep_comes_by_itself():
+    router = build(tick_s=60.0)
+    answered(router, "list files", "ls", now_s=100.0)
+    assert router.metrics.value("ic_cache_pool_examples") == 1  # the first one
+    answered(router, "copy files", "cp", now_s=159.0)
+    assert router.metrics.value("ic_cache_pool_examples") == 1
+    answered(router, "move files", "mv", now_s=160.0)
+    assert router.metrics.value("ic_cache_pool_examples") == 3
 
 
 def test_outcomes_teach_and_odd_ones_are_passed_over():

@@ -253,6 +253,10 @@ class Decider:
         reason = "the order of the config, since no strategy could decide"
         return Decided(Decision(candidates=candidates, strategy="order", reason=reason), bypassed, query)
 
+    def keeps_answers(self, name: str) -> bool:
+        """Whether a strategy wants the texts of answers."""
+        return self.lanes[name].strategy.keeps_answers
+
     async def prepared(self, name: str, query: Query, decision: Decision) -> dict[str, Sequence[Mapping[str, Any]]]:
         """The messages that the strategy wants sent to its candidates, for those where they are not what came."""
         lane = self.lanes[name]

@@ -340,7 +340,7 @@ class Gateway:
         if lane is None or not lane.learns:
             return
         lane.observe(outcome)
-        held = replace(outcome, query=replace(outcome.query, messages=(), headers={}))
+        held = replace(outcome, answer=None, query=replace(outcome.query, messages=(), headers={}))
         self._outcomes[request_id] = (strategy, held)
         self._held_characters += len(held.query.text)
         while len(self._outcomes) > REMEMBERED or self._held_characters > HELD_CHARACTERS:

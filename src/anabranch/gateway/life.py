@@ -64,6 +64,7 @@ class Life:
         self.label = ""
         self.count = PromptCount(0, 0, True)
         self.query: Query | None = None
+        self.answer_text: str | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
         self.prepared: dict[str, Any] = {}  # messages that the strategy sends to a model in place of the sender's
@@ -212,7 +213,7 @@ class Life:
         return None
 
     async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
-        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, ApiError when late."""
+        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, or a deadline."""
         try:
             async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
                 return await flights.join((self.tenant, key))
@@ -235,7 +236,7 @@ class Life:
         if self.target.strategy is None:
             assert self.target.model is not None
             names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
-            candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(names))
+            candidates = tuple(Candidate(model=name, score=1 / (1 + at)) for at, name in enumerate(names))
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
@@ -247,7 +248,8 @@ class Life:
         query = Query(
             text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
             max_tokens=most, has_tools=bool(self.body.get("tools")),
-            has_images=has_images(messages), headers=headers, tenant=self.tenant, knobs=self.target.knobs, vector_D=self.vector,
+            has_images=has_images(messages), headers=headers, tenant=self.tenant, user=self.user,
+            knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
         self.decided = decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
         if not decided.bypassed:
@@ -335,7 +337,10 @@ class Life:
         self.dispatched = self.elapsed()
         request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
-            self.ticket is not None or self.context is not None or self.runtime.config.log.prompts
+            self.ticket is not None
+            or self.context is not None
+            or self.runtime.config.log.prompts
+            or self._strategy_keeps
         )
         self.report = Report()
         plan = Plan(
@@ -348,6 +353,7 @@ class Life:
             return Reply(stream=Relay(stream, self.streamed), headers=self._headers(stream.report))
         answer = await runtime.dispatcher.complete(plan, request)
         self._keep(answer)
+        self._note(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=self._headers(answer.report))
 
@@ -405,7 +411,7 @@ class Life:
         if report.model is not None or report.attempts:
             outcome = Outcome(
                 query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
-                succeeded=row.status == "ok", decision=decided.decision,
+                succeeded=row.status == "ok", decision=decided.decision, answer=self.answer_text,
             )  # fmt: skip
             gateway.learn(self.strategy, self.id, outcome)
 
@@ -422,14 +428,29 @@ class Life:
         elif is_cut:
             self.end("cancelled", CLIENT_GONE)
         else:
-            if self.ticket is not None or self.context is not None:
+            if self.ticket is not None or self.context is not None or self._strategy_keeps:
                 try:
-                    self._keep(stream.answer())
+                    answer = stream.answer()
+                    self._keep(answer)
+                    self._note(answer)
                 except UpstreamError:  # it went out as it came, but nobody else shall have it
                     logger.warning(
                         "request %s: the stream of %s is not kept, since it makes no answer", self.id, report.deployment
                     )
             self.end("ok", 200)
+
+    @property
+    def _strategy_keeps(self) -> bool:
+        """Whether the strategy that decided may be told the answer: it wants it, and the sender did not forbid it (``store: false``)."""
+        decided, name = self.decided, self.target.strategy
+        if name is None or decided is None or decided.bypassed or self.endpoint != "chat":
+            return False
+        return self.body.get("store") is not False and self.runtime.decider.keeps_answers(name)
+
+    def _note(self, answer: Answer) -> None:
+        """Hold on to the text of a whole answer, for the strategy."""
+        if self._strategy_keeps and answer.finish_reason == "stop" and answer.text:
+            self.answer_text = answer.text
 
     def _keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""

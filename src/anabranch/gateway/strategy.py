@@ -62,6 +62,7 @@ class Strategy(Part, family="strategy"):
     Attributes:
         needs_vector: ``route`` wants ``query.vector_D``.
         reads_answers: ``accept`` is asked after each answer.
+        keeps_answers: `observe` wants the text of the answer, which a gateway otherwise does not hold on to.
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
         is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
@@ -75,6 +76,7 @@ class Strategy(Part, family="strategy"):
 
     needs_vector: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
+    keeps_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     is_async: ClassVar[bool] = False
     is_fast: ClassVar[bool] = False

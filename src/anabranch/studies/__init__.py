@@ -26,6 +26,7 @@ STUDIES = {
     "hnsw": "anabranch.studies.hnsw:make",
     "g_rank": "anabranch.studies.g_rank:make",
     "fully_ppr": "anabranch.studies.fully_ppr:make",
+    "ic_cache": "anabranch.studies.ic_cache:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",

@@ -4,8 +4,8 @@ Part of the study of Composition of Experts. Models have random weights and are 
 past the system's cache of files where the system lets go of it. A request is answered before the next comes. Its prompt takes
 ``receive_ms`` to arrive; the time counts from then to the first token: waiting for the expert, and one forward pass over the prompt.
 With prefetch, the store is told a guess of the expert when the prompt begins to arrive, if the guess is sure (``guess_share`` of
-prompts): right as often as a category router is that sure (``guess_accuracy``), else an expert drawn from the others; a wrong guess is taken
-back once the prompt is there. Both shares are those of the router on LLMRouter, which abstains on the 15% it is least sure of; 20 ms
+prompts): right as often as a category router is that sure (``guess_accuracy``), else an expert drawn from the others; a wrong guess is
+taken back once the prompt is there. Both shares are those of the router on LLMRouter, which abstains on the 15% it is least sure of; 20 ms
 is what our MiniLM takes for a question.
 """
 

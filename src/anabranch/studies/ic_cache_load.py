@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
@@ -83,7 +82,9 @@ Policy = Callable[[np.ndarray, float, float], int]  # context, load of the large
 
 def ours(train: Measured, seed: int, *, lambda0: float = 1.0) -> tuple[Policy, Router]:
     """The bandit, taught both arms' qualities of the training requests."""
-    config = Router.Config(critic=Critic.Config(hidden=(128, 64)), lambda0=lambda0, temperature=0.0, ask_share=0.0)
+    config = Router.Config(
+        critic=Critic.Config(hidden=(128, 64)), lambda0=lambda0, temperature=0.0, explore=0.0, ask_share=0.0
+    )
     router = Router(config, ARMS, [0.3, 1.0], train.x_RI.shape[1] - 8, seed=seed)
     random = np.random.default_rng(seed)
     for _ in range(20):
@@ -150,7 +151,14 @@ def simulate(name: str, measured: Measured, rho: float, seed: int, times: np.nda
     }  # fmt: skip
 
 
-def sweep(name: str, measured: Measured, rhos: tuple[float, ...], seed: int, progress: Any, limit: int | None) -> dict[str, float]:  # fmt: skip
+def sweep(
+    name: str,
+    measured: Measured,
+    rhos: tuple[float, ...],
+    seed: int,
+    progress: Callable[[str], None],
+    limit: int | None,
+) -> dict[str, float]:
     """`simulate` at each load; metrics are named ``quality@0.5`` and so on."""
     times = arrivals(limit)
     found: dict[str, float] = {}

@@ -216,14 +216,14 @@ class Run:
         self, live: Live, request: UpstreamRequest, opening: Opening, delay_s: float
     ) -> tuple[Any, Attempt]:
         """Ask a second deployment beside the first when that is slow; the first to bring something wins."""
-        tasks = [asyncio.ensure_future(self._one(live, request, opening))]
+        tasks = [self._started(live, request, opening)]
         winner: asyncio.Future[Any] | None = None
         try:
             await asyncio.wait(tasks, timeout=delay_s)
             if not tasks[0].done():
                 other = await self._elsewhere(live)
                 if other is not None and not tasks[0].done():
-                    tasks.append(asyncio.ensure_future(self._one(other, request, opening, is_hedge=True)))
+                    tasks.append(self._started(other, request, opening, is_hedge=True))
             pending = set(tasks)
             while pending and winner is None:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -258,14 +258,35 @@ class Run:
             return other if still_free and self.dispatcher.budget.take(now) else None
         return None
 
-    async def _one(
+    def _started(
         self, live: Live, request: UpstreamRequest, opening: Opening, is_hedge: bool = False
-    ) -> tuple[Any, Attempt]:
-        """One attempt. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
+    ) -> "asyncio.Future[Any]":
+        """One attempt beside others. It is counted in at once: by the time the task runs, another request may have taken its place."""
+        attempt = self._begun(live, is_hedge)
+        task = asyncio.ensure_future(self._made(live, request, opening, attempt))
+
+        def ended(done: "asyncio.Future[Any]") -> None:
+            if done.cancelled() and attempt.status == "open":  # before it ever ran
+                self.lost(live, attempt, None, Usage())
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _one(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
+        """One attempt."""
+        return await self._made(live, request, opening, self._begun(live))
+
+    def _begun(self, live: Live, is_hedge: bool = False) -> Attempt:
         start = self.dispatcher.now()
         attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge)
-        self.report.attempts.append(attempt)
         attempt.ticket = live.begin(start, self.tokens)
+        self.report.attempts.append(attempt)
+        return attempt
+
+    async def _made(
+        self, live: Live, request: UpstreamRequest, opening: Opening, attempt: Attempt
+    ) -> tuple[Any, Attempt]:
+        """An attempt that has begun. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
         own = self.plan.requests.get(live.model) if request is self.request else None
         if own is not None:
             request = own if request.stream else own.whole()

@@ -58,7 +58,7 @@ class Neighbours:
     def _build(self) -> None:
         from anabranch.graph.hnsw import HNSW
 
-        self._index = HNSW(self.dim, "ip", M=16, ef_construction=100, seed=self.seed, num_threads=1)
+        self._index = HNSW(self.dim, "ip", M=16, ef_construction=100, dtype="i8", seed=self.seed, num_threads=1)
         self._index.add(self.vector_ND)
 
     @property

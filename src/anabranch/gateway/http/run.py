@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,6 @@ from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.http.server import BACKLOG, Server, Signals, listening, reload_on, url_of
-
-uvloop: Any = None
-with contextlib.suppress(ImportError):
-    import uvloop
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +45,16 @@ def run(
     config = load(path, store)
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     main = _main(config, path, host, port, store, drain_s, on_ready)
-    if uvloop is not None:
-        uvloop.run(main)
-    else:
-        asyncio.run(main)
+    _runner()(main)
+
+
+def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
+    """uvloop's where it is installed: a request takes less of the processor there."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run
+    return uvloop.run
 
 
 async def _main(

@@ -102,6 +102,7 @@ class Critic(Part):
         inputs: I.
         arms: M.
         seed: of weights and draws.
+        prior_M: s of each arm before anything is learned; None for 0.
     """
 
     @configclass
@@ -126,13 +127,15 @@ class Critic(Part):
         alpha: float = Field(default=0.6, ge=0)
         beta: float = Field(default=0.4, ge=0, le=1)
 
-    def __init__(self, config: Any, inputs: int, arms: int, *, seed: int) -> None:
+    def __init__(self, config: Any, inputs: int, arms: int, *, seed: int, prior_M: np.ndarray | None = None) -> None:
         self.config, self.num_arms = config, arms
         self.network = Network(
             (inputs, *config.hidden, arms), seed=seed, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )  # fmt: skip
+        if prior_M is not None:
+            self.network.parameters[-1][:] = prior_M
         self.buffer = ReplayBuffer(config.memory, inputs, alpha=config.alpha, beta=config.beta)
-        self._random = np.random.default_rng([seed, 1])
+        self.random = np.random.default_rng([seed, 1])
 
     def utilities(self, x_I: np.ndarray) -> np.ndarray:
         """mu of each arm, float64 [M]."""
@@ -152,7 +155,7 @@ class Critic(Part):
         """Take steps on what is remembered; returns the mean absolute error of the last batch, 0 if there is nothing."""
         error = 0.0
         for _ in range(steps if len(self.buffer) else 0):
-            rows, weight_B = self.buffer.draw(self.config.batch_size, self._random)
+            rows, weight_B = self.buffer.draw(self.config.batch_size, self.random)
             error = self._step(rows, weight_B)
         return error
 

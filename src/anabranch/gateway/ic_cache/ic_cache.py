@@ -516,10 +516,11 @@ class ICCache(Part):
         for name, part in self._parts():
             own, facts[name] = part.state()
             arrays |= {f"{name}.{key}": value for key, value in own.items()}
-        return arrays, facts
+        return arrays, facts | {"random": self._random.bit_generator.state}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
+        self._random.bit_generator.state = facts["random"]
         for name, part in self._parts():
             own = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
             part.load_state(own, facts[name])

@@ -67,12 +67,12 @@ class Manager(Part):
             off_peak: replays happen only below this load.
             decay_per_hour: of the value of an offload (paper: 0.9).
             success: least quality of an answer that counts as an offload.
-            credit_all: every example that was shown has the credit of an offload, not the most useful alone (the paper does not say). With it,
-            what lies near many requests crowds out what some requests need.
+            credit_all: every example that was shown has the credit of an offload, not the most useful alone (the paper does not say).
+            With it, what lies near many requests crowds out what some requests need.
         near_limit: share of the pool's bytes above which a tick evicts.
             evict_to: share that it evicts to.
-        newcomers: share of the room that is kept for the newest, which had no chance yet to prove themselves; 0 is the paper's rule, under
-            which a full pool does not follow when users turn to something new.
+        newcomers: share of the room that is kept for the newest, which had no chance yet to prove themselves; 0 is the paper's rule,
+            under which a full pool does not follow when users turn to something new.
         """
 
         gain_rate: float = Field(default=0.3, gt=0, le=1)

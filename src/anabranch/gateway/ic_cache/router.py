@@ -97,6 +97,8 @@ class Router(Part):
             load_half_life_s: of the average of load.
             autoscale_half_life_s: of the average of the push.
             temperature: of the softmax; 0 takes the best.
+        explore: share of requests that go to any arm, so that none is never seen and the log can value other policies.
+        prior: log-odds by which an arm of C = 1 is thought better before anything is known: what is unknown goes to the dear arm.
             uncertain_below: spread of mu below which feedback is sought.
             ask_share: of uncertain requests that get a second answer.
         """
@@ -108,6 +110,8 @@ class Router(Part):
         load_half_life_s: float = Field(default=5.0, gt=0)
         autoscale_half_life_s: float = Field(default=300.0, gt=0)
         temperature: float = Field(default=0.02, ge=0)
+        explore: float = Field(default=0.02, ge=0, le=1)
+        prior: float = 0.5
         uncertain_below: float = Field(default=0.1, ge=0)
         ask_share: float = Field(default=1.0, ge=0, le=1)
 
@@ -119,7 +123,7 @@ class Router(Part):
             raise InputError(f"costs are {cost.tolist()}; they must be at least 0 and finite")
         self.config, self.arms, self.dim = config, tuple(arms), dim
         self.cost_M = cost / cost.max() if cost.max() > 0 else cost
-        self.critic = Critic(config.critic, dim + EXTRAS, len(arms), seed=seed)
+        self.critic = Critic(config.critic, dim + EXTRAS, len(arms), seed=seed, prior_M=config.prior * self.cost_M)
         self.load, self.scarcity = Ema(config.load_half_life_s), Ema(config.autoscale_half_life_s)
         self.wins_M, self.losses_M = np.ones(len(arms)), np.ones(len(arms))  # Beta beliefs
         self._random = np.random.default_rng([seed, 2])
@@ -165,8 +169,11 @@ class Router(Part):
         is_open_M = np.array([available is None or name in available for name in self.arms])
         is_open_M |= ~is_open_M.any()
         score_M = np.where(is_open_M, mu_M - self.push * self.cost_M, -np.inf)
-        probability_M = softmax(score_M, self.config.temperature)
-        at = int(self._random.choice(len(self.arms), p=probability_M)) if self.config.temperature else int(np.argmax(score_M))  # fmt: skip
+        explore = self.config.explore
+        probability_M = (1 - explore) * softmax(
+            score_M, self.config.temperature
+        ) + explore * is_open_M / is_open_M.sum()
+        at = int(self._random.choice(len(self.arms), p=probability_M))
         spread = float(mu_M[is_open_M].std())
         return Choice(
             arm=self.arms[at], arms=self.arms, mu_M=mu_M, score_M=score_M, probability_M=probability_M, push=self.push, spread=spread,
@@ -203,10 +210,10 @@ class Router(Part):
         self.critic.train(steps)
 
     def state(self) -> tuple[Arrays, Facts]:
-        """Critic and beliefs; load is of the moment, and not kept."""
+        """Critic, beliefs and what will be drawn next; load is of the moment, and not kept."""
         own = {"wins_M": self.wins_M, "losses_M": self.losses_M, "cost_M": self.cost_M}
         return {**own, **{f"critic.{name}": value for name, value in self.critic.state().items()}}, {
-            "arms": list(self.arms), "dim": self.dim,
+            "arms": list(self.arms), "dim": self.dim, "random": [self._random.bit_generator.state, self.critic.random.bit_generator.state],
         }  # fmt: skip
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
@@ -216,6 +223,7 @@ class Router(Part):
                 f"the stored router is of {facts['arms']} and {facts['dim']} dimensions, not {list(self.arms)} and {self.dim}"
             )
         self.wins_M, self.losses_M, self.cost_M = (arrays[name].copy() for name in ("wins_M", "losses_M", "cost_M"))
+        self._random.bit_generator.state, self.critic.random.bit_generator.state = facts["random"]
         self.critic.load_state(
             {name.removeprefix("critic."): value for name, value in arrays.items() if name.startswith("critic.")}
         )

@@ -14,14 +14,14 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
 from anabranch.gateway.ic_cache.ic_cache import ICCache
 from anabranch.gateway.ic_cache.pool import ExamplePool
 from anabranch.gateway.ic_cache.records import Arm, Routed, shortened
+from anabranch.gateway.ic_cache.router import Choice
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
-from anabranch.gateway.strategy import Arrays, Facts, Strategy
+from anabranch.gateway.strategy import Arrays, Complete, Embed, Facts, Played, Strategy, played
 
 TYPICAL_TOKENS = (500, 250)  # prompt and answer by which models' prices are compared
 
@@ -42,8 +42,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             domains: tasks whose answers are kept (opt-in); "*" is all, "" those of queries that name none.
             trusted: models whose answers may enter the pool; empty trusts the dearest alone.
             assisted: models that are given examples; empty assists all but the dearest.
-            embedder: makes vectors of requests that redaction changed; None keeps no such request.
             cache: all else (see `ICCache`).
+            tick_s: seconds between upkeeps.
             epochs: of `fit` over recorded outcomes.
             least_score: of recorded answers that `fit` takes into the pool.
         """
@@ -51,8 +51,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         domains: tuple[str, ...] = ()
         trusted: tuple[str, ...] = ()
         assisted: tuple[str, ...] = ()
-        embedder: Embedder.Config | None = None
         cache: ICCache.Config = Field(default_factory=ICCache.Config)
+        tick_s: float = Field(default=60.0, gt=0)
         epochs: int = Field(default=3, ge=0)
         least_score: float = 0.5
 
@@ -63,7 +63,19 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         self.metrics: Metrics = Counters() if metrics is None else metrics
         self.cache: ICCache | None = None
         self._now_s = 0.0
-        self._embedder: Embedder | None = None if config.embedder is None else config.embedder.build()
+        self._embed: Embed | None = None
+        self._ticked_s = 0.0
+
+    @property
+    def keeps_answers(self) -> bool:  # type: ignore[override]
+        """Where a domain has opted in."""
+        return bool(self.config.domains or self.config.cache.pool.domains)
+
+    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+        """Take the embedder that makes ``query.vector_D``: requests that redaction changed are kept only with one."""
+        self._embed = embed
+        if self.cache is not None:
+            self.cache.embed = embed
 
     # Made when the first models are seen
 
@@ -80,10 +92,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         pool: ExamplePool.Config = settings.pool.replace(
             domains=self.config.domains or settings.pool.domains, trust=trust
         )
-        embedder = self._embedder
-        embed = embedder.embed if embedder is not None and embedder.dim == dim else None
         return ICCache(
-            settings.replace(pool=pool), arms=arms, dim=dim, embed=embed, metrics=self.metrics, clock=lambda: self._now_s
+            settings.replace(pool=pool), arms=arms, dim=dim, embed=self._embed, metrics=self.metrics, clock=lambda: self._now_s
         )  # fmt: skip
 
     def _arm(self, name: str, cost: float, context: int | None = None) -> Arm:
@@ -105,6 +115,10 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         if query.vector_D is None:
             raise InputError(f"{self.name} needs the vector of a query; give the gateway an embedder")
         cache = self._cache_for(self._of_pool(pool), len(query.vector_D))
+        if len(query.vector_D) != cache.router.dim and cache.config.on_new_dim == "refuse":
+            raise InputError(
+                f"the query's vector has {len(query.vector_D)} numbers, those {self.name} knows {cache.router.dim}"
+            )
         self._now_s = max(self._now_s, pool.now_s)
         known = {model.name: model for model in pool.models if model.name in cache.arms}
         if not known:
@@ -117,18 +131,16 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
 
     def _decision(self, cache: ICCache, routed: Routed, pool: Pool, known: Mapping[str, Model]) -> Decision:
         choice = routed.choice
-        if choice is None:
-            score = {name: float("nan") for name in known}
-            quality: dict[str, float] = {}
-        else:
-            score = dict(zip(choice.arms, choice.score_M.tolist(), strict=True))
+        quality: dict[str, float] = {}
+        if choice is not None:
             quality = dict(zip(choice.arms, choice.mu_M.tolist(), strict=True))
         tokens = (routed.query.prompt_tokens or TYPICAL_TOKENS[0], TYPICAL_TOKENS[1])
         cost = {model.name: dollars(model.price.cost(*tokens)) for model in pool.models}
         late = [model.name for model in pool.models if model.name not in cache.arms and model.is_available]
+        names = (*(name for name in routed.order if name in known), *late)
         candidates = tuple(
-            Candidate(model=name, score=score.get(name, float("-inf")), quality=quality.get(name), cost=cost[name])
-            for name in (*(name for name in routed.order if name in known), *late)
+            Candidate(model=name, score=score, quality=quality.get(name), cost=cost[name])
+            for name, score in zip(names, _falling(choice, names), strict=True)
         )
         examples = [
             {"id": item.example.id, "similarity": item.similarity, "utility": item.utility, "reason": item.reason}
@@ -176,11 +188,14 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             cache.feedback(routed.id, score=outcome.quality, arm=outcome.model)
         if outcome.answer is not None:
             cache.admit(routed, outcome.answer, outcome.model, quality=outcome.quality)
+        if self._now_s - self._ticked_s >= self.config.tick_s:
+            self.tick()
 
     def tick(self) -> None:
-        """Upkeep; a gateway calls it now and then where a strategy has it."""
+        """Upkeep. `observe` calls it once in a while; whoever likes may."""
         if self.cache is not None:
             self.cache.tick()
+            self._ticked_s = self._now_s
 
     def forget(self, *, tenant: str, user: str | None = None) -> int:
         """Erase what was kept of a tenant or of a user of it; returns how many examples went."""
@@ -221,6 +236,18 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         tokens = query.prompt_tokens or cache.selector.count_tokens(query.text)
         return cache.router.context(query.vector_D, shortened(found, kept), tokens)
 
+    def play(self, data: Recorded, pool: Pool) -> Played:
+        """The arm of the largest expected utility for each row, nothing drawn and nothing learned. Recorded scores know no examples."""
+        if data.vector_ND is None:
+            raise InputError(f"{self.name} needs the vectors of queries; embed the data first")
+        cache = self._cache_for(self._of_pool(pool), data.vector_ND.shape[1])
+        columns = [at for at, name in enumerate(data.models) if name in cache.arms]
+        if not columns:
+            raise InputError(f"{self.name} knows none of the models {', '.join(data.models)}")
+        own = [cache.router.arms.index(data.models[at]) for at in columns]
+        mu_NM = np.array([cache.router.critic.utilities(self._context(cache, query))[own] for query in data.queries()])
+        return played(data, np.asarray(columns)[mu_NM.argmax(1)])
+
     def state(self) -> tuple[Arrays, Facts]:
         """What the cache holds and learned; empty before it has seen a model."""
         cache = self.cache
@@ -237,6 +264,17 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             self._now_s = facts["now_s"]
             self.cache = self._make([self._arm(*row) for row in facts["arms"]], facts["dim"])
             self.cache.load_state(arrays, facts["cache"])
+
+
+def _falling(choice: Choice | None, names: Sequence[str]) -> list[float]:
+    """Scores in this order: S; the first has the largest, drawn or not; what has none, one less than the one before."""
+    known = {} if choice is None else dict(zip(choice.arms, choice.score_M.tolist(), strict=True))
+    finite = {name: score for name, score in known.items() if np.isfinite(score)}
+    found: list[float] = []
+    for name in names:
+        before = found[-1] if found else max(finite.values(), default=0.0)
+        found.append(before if not found else finite.get(name, before - 1.0))
+    return found
 
 
 def _mean_cost(cost_NM: np.ndarray) -> np.ndarray:

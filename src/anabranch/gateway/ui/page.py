@@ -131,13 +131,14 @@ def _health(now: Snapshot) -> str:
 def _deployments(deployments: Sequence[DeploymentFact]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(at.name)}</th><td>{_state(at.state)}</td>'
-        f'<td class="number">{at.in_flight}</td><td class="number">{at.requests:,}</td><td class="number">{at.failures:,}</td>'
+        f'<td class="number minor">{at.in_flight}</td><td class="number">{at.requests:,}</td><td class="number">{at.failures:,}</td>'
         f'<td class="number">{_time(at.latency_s)}</td></tr>'
         for at in deployments
     )
     return (
         '<div class="scroll"><table class="lines"><thead><tr><th scope="col">deployment</th><th scope="col">breaker</th>'
-        '<th scope="col" class="number">under way</th><th scope="col" class="number">calls</th><th scope="col" class="number">failed</th>'
+        '<th scope="col" class="number minor">under way</th>'
+        '<th scope="col" class="number">calls</th><th scope="col" class="number">failed</th>'
         f'<th scope="col" class="number">latency</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
@@ -194,10 +195,12 @@ def _decision(seen: Seen, now_s: float) -> str:
 def _candidates(seen: Seen) -> str:
     if not seen.candidates:
         return ""
-    best = max((abs(row.get("score") or 0) for row in seen.candidates), default=0) or 1
+    scores = [row.get("score") or 0.0 for row in seen.candidates]
+    low, high = min(0.0, *scores), max(scores)
+    span = (high - low) or 1.0
     rows = "".join(
         f'<tr{" class=chosen" if row.get("model") == seen.chosen else ""}><th scope="row">{escape(str(row.get("model")))}</th>'
-        f'<td class="wide">{bar((row.get("score") or 0) / best)}</td><td class="number">{_number(row.get("score"))}</td>'
+        f'<td class="wide">{bar(((row.get("score") or 0.0) - low) / span)}</td><td class="number">{_number(row.get("score"))}</td>'
         f'<td class="number">{_number(row.get("quality"))}</td><td class="number">{_cost(row.get("cost"))}</td></tr>'
         for row in seen.candidates
     )
@@ -227,7 +230,9 @@ def _cost(cost: Any) -> str:
 
 def _dollars(value: float, digits: int) -> str:
     """With so many digits, or, where that would show nothing, with two that count."""
-    if value == 0 or value >= 10**-digits:
+    if value == 0:
+        return "$0"
+    if value >= 10**-digits:
         return f"${value:,.{digits}f}"
     return f"${value:.{1 - math.floor(math.log10(value))}f}"
 
