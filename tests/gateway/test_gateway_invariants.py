@@ -173,7 +173,6 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
     assert ended["left"] > 20
     assert ended["insufficient_quota"] > 0
     assert max(seen) > 0
-    assert any("hedged" in row.flags for row in rows)
     assert len({row.cache for row in rows}) >= 2
     assert {row.status for row in rows} >= {"ok", "error", "refused", "cancelled"}
 
