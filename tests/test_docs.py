@@ -102,15 +102,15 @@ def test_shell_examples_name_real_commands(page, words):
         assert {word for word in arguments if "=" not in word} <= set(targets)
     elif Path(program).name == "anabranch" and arguments[:1] != ["--help"]:
         commands = cli_options()
-        name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in commands else arguments[0]
-        assert name in commands
+        name = next((name for length in (3, 2, 1) if (name := " ".join(arguments[:length])) in commands), None)
+        assert name is not None
         options = {word.split("=")[0] for word in arguments if word.startswith("-")}
         assert options <= commands[name] | {"--help"}
 
 
 @cache
 def cli_options() -> dict[str, set[str]]:
-    """The options of each command; those of groups by both words."""
+    """The options of each command; those of groups by all words."""
     from typer.main import get_command
 
     from anabranch.cli.main import app
@@ -119,7 +119,7 @@ def cli_options() -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
         for name, command in group.commands.items():
             if hasattr(command, "commands"):
-                found |= of(command, f"{name} ")
+                found |= of(command, f"{prefix}{name} ")
             else:
                 words = [
                     option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)

@@ -22,6 +22,10 @@ PUBLIC = {
         Mixture Named Stdlib StreamDecoder Table TokenStore TokenStream Tokenizer Windows cache_folder corpus_at
         corpus_windows load_tokenizer text_windows train_bpe
     """,
+    "anabranch.gateway.coe": """
+        CategoryRouter ExpertMap ExpertQueue ExpertStore Judgement Lease Limits QualityTable frontier_of_budget
+        frontier_of_trade_off solve_map
+    """,
     "anabranch.gateway.data": """
         SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups llmrouter load load_csv load_jsonl
         load_store measured_in merged pool_of read_joules read_prices routellm_mmlu split

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, CheckpointError, InputError
 from anabranch.gateway.coe import ExpertQueue, ExpertStore
-from anabranch.gateway.coe.store import signature_of
+from anabranch.gateway.coe.lease import signature_of
 from anabranch.gateway.coe.tier import Tier, Usage, quantile
 
 PATIENCE_S = 20.0  # nothing here takes this long; a test that hangs fails
@@ -353,15 +353,56 @@ def test_guesses_can_be_taken_back(tmp_path):
 
 
 def test_works_on_an_event_loop(tmp_path):
+    async def one(store, name):
+        async with store.use_async(name, PATIENCE_S) as expert:
+            return expert[:1]
+
     async def main(store):
-        leases = await asyncio.gather(*(asyncio.wrap_future(store.request(name)) for name in "abab"))
-        found = [lease.expert[:1] for lease in leases]
-        for lease in leases:
-            lease.release()
-        return found
+        return await asyncio.gather(*(one(store, name) for name in "abacb"))
 
     with opened(tmp_path, ABC, 20) as store:
-        assert asyncio.run(main(store)) == [b"a", b"b", b"a", b"b"]
+        assert asyncio.run(main(store)) == [b"a", b"b", b"a", b"c", b"b"]
+        assert not any(resident.pins for resident in store._top.residents.values())
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_cancelled_waiters_leave_no_pin(tmp_path, comes):
+    """The expert may be handed out before the loop tells the waiter that it was cancelled."""
+    gate = Gate()
+
+    async def main(store):
+        async def wait():
+            async with store.use_async("a"):
+                raise AssertionError("was cancelled")
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        assert gate.begun.wait(PATIENCE_S)
+        if comes == "before":
+            gate.go.set()
+            until(lambda: store.resident() == ["a"] and not store._jobs)  # the loop is not let run meanwhile
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.go.set()
+
+    with opened(tmp_path, ABC, 20, load=gate) as store:
+        asyncio.run(main(store))
+        until(lambda: not store._jobs and not any(resident.pins for resident in store._top.residents.values()))
+        store.remove("a")
+
+
+def test_late_experts_on_an_event_loop(tmp_path):
+    async def main(store):
+        async with store.use_async("b", 0.05):
+            pass
+
+    with (
+        opened(tmp_path, ABC, 10) as store,
+        store.use("a", PATIENCE_S),
+        pytest.raises(CapacityError, match=r"'b' was not loaded within 0.05 s"),
+    ):
+        asyncio.run(main(store))
 
 
 @pytest.mark.parametrize("eviction", ["rate", "lru", "lfu"])

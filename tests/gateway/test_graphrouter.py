@@ -12,9 +12,11 @@ from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.gateway import strategies
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.graphrouter import GraphRouter
+from anabranch.gateway.graphrouter.settings import Training
 from anabranch.gateway.money import Price
 from anabranch.gateway.predictor import Ranked
 from anabranch.gateway.query import Model, Outcome, Pool, Query
+from anabranch.testing import check_strategy
 
 MODES = ("reference", "mean", "hetero", "plus")
 TASKS, D = ("maths", "code", "poems"), 12
@@ -599,3 +601,24 @@ def test_configs_that_are_refused(fields, message):
 def test_an_empty_table():
     for mode in MODES:
         assert fitted(mode).predict(made(3).take([])).quality_NM.shape == (0, 4)
+
+
+# The contract of strategies
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_contract(mode):
+    check_strategy(config(mode).replace(training=Training(steps=4, draws=1)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": "given"},
+        {"task": "none", "validation": 0.0},
+        {"plus": {"exact_below": 20, "capacity": 3, "explore": 0.5}},
+        {"plus": {"centres": 500, "neighbours": 500, "episodes": {"steps": 3, "most_queries": 20}}},
+    ],
+)
+def test_contract_with_options(fields):
+    check_strategy(config(**fields))

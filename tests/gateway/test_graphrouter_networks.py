@@ -248,6 +248,30 @@ def test_validation_queries_are_never_trained_on(mode, monkeypatch):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_few_edges_are_a_list_with_the_same_gradients(mode):
+    nodes, edge, visible = inputs(dtype=torch.float64)
+    label, found = best(edge[..., 0].numpy()), []
+    for sparse in (False, True):
+        network = make(mode, dtype=torch.float64).train()
+        made = train.messages(edge, visible, sparse=sparse)
+        assert isinstance(made, Edges if sparse else Block)
+        made = made if sparse else Block(edge, visible.double())
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            network(nodes, made)[~visible], torch.from_numpy(label)[~visible].double()
+        )
+        loss.backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, atol=1e-10)
+
+
+def test_when_edges_are_few():
+    assert train.is_sparse(torch.arange(100).reshape(20, 5) < 15)
+    assert not train.is_sparse(torch.arange(100).reshape(20, 5) < 25)
+
+
 def test_nothing_to_train_on_leaves_a_network_that_scores():
     network = make("mean")
     nodes, _, _ = inputs(n=2)

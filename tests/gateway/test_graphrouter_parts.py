@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.errors import InputError
 from anabranch.gateway.graphrouter.centre import centred, kappa_of, means
@@ -293,3 +295,62 @@ def test_paid_calls_move_the_ratio():
     for _ in range(99):
         ratio.learn(3.0, 1.0)
     assert ratio.value == pytest.approx(2.98)
+
+
+# Properties
+
+
+TABLES = st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**32 - 1))
+
+
+def drawn(shape, share_missing=0.3):
+    rows, columns, seed = shape
+    rng = np.random.default_rng(seed)
+    value = rng.uniform(0, 2, size=(rows, columns)).round(2)
+    value[rng.uniform(size=value.shape) < share_missing] = NAN
+    return value, rng
+
+
+@given(TABLES)
+def test_what_a_scale_was_fitted_on_lies_between_0_and_1_and_comes_back(shape):
+    cost, rng = drawn(shape)
+    task = rng.integers(0, 3, len(cost))
+    scale = CostScale.fit(cost, task, 3)
+    scaled = scale.scale(cost, task)
+    known = np.isfinite(cost)
+    assert (np.isfinite(scaled) == known).all()
+    assert (scaled[known] >= 0).all()
+    assert (scaled[known] <= 1).all()
+    assert scale.dollars(scaled, task)[known] == pytest.approx(cost[known])
+
+
+@given(TABLES)
+def test_every_query_with_edges_has_a_best_one(shape):
+    value, _ = drawn(shape)
+    label = best(value)
+    assert (label.any(1) == np.isfinite(value).any(1)).all()
+    assert not label[~np.isfinite(value)].any()
+
+
+@given(TABLES, st.floats(0.05, 20), st.floats(-3, 3))
+def test_centring_takes_out_what_all_edges_of_a_query_share(shape, kappa, shift):
+    """Shifted edges and a guess shifted alike leave the same, and a level that is shifted."""
+    value, rng = drawn(shape)
+    seen, guess = np.isfinite(value).astype(float), rng.normal(size=len(value))
+    excess = np.where(seen > 0, value, 0.0)
+    before = centred(excess, seen, kappa, guess)
+    after = centred((excess + shift) * seen, seen, kappa, guess + shift)
+    assert after[2] == pytest.approx(before[2], abs=1e-8)
+    assert after[0] == pytest.approx(before[0] + shift, abs=1e-8)
+    assert ((before[3] > 0) == (seen > 0)).all()
+    assert (before[3] < 1).all()
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.floats(0, 0.99), st.integers(0, 1000))
+def test_a_split_parts_no_group_and_leaves_something(count, num_tasks, share, seed):
+    rng = np.random.default_rng(seed)
+    group = rng.integers(0, count, count)
+    held = hold_out(group, rng.integers(0, num_tasks, count), share, seed)
+    assert not held.all()
+    for number in np.unique(group):
+        assert len(set(held[group == number].tolist())) == 1

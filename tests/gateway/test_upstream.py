@@ -318,3 +318,71 @@ def test_recorded_outcomes_can_be_replayed(tmp_path):
         assert (answer.text, answer.usage.prompt, answer.usage.completion) == ("as recorded", 11, 7)
 
     asyncio.run(work())
+
+
+@contextlib.asynccontextmanager
+async def trap():
+    """A server that nobody may call."""
+    called = []
+
+    async def answer(request):
+        called.append(request.path)
+        return web.json_response({"choices": [{"message": {"content": "trapped"}}]})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with served(app) as url:
+        yield url, called
+
+
+def moved(target, status=307):
+    async def answer(request):
+        return web.Response(status=status, headers={"location": target})
+
+    return answer
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_redirect_to_another_host_is_not_followed(status, stream):
+    async def work():
+        async with trap() as (other, called):
+            app = web.Application()
+            app.router.add_post("/v1/chat/completions", moved(f"{other}/chat/completions", status))
+            async with served(app) as url:
+                with pytest.raises(UpstreamError) as caught:
+                    await asked(dispatcher_of(url), stream=stream)
+        assert (caught.value.failure.kind, called) == ("garbage", [])
+
+    asyncio.run(work())
+
+
+def test_a_redirect_within_the_host_is_followed_but_not_for_ever():
+    async def work():
+        async def answer(request):
+            assert (await request.json())["messages"]
+            return web.json_response({"choices": [{"message": {"content": "over here"}}]})
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", moved("/v2"))
+        app.router.add_post("/v2", answer)
+        async with served(app) as url:
+            assert (await asked(dispatcher_of(url))).text == "over here"
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", moved("/v1/chat/completions"))
+        async with served(app) as url:
+            with pytest.raises(UpstreamError):
+                await asked(dispatcher_of(url))
+
+    asyncio.run(work())
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch):
+    async def work():
+        async with trap() as (proxy, called), served(application(Mock.Config(model="m", reply="direct"))) as url:
+            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+                monkeypatch.setenv(name, proxy.removesuffix("/v1"))
+            assert (await asked(dispatcher_of(url))).text == "direct"
+        assert called == []
+
+    asyncio.run(work())

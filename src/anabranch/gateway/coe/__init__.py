@@ -7,8 +7,9 @@
 
 from anabranch.gateway.coe.category import CategoryRouter
 from anabranch.gateway.coe.expert_map import ExpertMap, Limits, frontier_of_budget, frontier_of_trade_off, solve_map
+from anabranch.gateway.coe.lease import Lease
 from anabranch.gateway.coe.quality import Judgement, QualityTable
-from anabranch.gateway.coe.store import ExpertStore, Lease
+from anabranch.gateway.coe.store import ExpertStore
 from anabranch.gateway.coe.tier import ExpertQueue
 
 __all__ = [

@@ -5,7 +5,8 @@
     store.prefetch("maths")                       # while the prompt still arrives
     with store.use("maths") as expert:            # pinned meanwhile
         expert.generate(...)
-    await asyncio.wrap_future(store.request("maths"))      # the same on an event loop: a `Lease`
+    async with store.use_async("maths") as expert:  # the same on an event loop
+        ...
 
 How things are loaded is the caller's: ``load(path)`` reads a checkpoint into host memory, ``to_device(value)`` copies it on. Without
 ``to_device`` experts are used from host memory. An expert is handed out only when its loading came to an end and its files were the
@@ -16,74 +17,25 @@ Source: Composition of Experts, arXiv 2412.01868, and SN40L, arXiv 2405.07518 (t
 and the bound on waiting (`ExpertQueue`) are ours.
 """
 
+import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import CapacityError, CheckpointError, InputError
+from anabranch.gateway.coe.lease import Expert, Job, Lease, signature_of
 from anabranch.gateway.coe.tier import Eviction, Resident, Tier, Usage, quantile
 
 log = logging.getLogger(__name__)
 
-Signature = tuple[tuple[str, int, int], ...]  # name, bytes, time of change of each file
 REMEMBERED = 4096  # switch times for quantiles
-
-
-class Lease:
-    """An expert in use. It stays where it is until `release`, or the end of a ``with``."""
-
-    def __init__(self, store: "ExpertStore", name: str, resident: Resident) -> None:
-        self.name, self._store, self._resident = name, store, resident
-        self._is_open = True
-
-    @property
-    def expert(self) -> Any:
-        """What the loader gave. Raises InputError after release."""
-        if not self._is_open:
-            raise InputError(f"the lease of expert {self.name!r} was released; ask for it again")
-        return self._resident.value
-
-    def release(self) -> None:
-        """Say that it is no longer used; more than once does nothing."""
-        if self._is_open:
-            self._is_open = False
-            self._store._unpin(self._resident)
-
-    def __enter__(self) -> Any:
-        return self.expert
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-@dataclass
-class _Expert:
-    path: Path
-    signature: Signature
-    bytes_in: dict[str, int]  # by tier
-    usage: Usage
-
-
-@dataclass
-class _Job:
-    """A load that is waiting or under way."""
-
-    name: str
-    waiting: list[tuple[Future[Lease], float]] = field(default_factory=list)
-    ahead: list[Future[None]] = field(default_factory=list)
-    has_begun: bool = False
-    is_spared: bool = True  # what is fetched ahead goes last for a while
-
-    def is_wanted(self) -> bool:
-        return any(not future.cancelled() for future, _ in self.waiting)
 
 
 class ExpertStore:
@@ -128,8 +80,8 @@ class ExpertStore:
         if device_bytes is not None:
             self._tiers["device"] = Tier("device", device_bytes, eviction)
         self._top = self._tiers["device" if device_bytes is not None else "host"]
-        self._experts: dict[str, _Expert] = {}
-        self._jobs: dict[str, _Job] = {}
+        self._experts: dict[str, Expert] = {}
+        self._jobs: dict[str, Job] = {}
         self._queue: deque[str] = deque()  # of jobs nobody has begun; those with somebody waiting go first
         self._changed = threading.Condition()
         self._kept: dict[str, Lease] = {}
@@ -185,7 +137,7 @@ class ExpertStore:
             if old is not None:
                 self._forget(name)
             usage = Usage(self._half_life_s) if old is None else old.usage
-            self._experts[name] = _Expert(path, signature, wanted, usage)
+            self._experts[name] = Expert(path, signature, wanted, usage)
 
     def _forget(self, name: str) -> None:
         """Drop what is resident of an expert. Raises InputError while it is in use or on its way."""
@@ -227,7 +179,7 @@ class ExpertStore:
             self._experts[name].usage.touch(now_s)
             found = self._top.ready(name)
             if found is None:
-                self._jobs.setdefault(name, _Job(name)).waiting.append((future, now_s))
+                self._jobs.setdefault(name, Job(name)).waiting.append((future, now_s))
                 self._enqueue(name)
                 future.add_done_callback(self._wake)  # a request taken back may be all that a load waited for room for
                 return future
@@ -246,6 +198,21 @@ class ExpertStore:
         with lease as expert:
             yield expert
 
+    @asynccontextmanager
+    async def use_async(self, name: str, timeout_s: float | None = None) -> AsyncIterator[Any]:
+        """`use` on an event loop. Whoever is cancelled while waiting leaves no pin behind."""
+        future = self.request(name)
+        try:
+            lease = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        except BaseException as error:
+            if not future.cancel():  # it came this moment, and nobody will look
+                future.add_done_callback(_released)
+            if isinstance(error, TimeoutError):
+                raise self._late(name, timeout_s) from None
+            raise
+        with lease as expert:
+            yield expert
+
     def prefetch(self, name: str) -> Future[None]:
         """Load an expert that will probably be asked for. Never waits for room that others use, and waits behind requests.
 
@@ -255,7 +222,7 @@ class ExpertStore:
         with self._changed:
             self._begin(name)
             if self._top.ready(name) is None:
-                self._jobs.setdefault(name, _Job(name)).ahead.append(future)
+                self._jobs.setdefault(name, Job(name)).ahead.append(future)
                 self._enqueue(name)
                 return future
         future.set_result(None)
@@ -263,7 +230,7 @@ class ExpertStore:
 
     def retract(self, name: str) -> None:
         """Take a guess back, as the prompt turned out to need another expert: what was not begun is dropped, what is there may go."""
-        dropped: _Job | None = None
+        dropped: Job | None = None
         with self._changed:
             self._expert(name)
             job, found = self._jobs.get(name), self._top.residents.get(name)
@@ -276,7 +243,7 @@ class ExpertStore:
             elif found is not None:
                 found.spare_until_s = -float("inf")
         if dropped is not None:
-            _finish(dropped)
+            dropped.finish_ahead()
 
     def pin(self, name: str, timeout_s: float | None = None) -> None:
         """Keep an expert resident until `unpin`. Raises as `request`, and CapacityError if it was not there in time."""
@@ -292,9 +259,12 @@ class ExpertStore:
         except FutureTimeout:
             if not future.cancel():
                 return future.result()  # it came this moment
-            raise CapacityError(
-                f"expert {name!r} was not loaded within {timeout_s} s; others in use may hold all of {self._top.name} memory"
-            ) from None
+            raise self._late(name, timeout_s) from None
+
+    def _late(self, name: str, timeout_s: float | None) -> CapacityError:
+        return CapacityError(
+            f"expert {name!r} was not loaded within {timeout_s} s; others in use may hold all of {self._top.name} memory"
+        )
 
     def unpin(self, name: str) -> None:
         """Let a pinned expert go when its room is needed. Raises InputError if it is not pinned."""
@@ -351,7 +321,7 @@ class ExpertStore:
 
     # Under the lock
 
-    def _expert(self, name: str) -> _Expert:
+    def _expert(self, name: str) -> Expert:
         found = self._experts.get(name)
         if found is None:
             raise InputError(f"no expert {name!r} in the store; it has {', '.join(self._experts) or 'none'}")
@@ -384,7 +354,7 @@ class ExpertStore:
         if resident.spare_until_s > -float("inf"):
             resident.spare_until_s = -float("inf")
             self._counts["prefetch_used"] += 1
-        return Lease(self, name, resident)
+        return Lease(name, resident, self._unpin)
 
     def _unpin(self, resident: Resident) -> None:
         with self._changed:
@@ -414,7 +384,7 @@ class ExpertStore:
             except BaseException as error:
                 self._fail(job, error)
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         """Bring an expert up tier by tier, then hand it to all that wait."""
         expert = self._experts[job.name]
         with self._changed:
@@ -437,7 +407,7 @@ class ExpertStore:
             if below is not None:
                 self._unpin(below)
 
-    def _bring(self, job: _Job, tier: Tier, make: Callable[[], Any]) -> Resident | None:
+    def _bring(self, job: Job, tier: Tier, make: Callable[[], Any]) -> Resident | None:
         """Load into a tier; the resident comes back pinned. None if nobody waits and there is no room."""
         num_bytes = self._experts[job.name].bytes_in[tier.name]
         with self._changed:
@@ -467,7 +437,7 @@ class ExpertStore:
     def _usage(self) -> dict[str, Usage]:
         return {name: expert.usage for name, expert in self._experts.items()}
 
-    def _whole(self, expert: _Expert, name: str) -> Any:
+    def _whole(self, expert: Expert, name: str) -> Any:
         """Read a checkpoint whose files do not change meanwhile."""
         signature = signature_of(expert.path)
         value = self._read(expert.path) if signature == expert.signature else None
@@ -477,7 +447,7 @@ class ExpertStore:
             )
         return value
 
-    def _hand_out(self, job: _Job, resident: Resident | None) -> None:
+    def _hand_out(self, job: Job, resident: Resident | None) -> None:
         """Give leases to all that wait. None: nobody waited and there was no room; if somebody came since, try again."""
         leases: list[tuple[Future[Lease], Lease]] = []
         with self._changed:
@@ -499,9 +469,9 @@ class ExpertStore:
                 leases = [(future, self._leased(job.name, resident)) for future, _ in live]
         for future, lease in leases:
             future.set_result(lease)
-        _finish(job)
+        job.finish_ahead()
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
         """Tell all that wait; the next request tries again."""
         with self._changed:
             self._jobs.pop(job.name, None)
@@ -512,25 +482,9 @@ class ExpertStore:
             log.warning("fetching expert %s ahead failed: %s", job.name, error)
         for future in live:
             future.set_exception(error)
-        _finish(job)
+        job.finish_ahead()
 
 
-def _finish(job: _Job) -> None:
-    for ahead in job.ahead:
-        if ahead.set_running_or_notify_cancel():
-            ahead.set_result(None)
-
-
-def signature_of(path: Path) -> Signature:
-    """Names, sizes and times of change of a checkpoint's files. Raises CheckpointError if there are none."""
-    try:
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        found = []
-        for file in files:
-            status = file.stat()
-            found.append((str(file.relative_to(path)), status.st_size, status.st_mtime_ns))
-    except OSError as error:
-        raise CheckpointError(f"cannot read the expert in {path}: {(error.strerror or str(error)).lower()}") from None
-    if not found:
-        raise CheckpointError(f"no expert in {path}; it must be a file, or a folder with files")
-    return tuple(found)
+def _released(future: Future[Lease]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()

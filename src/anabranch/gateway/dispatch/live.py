@@ -11,6 +11,8 @@ from anabranch.gateway.providers.provider import Failure, Provider, Transport
 
 ALPHA = 0.1  # weight of the newest observation in smoothed values
 SHAKY = 0.05  # share of failures, smoothed, above which a deployment is not trusted blindly
+SILENT_S = 1.0  # shortest silence that casts doubt, and in multiples of how long it takes smoothly:
+SILENT_TIMES = 4.0
 MINUTE_S = 60.0
 
 OnChange = Callable[["Live", str, str, float], None]
@@ -22,6 +24,7 @@ class Live:
     Attributes:
         model: name of its group.
         in_flight: attempts under way.
+        waiting: those of them that have brought nothing yet.
         failing: smoothed share of attempts that failed.
         first_token_s: smoothed; None before the first.
         token_s: smoothed seconds per completion token of a stream after the first.
@@ -44,17 +47,31 @@ class Live:
         self.provider: Provider = deployment.provider.build()
         self.transport = self.provider.transport(http)
         self.breaker = Breaker()
-        self.in_flight, self.failing, self.rests_until = 0, 0.0, 0.0
+        self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
         self.first_token_s: float | None = None
         self.token_s: float | None = None
         self.latency_s: float | None = None
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
-        self._on_change = on_change
+        self._on_change, self._heard_at = on_change, 0.0
 
     @property
     def is_shaky(self) -> bool:
         """It failed lately more often than now and then."""
         return self.failing > SHAKY
+
+    def is_silent(self, now: float) -> bool:
+        """Attempts wait for a first sign, and none has come for much longer than usual: they may all be lost, though none has failed."""
+        usual_s = max(self.latency_s or 0.0, self.first_token_s or 0.0)
+        return self.waiting > 0 and now - self._heard_at > max(SILENT_S, SILENT_TIMES * usual_s)
+
+    def is_doubtful(self, now: float) -> bool:
+        """The next attempt had better not be a request's last."""
+        return self.is_shaky or self.is_silent(now)
+
+    def heard(self, now: float) -> None:
+        """The first token of an attempt has come. `end` must be told that it had."""
+        self.waiting -= 1
+        self._heard_at = now
 
     def can_take(self, now: float, tokens: int) -> bool:
         """Whether a request of so many tokens may go there."""
@@ -84,7 +101,10 @@ class Live:
         assert ticket is not None
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "its time is up", now)
+        if not self.waiting:
+            self._heard_at = now  # from now on something is waited for
         self.in_flight += 1
+        self.waiting += 1
         own = self.deployment
         if own.rpm is not None:
             self.requests.add(now)
@@ -92,9 +112,14 @@ class Live:
             self.tokens.add(now, tokens)
         return ticket
 
-    def end(self, ticket: int, outcome: Outcome, now: float, failure: Failure | None = None) -> None:
-        """Count an attempt out."""
+    def end(
+        self, ticket: int, outcome: Outcome, now: float, failure: Failure | None = None, was_heard: bool = False
+    ) -> None:
+        """Count an attempt out. Its first token ``was_heard`` if `heard` was called for it."""
         self.in_flight -= 1
+        self.waiting -= not was_heard
+        if outcome == "success":
+            self._heard_at = now
         if outcome != "ignored":
             self.failing += ALPHA * ((outcome != "success") - self.failing)
         before = self.breaker

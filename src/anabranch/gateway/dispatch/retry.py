@@ -65,9 +65,12 @@ class RetryBudget:
         self._extra.add(now)
         return True
 
-    def hold(self, now: float) -> bool:
-        """Keep one extra attempt for later; `take` or `release` ends it."""
-        if self.room(now) < 1:
+    def hold(self, now: float, beside: int = 0) -> bool:
+        """Keep one extra attempt for later, if there is room ``beside`` so many that may be needed too.
+
+        `take` or `release` ends it.
+        """
+        if self.room(now) - beside < 1:
             return False
         self.held += 1
         return True

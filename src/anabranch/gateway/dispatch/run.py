@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
 
 
+SLOW: tuple[FailureKind, ...] = (
+    "timeout",
+    "first_token",
+)  # asking the same deployment again would cost as much time again
 MAY_BE_CHARGED: tuple[FailureKind, ...] = ("timeout", "first_token", "cut", "deadline")
 
 
@@ -84,10 +88,16 @@ class Run:
         action = ACTION[error.failure.kind]
         if action == "give_up":
             raise self.ended(error)
-        if action == "fall_back" or self._retry >= self.rules.retries:
+        is_slow = error.failure.kind in SLOW and not self.is_last and not self._has_fresh()
+        if action == "fall_back" or is_slow or self._retry >= self.rules.retries:
             self._next_model()
         else:
             self._retry += 1
+
+    def _has_fresh(self) -> bool:
+        """A deployment of the present model has not been asked yet, and may be."""
+        group, now = self.dispatcher.groups.get(self.plan.candidates[self._at]), self.dispatcher.now()
+        return group is not None and any(live.name not in self.avoid for live in group.free(now, self.tokens))
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
@@ -175,10 +185,13 @@ class Run:
         if not fresh:
             return None
         live = pick(group.balance, fresh, now, self.dispatcher.rng)
-        if live.is_shaky and not self.report.attempts and not self._holds:
-            if self.dispatcher.budget.hold(now):
+        if (
+            live.is_doubtful(now) and not self._holds
+        ):  # one more must be paid for if this fails, or it had better be elsewhere
+            at_risk = live.waiting if live.is_silent(now) else 0
+            if self.dispatcher.budget.hold(now, at_risk):
                 self._holds = True
-            elif steady := [other for other in fresh if not other.is_shaky]:
+            elif steady := [other for other in fresh if not other.is_doubtful(now)]:
                 live = pick(group.balance, steady, now, self.dispatcher.rng)
             elif self._has_steady_later(now):
                 self._skip(group.name, "it fails, and the budget of extra attempts is used up")
@@ -187,7 +200,7 @@ class Run:
 
     def _has_steady_later(self, now: float) -> bool:
         later = (self.dispatcher.groups.get(model) for model in self.plan.candidates[self._at + 1 :])
-        return any(not live.is_shaky for group in later if group for live in group.free(now, self.tokens))
+        return any(not live.is_doubtful(now) for group in later if group for live in group.free(now, self.tokens))
 
     # Asking
 
@@ -234,7 +247,8 @@ class Run:
             return None
         for model in self.plan.candidates[self._at :]:
             group = self.dispatcher.groups.get(model)
-            free = [] if group is None else [other for other in group.free(now, self.tokens) if other is not live]
+            free = [] if group is None else group.free(now, self.tokens)
+            free = [other for other in free if other is not live and not other.is_doubtful(now)]
             if group is None or not free:
                 continue
             if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
@@ -296,13 +310,14 @@ class Run:
         if failure is None:
             attempt.status = "cancelled"
             self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
-            live.end(attempt.ticket, "ignored", now)
+            live.end(attempt.ticket, "ignored", now, was_heard=attempt.first_token_s is not None)
             return
         attempt.status, attempt.http_status, attempt.message = failure.kind, failure.status, failure.message
         self.avoid.add(live.name)
         if usage is not None or failure.kind in MAY_BE_CHARGED:
             self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
-        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure)
+        outcome = self._outcome(live, attempt, failure)
+        live.end(attempt.ticket, outcome, now, failure, attempt.first_token_s is not None)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment. The end of the request's time is held against it only if it had half of its own."""
@@ -318,7 +333,7 @@ class Run:
         now = self.dispatcher.now()
         attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
         self.charge(live, attempt, usage)
-        live.end(attempt.ticket, "success", now)
+        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
         if attempt.first_token_s is None:
             self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)

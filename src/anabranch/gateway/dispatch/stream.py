@@ -161,6 +161,7 @@ class Stream:
             _close(reply)
             raise
         attempt.first_token_s = self._now() - self._run.began - attempt.start_s
+        live.heard(self._now())
         self._run.dispatcher.groups[live.model].hedge.observe(attempt.first_token_s)
         return opened
 

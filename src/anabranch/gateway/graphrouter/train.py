@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from anabranch.gateway.graphrouter.graph import Scenario, best, utility
-from anabranch.gateway.graphrouter.network import Block, Hetero, Network, Nodes
+from anabranch.gateway.graphrouter.network import Block, Edges, Hetero, Network, Nodes
 from anabranch.gateway.graphrouter.settings import Training
+
+SPARSE = 0.2  # share of observed edges below which they are kept as a list instead of a block
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class Table:
     def utility_NM(self) -> np.ndarray:
         """Of each edge; NaN where not observed."""
         return utility(self.effect_NM, self.cost_NM, self.scenario)
+
+
+def messages(edge_NM3: Tensor, visible_NM: Tensor, *, sparse: bool) -> Block | Edges:
+    """The visible edges in the form that is quicker."""
+    if not sparse:
+        return Block(edge_NM3, visible_NM.float())
+    query_E, model_E = visible_NM.nonzero(as_tuple=True)
+    return Edges(query_E, model_E, edge_NM3[query_E, model_E], *visible_NM.shape)
 
 
 def features(table: Table) -> np.ndarray:
@@ -90,17 +100,22 @@ def _step(
     network.train()
     optimizer.zero_grad()
     made = network.start(nodes)
-    start = tuple(value.detach().requires_grad_() for value in made)
+    start, sparse = tuple(value.detach().requires_grad_() for value in made), is_sparse(train_NM)
     for _ in range(settings.draws):
         visible_NM, predicted_NM = mask(train_NM, settings.mask_rate, draw, whole=isinstance(network, Hetero))
         if not bool(predicted_NM.any()):
             continue
-        logit_NM = network.score(start, Block(edge_NM3, visible_NM.float()), nodes.share_NT)
+        logit_NM = network.score(start, messages(edge_NM3, visible_NM, sparse=sparse), nodes.share_NT)
         loss = binary_cross_entropy_with_logits(logit_NM[predicted_NM], label_NM[predicted_NM])
         (loss / settings.draws).backward()
     grads = [torch.zeros_like(value) if value.grad is None else value.grad for value in start]
     torch.autograd.backward(made, grads)
     optimizer.step()
+
+
+def is_sparse(train_NM: Tensor) -> bool:
+    """Whether edges are few for so many queries and models."""
+    return float(train_NM.float().mean()) < SPARSE
 
 
 def mask(train_NM: Tensor, rate: float, draw: torch.Generator, *, whole: bool) -> tuple[Tensor, Tensor]:
@@ -118,7 +133,7 @@ def mask(train_NM: Tensor, rate: float, draw: torch.Generator, *, whole: bool) -
 def _earned(network: Network, nodes: Nodes, edge_NM3: Tensor, train_NM: Tensor, table: Table) -> float:
     """Mean utility of what would be chosen for validation queries (training ones where there are none)."""
     network.eval()
-    logit_NM = network(nodes, Block(edge_NM3, train_NM.float())).numpy()
+    logit_NM = network(nodes, messages(edge_NM3, train_NM, sparse=is_sparse(train_NM))).numpy()
     rows = np.flatnonzero(table.held_N) if table.held_N.any() else np.arange(len(table.held_N))
     value_NM = np.nan_to_num(table.utility_NM[rows], nan=-np.inf)
     seen = np.isfinite(value_NM).any(1)

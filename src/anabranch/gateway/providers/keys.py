@@ -67,8 +67,9 @@ def _decrypt(path: Path) -> str:
         raise ConfigError(f"{path} is no encrypted key file; keys are not read from plain files")
     from cryptography.fernet import InvalidToken
 
+    cipher = _cipher(base64.b64decode(salt))  # its own complaints are ValueErrors too
     try:
-        return _cipher(base64.b64decode(salt)).decrypt(token).decode()
+        return cipher.decrypt(token).decode()
     except (InvalidToken, ValueError):
         raise ConfigError(f"{path} cannot be decrypted; is {PASSPHRASE} the one it was written with?") from None
 
