@@ -618,9 +618,9 @@ def _candidates(decision: Decision) -> list[dict[str, Any]]:
 
 
 def _explained(decided: Decided) -> dict[str, Any]:
-    """A decision, ready for JSON."""
+    """A decision, ready for JSON but for what the store writes as text."""
     decision = decided.decision
     return {
         "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
-        "details": json.loads(json.dumps(dict(decision.details), default=str)), "bypassed": decided.bypassed,
+        "details": dict(decision.details), "bypassed": decided.bypassed,
     }  # fmt: skip

@@ -315,8 +315,8 @@ class Store:
     def append_decision(
         self, request_id: str, strategy: str, model: str, body: dict[str, Any]
     ) -> "asyncio.Future[Any]":
-        """Keep why a model was chosen. ``body`` is ready for JSON."""
-        text = json.dumps(body, separators=(",", ":"))
+        """Keep why a model was chosen. What in ``body`` is not ready for JSON is written as text."""
+        text = json.dumps(body, separators=(",", ":"), default=str)
         row = (request_id, self._now_us(), clean(strategy), clean(model), text)
         return self._writer.give(Insert("decisions", schema.DECISIONS, row), at_once=False)
 
