@@ -80,7 +80,7 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
         count: requests, half on each topic, over 16 hours.
         capacity_kb: of the pool.
 
-    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first quarter of the second.
+    Returns: ``before`` and ``after``: mean best copied score in the last quarter of each half; ``adapting``: in the first of the second.
     """
     random = np.random.default_rng(seed)
     find = [pair for pair in work.stored if first_command(pair.command) == "find"]
