@@ -104,6 +104,8 @@ def test_made_requests_meet_their_opposite_and_are_not_in_the_pool():
     nearest = [work.similar(c.pair.request, v, 1)[0][0].response for c, v in zip(cases, work.vector_ND, strict=True)]
     opposite = np.mean([answer == case.reversed_command for answer, case in zip(nearest, cases, strict=True)])
     assert opposite > 0.6
+    _, others = reversals(300, opposites=False)
+    assert not {case.reversed_command for case in cases} & {pair.command for pair in others}
 
 
 # The small model

@@ -13,6 +13,7 @@ there); token F1 comes second, since it favours handing out a neighbour's comman
                                                        cosine is at least 0.6, its threshold of 0.8 (checked: benchmarks/_gptcache.py)
     similar5-far, utility5-far, nearest-far            without pool entries nearer than 0.8 to a held-out request
     similar5-flip, utility5-flip, nearest-flip         made requests whose nearest neighbour asks the opposite
+    similar5-other, nearest-other                      made requests whose neighbours all have other names
     labels                                             E2: 250 answers with one example each, for the proxy
     proxy                                              how well proxies rank them (trained on the other shards)
     load-...                                           E3: Azure's arrivals, qualities and seconds of utility5 and none; the large arm
@@ -90,7 +91,7 @@ class Case(Config):
         part: answers, labels, proxy, load, keep or drift.
         how: what stands before a request, a policy, or a rule of keeping.
         count: examples.
-        pool: "all", "far" or "flip".
+        pool: "all", "far", "flip" or "other".
         asked: requests that are answered in all.
         limit: arrivals of the trace; None for all.
         decay: of drift.
@@ -144,6 +145,8 @@ def arms(base: Case) -> list[Arm]:
         answers("similar5-flip", "5 most similar, the nearest asks the opposite", "similar", 5, "flip"),
         answers("utility5-flip", "5 by predicted use, the nearest asks the opposite", "utility", 5, "flip"),
         answers("nearest-flip", "the nearest answer, which is the opposite", "nearest", 0, "flip"),
+        answers("similar5-other", "5 most similar, all with other names", "similar", 5, "other"),
+        answers("nearest-other", "the nearest answer, with another name", "nearest", 0, "other"),
         other("labels", "outcomes of single examples", part="labels"),
         other("proxy", "how well proxies rank outcomes", part="proxy"),
         *(other(f"load-{name}", about, part="load", how=name) for name, about in POLICIES.items()),
@@ -188,8 +191,8 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
 
 def work_of(pool: str) -> tuple[Work, list[str] | None]:
     """Requests and pool, and of made requests the opposite answers."""
-    if pool == "flip":
-        cases, stored = reversals(FLIPPED)
+    if pool in ("flip", "other"):
+        cases, stored = reversals(FLIPPED, opposites=pool == "flip")
         return Work([case.pair for case in cases], stored), [case.reversed_command for case in cases]
     return (far_work() if pool == "far" else nl2bash_work()), None
 

@@ -140,10 +140,9 @@ class Reversal:
     reversed_command: str
 
 
-def reversals(count: int, *, seed: int = 0) -> tuple[list[Reversal], list[Pair]]:
-    """Requests, and the pool they meet: of every template, the opposite of each request with the same names, and others of both kinds.
-
-    The same request with another name is always there to learn from; the one with the same name asks the opposite.
+def reversals(count: int, *, seed: int = 0, opposites: bool = True) -> tuple[list[Reversal], list[Pair]]:
+    """Requests, and the pool they meet: the same and the opposite request with other names and, with ``opposites``, the opposite with
+    the same names, which then is the nearest.
     """
     draw = random.Random(seed)
     cases: list[Reversal] = []
@@ -158,11 +157,8 @@ def reversals(count: int, *, seed: int = 0) -> tuple[list[Reversal], list[Pair]]
             for _ in "12"
         ]
         cases.append(Reversal(Pair(yes.format(**values), yes_command.format(**values)), no_command.format(**values)))
-        for text, command, fill in (
-            (no, no_command, values),
-            (yes, yes_command, others[0]),
-            (no, no_command, others[1]),
-        ):
+        stored = [(yes, yes_command, others[0]), (no, no_command, others[1])]
+        for text, command, fill in [(no, no_command, values), *stored] if opposites else stored:
             pool.setdefault(text.format(**fill), Pair(text.format(**fill), command.format(**fill)))
     asked = {case.pair.request for case in cases}
     return cases, [pair for pair in pool.values() if pair.request not in asked]
