@@ -42,19 +42,20 @@ def made(count=240, seed=0, models=MODELS, missing=0.0, noise=0.15):
 
 
 def config(mode="plus", **fields):
-    training = {"steps": 120, "draws": 1, "lr": 0.05}
+    training = {"steps": 5, "draws": 1, "lr": 0.05}
     plus = {"centres": 8, "neighbours": 10, "episodes": {"steps": 10}, **fields.pop("plus", {})}
     return from_dict(GraphRouter.Config, {"kind": "graph", "mode": mode, "training": training, "plus": plus, **fields})
 
 
 _FITTED = {}
+LONG = Training(steps=120, draws=1, lr=0.05)
 
 
 def fitted(mode="plus", **fields):
     """A router of its own, the training done once."""
     key = mode, repr(fields)
     if key not in _FITTED:
-        _FITTED[key] = config(mode, **fields).build().fit(made())
+        _FITTED[key] = config(mode, **fields).replace(training=LONG).build().fit(made())
     return copy(_FITTED[key])
 
 
@@ -118,7 +119,7 @@ def test_the_trade_off_is_said_when_a_query_comes():
 
 def test_scenarios_of_the_paper_change_what_is_learned():
     test = made(60, seed=5)
-    cheap = config("mean", scenario="cost").build().fit(made()).utilities(test).argmax(1)
+    cheap = config("mean", scenario="cost").replace(training=LONG).build().fit(made()).utilities(test).argmax(1)
     assert (cheap != MODELS.index("large")).all()
 
 
@@ -608,7 +609,7 @@ def test_an_empty_table():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_contract(mode):
-    check_strategy(config(mode).replace(training=Training(steps=4, draws=1)))
+    check_strategy(config(mode))
 
 
 @pytest.mark.parametrize(
