@@ -32,8 +32,8 @@ from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 
-RATE, BEFORE_S, OUTAGE_S, AFTER_S, DEADLINE_S = 20.0, 60.0, 90.0, 150.0, 10.0
-WELL = Mock.Config(model="m", latency_s=0.1, tokens=16, tokens_per_s=100.0)
+RATE, BEFORE_S, OUTAGE_S, AFTER_S, DEADLINE_S = 20.0, 40.0, 90.0, 100.0, 10.0
+WELL = Mock.Config(model="m", latency_s=0.1, tokens=8, tokens_per_s=100.0)
 DEFAULT = DispatchRules()
 LIMITS = {"timeout_s": 5.0, "first_token_timeout_s": 2.0}
 SINGLE = DispatchRules(retries=0, breaker=BreakerRules(failures=10**9))  # one attempt, and nothing is left alone
@@ -105,11 +105,8 @@ async def day(outage: Outage, layout: str, seed: int, is_single: bool, scale: fl
     dispatcher, seen = dispatcher_of(layout, rules, is_single, seed), Seen()
     shaky = next(live for group in dispatcher.groups.values() for live in group.lives if live.name == "shaky")
     names = tuple(dispatcher.groups)
-    fails_at, well_at, ends_at = (
-        BEFORE_S * scale,
-        (BEFORE_S + OUTAGE_S) * scale,
-        (BEFORE_S + OUTAGE_S) * scale + AFTER_S,
-    )
+    fails_at, well_at = BEFORE_S * scale, (BEFORE_S + OUTAGE_S) * scale
+    ends_at = well_at if is_single else well_at + AFTER_S  # where only single attempts are made, nothing has to recover
 
     async def one(number: int) -> None:
         began = dispatcher.now()

@@ -185,9 +185,8 @@ class Run:
         if not fresh:
             return None
         live = pick(group.balance, fresh, now, self.dispatcher.rng)
-        if (
-            live.is_doubtful(now) and not self._holds
-        ):  # one more must be paid for if this fails, or it had better be elsewhere
+        if live.is_doubtful(now) and not self._holds:
+            # If this fails, one more attempt must be paid for; where that cannot be promised, it had better be elsewhere.
             at_risk = live.waiting if live.is_silent(now) else 0
             if self.dispatcher.budget.hold(now, at_risk):
                 self._holds = True
