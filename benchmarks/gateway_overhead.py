@@ -150,6 +150,31 @@ async def measure(contestants: list[Contestant], options: argparse.Namespace) ->
     return rows
 
 
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against the relay and LiteLLM: p50 added to a direct call, and requests a second, as rows of `_harness`."""
+    by = {(row["contestant"], row["concurrency"], row["stream"]): row for row in rows}
+    found = []
+    for (name, concurrency, stream), ours in by.items():
+        if name != "ours":
+            continue
+        direct = by["direct", concurrency, stream]["p50_ms"]
+        for peer in ("relay", "litellm", "portkey"):
+            other = by.get((peer, concurrency, stream))
+            if other is None:
+                continue
+            case = f"{concurrency} at once{', streamed' if stream else ''}"
+            added, theirs = ours["p50_ms"] - direct, other["p50_ms"] - direct
+            shared = {"spread": None, "peer_name": peer}
+            found += [
+                {"case": f"p50 added, {case}", "ours": added, "peer": theirs, "ratio": theirs / added, "unit": "ms", **shared},
+                {
+                    "case": f"requests a second, {case}", "ours": ours["requests_s"], "peer": other["requests_s"],
+                    "ratio": ours["requests_s"] / other["requests_s"], "unit": "1/s", **shared,
+                },
+            ]  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -177,7 +202,7 @@ def main() -> None:
         idle = {one.name: round(one.rss_mib(), 1) for one in contestants if one.process}
         rows = asyncio.run(measure(contestants, options))
         result = {
-            "name": "gateway_overhead", "rows": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
+            "name": "gateway_overhead", "rows": ratios(rows), "measured": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
             "rss_after_mib": {one.name: round(one.rss_mib(), 1) for one in contestants if one.process},
             "ready_s": {one.name: round(one.ready_s, 2) for one in contestants if one.process}, **machine(),
         }  # fmt: skip
