@@ -211,7 +211,7 @@ def _ratios(recorded: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each peer of a benchmark of time."""
     of_peer: dict[str, list[float]] = {}
     for row in recorded["rows"]:
-        if row.get("peer_name") and row.get("ratio") is not None and row.get("unit") != "MB":
+        if row.get("peer_name") and row.get("ratio") is not None and row.get("unit") not in ("MB", "% answered"):
             of_peer.setdefault(row["peer_name"], []).append(row["ratio"])
     return [
         {
