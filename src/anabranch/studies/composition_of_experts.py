@@ -485,7 +485,7 @@ def _draw_scores(results: Results, axes: Any) -> None:
                 axes.annotate(name, (across, up), (5, -3), textcoords="offset points", color=MUTED, fontsize=7.5)
     axes.set_xlabel("average active parameters, billions")
     axes.set_ylabel("mean score")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _draw_hosts(results: Results, axes: Any) -> None:
