@@ -167,7 +167,7 @@ def test_new_models_and_streams_run():
     configs = {arm.name: arm.config for arm in make().arms}
     grown = run_newcomers(configs["newcomers"].router, "made", 0)
     assert len(grown["new"]) == 3
-    assert {"old", "full", "ours_30", "trusting_400", "knn_100", "uses_400", "add_ms_100"} <= grown.keys()
+    assert {"old", "full", "ours_30", "trusting_400", "knn_100", "uses_400", "add_cpu_ms_100"} <= grown.keys()
     graph = run_online("online", configs["online"].router, (), "made", 0, 60, 80)
     bandit = run_online("linucb", configs["online"].router, (0.1, 0.5), "made", 0, 60, 80)
     assert bandit["reward"] == max(bandit["alpha_0.1"], bandit["alpha_0.5"])

@@ -55,7 +55,6 @@ COLUMNS = (
     Column("ours_100", "100\nshots", ".4f"),
     Column("ours_400", "400\nshots", ".4f"),
     Column("full", "fully\ntrained", ".4f"),
-    Column("add_ms_400", "joins in\nms", ".1f"),
     Column("reward", "stream", ".4f"),
 )
 
@@ -385,6 +384,7 @@ def _shots(axes: Any, results: Results) -> None:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("shots of each of three new models")
     axes.set_ylabel("points above the pool without them")
     axes.legend(frameon=False, fontsize=8)
