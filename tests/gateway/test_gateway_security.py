@@ -292,7 +292,8 @@ def test_explaining_gives_back_what_it_set_aside(tmp_path):
 
     strategies = {"cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static")}
     made = config(tmp_path, model("small", fails=1.0), strategies=strategies, default_strategy="cheapest")
-    run(made, work, strategies={"asks": Asks(None)})
+    _, rows = run(made, work, strategies={"asks": Asks(None)})  # `run` asserts that nothing stays reserved
+    assert sum(row.cost_nano for row in rows) == 0
 
 
 def test_a_continued_stream_sets_aside_the_longer_prompt(tmp_path):

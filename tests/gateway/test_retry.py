@@ -97,3 +97,16 @@ def test_what_a_status_means(status, body, kind):
 )  # fmt: skip
 def test_retry_after_in_all_its_forms(headers, seconds):
     assert retry_after(headers) == seconds
+
+
+def test_a_hedge_waits_as_the_operator_says():
+    delay = HedgeDelay(quantile=0.5, min_s=0.2, samples=3)
+    delay.observe(0.1)
+    delay.observe(0.1)
+    assert delay.delay_s is None
+    delay.observe(0.1)
+    assert delay.delay_s == 0.2
+    slow = HedgeDelay(quantile=0.5, samples=4)
+    for seconds in (4.0, 1.0, 3.0, 2.0):
+        slow.observe(seconds)
+    assert slow.delay_s == 3.0

@@ -28,7 +28,7 @@ from anabranch.gateway.query import Candidate, Decision, Outcome, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply, new_id
 from anabranch.gateway.store import KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.ui import Seen
+from anabranch.gateway.told import explained, headers_of, row_of, seen_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 
 if TYPE_CHECKING:
@@ -350,12 +350,12 @@ class Life:
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)
-            return Reply(stream=Relay(stream, self.streamed), headers=self._headers(stream.report))
+            return Reply(stream=Relay(stream, self.streamed), headers=headers_of(self, stream.report))
         answer = await runtime.dispatcher.complete(plan, request)
         self._keep(answer)
         self._note(answer)
         self.end("ok", 200)
-        return Reply(body=answer.data, headers=self._headers(answer.report))
+        return Reply(body=answer.data, headers=headers_of(self, answer.report))
 
     def elapsed(self) -> float:
         """Seconds so far."""
@@ -371,18 +371,7 @@ class Life:
         if self.ticket is not None:
             self.ticket.abandon()
         report, latency_s = self.report or Report(), self.elapsed()
-        usage, price = report.usage, self.runtime.models[report.model].price if report.model else None
-        nano = report.cost + self.asked_nano
-        decided = self.decided
-        candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
-        row = LedgerRow(
-            request_id=self.id, key_id=self.tenant, user=self.user, team="" if self.record is None else self.record.team,
-            tags=self.tags, requested=self.label, strategy=self.strategy, candidates=candidates,
-            model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=nano,
-            latency_us=round(latency_s * 1e6), first_token_us=self._first_token_us(report),
-            overhead_us=round(self._overhead_s(report) * 1e6), status=status, code=code, cache=cache, flags=self._flags(report),
-        )  # fmt: skip
+        row = row_of(self, report, latency_s, status, code, cache)
         self.gateway.settle(self.reservation, row)
         self._tell(row, report, http_status, latency_s)
 
@@ -403,11 +392,11 @@ class Life:
         )  # fmt: skip
         for attempt in report.attempts:
             gateway.metrics.attempted(attempt.deployment, attempt.status)
-        gateway.seen(self._seen(row, report, http_status, latency_s, overhead_s))
+        gateway.seen(seen_of(self, row, report, http_status, latency_s, overhead_s))
         if decided is None or not self.strategy:
             return
         if self.runtime.config.log.decisions:
-            gateway.store.append_decision(self.id, self.strategy, row.model, _explained(decided))
+            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided))
         if report.model is not None or report.attempts:
             outcome = Outcome(
                 query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
@@ -491,7 +480,7 @@ class Life:
                 error.status, told["code"], told["message"], type=told["type"], param=told["param"], headers=self._retry_after(error)
             )  # fmt: skip
             if self.report is not None:
-                refusal.headers |= self._headers(self.report)
+                refusal.headers |= headers_of(self, self.report)
             self._share_failure(UpstreamError(error.failure))  # without the report: they have asked nobody
             self.end("error", refusal.status, code=refusal.code or "")
         elif isinstance(error, BudgetError):
@@ -521,72 +510,6 @@ class Life:
             return {}
         return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}
 
-    # What is said of it
-
-    def _headers(self, report: Report) -> dict[str, str]:
-        """Where it went, and what the gateway took."""
-        decided = self.decided
-        found = {
-            "x-request-id": self.id, "x-route-model": report.model or "", "x-route-deployment": report.deployment or "",
-            "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{self._overhead_s(report) * 1e3:.3f}",
-        }  # fmt: skip
-        if self.strategy and decided is not None:
-            found["x-route-strategy"] = self.strategy
-            found["x-route-reason"] = decided.decision.reason[:200]
-            if decided.decision.confidence is not None:
-                found["x-route-confidence"] = f"{decided.decision.confidence:.3f}"
-            if decided.bypassed:
-                found["x-route-bypassed"] = decided.bypassed[:200]
-        if self.exact_key is not None or self.context is not None:
-            found["x-cache"] = "miss"
-        if report.is_stitched:
-            found["x-stitched"] = "true"
-        return {name: safe(value) for name, value in found.items()}
-
-    def _overhead_s(self, report: Report) -> float:
-        """Seconds so far that no upstream was being waited for: all but the span from the first attempt's start to the last one's end."""
-        if not report.attempts:
-            return self.elapsed()
-        first = min(attempt.start_s for attempt in report.attempts)
-        last = max(
-            attempt.start_s + (attempt.total_s if attempt.total_s is not None else attempt.first_token_s or 0.0)
-            for attempt in report.attempts
-        )
-        return max(0.0, self.elapsed() - (last - first))
-
-    def _first_token_us(self, report: Report) -> int | None:
-        winner = report.winner or (report.attempts[-1] if report.attempts else None)
-        if winner is None or winner.first_token_s is None or self.dispatched is None:
-            return None
-        return round((self.dispatched + winner.start_s + winner.first_token_s) * 1e6)
-
-    def _flags(self, report: Report) -> tuple[str, ...]:
-        hedged = any(attempt.is_hedge for attempt in report.attempts)
-        bypassed = self.decided is not None and bool(self.decided.bypassed)
-        flags = (("hedged", hedged), ("stitched", report.is_stitched), ("bypassed", bypassed))
-        return tuple(name for name, is_set in flags if is_set)
-
-    def _seen(self, row: LedgerRow, report: Report, http_status: int, latency_s: float, overhead_s: float) -> Seen:
-        """For the page: everything but what was asked and answered."""
-        decision = self.decided.decision if self.decided is not None else None
-        return Seen(
-            request_id=self.id, time_s=self.time_s, key="" if self.record is None else self.record.name or self.record.id,
-            asked=self.label, strategy=self.strategy, chosen=row.model or ("" if self.hit is None else self.hit.model),
-            reason="" if decision is None else decision.reason, confidence=None if decision is None else decision.confidence,
-            candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
-            attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in report.attempts],
-            status=http_status, cache=row.cache, bypassed=self.decided.bypassed if self.decided is not None else "",
-            prompt_tokens=row.prompt_tokens or self.count.tokens, completion_tokens=row.completion_tokens, nano=row.cost_nano,
-            latency_s=latency_s, overhead_s=overhead_s,
-        )  # fmt: skip
-
-
-def safe(value: str) -> str:
-    """As a header may hold it: printable ASCII in one line."""
-    return value if value.isascii() and value.isprintable() else "".join(
-        sign if sign.isascii() and sign.isprintable() else "?" for sign in value
-    )  # fmt: skip
-
 
 def _limited(error: LimitError) -> ApiError:
     """A limit as OpenAI's clients know it. The wait is said where waiting helps."""
@@ -609,18 +532,3 @@ def _flat(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(part for part in prompt if isinstance(part, str))
-
-
-def _candidates(decision: Decision) -> list[dict[str, Any]]:
-    return [
-        {"model": one.model, "score": one.score, "quality": one.quality, "cost": one.cost} for one in decision.candidates
-    ]  # fmt: skip
-
-
-def _explained(decided: Decided) -> dict[str, Any]:
-    """A decision, ready for JSON but for what the store writes as text."""
-    decision = decided.decision
-    return {
-        "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
-        "details": dict(decision.details), "bypassed": decided.bypassed,
-    }  # fmt: skip

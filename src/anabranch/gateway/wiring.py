@@ -1,7 +1,9 @@
 """From what an operator writes to what the parts take: a `GatewayConfig` as groups of deployments and rules."""
 
-from anabranch.gateway.config import GatewayConfig, ModelConfig
+from anabranch.gateway.config import GatewayConfig, HedgeConfig, ModelConfig
 from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
+
+SHARES = 3  # of the deadline: a silent upstream may take one of them, so that others get their turn
 
 
 def groups_of(config: GatewayConfig) -> tuple[Group, ...]:
@@ -11,10 +13,11 @@ def groups_of(config: GatewayConfig) -> tuple[Group, ...]:
 
 def rules_of(config: GatewayConfig) -> DispatchRules:
     """How attempts follow one another."""
-    retries, breaker = config.retries, config.breaker
+    retries, breaker, hedge = config.retries, config.breaker, config.hedge or HedgeConfig()
     return DispatchRules(
         retries=retries.attempts - 1, backoff_s=retries.base_s, max_backoff_s=retries.cap_s, extra=retries.budget,
-        window_s=retries.window_s, hedge=config.hedge is not None, mid_stream=config.mid_stream,
+        window_s=retries.window_s, hedge=config.hedge is not None, hedge_quantile=hedge.quantile,
+        hedge_min_s=hedge.min_s, hedge_samples=hedge.samples, mid_stream=config.mid_stream,
         breaker=BreakerRules(
             failures=breaker.failures, rate=breaker.rate, window_s=breaker.window_s, open_s=breaker.open_s,
             max_open_s=breaker.max_open_s, probes=breaker.probes, successes=breaker.successes,
@@ -27,7 +30,7 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
         Deployment(
             name=model.deployment_name(at), provider=one.provider, weight=one.weight,
             timeout_s=one.timeout_s or config.deadline_s,
-            first_token_timeout_s=one.first_token_timeout_s or one.timeout_s or config.deadline_s,
+            first_token_timeout_s=one.first_token_timeout_s or one.timeout_s or config.deadline_s / SHARES,
             rpm=one.rpm, tpm=one.tpm, max_in_flight=one.max_in_flight,
         )
         for at, one in enumerate(model.deployments)

@@ -21,7 +21,8 @@ class DeploymentConfig(Config):
         provider: how to speak to it.
         weight: share of requests among deployments of one model, relative to the others'.
         timeout_s: seconds one attempt may take; None leaves it to the deadline of the request.
-        first_token_timeout_s: seconds until a stream's first token; None leaves it to ``timeout_s``.
+        first_token_timeout_s: seconds until a stream's first token; None takes ``timeout_s``, and where that is None too, a third of
+            the deadline, so that a silent upstream leaves time for another.
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
         max_in_flight: requests at a time; None is no limit.

@@ -78,7 +78,8 @@ class DispatchRules(Config):
         extra: share of requests in ``window_s`` that may be attempts beyond the first (retries, fallbacks, hedges).
         min_extra: extra attempts that any window may have, however quiet it is.
         window_s: the window of ``extra``, seconds.
-        hedge: ask a second deployment when the first takes longer than 95 of 100 do.
+        hedge: ask a second deployment when the first takes longer than most do.
+        hedge_quantile, hedge_min_s, hedge_samples: how long that is: see `HedgeDelay`.
         mid_stream: what to do when a stream breaks after its first token. ``restart`` only happens to senders that opted in.
         heartbeat_s: a comment is sent when a stream has been silent for so long.
         breaker: when a deployment is left alone.
@@ -91,6 +92,9 @@ class DispatchRules(Config):
     min_extra: int = Field(default=10, ge=0)
     window_s: float = Field(default=10.0, gt=0)
     hedge: bool = False
+    hedge_quantile: float = Field(default=0.95, gt=0, lt=1)
+    hedge_min_s: float = Field(default=0.0, ge=0)
+    hedge_samples: int = Field(default=20, ge=1)
     mid_stream: MidStream = "error"
     heartbeat_s: float = Field(default=15.0, gt=0)
     breaker: BreakerRules = BreakerRules()

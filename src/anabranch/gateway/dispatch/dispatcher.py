@@ -6,7 +6,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.errors import ConfigError
@@ -37,8 +37,8 @@ class LiveGroup:
 
     group: Group
     lives: tuple[Live, ...]
-    hedge: HedgeDelay = field(default_factory=HedgeDelay)  # by first tokens of streams
-    hedge_whole: HedgeDelay = field(default_factory=HedgeDelay)  # by whole answers
+    hedge: HedgeDelay  # by first tokens of streams
+    hedge_whole: HedgeDelay  # by whole answers
 
     @property
     def name(self) -> str:
@@ -110,9 +110,13 @@ class Dispatcher:
                 Live(group.name, one, group.price, self.rules.breaker, self._http, self._changed)
                 for one in group.deployments
             )
-            self.groups[group.name] = LiveGroup(group, lives)
+            self.groups[group.name] = LiveGroup(group, lives, self._hedge_delay(), self._hedge_delay())
         if previous is not None:
             self._adopt(previous)
+
+    def _hedge_delay(self) -> HedgeDelay:
+        rules = self.rules
+        return HedgeDelay(rules.hedge_quantile, rules.hedge_min_s, rules.hedge_samples)
 
     def _adopt(self, previous: "Dispatcher") -> None:
         known = {live.name: live for group in previous.groups.values() for live in group.lives}

@@ -10,7 +10,8 @@ from typing import Any
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.http.server import BACKLOG, Server, Signals, listening, reload_on, url_of
+from anabranch.gateway.http.server import BACKLOG, Server, Signals, reload_on
+from anabranch.sockets import listening, url_of
 
 logger = logging.getLogger(__name__)
 

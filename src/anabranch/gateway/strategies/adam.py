@@ -2,10 +2,12 @@
 # Shapes: N rows, B rows of a batch
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 Parameters = dict[str, np.ndarray]
+LossAndGradients = Callable[[Parameters, np.ndarray, np.ndarray], tuple[float, Parameters]]
 
 
 class Adam:
@@ -71,6 +73,34 @@ def descend(
         elif waited >= patience:
             break
     return kept
+
+
+def fitted(
+    parameters: Parameters,
+    loss: LossAndGradients,
+    x_ND: np.ndarray,
+    y_NM: np.ndarray,
+    parts: tuple[np.ndarray, np.ndarray],
+    config: Any,
+    rng: np.random.Generator,
+) -> Parameters:
+    """Descend until the rows held back gain no more, and return the best parameters by them.
+
+    Args:
+        parameters: what is learned, in place.
+        loss: of parameters, inputs and labels; NaN labels are unknown.
+        x_ND: inputs.
+        y_NM: labels.
+        parts: rows to learn from and rows held back (`held_back`).
+        config: with ``rate``, ``weight_decay``, ``batch``, ``epochs`` and ``patience``.
+        rng: draws the batches.
+    """
+    learn_N, check_N = parts
+    return descend(
+        parameters, lambda at: loss(parameters, x_ND[at], y_NM[at])[1], learn_N,
+        rate=config.rate, penalty=config.weight_decay, batch=config.batch, epochs=config.epochs, rng=rng,
+        check=lambda: loss(parameters, x_ND[check_N], y_NM[check_N])[0], patience=config.patience,
+    )  # fmt: skip
 
 
 def held_back(num_rows: int, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

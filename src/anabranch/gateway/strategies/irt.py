@@ -21,7 +21,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
-from anabranch.gateway.strategies.adam import Parameters, descend, held_back
+from anabranch.gateway.strategies.adam import Parameters, fitted, held_back
 from anabranch.gateway.strategies.knn import one_vector
 from anabranch.gateway.strategies.logistic import cross_entropy, sigmoid
 from anabranch.gateway.strategies.span import Span
@@ -75,13 +75,8 @@ class ItemResponse(Kept, Predictor, kind="irt"):
             "beta_D": np.zeros(x_ND.shape[1]), "beta_1": np.zeros(1),
             "theta_MF": rng.standard_normal((len(self.models), config.dim)) / np.sqrt(config.dim),
         }  # fmt: skip
-        learn_N, check_N = held_back(len(data), config.holdout, rng)
-        kept = descend(
-            parameters, lambda at: loss_and_gradients(parameters, x_ND[at], y_NM[at])[1], learn_N,
-            rate=config.rate, penalty=config.weight_decay, batch=config.batch, epochs=config.epochs, rng=rng,
-            check=lambda: loss_and_gradients(parameters, x_ND[check_N], y_NM[check_N])[0], patience=config.patience,
-        )  # fmt: skip
-        for name, value in kept.items():
+        parts = held_back(len(data), config.holdout, rng)
+        for name, value in fitted(parameters, loss_and_gradients, x_ND, y_NM, parts, config, rng).items():
             setattr(self, name, value)
         self.span_2 = np.array([span.low, span.high])
         return self

@@ -16,7 +16,7 @@ from anabranch.config import Field, configclass
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
-from anabranch.gateway.strategies.adam import Parameters, descend, held_back
+from anabranch.gateway.strategies.adam import Parameters, fitted, held_back
 from anabranch.gateway.strategies.knn import one_vector
 from anabranch.gateway.strategies.logistic import cross_entropy, sigmoid
 from anabranch.gateway.strategies.span import Span
@@ -62,14 +62,9 @@ class Mlp(Kept, Predictor, kind="mlp"):
         self.models, self.mean_M = data.models, means(data.score_NM)
         span = Span.of(data.score_NM)
         x_ND, y_NM = np.asarray(data.vector_ND, float), span.shrink(data.score_NM)
-        learn_N, check_N = held_back(len(data), config.holdout, rng)
+        parts = held_back(len(data), config.holdout, rng)
         parameters = self._initial(x_ND.shape[1], means(y_NM), rng)
-        kept = descend(
-            parameters, lambda at: loss_and_gradients(parameters, x_ND[at], y_NM[at])[1], learn_N,
-            rate=config.rate, penalty=config.weight_decay, batch=config.batch, epochs=config.epochs, rng=rng,
-            check=lambda: loss_and_gradients(parameters, x_ND[check_N], y_NM[check_N])[0], patience=config.patience,
-        )  # fmt: skip
-        for name, value in kept.items():
+        for name, value in fitted(parameters, loss_and_gradients, x_ND, y_NM, parts, config, rng).items():
             setattr(self, name, value)
         self.span_2 = np.array([span.low, span.high])
         return self

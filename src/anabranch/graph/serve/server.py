@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from anabranch.errors import AnabranchError, BackendError, InputError
+from anabranch.errors import AnabranchError, BackendError
 from anabranch.graph.serve.app import create_app
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.sources import Loaded, Sources
+from anabranch.sockets import listening
 
 try:
     import uvicorn
@@ -53,7 +53,7 @@ def run(
         AnabranchError: the files cannot be served, the address cannot be taken, or uvicorn is not installed.
     """
     limits = limits or Limits()
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"
         failures: list[AnabranchError] = []
@@ -122,24 +122,3 @@ class _Server(uvicorn.Server):
             logger.info("generation %d is served", new.generation)
         except AnabranchError as error:
             logger.warning("the files cannot be used, the old ones are still served: %s", error)
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    if not 0 <= port <= 65535:
-        raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"cannot listen at {host!r}: {getattr(error, 'strerror', None) or error}") from None
-    with listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot listen at {host}, port {port}: {reason}; choose another port") from None
-        yield listener

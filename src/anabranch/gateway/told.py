@@ -1,0 +1,117 @@
+"""What is told of a request: headers to the sender, a row to the ledger, a line to the page, a decision to the store.
+
+Read from a `Life`; nothing here changes it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.decide import Decided
+from anabranch.gateway.dispatch import Report
+from anabranch.gateway.query import Decision
+from anabranch.gateway.store import LedgerRow
+from anabranch.gateway.ui import Seen
+
+if TYPE_CHECKING:
+    from anabranch.gateway.life import Life
+
+
+def headers_of(life: "Life", report: Report) -> dict[str, str]:
+    """Where it went, and what the gateway took."""
+    decided = life.decided
+    found = {
+        "x-request-id": life.id, "x-route-model": report.model or "", "x-route-deployment": report.deployment or "",
+        "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{overhead_s(life, report) * 1e3:.3f}",
+    }  # fmt: skip
+    if life.strategy and decided is not None:
+        found["x-route-strategy"] = life.strategy
+        found["x-route-reason"] = decided.decision.reason[:200]
+        if decided.decision.confidence is not None:
+            found["x-route-confidence"] = f"{decided.decision.confidence:.3f}"
+        if decided.bypassed:
+            found["x-route-bypassed"] = decided.bypassed[:200]
+    if life.exact_key is not None or life.context is not None:
+        found["x-cache"] = "miss"
+    if report.is_stitched:
+        found["x-stitched"] = "true"
+    return {name: safe(value) for name, value in found.items()}
+
+
+def overhead_s(life: "Life", report: Report) -> float:
+    """Seconds so far that no upstream was being waited for: all but the span from the first attempt's start to the last one's end."""
+    if not report.attempts:
+        return life.elapsed()
+    first = min(attempt.start_s for attempt in report.attempts)
+    last = max(
+        attempt.start_s + (attempt.total_s if attempt.total_s is not None else attempt.first_token_s or 0.0)
+        for attempt in report.attempts
+    )
+    return max(0.0, life.elapsed() - (last - first))
+
+
+def _first_token_us(life: "Life", report: Report) -> int | None:
+    winner = report.winner or (report.attempts[-1] if report.attempts else None)
+    if winner is None or winner.first_token_s is None or life.dispatched is None:
+        return None
+    return round((life.dispatched + winner.start_s + winner.first_token_s) * 1e6)
+
+
+def _flags(life: "Life", report: Report) -> tuple[str, ...]:
+    hedged = any(attempt.is_hedge for attempt in report.attempts)
+    bypassed = life.decided is not None and bool(life.decided.bypassed)
+    flags = (("hedged", hedged), ("stitched", report.is_stitched), ("bypassed", bypassed))
+    return tuple(name for name, is_set in flags if is_set)
+
+
+def seen_of(
+    life: "Life", row: LedgerRow, report: Report, http_status: int, latency_s: float, overhead_s: float
+) -> Seen:
+    """For the page: everything but what was asked and answered."""
+    decision = life.decided.decision if life.decided is not None else None
+    return Seen(
+        request_id=life.id, time_s=life.time_s, key="" if life.record is None else life.record.name or life.record.id,
+        asked=life.label, strategy=life.strategy, chosen=row.model or ("" if life.hit is None else life.hit.model),
+        reason="" if decision is None else decision.reason, confidence=None if decision is None else decision.confidence,
+        candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
+        attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in report.attempts],
+        status=http_status, cache=row.cache, bypassed=life.decided.bypassed if life.decided is not None else "",
+        prompt_tokens=row.prompt_tokens or life.count.tokens, completion_tokens=row.completion_tokens, nano=row.cost_nano,
+        latency_s=latency_s, overhead_s=overhead_s,
+    )  # fmt: skip
+
+
+def row_of(life: "Life", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
+    """The ledger's row of a request that is over."""
+    usage, price = report.usage, life.runtime.models[report.model].price if report.model else None
+    nano = report.cost + life.asked_nano
+    decided = life.decided
+    candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
+    return LedgerRow(
+        request_id=life.id, key_id=life.tenant, user=life.user, team="" if life.record is None else life.record.team,
+        tags=life.tags, requested=life.label, strategy=life.strategy, candidates=candidates,
+        model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=nano,
+        latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(life, report),
+        overhead_us=round(overhead_s(life, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(life, report),
+    )  # fmt: skip
+
+
+def explained(decided: Decided) -> dict[str, Any]:
+    """A decision, ready for JSON but for what the store writes as text."""
+    decision = decided.decision
+    return {
+        "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
+        "details": dict(decision.details), "bypassed": decided.bypassed,
+    }  # fmt: skip
+
+
+def _candidates(decision: Decision) -> list[dict[str, Any]]:
+    return [
+        {"model": one.model, "score": one.score, "quality": one.quality, "cost": one.cost} for one in decision.candidates
+    ]  # fmt: skip
+
+
+def safe(value: str) -> str:
+    """As a header may hold it: printable ASCII in one line."""
+    return value if value.isascii() and value.isprintable() else "".join(
+        sign if sign.isascii() and sign.isprintable() else "?" for sign in value
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""Where a server listens: a bound socket, or a clear word why not; and what clients on this machine call it."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+from anabranch.errors import InputError
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket. Raises InputError if the address cannot be had."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot listen at {host!r}: {getattr(error, 'strerror', None) or error}") from None
+    with listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"cannot listen at {host}, port {port}: {reason}; choose another port") from None
+        yield listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """What a client on this machine calls it."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{listener.getsockname()[1]}"
