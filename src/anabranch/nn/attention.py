@@ -99,15 +99,21 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        if context.cache is not None:
-            key, value = context.cache.append(self.layer, key, value)
+        return self.out(self._attend(query, key, value, context).transpose(1, 2).flatten(2))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
+        """y_BHLD. Stores what is new where there is a store."""
+        store = context.cache
+        if store is not None:
+            if hasattr(store, "attend"):
+                return store.attend(self.layer, query, key, value)
+            key, value = store.append(self.layer, key, value)
         if context.is_causal and context.attention_mask is None:
-            y_BHLD = causal_attention(query, key, value)
-        else:
-            y_BHLD = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=context.attention_mask, enable_gqa=self.num_kv_heads != self.num_heads
-            )
-        return self.out(y_BHLD.transpose(1, 2).flatten(2))
+            return causal_attention(query, key, value)
+        is_grouped = self.num_kv_heads != self.num_heads
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=context.attention_mask, enable_gqa=is_grouped
+        )
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

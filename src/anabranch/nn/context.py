@@ -77,6 +77,13 @@ class KeyValueStore(Protocol):
         """Store the new positions of a layer; return all stored so far, new ones included."""
 
 
+class AttendingStore(Protocol):
+    """A store that attends itself, since what it keeps is not one tensor per batch (blocks of many sequences, other machines)."""
+
+    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
+        """y_BHLD: store the new positions of a layer, then let each query see what it may."""
+
+
 @dataclass(kw_only=True)
 class ForwardContext(RoutingContext):
     """What travels down the layers of one forward pass, beside x_BLD.
@@ -87,7 +94,8 @@ class ForwardContext(RoutingContext):
         attention_mask: bool ``[B, 1, L, L_all]``, True where a query may look; None means plain causal if
             ``is_causal``, else everything (a single new token).
         is_causal: see ``attention_mask``.
-        cache: keys and values of earlier positions, or of a prefix before all of them; None when there is none.
+        cache: keys and values of earlier positions, or of a prefix before all of them; None when there is none. One with ``attend``
+            does the attention itself, and the mask and ``is_causal`` say nothing.
         token_BL: the input tokens (hash routers, traces).
     """
 
@@ -95,7 +103,7 @@ class ForwardContext(RoutingContext):
     rotary: tuple[Tensor, Tensor]
     attention_mask: Tensor | None = None
     is_causal: bool = True
-    cache: KeyValueStore | None = None
+    cache: KeyValueStore | AttendingStore | None = None
     token_BL: Tensor | None = None
 
 

@@ -1,0 +1,1 @@
+"""Serving: request -> device. An OpenAI-compatible engine for routed models."""

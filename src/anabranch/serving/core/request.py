@@ -1,0 +1,135 @@
+"""What an engine is asked and what it answers: plain values that travel through pipes.
+
+A front end makes a `Request` of tokens; the engine gives back `Output`s of tokens until one says why it ended. Text, chat templates
+and choices (``n``) are the front end's: a request of n choices is n requests, which share their prompt through the prefix cache.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from anabranch.errors import InputError
+
+
+class Finish(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # a stop token or string
+    LENGTH = "length"  # max_tokens or the model's positions
+    ABORT = "abort"  # the client has gone, or asked for it
+    ERROR = "error"  # the engine failed; `Output.error` says how
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token of one request is chosen.
+
+    Attributes:
+        max_tokens: most new tokens.
+        min_tokens: stop tokens are not taken before so many.
+        temperature: 0 takes the most likely token.
+        top_p: sample among the most likely whose probabilities reach it.
+        top_k: sample among the k most likely; 0 among all.
+        min_p: leave out tokens less likely than this share of the most likely.
+        seed: of this request's own generator; None draws one. With a seed the tokens do not depend on other requests.
+        presence_penalty: taken from the logits of tokens that were generated.
+        frequency_penalty: the same, times how often.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (CTRL, arXiv 1909.05858).
+        logit_bias: (token, added logit) pairs.
+        stop_tokens: ids that end the request; they are not part of the result.
+        ignore_eos: the model's own end-of-text tokens do not end it.
+        logprobs: None for none, else how many of the most likely tokens to tell beside the chosen one (0 to 20).
+        grammar: what the output must be: a JSON schema as a dict, {} for any JSON object, None for free text (`anabranch.serving.grammar`).
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    grammar: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_tokens", 1, None), ("min_tokens", 0, None), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, None),
+            ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value or (high is not None and value > high):
+                raise InputError(
+                    f"{name} is {value}; it must be {low} to {high}"
+                    if high is not None
+                    else f"{name} is {value}; it must be at least {low}"
+                )
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise InputError(f"logprobs is {self.logprobs}; it must be 0 to 20")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes:
+        id: unique among the requests under way.
+        prompt: token ids, at least one.
+        sampling: how to choose.
+        priority: lower numbers go first.
+        key: whose it is (an API key's name), for fairness.
+        arrival: when it came, seconds of `time.monotonic`.
+        cache_salt: requests share prefixes only with those of the same salt.
+        options: what changes the keys and values or the route (adapter, allowed experts, depth): part of the prefix cache's key.
+        record_routing: tell which experts each token went to, see `Output.routing`.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
+    key: str = ""
+    arrival: float = 0.0
+    cache_salt: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+    record_routing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A chosen token's natural log probability, and the most likely (token, log probability) pairs, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """News of one request.
+
+    Attributes:
+        id: the request's.
+        tokens: new tokens since the last output.
+        logprobs: one for each of them where asked for.
+        finish: why it ended; None while it goes on. After one with a reason there are no more.
+        error: what went wrong, with `Finish.ERROR`.
+        cached_tokens: prompt tokens whose keys and values were there already; set with the first output.
+        queue_s: seconds it waited before its first chunk ran; set with the first output.
+        routing: where recorded, for each new token {layer: destinations}.
+    """
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    error: str | None = None
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+    routing: tuple[dict[int, tuple[int, ...]], ...] = ()
