@@ -76,6 +76,7 @@ class Engine:
             hooks=hooks,
             host_blocks=host_blocks,
             pool=pool,
+            deterministic=config.deterministic,
         )
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         positions = min(config.max_positions or model.config.max_positions, model.config.max_positions)
