@@ -19,6 +19,7 @@ from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
 from anabranch.serving.engine.record import RoutingTap
 from anabranch.serving.engine.steady import steady
+from anabranch.serving.sampling import Sampler
 
 
 class TokenSampler(Protocol):
@@ -34,20 +35,6 @@ class TokenSampler(Protocol):
         """One token for each row."""
 
 
-class Greedy:
-    """The most likely token, whatever a request asks."""
-
-    def add(self, request: Request) -> None:
-        """Nothing to set up."""
-
-    def forget(self, id: str) -> None:
-        """Nothing to drop."""
-
-    def __call__(self, logits_RV: Tensor, ids: Sequence[str]) -> list[Sampled]:
-        """The largest of each row."""
-        return [Sampled(id=id, token=token) for id, token in zip(ids, logits_RV.argmax(-1).tolist(), strict=True)]
-
-
 class ModelRunner:
     """Runs the batches of a scheduler, one at a time and in order.
 
@@ -55,7 +42,7 @@ class ModelRunner:
         model: a decoder; it is put in evaluation mode.
         num_blocks: size of the key-value pool.
         block_tokens: tokens per block, the scheduler's.
-        sampler: chooses tokens; None for one of its own.
+        sampler: chooses tokens; None for one that knows neither the tokenizer nor the ends of text.
         hooks: see every step.
         host_blocks: blocks of main memory to swap to.
         pool: memory made elsewhere, instead of ``num_blocks``.
@@ -85,7 +72,7 @@ class ModelRunner:
         self.pool = pool or PagedPool(
             PagedShape.of(model), num_blocks, block_tokens=block_tokens, device=self.device, host_blocks=host_blocks
         )
-        self.sampler: TokenSampler = sampler or Greedy()
+        self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         self.tap = RoutingTap(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
