@@ -121,8 +121,10 @@ class EngineLoop:
         self._is_idle_told = False
         self._live.difference_update(output.id for output in outputs if output.finish is not None)
         events: list[Event] = [*outputs]
-        if time.monotonic() - self._picture_at > PICTURE_S:
-            events.append(self._picture())
+        if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
+            events.append(
+                self._picture()
+            )  # after the last request's end at once: its tokens are counted where it is seen to end
         if events:
             self._emit(events)
 
