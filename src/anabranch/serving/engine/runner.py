@@ -95,7 +95,9 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[Sampled]:
         """One result for each chunk that samples, in order."""
         self._set_up(batch)
-        tokens = [self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens]
+        tokens = [
+            self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
+        ]
         for hook in self.hooks:
             hook.before_step(batch, tokens)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
@@ -129,10 +131,9 @@ class ModelRunner:
             self.sampler.add(request)
             if request.record_routing:
                 self._recorded.add(request.id)
-        # In this order, as a block that is saved may be filled at once, and one that is brought back be copied.
-        self.pool.swap_out(batch.swaps_out)
-        self.pool.swap_in(batch.swaps_in)
+        self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
         self.pool.copy(batch.copies)
+        self.pool.swap_in(batch.swaps_in)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         ids = [chunk.id for chunk in chunks if chunk.samples]
