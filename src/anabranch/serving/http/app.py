@@ -69,18 +69,18 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        call, code = Call(request, self.config), 499
+        call = Call(request, self.config)
         self.under_way += 1
         try:
             response = await self._answer(call)
-            code = response.status
+            call.code = response.status
             if self.frontend.state == "draining":
                 response.force_close()
             return response
         finally:
             self.under_way -= 1
-            self.metrics.requests.labels(call.endpoint, str(code)).inc()
-            self._log(call, code)
+            self.metrics.requests.labels(call.endpoint, str(call.code)).inc()
+            self._log(call)
 
     async def _answer(self, call: Call) -> web.StreamResponse:
         try:
@@ -174,13 +174,13 @@ class App:
             "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
         }  # fmt: skip
 
-    def _log(self, call: Call, code: int) -> None:
+    def _log(self, call: Call) -> None:
         """One line of JSON: what was asked for and how long it took; never what was said, unless the config asks for it."""
         if not self.config.access_log or not access.isEnabledFor(logging.INFO):
             return
         line = {
             "time": round(time.time(), 3), "request_id": call.id, "method": call.request.method[:20],
-            "path": call.request.path[:200], "status": code, "key": call.key,
+            "path": call.request.path[:200], "status": call.code, "key": call.key,
             "ms": round((time.monotonic() - call.began) * 1000, 1), **call.facts,
         }  # fmt: skip
         access.info("%s", json.dumps(line, ensure_ascii=True))

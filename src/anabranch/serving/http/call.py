@@ -29,6 +29,7 @@ class Call:
         headers: of the answer, whatever it is.
         facts: for the access log.
         endpoint: label in the metrics.
+        code: status of the answer once that is written; 499 until then, in case the sender goes away.
     """
 
     def __init__(self, request: web.BaseRequest, config: HttpConfig) -> None:
@@ -37,7 +38,7 @@ class Call:
         self.id = given if _ID.fullmatch(given) else new_id()
         self.began = time.monotonic()
         self.key = ""
-        self.endpoint = "other"
+        self.endpoint, self.code = "other", 499
         self.headers = {"x-request-id": self.id, **self._cors()}
         self.facts: dict[str, Any] = {}
 

@@ -77,9 +77,15 @@ class Frontend:
     async def start(self) -> None:
         """Load, warm up, and take requests. Raises AnabranchError if the engine cannot start."""
         engine = self._engine = self._make_engine()
-        self.info = await engine.start()
-        if self.reader is None:
-            self.reader = await asyncio.to_thread(self._make_reader)
+        reading = None if self.reader is not None else asyncio.ensure_future(asyncio.to_thread(self._make_reader))
+        try:
+            self.info = await engine.start()
+        except BaseException:
+            if reading is not None:
+                await asyncio.gather(reading, return_exceptions=True)
+            raise
+        if reading is not None:
+            self.reader = await reading
         self._ready_at = time.monotonic()
         if self.state == "loading":
             self._become("ready")

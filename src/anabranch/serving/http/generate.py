@@ -100,6 +100,7 @@ class Generate:
         response = call.json(shape.whole(pieces))
         await response.prepare(call.request)  # written here, not after the handler, so that a drain waits for it
         await response.write_eof()
+        call.code = response.status
         return response
 
     async def _stream(
@@ -112,6 +113,7 @@ class Generate:
             response, failure = await send(call.request, {**SAFE, **call.headers}, events, config.limits.stall_s)
         finally:
             await events.aclose()
+        call.code = response.status
         if failure is not None:
             call.facts["error"] = failure.code
             self._abort(shape.choices, _ABORTED[failure.status])
