@@ -154,50 +154,62 @@ void point(const char* pool, const int64_t* slots, int count, int64_t row_bytes,
   for (int i = count; i < (count + VL - 1) / VL * VL; ++i) rows[i] = rows[count - 1];
 }
 
-void attend(const Model& m, const Block& block, const int32_t* table, int64_t context, int64_t g, Head& head, Scratch& scratch) {
+// Scores to weights of what has been seen so far; returns by how much the earlier sums shrink.
+float soften(Head& head, int h, float* scores, int count) {
+  const int whole = (count + VL - 1) / VL * VL;
+  for (int i = count; i < whole; ++i) scores[i] = -INFINITY;
+  vec top = load(scores);
+  for (int i = VL; i < whole; i += VL) top = load(scores + i) > top ? load(scores + i) : top;
+  float most = head.most[h];
+  for (int i = 0; i < VL; ++i) most = std::max(most, top[i]);
+  float shrink = std::exp(head.most[h] - most);
+  vec sum{};
+  for (int i = 0; i < whole; i += VL) {
+    vec s = load(scores + i), e = exponential(s - most);
+    e = s == -INFINITY ? vec{} : e;
+    store(scores + i, e);
+    sum += e;
+  }
+  head.sum[h] = head.sum[h] * shrink + total(sum);
+  head.most[h] = most;
+  return shrink;
+}
+
+// One token's key heads from `begin` to `end`; chunk by chunk, so that a position's heads, which lie together, are read together.
+void attend(const Model& m, const Block& block, const int32_t* table, int64_t context, int64_t begin, int64_t end, Head* heads,
+            Scratch& scratch) {
   const int64_t item = m.half_store ? 2 : 4, row_bytes = m.G * m.W * item;
   const int queries = (int)(m.H / m.G);
   float* copies = scratch.get<float>(SPARE, CHUNK * m.W);
   alignas(64) float scores[MOST_GROUP * CHUNK];
   const float* rows[CHUNK];
   int64_t slots[CHUNK];
-  for (int h = 0; h < queries; ++h) {
-    head.most[h] = -INFINITY;
-    head.sum[h] = 0.f;
-    memset(head.y[h], 0, m.W * sizeof(float));
-  }
+  for (int64_t g = begin; g < end; ++g)
+    for (int h = 0; h < queries; ++h) {
+      heads[g].most[h] = -INFINITY;
+      heads[g].sum[h] = 0.f;
+      memset(heads[g].y[h], 0, m.W * sizeof(float));
+    }
   for (int64_t first = 0; first < context; first += CHUNK) {
-    int count = (int)std::min<int64_t>(CHUNK, context - first), whole = (count + VL - 1) / VL * VL;
+    int count = (int)std::min<int64_t>(CHUNK, context - first);
     for (int i = 0; i < count; ++i) {
       int64_t p = first + i;
       slots[i] = table[p / m.block_tokens] * m.block_tokens + p % m.block_tokens;
+      for (int64_t c = 0; c < (end - begin) * m.W * item; c += 64) __builtin_prefetch(block.value + slots[i] * row_bytes + begin * m.W * item + c);
     }
-    point(block.key + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
-    score(head, queries, rows, count, m.W, scores);
-    float shrink[MOST_GROUP];
-    for (int h = 0; h < queries; ++h) {
-      float* own = scores + h * CHUNK;
-      for (int i = count; i < whole; ++i) own[i] = -INFINITY;
-      vec top = load(own);
-      for (int i = VL; i < whole; i += VL) top = load(own + i) > top ? load(own + i) : top;
-      float most = head.most[h];
-      for (int i = 0; i < VL; ++i) most = std::max(most, top[i]);
-      shrink[h] = std::exp(head.most[h] - most);
-      vec sum{};
-      for (int i = 0; i < whole; i += VL) {
-        vec s = load(own + i), e = exponential(s - most);
-        e = s == -INFINITY ? vec{} : e;
-        store(own + i, e);
-        sum += e;
-      }
-      head.sum[h] = head.sum[h] * shrink[h] + total(sum);
-      head.most[h] = most;
+    for (int64_t g = begin; g < end; ++g) {
+      Head& head = heads[g];
+      point(block.key + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
+      score(head, queries, rows, count, m.W, scores);
+      float shrink[MOST_GROUP];
+      for (int h = 0; h < queries; ++h) shrink[h] = soften(head, h, scores + h * CHUNK, count);
+      point(block.value + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
+      for (int h = 0; h < queries; ++h) gather_values(head.y[h], shrink[h], scores + h * CHUNK, rows, count, m.W);
     }
-    point(block.value + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
-    for (int h = 0; h < queries; ++h) gather_values(head.y[h], shrink[h], scores + h * CHUNK, rows, count, m.W);
   }
-  for (int h = 0; h < queries; ++h)
-    for (int64_t c = 0; c < m.W; c += VL) store(head.y[h] + c, load(head.y[h] + c) / head.sum[h]);
+  for (int64_t g = begin; g < end; ++g)
+    for (int h = 0; h < queries; ++h)
+      for (int64_t c = 0; c < m.W; c += VL) store(heads[g].y[h] + c, load(heads[g].y[h] + c) / heads[g].sum[h]);
 }
 
 // ---- routing of one token ----
@@ -307,15 +319,16 @@ class Run {
 #pragma omp barrier
     for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
 #pragma omp barrier
+    const int64_t per = m.H / m.G, together = s.T >= 4 * threads ? m.G : 1, parts = m.G / together;
+    Head* heads = scratch.get<Head>(PRE, m.G);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < s.T * m.G; ++task) {
-      int64_t t = task / m.G, g = task % m.G, per = m.H / m.G;
-      Head head;
-      for (int64_t h = 0; h < per; ++h) {
-        head.query[h] = w.qkv + t * N + (g * per + h) * m.W;
-        head.y[h] = w.y + t * Q + (g * per + h) * m.W;
+    for (int64_t task = 0; task < s.T * parts; ++task) {
+      int64_t t = task / parts, begin = task % parts * together;
+      for (int64_t h = begin * per; h < (begin + together) * per; ++h) {
+        heads[h / per].query[h % per] = w.qkv + t * N + h * m.W;
+        heads[h / per].y[h % per] = w.y + t * Q + h * m.W;
       }
-      attend(m, block, w.table[t], w.context[t], g, head, scratch);
+      attend(m, block, w.table[t], w.context[t], begin, begin + together, heads, scratch);
     }
     Activations b = left_of(block.out);
     for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.y + t * Q);
