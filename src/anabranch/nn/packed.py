@@ -44,9 +44,7 @@ class Packed:
     group: int
 
     @classmethod
-    def pack(
-        cls, weight_ENK: Tensor, kind: Kind, *, group: int | None = None, symmetric: bool = False
-    ) -> "Packed":
+    def pack(cls, weight_ENK: Tensor, kind: Kind, *, group: int | None = None, symmetric: bool = False) -> "Packed":
         """Round and pack ``[N, K]`` or ``[E, N, K]``.
 
         Args:
@@ -68,7 +66,9 @@ class Packed:
         grouped = weight_ENK.float().unflatten(-1, (-1, group or depth))
         number, scale_ENG, least_ENG = _round_bytes(grouped) if kind == "int8" else _round_nibbles(grouped, symmetric)
         if not (torch.isfinite(scale_ENG).all() and torch.isfinite(least_ENG).all()):
-            raise ConfigError("weights are not finite, or too large for fp16 scales; keep this matrix in floating point")
+            raise ConfigError(
+                "weights are not finite, or too large for fp16 scales; keep this matrix in floating point"
+            )
         return cls.of_integers(number.flatten(-2), scale_ENG, least_ENG, kind)
 
     @classmethod

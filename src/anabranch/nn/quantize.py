@@ -36,13 +36,17 @@ class QuantizedLinear(nn.Module):
         self._like = packed
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", None if bias_N is None else bias_N.detach().clone())
-        self._torch: tuple[Tensor, ...] | None = None  # the weights as torch's own kernels want them, made when first needed
+        self._torch: tuple[Tensor, ...] | None = (
+            None  # the weights as torch's own kernels want them, made when first needed
+        )
 
     data: Tensor
     bias: Tensor | None
 
     @classmethod
-    def of(cls, linear: nn.Linear, bits: Bits, *, group: int | None = None, symmetric: bool = False) -> "QuantizedLinear":
+    def of(
+        cls, linear: nn.Linear, bits: Bits, *, group: int | None = None, symmetric: bool = False
+    ) -> "QuantizedLinear":
         """Round a layer. Raises ConfigError as `Packed.pack`."""
         return cls(Packed.pack(linear.weight, bits, group=group, symmetric=symmetric), linear.bias)
 
@@ -167,7 +171,9 @@ class QuantizedPool(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         kind, group = self._like[0].kind, self._like[0].group
-        return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, kind={kind}, group={group}"
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, kind={kind}, group={group}"
+        )
 
 
 @torch.no_grad()
@@ -230,7 +236,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             if name == "head" and getattr(getattr(model, "config", None), "tie_embeddings", False):
-                model.head = None
+                setattr(model, name, None)
                 continue
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             plain.weight = nn.Parameter(module.packed.unpack(dtype)[0])
@@ -243,9 +249,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
             _put(model, name, pool)
 
 
-def _quantized(module: nn.Module, bits: Bits, group: int | None, symmetric: bool) -> nn.Module | None:
+def _quantized(module: Any, bits: Bits, group: int | None, symmetric: bool) -> nn.Module | None:
     """The module quantised; None where it cannot be."""
-    depths = (module.in_features,) if isinstance(module, nn.Linear) else (module.dim, module.hidden_dim)  # type: ignore[union-attr]
+    depths = (module.in_features,) if isinstance(module, nn.Linear) else (module.dim, module.hidden_dim)
     if any(depth % SHARE for depth in depths) or (isinstance(module, nn.Linear) and module.out_features < FEWEST):
         return None
     if group is None and bits == "int4":

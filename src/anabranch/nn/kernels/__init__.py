@@ -24,9 +24,7 @@ __all__ = ["load"]
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = tuple(
-    HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode")
-)
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode"))
 HEADERS = (HERE / "matmul.h", HERE / "packed.h")
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

@@ -1,9 +1,9 @@
 """`FastDecoder`: a decoder's layers on the tokens of one step, in one call.
 
-    if FastDecoder.supports(model) is None:
-        fast = FastDecoder(model, pool.key[:, 0], pool.value[:, 0], block_tokens=16)
-        x_TD = fast.hidden(token_T, position_T, sequence_N4, table_U)
-        logits_RV = fast.logits(x_TD[rows])
+if FastDecoder.supports(model) is None:
+    fast = FastDecoder(model, pool.key[:, 0], pool.value[:, 0], block_tokens=16)
+    x_TD = fast.hidden(token_T, position_T, sequence_N4, table_U)
+    logits_RV = fast.logits(x_TD[rows])
 """
 # Shapes: A layers, S slots, G key heads, W head width, T tokens of a step, N sequences, U numbers of blocks, D width, K experts per token
 
@@ -105,7 +105,9 @@ class FastDecoder:
         assert library is not None, "supports looked"
         x_TD = model.embedding(token_T).float()
         cos, sin = model.rotary(position_T[None], torch.float32)
-        routes = torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32) if with_routes else None
+        routes = (
+            torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32) if with_routes else None
+        )
         sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
         step = CStep(
             len(token_T), sequence_N4.ctypes.data, len(sequence_N4), table_U.ctypes.data, cos.data_ptr(), sin.data_ptr(),
@@ -140,7 +142,9 @@ class FastDecoder:
     def _block(self, number: int) -> CBlock:
         block: Any = self.model.blocks[number]
         attention, layer, keep = block.attention, block.feed_forward, self._keep
-        norms = (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
+        norms = (
+            (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
+        )
         routed = isinstance(layer, MoE)
         return CBlock(
             floats(block.attention_norm.weight, keep), floats(block.feed_forward_norm.weight, keep),

@@ -24,7 +24,7 @@ from anabranch.routing.select import TopK
 __all__ = ["CBlock", "CExperts", "CModel", "CStep", "products", "why_not"]
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MOST_GROUP, MOST_WIDTH = 16, 256  # of decode.cpp
+STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256  # of decode.cpp; heads are whole vectors of floats
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -91,14 +91,16 @@ def why_not(model: Decoder) -> str | None:
     return None
 
 
-def products(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a block that multiply by large matrices: linear layers and pools."""
-    for module in block.modules():
-        if isinstance(module, nn.Linear | QuantizedLinear) and module.out_features > 1:
-            yield module
-    experts = getattr(block.feed_forward, "experts", None)
-    if experts is not None:  # a plain reference where layers share the pool
-        yield experts
+def products(block: Any) -> Iterator[nn.Module]:
+    """The modules of a supported block that multiply by large matrices: linear layers and pools."""
+    yield from (block.attention.qkv, block.attention.out)
+    layer = block.feed_forward
+    if not isinstance(layer, MoE):
+        yield from (layer.w13, layer.w2)
+        return
+    yield layer.experts
+    if layer.shared is not None:
+        yield from (layer.shared.w13, layer.shared.w2)
 
 
 def _of_block(block: nn.Module) -> str | None:
@@ -106,11 +108,14 @@ def _of_block(block: nn.Module) -> str | None:
         return f"a {type(block).__name__} is not a plain block"
     if type(block.attention) is not Attention:
         return f"attention is a {type(block.attention).__name__}"
-    if any(type(norm) is not RMSNorm for norm in (block.attention_norm, block.feed_forward_norm)):
-        return "a norm is not an RMSNorm"
     attention: Any = block.attention
-    if attention.head_dim % SHARE or attention.head_dim > MOST_WIDTH:
-        return f"heads are {attention.head_dim} wide; the kernels take multiples of {SHARE} up to {MOST_WIDTH}"
+    norms = [block.attention_norm, block.feed_forward_norm]
+    if attention.config.qk_norm != "none":
+        norms += [attention.q_norm, attention.k_norm]
+    if any(type(norm) is not RMSNorm for norm in norms):
+        return "a norm is not an RMSNorm"
+    if attention.head_dim % STEP or attention.head_dim > MOST_WIDTH:
+        return f"heads are {attention.head_dim} wide; the kernels take multiples of {STEP} up to {MOST_WIDTH}"
     if attention.num_heads // attention.num_kv_heads > MOST_GROUP:
         return f"more than {MOST_GROUP} query heads share a key head"
     reason = _of_feed_forward(block.feed_forward)
@@ -133,17 +138,17 @@ def _of_feed_forward(layer: nn.Module) -> str | None:
         return "the router's candidates change"
     if layer.config.weight_on != "output":
         return "routing weights act on the experts' inputs"
-    if not isinstance(layer.experts, ExpertPool | QuantizedPool) or type(layer.experts) not in (ExpertPool, QuantizedPool):
-        return f"the experts are a {type(layer.experts).__name__}"
+    if type(layer.shared) not in (SwiGLU, type(None)) or type(layer.shared_gate) not in (nn.Linear, type(None)):
+        return "the shared experts were replaced"
     return None
 
 
 def _of_product(module: Any) -> str | None:
     if type(module) in (QuantizedLinear, QuantizedPool):
         return None
-    weights = (module.weight,) if type(module) is nn.Linear else (module.w13, module.w2) if type(module) is ExpertPool else ()
-    if not weights:
-        return f"a {type(module).__name__} is not a plain linear layer"
+    if type(module) not in (nn.Linear, ExpertPool):
+        return f"a {type(module).__name__} stands where a linear layer or a pool should"
+    weights = (module.weight,) if type(module) is nn.Linear else (module.w13, module.w2)
     for weight in weights:
         if weight.dtype not in KIND_OF:
             return f"weights are {weight.dtype}"
