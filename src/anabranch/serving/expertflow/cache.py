@@ -167,6 +167,12 @@ class ExpertCache:
         self.policy.begin_layer(unwanted)
         self._shrink()
 
+    def expect(self, layer: int, experts: Iterable[Expert]) -> None:
+        """A later prediction of what a layer of the step under way will want."""
+        if layer < len(self.reference.steps):
+            self.reference.set(layer, experts)
+            self.policy.begin_layer(frozenset())
+
     def ready(self) -> list[Expert]:
         """Wanted experts that are in slots and have not run."""
         return [expert for expert in self.wanted if expert in self.slot_of and expert not in self.loading]
