@@ -55,7 +55,9 @@ class KeyValueCache:
         self.prefix = prefix
         self.length = 0
         self.valid_BL: Tensor | None = None
-        self.state: dict[str, object] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
+        self.state: dict[
+            str, object
+        ] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
         self._key: list[Tensor | None] = [None] * num_layers
         self._value: list[Tensor | None] = [None] * num_layers
 

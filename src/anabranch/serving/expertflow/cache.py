@@ -197,7 +197,9 @@ class ExpertCache:
             error = self.failures.pop(expert, None)
             if error is not None:
                 layer = self.layer
-                raise DataError(f"expert {expert.index} of routed layer {layer} could not be loaded: {error}") from error
+                raise DataError(
+                    f"expert {expert.index} of routed layer {layer} could not be loaded: {error}"
+                ) from error
 
     # moving
 
@@ -265,7 +267,9 @@ class ExpertCache:
         victim = self.policy.victim(expert)
         if victim is not None:
             return self._take(kind, victim)
-        if self.free[kind] and len(members) < self.policy.quota(group) + self.policy.spares:  # a spare buffer, until a slot of the group is free
+        if (
+            self.free[kind] and len(members) < self.policy.quota(group) + self.policy.spares
+        ):  # a spare buffer, until a slot of the group is free
             return self.free[kind].pop()
         return None
 

@@ -19,6 +19,7 @@ Predictions only move weights; the model's own routers decide, so outputs do not
 """
 # Shapes: N items, K places, T tokens of a step, L routed layers, E experts, D width
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ from anabranch.serving.expertflow.sizes import parse_bytes
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, FileTier, MemoryTier, Tier, write_experts
 
 TIERS = ("memory", "file", "int8", "int4")
+PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"
 TierName = Literal["memory", "file", "int8", "int4"]
 
 
@@ -132,10 +134,12 @@ def _tier(
 
 
 def tokenizer_fingerprint(tokenizer: Any, model: Decoder) -> str:
-    """Says which tokenizer a model's ids are of; the vocabulary's size where there is none."""
+    """Says which tokenizer a model's ids are of, by what it makes of a text; the vocabulary's size where there is none."""
+    size = f"vocab:{model.config.vocab_size}"
     if tokenizer is None:
-        return f"vocab:{model.config.vocab_size}"
-    return f"{type(tokenizer).__name__}:{model.config.vocab_size}"
+        return size
+    ids = ",".join(map(str, tokenizer.encode(PROBE)))
+    return f"{size}:{hashlib.sha256(ids.encode()).hexdigest()[:16]}"
 
 
 class Pools:
@@ -219,7 +223,9 @@ class OffloadEngine:
         place = torch.device(device) if device is not None else model.embedding.weight.device
         self.arena = Arena(found.kinds, self.cache.num_slots, place)
         self._layers, self._originals = found.layers, [layer.experts for layer in found.layers]
-        self.mover = Mover(self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers=workers)
+        self.mover = Mover(
+            self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers=workers
+        )
         self.predict_s, self.steps = 0.0, 0
         self._history, self._rows, self._driven, self._closed = BatchHistory(), [], False, False
         self._last: list[list[Expert]] = [[] for _ in range(found.layout.num_layers)]
@@ -255,7 +261,7 @@ class OffloadEngine:
         """See `StepHook`."""
         self._forget(batch.gone)
         self._driven = True
-        self._begin(self._history.rows(batch, tokens))
+        self.begin(self._history.rows(batch, tokens))
 
     def after_step(self, batch: Batch, sampled: Sequence[Sampled]) -> None:
         """See `StepHook`."""
@@ -263,7 +269,7 @@ class OffloadEngine:
 
     def _before_call(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._driven:
-            self._begin(call_rows(arguments, options) if self.predictor is not None else [])
+            self.begin(call_rows(arguments, options) if self.predictor is not None else [])
 
     def _forget(self, ids: Sequence[str]) -> None:
         self._history.forget(ids)
@@ -271,10 +277,16 @@ class OffloadEngine:
             for id in ids:
                 self.predictor.forget(id)
 
-    def _begin(self, rows: list[Row]) -> None:
-        """Predict, and let loading begin."""
+    def begin(self, rows: list[Row], known: list[list[Expert]] | None = None) -> None:
+        """A forward pass over these rows begins: predict, and let loading begin.
+
+        ``known``: what the layers of this pass, and of those after it, are predicted to want, where that has been found out before.
+        """
         begin, self._rows = time.perf_counter(), rows
-        steps, certain = self._expected(rows)
+        if known is None:
+            steps, certain = self._expected(rows)
+        else:
+            steps, certain = [*known, *known[: self.layout.num_layers]], len(known)
         self.predict_s += time.perf_counter() - begin
         self.steps += 1
         with self.mover.lock:
@@ -295,7 +307,9 @@ class OffloadEngine:
         known = steps + [step for later in ahead for step in later]
         return known + steps, len(known)
 
-    def _waves(self, layer: int, x_ND: Tensor, routing: Routing, context: RoutingContext | None) -> Iterator[dict[int, int]]:
+    def _waves(
+        self, layer: int, x_ND: Tensor, routing: Routing, context: RoutingContext | None
+    ) -> Iterator[dict[int, int]]:
         """{expert: slot} of what can run now, until all has run."""
         pool = self.layout.pool_of_layer[layer]
         wanted = [Expert(pool, index) for index in routing.index_NK.unique().tolist() if index >= 0]
@@ -394,7 +408,9 @@ class OffloadEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

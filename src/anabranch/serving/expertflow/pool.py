@@ -29,7 +29,15 @@ class OffloadedPool(nn.Module):
     """
 
     def __init__(
-        self, layer: int, num_experts: int, dim: int, hidden_dim: int, backend: str, kind: int, arena: Arena, waves: Waves
+        self,
+        layer: int,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        backend: str,
+        kind: int,
+        arena: Arena,
+        waves: Waves,
     ) -> None:
         super().__init__()
         self.layer, self.num_experts, self.dim, self.hidden_dim = layer, num_experts, dim, hidden_dim
@@ -62,7 +70,9 @@ class OffloadedPool(nn.Module):
             slot_E[list(slot_of)] = torch.tensor(list(slot_of.values()))
             slot_P = slot_E.to(index_P.device)[index_P]
             place_R = (slot_P >= 0).nonzero().squeeze(1)
-            rows_RD = self._run(x_ND[place_R // num_places], slot_P[place_R], routing.weight_NK.reshape(-1)[place_R], weight_on)
+            rows_RD = self._run(
+                x_ND[place_R // num_places], slot_P[place_R], routing.weight_NK.reshape(-1)[place_R], weight_on
+            )
             if rows_PD is None:
                 rows_PD = rows_RD.new_zeros(num_items * num_places, self.dim)
             rows_PD[place_R] = rows_RD

@@ -1,9 +1,9 @@
 """`Routes`: recorded routes, a token's choices of all layers as packed bits, with the token ids. What predictors learn from.
 
-    with record_routing(model) as recorder:
-        model(token_BL)
-    routes = Routes.from_trace(recorder.trace())          # the same trace feeds `anabranch.routing.consistency`
-    routes.save("routes.npz")
+with record_routing(model) as recorder:
+    model(token_BL)
+routes = Routes.from_trace(recorder.trace())          # the same trace feeds `anabranch.routing.consistency`
+routes.save("routes.npz")
 """
 # Shapes: N tokens (sequence after sequence, in order), L routed layers, E experts of the widest layer, K places, S sequences, T tokens
 
@@ -62,7 +62,9 @@ class Routes:
                 raise DataError(f"layer {layer.layer} of the trace did not route the same tokens as the first one")
             places = found
             chosen_NE = np.zeros((len(order), max(other.num_destinations for other in trace.layers) + 1), bool)
-            np.put_along_axis(chosen_NE, decisions.index_NK[order].astype(np.int64), True, axis=1)  # -1 is the last column
+            np.put_along_axis(
+                chosen_NE, decisions.index_NK[order].astype(np.int64), True, axis=1
+            )  # -1 is the last column
             bits.append(np.packbits(chosen_NE[:, :-1], axis=1))
         if places is None or not len(places[0]):
             raise DataError("the trace is empty, so it holds no routes")

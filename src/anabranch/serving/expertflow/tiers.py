@@ -108,7 +108,9 @@ class FileTier:
         for piece in self.table[expert]:
             place = slot[piece.weight][piece.where]
             if place.shape != piece.shape:
-                raise DataError(f"{piece.path} holds {list(piece.shape)} for {expert}, the slot takes {list(place.shape)}")
+                raise DataError(
+                    f"{piece.path} holds {list(piece.shape)} for {expert}, the slot takes {list(place.shape)}"
+                )
             if place.dtype == piece.dtype and place.is_contiguous() and place.device.type == "cpu":
                 self._read(piece, _bytes_of(place))
             else:
@@ -212,7 +214,9 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Raises ConfigError for rows that are not whole groups.
     """
     if weight.shape[-1] % GROUP:
-        raise ConfigError(f"a row of {weight.shape[-1]} weights is not a multiple of {GROUP}; these experts cannot be quantised")
+        raise ConfigError(
+            f"a row of {weight.shape[-1]} weights is not a multiple of {GROUP}; these experts cannot be quantised"
+        )
     group = weight.float().unflatten(-1, (-1, GROUP))
     scale = (group.abs().amax(-1, keepdim=True) / LEVELS[bits]).clamp_min(1e-7).half()
     code = (group / scale.float()).round().clamp(-LEVELS[bits], LEVELS[bits]).to(torch.int8).flatten(-2)

@@ -26,7 +26,9 @@ def find_predictor(name: str, fingerprint: Fingerprint, layers: Sequence[Any]) -
     if Path(name).is_file():
         return load_predictor(name)
     if name in PREDICTORS:
-        raise ConfigError(f"predictor {name!r} has to be fitted on recorded routes first; give the fitted one or its file")
+        raise ConfigError(
+            f"predictor {name!r} has to be fitted on recorded routes first; give the fitted one or its file"
+        )
     raise ConfigError(f"no predictor {name!r} and no such file; known: {', '.join(PREDICTORS)}")
 
 

@@ -29,7 +29,11 @@ class Fingerprint:
 
     def check(self, model: "Fingerprint") -> None:
         """Raise CheckpointError if this is not the ``model``'s."""
-        for name, what in (("num_experts", "experts by layer"), ("top_k", "active experts"), ("tokenizer", "tokenizer")):
+        for name, what in (
+            ("num_experts", "experts by layer"),
+            ("top_k", "active experts"),
+            ("tokenizer", "tokenizer"),
+        ):
             ours, theirs = getattr(self, name), getattr(model, name)
             if ours != theirs:
                 raise CheckpointError(

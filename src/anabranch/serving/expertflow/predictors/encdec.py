@@ -202,7 +202,9 @@ class EncoderDecoder(RoutePredictor):
         """Write the network and what it was made for, all or nothing."""
         assert self.fingerprint is not None
         settings = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
-        files.write(path, self.kind, self.fingerprint, self.network.state_dict(), vocab_size=self.vocab_size, config=settings)
+        files.write(
+            path, self.kind, self.fingerprint, self.network.state_dict(), vocab_size=self.vocab_size, config=settings
+        )
 
     @classmethod
     def restore(cls, fingerprint: Fingerprint, state: dict[str, Any]) -> Self:

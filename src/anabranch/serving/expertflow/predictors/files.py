@@ -20,7 +20,11 @@ def write(path: str | Path, kind: str, fingerprint: Fingerprint, tensors: dict[s
     """Write a predictor, all or nothing."""
     about = {"version": VERSION, "kind": kind, "fingerprint": fingerprint.to_dict(), "settings": settings}
     with atomic_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"route_predictor": json.dumps(about)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"route_predictor": json.dumps(about)},
+        )
 
 
 def read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:

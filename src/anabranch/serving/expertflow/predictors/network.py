@@ -46,7 +46,9 @@ class Layer(nn.Module):
         made = F.scaled_dot_product_attention(self.split(query_BQD), self.split(key), self.split(value), attn_mask=mask)
         return made.transpose(1, 2).flatten(2)
 
-    def forward(self, x_BQD: Tensor, mask: Tensor, past: Tensor | None, cross: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BQD: Tensor, mask: Tensor, past: Tensor | None, cross: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """(x_BQD, keys and values of the new tokens). ``past``: those of earlier ones; ``cross``: those of the input, with its mask."""
         normed = self.norms[0](x_BQD)
         new = self.key_value(normed)
@@ -61,7 +63,16 @@ class PathNetwork(nn.Module):
     """Logits of every (layer, expert) for each decoded id."""
 
     def __init__(
-        self, vocab_size: int, num_layers: int, num_experts: int, *, dim: int, feed_forward: int, depth: int, heads: int, window: int
+        self,
+        vocab_size: int,
+        num_layers: int,
+        num_experts: int,
+        *,
+        dim: int,
+        feed_forward: int,
+        depth: int,
+        heads: int,
+        window: int,
     ) -> None:
         super().__init__()
         self.window, self.num_layers, self.num_experts = window, num_layers, num_experts
@@ -84,7 +95,11 @@ class PathNetwork(nn.Module):
         return [(layer.cross_key_value(x_BPD), padding) for layer in self.decoder]
 
     def decode(
-        self, id_BS: Tensor, cross: list[tuple[Tensor, Tensor]], past: Tensor | None = None, real_BW: Tensor | None = None
+        self,
+        id_BS: Tensor,
+        cross: list[tuple[Tensor, Tensor]],
+        past: Tensor | None = None,
+        real_BW: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logit_BSLE, new keys and values [B, depth, S, 2 D]). ``past``: those of W earlier ids, of which ``real_BW`` count."""
         length, behind = id_BS.shape[1], 0 if past is None else past.shape[2]
