@@ -1,4 +1,4 @@
-"""ExpertFlow: a mixture of experts in a small fast memory (arXiv 2410.17954); `anabranch.serving.expertflow.expertflow` maps the paper's parts."""
+"""ExpertFlow (arXiv 2410.17954): a mixture of experts in a small fast memory. Module `expertflow` says where the paper's parts are."""
 
 from anabranch.serving.expertflow.expertflow import OffloadEngine, find_pools, offload
 from anabranch.serving.expertflow.layout import Expert, Layout

@@ -39,9 +39,8 @@ class Arena:
         self.w13_SFD: list[Tensor] = []
         self.w2_SDF: list[Tensor] = []
         for kind, count in zip(kinds, slots, strict=True):
-            options = {"dtype": kind.dtype, "device": self.device}
-            self.w13_SFD.append(torch.zeros(count, 2 * kind.hidden_dim, kind.dim, **options))
-            self.w2_SDF.append(torch.zeros(count, kind.dim, kind.hidden_dim, **options))
+            self.w13_SFD.append(torch.zeros(count, 2 * kind.hidden_dim, kind.dim, dtype=kind.dtype, device=self.device))
+            self.w2_SDF.append(torch.zeros(count, kind.dim, kind.hidden_dim, dtype=kind.dtype, device=self.device))
         self._used: dict[tuple[int, int], torch.cuda.Event] = {}
 
     @property

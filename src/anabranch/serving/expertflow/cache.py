@@ -1,12 +1,12 @@
 """`ExpertCache`, the Expert Cache Engine's book-keeping: which expert is in which slot, what to load next, what was hit.
 
 It moves no bytes and knows no clock. Whoever moves them asks `next_load` and reports `loaded`; whoever computes says `begin_step`,
-`begin_layer`, runs what is `ready`, says `used`. So real threads (`anabranch.serving.expertflow.transfer`) and simulated time
+`begin_layer`, runs what is `ready`, says `used`. So real threads (`anabranch.serving.expertflow.mover`) and simulated time
 (`anabranch.serving.expertflow.simulate`) drive the same decisions, and one thread holds a lock while it calls.
 
 **Real-time correction**: when a layer's router has spoken, (1) its resident experts run first, (2) the missing ones are loaded before
-anything else, into slots of experts that were predicted but are not wanted first, (3) predicted loads that the layer does not want are dropped
-from the plan, and cancelled where they have begun and nobody is known to want them later.
+anything else, into slots of experts that were predicted but are not wanted first, (3) predicted loads that the layer does not want are
+dropped from the plan, and cancelled where they have begun and nobody is known to want them later.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -135,7 +135,7 @@ class ExpertCache:
         """
         pool = self.layout.pool_of_layer[layer]
         self.wanted = dict.fromkeys(wanted)
-        if any(expert.pool != pool or not 0 <= expert.index < self.layout.num_experts[pool] for expert in self.wanted):
+        if any(expert.pool != pool or not 0 <= expert.number < self.layout.num_experts[pool] for expert in self.wanted):
             raise ConfigError(f"layer {layer} wants experts that it does not have: {sorted(self.wanted)}")
         self.layer = layer
         counters = self.counters[layer]
@@ -198,7 +198,7 @@ class ExpertCache:
             if error is not None:
                 layer = self.layer
                 raise DataError(
-                    f"expert {expert.index} of routed layer {layer} could not be loaded: {error}"
+                    f"expert {expert.number} of routed layer {layer} could not be loaded: {error}"
                 ) from error
 
     # moving

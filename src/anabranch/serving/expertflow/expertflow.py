@@ -50,7 +50,7 @@ from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row, choose, choose_step
 from anabranch.serving.expertflow.sizes import parse_bytes
-from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, FileTier, MemoryTier, Tier, write_experts
+from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 
 TIERS = ("memory", "file", "int8", "int4")
 PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"
@@ -227,7 +227,8 @@ class OffloadEngine:
             self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers=workers
         )
         self.predict_s, self.steps = 0.0, 0
-        self._history, self._rows, self._driven, self._closed = BatchHistory(), [], False, False
+        self._history, self._driven, self._closed = BatchHistory(), False, False
+        self._rows: list[Row] = []
         self._last: list[list[Expert]] = [[] for _ in range(found.layout.num_layers)]
         self._replace(found)
         self._handle = model.register_forward_pre_hook(self._before_call, with_kwargs=True)
@@ -236,8 +237,7 @@ class OffloadEngine:
         if predictor is None or not self.cache.policy.needs_reference:
             return None
         made = find_predictor(predictor, self.fingerprint, layers) if isinstance(predictor, str) else predictor
-        if made.fingerprint is not None:
-            made.fingerprint.check(self.fingerprint)
+        made.fingerprint.check(self.fingerprint)
         return made
 
     def _replace(self, found: Pools) -> None:
@@ -324,7 +324,7 @@ class OffloadEngine:
             with self.mover.lock:
                 while not (ready := self.cache.ready()):
                     self.mover.wait()
-                slot_of = {expert.index: self.cache.slot_of[expert] for expert in ready}
+                slot_of = {expert.number: self.cache.slot_of[expert] for expert in ready}
             yield slot_of
             with self.mover.lock:
                 self.cache.used(ready)

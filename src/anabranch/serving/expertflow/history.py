@@ -66,10 +66,11 @@ class CacheHistory:
         return [Row(key, ids, len(more), prompt) for key, ids, more, prompt in rows]
 
     def keep_rows(self, row_B: Tensor) -> None:
-        """Follow `KeyValueCache.keep_rows`. Sequences that are repeated or left go on under keys of their own."""
+        """Follow `KeyValueCache.keep_rows`. Copies of a sequence go on under keys of their own."""
         kept = torch.arange(len(self.keys), device=row_B.device)[row_B].tolist()
-        seen: set[int] = set()
-        self.keys = [object() if number in seen or seen.add(number) else self.keys[number] for number in kept]
+        keys, self.keys = self.keys, []
+        for number in kept:
+            self.keys.append(object() if keys[number] in self.keys else keys[number])
         self.ids, self.prompt = [self.ids[number] for number in kept], [self.prompt[number] for number in kept]
 
 

@@ -16,7 +16,7 @@ class Expert(NamedTuple):
     """One expert: number of its pool, and of its place in it."""
 
     pool: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)

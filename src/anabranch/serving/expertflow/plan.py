@@ -97,7 +97,7 @@ def belady_plan(
         limit: loads after which the plan may end.
     """
     plan: list[PlannedLoad] = []
-    last = {expert: -1 for expert in resident}  # step of the last use in the plan
+    last = dict.fromkeys(resident, -1)  # step of the last use in the plan
     heap = []  # the top is replaced first: farthest next use, then unwanted, then least recently used
     for order, expert in enumerate(resident):
         heap.append((-reference.next_use(expert, first * PLACES - 1), expert not in unwanted, order - NEVER, expert))
@@ -111,7 +111,7 @@ def belady_plan(
                 if free:
                     free, victim, after = free - 1, None, -1
                 else:
-                    victim = _farthest(heap, last, reference, position)
+                    victim = _farthest(heap, last, reference, position, frozenset(reference.steps[at]))
                     if victim is None:
                         return plan
                     after = last.pop(victim)
@@ -123,10 +123,24 @@ def belady_plan(
     return plan
 
 
-def _farthest(heap: list, last: dict[Expert, int], reference: Reference, position: int) -> Expert | None:
-    """What is replaced at ``position``. Entries made before a later use of the same expert are stale and are dropped."""
+def _farthest(
+    heap: list, last: dict[Expert, int], reference: Reference, position: int, needed: frozenset[Expert]
+) -> Expert | None:
+    """What is replaced at ``position``, one that the step ``needed`` only if there is nothing else.
+
+    Entries made before a later use of the same expert are stale and are dropped.
+    """
+    kept = []
     while heap:
-        negative, _, _, expert = heapq.heappop(heap)
-        if expert in last and -negative == reference.next_use(expert, position - 1):
-            return expert
-    return None
+        entry = heapq.heappop(heap)
+        expert = entry[3]
+        if expert not in last or -entry[0] != reference.next_use(expert, position - 1):
+            continue
+        if expert not in needed:
+            break
+        kept.append(entry)
+    else:
+        entry = kept.pop(0) if kept else None
+    for other in kept:
+        heapq.heappush(heap, other)
+    return None if entry is None else entry[3]

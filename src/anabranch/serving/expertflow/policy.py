@@ -261,11 +261,13 @@ class Plec(Belady):
         """No plan yet."""
         super().attach(cache)
         self._plan: list[PlannedLoad] | None = None
+        self._given_up: set[Expert] = set()
 
     def begin_step(self) -> None:
         """Plan anew."""
         super().begin_step()
         self._plan = None
+        self._given_up.clear()
 
     def begin_layer(self, unwanted: frozenset[Expert]) -> None:
         """Plan anew from the truth."""
@@ -273,8 +275,8 @@ class Plec(Belady):
         self._plan = None
 
     def give_up(self, expert: Expert) -> None:
-        """It is taken out of the plan."""
-        self._plan = [load for load in self._plan or () if load.expert != expert]
+        """Skip it in this pass."""
+        self._given_up.add(expert)
 
     def victim(self, incoming: Expert) -> Expert | None:
         """The worst. What was planned rested on another state of the slots."""
@@ -289,7 +291,7 @@ class Plec(Belady):
         if self._plan is None:
             self._plan = [load for kind in range(cache.layout.num_kinds) for load in self._made(kind)]
         for number, load in enumerate(self._plan):
-            if load.expert in cache.slot_of or load.expert in cache.failures:
+            if load.expert in cache.slot_of or load.expert in self._given_up:
                 continue
             if load.victim is None:
                 has_room = bool(cache.free[cache.layout.kind(load.expert)])

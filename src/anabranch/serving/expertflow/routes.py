@@ -83,9 +83,11 @@ class Routes:
             number_N = np.unique(part.sequence_N, return_inverse=True)[1]
             sequence.append(number_N + start)
             start += int(number_N[-1]) + 1
-        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("bits_NLP", "token_N"))
-        position_N = np.concatenate([part.position_N for part in parts])
-        return cls(*columns, np.concatenate(sequence), position_N, first.num_experts, first.top_k)
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("bits_NLP", "token_N", "position_N")
+        }
+        sizes = {"num_experts": first.num_experts, "top_k": first.top_k}
+        return cls(**joined, sequence_N=np.concatenate(sequence), **sizes)  # type: ignore[arg-type]
 
     def chosen(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """bool chosen_NLE of these tokens."""
@@ -135,7 +137,7 @@ class Routes:
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path} does not hold recorded routes: {error}") from None
         sizes = {name: tuple(values.pop(name).tolist()) for name in ("num_experts", "top_k")}
-        return cls(**values, **sizes)
+        return cls(**values, **sizes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -165,5 +167,5 @@ def union_accuracy(wanted_XLE: np.ndarray, predicted_XLE: np.ndarray) -> Accurac
     wanted_XL, predicted_XL = wanted_XLE.sum(-1), predicted_XLE.sum(-1)
     recall = both_XL[wanted_XL > 0] / wanted_XL[wanted_XL > 0]
     precision = both_XL[predicted_XL > 0] / predicted_XL[predicted_XL > 0]
-    means = (float(values.mean()) if values.size else float("nan") for values in (recall, precision))
-    return Accuracy(*means, float(wanted_XL.mean()), float(predicted_XL.mean()))
+    right, precise = (float(values.mean()) if values.size else float("nan") for values in (recall, precision))
+    return Accuracy(right, precise, float(wanted_XL.mean()), float(predicted_XL.mean()))

@@ -50,7 +50,7 @@ class MemoryTier:
     def load(self, expert: Expert, slot: Slot) -> Iterator[None]:
         """See `Tier`."""
         for stored, place in zip(self._pools[expert.pool], slot, strict=True):
-            place.copy_(stored[expert.index])
+            place.copy_(stored[expert.number])
             yield
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ def _close(files: dict[Path, int]) -> None:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stub
 
 
 def write_experts(path: Path, pools: Sequence[tuple[Tensor, Tensor]]) -> FileTier:
@@ -201,7 +201,7 @@ class DequantTier:
     def load(self, expert: Expert, slot: Slot) -> Iterator[None]:
         """See `Tier`."""
         for (code, scale), place in zip(self._pools[expert.pool], slot, strict=True):
-            place.copy_(dequantize(code[expert.index], scale[expert.index], self.bits))
+            place.copy_(dequantize(code[expert.number], scale[expert.number], self.bits))
             yield
 
     def close(self) -> None:

@@ -1,14 +1,15 @@
 """The Token Scheduler: two decode batches become two whose tokens go to the same experts.
 
-Of two adjacent batches of T tokens, 2T tokens are split into two batches of T so that the sum over layers and experts of R1 + R2 is small, R
-being 1 where any of a batch's tokens goes. Exact solution is intractable; the paper's approximation is clustering about two medoids with
+Of two adjacent batches of T tokens, 2T tokens are split into two batches of T so that the sum over layers and experts of R1 + R2 is
+small, R being 1 where any of a batch's tokens goes. Exact solution is intractable; the paper's approximation is clustering about two medoids with
 equal sizes, by similarity 1 - hamming / (L E). Seeding (the two least similar tokens), the number of rounds, and the last pass, which
 exchanges pairs of tokens while that helps, are ours.
 
     plan = TokenScheduler().regroup(chosen_XLE)
     plan.order_X                     # rows of the first batch, then of the second; plan.inverse_X leads back
 
-**Merge and Reindex**: the paper rebuilds the key-value cache. Here `order_X` permutes rows or block tables (`reindex`), and nothing is copied.
+**Merge and Reindex**: the paper rebuilds the key-value cache. Here `order_X` permutes rows or block tables (`reindex`), and nothing is
+copied.
 """
 # Shapes: X = 2T tokens, T per batch, L routed layers, E experts, C = L E cells, G groups
 
@@ -98,14 +99,14 @@ class TokenScheduler:
         ones_X = cell_XC.sum(1)
         hamming_XX = ones_X[:, None] + ones_X[None, :] - 2 * cell_XC @ cell_XC.T
         similar_XX = 1 - hamming_XX / cell_XC.shape[1]
-        medoids = np.unravel_index(np.argmin(similar_XX), similar_XX.shape)
+        medoids = tuple(map(int, np.unravel_index(np.argmin(similar_XX), similar_XX.shape)))
         first = np.zeros(len(cell_XC), bool)
         for _ in range(self.max_rounds):
             margin_X = similar_XX[medoids[0]] - similar_XX[medoids[1]]
             first = np.zeros(len(cell_XC), bool)
             first[np.argsort(-margin_X, kind="stable")[:size]] = True
             found = tuple(self._medoid(similar_XX, side) for side in (first, ~first))
-            if found == tuple(map(int, medoids)):
+            if found == medoids:
                 break
             medoids = found
         return first

@@ -45,6 +45,11 @@ class Fingerprint:
         """As JSON."""
         return asdict(self)
 
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.num_experts)
+
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Self:
         """From JSON."""
@@ -78,7 +83,7 @@ class RoutePredictor:
 
     Attributes:
         kind: its name in files and options.
-        fingerprint: what it was made for; None for one that fits any model.
+        fingerprint: what it was made for.
         observes: wants to be told what was routed.
         refines: predicts a layer from the one before it.
     """
@@ -86,7 +91,7 @@ class RoutePredictor:
     kind: ClassVar[str]
     observes: ClassVar[bool] = False
     refines: ClassVar[bool] = False
-    fingerprint: Fingerprint | None = None
+    fingerprint: Fingerprint
 
     def fit(self, routes: Routes) -> Self:
         """Learn from recorded routes; those that learn nothing leave it."""

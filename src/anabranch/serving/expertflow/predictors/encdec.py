@@ -105,7 +105,6 @@ class EncoderDecoder(RoutePredictor):
 
     def fit(self, routes: Routes, progress: Callable[[str], None] = lambda text: None) -> Self:
         """Learn from recorded routes, until the steps or the seconds are over. Raises DataError for routes of another model."""
-        assert self.fingerprint is not None
         if (routes.num_experts, routes.top_k) != (self.fingerprint.num_experts, self.fingerprint.top_k):
             raise DataError(
                 f"these routes are of a model with {routes.num_experts} experts by layer, top {routes.top_k}; the predictor is for "
@@ -200,7 +199,6 @@ class EncoderDecoder(RoutePredictor):
 
     def save(self, path: str | Path) -> None:
         """Write the network and what it was made for, all or nothing."""
-        assert self.fingerprint is not None
         settings = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
         files.write(
             path, self.kind, self.fingerprint, self.network.state_dict(), vocab_size=self.vocab_size, config=settings

@@ -32,7 +32,7 @@ def read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["route_predictor"])
-            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
         if about["version"] != VERSION:
             raise DataError(f"{path} holds a route predictor of version {about['version']}; this is {VERSION}")
         return about["kind"], Fingerprint.from_dict(about["fingerprint"]), state | about["settings"]

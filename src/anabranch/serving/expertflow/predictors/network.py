@@ -92,7 +92,7 @@ class PathNetwork(nn.Module):
         for layer in self.encoder:
             x_BPD, _ = layer(x_BPD, mask, None, None)
         x_BPD = self.encoder_norm(x_BPD)
-        return [(layer.cross_key_value(x_BPD), padding) for layer in self.decoder]
+        return [(layer.cross_key_value(x_BPD), padding) for layer in self.decoder]  # type: ignore[operator]
 
     def decode(
         self,

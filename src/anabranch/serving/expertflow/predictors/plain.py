@@ -112,7 +112,6 @@ class Frequency(RoutePredictor):
 
     def save(self, path: str | Path) -> None:
         """Write the table."""
-        assert self.fingerprint is not None
         files.write(path, self.kind, self.fingerprint, {"prob_VLE": files.as_tensor(self.prob_VLE)}, weight=self.weight)
 
     @classmethod
