@@ -89,7 +89,7 @@ def test_batch_accuracy_by_hand() -> None:
 
 def test_choose_takes_k_and_one_more_of_each_token_likeliest_first() -> None:
     layout = Layout.plain((4, 6), (1, 2))
-    prob_TE = np.array([[0.1, 0.9, 0.3, 0.0, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    prob_TE = np.array([[0.05, 0.9, 0.3, 0.0, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0, 0.0, 0.0]], np.float32)
     assert [expert.number for expert in choose(prob_TE, layout, 0)] == [1, 2, 0]
     assert [expert.number for expert in choose(prob_TE, layout, 0, extra=0)] == [1]
     assert choose(np.zeros((2, 6), np.float32), layout, 1) == []

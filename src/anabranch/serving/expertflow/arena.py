@@ -38,9 +38,11 @@ class Arena:
         self.kinds, self.slots, self.device = list(kinds), list(slots), torch.device(device)
         self.w13_SFD: list[Tensor] = []
         self.w2_SDF: list[Tensor] = []
-        for kind, count in zip(kinds, slots, strict=True):
-            self.w13_SFD.append(torch.zeros(count, 2 * kind.hidden_dim, kind.dim, dtype=kind.dtype, device=self.device))
-            self.w2_SDF.append(torch.zeros(count, kind.dim, kind.hidden_dim, dtype=kind.dtype, device=self.device))
+        with torch.inference_mode(False):  # other threads write into them outside of it
+            for kind, count in zip(kinds, slots, strict=True):
+                w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
+                self.w13_SFD.append(torch.zeros(w13, dtype=kind.dtype, device=self.device))
+                self.w2_SDF.append(torch.zeros(w2, dtype=kind.dtype, device=self.device))
         self._used: dict[tuple[int, int], torch.cuda.Event] = {}
 
     @property
