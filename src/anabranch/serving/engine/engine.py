@@ -8,7 +8,7 @@ from typing import Any, Self
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError
 from anabranch.lm.decoder import Decoder
-from anabranch.serving.config import ServingConfig, parse_bytes
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.request import Request
@@ -67,7 +67,7 @@ class Engine:
             host_blocks: see ``tier``.
             pool: memory for keys and values made elsewhere.
         """
-        num_blocks = pool.num_blocks if pool is not None else _num_blocks(config, model)
+        num_blocks = config.blocks_for(PagedShape.of(model).bytes_per_token) if pool is None else pool.num_blocks
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size
@@ -128,13 +128,6 @@ class Engine:
             controls=self.controls,
             sources=self.sources,
         )
-
-
-def _num_blocks(config: ServingConfig, model: Decoder) -> int:
-    """Blocks of the key-value cache. Raises CapacityError if ``kv_memory`` holds none."""
-    if config.num_blocks is not None:
-        return config.num_blocks
-    return PagedShape.of(model).blocks_in(parse_bytes(config.kv_memory, "kv_memory"), config.block_tokens)
 
 
 def _limits(
