@@ -5,7 +5,9 @@ import time
 import pytest
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.serving.core import prefix
 from anabranch.serving.core.batch import PENDING, Sampled
+from anabranch.serving.core.prefix import child_key
 from anabranch.serving.core.request import Finish, Request, Sampling, TokenLogprob
 from anabranch.serving.core.scheduler import COUNTERS, Scheduler, SchedulerConfig
 from scheduler_runs import Drive, RandomTier, expected, random_run
@@ -50,13 +52,13 @@ def test_thousands_of_random_lives(part):
 
 def test_random_lives_with_a_second_tier():
     moved = 0
-    for seed in range(10_000, 10_120):
+    for seed in range(10_000, 10_080):
         tier = RandomTier(random.Random(seed), num_slots=24)
         driven = random_run(seed, tier=tier)
         counters = driven.scheduler.stats().counters
         moved += counters["swapped_in_blocks"]
         assert counters["swapped_out_blocks"] <= tier.saved
-    assert moved > 100
+    assert moved > 50
 
 
 # One step after another
@@ -517,6 +519,25 @@ def test_a_scheduler_between_two_steps_can_be_pickled():
     driven.finish_step()
     driven.scheduler = pickle.loads(pickle.dumps(driven.scheduler))
     to_end(driven)
+
+
+def test_a_step_costs_no_more_for_what_was_there_before(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(prefix, "child_key", lambda parent, tokens: hashed.append(1) or child_key(parent, tokens))
+    driven = drive(num_blocks=20, max_positions=80, block_tokens=4)
+    driven.add(request("a", 9, max_tokens=60))
+    driven.add(request("b", 9, max_tokens=60))
+    tables = []
+    while driven.form():
+        chunks = driven.formed[0].chunks
+        tables += [chunk.blocks for chunk in chunks if chunk.id == "a"]
+        driven.finish_step()
+    driven.check_end()
+    assert driven.scheduler.stats().counters["preemptions"] > 0
+    assert len(hashed) == 2 * ((9 + 60 - 1) // 4), "each block once, however often it was computed"
+    assert len({id(table) for table in tables}) == 15, (
+        "of 3 to 17 blocks: the table is made anew only when a block is added"
+    )
 
 
 # What is refused, and what is told
