@@ -108,7 +108,8 @@ def test_a_reader_who_stands_still_is_cut_off():
     limits = Limits(stream_events=4, stall_s=0.3)
     text = "x" * 60_000
     with serving(Script(endless=True, positions=10_000_000, say=text), limits=limits) as running:
-        link = Link(running, {"max_tokens": 3_000_000, "stream": True}, buffer=4096)
+        wanted = {"max_tokens": 3_000_000, "stream": True, "logprobs": True, "top_logprobs": 20}  # large events
+        link = Link(running, wanted, buffer=4096)
         until(lambda: running.metrics()['aborted_total{reason="slow_reader"}'] == 1, 30)
         assert not running.engine.running
         link.close()
