@@ -18,6 +18,7 @@ from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner, TokenSampler
+from anabranch.serving.sampling import Sampler
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,10 @@ class Engine:
         """
         shape = PagedShape.of(model)
         num_blocks = pool.num_blocks if pool is not None else config.blocks_for(shape.bytes_per_token)
+        stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
+        if sampler is None:
+            vocab_size = model.config.vocab_size
+            sampler = Sampler(vocab_size, stop_tokens=stop_tokens, tokenizer=tokenizer, seed=config.seed)
         runner = ModelRunner(
             model,
             num_blocks=num_blocks,
@@ -76,8 +81,8 @@ class Engine:
             hooks=hooks,
             host_blocks=host_blocks,
             pool=pool,
+            deterministic=config.deterministic,
         )
-        stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         positions = min(config.max_positions or model.config.max_positions, model.config.max_positions)
         scheduler = SchedulerConfig(
             num_blocks=num_blocks,
@@ -115,6 +120,9 @@ class Engine:
         """Raise InputError for a request that this model can never run."""
         if max(request.prompt, default=0) >= self.info.vocab_size:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
+        sampler = self.runner.sampler
+        if isinstance(sampler, Sampler):
+            sampler.check(request.sampling)
 
     def loop(self, emit: Callable[[list[Event]], None]) -> EngineLoop:
         """A loop that runs it."""
