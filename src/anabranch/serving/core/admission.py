@@ -197,14 +197,15 @@ class Ticket:
 class DrainRate:
     """How fast something drains while there is something to drain, the past fading with e^(-t / window).
 
-    Idle time does not count: an engine without work is not slow. A queue that stands still does.
+    Idle time does not count: an engine without work is not slow. A queue that stands still does, once nothing has gone for longer
+    than it takes on average.
     """
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._amount = self._busy_s = 0.0  # both faded
-        self._since: float | None = None  # up to when they are brought; None while idle
-        self._is_known = False
+        self._amount = self._busy_s = self._times = 0.0  # faded sums: what has gone, the time before it, how many times
+        self._elapsed_s = 0.0  # busy since something has gone
+        self._since: float | None = None  # up to when that is brought; None while idle
 
     def resume(self, now: float) -> None:
         """There is something to drain."""
@@ -219,21 +220,25 @@ class DrainRate:
     def drained(self, amount: float, now: float) -> None:
         """So much has gone."""
         self._advance(now)
-        self._amount += amount
-        self._is_known = True
+        kept = math.exp(-self._elapsed_s / self._window_s)
+        self._amount = self._amount * kept + amount
+        self._busy_s = self._busy_s * kept + self._elapsed_s
+        self._times = self._times * kept + 1
+        self._elapsed_s = 0.0
 
     def per_s(self, now: float) -> float | None:
         """Amount per second; None before anything has drained."""
         self._advance(now)
-        return self._amount / self._busy_s if self._is_known and self._busy_s > 0 else None
+        if self._busy_s <= 0:
+            return None
+        overdue_s = max(0.0, self._elapsed_s - self._busy_s / self._times)
+        kept = math.exp(-overdue_s / self._window_s)
+        return self._amount * kept / (self._busy_s * kept + overdue_s)
 
     def _advance(self, now: float) -> None:
-        if self._since is None or now <= self._since:
-            return
-        kept = math.exp(-(now - self._since) / self._window_s)
-        self._amount *= kept
-        self._busy_s = self._busy_s * kept + self._window_s * (1 - kept)
-        self._since = now
+        if self._since is not None and now > self._since:
+            self._elapsed_s += now - self._since
+            self._since = now
 
 
 def _wait_s(amount: float, rate: float | None) -> float:

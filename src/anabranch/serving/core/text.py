@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from anabranch.errors import InputError
 
 UNFINISHED = "\ufffd"
-MOST_UNFINISHED = 4  # tokens of one character: UTF-8 has at most four bytes
+# Three bytes of a character may wait for its last, and byte fallback shows three more of the character before as broken with them.
+MOST_UNFINISHED = 6
 MOST_SILENT = 64  # tokens without text that are kept for the sake of the next
 
 
@@ -89,10 +90,10 @@ class Detokenizer:
                 return self._utf8.decode(piece)
         window = self._window
         window.append(token)
-        text = self._tokenizer.decode(window)
-        if text.endswith(UNFINISHED) and len(window) - self._num_shown < MOST_UNFINISHED:
+        new = self._tokenizer.decode(window)[self._shown :]
+        unfinished = len(new) - len(new.rstrip(UNFINISHED))
+        if 0 < unfinished <= MOST_UNFINISHED and len(window) <= MOST_SILENT:
             return ""
-        new = text[self._shown :]
         if new or len(window) > MOST_SILENT:
             # What comes next is decoded together with the tokens of this piece, as a word's blank may depend on what is before it.
             self._window = window[self._num_shown :] if new else window[-1:]
