@@ -44,6 +44,3 @@ class Reader:
         if not piece:
             return self.tokenizer.decode([token], skip_special=False), None if piece is None else list(piece)
         return piece.decode("utf-8", "replace"), list(piece)
-
-    def check_schema(self, schema: dict[str, Any]) -> None:
-        """Raises InputError for a schema that no grammar can be made of."""
