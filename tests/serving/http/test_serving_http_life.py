@@ -48,6 +48,7 @@ def test_too_many_requests_are_refused_at_once(status):
         links = [Link(running, {**SLOW, "stream": True}) for _ in range(2)]
         for link in links:
             link.until(b"data: ")
+        assert running.metrics()["in_flight"] == 2
         answer, headers, body = running.chat()
         assert answer == status
         assert body["error"]["type"] == "rate_limit_error"

@@ -185,6 +185,7 @@ class Frontend:
 
     def picture(self) -> None:
         """Bring the metrics up to date."""
+        self.metrics.in_flight.set(self.admission.in_flight)
         if self._engine is not None:
             self.metrics.absorb(self._engine.stats())
 

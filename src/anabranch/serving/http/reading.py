@@ -44,3 +44,10 @@ class Reader:
         if not piece:
             return self.tokenizer.decode([token], skip_special=False), None if piece is None else list(piece)
         return piece.decode("utf-8", "replace"), list(piece)
+
+    def token_name(self, token: int) -> tuple[str, list[int] | None]:
+        """Like `token_text`, but for bytes that are no characters: ``bytes:\\xe6``, as OpenAI writes them."""
+        text, raw = self.token_text(token)
+        if raw is None or text.encode() == bytes(raw):
+            return text, raw
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
