@@ -6,6 +6,7 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_model
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import quantize
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
@@ -35,6 +36,9 @@ def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEng
     dtype, budget = dtype_of(config), config.expert_budget
     if budget is not None and config.quantize == "none" and find_model(config.model).is_dir():
         return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
+    if budget is None and config.quantize != "none":  # blocks of a GGUF file are not rounded twice
+        model, tokenizer = load_quantized(config.model, config.quantize, dtype=dtype)
+        return model.to(config.device), tokenizer, None
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
     if budget is None:
         return model, tokenizer, None
