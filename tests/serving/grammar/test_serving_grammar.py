@@ -248,6 +248,24 @@ def test_masks_are_kept_and_cannot_be_written():
     assert not compiled.is_full
 
 
+@pytest.mark.parametrize("bounds", [{"maxLength": 40}, {"minLength": 30}, {"minLength": 25, "maxLength": 45}])
+def test_counters_that_no_token_runs_out_share_a_mask(bounds):
+    tokenizer = ALL["bpe"]
+    compiled = grammar.compile({"type": "array", "items": {"type": "string", **bounds}}, tokenizer)
+    longest = max(len(tokenizer.inner_bytes(token)) for token in range(tokenizer.vocab_size))
+    assert longest < 20  # or the lengths above are too short for this test
+    state, masks = compiled.start(), []
+    for token in tokenizer.encode('["'):
+        state = compiled.advance(state, token)
+    for _ in range(bounds.get("maxLength", 40)):
+        stepped = [compiled.advance(state, token) is not None for token in range(tokenizer.vocab_size)]
+        assert compiled.mask(state).tolist() == stepped
+        masks.append(compiled.mask(state))
+        state = compiled.advance(state, tokenizer.encode("e")[0])
+    assert masks[0] is masks[1]
+    assert len(set(map(id, masks))) <= 2 * longest + 3
+
+
 def test_bounds_in_the_thousands_are_not_unrolled():
     start = time.perf_counter()
     schema = {"type": "array", "items": {"type": "string", "maxLength": 10**6}, "minItems": 10**6, "maxItems": 10**7}
