@@ -181,18 +181,21 @@ def search(
     form = min(forms, key=lambda form: whole[form].sequential_s)
     key = key_of(model, hardware, workload, table)
     alone = Schedule(whole[form], tuple(range(len(whole[form].ops))), (1.0,) * len(whole[form].ops))
-    best = Pipeline(key, form, alone, whole[form].sequential_s, whole[form].sequential_s, whole[form].sequential_s)
+    sequential = Pipeline(key, form, alone, *[whole[form].sequential_s] * 3)
     if workload.dense_batch < 2 * TILE or not overlap:
-        return best
+        return sequential
     if not found.pays:
         logger.warning(
             "T_R is %.2f: memory bounds %s on %s at %d tokens, so splitting batches will not pay; asynchronous scheduling still does",
             found.t_r, model.name, hardware.name, workload.dense_batch,
         )  # fmt: skip
     state = _Search(table, LEVELS, evaluations, budget_s)
+    best: Pipeline | None = None
     for form, cuts in _structures(graphs, state):
-        best = _better(best, form, graphs[form], cuts, state, overlap, share_of_budget=0.15)
-    best = _grow(best, graphs, state, overlap)
+        found_here = _staged(sequential, form, graphs[form], cuts, state, overlap, share_of_budget=0.12)
+        best = found_here if best is None or found_here.period_s < best.period_s else best
+    best = sequential if best is None else _grow(best, graphs, state, overlap)
+    best = best if best.period_s < sequential.period_s * (1 - GAIN) else sequential
     return Pipeline(
         key, best.form, best.schedule, best.period_s, best.sequential_s, best.split_s, state.spent, not state.is_late
     )
@@ -215,30 +218,27 @@ def _structures(graphs: dict[Form, LayerGraph], state: _Search) -> list[tuple[Fo
     return [(form, cuts) for _, _, form, cuts in found[:KEPT]]
 
 
-def _better(
-    best: Pipeline, form: Form, layer: LayerGraph, cuts: Cuts, state: _Search, overlap: Sequence[str], share_of_budget: float
+def _staged(
+    origin: Pipeline, form: Form, layer: LayerGraph, cuts: Cuts, state: _Search, overlap: Sequence[str], share_of_budget: float
 ) -> Pipeline:
-    """Both stages for one structure; ``best`` if it is not beaten."""
+    """Both stages for one structure."""
     graph = layer.split(cuts)
     order, _ = find_order(graph, evaluations=60)
     limit = state.spent + int(share_of_budget * state.left)
     order, shares, period = find_shares(graph, order, state, overlap=overlap, limit=limit)
-    if period >= best.period_s * (1 - GAIN):
-        return best
-    schedule = Schedule(graph, order, shares)
-    return Pipeline(best.key, form, schedule, period, best.sequential_s, graph.sequential_s)
+    return Pipeline(origin.key, form, Schedule(graph, order, shares), period, origin.sequential_s, graph.sequential_s)
 
 
 def _grow(best: Pipeline, graphs: dict[Form, LayerGraph], state: _Search, overlap: Sequence[str]) -> Pipeline:
-    """Add a cut to one operation, or move one, as long as it helps."""
+    """Add a cut to one operation, or take one away, as long as it helps."""
     is_better = True
-    while is_better and not state.is_over and len(best.schedule.graph.ops) > len(best.schedule.graph.layer.operations):
+    while is_better and not state.is_over:
         is_better = False
         for cuts in _recut(best.schedule.graph):
             if state.is_over:
                 break
-            found = _better(best, best.form, graphs[best.form], cuts, state, overlap, share_of_budget=0.06)
-            if found is not best:
+            found = _staged(best, best.form, graphs[best.form], cuts, state, overlap, share_of_budget=0.04)
+            if found.period_s < best.period_s * (1 - GAIN):
                 best, is_better = found, True
                 break
     return best
@@ -274,7 +274,7 @@ def find_shares(
     limit = state.left if limit is None else min(limit, state.left)
     if len(state.levels) ** len(graph.ops) <= EXHAUSTIVE:
         return _all_shares(graph, state)
-    best = order, *_first_shares(graph, order, state, overlap)
+    best = _first_shares(graph, order, state, overlap)
     while state.spent < limit and not state.is_over:
         before = best[2]
         best = _descend(graph, *best, state, overlap, limit)
@@ -305,21 +305,23 @@ def _all_shares(graph: NanoGraph, state: _Search) -> tuple[tuple[int, ...], tupl
 
 def _first_shares(
     graph: NanoGraph, order: tuple[int, ...], state: _Search, overlap: Sequence[str]
-) -> tuple[tuple[float, ...], float]:
-    """The best assignment of one share per resource; those that may not overlap get the whole device."""
+) -> tuple[tuple[int, ...], tuple[float, ...], float]:
+    """The best assignment of one share to each of memory and network; those that may not overlap get the whole device.
+
+    Products are promised the least level, and take what is left.
+    """
     best: tuple[float, tuple[float, ...]] | None = None
-    for memory in state.levels[:6] if "memory" in overlap else (1.0,):
-        for network in state.levels[:6] if "network" in overlap else (1.0,):
-            for taken in {memory if memory < 1 else 0, network if network < 1 else 0, (memory + network) % 1.0}:
-                rest = round(1 - taken, 1)
-                if not 0 < rest <= 1:
-                    continue
-                by = {"compute": rest, "memory": memory, "network": network}
-                shares = tuple(by[op.resource] for op in graph.ops)
-                found = (state.period(graph, order, shares), shares)
-                best = found if best is None or found < best else best
+    least = state.levels[0]
+    for memory in state.levels if "memory" in overlap else (1.0,):
+        for network in state.levels if "network" in overlap else (1.0,):
+            if state.is_over and best is not None:
+                break
+            by = {"compute": least, "memory": memory, "network": network}
+            shares = tuple(by[op.resource] for op in graph.ops)
+            found = (state.period(graph, order, shares), shares)
+            best = found if best is None or found < best else best
     assert best is not None
-    return best[1], best[0]
+    return order, best[1], best[0]
 
 
 def _descend(

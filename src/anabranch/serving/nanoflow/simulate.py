@@ -5,8 +5,6 @@ that it waits for is done and its share fits beside what runs; the schedule's or
 that is ready and only waits for its share. A nano-operation at share R takes D / P(R) (`ShareTable`).
 """
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -14,7 +12,7 @@ from pathlib import Path
 
 from anabranch.errors import InputError
 from anabranch.files import atomic_write_text
-from anabranch.serving.nanoflow.cost import RESOURCES
+from anabranch.serving.nanoflow.cost import RESOURCES, Resource
 from anabranch.serving.nanoflow.graph import NanoGraph
 from anabranch.serving.nanoflow.interference import ShareTable
 
@@ -94,72 +92,106 @@ class Timeline:
         return {name: seconds / self.makespan_s if self.spans else 0.0 for name, seconds in found.items()}
 
 
-def simulate(schedule: Schedule, table: ShareTable | None = None, *, num_layers: int = 1) -> Timeline:
+def simulate(
+    schedule: Schedule, table: ShareTable | None = None, *, num_layers: int = 1, is_elastic: bool = True
+) -> Timeline:
     """Run ``num_layers`` layers after each other. ``table`` is needed where the schedule has shares.
 
     Raises InputError if it is missing.
     """
-    graph, shares = schedule.graph, schedule.shares
-    if shares is not None and table is None:
+    if schedule.shares is not None and table is None:
         raise InputError("a schedule with shares needs a share table")
-    seconds = durations(schedule, table)
-    return Timeline(schedule, tuple(_run(graph, schedule.order, seconds, shares, num_layers)), num_layers)
+    run = _Run(schedule, table, num_layers, is_elastic and schedule.shares is not None)
+    return Timeline(schedule, tuple(run.spans()), num_layers)
 
 
-def durations(schedule: Schedule, table: ShareTable | None) -> list[float]:
-    """Seconds of each nano-operation at its share."""
-    ops, shares = schedule.graph.ops, schedule.shares
-    if shares is None or table is None:
-        return [op.duration_s for op in ops]
-    return [op.duration_s / table.speed(op.resource, share) for op, share in zip(ops, shares, strict=True)]
+class _Run:
+    """The event loop. A job is layer * n + number; streams hold jobs in the order of the schedule."""
 
+    def __init__(self, schedule: Schedule, table: ShareTable | None, num_layers: int, is_elastic: bool) -> None:
+        graph, order, self.count = schedule.graph, schedule.order, len(schedule.order)
+        self.resources = [op.resource for op in graph.ops]
+        self.shares = schedule.shares or (0.0,) * self.count
+        self.seconds = [
+            op.duration_s / (table.speed(op.resource, share) if share and table is not None else 1.0)
+            for op, share in zip(graph.ops, self.shares, strict=True)
+        ]
+        if is_elastic:
+            self.seconds = [
+                op.duration_s if op.resource == "compute" else seconds
+                for op, seconds in zip(graph.ops, self.seconds, strict=True)
+            ]
+        self.is_elastic = is_elastic
+        self.waiting, self.followers = _dependences(graph, num_layers)
+        self.streams = {
+            name: [layer * self.count + number for layer in range(num_layers) for number in order if self.resources[number] == name]
+            for name in RESOURCES
+        }
+        place = {number: at for at, number in enumerate(order)}
+        self.rank = [job // self.count * self.count + place[job % self.count] for job in range(self.count * num_layers)]
+        self.heads = dict.fromkeys(RESOURCES, 0)
+        self.running: dict[Resource, int] = {}
+        self.begun: dict[int, float] = {}
+        self.ends: dict[int, float] = {}  # of a product: if nothing changes
+        self.now, self.used = 0.0, 0.0
 
-def _run(
-    graph: NanoGraph, order: Sequence[int], seconds: Sequence[float], shares: Sequence[float] | None, num_layers: int
-) -> list[Span]:
-    """The event loop. A job is layer * n + number; streams hold the places of their jobs in the order."""
-    count = len(order)
-    resources = [op.resource for op in graph.ops]
-    waiting, followers = _dependences(graph, num_layers)
-    streams = {
-        name: [layer * count + number for layer in range(num_layers) for number in order if resources[number] == name]
-        for name in RESOURCES
-    }
-    rank = [0] * (count * num_layers)
-    for layer in range(num_layers):
-        for at, number in enumerate(order):
-            rank[layer * count + number] = layer * count + at
-    heads = dict.fromkeys(RESOURCES, 0)
-    is_free = dict.fromkeys(RESOURCES, True)
-    running: list[tuple[float, int]] = []
-    spans: list[Span] = []
-    now, used = 0.0, 0.0
-    while True:
+    def spans(self) -> list[Span]:
+        """Run to the end."""
+        while True:
+            before = self._others()
+            self._start()
+            if not self.running:
+                break
+            self._adjust(before, self._others())
+            self.now = min(self.ends[job] for job in self.running.values())
+            before = self._others()
+            self._finish()
+            self._adjust(before, self._others())
+        return [
+            Span(job % self.count, job // self.count, start, self.ends[job])
+            for job, start in sorted(self.begun.items(), key=lambda item: (item[1], self.rank[item[0]]))
+        ]
+
+    def _others(self) -> float:
+        """Share of what is no product."""
+        return sum(self.shares[job % self.count] for name, job in self.running.items() if name != "compute")
+
+    def _start(self) -> None:
         ready = sorted(
-            (rank[jobs[heads[name]]], jobs[heads[name]], name)
-            for name, jobs in streams.items()
-            if is_free[name] and heads[name] < len(jobs) and not waiting[jobs[heads[name]]]
+            (self.rank[jobs[self.heads[name]]], jobs[self.heads[name]], name)
+            for name, jobs in self.streams.items()
+            if name not in self.running and self.heads[name] < len(jobs) and not self.waiting[jobs[self.heads[name]]]
         )
         for _, job, name in ready:
-            number = job % count
-            share = 0.0 if shares is None else shares[number]
-            if used + share > 1 + SLACK:
+            share = self.shares[job % self.count]
+            if self.used + share > 1 + SLACK:
                 break  # nothing overtakes it
-            used += share
-            is_free[name] = False
-            heads[name] += 1
-            heapq.heappush(running, (now + seconds[number], job))
-            spans.append(Span(number, job // count, now, now + seconds[number]))
-        if not running:
-            return spans
-        now = running[0][0]
-        while running and running[0][0] <= now * (1 + 1e-12):
-            _, job = heapq.heappop(running)
-            number = job % count
-            used -= 0.0 if shares is None else shares[number]
-            is_free[resources[number]] = True
-            for follower in followers[job]:
-                waiting[follower] -= 1
+            self.used += share
+            self.heads[name] += 1
+            self.running[name] = job
+            self.begun[job] = self.now
+            seconds = self.seconds[job % self.count]
+            if self.is_elastic and name == "compute":
+                seconds /= 1 - self._others()
+            self.ends[job] = self.now + seconds
+
+    def _adjust(self, before: float, after: float) -> None:
+        """What is left of a product goes on at another speed."""
+        job = self.running.get("compute")
+        if self.is_elastic and job is not None and before != after and self.begun[job] < self.now:
+            self.ends[job] = self.now + (self.ends[job] - self.now) * (1 - before) / (1 - after)
+        elif self.is_elastic and job is not None and before != after:
+            self.ends[job] = self.now + self.seconds[job % self.count] / (1 - after)
+
+    def _finish(self) -> None:
+        done = [name for name, job in self.running.items() if self.ends[job] <= self.now * (1 + 1e-12)]
+        for name in done:
+            job = self.running.pop(name)
+            self.used -= self.shares[job % self.count]
+            for follower in self.followers[job]:
+                self.waiting[follower] -= 1
+        if not self.running:
+            self.used = 0.0
 
 
 def _dependences(graph: NanoGraph, num_layers: int) -> tuple[list[int], list[list[int]]]:
@@ -227,6 +259,8 @@ def gantt(timeline: Timeline, *, width: int = 1100, row: int = 46) -> str:
     for span in timeline.spans:
         op = graph.ops[span.number]
         share = 1.0 if shares is None else shares[span.number]
+        if op.resource == "compute":
+            share = min(op.duration_s / (span.end_s - span.start_s), 1.0) if span.end_s > span.start_s else 1.0
         high = (row - 6) * share
         base = top + row * (rows.index(op.resource) + 1) - 4
         start, long = left + span.start_s * scale, (span.end_s - span.start_s) * scale
