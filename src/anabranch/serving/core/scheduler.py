@@ -212,7 +212,7 @@ class Scheduler:
             count = len(state.tokens) - state.computed
             if count == 1:
                 decodes -= 1
-                if state.is_pending and len(state.tokens) >= state.most_tokens:
+                if state.num_pending and len(state.tokens) >= state.most_tokens:
                     continue  # the step under way gives its last token
             else:
                 count = self._portion(count, budget - decodes)
@@ -278,7 +278,7 @@ class Scheduler:
 
     def _look_up(self, state: RequestState) -> list[int] | None:
         """Blocks that hold the beginning of a waiting request already; None if it had better wait for a step under way."""
-        if state.is_pending:
+        if state.num_pending:
             return None
         if not self.config.prefix_cache:
             return []
