@@ -122,7 +122,7 @@ class _Run:
                 for op, seconds in zip(graph.ops, self.seconds, strict=True)
             ]
         self.is_elastic = is_elastic
-        self.waiting, self.followers = _dependences(graph, num_layers)
+        self.waiting, self.followers = dependences(graph, num_layers)
         self.streams = {
             name: [layer * self.count + number for layer in range(num_layers) for number in order if self.resources[number] == name]
             for name in RESOURCES
@@ -194,7 +194,7 @@ class _Run:
             self.used = 0.0
 
 
-def _dependences(graph: NanoGraph, num_layers: int) -> tuple[list[int], list[list[int]]]:
+def dependences(graph: NanoGraph, num_layers: int) -> tuple[list[int], list[list[int]]]:
     """How many jobs each job waits for, and who waits for it."""
     count = len(graph.ops)
     waiting = [0] * (count * num_layers)
