@@ -71,7 +71,8 @@ class _ThreadedRun:
     def __init__(self, schedule: Schedule, work: Work, num_layers: int, cores: Mapping[str, int]) -> None:
         self.ops, self.work, self.cores = schedule.graph.ops, work, cores
         self.count = len(self.ops)
-        self.waiting, self.followers = dependences(schedule.graph, num_layers)
+        waiting, self.followers = dependences(schedule.graph, num_layers)
+        self.waiting = list(waiting)
         self.condition = threading.Condition()
         self.error: BaseException | None = None
         self.streams: dict[str, list[int]] = {"compute": []}

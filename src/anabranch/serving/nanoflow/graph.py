@@ -106,6 +106,7 @@ class NanoGraph:
 
     layer: LayerGraph
     ops: tuple[NanoOp, ...]
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what the simulator works out once
 
     @cached_property
     def before(self) -> tuple[tuple[int, ...], ...]:

@@ -103,7 +103,15 @@ class ShareTable:
 
     def speed(self, resource: str, share: float) -> float:
         """P: the part of its stand-alone speed that an operation reaches."""
-        return self.curves[resource](share)
+        known = self._known
+        found = known.get((resource, share))
+        if found is None:
+            found = known[resource, share] = self.curves[resource](share)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, float], float]:
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

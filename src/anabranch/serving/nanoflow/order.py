@@ -222,11 +222,12 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
         constraints=LinearConstraint(np.array(rows), lb=np.array(least)),
         integrality=integer,
         bounds=Bounds(np.zeros(num), upper),
-        options={"time_limit": limit_s, "mip_rel_gap": 1e-9},
+        options={"time_limit": limit_s, "mip_rel_gap": 1e-6},
     )
     if found.status != 0:
         raise CapacityError(f"no exact order of {count} nano-operations in {limit_s:.0f} s: {found.message}")
-    return _by_start(graph, found.x[:count]), float(found.x[period] * unit)
+    order = _by_start(graph, found.x[:count])
+    return order, float(found.x[period] * unit) if is_steady else layer_time(graph, order)
 
 
 def _by_start(graph: NanoGraph, starts: Sequence[float]) -> tuple[int, ...]:

@@ -164,7 +164,7 @@ def _fields(part: FeedForwardShape) -> dict[str, Any]:
 
 def _feed_forward(config: Any, context: Any) -> FeedForwardShape:
     count = config.count(context)
-    if not (config.is_routed and hasattr(config, "num_experts") and hasattr(config, "places")):
+    if not all(hasattr(config, name) for name in ("num_experts", "places", "num_destinations")):  # no mixture
         hidden = count.parameters / (3 * context.dim)
         passes = count.flops / (2 * count.parameters) if count.parameters else 1
         return FeedForwardShape(num_layers=1, hidden_dim=hidden, passes=passes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from anabranch.errors import InputError
 from anabranch.files import atomic_write_text
@@ -122,7 +123,8 @@ class _Run:
                 for op, seconds in zip(graph.ops, self.seconds, strict=True)
             ]
         self.is_elastic = is_elastic
-        self.waiting, self.followers = dependences(graph, num_layers)
+        waiting, self.followers = dependences(graph, num_layers)
+        self.waiting = list(waiting)
         self.streams = {
             name: [layer * self.count + number for layer in range(num_layers) for number in order if self.resources[number] == name]
             for name in RESOURCES
@@ -194,8 +196,11 @@ class _Run:
             self.used = 0.0
 
 
-def dependences(graph: NanoGraph, num_layers: int) -> tuple[list[int], list[list[int]]]:
-    """How many jobs each job waits for, and who waits for it."""
+def dependences(graph: NanoGraph, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """How many jobs each job waits for, and who waits for it; worked out once for a graph."""
+    known: dict[int, Any] = graph.known
+    if num_layers in known:
+        return known[num_layers]
     count = len(graph.ops)
     waiting = [0] * (count * num_layers)
     followers: list[list[int]] = [[] for _ in waiting]
@@ -208,7 +213,7 @@ def dependences(graph: NanoGraph, num_layers: int) -> tuple[list[int], list[list
             waiting[job] = len(earlier)
             for other in earlier:
                 followers[other].append(job)
-    return waiting, followers
+    return known.setdefault(num_layers, (tuple(waiting), tuple(map(tuple, followers))))
 
 
 def violations(timeline: Timeline) -> list[str]:
