@@ -213,8 +213,10 @@ class Drive:
         scheduler = self.scheduler
         assert scheduler.pool.num_free == scheduler.pool.num_blocks
         assert not scheduler.has_work
-        for name in ("_states", "_running", "_coming", "_under_way", "_held", "_num_held", "_queued_tokens"):
+        for name in ("_states", "_running", "_under_way", "_queued_tokens"):
             assert not getattr(scheduler, name), f"{name} is left"
+        for name in ("_coming", "_held", "num_held"):
+            assert not getattr(scheduler._tables, name), f"{name} is left"
         assert not len(scheduler._waiting)
         assert set(self.runner.requests) == set(scheduler._gone)
         counters = scheduler.stats().counters
@@ -235,6 +237,7 @@ def random_config(rng: random.Random, **changes: object) -> SchedulerConfig:
         "is_async": rng.random() < 0.5,
         "stop_tokens": rng.choice([(), (0,), (1, 2)]),
         "quantum": rng.choice([1, 16, 200]),
+        "max_decodes": rng.choice([None, None, 1, 2]),
     }
     return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -55,8 +55,19 @@ class RequestState:
         self.cached_tokens: int | None = None  # until it has been told
         self.queue_s: float | None = None  # likewise
 
-    def send_back(self) -> None:
-        """It has lost its blocks: all is to be computed again."""
+    @property
+    def num_output(self) -> int:
+        """New tokens so far, pending ones among them."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it lacks one token, and that is not one that the step under way will end it with."""
+        length = len(self.tokens)
+        return length - self.computed == 1 and not (self.num_pending and length >= self.most_tokens)
+
+    def drop_blocks(self) -> None:
+        """Its blocks are no longer its own; should it go on, all is to be computed again."""
         self.blocks, self.table = [], ()
         self.computed = self.num_published = 0
         self.epoch += 1
