@@ -105,7 +105,7 @@ def test_admission_learns_lengths_and_never_starves():
     memory = PeakMemory(100, mean_output=20)
     assert memory.admits([], (500, 500))  # alone: whether it can run at all is not asked here
     assert memory.admits([(30, 10)], (40, 5))  # 30 + 40 + 2 * 5 = 80
-    assert not memory.admits([(30, 10)], (60, 5))
+    assert not memory.admits([(30, 10)], (61, 5))
     assert (memory.remaining(5, 1000), memory.remaining(5, 8), memory.remaining(20, 1000), memory.remaining(8, 8)) == (15, 3, 10, 1)
     for _ in range(500):
         memory.saw(60)

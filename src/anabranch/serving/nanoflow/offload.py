@@ -10,6 +10,7 @@ page by page instead is 7 to 10 times slower in the paper, since every page is a
 
 import os
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,15 +132,17 @@ class TieredPool(PagedPool):
 
 
 class _BlockFile:
-    """A file without a name, a block per slot."""
+    """A file without a name, a block per slot; gone with this object."""
 
     def __init__(self, block_bytes: int, folder: str | Path | None) -> None:
         self.block_bytes = block_bytes
-        self.handle = tempfile.TemporaryFile(prefix="anabranch-kv-", dir=folder, buffering=0)  # noqa: SIM115
+        self.handle, path = tempfile.mkstemp(prefix="anabranch-kv-", dir=folder)
+        os.unlink(path)
+        self.close = weakref.finalize(self, os.close, self.handle)
 
     def write(self, slot: int, block: Tensor) -> None:
         try:
-            os.pwrite(self.handle.fileno(), _bytes(block), slot * self.block_bytes)
+            os.pwrite(self.handle, _bytes(block), slot * self.block_bytes)
         except OSError as error:
             if not is_full(error):
                 raise
@@ -147,12 +150,9 @@ class _BlockFile:
 
     def read(self, slot: int, block: Tensor) -> None:
         view = _bytes(block)
-        count = os.preadv(self.handle.fileno(), [view], slot * self.block_bytes)
+        count = os.preadv(self.handle, [view], slot * self.block_bytes)
         if count != self.block_bytes:
             raise CapacityError(f"the file of keys and values gave {count} of {self.block_bytes} bytes of slot {slot}")
-
-    def close(self) -> None:
-        self.handle.close()
 
 
 def _bytes(block: Tensor) -> memoryview:
