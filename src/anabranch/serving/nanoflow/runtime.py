@@ -43,7 +43,7 @@ class NanoRunner(ModelRunner):
         tile: rows that cuts are multiples of.
         options: of `ModelRunner`.
 
-    Models of parallel streams, and steps that record routing, run whole.
+    Models of parallel streams, deterministic runners, and steps that record routing run whole.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class NanoRunner(ModelRunner):
 
     def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
-        if len(tokens) < self.min_tokens or self.model.streams is not None or is_recorded:
+        is_whole = self.deterministic or self.model.streams is not None or is_recorded
+        if is_whole or len(tokens) < self.min_tokens:
             return super()._logits(chunks, tokens)
         step = _Step(self, chunks, tokens)
         self.executor.run(step.schedule, step.work, len(self.model.blocks))
