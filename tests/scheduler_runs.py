@@ -154,6 +154,8 @@ class Drive:
         assert batch.num_tokens <= self.config.max_batched_tokens
         assert len(batch.chunks) <= self.config.max_seqs
         assert len({chunk.id for chunk in batch.chunks}) == len(batch.chunks)
+        assert len({slot for _, slot in batch.swaps_out}) == len(batch.swaps_out)
+        assert len({block for _, block in batch.swaps_in}) == len(batch.swaps_in)
         for chunk in batch.chunks:
             assert len(chunk.tokens) <= (self.config.long_prefill_chunk or 10**9)
             assert chunk.start + len(chunk.tokens) <= len(chunk.blocks) * self.config.block_tokens
@@ -267,7 +269,8 @@ def random_request(rng: random.Random, id: str, most: int, now: float, num_keys:
 def random_run(seed: int, **arguments: object) -> Drive:
     """One life of a server: requests come and some go, until none is left. Checked at every step and at the end."""
     rng = random.Random(seed)
-    drive = Drive(random_config(rng), **arguments)
+    # A tier finds blocks by their prefix.
+    drive = Drive(random_config(rng, **({"prefix_cache": True} if arguments.get("tier") else {})), **arguments)
     most = drive.scheduler.max_positions
     if most < 2:
         return drive
@@ -293,3 +296,46 @@ def random_run(seed: int, **arguments: object) -> Drive:
             break
     drive.check_end()
     return drive
+
+
+class RandomTier:
+    """A tier that saves and forgets as it likes, within what it promises."""
+
+    def __init__(self, rng: random.Random, num_slots: int = 6, refusals: float = 0.2) -> None:
+        self._rng, self._refusals = rng, refusals
+        self._slot_of: dict[bytes, int] = {}
+        self._free = list(range(num_slots))
+        self._pinned: set[bytes] = set()
+        self.saved = 0
+
+    def filled(self, key: bytes, block: int) -> int | None:
+        return self._save(key) if self._rng.random() < 0.3 else None
+
+    def evicted(self, key: bytes, block: int) -> int | None:
+        return self._save(key)
+
+    def holds(self, key: bytes) -> bool:
+        return key in self._slot_of
+
+    def load(self, key: bytes) -> int:
+        self._pinned.add(key)
+        return self._slot_of[key]
+
+    def formed(self) -> None:
+        self._pinned.clear()
+
+    def reset(self) -> None:
+        self._free += self._slot_of.values()
+        self._slot_of.clear()
+
+    def _save(self, key: bytes) -> int | None:
+        if key in self._slot_of or self._rng.random() < self._refusals:
+            return None
+        if not self._free:
+            known = [other for other in self._slot_of if other not in self._pinned]
+            if not known:
+                return None
+            self._free.append(self._slot_of.pop(self._rng.choice(known)))
+        self.saved += 1
+        slot = self._slot_of[key] = self._free.pop()
+        return slot

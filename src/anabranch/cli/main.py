@@ -23,6 +23,7 @@ from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.plan import plan
 from anabranch.cli.report import report
+from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import train
 from anabranch.errors import AnabranchError
@@ -67,6 +68,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "convert": convert,
     "plan": plan,
+    "serve": serve,
     "study": study,
     "info": info,
 }

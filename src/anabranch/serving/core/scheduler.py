@@ -203,11 +203,11 @@ class Scheduler:
             chunks=tuple([chunk for _, _, chunk in parts]),
             new=tuple(self._new),
             gone=tuple(self._gone),
-            swaps_out=tuple(tables.swaps_out),
-            swaps_in=tuple(tables.swaps_in),
+            swaps_out=tuple([(block, slot) for slot, block in tables.saves.items()]),
+            swaps_in=tuple(tables.loads),
         )
-        self._counts["swapped_out_blocks"] += len(tables.swaps_out)
-        self._counts["swapped_in_blocks"] += len(tables.swaps_in)
+        self._counts["swapped_out_blocks"] += len(tables.saves)
+        self._counts["swapped_in_blocks"] += len(tables.loads)
         tables.formed()
         self._new.clear()
         self._gone.clear()

@@ -19,15 +19,16 @@ class BlockTables:
     Attributes:
         pool, prefixes: the blocks there are, and what is found again.
         num_held: blocks that will be free when the steps under way have run.
-        swaps_out, swaps_in: moves that the next batch has to carry.
+        saves: block that the next batch has to save, by slot: should a tier give a slot twice, what was to be saved first is forgotten.
+        loads: (slot, block) that it has to bring back.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int, *, has_prefixes: bool, tier: KVTier | None = None) -> None:
         self.pool = BlockPool(num_blocks, block_tokens, self._on_evicted)
         self.prefixes = PrefixCache(self.pool)
         self.num_held = 0
-        self.swaps_out: list[tuple[int, int]] = []
-        self.swaps_in: list[tuple[int, int]] = []
+        self.saves: dict[int, int] = {}
+        self.loads: list[tuple[int, int]] = []
         self._has_prefixes, self._tier = has_prefixes, tier
         self._coming: dict[bytes, RequestState] = {}  # prefixes that are being computed, and by whom
         self._held: dict[int, list[list[int]]] = {}  # blocks to free, by the step that has to run before
@@ -88,7 +89,7 @@ class BlockTables:
             if self.pool.publish(block, key) and self._tier is not None:
                 slot = self._tier.filled(key, block)
                 if slot is not None:
-                    self.swaps_out.append((block, slot))
+                    self.saves[slot] = block
         state.num_published = full
 
     def release(self, state: RequestState, under_way: Container[int]) -> None:
@@ -111,14 +112,15 @@ class BlockTables:
 
     def formed(self) -> None:
         """The moves are in a batch."""
-        self.swaps_out.clear()
-        self.swaps_in.clear()
+        self.saves.clear()
+        self.loads.clear()
         if self._tier is not None:
             self._tier.formed()
 
     def reset(self) -> int:
         """Let no request that starts from now on use what was computed before; how many blocks were cached."""
         self._coming.clear()
+        self.saves.clear()
         if self._tier is not None:
             self._tier.reset()
         return self.prefixes.reset()
@@ -133,11 +135,11 @@ class BlockTables:
         slots = [tier.load(key) for key in state.keys[found:end]]
         self.pool.append(state.blocks, end * self.pool.block_tokens)
         for slot, key, block in zip(slots, state.keys[found:end], state.blocks[found:], strict=True):
-            self.swaps_in.append((slot, block))
+            self.loads.append((slot, block))
             self.pool.publish(block, key)
 
     def _on_evicted(self, key: bytes, block: int) -> None:
         if self._tier is not None:
             slot = self._tier.evicted(key, block)
             if slot is not None:
-                self.swaps_out.append((block, slot))
+                self.saves[slot] = block

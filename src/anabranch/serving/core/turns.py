@@ -34,8 +34,9 @@ class Turns:
         if second:  # they do not fill the step if some have ended: others may run twice in the pair
             rest = [state for state in ready if state not in second]
             return {*second, *rest[: self._size - len(second)]}
-        # More than two steps hold: those who have waited longest.
-        pair = sorted(ready, key=lambda state: state.last_step)[: 2 * self._size]
+        pair = ready
+        if len(ready) > 2 * self._size:  # those who have waited longest
+            pair = sorted(ready, key=lambda state: state.last_step)[: 2 * self._size]
         by_id = {state.request.id: state for state in pair}
         ids = list(by_id) if self._order is None else list(self._order(list(by_id), self._size))
         if len(ids) != len(by_id) or set(ids) != by_id.keys():

@@ -94,7 +94,7 @@ class Engine:
             prefix_cache=config.prefix_cache,
             is_async=config.scheduling == "async",
             stop_tokens=stop_tokens,
-        ).build(tier)
+        ).build(tier=tier)
         engine = cls(
             info=EngineInfo(
                 model=config.name or Path(config.model).name or "model",
