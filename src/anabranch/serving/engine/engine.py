@@ -38,7 +38,7 @@ class Engine:
     runner: ModelRunner
     is_async: bool = True
     controls: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    sources: list[Callable[[EngineStats], None]] = field(default_factory=list)
+    sources: list[Callable[[], EngineStats]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -61,7 +61,7 @@ class Engine:
             config: sizes and scheduling; what says how to load a model is not read.
             tokenizer: its ends of text stop requests, and grammars need it.
             sampler: chooses tokens; None for `anabranch.serving.sampling.Sampler`.
-            hooks: see every step. One with ``stats(EngineStats)`` adds to pictures of the engine, one with ``controls`` brings commands.
+            hooks: see every step. One with ``stats() -> EngineStats`` adds to pictures of the engine, one with ``controls`` commands.
             controls: more commands.
             tier: where keys and values go that have no room, in ``host_blocks`` slots.
             host_blocks: see ``tier``.
