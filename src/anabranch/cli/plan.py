@@ -21,42 +21,58 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-FIELDS = {"compute": "compute", "bandwidth": "memory_bandwidth", "memory": "memory_bytes", "network": "network_bandwidth"}
+FIELDS = {
+    "compute": "compute",
+    "bandwidth": "memory_bandwidth",
+    "memory": "memory_bytes",
+    "network": "network_bandwidth",
+}
 
 
 def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A model, a preset, or a published one (llama-2-70b). Without it, published ones and hardware are listed."
+            metavar="MODEL",
+            help="A model, a preset, or a published one (llama-2-70b). Without it, published ones and hardware are listed.",
         ),
     ] = None,
     hardware: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="a100, h100, ...; cpu or cuda measures this machine; a .json profile; or compute=312T,bandwidth=2T,memory=80G,network=300G.",
+            help="a100, h100, ...; cpu or cuda measures this machine; a .json profile; or compute=312T,bandwidth=2T,memory=80G.",
         ),
     ] = "cpu",
     devices: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tensor-parallel devices. Default: so many that weights fill a quarter of them.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Tensor-parallel devices. Default: so many that weights fill a quarter of them."
+        ),
     ] = None,
     prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of a prompt.")] = 512,
     output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of an answer.")] = 1024,
     batch: Annotated[
         int | None,
-        typer.Option(metavar="TOKENS", min=1, help="Tokens of an iteration. Default: the power of two that memory can keep decoding for."),
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Tokens of an iteration. Default: the power of two that memory can keep decoding for.",
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16, int8, int4.")
     ] = "float16",
-    search: Annotated[bool, typer.Option("--search", metavar=" ", help="Search the best pipeline of nano-batches.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", metavar=" ", help="Search the best pipeline of nano-batches.")
+    ] = False,
     budget: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the search.")] = 60.0,
     table_file: Annotated[
         Path | None, typer.Option("--shares", metavar="FILE", help="R -> P table as JSON. Default: the paper's points.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Pipeline file: read if it fits model, hardware and lengths, else written.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Pipeline file: read if it fits model, hardware and lengths, else written."),
     ] = None,
     gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None,
     as_json: AsJson = False,
@@ -143,7 +159,10 @@ def read_hardware(text: str, dtype: str = "float16") -> Hardware:
         from anabranch.serving.nanoflow.measure import measure
 
         say(f"measuring {text} ...")
-        return measure(text, dtype=getattr(torch, dtype if dtype in ("float32", "bfloat16", "float16") and text != "cpu" else "float32"))
+        return measure(
+            text,
+            dtype=getattr(torch, dtype if dtype in ("float32", "bfloat16", "float16") and text != "cpu" else "float32"),
+        )
     if "=" not in text:
         return find_hardware(text)
     values: dict[str, Any] = {}
@@ -151,7 +170,9 @@ def read_hardware(text: str, dtype: str = "float16") -> Hardware:
         name, _, number = part.strip().partition("=")
         match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)([kMGTP]?)", number)
         if name not in FIELDS or match is None:
-            raise ConfigError(f"--hardware has {part.strip()!r}; write {', '.join(FIELDS)} as numbers, e.g. compute=312T")
+            raise ConfigError(
+                f"--hardware has {part.strip()!r}; write {', '.join(FIELDS)} as numbers, e.g. compute=312T"
+            )
         values[FIELDS[name]] = float(match[1]) * POWERS[match[2]]
     missing = [name for name in ("compute", "bandwidth", "memory") if FIELDS[name] not in values]
     if missing:
@@ -220,13 +241,18 @@ def _pipeline(found: Estimate, budget: float, table_file: Path | None, out: Path
 def _print(found: Estimate) -> None:
     model, hardware, workload = found.model, found.hardware, found.workload
     number = f"{hardware.num_devices} x {hardware.name}" if hardware.num_devices > 1 else hardware.name
-    fact("model", f"{model.name}   {model.parameters / 1e9:.3g} B parameters, {model.active_parameters / 1e9:.3g} B active, {size(model.weights_bytes)}")
-    fact("on", f"{number}   {hardware.best_compute / 1e12:.4g} TFLOP/s, {size(hardware.memory_bandwidth)}/s, {size(hardware.memory_bytes)} each")
-    fact("load", f"{workload.prompt:g} tokens in, {workload.output:g} out, {workload.dense_batch} an iteration")
-    parts = f"memory {found.t_mem_s * 1e3:.1f} ms, compute {found.t_compute_s * 1e3:.1f} ms, network {found.t_net_s * 1e3:.1f} ms"
+    sizes = f"{model.parameters / 1e9:.3g} B parameters, {model.active_parameters / 1e9:.3g} B active"
+    fact("model", f"{model.name}   {sizes}, {size(model.weights_bytes)}")
+    speeds = f"{hardware.best_compute / 1e12:.4g} TFLOP/s, {size(hardware.memory_bandwidth)}/s"
+    fact("on", f"{number}   {speeds}, {size(hardware.memory_bytes)} each")
+    lengths = f"{workload.prompt:g} tokens in, {workload.output:g} out"
+    fact("load", f"{lengths}, {workload.dense_batch} an iteration")
+    bounds = (("memory", found.t_mem_s), ("compute", found.t_compute_s), ("network", found.t_net_s))
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in bounds)
     fact("bound", f"{found.bound}   T_R {found.t_r:.3f}   {parts}")
     fact("optimum", f"{found.optimal_tokens_s:,.0f} tokens/s, {found.optimal_per_device:,.0f} of each device")
-    fact("cache", f"{found.kv_tokens:,} tokens fit, {size(model.kv_bytes_per_token)} each" + ("" if found.fits_batch else "; too few for this batch"))
+    short = "" if found.fits_batch else "; too few for this batch"
+    fact("cache", f"{found.kv_tokens:,} tokens fit, {size(model.kv_bytes_per_token)} each{short}")
     print()
     total = [0.0] * 4
     rows = []
@@ -236,7 +262,17 @@ def _print(found: Estimate) -> None:
         work = [f"{op.flops / 1e9:,.1f}", f"{op.bytes / 1e9:,.1f}", f"{op.network_bytes / 1e9:,.1f}"]
         rows.append([op.name, op.resource, *work, *(f"{seconds * 1e3:.2f}" for seconds in times)])
     rows.append(["total", "", "", "", "", *(f"{seconds * 1e3:.2f}" for seconds in total)])
-    headers = ["operation", "bound by", "GFLOP", "GB", "net GB", "compute\n(ms)", "memory\n(ms)", "network\n(ms)", "expected\n(ms)"]
+    headers = [
+        "operation",
+        "bound by",
+        "GFLOP",
+        "GB",
+        "net GB",
+        "compute\n(ms)",
+        "memory\n(ms)",
+        "network\n(ms)",
+        "expected\n(ms)",
+    ]
     table(headers, rows, text_columns=2)
     if not found.pays:
         print()
@@ -249,13 +285,22 @@ def _print_pipeline(pipeline: Pipeline, found: Estimate) -> None:
     layers = found.model.num_layers
     print()
     rows = [
-        [ops[number].name, ops[number].resource, f"{ops[number].start}-{ops[number].end}", f"{shares[number]:.1f}", f"{ops[number].duration_s * 1e6:.0f}"]
+        [
+            ops[number].name,
+            ops[number].resource,
+            f"{ops[number].start}-{ops[number].end}",
+            f"{shares[number]:.1f}",
+            f"{ops[number].duration_s * 1e6:.0f}",
+        ]
         for number in pipeline.schedule.order
     ]
     table(["start order", "bound by", "tokens", "share", "alone\n(us)"], rows, text_columns=2)
     print()
     rate = found.workload.dense_batch / (pipeline.period_s * layers)
-    fact("pipeline", f"  {pipeline.speedup:.3f} x one after the other, {pipeline.sequential_s / pipeline.split_s:.3f} x if only split")
+    fact(
+        "pipeline",
+        f"  {pipeline.speedup:.3f} x one after the other, {pipeline.sequential_s / pipeline.split_s:.3f} x if only split",
+    )
     fact("reaches", f"{rate:,.0f} tokens/s, {rate / found.optimal_tokens_s:.0%} of the optimum (simulated)")
 
 
@@ -264,14 +309,26 @@ def _list_known(as_json: bool) -> None:
     from anabranch.serving.nanoflow.shape import PUBLISHED
 
     if as_json:
-        models = {name: {"parameters": shape.parameters, "active_parameters": shape.active_parameters} for name, shape in PUBLISHED.items()}
+        models = {
+            name: {"parameters": shape.parameters, "active_parameters": shape.active_parameters}
+            for name, shape in PUBLISHED.items()
+        }
         print_json({"models": models, "hardware": {name: device.to_dict() for name, device in PROFILES.items()}})
         return
-    rows = [[name, f"{shape.parameters / 1e9:.3g} B", f"{shape.active_parameters / 1e9:.3g} B"] for name, shape in PUBLISHED.items()]
+    rows = [
+        [name, f"{shape.parameters / 1e9:.3g} B", f"{shape.active_parameters / 1e9:.3g} B"]
+        for name, shape in PUBLISHED.items()
+    ]
     table(["model", "parameters", "active"], rows)
     print()
     rows = [
-        [name, f"{device.memory_bytes / 1e9:.0f}", f"{device.memory_bandwidth / 1e9:,.0f}", f"{device.compute / 1e12:,.0f}", f"{device.network_bandwidth / 1e9:.0f}"]
+        [
+            name,
+            f"{device.memory_bytes / 1e9:.0f}",
+            f"{device.memory_bandwidth / 1e9:,.0f}",
+            f"{device.compute / 1e12:,.0f}",
+            f"{device.network_bandwidth / 1e9:.0f}",
+        ]
         for name, device in PROFILES.items()
     ]
     table(["hardware", "GB", "GB/s", "TFLOP/s", "link GB/s"], rows)

@@ -1,8 +1,8 @@
 """Does NanoFlow's search find what the paper measured, and what do asynchronous scheduling and overlap give on two cores?
 
-"NanoFlow: Towards Optimal Large Language Model Serving Throughput", Zhu et al., arXiv 2408.12757v2 (OSDI 2025). On 8 A100 (LLaMA-2-70B, 1024 tokens
-in, 512 out, tokens/s of a GPU): one operation after the other 1,092, nano-batches alone 958 (-13%), all 1,291 (1.18 x); overlap of the
-network alone 1.07 x, of network and memory 1.17 x; 68.5% of the optimum, LLaMA-3-8B on one GPU 78.5%.
+"NanoFlow: Towards Optimal Large Language Model Serving Throughput", Zhu et al., arXiv 2408.12757v2 (OSDI 2025). On 8 A100 (LLaMA-2-70B,
+1024 tokens in, 512 out, tokens/s of a GPU): one operation after the other 1,092, nano-batches alone 958 (-13%), all 1,291 (1.18 x);
+overlap of the network alone 1.07 x, of network and memory 1.17 x; 68.5% of the optimum, LLaMA-3-8B on one GPU 78.5%.
 
 Arms; what is timed takes turns inside one run, so a busy moment meets both sides:
 
@@ -27,7 +27,8 @@ import gzip
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +197,7 @@ def arms(size: Size) -> dict[str, Arm]:
         *(
             Arm(
                 f"overlap-{what}", f"E3: {what} beside products, over one after the other",
-                Overlap(what=what, size_mb=size.stream_mb, rows=size.rows, rounds=size.rounds),  # type: ignore[arg-type]
+                Overlap(what=what, size_mb=size.stream_mb, rows=size.rows, rounds=size.rounds),
             )
             for what in ("attention", "disk", "dequant")
         ),
@@ -229,7 +230,8 @@ def table_of(seed: int) -> ShareTable:
     draw = np.random.default_rng(seed)
     points = {
         name: tuple(
-            (share, speed if speed in (0.0, 1.0) else min(speed * float(draw.uniform(0.95, 1.05)), 1.0)) for share, speed in of
+            (share, speed if speed in (0.0, 1.0) else min(speed * float(draw.uniform(0.95, 1.05)), 1.0))
+            for share, speed in of
         )
         for name, of in PAPER_POINTS.items()
     }
@@ -240,14 +242,24 @@ def run_search(config: Search, seed: int, progress: Progress) -> Metrics:
     """Ratios to one after the other, each of a search of its own; the share of the optimum that is reached."""
     model, hardware = find_shape(config.model), find_hardware("a100", config.devices)
     workload = Workload(prompt=512, output=1024, dense_batch=config.dense_batch)
-    kinds: dict[str, tuple[str, ...]] = {"full": ("memory", "network"), "no_network": ("memory",), "no_memory": ("network",)}
+    kinds: dict[str, tuple[str, ...]] = {
+        "full": ("memory", "network"),
+        "no_network": ("memory",),
+        "no_memory": ("network",),
+    }
     if config.devices == 1:
         kinds = {"full": ("memory",)}
     found: Metrics = {}
     for name, overlap in kinds.items():
         progress(name)
         pipeline = search(
-            model, hardware, workload, table=table_of(seed), evaluations=config.evaluations, budget_s=3600, overlap=overlap
+            model,
+            hardware,
+            workload,
+            table=table_of(seed),
+            evaluations=config.evaluations,
+            budget_s=3600,
+            overlap=overlap,
         )
         found[name] = pipeline.speedup
         if name == "full":
@@ -256,7 +268,9 @@ def run_search(config: Search, seed: int, progress: Progress) -> Metrics:
             found["tokens_s"] = rate / config.devices
             found["of_optimum"] = rate / estimate(model, hardware, workload).optimal_tokens_s
             found["is_complete"] = pipeline.is_complete
-            found["pipeline"] = {name: value for name, value in pipeline.to_dict().items() if name in ("form", "cuts", "order", "shares")}
+            found["pipeline"] = {
+                name: value for name, value in pipeline.to_dict().items() if name in ("form", "cuts", "order", "shares")
+            }
     return found
 
 
@@ -290,7 +304,8 @@ def lengths(count: int, max_prompt: int, max_output: int, seed: int) -> list[tup
         rows = [line.rstrip("\n").split(",") for line in file][1:]
     start = int(np.random.default_rng(seed).integers(0, len(rows) - count))
     return [
-        (min(int(prompt), max_prompt), max(min(int(output), max_output), 1)) for _, prompt, output in rows[start : start + count]
+        (min(int(prompt), max_prompt), max(min(int(output), max_output), 1))
+        for _, prompt, output in rows[start : start + count]
     ]
 
 
@@ -310,7 +325,12 @@ def run_async(config: Async, seed: int, progress: Progress) -> Metrics:
             progress(f"round {number} of {config.rounds}, {scheduling}")
             hook = Gaps()
             llm = LLM(
-                model, scheduling=scheduling, num_blocks=blocks, max_seqs=config.num_requests, prefix_cache=False, hooks=(hook,)
+                model,
+                scheduling=scheduling,
+                num_blocks=blocks,
+                max_seqs=config.num_requests,
+                prefix_cache=False,
+                hooks=(hook,),
             )
             begin = time.perf_counter()
             answers = llm.generate(prompts, sampling)
@@ -337,10 +357,10 @@ def run_async(config: Async, seed: int, progress: Progress) -> Metrics:
 
 def run_overlap(config: Overlap, seed: int) -> Metrics:
     """``ratio``: time of one after the other, each on all cores, over that side by side; medians over rounds that take turns."""
-    with tempfile.TemporaryDirectory(prefix="anabranch-overlap-") as folder, torch.inference_mode():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="anabranch-overlap-") as folder, torch.inference_mode(), threads(cores):
         other = _OTHERS[config.what](config.size_mb << 20, Path(folder), seed)
         product = _products(config.rows, seed)
-        cores = torch.get_num_threads()
         other_s = _shortest(other, 2)
         repeats = max(round(other_s / max(_shortest(product, 3), 1e-6)), 1)
 
@@ -362,7 +382,24 @@ def run_overlap(config: Overlap, seed: int) -> Metrics:
             executor.run(schedule, lambda layer, op: products() if op.op == "products" else other(), 1)
             together.append(time.perf_counter() - begin)
     middle = float(np.median(apart)), float(np.median(together))
-    return {"ratio": middle[0] / middle[1], "apart_s": middle[0], "together_s": middle[1], "cores": cores, "repeats": repeats}
+    return {
+        "ratio": middle[0] / middle[1],
+        "apart_s": middle[0],
+        "together_s": middle[1],
+        "cores": cores,
+        "repeats": repeats,
+    }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads inside an operation, then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _side_by_side() -> Schedule:
@@ -420,7 +457,11 @@ def _dequant(size: int, folder: Path, seed: int) -> Callable[[], Any]:
     return work
 
 
-_OTHERS: dict[str, Callable[[int, Path, int], Callable[[], Any]]] = {"attention": _attention, "disk": _disk, "dequant": _dequant}
+_OTHERS: dict[str, Callable[[int, Path, int], Callable[[], Any]]] = {
+    "attention": _attention,
+    "disk": _disk,
+    "dequant": _dequant,
+}
 
 
 def _shortest(work: Callable[[], Any], times: int) -> float:
@@ -446,13 +487,19 @@ def run_nano(config: Nano, seed: int) -> Metrics:
 
     def chunk(number: int, first: int, count: int, start: int, length: int) -> Chunk:
         tokens = tuple(draw.integers(0, config.model.vocab_size, length).tolist())
-        return Chunk(id=str(number), tokens=tokens, start=start, blocks=tuple(range(first, first + count)), samples=True)
+        return Chunk(
+            id=str(number), tokens=tokens, start=start, blocks=tuple(range(first, first + count)), samples=True
+        )
 
     chunks = [chunk(number, number * per, per, config.context, 1) for number in range(config.num_decodes)]
     if config.num_prefills:
         chunks.append(chunk(len(chunks), config.num_decodes * per, prompt_blocks, 0, config.num_prefills))
     greedy = Sampling(temperature=0)
-    first = Batch(step=0, chunks=tuple(chunks), new=tuple(Request(id=each.id, prompt=each.tokens, sampling=greedy) for each in chunks))
+    first = Batch(
+        step=0,
+        chunks=tuple(chunks),
+        new=tuple(Request(id=each.id, prompt=each.tokens, sampling=greedy) for each in chunks),
+    )
     runners: list[ModelRunner] = [
         ModelRunner(model, num_blocks=blocks),
         NanoRunner(model, num_blocks=blocks, executor=Sequential(), min_tokens=2, tile=16),
@@ -474,7 +521,13 @@ def run_nano(config: Nano, seed: int) -> Metrics:
             tokens.append([result.token for result in sampled])
     whole, halves = (float(np.median(times)) for times in took)
     same = float(np.mean(np.array(tokens[0]) == np.array(tokens[1])))
-    return {"ratio": whole / halves, "tokens_s": first.num_tokens / halves, "whole_s": whole, "halves_s": halves, "same_tokens": same}
+    return {
+        "ratio": whole / halves,
+        "tokens_s": first.num_tokens / halves,
+        "whole_s": whole,
+        "halves_s": halves,
+        "same_tokens": same,
+    }
 
 
 # Judgement
@@ -482,17 +535,41 @@ def run_nano(config: Nano, seed: int) -> Metrics:
 
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    full, without = results.values(LARGE, "full"), {name: results.values(LARGE, name) for name in ("no_network", "no_memory")}
+    full, without = (
+        results.values(LARGE, "full"),
+        {name: results.values(LARGE, name) for name in ("no_network", "no_memory")},
+    )
     claims = [
         _within(full, 1.10, 1.25, "E1: LLaMA-2-70B, ours over one after the other within 1.10 to 1.25", "1.18"),
         _limited(results.values(LARGE, "split_only"), 1.0, "E1: splitting alone is slower", "0.87", is_most=True),
-        _limited(_lower(full, without["no_network"]), 0.02, "E1: without overlap of the network the ratio is lower by 0.02", "about 7%"),
-        _limited(_lower(full, without["no_memory"]), 0.02, "E1: without overlap of memory it is lower by 0.02", "about 10%"),
+        _limited(
+            _lower(full, without["no_network"]),
+            0.02,
+            "E1: without overlap of the network the ratio is lower by 0.02",
+            "about 7%",
+        ),
+        _limited(
+            _lower(full, without["no_memory"]), 0.02, "E1: without overlap of memory it is lower by 0.02", "about 10%"
+        ),
         _limited(results.values(SMALL, "full"), 1.03, "E1: LLaMA-3-8B on one device gains 1.03", "not given"),
-        _limited(results.values("async", "ratio"), 1.05, "E2: asynchronous scheduling gains 1.05", "< 1% of tokens wasted"),
-        _limited(results.values("overlap-disk", "ratio"), 1.2, "E3: reading an expert from disk beside products gains 1.2", "not given"),
-        _limited(results.values("overlap-attention", "ratio"), 1.0, "E3: attention beside products gains", "1.10 (memory, A100)"),
-        _limited(results.values("overlap-dequant", "ratio"), 1.0, "E3: dequantising beside products gains", "not given"),
+        _limited(
+            results.values("async", "ratio"), 1.05, "E2: asynchronous scheduling gains 1.05", "< 1% of tokens wasted"
+        ),
+        _limited(
+            results.values("overlap-disk", "ratio"),
+            1.2,
+            "E3: reading an expert from disk beside products gains 1.2",
+            "not given",
+        ),
+        _limited(
+            results.values("overlap-attention", "ratio"),
+            1.0,
+            "E3: attention beside products gains",
+            "1.10 (memory, A100)",
+        ),
+        _limited(
+            results.values("overlap-dequant", "ratio"), 1.0, "E3: dequantising beside products gains", "not given"
+        ),
         _limited(results.values("nano-only", "ratio"), 1.0, "E4: nano-batches alone are slower", "0.87", is_most=True),
     ]
     return [claim for claim in claims if claim.ours is not None]
@@ -536,7 +613,14 @@ def draw(results: Results, path: Path) -> None:
     with figure(8, max(2.4, 1.2 + 0.34 * len(rows))) as (made, axes):
         for at, (_, values, paper) in enumerate(rows):
             axes.plot(list(values.values()), [at] * len(values), "o", color=MUTED, markersize=3.5, alpha=0.6)
-            axes.plot(float(np.mean(list(values.values()))), at, "D", color=SERIES[0], markersize=5, label="ours" if at == 0 else None)
+            axes.plot(
+                float(np.mean(list(values.values()))),
+                at,
+                "D",
+                color=SERIES[0],
+                markersize=5,
+                label="ours" if at == 0 else None,
+            )
             if paper is not None:
                 axes.plot(paper, at, "|", color=SERIES[1], markersize=13, label="paper, A100" if at == 0 else None)
         axes.axvline(1.0, color=INK, linewidth=0.8)

@@ -26,7 +26,11 @@ VOCAB, STOPS = 31, tuple(range(0, 31, 4))
 def model_of(kind):
     moe = MoE.Config(num_experts=4, hidden_dim=12, router=Router.Config(select=TopK.Config(top_k=2)))
     config = Decoder.Config(
-        vocab_size=VOCAB, dim=16, num_layers=2, attention=Attention.Config(num_heads=2, num_kv_heads=1), max_positions=64
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=2,
+        attention=Attention.Config(num_heads=2, num_kv_heads=1),
+        max_positions=64,
     )
     return (config.replace(feed_forward=moe) if kind == "moe" else config.replace()).build(seed=7)
 
@@ -38,7 +42,8 @@ def requests_of(seed, count=14, stops=True):
     return [
         Request(
             id=str(number),
-            prompt=(shared if number % 3 == 0 else ()) + tuple(draw.randrange(VOCAB) for _ in range(draw.randint(1, 12))),
+            prompt=(shared if number % 3 == 0 else ())
+            + tuple(draw.randrange(VOCAB) for _ in range(draw.randint(1, 12))),
             sampling=Sampling(
                 max_tokens=draw.randint(1, 20) if stops else 20, temperature=0, ignore_eos=not stops or number % 4 == 1
             ),
@@ -60,7 +65,9 @@ class Watch:
     def check(self):
         for batch in self.flight.values():
             for chunk in batch.chunks:
-                assert all(self.scheduler.pool.holders(block) for block in chunk.blocks), "a page of a step under way is free"
+                assert all(self.scheduler.pool.holders(block) for block in chunk.blocks), (
+                    "a page of a step under way is free"
+                )
                 self.checked += 1
 
     def schedule(self):
@@ -79,10 +86,18 @@ class Watch:
         return outputs
 
 
-def serve(model, requests, *, is_async, runner_class=ModelRunner, memory=None, tier=None, pool=None, num_blocks=24, **options):
+def serve(
+    model, requests, *, is_async, runner_class=ModelRunner, memory=None, tier=None, pool=None, num_blocks=24, **options
+):
     """Streams and ends of all requests through the engine's loop; tokens that were sampled for each; the watch."""
     config = SchedulerConfig(
-        num_blocks=num_blocks, block_tokens=4, max_positions=48, max_batched_tokens=20, max_seqs=5, is_async=is_async, stop_tokens=STOPS
+        num_blocks=num_blocks,
+        block_tokens=4,
+        max_positions=48,
+        max_batched_tokens=20,
+        max_seqs=5,
+        is_async=is_async,
+        stop_tokens=STOPS,
     )
     watch = Watch(config.build(tier=tier, memory=memory))
     runner = runner_class(model, num_blocks=num_blocks, block_tokens=4, pool=pool, **options)
@@ -149,7 +164,13 @@ def test_nor_do_preemption_offload_admission_and_nano_batches_change_them(seed):
     assert offloaded == expected
     assert tier.loaded > 0
     nano, *_ = serve(
-        model, requests, is_async=True, runner_class=NanoRunner, executor=Threads({"compute": 1, "memory": 1}), min_tokens=2, tile=1
+        model,
+        requests,
+        is_async=True,
+        runner_class=NanoRunner,
+        executor=Threads({"compute": 1, "memory": 1}),
+        min_tokens=2,
+        tile=1,
     )
     assert nano == expected
 
@@ -157,7 +178,12 @@ def test_nor_do_preemption_offload_admission_and_nano_batches_change_them(seed):
 def test_admission_by_expected_peak_preempts_less():
     model = model_of("dense")
     requests = [
-        Request(id=str(number), prompt=(number + 1, 2), sampling=Sampling(max_tokens=18, temperature=0, ignore_eos=True), arrival=float(number))
+        Request(
+            id=str(number),
+            prompt=(number + 1, 2),
+            sampling=Sampling(max_tokens=18, temperature=0, ignore_eos=True),
+            arrival=float(number),
+        )
         for number in range(10)
     ]
     expected, _, _, plain = serve(model, requests, is_async=False, num_blocks=12)
@@ -178,7 +204,15 @@ def test_steps_are_filled_exactly_while_prompts_wait(is_async):
                 sampling=Sampling(max_tokens=6, temperature=0, ignore_eos=True))
         for number in range(8)
     ]  # fmt: skip
-    config = SchedulerConfig(num_blocks=80, block_tokens=4, max_positions=48, max_batched_tokens=20, max_seqs=8, is_async=is_async, prefix_cache=False)
+    config = SchedulerConfig(
+        num_blocks=80,
+        block_tokens=4,
+        max_positions=48,
+        max_batched_tokens=20,
+        max_seqs=8,
+        is_async=is_async,
+        prefix_cache=False,
+    )
     scheduler = config.build()
     runner = ModelRunner(model, num_blocks=80, block_tokens=4)
     for request in requests:

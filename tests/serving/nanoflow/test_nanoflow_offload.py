@@ -62,7 +62,9 @@ def test_eager_tiers_save_full_blocks_once():
         LruTier(0)
 
 
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from(["evict", "load", "formed"]), st.integers(0, 6)), max_size=60))
+@given(
+    st.integers(1, 4), st.lists(st.tuples(st.sampled_from(["evict", "load", "formed"]), st.integers(0, 6)), max_size=60)
+)
 def test_slots_hold_one_key_each_and_pinned_ones_stay(num_slots, moves):
     tier, slots, pinned = LruTier(num_slots), {}, {}
     for move, number in moves:
@@ -106,7 +108,12 @@ def test_admission_learns_lengths_and_never_starves():
     assert memory.admits([], (500, 500))  # alone: whether it can run at all is not asked here
     assert memory.admits([(30, 10)], (40, 5))  # 30 + 40 + 2 * 5 = 80
     assert not memory.admits([(30, 10)], (61, 5))
-    assert (memory.remaining(5, 1000), memory.remaining(5, 8), memory.remaining(20, 1000), memory.remaining(8, 8)) == (15, 3, 10, 1)
+    assert (memory.remaining(5, 1000), memory.remaining(5, 8), memory.remaining(20, 1000), memory.remaining(8, 8)) == (
+        15,
+        3,
+        10,
+        1,
+    )
     for _ in range(500):
         memory.saw(60)
     assert memory.mean_output == pytest.approx(60, abs=0.1)
@@ -136,7 +143,9 @@ def test_blocks_come_back_as_they_were(host, disk, tmp_path):
         saved = sorted({*saved, *slots})
         for each in (pool, plain):
             each.swap_out(out)
-        back = list(zip(draw.sample(saved, min(len(saved), 4)), draw.sample(range(10), min(len(saved), 4)), strict=True))
+        back = list(
+            zip(draw.sample(saved, min(len(saved), 4)), draw.sample(range(10), min(len(saved), 4)), strict=True)
+        )
         for each in (pool, plain):
             each.swap_in(back)
         assert torch.equal(pool.key, plain.key)
@@ -170,7 +179,12 @@ def test_what_the_tier_cannot_do_is_told():
 def run(model, requests, *, num_blocks, tier=None, pool=None, is_async=False, max_batched_tokens=24):
     """Token streams of all requests, the scheduler and the runner."""
     config = SchedulerConfig(
-        max_batched_tokens=max_batched_tokens, max_seqs=4, num_blocks=num_blocks, block_tokens=4, max_positions=96, is_async=is_async
+        max_batched_tokens=max_batched_tokens,
+        max_seqs=4,
+        num_blocks=num_blocks,
+        block_tokens=4,
+        max_positions=96,
+        is_async=is_async,
     )
     scheduler = config.build(tier=tier)
     runner = ModelRunner(model, num_blocks=num_blocks, block_tokens=4, pool=pool)

@@ -54,9 +54,7 @@ def chunks(lengths, start=0, blocks=4):
 def logits_of(runner, steps):
     """Logits of each step, run in order on one pool."""
     with torch.inference_mode():
-        return [
-            runner._logits(step, [token for chunk in step for token in chunk.tokens]) for step in steps
-        ]
+        return [runner._logits(step, [token for chunk in step for token in chunk.tokens]) for step in steps]
 
 
 def steps():
@@ -74,7 +72,8 @@ def steps():
         for number, length in enumerate(lengths)
     ]
     third = [
-        Chunk(id=each.id, tokens=(3,), start=each.start + len(each.tokens), blocks=each.blocks, samples=True) for each in second
+        Chunk(id=each.id, tokens=(3,), start=each.start + len(each.tokens), blocks=each.blocks, samples=True)
+        for each in second
     ]
     return [first, second, third]
 

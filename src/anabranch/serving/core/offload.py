@@ -1,8 +1,8 @@
 """The policy of the second place for keys and values: which blocks are kept there, and whether a request should be let in at all.
 
-`LruTier` is the `KVTier` of NanoFlow's offload: a block is saved when it becomes full (while the feed-forward of that step runs, so the copy
-costs nothing) or when it is evicted, the least recently used one makes way, and a request that comes back, or the next round of its
-conversation, loads instead of computing again. Slots are logical: the engine keeps the hot ones in host memory and the rest on disk.
+`LruTier` is the `KVTier` of NanoFlow's offload: a block is saved when it becomes full or when it is evicted, the least recently used one
+makes way, and a request that comes back, or the next round of its conversation, loads instead of computing again. Slots are
+logical: the engine keeps the hot ones in host memory and the rest on disk.
 
 `PeakMemory` lets a request in only if the keys and values of all that run are expected to fit at their peak: running requests go on for
 what is left of the mean output, and free their memory when they end.
@@ -101,7 +101,9 @@ class PeakMemory:
 
     def __init__(self, capacity: int, *, mean_output: float = 256.0, weight: float = 0.02) -> None:
         if capacity < 1 or mean_output <= 0 or not 0 < weight <= 1:
-            raise InputError(f"capacity, mean_output and weight are {capacity}, {mean_output} and {weight}; they must be at least 1, above 0, in (0, 1]")
+            raise InputError(
+                f"capacity, mean_output and weight are {capacity}, {mean_output} and {weight}; use 1 or more, above 0, in (0, 1]"
+            )
         self.capacity, self.mean_output, self.weight = capacity, mean_output, weight
 
     def saw(self, num_output: int) -> None:

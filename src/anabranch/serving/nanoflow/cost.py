@@ -15,7 +15,7 @@ from typing import Literal
 
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.nanoflow.hardware import Hardware
-from anabranch.serving.nanoflow.shape import ModelShape
+from anabranch.serving.nanoflow.shape import FeedForwardShape, ModelShape
 
 Resource = Literal["compute", "memory", "network"]
 RESOURCES: tuple[Resource, ...] = ("compute", "memory", "network")
@@ -42,7 +42,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.output < 1 or self.dense_batch < 1:
-            raise ConfigError(f"prompt, output and dense_batch are {self.prompt}, {self.output} and {self.dense_batch}; they must be at least 1")
+            raise ConfigError(
+                f"prompt, output and dense_batch are {self.prompt}, {self.output} and {self.dense_batch}; use at least 1"
+            )
 
     @property
     def num_decodes(self) -> int:
@@ -182,7 +184,7 @@ def estimate(
 
 
 def largest_batch(model: ModelShape, hardware: Hardware, prompt: float = 512, output: float = 1024) -> int:
-    """The dense batch that memory allows: decodes whose keys and values fit, and prompts in proportion; a power of two of tokens, at least 1."""
+    """The dense batch that memory allows: decodes whose keys and values fit, and prompts in proportion; a power of two of tokens."""
     room = (hardware.memory_bytes * hardware.num_devices - model.weights_bytes) * MAX_UTILISATION
     lengths = Workload(prompt=prompt, output=output)
     decodes = room / model.kv_bytes_per_token / lengths.decode_context
@@ -205,7 +207,9 @@ def operations(model: ModelShape, hardware: Hardware, workload: Workload) -> lis
         if end > start:
             found.append(op_cost(name, model, hardware, workload, end - start))
     if hardware.num_devices > 1:
-        found.append(_cost("network", model, hardware, _collective("network", 4, model, hardware, workload.dense_batch)))
+        found.append(
+            _cost("network", model, hardware, _collective("network", 4, model, hardware, workload.dense_batch))
+        )
     return found
 
 
@@ -234,7 +238,9 @@ def op_cost(name: str, model: ModelShape, hardware: Hardware, workload: Workload
     return _cost(name, model, hardware, _product(name, model, hardware, num_tokens))
 
 
-Work = tuple[float, float, float, float, float]  # flops, bytes, network bytes, share of the peak that kernels reach, launches
+Work = tuple[
+    float, float, float, float, float
+]  # flops, bytes, network bytes, share of the peak that kernels reach, launches
 
 
 def _cost(name: str, model: ModelShape, hardware: Hardware, work: Work) -> OpCost:
@@ -260,39 +266,44 @@ def _cost(name: str, model: ModelShape, hardware: Hardware, work: Work) -> OpCos
 
 def _product(name: str, model: ModelShape, hardware: Hardware, tokens: int) -> Work:
     """KQV, O, gate, up and gate projection, down projection."""
-    count, layers, rows = hardware.num_devices, model.num_layers, tokens * model.streams
+    rows = tokens * model.streams
+    parts: list[tuple[int, float, float, float, float]] = []  # layers, FLOPs, weights, activations, share of full tiles
     if name in ("kqv", "o"):
-        inner, outer = (
-            (model.dim, model.query_dim + 2 * model.store_dim) if name == "kqv" else (model.query_dim, model.dim)
-        )
-        flops = 2 * rows * inner * outer * layers
-        moved = (inner * outer * model.weight_bytes + rows * (inner + outer) * model.activation_bytes) * layers
-        fill = hardware.fill(rows, outer // count)
-        return flops, moved, 0.0, hardware.efficiency.gemm * fill, layers
-    flops = moved = busy = launches = 0.0
-    for part in model.feed_forwards:
-        if name == "gate":
-            work = 2 * rows * part.router_parameters
-            weights, between = part.router_parameters, rows * (model.dim + part.num_experts)
-            fill = 1.0
-            is_there = part.is_routed
-        else:
-            matrices = 2 if name == "up_gate" else 1
-            work = 2 * rows * matrices * model.dim * part.active_dim
-            weights = matrices * model.dim * part.touched_dim(rows)
-            between = rows * (model.dim + matrices * part.active_dim)
-            outer = 2 * part.hidden_dim / count if name == "up_gate" else model.dim
-            if part.is_routed:  # experts' tiles share the device: what is lost is the ragged edge of each, not whole rounds
-                fill = _ragged(hardware, rows * part.top_k / part.num_experts)
-            else:
-                fill = hardware.fill(rows, round(outer))
-            is_there = True
-        if is_there:
-            flops += work * part.num_layers
-            moved += (weights * model.weight_bytes + between * model.activation_bytes) * part.num_layers
-            busy += work * part.num_layers / fill
-            launches += part.num_layers
-    return flops, moved, 0.0, hardware.efficiency.gemm * (flops / busy if busy else 1.0), launches
+        inner, outer = model.query_dim, model.dim
+        if name == "kqv":
+            inner, outer = model.dim, model.query_dim + 2 * model.store_dim
+        fill = hardware.fill(rows, outer // hardware.num_devices)
+        parts.append((model.num_layers, 2.0 * rows * inner * outer, inner * outer, rows * (inner + outer), fill))
+    else:
+        parts += [
+            (part.num_layers, *_feed_forward(name, part, model.dim, rows, hardware))
+            for part in model.feed_forwards
+            if name != "gate" or part.is_routed
+        ]
+    flops = sum(layers * work for layers, work, _, _, _ in parts)
+    weights = sum(layers * size for layers, _, size, _, _ in parts)
+    between = sum(layers * size for layers, _, _, size, _ in parts)
+    busy = sum(layers * work / fill for layers, work, _, _, fill in parts)
+    reached = hardware.efficiency.gemm * (flops / busy if busy else 1.0)
+    moved = weights * model.weight_bytes + between * model.activation_bytes
+    return flops, moved, 0.0, reached, sum(layers for layers, *_ in parts)
+
+
+def _feed_forward(
+    name: str, part: FeedForwardShape, dim: int, rows: int, hardware: Hardware
+) -> tuple[float, float, float, float]:
+    """FLOPs, weights, activations and share of full tiles of one layer's operation."""
+    if name == "gate":
+        return 2.0 * rows * part.router_parameters, part.router_parameters, rows * (dim + part.num_experts), 1.0
+    matrices = 2 if name == "up_gate" else 1
+    if part.is_routed:  # experts' tiles share the device: what is lost is the ragged edge of each, not whole rounds
+        fill = _ragged(hardware, rows * part.top_k / part.num_experts)
+    else:
+        outer = 2 * part.hidden_dim / hardware.num_devices if name == "up_gate" else dim
+        fill = hardware.fill(rows, round(outer))
+    work = 2.0 * rows * matrices * dim * part.active_dim
+    weights = matrices * dim * part.touched_dim(rows)
+    return work, weights, rows * (dim + matrices * part.active_dim), fill
 
 
 def _ragged(hardware: Hardware, rows: float) -> float:

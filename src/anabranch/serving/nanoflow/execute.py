@@ -43,7 +43,7 @@ class Threads:
     """
 
     def __init__(self, cores: Mapping[Resource, int] | None = None) -> None:
-        self.cores = {"compute": 1, "memory": 1} if cores is None else dict(cores)
+        self.cores: dict[str, int] = {"compute": 1, "memory": 1} if cores is None else dict(cores)  # type: ignore[arg-type]
         wrong = [f"{name}={count}" for name, count in self.cores.items() if name not in RESOURCES or count < 1]
         if wrong:
             raise InputError(f"cores has {wrong[0]}; it takes {', '.join(RESOURCES)} with at least 1")
@@ -51,7 +51,9 @@ class Threads:
     def run(self, schedule: Schedule, work: Work, num_layers: int) -> None:
         """See `Executor`. The thread settings of the calling thread are put back."""
         run = _ThreadedRun(schedule, work, num_layers, self.cores)
-        others = [threading.Thread(target=run.stream, args=(name,), daemon=True) for name in run.streams if name != "compute"]
+        others = [
+            threading.Thread(target=run.stream, args=(name,), daemon=True) for name in run.streams if name != "compute"
+        ]
         before = torch.get_num_threads()
         for thread in others:
             thread.start()
@@ -88,7 +90,10 @@ class _ThreadedRun:
         """Run one stream to its end, or until another fails."""
         torch.set_num_threads(self.cores.get(name, 1))
         try:
-            with torch.inference_mode(self.is_inference), torch.set_grad_enabled(self.has_grad and not self.is_inference):
+            with (
+                torch.inference_mode(self.is_inference),
+                torch.set_grad_enabled(self.has_grad and not self.is_inference),
+            ):
                 for job in self.streams[name]:
                     with self.condition:
                         self.condition.wait_for(lambda job=job: not self.waiting[job] or self.error is not None)  # type: ignore[misc]

@@ -5,6 +5,7 @@ before p in the layer and their ranges meet. Layers follow each other: the first
 this layer in the same way. No torch, no numpy.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -166,7 +167,7 @@ def split_range(start: int, end: int, cuts: Sequence[int]) -> list[tuple[int, in
     """[start, end) cut at ``cuts``; empty ranges give nothing."""
     inside = sorted({cut for cut in cuts if start < cut < end})
     edges = [start, *inside, end]
-    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if high > low]
+    return [(low, high) for low, high in itertools.pairwise(edges) if high > low]
 
 
 def even_cuts(batch: int, parts: int, tile: int = TILE) -> list[int]:
@@ -208,7 +209,7 @@ def layer_graph(model: ModelShape, hardware: Hardware, workload: Workload, form:
     if is_split:
         order.append(("ar_down", (last,)))
         last = "ar_down"
-    made = []
+    made: list[Operation] = []
     for name, after in order:
         start, end = span_of(name, workload)
         if end > start:

@@ -7,6 +7,7 @@ Carlson, SIAM J. Numer. Anal. 17, 1980), since the paper's full tables are not p
 """
 
 import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,20 +30,22 @@ class Curve:
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         self.points = tuple((float(share), float(speed)) for share, speed in points)
         shares, speeds = zip(*self.points, strict=True) if self.points else ((), ())
-        rises = all(low < high for low, high in zip(shares, shares[1:], strict=False))
+        rises = all(low < high for low, high in itertools.pairwise(shares))
         if len(self.points) < 2 or not rises or list(speeds) != sorted(speeds):
-            raise ConfigError(f"points of a share table are {list(self.points)}; shares must rise and speeds must not fall")
+            raise ConfigError(
+                f"points of a share table are {list(self.points)}; shares must rise and speeds must not fall"
+            )
         if self.points[0] != (0.0, 0.0) or self.points[-1] != (1.0, 1.0):
-            raise ConfigError(f"a share table goes from {self.points[0]} to {self.points[-1]}; it must go from (0, 0) to (1, 1)")
+            raise ConfigError(
+                f"a share table goes from {self.points[0]} to {self.points[-1]}; it must go from (0, 0) to (1, 1)"
+            )
         self.shares, self.speeds = list(shares), list(speeds)
 
     @cached_property
     def slopes(self) -> list[float]:
         """At the points: the weighted harmonic mean of the neighbouring secants, so that nothing overshoots."""
-        steps = [high - low for low, high in zip(self.shares, self.shares[1:], strict=False)]
-        secants = [
-            (high - low) / step for low, high, step in zip(self.speeds, self.speeds[1:], steps, strict=False)
-        ]
+        steps = [high - low for low, high in itertools.pairwise(self.shares)]
+        secants = [(high - low) / step for low, high, step in zip(self.speeds, self.speeds[1:], steps, strict=False)]
         if len(steps) == 1:
             return [secants[0], secants[0]]
         inner = []
@@ -94,7 +97,7 @@ class ShareTable:
         if missing:
             raise ConfigError(f"a share table has no points of {missing[0]}; it needs {', '.join(RESOURCES)}")
         for name in RESOURCES:
-            self.curves[name]  # noqa: B018 - checks the points
+            self.curves[name]
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
@@ -115,7 +118,10 @@ class ShareTable:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"source": self.source, "points": {name: [list(point) for point in self.points[name]] for name in RESOURCES}}
+        return {
+            "source": self.source,
+            "points": {name: [list(point) for point in self.points[name]] for name in RESOURCES},
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShareTable":
@@ -134,7 +140,9 @@ PAPER_TABLE = ShareTable(PAPER_POINTS)
 
 def monotone(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Measured (R, P) made into a table: the upper concave hull from (0, 0) to (1, 1), since dominated ways to run are dropped."""
-    known = sorted({(0.0, 0.0), (1.0, 1.0), *((share, min(max(speed, 0.0), 1.0)) for share, speed in points if 0 < share < 1)})
+    known = sorted(
+        {(0.0, 0.0), (1.0, 1.0), *((share, min(max(speed, 0.0), 1.0)) for share, speed in points if 0 < share < 1)}
+    )
     hull: list[tuple[float, float]] = []
     for point in known:
         while len(hull) >= 2 and _turns_up(hull[-2], hull[-1], point):

@@ -44,7 +44,9 @@ def measure(
     )
 
 
-def measure_shares(*, dtype: torch.dtype = torch.float32, seconds: float = 0.5, stream_bytes: int = STREAM_BYTES) -> ShareTable:
+def measure_shares(
+    *, dtype: torch.dtype = torch.float32, seconds: float = 0.5, stream_bytes: int = STREAM_BYTES
+) -> ShareTable:
     """R -> P of attention beside products on this machine's CPU.
 
     R is what a product on the cores that are left loses against one on all cores, P what attention reaches of its speed on all. The

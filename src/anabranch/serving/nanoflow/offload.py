@@ -111,7 +111,9 @@ class TieredPool(PagedPool):
         if slot in self._on_disk:
             return
         if self._file is None:
-            raise CapacityError(f"{self.host_blocks} host blocks are full and there is no disk behind them; set disk_blocks")
+            raise CapacityError(
+                f"{self.host_blocks} host blocks are full and there is no disk behind them; set disk_blocks"
+            )
         self._file.write(slot, self._memory[place])
         self._on_disk.add(slot)
         self.spilled += 1
@@ -146,7 +148,9 @@ class _BlockFile:
         except OSError as error:
             if not is_full(error):
                 raise
-            raise CapacityError("no room left on disk for keys and values; use fewer disk_blocks or another folder") from error
+            raise CapacityError(
+                "no room left on disk for keys and values; use fewer disk_blocks or another folder"
+            ) from error
 
     def read(self, slot: int, block: Tensor) -> None:
         view = _bytes(block)
@@ -157,7 +161,8 @@ class _BlockFile:
 
 def _bytes(block: Tensor) -> memoryview:
     """A contiguous block's memory."""
-    return memoryview(block.view(torch.uint8).reshape(-1).numpy())
+    raw: Any = block.view(torch.uint8).reshape(-1).numpy()
+    return memoryview(raw)
 
 
 def _portions(pairs: Pairs, size: int) -> list[Pairs]:

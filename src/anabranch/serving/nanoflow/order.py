@@ -37,12 +37,19 @@ def list_order(graph: NanoGraph, priority: Sequence[float] | None = None) -> tup
     end: dict[int, float] = {}
     order: list[int] = []
     while len(order) < len(graph.ops):
-        ready = [number for number in range(len(graph.ops)) if number not in end and all(other in end for other in graph.before[number])]
+        ready = [
+            number
+            for number in range(len(graph.ops))
+            if number not in end and all(other in end for other in graph.before[number])
+        ]
         starts = {
-            number: max([free[graph.ops[number].resource], *(end[other] for other in graph.before[number])]) for number in ready
+            number: max([free[graph.ops[number].resource], *(end[other] for other in graph.before[number])])
+            for number in ready
         }
         first = min(starts.values())
-        chosen = min((number for number in ready if starts[number] == first), key=lambda number: (-priority[number], number))
+        chosen = min(
+            (number for number in ready if starts[number] == first), key=lambda number: (-priority[number], number)
+        )
         end[chosen] = first + graph.ops[chosen].duration_s
         free[graph.ops[chosen].resource] = end[chosen]
         order.append(chosen)
@@ -65,7 +72,7 @@ def neighbours(graph: NanoGraph, order: Sequence[int]) -> Iterator[tuple[int, ..
 def improve(
     graph: NanoGraph, order: Sequence[int], objective: Objective, *, evaluations: int = 2000, bound: float = 0.0
 ) -> tuple[tuple[int, ...], float]:
-    """Hill climbing over `neighbours`: the first better one is taken, until none is, or ``evaluations`` are spent, or ``bound`` is reached."""
+    """Hill climbing over `neighbours`: the first better one is taken, until none is, ``evaluations`` are spent or ``bound`` is reached."""
     best, value = tuple(order), objective(tuple(order))
     spent, is_better = 1, True
     while is_better and value > bound * (1 + 1e-9):
@@ -85,7 +92,8 @@ def find_order(graph: NanoGraph, *, num_layers: int = LAYERS, evaluations: int =
     """A good order of a graph of any size, exact up to `EXACT` nano-operations."""
     if len(graph.ops) <= EXACT:
         return min(
-            ((order, layer_time(graph, order, num_layers)) for order in linear_orders(graph)), key=lambda pair: (pair[1], pair[0])
+            ((order, layer_time(graph, order, num_layers)) for order in linear_orders(graph)),
+            key=lambda pair: (pair[1], pair[0]),
         )
 
     def objective(order: tuple[int, ...]) -> float:
@@ -135,7 +143,9 @@ class _BranchAndBound:
     def visit(self, order: tuple[int, ...], end: dict[int, float], free: dict[str, float]) -> None:
         self.nodes += 1
         if self.nodes > self.max_nodes:
-            raise CapacityError(f"branch and bound took more than {self.max_nodes} nodes for {len(self.graph.ops)} nano-operations; use milp or find_order")
+            raise CapacityError(
+                f"branch and bound of {len(self.graph.ops)} nano-operations took more than {self.max_nodes} nodes; use find_order"
+            )
         ops, before = self.graph.ops, self.graph.before
         if len(order) == len(ops):
             if max(end.values()) < self.value * (1 - 1e-12):
@@ -150,7 +160,11 @@ class _BranchAndBound:
             return
         first = min(starts, key=lambda number: (starts[number] + ops[number].duration_s, number))
         until = starts[first] + ops[first].duration_s
-        rivals = [number for number in starts if ops[number].resource == ops[first].resource and (starts[number] < until or number == first)]
+        rivals = [
+            number
+            for number in starts
+            if ops[number].resource == ops[first].resource and (starts[number] < until or number == first)
+        ]
         for number in sorted(rivals, key=lambda number: (-self.tails[number], number)):
             done = starts[number] + ops[number].duration_s
             self.visit((*order, number), {**end, number: done}, {**free, ops[number].resource: done})
@@ -161,7 +175,9 @@ class _BranchAndBound:
         for number, op in enumerate(self.graph.ops):
             if number not in end:
                 left[op.resource] += op.duration_s
-        return max(paths, max(free[name] + left[name] for name in RESOURCES if left[name]), max(end.values(), default=0.0))
+        return max(
+            paths, max(free[name] + left[name] for name in RESOURCES if left[name]), max(end.values(), default=0.0)
+        )
 
 
 def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) -> tuple[tuple[int, ...], float]:
@@ -177,9 +193,7 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
     except ImportError as error:
         raise BackendError("an exact order needs scipy; pip install anabranch[laws]") from error
     ops, count = graph.ops, len(graph.ops)
-    pairs = [
-        pair for pair in itertools.combinations(range(count), 2) if ops[pair[0]].resource == ops[pair[1]].resource
-    ]
+    pairs = [pair for pair in itertools.combinations(range(count), 2) if ops[pair[0]].resource == ops[pair[1]].resource]
     unit = graph.sequential_s or 1.0  # seconds in which the solver's numbers are near 1
     seconds = [op.duration_s / unit for op in ops]
     period, num = count, count + 1 + len(pairs)
@@ -234,6 +248,10 @@ def _by_start(graph: NanoGraph, starts: Sequence[float]) -> tuple[int, ...]:
     """Numbers by start, dependences first where starts are equal."""
     order: list[int] = []
     while len(order) < len(graph.ops):
-        ready = [number for number in range(len(graph.ops)) if number not in order and all(other in order for other in graph.before[number])]
+        ready = [
+            number
+            for number in range(len(graph.ops))
+            if number not in order and all(other in order for other in graph.before[number])
+        ]
         order.append(min(ready, key=lambda number: (round(float(starts[number]), 12), number)))
     return tuple(order)

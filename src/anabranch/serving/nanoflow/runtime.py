@@ -28,7 +28,9 @@ from anabranch.serving.nanoflow.order import list_order
 from anabranch.serving.nanoflow.search import Pipeline
 from anabranch.serving.nanoflow.simulate import Schedule
 
-HALVES: dict[str, tuple[float, ...]] = {name: (0.5,) for name in ("kqv", "decode_attention", "prefill_attention", "o", "up_gate", "down")}
+HALVES: dict[str, tuple[float, ...]] = dict.fromkeys(
+    ("kqv", "decode_attention", "prefill_attention", "o", "up_gate", "down"), (0.5,)
+)
 
 
 class NanoRunner(ModelRunner):
@@ -100,14 +102,18 @@ class _Step:
 
     def __init__(self, runner: NanoRunner, chunks: Sequence[Chunk], tokens: Sequence[int]) -> None:
         self.runner, self.model = runner, runner.model
-        self.order = sorted(range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1)  # stable: decodes first
+        self.order = sorted(
+            range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1
+        )  # stable: decodes first
         self.chunks = [chunks[number] for number in self.order]
         starts, first = [], 0
         for chunk in chunks:
             starts.append(first)
             first += len(chunk.tokens)
         self.tokens = [
-            token for number in self.order for token in tokens[starts[number] : starts[number] + len(chunks[number].tokens)]
+            token
+            for number in self.order
+            for token in tokens[starts[number] : starts[number] + len(chunks[number].tokens)]
         ]
         self.edges = [0]
         for chunk in self.chunks:
@@ -152,7 +158,8 @@ class _Step:
         self.token_1T = torch.tensor([self.tokens], dtype=torch.int64, device=device)
         self.context = runner._context(StepLayout(self.chunks, size, device), self.token_1T)
         self.x_1TW = model.embedding(self.token_1T)
-        total, attention = len(self.tokens), model.blocks[0].attention
+        total = len(self.tokens)
+        attention: Any = model.blocks[0].attention
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         self.qkv = tuple(self.x_1TW.new_empty(1, number, total, attention.head_dim) for number in heads)
         self.y_1TW = self.x_1TW.new_empty(1, total, attention.num_heads * attention.head_dim)
@@ -171,7 +178,8 @@ class _Step:
 
     def work(self, layer: int, op: NanoOp) -> None:
         """One nano-operation of one layer."""
-        block, rows = self.model.blocks[layer], slice(op.start, op.end)
+        block: Any = self.model.blocks[layer]
+        rows = slice(op.start, op.end)
         if op.op == "kqv":
             parts = block.attention.project(block.attention_norm(self.x_1TW[:, rows]), self.contexts[op.start, op.end])
             for whole, part in zip(self.qkv, parts, strict=True):

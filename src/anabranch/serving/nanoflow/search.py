@@ -6,6 +6,7 @@ help, as long as they do. Everything is counted in evaluations, so the result do
 ``budget_s`` ends it early; it is never worse than running whole operations one after the other.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -20,7 +21,7 @@ from anabranch.serving.nanoflow.cost import ATTENTION, TILE, Workload, estimate
 from anabranch.serving.nanoflow.graph import Cuts, Form, LayerGraph, NanoGraph, layer_graph
 from anabranch.serving.nanoflow.hardware import Hardware
 from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
-from anabranch.serving.nanoflow.order import find_order, neighbours
+from anabranch.serving.nanoflow.order import find_order, linear_orders, neighbours
 from anabranch.serving.nanoflow.shape import ModelShape
 from anabranch.serving.nanoflow.simulate import LAYERS, Schedule, Timeline, simulate
 
@@ -181,7 +182,8 @@ def search(
     form = min(forms, key=lambda form: whole[form].sequential_s)
     key = key_of(model, hardware, workload, table)
     alone = Schedule(whole[form], tuple(range(len(whole[form].ops))), (1.0,) * len(whole[form].ops))
-    sequential = Pipeline(key, form, alone, *[whole[form].sequential_s] * 3)
+    whole_s = whole[form].sequential_s
+    sequential = Pipeline(key, form, alone, whole_s, whole_s, whole_s)
     if workload.dense_batch < 2 * TILE or not overlap:
         return sequential
     if not found.pays:
@@ -203,7 +205,7 @@ def search(
 
 def _structures(graphs: dict[Form, LayerGraph], state: _Search) -> list[tuple[Form, Cuts]]:
     """Stage I: two parts of each operation, cut at every tile between a quarter and three quarters of the batch; the best few by period."""
-    found = []
+    found: list[tuple[float, float, Form, Cuts]] = []
     for form, graph in graphs.items():
         for cut in range(TILE, graph.batch, TILE):
             if not graph.batch / 4 <= cut <= 3 * graph.batch / 4 and graph.batch >= 4 * TILE:
@@ -219,7 +221,13 @@ def _structures(graphs: dict[Form, LayerGraph], state: _Search) -> list[tuple[Fo
 
 
 def _staged(
-    origin: Pipeline, form: Form, layer: LayerGraph, cuts: Cuts, state: _Search, overlap: Sequence[str], share_of_budget: float
+    origin: Pipeline,
+    form: Form,
+    layer: LayerGraph,
+    cuts: Cuts,
+    state: _Search,
+    overlap: Sequence[str],
+    share_of_budget: float,
 ) -> Pipeline:
     """Both stages for one structure."""
     graph = layer.split(cuts)
@@ -289,10 +297,6 @@ EXHAUSTIVE = 1500  # assignments of shares that are tried one by one
 
 def _all_shares(graph: NanoGraph, state: _Search) -> tuple[tuple[int, ...], tuple[float, ...], float]:
     """Every order with every assignment of shares."""
-    import itertools
-
-    from anabranch.serving.nanoflow.order import linear_orders
-
     best: tuple[float, tuple[int, ...], tuple[float, ...]] | None = None
     for order in linear_orders(graph):
         for shares in itertools.product(state.levels, repeat=len(graph.ops)):

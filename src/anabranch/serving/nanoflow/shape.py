@@ -103,7 +103,8 @@ class ModelShape:
         """All that is stored, norms and biases left out."""
         table = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         experts = sum(
-            part.num_layers * (3 * self.dim * (part.num_experts * part.hidden_dim * part.pools + part.shared_hidden_dim))
+            part.num_layers
+            * (3 * self.dim * (part.num_experts * part.hidden_dim * part.pools + part.shared_hidden_dim))
             + part.num_layers * part.router_parameters
             for part in self.feed_forwards
         )
@@ -183,7 +184,9 @@ def _feed_forward(config: Any, context: Any) -> FeedForwardShape:
     )
 
 
-def _dense(name: str, dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocab: int, **more: Any) -> ModelShape:
+def _dense(
+    name: str, dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocab: int, **more: Any
+) -> ModelShape:
     part = FeedForwardShape(num_layers=layers, hidden_dim=hidden)
     return _model(name, dim, heads, kv_heads, vocab, (part,), **more)
 

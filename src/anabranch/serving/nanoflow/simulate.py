@@ -43,7 +43,9 @@ class Schedule:
         if self.shares is not None:
             wrong = [share for share in self.shares if not 0 < share <= 1]
             if len(self.shares) != len(self.order) or wrong:
-                raise InputError(f"shares are {self.shares}; there must be one above 0 and at most 1 for each nano-operation")
+                raise InputError(
+                    f"shares are {self.shares}; there must be one above 0 and at most 1 for each nano-operation"
+                )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,12 @@ class _Run:
         waiting, self.followers = dependences(graph, num_layers)
         self.waiting = list(waiting)
         self.streams = {
-            name: [layer * self.count + number for layer in range(num_layers) for number in order if self.resources[number] == name]
+            name: [
+                layer * self.count + number
+                for layer in range(num_layers)
+                for number in order
+                if self.resources[number] == name
+            ]
             for name in RESOURCES
         }
         place = {number: at for at, number in enumerate(order)}
@@ -227,9 +234,15 @@ def violations(timeline: Timeline) -> list[str]:
         if span.layer:
             earlier += [(span.layer - 1, other) for other in graph.before_next[span.number]]
         name = f"{graph.ops[span.number].name} of layer {span.layer}"
-        found += [f"{name} starts before {graph.ops[key[1]].name} is done" for key in earlier if end[key] > span.start_s + tiny]
+        found += [
+            f"{name} starts before {graph.ops[key[1]].name} is done"
+            for key in earlier
+            if end[key] > span.start_s + tiny
+        ]
         beside = [
-            other for other in timeline.spans if other.start_s <= span.start_s + tiny and other.end_s > span.start_s + tiny
+            other
+            for other in timeline.spans
+            if other.start_s <= span.start_s + tiny and other.end_s > span.start_s + tiny
         ]
         same = [other for other in beside if graph.ops[other.number].resource == graph.ops[span.number].resource]
         if len(same) > 1:
