@@ -143,34 +143,33 @@ class _Run:
         self.begun: dict[int, float] = {}
         self.ends: dict[int, float] = {}  # of a product: if nothing changes
         self.now, self.used = 0.0, 0.0
+        self.others = 0.0  # share of what runs and is no product
 
     def spans(self) -> list[Span]:
         """Run to the end."""
         while True:
-            before = self._others()
+            before = self.others
             self._start()
             if not self.running:
                 break
-            self._adjust(before, self._others())
-            self.now = min(self.ends[job] for job in self.running.values())
-            before = self._others()
+            self._adjust(before)
+            self.now = min([self.ends[job] for job in self.running.values()])
+            before = self.others
             self._finish()
-            self._adjust(before, self._others())
+            self._adjust(before)
         return [
             Span(job % self.count, job // self.count, start, self.ends[job])
             for job, start in sorted(self.begun.items(), key=lambda item: (item[1], self.rank[item[0]]))
         ]
 
-    def _others(self) -> float:
-        """Share of what is no product."""
-        return sum(self.shares[job % self.count] for name, job in self.running.items() if name != "compute")
-
     def _start(self) -> None:
-        ready = sorted(
-            (self.rank[jobs[self.heads[name]]], jobs[self.heads[name]], name)
-            for name, jobs in self.streams.items()
-            if name not in self.running and self.heads[name] < len(jobs) and not self.waiting[jobs[self.heads[name]]]
-        )
+        ready = []
+        for name, jobs in self.streams.items():
+            head = self.heads[name]
+            if name not in self.running and head < len(jobs) and not self.waiting[jobs[head]]:
+                ready.append((self.rank[jobs[head]], jobs[head], name))
+        if len(ready) > 1:
+            ready.sort()
         for _, job, name in ready:
             share = self.shares[job % self.count]
             if self.used + share > 1 + SLACK:
@@ -180,27 +179,34 @@ class _Run:
             self.running[name] = job
             self.begun[job] = self.now
             seconds = self.seconds[job % self.count]
-            if self.is_elastic and name == "compute":
-                seconds /= 1 - self._others()
+            if name != "compute":
+                self.others += share
+            elif self.is_elastic:
+                seconds /= 1 - self.others
             self.ends[job] = self.now + seconds
 
-    def _adjust(self, before: float, after: float) -> None:
-        """What is left of a product goes on at another speed."""
+    def _adjust(self, before: float) -> None:
+        """The share of what is no product was ``before``: what is left of a product goes on at another speed."""
         job = self.running.get("compute")
-        if self.is_elastic and job is not None and before != after and self.begun[job] < self.now:
-            self.ends[job] = self.now + (self.ends[job] - self.now) * (1 - before) / (1 - after)
-        elif self.is_elastic and job is not None and before != after:
-            self.ends[job] = self.now + self.seconds[job % self.count] / (1 - after)
+        if job is None or not self.is_elastic or before == self.others:
+            return
+        if self.begun[job] < self.now:
+            self.ends[job] = self.now + (self.ends[job] - self.now) * (1 - before) / (1 - self.others)
+        else:
+            self.ends[job] = self.now + self.seconds[job % self.count] / (1 - self.others)
 
     def _finish(self) -> None:
-        done = [name for name, job in self.running.items() if self.ends[job] <= self.now * (1 + 1e-12)]
-        for name in done:
+        until = self.now * (1 + 1e-12)
+        for name in [name for name, job in self.running.items() if self.ends[job] <= until]:
             job = self.running.pop(name)
             self.used -= self.shares[job % self.count]
+            if name != "compute":
+                self.others -= self.shares[job % self.count]
             for follower in self.followers[job]:
                 self.waiting[follower] -= 1
-        if not self.running:
-            self.used = 0.0
+        if len(self.running) <= ("compute" in self.running):  # so that tenths do not add up to what is not there
+            self.others = 0.0
+            self.used = self.shares[self.running["compute"] % self.count] if self.running else 0.0
 
 
 def dependences(graph: NanoGraph, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
