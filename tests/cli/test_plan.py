@@ -120,13 +120,37 @@ def test_share_tables_are_read(tmp_path, capsys):
     assert "no share table" in capsys.readouterr().err
 
 
-def test_this_machine_is_measured(monkeypatch):
+def test_a_profile_that_was_saved_is_read(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    first = json.loads(
+        out_of(
+            capsys,
+            "llama-3-8b",
+            "--hardware",
+            "compute=100T,bandwidth=1T,memory=80G",
+            "--save-hardware",
+            str(path),
+            "--json",
+        )
+    )
+    again = json.loads(out_of(capsys, "llama-3-8b", "--hardware", str(path), "--json"))
+    assert again == first
+
+
+def test_this_machine_is_measured(monkeypatch, capsys):
     import functools
 
     from anabranch.serving.nanoflow import measure
 
     quick = functools.partial(measure.measure, seconds=0.01, stream_bytes=1 << 20)
     monkeypatch.setattr(measure, "measure", quick)
+    monkeypatch.setattr(
+        measure, "measure_shares", functools.partial(measure.measure_shares, seconds=0.01, stream_bytes=1 << 20)
+    )
+    assert main(["plan", "demo", "--search", "--budget", "0.1", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "measuring how operations slow each other" in told.err
+    assert json.loads(told.out)["pipeline"]["key"]["table"]["source"].startswith("measured on")
     found = read_hardware("cpu", "float32")
     assert found.compute > 1e8
     assert found.memory_bandwidth > 1e7

@@ -68,11 +68,17 @@ def plan(
     ] = False,
     budget: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the search.")] = 60.0,
     table_file: Annotated[
-        Path | None, typer.Option("--shares", metavar="FILE", help="R -> P table as JSON. Default: the paper's points.")
+        Path | None,
+        typer.Option(
+            "--shares", metavar="FILE", help="R -> P table as JSON. Default: the paper's points; measured with cpu."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Pipeline file: read if it fits model, hardware and lengths, else written."),
+    ] = None,
+    save_hardware: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the profile of the hardware as JSON, for --hardware.")
     ] = None,
     gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None,
     as_json: AsJson = False,
@@ -95,18 +101,23 @@ def plan(
     tokens = batch or largest_batch(shape, device, prompt, output)
     workload = Workload(prompt=prompt, output=output, dense_batch=tokens)
     found = estimate(shape, device, workload)
-    pipeline = _pipeline(found, budget, table_file, out) if search or out or gantt else None
+    if save_hardware is not None:
+        device.save(save_hardware)
+    wants_pipeline = search or out is not None or gantt is not None
+    shares = _shares(table_file, hardware) if wants_pipeline else None
+    pipeline = _pipeline(found, budget, shares, out) if shares is not None else None
     if pipeline is not None and gantt is not None:
         from anabranch.serving.nanoflow.simulate import save_gantt
 
-        save_gantt(pipeline.timeline(_shares(table_file)), gantt)
+        save_gantt(pipeline.timeline(shares), gantt)
     if as_json:
         print_json({**describe(found), **({"pipeline": pipeline.to_dict()} if pipeline else {})})
         return
     _print(found)
     if pipeline is not None:
         _print_pipeline(pipeline, found)
-        for path in (path for path in (out, gantt) if path is not None):
+    for path in (save_hardware, out, gantt):
+        if path is not None:
             fact("wrote", str(path))
 
 
@@ -208,12 +219,18 @@ def _shape(model: str, weight_bytes: float) -> ModelShape:
     return shape_of(load_config(model), Path(model).name, weight_bytes=weight_bytes, kv_bytes=cached)
 
 
-def _shares(path: Path | None) -> ShareTable:
+def _shares(path: Path | None, hardware: str) -> ShareTable:
+    """A table from a file, of this machine's CPU, or the paper's."""
     import json
 
     from anabranch.errors import DataError
     from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
 
+    if path is None and hardware == "cpu":
+        from anabranch.serving.nanoflow.measure import measure_shares
+
+        say("measuring how operations slow each other ...")
+        return measure_shares()
     if path is None:
         return PAPER_TABLE
     try:
@@ -224,10 +241,9 @@ def _shares(path: Path | None) -> ShareTable:
         raise DataError(f"{path} is no share table: {error}") from None
 
 
-def _pipeline(found: Estimate, budget: float, table_file: Path | None, out: Path | None) -> Pipeline:
+def _pipeline(found: Estimate, budget: float, shares: ShareTable, out: Path | None) -> Pipeline:
     from anabranch.serving.nanoflow.search import load_pipeline, search
 
-    shares = _shares(table_file)
     if out is not None:
         known = load_pipeline(out, found.model, found.hardware, found.workload, shares)
         if known is not None:
