@@ -5,7 +5,8 @@ import pytest
 from anabranch.config import from_dict, to_dict
 from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
-from anabranch.studies.nanoflow import LARGE, SMALL, Model, Size, arms, draw, judge, make, table_of
+from anabranch.studies.nanoflow import LARGE, SMALL, Size, arms, draw, judge, make
+from anabranch.studies.nanoflow_runs import Model, table_of
 
 TINY = Size(
     model=Model(num_layers=2, dim=32, hidden_dim=48, num_heads=2, num_kv_heads=1, vocab_size=64),
@@ -77,7 +78,7 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
 
     with gzip.open(tmp_path / "azure.csv.gz", "wt") as file:
         file.write("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46,374,44\n" * 9)
-    monkeypatch.setattr("anabranch.studies.nanoflow.find_data", lambda name: tmp_path / "azure.csv.gz")
+    monkeypatch.setattr("anabranch.studies.nanoflow_runs.find_data", lambda name: tmp_path / "azure.csv.gz")
     outcome = run_study(make(**to_kwargs(TINY)), tmp_path / "results", seeds=[0])
     assert not outcome.missing
     runs = outcome.results.runs
