@@ -128,7 +128,10 @@ def test_random_mixes_of_limits(model, seed):
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])
-def test_the_decoder_gives_the_tokens_of_the_compiled_step(model, prompts, has_kernel, monkeypatch):
+@pytest.mark.parametrize("name", ["dense", "moe", "moe-lossfree"])
+def test_the_decoder_gives_the_tokens_of_the_compiled_step(name, has_kernel, monkeypatch):
+    model = presets.find(name)("tiny").model.replace(init_std=0.2).build(seed=0)
+    prompts = prompts_of(model, (5, 1, 23, 40, 8))
     assert (ModelRunner(model, num_blocks=1).fast is None) == (load() is None)
     monkeypatch.setattr(FastDecoder, "supports", staticmethod(lambda model: "not today"))
     if not has_kernel:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from anabranch import presets
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError
 from anabranch.lm import save_model
@@ -152,6 +153,39 @@ def test_a_folder_is_loaded(model, tmp_path):
     assert llm.engine.info.model == "m"
     with pytest.raises(ConfigError, match="model is ''"):
         ServingConfig().load()
+
+
+def test_experts_in_a_budget_give_the_same_tokens(tmp_path):
+    model = presets.moe("tiny").model.replace(init_std=0.2).build(seed=0)
+    save_model(tmp_path / "m", model, ByteTokenizer.Config().build())
+    sampling = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
+    prompts = ["one prompt", "and another", "1"]
+    expected = [
+        answer.tokens
+        for answer in LLM(model, num_blocks=20).generate([tuple(map(ord, prompt)) for prompt in prompts], sampling)
+    ]
+    pool_bytes = sum(weight.nbytes for block in model.blocks for weight in block.feed_forward.experts.parameters())
+    llm = LLM(tmp_path / "m", dtype="float32", num_blocks=20, expert_budget=str(pool_bytes // 2))
+    assert [answer.tokens for answer in llm.generate(prompts, sampling)] == expected
+    llm.close()
+    stats = [event for event in llm._events if isinstance(event, EngineStats)][-1]
+    assert 0 < stats.gauges["expert_resident_bytes"] <= pool_bytes // 2
+    assert stats.counters["expert_hits"] + stats.counters["expert_misses"] > 0
+    assert len(llm.engine.controls["expert_cache"]()) == len(model.blocks)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_weights_say_nearly_the_same(tmp_path, bits):
+    model = presets.moe("tiny").model.replace(init_std=0.05).build(seed=0)
+    save_model(tmp_path / "m", model, ByteTokenizer.Config().build())
+    sampling = Sampling(temperature=0.0, max_tokens=1, logprobs=5, ignore_eos=True)
+    told = {}
+    for quantize in ("none", bits):
+        llm = LLM(tmp_path / "m", dtype="float32", num_blocks=20, quantize=quantize)
+        told[quantize] = llm.generate(["a prompt"], sampling)[0].output.logprobs[0]
+        llm.close()
+    assert told["none"] != told[bits]
+    assert told["none"].logprob == pytest.approx(told[bits].logprob, abs=0.05 if bits == "int8" else 0.5)
 
 
 @pytest.mark.slow
