@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elastic_models import moe_config, save_moe
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import Decoder
@@ -18,7 +17,8 @@ from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.elasticmoe.mapped import PAGE, Pages, Range, move_bytes
 from anabranch.serving.elasticmoe.memory import MemoryManager, attach
 from anabranch.serving.elasticmoe.plan import place, plan_scale
-from anabranch.serving.elasticmoe.wire import Channel, ChannelClosed, pair
+from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
+from elastic_models import moe_config, save_moe
 
 KV = 4 * PAGE
 
@@ -136,9 +136,9 @@ def test_files_travel_with_messages():
     os.close(fd)
     here.close()
     assert there.poll()
-    with pytest.raises(ChannelClosed):
+    with pytest.raises(ChannelClosedError):
         there.recv()
-    with pytest.raises(ChannelClosed):
+    with pytest.raises(ChannelClosedError):
         there.send(1)
     there.close()
     pages.close()
@@ -270,5 +270,5 @@ def test_the_manager_ends_with_its_owner(memory):
     assert memory.usage()["devices"][0]["dense"] > 0
     memory.close()
     assert not memory.process.is_alive
-    with pytest.raises(ChannelClosed):
+    with pytest.raises(ChannelClosedError):
         memory.usage()

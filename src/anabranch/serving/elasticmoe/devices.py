@@ -145,7 +145,8 @@ class Host:
         with self._lock:
             for copy in plan.copy:
                 if copy.target in plan.old.devices and copy.target in self.devices:
-                    assert copy.layer is not None and copy.expert is not None
+                    assert copy.layer is not None
+                    assert copy.expert is not None
                     self._release(copy.target, copy.layer, copy.expert)
             for number in set(plan.new.devices) - set(plan.old.devices):
                 self._forget(number)

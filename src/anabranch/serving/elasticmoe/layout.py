@@ -9,6 +9,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.elasticmoe.mapped import PAGE, padded
@@ -141,7 +142,7 @@ def layout_of(folder: str | Path, page: int = PAGE) -> Layout:
     return Layout(str(found), tuple(dense), padded(max(1, offset), page), tuple(layers), run, page)
 
 
-def pool_names(model) -> list[str]:  # type: ignore[no-untyped-def]  # an nn.Module, which only processes with torch have
+def pool_names(model: Any) -> list[str]:
     """Names of the pools of experts, each once, in the order of the model."""
     from anabranch.nn.pool import ExpertPool
 

@@ -2,8 +2,7 @@
 
 `Pages` is what a memory manager owns: a memfd whose pages exist from the first write until they are let go. `Range` is a reserved run
 of addresses in a process that attaches; pieces of several places of a file are mapped into it side by side (MAP_FIXED). Elsewhere than
-on Linux there are temporary files instead of memfds, and a `Range` copies what Linux maps (`BackendWarning`-free for readers: the
-caller is told once).
+on Linux there are temporary files instead of memfds, and a `Range` copies what Linux maps, with a warning.
 """
 
 import ctypes
@@ -22,6 +21,7 @@ PAGE = mmap.PAGESIZE
 _CHUNK = 4 << 20
 _IS_LINUX = sys.platform == "linux"
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
+_RESERVED = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | _MAP_NORESERVE
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _MADV_HUGEPAGE = 14
 _FAILED = ctypes.c_void_p(-1).value
@@ -122,7 +122,7 @@ class Range:
             self._own = mmap.mmap(-1, self.size)
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._own))
         else:
-            self.address = self._map(None, self.size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)  # fmt: skip
+            self.address = self._map(None, self.size, _PROT_NONE, _RESERVED, -1, 0)
             if huge:
                 _libc.madvise(self.address, self.size, _MADV_HUGEPAGE)
 
@@ -140,7 +140,7 @@ class Range:
             wanted
         ):  # what is behind the last slot must not be read by mistake
             start, end = len(wanted) * self.block, len(self.where) * self.block
-            self._map(self.address + start, end - start, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED, -1, 0)  # fmt: skip
+            self._map(self.address + start, end - start, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
         self.where = wanted
         return len(changed), len(wanted) - len(changed)
 

@@ -21,7 +21,7 @@ from anabranch.serving.elasticmoe.devices import Host
 from anabranch.serving.elasticmoe.layout import Layout
 from anabranch.serving.elasticmoe.plan import Placement, ScalePlan
 from anabranch.serving.elasticmoe.processes import Process, start_process
-from anabranch.serving.elasticmoe.wire import Channel, ChannelClosed, pair
+from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
 
 __all__ = ["Attached", "MemoryManager", "attach"]
 
@@ -104,6 +104,9 @@ class MemoryManager:
         fd = ours.detach()
         try:
             self.process.channel.send("connect", [fd])
+        except ChannelClosedError:
+            theirs.close()
+            raise
         finally:
             os.close(fd)
         return theirs.detach()
@@ -122,7 +125,7 @@ class MemoryManager:
         channel = channel or Channel.of_fd(self.connect())
         try:
             answer = _answer(*channel.ask((name, arguments)))[0]
-        except ChannelClosed:
+        except ChannelClosedError:
             channel.close()
             raise
         except BaseException:
@@ -149,7 +152,7 @@ class _Served:
         self.host, self.channel = host, channel
 
     def run(self) -> None:
-        with contextlib.suppress(ChannelClosed):  # the client has gone
+        with contextlib.suppress(ChannelClosedError):  # the client has gone
             while True:
                 (name, arguments), _ = self.channel.recv()
                 try:
@@ -188,7 +191,7 @@ class _Served:
 def main() -> None:
     """The process: takes connections from the one that started it until that ends."""
     control = Channel.of_fd(int(sys.argv[1]))
-    with contextlib.suppress(ChannelClosed):
+    with contextlib.suppress(ChannelClosedError):
         (layout, kv_bytes), _ = control.recv()
         host = Host(layout, kv_bytes)
         while True:

@@ -178,7 +178,8 @@ def plan_scale(
         raise InputError(f"expert_bytes has {len(expert_bytes)} layers; the placement has {len(old.experts)}")
     for rank, device in enumerate(devices):
         if device in old.devices and old.shard(device) != rank % old.tp:
-            raise InputError(f"device {device} holds part {old.shard(device)} of the attention; it cannot become part {rank % old.tp}")  # fmt: skip
+            held, asked = old.shard(device), rank % old.tp
+            raise InputError(f"device {device} holds part {held} of the attention; it cannot become part {asked}")
     sizes = tuple(sum(len(held) for held in row) for row in old.experts)
     new = _spread(old, tuple(devices), sizes, heat or {})
     return _plan(old, new, tuple(lost), lambda layer, expert: expert_bytes[layer], shard_bytes)

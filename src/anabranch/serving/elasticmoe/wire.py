@@ -13,13 +13,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Channel", "ChannelClosed", "pair"]
+__all__ = ["Channel", "ChannelClosedError", "pair"]
 
 _HEADER = struct.Struct("<QI")  # bytes of the message, file descriptors that travel with it
 _MOST_FDS = 64
 
 
-class ChannelClosed(ConnectionError):
+class ChannelClosedError(ConnectionError):
     """The other end is gone: its process has ended or has closed it."""
 
 
@@ -36,7 +36,7 @@ class Channel:
         return cls(socket.socket(fileno=fd))
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Send a value, and open files beside it. Raises ChannelClosed."""
+        """Send a value, and open files beside it. Raises ChannelClosedError."""
         data = pickle.dumps(message, protocol=5)
         header = _HEADER.pack(len(data), len(fds))
         try:
@@ -47,20 +47,23 @@ class Channel:
                 else:
                     self._socket.sendall(header + data)
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            raise ChannelClosedError(str(error)) from None
 
     def recv(self) -> tuple[Any, list[int]]:
-        """The next message and the files that came with it. Raises ChannelClosed."""
+        """The next message and the files that came with it. Raises ChannelClosedError."""
+        fds: list[int] = []
         try:
             header, fds = self._header()
             size, count = _HEADER.unpack(header)
             data = self._read(size)
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            for fd in fds:
+                os.close(fd)
+            raise ChannelClosedError(str(error)) from None
         if len(fds) != count:
             for fd in fds:
                 os.close(fd)
-            raise ChannelClosed(f"{count} files were sent and {len(fds)} arrived")
+            raise ChannelClosedError(f"{count} files were sent and {len(fds)} arrived")
         return pickle.loads(data), fds
 
     def ask(self, message: Any, fds: Sequence[int] = ()) -> tuple[Any, list[int]]:
@@ -87,15 +90,15 @@ class Channel:
         """End it; whoever waits at either end learns of it."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it was never connected or the other end was faster
+        except OSError:  # the other end was faster
             self._socket.close()
-            return
-        self._socket.close()
+        else:
+            self._socket.close()
 
     def _header(self) -> tuple[bytes, list[int]]:
         data, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, _MOST_FDS)
         if not data:
-            raise ChannelClosed("the other end is closed")
+            raise ChannelClosedError("the other end is closed")
         return data + self._read(_HEADER.size - len(data)), fds
 
     def _read(self, size: int) -> bytes:
@@ -104,7 +107,7 @@ class Channel:
         while view:
             count = self._socket.recv_into(view)
             if not count:
-                raise ChannelClosed("the other end closed within a message")
+                raise ChannelClosedError("the other end closed within a message")
             view = view[count:]
         return bytes(data)
 
