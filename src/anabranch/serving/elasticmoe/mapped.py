@@ -23,7 +23,7 @@ _IS_LINUX = sys.platform == "linux"
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _RESERVED = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | _MAP_NORESERVE
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_MADV_HUGEPAGE = 14
+_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
 _FAILED = ctypes.c_void_p(-1).value
 
 if _IS_LINUX:
@@ -147,6 +147,11 @@ class Range:
     def buffer(self, size: int) -> ctypes.Array:
         """The first ``size`` bytes, for `torch.frombuffer`. It is of no use after `close`."""
         return (ctypes.c_char * size).from_address(self.address)
+
+    def touch(self) -> None:
+        """Let the process's page tables point to what is mapped, so that the first use does not have to."""
+        if not self.copies and self.where:
+            _libc.madvise(self.address, len(self.where) * self.block, _MADV_POPULATE_READ)
 
     def close(self) -> None:
         """Give the addresses back. No tensor over them may be used after."""
