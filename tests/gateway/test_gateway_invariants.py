@@ -12,7 +12,6 @@ from collections import Counter
 
 import pytest
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
     BreakerConfig,
     CacheConfig,
@@ -29,6 +28,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.web.api_error import ApiError
 from gateway_process import served
 
 STEPS = (
