@@ -158,9 +158,10 @@ class Host:
         return sum(sum(device.resident.values()) for device in list(self.devices.values()))
 
     def usage(self) -> dict:
-        """Bytes by device and kind, bytes moved by kind since the start, bytes read of each tensor."""
+        """Bytes by device and kind, bytes moved by kind since the start, bytes read of each tensor, whether a plan is prepared."""
         devices = {number: device.resident for number, device in sorted(self.devices.items())}
-        return {"devices": devices, "moved": dict(self.moved), "read": dict(self.disk.read)}
+        is_prepared = self.plan is not None
+        return {"devices": devices, "moved": dict(self.moved), "read": dict(self.disk.read), "is_prepared": is_prepared}
 
     def close(self) -> None:
         """Let go of everything."""

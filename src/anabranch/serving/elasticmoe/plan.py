@@ -139,14 +139,16 @@ class ScalePlan:
         return "\n".join(lines)
 
 
-def place(num_experts: int, layers: int, devices: Sequence[int], tp: int = 1) -> Placement:
+def place(num_experts: int | Sequence[int], layers: int, devices: Sequence[int], tp: int = 1) -> Placement:
     """The first placement: each device a run of neighbouring experts, loads that differ by at most one.
+
+    ``num_experts`` may differ from layer to layer.
 
     Raises InputError for devices that are no whole number of tensor parallel groups.
     """
     _check_devices(devices, tp)
     empty = Placement((), tuple(() for _ in range(layers)), tp)
-    sizes = tuple(num_experts for _ in range(layers))
+    sizes = (num_experts,) * layers if isinstance(num_experts, int) else tuple(num_experts)
     return _spread(empty, tuple(devices), sizes, {})
 
 

@@ -1,9 +1,9 @@
 """When to scale: policies that look at what was served and how much waits, and say how many devices there should be. Pure, no clock.
 
-    slo        more devices while too few requests meet their targets, fewer while they all do and the devices idle
-    queue      by the requests that wait or run per device
-    schedule   by the time of day
-    manual     never by itself
+slo        more devices while too few requests meet their targets, fewer while they all do and the devices idle
+queue      by the requests that wait or run per device
+schedule   by the time of day
+manual     never by itself
 """
 
 import math

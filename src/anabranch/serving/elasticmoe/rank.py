@@ -80,7 +80,9 @@ class Rank:
         matrices = self.boot.layout.layers[0]
         dtype, dim = torch_dtype(matrices[0].dtype), self.model.config.dim
         rows = self.limits.max_batched_tokens
-        places = max(getattr(router, "places", 0) for router in _layers(self.model)) or max(self.boot.layout.num_experts)
+        places = max(getattr(router, "places", 0) for router in _layers(self.model)) or max(
+            self.boot.layout.num_experts
+        )
         others = [rank for rank in range(self.boot.num_ranks) if rank != self.boot.rank]
         asking, answering = fds[: len(others)], fds[len(others) :]
         peers = []

@@ -74,7 +74,9 @@ class Channel:
     def poll(self, timeout_s: float | None = 0.0) -> bool:
         """Whether there is something to receive, or the end of the channel. None waits for it."""
         try:
-            return bool(select.select([self._socket], [], [], timeout_s)[0])
+            waiter = select.poll()  # not select.select, which knows no descriptors above 1023
+            waiter.register(self._socket, select.POLLIN)
+            return bool(waiter.poll(None if timeout_s is None else timeout_s * 1000))
         except (OSError, ValueError):  # closed by another thread meanwhile
             return True
 

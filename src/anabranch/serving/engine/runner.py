@@ -95,7 +95,9 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[Sampled]:
         """One result for each chunk that samples, in order."""
         self._set_up(batch)
-        tokens = [self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens]
+        tokens = [
+            self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
+        ]
         for hook in self.hooks:
             hook.before_step(batch, tokens)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
