@@ -1,5 +1,6 @@
 """Settings of an elastic group."""
 
+import sys
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
@@ -28,6 +29,7 @@ class ElasticConfig(Config):
         busy: a command during another is ``queue``d or ``refuse``d.
         policy: when to scale.
         mapped: False copies weights into each instance (ablation: without the shared arena).
+        forks: copy ranks from a process that has imported everything; False starts an interpreter for each.
         p2p: False reads what is new from disk (ablation).
         pace_s, pace_token_s: see `Limits`.
         seed: of the sampler.
@@ -50,6 +52,7 @@ class ElasticConfig(Config):
     policy: Policy = Policy()
     mapped: bool = True
     p2p: bool = True
+    forks: bool = sys.platform == "linux"
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
     seed: int = 0

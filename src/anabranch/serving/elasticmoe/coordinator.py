@@ -19,6 +19,7 @@ from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
 
@@ -33,14 +34,19 @@ class Coordinator:
 
     Args:
         config: settings.
-        on_phase: see `Group`.
+        on_phase, forge: see `Group`.
     """
 
-    def __init__(self, config: ElasticConfig, on_phase: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(
+        self,
+        config: ElasticConfig,
+        on_phase: Callable[[str], None] = lambda name: None,
+        forge: Forge | None = None,
+    ) -> None:
         self.config = config
         self.autoscaler = Autoscaler(config.policy)
         self._judging = threading.Lock()
-        self.group = Group(config, self._served, on_phase)
+        self.group = Group(config, self._served, on_phase, forge)
         self._met = self._missed = 0
         self._is_draining = False
         self._watch: asyncio.Task[None] | None = None

@@ -47,8 +47,7 @@ class Mailbox:
         starts = [0, padded(sizes[0], 64), padded(sizes[0], 64) + padded(sizes[1], 64)]
         total = padded(starts[2] + sizes[2])
         self._pages = Pages("mailbox", total) if fd is None else None
-        self.fd = fd if self._pages is None else self._pages.fd
-        assert self.fd is not None
+        self.fd = self._pages.fd if self._pages is not None else -1 if fd is None else fd
         self._range = Range(1, total, is_writable=True, copies=False)
         self._range.remap(self.fd, [0])
         flat = torch.frombuffer(self._range.buffer(total), dtype=torch.uint8)
@@ -168,8 +167,10 @@ class SpreadExperts(nn.Module):
         limit = self.peers[0].mailbox.rows
         if len(x_ND) <= limit:
             return self._spread(x_ND, slot_NK, rank_NK, routing.weight_NK, weight_on)
-        parts = zip(*(part.split(limit) for part in (x_ND, slot_NK, rank_NK, routing.weight_NK)), strict=True)
-        return torch.cat([self._spread(*part, weight_on) for part in parts])
+        whole = (x_ND, slot_NK, rank_NK, routing.weight_NK)
+        starts = range(0, len(x_ND), limit)
+        parts = [[part[start : start + limit] for part in whole] for start in starts]
+        return torch.cat([self._spread(x, slot, rank, weight, weight_on) for x, slot, rank, weight in parts])
 
     def _spread(self, x_ND: Tensor, slot_NK: Tensor, rank_NK: Tensor, weight_NK: Tensor, weight_on: str) -> Tensor:
         asked: list[tuple[Peer, Tensor]] = []

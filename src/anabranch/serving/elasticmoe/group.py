@@ -23,6 +23,7 @@ from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
+from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.instance import Event, Instance, InstanceError, Standby
 from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.elasticmoe.ledger import Ledger
@@ -78,6 +79,7 @@ class Group:
         config: settings.
         served: told (time to first token, mean time per later token) of each request.
         on_phase: told of the start of each phase; for tests and traces. What it raises ends the change.
+        forge: makes processes; None for one of its own.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Group:
         config: ElasticConfig,
         served: Callable[[float, float], None] = lambda ttft_s, tpot_s: None,
         on_phase: Callable[[str], None] = lambda name: None,
+        forge: Forge | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
         self.layout = layout_of(config.model)
@@ -118,6 +121,7 @@ class Group:
         self.ledger = Ledger(self.limits, model.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)
+        self._own_forge, self.forge = forge is None, forge
         self.memory: MemoryManager | None = None
         self.placement: Placement | None = None
         self.is_closed = False
@@ -146,6 +150,7 @@ class Group:
             self._check_memory(plan)
             self.memory = MemoryManager.start(self.layout, self.kv_bytes)
             try:
+                self._light_forge()
                 instance = self._boot(self.devices)
                 self.memory.load(self.placement)
                 self._bring_up(instance, "current")
@@ -174,6 +179,8 @@ class Group:
         self.standby.close()
         if self.memory is not None:
             self.memory.close()
+        if self._own_forge and self.forge is not None:
+            self.forge.close()
 
     # Change
 
@@ -224,9 +231,12 @@ class Group:
                 with self._phase(name, report):
                     if name == "prepare":
                         new = self._prepare(plan, report)
-                    elif name in ("attach", "warm"):
+                    elif name == "attach":
                         assert new is not None
-                        new.all(name, **({"which": "prepared"} if name == "attach" else {}))
+                        new.all("attach", which="prepared")
+                    elif name == "warm":
+                        assert new is not None
+                        new.all("warm")
                     elif name == "switch":
                         assert new is not None
                         if old.is_broken and not lost:
@@ -349,6 +359,7 @@ class Group:
             self.standby.close()  # they are connected to the memory manager that is gone
             self.memory = MemoryManager.start(self.layout, self.kv_bytes)
             self.memory.load(self.placement)
+        self._light_forge()
         new = self._boot(self.devices)
         try:
             self._bring_up(new, "current")
@@ -369,9 +380,15 @@ class Group:
 
     # Parts
 
+    def _light_forge(self) -> None:
+        """Have a forge that can make ranks."""
+        if self.forge is None or not self.forge.is_alive:
+            self.forge, self._own_forge = Forge(forks=self.config.forks), True
+
     def _boot(self, devices: Sequence[int]) -> Instance:
         """Start the processes of a configuration."""
         assert self.memory is not None
+        assert self.forge is not None
         boots = [
             Boot(
                 layout=self.layout,
@@ -383,7 +400,7 @@ class Group:
             )
             for rank, device in enumerate(devices)
         ]
-        return Instance.boot(self.memory, boots, self._event)
+        return Instance.boot(self.forge, self.memory, boots, self._event)
 
     @staticmethod
     def _bring_up(instance: Instance, which: Which) -> None:

@@ -10,8 +10,9 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from anabranch.errors import BackendError
+from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.memory import MemoryManager
-from anabranch.serving.elasticmoe.processes import Process, start_process
+from anabranch.serving.elasticmoe.processes import Process
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.wire import ChannelClosedError, pair
 
@@ -100,7 +101,7 @@ class Instance:
         self._handles: dict[int, _Handle] = {}
 
     @classmethod
-    def boot(cls, memory: MemoryManager, boots: Sequence[Boot], on_event: OnEvent) -> "Instance":
+    def boot(cls, forge: Forge, memory: MemoryManager, boots: Sequence[Boot], on_event: OnEvent) -> "Instance":
         """Start the processes; `wait_ready` says when they are on standby."""
         devices = tuple(boot.device for boot in boots)
         instance = cls(devices, on_event)
@@ -112,7 +113,7 @@ class Instance:
                 answering = [ends[other, rank][1].detach() for other in range(count) if other != rank]
                 fds = [memory.connect(), *asking, *answering]
                 try:
-                    process = start_process("anabranch.serving.elasticmoe.rank", f"rank-{boot.device}")
+                    process = forge.make(f"rank-{boot.device}")
                     instance._handles[boot.device] = _Handle(boot.device, process, instance._event)
                     process.channel.send(boot, fds)
                 finally:

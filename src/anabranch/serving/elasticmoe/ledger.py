@@ -141,10 +141,11 @@ class Ledger:
                 if live.device is not None:
                     held[live.device].append(live)
             while self._queue:
-                live = self.live.get(self._queue[0][-1])
-                if live is None or live.instance is not None:  # it has ended, or was queued twice
+                first = self.live.get(self._queue[0][-1])
+                if first is None or first.instance is not None:  # it has ended, or was queued twice
                     heapq.heappop(self._queue)
                     continue
+                live = first
                 device = min(held, key=lambda device: len(held[device]))
                 if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, live, held[device]):
                     return

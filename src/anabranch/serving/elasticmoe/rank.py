@@ -16,7 +16,11 @@ import torch
 
 from anabranch.errors import AnabranchError
 from anabranch.lm.checkpoint import load_config
+from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
+from anabranch.nn.attention import Attention
+from anabranch.nn.moe import MoE
+from anabranch.routing import Router, TopK
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.scheduler import Scheduler
@@ -153,7 +157,7 @@ class Rank:
                 known.append(each.request)
         self.runner.run(Batch(step=-1, chunks=(), new=tuple(known)))
         kept_out = [] if free is None else handover.keep_out(self.scheduler, free)
-        told = {"brought": 0, "again": 0, "kept_out": kept_out}
+        told: dict[str, Any] = {"brought": 0, "again": 0, "kept_out": kept_out}
         for device, carried in parcels:
             brought, again_tokens = self._adopt(device, carried)
             told["brought"] += brought
@@ -168,9 +172,9 @@ class Rank:
         assert self.runner is not None
         other = attach(self.memory, device, "current")
         arena, pool = KvArena(other), self.runner.pool
-        theirs = arena.buffers(tuple(pool.key.shape), pool.key.dtype)
 
         def copy(pairs: Sequence[tuple[int, int]]) -> None:
+            theirs = arena.buffers(tuple(pool.key.shape), pool.key.dtype)
             for here, there in zip((pool.key, pool.value), theirs, strict=True):
                 blocks_here, blocks_there = (part.unflatten(2, (-1, pool.block_tokens)) for part in (here, there))
                 for source, target in pairs:
@@ -179,7 +183,6 @@ class Rank:
         for each in carried:
             self.sampler.outputs[each.request.id] = each.output
         result = handover.adopt(self.scheduler, carried, copy)
-        del theirs, copy
         arena.close()
         other.close()
         return result
@@ -316,11 +319,22 @@ def _layers(model: torch.nn.Module) -> list[Any]:
     return [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "places")]
 
 
-def main() -> None:
-    """The process."""
+def rehearse() -> None:
+    """Do once, on a model of nothing, what makes torch import and load the rest of itself."""
+    torch.set_num_threads(1)
+    layer = MoE.Config(num_experts=2, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=1)))
+    config = Decoder.Config(
+        vocab_size=8, dim=8, num_layers=1, attention=Attention.Config(num_heads=1), feed_forward=layer
+    )
+    build_empty(config)
+    ModelRunner(config.build(), num_blocks=1).warm_up()
+
+
+def main(fd: int) -> None:
+    """The process; ``fd`` is its end of the channel to the coordinator."""
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0005)  # a peer's rows should not wait 5 ms for this rank's own step
-    channel = Channel.of_fd(int(sys.argv[1]))
+    channel = Channel.of_fd(fd)
     try:
         boot, fds = channel.recv()
         rank = Rank(channel, boot, fds)
@@ -332,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -42,7 +42,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Boot:
-    """What a rank is told first. The files beside it: its channel to the memory manager, then for each peer the channels to ask and to answer."""
+    """What a rank is told first. The files beside it: its channel to the memory manager, then those to ask each peer and to answer it."""
 
     layout: Layout
     device: int

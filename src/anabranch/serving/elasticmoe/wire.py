@@ -88,6 +88,10 @@ class Channel:
         """Give the file away; the channel is of no use any more."""
         return self._socket.detach()
 
+    def forget(self) -> None:
+        """Close this process's copy; the channel itself goes on in the process that it was copied from."""
+        self._socket.close()
+
     def close(self) -> None:
         """End it; whoever waits at either end learns of it."""
         try:
