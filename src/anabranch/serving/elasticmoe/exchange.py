@@ -87,7 +87,7 @@ class Owner:
     def _serve(self, channel: Channel, mailbox: Mailbox) -> None:
         try:
             while True:
-                (layer, rows, places, weight_on), _ = channel.recv()
+                (number, layer, rows, places, weight_on), _ = channel.recv()
                 with torch.inference_mode():
                     x_MD = mailbox.x_ND[:rows]
                     try:
@@ -96,7 +96,7 @@ class Owner:
                         error = None
                     except Exception as failed:
                         error = f"{type(failed).__name__}: {failed}"
-                channel.send(error)
+                channel.send((number, error))
         except ChannelClosedError:
             channel.close()
 
@@ -106,6 +106,7 @@ class Peer:
 
     def __init__(self, rank: int, channel: Channel, mailbox: Mailbox) -> None:
         self.rank, self.channel, self.mailbox = rank, channel, mailbox
+        self._number = 0
 
     def ask(self, layer: int, x_MD: Tensor, slot_MK: Tensor, weight_MK: Tensor, weight_on: str) -> None:
         """Let it compute; `answer` gives the result."""
@@ -113,11 +114,14 @@ class Peer:
         self.mailbox.x_ND[:rows] = x_MD
         self.mailbox.index(rows, places).copy_(slot_MK)
         self.mailbox.weight(rows, places).copy_(weight_MK)
-        self.channel.send((layer, rows, places, weight_on))
+        self._number += 1
+        self.channel.send((self._number, layer, rows, places, weight_on))
 
     def answer(self, rows: int) -> Tensor:
         """y_MD of the last `ask`; valid until the next. Raises ChannelClosedError if the rank has died."""
-        error, _ = self.channel.recv()
+        number = -1
+        while number != self._number:  # an answer that nobody fetched, as something else failed meanwhile, is of no use
+            (number, error), _ = self.channel.recv()
         if error is not None:
             raise RuntimeError(f"rank {self.rank}: {error}")
         return self.mailbox.x_ND[:rows]

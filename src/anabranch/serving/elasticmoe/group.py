@@ -124,6 +124,7 @@ class Group:
         self._own_forge, self.forge = forge is None, forge
         self.memory: MemoryManager | None = None
         self.placement: Placement | None = None
+        self.coming: Instance | None = None  # the instance of a change that is under way
         self.is_closed = False
         self.reports: list[ScaleReport] = []
         self._operator = threading.RLock()
@@ -263,6 +264,7 @@ class Group:
             new = self.standby.take(plan.new.devices)
             if new is None:
                 new = self._boot(plan.new.devices)
+            self.coming = new
             try:
                 new.wait_ready()
                 report.bytes = copied.result()
@@ -288,7 +290,9 @@ class Group:
             )
             old.close()
             self._commit_again(memory)
-        self.counts.peak(memory)
+        with contextlib.suppress(ChannelClosedError):  # what died just now is found by the next who needs it
+            assert self.memory is not None
+            self.counts.peak(self.memory)
         if self.ledger.active is not None and self.ledger.active.is_broken:
             self._recover()
 

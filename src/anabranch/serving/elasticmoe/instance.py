@@ -106,22 +106,25 @@ class Instance:
         devices = tuple(boot.device for boot in boots)
         instance = cls(devices, on_event)
         count = len(devices)
-        ends = {(a, b): pair() for a in range(count) for b in range(count) if a != b}  # a asks b
+        asks = {(a, b): pair() for a in range(count) for b in range(count) if a != b}  # a asks b
         try:
             for rank, boot in enumerate(boots):
-                asking = [ends[rank, other][0].detach() for other in range(count) if other != rank]
-                answering = [ends[other, rank][1].detach() for other in range(count) if other != rank]
-                fds = [memory.connect(), *asking, *answering]
+                others = [other for other in range(count) if other != rank]
+                ends = [asks[rank, other][0] for other in others] + [asks[other, rank][1] for other in others]
+                process = forge.make(f"rank-{boot.device}")
+                instance._handles[boot.device] = _Handle(boot.device, process, instance._event)
+                fd = memory.connect()
                 try:
-                    process = forge.make(f"rank-{boot.device}")
-                    instance._handles[boot.device] = _Handle(boot.device, process, instance._event)
-                    process.channel.send(boot, fds)
+                    process.channel.send(boot, [fd, *(end.fileno() for end in ends)])
                 finally:
-                    for fd in fds:
-                        os.close(fd)
+                    os.close(fd)
         except BaseException:
             instance.close()
             raise
+        finally:
+            for here, there in asks.values():  # the ranks have theirs now
+                here.forget()
+                there.forget()
         return instance
 
     @property

@@ -201,6 +201,8 @@ class Ledger:
         with self.lock:
             self.active, self.is_paused = active, False
             self.room = dict(room or {})
+            for device in active.devices:
+                active.tell(device, "go")
             for id in self._aborted:
                 for device in active.devices:
                     active.tell(device, "abort", id=id)

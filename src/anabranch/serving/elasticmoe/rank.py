@@ -1,12 +1,14 @@
 """`Rank`: one device's executing process. It owns no memory; it attaches to its device's, runs requests on it, and lets go.
 
-    standby --attach--> attached --warm, start--> serving --pause--> paused --release--> standby
+    standby --attach--> attached --warm, start, go--> serving --pause--> paused --release--> standby
 
 A rank on standby has everything that takes long: the interpreter and its imports, an empty model, channels to its peers. It is driven by
 the coordinator through one channel: calls that are answered, requests that are not; outputs go back as they come.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -76,7 +78,7 @@ class Rank:
         self.kv: KvArena | None = None
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
-        self.is_serving = self.is_draining = False
+        self.is_serving = False
         self._picture_at = 0.0
 
     def _meet(self, fds: Sequence[int]) -> list[Peer]:
@@ -134,11 +136,10 @@ class Rank:
         self,
         frozen: bytes | None = None,
         parcels: Sequence[tuple[int, Sequence[handover.Carried]]] = (),
-        again: Sequence[handover.Carried] = (),
         free: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Serve. ``frozen``: the scheduler of this device before; ``parcels``: requests of devices that leave; ``again``: requests to run
-        from their tokens; ``free``: the only blocks to use until `do_give`."""
+        """Make ready to serve. ``frozen``: the scheduler of this device before; ``parcels``: requests of devices that leave; ``free``: the
+        only blocks to use until `do_give`."""
         limits = self.limits
         assert self.kv is not None
         shape = PagedShape.of(self.model)
@@ -162,10 +163,11 @@ class Rank:
             brought, again_tokens = self._adopt(device, carried)
             told["brought"] += brought
             told["again"] += again_tokens
-        for each in again:
-            self.do_submit(each.request, each.output)
-        self.is_serving, self.is_draining = True, False
         return told
+
+    def do_go(self) -> None:
+        """Begin to step: the coordinator knows by now that what was handed over is here."""
+        self.is_serving = True
 
     def _adopt(self, device: int, carried: Sequence[handover.Carried]) -> tuple[int, int]:
         assert self.scheduler is not None
@@ -192,15 +194,13 @@ class Rank:
         is here and give the blocks that it cannot need."""
         assert self.scheduler is not None
         if how == "drain":
-            self.is_draining = True
             return handover.reserve(self.scheduler)
         self.is_serving = False
         return handover.freeze(self.scheduler) if how == "freeze" else handover.carried(self.scheduler)
 
     def do_resume(self, blocks: Sequence[int] = ()) -> None:
-        """Go on after a pause, nothing having come of it; ``blocks`` were given away by a drain."""
+        """Nothing came of a pause: make ready to go on. ``blocks`` were given away by a drain."""
         assert self.scheduler is not None
-        self.is_serving, self.is_draining = True, False
         handover.give(self.scheduler, blocks)
 
     def do_give(self, blocks: Sequence[int]) -> None:
@@ -210,7 +210,7 @@ class Rank:
 
     def do_release(self) -> None:
         """Let go of the device's memory; the rank is on standby again."""
-        self.is_serving = self.is_draining = False
+        self.is_serving = False
         self.scheduler = self.runner = None
         self.owner.layers.clear()
         self.model.load_state_dict(self.empty, strict=False, assign=True)
@@ -306,8 +306,6 @@ class Rank:
             picture = self.scheduler.stats()
         if outputs or picture:
             self.channel.send(("outputs", outputs, picture))
-        if self.is_draining and not self.scheduler.has_work:
-            self.channel.send(("drained",))
 
     def do_heat(self) -> list[list[int]]:
         """Tokens that went to each expert of each layer since this rank attached."""
@@ -334,6 +332,7 @@ def main(fd: int) -> None:
     """The process; ``fd`` is its end of the channel to the coordinator."""
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0005)  # a peer's rows should not wait 5 ms for this rank's own step
+    faulthandler.register(signal.SIGUSR1)  # for operators: where a rank is
     channel = Channel.of_fd(fd)
     try:
         boot, fds = channel.recv()
