@@ -22,6 +22,7 @@ from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.report import report
+from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import train
 from anabranch.errors import AnabranchError
@@ -65,6 +66,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "report": report,
     "convert": convert,
+    "serve": serve,
     "study": study,
     "info": info,
 }

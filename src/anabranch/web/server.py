@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from anabranch.errors import AnabranchError, BackendError
 
@@ -18,6 +18,7 @@ try:
 except ImportError as error:
     raise BackendError(f"a server needs {error.name}; pip install 'anabranch[serve]' or 'anabranch[gateway]'") from None
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75.0
@@ -126,7 +127,7 @@ async def reload_on(event: asyncio.Event, reload: Callable[[], Awaitable[None]])
             logger.exception("the config could not be read again, the old one stays")
 
 
-def runner() -> Callable[[Coroutine[Any, Any, None]], None]:
+def runner() -> Callable[[Coroutine[Any, Any, T]], T]:
     """uvloop's where it is installed: a request takes less of the processor there."""
     try:
         import uvloop

@@ -17,24 +17,25 @@ decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahe
 import time
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
-from anabranch.serving.core.blocks import BlockPool
 from anabranch.serving.core.client import EngineStats
-from anabranch.serving.core.prefix import PrefixCache
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.state import RequestState
-from anabranch.serving.core.tier import KVTier
+from anabranch.serving.core.tables import BlockTables
+from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.core.turns import Order, Turns
 
 COUNTERS = (
     "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
     "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
 )  # fmt: skip
 KEPT_SAMPLES = 4096
+Part = tuple[RequestState, int, Chunk]  # of a step: a request, its epoch, and what it computes
 
 
 @configclass
@@ -51,6 +52,7 @@ class SchedulerConfig(Config):
         is_async: a step may be formed while the one before runs.
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
+        max_decodes: most requests that decode in a step, the others in the next; None for all. See `Turns`.
     """
 
     num_blocks: int = Field(ge=1)
@@ -63,10 +65,13 @@ class SchedulerConfig(Config):
     is_async: bool = False
     stop_tokens: tuple[int, ...] = ()
     quantum: int = Field(default=512, ge=1)
+    max_decodes: int | None = Field(default=None, ge=1)
 
-    def build(self, tier: KVTier | None = None) -> "Scheduler":
+    def build(
+        self, *, tier: KVTier | None = None, memory: Memory | None = None, order: Order | None = None
+    ) -> "Scheduler":
         """Make the scheduler."""
-        return Scheduler(self, tier=tier)
+        return Scheduler(self, tier=tier, memory=memory, order=order)
 
 
 class Scheduler:
@@ -75,17 +80,32 @@ class Scheduler:
     Args:
         config: limits.
         tier: where blocks go that have no room on the device; needs the prefix cache.
+        memory: decides, beside the free blocks, whether a waiting request may join those that run.
+        order: groups those that decode into two steps; needs ``max_decodes``.
         clock: seconds, as `Request.arrival` has them.
+
+    Attributes:
+        max_positions: the config's, or what the cache holds if that is less.
+        pool, prefixes: blocks, and what is found again.
     """
 
     def __init__(
-        self, config: SchedulerConfig, *, tier: KVTier | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SchedulerConfig,
+        *,
+        tier: KVTier | None = None,
+        memory: Memory | None = None,
+        order: Order | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if tier is not None and not config.prefix_cache:
             raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
-        self.config, self._tier, self._clock = config, tier, clock
-        self.pool = BlockPool(config.num_blocks, config.block_tokens, self._on_evicted)
-        self.prefixes = PrefixCache(self.pool)
+        if order is not None and config.max_decodes is None:
+            raise InputError("order groups what decodes into two steps; it needs max_decodes")
+        self.config, self._memory, self._clock = config, memory, clock
+        self._tables = BlockTables(config.num_blocks, config.block_tokens, has_prefixes=config.prefix_cache, tier=tier)
+        self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
+        self._turns = None if config.max_decodes is None else Turns(config.max_decodes, order)
         # A step takes a token of each running request at least, and a request must fit alone.
         self._most_running = min(config.max_seqs, config.max_batched_tokens)
         self.max_positions = min(config.max_positions, config.num_blocks * config.block_tokens)
@@ -93,15 +113,11 @@ class Scheduler:
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
         self._running: list[RequestState] = []  # by rank
-        self._coming: dict[bytes, RequestState] = {}  # prefixes that are being computed, and by whom
-        self._under_way: dict[int, list[tuple[RequestState, int, Chunk]]] = {}  # with epochs, by step
-        self._held: dict[int, list[list[int]]] = {}  # blocks to free when a step has run
-        self._num_held = self._serial = self._step = self._queued_tokens = 0
+        self._under_way: dict[int, list[Part]] = {}  # by step
+        self._serial = self._step = self._queued_tokens = 0
         self._is_short = False  # of blocks, in the step that is being formed
         self._new: list[Request] = []
         self._gone: list[str] = []
-        self._swaps_out: list[tuple[int, int]] = []
-        self._swaps_in: list[tuple[int, int]] = []
         self._counts = Counter(dict.fromkeys(COUNTERS, 0))
         self._batch_tokens: deque[float] = deque(maxlen=KEPT_SAMPLES)
 
@@ -141,17 +157,15 @@ class Scheduler:
         state = self._states.get(id)
         if state is None:
             return None
-        return self._output(self._end(state, Finish.ABORT))
+        self._end(state, Finish.ABORT)
+        return self._output(state)
 
     def reset_prefixes(self) -> int:
         """Let no request from now on use what was computed before; how many blocks were cached."""
         for state in self._waiting:
             state.root = b""
             state.keys.clear()
-        if self._tier is not None:
-            self._tier.reset()
-        self._coming.clear()
-        return self.prefixes.reset()
+        return self._tables.reset()
 
     def stats(self) -> EngineStats:
         """Counters, gauges, and the sizes of batches since the last call."""
@@ -174,54 +188,55 @@ class Scheduler:
         if len(self._under_way) >= (2 if self.config.is_async else 1) or not self._states:
             return None
         self._is_short = False
-        formed: list[tuple[RequestState, int, Chunk]] = []
-        budget = self._continue_running(formed, self.config.max_batched_tokens)
-        if not self._is_short and budget and self._waiting and len(self._running) < self._most_running:
-            self._admit_waiting(formed, budget)
-        if not formed:
+        parts: list[Part] = []
+        turn = None if self._turns is None else self._turns.take(self._running)
+        budget = self._continue_running(parts, self.config.max_batched_tokens, turn)
+        if not parts and turn is not None:  # none of them has a block for its token; the first in rank always gets one
+            budget = self._continue_running(parts, budget, None)
+        if not self._is_short and budget and len(self._waiting) and len(self._running) < self._most_running:
+            budget = self._admit_waiting(parts, budget)
+        if not parts:
             return None
-        chunks = tuple([chunk for _, _, chunk in formed])
+        tables = self._tables
         batch = Batch(
             step=self._step,
-            chunks=chunks,
+            chunks=tuple([chunk for _, _, chunk in parts]),
             new=tuple(self._new),
             gone=tuple(self._gone),
-            swaps_out=tuple(self._swaps_out),
-            swaps_in=tuple(self._swaps_in),
+            swaps_out=tuple([(block, slot) for slot, block in tables.saves.items()]),
+            swaps_in=tuple(tables.loads),
         )
-        if self._tier is not None:
-            self._counts["swapped_out_blocks"] += len(self._swaps_out)
-            self._counts["swapped_in_blocks"] += len(self._swaps_in)
-            self._tier.formed()
-        for told in (self._new, self._gone, self._swaps_out, self._swaps_in):
-            told.clear()
-        self._under_way[self._step] = formed
+        self._counts["swapped_out_blocks"] += len(tables.saves)
+        self._counts["swapped_in_blocks"] += len(tables.loads)
+        tables.formed()
+        self._new.clear()
+        self._gone.clear()
+        self._under_way[self._step] = parts
         self._step += 1
         self._counts["steps"] += 1
-        self._batch_tokens.append(batch.num_tokens)
+        self._batch_tokens.append(self.config.max_batched_tokens - budget)
         return batch
 
-    def _continue_running(self, formed: list[tuple[RequestState, int, Chunk]], budget: int) -> int:
-        """Chunks of running requests; the budget that is left."""
+    def _continue_running(self, parts: list[Part], budget: int, turn: Container[RequestState] | None) -> int:
+        """Chunks of running requests, of those that decode only the ones in ``turn``; the budget that is left."""
         running, block_tokens = self._running, self.config.block_tokens
-        decodes = sum([len(state.tokens) - state.computed == 1 for state in running])
+        reserved = sum([len(state.tokens) - state.computed == 1 for state in running])
         index = 0
         while index < len(running):  # it may grow shorter from its end
             state = running[index]
             index += 1
             count = len(state.tokens) - state.computed
             if count == 1:
-                decodes -= 1
-                if state.is_pending and len(state.tokens) >= state.most_tokens:
-                    continue  # the step under way gives its last token
+                reserved -= 1
+                if not state.decodes or (turn is not None and state not in turn):
+                    continue
             else:
-                count = self._portion(count, budget - decodes)
+                count = self._portion(count, budget - reserved)
             if len(state.blocks) * block_tokens < state.computed + count:
                 count = self._make_room(state, count)
-            if count <= 0:
-                continue
-            budget -= count
-            formed.append(self._chunk(state, count))
+            if count > 0:
+                budget -= count
+                parts.append(self._part(state, count))
         return budget
 
     def _portion(self, missing: int, budget: int) -> int:
@@ -229,82 +244,64 @@ class Scheduler:
         return min(missing, budget) if cap is None else min(missing, budget, cap)
 
     def _make_room(self, state: RequestState, count: int) -> int:
-        """Blocks for ``count`` more tokens, from requests of higher rank if need be; for how many tokens there is room."""
+        """Blocks for ``count`` more tokens, from requests of later rank if need be; for how many tokens there is room."""
         pool, running = self.pool, self._running
-        while not pool.append(state.blocks, state.computed + count):
+        while not self._tables.grow(state, state.computed + count):
             self._is_short = True
             needed = pool.blocks_for(state.computed + count) - len(state.blocks)
-            if running[-1] is not state and pool.num_free + self._num_held < needed:
+            if running[-1] is not state and pool.num_free + self._tables.num_held < needed:
                 self._send_back(running[-1])
-                continue
-            # It is the last itself, or a step under way is about to give back enough: it takes what there is and waits.
-            assert state is not running[0] or self._num_held, f"request {state.request.id} does not fit alone"
-            count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
-        state.table = tuple(state.blocks)
+            else:  # it is the last itself, or a step under way is about to give back enough: it takes what there is and waits
+                count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
         return count
 
     def _send_back(self, state: RequestState) -> None:
         """Preempt: the blocks go, the tokens stay."""
         self._running.remove(state)
-        self._release(state)
-        state.send_back()
+        self._tables.release(state, self._under_way)
         self._waiting.add_front(state)
         self._queued_tokens += state.num_prompt
         self._counts["preemptions"] += 1
 
-    def _admit_waiting(self, formed: list[tuple[RequestState, int, Chunk]], budget: int) -> None:
-        """First chunks of waiting requests, in order, until one does not fit."""
-        promised = sum([self.pool.blocks_for(len(each.tokens)) - len(each.blocks) for each in self._running])
+    def _admit_waiting(self, parts: list[Part], budget: int) -> int:
+        """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
+        tables, waiting = self._tables, self._waiting
+        promised = sum([tables.missing(each) for each in self._running])
+        expected = None if self._memory is None else [self._expected(each, self._memory) for each in self._running]
         later: list[RequestState] = []
         while budget and len(self._running) < self._most_running and len(later) <= self.config.max_seqs:
-            state = self._waiting.peek()
+            state = waiting.peek()
             if state is None:
                 break
-            cached = self._look_up(state)
+            cached = tables.look_up(state)
             if cached is None:
-                later.append(self._waiting.pop())
+                later.append(waiting.pop())
                 continue
-            needed = self.pool.blocks_for(len(state.tokens)) - len(cached)
-            revived = sum([self.pool.holders(block) == 0 for block in cached])
-            if needed + revived + promised > self.pool.num_free:
+            if not tables.fits(state, cached, promised):
                 break
-            self._waiting.pop()
+            if self._memory is not None and expected is not None:
+                candidate = self._expected(state, self._memory)
+                if expected and not self._memory.admits(expected, candidate):
+                    break
+                expected.append(candidate)
+            waiting.pop()
             count = self._start(state, cached, budget)
-            promised += self.pool.blocks_for(len(state.tokens)) - len(state.blocks)
+            promised += tables.missing(state)
             budget -= count
-            formed.append(self._chunk(state, count))
+            parts.append(self._part(state, count))
         for state in later:
-            self._waiting.add_front(state)
+            waiting.add_front(state)
+        return budget
 
-    def _look_up(self, state: RequestState) -> list[int] | None:
-        """Blocks that hold the beginning of a waiting request already; None if it had better wait for a step under way."""
-        if state.is_pending:
-            return None
-        if not self.config.prefix_cache:
-            return []
-        if not state.root:
-            state.root = self.prefixes.root(state.request.cache_salt, state.request.options)
-        known = len(state.tokens) - 1  # the last token is computed in any case, for its logits
-        self.prefixes.extend(state.keys, state.root, state.tokens, known)
-        cached = self.prefixes.match(state.keys[: known // self.config.block_tokens])
-        # Another request computes the next block just now (one prompt with n choices): to wait is cheaper than to do it twice.
-        other = self._coming.get(state.keys[len(cached)]) if len(cached) < len(state.keys) else None
-        return None if other is not None and other.rank[0] <= state.rank[0] else cached
+    def _expected(self, state: RequestState, memory: Memory) -> tuple[int, int]:
+        return len(state.tokens), memory.remaining(state.num_output, state.most_tokens - state.num_prompt)
 
     def _start(self, state: RequestState, cached: list[int], budget: int) -> int:
         """Let a waiting request run, from behind its cached blocks; the size of its first chunk."""
-        self.pool.hold(cached)
-        state.blocks = cached
-        if self._tier is not None:
-            self._bring_back(state, self._tier)
-        state.num_published = len(state.blocks)
-        state.computed = state.num_published * self.config.block_tokens
+        self._tables.begin(state, cached)
         count = self._portion(len(state.tokens) - state.computed, budget)
-        has_room = self.pool.append(state.blocks, state.computed + count)
+        has_room = self._tables.grow(state, state.computed + count)
         assert has_room, "blocks for the whole request were counted"
-        state.table = tuple(state.blocks)
-        for key in state.keys[state.num_published :]:
-            self._coming.setdefault(key, state)
         insort(self._running, state, key=_rank)
         self._queued_tokens -= state.num_prompt
         if not state.is_known:
@@ -316,24 +313,10 @@ class Scheduler:
             self._counts["cached_prompt_tokens"] += state.computed
         return count
 
-    def _bring_back(self, state: RequestState, tier: KVTier) -> None:
-        """Blocks for what the tier has of a request's prefix behind what the pool has."""
-        block_tokens, found = self.config.block_tokens, len(state.blocks)
-        end = found
-        while end < (len(state.tokens) - 1) // block_tokens and tier.holds(state.keys[end]):
-            end += 1
-        # All slots are pinned before a block is taken: taking one may make the tier save another into a slot.
-        slots = [tier.load(key) for key in state.keys[found:end]]
-        self.pool.append(state.blocks, end * block_tokens)
-        for slot, key, block in zip(slots, state.keys[found:end], state.blocks[found:], strict=True):
-            self._swaps_in.append((slot, block))
-            self.pool.publish(block, key)
-
-    def _chunk(self, state: RequestState, count: int) -> tuple[RequestState, int, Chunk]:
+    def _part(self, state: RequestState, count: int) -> Part:
         """The next ``count`` tokens of a request as a part of the step that is being formed."""
-        start = state.computed
+        start, tokens = state.computed, state.tokens
         end = state.computed = start + count
-        tokens = state.tokens
         samples = end == len(tokens)
         chunk = Chunk(
             id=state.request.id,
@@ -354,81 +337,53 @@ class Scheduler:
 
         A `Sampled` with an error ends its request only, also that of a chunk that does not sample; so does one that is missing.
         """
-        formed = self._under_way.pop(batch.step)
+        parts = self._under_way.pop(batch.step)
         given = {item.id: item for item in sampled}
         outputs = []
         block_tokens = self.config.block_tokens
-        for state, epoch, chunk in formed:
-            item = given.get(chunk.id)
+        for state, epoch, chunk in parts:
             if state.finish is not None:  # it ended while the step was under way
                 self._counts["discarded_tokens"] += chunk.samples
                 continue
-            if item is None or item.error is not None:
-                if item is not None or chunk.samples:
-                    error = "the step gave no token" if item is None else item.error
-                    outputs.append(self._output(self._end(state, Finish.ERROR), error=error))
-                    continue
-            if epoch == state.epoch and chunk.start + len(chunk.tokens) >= (state.num_published + 1) * block_tokens:
-                self._publish(state, chunk.start + len(chunk.tokens))
-            if chunk.samples:
-                assert item is not None
+            item = given.get(chunk.id)
+            error = item.error if item is not None else "the step gave no token" if chunk.samples else None
+            if error is not None:
+                self._end(state, Finish.ERROR)
+                outputs.append(self._output(state, error=error))
+                continue
+            computed = chunk.start + len(chunk.tokens)
+            if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
+                self._tables.publish(state, computed)
+            if chunk.samples and item is not None:
                 outputs.append(self._take(state, item))
-        for blocks in self._held.pop(batch.step, ()):
-            self._num_held -= len(blocks)
-            self.pool.free(blocks)
+        self._tables.ran(batch.step)
         return outputs
 
     def _take(self, state: RequestState, item: Sampled) -> Output:
         is_output = state.take(item.token)
         if state.finish is not None:
             self._end(state, state.finish)
+            if self._memory is not None:
+                self._memory.saw(state.num_output)
         if not is_output:
             return self._output(state)
         self._counts["generation_tokens"] += 1
         return self._output(state, item)
 
-    def _publish(self, state: RequestState, computed: int) -> None:
-        """Let others find the blocks of a request that have become full."""
-        if not self.config.prefix_cache:
-            return
-        self.prefixes.extend(state.keys, state.root, state.tokens, computed)
-        for index in range(state.num_published, computed // self.config.block_tokens):
-            key, block = state.keys[index], state.blocks[index]
-            if self._coming.get(key) is state:
-                del self._coming[key]
-            if self.pool.publish(block, key) and self._tier is not None:
-                slot = self._tier.filled(key, block)
-                if slot is not None:
-                    self._swaps_out.append((block, slot))
-        state.num_published = computed // self.config.block_tokens
-
-    def _end(self, state: RequestState, finish: Finish) -> RequestState:
+    def _end(self, state: RequestState, finish: Finish) -> None:
         """Take a request out of everything."""
         state.finish = finish
         self._counts[f"finished_{finish.value}"] += 1
         del self._states[state.request.id]
         if state.blocks:
             self._running.remove(state)
-            self._release(state)
-            state.blocks = []
+            self._tables.release(state, self._under_way)
         else:
             self._waiting.remove(state)
             self._queued_tokens -= state.num_prompt
         if state.is_known:
             self._waiting.refund(state, state.most_tokens - len(state.tokens))
             self._gone.append(state.request.id)
-        return state
-
-    def _release(self, state: RequestState) -> None:
-        """Free a request's blocks, once the last step that uses them has run."""
-        for key in state.keys[state.num_published :]:
-            if self._coming.get(key) is state:
-                del self._coming[key]
-        if state.last_step in self._under_way:
-            self._held.setdefault(state.last_step, []).append(state.blocks)
-            self._num_held += len(state.blocks)
-        else:
-            self.pool.free(state.blocks)
 
     def _output(self, state: RequestState, item: Sampled | None = None, error: str | None = None) -> Output:
         cached_tokens, queue_s = state.cached_tokens, state.queue_s
@@ -447,12 +402,6 @@ class Scheduler:
             queue_s=queue_s,
             routing=(item.routing,) if item.routing else (),
         )
-
-    def _on_evicted(self, key: bytes, block: int) -> None:
-        if self._tier is not None:
-            slot = self._tier.evicted(key, block)
-            if slot is not None:
-                self._swaps_out.append((block, slot))
 
 
 def _rank(state: RequestState) -> tuple[int, float, int]:

@@ -11,7 +11,7 @@ class RequestState:
         request: what was asked.
         rank: (priority, arrival, serial number): order of service.
         key, cost: for fairness, see `WaitingQueue`.
-        tokens: prompt and output; the last is `PENDING` while the step that samples it is under way.
+        tokens: prompt and output; the last ``num_pending`` are `PENDING`, since the steps that sample them are under way.
         computed: tokens whose keys and values are stored, or will be when the steps under way have run.
         blocks: in order; ``table`` is the same as a tuple.
         root: prefix key before the first block; empty until it is asked for.
@@ -22,13 +22,12 @@ class RequestState:
         stop_tokens: what ends it.
         most_tokens: length at which it ends.
         is_known: the runner has been told of it.
-        is_pending: the last token is `PENDING`.
         finish: why it ended.
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "is_pending", "key", "keys", "last_step",
-        "most_tokens", "num_prompt", "num_published", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
+        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step",
+        "most_tokens", "num_pending", "num_prompt", "num_published", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -50,18 +49,25 @@ class RequestState:
         self.epoch = 0
         self.last_step = -1
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
-        self.is_known = self.is_pending = False
+        self.is_known = False
+        self.num_pending = 0
         self.finish: Finish | None = None
         self.cached_tokens: int | None = None  # until it has been told
         self.queue_s: float | None = None  # likewise
 
     @property
     def num_output(self) -> int:
-        """New tokens so far, a pending one among them."""
+        """New tokens so far, pending ones among them."""
         return len(self.tokens) - self.num_prompt
 
-    def send_back(self) -> None:
-        """It has lost its blocks: all is to be computed again."""
+    @property
+    def decodes(self) -> bool:
+        """Whether it lacks one token, and that is not one that the step under way will end it with."""
+        length = len(self.tokens)
+        return length - self.computed == 1 and not (self.num_pending and length >= self.most_tokens)
+
+    def drop_blocks(self) -> None:
+        """Its blocks are no longer its own; should it go on, all is to be computed again."""
         self.blocks, self.table = [], ()
         self.computed = self.num_published = 0
         self.epoch += 1
@@ -69,17 +75,18 @@ class RequestState:
     def expect(self) -> None:
         """A step that samples its next token has been formed."""
         self.tokens.append(PENDING)
-        self.is_pending = True
+        self.num_pending += 1
 
     def take(self, token: int) -> bool:
-        """Put the sampled token in the place of the pending one; True if it is part of the output, False if it ended the request."""
-        self.is_pending = False
+        """Put a sampled token in the place of the first pending one; True if it is part of the output, not the end of it."""
+        index = len(self.tokens) - self.num_pending
+        self.num_pending -= 1
         # As many as min_tokens must come before a stop token counts as one.
-        if token in self.stop_tokens and len(self.tokens) - 1 - self.num_prompt >= self.request.sampling.min_tokens:
-            self.tokens.pop()
+        if token in self.stop_tokens and index - self.num_prompt >= self.request.sampling.min_tokens:
             self.finish = Finish.STOP
+            del self.tokens[index:]
             return False
-        self.tokens[-1] = token
-        if len(self.tokens) >= self.most_tokens:
+        self.tokens[index] = token
+        if index + 1 >= self.most_tokens:
             self.finish = Finish.LENGTH
         return True

@@ -92,9 +92,8 @@ class StepLayout:
                 single.setdefault(max(span.length - 1, 15).bit_length(), []).append(number)
             else:
                 groups.append(self._group([number], span.length))
-        for numbers in single.values():
-            groups.append(self._group(numbers, max(self.spans[number].length for number in numbers)))
-        return groups
+        longest = {size: max(self.spans[number].length for number in numbers) for size, numbers in single.items()}
+        return groups + [self._group(numbers, longest[size]) for size, numbers in single.items()]
 
     def _group(self, numbers: list[int], width: int) -> "Group":
         """``numbers`` padded to ``width`` positions; padding points at a slot that is written, so that nothing read is undefined."""

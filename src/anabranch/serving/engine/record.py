@@ -24,10 +24,10 @@ class RoutingTap:
     def __init__(self, model: nn.Module) -> None:
         routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
         numbers = layer_numbers(routers)
-        self._routers = {module: numbers[name] for name, module in routers.items()}
+        self._routers: dict[nn.Module, int] = {module: numbers[name] for name, module in routers.items()}
         self.layers = {
             number + turn: module.num_destinations
-            for module, number in self._routers.items()
+            for module, number in zip(routers.values(), numbers.values(), strict=True)
             for turn in range(module.passes)
         }
 

@@ -2,6 +2,7 @@
 # Shapes: P streams, T tokens of a step, R rows that sample, V vocabulary, D width
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
 from anabranch.serving.engine.record import RoutingTap
+from anabranch.serving.engine.steady import steady
+from anabranch.serving.sampling import Sampler
 
 
 class TokenSampler(Protocol):
@@ -32,20 +35,6 @@ class TokenSampler(Protocol):
         """One token for each row."""
 
 
-class Greedy:
-    """The most likely token, whatever a request asks."""
-
-    def add(self, request: Request) -> None:
-        """Nothing to set up."""
-
-    def forget(self, id: str) -> None:
-        """Nothing to drop."""
-
-    def __call__(self, logits_RV: Tensor, ids: Sequence[str]) -> list[Sampled]:
-        """The largest of each row."""
-        return [Sampled(id=id, token=token) for id, token in zip(ids, logits_RV.argmax(-1).tolist(), strict=True)]
-
-
 class ModelRunner:
     """Runs the batches of a scheduler, one at a time and in order.
 
@@ -53,11 +42,12 @@ class ModelRunner:
         model: a decoder; it is put in evaluation mode.
         num_blocks: size of the key-value pool.
         block_tokens: tokens per block, the scheduler's.
-        sampler: chooses tokens; None for one of its own.
+        sampler: chooses tokens; None for one that knows neither the tokenizer nor the ends of text.
         hooks: see every step.
         host_blocks: blocks of main memory to swap to.
         pool: memory made elsewhere, instead of ``num_blocks``.
         use_kernel: False for attention in plain torch.
+        deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
 
     Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
     """
@@ -73,6 +63,7 @@ class ModelRunner:
         host_blocks: int = 0,
         pool: PagedPool | None = None,
         use_kernel: bool = True,
+        deterministic: bool = False,
     ) -> None:
         if not model.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
@@ -81,8 +72,8 @@ class ModelRunner:
         self.pool = pool or PagedPool(
             PagedShape.of(model), num_blocks, block_tokens=block_tokens, device=self.device, host_blocks=host_blocks
         )
-        self.sampler: TokenSampler = sampler or Greedy()
-        self.hooks, self.use_kernel = tuple(hooks), use_kernel
+        self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
+        self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         self.tap = RoutingTap(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
@@ -131,10 +122,9 @@ class ModelRunner:
             self.sampler.add(request)
             if request.record_routing:
                 self._recorded.add(request.id)
-        # In this order, as a block that is saved may be filled at once, and one that is brought back be copied.
-        self.pool.swap_out(batch.swaps_out)
-        self.pool.swap_in(batch.swaps_in)
+        self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
         self.pool.copy(batch.copies)
+        self.pool.swap_in(batch.swaps_in)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         ids = [chunk.id for chunk in chunks if chunk.samples]
@@ -159,11 +149,12 @@ class ModelRunner:
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         context = self._context(layout, token_1T)
         keep_R = torch.tensor(_last_rows(chunks), dtype=torch.int64, device=self.device)
-        x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
-        if not len(keep_R):
-            return x_PRD.new_empty(0, model.config.vocab_size)
-        x_1RD = x_PRD if model.streams is None else model.streams.merge(x_PRD, context)
-        return model.logits(x_1RD)[0]
+        with steady(model) if self.deterministic else nullcontext():
+            x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
+            if not len(keep_R):
+                return x_PRD.new_empty(0, model.config.vocab_size)
+            x_1RD = x_PRD if model.streams is None else model.streams.merge(x_PRD, context)
+            return model.logits(x_1RD)[0]
 
     def _context(self, layout: StepLayout, token_1T: Tensor) -> ForwardContext:
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
