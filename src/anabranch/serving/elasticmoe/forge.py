@@ -118,6 +118,7 @@ def main() -> None:
             control.send(pid, [pidfd])
             os.close(pidfd)
             _reap()
+    os._exit(0)
 
 
 def _reap() -> None:
