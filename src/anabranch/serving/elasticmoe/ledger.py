@@ -213,12 +213,13 @@ class Ledger:
     def end_all(self, finish: Finish, error: str | None = None) -> None:
         """End every request."""
         with self.lock:
-            for id, live in list(self.live.items()):
-                if live.instance is not None and live.device is not None:
-                    live.instance.tell(live.device, "abort", id=id)
-                live.emit(Output(id=id, finish=finish, error=error))
+            ended = list(self.live.values())
             self.live.clear()
             self._queue.clear()
+            for live in ended:
+                if live.instance is not None and live.device is not None:
+                    live.instance.tell(live.device, "abort", id=live.request.id)
+                live.emit(Output(id=live.request.id, finish=finish, error=error))
             self.changed.notify_all()
 
     def spread(self, parcels: Sequence[Carried], devices: Sequence[int]) -> dict[int, list[Carried]]:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -341,6 +342,9 @@ def main(fd: int) -> None:
         rank.run()
     except ChannelClosedError:  # the coordinator has ended this rank
         pass
+    except Exception:  # it could not even start; the coordinator sees the channel close
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)  # threads that serve peers may still wait for them
 
 
