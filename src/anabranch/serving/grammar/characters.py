@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from anabranch.errors import InputError
@@ -120,6 +121,7 @@ def anything_but(texts: Iterable[str]) -> CharacterAutomaton:
     return CharacterAutomaton(tuple(arcs), (*(prefix not in whole for prefix in prefixes), True))
 
 
+@lru_cache(maxsize=64)
 def of_expression(expression: Expression) -> CharacterAutomaton:
     """The automaton of a regular expression. Raises InputError if it needs too many states."""
     nfa = _Nfa()
