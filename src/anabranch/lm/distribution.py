@@ -13,6 +13,7 @@ from torch.nn import functional as F
 __all__ = ["cut", "invert", "temper"]
 
 _BLOCK = 256
+_FIRST_LOOK = 1024  # of the most likely tokens; top-p rarely needs more
 
 
 def temper(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
@@ -81,9 +82,12 @@ def _edge(probability_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> tuple[Ten
     kept_R = torch.where(top_k_R > 0, top_k_R, vocab_size).clamp(max=vocab_size)
     ascending_RV = _sort(probability_RV)
     if bool((top_p_R < 1).any()):
-        descending_RV = ascending_RV.flip(-1)
-        before_RV = descending_RV.cumsum(-1, dtype=torch.float64).sub_(descending_RV)
-        inside_R = (before_RV < top_p_R[:, None]).sum(-1).clamp(min=1)
+        for looked in (min(_FIRST_LOOK, vocab_size), vocab_size):
+            descending_RV = ascending_RV[:, vocab_size - looked :].flip(-1)
+            before_RV = descending_RV.cumsum(-1, dtype=torch.float64).sub_(descending_RV)
+            inside_R = (before_RV < top_p_R[:, None]).sum(-1).clamp(min=1)
+            if bool(((inside_R < looked) | (top_p_R >= 1)).all()):
+                break
         kept_R = torch.where(top_p_R < 1, torch.minimum(kept_R, inside_R), kept_R)
     edge_R1 = ascending_RV.gather(-1, (vocab_size - kept_R)[:, None])
     reaching_R = vocab_size - torch.searchsorted(ascending_RV, edge_R1).squeeze(-1)
