@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.config import Config, Field, configclass
-from anabranch.errors import CapacityError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.serving.core.client import EngineClient
 
 if TYPE_CHECKING:
@@ -96,14 +96,3 @@ class ServingConfig(Config):
         from anabranch.serving.engine.load import load
 
         return load(self)
-
-    def blocks_for(self, bytes_per_token: int) -> int:
-        """Blocks of the key-value cache for a model that keeps so much per position. Raises CapacityError if not even one fits."""
-        if self.num_blocks is not None:
-            return self.num_blocks
-        size, block = parse_bytes(self.kv_memory, "kv_memory"), bytes_per_token * self.block_tokens
-        if size < block:
-            raise CapacityError(
-                f"kv_memory is {self.kv_memory}; a block of {self.block_tokens} tokens takes {block} bytes"
-            )
-        return size // block

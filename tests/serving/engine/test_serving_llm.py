@@ -133,13 +133,13 @@ def test_bytes_are_read_with_their_units():
 
 
 def test_blocks_come_from_memory(model):
-    config = ServingConfig(kv_memory="64KiB")
     per_token = 2 * 2 * 2 * 4 * 4  # key and value, layers, heads, width, bytes
-    assert config.blocks_for(per_token) == 65536 // (16 * per_token)
     assert LLM(model, kv_memory="64KiB").engine.info.num_blocks == 65536 // (16 * per_token)
-    assert config.replace(num_blocks=3).blocks_for(per_token) == 3
-    with pytest.raises(CapacityError, match=r"^kv_memory is 1KiB; a block of 16 tokens takes 2048 bytes$"):
-        config.replace(kv_memory="1KiB").blocks_for(per_token)
+    assert LLM(model, kv_memory="64KiB", num_blocks=3).engine.info.num_blocks == 3
+    with pytest.raises(
+        CapacityError, match=r"^1024 bytes hold no block of the key-value cache; one of 16 tokens takes 2048"
+    ):
+        LLM(model, kv_memory="1KiB")
 
 
 def test_a_folder_is_loaded(model, tmp_path):
