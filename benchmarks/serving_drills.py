@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-from _serving import Result, Server, ask, ours, resident_bytes, save_small_moe
+from _serving_http import Result, Server, ask, ours, resident_bytes, save_small_moe
 
 NAME = "small-moe"
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from _serving import Result, Server, ask, ours, save_small_moe
+from _serving_http import Result, Server, ask, ours, save_small_moe
 
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 NAME, VLLM_PORT = "model", 18123
