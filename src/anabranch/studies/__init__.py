@@ -21,6 +21,7 @@ STUDIES = {
     "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "fastrp": "anabranch.studies.fastrp:make",
+    "expertflow": "anabranch.studies.expertflow:make",
     "graphrouter": "anabranch.studies.graphrouter:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",

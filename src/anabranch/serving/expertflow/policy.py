@@ -1,6 +1,7 @@
 """Policies under one interface: what leaves a slot, and what is loaded before anyone asks.
 
     lru         the least recently used of all experts of the kind leaves            lfu, random    likewise
+    lru_ahead   LRU that also loads what is predicted
     cache_moe   a fixed number of slots per layer, LRU among them, a few spare buffers (dvmazur/mixtral-offloading)
     se_moe      a ring that preloads the next layers' experts, all of them (SE-MoE)
     belady      the farthest next use of a given reference string leaves; loads on demand (clairvoyant with the true string)
@@ -245,6 +246,40 @@ class Belady(Lru):
         )
 
 
+class LruAhead(Lru):
+    """LRU that loads what is predicted, over the least recently used: prediction without a plan (for ablations)."""
+
+    name = "lru_ahead"
+    needs_reference = True
+
+    def attach(self, cache: "ExpertCache") -> None:
+        """Nothing has failed yet."""
+        super().attach(cache)
+        self._given_up: set[Expert] = set()
+
+    def begin_step(self) -> None:
+        """Everything may be tried again."""
+        self._given_up.clear()
+
+    def give_up(self, expert: Expert) -> None:
+        """Skip it in this pass."""
+        self._given_up.add(expert)
+
+    def prefetch(self) -> tuple[Expert, Expert | None] | None:
+        """The next predicted expert that is not there; it pushes out anything but what was loaded ahead and waits for its use."""
+        cache = self.cache
+        for step in cache.reference.steps[cache.at + 1 : cache.reference.certain]:
+            for expert in step:
+                if expert in cache.slot_of or expert in self._given_up:
+                    continue
+                kind = cache.layout.kind(expert)
+                if cache.free[kind]:
+                    return expert, None
+                victim = next((one for one in self.evictable(kind) if not cache.is_fresh(one)), None)
+                return None if victim is None else (expert, victim)
+        return None
+
+
 class Plec(Belady):
     """Predicted locality-aware expert caching: Belady on predictions, and loads ahead.
 
@@ -318,7 +353,7 @@ class Plec(Belady):
 
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Lru, Lfu, Random, CacheMoe, SeMoe, Belady, Plec)
+    policy.name: policy for policy in (Lru, Lfu, Random, LruAhead, CacheMoe, SeMoe, Belady, Plec)
 }
 
 
