@@ -218,7 +218,7 @@ class SeMoe(Policy):
 
 
 class Belady(Lru):
-    """The farthest next use of the reference string leaves. Never used is farthest; among those, unwanted ones and the least recently used."""
+    """The farthest next use of the reference string leaves. Never used is farthest; of those go first the unwanted, then the oldest."""
 
     name = "belady"
     needs_reference = True
