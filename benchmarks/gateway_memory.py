@@ -88,6 +88,24 @@ def run(contestant: Contestant, count: int, parts: int = 10) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is claimed: growth, and what is left open; of the peer, which had a tenth of the requests, its growth."""
+    ours, *others = measured
+    rows: list[dict[str, Any]] = [
+        {"case": f"growth of resident memory over {ours['requests']:,} requests", "ours": ours["growth_mib"], "unit": "MB"},
+        *(
+            {"case": f"{what} open afterwards, less those before", "ours": ours["after"][what] - ours["before"][what], "unit": what}
+            for what in ("sockets", "tasks")
+        ),
+    ]  # fmt: skip
+    found = [
+        {"case": f"growth of resident memory over {one['requests']:,} requests", "ours": None, "peer": one["growth_mib"],
+         "peer_name": one["contestant"], "unit": "MB"}
+        for one in others
+    ]  # fmt: skip
+    return [{"peer": None, "peer_name": None, "ratio": None, "spread": None, **row} for row in (*rows, *found)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -103,8 +121,12 @@ def main() -> None:
         rows.append(run(ours(folder, port, stack), count))
         if options.litellm:
             rows.append(run(litellm(options.litellm, folder, port, stack), count // 10))
-    result = {"name": "gateway_memory", "rows": rows, **machine()}
-    print(json.dumps(rows, indent=1))
+    result = {"name": "gateway_memory", "rows": table(rows), "measured": rows, **machine()}
+    for row in result["rows"]:
+        print(
+            f"{row['case']}: {row['ours']} {row['unit']}"
+            + (f", {row['peer_name']} {row['peer']}" if row["peer_name"] else "")
+        )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -160,7 +160,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         direct = by["direct", concurrency, stream]["p50_ms"]
         for peer in ("relay", "litellm", "portkey"):
             other = by.get((peer, concurrency, stream))
-            if other is None:
+            if other is None or "p50_ms" not in other:  # not measured, or it answered none (its `failed` says so)
                 continue
             case = f"{concurrency} at once{', streamed' if stream else ''}"
             added, theirs = ours["p50_ms"] - direct, other["p50_ms"] - direct

@@ -50,7 +50,7 @@ PUBLIC = {
         CacheFacts LayerFacts PoolFacts Summary explain summarize write_report
     """,
     "anabranch.testing": """
-        DEVICES check_balancer check_feed_forward check_pool check_router check_routing check_score check_select
+        DEVICES check_balancer check_feed_forward check_pool check_provider check_router check_routing check_score check_select
         check_strategy check_streams
     """,
     "anabranch.train": """

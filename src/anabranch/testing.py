@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from anabranch.config import Config, from_dict, to_dict
 from anabranch.gateway.contract import check_strategy
+from anabranch.gateway.providers.contract import check_provider
 from anabranch.lm import Decoder
 from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
 from anabranch.nn.streams import Streams
@@ -43,6 +44,7 @@ __all__ = [
     "check_balancer",
     "check_feed_forward",
     "check_pool",
+    "check_provider",
     "check_router",
     "check_routing",
     "check_score",

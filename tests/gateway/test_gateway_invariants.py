@@ -12,7 +12,6 @@ from collections import Counter
 
 import pytest
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
     BreakerConfig,
     CacheConfig,
@@ -28,8 +27,11 @@ from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.gateway.store import LedgerQuery, keyring, open_store
+from anabranch.gateway.store.postgres import LEASE_S
+from anabranch.web.api_error import ApiError
 from gateway_process import served
+from gateway_stores import missing, server
 
 STEPS = (
     *("ok",) * 9, *("slow:0.3",) * 5, "500", "429:0", "cut:2", "reset", "garbage", "slow:0.05", "filter", "credit", "html",
@@ -141,6 +143,7 @@ async def check_books(store, sent):
 def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
     draw = random.Random(seed)
     monkeypatch.setattr(HedgeDelay, "delay_s", 0.002)  # from the first request on
+    monkeypatch.setattr(keyring, "STALE_S", 1e9)  # a request that waits for its key has not begun, and leaves no row
 
     async def main():
         async with Gateway(busy(tmp_path, seed, mode)) as gateway:
@@ -276,14 +279,14 @@ class Client(threading.Thread):
 GATHER_S = 0.5  # rows are written within 50 ms of the answer; a busy machine is given more
 
 
-def drill(tmp_path, kills):
+def drill(tmp_path, kills, store=None):
     """Kill the server under load again and again; what it had told before must be there, and no money be stuck or passed."""
-    store, config, draw = tmp_path / "g.db", tmp_path / "gateway.toml", random.Random(kills)
+    store, config, draw = store or str(tmp_path / "g.db"), tmp_path / "gateway.toml", random.Random(kills)
     config.write_text(CONFIG.format(store=store))
     limits = {"global": nano_dollars(0.002 * kills), "user:x": nano_dollars(0.001 * kills)}
 
     async def prepare():
-        async with open_store(str(store)) as held:
+        async with open_store(store) as held:
             for subject, limit in limits.items():
                 await held.set_budget(subject, limit)
 
@@ -312,7 +315,8 @@ def drill(tmp_path, kills):
 
 
 async def _check(store, limits, old, all_told):
-    async with open_store(str(store)) as held:
+    async with open_store(store) as held:
+        await _settled(held)
         rows = await held.ledger(LedgerQuery(limit=100_000))
         count = Counter(row.request_id for row in rows)
         assert set(count.values()) == {1}
@@ -331,8 +335,24 @@ async def _check(store, limits, old, all_told):
         return sum(value == "crashed" for value in status.values()), sum(value == "ok" for value in status.values())
 
 
+async def _settled(held):
+    """What was left behind is settled: at once in a file, in PostgreSQL when the lease of the replica that is gone is over."""
+    until = time.monotonic() + 3 * LEASE_S
+    while await held._read(lambda connection: connection.rows("SELECT count(*) FROM reservations")) != [(0,)]:
+        assert time.monotonic() < until, "reservations of a killed process are still held"
+        await asyncio.sleep(0.1)
+
+
 def test_three_kills_of_a_server_under_load(tmp_path):
     drill(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_kills_of_a_server_on_postgresql(tmp_path):
+    if reason := missing():
+        pytest.skip(f"no PostgreSQL to test with: {reason}")
+    with server() as database:
+        drill(tmp_path, 5, database())
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
     CacheConfig,
     DeploymentConfig,
@@ -24,6 +23,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.strategy import Strategy
+from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 

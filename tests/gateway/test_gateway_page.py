@@ -131,7 +131,7 @@ def test_the_timeline_drops_what_is_older_than_an_hour_and_marks_open_breakers()
 
 
 def test_an_empty_histogram_says_so():
-    assert "No latency yet" in histogram([(1.0, 0)], "latency")
+    assert "Nothing measured yet" in histogram([(1.0, 0)], "latency")
 
 
 # What is counted

@@ -2,9 +2,10 @@
 
 import pytest
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.count import count_prompt, has_images, last_text
-from anabranch.gateway.validate import check_chat, check_completion, check_embeddings, parse
+from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
+from anabranch.web.api_error import ApiError
+from anabranch.web.body import parse
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 

@@ -8,7 +8,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.config import (
     AdminConfig,
     CacheConfig,
@@ -34,6 +33,7 @@ from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.strategy import Strategy
+from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 

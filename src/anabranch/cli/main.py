@@ -21,7 +21,9 @@ from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
+from anabranch.cli.plan import plan
 from anabranch.cli.report import report
+from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import train
 from anabranch.errors import AnabranchError
@@ -65,6 +67,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "report": report,
     "convert": convert,
+    "plan": plan,
+    "serve": serve,
     "study": study,
     "info": info,
 }

@@ -9,6 +9,7 @@ as a ``tokenizer.json`` that `load_tokenizer` and transformers' ``AutoTokenizer`
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from anabranch.files import atomic_write_json, atomic_write_text
 END_OF_TEXT = "<|endoftext|>"
 # Names that mark the end of a text where a folder does not say which token does, most specific first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+_SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})  # steps of its decoders
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -52,6 +54,11 @@ class Tokenizer(Part, family="tokenizer"):
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: end of text and, where the vocabulary has them, end of turn."""
         return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """The text of the ``bos``, ``eos`` and ``pad`` tokens, empty for those that there are not."""
+        return {name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")}
 
     @property
     def fingerprint(self) -> str:
@@ -93,6 +100,13 @@ class Tokenizer(Part, family="tokenizer"):
         """The bytes that one token always stands for, or None where its text depends on its neighbours."""
         raise NotImplementedError
 
+    def inner_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that one token stands for inside a text, wherever a decoder would strip a blank at its start.
+
+        None where they depend on the neighbours (WordPiece); nothing for special tokens and ids without a token.
+        """
+        return self.token_bytes(token_id)
+
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, each all or nothing."""
         raise NotImplementedError
@@ -107,7 +121,7 @@ class Tokenizer(Part, family="tokenizer"):
             messages,
             template=self.chat_template,
             has_chatml=self._id_of("<|im_start|>") is not None,
-            special={name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")},
+            special=self.special_names,
             add_generation_prompt=add_generation_prompt,
         )
 
@@ -311,10 +325,22 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         hidden = not 0 <= token_id < self.vocab_size or token_id in self._special_ids
         return b"" if hidden else self._token_bytes[token_id]
 
+    def inner_bytes(self, token_id: int) -> bytes | None:
+        """See `Tokenizer`; also known for SentencePiece vocabularies (U+2581 for a blank, ``<0x0A>`` for a byte)."""
+        if self._token_bytes is not None:
+            return self.token_bytes(token_id)
+        if not self._decoder_steps <= _SENTENCE_PIECE:
+            return None
+        piece = self._name_of(token_id)
+        if token_id in self._special_ids or not piece:
+            return b""
+        if "ByteFallback" in self._decoder_steps and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode("utf-8")
+
     def save(self, folder: str | Path) -> None:
         """See `Tokenizer`."""
-        names = {name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")}
-        settings = {f"{name}_token": token for name, token in names.items() if token}
+        settings = {f"{name}_token": token for name, token in self.special_names.items() if token}
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         _write(folder, self._backend, settings)
@@ -332,11 +358,16 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         return frozenset(index for index, token in added.items() if token.special)
 
     @cached_property
-    def _token_bytes(self) -> list[bytes] | None:
-        """Bytes of every token of a byte-level vocabulary, None for any other."""
+    def _decoder_steps(self) -> frozenset[str]:
+        """What turns pieces into text, by the tokenizers package's names."""
         decoder = json.loads(self._backend.to_str())["decoder"] or {}
         steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
-        if [step.get("type") for step in steps] != ["ByteLevel"]:
+        return frozenset(step.get("type", "") for step in steps)
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes] | None:
+        """Bytes of every token of a byte-level vocabulary, None for any other."""
+        if self._decoder_steps != {"ByteLevel"}:
             return None
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = [b""] * self.vocab_size  # ids without a token decode to nothing

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anabranch.gateway import strategies
-    from anabranch.gateway.api_error import ApiError
     from anabranch.gateway.config import GatewayConfig, load_config
     from anabranch.gateway.gateway import Gateway
+    from anabranch.web.api_error import ApiError
 
 __all__ = ["ApiError", "Gateway", "GatewayConfig", "load_config", "strategies"]
 
 _HOME = {
-    "ApiError": "anabranch.gateway.api_error",
+    "ApiError": "anabranch.web.api_error",
     "Gateway": "anabranch.gateway.gateway",
     "GatewayConfig": "anabranch.gateway.config",
     "load_config": "anabranch.gateway.config",

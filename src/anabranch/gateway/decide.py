@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.gateway.api_error import wrong
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.strategy import Complete, Strategy
+from anabranch.web.api_error import wrong
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

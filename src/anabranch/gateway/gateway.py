@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.gateway.api_error import ApiError, wrong
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
-from anabranch.gateway.http.sse import read_data
 from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
@@ -34,6 +32,8 @@ from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
 from anabranch.gateway.strategy import Strategy
 from anabranch.gateway.ui import Seen, Snapshot
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
-from anabranch.gateway.api_error import ApiError, wrong
 from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
@@ -26,10 +25,12 @@ from anabranch.gateway.money import dollars
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
 from anabranch.gateway.query import Candidate, Decision, Outcome, Query
 from anabranch.gateway.relay import Relay, Replayed
-from anabranch.gateway.reply import Reply, new_id
+from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.told import explained, headers_of, row_of, seen_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.ids import new_id
 
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway

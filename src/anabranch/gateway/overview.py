@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch import __version__
 from anabranch.gateway.metrics import totals
 from anabranch.gateway.money import dollars
-from anabranch.gateway.store import LedgerRow
+from anabranch.gateway.store import Calibration, LedgerRow
 from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FRESH_S = 3.0  # how long what was read from the store is shown
 SPEND_S = 86_400.0  # spend of the last day
+STALE_S = 60.0  # how long what was read of weeks is shown
+WEEKS_S = 8 * 7 * 86_400.0
 NAMED = "named by the sender"
 SHOWN = 60  # requests that can be looked into
 
@@ -41,7 +43,8 @@ class Overview:
         self._gateway = gateway
         self._means: dict[tuple[str, str], _Mean] = {}
         self._spend: dict[str, list[Spend]] = {}
-        self._read_s = 0.0
+        self._calibration: list[Calibration] = []
+        self._read_s = self._weeks_read_s = 0.0
 
     def ended(self, request: Seen) -> None:
         """A request is over."""
@@ -73,6 +76,9 @@ class Overview:
         if now_s - self._read_s > FRESH_S:
             self._read_s = now_s
             self._spend = await self._read()
+        if now_s - self._weeks_read_s > STALE_S:
+            self._weeks_read_s = now_s
+            self._calibration = await gateway.store.calibration(since_s=now_s - WEEKS_S)
         requests = list(totals(metrics.requests))
         cache = {labels["result"]: int(value) for labels, value in totals(metrics.cache)}
         return Snapshot(
@@ -83,7 +89,7 @@ class Overview:
             misses=cache.get("miss", 0), bypassed=int(sum(value for _, value in totals(metrics.bypassed))), spend=self._spend,
             latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
             timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
-            recent=tuple(reversed(gateway.recent))[:SHOWN],
+            calibration=self._calibration, recent=tuple(reversed(gateway.recent))[:SHOWN],
         )  # fmt: skip
 
     async def _read(self) -> dict[str, list[Spend]]:

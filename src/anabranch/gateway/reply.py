@@ -1,15 +1,7 @@
 """`Reply`: what a gateway gives back for one request, before it is HTTP or Python."""
 
-import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-
-_RANDOM = random.Random()  # seeded by the system; asking the system each time lets go of the interpreter's lock
-
-
-def new_id() -> str:
-    """Of a request: never taken from the sender, since the ledger has one row for each."""
-    return f"req_{_RANDOM.getrandbits(96):024x}"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,7 @@ says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aa
 """
 # Shapes: N queries, M models
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -202,25 +203,27 @@ def playable(data: Recorded, pool: Pool | None, known: Sequence[str] | None = No
     return np.asarray(columns, np.int64)
 
 
-def ordered(pool: Pool, score_M: np.ndarray, **of_model: np.ndarray) -> tuple[Candidate, ...]:
+def ordered(pool: Pool, score_M: Sequence[float] | np.ndarray, **of_model: np.ndarray | None) -> tuple[Candidate, ...]:
     """Candidates by falling score, ties in the order of the pool; a model with score -inf or NaN, or not available, is left out.
 
-    If that leaves none, availability is ignored: trying a model that may be down beats giving up.
+    If that leaves none, availability is ignored: trying a model that may be down beats giving up. In plain Python, since pools are small
+    and this is in the way of every request.
 
     Args:
         pool: the models.
         score_M: what to order by.
         of_model: ``quality`` and ``cost`` of each model, where predicted.
     """
-    usable_M = np.isfinite(score_M)
-    open_M = usable_M & np.fromiter((model.is_available for model in pool.models), bool, len(pool))
-    chosen_M = open_M if open_M.any() else usable_M
-    order = [int(at) for at in np.argsort(-np.where(chosen_M, score_M, -np.inf), kind="stable") if chosen_M[at]]
-    values = {name: value for name, value in of_model.items() if value is not None}
+    models = pool.models
+    scores = [float(score) for score in score_M]
+    usable = [at for at, score in enumerate(scores) if math.isfinite(score)]
+    chosen = [at for at in usable if models[at].is_available] or usable
+    chosen.sort(key=lambda at: -scores[at])
+    values = [(name, value) for name, value in of_model.items() if value is not None]
     return tuple(
         Candidate(
-            model=pool.models[at].name, score=float(score_M[at]),
-            **{name: float(value[at]) if np.isfinite(value[at]) else None for name, value in values.items()},
+            model=models[at].name, score=scores[at],
+            **{name: float(value[at]) if math.isfinite(value[at]) else None for name, value in values},
         )
-        for at in order
+        for at in chosen
     )  # fmt: skip

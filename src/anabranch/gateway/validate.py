@@ -1,31 +1,13 @@
 """What a request may be: wrong types and values are refused with the field's name; fields that we do not know pass."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-from anabranch.gateway.api_error import ApiError, wrong
+from anabranch.web.api_error import wrong
+from anabranch.web.body import is_int, said
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Check = Callable[[Any], bool]
-
-
-def parse(raw: bytes) -> dict[str, Any]:
-    """JSON of a body. Raises ApiError (400) for what is none, is not UTF-8, or is no object."""
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start} is wrong") from None
-    except RecursionError:
-        raise ApiError(400, "invalid_json", "the body is nested too deep") from None
-    except ValueError as error:
-        where = ""
-        if isinstance(error, json.JSONDecodeError):
-            where = f": {error.msg} at line {error.lineno}, column {error.colno}"
-        raise ApiError(400, "invalid_json", f"the body is not JSON{where}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_json", f"the body is a {_kind(body)}; send an object")
-    return body
 
 
 def check_chat(body: dict[str, Any], most_tokens: int) -> None:
@@ -38,7 +20,7 @@ def check_chat(body: dict[str, Any], most_tokens: int) -> None:
     _check_common(body, most_tokens)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise wrong("messages", f"messages is {_said(messages)}; it must be a list with at least one message")
+        raise wrong("messages", f"messages is {said(messages)}; it must be a list with at least one message")
     for at, message in enumerate(messages):
         _check_message(message, f"messages[{at}]")
     _check_tools(body)
@@ -56,14 +38,14 @@ def check_embeddings(body: dict[str, Any]) -> None:
     _check_texts(body, "input")
     _check(body, "encoding_format", lambda value: value in ("float", "base64"), '"float" or "base64"')
     _check(body, "user", *_COMMON["user"])
-    _check(body, "dimensions", lambda value: _is_int(value) and value >= 1, "an integer of at least 1")
+    _check(body, "dimensions", lambda value: is_int(value) and value >= 1, "an integer of at least 1")
 
 
 def check_model(body: dict[str, Any]) -> str:
     """The name of the model. Raises ApiError if there is none."""
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
-        raise wrong("model", f"model is {_said(model)}; it must be the name of one (GET /v1/models lists them)")
+        raise wrong("model", f"model is {said(model)}; it must be the name of one (GET /v1/models lists them)")
     if len(model) > 512 or not model.isprintable():
         raise wrong("model", "model must be at most 512 printable characters")
     return model
@@ -76,24 +58,22 @@ def _check_common(body: dict[str, Any], most_tokens: int) -> None:
             _check(body, name, is_right, allowed)
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
-        if value is not None and (not _is_int(value) or not 1 <= value <= most_tokens):
-            raise wrong(name, f"{name} is {_said(value)}; it must be an integer from 1 to {most_tokens:,}")
+        if value is not None and (not is_int(value) or not 1 <= value <= most_tokens):
+            raise wrong(name, f"{name} is {said(value)}; it must be an integer from 1 to {most_tokens:,}")
 
 
 def _check_message(message: Any, name: str) -> None:
     if not isinstance(message, dict):
-        raise wrong(name, f"{name} is {_said(message)}; it must be an object with role and content")
+        raise wrong(name, f"{name} is {said(message)}; it must be an object with role and content")
     if message.get("role") not in ROLES:
-        raise wrong(
-            f"{name}.role", f"{name}.role is {_said(message.get('role'))}; it must be one of {', '.join(ROLES)}"
-        )
+        raise wrong(f"{name}.role", f"{name}.role is {said(message.get('role'))}; it must be one of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
         for at, part in enumerate(content):
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
                 raise wrong(f"{name}.content[{at}]", f"{name}.content[{at}] must be an object with a type")
     elif content is not None and not isinstance(content, str):
-        raise wrong(f"{name}.content", f"{name}.content is {_said(content)}; it must be text or a list of parts")
+        raise wrong(f"{name}.content", f"{name}.content is {said(content)}; it must be text or a list of parts")
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise wrong(f"{name}.tool_calls", f"{name}.tool_calls must be a list of objects")
@@ -120,21 +100,17 @@ def _check_texts(body: dict[str, Any], name: str) -> None:
             return
         if all(isinstance(part, list) and part and _are_ids(part) for part in value):
             return
-    raise wrong(name, f"{name} is {_said(value)}; it must be text, a list of texts, or lists of token ids")
+    raise wrong(name, f"{name} is {said(value)}; it must be text, a list of texts, or lists of token ids")
 
 
 def _are_ids(value: list[Any]) -> bool:
-    return all(_is_int(part) and part >= 0 for part in value)
+    return all(is_int(part) and part >= 0 for part in value)
 
 
 def _check(body: dict[str, Any], name: str, is_right: Check, allowed: str) -> None:
     value = body.get(name)
     if value is not None and not is_right(value):
-        raise wrong(name, f"{name} is {_said(value)}; it must be {allowed}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        raise wrong(name, f"{name} is {said(value)}; it must be {allowed}")
 
 
 def _between(low: float, high: float) -> tuple[Check, str]:
@@ -157,31 +133,11 @@ _COMMON: dict[str, tuple[Check, str]] = {
     "frequency_penalty": _between(-2, 2),
     "stream": _BOOL,
     "stream_options": _OBJECT,
-    "n": (lambda value: _is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
-    "best_of": (lambda value: _is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
-    "seed": (_is_int, "an integer"),
+    "n": (lambda value: is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
+    "best_of": (lambda value: is_int(value) and 1 <= value <= 128, "an integer from 1 to 128"),
+    "seed": (is_int, "an integer"),
     "stop": (_is_stop, "text or a list of texts"),
     "user": (lambda value: isinstance(value, str), "text"),
     "response_format": _OBJECT,
     "logit_bias": _OBJECT,
 }
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _said(value: Any) -> str:
-    """The value as an error shows it: never the text of a prompt."""
-    if value is None:
-        return "missing"
-    if isinstance(value, bool | int | float):
-        return repr(value)[:40]
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 40 and value.isprintable() else f"a string of {len(value):,} characters"
-    return f"{'an' if isinstance(value, dict) else 'a'} {_kind(value)}" + ("" if value else " with nothing in it")

@@ -249,8 +249,8 @@ class Decoder(Part, nn.Module):
             token_BL=token_BL,
         )
 
-    def hidden(self, token_BL: Tensor, context: ForwardContext) -> Tensor:
-        """x_BLD after the last norm, of all streams if there are several."""
+    def hidden(self, token_BL: Tensor, context: ForwardContext, *, keep_L: Tensor | None = None) -> Tensor:
+        """x_BLD after the last norm, of all streams if there are several; of the positions ``keep_L`` alone where given."""
         x_BLD = self.embedding(token_BL)
         if self.streams is not None:
             x_BLD = self.streams.expand(x_BLD)
@@ -261,7 +261,7 @@ class Decoder(Part, nn.Module):
                 x_BLD = block(x_BLD, context)
         if isinstance(context.cache, KeyValueCache):
             context.cache.advance(token_BL.shape[1])
-        return self.norm(x_BLD)
+        return self.norm(x_BLD if keep_L is None else x_BLD[:, keep_L])
 
     def logits(self, x_BLD: Tensor) -> Tensor:
         """Scores over the vocabulary."""

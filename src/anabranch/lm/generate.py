@@ -11,6 +11,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.distribution import cut, temper
 
 
 @configclass
@@ -88,15 +89,13 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
     """token_B from ``logits_BV`` by the rules of ``config``."""
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float()
-    # Less the largest first, so that the smallest temperature gives no infinity but the most likely token.
-    probability_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / config.temperature).softmax(-1)
-    sorted_BV, index_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
-    drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= config.top_p
-    if config.top_k is not None:
-        drop_BV[:, config.top_k :] = True
-    chosen_B1 = torch.multinomial(sorted_BV.masked_fill(drop_BV, 0.0), 1, generator=generator)
-    return index_BV.gather(-1, chosen_B1).squeeze(-1)
+    rows, device = len(logits_BV), logits_BV.device
+    probability_BV = cut(
+        temper(logits_BV, torch.full((rows,), config.temperature, device=device)),
+        top_k_R=torch.full((rows,), config.top_k or 0, device=device),
+        top_p_R=torch.full((rows,), config.top_p, device=device),
+    )
+    return torch.multinomial(probability_BV, 1, generator=generator).squeeze(-1)
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:

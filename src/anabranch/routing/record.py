@@ -288,16 +288,13 @@ def record_routing(
 
     Raises ConfigError if there is nothing to record.
     """
-    if routers is None:
-        modules = dict(model.named_modules())
-        routers = {name: module for name, module in modules.items() if isinstance(module, Router)} or {
-            name: module for name, module in modules.items() if type(module).__name__.endswith(FOREIGN)
-        }
+    routers = find_routers(model) if routers is None else routers
     if not routers:
         raise ConfigError(
             f"{type(model).__name__} has no Router to record; name the modules that route with routers={{...}}"
         )
-    layers = {module: (number, name) for (name, module), number in zip(routers.items(), _numbers(routers), strict=True)}
+    numbers = layer_numbers(routers).values()
+    layers = {module: (number, name) for (name, module), number in zip(routers.items(), numbers, strict=True)}
     with ExitStack() as stack:
         sink = TraceBuilder() if path is None else stack.enter_context(TraceWriter(path))
         recorder = Recorder(sink, layers, read or _is_routing)
@@ -308,13 +305,22 @@ def record_routing(
         yield recorder
 
 
-def _numbers(routers: Mapping[str, nn.Module]) -> list[int]:
+def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `Router` in ``model`` by name, or where there is none, what transformers' mixtures of experts route with."""
+    modules = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if isinstance(module, Router)} or {
+        name: module for name, module in modules.items() if type(module).__name__.endswith(FOREIGN)
+    }
+
+
+def layer_numbers(routers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The layer number of each router in traces, that of its first pass where it routes several times; see `record_routing`."""
     claimed = [getattr(module, "layer", None) for module in routers.values()]
     distinct = [number for number in claimed if isinstance(number, int)]
     passes = [_passes(module) for module in routers.values()]
-    if len(set(distinct)) == sum(passes):
-        return distinct
-    return [0, *itertools.accumulate(passes[:-1])]
+    if len(set(distinct)) != sum(passes):
+        distinct = [0, *itertools.accumulate(passes[:-1])]
+    return dict(zip(routers, distinct, strict=True))
 
 
 def _passes(module: nn.Module) -> int:

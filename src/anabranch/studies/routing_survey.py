@@ -22,7 +22,7 @@ random choice, or APGR below 0.5 on MMLU. "APGR on MMLU": the mean over splits o
 mean over splits, on LLMRouter. "Twenty minutes": one split of all sets takes at most 2,400 processor seconds over all arms (20 minutes of
 two cores), vectors being there. The survey's claim on routing after an answer (a cascade on GSM8K) is not judged: those answers are not
 among the public sets we have. One rule was made stricter after the first runs: `task`, told the subject of a question, was at first among
-the arms whose best counts for APGR, and would have been that arm.
+the arms whose best counts for APGR, and would have been that arm. The 1,024 buckets were chosen after trials on the first split of MMLU.
 """
 # Shapes: N questions of a test, Q of a set, M models, S strategies
 

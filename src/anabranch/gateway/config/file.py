@@ -222,8 +222,10 @@ def _check_strategies(config: GatewayConfig, source: _Source) -> None:
     for name, strategy in config.strategies.items():
         path = f"strategies.{name}"
         if strategy.router is not None:
-            if not Path(strategy.router).is_dir():
-                source.fail(f"{path}.router is {strategy.router!r}, and there is no such folder", f"{path}.router")
+            if not Path(strategy.router).exists():
+                source.fail(
+                    f"{path}.router is {strategy.router!r}, and there is no such file or folder", f"{path}.router"
+                )
             continue
         try:
             make_strategy(strategy)

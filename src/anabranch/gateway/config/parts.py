@@ -88,7 +88,7 @@ class StrategyConfig(Config):
         use: name of a strategy or predictor (`anabranch.gateway.strategies.names`).
         fields: of its config.
         trade_off: score given up to save a dollar; None takes the strategy's own.
-        router: folder of a fitted router (``anabranch gateway fit``).
+        router: a fitted router's file, or a folder of them (``anabranch gateway fit``) with one of the strategy's name.
         models: those it may choose among; empty for all.
         timeout_s: seconds a decision may take before the default strategy decides instead.
     """

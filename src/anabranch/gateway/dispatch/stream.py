@@ -34,8 +34,8 @@ from anabranch.gateway.providers.provider import (
     read_all,
 )
 from anabranch.gateway.providers.sse import DONE, DONE_DATA, event, events
+from anabranch.web.sse import HEARTBEAT
 
-HEARTBEAT = b": waiting\n\n"
 STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
 LINGER_S = 0.2  # how long the end of the connection is waited for after [DONE], so that it can be used again

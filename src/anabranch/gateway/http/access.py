@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.openai import bearer
+from anabranch.web.answers import bearer
+from anabranch.web.api_error import ApiError
 
 _ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}
 

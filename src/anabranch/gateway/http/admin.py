@@ -9,14 +9,14 @@ from aiohttp import web
 
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError
-from anabranch.gateway.api_error import ApiError, wrong
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
-from anabranch.gateway.http.openai import json_response, read_body
 from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
-from anabranch.gateway.validate import parse
+from anabranch.web.answers import json_response, read_body
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import parse
 
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000

@@ -5,7 +5,6 @@ The routes for requests and those for operators are two tables, served on one po
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,14 +12,15 @@ from aiohttp import web
 
 from anabranch import __version__
 from anabranch.errors import AnabranchError
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.http.admin import AdminRoutes
-from anabranch.gateway.http.openai import OpenAIRoutes, Route, error_response, json_response
+from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
-from anabranch.gateway.http.server import Server
+from anabranch.web.answers import Route, error_response, json_response, wrong_method
+from anabranch.web.api_error import ApiError
+from anabranch.web.server import Server
 
 logger = logging.getLogger(__name__)
 MODEL = "/v1/models/"
@@ -65,7 +65,7 @@ class App:
             if methods is not None:
                 route = methods.get(request.method)
                 if route is None:
-                    raise _wrong_method(request, methods)
+                    raise wrong_method(request, methods)
                 return await route(request)
             return await self._longer(request)
         except ApiError as error:
@@ -95,7 +95,7 @@ class App:
         path = request.path
         if self._public and path.startswith(MODEL):
             if request.method != "GET":
-                raise _wrong_method(request, {"GET": None})
+                raise wrong_method(request, {"GET": None})
             return await self._openai.model(request, unquote(request.rel_url.raw_path[len(MODEL) :]))
         if self._admin is not None and path.startswith("/admin/"):
             return await self._admin.answer(request)
@@ -118,9 +118,3 @@ class App:
         if self._description is None:
             self._description = describe(__version__, self.gateway.config.limits.most_tokens)
         return json_response(self._description)
-
-
-def _wrong_method(request: web.BaseRequest, methods: Mapping[str, Any]) -> ApiError:
-    allowed = ", ".join(methods)
-    message = f"{request.path} takes {allowed}, not {request.method:.20}"
-    return ApiError(405, "wrong_method", message, headers={"Allow": allowed})

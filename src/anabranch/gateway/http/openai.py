@@ -4,76 +4,21 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
 
-from anabranch.gateway.api_error import ApiError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
-from anabranch.gateway.http.sse import read_data
-from anabranch.gateway.reply import Reply, new_id
-from anabranch.gateway.validate import parse
+from anabranch.gateway.reply import Reply
+from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response, read_body
+from anabranch.web.api_error import ApiError
+from anabranch.web.body import parse
+from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
-JSON = "application/json"
 STALL_S = 5.0  # after its deadline a stream that is not read ends
-SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
-Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
-def error_response(error: ApiError) -> web.Response:
-    """OpenAI's form of an error."""
-    headers = {"x-request-id": new_id(), **SAFE, **error.headers}
-    body = json.dumps(error.to_dict(), ensure_ascii=False).encode("utf-8", "replace")
-    return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """JSON, never cached."""
-    body = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")
-    return web.Response(
-        status=status, body=body, content_type=JSON, headers={**SAFE, "cache-control": "no-store", **(headers or {})}
-    )
-
-
-def bearer(request: web.BaseRequest) -> str | None:
-    """The key of a request: ``Authorization: Bearer KEY``, or Anthropic's and Azure's headers for it."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and value.strip():
-        return value.strip()
-    return request.headers.get("x-api-key") or request.headers.get("api-key")
-
-
-async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises ApiError if it is too large or too slow, or compressed."""
-    close = {"connection": "close"}
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise ApiError(415, "unsupported_encoding", "send the body uncompressed")
-    length = request.content_length
-    large = ApiError(413, "request_too_large", f"the body is larger than {most_bytes:,} bytes", headers=close)
-    if length is not None and length > most_bytes:
-        raise large
-    content = request.content
-    if content.is_eof() and length is not None:  # it came with the headers
-        return content.read_nowait()
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            while part := await content.readany():
-                size += len(part)
-                if size > most_bytes:
-                    raise large
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, "slow_body", f"the body did not come within {timeout_s:g} s", headers=close) from None
-    except (web.RequestPayloadError, ValueError):
-        raise ApiError(
-            400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
-        ) from None
-    return b"".join(parts)
 
 
 class OpenAIRoutes:

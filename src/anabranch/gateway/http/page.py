@@ -4,8 +4,8 @@ from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
-from anabranch.gateway.http.openai import SAFE, Route
 from anabranch.gateway.ui.page import CSP, asset, icon, render, render_parts
+from anabranch.web.answers import SAFE, Route
 
 _HEADERS = {
     **SAFE, "content-security-policy": CSP, "referrer-policy": "no-referrer", "x-frame-options": "DENY", "cache-control": "no-store",

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from anabranch.gateway.api_error import ApiError, wrong
-from anabranch.gateway.http.sse import event
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.sse import event
 
 _HERE = frozenset(
     {"input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "reasoning", "include", "truncation", "prompt"}

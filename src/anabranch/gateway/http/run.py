@@ -3,15 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.http.server import BACKLOG, Server, Signals, reload_on
 from anabranch.sockets import listening, url_of
+from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +45,7 @@ def run(
     config = load(path, store)
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     main = _main(config, path, host, port, store, drain_s, on_ready)
-    _runner()(main)
-
-
-def _runner() -> Callable[[Coroutine[Any, Any, None]], None]:
-    """uvloop's where it is installed: a request takes less of the processor there."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run
-    return uvloop.run
+    runner()(main)
 
 
 async def _main(

@@ -1,25 +1,11 @@
-"""Server-sent events: writing them, reading them, and a whole answer as if it had been streamed."""
+"""A whole answer as if it had been streamed, and the whole answer of a stream."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-DONE = b"data: [DONE]\n\n"
+from anabranch.web.sse import DONE, event
+
 HEAD = ("id", "created", "model", "system_fingerprint")  # what every chunk repeats
-HEARTBEAT = b": still here\n\n"
-
-
-def event(data: Any, name: str | None = None) -> bytes:
-    """One event with JSON data."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
-    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + text + b"\n\n"
-
-
-def read_data(chunk: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects of the ``data:`` lines of whole events; what is none (``[DONE]``, comments) is left out."""
-    for line in chunk.splitlines():
-        if line.startswith(b"data:") and (text := line[5:].strip()).startswith(b"{"):
-            yield json.loads(text)
 
 
 def chunks_of(answer: dict[str, Any], *, is_chat: bool, with_usage: bool) -> Iterator[bytes]:

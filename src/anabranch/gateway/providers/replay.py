@@ -264,6 +264,8 @@ class _Played:
 def write_answers(path: str | Path, answers: dict[str, str], tokens: dict[str, tuple[int, int]] | None = None) -> None:
     """A recording made of prompts and what is answered to them, for replaying recorded outcomes through the gateway.
 
+    Give the gateway's models ``max_tokens``: it bounds requests to those that have none, and then asks something else.
+
     Args:
         path: of the JSONL file, replaced whole.
         answers: text of the user's only message to the answer.

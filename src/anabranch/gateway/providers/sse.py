@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.gateway.providers.provider import garbage
+from anabranch.web.sse import DONE
 
 EVENT_BYTES = 8 << 20  # most bytes of one event
-DONE = b"data: [DONE]\n\n"
+__all__ = ["DONE", "DONE_DATA", "EVENT_BYTES", "Splitter", "event", "events"]
 DONE_DATA = b"[DONE]"
 
 

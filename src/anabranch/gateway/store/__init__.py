@@ -1,6 +1,7 @@
 """What a gateway remembers: keys, budgets with reservations, the ledger, decisions and feedback, in SQLite or PostgreSQL."""
 
 from anabranch.errors import BudgetError, RateError
+from anabranch.gateway.store.calibration import Calibration
 from anabranch.gateway.store.limits import Bucket, RateLimits, refill, take
 from anabranch.gateway.store.period import PERIODS, Period, window
 from anabranch.gateway.store.questions import GROUPS
@@ -23,6 +24,7 @@ __all__ = [
     "Bucket",
     "Budget",
     "BudgetError",
+    "Calibration",
     "DecisionRow",
     "FeedbackRow",
     "KeyRecord",

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, urlsplit
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.store import questions, schema
 from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, recover
+from anabranch.gateway.store.calibration import Calibration, read_calibration
 from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
 from anabranch.gateway.store.period import check_period
@@ -367,6 +368,11 @@ class Store:
         names = (by,) if isinstance(by, str) else tuple(by)
         bounds = [None if bound is None else int(bound * 1e6) for bound in (since_s, until_s)]
         return await self._read(lambda connection: questions.read_spend(connection, names, *bounds))
+
+    async def calibration(self, *, since_s: float | None = None) -> list[Calibration]:
+        """What strategies expected beside what was said of the answers, by week and strategy, newest week first."""
+        since_us = 0 if since_s is None else int(since_s * 1e6)
+        return await self._read(lambda connection: read_calibration(connection, since_us))
 
     # Care
 

@@ -16,6 +16,7 @@ are the first family of the survey (Varangot-Reille et al. 2025, arXiv 2502.0040
 """
 # Shapes: P models of the pool
 
+import math
 import re
 from typing import Any, Literal
 
@@ -128,11 +129,12 @@ class Rules(Strategy, kind="rules"):
         if rule is not None:
             size, models, reason = rule.size or "", list(rule.models), f"rule {rule.name!r}"
         score_P = _by_size(pool, query, SIZES[size]) if size in SIZES else _by_name(pool, models, reason)
-        long_P = np.array([_is_long_enough(model, query, seen.tokens) for model in pool.models])
-        if not long_P.any():
+        long_P = [_is_long_enough(model, query, seen.tokens) for model in pool.models]
+        if not any(long_P):
             raise InputError(f"the prompt has about {seen.tokens} tokens; no model of the pool takes that many")
+        usable_P = [score if is_long else -math.inf for score, is_long in zip(score_P, long_P, strict=True)]
         return Decision(
-            candidates=ordered(pool, np.where(long_P, score_P, -np.inf)), strategy=self.name, reason=reason,
+            candidates=ordered(pool, usable_P), strategy=self.name, reason=reason,
             details={"rule": None if rule is None else rule.name, "tokens": seen.tokens},
         )  # fmt: skip
 
@@ -189,31 +191,39 @@ class _Seen:
         return self._cues["language"]
 
 
-def _by_name(pool: Pool, models: list[str], reason: str) -> np.ndarray:
+def _by_name(pool: Pool, models: list[str], reason: str) -> list[float]:
     """The named models first, in their order, then the rest in the pool's."""
     if not any(name in pool.names for name in models):
         raise InputError(f"{reason} names {', '.join(models)}; the pool has {', '.join(pool.names)}")
-    return np.array(
-        [-models.index(name) if name in models else -len(models) - at for at, name in enumerate(pool.names)], float
-    )
+    return [
+        -float(models.index(name)) if name in models else -float(len(models) + at) for at, name in enumerate(pool.names)
+    ]
 
 
 def by_price(pool: Pool, query: Query | None = None) -> np.ndarray:
     """Places of the pool's models from cheap to dear, by parameters where prices are equal."""
+    return np.array(_from_cheap_to_dear(pool, query), np.int64)
+
+
+def _from_cheap_to_dear(pool: Pool, query: Query | None) -> list[int]:
     prompt = USUAL_PROMPT if query is None or query.prompt_tokens is None else query.prompt_tokens
     keys = [
         (model.price.cost(prompt, USUAL_COMPLETION), model.parameters or 0.0, at)
         for at, model in enumerate(pool.models)
     ]
-    return np.array([at for *_, at in sorted(keys)], np.int64)
+    return [at for *_, at in sorted(keys)]
 
 
-def _by_size(pool: Pool, query: Query, size: float) -> np.ndarray:
-    """Nearest to the wanted size first; the dearer of two that are as near."""
-    rank_P = np.empty(len(pool))
-    rank_P[by_price(pool, query)] = np.arange(len(pool))
-    wanted = np.floor(size * (len(pool) - 1))
-    return -np.abs(rank_P - wanted) + 0.25 * (rank_P > wanted)
+def _by_size(pool: Pool, query: Query, size: float) -> list[float]:
+    """Nearest to the wanted size first; the dearer of two that are as near.
+
+    In plain Python: for a handful of models numpy costs ten times as much, and this is in the way of every request.
+    """
+    wanted = math.floor(size * (len(pool) - 1))
+    score_P = [0.0] * len(pool)
+    for rank, at in enumerate(_from_cheap_to_dear(pool, query)):
+        score_P[at] = -abs(rank - wanted) + 0.25 * (rank > wanted)
+    return score_P
 
 
 def _is_long_enough(model: Model, query: Query, tokens: int) -> bool:

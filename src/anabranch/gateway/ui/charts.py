@@ -24,7 +24,7 @@ def histogram(buckets: Buckets, what: str) -> str:
     """Columns of a histogram, empty ones at both ends left out."""
     full = [at for at, (_, count) in enumerate(buckets) if count]
     if not full:
-        return f'<p class="none">No {escape(what)} yet.</p>'
+        return '<p class="none">Nothing measured yet.</p>'
     first, last = max(full[0] - 1, 0), min(full[-1] + 1, len(buckets) - 1)
     shown = buckets[first : last + 1]
     top, width = max(count for _, count in shown), 100 / len(shown)

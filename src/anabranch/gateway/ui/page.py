@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from anabranch.gateway.money import dollars
+from anabranch.gateway.store import Calibration
 from anabranch.gateway.ui.charts import bar, histogram, pareto, timeline
 from anabranch.gateway.ui.snapshot import DeploymentFact, Seen, Snapshot, Spend, quantile
 
@@ -17,6 +18,7 @@ CSP = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MOST_SPENDERS = 8
+MOST_WEEKS = 24  # rows
 FILTER = "filter: a model, strategy, key, status or request id"
 NONE = "\u2013"
 LOGO = (
@@ -67,6 +69,11 @@ def render_parts(now: Snapshot) -> str:
             _card("pareto", "Quality against cost", pareto(now.points) + _legend(now), "dollars per 1,000 requests"),
             _card("latency", "Latency", _latency(now)),
             _card("errors", "Requests, errors and breakers", _health(now), "last hour"),
+            *(
+                [_card("calibration", "Expected and scored", _calibration(now.calibration), "by week")]
+                if now.calibration
+                else []
+            ),
             _card("why", "Why this model", _inspector(now), "newest first; no prompt is kept"),
         )
     )  # fmt: skip
@@ -140,6 +147,21 @@ def _deployments(deployments: Sequence[DeploymentFact]) -> str:
         '<th scope="col" class="number minor">under way</th>'
         '<th scope="col" class="number">calls</th><th scope="col" class="number">failed</th>'
         f'<th scope="col" class="number">latency</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _calibration(weeks: Sequence[Calibration]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(one.week)}</th><td>{escape(one.strategy)}</td><td class="number minor">{one.count:,}</td>'
+        f'<td class="number">{_number(one.expected)}</td><td class="number">{_number(one.scored)}</td>'
+        f'<td class="number">{one.bias:+.2g}</td><td class="number minor">{_number(one.error)}</td></tr>'
+        for one in weeks[:MOST_WEEKS]
+    )
+    return (
+        '<div class="scroll"><table class="lines"><thead><tr><th scope="col">week of</th><th scope="col">strategy</th>'
+        '<th scope="col" class="number minor">scored answers</th><th scope="col" class="number">expected</th>'
+        '<th scope="col" class="number">scored</th><th scope="col" class="number">too much by</th>'
+        f'<th scope="col" class="number minor">mean distance</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

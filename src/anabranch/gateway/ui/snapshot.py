@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anabranch.gateway.metrics import Moment
+from anabranch.gateway.store import Calibration
 
 Buckets = Sequence[
     tuple[float, int]
@@ -130,6 +131,7 @@ class Snapshot:
         timeline: the last hour, oldest first.
         deployments: in the order of the config.
         points: for the plot of cost against quality.
+        calibration: what strategies expected and what was said, by week, newest first.
         recent: requests, newest first.
     """
 
@@ -149,6 +151,7 @@ class Snapshot:
     timeline: Sequence[Moment] = ()
     deployments: Sequence[DeploymentFact] = ()
     points: Sequence[Point] = ()
+    calibration: Sequence[Calibration] = ()
     recent: Sequence[Seen] = ()
 
 

@@ -1,15 +1,14 @@
 """The process: sockets, signals, bounds of connections, and a stop that lets requests under way end.
 
-SIGTERM, SIGINT   ``/ready`` turns 503, no new connection is taken, requests under way are answered, then it ends; a second one ends
-                  it at once
-SIGHUP            the config file is read again; a bad one is reported, and the old one stays
+SIGTERM, SIGINT   set `Signals.stop`: no new requests, those under way are answered; a second one sets `Signals.kill`: end now
+SIGHUP            sets `Signals.reload`
 """
 
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from anabranch.errors import AnabranchError, BackendError
 
@@ -17,8 +16,9 @@ try:
     from aiohttp import web
     from aiohttp.web_protocol import RequestHandler
 except ImportError as error:
-    raise BackendError(f"the gateway needs {error.name}; pip install 'anabranch[gateway]'") from None
+    raise BackendError(f"a server needs {error.name}; pip install 'anabranch[serve]' or 'anabranch[gateway]'") from None
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75.0
@@ -125,3 +125,12 @@ async def reload_on(event: asyncio.Event, reload: Callable[[], Awaitable[None]])
             logger.error("the config cannot be used, the old one stays: %s", error)
         except Exception:  # a bug of ours, which must not end what works
             logger.exception("the config could not be read again, the old one stays")
+
+
+def runner() -> Callable[[Coroutine[Any, Any, T]], T]:
+    """uvloop's where it is installed: a request takes less of the processor there."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run
+    return uvloop.run

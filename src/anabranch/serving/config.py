@@ -1,0 +1,109 @@
+"""`ServingConfig`: everything about an engine that can be said in a file or on a command line."""
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.serving.core.client import EngineClient
+
+if TYPE_CHECKING:
+    from anabranch.data.tokenizer import Tokenizer
+    from anabranch.serving.engine.engine import Engine
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int, name: str = "size") -> int:
+    """Bytes of ``"2GiB"``, ``"512 MB"`` or a plain number. Raises ConfigError that names the field ``name``."""
+    if isinstance(text, int):
+        return text
+    match = SIZE.fullmatch(text)
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if match is None:
+        raise ConfigError(f"{name} is {text!r}; give a number of bytes with a unit, such as 2GiB or 512MB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+@configclass
+class ServingConfig(Config):
+    """How a model is loaded, how much memory it gets, and how its steps are formed.
+
+    Attributes:
+        model: a path as `anabranch.lm.load_model` takes it.
+        name: what the model is called; empty for the last part of the path.
+        dtype: of weights, keys and values; ``auto`` is bfloat16 where the processor or device multiplies it, else float32.
+        quantize: weights of linear layers in fewer bits.
+        device: where it runs.
+        threads: of one step; None leaves PyTorch's choice.
+        kv_memory: bytes of the key-value cache, such as ``1GiB``.
+        num_blocks: of the key-value cache, instead of ``kv_memory``.
+        block_tokens: tokens per block.
+        max_positions: longest prompt and output together; None for the model's own limit.
+        max_batched_tokens: tokens in a step.
+        max_seqs: requests in a step.
+        long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
+        prefix_cache: keep keys and values of earlier requests for those that begin alike.
+        scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended.
+        expert_budget: bytes of expert weights kept in memory, such as ``2GiB``; None keeps them all.
+        deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
+        process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
+        seed: of requests that bring none; None draws it.
+    """
+
+    model: str = ""
+    name: str = ""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"
+    device: str = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    kv_memory: str = "1GiB"
+    num_blocks: int | None = Field(default=None, ge=1)
+    block_tokens: int = Field(default=16, ge=1)
+    max_positions: int | None = Field(default=None, ge=2)
+    max_batched_tokens: int = Field(default=512, ge=1)
+    max_seqs: int = Field(default=16, ge=1)
+    long_prefill_chunk: int | None = Field(default=None, ge=1)
+    prefix_cache: bool = True
+    scheduling: Literal["async", "sync"] = "async"
+    expert_budget: str | None = None
+    deterministic: bool = False
+    process: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.kv_memory, "kv_memory")
+        if self.expert_budget is not None:
+            parse_bytes(self.expert_budget, "expert_budget")
+
+    def build(self, *args: Any, **kwargs: Any) -> EngineClient:
+        """The engine's client, not started."""
+        from anabranch.serving.engine.local import LocalEngine
+        from anabranch.serving.engine.process import ProcessEngine
+
+        return (ProcessEngine if self.process else LocalEngine)(self.make_engine, *args, **kwargs)
+
+    def make_engine(self) -> "Engine":
+        """Load the model and make the engine, in this thread."""
+        return self.load()[0]
+
+    def load(self) -> "tuple[Engine, Tokenizer | None]":
+        """The engine, and the model's tokenizer.
+
+        Raises CheckpointError, ConfigError, CapacityError or BackendError if it cannot be.
+        """
+        from anabranch.serving.engine.load import load
+
+        return load(self)
+
+    def blocks_for(self, bytes_per_token: int) -> int:
+        """Blocks of the key-value cache for a model that keeps so much per position. Raises CapacityError if not even one fits."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        size, block = parse_bytes(self.kv_memory, "kv_memory"), bytes_per_token * self.block_tokens
+        if size < block:
+            raise CapacityError(
+                f"kv_memory is {self.kv_memory}; a block of {self.block_tokens} tokens takes {block} bytes"
+            )
+        return size // block

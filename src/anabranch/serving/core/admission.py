@@ -1,0 +1,291 @@
+"""`Admission`: whether a request may join the queue, and if not, when to come back.
+
+A queue without a bound serves everybody too late. What is over a limit is refused at once, and so is a request that would get its
+first token after its deadline; both are told after how many seconds there should be room, from how fast the queue has drained lately.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import LimitError
+
+MOST_RETRY_S = 120.0  # the official Python client gives up rather than wait longer
+LEAST_RETRY_S = 1.0  # Retry-After has whole seconds
+REASONS = ("in_flight", "queued", "queued_tokens", "key_concurrency", "deadline")
+
+
+class OverloadError(LimitError):
+    """The engine has no room for a request now.
+
+    Attributes:
+        reason: one of `REASONS`, a label for metrics.
+        status: the HTTP status to answer with.
+        retry_after_s: seconds after which there should be room, 1 to 120.
+    """
+
+    def __init__(self, message: str, *, reason: str, status: int, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.reason, self.status = reason, status
+
+
+@configclass
+class AdmissionConfig(Config):
+    """Limits; None for none.
+
+    Attributes:
+        max_in_flight: requests that are admitted and have not ended.
+        max_queued: of these, requests without a first token.
+        max_queued_tokens: prompt tokens of the queued ones. A single request larger than that is admitted to an empty queue.
+        max_per_key: requests of one key in flight.
+        status: HTTP status of a refusal: 429, or 503 as some balancers want it.
+        window_s: time over which the drain rate is averaged.
+    """
+
+    max_in_flight: int | None = Field(default=256, ge=1)
+    max_queued: int | None = Field(default=128, ge=1)
+    max_queued_tokens: int | None = Field(default=65536, ge=1)
+    max_per_key: int | None = Field(default=None, ge=1)
+    status: int = Field(default=429, ge=400, le=599)
+    window_s: float = Field(default=30.0, gt=0)
+
+    def build(self) -> "Admission":
+        """Make the gate."""
+        return Admission(self)
+
+
+class Admission:
+    """The gate before an engine. For one thread (an event loop).
+
+    Args:
+        config: limits.
+        clock: seconds, monotonic.
+
+    Attributes:
+        in_flight, queued, queued_tokens: as in the config.
+        rejections: refusals by reason, all of them there from the start.
+    """
+
+    def __init__(self, config: AdmissionConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config, self._clock = config or AdmissionConfig(), clock
+        self.in_flight = self.queued = self.queued_tokens = 0
+        self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+        self._of_key: Counter[str] = Counter()
+        window_s = self.config.window_s
+        self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)  # that leave the queue
+        self._end_rate = DrainRate(window_s)  # requests that end
+        self._pace = Pace(window_s)
+
+    def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
+        """Let a request of ``num_tokens`` prompt tokens in; close the ticket when it ends.
+
+        ``deadline_s``: seconds from now by which its first token must be there. Raises OverloadError.
+        """
+        self._check_limits(num_tokens, key)
+        if deadline_s is not None:
+            expected_s = self.expected_first_token_s(num_tokens)
+            if expected_s is not None and expected_s > deadline_s:
+                text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
+                raise self._refusal("deadline", text, expected_s - deadline_s)
+        return Ticket(self, num_tokens, key)
+
+    def expected_first_token_s(self, num_tokens: int) -> float | None:
+        """Seconds to the first token of a request that came now; None before anything is known of the engine's pace."""
+        expected_s = self._pace.expected_s(self.queued + 1, self.queued_tokens + num_tokens)
+        return None if expected_s is None else expected_s * self._request_rate.slowdown(self._clock())
+
+    def _check_limits(self, num_tokens: int, key: str) -> None:
+        config, now = self.config, self._clock()
+        if config.max_in_flight is not None and self.in_flight >= config.max_in_flight:
+            wait_s = _wait_s(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))
+            raise self._refusal("in_flight", f"{self.in_flight} requests are in flight, as many as may be", wait_s)
+        own = self._of_key[key] if key in self._of_key else 0
+        if config.max_per_key is not None and own >= config.max_per_key:
+            # This key's requests end as often as others, so its share of all that end is its share of what is in flight.
+            rate = self._end_rate.per_s(now)
+            wait_s = _wait_s(own + 1 - config.max_per_key, None if rate is None else rate * own / self.in_flight)
+            raise self._refusal(
+                "key_concurrency", f"{own} requests of this key are in flight, as many as may be", wait_s
+            )
+        if config.max_queued is not None and self.queued >= config.max_queued:
+            wait_s = _wait_s(self.queued + 1 - config.max_queued, self._request_rate.per_s(now))
+            raise self._refusal("queued", f"{self.queued} requests wait, as many as may", wait_s)
+        over = 0 if config.max_queued_tokens is None else self.queued_tokens + num_tokens - config.max_queued_tokens
+        if over > 0 and self.queued:
+            wait_s = _wait_s(min(over, self.queued_tokens), self._token_rate.per_s(now))
+            text = f"{self.queued_tokens} prompt tokens wait; {num_tokens} more are over the limit of {config.max_queued_tokens}"
+            raise self._refusal("queued_tokens", text, wait_s)
+
+    def _refusal(self, reason: str, text: str, wait_s: float) -> OverloadError:
+        self.rejections[reason] += 1
+        retry_after_s = min(max(float(math.ceil(min(wait_s, MOST_RETRY_S))), LEAST_RETRY_S), MOST_RETRY_S)
+        return OverloadError(
+            f"overloaded: {text}; try again in {retry_after_s:.0f} s",
+            reason=reason,
+            status=self.config.status,
+            retry_after_s=retry_after_s,
+        )
+
+    def _enter(self, ticket: "Ticket") -> None:
+        now = self._clock()
+        self.in_flight += 1
+        self.queued += 1
+        self.queued_tokens += ticket.num_tokens
+        self._of_key[ticket.key] += 1
+        for rate in (self._token_rate, self._request_rate, self._end_rate):
+            rate.resume(now)
+
+    def _dequeue(self, ticket: "Ticket", *, is_served: bool) -> None:
+        now = self._clock()
+        self.queued -= 1
+        self.queued_tokens -= ticket.num_tokens
+        if is_served:  # one that goes away makes room, but says nothing of the engine's pace
+            self._token_rate.drained(ticket.num_tokens, now)
+            self._pace.took(ticket.num_tokens, self._request_rate.drained(1, now))
+        if not self.queued:
+            self._token_rate.pause(now)
+            self._request_rate.pause(now)
+
+    def _leave(self, ticket: "Ticket") -> None:
+        now = self._clock()
+        self.in_flight -= 1
+        self._of_key[ticket.key] -= 1
+        if not self._of_key[ticket.key]:
+            del self._of_key[ticket.key]
+        self._end_rate.drained(1, now)
+        if not self.in_flight:
+            self._end_rate.pause(now)
+
+
+class Ticket:
+    """A request that was let in. Also a context manager that closes it."""
+
+    __slots__ = ("_admission", "_is_open", "_is_queued", "key", "num_tokens")
+
+    def __init__(self, admission: Admission, num_tokens: int, key: str) -> None:
+        self._admission, self.num_tokens, self.key = admission, num_tokens, key
+        self._is_open = self._is_queued = True
+        admission._enter(self)
+
+    def started(self) -> None:
+        """Its first token is there. A second call does nothing."""
+        if self._is_queued:
+            self._is_queued = False
+            self._admission._dequeue(self, is_served=True)
+
+    def close(self) -> None:
+        """It has ended, well or not. A second call does nothing."""
+        if self._is_queued:
+            self._is_queued = False
+            self._admission._dequeue(self, is_served=False)
+        if self._is_open:
+            self._is_open = False
+            self._admission._leave(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class DrainRate:
+    """How fast something drains while there is something to drain, the past fading with e^(-t / window).
+
+    Idle time does not count: an engine without work is not slow. A queue that stands still does, once nothing has gone for longer
+    than it takes on average.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._amount = self._busy_s = self._times = 0.0  # faded sums: what has gone, the time before it, how many times
+        self._elapsed_s = 0.0  # busy since something has gone
+        self._since: float | None = None  # up to when that is brought; None while idle
+
+    def resume(self, now: float) -> None:
+        """There is something to drain."""
+        if self._since is None:
+            self._since = now
+
+    def pause(self, now: float) -> None:
+        """There is nothing left."""
+        self._advance(now)
+        self._since = None
+
+    def drained(self, amount: float, now: float) -> float:
+        """So much has gone; gives the busy seconds since the last time."""
+        self._advance(now)
+        took_s = self._elapsed_s
+        kept = math.exp(-self._elapsed_s / self._window_s)
+        self._amount = self._amount * kept + amount
+        self._busy_s = self._busy_s * kept + self._elapsed_s
+        self._times = self._times * kept + 1
+        self._elapsed_s = 0.0
+        return took_s
+
+    def per_s(self, now: float) -> float | None:
+        """Amount per second; None before anything has drained."""
+        self._advance(now)
+        if self._busy_s <= 0:
+            return None
+        return self._amount / self._busy_s / self.slowdown(now)
+
+    def slowdown(self, now: float) -> float:
+        """How many times slower it has become by what is overdue now; 1 as long as nothing is."""
+        self._advance(now)
+        if self._busy_s <= 0:
+            return 1.0
+        overdue_s = max(0.0, self._elapsed_s - self._busy_s / self._times)
+        fade = min(overdue_s / self._window_s, 100.0)  # a queue that stands still for hours is as good as dead
+        return 1 + overdue_s * math.exp(fade) / self._busy_s
+
+    def _advance(self, now: float) -> None:
+        if self._since is not None and now > self._since:
+            self._elapsed_s += now - self._since
+            self._since = now
+
+
+class Pace:
+    """What a request and what a token of its prompt add to the time between two first tokens: a line fitted to the faded past.
+
+    Both are at least zero. As long as prompts were of about one length there is no telling them apart, and all is the requests': a
+    long prompt is then expected too early rather than refused for what short ones took.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._count = self._tokens = self._seconds = self._squares = self._products = 0.0  # faded sums
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        """A request of so many prompt tokens got its first token, so many seconds after the one before."""
+        kept = math.exp(-seconds / self._window_s)
+        self._count = self._count * kept + 1
+        self._tokens = self._tokens * kept + num_tokens
+        self._seconds = self._seconds * kept + seconds
+        self._squares = self._squares * kept + num_tokens * num_tokens
+        self._products = self._products * kept + num_tokens * seconds
+
+    def expected_s(self, count: int, num_tokens: int) -> float | None:
+        """Seconds that ``count`` requests of ``num_tokens`` in all take; None before any did."""
+        if self._seconds <= 0:
+            return None
+        mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count
+        variance = self._squares / self._count - mean_tokens * mean_tokens
+        per_token = 0.0
+        if variance > 0.01 * mean_tokens * mean_tokens:  # lengths that differ by a tenth
+            slope = (self._products / self._count - mean_tokens * mean_s) / variance
+            per_token = min(max(slope, 0.0), mean_s / mean_tokens)  # up to where a request alone costs nothing
+        return (mean_s - per_token * mean_tokens) * count + per_token * num_tokens
+
+
+def _wait_s(amount: float, rate: float | None) -> float:
+    """Seconds until ``amount`` has drained; at an unknown pace the shortest wait there is, at none at all endless."""
+    if amount <= 0 or rate is None:
+        return 0.0
+    return amount / rate if rate > 0 else math.inf

@@ -1,0 +1,67 @@
+"""`PrefixCache`: full blocks of earlier requests that begin as a new one does.
+
+The key of a block is a digest of all that its keys and values depend on: the tokens in it, the key of the block before it, and, at
+the root, the salt and options of the request. Equal keys therefore mean equal prefixes, and whoever does not know a salt cannot
+find out by timing what others asked. SHA-256, since a prompt may be chosen by an adversary.
+"""
+
+import struct
+from collections.abc import Sequence
+from hashlib import sha256
+
+from anabranch.serving.core.blocks import BlockPool
+
+
+def root_key(salt: str, options: Sequence[tuple[str, str]] = (), generation: int = 0) -> bytes:
+    """The key before the first block: digest of the salt and of the options, in any order, each with its length before it.
+
+    ``generation`` sets apart what was computed before a reset.
+    """
+    parts = [str(generation), salt, *(text for pair in sorted(options) for text in pair)]
+    return sha256(b"".join(_framed(part) for part in parts)).digest()
+
+
+def child_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full block of ``tokens`` that follows the block of key ``parent``."""
+    return sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+
+
+class PrefixCache:
+    """Keys of sequences, and the blocks they find in a pool."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._generation = 0
+
+    def root(self, salt: str, options: Sequence[tuple[str, str]]) -> bytes:
+        """The root of requests that come from now on."""
+        return root_key(salt, options, self._generation)
+
+    def extend(self, keys: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int) -> None:
+        """Lengthen ``keys`` to all full blocks of the first ``num_tokens`` tokens; each block is hashed once."""
+        size = self._pool.block_tokens
+        for index in range(len(keys), num_tokens // size):
+            keys.append(child_key(keys[-1] if keys else root, tokens[index * size : (index + 1) * size]))
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest known prefix of ``keys``. `BlockPool.hold` them before anything else is allocated."""
+        found = []
+        for key in keys:
+            block = self._pool.find(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def reset(self) -> int:
+        """Forget everything; how many blocks that were.
+
+        What sequences under way publish later has an older root, so that no new request finds it.
+        """
+        self._generation += 1
+        return self._pool.forget_all()
+
+
+def _framed(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return struct.pack("<q", len(data)) + data

@@ -1,0 +1,174 @@
+"""`WaitingQueue`: who is next. Lower priority numbers first; then those that were sent back; then the keys in turn, by tokens.
+
+Among the keys (whose requests they are) of one priority it is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): a key in its
+turn gets a quantum of tokens and sends requests, oldest first, while their cost is covered; what is left over stays for its next turn.
+A key with many or long requests therefore cannot hold up one with few: in any time in which two keys both wait, what they were given
+differs by at most a quantum and twice the largest cost. With one key it is first come, first served.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from typing import Generic, Protocol, TypeVar
+
+
+class Waiting(Protocol):
+    """What the queue needs to know of an item.
+
+    Attributes:
+        rank: (priority, arrival, serial number): the order among items of one key, and of all that were sent back.
+        key: whose it is.
+        cost: tokens that it is charged with when it is taken.
+    """
+
+    rank: tuple[int, float, int]
+    key: str
+    cost: int
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class WaitingQueue(Generic[T]):
+    """Items in the order in which they are to be taken.
+
+    Args:
+        quantum: tokens that a key gets in its turn.
+    """
+
+    def __init__(self, quantum: int = 512) -> None:
+        self._quantum = quantum
+        self._levels: dict[int, _Level[T]] = {}
+        self._order: list[int] = []  # priorities with items, as a heap
+        self._where: dict[int, _Flow[T]] = {}  # by serial number
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __iter__(self) -> Iterator[T]:
+        for level in self._levels.values():
+            for flow in (level.front, *level.flows.values()):
+                yield from (item for rank, item in flow.heap if rank[2] in self._where)
+
+    def add(self, item: T) -> None:
+        """A new item, to the end of its key's."""
+        level = self._level(item.rank[0])
+        flow = level.flows.get(item.key)
+        if flow is None:
+            flow = level.flows[item.key] = _Flow(item.key)
+            level.turns.append(flow)
+        self._put(item, flow)
+
+    def add_front(self, item: T) -> None:
+        """An item that was taken before and was sent back: before all others of its priority, and not charged again."""
+        self._put(item, self._level(item.rank[0]).front)
+
+    def peek(self) -> T | None:
+        """The next item, None if there is none."""
+        flow = self._next_flow()
+        return None if flow is None else flow.heap[0][1]
+
+    def pop(self) -> T:
+        """Take the item that `peek` shows. Raises IndexError if there is none."""
+        flow = self._next_flow()
+        if flow is None:
+            raise IndexError("nothing waits")
+        _, item = heappop(flow.heap)
+        flow.deficit -= item.cost  # of no account for those sent back
+        del self._where[item.rank[2]]
+        flow.count -= 1
+        return item
+
+    def remove(self, item: T) -> None:
+        """Take an item out, wherever it is. Raises KeyError if it is not there."""
+        flow = self._where.pop(item.rank[2])
+        flow.count -= 1
+        if len(flow.heap) > 2 * flow.count + 32:  # mostly removed ones: let go of them
+            flow.heap = [entry for entry in flow.heap if entry[0][2] in self._where]
+            heapify(flow.heap)
+
+    def refund(self, item: T, tokens: int) -> None:
+        """Give a key back ``tokens`` that it was charged with and did not use, if it still has items that wait."""
+        level = self._levels.get(item.rank[0])
+        flow = None if level is None else level.flows.get(item.key)
+        if flow is not None:
+            flow.deficit += tokens
+
+    def _level(self, priority: int) -> "_Level[T]":
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level()
+            heappush(self._order, priority)
+        return level
+
+    def _put(self, item: T, flow: "_Flow[T]") -> None:
+        heappush(flow.heap, (item.rank, item))
+        flow.count += 1
+        self._where[item.rank[2]] = flow
+
+    def _next_flow(self) -> "_Flow[T] | None":
+        """The flow whose first item is next, with no removed item before it."""
+        while self._order:
+            level = self._levels[self._order[0]]
+            if self._trim(level.front):
+                return level.front
+            flow = self._turn(level)
+            if flow is not None:
+                return flow
+            del self._levels[heappop(self._order)]
+        return None
+
+    def _turn(self, level: "_Level[T]") -> "_Flow[T] | None":
+        """The key whose turn it is and whose deficit covers its first item."""
+        turns, unserved = level.turns, 0
+        while turns:
+            flow = turns[0]
+            if not self._trim(flow):  # it waits for nothing: it keeps nothing
+                turns.popleft()
+                del level.flows[flow.key]
+                continue
+            if flow.deficit >= flow.heap[0][1].cost:
+                return flow
+            if flow.has_turn:  # its quantum is used up
+                flow.has_turn = False
+                turns.rotate(-1)
+                continue
+            if unserved >= len(turns):  # a whole round without anyone covered: as many rounds as it takes, at once
+                rounds = min(-(-(flow.heap[0][1].cost - flow.deficit) // self._quantum) for flow in turns)
+                for each in turns:
+                    each.deficit += (rounds - 1) * self._quantum
+                unserved = 0
+            flow.deficit += self._quantum
+            flow.has_turn = True
+            unserved += 1
+        return None
+
+    def _trim(self, flow: "_Flow[T]") -> bool:
+        heap = flow.heap
+        while heap and heap[0][0][2] not in self._where:
+            heappop(heap)
+        return bool(heap)
+
+
+class _Flow(Generic[T]):
+    """Items of one key, or those sent back."""
+
+    __slots__ = ("count", "deficit", "has_turn", "heap", "key")
+
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        self.heap: list[tuple[tuple[int, float, int], T]] = []
+        self.count = 0  # items that were not removed
+        self.deficit = 0
+        self.has_turn = False
+
+
+class _Level(Generic[T]):
+    """All of one priority."""
+
+    __slots__ = ("flows", "front", "turns")
+
+    def __init__(self) -> None:
+        self.front: _Flow[T] = _Flow()
+        self.flows: dict[str, _Flow[T]] = {}
+        self.turns: deque[_Flow[T]] = deque()

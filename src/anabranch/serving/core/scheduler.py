@@ -1,0 +1,408 @@
+"""`Scheduler`: which tokens of which requests the next step computes. One decision per step, no phases of prefill and decode.
+
+Each request has tokens and a count of those computed; a step brings the counts nearer to the lengths, within a budget of tokens.
+One that decodes lacks one token, one that starts lacks its prompt, one that was preempted lacks prompt and output; all are the same.
+
+1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave. Without a free block the
+   last in rank is sent back to the front of the queue, so the first in rank is never sent back, and every request ends.
+2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it.
+3. The batch. A chunk samples if it ends with the last token.
+
+With ``is_async`` a step may be formed while the one before runs; what that one will sample is then `PENDING`.
+
+Sources: Orca (Yu et al., OSDI 2022) for the iteration as unit, Sarathi-Serve (Agrawal et al., OSDI 2024) for prompts in chunks beside
+decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahead.
+"""
+
+import time
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import InputError
+from anabranch.serving.core.batch import Batch, Chunk, Sampled
+from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.queue import WaitingQueue
+from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.state import RequestState
+from anabranch.serving.core.tables import BlockTables
+from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.core.turns import Order, Turns
+
+COUNTERS = (
+    "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
+    "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
+)  # fmt: skip
+KEPT_SAMPLES = 4096
+Part = tuple[RequestState, int, Chunk]  # of a step: a request, its epoch, and what it computes
+
+
+@configclass
+class SchedulerConfig(Config):
+    """Limits of a step and of the cache.
+
+    Attributes:
+        num_blocks, block_tokens: size of the key-value cache.
+        max_positions: longest prompt and output together; a cache that holds less limits it further.
+        max_batched_tokens: tokens in a step.
+        max_seqs: requests in a step.
+        long_prefill_chunk: most tokens of one prompt in a step, so that prompts behind a long one start; None for the whole budget.
+        prefix_cache: use blocks of earlier requests.
+        is_async: a step may be formed while the one before runs.
+        stop_tokens: the model's own ends of text.
+        quantum: tokens that a key gets in its turn, see `WaitingQueue`.
+        max_decodes: most requests that decode in a step, the others in the next; None for all. See `Turns`.
+    """
+
+    num_blocks: int = Field(ge=1)
+    max_positions: int = Field(ge=2)
+    block_tokens: int = Field(default=16, ge=1)
+    max_batched_tokens: int = Field(default=512, ge=1)
+    max_seqs: int = Field(default=16, ge=1)
+    long_prefill_chunk: int | None = Field(default=None, ge=1)
+    prefix_cache: bool = True
+    is_async: bool = False
+    stop_tokens: tuple[int, ...] = ()
+    quantum: int = Field(default=512, ge=1)
+    max_decodes: int | None = Field(default=None, ge=1)
+
+    def build(
+        self, *, tier: KVTier | None = None, memory: Memory | None = None, order: Order | None = None
+    ) -> "Scheduler":
+        """Make the scheduler."""
+        return Scheduler(self, tier=tier, memory=memory, order=order)
+
+
+class Scheduler:
+    """Requests in, batches out, sampled tokens in, outputs out. For one thread.
+
+    Args:
+        config: limits.
+        tier: where blocks go that have no room on the device; needs the prefix cache.
+        memory: decides, beside the free blocks, whether a waiting request may join those that run.
+        order: groups those that decode into two steps; needs ``max_decodes``.
+        clock: seconds, as `Request.arrival` has them.
+
+    Attributes:
+        max_positions: the config's, or what the cache holds if that is less.
+        pool, prefixes: blocks, and what is found again.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        tier: KVTier | None = None,
+        memory: Memory | None = None,
+        order: Order | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if tier is not None and not config.prefix_cache:
+            raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
+        if order is not None and config.max_decodes is None:
+            raise InputError("order groups what decodes into two steps; it needs max_decodes")
+        self.config, self._memory, self._clock = config, memory, clock
+        self._tables = BlockTables(config.num_blocks, config.block_tokens, has_prefixes=config.prefix_cache, tier=tier)
+        self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
+        self._turns = None if config.max_decodes is None else Turns(config.max_decodes, order)
+        # A step takes a token of each running request at least, and a request must fit alone.
+        self._most_running = min(config.max_seqs, config.max_batched_tokens)
+        self.max_positions = min(config.max_positions, config.num_blocks * config.block_tokens)
+        self._stop_tokens = frozenset(config.stop_tokens)
+        self._states: dict[str, RequestState] = {}
+        self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
+        self._running: list[RequestState] = []  # by rank
+        self._under_way: dict[int, list[Part]] = {}  # by step
+        self._serial = self._step = self._queued_tokens = 0
+        self._is_short = False  # of blocks, in the step that is being formed
+        self._new: list[Request] = []
+        self._gone: list[str] = []
+        self._counts = Counter(dict.fromkeys(COUNTERS, 0))
+        self._batch_tokens: deque[float] = deque(maxlen=KEPT_SAMPLES)
+
+    # What comes from outside
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended, or a step is under way."""
+        return bool(self._states or self._under_way)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InputError for one that can never run, and for an id that is under way."""
+        if not request.prompt:
+            raise InputError("the prompt has no tokens; it must have at least one")
+        if len(request.prompt) >= self.max_positions:
+            raise InputError(
+                f"the prompt has {len(request.prompt)} tokens; with one new token it must fit in {self.max_positions}"
+            )
+        if min(request.prompt) < 0:
+            raise InputError(f"the prompt has the token {min(request.prompt)}; tokens are not negative")
+        if request.id in self._states:
+            raise InputError(f"a request {request.id!r} is under way; ids must differ")
+        state = RequestState(
+            request,
+            serial=self._serial,
+            now=self._clock(),
+            stop_tokens=self._stop_tokens,
+            max_positions=self.max_positions,
+        )
+        self._serial += 1
+        self._states[request.id] = state
+        self._waiting.add(state)
+        self._queued_tokens += state.num_prompt
+
+    def abort(self, id: str) -> Output | None:
+        """End a request, wherever it is; None if there is none of that id. What a step under way computes for it is discarded."""
+        state = self._states.get(id)
+        if state is None:
+            return None
+        self._end(state, Finish.ABORT)
+        return self._output(state)
+
+    def reset_prefixes(self) -> int:
+        """Let no request from now on use what was computed before; how many blocks were cached."""
+        for state in self._waiting:
+            state.root = b""
+            state.keys.clear()
+        return self._tables.reset()
+
+    def stats(self) -> EngineStats:
+        """Counters, gauges, and the sizes of batches since the last call."""
+        self._counts["evicted_blocks"] = self.pool.evictions
+        gauges = {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "queued_tokens": self._queued_tokens,
+            "kv_usage_ratio": 1 - self.pool.num_free / self.pool.num_blocks,
+            "cached_blocks": self.pool.num_cached,
+        }
+        sizes = list(self._batch_tokens)
+        self._batch_tokens.clear()
+        return EngineStats(counters=dict(self._counts), gauges=gauges, samples={"batch_tokens": sizes})
+
+    # Forming a step
+
+    def schedule(self) -> Batch | None:
+        """The next step; None if there is nothing to do, or not before a step under way has been told to `update`."""
+        if len(self._under_way) >= (2 if self.config.is_async else 1) or not self._states:
+            return None
+        self._is_short = False
+        parts: list[Part] = []
+        turn = None if self._turns is None else self._turns.take(self._running)
+        budget = self._continue_running(parts, self.config.max_batched_tokens, turn)
+        if not parts and turn is not None:  # none of them has a block for its token; the first in rank always gets one
+            budget = self._continue_running(parts, budget, None)
+        if not self._is_short and budget and len(self._waiting) and len(self._running) < self._most_running:
+            budget = self._admit_waiting(parts, budget)
+        if not parts:
+            return None
+        tables = self._tables
+        batch = Batch(
+            step=self._step,
+            chunks=tuple([chunk for _, _, chunk in parts]),
+            new=tuple(self._new),
+            gone=tuple(self._gone),
+            swaps_out=tuple([(block, slot) for slot, block in tables.saves.items()]),
+            swaps_in=tuple(tables.loads),
+        )
+        self._counts["swapped_out_blocks"] += len(tables.saves)
+        self._counts["swapped_in_blocks"] += len(tables.loads)
+        tables.formed()
+        self._new.clear()
+        self._gone.clear()
+        self._under_way[self._step] = parts
+        self._step += 1
+        self._counts["steps"] += 1
+        self._batch_tokens.append(self.config.max_batched_tokens - budget)
+        return batch
+
+    def _continue_running(self, parts: list[Part], budget: int, turn: Container[RequestState] | None) -> int:
+        """Chunks of running requests, of those that decode only the ones in ``turn``; the budget that is left."""
+        running, block_tokens = self._running, self.config.block_tokens
+        counts = [len(state.tokens) - state.computed for state in running]
+        reserved = counts.count(1)
+        for state, count in zip(list(running), counts, strict=True):
+            if not state.blocks:  # sent back by one before it, and so are all behind it
+                break
+            if count == 1:
+                reserved -= 1
+                if (state.num_pending and len(state.tokens) >= state.most_tokens) or (
+                    turn is not None and state not in turn
+                ):
+                    continue  # the step under way gives its last token, or the next one is its turn
+            else:
+                count = self._portion(count, budget - reserved)
+            if len(state.blocks) * block_tokens < state.computed + count:
+                count = self._make_room(state, count)
+            if count > 0:
+                budget -= count
+                parts.append(self._part(state, count))
+        return budget
+
+    def _portion(self, missing: int, budget: int) -> int:
+        cap = self.config.long_prefill_chunk
+        return min(missing, budget) if cap is None else min(missing, budget, cap)
+
+    def _make_room(self, state: RequestState, count: int) -> int:
+        """Blocks for ``count`` more tokens, from requests of later rank if need be; for how many tokens there is room."""
+        pool, running = self.pool, self._running
+        while not self._tables.grow(state, state.computed + count):
+            self._is_short = True
+            needed = pool.blocks_for(state.computed + count) - len(state.blocks)
+            if running[-1] is not state and pool.num_free + self._tables.num_held < needed:
+                self._send_back(running[-1])
+            else:  # it is the last itself, or a step under way is about to give back enough: it takes what there is and waits
+                count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
+        return count
+
+    def _send_back(self, state: RequestState) -> None:
+        """Preempt: the blocks go, the tokens stay."""
+        self._running.remove(state)
+        self._tables.release(state, self._under_way)
+        self._waiting.add_front(state)
+        self._queued_tokens += state.num_prompt
+        self._counts["preemptions"] += 1
+
+    def _admit_waiting(self, parts: list[Part], budget: int) -> int:
+        """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
+        tables, waiting = self._tables, self._waiting
+        promised = sum([tables.missing(each) for each in self._running])
+        expected = None if self._memory is None else [self._expected(each, self._memory) for each in self._running]
+        later: list[RequestState] = []
+        while budget and len(self._running) < self._most_running and len(later) <= self.config.max_seqs:
+            state = waiting.peek()
+            if state is None:
+                break
+            cached = tables.look_up(state)
+            if cached is None:
+                later.append(waiting.pop())
+                continue
+            if not tables.fits(state, cached, promised):
+                break
+            if self._memory is not None and expected is not None:
+                candidate = self._expected(state, self._memory)
+                if expected and not self._memory.admits(expected, candidate):
+                    break
+                expected.append(candidate)
+            waiting.pop()
+            count = self._start(state, cached, budget)
+            promised += tables.missing(state)
+            budget -= count
+            parts.append(self._part(state, count))
+        for state in later:
+            waiting.add_front(state)
+        return budget
+
+    def _expected(self, state: RequestState, memory: Memory) -> tuple[int, int]:
+        return len(state.tokens), memory.remaining(state.num_output, state.most_tokens - state.num_prompt)
+
+    def _start(self, state: RequestState, cached: list[int], budget: int) -> int:
+        """Let a waiting request run, from behind its cached blocks; the size of its first chunk."""
+        self._tables.begin(state, cached)
+        count = self._portion(len(state.tokens) - state.computed, budget)
+        has_room = self._tables.grow(state, state.computed + count)
+        assert has_room, "blocks for the whole request were counted"
+        insort(self._running, state, key=_rank)
+        self._queued_tokens -= state.num_prompt
+        if not state.is_known:
+            state.is_known = True
+            self._new.append(state.request)
+            state.cached_tokens = state.computed
+            state.queue_s = self._clock() - state.rank[1]
+            self._counts["prompt_tokens"] += state.num_prompt
+            self._counts["cached_prompt_tokens"] += state.computed
+        return count
+
+    def _part(self, state: RequestState, count: int) -> Part:
+        """The next ``count`` tokens of a request as a part of the step that is being formed."""
+        start, tokens = state.computed, state.tokens
+        end = state.computed = start + count
+        samples = end == len(tokens)
+        chunk = Chunk(
+            id=state.request.id,
+            tokens=(tokens[start],) if count == 1 else tuple(tokens[start:end]),
+            start=start,
+            blocks=state.table,
+            samples=samples,
+        )
+        state.last_step = self._step
+        if samples:
+            state.expect()
+        return state, state.epoch, chunk
+
+    # After a step
+
+    def update(self, batch: Batch, sampled: Iterable[Sampled]) -> list[Output]:
+        """What a step gave: news of its requests. Steps are told in the order in which they were formed.
+
+        A `Sampled` with an error ends its request only, also that of a chunk that does not sample; so does one that is missing.
+        """
+        parts = self._under_way.pop(batch.step)
+        given = {item.id: item for item in sampled}
+        outputs = []
+        block_tokens = self.config.block_tokens
+        for state, epoch, chunk in parts:
+            if state.finish is not None:  # it ended while the step was under way
+                self._counts["discarded_tokens"] += chunk.samples
+                continue
+            item = given.get(chunk.id)
+            error = item.error if item is not None else "the step gave no token" if chunk.samples else None
+            if error is not None:
+                self._end(state, Finish.ERROR)
+                outputs.append(self._output(state, error=error))
+                continue
+            computed = chunk.start + len(chunk.tokens)
+            if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
+                self._tables.publish(state, computed)
+            if chunk.samples and item is not None:
+                outputs.append(self._take(state, item))
+        self._tables.ran(batch.step)
+        return outputs
+
+    def _take(self, state: RequestState, item: Sampled) -> Output:
+        is_output = state.take(item.token)
+        if state.finish is not None:
+            self._end(state, state.finish)
+            if self._memory is not None:
+                self._memory.saw(state.num_output)
+        if not is_output:
+            return self._output(state)
+        self._counts["generation_tokens"] += 1
+        return self._output(state, item)
+
+    def _end(self, state: RequestState, finish: Finish) -> None:
+        """Take a request out of everything."""
+        state.finish = finish
+        self._counts[f"finished_{finish.value}"] += 1
+        del self._states[state.request.id]
+        if state.blocks:
+            self._running.remove(state)
+            self._tables.release(state, self._under_way)
+        else:
+            self._waiting.remove(state)
+            self._queued_tokens -= state.num_prompt
+        if state.is_known:
+            self._waiting.refund(state, state.most_tokens - len(state.tokens))
+            self._gone.append(state.request.id)
+
+    def _output(self, state: RequestState, item: Sampled | None = None, error: str | None = None) -> Output:
+        cached_tokens, queue_s = state.cached_tokens, state.queue_s
+        state.cached_tokens = state.queue_s = None  # told once
+        if item is None:
+            return Output(
+                id=state.request.id, finish=state.finish, error=error, cached_tokens=cached_tokens, queue_s=queue_s
+            )
+        return Output(
+            id=state.request.id,
+            tokens=(item.token,),
+            logprobs=() if item.logprob is None else (item.logprob,),
+            finish=state.finish,
+            cached_tokens=cached_tokens,
+            queue_s=queue_s,
+            routing=(item.routing,) if item.routing else (),
+        )
+
+
+def _rank(state: RequestState) -> tuple[int, float, int]:
+    return state.rank

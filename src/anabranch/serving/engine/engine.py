@@ -1,0 +1,141 @@
+"""`Engine`: a model, its runner and its scheduler, in the thread or process that runs them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import InputError
+from anabranch.lm.decoder import Decoder
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import EngineInfo, EngineStats
+from anabranch.serving.core.hooks import StepHook
+from anabranch.serving.core.request import Request
+from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
+from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.engine.loop import EngineLoop
+from anabranch.serving.engine.messages import Event
+from anabranch.serving.engine.paged import PagedPool, PagedShape
+from anabranch.serving.engine.runner import ModelRunner, TokenSampler
+from anabranch.serving.sampling import Sampler
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """What a loop runs.
+
+    Attributes:
+        info: what it serves.
+        scheduler, runner: which run it.
+        is_async: see `ServingConfig.scheduling`.
+        controls: an operator's commands by name, see `EngineLoop`.
+        sources: what adds to pictures of the engine.
+    """
+
+    info: EngineInfo
+    scheduler: Scheduler
+    runner: ModelRunner
+    is_async: bool = True
+    controls: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    sources: list[Callable[[], EngineStats]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        config: ServingConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        sampler: TokenSampler | None = None,
+        hooks: Sequence[StepHook] = (),
+        controls: Mapping[str, Callable[..., Any]] | None = None,
+        tier: KVTier | None = None,
+        memory: Memory | None = None,
+        host_blocks: int = 0,
+        pool: PagedPool | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
+    ) -> Self:
+        """An engine for a model that is loaded.
+
+        Args:
+            model: the model.
+            config: sizes and scheduling; what says how to load a model is not read.
+            tokenizer: its ends of text stop requests, and grammars need it.
+            sampler: chooses tokens; None for `anabranch.serving.sampling.Sampler`.
+            hooks: see every step. One with ``stats() -> EngineStats`` adds to pictures of the engine, one with ``controls`` commands.
+            controls: more commands.
+            tier: where keys and values go that have no room, in ``host_blocks`` slots.
+            memory: admission by what requests are expected to need.
+            host_blocks: see ``tier``.
+            pool: memory for keys and values made elsewhere.
+            make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
+        """
+        shape = PagedShape.of(model)
+        num_blocks = pool.num_blocks if pool is not None else config.blocks_for(shape.bytes_per_token)
+        stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
+        if sampler is None:
+            vocab_size = model.config.vocab_size
+            sampler = Sampler(vocab_size, stop_tokens=stop_tokens, tokenizer=tokenizer, seed=config.seed)
+        runner = make_runner(
+            model,
+            num_blocks=num_blocks,
+            block_tokens=config.block_tokens,
+            sampler=sampler,
+            hooks=hooks,
+            host_blocks=host_blocks,
+            pool=pool,
+            deterministic=config.deterministic,
+        )
+        positions = min(config.max_positions or model.config.max_positions, model.config.max_positions)
+        scheduler = SchedulerConfig(
+            num_blocks=num_blocks,
+            block_tokens=config.block_tokens,
+            max_positions=positions,
+            max_batched_tokens=config.max_batched_tokens,
+            max_seqs=config.max_seqs,
+            long_prefill_chunk=config.long_prefill_chunk,
+            prefix_cache=config.prefix_cache,
+            is_async=config.scheduling == "async",
+            stop_tokens=stop_tokens,
+        ).build(tier=tier, memory=memory)
+        engine = cls(
+            info=EngineInfo(
+                model=config.name or Path(config.model).name or "model",
+                vocab_size=model.config.vocab_size,
+                max_positions=scheduler.max_positions,
+                block_tokens=config.block_tokens,
+                num_blocks=num_blocks,
+                stop_tokens=stop_tokens,
+                routed_layers=runner.tap.layers,
+            ),
+            scheduler=scheduler,
+            runner=runner,
+            is_async=config.scheduling == "async",
+            controls={"reset_prefix_cache": scheduler.reset_prefixes, **(controls or {})},
+        )
+        for hook in hooks:
+            engine.controls.update(getattr(hook, "controls", {}))
+            if hasattr(hook, "stats"):
+                engine.sources.append(hook.stats)
+        return engine
+
+    def check(self, request: Request) -> None:
+        """Raise InputError for a request that this model can never run."""
+        if max(request.prompt, default=0) >= self.info.vocab_size:
+            raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
+        sampler = self.runner.sampler
+        if isinstance(sampler, Sampler):
+            sampler.check(request.sampling)
+
+    def loop(self, emit: Callable[[list[Event]], None]) -> EngineLoop:
+        """A loop that runs it."""
+        return EngineLoop(
+            self.scheduler,
+            self.runner,
+            emit,
+            is_async=self.is_async,
+            check=self.check,
+            controls=self.controls,
+            sources=self.sources,
+        )

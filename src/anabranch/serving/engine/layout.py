@@ -1,0 +1,122 @@
+"""`StepLayout`: where the rows of one step stand, worked out once and read by every layer."""
+# Shapes: T tokens of a step, N sequences, U block numbers of all sequences
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anabranch.serving.core.batch import Chunk
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of one sequence.
+
+    Attributes:
+        first: its first row in the step.
+        count: rows.
+        past: positions stored before them.
+    """
+
+    first: int
+    count: int
+    past: int
+
+    @property
+    def length(self) -> int:
+        """Positions that its last row sees."""
+        return self.past + self.count
+
+
+class StepLayout:
+    """Rows, positions and slots of a step's chunks.
+
+    Attributes:
+        spans: one per chunk.
+        table_U: int32, the block numbers of all sequences, one after the other.
+        start_N: int64, where each sequence's begin.
+        position_T: int64, position of each row in its sequence.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], block_tokens: int, device: torch.device | str = "cpu") -> None:
+        self.block_tokens, self.device = block_tokens, torch.device(device)
+        self.spans: list[Span] = []
+        first, starts, used, positions = 0, [], 0, []
+        tables: list[Sequence[int]] = []
+        for chunk in chunks:
+            count = len(chunk.tokens)
+            self.spans.append(Span(first, count, chunk.start))
+            needed = -(-(chunk.start + count) // block_tokens)
+            tables.append(chunk.blocks[:needed])
+            positions.append(np.arange(chunk.start, chunk.start + count))
+            starts.append(used)
+            first, used = first + count, used + needed
+        self.num_rows = first
+        self.table_U = np.array([number for table in tables for number in table], np.int32)
+        self.start_N = np.array(starts, np.int64)
+        self.position_T: NDArray[np.int64] = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+
+    def slots(self, sequence: int) -> NDArray[np.int64]:
+        """Slots of all positions of one sequence, in order."""
+        span, size = self.spans[sequence], self.block_tokens
+        start = self.start_N[sequence]
+        block_S = self.table_U[start : start - (-span.length // size)].astype(np.int64)
+        return (block_S[:, None] * size + np.arange(size)).reshape(-1)[: span.length]
+
+    @cached_property
+    def slot_T(self) -> Tensor:
+        """int64, the slot each row is written to."""
+        parts = [self.slots(number)[span.past :] for number, span in enumerate(self.spans)]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+    @cached_property
+    def sequence_N4(self) -> NDArray[np.int64]:
+        """For the compiled kernel: (first row, rows, past, where its blocks begin in ``table_U``)."""
+        rows = [
+            (span.first, span.count, span.past, start) for span, start in zip(self.spans, self.start_N, strict=True)
+        ]
+        return np.array(rows, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def groups(self) -> list["Group"]:
+        """Sequences that attend together where there is no kernel: those of one row by length (a power of two), the others alone."""
+        single: dict[int, list[int]] = {}
+        groups = []
+        for number, span in enumerate(self.spans):
+            if span.count == 1:
+                single.setdefault(max(span.length - 1, 15).bit_length(), []).append(number)
+            else:
+                groups.append(self._group([number], span.length))
+        longest = {size: max(self.spans[number].length for number in numbers) for size, numbers in single.items()}
+        return groups + [self._group(numbers, longest[size]) for size, numbers in single.items()]
+
+    def _group(self, numbers: list[int], width: int) -> "Group":
+        """``numbers`` padded to ``width`` positions; padding points at a slot that is written, so that nothing read is undefined."""
+        spans = [self.spans[number] for number in numbers]
+        slot_NS = np.empty((len(numbers), width), np.int64)
+        for row, number in enumerate(numbers):
+            slots = self.slots(number)
+            slot_NS[row, : len(slots)], slot_NS[row, len(slots) :] = slots, slots[0]
+        row_NL = np.stack([np.arange(span.first, span.first + span.count) for span in spans])
+        sees_NLS = np.arange(width) <= self.position_T[row_NL][..., None]
+        return Group(*(torch.from_numpy(part).to(self.device) for part in (row_NL, slot_NS, sees_NLS)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of equally many rows.
+
+    Attributes:
+        row_NL: their rows in the step.
+        slot_NS: slots of their positions.
+        sees_NLS: bool, which of these positions each row may see.
+    """
+
+    row_NL: Tensor
+    slot_NS: Tensor
+    sees_NLS: Tensor

@@ -1,0 +1,63 @@
+"""`LocalEngine`: an engine in a thread of this process; for tests, embedding, and where a process of its own is not wanted."""
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable
+
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.loop import EngineLoop
+from anabranch.serving.engine.messages import Command
+from anabranch.serving.engine.streams import StreamsClient, as_error, deliver_to
+
+
+class LocalEngine(StreamsClient):
+    """An `EngineClient` for the event loop that starts it.
+
+    Args:
+        make: makes the engine, in its thread.
+        max_restarts: how often `restart` may be called.
+    """
+
+    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
+        super().__init__(max_restarts)
+        self._make = make
+        self._loop: EngineLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> EngineInfo:
+        """Load and warm up. Raises AnabranchError if it cannot."""
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[EngineInfo] = loop.create_future()
+        self._thread = threading.Thread(target=self._run, args=(loop, started), name="anabranch-engine", daemon=True)
+        self._thread.start()
+        return self._opened(await started)
+
+    def _run(self, loop: asyncio.AbstractEventLoop, started: "asyncio.Future[EngineInfo]") -> None:
+        try:
+            engine = self._make()
+            engine.runner.warm_up()
+        except BaseException as error:
+            loop.call_soon_threadsafe(_settle, started, None, as_error(error))
+            return
+        self._loop = engine.loop(functools.partial(deliver_to, self, loop))
+        loop.call_soon_threadsafe(_settle, started, engine.info, None)
+        self._loop.run()
+
+    def _send(self, command: Command) -> None:
+        assert self._loop is not None
+        self._loop.put(command)
+
+    async def _ended(self) -> None:
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+
+def _settle(future: "asyncio.Future[EngineInfo]", info: EngineInfo | None, error: Exception | None) -> None:
+    if future.done():  # whoever waited has been cancelled
+        return
+    if error is not None:
+        future.set_exception(error)
+    elif info is not None:
+        future.set_result(info)

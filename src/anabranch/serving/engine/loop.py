@@ -1,0 +1,240 @@
+"""`EngineLoop`: schedule, run, update, until told to end; the only place where a scheduler and a runner meet."""
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from anabranch.errors import AnabranchError, InputError
+from anabranch.serving.core.batch import Batch, Sampled
+from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Command, Control, Event, Refused, Reply
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 2  # steps under way with asynchronous scheduling: one runs, one waits for it
+PICTURE_S = 0.2  # least time between two pictures of the engine
+IDLE_S = 0.002  # how long to wait for news where there is work that cannot go on
+
+
+class Scheduling(Protocol):
+    """What the loop needs of `anabranch.serving.core.scheduler.Scheduler`."""
+
+    def add(self, request: Request) -> None: ...  # noqa: D102
+    def abort(self, id: str) -> Output | None: ...  # noqa: D102
+    def schedule(self) -> Batch | None: ...  # noqa: D102
+    def update(self, batch: Batch, sampled: Sequence[Sampled]) -> list[Output]: ...  # noqa: D102
+    def stats(self) -> EngineStats: ...  # noqa: D102
+    @property
+    def has_work(self) -> bool: ...  # noqa: D102
+
+
+class Running(Protocol):
+    """What the loop needs of a `ModelRunner`."""
+
+    def run(self, batch: Batch) -> list[Sampled]: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class EngineLoop:
+    """Runs requests on one scheduler and one runner.
+
+    Commands come from any thread through `put`; events go out through ``emit``, those of a step together, from the thread that calls
+    `run`. An exception of the scheduler or the runner ends the loop, and every request under way gets `Finish.ERROR`.
+
+    Args:
+        scheduler: what to run next.
+        runner: runs it.
+        emit: takes events.
+        is_async: the model runs in a thread of its own, and the next step is scheduled while it does.
+        check: raises InputError for a request that this engine can never run, beyond what the scheduler checks.
+        controls: functions by name, called in the loop's thread between steps.
+        sources: each gives counters, gauges and samples that are added to a picture.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduling,
+        runner: Running,
+        emit: Callable[[list[Event]], None],
+        *,
+        is_async: bool = False,
+        check: Callable[[Request], None] | None = None,
+        controls: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sequence[Callable[[], EngineStats]] = (),
+    ) -> None:
+        self.scheduler, self.runner = scheduler, runner
+        self._emit, self._check = emit, check
+        self._controls, self._sources = dict(controls or {}), tuple(sources)
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._live: set[str] = set()
+        self._flight: deque[tuple[Batch, Future[tuple[list[Sampled], float]]]] = deque()
+        self._worker = ThreadPoolExecutor(1, "anabranch-model") if is_async else None
+        self._closing_at: float | None = None
+        self._is_idle_told = False
+        self._picture_at = 0.0
+        self._step_times: list[float] = []
+
+    def put(self, command: Command) -> None:
+        """Tell the loop something, from any thread."""
+        self._inbox.put(command)
+
+    def run(self, *, until_idle: bool = False) -> None:
+        """Work until closed, or with ``until_idle`` until there is nothing left to do (raises what the runner raised)."""
+        try:
+            while not self._is_over():
+                if until_idle and not self._live and self._inbox.empty():
+                    return
+                self._turn()
+        except BaseException as error:
+            self._fail(error)
+            if until_idle or not isinstance(error, Exception):
+                raise
+            return
+        self._end(None)
+
+    def _turn(self) -> None:
+        self._take_commands()
+        if self._worker is None:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                return self._rest()
+            return self._finish(batch, *self._timed(batch))
+        while len(self._flight) < DEPTH and (batch := self.scheduler.schedule()) is not None:
+            self._flight.append((batch, self._worker.submit(self._timed, batch)))
+        if not self._flight:
+            return self._rest()
+        batch, future = self._flight.popleft()
+        return self._finish(batch, *future.result())
+
+    def _timed(self, batch: Batch) -> tuple[list[Sampled], float]:
+        start = time.perf_counter()
+        return self.runner.run(batch), time.perf_counter() - start
+
+    def _finish(self, batch: Batch, sampled: list[Sampled], seconds: float) -> None:
+        outputs = self.scheduler.update(batch, sampled)
+        self._step_times.append(seconds)
+        self._is_idle_told = False
+        self._live.difference_update(output.id for output in outputs if output.finish is not None)
+        events: list[Event] = [*outputs]
+        if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
+            events.append(
+                self._picture()
+            )  # after the last request's end at once: its tokens are counted where it is seen to end
+        if events:
+            self._emit(events)
+
+    def _rest(self) -> None:
+        """Nothing can run: say how the engine is, and wait for a command."""
+        if not self._is_idle_told:
+            self._is_idle_told = True
+            self._emit([self._picture()])
+        if self.scheduler.has_work or self._live:
+            self._take_commands(IDLE_S)
+
+    # Commands
+
+    def _take_commands(self, wait_s: float | None = None) -> None:
+        """Obey what has come; with nothing to do wait for it, as long as need be."""
+        if (
+            wait_s is None
+            and not self._live
+            and not self._flight
+            and not self.scheduler.has_work
+            and self._is_idle_told
+        ):
+            timeout = None if self._closing_at is None else 0.0
+        else:
+            timeout = wait_s or 0.0
+        try:
+            self._obey(self._inbox.get(timeout is None or timeout > 0, timeout))
+            while True:
+                self._obey(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+        if self._closing_at is not None and time.monotonic() >= self._closing_at:
+            for id in sorted(self._live):
+                self._abort(id)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Add(request):
+                self._add(request)
+            case Abort(id):
+                self._abort(id)
+            case Control():
+                self._emit([self._answer(command)])
+            case Close(drain_s):
+                self._closing_at = time.monotonic() + drain_s
+
+    def _add(self, request: Request) -> None:
+        if self._closing_at is not None:
+            self._emit([Output(id=request.id, finish=Finish.ABORT, error="the engine takes no more requests")])
+            return
+        try:
+            if self._check is not None:
+                self._check(request)
+            self.scheduler.add(request)
+        except InputError as error:
+            self._emit([Refused(request.id, str(error))])
+            return
+        self._live.add(request.id)
+        self._is_idle_told = False
+
+    def _abort(self, id: str) -> None:
+        output = self.scheduler.abort(id)
+        self._live.discard(id)
+        if output is not None:
+            self._emit([output])
+
+    def _answer(self, command: Control) -> Reply:
+        function = self._controls.get(command.name)
+        if function is None:
+            known = ", ".join(sorted(self._controls)) or "none"
+            return Reply(command.number, error=InputError(f"no control {command.name!r}; known: {known}"))
+        try:
+            return Reply(command.number, function(**command.arguments))
+        except AnabranchError as error:
+            return Reply(command.number, error=error)
+        except TypeError as error:  # arguments that the function does not take
+            return Reply(command.number, error=InputError(f"control {command.name!r}: {error}"))
+
+    # The end
+
+    def _is_over(self) -> bool:
+        return self._closing_at is not None and not self._live and not self._flight and self._inbox.empty()
+
+    def _fail(self, error: BaseException) -> None:
+        logger.error("the engine failed: %s", error, exc_info=error)
+        message = f"{type(error).__name__}: {error}"
+        lost = [Output(id=id, finish=Finish.ERROR, error=message) for id in sorted(self._live)]
+        self._live.clear()
+        self._emit([*lost])
+        self._end(message)
+
+    def _end(self, error: str | None) -> None:
+        for _, future in self._flight:
+            future.cancel()
+        self._flight.clear()
+        if self._worker is not None:
+            self._worker.shutdown()
+        try:
+            self.runner.close()
+        except Exception:
+            logger.exception("a hook failed as the engine ended")
+        self._emit([self._picture(), Closed(error)])
+
+    def _picture(self) -> EngineStats:
+        stats = self.scheduler.stats()
+        for source in self._sources:
+            more = source()
+            stats.counters |= more.counters
+            stats.gauges |= more.gauges
+            stats.samples |= more.samples
+        stats.samples["step_time"], self._step_times = self._step_times, []
+        self._picture_at = time.monotonic()
+        return stats

@@ -1,0 +1,71 @@
+"""What goes between an engine's loop and whoever asks it: plain values, so that a thread or a pipe may lie between."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.request import Output, Request
+
+# Commands, to the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Run a request."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A command of an operator's; it is answered by a `Reply` of the same number."""
+
+    number: int
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Take no more requests, go on for up to ``drain_s`` seconds, abort the rest, end."""
+
+    drain_s: float = 0.0
+
+
+Command = Add | Abort | Control | Close
+
+# Events, from the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that can never run, and why."""
+
+    id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a `Control` gave, or the AnabranchError it raised."""
+
+    number: int
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The loop has ended; with an error if it crashed."""
+
+    error: str | None = None
+
+
+Event = Output | Refused | Reply | EngineStats | Closed

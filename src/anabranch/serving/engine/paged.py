@@ -1,0 +1,212 @@
+"""Keys and values of many sequences in blocks of one pool, and the view of it through which one step's layers attend."""
+# Shapes: P streams, T tokens of a step, H query heads, G key-value heads, D head width, M prefix entries, N sequences, S slots or positions
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.errors import CapacityError, InputError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.kernels import paged as native
+from anabranch.serving.engine.layout import StepLayout
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedShape:
+    """What one model keeps per position: ``heads`` keys and values of ``width`` numbers in each of ``layers``, for each of ``streams``."""
+
+    layers: int
+    heads: int
+    width: int
+    streams: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, model: Decoder) -> Self:
+        """That of a decoder, in the type of its weights."""
+        attention = model.config.attention
+        return cls(
+            layers=model.config.num_layers,
+            heads=attention.kv_heads,
+            width=attention.width(model.config.dim),
+            streams=1 if model.streams is None else model.streams.num_streams,
+            dtype=model.embedding.weight.dtype,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position."""
+        return 2 * self.layers * self.streams * self.heads * self.width * self.dtype.itemsize
+
+    def blocks_in(self, size_bytes: int, block_tokens: int) -> int:
+        """How many blocks fit. Raises CapacityError if not even one does."""
+        count = size_bytes // (self.bytes_per_token * block_tokens)
+        if count < 1:
+            raise CapacityError(
+                f"{size_bytes} bytes hold no block of the key-value cache; one of {block_tokens} tokens takes "
+                f"{self.bytes_per_token * block_tokens} bytes"
+            )
+        return count
+
+
+class PagedPool:
+    """The memory: ``key`` and ``value``, each ``[layers, P, S, G, D]``; slot s lies in block s // block_tokens.
+
+    Args:
+        shape: what is kept.
+        num_blocks: size.
+        block_tokens: tokens per block.
+        device: where.
+        host_blocks: blocks of main memory to swap to.
+        buffers: (key, value) made elsewhere, such as in shared memory, instead of new ones.
+    """
+
+    def __init__(
+        self,
+        shape: PagedShape,
+        num_blocks: int,
+        *,
+        block_tokens: int = 16,
+        device: torch.device | str = "cpu",
+        host_blocks: int = 0,
+        buffers: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.shape, self.num_blocks, self.block_tokens = shape, num_blocks, block_tokens
+        sizes = (shape.layers, shape.streams, num_blocks * block_tokens, shape.heads, shape.width)
+        if buffers is None:
+            buffers = self._empty(sizes, device), self._empty(sizes, device)
+        if any(tuple(part.shape) != sizes or part.dtype != shape.dtype for part in buffers):
+            raise InputError(f"buffers must be of {shape.dtype} and shape {list(sizes)}")
+        self.key, self.value = buffers
+        self._host: tuple[Tensor, Tensor] | None = None
+        self.host_blocks = host_blocks
+
+    def _empty(self, sizes: tuple[int, ...], device: torch.device | str) -> Tensor:
+        try:
+            return torch.empty(sizes, dtype=self.shape.dtype, device=device)
+        except RuntimeError as error:
+            raise CapacityError(
+                f"no memory for a key-value cache of {self.num_blocks} blocks, {2 * self.size_bytes // 2**20} MiB; use fewer"
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self.key.device
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all blocks."""
+        return self.num_blocks * self.block_tokens * self.shape.bytes_per_token
+
+    def copy(self, pairs: Pairs) -> None:
+        """Copy blocks (from, to), all at once: what one pair writes no other reads."""
+        if pairs:
+            self._move(self._blocks(), self._blocks(), pairs)
+
+    def swap_out(self, pairs: Pairs) -> None:
+        """Save blocks: (block, host slot)."""
+        if pairs:
+            self._move(self._blocks(), self._host_blocks(), pairs)
+
+    def swap_in(self, pairs: Pairs) -> None:
+        """Bring blocks back: (host slot, block)."""
+        if pairs:
+            self._move(self._host_blocks(), self._blocks(), pairs)
+
+    def _blocks(self) -> list[Tensor]:
+        return [part.unflatten(2, (-1, self.block_tokens)) for part in (self.key, self.value)]
+
+    def _host_blocks(self) -> list[Tensor]:
+        if self._host is None:
+            if not self.host_blocks:
+                raise InputError("the pool has no host blocks to swap to; set host_blocks")
+            sizes = (self.shape.layers, self.shape.streams, self.host_blocks, self.block_tokens, *self.key.shape[3:])
+            pinned = self.device.type == "cuda"
+            made = [torch.empty(sizes, dtype=self.shape.dtype, pin_memory=pinned) for _ in range(2)]
+            self._host = made[0], made[1]
+        return list(self._host)
+
+    @staticmethod
+    def _move(source: list[Tensor], target: list[Tensor], pairs: Pairs) -> None:
+        index = torch.tensor(pairs, dtype=torch.int64)
+        for one, other in zip(source, target, strict=True):
+            moved = one.index_select(2, index[:, 0].to(one.device))
+            other.index_copy_(2, index[:, 1].to(other.device), moved.to(other.device))
+
+
+class PagedStore:
+    """One step's view of a pool: the `anabranch.nn.context.AttendingStore` of its forward pass.
+
+    Args:
+        pool: the memory.
+        layout: where the step's rows stand.
+        prefix: (key_PGMD, value_PGMD) of each layer, in front of every sequence; empty without.
+        use_kernel: False for plain torch even where the compiled kernel could do it.
+    """
+
+    def __init__(
+        self,
+        pool: PagedPool,
+        layout: StepLayout,
+        prefix: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        use_kernel: bool = True,
+    ) -> None:
+        self.pool, self.layout, self.prefix = pool, layout, prefix
+        self.use_kernel = use_kernel and native.can(pool.key)
+
+    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
+        """y_BHLD; B is the streams P, L the rows T of the step."""
+        prefix = self.prefix[layer] if self.prefix else None
+        key_PSGD, value_PSGD = self.pool.key[layer], self.pool.value[layer]
+        if self.use_kernel:
+            layout = self.layout
+            return native.attend(
+                query_BHLD, key_BGLD, value_BGLD, key_PSGD, value_PSGD, layout.sequence_N4, layout.table_U,
+                block_tokens=self.pool.block_tokens, prefix=prefix,
+            )  # fmt: skip
+        for stored_PSGD, new_BGLD in ((key_PSGD, key_BGLD), (value_PSGD, value_BGLD)):
+            stored_PSGD.index_copy_(1, self.layout.slot_T, new_BGLD.transpose(1, 2))
+        return self._gathered(query_BHLD, key_PSGD, value_PSGD, prefix)
+
+    def _gathered(
+        self, query_PHTD: Tensor, key_PSGD: Tensor, value_PSGD: Tensor, prefix: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        y_PHTD = torch.empty_like(query_PHTD)
+        num_heads, num_kv_heads = query_PHTD.shape[1], key_PSGD.shape[2]
+        for group in self.layout.groups:
+            size, count = group.row_NL.shape
+            query = query_PHTD[:, :, group.row_NL.reshape(-1)].unflatten(2, (size, count))  # [P, H, N, L, D]
+            key, value = (_gather(part_PSGD, group.slot_NS) for part_PSGD in (key_PSGD, value_PSGD))  # [P, N, G, S, D]
+            mask = group.sees_NLS[:, None]
+            if prefix is not None:
+                key, value = (_behind(front, part) for front, part in zip(prefix, (key, value), strict=True))
+                mask = F.pad(mask, (prefix[0].shape[2], 0), value=True)
+            mask = mask.repeat(query.shape[0], 1, 1, 1)
+            y = F.scaled_dot_product_attention(
+                query.transpose(1, 2).flatten(0, 1),
+                key.flatten(0, 1),
+                value.flatten(0, 1),
+                attn_mask=mask,
+                enable_gqa=num_heads != num_kv_heads,
+            )  # [P N, H, L, D]
+            y = y.unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3)
+            y_PHTD[:, :, group.row_NL.reshape(-1)] = y
+        return y_PHTD
+
+
+def _gather(part_PSGD: Tensor, slot_NS: Tensor) -> Tensor:
+    return part_PSGD[:, slot_NS].transpose(2, 3)
+
+
+def _behind(front_PGMD: Tensor, part: Tensor) -> Tensor:
+    """``part`` [P, N, G, S, D] with the stream's entries in front."""
+    front = front_PGMD.to(part).unsqueeze(1).expand(-1, part.shape[1], -1, -1, -1)
+    return torch.cat((front, part), dim=3)

@@ -1,0 +1,128 @@
+"""`ProcessEngine`: an engine in a process of its own; whatever happens to it, the front end goes on.
+
+The process runs `anabranch.serving.engine.worker` on one end of a socket pair. It gets the function that makes its engine, then commands;
+it gives what `anabranch.serving.engine.messages` lists, the events of a step in one message. It ends when its socket does, so none is left
+behind.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from anabranch.errors import BackendError
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.messages import Closed, Command
+from anabranch.serving.engine.streams import StreamsClient, as_error, deliver_to
+
+logger = logging.getLogger(__name__)
+
+END_S = 5.0  # how long a process that has said goodbye may take to end
+
+
+class ProcessEngine(StreamsClient):
+    """An `EngineClient` for the event loop that starts it.
+
+    Args:
+        make: makes the engine there; it must pickle (`ServingConfig.make_engine` does).
+        max_restarts: how often `restart` may be called.
+    """
+
+    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
+        super().__init__(max_restarts)
+        self._make = make
+        self.process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    async def start(self) -> EngineInfo:
+        """Start the process, load and warm up there. Raises AnabranchError if it cannot."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "anabranch.serving.engine.worker", str(theirs.fileno())]
+            # A session of its own: an interrupt at the terminal is for the front end, which drains the engine.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        connection = Connection(ours.detach())
+        try:
+            first = await asyncio.to_thread(self._greet, connection)
+        except BaseException as error:
+            connection.close()
+            self.process.kill()  # it has said what it had to, or nobody waits for it any longer
+            await asyncio.to_thread(self.process.wait)
+            if isinstance(error, Exception):
+                raise as_error(error) from error
+            raise
+        self._outbox = queue.SimpleQueue()
+        info = self._opened(first)
+        for target, arguments in ((self._read, (connection, loop)), (self._write, (connection, self._outbox))):
+            thread: threading.Thread = threading.Thread(target=target, args=arguments, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return info
+
+    def _greet(self, connection: Connection) -> EngineInfo:
+        """Send the function, wait for what the engine is."""
+        try:
+            connection.send(self._make)
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise BackendError("the engine's process ended while it was starting") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process."""
+        return self.process is not None and self.process.poll() is None
+
+    def _send(self, command: Command) -> None:
+        self._outbox.put(command)
+
+    def _write(self, connection: Connection, outbox: "queue.SimpleQueue[Command | None]") -> None:
+        while (command := outbox.get()) is not None:
+            with contextlib.suppress(OSError):  # the reader sees that the process is gone, and tells
+                connection.send(command)
+
+    def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        is_told = False
+        try:
+            while not is_told:
+                events = connection.recv()
+                is_told = any(isinstance(event, Closed) for event in events)
+                deliver_to(self, loop, events)
+        except (EOFError, OSError):
+            code = self._reap()
+            logger.error("the engine's process ended with code %s", code)
+            deliver_to(self, loop, [Closed(f"the engine's process ended with code {code}")])
+        finally:
+            self._outbox.put(None)
+            connection.close()
+
+    def _reap(self) -> int | None:
+        """Wait for a process that should have ended; one that has not is killed."""
+        if self.process is None:
+            return None
+        try:
+            return self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    async def _ended(self) -> None:
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._reap)

@@ -1,0 +1,58 @@
+"""`RoutingTap`: where chosen rows of a step are routed, by hooks that are there only while someone asks."""
+# Shapes: N = P T items, P streams, T tokens of a step, K places per item
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from anabranch.routing.decision import Routing
+from anabranch.routing.record import find_routers, layer_numbers
+from anabranch.routing.router import Router
+
+Route = dict[int, tuple[int, ...]]
+
+
+class RoutingTap:
+    """Listens to the routers of one model.
+
+    Attributes:
+        layers: {layer: number of destinations}; a router that routes several times in a pass has as many layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
+        numbers = layer_numbers(routers)
+        self._routers: dict[nn.Module, int] = {module: numbers[name] for name, module in routers.items()}
+        self.layers = {
+            number + turn: module.num_destinations
+            for module, number in zip(routers.values(), numbers.values(), strict=True)
+            for turn in range(module.passes)
+        }
+
+    @contextmanager
+    def listen(self, rows: Sequence[int], num_rows: int) -> Iterator[list[Route]]:
+        """{layer: destinations} of each of ``rows`` of a step of ``num_rows``, filled in while the block runs.
+
+        With several streams it is where any of them goes, each destination once. A router that sees only some of the rows tells nothing.
+        """
+        routes: list[Route] = [{} for _ in rows]
+        turns = dict.fromkeys(self._routers, 0)
+
+        def note(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+            layer = self._routers[router] + turns[router]
+            turns[router] += 1
+            if routing.num_items % num_rows:
+                return
+            index_PTK = routing.index_NK.view(-1, num_rows, routing.num_places)
+            for route, index_PK in zip(routes, index_PTK[:, rows].transpose(0, 1).tolist(), strict=True):
+                used = dict.fromkeys(index for index_K in index_PK for index in index_K if index >= 0)
+                route[layer] = tuple(used)
+
+        handles = [router.register_forward_hook(note) for router in self._routers]
+        try:
+            yield routes
+        finally:
+            for handle in handles:
+                handle.remove()

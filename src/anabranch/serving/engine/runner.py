@@ -1,0 +1,210 @@
+"""`ModelRunner`: one step of a batch on a model, from tokens to sampled tokens."""
+# Shapes: P streams, T tokens of a step, R rows that sample, V vocabulary, D width
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.context import ForwardContext
+from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
+from anabranch.serving.core.hooks import StepHook
+from anabranch.serving.core.request import Request
+from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
+from anabranch.serving.engine.record import Route, RoutingTap
+from anabranch.serving.engine.steady import steady
+from anabranch.serving.fast import FastDecoder
+from anabranch.serving.sampling import Sampler
+
+
+class TokenSampler(Protocol):
+    """What chooses tokens; see `anabranch.serving.sampling.Sampler`."""
+
+    def add(self, request: Request) -> None:
+        """Set up a request."""
+
+    def forget(self, id: str) -> None:
+        """Drop what is kept of it."""
+
+    def __call__(self, logits_RV: Tensor, ids: Sequence[str]) -> list[Sampled]:
+        """One token for each row."""
+
+
+class ModelRunner:
+    """Runs the batches of a scheduler, one at a time and in order.
+
+    Args:
+        model: a decoder; it is put in evaluation mode.
+        num_blocks: size of the key-value pool.
+        block_tokens: tokens per block, the scheduler's.
+        sampler: chooses tokens; None for one that knows neither the tokenizer nor the ends of text.
+        hooks: see every step.
+        host_blocks: blocks of main memory to swap to.
+        pool: memory made elsewhere, instead of ``num_blocks``.
+        use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
+        deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
+
+    Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_blocks: int = 0,
+        block_tokens: int = 16,
+        sampler: TokenSampler | None = None,
+        hooks: Sequence[StepHook] = (),
+        host_blocks: int = 0,
+        pool: PagedPool | None = None,
+        use_kernel: bool = True,
+        deterministic: bool = False,
+    ) -> None:
+        if not model.is_causal:
+            raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
+        self.model = model.eval()
+        self.device = model.embedding.weight.device
+        self.pool = pool or PagedPool(
+            PagedShape.of(model), num_blocks, block_tokens=block_tokens, device=self.device, host_blocks=host_blocks
+        )
+        self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
+        self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
+        self.fast: FastDecoder | None = None  # whose rows never depend on each other
+        if use_kernel and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
+            pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
+            self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
+        self.tap = RoutingTap(model)
+        self._recorded: set[str] = set()  # requests that want to know where their tokens go
+        self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
+        with torch.no_grad():
+            self._prefix = [] if model.streams is None else [
+                (key.detach(), value.detach()) for key, value in model.streams.prefixes()
+            ]  # fmt: skip
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One result for each chunk that samples, in order."""
+        self._set_up(batch)
+        tokens = [
+            self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
+        ]
+        for hook in self.hooks:
+            hook.before_step(batch, tokens)
+        sampled = self._step(batch.chunks, tokens) if batch.chunks else []
+        self._last.update((result.id, result.token) for result in sampled)
+        for hook in self.hooks:
+            hook.after_step(batch, sampled)
+        return sampled
+
+    def warm_up(self) -> None:
+        """Run a prompt and one more token, so that kernels are compiled and memory is touched. Before any request: it writes block 0."""
+        length = min(self.pool.block_tokens, 4)
+        chunks = [
+            Chunk(id="warm-up", tokens=(0,) * (length - 1), start=0, blocks=(0,), samples=False),
+            Chunk(id="warm-up", tokens=(0,), start=length - 1, blocks=(0,), samples=True),
+        ]
+        with torch.inference_mode():
+            for chunk in chunks:
+                self._logits([chunk], list(chunk.tokens))
+
+    def close(self) -> None:
+        """Tell the hooks that the engine ends."""
+        for hook in self.hooks:
+            hook.close()
+
+    def _set_up(self, batch: Batch) -> None:
+        for id in batch.gone:
+            self.sampler.forget(id)
+            self._last.pop(id, None)
+            self._recorded.discard(id)
+        for request in batch.new:
+            self.sampler.add(request)
+            if request.record_routing:
+                self._recorded.add(request.id)
+        self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
+        self.pool.copy(batch.copies)
+        self.pool.swap_in(batch.swaps_in)
+
+    def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
+        ids = [chunk.id for chunk in chunks if chunk.samples]
+        recorded = [id in self._recorded for id in ids]
+        if not any(recorded):
+            logits_RV = self._logits(chunks, tokens)
+            return self.sampler(logits_RV, ids) if ids else []
+        rows = _last_rows(chunks)
+        wanted = [row for row, is_wanted in zip(rows, recorded, strict=True) if is_wanted]
+        if self.fast is not None:
+            routes: list[Route] = [{} for _ in wanted]
+            logits_RV = self._fast_logits(chunks, tokens, wanted, routes)
+        else:
+            with self.tap.listen(wanted, len(tokens)) as routes:
+                logits_RV = self._logits(chunks, tokens)
+        found = iter(routes)
+        return [
+            replace(result, routing=next(found)) if is_wanted else result
+            for result, is_wanted in zip(self.sampler(logits_RV, ids), recorded, strict=True)
+        ]
+
+    def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
+        """logits_RV of the rows that sample."""
+        if self.fast is not None:
+            return self._fast_logits(chunks, tokens)
+        model = self.model
+        layout = StepLayout(chunks, self.pool.block_tokens, self.device)
+        token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
+        context = self._context(layout, token_1T)
+        keep_R = torch.tensor(_last_rows(chunks), dtype=torch.int64, device=self.device)
+        with steady(model) if self.deterministic else nullcontext():
+            x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
+            if not len(keep_R):
+                return x_PRD.new_empty(0, model.config.vocab_size)
+            x_1RD = x_PRD if model.streams is None else model.streams.merge(x_PRD, context)
+            return model.logits(x_1RD)[0]
+
+    def _fast_logits(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], wanted: Sequence[int] = (), routes: Sequence[Route] = ()
+    ) -> Tensor:
+        """`_logits` by the compiled step; fills ``routes`` of the rows ``wanted``."""
+        assert self.fast is not None, "callers look"
+        layout = StepLayout(chunks, self.pool.block_tokens)
+        x_TD, route_ATK = self.fast.hidden(
+            torch.tensor(tokens, dtype=torch.int64),
+            torch.from_numpy(layout.position_T),
+            layout.sequence_N4,
+            layout.table_U,
+            with_routes=bool(wanted),
+        )
+        if route_ATK is not None:
+            for layer, route_TK in zip(self.tap.layers, route_ATK, strict=True):
+                for route, index_K in zip(routes, route_TK[list(wanted)].tolist(), strict=True):
+                    route[layer] = tuple(index for index in index_K if index >= 0)
+        rows = _last_rows(chunks)
+        return self.fast.logits(x_TD if len(rows) == len(tokens) else x_TD[rows])
+
+    def _context(self, layout: StepLayout, token_1T: Tensor) -> ForwardContext:
+        position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
+        rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
+        streams = self.pool.shape.streams
+        return ForwardContext(
+            is_measured=False,
+            position_BL=position_1T.expand(streams, -1),
+            rotary=rotary,
+            cache=PagedStore(self.pool, layout, self._prefix, use_kernel=self.use_kernel),
+            token_BL=token_1T.expand(streams, -1),
+        )
+
+
+def _last_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The last row of each chunk that samples."""
+    rows, end = [], 0
+    for chunk in chunks:
+        end += len(chunk.tokens)
+        if chunk.samples:
+            rows.append(end - 1)
+    return rows

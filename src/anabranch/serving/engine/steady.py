@@ -1,0 +1,83 @@
+"""Steady numerics: a row's result does not depend on how many rows go through the model with it, to the bit.
+
+Three things do otherwise. A matrix product of few rows sums in another order than one of many; the compiled experts do so for up to eight
+rows; and PyTorch's element-wise functions treat the last few numbers of a tensor by other code than the rest. The differences are those of
+rounding, but greedy decoding turns a tie into another text. Inside `steady` each of these is done on `TILE` rows at a time, the last ones
+filled up with zeros. Attention over the paged store is steady by itself where it is compiled.
+"""
+# Shapes: N rows, D width
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from anabranch.nn.pool import ExpertPool
+
+TILE = 32  # rows: with it a tensor of any width is a whole number of vectors
+
+_FIRST = {  # functions of rows, and of other things that all rows share
+    F.linear, torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.silu, torch.tanh, Tensor.tanh, F.gelu, F.softplus, torch.exp, Tensor.exp,
+    torch.log, Tensor.log,
+}  # fmt: skip
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_CELLS = {torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell}
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Compute steadily in this thread, with the experts of ``model``."""
+    pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+    before = [pool.backend for pool in pools]
+    try:
+        for pool in pools:
+            pool.backend = "reference"  # a product per expert, which is then made of tiles
+        with _Tiled():
+            yield
+    finally:
+        for pool, backend in zip(pools, before, strict=True):
+            pool.backend = backend
+
+
+class _Tiled(TorchFunctionMode):
+    """Takes the functions whose results depend on how many rows there are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FIRST or (func in _PRODUCTS and args[1].dim() == 2):
+            if args[0].dim() > 1:
+                flat_ND = args[0].reshape(-1, args[0].shape[-1])
+                y_ND = _by_tiles(lambda x_ND: func(x_ND, *args[1:], **kwargs), [flat_ND])
+                return y_ND.reshape(*args[0].shape[:-1], y_ND.shape[-1])
+        elif func in _CELLS:
+            state = [args[1]] if isinstance(args[1], Tensor) else [*args[1]]
+
+            def cell(x_ND: Tensor, *state: Tensor) -> Any:
+                return func(x_ND, state[0] if isinstance(args[1], Tensor) else state, *args[2:], **kwargs)
+
+            return _by_tiles(cell, [args[0], *state])
+        elif func is torch.einsum and args[0] == "nkd,nk->nd":  # the sum over an item's places
+            return _by_tiles(lambda *rows: func(args[0], *rows), args[1:])
+        return func(*args, **kwargs)
+
+
+def _by_tiles(func: Callable[..., Any], rows: Sequence[Tensor]) -> Any:
+    """``func`` of tensors of N rows each, TILE rows at a time."""
+    num_rows = len(rows[0])
+    if not num_rows:
+        return func(*rows)
+    parts = [func(*(_tile(part, start) for part in rows)) for start in range(0, num_rows, TILE)]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)[:num_rows]
+    return tuple(torch.cat(each)[:num_rows] for each in zip(*parts, strict=True))
+
+
+def _tile(rows: Tensor, start: int) -> Tensor:
+    tile = rows[start : start + TILE]
+    if len(tile) == TILE:
+        return tile
+    return torch.cat((tile, tile.new_zeros(TILE - len(tile), *tile.shape[1:])))

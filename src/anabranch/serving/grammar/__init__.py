@@ -1,0 +1,10 @@
+"""Grammars: an output that must match a JSON schema, as masks over tokens.
+
+schema -> nodes of a pushdown automaton over bytes (`machine`) -> states, made as they are reached -> masks, kept per state
+"""
+
+from anabranch.serving.grammar.compile import compile
+from anabranch.serving.grammar.forms import choice, regex, repeat, sequence
+from anabranch.serving.grammar.grammar import Grammar
+
+__all__ = ["Grammar", "choice", "compile", "regex", "repeat", "sequence"]

@@ -1,0 +1,90 @@
+"""``/v1/admin/*``: what operators do. Closed unless the config has a token of its own for it."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from anabranch.serving.http.call import Call
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.keys import is_token
+from anabranch.web.answers import wrong_method
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+Work = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+class Admin:
+    """These routes.
+
+    Args:
+        frontend: whose engine is steered.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._table: dict[str, dict[str, Work]] = {
+            "drain": {"GET": self._state, "POST": self._drain, "DELETE": self._resume},
+            "scale": {"POST": self._scale},
+            "cache": {"GET": self._cache, "DELETE": self._clear},
+            "routes": {"GET": self._routes},
+        }
+
+    async def answer(self, call: Call, name: str) -> web.StreamResponse:
+        """``/v1/admin/NAME``. Raises ApiError."""
+        token = self._frontend.config.admin_token
+        if token is None:
+            raise ApiError(404, "not_found", "the admin routes are closed; set http.admin_token to open them")
+        if not is_token(call.bearer, token):
+            raise ApiError(
+                401, "wrong_admin_token", "this needs the admin token", headers={"WWW-Authenticate": "Bearer"}
+            )
+        methods = self._table.get(name)
+        if methods is None:
+            raise ApiError(
+                404, "not_found", f"there is no admin route {name[:40]!r}; there are {', '.join(self._table)}"
+            )
+        work = methods.get(call.request.method)
+        if work is None:
+            raise wrong_method(call.request, methods)
+        has_body = call.request.method == "POST" and call.request.body_exists
+        return call.json(await work(await call.body() if has_body else {}))
+
+    async def _state(self, body: dict[str, Any]) -> Any:
+        gate = self._frontend.admission
+        return {"state": self._frontend.state, "in_flight": gate.in_flight, "queued": gate.queued}
+
+    async def _drain(self, body: dict[str, Any]) -> Any:
+        """Take no more requests; those under way go on, and so does the process."""
+        self._frontend.drain()
+        return await self._state(body)
+
+    async def _resume(self, body: dict[str, Any]) -> Any:
+        self._frontend.resume()
+        return await self._state(body)
+
+    async def _scale(self, body: dict[str, Any]) -> Any:
+        devices = body.get("devices")
+        if devices is None or not is_int(devices) or not 1 <= devices <= 1024:
+            raise wrong("devices", f"devices is {said(devices)}; it must be an integer from 1 to 1,024")
+        return {"result": await self._frontend.engine.control("scale", devices=devices)}
+
+    async def _cache(self, body: dict[str, Any]) -> Any:
+        stats = self._frontend.engine.stats()
+        self._frontend.metrics.absorb(stats)
+        names = ("prompt_tokens", "cached_prompt_tokens")
+        kept = {name: value for name, value in stats.counters.items() if name.startswith("expert_") or name in names}
+        sizes = ("kv_usage_ratio", "expert_resident_bytes")
+        return {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
+
+    async def _clear(self, body: dict[str, Any]) -> Any:
+        return {"result": await self._frontend.engine.control("reset_prefix_cache")}
+
+    async def _routes(self, body: dict[str, Any]) -> Any:
+        """What the model routes: destinations of each layer, and how its experts did."""
+        info, _ = self._frontend.check_ready()
+        return {
+            "model": self._frontend.name, "layers": {str(at): count for at, count in info.routed_layers.items()},
+            "experts": {name: value for name, value in (await self._cache(body)).items() if name.startswith("expert_")},
+        }  # fmt: skip

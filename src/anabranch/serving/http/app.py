@@ -1,0 +1,193 @@
+"""Routes of a server, and what is the same for all of them: who may ask, errors in OpenAI's form, metrics and the access log."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from anabranch import __version__
+from anabranch.errors import AnabranchError
+from anabranch.serving.http.admin import Admin
+from anabranch.serving.http.call import Call
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.generate import Generate
+from anabranch.serving.http.keys import Keys
+from anabranch.serving.http.openapi import describe
+from anabranch.serving.http.tokens import Tokens
+from anabranch.serving.ui.page import HEADERS, page
+from anabranch.web.answers import wrong_method
+from anabranch.web.api_error import ApiError
+from anabranch.web.server import Server
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("anabranch.serving.access")
+MODELS = "/v1/models/"
+Answer = Callable[[Call], Awaitable[web.StreamResponse]]
+
+
+class App:
+    """Answers the requests of one listener.
+
+    Attributes:
+        under_way: requests that are being answered.
+
+    Args:
+        frontend: whose engine answers.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self.frontend, self.config, self.metrics = frontend, frontend.config, frontend.metrics
+        self._keys = Keys(self.config.api_keys)
+        self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
+        self._created = int(time.time())
+        self.under_way = 0
+        self._open: dict[str, dict[str, Answer]] = {
+            "/health/live": {"GET": self._live},
+            "/health/ready": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
+            "/version": {"GET": self._version},
+            "/openapi.json": {"GET": self._openapi},
+            **({"/": {"GET": self._page}} if self.config.page else {}),
+        }
+        self._keyed: dict[str, tuple[str, dict[str, Answer]]] = {
+            "/v1/models": ("models", {"GET": self._models}),
+            "/v1/chat/completions": ("chat", {"POST": lambda call: self._generate.answer(call, "chat")}),
+            "/v1/completions": ("completions", {"POST": lambda call: self._generate.answer(call, "completions")}),
+            "/v1/embeddings": ("embeddings", {"POST": self._tokens.embeddings}),
+            "/tokenize": ("tokenize", {"POST": self._tokens.tokenize}),
+            "/detokenize": ("detokenize", {"POST": self._tokens.detokenize}),
+        }
+
+    def server(self) -> Server:
+        """For `asyncio.loop.create_server`."""
+        return Server(self, self.refuse, self.config.limits.header_timeout_s)
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        call = Call(request, self.config)
+        self.under_way += 1
+        try:
+            response = await self._answer(call)
+            call.code = response.status
+            if self.frontend.state == "draining":
+                response.force_close()
+            return response
+        finally:
+            self.under_way -= 1
+            self.metrics.requests.labels(call.endpoint, str(call.code)).inc()
+            self._log(call)
+
+    async def _answer(self, call: Call) -> web.StreamResponse:
+        try:
+            return call.preflight() or await self._route(call)
+        except ApiError as error:
+            return call.refuse(error)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except AnabranchError as error:
+            return call.refuse(ApiError(400, "invalid_value", str(error)))
+        except Exception as error:  # a bug of ours: the log says what, the client only that
+            logger.error("a bug: %s %.80s", call.request.method, call.request.path, exc_info=error)
+            return call.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
+
+    async def _route(self, call: Call) -> web.StreamResponse:
+        request = call.request
+        path = request.path
+        if path in self._open:
+            return await _method(call, self._open[path])
+        if path.startswith("/v1/admin/"):
+            call.endpoint = "admin"
+            return await self._admin.answer(call, path[len("/v1/admin/") :])
+        if path in self._keyed:
+            call.endpoint, methods = self._keyed[path]
+            self._authenticate(call)
+            return await _method(call, methods)
+        if path.startswith(MODELS):
+            call.endpoint = "models"
+            self._authenticate(call)
+            return await _method(call, {"GET": self._model})
+        raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
+
+    def _authenticate(self, call: Call) -> None:
+        try:
+            call.key = self._keys.name_of(call.bearer)
+        except ApiError as error:
+            if not call.request.content.is_eof():  # nobody without a key may make us read on
+                error.headers["connection"] = "close"
+            raise
+
+    def refuse(self, status: int, message: str) -> web.Response:
+        """What is no HTTP, or too much of it."""
+        self.metrics.requests.labels("other", str(status) if status < 500 else "500").inc()
+        if status >= 500:
+            error = ApiError(500, "internal_error", "the server failed; its log says how")
+        else:
+            what = "the request is no HTTP that can be read, or its headers are too large"
+            error = ApiError(status, "invalid_http", what)
+        return web.json_response(error.to_dict(), status=error.status)
+
+    # Routes
+
+    async def _live(self, call: Call) -> web.StreamResponse:
+        if self.frontend.state == "failed":
+            raise ApiError(503, "failed", self.frontend.error)
+        return call.json({"status": "ok"})
+
+    async def _ready(self, call: Call) -> web.StreamResponse:
+        self.frontend.check_ready()
+        return call.json({"status": "ready"})
+
+    async def _version(self, call: Call) -> web.StreamResponse:
+        return call.json({"version": __version__})
+
+    async def _metrics(self, call: Call) -> web.StreamResponse:
+        self.frontend.picture()
+        headers = {**call.headers, "content-type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=self.metrics.text(), headers=headers)
+
+    async def _openapi(self, call: Call) -> web.StreamResponse:
+        return call.json(describe(__version__, self.config.limits.most_n))
+
+    async def _page(self, call: Call) -> web.StreamResponse:
+        return web.Response(body=page(), content_type="text/html", charset="utf-8", headers={**HEADERS, **call.headers})
+
+    async def _models(self, call: Call) -> web.StreamResponse:
+        return call.json({"object": "list", "data": [self._facts()] if self.frontend.info is not None else []})
+
+    async def _model(self, call: Call) -> web.StreamResponse:
+        name = unquote(call.request.rel_url.raw_path[len(MODELS) :])
+        if self.frontend.info is None or name != self.frontend.name:
+            shown = name[:80] if name.isprintable() else "?"
+            raise ApiError(404, "model_not_found", f"there is no model {shown!r}; GET /v1/models lists what there is")
+        return call.json(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        info = self.frontend.info
+        assert info is not None
+        return {
+            "id": self.frontend.name, "object": "model", "created": self._created, "owned_by": "anabranch",
+            "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
+        }  # fmt: skip
+
+    def _log(self, call: Call) -> None:
+        """One line of JSON: what was asked for and how long it took; never what was said, unless the config asks for it."""
+        if not self.config.access_log or not access.isEnabledFor(logging.INFO):
+            return
+        line = {
+            "time": round(time.time(), 3), "request_id": call.id, "method": call.request.method[:20],
+            "path": call.request.path[:200], "status": call.code, "key": call.key,
+            "ms": round((time.monotonic() - call.began) * 1000, 1), **call.facts,
+        }  # fmt: skip
+        access.info("%s", json.dumps(line, ensure_ascii=True))
+
+
+async def _method(call: Call, methods: dict[str, Answer]) -> web.StreamResponse:
+    answer = methods.get(call.request.method)
+    if answer is None:
+        raise wrong_method(call.request, methods)
+    return await answer(call)

@@ -1,0 +1,247 @@
+"""`Asked`: a request that was checked and understood: prompts as tokens, how to sample, what to show of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.core.request import Sampling
+from anabranch.serving.http import fields
+from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.messages import Tools, read_messages, read_tools
+from anabranch.serving.http.reading import Reader
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+COMPLETION_TOKENS = 16  # of /v1/completions where a request does not say, as OpenAI's
+MOST_PROMPTS = 128
+_TO_SAMPLING = (
+    "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One request.
+
+    Attributes:
+        kind: ``chat`` or ``completions``.
+        prompts: token ids of each prompt; a chat has one.
+        max_tokens: most new tokens; 0 only with ``echo``.
+        texts: of the prompts, for ``echo``.
+        n: choices for each prompt.
+        sampling: of each, but for the seed, see `sampling_of`.
+        stop: strings that end a choice.
+        is_stream, has_usage: answer in events; with a chunk of usage at the end.
+        logprobs: how many alternatives to tell beside each token; None for none.
+        is_echo: put the prompt before the answer.
+        tools: what may be called.
+        is_routing: tell which experts each token went to.
+        priority, cache_salt, user: see `Request`.
+        unknown: fields that nobody knows.
+    """
+
+    kind: str
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int = 1
+    texts: tuple[str, ...] = ()
+    n: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    is_stream: bool = False
+    has_usage: bool = False
+    logprobs: int | None = None
+    is_echo: bool = False
+    tools: Tools | None = None
+    is_routing: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def num_choices(self) -> int:
+        """Sequences in all."""
+        return self.n * len(self.prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def grammar_param(self) -> str | None:
+        """The field of the request that its grammar comes from."""
+        if self.sampling.grammar is None:
+            return None
+        return "tools" if self.tools is not None and self.tools.choice != "auto" else "response_format"
+
+    def sampling_of(self, choice: int) -> Sampling:
+        """Choices of one request differ in their seeds, so each can be had again."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None else replace(self.sampling, seed=(seed + choice) % fields.INT64)
+
+
+def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+    """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the parameter."""
+    unknown = fields.check(body, "chat")
+    if body.get("messages") is None:
+        raise wrong("messages", "messages is missing; it must be a list of at least one message")
+    tools = read_tools(body)
+    text = reader.render(read_messages(body["messages"]), tools)
+    prompt = reader.encode(text)
+    if body.get("top_logprobs") is not None and not body.get("logprobs"):
+        raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
+    logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
+    wanted = (
+        body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
+    )
+    if wanted == 0:
+        raise wrong("max_tokens", "max_tokens is 0; it must be at least 1")
+    most = _room([prompt], wanted, None, info, "messages")
+    return Asked(
+        kind="chat", prompts=(prompt,), tools=tools, logprobs=logprobs,
+        **_shared(body, info, most, most_n, logprobs, tools), unknown=tuple(unknown),
+    )  # fmt: skip
+
+
+def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+    """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
+    unknown = fields.check(body, "completions")
+    prompts, texts = _prompts(body.get("prompt"), reader, info)
+    logprobs, is_echo = body.get("logprobs"), bool(body.get("echo"))
+    if is_echo and logprobs is not None:
+        raise unsupported("logprobs", "logprobs of an echoed prompt are not told; leave out echo or logprobs")
+    best_of, n = body.get("best_of"), body.get("n") or 1
+    if best_of is not None and best_of != n:
+        raise unsupported("best_of", f"best_of is {best_of}; this server makes n choices ({n}) and ranks none")
+    if body.get("max_tokens") == 0 and not is_echo:
+        raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
+    most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt")
+    return Asked(
+        kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
+        **_shared(body, info, most, most_n, logprobs, None), unknown=tuple(unknown),
+    )  # fmt: skip
+
+
+def _shared(
+    body: Mapping[str, Any],
+    info: EngineInfo,
+    most: int,
+    most_n: int,
+    logprobs: int | None,
+    tools: Tools | None,
+) -> dict[str, Any]:
+    """What both endpoints have."""
+    stream = bool(body.get("stream"))
+    options = body.get("stream_options")
+    if options is not None:
+        if not stream:
+            raise wrong("stream_options", "stream_options needs stream to be true")
+        fields.only(options, "stream_options", {"include_usage": fields.BOOL, "include_obfuscation": fields.BOOL})
+    n = body.get("n") or 1
+    if n > most_n:
+        raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
+    stop = body.get("stop") or ()
+    return {
+        "n": n,
+        "max_tokens": most,
+        "sampling": _sampling(body, info, most, logprobs, tools),
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+        "is_stream": stream,
+        "has_usage": bool((options or {}).get("include_usage")),
+        "is_routing": bool(body.get("routing")),
+        "priority": body.get("priority") or 0,
+        "cache_salt": body.get("cache_salt") or "",
+    }
+
+
+def _sampling(
+    body: Mapping[str, Any], info: EngineInfo, most: int, logprobs: int | None, tools: Tools | None
+) -> Sampling:
+    given = {name: body[name] for name in _TO_SAMPLING if body.get(name) is not None}
+    bias = tuple((int(token), float(value)) for token, value in (body.get("logit_bias") or {}).items())
+    ends = tuple(body.get("stop_token_ids") or ())
+    for name, tokens in (("logit_bias", [token for token, _ in bias]), ("stop_token_ids", ends)):
+        for token in tokens:
+            if token >= info.vocab_size:
+                raise wrong(name, f"{name} has token {token}; the vocabulary has {info.vocab_size:,}")
+    if given.get("min_tokens", 0) > most:
+        raise wrong("min_tokens", f"min_tokens is {given['min_tokens']}, more than the {most:,} there can be")
+    seed = body.get("seed")
+    return Sampling(
+        **given, max_tokens=max(1, most), top_k=max(0, body.get("top_k") or 0), seed=None if seed is None else seed % fields.INT64,
+        logit_bias=bias, stop_tokens=ends, logprobs=logprobs, grammar=_grammar(body, tools),
+    )  # fmt: skip
+
+
+def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | None:
+    """The schema the output has to follow; the engine refuses one it cannot follow. Raises ApiError (400)."""
+    form = body.get("response_format") or {"type": "text"}
+    kind = form.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        what = f"response_format.type is {said(kind)}; it must be text, json_object or json_schema"
+        raise wrong("response_format.type", what)
+    if tools is not None and tools.choice != "auto":
+        if kind != "text":
+            raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
+        return tools.schema()
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {}
+    table = form.get("json_schema")
+    if not isinstance(table, dict) or not isinstance(table.get("schema"), dict):
+        raise wrong("response_format.json_schema", "response_format.json_schema must be an object with name and schema")
+    return table["schema"]
+
+
+def _room(
+    prompts: Sequence[tuple[int, ...]], wanted: int | None, default: int | None, info: EngineInfo, param: str
+) -> int:
+    """Most new tokens. Raises ApiError (400, ``context_length_exceeded``) if prompt and answer do not fit the model."""
+    longest = max(map(len, prompts))
+    room = info.max_positions - longest
+    if room < 1 or (wanted or 0) > room:
+        more = f" and max_tokens is {wanted:,}" if wanted else ""
+        message = f"the model reads {info.max_positions:,} tokens, but the prompt has {longest:,}{more}"
+        raise wrong("max_tokens" if wanted and room >= 1 else param, message, "context_length_exceeded")
+    return wanted if wanted is not None else min(room, default) if default else room
+
+
+def _prompts(prompt: Any, reader: Reader, info: EngineInfo) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Token ids and text of each prompt."""
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt or len(prompt) > MOST_PROMPTS:
+        what = f"text, a list of 1 to {MOST_PROMPTS} texts, or lists of token ids"
+        raise wrong("prompt", f"prompt is {said(prompt)}; it must be {what}")
+    if all(is_int(part) for part in prompt):
+        prompt = [prompt]
+    made, texts = [], []
+    for at, part in enumerate(prompt):
+        if isinstance(part, str):
+            made.append(reader.encode(part))
+            texts.append(part)
+        elif isinstance(part, list) and part and all(is_int(token) and 0 <= token < info.vocab_size for token in part):
+            made.append(tuple(part))
+            texts.append(reader.decode(part))
+        else:
+            what = f"text, or a list of token ids from 0 to {info.vocab_size - 1:,}"
+            raise wrong(f"prompt[{at}]", f"prompt[{at}] is {said(part)}; it must be {what}")
+    if not all(made):
+        raise wrong("prompt", "prompt is empty, and the model has no token for a beginning")
+    return made, texts
+
+
+def check_model(body: Mapping[str, Any], names: Sequence[str], *, is_needed: bool = True) -> None:
+    """Raises ApiError: 400 if no model is named, 404 if it is another."""
+    name = body.get("model")
+    if name is None and not is_needed:
+        return
+    if not isinstance(name, str) or not name:
+        raise wrong("model", f"model is {said(name)}; it must be {names[0]!r} (GET /v1/models)")
+    if name not in names:
+        shown = name[:80] if name.isprintable() else "?"
+        raise ApiError(
+            404, "model_not_found", f"there is no model {shown!r}; this server has {names[0]!r}", param="model"
+        )

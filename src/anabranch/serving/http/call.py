@@ -1,0 +1,111 @@
+"""`Call`: one HTTP request as the routes see it: who asks, what for, until when, and what the log will say of it."""
+
+import math
+import re
+import time
+from typing import Any
+
+from aiohttp import web
+
+from anabranch.serving.http.config import HttpConfig
+from anabranch.web.answers import JSON, bearer, error_response, json_response, read_body
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import parse
+from anabranch.web.ids import new_id
+
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PLAIN = re.compile(r"[^\x20-\x7e]")
+EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-experts, x-warning, retry-after"
+
+
+class Call:
+    """One request.
+
+    Attributes:
+        request: aiohttp's.
+        id: the sender's ``x-request-id``, else a new one.
+        began: seconds of `time.monotonic`.
+        key: name of the API key; "" without keys.
+        headers: of the answer, whatever it is.
+        facts: for the access log.
+        endpoint: label in the metrics.
+        code: status of the answer once that is written; 499 until then, in case the sender goes away.
+    """
+
+    def __init__(self, request: web.BaseRequest, config: HttpConfig) -> None:
+        self.request, self._config = request, config
+        given = request.headers.get("x-request-id", "")
+        self.id = given if _ID.fullmatch(given) else new_id()
+        self.began = time.monotonic()
+        self.key = ""
+        self.endpoint, self.code = "other", 499
+        self.headers = {"x-request-id": self.id, **self._cors()}
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def bearer(self) -> str | None:
+        """The secret it came with."""
+        return bearer(self.request)
+
+    async def body(self) -> dict[str, Any]:
+        """Its JSON. Raises ApiError: 413, 408, 415 or 400."""
+        kind = self.request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind != JSON and not kind.endswith("+json"):
+            raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
+        limits = self._config.limits
+        return parse(await read_body(self.request, limits.body_bytes, limits.body_timeout_s))
+
+    def deadline_s(self) -> float | None:
+        """Seconds it has, from its beginning: ``x-deadline-ms``, else ``x-request-timeout`` (s), else the config's. Raises ApiError."""
+        for name, unit in (("x-deadline-ms", 0.001), ("x-request-timeout", 1.0)):
+            text = self.request.headers.get(name)
+            if text is not None:
+                try:
+                    value = float(text) * unit
+                except ValueError:
+                    value = math.nan
+                if not 0 < value < math.inf:
+                    raise wrong(name, f"{name} must be a number above 0")
+                return value
+        return self._config.limits.deadline_s
+
+    def warn(self, unknown: tuple[str, ...]) -> None:
+        """Tell of fields that nobody knows, or refuse them in strict mode (ApiError)."""
+        if not unknown:
+            return
+        names = ", ".join(sorted(_PLAIN.sub("?", name[:40]) for name in unknown)[:10])
+        if self._config.strict:
+            raise wrong(unknown[0][:80], f"nobody knows these fields: {names}", "unknown_parameter")
+        self.headers["x-warning"] = f"ignored unknown fields: {names}"
+
+    def json(self, value: Any, status: int = 200) -> web.Response:
+        """An answer."""
+        return json_response(value, status, self.headers)
+
+    def refuse(self, error: ApiError) -> web.Response:
+        """An answer that is an error."""
+        response = error_response(error)
+        response.headers.update(self.headers)
+        if error.headers.get("connection") == "close":
+            response.force_close()
+        self.facts["error"] = error.code
+        return response
+
+    def preflight(self) -> web.Response | None:
+        """The answer to a browser's question whether a page may call; None if it is no such question."""
+        request = self.request
+        if request.method != "OPTIONS" or "access-control-request-method" not in request.headers or not self._cors():
+            return None
+        allowed = request.headers.get("access-control-request-headers", "authorization, content-type")
+        self.headers |= {
+            "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
+            "access-control-allow-headers": _PLAIN.sub("", allowed)[:1000],
+        }  # fmt: skip
+        return web.Response(status=204, headers=self.headers)
+
+    def _cors(self) -> dict[str, str]:
+        origin, allowed = self.request.headers.get("origin"), self._config.cors_origins
+        if origin is None or not ("*" in allowed or origin in allowed):
+            return {}
+        shown = "*" if "*" in allowed else _PLAIN.sub("", origin)
+        return {"access-control-allow-origin": shown, "access-control-expose-headers": EXPOSED, "vary": "origin"}

@@ -1,0 +1,155 @@
+"""One sequence on its way from an engine to a reader: tokens become text, stop strings are found, log probabilities follow their text."""
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from anabranch.serving.core.client import EngineClient
+from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
+from anabranch.serving.core.text import Detokenizer, StopMatcher
+from anabranch.serving.http.reading import Reader
+from anabranch.web.api_error import ApiError
+
+Experts = dict[int, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class Shown:
+    """A token whose text has been told.
+
+    Attributes:
+        token: id.
+        start, end: characters of the answer that it stands for.
+        logprob: its own and those of its rivals, where asked for.
+        experts: {layer: destinations}, where asked for.
+    """
+
+    token: int
+    start: int
+    end: int
+    logprob: TokenLogprob | None = None
+    experts: Experts | None = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new of one choice.
+
+    Attributes:
+        index: of the choice.
+        text: new text.
+        tokens: whose text is told now; kept only where log probabilities or routing were asked for.
+        finish: why it ended; with the last piece.
+    """
+
+    index: int
+    text: str
+    tokens: list[Shown] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+class Choice:
+    """Runs one sequence.
+
+    Attributes:
+        index: of the choice.
+        prompt_tokens, completion_tokens, cached_tokens: for usage.
+        queue_s: seconds it waited in the engine.
+        times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
+        experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
+        finish: why it ended; None while it goes on.
+
+    Args:
+        engine: runs it.
+        request: what.
+        reader: of the model.
+        stop: strings that end it.
+    """
+
+    def __init__(
+        self, index: int, engine: EngineClient, request: Request, reader: Reader, stop: tuple[str, ...]
+    ) -> None:
+        self.index, self._engine, self._request, self._reader = index, engine, request, reader
+        self._decoder = Detokenizer(reader.tokenizer)
+        self._matcher = StopMatcher(stop) if stop else None
+        self._read = 0  # characters, those held back included
+        self._keeps = request.sampling.logprobs is not None or request.record_routing
+        self._held: list[Shown] = []
+        self._told = 0
+        self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
+        self.cached_tokens: int = 0
+        self.queue_s: float | None = None
+        self.times: list[tuple[float, int]] = []
+        self.experts: Counter[tuple[int, int]] = Counter()
+        self.recorded, self.layers_run = 0, 0
+        self.finish: Finish | None = None
+
+    async def run(self) -> AsyncIterator[Piece]:
+        """Pieces to the end. Closing it aborts the request; an engine that fails raises ApiError (500)."""
+        outputs = self._engine.submit(self._request)
+        try:
+            async for output in outputs:
+                piece = self._take(output)
+                if piece.text or piece.tokens or piece.finish is not None or not self._told:
+                    yield piece
+                if self.finish is not None:
+                    return
+            raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+
+    def _take(self, output: Output) -> Piece:
+        if output.finish is Finish.ERROR:
+            raise ApiError(500, "engine_failed", "the engine failed; the server's log says how")
+        if output.finish is Finish.ABORT:
+            raise ApiError(503, "aborted", "the request was aborted by the server", headers={"Retry-After": "1"})
+        if output.cached_tokens is not None:
+            self.cached_tokens = output.cached_tokens
+        if output.queue_s is not None:
+            self.queue_s = output.queue_s
+        if output.tokens:
+            self.times.append((time.monotonic(), len(output.tokens)))
+        text = ""
+        for at, token in enumerate(output.tokens):
+            self.completion_tokens += 1
+            start = self._read
+            text += self._match(self._decoder.push(token))
+            self._note(output, at, token, start)
+            if self._matcher is not None and self._matcher.stopped_by is not None:
+                return self._end(text, Finish.STOP)
+        if output.finish is not None:
+            text += self._match(self._decoder.flush())
+            if self._matcher is not None:
+                text += self._matcher.flush()
+            return self._end(text, output.finish)
+        self._told += len(text)
+        return Piece(self.index, text, self._release(self._told))
+
+    def _match(self, text: str) -> str:
+        self._read += len(text)
+        return text if self._matcher is None else self._matcher.push(text)
+
+    def _note(self, output: Output, at: int, token: int, start: int) -> None:
+        experts = output.routing[at] if at < len(output.routing) else None
+        if experts is not None:
+            self.recorded += 1
+            self.layers_run += sum(1 for chosen in experts.values() if chosen)
+            self.experts.update((layer, expert) for layer, chosen in experts.items() for expert in chosen)
+        if self._keeps:
+            logprob = output.logprobs[at] if at < len(output.logprobs) else None
+            self._held.append(Shown(token, start, self._read, logprob, experts))
+
+    def _release(self, told: int) -> list[Shown]:
+        """Tokens whose text is told in full."""
+        count = 0
+        while count < len(self._held) and self._held[count].end <= told:
+            count += 1
+        free, self._held = self._held[:count], self._held[count:]
+        return free
+
+    def _end(self, text: str, finish: Finish) -> Piece:
+        self.finish = finish
+        self._told += len(text)
+        tokens, self._held = [shown for shown in self._held if shown.start < self._told or shown.end <= self._told], []
+        return Piece(self.index, text, tokens, finish)

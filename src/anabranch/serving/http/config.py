@@ -1,0 +1,77 @@
+"""`HttpConfig`: what a server is told: where it listens, whom it answers, how much it takes."""
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.serving.core.admission import AdmissionConfig
+
+
+@configclass
+class Limits(Config):
+    """How much one request may ask for, and how long it may take.
+
+    Attributes:
+        most_n: largest ``n``.
+        body_bytes: largest body.
+        header_timeout_s: the first request's head has to come within it.
+        body_timeout_s: a body has to come within it.
+        deadline_s: seconds a request may take where it gives no deadline; None for no bound.
+        stream_events: events of one stream that are kept for a reader who is slow; then its generation pauses.
+        stall_s: a stream that is not read for so long is cancelled.
+    """
+
+    most_n: int = Field(default=16, ge=1, le=128)
+    body_bytes: int = Field(default=8 << 20, ge=1024)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    deadline_s: float | None = Field(default=None, gt=0)
+    stream_events: int = Field(default=256, ge=1)
+    stall_s: float = Field(default=30.0, gt=0)
+
+
+@configclass
+class HttpConfig(Config):
+    """A server.
+
+    Attributes:
+        host: address; the default is seen from this machine only.
+        port: 0 takes a free one.
+        name: what the model is called; None for the engine's name of it.
+        api_keys: ``name=secret`` or ``name=sha256:HEX`` (``printf %s SECRET | sha256sum``); none lets everybody in.
+        admin_token: opens ``/v1/admin``; None closes it.
+        cors_origins: origins whose pages may call, ``*`` for all; none by default.
+        strict: fields nobody knows are refused, not ignored with a warning header.
+        admission: how many sequences may be under way and wait (a request of n choices is n); more are refused at once.
+        limits: see `Limits`.
+        drain_s: seconds that requests under way have to end after a signal to stop.
+        keep_alive_s: a comment is sent when a stream has been silent for so long.
+        restarts: how often a crashed engine is started again before the process gives up.
+        restart_reset_s: an engine that has run for so long counts as well again.
+        access_log: one line of JSON for each request on stderr.
+        log_prompts: with the text of prompts, which are private otherwise.
+        page: serve the chat page at ``/``.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    name: str | None = Field(default=None, min_length=1, max_length=256)
+    api_keys: tuple[str, ...] = ()
+    admin_token: str | None = Field(default=None, min_length=8)
+    cors_origins: tuple[str, ...] = ()
+    strict: bool = False
+    admission: AdmissionConfig = AdmissionConfig()
+    limits: Limits = Limits()
+    drain_s: float = Field(default=30.0, ge=0)
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    restarts: int = Field(default=3, ge=0)
+    restart_reset_s: float = Field(default=600.0, gt=0)
+    access_log: bool = True
+    log_prompts: bool = False
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        for place, entry in enumerate(self.api_keys):
+            if not all(entry.partition("=")[::2]):  # what was given may be a secret, so it is not shown
+                raise ConfigError(f"api_keys.{place} is not of the form name=secret or name=sha256:HEX")
+        names = [entry.partition("=")[0] for entry in self.api_keys]
+        if len(set(names)) < len(names):
+            raise ConfigError("api_keys has a name twice; each key needs its own")

@@ -1,0 +1,172 @@
+"""What a request may say: each parameter with what it may be, and those we know and do not serve. Wrong ones are named (400)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+Check = tuple[Callable[[Any], bool], str]
+MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
+INT64 = 2**63
+
+
+def integer(low: int, high: int) -> Check:
+    """An integer in a range."""
+    return lambda value: is_int(value) and low <= value <= high, f"an integer from {low:,} to {high:,}"
+
+
+def number(low: float, high: float) -> Check:
+    """A number in a range."""
+
+    def is_right(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return is_right, f"a number from {low:g} to {high:g}"
+
+
+def text(most: int) -> Check:
+    """A string of a bounded length."""
+    return lambda value: isinstance(value, str) and len(value) <= most, f"text of at most {most:,} characters"
+
+
+def _is_stop(value: Any) -> bool:
+    values = [value] if isinstance(value, str) else value
+    return (
+        isinstance(values, list)
+        and len(values) <= MOST_STOPS
+        and all(isinstance(part, str) and 0 < len(part) <= MOST_STOP_LENGTH for part in values)
+    )
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= 16 and all(isinstance(part, str) for part in value.values())
+
+
+def _is_bias(value: Any) -> bool:
+    is_right = number(-100, 100)[0]
+    return isinstance(value, dict) and len(value) <= 1024 and all(
+        key.isascii() and key.isdigit() and len(key) < 10 and is_right(part) for key, part in value.items()
+    )  # fmt: skip
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(is_int(part) and 0 <= part < 2**31 for part in value)
+
+
+BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
+OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
+SHARED: dict[str, Check] = {
+    "model": text(256),
+    "max_tokens": integer(0, 2**31 - 1),
+    "min_tokens": integer(0, 2**31 - 1),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "top_k": integer(-1, 2**31 - 1),
+    "min_p": number(0, 1),
+    "n": integer(1, 128),
+    "stop": (_is_stop, f"text, or a list of at most {MOST_STOPS} texts, none empty"),
+    "stop_token_ids": (_is_ids, "a list of at most 64 token ids"),
+    "seed": integer(-INT64, INT64 - 1),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "repetition_penalty": number(0.01, 100),
+    "logit_bias": (_is_bias, "an object of at most 1,024 token ids with numbers from -100 to 100"),
+    "stream": BOOL,
+    "stream_options": OBJECT,
+    "response_format": OBJECT,
+    "ignore_eos": BOOL,
+    "priority": integer(-1000, 1000),
+    "cache_salt": text(256),
+    "user": text(512),
+    "metadata": (_is_metadata, "an object of at most 16 texts"),
+    "routing": BOOL,
+}
+CHAT: dict[str, Check] = {
+    **SHARED,
+    "messages": (lambda value: isinstance(value, list) and bool(value), "a list of at least one message"),
+    "max_completion_tokens": integer(1, 2**31 - 1),
+    "logprobs": BOOL,
+    "top_logprobs": integer(0, MOST_LOGPROBS),
+    "tools": (lambda value: isinstance(value, list) and len(value) <= 128, "a list of at most 128 tools"),
+    "tool_choice": (lambda value: isinstance(value, str | dict), '"none", "auto", "required" or an object'),
+    "parallel_tool_calls": BOOL,
+}
+COMPLETION: dict[str, Check] = {
+    **SHARED,
+    "prompt": (lambda value: isinstance(value, str | list), "text, a list of texts, or lists of token ids"),
+    "logprobs": integer(0, MOST_LOGPROBS),
+    "echo": BOOL,
+    "best_of": integer(1, 128),
+}
+
+# What OpenAI's API knows and this server does not do: the values that ask for nothing pass, the others are refused by name.
+_HINTS = {name: (lambda value: True) for name in ("safety_identifier", "prompt_cache_key", "prompt_cache_retention")}
+_SHARED_REFUSED: dict[str, Callable[[Any], bool]] = {
+    "service_tier": lambda value: value in ("auto", "default"),
+    "store": lambda value: value is False,
+    **_HINTS,
+}
+REFUSED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "chat": {
+        **_SHARED_REFUSED,
+        "audio": lambda value: False,
+        "modalities": lambda value: value == ["text"],
+        "prediction": lambda value: False,
+        "web_search_options": lambda value: False,
+        "functions": lambda value: value == [],
+        "function_call": lambda value: value == "none",
+        "reasoning_effort": lambda value: value == "none",
+        "verbosity": lambda value: value == "medium",
+    },
+    "completions": {**_SHARED_REFUSED, "suffix": lambda value: value == ""},
+}
+KNOWN: Mapping[str, Mapping[str, Check]] = {"chat": CHAT, "completions": COMPLETION}
+
+
+def check(body: Mapping[str, Any], kind: str) -> list[str]:
+    """Check the type and range of every parameter of a request.
+
+    Args:
+        body: parsed.
+        kind: ``chat`` or ``completions``.
+
+    Returns the names that nobody knows. Raises ApiError (400) that names the parameter.
+    """
+    known, refused, unknown = KNOWN[kind], REFUSED[kind], []
+    for name, value in body.items():
+        if value is None:  # as if it were not there
+            if name not in known and name not in refused:
+                unknown.append(name)
+        elif name in known:
+            expect(name, value, known[name])
+        elif name in refused:
+            if not refused[name](value):
+                raise wrong(
+                    name,
+                    f"{name} is {said(value)}, which this server does not do; leave it out",
+                    "unsupported_parameter",
+                )
+        else:
+            unknown.append(name)
+    return unknown
+
+
+def expect(name: str, value: Any, wanted: Check) -> None:
+    """Raises ApiError (400) unless the value is right."""
+    if not wanted[0](value):
+        raise wrong(name, f"{name} is {said(value)}; it must be {wanted[1]}")
+
+
+def only(value: Mapping[str, Any], name: str, allowed: Mapping[str, Check]) -> None:
+    """Check the fields of an object in a request; others than those allowed are refused."""
+    for field, part in value.items():
+        if field not in allowed:
+            raise wrong(f"{name}.{field[:60]}", f"{name} has no field {field[:60]!r}; it takes {', '.join(allowed)}")
+        if part is not None:
+            expect(f"{name}.{field}", part, allowed[field])
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    """400: known, but not served."""
+    return wrong(param, message, "unsupported_parameter")

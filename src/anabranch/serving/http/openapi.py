@@ -1,0 +1,180 @@
+"""The description of the routes, OpenAPI 3.1: ``GET /openapi.json``."""
+
+from typing import Any
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_NAME = {"type": "string", "minLength": 1, "maxLength": 256}
+_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def _maybe(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": [kind, "null"], **more}
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
+    return _maybe("integer", minimum=low, maximum=high)
+
+
+def _number(low: float, high: float) -> dict[str, Any]:
+    return _maybe("number", minimum=low, maximum=high)
+
+
+def _error() -> dict[str, Any]:
+    nullable = {"type": ["string", "null"]}
+    fields = {"message": _TEXT, "type": _TEXT, "code": nullable, "param": nullable}
+    error = {"type": "object", "required": [*fields], "properties": fields}
+    return {"type": "object", "required": ["error"], "properties": {"error": error}}
+
+
+def _shared(most_n: int) -> dict[str, Any]:
+    stop = {"type": "string", "minLength": 1, "maxLength": 1000}
+    bias = {"type": "number", "minimum": -100, "maximum": 100}
+    return {
+        "model": _NAME,
+        "max_tokens": _whole(0),
+        "min_tokens": _whole(0),
+        "temperature": _number(0, 2),
+        "top_p": _number(0, 1),
+        "top_k": _whole(-1),
+        "min_p": _number(0, 1),
+        "n": _whole(1, most_n),
+        "stop": {"oneOf": [stop, {"type": "array", "maxItems": 4, "items": stop}, {"type": "null"}]},
+        "stop_token_ids": _maybe("array", maxItems=64, items={"type": "integer", "minimum": 0}),
+        "seed": _whole(-(2**63), 2**63 - 1),
+        "presence_penalty": _number(-2, 2),
+        "frequency_penalty": _number(-2, 2),
+        "repetition_penalty": _number(0.01, 100),
+        "logit_bias": _maybe("object", maxProperties=1024, additionalProperties=bias),
+        "stream": _maybe("boolean"),
+        "stream_options": _maybe("object", properties={"include_usage": _maybe("boolean")}, additionalProperties=False),
+        "response_format": _maybe("object", properties={"type": {"enum": ["text", "json_object", "json_schema"]}}),
+        "ignore_eos": _maybe("boolean"),
+        "priority": _whole(-1000, 1000),
+        "cache_salt": _maybe("string", maxLength=256),
+        "user": _maybe("string", maxLength=512),
+        "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
+        "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
+    }
+
+
+def _texts() -> dict[str, Any]:
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    several = {"type": "array", "minItems": 1, "maxItems": 128, "items": {"anyOf": [_TEXT, ids]}}
+    return {"anyOf": [_TEXT, ids, several]}
+
+
+def _message() -> dict[str, Any]:
+    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+    return {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"anyOf": [_TEXT, {"type": "array", "items": part}]},
+            "name": _maybe("string"),
+            "tool_call_id": _TEXT,
+            "tool_calls": _maybe("array", items=_OBJECT),
+        },
+    }
+
+
+def _tool() -> dict[str, Any]:
+    function = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": _NAME, "description": _TEXT, "parameters": _OBJECT},
+    }
+    properties = {"type": {"const": "function"}, "function": function}
+    return {"type": "object", "required": ["type", "function"], "properties": properties}
+
+
+def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
+    shared = _shared(most_n)
+    messages = {"type": "array", "minItems": 1, "items": _message()}
+
+    def body(needed: list[str], **properties: Any) -> dict[str, Any]:
+        return {"type": "object", "required": needed, "properties": properties}
+
+    return {
+        "Chat": body(
+            ["model", "messages"], **shared, messages=messages, max_completion_tokens=_whole(1), logprobs=_maybe("boolean"),
+            top_logprobs=_whole(0, 20), tools=_maybe("array", maxItems=128, items=_tool()),
+            tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]}, parallel_tool_calls=_maybe("boolean"),
+        ),
+        "Completion": body(
+            ["model", "prompt"], **shared, prompt=_texts(), logprobs=_whole(0, 20), echo=_maybe("boolean"),
+            best_of=_whole(1, 128),
+        ),
+        "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]}),
+        "Tokenize": body(
+            [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
+            return_token_strs=_maybe("boolean"),
+        ),
+        "Detokenize": body(["tokens"], model=_NAME, tokens={"type": "array", "items": {"type": "integer", "minimum": 0}}),
+        "Scale": body(["devices"], devices={"type": "integer", "minimum": 1, "maximum": 1024}),
+        "Error": _error(),
+    }  # fmt: skip
+
+
+def describe(version: str, most_n: int) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        version: of the package.
+        most_n: largest ``n``.
+    """
+    schema = {"$ref": "#/components/schemas/Error"}
+    error = {"description": "in OpenAI's form", "content": {"application/json": {"schema": schema}}}
+
+    def answers(kind: str, *statuses: str, stream: bool = False) -> dict[str, Any]:
+        content: dict[str, Any] = {kind: {"schema": _OBJECT if kind == "application/json" else _TEXT}}
+        if stream:
+            content["text/event-stream"] = {"schema": _TEXT}
+        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(statuses, error)}
+
+    def post(name: str, summary: str, *more: str, stream: bool = False, scheme: str = "key") -> dict[str, Any]:
+        body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+        statuses = ("400", "401", "404", "408", "413", "415", "429", "500", "503", "504", *more)
+        return {
+            "summary": summary, "operationId": name.lower(), "security": [{}, {scheme: []}], "requestBody": body,
+            "responses": answers("application/json", *statuses, stream=stream),
+        }  # fmt: skip
+
+    def act(summary: str, *more: str, kind: str = "application/json", scheme: str | None = None) -> dict[str, Any]:
+        made: dict[str, Any] = {"summary": summary, "responses": answers(kind, *more)}
+        return made if scheme is None else {**made, "security": [{}, {scheme: []}]}
+
+    closed = ("400", "401", "404", "503")
+    name = {"name": "id", "in": "path", "required": True, "schema": _NAME}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "anabranch serving", "version": version},
+        "paths": {
+            "/v1/chat/completions": {"post": post("Chat", "Answer a conversation", stream=True)},
+            "/v1/completions": {"post": post("Completion", "Go on with a text", stream=True)},
+            "/v1/embeddings": {"post": post("Embeddings", "Turn texts into vectors", "501")},
+            "/v1/models": {"get": act("The model", "401", scheme="key")},
+            "/v1/models/{id}": {"get": {**act("The model", "401", "404", scheme="key"), "parameters": [name]}},
+            "/tokenize": {"post": post("Tokenize", "A text or conversation as token ids")},
+            "/detokenize": {"post": post("Detokenize", "The text of token ids")},
+            "/health/live": {"get": act("The process is alive", "503")},
+            "/health/ready": {"get": act("It takes requests", "503")},
+            "/metrics": {"get": act("For Prometheus", kind="text/plain")},
+            "/version": {"get": act("Of the package")},
+            "/v1/admin/drain": {
+                "get": act("What the server does", *closed, scheme="admin"),
+                "post": act("Take no more requests", *closed, scheme="admin"),
+                "delete": act("Take requests again", *closed, scheme="admin"),
+            },
+            "/v1/admin/scale": {"post": post("Scale", "Use so many devices", scheme="admin")},
+            "/v1/admin/cache": {
+                "get": act("How the caches did", *closed, scheme="admin"),
+                "delete": act("Forget cached prefixes", *closed, scheme="admin"),
+            },
+            "/v1/admin/routes": {"get": act("What the model routes", *closed, scheme="admin")},
+        },
+        "components": {
+            "schemas": _bodies(most_n),
+            "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("key", "admin")},
+        },
+    }  # fmt: skip

@@ -1,0 +1,53 @@
+"""`Reader`: text into tokens and back for one model: its tokenizer, its chat template, its grammars."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from anabranch.data import Tokenizer
+from anabranch.errors import TokenizerError
+from anabranch.serving.http.messages import Tools
+from anabranch.web.api_error import wrong
+
+
+class Reader:
+    """Reads for one model.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
+        """The prompt of a conversation. Raises ApiError (400) for one that the model's template refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=is_open)
+        except TokenizerError as error:
+            raise wrong("messages", str(error)) from None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids; the empty text is the beginning of one, where the model has a token for it."""
+        ids = tuple(self.tokenizer.encode(text))
+        if not ids:
+            start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+            return () if start is None else (start,)
+        return ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text, special tokens included."""
+        return self.tokenizer.decode(tokens, skip_special=False)
+
+    def token_text(self, token: int) -> tuple[str, list[int] | None]:
+        """How a token is shown, and its bytes."""
+        piece = self.tokenizer.token_bytes(token)
+        if not piece:
+            return self.tokenizer.decode([token], skip_special=False), None if piece is None else list(piece)
+        return piece.decode("utf-8", "replace"), list(piece)
+
+    def token_name(self, token: int) -> tuple[str, list[int] | None]:
+        """Like `token_text`, but for bytes that are no characters: ``bytes:\\xe6``, as OpenAI writes them."""
+        text, raw = self.token_text(token)
+        if raw is None or text.encode() == bytes(raw):
+            return text, raw
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw

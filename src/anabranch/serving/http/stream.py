@@ -1,0 +1,57 @@
+"""Server-sent events to one reader: an error before the first byte is a status, after it an event; ``[DONE]`` ends every stream."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+from aiohttp import web
+
+from anabranch.web.api_error import ApiError
+from anabranch.web.sse import DONE, HEARTBEAT, event
+
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class SlowReaderError(ConnectionError):
+    """The other side does not read; whoever catches it cuts the connection."""
+
+
+async def send(
+    request: web.BaseRequest, headers: Mapping[str, str], events: AsyncIterator[bytes], stall_s: float
+) -> tuple[web.StreamResponse, ApiError | None]:
+    """Write events as they come.
+
+    Args:
+        request: answered.
+        headers: of the response.
+        events: bytes of whole events, the first before anything is written; an ApiError that it raises becomes the last one.
+        stall_s: longest a write may wait for the reader.
+
+    Returns the response, and the error that ended it. Raises ApiError where nothing has been written, SlowReaderError, and
+    ConnectionError when the reader has gone.
+    """
+    first = await anext(events)
+    response = web.StreamResponse(headers={**headers, **STREAM_HEADERS})
+    response.content_type, response.charset = "text/event-stream", "utf-8"
+    failure: ApiError | None = None
+    await response.prepare(request)
+    await _write(response, first, stall_s)
+    try:
+        async for data in events:
+            await _write(response, data, stall_s)
+    except ApiError as error:
+        failure = error
+        await _write(response, event(error.to_dict()), stall_s)
+    await _write(response, DONE, stall_s)
+    await response.write_eof()
+    return response, failure
+
+
+async def _write(response: web.StreamResponse, data: bytes, stall_s: float) -> None:
+    try:
+        async with asyncio.timeout(stall_s):
+            await response.write(data)
+    except TimeoutError:
+        raise SlowReaderError("the reader of a stream stood still") from None
+
+
+__all__ = ["DONE", "HEARTBEAT", "SlowReaderError", "event", "send"]

@@ -1,0 +1,118 @@
+"""Routes that do not generate: tokens of a text, text of tokens, vectors."""
+
+import base64
+import struct
+from typing import Any, Protocol, runtime_checkable
+
+from aiohttp import web
+
+from anabranch.serving.http import fields
+from anabranch.serving.http.asked import check_model
+from anabranch.serving.http.call import Call
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.messages import read_messages
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+_TOKENIZE = {
+    "model": fields.text(256), "prompt": fields.text(2**30), "messages": (lambda value: isinstance(value, list), "a list"),
+    "add_generation_prompt": fields.BOOL, "return_token_strs": fields.BOOL,
+}  # fmt: skip
+_DETOKENIZE = {"model": fields.text(256), "tokens": (lambda value: isinstance(value, list), "a list of token ids")}
+_EMBED = {
+    "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
+    "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
+}  # fmt: skip
+MOST_INPUTS = 256
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """An engine whose model makes vectors of texts."""
+
+    async def embed(self, prompts: list[tuple[int, ...]]) -> list[list[float]]:
+        """A vector of each prompt."""
+
+
+class Tokens:
+    """These routes.
+
+    Args:
+        frontend: whose model it is.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def tokenize(self, call: Call) -> web.StreamResponse:
+        """``{"prompt": text}`` or ``{"messages": [...]}`` as token ids."""
+        info, reader = self._frontend.check_ready()
+        body = await self._body(call, _TOKENIZE, is_model_needed=False)
+        if (body.get("prompt") is None) == (body.get("messages") is None):
+            raise wrong("prompt", "give prompt or messages, one of the two")
+        text = body.get("prompt")
+        if text is None:
+            is_open = body.get("add_generation_prompt") is not False
+            text = reader.render(read_messages(body["messages"]), None, is_open=is_open)
+        tokens = reader.encode(text) if text else ()
+        made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
+        if body.get("return_token_strs"):
+            made["token_strs"] = [reader.token_text(token)[0] for token in tokens]
+        return call.json(made)
+
+    async def detokenize(self, call: Call) -> web.StreamResponse:
+        """``{"tokens": [...]}`` as text."""
+        info, reader = self._frontend.check_ready()
+        body = await self._body(call, _DETOKENIZE, is_model_needed=False)
+        tokens = body.get("tokens")
+        if tokens is None or not all(is_int(token) and 0 <= token < info.vocab_size for token in tokens):
+            raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
+        return call.json({"prompt": reader.decode(tokens)})
+
+    async def embeddings(self, call: Call) -> web.StreamResponse:
+        """Vectors of texts, where the engine makes them (501 otherwise)."""
+        info, reader = self._frontend.check_ready()
+        engine = self._frontend.engine
+        body = await self._body(call, _EMBED)
+        if not isinstance(engine, Embeds):
+            raise ApiError(501, "not_supported", "this model makes no embeddings")
+        given = body.get("input")
+        parts = [given] if isinstance(given, str) or (isinstance(given, list) and given and is_int(given[0])) else given
+        if not isinstance(parts, list) or not 0 < len(parts) <= MOST_INPUTS:
+            raise wrong("input", f"input is {said(given)}; it must be text, or a list of 1 to {MOST_INPUTS} texts")
+        prompts = []
+        for at, part in enumerate(parts):
+            is_ids = isinstance(part, list) and part and all(is_int(x) and 0 <= x < info.vocab_size for x in part)
+            if not is_ids and not isinstance(part, str):
+                raise wrong(f"input[{at}]", f"input[{at}] is {said(part)}; it must be text or a list of token ids")
+            prompts.append(tuple(part) if is_ids else reader.encode(part))
+            if len(prompts[-1]) > info.max_positions:
+                message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
+                raise wrong(f"input[{at}]", message, "context_length_exceeded")
+        tokens = sum(map(len, prompts))
+        tickets = self._frontend.admit([len(prompt) for prompt in prompts], call.key, call.deadline_s())
+        try:
+            vectors = await engine.embed(prompts)
+        finally:
+            for ticket in tickets:
+                ticket.close()
+        is_packed = body.get("encoding_format") == "base64"
+        data = [
+            {"object": "embedding", "index": at, "embedding": _packed(vector) if is_packed else vector}
+            for at, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return call.json({"object": "list", "data": data, "model": self._frontend.name, "usage": usage})
+
+    async def _body(self, call: Call, known: dict[str, fields.Check], is_model_needed: bool = True) -> dict[str, Any]:
+        body = await call.body()
+        check_model(body, [self._frontend.name], is_needed=is_model_needed)
+        for name, value in body.items():
+            if name in known and value is not None:
+                fields.expect(name, value, known[name])
+        call.warn(tuple(name for name in body if name not in known))
+        return body
+
+
+def _packed(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,1 @@
+"""The chat page at ``/``: one HTML file with its style and script, and nothing from elsewhere."""

@@ -1,0 +1,11 @@
+"""What every HTTP server of ours is made of; it knows neither the gateway nor the engine.
+
+    server      the process: sockets, signals, bounds of connections, uvloop
+    answers     reading a body, answering in JSON, errors in OpenAI's form
+    api_error   `ApiError`, an answer that is an error
+    body        JSON that is checked, and how an error shows a value
+    sse         server-sent events
+    ids         of requests
+
+`server` and `answers` need aiohttp (extras ``gateway`` and ``serve``).
+"""

@@ -1,0 +1,79 @@
+"""Reading what a client sent, and answering it: JSON, errors in OpenAI's form."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from anabranch.errors import BackendError
+from anabranch.web.api_error import ApiError
+from anabranch.web.ids import new_id
+
+try:
+    from aiohttp import web
+except ImportError as error:
+    raise BackendError(f"a server needs {error.name}; pip install 'anabranch[serve]' or 'anabranch[gateway]'") from None
+
+JSON = "application/json"
+SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
+Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+def error_response(error: ApiError) -> web.Response:
+    """OpenAI's form of an error."""
+    headers = {"x-request-id": new_id(), **SAFE, **error.headers}
+    body = json.dumps(error.to_dict(), ensure_ascii=False).encode("utf-8", "replace")
+    return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """JSON, never cached."""
+    body = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return web.Response(
+        status=status, body=body, content_type=JSON, headers={**SAFE, "cache-control": "no-store", **(headers or {})}
+    )
+
+
+def bearer(request: web.BaseRequest) -> str | None:
+    """The key of a request: ``Authorization: Bearer KEY``, or Anthropic's and Azure's headers for it."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        return value.strip()
+    return request.headers.get("x-api-key") or request.headers.get("api-key")
+
+
+async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises ApiError if it is too large or too slow, or compressed."""
+    close = {"connection": "close"}
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ApiError(415, "unsupported_encoding", "send the body uncompressed")
+    length = request.content_length
+    large = ApiError(413, "request_too_large", f"the body is larger than {most_bytes:,} bytes", headers=close)
+    if length is not None and length > most_bytes:
+        raise large
+    content = request.content
+    if content.is_eof() and length is not None:  # it came with the headers
+        return content.read_nowait()
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while part := await content.readany():
+                size += len(part)
+                if size > most_bytes:
+                    raise large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, "slow_body", f"the body did not come within {timeout_s:g} s", headers=close) from None
+    except (web.RequestPayloadError, ValueError):
+        raise ApiError(
+            400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
+        ) from None
+    return b"".join(parts)
+
+
+def wrong_method(request: web.BaseRequest, methods: Mapping[str, Any]) -> ApiError:
+    """405, with what the path does take."""
+    allowed = ", ".join(methods)
+    message = f"{request.path} takes {allowed}, not {request.method:.20}"
+    return ApiError(405, "wrong_method", message, headers={"Allow": allowed})

@@ -1,0 +1,50 @@
+"""The JSON of a request, and how an error shows a value of it."""
+
+import json
+from typing import Any
+
+from anabranch.web.api_error import ApiError
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """JSON of a body. Raises ApiError (400) for what is none, is not UTF-8, or is no object."""
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start} is wrong") from None
+    except RecursionError:
+        raise ApiError(400, "invalid_json", "the body is nested too deep") from None
+    except ValueError as error:
+        where = ""
+        if isinstance(error, json.JSONDecodeError):
+            where = f": {error.msg} at line {error.lineno}, column {error.colno}"
+        raise ApiError(400, "invalid_json", f"the body is not JSON{where}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "invalid_json", f"the body is a {kind(body)}; send an object")
+    return body
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def kind(value: Any) -> str:
+    """JSON's name of the value's type."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def said(value: Any) -> str:
+    """The value as an error shows it: never the text of a prompt."""
+    if value is None:
+        return "missing"
+    if isinstance(value, bool | int | float):
+        return repr(value)[:40]
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 40 and value.isprintable() else f"a string of {len(value):,} characters"
+    return f"{'an' if isinstance(value, dict) else 'a'} {kind(value)}" + ("" if value else " with nothing in it")

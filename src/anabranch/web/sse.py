@@ -1,0 +1,21 @@
+"""Server-sent events: writing them, and reading their JSON."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": waiting\n\n"
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One event with JSON data."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + text + b"\n\n"
+
+
+def read_data(chunk: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects of the ``data:`` lines of whole events; what is none (``[DONE]``, comments) is left out."""
+    for line in chunk.splitlines():
+        if line.startswith(b"data:") and (text := line[5:].strip()).startswith(b"{"):
+            yield json.loads(text)

@@ -1,0 +1,341 @@
+"""A scheduler run against a model without weights, whose every token depends on all that is stored for those before it.
+
+The key-value cache is a list of slots with digests of prefixes. What a chunk samples is a digest of all slots that its table of blocks
+points to, so one stale, missing or foreign slot changes the stream.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from anabranch.serving.core.batch import PENDING, Batch, Sampled
+from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
+
+MODULUS = (1 << 61) - 1
+VOCABULARY = 7
+
+
+def seed_of(request: Request) -> int:
+    """What the keys and values of a request depend on beside its tokens."""
+    text = repr((request.cache_salt, sorted(request.options)))
+    return sum((i + 1) * ord(character) for i, character in enumerate(text)) * 7919 % MODULUS
+
+
+def stored(before: int, token: int, position: int) -> int:
+    return (before * 1_000_003 + token * 97 + position * 13 + 17) % MODULUS
+
+
+def token_of(values: list[int]) -> int:
+    return sum((i + 1) * value for i, value in enumerate(values)) % MODULUS % VOCABULARY
+
+
+class FakeRunner:
+    """Runs batches as `ModelRunner` does."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.block_tokens = config.block_tokens
+        self.slots: list[int | None] = [None] * (config.num_blocks * config.block_tokens)
+        self.host: dict[int, list[int | None]] = {}
+        self.requests: dict[str, Request] = {}
+        self.last: dict[str, int] = {}
+        self.computed = 0
+
+    def run(self, batch: Batch, failing: frozenset[str] = frozenset()) -> list[Sampled]:
+        for id in batch.gone:
+            del self.requests[id]  # told of before, and gone once
+            self.last.pop(id, None)
+        for request in batch.new:
+            assert request.id not in self.requests
+            self.requests[request.id] = request
+        self._move(batch)
+        sampled = []
+        for chunk in batch.chunks:
+            request = self.requests[chunk.id]
+            tokens = [self.last[chunk.id] if token == PENDING else token for token in chunk.tokens]
+            values = self._run(request, tokens, chunk.start, chunk.blocks)
+            if chunk.id in failing:
+                self.last[chunk.id] = 0  # a step that was formed ahead has this one pending
+                sampled.append(Sampled(id=chunk.id, token=0, error="made to fail"))
+            elif chunk.samples:
+                self.last[chunk.id] = token_of(values)
+                sampled.append(Sampled(id=chunk.id, token=self.last[chunk.id]))
+        return sampled
+
+    def _run(self, request: Request, tokens: list[int], start: int, blocks: tuple[int, ...]) -> list[int]:
+        size = self.block_tokens
+        slot = [block * size + i for block in blocks for i in range(size)]
+        values = [self.slots[index] for index in slot[:start]]
+        assert None not in values, f"{request.id} reads a slot that nobody has written"
+        for position, token in enumerate(tokens, start):
+            before = values[-1] if values else seed_of(request)
+            values.append(stored(before, token, position))
+            self.slots[slot[position]] = values[-1]
+        self.computed += len(tokens)
+        return values
+
+    def _move(self, batch: Batch) -> None:
+        size = self.block_tokens
+        for block, slot in batch.swaps_out:
+            self.host[slot] = self.slots[block * size : (block + 1) * size]
+        for source, target in batch.copies:
+            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
+        for slot, block in batch.swaps_in:
+            self.slots[block * size : (block + 1) * size] = self.host[slot]
+
+
+def expected(request: Request, max_positions: int, stop_tokens: tuple[int, ...] = ()) -> tuple[list[int], Finish]:
+    """What the request gives alone: token by token, no blocks."""
+    values: list[int] = []
+    for position, token in enumerate(request.prompt):
+        values.append(stored(values[-1] if values else seed_of(request), token, position))
+    stops = set(request.sampling.stop_tokens) | (set() if request.sampling.ignore_eos else set(stop_tokens))
+    output: list[int] = []
+    while True:
+        token = token_of(values)
+        if token in stops and len(output) >= request.sampling.min_tokens:
+            return output, Finish.STOP
+        output.append(token)
+        if len(output) == request.sampling.max_tokens or len(values) + 1 == max_positions:
+            return output, Finish.LENGTH
+        values.append(stored(values[-1], token, len(values)))
+
+
+@dataclass
+class Seen:
+    """What came out for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    finish: Finish | None = None
+    is_aborted: bool = False
+    discarded: int = 0
+    is_failing: bool = False
+
+
+class Drive:
+    """A scheduler, a runner and what both must keep at every step."""
+
+    def __init__(self, config: SchedulerConfig, **arguments: object) -> None:
+        self.config = config
+        self.now = 1.0
+        self.scheduler = Scheduler(config, clock=lambda: self.now, **arguments)  # type: ignore[arg-type]
+        self.runner = FakeRunner(config)
+        self.seen: dict[str, Seen] = {}
+        self.requests: dict[str, Request] = {}
+        self.formed: deque[Batch] = deque()
+        self.started: list[str] = []
+        self.steps = 0
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.seen[request.id] = Seen()
+        self.requests[request.id] = request
+
+    def abort(self, id: str) -> None:
+        output = self.scheduler.abort(id)
+        assert (output is None) == (self.seen[id].finish is not None)
+        if output is not None:
+            assert output.finish is Finish.ABORT
+            assert output.tokens == ()
+            self._see(output)
+            self.seen[id].is_aborted = True
+
+    def form(self) -> bool:
+        """Form a step if there is one."""
+        scheduler = self.scheduler
+        first = scheduler._running[0] if scheduler._running else None
+        batch = scheduler.schedule()
+        if first is not None:
+            assert first in scheduler._running, "the first in rank was sent back"
+        if batch is None:
+            return False
+        assert batch.chunks
+        assert batch.num_tokens <= self.config.max_batched_tokens
+        assert len(batch.chunks) <= self.config.max_seqs
+        assert len({chunk.id for chunk in batch.chunks}) == len(batch.chunks)
+        assert len({slot for _, slot in batch.swaps_out}) == len(batch.swaps_out)
+        assert len({block for _, block in batch.swaps_in}) == len(batch.swaps_in)
+        for chunk in batch.chunks:
+            assert len(chunk.tokens) <= (self.config.long_prefill_chunk or 10**9)
+            assert chunk.start + len(chunk.tokens) <= len(chunk.blocks) * self.config.block_tokens
+            assert PENDING not in chunk.tokens[:-1]
+        self.started += [request.id for request in batch.new]
+        self.formed.append(batch)
+        self.steps += 1
+        return True
+
+    def finish_step(self) -> None:
+        """Run the oldest step that was formed and tell of it."""
+        for batch in self.formed:
+            for chunk in batch.chunks:
+                assert all(self.scheduler.pool.holders(block) for block in chunk.blocks), "a block in use is free"
+        batch = self.formed.popleft()
+        failing = frozenset(id for id, seen in self.seen.items() if seen.is_failing)
+        sampled = self.runner.run(batch, failing)
+        for item in sampled:
+            self.seen[item.id].discarded += self.seen[item.id].finish is not None
+        for output in self.scheduler.update(batch, sampled):
+            self._see(output)
+        self.scheduler.pool.check()
+
+    def step(self) -> bool:
+        """One turn of an engine's loop; False when nothing is left."""
+        self.now += 0.01
+        while len(self.formed) < (2 if self.config.is_async else 1) and self.form():
+            pass
+        if not self.formed:
+            assert not self.scheduler.has_work, "requests are left that nothing is done for"
+            return False
+        self.finish_step()
+        return True
+
+    def _see(self, output: Output) -> None:
+        seen = self.seen[output.id]
+        assert seen.finish is None, "news after the end"
+        seen.outputs.append(output)
+        seen.tokens += output.tokens
+        seen.finish = output.finish
+
+    def check_end(self) -> None:
+        """Every stream is what the request gives alone; nothing is left behind."""
+        most = self.scheduler.max_positions
+        for id, seen in self.seen.items():
+            tokens, finish = expected(self.requests[id], most, self.config.stop_tokens)
+            if seen.is_aborted or seen.is_failing:
+                assert seen.tokens == tokens[: len(seen.tokens)]
+                assert seen.finish in (Finish.ABORT, Finish.ERROR, finish)
+            else:
+                assert (seen.tokens, seen.finish) == (tokens, finish), id
+            # An end is seen one step late when steps are formed ahead; an abort may come with all of them under way.
+            assert seen.discarded <= self.config.is_async + seen.is_aborted
+        self.check_empty()
+
+    def check_empty(self) -> None:
+        scheduler = self.scheduler
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks
+        assert not scheduler.has_work
+        for name in ("_states", "_running", "_under_way", "_queued_tokens"):
+            assert not getattr(scheduler, name), f"{name} is left"
+        for name in ("_coming", "_held", "num_held"):
+            assert not getattr(scheduler._tables, name), f"{name} is left"
+        assert not len(scheduler._waiting)
+        assert set(self.runner.requests) == set(scheduler._gone)
+        counters = scheduler.stats().counters
+        assert counters["generation_tokens"] == sum(len(seen.tokens) for seen in self.seen.values())
+        assert sum(counters[f"finished_{finish.value}"] for finish in Finish) == len(self.seen)
+
+
+def random_config(rng: random.Random, **changes: object) -> SchedulerConfig:
+    size = rng.choice([1, 2, 3, 4, 8])
+    values: dict[str, object] = {
+        "block_tokens": size,
+        "num_blocks": rng.randint(2, 40),
+        "max_positions": rng.randint(3, 60),
+        "max_batched_tokens": rng.choice([1, 2, 5, 16, 64]),
+        "max_seqs": rng.randint(1, 8),
+        "long_prefill_chunk": rng.choice([None, 1, 3, 8]),
+        "prefix_cache": rng.random() < 0.7,
+        "is_async": rng.random() < 0.5,
+        "stop_tokens": rng.choice([(), (0,), (1, 2)]),
+        "quantum": rng.choice([1, 16, 200]),
+        "max_decodes": rng.choice([None, None, 1, 2]),
+    }
+    return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def random_request(rng: random.Random, id: str, most: int, now: float, num_keys: int = 3) -> Request:
+    length = rng.randint(1, most - 1)
+    shared = [i * i % VOCABULARY for i in range(length)]
+    cut = rng.randint(0, length)
+    prompt = shared[:cut] + [rng.randrange(VOCABULARY) for _ in range(length - cut)]
+    return Request(
+        id=id,
+        prompt=tuple(prompt),
+        priority=rng.choice([0, 0, 0, 1, -1]),
+        key=f"key{rng.randrange(num_keys)}",
+        arrival=now,
+        cache_salt=rng.choice(["", "", "", "a"]),
+        options=rng.choice([(), (), (("adapter", "x"),)]),
+        sampling=Sampling(
+            max_tokens=rng.randint(1, 30),
+            min_tokens=rng.choice([0, 0, 3]),
+            stop_tokens=rng.choice([(), (), (3,)]),
+            ignore_eos=rng.random() < 0.2,
+        ),
+    )
+
+
+def random_run(seed: int, **arguments: object) -> Drive:
+    """One life of a server: requests come and some go, until none is left. Checked at every step and at the end."""
+    rng = random.Random(seed)
+    # A tier finds blocks by their prefix.
+    drive = Drive(random_config(rng, **({"prefix_cache": True} if arguments.get("tier") else {})), **arguments)
+    most = drive.scheduler.max_positions
+    if most < 2:
+        return drive
+    coming = rng.randint(1, 25)
+    while True:
+        while coming and rng.random() < 0.4:
+            coming -= 1
+            drive.add(random_request(rng, f"r{coming}", most, drive.now))
+        if drive.seen and rng.random() < 0.05:
+            drive.abort(rng.choice(list(drive.seen)))
+        if drive.seen and rng.random() < 0.01:
+            drive.seen[rng.choice(list(drive.seen))].is_failing = True
+        if rng.random() < 0.02:
+            drive.scheduler.reset_prefixes()
+        # In asynchronous runs not every step is formed ahead, and ends come in between.
+        if drive.config.is_async and rng.random() < 0.5:
+            drive.now += 0.01
+            if len(drive.formed) < 2:
+                drive.form()
+            if drive.formed and rng.random() < 0.5:
+                drive.finish_step()
+        elif not drive.step() and not coming:
+            break
+    drive.check_end()
+    return drive
+
+
+class RandomTier:
+    """A tier that saves and forgets as it likes, within what it promises."""
+
+    def __init__(self, rng: random.Random, num_slots: int = 6, refusals: float = 0.2) -> None:
+        self._rng, self._refusals = rng, refusals
+        self._slot_of: dict[bytes, int] = {}
+        self._free = list(range(num_slots))
+        self._pinned: set[bytes] = set()
+        self.saved = 0
+
+    def filled(self, key: bytes, block: int) -> int | None:
+        return self._save(key) if self._rng.random() < 0.3 else None
+
+    def evicted(self, key: bytes, block: int) -> int | None:
+        return self._save(key)
+
+    def holds(self, key: bytes) -> bool:
+        return key in self._slot_of
+
+    def load(self, key: bytes) -> int:
+        self._pinned.add(key)
+        return self._slot_of[key]
+
+    def formed(self) -> None:
+        self._pinned.clear()
+
+    def reset(self) -> None:
+        self._free += self._slot_of.values()
+        self._slot_of.clear()
+
+    def _save(self, key: bytes) -> int | None:
+        if key in self._slot_of or self._rng.random() < self._refusals:
+            return None
+        if not self._free:
+            known = [other for other in self._slot_of if other not in self._pinned]
+            if not known:
+                return None
+            self._free.append(self._slot_of.pop(self._rng.choice(known)))
+        self.saved += 1
+        slot = self._slot_of[key] = self._free.pop()
+        return slot

@@ -1,0 +1,277 @@
+import math
+import random
+
+import pytest
+
+from anabranch.errors import LimitError
+from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, OverloadError, Pace
+
+OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def gate(**limits):
+    clock = Clock()
+    return Admission(AdmissionConfig(**{**OPEN, **limits}), clock=clock), clock
+
+
+def serve(admission, clock, *, seconds, tokens=10, count=50):
+    """Requests one after the other that wait for ``seconds`` each and then end at once."""
+    for number in range(count):
+        with admission.admit(tokens, f"served{number}") as ticket:
+            clock.now += seconds
+            ticket.started()
+
+
+def refused(admission, reason, *arguments, **named):
+    before = admission.rejections[reason]
+    with pytest.raises(OverloadError) as caught:
+        admission.admit(*arguments, **named)
+    assert caught.value.reason == reason
+    assert admission.rejections[reason] == before + 1
+    assert isinstance(caught.value, LimitError)
+    return caught.value
+
+
+def test_counts_follow_tickets_and_refusals_are_counted_from_zero():
+    admission, _ = gate(max_in_flight=10)
+    assert admission.rejections == dict.fromkeys(REASONS, 0)
+    first, second = admission.admit(5, "a"), admission.admit(7, "b")
+    assert (admission.in_flight, admission.queued, admission.queued_tokens) == (2, 2, 12)
+    first.started()
+    first.started()
+    assert (admission.in_flight, admission.queued, admission.queued_tokens) == (2, 1, 7)
+    first.close()
+    first.close()
+    with second:
+        pass
+    assert (admission.in_flight, admission.queued, admission.queued_tokens) == (0, 0, 0)
+    assert not admission._of_key
+
+
+def test_each_limit_refuses_the_first_that_is_over_it_and_takes_the_next_when_there_is_room():
+    admission, _ = gate(max_in_flight=2)
+    one = admission.admit(1)
+    admission.admit(1).started()
+    assert refused(admission, "in_flight", 1).status == 429
+    one.close()
+    admission.admit(1)
+
+    admission, _ = gate(max_queued=2)
+    one, _two = admission.admit(1), admission.admit(1)
+    refused(admission, "queued", 1)
+    one.started()
+    admission.admit(1)
+
+    admission, _ = gate(max_queued_tokens=10)
+    one = admission.admit(4)
+    admission.admit(6)
+    refused(admission, "queued_tokens", 1)
+    one.started()
+    refused(admission, "queued_tokens", 5)
+    admission.admit(4)
+
+    admission, _ = gate(max_per_key=1)
+    one = admission.admit(1, "a")
+    admission.admit(1, "b")
+    refused(admission, "key_concurrency", 1, "a")
+    one.started()
+    refused(admission, "key_concurrency", 1, "a")
+    one.close()
+    admission.admit(1, "a")
+
+
+def test_a_request_larger_than_the_limit_of_tokens_is_taken_when_nothing_waits():
+    admission, _ = gate(max_queued_tokens=10)
+    admission.admit(100)
+    refused(admission, "queued_tokens", 1)
+
+
+def test_a_refused_request_leaves_no_trace():
+    admission, _ = gate(max_queued=1)
+    admission.admit(3, "a")
+    for _ in range(5):
+        refused(admission, "queued", 4, "b")
+    assert (admission.in_flight, admission.queued, admission.queued_tokens) == (1, 1, 3)
+    assert dict(admission._of_key) == {"a": 1}
+
+
+def test_the_status_of_a_refusal_can_be_chosen():
+    admission, _ = gate(max_in_flight=1, status=503)
+    admission.admit(1)
+    error = refused(admission, "in_flight", 1)
+    assert error.status == 503
+    assert error.retry_after_s == 1
+    assert "try again in 1 s" in str(error)
+
+
+def test_when_to_come_back_follows_from_how_fast_the_queue_drains():
+    admission, clock = gate(max_queued=3, max_queued_tokens=1000)
+    serve(admission, clock, seconds=4.0, tokens=10, count=3)  # 0.25 requests and 2.5 tokens a second
+    waiting = [admission.admit(200) for _ in range(3)]
+    assert refused(admission, "queued", 1).retry_after_s == 4  # one must start
+    waiting.pop().started()
+    clock.now += 1e-9
+    rate = admission._token_rate.per_s(clock.now)
+    # 400 tokens wait; 700 more are 100 over the limit
+    assert refused(admission, "queued_tokens", 700).retry_after_s == min(120, math.ceil(100 / rate))
+
+
+def test_nobody_is_told_to_wait_more_than_two_minutes():
+    admission, clock = gate(max_queued=1)
+    serve(admission, clock, seconds=1000.0, count=2)
+    admission.admit(1)
+    assert refused(admission, "queued", 1).retry_after_s == 120
+
+
+def test_a_queue_that_stands_still_makes_the_wait_longer():
+    admission, clock = gate(max_queued=1)
+    serve(admission, clock, seconds=1.0, count=20)
+    admission.admit(1)
+    waits = []
+    for _ in range(5):
+        waits.append(refused(admission, "queued", 1).retry_after_s)
+        clock.now += 60
+    assert waits[0] == 1
+    assert waits == sorted(waits)
+    assert waits[-1] == 120
+
+
+def test_a_key_waits_for_its_share_of_what_ends():
+    admission, clock = gate(max_per_key=2)
+    serve(admission, clock, seconds=1.0, count=30)  # of all requests one ends a second
+    for key in ("a", "a", "b", "b", "c", "c", "d", "d"):
+        admission.admit(1, key).started()
+    assert refused(admission, "key_concurrency", 1, "a").retry_after_s == 4  # a quarter of what is in flight is its own
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_early():
+    admission, clock = gate(max_in_flight=100)
+    assert admission.expected_first_token_s(10**6) is None
+    admission.admit(10**6, deadline_s=0.001).close()  # nothing is known yet
+    for _ in range(20):  # 0.2 s a request and 0.01 s a token
+        serve(admission, clock, seconds=0.7, tokens=50, count=1)
+        serve(admission, clock, seconds=1.7, tokens=150, count=1)
+    assert admission.expected_first_token_s(100) == pytest.approx(1.2)
+    admission.admit(900)
+    assert admission.expected_first_token_s(100) == pytest.approx(10.4)
+    error = refused(admission, "deadline", 100, deadline_s=6.5)
+    assert error.retry_after_s == 4  # in 3.9 s the queue is short enough
+    assert "the first token is expected in 10.4 s" in str(error)
+    admission.admit(100, deadline_s=10.5)
+
+
+def test_a_long_prompt_is_not_refused_for_what_short_ones_took():
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=0.1, tokens=10, count=50)
+    assert admission.expected_first_token_s(10_000) == pytest.approx(0.1)
+    for _ in range(9):
+        admission.admit(10)
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0)
+
+
+def test_what_is_expected_grows_while_nothing_starts():
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=0.5, count=50)
+    admission.admit(10)
+    clock.now += 0.5
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0)
+    clock.now += 30
+    assert admission.expected_first_token_s(10) > 4.0
+    clock.now += 1e6
+    assert admission.expected_first_token_s(10) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("per_request", "per_token", "as_request", "as_token"),
+    [
+        (0.3, 0.02, 0.3, 0.02),
+        (0.0, 0.02, 0.0, 0.02),
+        (0.3, 0.0, 0.3, 0.0),
+        (3.0, -0.01, None, 0.0),
+        (-0.1, 0.02, 0.0, None),
+    ],
+)
+def test_pace_tells_requests_from_tokens_and_neither_is_negative(per_request, per_token, as_request, as_token):
+    pace, rng = Pace(30.0), random.Random(0)
+    assert pace.expected_s(1, 1) is None
+    for _ in range(300):
+        tokens = rng.randint(10, 100)
+        pace.took(tokens, per_request + per_token * tokens)
+    request = pace.expected_s(1, 0)
+    token = pace.expected_s(1, 1) - request
+    assert as_request is None or request == pytest.approx(as_request, abs=1e-9)
+    assert as_token is None or token == pytest.approx(as_token, abs=1e-9)
+    assert request >= 0
+    assert token >= -1e-12
+
+
+def test_those_who_go_away_do_not_count_as_served():
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=1.0, tokens=10, count=50)
+    before = admission.expected_first_token_s(1000)
+    for _ in range(50):
+        admission.admit(10_000).close()
+    assert admission.expected_first_token_s(1000) == pytest.approx(before)
+
+
+def test_the_drain_rate_is_that_of_busy_time():
+    rate = DrainRate(10.0)
+    assert rate.per_s(0.0) is None
+    now = 0.0
+    for _ in range(2000):
+        rate.resume(now)
+        now += 0.01
+        rate.drained(3, now)
+        rate.pause(now)
+        now += 5.0  # idle: of no account
+    assert rate.per_s(now) == pytest.approx(300, rel=0.001)
+
+
+def test_the_drain_rate_follows_a_change_within_its_window():
+    rate = DrainRate(10.0)
+    rate.resume(0.0)
+    for step in range(1, 10_001):
+        rate.drained(1, step * 0.01)
+    assert rate.per_s(100.0) == pytest.approx(100, rel=0.01)
+    for step in range(1, 101):
+        rate.drained(1, 100 + step * 0.1)
+    # After one window the past has e^-1 of its weight.
+    assert rate.per_s(110.0) == pytest.approx(10 + 90 * math.exp(-1), rel=0.02)
+
+
+def test_any_order_of_events_keeps_the_books():
+    for seed in range(50):
+        rng = random.Random(seed)
+        admission, clock = gate(max_in_flight=6, max_queued=4, max_queued_tokens=60, max_per_key=3)
+        live, queued, waits = [], set(), []
+        for _ in range(200):
+            clock.now += rng.random()
+            move = rng.random()
+            if move < 0.5:
+                try:
+                    ticket = admission.admit(rng.randint(1, 30), rng.choice("abc"), rng.choice([None, 5.0]))
+                except OverloadError as error:
+                    waits.append(error.retry_after_s)
+                else:
+                    live.append(ticket)
+                    queued.add(ticket)
+            elif live:
+                ticket = rng.choice(live)
+                if move < 0.75:
+                    ticket.started()
+                else:
+                    ticket.close()
+                    live.remove(ticket)
+                queued.discard(ticket)
+            assert admission.in_flight == len(live) <= 6
+            assert admission.queued == len(queued) <= 4
+            assert admission.queued_tokens == sum(ticket.num_tokens for ticket in queued)
+            assert all(sum(ticket.key == key for ticket in live) <= 3 for key in "abc")
+        assert all(1 <= wait <= 120 for wait in waits)

@@ -1,0 +1,147 @@
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.serving.core.queue import WaitingQueue
+
+
+@dataclass
+class Item:
+    rank: tuple[int, float, int]
+    key: str
+    cost: int
+
+
+def items(specs):
+    return [Item((priority, arrival, serial), key, cost) for serial, (priority, arrival, key, cost) in enumerate(specs)]
+
+
+def drain(queue):
+    taken = []
+    while len(queue):
+        shown = queue.peek()
+        taken.append(queue.pop())
+        assert taken[-1] is shown
+    assert queue.peek() is None
+    return taken
+
+
+spec = st.tuples(st.integers(-1, 1), st.integers(0, 5).map(float), st.sampled_from("ab"), st.integers(1, 900))
+
+
+@given(st.lists(spec, max_size=30), st.integers(1, 600))
+def test_priority_first_then_arrival_within_a_key(specs, quantum):
+    queue = WaitingQueue(quantum)
+    for item in items(specs):
+        queue.add(item)
+    taken = drain(queue)
+    assert len(taken) == len(specs)
+    assert [item.rank[0] for item in taken] == sorted(item.rank[0] for item in taken)
+    for key in "ab":
+        ranks = [item.rank for item in taken if item.key == key]
+        assert ranks == sorted(ranks)
+
+
+@given(st.lists(spec.map(lambda s: (*s[:2], "one", s[3])), max_size=30), st.integers(1, 600))
+def test_with_one_key_it_is_first_come_first_served(specs, quantum):
+    queue = WaitingQueue(quantum)
+    for item in items(specs):
+        queue.add(item)
+    ranks = [item.rank for item in drain(queue)]
+    assert ranks == sorted(ranks)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 2000), min_size=1, max_size=40), min_size=2, max_size=5),
+    st.integers(1, 1500),
+)
+def test_keys_that_wait_are_given_the_same_within_a_quantum_and_two_costs(costs_of_keys, quantum):
+    queue = WaitingQueue(quantum)
+    specs = [(0, 0.0, f"k{key}", cost) for key, costs in enumerate(costs_of_keys) for cost in costs]
+    for item in items(specs):
+        queue.add(item)
+    left = {f"k{key}": len(costs) for key, costs in enumerate(costs_of_keys)}
+    given_to = dict.fromkeys(left, 0)
+    largest = max(max(costs) for costs in costs_of_keys)
+    while all(left.values()):  # all wait from the start until now
+        item = queue.pop()
+        left[item.key] -= 1
+        given_to[item.key] += item.cost
+        assert max(given_to.values()) - min(given_to.values()) <= quantum + 2 * largest
+
+
+@given(st.data())
+def test_one_that_is_sent_back_goes_first_in_its_priority_and_is_not_charged_again(data):
+    queue = WaitingQueue(10)
+    all_items = items([(0, 0.0, "a", 10), (0, 1.0, "b", 10), (0, 2.0, "a", 10), (1, 0.0, "b", 10), (0, 3.0, "b", 10)])
+    for item in all_items:
+        queue.add(item)
+    taken = [queue.pop() for _ in range(data.draw(st.integers(1, 3)))]
+    back = data.draw(st.lists(st.sampled_from(taken), unique_by=id))
+    for item in back:
+        queue.add_front(item)
+    rest = [item for item in all_items if item not in taken]
+    after = drain(queue)
+    assert after[: len(back)] == sorted(back, key=lambda item: item.rank)
+    assert sorted(item.rank for item in after[len(back) :]) == sorted(item.rank for item in rest)
+
+
+def test_any_mix_of_adding_taking_and_removing_loses_nothing():
+    for seed in range(80):
+        rng = random.Random(seed)
+        queue, inside, outside, serial = WaitingQueue(rng.choice([1, 50, 400])), {}, [], 0
+        for _ in range(rng.randint(0, 300)):
+            move = rng.random()
+            if move < 0.5:
+                item = Item((rng.randint(0, 2), rng.random(), serial), rng.choice("abcd"), rng.randint(1, 300))
+                serial += 1
+                queue.add(item)
+                inside[item.rank] = item
+            elif move < 0.65 and inside:
+                item = inside.pop(rng.choice(list(inside)))
+                queue.remove(item)
+                with pytest.raises(KeyError):
+                    queue.remove(item)
+            elif move < 0.75 and outside:
+                item = outside.pop()
+                queue.add_front(item)
+                inside[item.rank] = item
+            elif move < 0.8:
+                queue.refund(Item((0, 0.0, -1), rng.choice("abcd"), 0), 100)
+            elif inside:
+                item = queue.pop()
+                assert item.rank[0] == min(rank[0] for rank in inside)
+                assert inside.pop(item.rank) is item
+                outside.append(item)
+            assert len(queue) == len(inside)
+            assert sorted(item.rank for item in queue) == sorted(inside)
+        assert {item.rank for item in drain(queue)} == set(inside)
+        with pytest.raises(IndexError):
+            queue.pop()
+
+
+def test_what_is_removed_does_not_pile_up_behind_one_that_stays():
+    queue = WaitingQueue()
+    queue.add(Item((0, 0.0, 0), "a", 1))
+    for serial in range(1, 5000):
+        item = Item((0, 1.0, serial), "a", 1)
+        queue.add(item)
+        queue.remove(item)
+    (level,) = queue._levels.values()
+    assert len(level.flows["a"].heap) < 100
+
+
+def test_a_refund_lets_a_key_go_on():
+    queue = WaitingQueue(100)
+    a, b = ([Item((0, float(i), i + 10 * (key == "b")), key, 100) for i in range(4)] for key in "ab")
+    for item in (*a, *b):
+        queue.add(item)
+    assert queue.pop() is a[0]
+    queue.refund(a[0], 90)
+    queue.refund(a[0], 10)
+    assert queue.pop() is a[1]
+    assert queue.pop() is b[0]
