@@ -55,7 +55,9 @@ class KeyValueCache:
         self.prefix = prefix
         self.length = 0
         self.valid_BL: Tensor | None = None
-        self.state: dict[str, object] = {}  # what a design carries from call to call, by a name of its own
+        self.state: dict[
+            str, object
+        ] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
         self._key: list[Tensor | None] = [None] * num_layers
         self._value: list[Tensor | None] = [None] * num_layers
 
@@ -103,6 +105,9 @@ class KeyValueCache:
 
     def keep_rows(self, row_B: Tensor) -> None:
         """Keep, repeat or reorder sequences of the batch: a bool mask (finished ones leave) or int64 numbers (beams), for all streams."""
+        for value in self.state.values():
+            if hasattr(value, "keep_rows"):
+                value.keep_rows(row_B)
         if self.num_streams > 1:
             row_B = rows_of_streams(row_B, self.num_streams, self._num_rows() // self.num_streams)
         self._key = [None if buffer is None else buffer[row_B] for buffer in self._key]

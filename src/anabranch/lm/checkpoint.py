@@ -10,7 +10,8 @@ Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.g
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from anabranch.lm.tensors import (
     MAX_SHARD_BYTES,
     Layout,
     Piece,
+    TensorSource,
     build_empty,
     fill,
     open_tensors,
@@ -45,6 +47,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_weights",
+    "open_model",
     "save_model",
     "write_model",
 ]
@@ -187,6 +190,45 @@ def load_model(
     else:
         model = _load_native(found, table, dtype, device)
     return model, _tokenizer(found)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose weights have not been read.
+
+    Attributes:
+        model: with parameters on the meta device.
+        source, layout: the stored tensors and how they make up the model's.
+        ignore: stored names that the model does not need.
+        dtype: of all parameters; None keeps that of each.
+        where: the folder.
+        tokenizer: None if the folder has none.
+    """
+
+    model: Decoder
+    source: TensorSource
+    layout: Layout
+    ignore: Sequence[str]
+    dtype: torch.dtype | None
+    where: Path
+    tokenizer: Tokenizer | None
+
+
+def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedModel:
+    """What `load_model` would load, before it does. Raises as that, and CheckpointError for a GGUF file, whose numbers are packed."""
+    found = find_model(path)
+    if found.is_file():
+        raise CheckpointError(
+            f"{found} packs its numbers, so they cannot be read piece by piece; convert it to a folder first"
+        )
+    check_dtype_device(dtype, None)
+    table, source = read_json(found / "config.json"), open_tensors(found)
+    if _is_foreign(table):
+        model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
+    else:
+        model, kind, ignore = build_empty(_native_config(found, table)), dtype, []
+        layout = identity(model)
+    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found))
 
 
 def _is_foreign(table: dict[str, Any]) -> bool:

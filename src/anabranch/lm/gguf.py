@@ -138,8 +138,20 @@ class GgufFile:
                 f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
             ) from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
-        heads = next((heads for part, heads in self._heads.items() if f".{part}." in name), None)
+        heads = self._heads_of(name)
         return tensor if heads is None else half_split(tensor, heads)
+
+    def _heads_of(self, name: str) -> int | None:
+        """Heads whose rows are interleaved in this tensor; None where none are."""
+        return next((heads for part, heads in self._heads.items() if f".{part}." in name), None)
+
+    def kind(self, name: str) -> str:
+        """How a tensor is stored: ``F32``, ``Q4_1``, ..."""
+        return self._tensors[name].tensor_type.name
+
+    def raw(self, name: str) -> tuple[Any, int | None]:
+        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`)."""
+        return self._tensors[name].data, self._heads_of(name)
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""

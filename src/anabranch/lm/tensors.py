@@ -99,6 +99,10 @@ class SafetensorsFiles:
             self._files[path], self._read_bytes = self._open(path), 0
         return tensor
 
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._path_of[name]
+
     def _slice(self, name: str) -> Any:
         return self._files[self._path_of[name]].get_slice(name)
 

@@ -12,7 +12,9 @@ from anabranch.registry import BUILTIN
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Finish, Request
+from anabranch.serving.engine import ModelRunner
 from anabranch.serving.engine.messages import Abort, Add
+from anabranch.serving.fast import FastDecoder
 
 GREEDY = Sampling(temperature=0.0, max_tokens=10, ignore_eos=True)
 PLENTY = {"num_blocks": 200, "block_tokens": 4}
@@ -125,11 +127,17 @@ def test_random_mixes_of_limits(model, seed):
     assert run(model, prompts, num_blocks=num_blocks, **limits)[0] == one_by_one(model, prompts)
 
 
-@pytest.mark.skipif(load() is None, reason="no C++ compiler")
-def test_plain_torch_gives_the_tokens_of_the_kernel(model, prompts, monkeypatch):
-    expected = one_by_one(model, prompts)
-    monkeypatch.setattr("anabranch.nn.kernels.paged.load", lambda: None)
-    assert run(model, prompts, **SCARCE)[0] == expected
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("name", ["dense", "moe", "moe-lossfree"])
+def test_the_decoder_gives_the_tokens_of_the_compiled_step(name, has_kernel, monkeypatch):
+    model = presets.find(name)("tiny").model.replace(init_std=0.2).build(seed=0)
+    prompts = prompts_of(model, (5, 1, 23, 40, 8))
+    assert (ModelRunner(model, num_blocks=1).fast is None) == (load() is None)
+    monkeypatch.setattr(FastDecoder, "supports", staticmethod(lambda model: "not today"))
+    if not has_kernel:
+        monkeypatch.setattr("anabranch.nn.kernels.paged.load", lambda: None)
+    assert ModelRunner(model, num_blocks=1).fast is None
+    assert run(model, prompts, **SCARCE)[0] == one_by_one(model, prompts)
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])

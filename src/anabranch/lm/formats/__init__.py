@@ -12,7 +12,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import Foreign
 from anabranch.lm.formats.export import FAMILIES, choose, export
-from anabranch.lm.tensors import TensorSource, build_empty, fill
+from anabranch.lm.tensors import Layout, TensorSource, build_empty, fill
 
 __all__ = ["FAMILIES", "choose", "export", "load", "read_config"]
 
@@ -45,21 +45,22 @@ def load(
 
     ``dtype`` None takes that of the stored embedding. Raises CheckpointError as `read_config`, and if tensors do not fit.
     """
+    model, layout, kind, ignore = prepare(source, table, path, dtype=dtype)
+    where = path.parent if path.suffix == ".json" else path
+    fill(model, source, layout, where=where, dtype=kind, device=device, ignore=ignore)
+    return model
+
+
+def prepare(
+    source: TensorSource, table: dict[str, Any], path: Path, *, dtype: torch.dtype | None = None
+) -> tuple[Decoder, Layout, torch.dtype | None, list[str]]:
+    """(empty model, layout, type of its weights, names to ignore) of what `load` loads."""
     config = read_config(table, path)
     layout = FAMILIES[table["model_type"]].sanitize(config, source.names)
     embedding = layout["embedding.weight"][0].name
     stored = source.dtype(embedding) if embedding in source.names else torch.float32
-    model = build_empty(config)
-    fill(
-        model,
-        source,
-        layout,
-        where=path.parent if path.suffix == ".json" else path,
-        dtype=dtype or (stored if isinstance(stored, torch.dtype) else None),
-        device=device,
-        ignore=[name for name in source.names if _is_spare(name, config)],
-    )
-    return model
+    kind = dtype or (stored if isinstance(stored, torch.dtype) else None)
+    return build_empty(config), layout, kind, [name for name in source.names if _is_spare(name, config)]
 
 
 def _is_spare(name: str, config: Decoder.Config) -> bool:

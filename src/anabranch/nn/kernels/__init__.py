@@ -24,8 +24,8 @@ __all__ = ["load"]
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "expert_mlp.cpp", HERE / "attention.cpp", HERE / "paged_attention.cpp")
-HEADERS = (HERE / "matmul.h",)
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode"))
+HEADERS = (HERE / "matmul.h", HERE / "packed.h")
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 

@@ -220,16 +220,17 @@ class Scheduler:
     def _continue_running(self, parts: list[Part], budget: int, turn: Container[RequestState] | None) -> int:
         """Chunks of running requests, of those that decode only the ones in ``turn``; the budget that is left."""
         running, block_tokens = self._running, self.config.block_tokens
-        reserved = sum([len(state.tokens) - state.computed == 1 for state in running])
-        index = 0
-        while index < len(running):  # it may grow shorter from its end
-            state = running[index]
-            index += 1
-            count = len(state.tokens) - state.computed
+        counts = [len(state.tokens) - state.computed for state in running]
+        reserved = counts.count(1)
+        for state, count in zip(list(running), counts, strict=True):
+            if not state.blocks:  # sent back by one before it, and so are all behind it
+                break
             if count == 1:
                 reserved -= 1
-                if not state.decodes or (turn is not None and state not in turn):
-                    continue
+                if (state.num_pending and len(state.tokens) >= state.most_tokens) or (
+                    turn is not None and state not in turn
+                ):
+                    continue  # the step under way gives its last token, or the next one is its turn
             else:
                 count = self._portion(count, budget - reserved)
             if len(state.blocks) * block_tokens < state.computed + count:
@@ -387,8 +388,7 @@ class Scheduler:
 
     def _output(self, state: RequestState, item: Sampled | None = None, error: str | None = None) -> Output:
         cached_tokens, queue_s = state.cached_tokens, state.queue_s
-        if queue_s is not None:  # told once
-            state.cached_tokens = state.queue_s = None
+        state.cached_tokens = state.queue_s = None  # told once
         if item is None:
             return Output(
                 id=state.request.id, finish=state.finish, error=error, cached_tokens=cached_tokens, queue_s=queue_s

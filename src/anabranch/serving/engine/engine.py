@@ -13,7 +13,7 @@ from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
-from anabranch.serving.core.tier import KVTier
+from anabranch.serving.core.tier import KVTier, Memory
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
@@ -38,7 +38,7 @@ class Engine:
     runner: ModelRunner
     is_async: bool = True
     controls: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    sources: list[Callable[[EngineStats], None]] = field(default_factory=list)
+    sources: list[Callable[[], EngineStats]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -51,8 +51,10 @@ class Engine:
         hooks: Sequence[StepHook] = (),
         controls: Mapping[str, Callable[..., Any]] | None = None,
         tier: KVTier | None = None,
+        memory: Memory | None = None,
         host_blocks: int = 0,
         pool: PagedPool | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -61,11 +63,13 @@ class Engine:
             config: sizes and scheduling; what says how to load a model is not read.
             tokenizer: its ends of text stop requests, and grammars need it.
             sampler: chooses tokens; None for `anabranch.serving.sampling.Sampler`.
-            hooks: see every step. One with ``stats(EngineStats)`` adds to pictures of the engine, one with ``controls`` brings commands.
+            hooks: see every step. One with ``stats() -> EngineStats`` adds to pictures of the engine, one with ``controls`` commands.
             controls: more commands.
             tier: where keys and values go that have no room, in ``host_blocks`` slots.
+            memory: admission by what requests are expected to need.
             host_blocks: see ``tier``.
             pool: memory for keys and values made elsewhere.
+            make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
         shape = PagedShape.of(model)
         num_blocks = pool.num_blocks if pool is not None else config.blocks_for(shape.bytes_per_token)
@@ -73,7 +77,7 @@ class Engine:
         if sampler is None:
             vocab_size = model.config.vocab_size
             sampler = Sampler(vocab_size, stop_tokens=stop_tokens, tokenizer=tokenizer, seed=config.seed)
-        runner = ModelRunner(
+        runner = make_runner(
             model,
             num_blocks=num_blocks,
             block_tokens=config.block_tokens,
@@ -94,7 +98,7 @@ class Engine:
             prefix_cache=config.prefix_cache,
             is_async=config.scheduling == "async",
             stop_tokens=stop_tokens,
-        ).build(tier=tier)
+        ).build(tier=tier, memory=memory)
         engine = cls(
             info=EngineInfo(
                 model=config.name or Path(config.model).name or "model",

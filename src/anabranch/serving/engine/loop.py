@@ -53,7 +53,7 @@ class EngineLoop:
         is_async: the model runs in a thread of its own, and the next step is scheduled while it does.
         check: raises InputError for a request that this engine can never run, beyond what the scheduler checks.
         controls: functions by name, called in the loop's thread between steps.
-        sources: each adds to the counters, gauges and samples of a picture.
+        sources: each gives counters, gauges and samples that are added to a picture.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class EngineLoop:
         is_async: bool = False,
         check: Callable[[Request], None] | None = None,
         controls: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sequence[Callable[[EngineStats], None]] = (),
+        sources: Sequence[Callable[[], EngineStats]] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._emit, self._check = emit, check
@@ -121,8 +121,10 @@ class EngineLoop:
         self._is_idle_told = False
         self._live.difference_update(output.id for output in outputs if output.finish is not None)
         events: list[Event] = [*outputs]
-        if time.monotonic() - self._picture_at > PICTURE_S:
-            events.append(self._picture())
+        if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
+            events.append(
+                self._picture()
+            )  # after the last request's end at once: its tokens are counted where it is seen to end
         if events:
             self._emit(events)
 
@@ -229,7 +231,10 @@ class EngineLoop:
     def _picture(self) -> EngineStats:
         stats = self.scheduler.stats()
         for source in self._sources:
-            source(stats)
+            more = source()
+            stats.counters |= more.counters
+            stats.gauges |= more.gauges
+            stats.samples |= more.samples
         stats.samples["step_time"], self._step_times = self._step_times, []
         self._picture_at = time.monotonic()
         return stats

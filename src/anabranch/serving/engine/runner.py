@@ -17,8 +17,9 @@ from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
-from anabranch.serving.engine.record import RoutingTap
+from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.steady import steady
+from anabranch.serving.fast import FastDecoder
 from anabranch.serving.sampling import Sampler
 
 
@@ -46,7 +47,7 @@ class ModelRunner:
         hooks: see every step.
         host_blocks: blocks of main memory to swap to.
         pool: memory made elsewhere, instead of ``num_blocks``.
-        use_kernel: False for attention in plain torch.
+        use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
 
     Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
@@ -74,6 +75,10 @@ class ModelRunner:
         )
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
+        self.fast: FastDecoder | None = None  # whose rows never depend on each other
+        if use_kernel and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
+            pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
+            self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap = RoutingTap(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
@@ -134,8 +139,12 @@ class ModelRunner:
             return self.sampler(logits_RV, ids) if ids else []
         rows = _last_rows(chunks)
         wanted = [row for row, is_wanted in zip(rows, recorded, strict=True) if is_wanted]
-        with self.tap.listen(wanted, len(tokens)) as routes:
-            logits_RV = self._logits(chunks, tokens)
+        if self.fast is not None:
+            routes: list[Route] = [{} for _ in wanted]
+            logits_RV = self._fast_logits(chunks, tokens, wanted, routes)
+        else:
+            with self.tap.listen(wanted, len(tokens)) as routes:
+                logits_RV = self._logits(chunks, tokens)
         found = iter(routes)
         return [
             replace(result, routing=next(found)) if is_wanted else result
@@ -144,6 +153,8 @@ class ModelRunner:
 
     def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
         """logits_RV of the rows that sample."""
+        if self.fast is not None:
+            return self._fast_logits(chunks, tokens)
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
@@ -155,6 +166,26 @@ class ModelRunner:
                 return x_PRD.new_empty(0, model.config.vocab_size)
             x_1RD = x_PRD if model.streams is None else model.streams.merge(x_PRD, context)
             return model.logits(x_1RD)[0]
+
+    def _fast_logits(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], wanted: Sequence[int] = (), routes: Sequence[Route] = ()
+    ) -> Tensor:
+        """`_logits` by the compiled step; fills ``routes`` of the rows ``wanted``."""
+        assert self.fast is not None, "callers look"
+        layout = StepLayout(chunks, self.pool.block_tokens)
+        x_TD, route_ATK = self.fast.hidden(
+            torch.tensor(tokens, dtype=torch.int64),
+            torch.from_numpy(layout.position_T),
+            layout.sequence_N4,
+            layout.table_U,
+            with_routes=bool(wanted),
+        )
+        if route_ATK is not None:
+            for layer, route_TK in zip(self.tap.layers, route_ATK, strict=True):
+                for route, index_K in zip(routes, route_TK[list(wanted)].tolist(), strict=True):
+                    route[layer] = tuple(index for index in index_K if index >= 0)
+        rows = _last_rows(chunks)
+        return self.fast.logits(x_TD if len(rows) == len(tokens) else x_TD[rows])
 
     def _context(self, layout: StepLayout, token_1T: Tensor) -> ForwardContext:
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)

@@ -45,5 +45,9 @@ class Reader:
             return self.tokenizer.decode([token], skip_special=False), None if piece is None else list(piece)
         return piece.decode("utf-8", "replace"), list(piece)
 
-    def check_schema(self, schema: dict[str, Any]) -> None:
-        """Raises InputError for a schema that no grammar can be made of."""
+    def token_name(self, token: int) -> tuple[str, list[int] | None]:
+        """Like `token_text`, but for bytes that are no characters: ``bytes:\\xe6``, as OpenAI writes them."""
+        text, raw = self.token_text(token)
+        if raw is None or text.encode() == bytes(raw):
+            return text, raw
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw

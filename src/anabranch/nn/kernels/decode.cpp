@@ -1,0 +1,559 @@
+// All layers of a decoder on the tokens of one step, in one call: a small model spends more time launching operations than computing.
+// Llama-like blocks (RMSNorm, rotary, grouped-query attention over blocks of keys and values, SwiGLU) and the plain mixture of experts
+// (linear router, top-k). Everything between the products is float32. C ABI; compiled and loaded by kernels/__init__.py.
+//
+// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, R = T K rows of experts.
+//
+// One team of threads runs the whole step. Between barriers each thread owns rows (norms, rotary, rounding), panels of weights (products)
+// or pairs of a token and a key head (attention); no number depends on how many threads there are.
+
+#include "packed.h"
+
+namespace {
+
+constexpr int CHUNK = 64;  // keys that are scored at a time
+constexpr int MOST_GROUP = 16, MOST_WIDTH = 256;
+
+struct Experts {  // mirrored by serving/fast/layout.py, as is all below
+  const float* router;     // [E, D]; null for a dense layer
+  const float* bias;       // [E], for the choice alone; null for none
+  const float* gate;       // [D], of the shared experts; null for none
+  Matrix w13, w2;          // stacks
+  Matrix shared13, shared2;  // rows 0 for none
+  int64_t count, top_k, activation, normalize;
+  float scale;
+  int32_t number;  // among the routed layers
+};
+
+struct Block {
+  const float *attention_norm, *feed_forward_norm;
+  const float *qkv_bias, *out_bias, *q_norm, *k_norm;  // null for none
+  char *key, *value;                                   // [slots, G, W]
+  Matrix qkv, out, w13, w2;                            // the last two of a dense layer
+  Experts experts;
+};
+
+struct Model {
+  int64_t layers, D, H, G, W, F, block_tokens;  // F: the widest hidden layer
+  int64_t most_experts, most_top_k;
+  float norm_eps, qk_eps, clip;  // clip 0 for none
+  int32_t qk_norm;               // 0 none, 1 per head, 2 over the whole width
+  int32_t half_store;            // keys and values are bfloat16
+  const float* last_norm;
+  const Block* blocks;
+};
+
+struct Step {
+  int64_t T;
+  const int64_t* sequence;  // [N][4]: first row, rows, past, first entry of the table
+  int64_t sequences;
+  const int32_t* table;
+  const float *cos, *sin;  // [T, W]
+  float* x;                // [T, D], embedded tokens in, normed hidden states out
+  int32_t* routes;         // [routed layers, T, most_top_k] or null
+};
+
+// ---- small pieces ----
+
+void norm_row(const float* x, const float* weight, int64_t n, float eps, float* to) {
+  vec sum{};
+  int64_t k = 0;
+  for (; k + VL <= n; k += VL) sum = fused(load(x + k), load(x + k), sum);
+  float all = total(sum);
+  for (; k < n; ++k) all += x[k] * x[k];
+  float scale = 1.f / std::sqrt(all / n + eps);
+  for (k = 0; k + VL <= n; k += VL) store(to + k, load(x + k) * scale * load(weight + k));
+  for (; k < n; ++k) to[k] = x[k] * scale * weight[k];
+}
+
+void turn_row(float* x, const float* cos, const float* sin, int64_t W) {
+  int64_t half = W / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    float left = x[i], right = x[i + half];
+    x[i] = left * cos[i] - right * sin[i];
+    x[i + half] = right * cos[i + half] + left * sin[i + half];
+  }
+}
+
+void keep_row(char* to, const float* from, int64_t W, bool half) {
+  if (!half) {
+    memcpy(to, from, W * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < W; i += VL) store((bf16*)to + i, load(from + i));
+}
+
+// totals of VL vectors, that of v[l] in lane l
+inline vec totals(vec* v) {
+  ivec lane;
+  for (int i = 0; i < VL; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = 1; step < VL; step *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / (2 * step); ++i) {
+      vec a = v[2 * i], b = v[2 * i + 1];
+      ivec odd = (lane & step) != 0;  // -1 where it holds
+      vec low = __builtin_shuffle(a, b, odd ? lane - step + VL : lane);
+      vec high = __builtin_shuffle(a, b, odd ? lane + VL : lane + step);
+      v[i] = low + high;
+    }
+  return v[0];
+}
+
+// ---- attention of one token and one key head ----
+
+struct Head {  // the queries of one key head, scaled, and what has been seen so far
+  const float* query[MOST_GROUP];
+  float* y[MOST_GROUP];
+  float most[MOST_GROUP], sum[MOST_GROUP];
+};
+
+void score(const Head& head, int queries, const float* const* keys, int count, int64_t W, float* scores) {
+  for (int first = 0; first < count; first += VL)
+    for (int h = 0; h < queries; ++h) {
+      vec part[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) part[i] = vec{};
+      for (int64_t c = 0; c < W; c += VL) {
+        vec q = load(head.query[h] + c);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) part[i] = fused(q, load(keys[first + i] + c), part[i]);
+      }
+      store(scores + h * CHUNK + first, totals(part));
+    }
+}
+
+// y = y * shrink + scores . values
+void gather_values(float* y, float shrink, const float* weight, const float* const* values, int count, int64_t W) {
+  int64_t c = 0;
+  for (; c + 4 * VL <= W; c += 4 * VL) {
+    vec sum[4];
+    for (int v = 0; v < 4; ++v) sum[v] = load(y + c + v * VL) * shrink;
+    for (int i = 0; i < count; ++i) {
+      vec p = spread(weight[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] = fused(p, load(values[i] + c + v * VL), sum[v]);
+    }
+    for (int v = 0; v < 4; ++v) store(y + c + v * VL, sum[v]);
+  }
+  for (; c < W; c += VL) {
+    vec sum = load(y + c) * shrink;
+    for (int i = 0; i < count; ++i) sum = fused(spread(weight[i]), load(values[i] + c), sum);
+    store(y + c, sum);
+  }
+}
+
+// Rows of the pool as floats: where they lie, or copied. Behind `count` the last one again, up to whole vectors.
+void point(const char* pool, const int64_t* slots, int count, int64_t row_bytes, int64_t W, bool half, float* copies, const float** rows) {
+  for (int i = 0; i < count; ++i) {
+    const char* from = pool + slots[i] * row_bytes;
+    rows[i] = half ? copies + i * W : (const float*)from;
+    if (half)
+      for (int64_t c = 0; c < W; c += VL) store(copies + i * W + c, load((const bf16*)from + c));
+  }
+  for (int i = count; i < (count + VL - 1) / VL * VL; ++i) rows[i] = rows[count - 1];
+}
+
+// Scores to weights of what has been seen so far; returns by how much the earlier sums shrink.
+float soften(Head& head, int h, float* scores, int count) {
+  const int whole = (count + VL - 1) / VL * VL;
+  for (int i = count; i < whole; ++i) scores[i] = -INFINITY;
+  vec top = load(scores);
+  for (int i = VL; i < whole; i += VL) top = load(scores + i) > top ? load(scores + i) : top;
+  float most = head.most[h];
+  for (int i = 0; i < VL; ++i) most = std::max(most, top[i]);
+  float shrink = std::exp(head.most[h] - most);
+  vec sum{};
+  for (int i = 0; i < whole; i += VL) {
+    vec s = load(scores + i), e = exponential(s - most);
+    e = s == -INFINITY ? vec{} : e;
+    store(scores + i, e);
+    sum += e;
+  }
+  head.sum[h] = head.sum[h] * shrink + total(sum);
+  head.most[h] = most;
+  return shrink;
+}
+
+// One token's key heads from `begin` to `end`; chunk by chunk, so that a position's heads, which lie together, are read together.
+void attend(const Model& m, const Block& block, const int32_t* table, int64_t context, int64_t begin, int64_t end, Head* heads,
+            Scratch& scratch) {
+  const int64_t item = m.half_store ? 2 : 4, row_bytes = m.G * m.W * item;
+  const int queries = (int)(m.H / m.G);
+  float* copies = scratch.get<float>(SPARE, CHUNK * m.W);
+  alignas(64) float scores[MOST_GROUP * CHUNK];
+  const float* rows[CHUNK];
+  int64_t slots[CHUNK];
+  for (int64_t g = begin; g < end; ++g)
+    for (int h = 0; h < queries; ++h) {
+      heads[g].most[h] = -INFINITY;
+      heads[g].sum[h] = 0.f;
+      memset(heads[g].y[h], 0, m.W * sizeof(float));
+    }
+  for (int64_t first = 0; first < context; first += CHUNK) {
+    int count = (int)std::min<int64_t>(CHUNK, context - first);
+    for (int i = 0; i < count; ++i) {
+      int64_t p = first + i;
+      slots[i] = table[p / m.block_tokens] * m.block_tokens + p % m.block_tokens;
+      for (int64_t c = 0; c < (end - begin) * m.W * item; c += 64) __builtin_prefetch(block.value + slots[i] * row_bytes + begin * m.W * item + c);
+    }
+    for (int64_t g = begin; g < end; ++g) {
+      Head& head = heads[g];
+      point(block.key + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
+      score(head, queries, rows, count, m.W, scores);
+      float shrink[MOST_GROUP];
+      for (int h = 0; h < queries; ++h) shrink[h] = soften(head, h, scores + h * CHUNK, count);
+      point(block.value + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
+      for (int h = 0; h < queries; ++h) gather_values(head.y[h], shrink[h], scores + h * CHUNK, rows, count, m.W);
+    }
+  }
+  for (int64_t g = begin; g < end; ++g)
+    for (int h = 0; h < queries; ++h)
+      for (int64_t c = 0; c < m.W; c += VL) store(heads[g].y[h] + c, load(heads[g].y[h] + c) / heads[g].sum[h]);
+}
+
+// ---- routing of one token ----
+
+float activated(float z, int64_t activation) {
+  if (activation == 1) return 1.f / (1.f + std::exp(-z));
+  float soft = z > 20.f ? z : std::log1p(std::exp(z));
+  return soft > 1e-30f ? std::sqrt(soft) : 0.f;
+}
+
+void route(const Experts& e, int64_t D, const float* x, float* logits, float* score, int32_t* index, float* weight) {
+  for (int64_t i = 0; i < e.count; ++i) {
+    vec sum{};
+    for (int64_t k = 0; k < D; k += VL) sum = fused(load(x + k), load(e.router + i * D + k), sum);
+    logits[i] = total(sum);
+  }
+  if (e.activation == 0) {
+    float most = *std::max_element(logits, logits + e.count), sum = 0.f;
+    for (int64_t i = 0; i < e.count; ++i) sum += score[i] = std::exp(logits[i] - most);
+    for (int64_t i = 0; i < e.count; ++i) score[i] /= sum;
+  } else {
+    for (int64_t i = 0; i < e.count; ++i) score[i] = activated(logits[i], e.activation);
+  }
+  for (int64_t k = 0; k < e.top_k; ++k) {  // the largest that is left, of equals the first
+    int64_t best = -1;
+    float most = 0.f;
+    for (int64_t i = 0; i < e.count; ++i) {
+      if (std::find(index, index + k, (int32_t)i) != index + k) continue;
+      float value = score[i] + (e.bias ? e.bias[i] : 0.f);
+      if (best < 0 || value > most) best = i, most = value;
+    }
+    index[k] = (int32_t)best;
+    weight[k] = score[best];
+  }
+  if (e.normalize == 2) {
+    float most = -INFINITY;
+    for (int64_t k = 0; k < e.top_k; ++k) most = std::max(most, logits[index[k]]);
+    for (int64_t k = 0; k < e.top_k; ++k) weight[k] = std::exp(logits[index[k]] - most);
+  }
+  if (e.normalize) {
+    float sum = 0.f;
+    for (int64_t k = 0; k < e.top_k; ++k) sum += weight[k];
+    if (e.normalize == 1) sum += 1e-20f;
+    for (int64_t k = 0; k < e.top_k; ++k) weight[k] /= sum;
+  }
+  for (int64_t k = 0; k < e.top_k; ++k) weight[k] *= e.scale;
+}
+
+// ---- the step ----
+
+struct Work {  // what a step needs beside its tensors
+  float *normed, *qkv, *y, *hidden, *out, *weight, *logits;
+  char* left;  // activations ready for a product
+  int32_t *index, *row_of_place, *offset;
+  int64_t* token_of_row;
+  int64_t* context;            // of each token
+  const int32_t** table;       // of each token
+  int64_t* slot;
+};
+
+class Run {
+ public:
+  Run(const Model& m, const Step& s, const Work& w, Scratch& scratch, int thread, int threads)
+      : m(m), s(s), w(w), scratch(scratch), thread(thread), threads(threads), own(share_of(s.T, thread, threads)) {}
+
+  void all() {
+    for (int64_t layer = 0; layer < m.layers; ++layer) {
+      const Block& block = m.blocks[layer];
+      attention(block);
+      if (block.experts.router)
+        mixture(block);
+      else
+        dense(block.w13, block.w2, block.feed_forward_norm, nullptr);
+    }
+    for (int64_t t = own.begin; t < own.end; ++t) norm_row(row(t), m.last_norm, m.D, m.norm_eps, row(t));
+  }
+
+ private:
+  float* row(int64_t t) const { return s.x + t * m.D; }
+  Activations left_of(const Matrix& matrix) const {
+    return {w.left, matrix.depth, Activations::bytes_of_row(matrix.depth, matrix.kind), matrix.kind};
+  }
+  template <class Emit>
+  void times(const Matrix& matrix, const Activations& a, int64_t first, int64_t count, Emit emit) {
+    Range panels = share_of(matrix.panels(), thread, threads);
+    multiply(matrix, a, first, count, panels.begin, panels.end, emit);
+  }
+  static void add(float* to, const float* from, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) to[c] += from[c];
+  }
+  int64_t width_of(const Matrix& matrix, int64_t panel) const { return std::min<int64_t>(WIDE, matrix.rows - panel * WIDE); }
+
+  void attention(const Block& block) {
+    const int64_t Q = m.H * m.W, S = m.G * m.W, N = Q + 2 * S;
+    Activations a = left_of(block.qkv);
+    float* normed = scratch.get<float>(MIDDLE, m.D);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      norm_row(row(t), block.attention_norm, m.D, m.norm_eps, normed);
+      put_row(a, t, normed);
+    }
+#pragma omp barrier
+    times(block.qkv, a, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      float* to = w.qkv + t * N + j * WIDE;
+      int64_t width = width_of(block.qkv, j);
+      for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (block.qkv_bias ? block.qkv_bias[j * WIDE + c] : 0.f);
+    });
+#pragma omp barrier
+    for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
+#pragma omp barrier
+    const int64_t per = m.H / m.G, together = s.T >= 4 * threads ? m.G : 1, parts = m.G / together;
+    Head* heads = scratch.get<Head>(PRE, m.G);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < s.T * parts; ++task) {
+      int64_t t = task / parts, begin = task % parts * together;
+      for (int64_t h = begin * per; h < (begin + together) * per; ++h) {
+        heads[h / per].query[h % per] = w.qkv + t * N + h * m.W;
+        heads[h / per].y[h % per] = w.y + t * Q + h * m.W;
+      }
+      attend(m, block, w.table[t], w.context[t], begin, begin + together, heads, scratch);
+    }
+    Activations b = left_of(block.out);
+    for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.y + t * Q);
+#pragma omp barrier
+    times(block.out, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      add(row(t) + j * WIDE, out, width_of(block.out, j));
+      if (block.out_bias) add(row(t) + j * WIDE, block.out_bias + j * WIDE, width_of(block.out, j));
+    });
+#pragma omp barrier
+  }
+
+  // Norms of queries and keys, clipping, rotation, scaling; keys and values to their slot.
+  void place(const Block& block, int64_t t, float* qkv, int64_t Q, int64_t S) {
+    float *key = qkv + Q, *value = key + S;
+    if (m.qk_norm == 2) {
+      norm_row(qkv, block.q_norm, Q, m.qk_eps, qkv);
+      norm_row(key, block.k_norm, S, m.qk_eps, key);
+    }
+    if (m.clip > 0)
+      for (int64_t i = 0; i < Q + 2 * S; ++i) qkv[i] = std::min(std::max(qkv[i], -m.clip), m.clip);
+    const float scale = 1.f / std::sqrt((float)m.W);
+    for (int64_t h = 0; h < m.H + m.G; ++h) {
+      float* head = qkv + h * m.W;
+      if (m.qk_norm == 1) norm_row(head, h < m.H ? block.q_norm : block.k_norm, m.W, m.qk_eps, head);
+      turn_row(head, s.cos + t * m.W, s.sin + t * m.W, m.W);
+      for (int64_t c = 0; h < m.H && c < m.W; ++c) head[c] *= scale;
+    }
+    int64_t bytes = m.W * (m.half_store ? 2 : 4);
+    for (int64_t g = 0; g < m.G; ++g) {
+      keep_row(block.key + (w.slot[t] * m.G + g) * bytes, key + g * m.W, m.W, m.half_store);
+      keep_row(block.value + (w.slot[t] * m.G + g) * bytes, value + g * m.W, m.W, m.half_store);
+    }
+  }
+
+  // silu(gate) * up of `count` rows from `first` on into `hidden`.
+  void hidden(const Matrix& w13, const Activations& a, int64_t first, int64_t count) {
+    const int64_t F = w13.rows / 2, panels = F / WIDE;
+    Range mine = share_of(panels, thread, threads);
+    multiply(w13, a, first, count, mine.begin, mine.end, [&](int64_t r, int64_t j, const float* out) {
+      memcpy(w.hidden + r * m.F + j * WIDE, out, WIDE * sizeof(float));
+    });
+    multiply(w13, a, first, count, panels + mine.begin, panels + mine.end, [&](int64_t r, int64_t j, const float* out) {
+      float* to = w.hidden + r * m.F + (j - panels) * WIDE;
+      for (int c = 0; c < WIDE; c += VL) {
+        vec gate = load(to + c);
+        store(to + c, gate * sigmoid(gate) * load(out + c));
+      }
+    });
+  }
+
+  // x += swiglu(norm(x)), times `factor` of each token where there is one.
+  void dense(const Matrix& w13, const Matrix& w2, const float* norm, const float* factor) {
+    Activations a = left_of(w13);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      float* normed = w.normed + t * m.D;
+      if (norm) norm_row(row(t), norm, m.D, m.norm_eps, normed);
+      put_row(a, t, normed);
+    }
+#pragma omp barrier
+    hidden(w13, a, 0, s.T);
+#pragma omp barrier
+    Activations b = left_of(w2);
+    for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.hidden + t * m.F);
+#pragma omp barrier
+    times(w2, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      float* to = row(t) + j * WIDE;
+      int64_t width = width_of(w2, j);
+      for (int64_t c = 0; c < width; ++c) to[c] += factor ? out[c] * factor[t] : out[c];
+    });
+#pragma omp barrier
+  }
+
+  void mixture(const Block& block) {
+    const Experts& e = block.experts;
+    const int64_t K = e.top_k;
+    float* score = scratch.get<float>(SUM, e.count);
+    float* gates = w.logits + s.T * m.most_experts;  // behind the logits
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      float* normed = w.normed + t * m.D;
+      norm_row(row(t), block.feed_forward_norm, m.D, m.norm_eps, normed);
+      route(e, m.D, normed, w.logits + t * m.most_experts, score, w.index + t * K, w.weight + t * K);
+      if (s.routes) {
+        int32_t* to = s.routes + (e.number * s.T + t) * m.most_top_k;
+        for (int64_t k = 0; k < m.most_top_k; ++k) to[k] = k < K ? w.index[t * K + k] : -1;
+      }
+      if (e.gate) {
+        vec sum{};
+        for (int64_t k = 0; k < m.D; k += VL) sum = fused(load(normed + k), load(e.gate + k), sum);
+        gates[t] = 1.f / (1.f + std::exp(-total(sum)));
+      }
+    }
+#pragma omp barrier
+#pragma omp single
+    sort_places(e);
+    Activations a = left_of(e.w13);
+    Range rows = share_of(s.T * K, thread, threads);
+    for (int64_t r = rows.begin; r < rows.end; ++r) put_row(a, r, w.normed + w.token_of_row[r] * m.D);
+#pragma omp barrier
+    for (int64_t i = 0; i < e.count; ++i)
+      if (int64_t count = w.offset[i + 1] - w.offset[i]) hidden(e.w13.of(i), a, w.offset[i], count);
+#pragma omp barrier
+    Activations b = left_of(e.w2);
+    for (int64_t r = rows.begin; r < rows.end; ++r) put_row(b, r, w.hidden + r * m.F);
+#pragma omp barrier
+    for (int64_t i = 0; i < e.count; ++i)
+      if (int64_t count = w.offset[i + 1] - w.offset[i])
+        times(e.w2.of(i), b, w.offset[i], count, [&](int64_t r, int64_t j, const float* out) {
+          memcpy(w.out + r * m.D + j * WIDE, out, width_of(e.w2, j) * sizeof(float));
+        });
+#pragma omp barrier
+    for (int64_t t = own.begin; t < own.end; ++t)
+      for (int64_t c = 0; c < m.D; ++c) {
+        float sum = 0.f;
+        for (int64_t k = 0; k < K; ++k) sum += w.weight[t * K + k] * w.out[w.row_of_place[t * K + k] * m.D + c];
+        row(t)[c] += sum;
+      }
+#pragma omp barrier
+    if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? gates : nullptr);
+  }
+
+  // Rows of experts: places by expert, then by token.
+  void sort_places(const Experts& e) {
+    const int64_t places = s.T * e.top_k;
+    std::fill(w.offset, w.offset + e.count + 1, 0);
+    for (int64_t p = 0; p < places; ++p) ++w.offset[w.index[p] + 1];
+    for (int64_t i = 0; i < e.count; ++i) w.offset[i + 1] += w.offset[i];
+    int32_t* next = w.offset + m.most_experts + 1;
+    std::copy(w.offset, w.offset + e.count, next);
+    for (int64_t p = 0; p < places; ++p) {
+      int32_t r = next[w.index[p]]++;
+      w.row_of_place[p] = r;
+      w.token_of_row[r] = p / e.top_k;
+    }
+  }
+
+  const Model& m;
+  const Step& s;
+  const Work& w;
+  Scratch& scratch;
+  int thread, threads;
+  Range own;
+};
+
+thread_local Scratch scratch_of_thread, memory_of_step;
+
+class Memory {  // one piece, cut up
+ public:
+  explicit Memory(bool counts) : counts(counts) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = start + used;
+    used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return counts ? nullptr : (T*)at;
+  }
+  char* start = nullptr;
+  int64_t used = 0;
+
+ private:
+  bool counts;
+};
+
+int64_t left_bytes(const Model& m, int64_t T) {
+  int64_t most = 0;
+  auto see = [&](const Matrix& matrix, int64_t rows) {
+    if (matrix.rows) most = std::max(most, (rows + SPARE_ROWS) * Activations::bytes_of_row(matrix.depth, matrix.kind));
+  };
+  for (int64_t i = 0; i < m.layers; ++i) {
+    const Block& b = m.blocks[i];
+    see(b.qkv, T);
+    see(b.out, T);
+    if (b.experts.router) {
+      see(b.experts.w13, T * b.experts.top_k);
+      see(b.experts.w2, T * b.experts.top_k);
+      see(b.experts.shared13, T);
+      see(b.experts.shared2, T);
+    } else {
+      see(b.w13, T);
+      see(b.w2, T);
+    }
+  }
+  return most;
+}
+
+Work cut(Memory& memory, const Model& m, int64_t T) {
+  const int64_t R = T * std::max<int64_t>(1, m.most_top_k), E = m.most_experts;
+  Work w;
+  w.normed = memory.take<float>(T * m.D);
+  w.qkv = memory.take<float>(T * (m.H + 2 * m.G) * m.W);
+  w.y = memory.take<float>(T * m.H * m.W);
+  w.hidden = memory.take<float>(R * m.F);
+  w.out = memory.take<float>(R * m.D);
+  w.weight = memory.take<float>(R);
+  w.logits = memory.take<float>(T * (E + 1));
+  w.left = memory.take<char>(left_bytes(m, T));
+  w.index = memory.take<int32_t>(R);
+  w.row_of_place = memory.take<int32_t>(R);
+  w.offset = memory.take<int32_t>(2 * E + 2);
+  w.token_of_row = memory.take<int64_t>(R);
+  w.context = memory.take<int64_t>(T);
+  w.table = memory.take<const int32_t*>(T);
+  w.slot = memory.take<int64_t>(T);
+  return w;
+}
+
+}  // namespace
+
+extern "C" void anabranch_decode(const Model* model, const Step* step, int threads) {
+  const Model& m = *model;
+  const Step& s = *step;
+  Memory size(true), memory(false);
+  cut(size, m, s.T);
+  memory.start = memory_of_step.get<char>(LEFT, size.used);
+  Work w = cut(memory, m, s.T);
+  for (int64_t n = 0; n < s.sequences; ++n) {
+    const int64_t* sequence = s.sequence + 4 * n;
+    for (int64_t i = 0; i < sequence[1]; ++i) {
+      int64_t t = sequence[0] + i, p = sequence[2] + i;
+      w.context[t] = p + 1;
+      w.table[t] = s.table + sequence[3];
+      w.slot[t] = w.table[t][p / m.block_tokens] * m.block_tokens + p % m.block_tokens;
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    Run(m, s, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).all();
+  }
+}

@@ -1,0 +1,358 @@
+// Weights packed for few rows of activations, and their products: float32, bfloat16, int8 and int4. Included by the kernels beside.
+//
+// A matrix [rows, depth] lies in panels of 16 rows, so that a product fills whole vectors without sums across lanes. Within a panel, for
+// k along the depth:
+//
+//     FLOAT    [k][16] float
+//     HALF     [k / 2][16][2] bf16, what both the dot product of bf16 pairs and AMX tiles read
+//     INT8     groups of [k / 4][16][4] bytes u, then [16] fp16 scales s, then 32 bytes of nothing:       w = s (u - 128)
+//     INT4     groups of [k / 8][16][4] bytes, low half k .. k + 3, high half k + 4 .. k + 7 (u),
+//              then [16] fp16 scales s, then [16] fp16 minima m:                                          w = s u + m
+//
+// Activations of integer weights are rounded to int8, 32 at a time with a scale of their own. A row's result does not depend on how many
+// rows there are: every row is summed in one order, by the same instructions.
+
+#pragma once
+
+#include "matmul.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define ANABRANCH_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int WIDE = 16;       // rows of a panel
+constexpr int NV = WIDE / VL;  // vectors that hold them
+constexpr int SHARE = 32;      // activations that share a scale
+constexpr int BLOCK_ROWS = VL == 16 ? 12 : 4;
+
+enum Kind : int64_t { FLOAT, HALF, INT8, INT4 };
+
+struct Matrix {  // mirrored by packed.py
+  const char* data;
+  int64_t rows, depth, group, panel_bytes, kind, expert_bytes;
+  int64_t panels() const { return (rows + WIDE - 1) / WIDE; }
+  Matrix of(int64_t expert) const {
+    Matrix one = *this;
+    one.data += expert * expert_bytes;
+    return one;
+  }
+};
+
+// ---- activations ----
+
+struct Activations {
+  char* data;
+  int64_t depth, row_bytes, kind;
+
+  static int64_t bytes_of_row(int64_t depth, int64_t kind) {
+    int64_t bytes = kind == FLOAT ? depth * 4 : kind == HALF ? depth * 2 : depth + depth / SHARE * 8;
+    return (bytes + 63) / 64 * 64;
+  }
+  char* row(int64_t i) const { return data + i * row_bytes; }
+};
+
+using bvec = int8_t __attribute__((vector_size(VL)));
+
+inline void round_row(char* to, const float* x, int64_t depth) {
+  float* scale = (float*)(to + depth);
+  int32_t* sum = (int32_t*)(scale + depth / SHARE);
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  for (int64_t g = 0; g < depth / SHARE; ++g, x += SHARE, to += SHARE) {
+    vec most{};
+    for (int k = 0; k < SHARE; k += VL) {
+      vec v = load(x + k), size = v < 0.f ? -v : v;
+      most = size > most ? size : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < VL; ++i) top = std::max(top, most[i]);
+    float inverse = top > 0.f ? 127.f / top : 0.f;
+    vec added{};
+    for (int k = 0; k < SHARE; k += VL) {
+      vec whole = (load(x + k) * inverse + magic) - magic;
+      added += whole;
+      bvec bytes = __builtin_convertvector(__builtin_convertvector(whole, ivec), bvec);
+      memcpy(to + k, &bytes, sizeof bytes);
+    }
+    scale[g] = top / 127.f;
+    sum[g] = (int32_t)total(added);
+  }
+}
+
+inline void put_row(const Activations& a, int64_t row, const float* x) {
+  char* to = a.row(row);
+  if (a.kind == FLOAT)
+    memcpy(to, x, a.depth * sizeof(float));
+  else if (a.kind == HALF)
+    for (int64_t k = 0; k < a.depth; k += VL) store((bf16*)to + k, load(x + k));
+  else
+    round_row(to, x, a.depth);
+}
+
+inline vec spread(float x) {
+#if defined(__AVX512F__)
+  return as<vec>(_mm512_set1_ps(x));
+#else
+  return x - vec{};  // x + 0 would be another number for -0, so a compiler would have to add
+#endif
+}
+
+// c + a b, rounded once where there is an instruction for it: said in full, since a compiler may decide for some numbers of rows only.
+inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return as<vec>(_mm512_fmadd_ps(as<__m512>(a), as<__m512>(b), as<__m512>(c)));
+#elif defined(__FMA__) && defined(__AVX__)
+  return as<vec>(_mm256_fmadd_ps(as<__m256>(a), as<__m256>(b), as<__m256>(c)));
+#else
+  return c + a * b;
+#endif
+}
+
+// ---- sums of four products of bytes ----
+
+using uvec8 = uint8_t __attribute__((vector_size(4 * VL)));
+
+inline vec half_floats(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return as<vec>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__F16C__) && defined(__AVX__)
+  return as<vec>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
+  vec v;
+  for (int i = 0; i < VL; ++i) {
+    uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
+    float size = as<float>((rest << 13) + (112u << 23));       // a normal number
+    if (rest < 0x400) size = (float)rest * 5.9604644775390625e-8f;  // below them, steps of 2^-24
+    v[i] = as<float>(as<uint32_t>(size) | sign);
+  }
+  return v;
+#endif
+}
+
+// sum + u[0..3] a[0..3] in each lane; u below 128 unless there are instructions for it.
+inline ivec dot4(ivec sum, uvec8 u, int32_t a) {
+#if defined(__AVX512VNNI__)
+  return as<ivec>(_mm512_dpbusd_epi32(as<__m512i>(sum), as<__m512i>(u), _mm512_set1_epi32(a)));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return as<ivec>(_mm256_dpbusd_avx_epi32(as<__m256i>(sum), as<__m256i>(u), _mm256_set1_epi32(a)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i pairs = _mm256_maddubs_epi16(as<__m256i>(u), _mm256_set1_epi32(a));
+  return sum + as<ivec>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  for (int i = 0; i < VL; ++i)
+    for (int j = 0; j < 4; ++j) sum[i] += (int32_t)u[4 * i + j] * (int8_t)(a >> (8 * j));
+  return sum;
+#endif
+}
+inline ivec dot4_bytes(ivec sum, uvec8 u, int32_t a) {
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return dot4(sum, u & 15, a) + (dot4(ivec{}, u >> 4, a) << 4);  // pairs of larger bytes would overflow 16 bits
+#else
+  return dot4(sum, u, a);
+#endif
+}
+
+// ---- products: out[M][16] = M rows of activations times one panel ----
+
+template <int BITS, int M>
+void product_integers(const Matrix& w, const char* panel, const char* const* rows, float* out) {
+  vec sum[M][NV] = {};
+  const int64_t shares = w.depth / SHARE, parts = w.group / SHARE;
+  const int32_t* a[M];
+  for (int i = 0; i < M; ++i) a[i] = (const int32_t*)rows[i];
+  for (int64_t share = 0; share < shares;) {
+    const uint16_t* side = (const uint16_t*)(panel + w.group * 2 * BITS);
+    vec scale[NV], least[NV];
+    for (int v = 0; v < NV; ++v) {
+      scale[v] = half_floats(side + v * VL);
+      least[v] = BITS == 4 ? half_floats(side + WIDE + v * VL) : vec{};
+    }
+    for (int64_t part = 0; part < parts; ++part, ++share) {
+      ivec dot[M][NV];
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        int32_t start = BITS == 8 ? -128 * ((const int32_t*)(rows[i] + w.depth))[shares + share] : 0;
+        for (int v = 0; v < NV; ++v) dot[i][v] = ivec{} + start;
+      }
+      const int64_t base = share * (SHARE / 4);
+#pragma GCC unroll 8
+      for (int step = 0; step < SHARE * BITS / 32; ++step, panel += 64) {
+        for (int v = 0; v < NV; ++v) {
+          uvec8 u = read<uvec8>(panel + v * 4 * VL);
+          if constexpr (BITS == 4) {
+            uvec8 low = u & 15, high = as<uvec8>((as<uvec>(u) >> 4) & 0x0f0f0f0fu);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) dot[i][v] = dot4(dot[i][v], low, a[i][base + 2 * step]);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) dot[i][v] = dot4(dot[i][v], high, a[i][base + 2 * step + 1]);
+          } else {
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) dot[i][v] = dot4_bytes(dot[i][v], u, a[i][base + step]);
+          }
+        }
+      }
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        const float* scales = (const float*)(rows[i] + w.depth);
+        float own = scales[share];
+        float shift = BITS == 4 ? own * (float)((const int32_t*)scales)[shares + share] : 0.f;
+        for (int v = 0; v < NV; ++v) {
+          sum[i][v] = fused(__builtin_convertvector(dot[i][v], vec), scale[v] * spread(own), sum[i][v]);
+          if constexpr (BITS == 4) sum[i][v] = fused(least[v], spread(shift), sum[i][v]);
+        }
+      }
+    }
+    panel += 64;
+  }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
+}
+
+template <int M>
+void product_floats(const Matrix& w, const char* panel, const char* const* rows, float* out) {
+  vec sum[M][NV] = {};
+  for (int64_t k = 0; k < w.depth; ++k, panel += 4 * WIDE)
+    for (int v = 0; v < NV; ++v) {
+      vec column = read<vec>(panel + v * 4 * VL);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) sum[i][v] = fused(spread(((const float*)rows[i])[k]), column, sum[i][v]);
+    }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
+}
+
+template <int M>
+void product_halves(const Matrix& w, const char* panel, const char* const* rows, float* out) {
+  vec sum[M][NV] = {};
+  for (int64_t k = 0; k < w.depth / 2; ++k, panel += 4 * WIDE)
+    for (int v = 0; v < NV; ++v) {
+      vec pairs = read<vec>(panel + v * 4 * VL);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        uint32_t pair = ((const uint32_t*)rows[i])[k];
+#ifdef __AVX512BF16__
+        sum[i][v] = Pairs::fma(sum[i][v], pair, pairs);
+#else
+        sum[i][v] = fused(spread(as<float>(pair << 16)), as<vec>(as<uvec>(pairs) << 16), sum[i][v]);
+        sum[i][v] = fused(spread(as<float>(pair & 0xffff0000u)), as<vec>(as<uvec>(pairs) & 0xffff0000u), sum[i][v]);
+#endif
+      }
+    }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
+}
+
+using Product = void (*)(const Matrix&, const char*, const char* const*, float*);
+template <int... M>
+inline Product product_of(std::integer_sequence<int, M...>, int64_t kind, int m) {
+  static constexpr Product floats[] = {product_floats<M + 1>...}, halves[] = {product_halves<M + 1>...};
+  static constexpr Product bytes[] = {product_integers<8, M + 1>...}, nibbles[] = {product_integers<4, M + 1>...};
+  return (kind == FLOAT ? floats : kind == HALF ? halves : kind == INT8 ? bytes : nibbles)[m - 1];
+}
+
+// ---- AMX tiles for halves ----
+
+#ifdef ANABRANCH_AMX
+inline bool may_use_tiles() {  // Linux lends the tile registers to processes that ask
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return granted;
+}
+
+// The tiles' shape while it lives; what was set before, by a library that shares the thread, comes back.
+struct Tiles {
+  alignas(64) uint8_t before[64] = {};
+  Tiles() {
+    if (!may_use_tiles()) return;
+    _tile_storeconfig(before);
+    alignas(64) uint8_t wanted[64] = {1};
+    for (int t = 0; t < 8; ++t) {
+      ((uint16_t*)(wanted + 16))[t] = 64;
+      wanted[48 + t] = 16;
+    }
+    _tile_loadconfig(wanted);
+  }
+  ~Tiles() {
+    if (!may_use_tiles()) return;
+    if (before[0])
+      _tile_loadconfig(before);
+    else
+      _tile_release();
+  }
+};
+
+// out[2][32][16]: up to 32 rows (what lies behind them must be readable) times up to two panels.
+inline void product_tiles(const Matrix& w, const char* panel, bool two_panels, const char* rows, int64_t row_bytes, bool many, float* out) {
+  const char* second = panel + (two_panels ? w.panel_bytes : 0);
+  const char* below = rows + (many ? 16 * row_bytes : 0);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < w.depth / 32; ++k) {
+    _tile_loadd(4, rows + k * 64, row_bytes);
+    _tile_loadd(6, panel + k * 1024, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (two_panels) {
+      _tile_loadd(7, second + k * 1024, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (many) {
+      _tile_loadd(5, below + k * 64, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if (two_panels) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, 64);
+  _tile_stored(1, out + 32 * WIDE, 64);
+  if (many) {
+    _tile_stored(2, out + 16 * WIDE, 64);
+    _tile_stored(3, out + 48 * WIDE, 64);
+  }
+}
+#else
+inline bool may_use_tiles() { return false; }
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
+constexpr int64_t SPARE_ROWS = 32;  // readable rows behind the last one of activations
+
+// emit(row, panel, out[16]) for `count` rows from `first` on and the panels from `begin` to `end`.
+template <class Emit>
+void multiply(const Matrix& w, const Activations& a, int64_t first, int64_t count, int64_t begin, int64_t end, Emit emit) {
+  alignas(64) float out[2 * 32 * WIDE];
+#ifdef ANABRANCH_AMX
+  if (w.kind == HALF && may_use_tiles()) {
+    for (int64_t j = begin; j < end; j += 2) {
+      bool two = j + 1 < end;
+      for (int64_t i = 0; i < count; i += 32) {
+        int64_t m = std::min<int64_t>(32, count - i);
+        product_tiles(w, w.data + j * w.panel_bytes, two, a.row(first + i), a.row_bytes, m > 16, out);
+        for (int64_t r = 0; r < m; ++r) emit(first + i + r, j, out + r * WIDE);
+        for (int64_t r = 0; two && r < m; ++r) emit(first + i + r, j + 1, out + (32 + r) * WIDE);
+      }
+    }
+    return;
+  }
+#endif
+  const char* rows[BLOCK_ROWS];
+  int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  for (int64_t j = begin; j < end; ++j)
+    for (int64_t block = 0; block < blocks; ++block) {
+      int64_t from = count * block / blocks, m = count * (block + 1) / blocks - from;
+      for (int64_t r = 0; r < m; ++r) rows[r] = a.row(first + from + r);
+      product_of(std::make_integer_sequence<int, BLOCK_ROWS>{}, w.kind, (int)m)(w, w.data + j * w.panel_bytes, rows, out);
+      for (int64_t r = 0; r < m; ++r) emit(first + from + r, j, out + r * WIDE);
+    }
+}
+
+struct Range {
+  int64_t begin, end;
+};
+inline Range share_of(int64_t count, int thread, int threads) { return {count * thread / threads, count * (thread + 1) / threads}; }
+
+}  // namespace

@@ -1,0 +1,199 @@
+"""`Packed`: a matrix, or a stack of them, in the layout of the compiled products (`kernels/packed.h`): float32, bfloat16, int8 or int4.
+
+Integers come with a scale for every group of ``group`` weights of a row: int8 is w = s (u - 128), int4 is w = s u + m. Scales and
+minima are fp16, and rounding is against the stored ones, so what a group loses is half a step of the stored scale and no more.
+Packing and unpacking are plain torch and exact inverses; the product has a compiled form and one in torch.
+"""
+# Shapes: E matrices of a stack, N rows (outputs), K depth (inputs), G groups of a row, P panels of 16 rows, C rows of activations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.errors import ConfigError
+
+__all__ = ["KINDS", "Kind", "Packed"]
+
+Kind = Literal["float32", "bfloat16", "int8", "int4"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
+
+WIDE = 16  # rows of a panel
+SHARE = 32  # activations that share a scale; depths and groups are multiples of it
+SIDE = 64  # bytes of scales and minima behind each group of a panel
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """E matrices of N rows and K columns.
+
+    Attributes:
+        data: uint8 ``[E, P, bytes of a panel]``.
+        rows: N.
+        depth: K.
+        kind: how numbers are stored.
+        group: weights that share a scale; K where there are none.
+    """
+
+    data: Tensor
+    rows: int
+    depth: int
+    kind: Kind
+    group: int
+
+    @classmethod
+    def pack(cls, weight_ENK: Tensor, kind: Kind, *, group: int | None = None, symmetric: bool = False) -> "Packed":
+        """Round and pack ``[N, K]`` or ``[E, N, K]``.
+
+        Args:
+            weight_ENK: floating-point weights.
+            kind: one of `KINDS`.
+            group: for integers, a multiple of 32 that divides K; None for one scale per row.
+            symmetric: int4 with w = s (u - 8), whose zero is exact; otherwise the range from the least to the greatest is used whole.
+
+        Raises:
+            ConfigError: a depth that is not a multiple of 32, a group that does not divide it, or weights beyond fp16 scales.
+        """
+        weight_ENK = weight_ENK.detach()
+        if weight_ENK.dim() == 2:
+            weight_ENK = weight_ENK.unsqueeze(0)
+        rows, depth = weight_ENK.shape[1:]
+        check_depth(depth, group)
+        if kind in ("float32", "bfloat16"):
+            return cls(_pack_floats(weight_ENK, kind), rows, depth, kind, depth)
+        grouped = weight_ENK.float().unflatten(-1, (-1, group or depth))
+        number, scale_ENG, least_ENG = _round_bytes(grouped) if kind == "int8" else _round_nibbles(grouped, symmetric)
+        if not (torch.isfinite(scale_ENG).all() and torch.isfinite(least_ENG).all()):
+            raise ConfigError(
+                "weights are not finite, or too large for fp16 scales; keep this matrix in floating point"
+            )
+        return cls.of_integers(number.flatten(-2), scale_ENG, least_ENG, kind)
+
+    @classmethod
+    def of_integers(cls, number_ENK: Tensor, scale_ENG: Tensor, least_ENG: Tensor | None, kind: Kind) -> "Packed":
+        """Pack what is quantised already: ``number`` u as uint8, ``scale`` and ``least`` as fp16. int8 has no minima."""
+        if number_ENK.dim() == 2:
+            number_ENK, scale_ENG = number_ENK.unsqueeze(0), scale_ENG.unsqueeze(0)
+            least_ENG = None if least_ENG is None else least_ENG.unsqueeze(0)
+        rows, depth = number_ENK.shape[1:]
+        group = depth // scale_ENG.shape[-1]
+        check_depth(depth, group)
+        if kind == "int4":
+            half = _panels(number_ENK).unflatten(-1, (-1, 2, 4))  # E P 16 K/8 2 4
+            stored = (half[..., 0, :] | (half[..., 1, :] << 4)).transpose(2, 3)
+        else:
+            stored = _panels(number_ENK).unflatten(-1, (-1, 4)).transpose(2, 3)
+        groups = depth // group
+        body = stored.reshape(*stored.shape[:2], groups, -1)
+        least_ENG = torch.zeros_like(scale_ENG) if least_ENG is None or kind == "int8" else least_ENG
+        sides = [_panels(side).transpose(2, 3).half().contiguous().view(torch.uint8) for side in (scale_ENG, least_ENG)]
+        data = torch.cat((body, *sides), dim=-1).flatten(2).contiguous()
+        return cls(data, rows, depth, kind, group)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self.data.numel()
+
+    def with_data(self, data: Tensor) -> "Packed":
+        """The same matrix stored in ``data``."""
+        return Packed(data, self.rows, self.depth, self.kind, self.group)
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(number_ENK uint8, scale_ENG, least_ENG), both fp16: the inverse of `of_integers`."""
+        groups = self.depth // self.group
+        stored = self.data.unflatten(-1, (groups, -1))
+        sides = stored[..., -SIDE:].contiguous().view(torch.float16).unflatten(-1, (2, WIDE))
+        scale, least = (self._rows(sides[..., i, :].transpose(2, 3)) for i in (0, 1))
+        body = stored[..., :-SIDE].reshape(*self.data.shape[:2], -1, WIDE, 4).transpose(2, 3)
+        if self.kind == "int4":
+            body = torch.stack((body & 15, body >> 4), dim=-2)
+        return self._rows(body.flatten(3)), scale, least
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as they count, ``[E, N, K]``."""
+        if self.kind == "float32":
+            return self._rows(self.data.view(torch.float32).unflatten(-1, (-1, WIDE)).transpose(2, 3)).to(dtype)
+        if self.kind == "bfloat16":
+            pairs = self.data.view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2)).transpose(2, 3)
+            return self._rows(pairs.flatten(3)).to(dtype)
+        number, scale, least = self.integers()
+        values = number.float().unflatten(-1, (-1, self.group))
+        if self.kind == "int8":
+            values = (values - 128) * scale.float().unsqueeze(-1)
+        else:
+            values = values * scale.float().unsqueeze(-1) + least.float().unsqueeze(-1)
+        return values.flatten(2).to(dtype)
+
+    def expert(self, index: int) -> "Packed":
+        """One matrix of the stack."""
+        return self.with_data(self.data[index : index + 1])
+
+    def linear(self, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """y_CN = x W^T + bias in the dtype of x, of a stack of one. Compiled on a CPU, else with the weights unpacked."""
+        from anabranch.nn.kernels import packed as native  # the kernels know this class
+
+        if native.can(self, x_CK):
+            return native.linear(self, x_CK, bias_N)
+        bias = None if bias_N is None else bias_N.to(x_CK.dtype)
+        return F.linear(x_CK, self.unpack(x_CK.dtype)[0], bias)
+
+    def _rows(self, panels: Tensor) -> Tensor:
+        """``[E, P, 16, ...]`` as ``[E, N, ...]``."""
+        return panels.flatten(1, 2)[:, : self.rows].contiguous()
+
+
+def check_depth(depth: int, group: int | None) -> None:
+    """Raise ConfigError for sizes that cannot be packed."""
+    if depth % SHARE:
+        raise ConfigError(f"a packed matrix needs a depth that is a multiple of {SHARE}; it is {depth}")
+    if group is not None and (group % SHARE or depth % group):
+        raise ConfigError(f"group is {group}; it must be a multiple of {SHARE} that divides the depth {depth}")
+
+
+def _panels(x_ENX: Tensor) -> Tensor:
+    """``[E, N, ...]`` as ``[E, P, 16, ...]``, with rows of zeros behind the last."""
+    missing = -x_ENX.shape[1] % WIDE
+    if missing:
+        x_ENX = torch.cat((x_ENX, x_ENX.new_zeros(x_ENX.shape[0], missing, *x_ENX.shape[2:])), dim=1)
+    return x_ENX.unflatten(1, (-1, WIDE))
+
+
+def _pack_floats(weight_ENK: Tensor, kind: Kind) -> Tensor:
+    if kind == "float32":
+        columns = _panels(weight_ENK.float()).transpose(2, 3)
+    else:
+        columns = _panels(weight_ENK.bfloat16()).unflatten(-1, (-1, 2)).transpose(2, 3)
+    return columns.contiguous().flatten(2).view(torch.uint8)
+
+
+def _round_bytes(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s, m of ``[E, N, G, group]``: u - 128 is -127 to 127."""
+    scale = (grouped.abs().amax(-1) / 127).half()
+    number = (grouped / _divisor(scale)).round().clamp(-127, 127) + 128
+    return number.to(torch.uint8), scale, torch.zeros_like(scale)
+
+
+def _round_nibbles(grouped: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if symmetric:  # the side with the greater weight gets the eighth step
+        most = torch.where(grouped.amax(-1) >= -grouped.amin(-1), grouped.amax(-1), grouped.amin(-1))
+        scale = (most / -8).half()
+        least = -8 * scale
+    else:
+        least = grouped.amin(-1).half()
+        scale = ((grouped.amax(-1) - least.float()) / 15).half()
+    number = ((grouped - least.float().unsqueeze(-1)) / _divisor(scale)).round().clamp(0, 15)
+    return number.to(torch.uint8), scale, least
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """What to divide by: the stored scale, and anything where all weights are alike."""
+    scale = scale.float()
+    return torch.where(scale == 0, 1.0, scale).unsqueeze(-1)

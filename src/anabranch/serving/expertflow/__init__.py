@@ -1,0 +1,8 @@
+"""ExpertFlow (arXiv 2410.17954): a mixture of experts in a small fast memory. Module `expertflow` says where the paper's parts are."""
+
+from anabranch.serving.expertflow.expertflow import OffloadEngine, find_pools, offload
+from anabranch.serving.expertflow.layout import Expert, Layout
+from anabranch.serving.expertflow.loading import load_offloaded
+from anabranch.serving.expertflow.routes import Routes
+
+__all__ = ["Expert", "Layout", "OffloadEngine", "Routes", "find_pools", "load_offloaded", "offload"]

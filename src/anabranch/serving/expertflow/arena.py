@@ -1,0 +1,67 @@
+"""`Arena`: the slots, one pair of stacked tensors for each kind of expert, so that the grouped expert kernels run on slots as on a pool."""
+# Shapes: S slots, F hidden, D width
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Shape and type of an expert.
+
+    Attributes:
+        dim: D.
+        hidden_dim: F.
+        dtype: of its weights in a slot.
+    """
+
+    dim: int
+    hidden_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size in a slot."""
+        return 3 * self.dim * self.hidden_dim * self.dtype.itemsize
+
+
+class Arena:
+    """``w13_SFD`` [S, 2F, D] and ``w2_SDF`` [S, D, F] of each kind, allocated once.
+
+    On a GPU kernels may still read a slot when the host says that it is free; `mark_used` and `wait_unused` put the copy behind them.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.kinds, self.slots, self.device = list(kinds), list(slots), torch.device(device)
+        self.w13_SFD: list[Tensor] = []
+        self.w2_SDF: list[Tensor] = []
+        with torch.inference_mode(False):  # other threads write into them outside of it
+            for kind, count in zip(kinds, slots, strict=True):
+                w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
+                self.w13_SFD.append(torch.zeros(w13, dtype=kind.dtype, device=self.device))
+                self.w2_SDF.append(torch.zeros(w2, dtype=kind.dtype, device=self.device))
+        self._used: dict[tuple[int, int], torch.cuda.Event] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of all slots."""
+        return sum(weight.nbytes for weight in (*self.w13_SFD, *self.w2_SDF))
+
+    def slot(self, kind: int, number: int) -> tuple[Tensor, Tensor]:
+        """(w13_FD, w2_DF) of a slot, to write into."""
+        return self.w13_SFD[kind][number], self.w2_SDF[kind][number]
+
+    def mark_used(self, kind: int, numbers: Sequence[int]) -> None:
+        """Kernels that read these slots have been launched."""
+        if self.device.type == "cuda":
+            event = torch.cuda.current_stream(self.device).record_event()
+            self._used.update({(kind, number): event for number in numbers})
+
+    def wait_unused(self, kind: int, number: int) -> None:
+        """Until they have run."""
+        event = self._used.pop((kind, number), None)
+        if event is not None:
+            event.synchronize()

@@ -1,0 +1,222 @@
+"""The dual-batch pipeline: decode batches in pairs, whose tokens the Token Scheduler regroups before each step.
+
+Sequences are divided into *units* of two batches; units take turns. While one runs, the next one's routes are predicted and its tokens
+regrouped on another thread. The Expert Cache Engine knows the routes of both batches of a unit, so it looks two forward passes ahead.
+
+The keys and values of all sequences lie in one place (`RowStore`), so that regrouping is a choice of rows and copies nothing.
+"""
+# Shapes: B rows of a batch, T tokens, L routed layers, E experts, H heads, G key-value heads, W head width, M stored positions
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm.generate import SamplingConfig, sample
+from anabranch.nn.context import ForwardContext
+from anabranch.serving.expertflow.expertflow import OffloadEngine
+from anabranch.serving.expertflow.predictors.base import Row, choose_step
+from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
+
+
+class RowStore:
+    """Keys and values of many sequences, each with a length of its own; a forward pass is over some of them (`AttendingStore`)."""
+
+    def __init__(self, num_rows: int, num_layers: int, max_length: int) -> None:
+        self.length_R = torch.zeros(num_rows, dtype=torch.int64)
+        self.max_length = max_length
+        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """The rows of the next forward pass, in its order."""
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+
+    def attend(self, layer: int, query_BHLW: Tensor, key_BGLW: Tensor, value_BGLW: Tensor) -> Tensor:
+        """See `AttendingStore`. One new position a row, or a prompt of one row that has none yet."""
+        batch, groups, new, width = key_BGLW.shape
+        if self._stored[layer] is None:
+            shape = (len(self.length_R), groups, self.max_length, width)
+            self._stored[layer] = (key_BGLW.new_empty(shape), value_BGLW.new_empty(shape))
+        key_RGMW, value_RGMW = self._stored[layer]  # type: ignore[misc]
+        rows, start_B = self._rows, self.length_R[self._rows]
+        longest = int(start_B.max()) + new
+        if longest > self.max_length:
+            raise CapacityError(f"the store holds {self.max_length} positions, but {longest} are needed")
+        grouped = query_BHLW.shape[1] != groups
+        if batch == 1:
+            row, start = int(rows[0]), int(start_B[0])
+            key_RGMW[row, :, start:longest], value_RGMW[row, :, start:longest] = key_BGLW[0], value_BGLW[0]
+            seen = (key_RGMW[row : row + 1, :, :longest], value_RGMW[row : row + 1, :, :longest])
+            return F.scaled_dot_product_attention(query_BHLW, *seen, is_causal=new > 1, enable_gqa=grouped)
+        key_RGMW[rows, :, start_B], value_RGMW[rows, :, start_B] = key_BGLW[:, :, 0], value_BGLW[:, :, 0]
+        seen = (key_RGMW[rows, :, :longest], value_RGMW[rows, :, :longest])
+        mask = (torch.arange(longest) <= start_B[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(query_BHLW, *seen, attn_mask=mask, enable_gqa=grouped)
+
+    def advance(self, new: int) -> None:
+        """The selected rows have so many positions more."""
+        self.length_R[self._rows] += new
+
+
+@dataclass
+class _Unit:
+    """Sequences that are decoded in two batches."""
+
+    rows: list[int]
+    batches: list[list[int]] = field(default_factory=list)
+    prob_of_row: dict[int, np.ndarray] = field(default_factory=dict)
+    ready: Future | None = None
+
+
+class DualBatch:
+    """Generates with an offloaded model, two batches at a time.
+
+    Args:
+        engine: from `offload`.
+        batch_size: T, sequences of a batch.
+        scheduler: None leaves tokens in the batches they are in.
+
+    Attributes:
+        objective_before, objective_after: experts that the batches of all units load, as they were and regrouped, by prediction.
+
+    Raises ConfigError for a model of several streams.
+    """
+
+    def __init__(
+        self,
+        engine: OffloadEngine,
+        *,
+        batch_size: int = 4,
+        scheduler: TokenScheduler | None = TokenScheduler(),  # noqa: B008
+    ) -> None:
+        if engine.model.streams is not None:
+            raise ConfigError("the dual-batch pipeline runs one stream; leave out ParScale")
+        self.engine, self.batch_size, self.scheduler = engine, batch_size, scheduler
+        self.objective_before = self.objective_after = 0
+        self._serial = count()
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> list[list[int]]:
+        """Continue each prompt; the new tokens of each. Greedy tokens are those of `anabranch.lm.generate`."""
+        config = config or SamplingConfig()
+        model = self.engine.model.eval()
+        longest = max((len(prompt) for prompt in prompts), default=0) + config.max_tokens
+        self._store = RowStore(len(prompts), model.config.num_layers, longest)
+        self._ids = [list(map(int, prompt)) for prompt in prompts]
+        self._prompt = [len(prompt) for prompt in prompts]
+        self._keys = [f"row-{next(self._serial)}" for _ in prompts]
+        generator = torch.Generator().manual_seed(config.seed)
+        pair = 2 * self.batch_size
+        units = [_Unit(list(range(first, min(first + pair, len(prompts))))) for first in range(0, len(prompts), pair)]
+        with ThreadPoolExecutor(1) as beside:
+            for unit in units:
+                self._read(unit, config, generator)
+            self._decode([unit for unit in units if unit.rows], config, generator, beside)
+        for key in self._keys:
+            if self.engine.predictor is not None:
+                self.engine.predictor.forget(key)
+        return [ids[prompt:] for ids, prompt in zip(self._ids, self._prompt, strict=True)]
+
+    def _read(self, unit: _Unit, config: SamplingConfig, generator: torch.Generator) -> None:
+        """Run the prompts, one by one; each gives its first token."""
+        for row in list(unit.rows):
+            if config.max_tokens:
+                rows = self._described([row], self._prompt[row])
+                self.engine.begin(rows)
+                self._take(unit, [row], self._run([row], rows), config, generator)
+            else:
+                unit.rows.remove(row)
+
+    def _decode(
+        self, units: list[_Unit], config: SamplingConfig, generator: torch.Generator, beside: ThreadPoolExecutor
+    ) -> None:
+        if units:
+            units[0].ready = beside.submit(self._prepare, units[0])
+        while units:
+            unit = units.pop(0)
+            assert unit.ready is not None
+            unit.ready.result()
+            if units:
+                units[0].ready = beside.submit(self._prepare, units[0])
+            for number, batch in enumerate(unit.batches):
+                rows = self._described(batch, 1)
+                self.engine.begin(rows, self._known(unit.batches[number:], unit))
+                self._take(unit, batch, self._run(batch, rows), config, generator)
+            if unit.rows:
+                units.append(unit)
+                if len(units) == 1:
+                    unit.ready = beside.submit(self._prepare, unit)
+
+    def _prepare(self, unit: _Unit) -> None:
+        """Predict a unit's routes and divide it into two batches."""
+        predictor, size = self.engine.predictor, -(-len(unit.rows) // 2)
+        if len(unit.rows) <= self.batch_size:
+            size = len(unit.rows)
+        order, unit.prob_of_row = unit.rows, {}
+        if predictor is not None:
+            token_T = np.array([self._ids[row][-1] for row in order], np.int32)
+            prob_TLE = predictor.predict(token_T, self._described(order, 1))
+            if prob_TLE is not None:
+                unit.prob_of_row = dict(zip(order, prob_TLE, strict=True))
+                if self.scheduler is not None and size < len(order):
+                    plan = self.scheduler.regroup(self._chosen(prob_TLE), size)
+                    self.objective_before += plan.objective_before
+                    self.objective_after += plan.objective_after
+                    order = reindex(order, plan.order_X)
+        unit.batches = [batch for batch in (order[:size], order[size:]) if batch]
+
+    def _chosen(self, prob_TLE: np.ndarray) -> np.ndarray:
+        """The k likeliest experts of each token and layer."""
+        chosen_TLE = np.zeros(prob_TLE.shape, bool)
+        for layer, places in enumerate(self.engine.layout.top_k):
+            index = np.argpartition(prob_TLE[:, layer], -places, axis=-1)[:, -places:]
+            np.put_along_axis(chosen_TLE[:, layer], index, True, axis=-1)
+        return chosen_TLE
+
+    def _known(self, batches: Sequence[Sequence[int]], unit: _Unit) -> list | None:
+        """What the layers of these batches will want."""
+        if not unit.prob_of_row:
+            return None
+        engine = self.engine
+        parts = (np.stack([unit.prob_of_row[row] for row in batch]) for batch in batches)
+        return [step for prob_TLE in parts for step in choose_step(prob_TLE, engine.layout, engine.extra)]
+
+    def _described(self, rows: Sequence[int], new: int) -> list[Row]:
+        return [Row(self._keys[row], np.array(self._ids[row], np.int32), new, self._prompt[row]) for row in rows]
+
+    def _run(self, batch: Sequence[int], rows: Sequence[Row]) -> Tensor:
+        """logits_BV of the last position of each row."""
+        model, store = self.engine.model, self._store
+        token_BL = torch.from_numpy(np.stack([row.ids[-row.num_new :] for row in rows])).long()
+        store.select(batch)
+        position_BL = store.length_R[list(batch)][:, None] + torch.arange(token_BL.shape[1])
+        context = ForwardContext(
+            sequence_length=token_BL.shape[1],
+            is_measured=False,
+            position_BL=position_BL,
+            rotary=model.rotary(position_BL, model.embedding.weight.dtype),
+            cache=store,
+            token_BL=token_BL,
+        )
+        x_BLD = model.hidden(token_BL, context)
+        store.advance(token_BL.shape[1])
+        return model.logits(x_BLD[:, -1:])[:, -1]
+
+    def _take(
+        self, unit: _Unit, batch: Sequence[int], logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
+    ) -> None:
+        """Take the next tokens; sequences that have ended leave the unit."""
+        for row, token in zip(batch, sample(logits_BV, config, generator).tolist(), strict=True):
+            if token in config.stop:
+                unit.rows.remove(row)
+                continue
+            self._ids[row].append(token)
+            if len(self._ids[row]) - self._prompt[row] >= config.max_tokens:
+                unit.rows.remove(row)

@@ -1,0 +1,419 @@
+"""ExpertFlow: a mixture of experts in a small fast memory, by predicting whole routes, regrouping tokens, and prefetching experts.
+
+"ExpertFlow: Efficient Mixture-of-Experts Inference via Predictive Expert Caching and Token Scheduling", He et al., arXiv 2410.17954 (v2).
+
+    paper                                  here
+    Routing Path Predictor (RPP)           `predictors.encdec.EncoderDecoder`; TLP and SLP in `predictors.plain`
+    batch-level accuracy B_acc             `routes.batch_accuracy`
+    Token Scheduler, Merge, Reindex        `token_scheduler`; the dual-batch pipeline in `dual_batch`
+    Expert Cache Engine: PLEC              `plan`, `policy.Plec`
+    real-time correction                   `cache.ExpertCache`
+    Cache-MoE, SE-MoE                      `policy.CacheMoe`, `policy.SeMoe`
+
+    model, tokenizer = load_model("runs/a")
+    with offload(model, "2GiB") as engine:              # from here on the experts come when they are wanted
+        generate(model, prompts)
+        engine.stats().counters["expert_hits"]
+
+Predictions only move weights; the model's own routers decide, so outputs do not change.
+"""
+# Shapes: N items, K places, T tokens of a step, L routed layers, E experts, D width
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.context import hide
+from anabranch.nn.moe import MoE
+from anabranch.nn.pool import ExpertPool
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing
+from anabranch.serving.core.batch import Batch, Sampled
+from anabranch.serving.core.client import EngineStats
+from anabranch.serving.expertflow.arena import Arena, Kind
+from anabranch.serving.expertflow.cache import Audit, Counters, ExpertCache
+from anabranch.serving.expertflow.history import BatchHistory, call_rows
+from anabranch.serving.expertflow.layout import Expert, Layout
+from anabranch.serving.expertflow.mover import Mover
+from anabranch.serving.expertflow.policy import Policy, make_policy
+from anabranch.serving.expertflow.pool import OffloadedPool
+from anabranch.serving.expertflow.predictors import find_predictor
+from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row, choose, choose_step
+from anabranch.serving.expertflow.sizes import parse_bytes
+from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
+
+TIERS = ("memory", "file", "int8", "int4")
+PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"
+TierName = Literal["memory", "file", "int8", "int4"]
+
+
+def offload(
+    model: Decoder,
+    budget_bytes: int | str | None,
+    *,
+    policy: str | Policy = "plec",
+    tier: TierName | Tier = "memory",
+    predictor: str | RoutePredictor | None = "router_lookahead",
+    folder: str | Path | None = None,
+    drop_cache: bool = False,
+    tokenizer: Any = None,
+    extra: int = 1,
+    workers: int = 2,
+    device: torch.device | str | None = None,
+    audit: Audit | None = None,
+) -> "OffloadEngine":
+    """Replace the expert pools of a loaded model by pools of ``budget_bytes`` that load experts when they are wanted.
+
+    Args:
+        model: a decoder with `MoE` layers (ReXMoE's and other designs on it too); shared experts and dense layers stay as they are.
+        budget_bytes: of experts in fast memory, as a number or "2GiB"; None for all of them.
+        policy: see `anabranch.serving.expertflow.policy`.
+        tier: where the experts go: they stay in ``memory``; a ``file`` in ``folder`` (a temporary one by default); ``int8`` or
+            ``int4`` in memory, which changes the model's outputs to those of its quantised experts; or a tier of one's own.
+        predictor: a name, a fitted one, or None. Policies that need no reference string run without.
+        folder: of the file.
+        drop_cache: do not let the system's page cache keep what was read of the file.
+        tokenizer: of the model; a predictor made for another one is refused.
+        extra: experts that are predicted per token and layer beyond its k.
+        workers: threads that load.
+        device: of the slots; None for that of the model.
+        audit: called at every event of the cache.
+
+    Raises ConfigError for a model without experts, an unknown name, or a budget that is too small (with the least that suffices);
+    CheckpointError for a predictor that was made for another model.
+    """
+    found = find_pools(model)
+    weights = [(pool.w13, pool.w2) for pool in found.pools]
+    budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
+    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)  # refuse before anything is written
+    engine = OffloadEngine(
+        model,
+        found,
+        budget,
+        _tier(tier, weights, folder, drop_cache),
+        policy=policy,
+        predictor=predictor,
+        fingerprint=found.fingerprint(tokenizer_fingerprint(tokenizer, model)),
+        extra=extra,
+        workers=workers,
+        device=device,
+        audit=audit,
+    )
+    return engine
+
+
+def _tier(
+    tier: TierName | Tier, weights: Sequence[tuple[Tensor, Tensor]], folder: str | Path | None, drop_cache: bool
+) -> Tier:
+    if not isinstance(tier, str):
+        return tier
+    if tier == "memory":
+        return MemoryTier(weights)
+    if tier in ("int8", "int4"):
+        return DequantTier(weights, int(tier[3:]))
+    if tier != "file":
+        raise ConfigError(f"no tier {tier!r}; known: {', '.join(TIERS)}")
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="anabranch-experts-") as name:
+            written = write_experts(Path(name) / "experts.bin", weights)  # open files outlive their names
+    else:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        written = write_experts(Path(folder) / "experts.bin", weights)
+    written.drop_cache = drop_cache
+    return written
+
+
+def tokenizer_fingerprint(tokenizer: Any, model: Decoder) -> str:
+    """Says which tokenizer a model's ids are of, by what it makes of a text; the vocabulary's size where there is none."""
+    size = f"vocab:{model.config.vocab_size}"
+    if tokenizer is None:
+        return size
+    ids = ",".join(map(str, tokenizer.encode(PROBE)))
+    return f"{size}:{hashlib.sha256(ids.encode()).hexdigest()[:16]}"
+
+
+class Pools:
+    """The pools of a model and the layers that use them.
+
+    Attributes:
+        layers: routed layers in the order they run.
+        pools: distinct ones, by number.
+        layout: see `Layout`.
+        kinds: of experts.
+    """
+
+    def __init__(self, layers: Sequence[MoE]) -> None:
+        self.layers = list(layers)
+        self.pools: list[ExpertPool] = []
+        self.kinds: list[Kind] = []
+        numbers: dict[int, int] = {}
+        kind_of_pool = []
+        for layer in self.layers:
+            pool = layer.experts
+            if id(pool) in numbers:
+                continue
+            numbers[id(pool)] = len(self.pools)
+            self.pools.append(pool)
+            kind = Kind(pool.dim, pool.hidden_dim, pool.w13.dtype)
+            if kind not in self.kinds:
+                self.kinds.append(kind)
+            kind_of_pool.append(self.kinds.index(kind))
+        self.layout = Layout(
+            tuple(numbers[id(layer.experts)] for layer in self.layers),
+            tuple(min(layer.config.places, layer.experts.num_experts) for layer in self.layers),
+            tuple(pool.num_experts for pool in self.pools),
+            tuple(kind_of_pool),
+            tuple(kind.bytes for kind in self.kinds),
+        )
+
+    def fingerprint(self, tokenizer: str) -> Fingerprint:
+        """What predictors must have been made for."""
+        layout = self.layout
+        sizes = tuple(layout.num_experts[pool] for pool in layout.pool_of_layer)
+        return Fingerprint(sizes, layout.top_k, tokenizer)
+
+
+def find_pools(model: nn.Module) -> Pools:
+    """The expert pools of a model. Raises ConfigError if it has none that can be offloaded."""
+    layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) is ExpertPool]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no layers of experts ('moe' and designs on it) to offload")
+    return Pools(layers)
+
+
+class OffloadEngine:
+    """A model whose experts come when they are wanted; what `offload` returns. A context manager and a `StepHook`.
+
+    Attributes:
+        cache: book-keeping; hold ``mover.lock`` to look at more than counters.
+        predictor: names experts ahead; None for none.
+        fingerprint: of the model.
+        predict_s: seconds spent on predictions.
+        steps: forward passes.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        found: Pools,
+        budget_bytes: int,
+        tier: Tier,
+        *,
+        policy: str | Policy,
+        predictor: str | RoutePredictor | None,
+        fingerprint: Fingerprint,
+        extra: int = 1,
+        workers: int = 2,
+        device: torch.device | str | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        self.model, self.layout, self.fingerprint, self.extra = model, found.layout, fingerprint, extra
+        self.cache = ExpertCache(found.layout, budget_bytes, make_policy(policy), audit)
+        self.predictor = self._ready(predictor, found.layers)
+        place = torch.device(device) if device is not None else model.embedding.weight.device
+        self.arena = Arena(found.kinds, self.cache.num_slots, place)
+        self._layers, self._originals = found.layers, [layer.experts for layer in found.layers]
+        self.mover = Mover(
+            self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers=workers
+        )
+        self.predict_s, self.steps = 0.0, 0
+        self._history, self._driven, self._closed = BatchHistory(), False, False
+        self._rows: list[Row] = []
+        self._last: list[list[Expert]] = [[] for _ in range(found.layout.num_layers)]
+        self._replace(found)
+        self._handle = model.register_forward_pre_hook(self._before_call, with_kwargs=True)
+
+    def _ready(self, predictor: str | RoutePredictor | None, layers: Sequence[MoE]) -> RoutePredictor | None:
+        if predictor is None or not self.cache.policy.needs_reference:
+            return None
+        made = find_predictor(predictor, self.fingerprint, layers) if isinstance(predictor, str) else predictor
+        made.fingerprint.check(self.fingerprint)
+        return made
+
+    def _replace(self, found: Pools) -> None:
+        for number, layer in enumerate(found.layers):
+            pool, kind = layer.experts, found.layout.kind_of_pool[found.layout.pool_of_layer[number]]
+            sizes = (pool.num_experts, pool.dim, pool.hidden_dim, pool.backend)
+            made = OffloadedPool(number, *sizes, kind, self.arena, self._waves)
+            if "experts" in layer._modules:
+                layer.experts = made  # type: ignore[assignment]
+            else:
+                hide(layer, "experts", made)
+        shared: Any = getattr(self.model, "shared", {})
+        gone = {id(pool) for pool in found.pools}
+        self._shared = {name: pool for name, pool in shared.items() if id(pool) in gone}
+        for name in self._shared:
+            del shared[name]
+
+    # steps
+
+    def before_step(self, batch: Batch, tokens: Sequence[int]) -> None:
+        """See `StepHook`."""
+        self._forget(batch.gone)
+        self._driven = True
+        self.begin(self._history.rows(batch, tokens))
+
+    def after_step(self, batch: Batch, sampled: Sequence[Sampled]) -> None:
+        """See `StepHook`."""
+        self._driven = False
+
+    def _before_call(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not self._driven:
+            self.begin(call_rows(arguments, options) if self.predictor is not None else [])
+
+    def _forget(self, ids: Sequence[str]) -> None:
+        self._history.forget(ids)
+        if self.predictor is not None:
+            for id in ids:
+                self.predictor.forget(id)
+
+    def begin(self, rows: list[Row], known: list[list[Expert]] | None = None) -> None:
+        """A forward pass over these rows begins: predict, and let loading begin.
+
+        ``known``: what the layers of this pass, and of those after it, are predicted to want, where that has been found out before.
+        """
+        begin, self._rows = time.perf_counter(), rows
+        if known is None:
+            steps, certain = self._expected(rows)
+        else:
+            steps, certain = [*known, *known[: self.layout.num_layers]], len(known)
+        self.predict_s += time.perf_counter() - begin
+        self.steps += 1
+        with self.mover.lock:
+            self.cache.begin_step(steps, certain)
+            self.mover.pump()
+
+    def _expected(self, rows: list[Row]) -> tuple[list[list[Expert]], int]:
+        """What the layers of this forward pass will want and, for what is worth keeping only, those of the next."""
+        if self.predictor is None:
+            return [], 0
+        token_T = [row.ids[len(row.ids) - row.num_new :] for row in rows]
+        prob_TLE = self.predictor.predict(np.concatenate(token_T) if rows else np.empty(0, np.int32), rows)
+        if prob_TLE is None:
+            nothing: list[list[Expert]] = [[] for _ in self._last]
+            return nothing + self._last, len(nothing)
+        steps = choose_step(prob_TLE, self.layout, self.extra)
+        ahead = [choose_step(prob, self.layout, self.extra) for prob in self.predictor.predict_ahead(rows)]
+        known = steps + [step for later in ahead for step in later]
+        return known + steps, len(known)
+
+    def _waves(
+        self, layer: int, x_ND: Tensor, routing: Routing, context: RoutingContext | None
+    ) -> Iterator[dict[int, int]]:
+        """{expert: slot} of what can run now, until all has run."""
+        pool = self.layout.pool_of_layer[layer]
+        wanted = [Expert(pool, index) for index in routing.index_NK.unique().tolist() if index >= 0]
+        self._last[layer] = wanted
+        with self.mover.lock:
+            self.mover.check()
+            self.cache.begin_layer(layer, wanted)
+            self.mover.pump()
+        self._refine(layer, x_ND, routing)
+        left = len(wanted)
+        while left:
+            with self.mover.lock:
+                while not (ready := self.cache.ready()):
+                    self.mover.wait()
+                slot_of = {expert.number: self.cache.slot_of[expert] for expert in ready}
+            yield slot_of
+            with self.mover.lock:
+                self.cache.used(ready)
+                self.mover.pump()
+            left -= len(ready)
+
+    def _refine(self, layer: int, x_ND: Tensor, routing: Routing) -> None:
+        predictor = self.predictor
+        if predictor is None or not (predictor.refines or predictor.observes):
+            return
+        begin = time.perf_counter()
+        if predictor.observes and self._rows:
+            predictor.observe(layer, routing.index_NK.cpu().numpy(), self._rows)
+        found = predictor.refine(layer, x_ND, routing.index_NK) if predictor.refines else None
+        if found is not None:
+            later, prob_TE = found
+            experts = choose(prob_TE, self.layout, later, self.extra)
+            with self.mover.lock:
+                self.cache.expect(later, experts)
+                self.mover.pump()
+        self.predict_s += time.perf_counter() - begin
+
+    # what is known
+
+    @property
+    def budget_bytes(self) -> int:
+        """What experts may take."""
+        return self.cache.budget_bytes
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges under the names that engines report them by."""
+        with self.mover.lock:
+            total = self.cache.total()
+            counters = {f"expert_{name}": float(value) for name, value in counter_values(total).items()}
+            counters |= {"expert_retries": float(self.mover.num_retried), "expert_predict_s": self.predict_s}
+            gauges = {
+                "expert_resident_bytes": float(self.cache.resident_bytes),
+                "expert_budget_bytes": float(self.budget_bytes),
+                "expert_all_bytes": float(self.layout.total_bytes),
+            }
+        return EngineStats(counters=counters, gauges=gauges)
+
+    def by_layer(self) -> list[dict[str, float]]:
+        """The counters of each routed layer."""
+        with self.mover.lock:
+            return [counter_values(counters) for counters in self.cache.counters]
+
+    def prometheus(self, prefix: str = "anabranch") -> str:
+        """Counters of each layer and gauges as Prometheus text."""
+        lines, layers, gauges = [], self.by_layer(), self.stats().gauges
+        for name in layers[0]:
+            unit = f"{prefix}_expert_{name.removesuffix('_s')}{'_seconds' if name.endswith('_s') else ''}_total"
+            lines.append(f"# TYPE {unit} counter")
+            lines += [f'{unit}{{layer="{number}"}} {values[name]:g}' for number, values in enumerate(layers)]
+        for name, value in gauges.items():
+            lines += [f"# TYPE {prefix}_{name} gauge", f"{prefix}_{name} {value:.0f}"]
+        return "\n".join(lines) + "\n"
+
+    # the end
+
+    def close(self) -> None:
+        """End the threads. Forward passes raise DataError from here on; see `restore`."""
+        if not self._closed:
+            self._closed = True
+            self._handle.remove()
+            self.mover.close()
+
+    def restore(self) -> None:
+        """Close, and give the model its own pools back. Raises ConfigError if they were never in memory."""
+        if any(pool.w13.is_meta for pool in self._originals):
+            raise ConfigError("the experts of this model were never loaded, so there is nothing to restore")
+        self.close()
+        for layer, pool in zip(self._layers, self._originals, strict=True):
+            if "experts" in layer._modules:
+                layer.experts = pool
+            else:
+                hide(layer, "experts", pool)
+        for name, pool in self._shared.items():
+            self.model.shared[name] = pool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def counter_values(counters: Counters) -> dict[str, float]:
+    """Counters by name."""
+    return {name: getattr(counters, name) for name in Counters.__slots__}

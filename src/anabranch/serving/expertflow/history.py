@@ -1,0 +1,83 @@
+"""What each sequence of a model has read so far, for predictors: from an engine's batches, or from calls of a decoder."""
+# Shapes: B batch, L positions
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch.lm.cache import KeyValueCache
+from anabranch.serving.core.batch import Batch
+from anabranch.serving.expertflow.predictors.base import Row
+
+STATE = "expertflow"  # name in a key-value cache's state
+
+
+class BatchHistory:
+    """Tokens of the requests of an engine."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, list[int]] = {}
+        self._prompt: dict[str, int] = {}
+
+    def rows(self, batch: Batch, tokens: Sequence[int]) -> list[Row]:
+        """One of each chunk; ``tokens`` are those of all chunks, known ones."""
+        for request in batch.new:
+            self._prompt[request.id] = len(request.prompt)
+            self._ids[request.id] = list(request.prompt)  # what a prefix cache holds is not run, but was read
+        rows, start = [], 0
+        for chunk in batch.chunks:
+            new = list(tokens[start : start + len(chunk.tokens)])
+            start += len(new)
+            ids = self._ids.get(chunk.id, [])
+            self._ids[chunk.id] = ids = ids[: chunk.start] + new + ids[chunk.start + len(new) :]
+            so_far = np.array(ids[: chunk.start + len(new)], np.int32)
+            rows.append(Row(chunk.id, so_far, len(new), self._prompt.get(chunk.id, len(ids))))
+        return rows
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """These requests are over."""
+        for id in ids:
+            self._ids.pop(id, None)
+            self._prompt.pop(id, None)
+
+
+class CacheHistory:
+    """Tokens of the sequences of a key-value cache; it lies in the cache's state and follows when rows leave."""
+
+    def __init__(self) -> None:
+        self.keys: list[object] = []
+        self.ids: list[np.ndarray] = []
+        self.prompt: list[int] = []
+
+    def add(self, token_BL: Tensor, mask_BL: Tensor | None) -> list[Row]:
+        """The rows of a forward pass over these tokens."""
+        tokens = token_BL.cpu().numpy().astype(np.int32)
+        real = np.ones(tokens.shape, bool) if mask_BL is None else mask_BL.cpu().numpy().astype(bool)
+        new = [row[keep] for row, keep in zip(tokens, real, strict=True)]
+        if not self.keys:
+            self.keys = [object() for _ in new]
+            self.ids = [np.empty(0, np.int32) for _ in new]
+            self.prompt = [len(ids) for ids in new]
+        self.ids = [np.concatenate((old, more)) for old, more in zip(self.ids, new, strict=True)]
+        rows = zip(self.keys, self.ids, new, self.prompt, strict=True)
+        return [Row(key, ids, len(more), prompt) for key, ids, more, prompt in rows]
+
+    def keep_rows(self, row_B: Tensor) -> None:
+        """Follow `KeyValueCache.keep_rows`. Copies of a sequence go on under keys of their own."""
+        kept = torch.arange(len(self.keys), device=row_B.device)[row_B].tolist()
+        keys, self.keys = self.keys, []
+        for number in kept:
+            self.keys.append(object() if keys[number] in self.keys else keys[number])
+        self.ids, self.prompt = [self.ids[number] for number in kept], [self.prompt[number] for number in kept]
+
+
+def call_rows(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
+    """The rows of a call ``decoder(token_BL, cache=..., token_mask_BL=...)``."""
+    token_BL = arguments[0] if arguments else options["token_BL"]
+    cache: KeyValueCache | None = options.get("cache")
+    history = CacheHistory() if cache is None else cache.state.setdefault(STATE, CacheHistory())
+    assert isinstance(history, CacheHistory)
+    return history.add(token_BL, options.get("token_mask_BL"))

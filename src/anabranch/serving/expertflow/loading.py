@@ -1,0 +1,149 @@
+"""Models that are larger than memory: everything but the routed experts is loaded, these stay in their files.
+
+    model, tokenizer, engine = load_offloaded("runs/a", "2GiB")
+
+Experts are read straight from the safetensors files of the folder at their offsets, ours or Hugging Face's, into slots; where a file
+stores them in another type they are converted on the way. No expert is in memory but those in slots.
+"""
+# Shapes: E experts, F hidden (2F: gate, then up), D width
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import CheckpointError
+from anabranch.lm.checkpoint import OpenedModel, open_model
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import SafetensorsFiles, fill
+from anabranch.lm.tensors import Piece as StoredPiece
+from anabranch.nn.pool import ExpertPool
+from anabranch.serving.expertflow.cache import Audit
+from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint
+from anabranch.serving.expertflow.layout import Expert
+from anabranch.serving.expertflow.policy import Policy, make_policy
+from anabranch.serving.expertflow.predictors.base import RoutePredictor
+from anabranch.serving.expertflow.sizes import parse_bytes
+from anabranch.serving.expertflow.tiers import FileTier, Piece
+
+Table = dict[Expert, list[Piece]]
+
+
+def load_offloaded(
+    path: str | Path,
+    budget_bytes: int | str | None,
+    *,
+    policy: str | Policy = "plec",
+    predictor: str | RoutePredictor | None = "router_lookahead",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    drop_cache: bool = False,
+    extra: int = 1,
+    workers: int = 2,
+    audit: Audit | None = None,
+) -> tuple[Decoder, Tokenizer | None, OffloadEngine]:
+    """Load a model without its experts, which come when they are wanted.
+
+    Args:
+        path: a model folder of ours or of Hugging Face with safetensors files, or a training run.
+        dtype: of the weights; None keeps the stored one.
+        device: of the model and of the slots.
+        drop_cache: do not let the system's page cache keep what was read.
+
+    The other arguments and the errors are those of `offload`; CheckpointError too for a folder that cannot be read so.
+    """
+    opened = open_model(path, dtype=dtype)
+    if not isinstance(opened.source, SafetensorsFiles):
+        raise CheckpointError(
+            f"{opened.where} has no safetensors files, which experts are read from; convert it (anabranch convert)"
+        )
+    model = opened.model
+    _retype(model, opened)
+    found = find_pools(model)
+    names = {f"{name}.{weight}" for name in _names(model, found) for weight in ("w13", "w2")}
+    kept = [piece.name for name, pieces in opened.layout.items() if name in names for piece in pieces]
+    tier = FileTier(_table(opened, found, model), drop_cache=drop_cache)
+    budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
+    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
+    engine = OffloadEngine(
+        model, found, budget, tier, policy=policy, predictor=predictor,
+        fingerprint=found.fingerprint(tokenizer_fingerprint(opened.tokenizer, model)),
+        extra=extra, workers=workers, device=device or "cpu", audit=audit,
+    )  # fmt: skip
+    try:
+        fill(
+            model, opened.source, opened.layout, where=opened.where, dtype=opened.dtype, device=device,
+            ignore=[*opened.ignore, *kept],
+        )  # fmt: skip
+    except BaseException:
+        engine.close()
+        raise
+    return model.eval(), opened.tokenizer, engine
+
+
+def _retype(model: Decoder, opened: OpenedModel) -> None:
+    """Give the pools, which are still without memory, the type that their slots shall have."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertPool):
+            stored = opened.source.dtype(opened.layout[f"{name}.w13"][0].name)
+            kind = opened.dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+            for weight in module.parameters():
+                weight.data = weight.data.to(kind)
+
+
+def _names(model: Decoder, found: Pools) -> list[str]:
+    """Name of each pool in the model."""
+    name_of = {id(module): name for name, module in model.named_modules()}
+    return [name_of[id(pool)] for pool in found.pools]
+
+
+def _table(opened: OpenedModel, found: Pools, model: Decoder) -> Table:
+    """The pieces of each expert."""
+    headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+    assert isinstance(opened.source, SafetensorsFiles)
+    table: Table = {}
+    for number, name in enumerate(_names(model, found)):
+        for weight, part in enumerate(("w13", "w2")):
+            stored: Sequence[StoredPiece] = opened.layout[f"{name}.{part}"]
+            for piece in stored:
+                _add(table, opened.source, headers, piece, number, weight, found.layout.num_experts[number])
+    return table
+
+
+def _add(
+    table: Table, source: SafetensorsFiles, headers: dict, piece: StoredPiece, pool: int, weight: int, num_experts: int
+) -> None:
+    """A stored tensor is all of a stacked weight, or a part of one expert's."""
+    path = source.path(piece.name)
+    if path not in headers:
+        headers[path] = read_header(path)
+    start, entries = headers[path]
+    offset, shape = start + entries[piece.name]["data_offsets"][0], source.shape(piece.name)
+    dtype = source.dtype(piece.name)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"{piece.name} in {path} is stored as {dtype}; experts must be floating-point numbers")
+    if piece.where:
+        index, *rest = piece.where
+        assert isinstance(index, int), "layouts give an expert's number first"
+        table.setdefault(Expert(pool, index), []).append(Piece(path, offset, shape, dtype, weight, tuple(rest)))
+        return
+    if shape[0] != num_experts:
+        raise CheckpointError(f"{piece.name} in {path} holds {shape[0]} experts, the model has {num_experts}")
+    for index in range(num_experts):
+        one = Piece(path, 0, shape[1:], dtype, weight)
+        one = Piece(path, offset + index * one.bytes, shape[1:], dtype, weight)
+        table.setdefault(Expert(pool, index), []).append(one)
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(first byte of the tensors, entries by name) of a safetensors file. Raises CheckpointError if it is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return 8 + length, json.loads(file.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt") from None

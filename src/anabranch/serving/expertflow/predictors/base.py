@@ -1,0 +1,134 @@
+"""`RoutePredictor`: what names the experts of layers before their routers do."""
+# Shapes: T tokens of a step, L routed layers, E experts (of the widest layer), N items, K places, D width
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from anabranch.errors import CheckpointError
+from anabranch.serving.expertflow.layout import Expert, Layout
+from anabranch.serving.expertflow.routes import Routes
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a predictor was made for.
+
+    Attributes:
+        num_experts: destinations of each routed layer.
+        top_k: experts of a token in each.
+        tokenizer: says which tokenizer the ids are of, see `tokenizer_fingerprint`.
+    """
+
+    num_experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    tokenizer: str
+
+    def check(self, model: "Fingerprint") -> None:
+        """Raise CheckpointError if this is not the ``model``'s."""
+        for name, what in (
+            ("num_experts", "experts by layer"),
+            ("top_k", "active experts"),
+            ("tokenizer", "tokenizer"),
+        ):
+            ours, theirs = getattr(self, name), getattr(model, name)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the route predictor was made for a model of another {what} ({_short(ours)}, this one has "
+                    f"{_short(theirs)}); fit one on this model's routes"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.num_experts)
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> Self:
+        """From JSON."""
+        return cls(tuple(table["num_experts"]), tuple(table["top_k"]), table["tokenizer"])
+
+
+def _short(value: Any) -> str:
+    text = str(list(value)) if isinstance(value, tuple) else repr(value)
+    return text if len(text) < 60 else text[:56] + "..."
+
+
+@dataclass
+class Row:
+    """One sequence of a step.
+
+    Attributes:
+        key: tells sequences apart.
+        ids: all its tokens so far, those of this step too.
+        num_new: how many of them are this step's.
+        prompt_length: how many were given, not generated.
+    """
+
+    key: Hashable
+    ids: np.ndarray
+    num_new: int
+    prompt_length: int
+
+
+class RoutePredictor:
+    """Base of predictors; one that knows nothing.
+
+    Attributes:
+        kind: its name in files and options.
+        fingerprint: what it was made for.
+        observes: wants to be told what was routed.
+        refines: predicts a layer from the one before it.
+    """
+
+    kind: ClassVar[str]
+    observes: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
+    fingerprint: Fingerprint
+
+    def fit(self, routes: Routes) -> Self:
+        """Learn from recorded routes; those that learn nothing leave it."""
+        return self
+
+    def predict(self, token_T: np.ndarray, rows: Sequence[Row]) -> np.ndarray | None:
+        """prob_TLE of the tokens of a step, row after row; None for no idea."""
+        return None
+
+    def predict_ahead(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """prob_TLE of the steps after this one, for who knows them."""
+        return []
+
+    def observe(self, layer: int, index_TK: np.ndarray, rows: Sequence[Row]) -> None:
+        """Where the tokens of the step went in a layer."""
+
+    def refine(self, layer: int, x_TD: Tensor, index_TK: Tensor) -> tuple[int, np.ndarray] | None:
+        """(later layer, prob_TE), when ``layer`` has routed its input ``x_TD``."""
+        return None
+
+    def forget(self, key: Hashable) -> None:
+        """A sequence has ended."""
+
+
+def choose(prob_TE: np.ndarray, layout: Layout, layer: int, extra: int = 1) -> list[Expert]:
+    """Experts that a batch is predicted to want in a layer: of each token the k + ``extra`` likeliest, together, the likeliest first."""
+    pool = layout.pool_of_layer[layer]
+    prob_TE = prob_TE[:, : layout.num_experts[pool]]
+    places = min(layout.top_k[layer] + extra, prob_TE.shape[1])
+    index_TP = np.argpartition(prob_TE, prob_TE.shape[1] - places, axis=1)[:, prob_TE.shape[1] - places :]
+    named_E = np.zeros(prob_TE.shape[1], bool)
+    named_E[index_TP[np.take_along_axis(prob_TE, index_TP, 1) > 0]] = True
+    index = np.flatnonzero(named_E)
+    order = np.argsort(-prob_TE[:, index].sum(0), kind="stable")
+    return [Expert(pool, int(one)) for one in index[order]]
+
+
+def choose_step(prob_TLE: np.ndarray, layout: Layout, extra: int = 1) -> list[list[Expert]]:
+    """`choose` for every layer."""
+    return [choose(prob_TLE[:, layer], layout, layer, extra) for layer in range(layout.num_layers)]

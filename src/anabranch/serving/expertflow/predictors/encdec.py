@@ -1,0 +1,241 @@
+"""`EncoderDecoder`: the paper's Routing Path Predictor, which names the experts of all layers before the first one runs.
+
+The encoder reads the prompt; the decoder reads the ids whose routes are wanted (the next id is sampled already when its forward pass
+begins), and L heads on its output give the probability of every expert. Loss: mean binary cross-entropy over L x E.
+
+Hidden width 32 and feed-forward 2048 are the paper's; depth (2 + 2), heads (4), AdamW at 1e-3 with a cosine are ours, it does not say.
+"""
+# Shapes: B sequences, S ids decoded, P ids encoded, W window, L routed layers, E experts of the widest layer, T tokens of a step, D width
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, configclass
+from anabranch.errors import DataError
+from anabranch.serving.expertflow.predictors import files
+from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row
+from anabranch.serving.expertflow.predictors.network import PathNetwork
+from anabranch.serving.expertflow.routes import Routes
+
+MOST_NEW = 256  # ids of one sequence that are decoded at once; of a longer prompt part the last ones
+
+
+@configclass
+class Settings(BaseConfig):
+    """Size of the network and of its training.
+
+    Attributes:
+        dim, feed_forward, depth, heads: of the network; ``depth`` layers on each side.
+        window: ids that the decoder looks back.
+        max_input: ids of the prompt that are encoded, the last ones.
+        learning_rate: peak of AdamW.
+        batch: pieces a step.
+        length: ids decoded in a piece.
+        seconds: of training at most.
+        steps: of training at most.
+        seed: of weights and pieces.
+    """
+
+    dim: int = Field(default=32, ge=4)
+    feed_forward: int = Field(default=2048, ge=1)
+    depth: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    window: int = Field(default=32, ge=1)
+    max_input: int = Field(default=96, ge=1)
+    learning_rate: float = 3e-3
+    batch: int = Field(default=16, ge=1)
+    length: int = Field(default=48, ge=1)
+    seconds: float = 180.0
+    steps: int = 3000
+    seed: int = 0
+
+
+@dataclass
+class _State:
+    """What is kept of a sequence: the input's keys and values by layer, and those of the last W ids."""
+
+    cross: list[Tensor]  # [P, 2 D] of each layer
+    past: Tensor  # [depth, W, 2 D]
+    count: int  # ids decoded so far
+
+
+class EncoderDecoder(RoutePredictor):
+    """See the module.
+
+    Args:
+        fingerprint: of the model.
+        vocab_size: of its tokenizer; other ids count as unknown.
+        settings: see `Settings`.
+
+    Attributes:
+        losses: of training, by step.
+    """
+
+    kind = "encdec"
+
+    def __init__(self, fingerprint: Fingerprint, vocab_size: int, settings: Settings | None = None) -> None:
+        self.fingerprint, self.vocab_size, self.settings = fingerprint, vocab_size, settings or Settings()
+        sizes, chosen = fingerprint.num_experts, self.settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(chosen.seed)
+            self.network = PathNetwork(
+                vocab_size, len(sizes), max(sizes), dim=chosen.dim, feed_forward=chosen.feed_forward, depth=chosen.depth,
+                heads=chosen.heads, window=chosen.window,
+            )  # fmt: skip
+        self.network.eval()
+        self.losses: list[float] = []
+        self._states: dict[Hashable, _State] = {}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the network."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    # training
+
+    def fit(self, routes: Routes, progress: Callable[[str], None] = lambda text: None) -> Self:
+        """Learn from recorded routes, until the steps or the seconds are over. Raises DataError for routes of another model."""
+        if (routes.num_experts, routes.top_k) != (self.fingerprint.num_experts, self.fingerprint.top_k):
+            raise DataError(
+                f"these routes are of a model with {routes.num_experts} experts by layer, top {routes.top_k}; the predictor is for "
+                f"{self.fingerprint.num_experts}, top {self.fingerprint.top_k}"
+            )
+        chosen, network, begin = self.settings, self.network.train(), time.monotonic()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
+        pieces = _Pieces(routes, chosen)
+        start_bias = torch.from_numpy(routes.chosen().mean(0)).clamp(1e-4, 1 - 1e-4).logit().flatten()
+        network.heads.bias.data.copy_(start_bias)  # so that training begins from the frequencies
+        for step in range(chosen.steps):
+            spent = (time.monotonic() - begin) / chosen.seconds
+            if spent >= 1:
+                break
+            done = max(spent, step / chosen.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = chosen.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
+            loss = self._loss(*pieces.draw())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            self.losses.append(loss.item())
+            if step % 100 == 99:
+                progress(f"route predictor: step {step + 1}, loss {np.mean(self.losses[-100:]):.4f}")
+        network.eval()
+        return self
+
+    def _loss(self, input_BP: Tensor, real_BP: Tensor, id_BS: Tensor, chosen_BSLE: Tensor, weight_BS: Tensor) -> Tensor:
+        logit_BSLE, _ = self.network.decode(self._known(id_BS), self.network.encode(self._known(input_BP), real_BP))
+        loss_BSLE = F.binary_cross_entropy_with_logits(logit_BSLE, chosen_BSLE, reduction="none")
+        return (loss_BSLE.mean((-1, -2)) * weight_BS).sum() / weight_BS.sum()
+
+    def _known(self, id_BS: Tensor) -> Tensor:
+        return torch.where((id_BS >= 0) & (id_BS < self.vocab_size), id_BS, self.vocab_size)
+
+    # prediction
+
+    @torch.inference_mode()
+    def predict(self, token_T: np.ndarray, rows: Sequence[Row]) -> np.ndarray | None:
+        """prob_TLE."""
+        going = [number for number, row in enumerate(rows) if row.num_new == 1 and row.key in self._states]
+        found: dict[int, np.ndarray] = {}
+        if going:
+            prob_BLE = self._continue([rows[number] for number in going])
+            found.update((number, prob_BLE[place : place + 1]) for place, number in enumerate(going))
+        for number, row in enumerate(rows):
+            if number not in found:
+                found[number] = self._begin(row)
+        here = {row.key for row in rows}  # sequences without a name cannot be forgotten by it
+        self._states = {key: state for key, state in self._states.items() if isinstance(key, str) or key in here}
+        return np.concatenate([found[number] for number in range(len(rows))]) if rows else None
+
+    def forget(self, key: Hashable) -> None:
+        """Drop a sequence."""
+        self._states.pop(key, None)
+
+    def _begin(self, row: Row) -> np.ndarray:
+        """Several ids of a sequence, or one of a sequence that is not known: the prompt is encoded, ids are decoded from W before."""
+        prompt = torch.from_numpy(row.ids[: row.prompt_length][-self.settings.max_input :].astype(np.int64))[None]
+        cross = self.network.encode(self._known(prompt), torch.ones_like(prompt, dtype=torch.bool))
+        wanted = min(row.num_new, MOST_NEW)
+        ids = torch.from_numpy(row.ids[-(wanted + self.settings.window) :].astype(np.int64))[None]
+        logit_BSLE, past = self.network.decode(self._known(ids), cross)
+        window = self.settings.window
+        kept = F.pad(past[0], (0, 0, max(window - past.shape[2], 0), 0))[:, -window:]
+        self._states[row.key] = _State([pair[0][0] for pair in cross], kept, len(row.ids))
+        prob_SLE = logit_BSLE[0, -wanted:].sigmoid().numpy()
+        return np.resize(prob_SLE, (row.num_new, *prob_SLE.shape[1:]))  # of a long part the last ids stand for all
+
+    def _continue(self, rows: Sequence[Row]) -> np.ndarray:
+        """One more id of each of these sequences."""
+        states, window = [self._states[row.key] for row in rows], self.settings.window
+        longest = max(len(state.cross[0]) for state in states)
+        length_B = torch.tensor([len(state.cross[0]) for state in states])
+        hidden_BP = torch.arange(longest)[None] >= length_B[:, None]
+        mask = torch.zeros(hidden_BP.shape).masked_fill(hidden_BP, -1e9)[:, None, None, :]
+        cross = [
+            (torch.nn.utils.rnn.pad_sequence([state.cross[layer] for state in states], batch_first=True), mask)
+            for layer in range(self.settings.depth)
+        ]
+        past = torch.stack([state.past for state in states])
+        count_B = torch.tensor([min(state.count, window) for state in states])
+        real_BW = torch.arange(window)[None] >= window - count_B[:, None]
+        id_B1 = torch.tensor([int(row.ids[-1]) for row in rows])[:, None]
+        logit_BSLE, new = self.network.decode(self._known(id_B1), cross, past, real_BW)
+        for state, old, more in zip(states, past, new, strict=True):
+            state.past, state.count = torch.cat((old[:, 1:], more), 1), state.count + 1
+        return logit_BSLE[:, 0].sigmoid().numpy()
+
+    # files
+
+    def save(self, path: str | Path) -> None:
+        """Write the network and what it was made for, all or nothing."""
+        settings = {name: getattr(self.settings, name) for name in Settings.__dataclass_fields__}
+        files.write(
+            path, self.kind, self.fingerprint, self.network.state_dict(), vocab_size=self.vocab_size, config=settings
+        )
+
+    @classmethod
+    def restore(cls, fingerprint: Fingerprint, state: dict[str, Any]) -> Self:
+        """From what was written."""
+        made = cls(fingerprint, state.pop("vocab_size"), Settings(**state.pop("config")))
+        made.network.load_state_dict(state)
+        return made
+
+
+class _Pieces:
+    """Draws training pieces: a prompt and the ids after it; now and then ids of the prompt itself, as when one is read."""
+
+    def __init__(self, routes: Routes, settings: Settings) -> None:
+        self.routes, self.settings = routes, settings
+        self.bounds = [(rows.start, rows.stop) for rows in routes.sequences() if rows.stop - rows.start >= 2]
+        if not self.bounds:
+            raise DataError("no sequence of these routes has two tokens or more")
+        self.generator = np.random.default_rng(settings.seed)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(input_BP, real_BP, id_BS, chosen_BSLE, weight_BS)."""
+        chosen, batch, sizes = self.settings, self.settings.batch, self.routes.num_experts
+        input_BP, real_BP = np.zeros((batch, chosen.max_input), np.int64), np.zeros((batch, chosen.max_input), bool)
+        id_BS, weight_BS = np.zeros((batch, chosen.length), np.int64), np.zeros((batch, chosen.length), np.float32)
+        chosen_BSLE = np.zeros((batch, chosen.length, len(sizes), max(sizes)), np.float32)
+        for row in range(batch):
+            begin, end = self.bounds[self.generator.integers(len(self.bounds))]
+            cut = int(self.generator.integers(begin + 1, end))
+            prompt = self.routes.token_N[max(begin, cut - chosen.max_input) : cut]
+            first = cut if self.generator.random() > 0.2 else max(begin, cut - chosen.length)
+            ids = self.routes.token_N[first : min(first + chosen.length, end)]
+            input_BP[row, : len(prompt)], real_BP[row, : len(prompt)] = prompt, True
+            id_BS[row, : len(ids)], weight_BS[row, : len(ids)] = ids, 1.0
+            chosen_BSLE[row, : len(ids)] = self.routes.chosen(slice(first, first + len(ids)))
+        arrays = (input_BP, real_BP, id_BS, chosen_BSLE, weight_BS)
+        return tuple(map(torch.from_numpy, arrays))  # type: ignore[return-value]

@@ -1,0 +1,45 @@
+"""Fitted predictors on disk: named tensors, and what they were made for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anabranch.errors import DataError
+from anabranch.files import atomic_file
+from anabranch.serving.expertflow.predictors.base import Fingerprint
+
+VERSION = 1
+
+
+def write(path: str | Path, kind: str, fingerprint: Fingerprint, tensors: dict[str, Tensor], **settings: Any) -> None:
+    """Write a predictor, all or nothing."""
+    about = {"version": VERSION, "kind": kind, "fingerprint": fingerprint.to_dict(), "settings": settings}
+    with atomic_file(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"route_predictor": json.dumps(about)},
+        )
+
+
+def read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:
+    """(kind, fingerprint, tensors and settings). Raises DataError if the file holds no predictor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["route_predictor"])
+            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+        if about["version"] != VERSION:
+            raise DataError(f"{path} holds a route predictor of version {about['version']}; this is {VERSION}")
+        return about["kind"], Fingerprint.from_dict(about["fingerprint"]), state | about["settings"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} holds no route predictor: {error}") from None
+
+
+def as_tensor(array: Any) -> Tensor:
+    """A numpy array as a tensor of its own."""
+    return torch.tensor(array)

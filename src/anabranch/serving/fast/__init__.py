@@ -1,0 +1,5 @@
+"""The fast path of a step on a CPU: all layers of a supported model in one call of compiled code."""
+
+from anabranch.serving.fast.decoder import FastDecoder
+
+__all__ = ["FastDecoder"]

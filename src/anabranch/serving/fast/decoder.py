@@ -1,0 +1,213 @@
+"""`FastDecoder`: a decoder's layers on the tokens of one step, in one call.
+
+if FastDecoder.supports(model) is None:
+    fast = FastDecoder(model, pool.key[:, 0], pool.value[:, 0], block_tokens=16)
+    x_TD = fast.hidden(token_T, position_T, sequence_N4, table_U)
+    logits_RV = fast.logits(x_TD[rows])
+"""
+# Shapes: A layers, S slots, G key heads, W head width, T tokens of a step, N sequences, U numbers of blocks, D width, K experts per token
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import MoE
+from anabranch.nn.kernels import load
+from anabranch.nn.kernels import packed as native
+from anabranch.nn.kernels.packed import Matrix
+from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats, products, why_not
+
+__all__ = ["FastDecoder"]
+
+ACTIVATIONS = ("softmax", "sigmoid", "sqrt_softplus")
+NORMALIZE = ("none", "sum", "softmax")
+QK_NORM = ("none", "head", "full")
+ALIGN = 4096  # bytes; matrices begin at pages
+
+
+class FastDecoder:
+    """The compiled form of ``model``. Its weights are those at the time: what is trained afterwards is not seen.
+
+    Linear layers in float32 and bfloat16 are packed into memory of their own, beside the model's; quantised ones share theirs.
+
+    Args:
+        model: one that `supports`, in evaluation mode.
+        key_ASGW: the store of keys, float32 or bfloat16; a position's slot is ``block * block_tokens + offset``.
+        value_ASGW: that of values.
+        block_tokens: positions per block.
+
+    Attributes:
+        routed: the layers that route, in order.
+
+    Raises:
+        ConfigError: a model that is not supported, or stores of another shape.
+    """
+
+    @staticmethod
+    def supports(model: Decoder) -> str | None:
+        """Why not, or None."""
+        return why_not(model)
+
+    def __init__(self, model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor, *, block_tokens: int) -> None:
+        reason = self.supports(model)
+        if reason is not None:
+            raise ConfigError(f"no compiled step for this model: {reason}")
+        attention: Any = model.blocks[0].attention
+        self._check_stores(model, key_ASGW, value_ASGW)
+        self.model = model
+        self._stores = key_ASGW, value_ASGW
+        self._keep: list[Tensor] = []  # what the structures point at
+        self._packed = _pack(model)
+        self._head = self._packed.get(model.head if model.head is not None else model.embedding)
+        self.routed = [number for number, block in enumerate(model.blocks) if isinstance(block.feed_forward, MoE)]
+        blocks = (CBlock * len(model.blocks))(*(self._block(number) for number in range(len(model.blocks))))
+        mixtures: list[Any] = [model.blocks[number].feed_forward for number in self.routed]
+        config = model.config
+        self._most_top_k = max((layer.router.select.config.top_k for layer in mixtures), default=0)
+        self._model = CModel(
+            len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
+            max(_hidden(block.feed_forward) for block in model.blocks), block_tokens,
+            max((layer.router.num_destinations for layer in mixtures), default=0), self._most_top_k,
+            config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
+            QK_NORM.index(config.attention.qk_norm), int(key_ASGW.dtype == torch.bfloat16),
+            floats(model.norm.weight, self._keep), blocks,
+        )  # fmt: skip
+
+    def hidden(
+        self,
+        token_T: Tensor,
+        position_T: Tensor,
+        sequence_N4: NDArray[np.int64],
+        table_U: NDArray[np.int32],
+        *,
+        with_routes: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x_TD, route_ATK): float32 hidden states after the last norm; writes the store.
+
+        Args:
+            token_T: int64 token ids, sequence after sequence.
+            position_T: int64, position of each.
+            sequence_N4: of each sequence its first row, how many, how many positions are stored before, and where its blocks begin in
+                ``table_U``.
+            table_U: int32 numbers of blocks.
+            with_routes: also give int32 ``[routed layers, T, K]``, the experts of each token, -1 where a layer has fewer.
+        """
+        model, library = self.model, load()
+        assert library is not None, "supports looked"
+        x_TD = model.embedding(token_T).float()
+        cos, sin = model.rotary(position_T[None], torch.float32)
+        routes = (
+            torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32) if with_routes else None
+        )
+        sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
+        step = CStep(
+            len(token_T), sequence_N4.ctypes.data, len(sequence_N4), table_U.ctypes.data, cos.data_ptr(), sin.data_ptr(),
+            x_TD.data_ptr(), None if routes is None else routes.data_ptr(),
+        )  # fmt: skip
+        library.anabranch_decode(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
+        return x_TD, routes
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """Scores over the vocabulary, float32."""
+        if self._head is None:
+            return self.model.logits(x_RD.to(self.model.embedding.weight.dtype)).float()
+        bias = None if self.model.head is None else self.model.head.bias
+        return native.linear(self._head[0], x_RD, bias)
+
+    @staticmethod
+    def _check_stores(model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
+        attention: Any = model.blocks[0].attention
+        shape = (len(model.blocks), attention.num_kv_heads, attention.head_dim)
+        for store in (key_ASGW, value_ASGW):
+            if store.dtype not in KIND_OF or store.device.type != "cpu" or store.dtype != key_ASGW.dtype:
+                raise ConfigError(f"the store is {store.dtype} on {store.device}; use float32 or bfloat16 on the CPU")
+            if (store.shape[0], *store.shape[2:]) != shape or not store[0].is_contiguous():
+                raise ConfigError(
+                    f"the store has shape {list(store.shape)}; it must be [{shape[0]}, slots, {shape[1]}, {shape[2]}]"
+                )
+
+    def _matrix(self, module: nn.Module | None, place: int = 0) -> Matrix:
+        """What the kernels are told of one matrix; an empty one for None."""
+        return Matrix() if module is None else native.matrix(self._packed[module][place])
+
+    def _block(self, number: int) -> CBlock:
+        block: Any = self.model.blocks[number]
+        attention, layer, keep = block.attention, block.feed_forward, self._keep
+        norms = (
+            (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
+        )
+        routed = isinstance(layer, MoE)
+        return CBlock(
+            floats(block.attention_norm.weight, keep), floats(block.feed_forward_norm.weight, keep),
+            floats(attention.qkv.bias, keep), floats(attention.out.bias, keep), *(floats(norm, keep) for norm in norms),
+            *(store[number].data_ptr() for store in self._stores),
+            self._matrix(attention.qkv), self._matrix(attention.out),
+            self._matrix(None if routed else layer.w13), self._matrix(None if routed else layer.w2),
+            self._experts(layer, self.routed.index(number)) if routed else CExperts(),
+        )  # fmt: skip
+
+    def _experts(self, layer: Any, number: int) -> CExperts:
+        router, shared = layer.router, layer.shared
+        select = router.select.config
+        gate = None if layer.shared_gate is None else layer.shared_gate.weight
+        return CExperts(
+            floats(router.score.weight, self._keep), floats(router._bias_E(), self._keep), floats(gate, self._keep),
+            self._matrix(layer.experts), self._matrix(layer.experts, 1),
+            *(self._matrix(None if shared is None else part) for part in ((None,) * 2 if shared is None else (shared.w13, shared.w2))),
+            router.num_destinations, select.top_k, ACTIVATIONS.index(router.score.config.activation),
+            NORMALIZE.index(select.normalize), select.scale, number,
+        )  # fmt: skip
+
+
+def _hidden(layer: Any) -> int:
+    """Widest hidden layer of a feed-forward."""
+    if not isinstance(layer, MoE):
+        return layer.w2.in_features
+    return max(layer.experts.hidden_dim, 0 if layer.shared is None else layer.shared.w2.in_features)
+
+
+@torch.no_grad()
+def _pack(model: Decoder) -> Mapping[nn.Module, Sequence[Packed]]:
+    """The packed matrices of each module, all in one piece of memory with large pages."""
+    packed: dict[nn.Module, list[Packed]] = {}
+    head: Any = model.head if model.head is not None else model.embedding
+    for module in (*(part for block in model.blocks for part in products(block)), head):
+        if module not in packed:
+            packed[module] = _packed_of(module)
+    packed = {module: parts for module, parts in packed.items() if parts}
+    sizes = [-(-part.nbytes // ALIGN) * ALIGN for parts in packed.values() for part in parts]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    native.advise(memory)
+    start, pieces = 0, iter(sizes)
+    for module, parts in packed.items():
+        for place, part in enumerate(parts):
+            own = memory[start : start + part.nbytes].view(part.data.shape)
+            own.copy_(part.data)
+            start += next(pieces)
+            parts[place] = part.with_data(own)
+        if isinstance(module, QuantizedLinear):
+            module.data = parts[0].data
+        elif isinstance(module, QuantizedPool):
+            module.data13, module.data2 = parts[0].data, parts[1].data
+    return packed
+
+
+def _packed_of(module: Any) -> list[Packed]:
+    """Quantised weights as they are, others packed; none for a head that cannot be."""
+    if isinstance(module, QuantizedLinear):
+        return [module.packed]
+    if isinstance(module, QuantizedPool):
+        return list(module.packed)
+    weights = (module.weight,) if hasattr(module, "weight") else (module.w13, module.w2)
+    if any(weight.dtype not in KIND_OF or weight.shape[-1] % SHARE for weight in weights):
+        return []
+    return [Packed.pack(weight, KIND_OF[weight.dtype]) for weight in weights]

@@ -1,0 +1,174 @@
+"""Packed matrices: the layout is a bijection, rounding keeps its bound, rows of a product do not depend on each other."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from anabranch.errors import ConfigError
+from anabranch.nn import kernels
+from anabranch.nn.kernels import packed as native
+from anabranch.nn.packed import KINDS, Packed
+
+needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (50, 96), (3, 40, 64)])
+def test_floats_come_back(shape):
+    weight = normal(*shape)
+    assert torch.equal(Packed.pack(weight, "float32").unpack().view(shape), weight)
+    assert torch.equal(Packed.pack(weight, "bfloat16").unpack(torch.bfloat16).view(shape), weight.bfloat16())
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 255), ("int4", 15)])
+def test_integers_come_back(kind, most):
+    generator = torch.Generator().manual_seed(1)
+    number = torch.randint(0, most + 1, (2, 21, 128), generator=generator, dtype=torch.uint8)
+    scale, least = (torch.randn((2, 21, 2), generator=generator).half() for _ in range(2))
+    found = Packed.of_integers(number, scale, least, kind).integers()
+    wanted = (number, scale, least if kind == "int4" else torch.zeros_like(least))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, None])
+@pytest.mark.parametrize(("kind", "symmetric"), [("int8", False), ("int4", False), ("int4", True)])
+def test_rounding_loses_half_a_step(kind, symmetric, group):
+    weight = normal(33, 128) * normal(33, 1, seed=1).exp()
+    packed = Packed.pack(weight, kind, group=group, symmetric=symmetric)
+    grouped = weight.unflatten(-1, (-1, group or 128))
+    step = packed.integers()[1][0].float().abs().unsqueeze(-1)
+    lost = (packed.unpack()[0].unflatten(-1, (-1, group or 128)) - grouped).abs()
+    # fp16 keeps scales and minima to 2^-11: the ends of the range may lie that much outside of what the steps reach
+    slack = grouped.abs().amax(-1, keepdim=True) * 2**-10 + 1e-6
+    inside = lost <= step / 2 + slack
+    if symmetric:  # seven steps on one side, eight on the other: the end of the shorter side is cut
+        inside |= lost <= step + slack
+    assert inside.all()
+    steps = {"int8": 127, "int4": 8 if symmetric else 15}[kind]
+    span = grouped.abs().amax(-1) if kind == "int8" or symmetric else grouped.amax(-1) - grouped.amin(-1)
+    assert torch.allclose(step.squeeze(-1), span / steps, rtol=2e-3, atol=1e-4)
+
+
+def test_constant_and_zero_rows_are_exact():
+    weight = torch.zeros(16, 64)
+    weight[1] = 0.5
+    weight[2] = -0.25
+    assert torch.equal(Packed.pack(weight, "int4", group=32).unpack()[0], weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "message"), [((4, 40), None, "depth"), ((4, 96), 64, "divides"), ((4, 64), 48, "multiple of 32")]
+)
+def test_sizes_that_cannot_be_packed(shape, group, message):
+    with pytest.raises(ConfigError, match=message):
+        Packed.pack(torch.zeros(shape), "int4", group=group)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_weights_beyond_the_scales(value):
+    with pytest.raises(ConfigError, match="not finite"):
+        Packed.pack(torch.full((16, 32), value), "int8")
+
+
+def rounded(x):
+    """What the kernels make of activations of integer weights."""
+    grouped = x.unflatten(-1, (-1, 32))
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    return ((grouped / torch.where(scale == 0, 1, scale)).round() * scale).flatten(-2)
+
+
+def reference(packed, x):
+    if packed.kind.startswith("int"):
+        x = rounded(x)
+    elif packed.kind == "bfloat16":
+        x = x.bfloat16().float()
+    return (x.double() @ packed.unpack(torch.float64)[0].T).float()
+
+
+CASES = [
+    ("float32", None),
+    ("bfloat16", None),
+    ("int8", None),
+    ("int8", 32),
+    ("int4", 32),
+    ("int4", 64),
+    ("int4", None),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "group"), CASES)
+@pytest.mark.parametrize("rows", [16, 50, 192])
+def test_products(kind, group, rows):
+    packed = Packed.pack(normal(rows, 192) / 8, kind, group=group)
+    x, bias = normal(37, 192, seed=2), normal(rows, seed=3)
+    y = packed.linear(x, bias)
+    assert torch.allclose(y, reference(packed, x) + bias, atol=2e-3 if kind.startswith("int") else 1e-5)
+    assert torch.allclose(packed.linear(x.bfloat16(), bias).float(), y, atol=0.05, rtol=0.02)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "group"), CASES)
+def test_a_row_has_the_same_bits_in_any_company(kind, group):
+    packed, x = Packed.pack(normal(40, 128), kind, group=group), normal(67, 128, seed=4)
+    alone = torch.cat([packed.linear(row[None]) for row in x])
+    for count in (2, 3, 11, 12, 13, 17, 33, 67):
+        assert torch.equal(packed.linear(x[:count]), alone[:count])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_nothing(kind):
+    packed, x = Packed.pack(normal(100, 64), kind), normal(19, 64, seed=5)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(packed.linear(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_kernels
+def test_rows_of_zeros_stay_zeros():
+    for kind in KINDS:
+        packed, x = Packed.pack(normal(16, 64), kind), normal(3, 64)
+        x[1] = 0
+        assert torch.equal(packed.linear(x)[1], torch.zeros(16))
+
+
+@needs_kernels
+def test_without_kernels_the_weights_are_unpacked(monkeypatch):
+    packed, x = Packed.pack(normal(48, 64), "int4", group=32), normal(5, 64)
+    quick = packed.linear(x)
+    monkeypatch.setattr(native, "load", lambda: None)
+    slow = packed.linear(x)
+    assert torch.allclose(slow, x @ packed.unpack()[0].T, atol=1e-5)
+    assert torch.allclose(slow, quick, atol=0.2)
+    assert not torch.equal(slow, quick)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("flags", [("-mavx2", "-mfma", "-mf16c"), ("-msse2",)])
+def test_older_processors(flags, tmp_path, monkeypatch):
+    """The same source for processors without the newest instructions gives the same products."""
+    target, source = tmp_path / "packed.so", kernels.HERE / "packed.cpp"
+    command = ["g++", "-std=gnu++17", "-O3", *flags, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(target))
+    monkeypatch.setattr(native, "load", lambda: library)
+    for kind, group in CASES:
+        packed, x = Packed.pack(normal(40, 192), kind, group=group), normal(21, 192, seed=6)
+        y = packed.linear(x)
+        assert torch.allclose(y, reference(packed, x), atol=5e-3, rtol=1e-4)
+        assert torch.equal(y[7:8], packed.linear(x[7:8]))

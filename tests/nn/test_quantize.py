@@ -1,0 +1,139 @@
+"""Quantised modules: what is replaced, how far results may move, and the way back."""
+
+import pytest
+import torch
+from torch import nn
+
+from anabranch.errors import ConfigError
+from anabranch.experts.rexmoe import ReXMoE
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn.kernels import packed as native
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
+from anabranch.routing import Router, TopK
+from anabranch.routing.context import RoutingContext
+
+
+def decoder(feed_forward=None, **fields):
+    config = Decoder.Config(
+        vocab_size=64, dim=64, num_layers=2, attention=Attention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), **fields,
+    )  # fmt: skip
+    model = config.build(seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)  # initial weights are so small that nothing shows
+    return model
+
+
+MODELS = {
+    "dense": lambda: decoder(),
+    "tied": lambda: decoder(tie_embeddings=True),
+    "moe": lambda: decoder(MoE.Config(num_experts=4, hidden_dim=32, shared_experts=1, shared_gate=True)),
+    "shared pool": lambda: decoder(ReXMoE.Config(num_experts=4, hidden_dim=32, reuse=2)),
+}
+TOKENS = torch.arange(40).view(2, 20)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("bits", "most"), [("int8", 0.03), ("int4", 0.2)])
+@torch.no_grad()
+def test_logits_stay_near(name, bits, most):
+    model = MODELS[name]()
+    before = model(TOKENS).logits_BLV
+    replaced = quantize(model, bits)
+    assert "head" in replaced
+    assert not any(isinstance(module, ExpertPool) for module in model.modules())
+    found = model(TOKENS).logits_BLV
+    assert 0 < (found - before).norm() / before.norm() < most
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_way_back(name):
+    model = MODELS[name]()
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    quantize(model, "int4", head=None)
+    found = model(TOKENS).logits_BLV
+    dequantize(model)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == names
+    again = model(TOKENS).logits_BLV
+    assert (again - found).norm() / found.norm() < 0.02  # activations are no longer rounded
+
+
+def test_what_stays():
+    model = decoder(MoE.Config(num_experts=4, hidden_dim=40, shared_experts=1, shared_gate=True))
+    replaced = quantize(model, "int4", head=None, skip=("blocks.0.attention",))
+    block = model.blocks[1]
+    parts = [
+        "attention.out",
+        "attention.qkv",
+        "feed_forward.shared.w13",
+    ]  # the others have 40 inputs, no multiple of 32
+    assert sorted(replaced) == ["blocks.0.feed_forward.shared.w13", *(f"blocks.1.{part}" for part in parts)]
+    assert type(block.feed_forward.experts) is ExpertPool
+    assert type(block.feed_forward.shared.w2) is nn.Linear
+    assert type(block.feed_forward.shared_gate) is nn.Linear
+    assert type(block.feed_forward.router.score.weight) is nn.Parameter
+    assert type(model.head) is nn.Linear
+
+
+def test_a_group_that_does_not_divide_becomes_smaller():
+    model = nn.Sequential(nn.Linear(128, 16), nn.Linear(96, 16))
+    quantize(model, "int4", group=64)
+    assert [layer.packed.group for layer in model] == [64, 32]
+
+
+@pytest.mark.parametrize(("bits", "group", "message"), [("int3", None, "int3"), ("int4", 40, "multiple of 32")])
+def test_errors(bits, group, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize(nn.Linear(64, 64), bits, group=group)
+
+
+def test_casts_leave_quantised_weights_alone():
+    layer = QuantizedLinear.of(nn.Linear(64, 32), "int4", group=32)
+    before = layer.data.clone()
+    layer.to(torch.bfloat16)
+    assert layer.data.dtype == torch.uint8
+    assert torch.equal(layer.data, before)
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert layer(x).shape == (3, 5, 32)
+    assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("bits", "group"), [("int8", None), ("int8", 32), ("int4", 32), ("int4", 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_plain_torch_computes_with_the_same_weights(bits, group, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    linear = nn.Linear(128, 48)
+    layer = QuantizedLinear.of(linear, bits, group=group)
+    x = torch.randn(7, 128, generator=generator).to(dtype)
+    monkeypatch.setattr(native, "load", lambda: None)
+    wanted = nn.functional.linear(x.float(), layer.packed.unpack()[0], layer.bias)
+    assert torch.allclose(layer(x).float(), wanted, atol=1e-4 if dtype == torch.float32 else 0.03)
+
+
+def test_gradients_reach_inputs():
+    layer = QuantizedLinear.of(nn.Linear(64, 32), "int8")
+    x = torch.randn(4, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.packed.unpack()[0].sum(0).expand(4, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@torch.no_grad()
+def test_a_pool_is_its_dequantised_self(weight_on):
+    generator = torch.Generator().manual_seed(2)
+    pool = ExpertPool(4, 64, 96, init_std=0.1, generator=generator)
+    model = nn.ModuleDict({"pool": pool})
+    router = Router.Config(select=TopK.Config(top_k=2)).build(64, 4, generator=generator)
+    x_ND = torch.randn(9, 64, generator=generator)
+    routing = router(x_ND, RoutingContext())
+    quantize(model, "int8")
+    assert isinstance(model["pool"], QuantizedPool)
+    assert (model["pool"].num_experts, model["pool"].dim, model["pool"].hidden_dim) == (4, 64, 96)
+    found = model["pool"](x_ND, routing, weight_on=weight_on)
+    dequantize(model)
+    assert torch.allclose(found, model["pool"](x_ND, routing, weight_on=weight_on), atol=0.02)

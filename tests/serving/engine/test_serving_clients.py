@@ -1,0 +1,303 @@
+"""Engines seen from an event loop: in a thread, and in a process that may be killed."""
+
+import asyncio
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anabranch.data.tokenizer import ByteTokenizer
+from anabranch.errors import BackendError, CheckpointError, InputError
+from anabranch.lm import SamplingConfig, generate, save_model
+from anabranch.serving import Finish, LocalEngine, Output, ProcessEngine, Request, Sampling, ServingConfig
+from anabranch.serving.engine import ModelRunner, streams
+
+COUNT = 12
+GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
+ENDLESS = Sampling(temperature=0.0, max_tokens=10_000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(vocab_size=257, max_positions=1024)
+
+
+@pytest.fixture(scope="module")
+def config(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(folder, model, ByteTokenizer.Config().build())
+    return ServingConfig(model=str(folder), dtype="float32", num_blocks=80, threads=1)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    draw = random.Random(0)
+    return [tuple(draw.randrange(256) for _ in range(length)) for length in (5, 1, 23, 40)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts):
+    sampling = SamplingConfig(temperature=0.0, max_tokens=COUNT)
+    return [tuple(generate(model, [prompt], sampling)[0]) for prompt in prompts]
+
+
+async def collect(engine, request):
+    outputs = [output async for output in engine.submit(request)]
+    assert [output.finish is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return functools.reduce(streams.joined, outputs)
+
+
+async def all_of(engine, prompts, sampling=GREEDY):
+    requests = [Request(id=f"r{number}", prompt=prompt, sampling=sampling) for number, prompt in enumerate(prompts)]
+    return await asyncio.gather(*(collect(engine, request) for request in requests))
+
+
+def running(config, body):
+    """Run ``body(engine)`` on a started engine, and close it."""
+
+    async def run():
+        engine = config.build()
+        assert not engine.is_ready
+        await engine.start()
+        try:
+            return await body(engine)
+        finally:
+            await engine.close()
+            assert not engine.is_ready
+
+    return asyncio.run(run())
+
+
+def in_thread(config):
+    return config.replace(process=False)
+
+
+# -- in a thread
+
+
+def test_streams_of_many_requests(config, prompts, expected):
+    async def body(engine):
+        assert isinstance(engine, LocalEngine)
+        assert engine.info.model == "tiny"
+        assert engine.info.stop_tokens == (256,)
+        assert (engine.info.max_positions, engine.info.num_blocks) == (1024, 80)
+        results = await all_of(engine, prompts)
+        assert [result.tokens for result in results] == expected
+        assert all(result.cached_tokens == 0 and result.queue_s >= 0 for result in results)
+        stats = engine.stats()
+        assert stats.counters["prompt_tokens"] == sum(map(len, prompts))
+        assert stats.counters["generation_tokens"] == COUNT * len(prompts)
+        assert stats.gauges["streams"] == 0
+        assert stats.samples["step_time"]
+        assert not engine.stats().samples["step_time"]
+
+    running(in_thread(config), body)
+
+
+def test_what_can_never_run_raises_where_it_is_read(config, prompts, expected):
+    async def body(engine):
+        for request, message in (
+            (Request(id="a", prompt=(300,)), "the prompt has the token 300; use 0 to 256"),
+            (Request(id="a", prompt=()), "the prompt has no tokens"),
+            (Request(id="a", prompt=(1,) * 2000), "2000 tokens"),
+            (Request(id="a", prompt=(1,), sampling=Sampling(logit_bias=((400, 1.0),))), "logit_bias names token 400"),
+        ):
+            with pytest.raises(InputError, match=message):
+                await collect(engine, request)
+        assert (await collect(engine, Request(id="a", prompt=prompts[0], sampling=GREEDY))).tokens == expected[0]
+
+    running(in_thread(config), body)
+
+
+def test_closing_an_iterator_frees_its_blocks(config, prompts):
+    async def body(engine):
+        iterator = engine.submit(Request(id="a", prompt=prompts[0], sampling=ENDLESS))
+        await anext(iterator)
+        with pytest.raises(InputError, match="under way"):
+            await collect(engine, Request(id="a", prompt=prompts[0]))
+        await iterator.aclose()
+        aborted = engine.submit(Request(id="b", prompt=prompts[0], sampling=ENDLESS))
+        await anext(aborted)
+        await engine.abort("b")
+        await engine.abort("unknown")
+        assert [output.finish async for output in aborted][-1] is Finish.ABORT
+        for _ in range(100):
+            if engine.stats().gauges["running"] == 0:
+                break
+            await asyncio.sleep(0.02)
+        assert engine.stats().gauges["kv_usage_ratio"] == 0
+
+    running(in_thread(config), body)
+
+
+def test_controls(config, prompts):
+    async def body(engine):
+        await all_of(engine, prompts)
+        assert await engine.control("reset_prefix_cache") > 0
+        with pytest.raises(InputError, match="no control 'scale'; known: reset_prefix_cache"):
+            await engine.control("scale", devices=2)
+
+    running(in_thread(config), body)
+
+
+def test_closing_drains_or_aborts(config, prompts, expected):
+    async def body():
+        for drain_s, finish in ((30.0, Finish.LENGTH), (0.0, Finish.ABORT)):
+            engine = in_thread(config).build()
+            await engine.start()
+            sampling = GREEDY if drain_s else ENDLESS
+            task = asyncio.create_task(collect(engine, Request(id="a", prompt=prompts[0], sampling=sampling)))
+            await asyncio.sleep(0.01)
+            closing = asyncio.create_task(engine.close(drain_s))
+            await asyncio.sleep(0)
+            late = await collect(engine, Request(id="late", prompt=prompts[0]))
+            assert (late.finish, late.error) == (Finish.ERROR, "the engine is not ready")
+            result = await task
+            assert result.finish is finish
+            if drain_s:
+                assert result.tokens == expected[0]
+            await closing
+
+    asyncio.run(body())
+
+
+def test_a_crash_in_a_thread_ends_its_requests_and_it_is_started_again(config, prompts, expected, monkeypatch, caplog):
+    run = ModelRunner.run
+
+    async def body(engine):
+        monkeypatch.setattr(ModelRunner, "run", lambda self, batch: 1 // 0)
+        lost = await collect(engine, Request(id="a", prompt=prompts[0], sampling=GREEDY))
+        assert (lost.finish, lost.error) == (Finish.ERROR, "ZeroDivisionError: integer division or modulo by zero")
+        await asyncio.sleep(0.01)
+        assert not engine.is_ready
+        monkeypatch.setattr(ModelRunner, "run", run)
+        await engine.restart()
+        assert [result.tokens for result in await all_of(engine, prompts)] == expected
+
+    running(in_thread(config), body)
+    assert "the engine failed" in caplog.text
+
+
+def test_a_start_that_fails_says_why(config):
+    async def body(config):
+        with pytest.raises(CheckpointError) as caught:
+            await config.build().start()
+        return str(caught.value)
+
+    assert "no model at /nowhere" in asyncio.run(body(in_thread(config).replace(model="/nowhere")))
+
+
+def test_a_slow_reader_gets_all_in_few_outputs_and_a_stalled_one_is_ended(config, prompts, monkeypatch):
+    monkeypatch.setattr(streams, "BUFFER", 4)
+
+    async def body(engine):
+        sampling = Sampling(temperature=0.0, max_tokens=60, ignore_eos=True)
+        whole = (await collect(engine, Request(id="quick", prompt=prompts[0], sampling=sampling))).tokens
+        slow = engine.submit(Request(id="slow", prompt=prompts[0], sampling=sampling))
+        first = await anext(slow)
+        while engine.stats().counters["finished_length"] < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        rest = [output async for output in slow]
+        assert len(rest) <= 4
+        assert first.tokens + tuple(token for output in rest for token in output.tokens) == whole
+        assert rest[-1].finish is Finish.LENGTH
+        monkeypatch.setattr(streams, "STALL_S", 0.0)
+        stalled = engine.submit(Request(id="stalled", prompt=prompts[0], sampling=ENDLESS))
+        await anext(stalled)
+        await asyncio.sleep(0.3)
+        assert [output async for output in stalled][-1].finish is Finish.ABORT
+
+    running(in_thread(config), body)
+
+
+def test_outputs_are_joined_in_order():
+    first = Output(id="a", tokens=(1,), cached_tokens=3, queue_s=0.5)
+    both = streams.joined(first, Output(id="a", tokens=(2, 3), finish=Finish.STOP))
+    assert both == Output(id="a", tokens=(1, 2, 3), cached_tokens=3, queue_s=0.5, finish=Finish.STOP)
+
+
+# -- in a process
+
+
+def test_a_process_that_is_killed_loses_its_requests_and_no_more(config, prompts, expected, caplog):
+    async def body(engine):
+        assert isinstance(engine, ProcessEngine)
+        assert [result.tokens for result in await all_of(engine, prompts)] == expected
+        iterator = engine.submit(Request(id="lost", prompt=prompts[0], sampling=ENDLESS))
+        await anext(iterator)
+        os.kill(engine.process.pid, signal.SIGKILL)
+        last = [output async for output in iterator][-1]
+        assert (last.finish, last.error) == (Finish.ERROR, "the engine's process ended with code -9")
+        assert not engine.is_ready
+
+    running(config, body)
+    assert "ended with code -9" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_start_says_why(config):
+    async def body():
+        with pytest.raises(CheckpointError, match="no model at /nowhere"):
+            await config.replace(model="/nowhere").build().start()
+
+    asyncio.run(body())
+
+
+@pytest.mark.slow
+def test_a_process_serves_dies_and_is_restarted(config, prompts, expected, caplog):
+    async def body(engine):
+        assert isinstance(engine, ProcessEngine)
+        assert [result.tokens for result in await all_of(engine, prompts)] == expected
+        with pytest.raises(InputError, match="the prompt has the token 300"):
+            await collect(engine, Request(id="a", prompt=(300,)))
+        assert await engine.control("reset_prefix_cache") > 0
+        iterator = engine.submit(Request(id="lost", prompt=prompts[0], sampling=ENDLESS))
+        await anext(iterator)
+        os.kill(engine.process.pid, signal.SIGKILL)
+        last = [output async for output in iterator][-1]
+        assert (last.finish, last.error) == (Finish.ERROR, "the engine's process ended with code -9")
+        assert not engine.is_ready
+        refused = await collect(engine, Request(id="b", prompt=prompts[0]))
+        assert refused.finish is Finish.ERROR
+        with pytest.raises(BackendError, match="not ready"):
+            await engine.control("reset_prefix_cache")
+        await engine.restart()
+        assert engine.is_ready
+        assert [result.tokens for result in await all_of(engine, prompts)] == expected
+        assert engine.stats().counters["prompt_tokens"] >= sum(map(len, prompts))
+        engine.restarts = engine.max_restarts
+        with pytest.raises(BackendError, match="it is not started again"):
+            await engine.restart()
+        return engine
+
+    engine = running(config, body)
+    assert engine.process.returncode == 0
+    assert "ended with code -9" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_its_front_end_does(config):
+    script = (
+        "import asyncio, sys, os\n"
+        "from anabranch.serving import ServingConfig\n"
+        "async def main():\n"
+        f"    engine = ServingConfig(model={config.model!r}, dtype='float32', num_blocks=4).build()\n"
+        "    await engine.start()\n"
+        "    print(engine.process.pid, flush=True)\n"
+        "    os._exit(1)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    pid = int(done.stdout)
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {pid} is still there")

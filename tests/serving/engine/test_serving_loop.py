@@ -1,0 +1,230 @@
+"""The loop between a scheduler and a runner, without a model: a runner that counts."""
+
+import threading
+
+import pytest
+
+from anabranch.errors import BackendError, InputError
+from anabranch.serving.core.batch import PENDING, Sampled
+from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.core.scheduler import SchedulerConfig
+from anabranch.serving.engine.loop import EngineLoop
+from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Control, Refused, Reply
+
+
+class Counting:
+    """Each new token is the one before plus one."""
+
+    def __init__(self):
+        self.last, self.batches, self.is_closed = {}, [], False
+
+    def run(self, batch):
+        self.batches.append(batch)
+        sampled = []
+        for chunk in batch.chunks:
+            token = self.last[chunk.id] if chunk.tokens[-1] == PENDING else chunk.tokens[-1]
+            if chunk.samples:
+                self.last[chunk.id] = token + 1
+                sampled.append(Sampled(id=chunk.id, token=token + 1))
+        return sampled
+
+    def close(self):
+        self.is_closed = True
+
+
+class Watch:
+    """A loop and what came out of it."""
+
+    def __init__(self, runner=None, is_async=False, **options):
+        self.events = []
+        self.scheduler = SchedulerConfig(num_blocks=64, max_positions=64, block_tokens=4, is_async=is_async).build()
+        self.runner = runner or Counting()
+        self.loop = EngineLoop(self.scheduler, self.runner, self.take, is_async=is_async, **options)
+
+    def take(self, events):
+        self.events.extend(events)
+
+    def tokens(self, id):
+        return [
+            token for event in self.events if isinstance(event, Output) and event.id == id for token in event.tokens
+        ]
+
+    def ends(self, id):
+        return [event for event in self.events if isinstance(event, Output) and event.id == id and event.finish]
+
+    def of(self, kind):
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def request(id, first=10, count=5, **options):
+    return Request(id=id, prompt=(first,), sampling=Sampling(max_tokens=count, temperature=0), **options)
+
+
+BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+
+
+@BOTH
+def test_requests_run_to_their_ends(is_async):
+    watch = Watch(is_async=is_async)
+    for id, first in (("a", 10), ("b", 20)):
+        watch.loop.put(Add(request(id, first)))
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [11, 12, 13, 14, 15]
+    assert watch.tokens("b") == [21, 22, 23, 24, 25]
+    assert [end.finish for end in watch.ends("a") + watch.ends("b")] == [Finish.LENGTH] * 2
+    watch.loop.put(Close())
+    watch.loop.run()
+    assert watch.runner.is_closed
+    assert watch.events[-1] == Closed(None)
+    stats = watch.of(EngineStats)[-1]
+    assert stats.counters["generation_tokens"] == 10
+    steps = sum(len(each.samples["step_time"]) for each in watch.of(EngineStats))
+    assert steps == stats.counters["steps"] == len(watch.runner.batches)
+
+
+def test_the_next_step_is_scheduled_while_one_runs():
+    second_is_formed = threading.Event()
+
+    class Waiting(Counting):
+        def run(self, batch):
+            if batch.step == 0:
+                assert second_is_formed.wait(10), "step 1 was not formed while step 0 ran"
+            return super().run(batch)
+
+    watch = Watch(Waiting(), is_async=True)
+    schedule = watch.scheduler.schedule
+
+    def watched():
+        batch = schedule()
+        if batch is not None and batch.step == 1:
+            second_is_formed.set()
+        return batch
+
+    watch.scheduler.schedule = watched
+    watch.loop.put(Add(request("a")))
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [11, 12, 13, 14, 15]
+    assert [batch.chunks[0].tokens[-1] for batch in watch.runner.batches] == [10] + [PENDING] * 4
+
+
+@BOTH
+def test_an_abort_ends_one_request(is_async):
+    watch = Watch(is_async=is_async)
+
+    def take(events):
+        watch.events.extend(events)
+        if len(watch.tokens("a")) == 2:
+            watch.loop.put(Abort("a"))
+
+    watch.loop._emit = take
+    watch.loop.put(Add(request("a")))
+    watch.loop.put(Add(request("b", 20)))
+    watch.loop.put(Abort("unknown"))
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [11, 12, 13, 14, 15][: len(watch.tokens("a"))]
+    assert len(watch.tokens("a")) <= 3
+    assert [end.finish for end in watch.ends("a")] == [Finish.ABORT]
+    assert watch.tokens("b") == [21, 22, 23, 24, 25]
+
+
+@BOTH
+def test_what_can_never_run_is_refused_alone(is_async):
+    def check(asked):
+        if asked.prompt[0] > 99:
+            raise InputError("the prompt has the token 100")
+
+    watch = Watch(is_async=is_async, check=check)
+    for one in (request("a"), request("a"), request("big", 100), Request(id="long", prompt=(1,) * 64)):
+        watch.loop.put(Add(one))
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [11, 12, 13, 14, 15]
+    refused = {event.id: event.error for event in watch.of(Refused)}
+    assert refused["big"] == "the prompt has the token 100"
+    assert "64 tokens" in refused["long"]
+    assert "under way" in refused["a"]
+
+
+@BOTH
+def test_a_crash_ends_every_request_with_an_error(is_async, caplog):
+    class Failing(Counting):
+        def run(self, batch):
+            if batch.step == 2:
+                raise RuntimeError("out of luck")
+            return super().run(batch)
+
+    watch = Watch(Failing(), is_async=is_async)
+    watch.loop.put(Add(request("a")))
+    watch.loop.put(Add(request("b", 20)))
+    watch.loop.run()
+    for id in "ab":
+        assert [(end.finish, end.error) for end in watch.ends(id)] == [(Finish.ERROR, "RuntimeError: out of luck")]
+    assert watch.events[-1] == Closed("RuntimeError: out of luck")
+    assert watch.runner.is_closed
+    assert "out of luck" in caplog.text
+
+
+@BOTH
+def test_a_crash_is_raised_to_whoever_runs_the_loop_until_idle(is_async):
+    class Failing(Counting):
+        def run(self, batch):
+            raise BackendError("no device")
+
+    watch = Watch(Failing(), is_async=is_async)
+    watch.loop.put(Add(request("a")))
+    with pytest.raises(BackendError, match="no device"):
+        watch.loop.run(until_idle=True)
+
+
+@BOTH
+def test_draining_ends_what_runs_and_takes_nothing_new(is_async):
+    watch = Watch(is_async=is_async)
+    for command in (Add(request("a")), Close(30.0), Add(request("late"))):
+        watch.loop.put(command)
+    watch.loop.run()
+    assert watch.tokens("a") == [11, 12, 13, 14, 15]
+    assert [(end.finish, end.error) for end in watch.ends("late")] == [
+        (Finish.ABORT, "the engine takes no more requests")
+    ]
+    assert watch.events[-1] == Closed(None)
+
+
+@BOTH
+def test_closing_at_once_aborts_what_runs(is_async):
+    watch = Watch(is_async=is_async)
+    watch.loop.put(Add(request("a", count=60)))
+    watch.loop.put(Close())
+    watch.loop.run()
+    assert [end.finish for end in watch.ends("a")] == [Finish.ABORT]
+
+
+def test_controls_are_answered_and_unknown_ones_refused():
+    def scale(devices):
+        if devices < 1:
+            raise InputError("devices is 0")
+        return devices + 1
+
+    watch = Watch(controls={"scale": scale})
+    arguments = [("scale", {"devices": 2}), ("scale", {"devices": 0}), ("scale", {"gpus": 1}), ("shrink", {})]
+    for number, (name, values) in enumerate(arguments):
+        watch.loop.put(Control(number, name, values))
+    watch.loop.run(until_idle=True)
+    replies = watch.of(Reply)
+    assert replies[0] == Reply(0, 3)
+    assert str(replies[1].error) == "devices is 0"
+    assert str(replies[2].error).startswith("control 'scale': ")
+    assert str(replies[3].error) == "no control 'shrink'; known: scale"
+    assert all(isinstance(reply.error, InputError) for reply in replies[1:])
+
+
+def test_an_idle_loop_says_how_it_is_once_and_waits():
+    watch = Watch(sources=[lambda: EngineStats(gauges={"expert_resident_bytes": 7})])
+    thread = threading.Thread(target=watch.loop.run)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive()
+    assert len(watch.of(EngineStats)) == 1
+    assert watch.of(EngineStats)[0].gauges["expert_resident_bytes"] == 7
+    watch.loop.put(Close())
+    thread.join(10)
+    assert not thread.is_alive()

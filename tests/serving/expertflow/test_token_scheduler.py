@@ -1,0 +1,106 @@
+"""The Token Scheduler and the pipeline of two batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.errors import CapacityError, InputError
+from anabranch.lm import SamplingConfig, generate
+from anabranch.routing import record_routing
+from anabranch.serving.expertflow import Routes, find_pools, offload
+from anabranch.serving.expertflow.dual_batch import DualBatch, RowStore
+from anabranch.serving.expertflow.predictors import Frequency
+from anabranch.serving.expertflow.token_scheduler import TokenScheduler, objective, reindex
+from expertflow_models import VOCAB, make_model, prompts
+
+
+def drawn(tokens: int, layers: int, experts: int, top_k: int, generator: np.random.Generator) -> np.ndarray:
+    order = generator.random((tokens, layers, experts)).argsort(-1)
+    return order < top_k
+
+
+def test_the_worst_case_is_halved() -> None:
+    chosen_XLE = np.zeros((8, 1, 4), bool)
+    chosen_XLE[np.arange(8), 0, np.arange(8) % 4] = True  # each batch of four goes to all four experts
+    plan = TokenScheduler().regroup(chosen_XLE)
+    assert (plan.objective_before, plan.objective_after) == (8, 4)
+    assert sorted(plan.order_X) == list(range(8))
+
+
+def test_it_finds_the_best_split_nearly_always() -> None:
+    generator, best_found = np.random.default_rng(0), []
+    for _ in range(200):
+        number = 2 * int(generator.integers(2, 6))
+        chosen_XLE = drawn(number, int(generator.integers(1, 4)), int(generator.choice([4, 8])), int(generator.integers(1, 3)), generator)
+        plan = TokenScheduler().regroup(chosen_XLE)
+        splits = itertools.combinations(range(number), number // 2)
+        best = min(objective(chosen_XLE, np.isin(np.arange(number), split)) for split in splits)
+        best_found.append(plan.objective_after == best)
+        assert plan.objective_after >= best
+    assert np.mean(best_found) >= 0.9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 13), st.integers(0, 2**32 - 1), st.booleans())
+def test_it_is_never_worse_and_is_undone_by_its_inverse(number: int, seed: int, exchanges: bool) -> None:
+    generator = np.random.default_rng(seed)
+    size = int(generator.integers(0, number + 1))
+    chosen_XLE = drawn(number, 3, 8, 2, generator)
+    plan = TokenScheduler(max_exchanges=32 if exchanges else 0).regroup(chosen_XLE, size)
+    first = np.zeros(number, bool)
+    first[plan.order_X[:size]] = True
+    assert objective(chosen_XLE, first) == plan.objective_after <= plan.objective_before
+    rows = torch.randn(number, 4, 3).unbind(0)  # keys and values of each token
+    again = reindex(reindex(rows, plan.order_X), plan.inverse_X)
+    assert all(one is other for one, other in zip(again, rows, strict=True))  # the same memory, so the same bits
+
+
+def test_bad_routes_are_refused() -> None:
+    with pytest.raises(InputError, match="axes"):
+        TokenScheduler().regroup(np.zeros((3, 4), bool))
+    with pytest.raises(InputError, match="0 to 3"):
+        TokenScheduler().regroup(np.zeros((3, 1, 4), bool), 4)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 9])  # one sequence; half a unit; units that are not full
+@pytest.mark.parametrize("is_on", [True, False])
+def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool) -> None:
+    model, asked = make_model(), prompts(number)
+    greedy = SamplingConfig(max_tokens=7, temperature=0.0)
+    free = generate(model, asked, greedy)
+    greedy = greedy.replace(stop=(free[0][3],))  # sequences end within a unit
+    expected = generate(model, asked, greedy)
+    assert len(expected[0]) < 7
+    with record_routing(model) as recorder:
+        generate(model, asked, greedy)
+    found = find_pools(model)
+    routes = Routes.from_trace(recorder.trace())
+    frequency = Frequency(found.fingerprint(f"vocab:{VOCAB}"), VOCAB).fit(routes)
+    engine = offload(model, found.layout.total_bytes // 4, predictor=frequency)
+    pipeline = DualBatch(engine, batch_size=2, scheduler=TokenScheduler() if is_on else None)
+    assert pipeline.generate(asked, greedy) == expected
+    assert pipeline.objective_after <= pipeline.objective_before
+    assert (pipeline.objective_before > 0) == (is_on and number > 2)
+    assert pipeline.generate(asked[:1], greedy.replace(max_tokens=0)) == [[]]
+    engine.restore()
+
+
+def test_it_runs_without_predictions() -> None:
+    model, asked = make_model(), prompts(3)
+    greedy = SamplingConfig(max_tokens=4, temperature=0.0)
+    expected = generate(model, asked, greedy)
+    engine = offload(model, None, policy="lru")
+    assert DualBatch(engine, batch_size=1).generate(asked, greedy) == expected
+    engine.restore()
+
+
+def test_a_full_store_says_so() -> None:
+    store = RowStore(1, 1, 2)
+    store.select([0])
+    x_BHLD = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(CapacityError, match="2 positions, but 3"):
+        store.attend(0, x_BHLD, x_BHLD, x_BHLD)

@@ -1,0 +1,229 @@
+"""The compiled step against the ordinary path: same numbers, same greedy streams, rows that do not depend on each other."""
+
+import numpy as np
+import pytest
+import torch
+
+from anabranch.errors import ConfigError
+from anabranch.experts.parscale import ParScale
+from anabranch.experts.rmoe import RecurrentScore
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import SamplingConfig, generate
+from anabranch.nn import Attention, MoE, SwiGLU, kernels
+from anabranch.nn.quantize import quantize
+from anabranch.routing import LinearScore, Router, TopK
+from anabranch.routing.bias import BiasBalancer
+from anabranch.serving.fast import FastDecoder
+
+pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+
+BLOCK = 4
+
+
+def moe(activation="softmax", normalize="none", scale=1.0, top_k=2, balance=(), **fields):
+    router = Router.Config(
+        score=LinearScore.Config(activation=activation),
+        select=TopK.Config(top_k=top_k, normalize=normalize, scale=scale),
+        balance=balance,
+    )
+    return MoE.Config(num_experts=6, hidden_dim=64, router=router, **fields)
+
+
+MODELS = {
+    "plain": {"attention": Attention.Config(num_heads=4)},
+    "grouped, tied": {"attention": Attention.Config(num_heads=6, num_kv_heads=2, head_dim=32), "tie_embeddings": True},
+    "biases, norms of heads": {
+        "attention": Attention.Config(num_heads=4, num_kv_heads=2, qk_norm="head", qkv_bias=True, out_bias=True)
+    },
+    "norms of all, clipped": {"attention": Attention.Config(num_heads=4, qk_norm="full", clip_qkv=0.8)},
+    "mixture": {"feed_forward": moe()},
+    "mixture, sigmoid": {
+        "feed_forward": moe("sigmoid", "sum", 2.5, 3, (BiasBalancer.Config(),), shared_experts=2, shared_gate=True),
+        "dense_layers": (0,),
+        "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
+    },
+    "mixture, others": {"feed_forward": moe("sqrt_softplus", "softmax", top_k=1, shared_experts=1)},
+}
+
+
+def build(name, bits=None):
+    fields = {"feed_forward": SwiGLU.Config(hidden_dim=96), **MODELS[name]}
+    model = Decoder.Config(vocab_size=100, dim=64, num_layers=3, **fields).build(seed=5).eval()
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():  # initial weights are so small that nothing shows
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter * 4 if parameter.dim() > 1 else parameter + 0.1 * noise)
+        for key, buffer in model.named_buffers():
+            if key.endswith("bias_E"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    if bits:
+        quantize(model, bits)
+    return model
+
+
+class Sequences:
+    """A store of a model's own, with the blocks of sequences scattered over it."""
+
+    def __init__(self, model, dtype=torch.float32, blocks=64):
+        attention = model.blocks[0].attention
+        shape = (len(model.blocks), blocks * BLOCK, attention.num_kv_heads, attention.head_dim)
+        self.key, self.value = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        self.fast = FastDecoder(model, self.key, self.value, block_tokens=BLOCK)
+        self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(7)).tolist()
+        self.blocks, self.length = {}, {}
+
+    @torch.inference_mode()
+    def run(self, chunks, **options):
+        """[(id, tokens)] -> (logits of all rows, routes)."""
+        sequence, table, positions, first = [], [], [], 0
+        for id, tokens in chunks:
+            past, own = self.length.get(id, 0), self.blocks.setdefault(id, [])
+            self.length[id] = past + len(tokens)
+            while len(own) * BLOCK < self.length[id]:
+                own.append(self.free.pop())
+            sequence.append((first, len(tokens), past, len(table)))
+            table += own
+            positions += range(past, self.length[id])
+            first += len(tokens)
+        token_T = torch.tensor([token for _, tokens in chunks for token in tokens])
+        x_TD, routes = self.fast.hidden(
+            token_T, torch.tensor(positions), np.array(sequence, np.int64), np.array(table, np.int32), **options
+        )
+        return self.fast.logits(x_TD), routes
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(0, 100, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def ordinary(model, tokens):
+    return model(torch.tensor([tokens])).logits_BLV[0].float()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_ordinary_path(name):
+    model = build(name)
+    given = prompts(9, 1, 70)
+    logits, _ = Sequences(model).run(list(enumerate(given)))
+    wanted = torch.cat([ordinary(model, tokens) for tokens in given])
+    assert wanted.std() > 0.1
+    assert torch.allclose(logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture, sigmoid"])
+def test_quantised_models_round_alike(name, bits):
+    model = build(name, bits)
+    given = prompts(9, 12)
+    logits, _ = Sequences(model).run(list(enumerate(given)))
+    wanted = torch.cat([ordinary(model, tokens) for tokens in given])
+    assert (logits - wanted).norm() / wanted.norm() < 1e-2  # an activation at a half may be rounded either way
+
+
+def test_halves_are_near():
+    model = build("biases, norms of heads")
+    tokens = prompts(40)[0]
+    wanted = ordinary(model, tokens)
+    model.bfloat16()
+    logits, _ = Sequences(model, torch.bfloat16).run([(0, tokens)])
+    assert (logits - wanted).norm() / wanted.norm() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "bits"), [("plain", None), ("mixture", None), ("mixture, sigmoid", "int4")])
+def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
+    model = build(name, bits)
+    if dtype == torch.bfloat16:
+        model.to(dtype)
+    given = prompts(33, 5, 14, 1, 1, 22, 40)
+    together, _ = Sequences(model, dtype).run(list(enumerate(given)))
+    apart = Sequences(model, dtype)
+    found = []
+    for id, tokens in enumerate(given):
+        cut = len(tokens) // 3  # in two chunks, then token by token
+        pieces = [tokens[:cut], tokens[cut : 2 * cut], *([token] for token in tokens[2 * cut :])]
+        found += [apart.run([(id, piece)])[0] for piece in pieces if piece]
+    assert torch.equal(together, torch.cat(found))
+
+
+def test_threads_change_nothing():
+    model, given = build("mixture, sigmoid"), list(enumerate(prompts(13, 3, 5)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, _ = Sequences(model).run(given)
+        torch.set_num_threads(3)
+        three, _ = Sequences(model).run(given)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture"])
+def test_greedy_streams_are_those_of_generate(name):
+    model, given = build(name), prompts(7, 3, 11)
+    store, streams = Sequences(model), [list(tokens) for tokens in given]
+    pending = list(enumerate(given))
+    for _ in range(25):
+        logits, _ = store.run(pending)
+        ends = np.cumsum([len(tokens) for _, tokens in pending]) - 1
+        new = logits[ends].argmax(-1).tolist()
+        pending = [(id, [token]) for id, token in enumerate(new)]
+        for stream, token in zip(streams, new, strict=True):
+            stream.append(token)
+    for tokens, stream in zip(given, streams, strict=True):
+        wanted = generate(model, [tokens], SamplingConfig(max_tokens=25, temperature=0))[0]
+        assert stream[len(tokens) :] == list(wanted)[-25:]
+
+
+def test_routes_are_those_of_the_routers():
+    model, given = build("mixture, sigmoid"), prompts(6, 2)
+    seen = {}
+    store = Sequences(model)
+    _, routes = store.run(list(enumerate(given)), with_routes=True)
+    for number, block in enumerate(model.blocks[1:]):
+        block.feed_forward.router.register_forward_hook(
+            lambda _, __, routing, number=number: seen.setdefault(number, []).append(routing.index_NK)
+        )
+    for tokens in given:
+        ordinary(model, tokens)
+    assert store.fast.routed == [1, 2]
+    assert routes.shape == (2, 8, 3)
+    for number in range(2):
+        assert torch.equal(routes[number].long(), torch.cat(seen[number]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"attention": Attention.Config(num_heads=8)}, "heads are 8 wide"),
+        ({"feed_forward": SwiGLU.Config(hidden_dim=40)}, "40 inputs"),
+        ({"feed_forward": moe(weight_on="input")}, "inputs"),
+        ({"feed_forward": MoE.Config(hidden_dim=32, router=Router.Config(score=RecurrentScore.Config()))}, "router"),
+        ({"streams": ParScale.Config(num_streams=2)}, "streams"),
+    ],
+)
+def test_what_is_not_supported(fields, reason):
+    model = Decoder.Config(dim=64, num_layers=1, **fields).build().eval()
+    assert reason in FastDecoder.supports(model)
+    with pytest.raises(ConfigError, match=reason):
+        FastDecoder(model, torch.empty(1, 8, 1, 8), torch.empty(1, 8, 1, 8), block_tokens=4)
+
+
+def test_a_watched_or_foreign_model_is_not_supported():
+    model = build("plain")
+    assert FastDecoder.supports(model) is None
+    handle = model.blocks[1].register_forward_hook(lambda *_: None)
+    assert "blocks.1 is watched" in FastDecoder.supports(model)
+    handle.remove()
+    model.blocks[0].attention.out = torch.nn.Identity()
+    assert "layer 0: a Identity" in FastDecoder.supports(model)
+
+
+def test_stores_of_another_shape():
+    model = build("plain")
+    with pytest.raises(ConfigError, match="must be"):
+        FastDecoder(model, torch.empty(3, 8, 2, 16), torch.empty(3, 8, 2, 16), block_tokens=4)
