@@ -86,12 +86,16 @@ class Server:
         else:
             path, fields = "/v1/completions", {"model": self.model, "max_tokens": count}
         body = json.dumps({**common, **fields}).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
         answer, lines = Answer(time.perf_counter()), []
         writer.write(head.encode() + body)
         status = await reader.readline()
-        while line := await reader.readline():  # parsed when all is over, so that the client takes little of the machine
+        while (
+            line := await reader.readline()
+        ):  # parsed when all is over, so that the client takes little of the machine
             if line.startswith(b"data: "):
                 lines.append((time.perf_counter(), line[6:]))
                 if line.startswith(b"data: [DONE]") or (self.kind == "llama" and b'"stop":true' in line):
@@ -182,7 +186,9 @@ def agreement(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
     for one, other in zip(ours, theirs, strict=True):
         length = max(len(one.text), len(other.text), 1)
         same = next((n for n, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), None)
-        shares.append(1.0 if one.text == other.text else (min(len(one.text), len(other.text)) if same is None else same) / length)
+        shares.append(
+            1.0 if one.text == other.text else (min(len(one.text), len(other.text)) if same is None else same) / length
+        )
     return statistics.fmean(shares)
 
 

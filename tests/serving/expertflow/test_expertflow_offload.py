@@ -84,7 +84,9 @@ def test_an_oracle_predicts_all_and_misses_little(model, expected) -> None:
 DESIGNS = {
     "shared experts": moe_config(shared_experts=1, shared_gate=True),
     "weights on inputs": moe_config(weight_on="input"),
-    "pools that layers share": ReXMoE.Config(num_experts=6, hidden_dim=32, reuse=3, router=Router.Config(select=TopK.Config(top_k=2))),
+    "pools that layers share": ReXMoE.Config(
+        num_experts=6, hidden_dim=32, reuse=3, router=Router.Config(select=TopK.Config(top_k=2))
+    ),
     "several passes": Chain.Config(num_experts=6, hidden_dim=32, router=Router.Config(select=TopK.Config(top_k=2))),
 }
 
@@ -296,7 +298,9 @@ def test_a_truncated_file_is_an_error(model, tmp_path: Path) -> None:
 
 def test_a_throttled_tier_takes_its_time() -> None:
     slept: list[float] = []
-    tier = ThrottledTier(MemoryTier([(torch.ones(1, 4, 2), torch.ones(1, 2, 2))]), 0.5, sleep=slept.append, clock=lambda: 0.0)
+    tier = ThrottledTier(
+        MemoryTier([(torch.ones(1, 4, 2), torch.ones(1, 2, 2))]), 0.5, sleep=slept.append, clock=lambda: 0.0
+    )
     slot = (torch.zeros(4, 2), torch.zeros(2, 2))
     list(tier.load(find_pools_expert(), slot))
     assert slept == [0.5 * 4 * (8 + 4)]
@@ -321,7 +325,8 @@ def test_the_hook_of_an_engine_tells_what_each_request_reads(model) -> None:
     assert engine.predictor is not None
     inner = engine.predictor.predict
     engine.predictor.predict = lambda token_T, rows: (
-        seen.append([(row.key, row.ids.tolist(), row.num_new, row.prompt_length) for row in rows]) or inner(token_T, rows)
+        seen.append([(row.key, row.ids.tolist(), row.num_new, row.prompt_length) for row in rows])
+        or inner(token_T, rows)
     )
     request = Request(id="a", prompt=(1, 2, 3, 4))
 
