@@ -14,9 +14,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from anabranch.data import train_bpe
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.lm import Decoder, SamplingConfig, convert, generate, load_config, load_model
+from anabranch.lm import Decoder, SamplingConfig, convert, generate, load_config, load_model, save_model
 from anabranch.lm.gguf import half_split
+from anabranch.lm.quantized import load_quantized
 from anabranch.nn import Attention, Rotary, SwiGLU
+from anabranch.nn.quantize import QuantizedLinear, dequantize
 
 gguf = pytest.importorskip("gguf")
 
@@ -362,3 +364,34 @@ def test_smollm2_has_the_logits_and_the_tokens_of_transformers(smollm2):
         torch.testing.assert_close(model(token_BL).logits_BLV, theirs.eval()(token_BL).logits, rtol=0, atol=1e-3)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_blocks_stay_as_they_are_stored(kind, is_tied, tmp_path):
+    attention = Attention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)
+    model = tiny(64, attention=attention, tie_embeddings=is_tied)
+    path = write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind])
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, "int4")
+    layers = [module for module in stored.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 9
+    assert all(layer.packed.kind == ("int8" if kind == "Q8_0" else "int4") for layer in layers)
+    found = logits(stored)
+    assert (found - logits(plain)).norm() / found.norm() < 0.03  # activations are rounded
+    dequantize(stored)
+    state = stored.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_what_is_not_stored_in_bits_is_rounded(tmp_path):
+    path = write(tmp_path / "m.gguf", tiny(64), kind=gguf.GGMLQuantizationType.Q4_1)
+    plain, _ = load_model(path)
+    for bits, source in (("int8", path), ("int4", tmp_path / "native")):
+        if bits == "int4":
+            save_model(source, plain)
+        model, _ = load_quantized(source, bits)
+        kinds = {module.packed.kind for module in model.modules() if isinstance(module, QuantizedLinear)}
+        assert kinds == ({"int8"} if bits == "int8" else {"int4", "int8"})  # the head stays in int8
+        assert (logits(model) - logits(plain)).norm() / logits(plain).norm() < (0.05 if bits == "int8" else 0.2)

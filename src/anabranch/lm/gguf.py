@@ -23,6 +23,7 @@ from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.gguf_file import Container
 from anabranch.nn import Rotary
 
 __all__ = ["load_gguf", "read_gguf_config"]
@@ -84,8 +85,8 @@ class GgufFile:
         self.path = path
         self._gguf = _package()
         try:
-            reader = self._gguf.GGUFReader(path)
-        except Exception as error:  # the package raises whatever the broken bytes lead it to
+            reader = Container(path, self._gguf)
+        except Exception as error:  # whatever the broken bytes lead to
             raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
         self._fields = reader.fields
         architecture = self.get("general.architecture")
@@ -104,8 +105,7 @@ class GgufFile:
 
     def get(self, name: str) -> Any:
         """A metadata value, None if there is none."""
-        field = self._fields.get(name)
-        return None if field is None else field.contents()
+        return self._fields.get(name)
 
     def require(self, name: str) -> Any:
         """A metadata value that must be there."""
@@ -138,8 +138,20 @@ class GgufFile:
                 f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
             ) from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
-        heads = next((heads for part, heads in self._heads.items() if f".{part}." in name), None)
+        heads = self._heads_of(name)
         return tensor if heads is None else half_split(tensor, heads)
+
+    def _heads_of(self, name: str) -> int | None:
+        """Heads whose rows are interleaved in this tensor; None where none are."""
+        return next((heads for part, heads in self._heads.items() if f".{part}." in name), None)
+
+    def kind(self, name: str) -> str:
+        """How a tensor is stored: ``F32``, ``Q4_1``, ..."""
+        return self._tensors[name].tensor_type.name
+
+    def raw(self, name: str) -> tuple[Any, int | None]:
+        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`)."""
+        return self._tensors[name].data, self._heads_of(name)
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""

@@ -13,7 +13,7 @@ from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
-from anabranch.serving.core.tier import KVTier
+from anabranch.serving.core.tier import KVTier, Memory
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
@@ -51,8 +51,10 @@ class Engine:
         hooks: Sequence[StepHook] = (),
         controls: Mapping[str, Callable[..., Any]] | None = None,
         tier: KVTier | None = None,
+        memory: Memory | None = None,
         host_blocks: int = 0,
         pool: PagedPool | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -64,15 +66,17 @@ class Engine:
             hooks: see every step. One with ``stats() -> EngineStats`` adds to pictures of the engine, one with ``controls`` commands.
             controls: more commands.
             tier: where keys and values go that have no room, in ``host_blocks`` slots.
+            memory: admission by what requests are expected to need.
             host_blocks: see ``tier``.
             pool: memory for keys and values made elsewhere.
+            make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
         num_blocks = config.blocks_for(PagedShape.of(model).bytes_per_token) if pool is None else pool.num_blocks
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size
             sampler = Sampler(vocab_size, stop_tokens=stop_tokens, tokenizer=tokenizer, seed=config.seed)
-        runner = ModelRunner(
+        runner = make_runner(
             model,
             num_blocks=num_blocks,
             block_tokens=config.block_tokens,
@@ -83,7 +87,7 @@ class Engine:
             deterministic=config.deterministic,
         )
         limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens)
-        scheduler = limits.build(tier=tier)
+        scheduler = limits.build(tier=tier, memory=memory)
         engine = cls(
             info=EngineInfo(
                 model=config.name or Path(config.model).name or "model",

@@ -75,9 +75,8 @@ class ModelRunner:
         )
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
-        self.fast: FastDecoder | None = None
-        is_plain = self.pool.shape.streams == 1 and not deterministic
-        if use_kernel and is_plain and FastDecoder.supports(self.model) is None:
+        self.fast: FastDecoder | None = None  # whose rows never depend on each other
+        if use_kernel and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap = RoutingTap(model)

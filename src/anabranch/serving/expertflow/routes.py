@@ -84,7 +84,8 @@ class Routes:
             sequence.append(number_N + start)
             start += int(number_N[-1]) + 1
         joined = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("bits_NLP", "token_N", "position_N")
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("bits_NLP", "token_N", "position_N")
         }
         sizes = {"num_experts": first.num_experts, "top_k": first.top_k}
         return cls(**joined, sequence_N=np.concatenate(sequence), **sizes)  # type: ignore[arg-type]
@@ -158,7 +159,7 @@ class Accuracy:
 
 def batch_accuracy(chosen_BLE: np.ndarray, predicted_BLE: np.ndarray) -> Accuracy:
     """Of one batch of B tokens, both bool."""
-    return union_accuracy(chosen_BLE.any(0)[None], predicted_BLE.any(0)[None])
+    return union_accuracy(np.any(chosen_BLE, axis=0, keepdims=True), np.any(predicted_BLE, axis=0, keepdims=True))
 
 
 def union_accuracy(wanted_XLE: np.ndarray, predicted_XLE: np.ndarray) -> Accuracy:

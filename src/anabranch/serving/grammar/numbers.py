@@ -43,12 +43,15 @@ def bounded_number(
     """Numbers from ``low`` to ``high`` without exponents; ``open_low`` and ``open_high`` leave the bound itself out."""
     zero = Decimal(0)
     options = []
-    if high is None or high > 0 or (high == 0 and not open_high):
+    reaches_zero = high is None or high > 0 or (high == 0 and not open_high)
+    if reaches_zero and (low is None or low < 0 or (low == 0 and not open_low)):
+        options.append(machine.sequence(machine.literal(b"-"), _magnitudes(machine, zero, zero, False, False)))  # -0.0
+    if reaches_zero:
         starts_inside = low is None or low < 0
         least, is_open = (zero, False) if starts_inside or low is None else (low, open_low)
         options.append(_magnitudes(machine, least, high, is_open, open_high))
     if low is None or low < 0:
-        # Below zero the bounds change places; -0 is left to the other side.
+        # Below zero the bounds change places.
         least, is_open = (zero, True) if high is None or high >= 0 else (-high, open_high)
         most = None if low is None else -low
         options.append(machine.sequence(machine.literal(b"-"), _magnitudes(machine, least, most, is_open, open_low)))
@@ -82,8 +85,8 @@ def _from_to(machine: Machine, low: int, high: int | None) -> int:
 
 def _same_size(machine: Machine, low: str, high: str) -> int:
     """Digits between ``low`` and ``high``, which are as long as each other."""
-    if not low:
-        return machine.sequence()
+    if not low.strip("0") and not high.strip("9"):
+        return machine.repeat(_digit(machine), len(low), len(low))
     first, last, more = int(low[0]), int(high[0]), len(low) - 1
     if first == last:
         return machine.sequence(_digit(machine, first, first), _same_size(machine, low[1:], high[1:]))

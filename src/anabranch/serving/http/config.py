@@ -69,9 +69,9 @@ class HttpConfig(Config):
     page: bool = True
 
     def __post_init__(self) -> None:
+        for place, entry in enumerate(self.api_keys):
+            if not all(entry.partition("=")[::2]):  # what was given may be a secret, so it is not shown
+                raise ConfigError(f"api_keys.{place} is not of the form name=secret or name=sha256:HEX")
         names = [entry.partition("=")[0] for entry in self.api_keys]
-        for entry, name in zip(self.api_keys, names, strict=True):
-            if not name or not entry.partition("=")[2]:  # the secret is not shown
-                raise ConfigError(f"an entry of api_keys ({name[:20]!r}...) is not name=secret or name=sha256:HEX")
         if len(set(names)) < len(names):
             raise ConfigError("api_keys has a name twice; each key needs its own")

@@ -52,7 +52,7 @@ class Frontend:
         self._engine: EngineClient | None = None
         self._live: set[Buffer[Piece]] = set()
         self._watcher: asyncio.Task[None] | None = None
-        self._restarts, self._ready_at = 0, 0.0
+        self._restarts, self._ready_at, self._serial = 0, 0.0, 0
 
     @property
     def name(self) -> str:
@@ -142,9 +142,12 @@ class Frontend:
     ) -> AsyncIterator[tuple[list[Choice], Buffer[Piece]]]:
         """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
         engine, reader = self.engine, self.check_ready()[1]
-        choices = [self._choice(engine, reader, asked, id, key, at) for at in range(asked.num_choices)]
+        self._serial += 1  # senders choose their ids, and may choose one twice
+        choices = [
+            self._choice(engine, reader, asked, f"{id}-{self._serial}", key, at) for at in range(asked.num_choices)
+        ]
         buffer: Buffer[Piece] = Buffer(
-            [_checked(choice, ticket) for choice, ticket in zip(choices, tickets, strict=True)],
+            [_checked(choice, ticket, asked.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)],
             self.config.limits.stream_events,
         )
         self._live.add(buffer)
@@ -182,6 +185,7 @@ class Frontend:
 
     def picture(self) -> None:
         """Bring the metrics up to date."""
+        self.metrics.in_flight.set(self.admission.in_flight)
         if self._engine is not None:
             self.metrics.absorb(self._engine.stats())
 
@@ -217,7 +221,7 @@ class Frontend:
         self.metrics.forget_engine()
 
 
-async def _checked(choice: Choice, ticket: Ticket) -> AsyncIterator[Piece]:
+async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIterator[Piece]:
     """Pieces of a choice; what the engine says can never run is the client's mistake."""
     pieces = choice.run()
     try:
@@ -225,7 +229,7 @@ async def _checked(choice: Choice, ticket: Ticket) -> AsyncIterator[Piece]:
             ticket.started()
             yield piece
     except InputError as error:
-        raise ApiError(400, "invalid_value", str(error)) from None
+        raise ApiError(400, "invalid_value", str(error), param=param) from None
     finally:
         ticket.close()
         await pieces.aclose()  # type: ignore[attr-defined]

@@ -59,6 +59,8 @@ class Generate:
                 return await self._whole(call, shape, buffer, deadline_s)
         except SlowReaderError:
             self._abort(choices, "slow_reader")
+            if call.request.transport is not None:
+                call.request.transport.abort()
             raise
         except (asyncio.CancelledError, ConnectionError):
             self._abort(choices, "client_gone")

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from anabranch.data import Tokenizer
-from anabranch.errors import TokenizerError
+from anabranch.errors import InputError
+from anabranch.serving.chat import render
 from anabranch.serving.http.messages import Tools
 from anabranch.web.api_error import wrong
 
@@ -21,9 +22,10 @@ class Reader:
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
         """The prompt of a conversation. Raises ApiError (400) for one that the model's template refuses."""
+        offered = tools.offered if tools is not None else ()
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=is_open)
-        except TokenizerError as error:
+            return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open)
+        except InputError as error:
             raise wrong("messages", str(error)) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -45,5 +47,9 @@ class Reader:
             return self.tokenizer.decode([token], skip_special=False), None if piece is None else list(piece)
         return piece.decode("utf-8", "replace"), list(piece)
 
-    def check_schema(self, schema: dict[str, Any]) -> None:
-        """Raises InputError for a schema that no grammar can be made of."""
+    def token_name(self, token: int) -> tuple[str, list[int] | None]:
+        """Like `token_text`, but for bytes that are no characters: ``bytes:\\xe6``, as OpenAI writes them."""
+        text, raw = self.token_text(token)
+        if raw is None or text.encode() == bytes(raw):
+            return text, raw
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw

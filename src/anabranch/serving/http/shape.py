@@ -9,7 +9,7 @@ from anabranch import __version__
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish
 from anabranch.serving.http.asked import Asked
-from anabranch.serving.http.calls import Delta, merged, speech_for
+from anabranch.serving.http.calls import Delta, Speech, merged
 from anabranch.serving.http.choice import Choice, Piece, Shown
 from anabranch.serving.http.reading import Reader
 from anabranch.web.ids import new_id
@@ -118,7 +118,7 @@ class ChatShape(Shape):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._speech = [speech_for(self.asked.tools, self.reader) for _ in self.choices]
+        self._speech = [Speech(self.asked.tools) for _ in self.choices]
         self._has_begun = [False] * len(self.choices)
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ class ChatShape(Shape):
         return {"logprobs": {"content": rows, "refusal": None}}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self.reader.token_text(token)
+        text, raw = self.reader.token_name(token)
         return {"token": text, "logprob": logprob, "bytes": raw}
 
 
@@ -221,10 +221,10 @@ class CompletionShape(Shape):
             return None
         shown = [(token, token.logprob) for token in tokens if token.logprob is not None]
         return {
-            "tokens": [self.reader.token_text(token.token)[0] for token, _ in shown],
+            "tokens": [self.reader.token_name(token.token)[0] for token, _ in shown],
             "token_logprobs": [told.logprob for _, told in shown],
             "top_logprobs": [
-                {self.reader.token_text(at)[0]: value for at, value in told.top[: self.asked.logprobs]}
+                {self.reader.token_name(at)[0]: value for at, value in told.top[: self.asked.logprobs]}
                 for _, told in shown
             ],
             "text_offset": [token.start for token, _ in shown],

@@ -12,7 +12,7 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class SlowReaderError(ConnectionError):
-    """The other side does not read."""
+    """The other side does not read; whoever catches it cuts the connection."""
 
 
 async def send(
@@ -34,25 +34,23 @@ async def send(
     response.content_type, response.charset = "text/event-stream", "utf-8"
     failure: ApiError | None = None
     await response.prepare(request)
-    await _write(request, response, first, stall_s)
+    await _write(response, first, stall_s)
     try:
         async for data in events:
-            await _write(request, response, data, stall_s)
+            await _write(response, data, stall_s)
     except ApiError as error:
         failure = error
-        await _write(request, response, event(error.to_dict()), stall_s)
-    await _write(request, response, DONE, stall_s)
+        await _write(response, event(error.to_dict()), stall_s)
+    await _write(response, DONE, stall_s)
     await response.write_eof()
     return response, failure
 
 
-async def _write(request: web.BaseRequest, response: web.StreamResponse, data: bytes, stall_s: float) -> None:
+async def _write(response: web.StreamResponse, data: bytes, stall_s: float) -> None:
     try:
         async with asyncio.timeout(stall_s):
             await response.write(data)
     except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
         raise SlowReaderError("the reader of a stream stood still") from None
 
 

@@ -1,0 +1,286 @@
+"""What is refused, how: OpenAI's form, the right status, and the name of the parameter."""
+
+import json
+
+import pytest
+
+from fake_engine import Script
+from serving_thread import HELLO, serving
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(Script(positions=64)) as running:
+        yield running
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": user(3)}, "messages[0].content"),
+        ({"messages": user([{"type": "image_url", "image_url": {"url": "x"}}])}, "messages[0].content[0].type"),
+        ({"messages": user([{"type": "text"}])}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids"),
+        ({"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"nope": 1}}, "stream_options.nope"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
+        ({"tools": [FUNCTION], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"user": 5}, "user"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"priority": 10**6}, "priority"),
+        ({"audio": {}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"store": True}, "store"),
+        ({"functions": [{}]}, "functions"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"model": None}, "model"),
+        ({"model": 3}, "model"),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_named(server, fields, param):
+    status, headers, body = server.chat(**fields)
+    assert status == 400, body
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param
+    assert body["error"]["type"] == "invalid_request_error"
+    assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
+        ({"prompt": [300]}, "prompt[0]"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1, "echo": True}, "logprobs"),
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_wrong_fields_of_completions_are_named(server, fields, param):
+    status, _, body = server.complete(**fields)
+    assert (status, body["error"]["param"]) == (400, param)
+
+
+def test_values_of_unsupported_fields_that_ask_for_nothing_pass(server):
+    fields = {"store": False, "modalities": ["text"], "functions": [], "service_tier": "auto", "verbosity": "medium"}
+    assert server.chat(max_tokens=2, **fields)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (lambda server: server.complete(prompt="x" * 64), "prompt"),
+        (lambda server: server.complete(prompt="x" * 60, max_tokens=5), "max_tokens"),
+        (lambda server: server.chat(messages=user("x" * 64)), "messages"),
+    ],
+)
+def test_too_long_for_the_model(server, ask, param):
+    status, _, body = ask(server)
+    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "context_length_exceeded", param)
+
+
+def test_unknown_fields_are_told_or_refused(server):
+    status, headers, _ = server.chat(max_tokens=2, colour="red", flavour=1)
+    assert status == 200
+    assert headers["x-warning"] == "ignored unknown fields: colour, flavour"
+    assert server.chat(max_tokens=2, **{"ü\r\nx: y": 1})[1]["x-warning"] == "ignored unknown fields: ???x: y"
+    with serving(strict=True) as strict:
+        status, _, body = strict.chat(colour="red")
+        assert (status, body["error"]["param"]) == (400, "colour")
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        ("/nowhere", "GET", 404),
+        ("/v1/chat/completions", "GET", 405),
+        ("/v1/models", "POST", 405),
+        ("/v1/models/other", "GET", 404),
+        ("/health/live", "DELETE", 405),
+        ("/v1/admin/drain", "POST", 404),
+    ],
+)
+def test_paths_and_methods(server, path, method, status):
+    answer, headers, body = server.ask(path, None if method != "POST" else {}, method)
+    assert answer == status
+    assert body["error"]["message"]
+    assert status != 405 or headers["allow"]
+
+
+def test_another_model(server):
+    status, _, body = server.chat(model="gpt-5")
+    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "invalid_json"), (b'{"a": NaN}', "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_utf8"), (b"[" * 100_000, "invalid_json"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_json(server, raw, code):
+    status, _, body = server.ask("/v1/chat/completions", raw)
+    assert (status, body["error"]["code"]) == (400, code)
+
+
+def test_media_types(server):
+    assert server.ask("/v1/chat/completions", HELLO, content_type="text/plain")[0] == 415
+    assert server.ask("/v1/chat/completions", HELLO, content_type="application/json; charset=utf-8")[0] == 200
+    assert server.ask("/v1/chat/completions", HELLO, content_encoding="gzip")[0] == 415
+
+
+def test_a_large_body(server):
+    body = json.dumps({**HELLO, "messages": user("x" * 10_000_000)}).encode()
+    status, _, answer = server.ask("/v1/chat/completions", body)
+    assert (status, answer["error"]["code"]) == (413, "request_too_large")
+
+
+def test_api_keys():
+    import hashlib
+
+    digest = hashlib.sha256(b"second").hexdigest()
+    with serving(api_keys=("one=first", f"two=sha256:{digest}")) as running:
+        assert running.chat()[0] == 401
+        status, headers, body = running.ask("/v1/models", authorization="Bearer wrong")
+        assert (status, body["error"]["type"]) == (401, "authentication_error")
+        assert headers["www-authenticate"] == "Bearer"
+        for name, secret in (("one", "first"), ("two", "second")):
+            assert (
+                running.ask("/v1/chat/completions", {**HELLO, "max_tokens": 2}, authorization=f"Bearer {secret}")[0]
+                == 200
+            )
+            assert running.script.requests[-1].key == name
+        assert running.ask("/v1/models", authorization=f"Bearer sha256:{digest}")[0] == 401
+        assert running.ask("/health/live")[0] == 200
+
+
+def test_admin_has_a_token_of_its_own():
+    with serving(api_keys=("one=first",), admin_token="operator-secret") as running:
+        assert running.ask("/v1/admin/routes", authorization="Bearer first")[0] == 401
+        token = {"authorization": "Bearer operator-secret"}
+        assert running.ask("/v1/models", **token)[0] == 401
+        status, _, body = running.ask("/v1/admin/routes", **token)
+        assert status == 200
+        assert body["layers"] == {"1": 4, "3": 4}
+        assert running.ask("/v1/admin/scale", {"devices": 2}, **token)[2] == {"result": True}
+        assert running.ask("/v1/admin/cache", None, "DELETE", **token)[2] == {"result": True}
+        assert running.engine.controls == [("scale", {"devices": 2}), ("reset_prefix_cache", {})]
+        assert running.ask("/v1/admin/scale", {"devices": 0}, **token)[2]["error"]["param"] == "devices"
+        assert running.ask("/v1/admin/cache", **token)[2]["kv_usage_ratio"] == 0.25
+        assert running.ask("/v1/admin/nothing", **token)[0] == 404
+        assert running.ask("/v1/admin/drain", {}, **token)[2]["state"] == "draining"
+        assert running.ask("/v1/models", authorization="Bearer first")[0] == 200
+        status, _, body = running.ask("/v1/chat/completions", HELLO, authorization="Bearer first")
+        assert (status, body["error"]["code"]) == (503, "draining")
+        assert running.ask("/v1/admin/drain", None, "DELETE", **token)[2]["state"] == "ready"
+        assert running.ask("/v1/chat/completions", {**HELLO, "max_tokens": 2}, authorization="Bearer first")[0] == 200
+
+
+def test_cors_is_off_unless_asked_for():
+    with serving() as running:
+        answer = running.ask("/v1/models", origin="http://page.example")
+        assert "access-control-allow-origin" not in answer[1]
+        preflight = {"origin": "http://page.example", "access_control_request_method": "POST"}
+        assert running.ask("/v1/models", None, "OPTIONS", **preflight)[0] == 405
+    with serving(cors_origins=("http://page.example",)) as running:
+        headers = running.ask("/v1/models", origin="http://page.example")[1]
+        assert headers["access-control-allow-origin"] == "http://page.example"
+        assert "access-control-allow-origin" not in running.ask("/v1/models", origin="http://other.example")[1]
+        status, headers, _ = running.ask("/v1/chat/completions", None, "OPTIONS", **preflight)
+        assert status == 204
+        assert "POST" in headers["access-control-allow-methods"]
+        raw = running.ask("/v1/chat/completions", {**HELLO, "stream": True}, origin="http://page.example")
+        assert raw[1]["access-control-allow-origin"] == "http://page.example"
+
+
+def test_other_routes(server):
+    assert server.ask("/v1/models")[2]["data"][0]["id"] == "fake"
+    assert server.ask("/v1/models/fake")[2]["max_model_len"] == 64
+    assert set(server.ask("/version")[2]) == {"version"}
+    assert server.ask("/health/ready")[0] == 200
+    status, _, body = server.ask("/v1/embeddings", {"model": "fake", "input": "x"})
+    assert (status, body["error"]["code"]) == (501, "not_supported")
+
+
+def test_tokens_of_a_text(server):
+    assert server.ask("/tokenize", {"prompt": "hé"})[2] == {"tokens": [104, 195, 169], "count": 3, "max_model_len": 64}
+    assert server.ask("/tokenize", {"prompt": "hi", "return_token_strs": True})[2]["token_strs"] == ["h", "i"]
+    chat = server.ask("/tokenize", {"messages": user("hi")})[2]["tokens"]
+    assert bytes(chat).decode() == "User: hi\nAssistant:"
+    assert server.ask("/detokenize", {"tokens": chat})[2] == {"prompt": "User: hi\nAssistant:"}
+    assert server.ask("/detokenize", {"tokens": [-1]})[2]["error"]["param"] == "tokens"
+    assert server.ask("/tokenize", {})[2]["error"]["param"] == "prompt"
+
+
+def test_vectors_where_the_engine_makes_them():
+    class Embedding(Script):
+        def __call__(self):
+            engine = super().__call__()
+
+            async def embed(prompts):
+                return [[float(len(prompt)), 0.5] for prompt in prompts]
+
+            engine.embed = embed
+            return engine
+
+    with serving(Embedding()) as running:
+        body = running.ask("/v1/embeddings", {"model": "fake", "input": ["a", "bcd"]})[2]
+        assert [row["embedding"] for row in body["data"]] == [[1.0, 0.5], [3.0, 0.5]]
+        assert body["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
+        packed = running.ask("/v1/embeddings", {"model": "fake", "input": [1, 2], "encoding_format": "base64"})[2]
+        assert packed["data"][0]["embedding"] == "AAAAQAAAAD8="
+        assert running.ask("/v1/embeddings", {"model": "fake", "input": []})[2]["error"]["param"] == "input"

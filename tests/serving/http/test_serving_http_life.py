@@ -1,0 +1,286 @@
+"""Overload, deadlines, readers who go or stand still, engines that die; and what the metrics say of it."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from anabranch.serving.core.admission import AdmissionConfig
+from anabranch.serving.http.config import Limits
+from fake_engine import Script
+from serving_thread import HELLO, events, serving, streamed, until
+
+SLOW = {"max_tokens": 4000}
+
+
+class Link:
+    """A raw connection that has asked for a stream."""
+
+    def __init__(self, server, body, buffer=None, headers=""):
+        self.socket = socket.socket()
+        if buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket.settimeout(10)
+        self.socket.connect(("127.0.0.1", server.port))
+        raw = json.dumps({**HELLO, **body}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"{headers}content-length: {len(raw)}\r\n\r\n"
+        self.socket.sendall(head.encode() + raw)
+
+    def until(self, mark):
+        data = b""
+        while mark not in data:
+            part = self.socket.recv(4096)
+            assert part, data
+            data += part
+        return data
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_too_many_requests_are_refused_at_once(status):
+    with serving(
+        Script(delay_s=0.01, endless=True), admission=AdmissionConfig(max_in_flight=2, status=status)
+    ) as running:
+        links = [Link(running, {**SLOW, "stream": True}) for _ in range(2)]
+        for link in links:
+            link.until(b"data: ")
+        assert running.metrics()["in_flight"] == 2
+        answer, headers, body = running.chat()
+        assert answer == status
+        assert body["error"]["type"] == "rate_limit_error"
+        assert 1 <= int(headers["retry-after"]) <= 120
+        assert running.metrics()['admission_rejections_total{reason="in_flight"}'] == 1
+        for link in links:
+            link.close()
+        until(lambda: running.chat(max_tokens=1)[0] == 200)
+        assert running.frontend.admission.in_flight == 0
+
+
+def test_choices_count_and_are_let_in_together_or_not_at_all():
+    with serving(admission=AdmissionConfig(max_in_flight=3)) as running:
+        assert running.chat(n=4)[0] == 429
+        assert running.frontend.admission.in_flight == 0
+        assert running.chat(n=3, max_tokens=2)[0] == 200
+
+
+def test_each_key_has_its_share():
+    limits = AdmissionConfig(max_per_key=1)
+    with serving(Script(delay_s=0.01, endless=True), admission=limits, api_keys=("a=aa", "b=bb")) as running:
+        link = Link(running, {**SLOW, "stream": True}, headers="authorization: Bearer aa\r\n")
+        link.until(b"data: ")
+        assert running.ask("/v1/chat/completions", HELLO, authorization="Bearer aa")[0] == 429
+        assert running.ask("/v1/chat/completions", {**HELLO, "max_tokens": 1}, authorization="Bearer bb")[0] == 200
+        link.close()
+
+
+def test_who_waits_in_the_queue_counts_until_the_engine_begins():
+    limits = AdmissionConfig(max_queued=1)
+    with serving(Script(delay_s=0.01, endless=True, slots=1), admission=limits) as running:
+        first = Link(running, {**SLOW, "stream": True})
+        first.until(b"data: ")
+        second = Link(running, {**SLOW, "stream": True})
+        until(lambda: running.frontend.admission.queued == 1)
+        status, headers, _ = running.chat()
+        assert status == 429
+        assert headers["retry-after"]
+        first.close()
+        second.until(b"data: ")
+        until(lambda: running.frontend.admission.queued == 0)
+        second.close()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_who_goes_away_is_forgotten_at_once(is_stream):
+    with serving(Script(delay_s=0.01, endless=True)) as running:
+        link = Link(running, {**SLOW, "n": 2, "stream": is_stream})
+        until(lambda: len(running.engine.running) == 2)
+        link.close()
+        until(lambda: not running.engine.running, 2)
+        assert len(running.engine.aborted) == 2
+        until(lambda: running.metrics()['aborted_total{reason="client_gone"}'] == 2)
+        assert running.metrics()['requests_total{code="499",endpoint="chat"}'] == 1
+
+
+def test_a_reader_who_stands_still_is_cut_off():
+    limits = Limits(stream_events=4, stall_s=0.3)
+    text = "x" * 60_000
+    with serving(Script(endless=True, positions=10_000_000, say=text), limits=limits) as running:
+        wanted = {"max_tokens": 3_000_000, "stream": True, "logprobs": True, "top_logprobs": 20}  # large events
+        link = Link(running, wanted, buffer=4096)
+        until(lambda: running.metrics()['aborted_total{reason="slow_reader"}'] == 1, 30)
+        assert not running.engine.running
+        link.close()
+
+
+@pytest.mark.parametrize("header", [{"x_deadline_ms": "100"}, {"x_request_timeout": "0.1"}])
+def test_a_deadline(header):
+    with serving(Script(delay_s=0.02, endless=True)) as running:
+        status, _, body = running.ask("/v1/chat/completions", {**HELLO, **SLOW}, **header)
+        assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+        raw = running.ask("/v1/chat/completions", {**HELLO, **SLOW, "stream": True}, **header)
+        assert raw[0] == 200
+        made = events(raw[2])
+        assert made[-2]["error"]["code"] == "deadline_exceeded"
+        assert made[-1] == "[DONE]"
+        until(lambda: not running.engine.running)
+        assert running.metrics()['aborted_total{reason="deadline"}'] == 2
+
+
+def test_deadlines_that_are_none():
+    with serving() as running:
+        for text in ("soon", "-1", "nan", "inf", "0"):
+            assert (
+                running.ask("/v1/chat/completions", HELLO, x_deadline_ms=text)[2]["error"]["param"] == "x-deadline-ms"
+            )
+
+
+def test_a_sign_of_life_while_nothing_comes():
+    with serving(Script(delay_s=0.15, say="ab"), keep_alive_s=0.04) as running:
+        raw = running.chat(stream=True)[2]
+        assert raw.count(b": waiting\n\n") >= 4
+        assert streamed(raw) == "ab"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_request_that_fails_does_so_alone(is_stream):
+    with serving() as running:
+        answer = running.ask("/v1/chat/completions", {**HELLO, "stream": is_stream}, x_request_id="bad-1")
+        assert answer[0] == 500  # nothing was written yet
+        assert answer[2]["error"]["code"] == "engine_failed"
+        assert "not a number" not in json.dumps(answer[2])
+        assert running.chat(max_tokens=2)[0] == 200
+        assert running.frontend.state == "ready"
+        assert len(running.script.made) == 1
+
+
+def test_an_error_after_the_first_byte_is_an_event():
+    with serving(Script(endless=True, crash_after=5, delay_s=0.005)) as running:
+        made = events(running.chat(max_tokens=50, stream=True)[2])
+        assert made[-2]["error"]["code"] == "engine_failed"
+        assert made[-1] == "[DONE]"
+
+
+def test_a_dead_engine_is_started_again():
+    with serving(Script(endless=True, delay_s=0.01)) as running:
+        link = Link(running, {**SLOW, "stream": True})
+        link.until(b"data: ")
+        running.on_loop(running.engine.kill)
+        assert b"engine_failed" in link.until(b"[DONE]")
+        link.close()
+        until(lambda: len(running.script.made) == 2 and running.frontend.state == "ready")
+        assert running.chat(max_tokens=2)[0] == 200
+        shown = running.metrics()
+        assert shown["engine_restarts_total"] == 1
+        assert shown['engine_state{anabranch_serving_engine_state="ready"}'] == 1
+        assert shown["expert_hits_total"] >= 4  # what the first engine counted is not forgotten
+
+
+def test_an_engine_that_dies_too_often_is_given_up():
+    script = Script(crash_after=0)
+    with serving(script, restarts=3) as running:
+        for died in range(4):
+            until(lambda: running.frontend.state == "ready")
+            assert running.chat()[0] == 500
+            until(lambda died=died: len(script.made) == died + 2 or running.frontend.state == "failed")
+        until(lambda: running.frontend.state == "failed")
+        assert len(script.made) == 4
+        assert running.frontend.failed.is_set()
+        assert running.chat()[0] == 503
+        assert running.ask("/health/live")[0] == 503
+
+
+def test_loading_is_told():
+    with serving(Script(start_s=0.3), wait=False) as running:
+        assert running.ask("/health/live")[0] == 200
+        for path in ("/health/ready", "/v1/chat/completions", "/tokenize"):
+            status, headers, body = running.ask(path, None if "health" in path else HELLO)
+            assert (status, body["error"]["code"]) == (503, "loading")
+            assert headers["retry-after"]
+        assert running.ask("/v1/models")[2]["data"] == []
+        running.wait_ready()
+        assert running.chat(max_tokens=2)[0] == 200
+
+
+def test_every_series_is_there_before_traffic_and_adds_up_after_it():
+    with serving() as running:
+        before = running.metrics()
+        for name in (
+            "prompt_tokens_total", "cached_prompt_tokens_total", "generation_tokens_total", "preemptions_total", "expert_hits_total",
+            "expert_misses_total", "expert_late_total", "expert_prefetched_unused_total", "expert_bytes_moved_total", "running", "waiting",
+            "queued_tokens", "expert_resident_bytes", "ttft_seconds_count", "inter_token_seconds_count", "e2e_seconds_count",
+            "queue_time_seconds_count", "step_time_seconds_count", "batch_tokens_count", "prompt_len_tokens_count",
+            "output_len_tokens_count", 'requests_total{code="200",endpoint="chat"}', 'admission_rejections_total{reason="queued"}',
+            'aborted_total{reason="client_gone"}', "in_flight",
+        ):  # fmt: skip
+            assert before[name] == 0, name
+        assert "kv_usage_ratio" in before
+        usages = [running.chat(max_tokens=size, n=size)[2]["usage"] for size in (1, 2, 3)]
+        raw = running.complete(prompt=["ab", "cd"], stream=True, stream_options={"include_usage": True})[2]
+        usages.append(events(raw)[-2]["usage"])
+        running.chat(temperature=9)
+        now = running.metrics()
+        assert now["prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
+        assert now["generation_tokens_total"] == sum(usage["completion_tokens"] for usage in usages) == 1 + 4 + 9 + 4
+        cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+        assert now["cached_prompt_tokens_total"] == cached > 0
+        choices = 1 + 2 + 3 + 2
+        for name in ("ttft_seconds", "e2e_seconds", "queue_time_seconds", "prompt_len_tokens", "output_len_tokens"):
+            assert now[f"{name}_count"] == choices, name
+        assert now["inter_token_seconds_count"] == now["generation_tokens_total"] - choices
+        assert now["output_len_tokens_sum"] == now["generation_tokens_total"]
+        assert now["step_time_seconds_count"] == now["steps_total"] == now["batch_tokens_sum"]
+        assert now['requests_total{code="200",endpoint="chat"}'] == 3
+        assert now['requests_total{code="400",endpoint="chat"}'] == 1
+        assert now["in_flight"] == 0
+
+
+def test_the_access_log_has_no_prompts(caplog):
+    secret = "a very private question"
+    for is_asked in (False, True):
+        caplog.clear()
+        with (
+            caplog.at_level("INFO", "anabranch.serving.access"),
+            serving(access_log=True, log_prompts=is_asked) as running,
+        ):
+            running.chat(messages=[{"role": "user", "content": secret}], stream=True)
+        lines = [
+            json.loads(record.getMessage()) for record in caplog.records if record.name == "anabranch.serving.access"
+        ]
+        [line] = [line for line in lines if line["path"] == "/v1/chat/completions"]
+        assert {"request_id", "status", "ms", "ttft_ms", "prompt_tokens", "completion_tokens", "finish"} <= set(line)
+        assert line["status"] == 200
+        assert (secret in caplog.text) == is_asked
+
+
+def test_half_a_request_is_dropped():
+    with serving(limits=Limits(header_timeout_s=0.2, body_timeout_s=0.2)) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
+            link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+            begin = time.monotonic()
+            assert link.recv(100) == b""
+            assert time.monotonic() - begin < 3
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
+            link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert b"408" in link.recv(1000)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
+            link.sendall(b"what is this\r\n\r\n")
+            assert b" 400 " in link.recv(1000)
+        assert running.chat(max_tokens=1)[0] == 200
+
+
+def test_pipelined_requests_are_answered_in_order():
+    with serving() as running, socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
+        ask = b"GET /version HTTP/1.1\r\nhost: x\r\nx-request-id: %d\r\n\r\n"
+        link.sendall(
+            ask % 1 + ask % 2 + b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-request-id: 3\r\nconnection: close\r\n\r\n"
+        )
+        data = b""
+        while part := link.recv(4096):
+            data += part
+        assert data.count(b"HTTP/1.1 200 OK") == 3
+        places = [data.lower().index(b"x-request-id: %d" % number) for number in (1, 2, 3)]
+        assert places == sorted(places)

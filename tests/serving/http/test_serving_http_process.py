@@ -1,0 +1,193 @@
+"""``anabranch serve`` as a process: its config, its signals, its engine's death, made-up requests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from anabranch.cli.main import main
+from anabranch.serving.http.openapi import describe
+from serving_models import saved_moe, serve_process
+from serving_thread import until
+
+PROGRAM = Path(sys.executable).parent / "schemathesis"
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+def ask(server, body=None, path="/v1/completions", timeout=30):
+    raw = None if body is None else json.dumps({"model": "small-moe", "prompt": "hello", **body}).encode()
+    request = urllib.request.Request(f"{server.url}{path}", raw, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def in_background(function, *arguments):
+    """Run it in a thread; its result is there after the thread's end."""
+    made = []
+    thread = threading.Thread(target=lambda: made.append(function(*arguments)))
+    thread.start()
+    return thread, made
+
+
+@pytest.mark.slow
+def test_a_signal_lets_requests_end_and_a_dead_engine_comes_back():
+    with serve_process("--set", "engine.num_blocks=256") as server:
+        assert ask(server, {"max_tokens": 3})[0] == 200
+        engines = children(server.process.pid)
+        assert len(engines) == 1
+        os.kill(engines[0], signal.SIGKILL)
+        until(lambda: ask(server, None, "/health/ready")[0] == 503)
+        until(lambda: ask(server, None, "/health/ready")[0] == 200, 60)
+        assert ask(server, {"max_tokens": 3})[0] == 200
+        jobs = [
+            in_background(ask, server, {"max_tokens": 400, "ignore_eos": True, "stream": number % 2 == 0})
+            for number in range(4)
+        ]
+        until(lambda: b"anabranch_serving_in_flight 4" in ask(server, None, "/metrics")[1])
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: ask(server, {"max_tokens": 1})[0] == 503)
+        for thread, made in jobs:
+            thread.join(60)
+            assert made[0][0] == 200
+            assert b"length" in made[0][1]
+        assert server.process.wait(30) == 0
+        assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_now():
+    with serve_process("--set", "engine.process=false") as server:
+        thread, made = in_background(ask, server, {"max_tokens": 500, "ignore_eos": True, "stream": True, "n": 8})
+        until(lambda: b"anabranch_serving_in_flight 8" in ask(server, None, "/metrics")[1])
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        is_cut = b"shutting_down" in made[0][1]
+        assert server.process.wait(20) == (1 if is_cut else 0)
+        assert made[0][1].endswith(b"data: [DONE]\n\n")
+
+
+def children(pid):
+    """Processes that this one has started, of whatever thread."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (PROGRAM.exists() or shutil.which("schemathesis")), reason="needs schemathesis (the dev extra)")
+def test_no_made_up_request_breaks_it():
+    with serve_process("--set", "engine.process=false", "--set", "http.admin_token=operator-1") as server:
+        program = str(PROGRAM) if PROGRAM.exists() else "schemathesis"
+        command = [
+            program, "run", f"{server.url}/openapi.json", "--checks", CHECKS, "--max-examples", "25", "--seed", "1",
+            "--phases", "examples,coverage,fuzzing",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert ask(server, {"max_tokens": 2})[0] == 200
+
+
+def test_the_document_names_only_schemas_there_are():
+    document = describe("1", 16)
+    text = json.dumps(document)
+    for part in text.split("#/components/schemas/")[1:]:
+        assert part.split('"')[0] in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["--set", "engine.max_seq=3"], {}, "did you mean 'max_seqs'"),
+        (["--set", "http.limits.most_n=0"], {}, "http.limits.most_n is 0"),
+        (["--port", "70000"], {}, "http.port is 70000"),
+        (["--api-key", "nosecret"], {}, "api_keys"),
+        ([], {"ANABRANCH_SERVE_HTTP__PORTS": "1"}, "in the environment"),
+        (["--config", "/nowhere.toml"], {}, "cannot read /nowhere.toml"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, environment, says, capsys, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", "some/model", "--check", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert says in said
+
+
+def test_options_beat_the_environment_which_beats_the_file(tmp_path, monkeypatch, capsys):
+    from anabranch.cli.serve import _config
+
+    file = tmp_path / "serve.toml"
+    file.write_text('[engine]\nmodel = "a"\nmax_seqs = 3\n[http]\nport = 1\nhost = "::1"\n')
+    monkeypatch.setenv("ANABRANCH_SERVE_HTTP__PORT", "2")
+    monkeypatch.setenv("ANABRANCH_SERVE_ENGINE__MAX_SEQS", "4")
+    config = _config(file, {"http.port": 3})
+    assert (config.engine.model, config.engine.max_seqs, config.http.port, config.http.host) == ("a", 4, 3, "::1")
+
+
+def test_without_a_model_the_error_says_what_to_give(monkeypatch, capsys):
+    monkeypatch.setattr("anabranch.serving.http.serve._small_model", lambda: None)
+    assert main(["serve", "--check"]) == 2
+    assert "no model is given; give the folder or file of a model" in capsys.readouterr().err
+
+
+def test_secrets_are_not_shown(capsys):
+    assert main(["serve", saved_moe(), "--check", "--api-key", "secretwithoutname"]) == 2
+    said = capsys.readouterr()
+    assert "api_keys.0 is not of the form" in said.err
+    assert "secretwithoutname" not in said.err + said.out
+
+
+@pytest.mark.slow
+def test_five_hundred_connections_at_once_take_bounded_memory():
+    import asyncio
+
+    import aiohttp
+
+    settings = (
+        "engine.process=false",
+        "http.admission.max_in_flight=64",
+        "http.admission.max_queued=64",
+        "engine.kv_memory=64MiB",
+    )
+    with serve_process(*(word for setting in settings for word in ("--set", setting))) as server:
+
+        async def one(session, number):
+            body = {"model": "small-moe", "prompt": f"number {number}", "max_tokens": 16, "stream": number % 2 == 0}
+            async with session.post(f"{server.url}/v1/completions", json=body) as answer:
+                data = await answer.read()
+                assert answer.status in (200, 429)
+                assert answer.status == 429 or b"finish_reason" in data
+                return answer.status
+
+        async def burst():
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                return await asyncio.gather(*(one(session, number) for number in range(500)))
+
+        def resident():
+            return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        asyncio.run(burst())
+        first = resident()
+        for _ in range(3):
+            statuses = asyncio.run(burst())
+            assert len(statuses) == 500
+            assert {200, 429} == set(statuses)
+        assert resident() - first < 48 << 20
+        assert b"anabranch_serving_in_flight 0" in ask(server, None, "/metrics")[1]
