@@ -21,6 +21,7 @@ from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
+from anabranch.cli.plan import plan
 from anabranch.cli.report import report
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
@@ -66,6 +67,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "report": report,
     "convert": convert,
+    "plan": plan,
     "serve": serve,
     "study": study,
     "info": info,

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from anabranch.errors import TokenizerError
@@ -26,7 +27,7 @@ def render_chat(
                 raise TokenizerError(f"message {position} has no {field}; write {{'role': 'user', 'content': '...'}}")
     if template is not None:
         values = {f"{name}_token": token for name, token in special.items()}
-        return _render_jinja(template, messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
+        return render_template(template, messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
     return (
         _render_chatml(messages, add_generation_prompt)
         if has_chatml
@@ -44,23 +45,61 @@ def _render_plain(messages: Sequence[dict[str, str]], add_generation_prompt: boo
     return "".join(turns) + ("Assistant:" if add_generation_prompt else "")
 
 
-def _render_jinja(template: str, **values: Any) -> str:
+def render_template(template: str, **values: Any) -> str:
+    """The text of a Jinja chat template. Raises TokenizerError if it cannot be read or refuses the values."""
+    import jinja2
+
+    try:
+        return _compiled(template)[0].render(**values)
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"the tokenizer's chat template refused the messages: {error}") from None
+
+
+def template_variables(template: str) -> frozenset[str]:
+    """The names that a template expects to be given (``messages``, ``tools``, ...). Raises TokenizerError as `render_template`."""
+    import jinja2
+
+    try:
+        return _compiled(template)[1]
+    except jinja2.TemplateError as error:
+        raise TokenizerError(f"the tokenizer's chat template cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> tuple[Any, frozenset[str]]:
+    """A template and the names it expects; compiled once, since a server renders it for every request."""
+    import jinja2.ext
+    import jinja2.meta
     import jinja2.sandbox  # arrives with torch; only templates need it
+
+    class Generation(jinja2.ext.Extension):
+        """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it is just its body."""
+
+        tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    # The environment that templates in the wild are written for: sandboxed, blocks trimmed, these helpers at hand.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    # The environment that templates in the wild are written for: sandboxed, blocks trimmed, these helpers at hand.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(**values)
-    except jinja2.TemplateError as error:
-        raise TokenizerError(f"the tokenizer's chat template refused the messages: {error}") from None
+    return environment.from_string(source), frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -56,6 +56,11 @@ class Tokenizer(Part, family="tokenizer"):
         return () if self.eos_id is None else (self.eos_id,)
 
     @property
+    def special_names(self) -> dict[str, str]:
+        """The text of the ``bos``, ``eos`` and ``pad`` tokens, empty for those that there are not."""
+        return {name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")}
+
+    @property
     def fingerprint(self) -> str:
         """A digest that differs whenever any text could be tokenised differently."""
         raise NotImplementedError
@@ -116,7 +121,7 @@ class Tokenizer(Part, family="tokenizer"):
             messages,
             template=self.chat_template,
             has_chatml=self._id_of("<|im_start|>") is not None,
-            special={name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")},
+            special=self.special_names,
             add_generation_prompt=add_generation_prompt,
         )
 
@@ -335,8 +340,7 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
 
     def save(self, folder: str | Path) -> None:
         """See `Tokenizer`."""
-        names = {name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")}
-        settings = {f"{name}_token": token for name, token in names.items() if token}
+        settings = {f"{name}_token": token for name, token in self.special_names.items() if token}
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         _write(folder, self._backend, settings)

@@ -89,6 +89,11 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
 
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
+        query, key, value = self.project(x_BLW, context)
+        return self.out(self._attend(query, key, value, context).transpose(1, 2).flatten(2))
+
+    def project(self, x_BLW: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """(query_BHLD, key_BGLD, value_BGLD), with positions."""
         query, key, value = self.qkv(x_BLW).split(self.split, dim=-1)
         if self.config.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -98,8 +103,7 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        return self.out(self._attend(query, key, value, context).transpose(1, 2).flatten(2))
+        return rotate(query, context.rotary), rotate(key, context.rotary), value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """y_BHLD. Stores what is new where there is a store."""

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from anabranch.errors import LimitError
-from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, OverloadError
+from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, OverloadError, Pace
 
 OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
 
@@ -155,14 +155,61 @@ def test_a_deadline_that_cannot_be_met_is_refused_early():
     admission, clock = gate(max_in_flight=100)
     assert admission.expected_first_token_s(10**6) is None
     admission.admit(10**6, deadline_s=0.001).close()  # nothing is known yet
-    serve(admission, clock, seconds=0.5, tokens=50, count=40)  # 100 tokens a second
-    assert admission.expected_first_token_s(100) == pytest.approx(1.0)
+    for _ in range(20):  # 0.2 s a request and 0.01 s a token
+        serve(admission, clock, seconds=0.7, tokens=50, count=1)
+        serve(admission, clock, seconds=1.7, tokens=150, count=1)
+    assert admission.expected_first_token_s(100) == pytest.approx(1.2)
     admission.admit(900)
-    assert admission.expected_first_token_s(100) == pytest.approx(10.0)
+    assert admission.expected_first_token_s(100) == pytest.approx(10.4)
     error = refused(admission, "deadline", 100, deadline_s=6.5)
-    assert error.retry_after_s == 4  # in 3.5 s the queue is short enough
-    assert "the first token is expected in 10.0 s" in str(error)
+    assert error.retry_after_s == 4  # in 3.9 s the queue is short enough
+    assert "the first token is expected in 10.4 s" in str(error)
     admission.admit(100, deadline_s=10.5)
+
+
+def test_a_long_prompt_is_not_refused_for_what_short_ones_took():
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=0.1, tokens=10, count=50)
+    assert admission.expected_first_token_s(10_000) == pytest.approx(0.1)
+    for _ in range(9):
+        admission.admit(10)
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0)
+
+
+def test_what_is_expected_grows_while_nothing_starts():
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=0.5, count=50)
+    admission.admit(10)
+    clock.now += 0.5
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0)
+    clock.now += 30
+    assert admission.expected_first_token_s(10) > 4.0
+    clock.now += 1e6
+    assert admission.expected_first_token_s(10) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("per_request", "per_token", "as_request", "as_token"),
+    [
+        (0.3, 0.02, 0.3, 0.02),
+        (0.0, 0.02, 0.0, 0.02),
+        (0.3, 0.0, 0.3, 0.0),
+        (3.0, -0.01, None, 0.0),
+        (-0.1, 0.02, 0.0, None),
+    ],
+)
+def test_pace_tells_requests_from_tokens_and_neither_is_negative(per_request, per_token, as_request, as_token):
+    pace, rng = Pace(30.0), random.Random(0)
+    assert pace.expected_s(1, 1) is None
+    for _ in range(300):
+        tokens = rng.randint(10, 100)
+        pace.took(tokens, per_request + per_token * tokens)
+    request = pace.expected_s(1, 0)
+    token = pace.expected_s(1, 1) - request
+    assert as_request is None or request == pytest.approx(as_request, abs=1e-9)
+    assert as_token is None or token == pytest.approx(as_token, abs=1e-9)
+    assert request >= 0
+    assert token >= -1e-12
 
 
 def test_those_who_go_away_do_not_count_as_served():

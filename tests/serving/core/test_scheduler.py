@@ -1,63 +1,12 @@
-import pickle
 import random
-import time
 
 import pytest
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.serving.core.batch import PENDING, Sampled
+from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Finish, Request, Sampling, TokenLogprob
 from anabranch.serving.core.scheduler import COUNTERS, Scheduler, SchedulerConfig
-from scheduler_runs import Drive, RandomTier, expected, random_run
-
-
-def drive(**changes):
-    arguments = {name: changes.pop(name) for name in ("tier", "memory", "order") if name in changes}
-    values = {"num_blocks": 64, "block_tokens": 4, "max_positions": 200, "max_batched_tokens": 64, "max_seqs": 8}
-    return Drive(SchedulerConfig(**{**values, **changes}), **arguments)
-
-
-def request(id, length=6, *, max_tokens=5, start=0, **named):
-    """A prompt of different tokens for each id, unless ``start`` is given."""
-    first = start or 1 + sum(map(ord, id)) * 31 % 1000
-    sampling = named.pop("sampling", None) or Sampling(max_tokens=max_tokens, ignore_eos=True)
-    return Request(id=id, prompt=tuple(range(first, first + length)), sampling=sampling, **named)
-
-
-def to_end(driven):
-    while driven.step():
-        pass
-    driven.check_end()
-    return driven
-
-
-# Random lives
-
-
-@pytest.mark.parametrize("part", range(4))
-def test_random_lives_give_what_each_request_gives_alone(part):
-    for seed in range(60 * part, 60 * part + 60):
-        random_run(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
-def test_thousands_of_random_lives(part):
-    for seed in range(1000 * (part + 1), 1000 * (part + 2)):
-        rng = random.Random(seed)
-        random_run(seed, tier=RandomTier(rng) if seed % 3 == 0 else None)
-
-
-def test_random_lives_with_a_second_tier():
-    moved = 0
-    for seed in range(10_000, 10_120):
-        tier = RandomTier(random.Random(seed))
-        driven = random_run(seed, tier=tier)
-        counters = driven.scheduler.stats().counters
-        moved += counters["swapped_in_blocks"]
-        assert counters["swapped_out_blocks"] <= tier.saved
-    assert moved > 100
-
+from scheduler_runs import RandomTier, drive, expected, request, to_end
 
 # One step after another
 
@@ -129,6 +78,18 @@ def test_a_key_with_many_requests_does_not_hold_up_one_with_few():
     driven.add(request("few", 6, key="few"))
     to_end(driven)
     assert driven.started.index("few") <= 3
+
+
+def test_a_key_is_charged_for_what_it_uses_and_not_for_what_it_might():
+    driven = drive(max_seqs=1, quantum=10)
+    for number in range(60):  # each ends with its first token, whatever that is
+        for key, max_tokens in (("modest", 5), ("cautious", 150)):
+            sampling = Sampling(max_tokens=max_tokens, stop_tokens=tuple(range(7)))
+            driven.add(request(f"{key}{number}", 6, key=key, sampling=sampling))
+    to_end(driven)
+    # The first one's reserve has to be saved up; what it did not use pays for those that follow.
+    some = [id.startswith("cautious") for id in driven.started[30:70]]
+    assert 16 <= sum(some) <= 24
 
 
 def test_the_last_in_rank_is_sent_back_and_goes_on_first():
@@ -336,141 +297,6 @@ def test_an_id_can_be_used_again_while_a_step_of_the_old_one_is_under_way():
         for output in driven.scheduler.update(batch, driven.runner.run(batch)):
             driven.seen["a"].tokens += output.tokens
     assert driven.seen["a"].tokens == expected(again, 200)[0]
-
-
-# Steps formed ahead
-
-
-def test_a_step_formed_ahead_has_pending_tokens_and_an_end_is_seen_one_late():
-    scheduler = Scheduler(SchedulerConfig(num_blocks=8, max_positions=40, is_async=True, stop_tokens=(9,)))
-    scheduler.add(Request(id="a", prompt=(1, 2)))
-    first, second = scheduler.schedule(), scheduler.schedule()
-    assert scheduler.schedule() is None
-    assert first.chunks[0].tokens == (1, 2)
-    assert (second.chunks[0].tokens, second.chunks[0].start, second.chunks[0].samples) == ((PENDING,), 2, True)
-    scheduler.update(first, [Sampled(id="a", token=4)])
-    third = scheduler.schedule()
-    (output,) = scheduler.update(second, [Sampled(id="a", token=9)])
-    assert output.finish is Finish.STOP
-    assert scheduler.schedule() is None
-    assert scheduler.has_work
-    assert scheduler.pool.num_free == 7, "a step that uses the block is under way"
-    assert scheduler.update(third, [Sampled(id="a", token=1)]) == []
-    assert scheduler.pool.num_free == 8
-    assert not scheduler.has_work
-    assert scheduler.stats().counters["discarded_tokens"] == 1
-
-
-def test_an_end_by_length_wastes_nothing_when_formed_ahead():
-    driven = drive(is_async=True)
-    for name in "abc":
-        driven.add(request(name, 5, max_tokens=7))
-    to_end(driven)
-    assert driven.scheduler.stats().counters["discarded_tokens"] == 0
-    assert driven.runner.computed == 3 * (5 + 6)
-
-
-def test_without_is_async_a_step_waits_for_the_one_before():
-    driven = drive()
-    driven.add(request("a"))
-    assert driven.form()
-    assert not driven.form()
-    to_end(driven)
-
-
-# Policies
-
-
-def test_decodes_take_turns_of_two_steps():
-    calls = []
-
-    def order(ids, size):
-        calls.append((tuple(ids), size))
-        return sorted(ids, key=lambda id: (ids.index(id) % 2, id))
-
-    driven = drive(max_decodes=2, order=order)
-    for name in "abcd":
-        driven.add(request(name, 4, max_tokens=5))
-    driven.step()
-    groups = []
-    for _ in range(4):
-        driven.form()
-        groups.append("".join(chunk.id for chunk in driven.formed[0].chunks))
-        driven.finish_step()
-    assert groups == ["ac", "bd", "ac", "bd"]
-    assert calls[0] == (tuple("abcd"), 2)
-    to_end(driven)
-
-
-def test_with_more_than_two_steps_of_decodes_those_who_waited_longest_come_first():
-    driven = drive(max_decodes=1, max_seqs=5)
-    for name in "abcde":
-        driven.add(request(name, 4, max_tokens=4))
-    driven.step()
-    groups = []
-    while driven.form():
-        groups.append("".join(chunk.id for chunk in driven.formed[0].chunks))
-        driven.finish_step()
-    assert all(sorted(groups[i : i + 5]) == list("abcde") for i in range(0, 15, 5))
-
-
-def test_an_order_must_give_back_what_it_got():
-    driven = drive(max_decodes=1, order=lambda ids, size: [*ids[1:], *ids[1:]])
-    driven.add(request("a"))
-    driven.add(request("b"))
-    driven.step()
-    with pytest.raises(InputError, match="order must give back"):
-        driven.form()
-
-
-def test_a_memory_policy_keeps_the_peak_within_the_cache():
-    class Worst:
-        """Every request writes all that it may."""
-
-        seen: list = []  # noqa: RUF012
-
-        def saw(self, num_output):
-            self.seen.append(num_output)
-
-        def remaining(self, num_output, max_tokens):
-            return max_tokens - num_output
-
-        def admits(self, running, candidate):
-            return sum(map(sum, [*running, candidate])) <= 10 * 4
-
-    lives = {}
-    for memory in (None, Worst()):
-        driven = drive(num_blocks=12, memory=memory, max_positions=48, prefix_cache=False)
-        for number in range(6):
-            driven.add(request(f"r{number}", 4, max_tokens=16))
-        to_end(driven)
-        lives[memory is None] = driven.scheduler.stats().counters["preemptions"]
-    assert lives[True] > 0
-    assert lives[False] == 0
-    assert Worst.seen == [16] * 6
-
-
-def test_a_preempted_request_loads_from_the_tier_instead_of_computing():
-    runs = {}
-    for name, tier in (("none", None), ("tier", RandomTier(random.Random(1), num_slots=64, refusals=0.0))):
-        driven = drive(num_blocks=8, max_positions=32, tier=tier)
-        for number in range(4):
-            driven.add(request(f"r{number}", 7, max_tokens=20))
-        to_end(driven)
-        runs[name] = driven.runner.computed
-        if tier is not None:
-            assert driven.scheduler.stats().counters["swapped_in_blocks"] > 0
-    assert runs["tier"] < runs["none"]
-
-
-def test_a_scheduler_between_two_steps_can_be_pickled():
-    driven = drive()
-    driven.scheduler._clock = time.monotonic
-    driven.add(request("a", 9, max_tokens=9))
-    driven.form()
-    driven.finish_step()
-    driven.scheduler = pickle.loads(pickle.dumps(driven.scheduler))
-    to_end(driven)
 
 
 # What is refused, and what is told

@@ -16,7 +16,7 @@ from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import BackendError, CheckpointError, InputError
 from anabranch.lm import SamplingConfig, generate, save_model
 from anabranch.serving import Finish, LocalEngine, Output, ProcessEngine, Request, Sampling, ServingConfig
-from anabranch.serving.engine import streams
+from anabranch.serving.engine import ModelRunner, streams
 
 COUNT = 12
 GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
@@ -165,6 +165,23 @@ def test_closing_drains_or_aborts(config, prompts, expected):
             await closing
 
     asyncio.run(body())
+
+
+def test_a_crash_in_a_thread_ends_its_requests_and_it_is_started_again(config, prompts, expected, monkeypatch, caplog):
+    run = ModelRunner.run
+
+    async def body(engine):
+        monkeypatch.setattr(ModelRunner, "run", lambda self, batch: 1 // 0)
+        lost = await collect(engine, Request(id="a", prompt=prompts[0], sampling=GREEDY))
+        assert (lost.finish, lost.error) == (Finish.ERROR, "ZeroDivisionError: integer division or modulo by zero")
+        await asyncio.sleep(0.01)
+        assert not engine.is_ready
+        monkeypatch.setattr(ModelRunner, "run", run)
+        await engine.restart()
+        assert [result.tokens for result in await all_of(engine, prompts)] == expected
+
+    running(in_thread(config), body)
+    assert "the engine failed" in caplog.text
 
 
 def test_a_start_that_fails_says_why(config):

@@ -1,8 +1,8 @@
 // Causal attention over a paged key-value cache, for the rows of many sequences at once, on CPUs. C ABI; compiled and loaded by
 // kernels/__init__.py.
 //
-// Shapes: P streams, T rows of a step, N sequences, H query heads, G key heads (each shared by H / G query heads), D head width, M entries in
-// front of every sequence. The pool is [P, slots, G, D]; position p of a sequence lies in slot table[p / size] * size + p % size.
+// Shapes: P streams, T rows of a step, N sequences, H query heads, G key heads (each shared by H / G query heads), D head width, M entries
+// in front of every sequence. The pool is [P, slots, G, D]; position p of a sequence lies in slot table[p / size] * size + p % size.
 //
 // First the new keys and values are written to their slots. Then a task is up to QUERIES rows of one sequence on one key head: its query
 // heads are rows too, so that a row of keys is read once for all of them. Keys are taken KEYS at a time, turned into columns, scored, and
@@ -91,16 +91,70 @@ inline void widen_row(const W* from, int64_t width, float* to) {
   for (int64_t end = (width + VL - 1) / VL * VL; c < end; ++c) to[c] = c < width ? widen(from[c]) : 0.f;
 }
 
-// Keys or values `first` to `first + count` of a sequence, entries in front counted, as rows of floats; zeros up to KEYS.
+// Where rows of keys or values lie from one on that are evenly spaced: in front, or in a block.
 template <class W>
-void gather(const Paged<W>& a, const Task& t, const W* pool, const W* front, int64_t first, int64_t count, int64_t width, float* to) {
-  const Sequence& s = a.sequences[t.n];
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t index = first + i;
-    const W* row = index < a.M ? front + ((t.p * a.G + t.g) * a.M + index) * a.D : pool + a.stored(t.p, a.slot(s, index - a.M), t.g);
-    widen_row(row, a.D, to + i * width);
+struct Run {
+  const W* row;
+  int64_t stride, count;
+};
+
+template <class W>
+Run<W> run_at(const Paged<W>& a, const Task& t, const W* pool, const W* front, int64_t index) {
+  if (index < a.M) return {front + ((t.p * a.G + t.g) * a.M + index) * a.D, a.D, a.M - index};
+  const int64_t position = index - a.M, within = position % a.block;
+  const int64_t slot = (int64_t)a.table[a.sequences[t.n].table + position / a.block] * a.block + within;
+  return {pool + a.stored(t.p, slot, t.g), a.G * a.D, a.block - within};
+}
+
+// `count` keys or values from `first` on, entries in front counted, as rows of floats; zeros up to `rows`.
+template <class W>
+void gather(const Paged<W>& a, const Task& t, const W* pool, const W* front, int64_t first, int64_t count, int64_t rows, int64_t width,
+            float* to) {
+  for (int64_t i = 0; i < count;) {
+    Run<W> run = run_at(a, t, pool, front, first + i);
+    for (int64_t end = std::min(count, i + run.count); i < end; ++i, run.row += run.stride) widen_row(run.row, a.D, to + i * width);
   }
-  if (count < KEYS) memset(to + count * width, 0, (KEYS - count) * width * sizeof(float));
+  if (count < rows) memset(to + count * width, 0, (rows - count) * width * sizeof(float));
+}
+
+// KEYS keys as columns: panel j holds NR of them, [width][NR]. Those behind `count` are zero.
+template <class W>
+void gather_columns(const Paged<W>& a, const Task& t, int64_t first, int64_t count, int64_t width, float* spare, float* columns) {
+  for (int64_t c = 0; c < KEYS; c += VL) {
+    uint32_t* panel = (uint32_t*)(columns + c / NR * NR * width + c % NR);
+    if (sizeof(W) == sizeof(float) && a.D == width && c + VL <= count) {
+      Run<W> run = run_at(a, t, a.pool_k, a.front_k, first + c);
+      if (run.count >= VL) {  // read where they lie
+        transpose((const uint32_t*)run.row, run.stride, width, panel);
+        continue;
+      }
+    }
+    gather(a, t, a.pool_k, a.front_k, first + c, std::clamp<int64_t>(count - c, 0, VL), VL, width, spare);
+    transpose((const uint32_t*)spare, width, width, panel);
+  }
+}
+
+// out[rows][width] += weights[rows][count] times values `first` to `first + count`.
+template <class W>
+void add_values(const Paged<W>& a, const Task& t, int64_t first, int64_t count, int64_t width, int rows, const float* weight, float* spare,
+                float* out) {
+  auto multiply = [&](const float* value, int64_t stride, int64_t from, int64_t depth) {
+    for (int i = 0; i < rows; i += MR)
+      for (int64_t c = 0; c < width; c += NR)
+        tile_any<Fused, LDA>(std::min(MR, rows - i), (int)std::min<int64_t>(2, (width - c) / VL), weight + i * LDA + from, 1, value + c,
+                             stride, depth, out + i * width + c, width, true);
+  };
+  if (sizeof(W) == sizeof(float) && a.D == width && rows <= MR) {  // few rows: read where they lie
+    for (int64_t i = 0; i < count;) {
+      Run<W> run = run_at(a, t, a.pool_v, a.front_v, first + i);
+      int64_t depth = std::min(run.count, count - i);
+      multiply((const float*)run.row, run.stride, i, depth);
+      i += depth;
+    }
+    return;
+  }
+  gather(a, t, a.pool_v, a.front_v, first, count, count, width, spare);
+  multiply(spare, width, 0, count);
 }
 
 inline vec lanes_below(int64_t from, int64_t limit, vec v, float other) {  // v where from + lane < limit
@@ -164,12 +218,11 @@ void attend(const Paged<W>& a, const Task& t) {
   const int64_t first_sees = a.M + s.past + t.first + 1, end = first_sees + positions - 1;
   for (int64_t key = 0; key < end; key += KEYS) {
     int64_t count = std::min<int64_t>(KEYS, end - key);
-    gather(a, t, a.pool_k, a.front_k, key, count, width, gathered);
-    for (int64_t c = 0; c < KEYS; c += VL)
-      transpose((const uint32_t*)gathered + c * width, width, width, (uint32_t*)(columns + c / NR * NR * width + c % NR));
+    gather_columns(a, t, key, count, width, gathered, columns);
     for (int i = 0; i < rows; i += MR)
       for (int64_t c = 0; c < KEYS; c += NR)
-        tile_any<Fused, LDA>(std::min(MR, rows - i), 2, query + i * LDA, 1, columns + c * width, NR, width, score + i * LDA + c, LDA, false);
+        tile_any<Fused, LDA>(std::min(MR, rows - i), 2, query + i * LDA, 1, columns + c * width, NR, width, score + i * LDA + c, LDA,
+                             false);
     for (int i = 0; i < rows; ++i) {
       int64_t seen = first_sees + i / shared - key;
       if (seen <= 0) {  // nothing of this block: it adds zeros
@@ -180,11 +233,7 @@ void attend(const Paged<W>& a, const Task& t) {
       if (factor != 1.f)
         for (int64_t c = 0; c < width; c += VL) store(out + i * width + c, load(out + i * width + c) * factor);
     }
-    gather(a, t, a.pool_v, a.front_v, key, count, width, gathered);
-    for (int i = 0; i < rows; i += MR)
-      for (int64_t c = 0; c < width; c += NR)
-        tile_any<Fused, LDA>(std::min(MR, rows - i), (int)std::min<int64_t>(2, (width - c) / VL), score + i * LDA, 1, gathered + c, width, count,
-                             out + i * width + c, width, true);
+    add_values(a, t, key, count, width, rows, score, gathered, out);
   }
   for (int i = 0; i < rows; ++i) {
     W* y = a.y + a.at(3, t.p, t.g * shared + i % shared, s.first + t.first + i / shared);
@@ -226,8 +275,8 @@ void call(void* const* data, const int64_t* strides, const int64_t* sequences, c
 
 }  // namespace
 
-// `data` holds q, new k, new v, y, the pool's keys and values, keys and values in front (or null); `strides` (stream, head, row) of the first
-// four; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table`; `sizes` P, T, N, H, G, D, M,
+// `data` holds q, new k, new v, y, the pool's keys and values, keys and values in front (or null); `strides` (stream, head, row) of the
+// first four; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table`; `sizes` P, T, N, H, G, D, M,
 // slots, slots of a block.
 extern "C" void anabranch_paged_attention(int is_half, void* const* data, const int64_t* strides, const int64_t* sequences,
                                           const int32_t* table, const int64_t* sizes, float scale, int threads) {

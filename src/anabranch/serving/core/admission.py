@@ -78,6 +78,7 @@ class Admission:
         window_s = self.config.window_s
         self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)  # that leave the queue
         self._end_rate = DrainRate(window_s)  # requests that end
+        self._pace = Pace(window_s)
 
     def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
         """Let a request of ``num_tokens`` prompt tokens in; close the ticket when it ends.
@@ -94,8 +95,8 @@ class Admission:
 
     def expected_first_token_s(self, num_tokens: int) -> float | None:
         """Seconds to the first token of a request that came now; None before anything is known of the engine's pace."""
-        rate = self._token_rate.per_s(self._clock())
-        return None if rate is None else _wait_s(self.queued_tokens + num_tokens, rate)
+        expected_s = self._pace.expected_s(self.queued + 1, self.queued_tokens + num_tokens)
+        return None if expected_s is None else expected_s * self._request_rate.slowdown(self._clock())
 
     def _check_limits(self, num_tokens: int, key: str) -> None:
         config, now = self.config, self._clock()
@@ -144,7 +145,7 @@ class Admission:
         self.queued_tokens -= ticket.num_tokens
         if is_served:  # one that goes away makes room, but says nothing of the engine's pace
             self._token_rate.drained(ticket.num_tokens, now)
-            self._request_rate.drained(1, now)
+            self._pace.took(ticket.num_tokens, self._request_rate.drained(1, now))
         if not self.queued:
             self._token_rate.pause(now)
             self._request_rate.pause(now)
@@ -217,28 +218,70 @@ class DrainRate:
         self._advance(now)
         self._since = None
 
-    def drained(self, amount: float, now: float) -> None:
-        """So much has gone."""
+    def drained(self, amount: float, now: float) -> float:
+        """So much has gone; gives the busy seconds since the last time."""
         self._advance(now)
+        took_s = self._elapsed_s
         kept = math.exp(-self._elapsed_s / self._window_s)
         self._amount = self._amount * kept + amount
         self._busy_s = self._busy_s * kept + self._elapsed_s
         self._times = self._times * kept + 1
         self._elapsed_s = 0.0
+        return took_s
 
     def per_s(self, now: float) -> float | None:
         """Amount per second; None before anything has drained."""
         self._advance(now)
         if self._busy_s <= 0:
             return None
+        return self._amount / self._busy_s / self.slowdown(now)
+
+    def slowdown(self, now: float) -> float:
+        """How many times slower it has become by what is overdue now; 1 as long as nothing is."""
+        self._advance(now)
+        if self._busy_s <= 0:
+            return 1.0
         overdue_s = max(0.0, self._elapsed_s - self._busy_s / self._times)
-        kept = math.exp(-overdue_s / self._window_s)
-        return self._amount * kept / (self._busy_s * kept + overdue_s)
+        fade = min(overdue_s / self._window_s, 100.0)  # a queue that stands still for hours is as good as dead
+        return 1 + overdue_s * math.exp(fade) / self._busy_s
 
     def _advance(self, now: float) -> None:
         if self._since is not None and now > self._since:
             self._elapsed_s += now - self._since
             self._since = now
+
+
+class Pace:
+    """What a request and what a token of its prompt add to the time between two first tokens: a line fitted to the faded past.
+
+    Both are at least zero. As long as prompts were of about one length there is no telling them apart, and all is the requests': a
+    long prompt is then expected too early rather than refused for what short ones took.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._count = self._tokens = self._seconds = self._squares = self._products = 0.0  # faded sums
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        """A request of so many prompt tokens got its first token, so many seconds after the one before."""
+        kept = math.exp(-seconds / self._window_s)
+        self._count = self._count * kept + 1
+        self._tokens = self._tokens * kept + num_tokens
+        self._seconds = self._seconds * kept + seconds
+        self._squares = self._squares * kept + num_tokens * num_tokens
+        self._products = self._products * kept + num_tokens * seconds
+
+    def expected_s(self, count: int, num_tokens: int) -> float | None:
+        """Seconds that ``count`` requests of ``num_tokens`` in all take; None before any did."""
+        if self._seconds <= 0:
+            return None
+        mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count
+        variance = self._squares / self._count - mean_tokens * mean_tokens
+        per_token = 0.0
+        if variance > 0.01 * mean_tokens * mean_tokens:  # lengths that differ by a tenth
+            slope = (self._products / self._count - mean_tokens * mean_s) / variance
+            per_token = min(max(slope, 0.0), mean_s / mean_tokens)  # up to where a request alone costs nothing
+        return (mean_s - per_token * mean_tokens) * count + per_token * num_tokens
 
 
 def _wait_s(amount: float, rate: float | None) -> float:

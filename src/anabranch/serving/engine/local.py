@@ -17,10 +17,11 @@ class LocalEngine(StreamsClient):
 
     Args:
         make: makes the engine, in its thread.
+        max_restarts: how often `restart` may be called.
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
+        super().__init__(max_restarts)
         self._make = make
         self._loop: EngineLoop | None = None
         self._thread: threading.Thread | None = None
@@ -48,9 +49,7 @@ class LocalEngine(StreamsClient):
         assert self._loop is not None
         self._loop.put(command)
 
-    async def close(self, drain_s: float = 0.0) -> None:
-        """See `StreamsClient.close`; the thread has ended afterwards."""
-        await super().close(drain_s)
+    async def _ended(self) -> None:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 

@@ -37,9 +37,8 @@ class ProcessEngine(StreamsClient):
     """
 
     def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
-        super().__init__()
+        super().__init__(max_restarts)
         self._make = make
-        self.max_restarts, self.restarts = max_restarts, 0
         self.process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -60,7 +59,8 @@ class ProcessEngine(StreamsClient):
             first = await asyncio.to_thread(self._greet, connection)
         except BaseException as error:
             connection.close()
-            self._reap()
+            self.process.kill()  # it has said what it had to, or nobody waits for it any longer
+            await asyncio.to_thread(self.process.wait)
             if isinstance(error, Exception):
                 raise as_error(error) from error
             raise
@@ -82,14 +82,6 @@ class ProcessEngine(StreamsClient):
         if isinstance(answer, BaseException):
             raise answer
         return answer
-
-    async def restart(self) -> EngineInfo:
-        """Start anew after a crash. Raises BackendError when that has been done ``max_restarts`` times."""
-        if self.restarts >= self.max_restarts:
-            raise BackendError(f"the engine has crashed {self.restarts + 1} times; it is not started again")
-        self.restarts += 1
-        await self._ended()
-        return await self.start()
 
     @property
     def is_alive(self) -> bool:
@@ -128,11 +120,6 @@ class ProcessEngine(StreamsClient):
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
-
-    async def close(self, drain_s: float = 0.0) -> None:
-        """See `StreamsClient.close`; the process has ended afterwards."""
-        await super().close(drain_s)
-        await self._ended()
 
     async def _ended(self) -> None:
         threads, self._threads = self._threads, []

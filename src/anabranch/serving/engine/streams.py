@@ -62,9 +62,14 @@ class _Stream:
 
 
 class StreamsClient:
-    """Base of clients whose loop is elsewhere. One says how commands get there (`_send`), and calls `_deliver` with what comes back."""
+    """Base of clients whose loop is elsewhere. One says how commands get there (`_send`), and calls `_deliver` with what comes back.
 
-    def __init__(self) -> None:
+    Args:
+        max_restarts: how often `restart` may be called.
+    """
+
+    def __init__(self, max_restarts: int = 3) -> None:
+        self.max_restarts, self.restarts = max_restarts, 0
         self.info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
@@ -75,6 +80,22 @@ class StreamsClient:
 
     def _send(self, command: Command) -> None:
         raise NotImplementedError  # abstract
+
+    async def start(self) -> EngineInfo:
+        """Load and warm up. Raises AnabranchError if it cannot."""
+        raise NotImplementedError  # abstract
+
+    async def _ended(self) -> None:
+        """Wait until nothing is left of a loop that was closed or has crashed."""
+        raise NotImplementedError  # abstract
+
+    async def restart(self) -> EngineInfo:
+        """Start anew after a crash. Raises BackendError when that has been done ``max_restarts`` times."""
+        if self.restarts >= self.max_restarts:
+            raise BackendError(f"the engine has crashed {self.restarts + 1} times; it is not started again")
+        self.restarts += 1
+        await self._ended()
+        return await self.start()
 
     @property
     def is_ready(self) -> bool:
@@ -133,12 +154,12 @@ class StreamsClient:
             self._replies.pop(number, None)
 
     async def close(self, drain_s: float = 0.0) -> None:
-        """Take no more requests, let those under way end for ``drain_s`` seconds, abort the rest."""
-        if self._closed is None:
-            return
-        self._is_open = False
-        self._send(Close(drain_s))
-        await self._closed.wait()
+        """Take no more requests, let those under way end for ``drain_s`` seconds, abort the rest; nothing is left of the loop then."""
+        if self._closed is not None:
+            self._is_open = False
+            self._send(Close(drain_s))
+            await self._closed.wait()
+        await self._ended()
 
     # What comes back; in the thread of the event loop
 

@@ -249,6 +249,10 @@ class ExpertCache:
         """Whether an expert is in a slot, whole, and no one is about to use it."""
         return expert in self.slot_of and expert not in self.loading and expert not in self.wanted
 
+    def is_fresh(self, expert: Expert) -> bool:
+        """Whether an expert was loaded ahead and has not been used since."""
+        return expert in self._fresh
+
     @property
     def resident(self) -> list[Expert]:
         """Experts in slots that are whole."""

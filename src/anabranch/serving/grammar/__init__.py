@@ -4,7 +4,7 @@ schema -> nodes of a pushdown automaton over bytes (`machine`) -> states, made a
 """
 
 from anabranch.serving.grammar.compile import compile
-from anabranch.serving.grammar.forms import choice, regex, sequence
+from anabranch.serving.grammar.forms import choice, regex, repeat, sequence
 from anabranch.serving.grammar.grammar import Grammar
 
-__all__ = ["Grammar", "choice", "compile", "regex", "sequence"]
+__all__ = ["Grammar", "choice", "compile", "regex", "repeat", "sequence"]

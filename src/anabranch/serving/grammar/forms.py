@@ -1,4 +1,4 @@
-"""Texts that are no JSON, or JSON with text around it, said where a JSON schema is said: `regex`, `choice`, `sequence`."""
+"""Texts that are no JSON, or JSON with text around it, said where a JSON schema is said: `regex`, `choice`, `sequence`, `repeat`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from anabranch.serving.grammar.pattern import parse
 from anabranch.serving.grammar.schema import json_schema
 from anabranch.serving.grammar.text import utf8_character
 
-__all__ = ["build", "choice", "regex", "sequence"]
+__all__ = ["build", "choice", "regex", "repeat", "sequence"]
 
-_REGEX, _CHOICE, _SEQUENCE = "anabranch:regex", "anabranch:choice", "anabranch:sequence"
+_REGEX, _CHOICE, _SEQUENCE, _REPEAT = (f"anabranch:{name}" for name in ("regex", "choice", "sequence", "repeat"))
 
 
 def regex(pattern: str) -> dict[str, Any]:
@@ -28,6 +28,11 @@ def choice(options: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
 def sequence(parts: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """For `Sampling.grammar`: one part after the other, each a text, a JSON schema or another form."""
     return {_SEQUENCE: list(parts)}
+
+
+def repeat(part: str | dict[str, Any], least: int = 0, most: int | None = None) -> dict[str, Any]:
+    """For `Sampling.grammar`: ``part``, a text, a JSON schema or another form, from ``least`` to ``most`` times; None for no end."""
+    return {_REPEAT: [part, least, most]}
 
 
 def build(machine: Machine, form: Any) -> int:
@@ -51,4 +56,7 @@ def _build(machine: Machine, form: Any) -> int:
             return machine.choice(*(_build(machine, option) for option in value))
         if name == _SEQUENCE:
             return machine.sequence(*(_build(machine, part) for part in value))
+        if name == _REPEAT:
+            part, least, most = value
+            return machine.repeat(_build(machine, part), least, most)
     return json_schema(machine, form)

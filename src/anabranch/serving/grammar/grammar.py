@@ -41,17 +41,19 @@ class Grammar:
 
     def mask(self, state: int) -> NDArray[np.bool_]:
         """[V], True for tokens that may come next. Kept for the next time: do not write into it."""
-        mask_V = self._masks.get(state)
+        # Counters that no token can run out make no difference: the masks of all such states are one.
+        key = state if state == _ENDED else self._machine.near(state, self._vocabulary.longest)
+        mask_V = self._masks.get(key)
         if mask_V is not None:
-            self._masks.move_to_end(state)
+            self._masks.move_to_end(key)
             return mask_V
         if state == _ENDED:
             mask_V = np.zeros(len(self._vocabulary.pieces), dtype=np.bool_)
         else:
-            mask_V = self._vocabulary.allowed(self._machine, state)
+            mask_V = self._vocabulary.allowed(self._machine, key)
         mask_V[self._ends[self._ends < len(mask_V)]] = self.is_final(state)
         mask_V.flags.writeable = False
-        self._masks[state] = mask_V
+        self._masks[key] = mask_V
         if len(self._masks) > _KEPT_MASKS:
             self._masks.popitem(last=False)
         return mask_V

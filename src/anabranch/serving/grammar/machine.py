@@ -49,7 +49,12 @@ class _Lazy:
     key: Hashable
 
 
-_Node = _Bytes | _Sequence | _Choice | _Repeat | _Lazy
+@dataclass(frozen=True, slots=True)
+class _Regular:
+    state: int  # that its text has come to
+
+
+_Node = _Bytes | _Sequence | _Choice | _Repeat | _Lazy | _Regular
 
 
 class Machine:
@@ -66,6 +71,9 @@ class Machine:
         self._items: list[tuple[tuple[int, int], ...]] = [()]  # of each state: (set of bytes, stack after it)
         self._final: list[bool] = [False]
         self._state_of: dict[tuple[frozenset[tuple[int, int]], bool], int] = {(frozenset(), False): DEAD}
+        self._arcs_of: dict[int, list[tuple[int, int]]] = {}
+        self._near_of: dict[int, int] = {}
+        self._stepped: dict[tuple[int, int], int] = {}
         self.next_N256: NDArray[np.int32] = np.zeros((64, 256), dtype=np.int32)
         self.filled_N: NDArray[np.bool_] = np.zeros(64, dtype=np.bool_)
         self.filled_N[DEAD] = True
@@ -108,6 +116,10 @@ class Machine:
             self._expand.setdefault(key, expand)
         return self._node(_Lazy(key))
 
+    def regular(self, node: int) -> int:
+        """``node``, made deterministic once rather than on every stack it is the top of; for small ones without recursion."""
+        return node if node == self.nothing else self._node(_Regular(self.start(node)))
+
     def _node(self, node: _Node) -> int:
         number = self._node_of.setdefault(node, len(self._nodes))
         if number == len(self._nodes):
@@ -131,9 +143,14 @@ class Machine:
 
     def step(self, state: int, byte: int) -> int:
         """The state after ``byte``; `DEAD` if it may not follow."""
-        if not self.filled_N[state]:
-            self.fill(state)
-        return int(self.next_N256[state, byte])
+        if self.filled_N[state]:
+            return int(self.next_N256[state, byte])
+        # Whole rows are for masks; a text that is followed needs one byte of each.
+        if (state, byte) not in self._stepped:
+            self._stepped[state, byte] = self._close(
+                [stack for bytes_set, stack in self._items[state] if bytes_set >> byte & 1]
+            )
+        return self._stepped[state, byte]
 
     def accepts(self, node: int, text: bytes) -> bool:
         """Whether the whole of ``text`` matches ``node``."""
@@ -181,6 +198,10 @@ class Machine:
             if isinstance(node, _Bytes):
                 items.add((node.set, below))
                 continue
+            if isinstance(node, _Regular):
+                items.update((bytes_set, self._behind(target, below)) for bytes_set, target in self._arcs(node.state))
+                if not self._final[node.state]:
+                    continue
             for new in self._unfold(node, below):
                 if new not in seen:
                     seen.add(new)
@@ -191,6 +212,8 @@ class Machine:
 
     def _unfold(self, node: _Node, below: int) -> list[int]:
         """The stacks that ``node`` on top of ``below`` stands for."""
+        if isinstance(node, _Regular):
+            return [below]  # it may end here
         if isinstance(node, _Sequence):
             for part in reversed(node.parts):
                 below = self._push(part, below)
@@ -207,6 +230,45 @@ class Machine:
         if node.key not in self._expanded:
             self._expanded[node.key] = self._expand.pop(node.key)()
         return [self._push(self._expanded[node.key], below)]
+
+    def _behind(self, state: int, below: int) -> int:
+        """The stack of a regular text that has come to ``state``."""
+        is_whole = self._final[state] and not self._items[state]
+        return below if is_whole else self._push(self._node(_Regular(state)), below)
+
+    def _arcs(self, state: int) -> list[tuple[int, int]]:
+        """(set of bytes, next state) of each next state."""
+        if state not in self._arcs_of:
+            if not self.filled_N[state]:
+                self.fill(state)
+            sets: dict[int, int] = {}
+            for byte, target in enumerate(self.next_N256[state].tolist()):
+                if target != DEAD:
+                    sets[target] = sets.get(target, 0) | 1 << byte
+            self._arcs_of[state] = [(bytes_set, target) for target, bytes_set in sets.items()]
+        return self._arcs_of[state]
+
+    def near(self, state: int, horizon: int) -> int:
+        """A state that lets the same texts of up to ``horizon`` bytes through, and is the same for all whose counters are further."""
+        if state not in self._near_of:
+            items = frozenset((bytes_set, self._near_stack(stack, horizon)) for bytes_set, stack in self._items[state])
+            self._near_of[state] = (
+                state if items == frozenset(self._items[state]) else self._state(items, self._final[state])
+            )
+        return self._near_of[state]
+
+    def _near_stack(self, stack: int, horizon: int) -> int:
+        path = []
+        while stack != _EMPTY:
+            top, stack = self._stacks[stack]
+            path.append(top)
+        for top in reversed(path):
+            node = self._nodes[top]
+            if isinstance(node, _Repeat):
+                most = None if node.most is None or node.most > horizon else node.most
+                top = self.repeat(node.part, min(node.least, horizon), most)
+            stack = self._push(top, stack)
+        return stack
 
     def _state(self, items: frozenset[tuple[int, int]], final: bool) -> int:
         state = self._state_of.setdefault((items, final), len(self._final))

@@ -45,7 +45,7 @@ def complement(ranges: Ranges) -> Ranges:
 
 def utf8_character(machine: Machine, ranges: Ranges) -> int:
     """One character out of ``ranges`` in UTF-8."""
-    return machine.choice(*_utf8(machine, ranges))
+    return machine.regular(machine.choice(*_utf8(machine, ranges)))
 
 
 def json_character(machine: Machine, ranges: Ranges) -> int:
@@ -63,7 +63,7 @@ def json_character(machine: Machine, ranges: Ranges) -> int:
             first = machine.choice(*_hex(machine, 0xD800 + high_first, 0xD800 + high_last))
             second = machine.choice(*_hex(machine, 0xDC00 + low_first, 0xDC00 + low_last))
             options.append(machine.sequence(escape, first, escape, second))
-    return machine.choice(*options)
+    return machine.regular(machine.choice(*options))
 
 
 def json_literal(machine: Machine, text: str) -> int:

@@ -1,0 +1,190 @@
+"""Does goodput stay flat when more is asked for than can be done? Open-loop load at 0.5 to 5 times what saturates a server.
+
+Goodput is requests per second that end whole within the objective (the client waits no longer). Contestants, in turns within each
+round: ours with its limits, told each request's deadline; ours without limits; vLLM's CPU server where --vllm gives the Python of an
+environment that has it, with its own defaults. Prompts and answers have random lengths; each load has the same requests for all.
+
+Bar: ours with limits keeps at least 90% of its best goodput from 1 to 5 times the saturating load.
+
+    python benchmarks/serving_goodput.py --seconds 30 --json benchmarks/results/serving_goodput.json
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from _serving_http import Result, Server, ask, ours, save_small_moe
+
+LOADS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+NAME, VLLM_PORT = "model", 18123
+UNLIMITED = [
+    "http.admission.max_in_flight=none",
+    "http.admission.max_queued=none",
+    "http.admission.max_queued_tokens=none",
+]
+
+
+def body(rng: random.Random) -> dict[str, Any]:
+    """A request."""
+    prompt = " ".join(rng.choices(["river", "weir", "bank", "ford", "reed"], k=rng.randint(5, 60)))
+    return {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": rng.randint(8, 48),
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+    }
+
+
+async def capacity(url: str, streams: int, seconds: float) -> tuple[float, float]:
+    """Requests per second with so many clients that never pause, and the median time of one."""
+    done: list[Result] = []
+    end = time.monotonic() + seconds
+
+    async def client(number: int, session: aiohttp.ClientSession) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < end:
+            done.append(await ask(session, url, body(rng)))
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(client(number, session) for number in range(streams)))
+    return len(done) / seconds, statistics.median(result.total_s for result in done)
+
+
+async def load(url: str, rate: float, seconds: float, slo_s: float, seed: int, tells_deadline: bool) -> dict[str, Any]:
+    """Poisson arrivals at ``rate`` per second."""
+    rng, results = random.Random(seed), []
+    headers = {"x-deadline-ms": str(round(slo_s * 1000))} if tells_deadline else None
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(wanted: dict[str, Any]) -> None:
+            results.append(await ask(session, url, wanted, headers, slo_s))
+
+        tasks, begin, at = [], time.monotonic(), 0.0
+        while at < seconds:
+            await asyncio.sleep(max(0.0, begin + at - time.monotonic()))
+            tasks.append(asyncio.create_task(one(body(rng))))
+            at += rng.expovariate(rate)
+        await asyncio.gather(*tasks)
+    good = [result for result in results if result.outcome == "whole" and result.total_s <= slo_s]
+    firsts = sorted(result.ttft_s for result in results if result.ttft_s is not None)
+    return {
+        "rate": round(rate, 2), "sent": len(results), "goodput": round(len(good) / seconds, 3),
+        "rejected": sum(result.status in (429, 503) for result in results), "late": sum(result.outcome in ("late",) for result in results),
+        "ttft_p50_s": _quantile(firsts, 0.5), "ttft_p99_s": _quantile(firsts, 0.99),
+    }  # fmt: skip
+
+
+def _quantile(values: list[float], share: float) -> float | None:
+    return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
+
+
+def vllm(python: str, model: str) -> Server:
+    """vLLM's server on the processor, as it comes."""
+    command = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--served-model-name",
+        NAME,
+        "--port",
+        str(VLLM_PORT),
+    ]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    server = Server([*command, "--enforce-eager", "--dtype", "float32"], f"http://127.0.0.1:{VLLM_PORT}", environment)
+    asyncio.run(_until_ready(server.url))
+    return server
+
+
+async def _until_ready(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for _ in range(1200):
+            answer = await ask(session, url, {"model": NAME, "prompt": "x", "max_tokens": 1})
+            if answer.outcome == "whole":
+                return
+            await asyncio.sleep(0.5)
+    raise SystemExit("vLLM did not start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=8, help="sequences in a step (engine.max_seqs)")
+    parser.add_argument(
+        "--slo", type=float, help="seconds a request may take; default: four times the median at saturation"
+    )
+    parser.add_argument(
+        "--model", help="a model's folder (vLLM needs a Hugging Face one); default: small, of random weights"
+    )
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = given.model or save_small_moe(Path(folder))
+        base = [
+            "--set",
+            f"engine.name={NAME}",
+            "--set",
+            f"engine.max_seqs={given.streams}",
+            "--set",
+            "engine.kv_memory=256MiB",
+        ]
+        queued = ["--set", f"http.admission.max_queued={2 * given.streams}"]
+        contestants = {"ours": (ours(model, *base, *queued), True)}
+        contestants["ours without limits"] = (
+            ours(model, *base, *(word for item in UNLIMITED for word in ("--set", item))),
+            False,
+        )
+        if given.vllm:
+            contestants["vllm"] = (vllm(given.vllm, model), False)
+        report: dict[str, Any] = {"seconds": given.seconds, "contestants": {}}
+        limits = {}
+        for name, (server, _) in contestants.items():
+            limits[name] = asyncio.run(capacity(server.url, given.streams, given.seconds))
+            print(f"{name}: {limits[name][0]:.2f} requests/s at saturation, median {limits[name][1]:.2f} s", flush=True)
+        slo_s = given.slo or 4 * limits["ours"][1]
+        report["slo_s"] = round(slo_s, 3)
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+        for round_number in range(given.rounds):
+            for times in LOADS:
+                for name, (server, tells) in contestants.items():
+                    row = asyncio.run(
+                        load(server.url, times * limits[name][0], given.seconds, slo_s, round_number, tells)
+                    )
+                    rows[name].append({"times": times, **row})
+                    print(f"{name} {times}x: {row}", flush=True)
+                    asyncio.run(_until_ready(server.url))
+        for name, (server, _) in contestants.items():
+            best = max(row["goodput"] for row in rows[name])
+            over = [row["goodput"] for row in rows[name] if row["times"] >= 1]
+            kept = round(min(over) / best, 3) if best else 0.0
+            report["contestants"][name] = {
+                "capacity": round(limits[name][0], 3),
+                "kept": kept,
+                "rows": rows[name],
+                "exit": server.end(),
+            }
+    print(json.dumps({name: {"kept": row["kept"]} for name, row in report["contestants"].items()}))
+    if given.json is not None:
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

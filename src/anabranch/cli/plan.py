@@ -1,0 +1,352 @@
+"""``anabranch plan``: what a model can reach on some hardware, and the pipeline that comes near it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson
+from anabranch.cli.output import fact, print_json, say, size, table
+from anabranch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anabranch.serving.nanoflow.cost import Estimate
+    from anabranch.serving.nanoflow.hardware import Hardware
+    from anabranch.serving.nanoflow.interference import ShareTable
+    from anabranch.serving.nanoflow.search import Pipeline
+    from anabranch.serving.nanoflow.shape import ModelShape
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+FIELDS = {
+    "compute": "compute",
+    "bandwidth": "memory_bandwidth",
+    "memory": "memory_bytes",
+    "network": "network_bandwidth",
+}
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model, a preset, or a published one (llama-2-70b). Without it, published ones and hardware are listed.",
+        ),
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="a100, h100, ...; cpu or cuda measures this machine; a .json profile; or compute=312T,bandwidth=2T,memory=80G.",
+        ),
+    ] = "cpu",
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Tensor-parallel devices. Default: so many that weights fill a quarter of them."
+        ),
+    ] = None,
+    prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of a prompt.")] = 512,
+    output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of an answer.")] = 1024,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Tokens of an iteration. Default: the power of two that memory can keep decoding for.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16, int8, int4.")
+    ] = "float16",
+    search: Annotated[
+        bool, typer.Option("--search", metavar=" ", help="Search the best pipeline of nano-batches.")
+    ] = False,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the search.")] = 60.0,
+    table_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--shares", metavar="FILE", help="R -> P table as JSON. Default: the paper's points; measured with cpu."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Pipeline file: read if it fits model, hardware and lengths, else written."),
+    ] = None,
+    save_hardware: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the profile of the hardware as JSON, for --hardware.")
+    ] = None,
+    gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calculate what a model can reach on hardware: what bounds it, tokens per second, time of each operation.
+
+    The formulas are NanoFlow's (arXiv 2408.12757); --search finds the order and shares in which its operations run side by side.
+    """
+    from anabranch.serving.nanoflow.cost import Workload, estimate, fitting_devices, largest_batch
+
+    if model is None:
+        _list_known(as_json)
+        return
+    if dtype not in BYTES:
+        raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(BYTES)}")
+    shape = _shape(model, BYTES[dtype])
+    device = read_hardware(hardware, dtype)
+    count = devices or (fitting_devices(shape, device) if device.network_bandwidth else 1)
+    device = device.replace(num_devices=count)
+    tokens = batch or largest_batch(shape, device, prompt, output)
+    workload = Workload(prompt=prompt, output=output, dense_batch=tokens)
+    found = estimate(shape, device, workload)
+    if save_hardware is not None:
+        device.save(save_hardware)
+    wants_pipeline = search or out is not None or gantt is not None
+    shares = _shares(table_file, hardware) if wants_pipeline else None
+    pipeline = _pipeline(found, budget, shares, out) if shares is not None else None
+    if pipeline is not None and gantt is not None:
+        from anabranch.serving.nanoflow.simulate import save_gantt
+
+        save_gantt(pipeline.timeline(shares), gantt)
+    if as_json:
+        print_json({**describe(found), **({"pipeline": pipeline.to_dict()} if pipeline else {})})
+        return
+    _print(found)
+    if pipeline is not None:
+        _print_pipeline(pipeline, found)
+    for path in (save_hardware, out, gantt):
+        if path is not None:
+            fact("wrote", str(path))
+
+
+def describe(found: Estimate) -> dict[str, Any]:
+    """An estimate, JSON-ready."""
+    hardware, workload = found.hardware, found.workload
+    return {
+        "model": {
+            "name": found.model.name,
+            "parameters": found.model.parameters,
+            "active_parameters": found.model.active_parameters,
+            "weights_bytes": found.model.weights_bytes,
+            "kv_bytes_per_token": found.model.kv_bytes_per_token,
+        },
+        "hardware": hardware.to_dict(),
+        "workload": {"prompt": workload.prompt, "output": workload.output, "dense_batch": workload.dense_batch},
+        "t_mem_s": found.t_mem_s,
+        "t_compute_s": found.t_compute_s,
+        "t_net_s": found.t_net_s,
+        "t_r": found.t_r,
+        "bound": found.bound,
+        "optimal_tokens_s": found.optimal_tokens_s,
+        "optimal_tokens_s_per_device": found.optimal_per_device,
+        "kv_tokens": found.kv_tokens,
+        "fits_batch": found.fits_batch,
+        "operations": [
+            {
+                "name": op.name,
+                "resource": op.resource,
+                "gflop": op.flops / 1e9,
+                "gbyte": op.bytes / 1e9,
+                "network_gbyte": op.network_bytes / 1e9,
+                "compute_ms": op.compute_s * 1e3,
+                "memory_ms": op.memory_s * 1e3,
+                "network_ms": op.network_s * 1e3,
+                "expected_ms": op.duration_s * 1e3,
+            }
+            for op in found.operations
+        ],
+    }
+
+
+def read_hardware(text: str, dtype: str = "float16") -> Hardware:
+    """A profile by name, file, measurement or numbers. Raises ConfigError for anything else."""
+    from anabranch.serving.nanoflow.hardware import Hardware, find_hardware
+
+    if text in ("cpu", "cuda"):
+        import torch
+
+        from anabranch.serving.nanoflow.measure import measure
+
+        say(f"measuring {text} ...")
+        return measure(
+            text,
+            dtype=getattr(torch, dtype if dtype in ("float32", "bfloat16", "float16") and text != "cpu" else "float32"),
+        )
+    if "=" not in text:
+        return find_hardware(text)
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)([kMGTP]?)", number)
+        if name not in FIELDS or match is None:
+            raise ConfigError(
+                f"--hardware has {part.strip()!r}; write {', '.join(FIELDS)} as numbers, e.g. compute=312T"
+            )
+        values[FIELDS[name]] = float(match[1]) * POWERS[match[2]]
+    missing = [name for name in ("compute", "bandwidth", "memory") if FIELDS[name] not in values]
+    if missing:
+        raise ConfigError(f"--hardware has no {missing[0]}; it needs compute, bandwidth and memory")
+    return Hardware(name="device", **values)
+
+
+def _shape(model: str, weight_bytes: float) -> ModelShape:
+    """A model's shape: a published name, else what ``anabranch info`` takes."""
+    import dataclasses
+
+    from anabranch.serving.nanoflow.shape import PUBLISHED, find_shape, shape_of
+
+    cached = max(weight_bytes, 2.0)  # keys, values and activations are not packed below 16 bits
+    if model in PUBLISHED:
+        return dataclasses.replace(
+            find_shape(model), weight_bytes=weight_bytes, kv_bytes=cached, activation_bytes=cached
+        )
+    if not Path(model).exists():
+        from anabranch import presets
+
+        if model in presets.names():
+            return shape_of(presets.find(model)("tiny").model, model, weight_bytes=weight_bytes, kv_bytes=cached)
+        if "/" not in model:
+            import difflib
+
+            known = [*PUBLISHED, *presets.names()]
+            near = difflib.get_close_matches(model.lower(), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "anabranch plan lists what is known"
+            raise ConfigError(f"{model!r} is no model, no preset and no published name; {hint}")
+    from anabranch.lm import load_config
+
+    return shape_of(load_config(model), Path(model).name, weight_bytes=weight_bytes, kv_bytes=cached)
+
+
+def _shares(path: Path | None, hardware: str) -> ShareTable:
+    """A table from a file, of this machine's CPU, or the paper's."""
+    import json
+
+    from anabranch.errors import DataError
+    from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
+
+    if path is None and hardware == "cpu":
+        from anabranch.serving.nanoflow.measure import measure_shares
+
+        say("measuring how operations slow each other ...")
+        return measure_shares()
+    if path is None:
+        return PAPER_TABLE
+    try:
+        return ShareTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise DataError(f"{path} is no share table: {error}") from None
+
+
+def _pipeline(found: Estimate, budget: float, shares: ShareTable, out: Path | None) -> Pipeline:
+    from anabranch.serving.nanoflow.search import load_pipeline, search
+
+    if out is not None:
+        known = load_pipeline(out, found.model, found.hardware, found.workload, shares)
+        if known is not None:
+            return known
+    made = search(found.model, found.hardware, found.workload, table=shares, budget_s=budget)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def _print(found: Estimate) -> None:
+    model, hardware, workload = found.model, found.hardware, found.workload
+    number = f"{hardware.num_devices} x {hardware.name}" if hardware.num_devices > 1 else hardware.name
+    sizes = f"{model.parameters / 1e9:.3g} B parameters, {model.active_parameters / 1e9:.3g} B active"
+    fact("model", f"{model.name}   {sizes}, {size(model.weights_bytes)}")
+    speeds = f"{hardware.best_compute / 1e12:.4g} TFLOP/s, {size(hardware.memory_bandwidth)}/s"
+    fact("on", f"{number}   {speeds}, {size(hardware.memory_bytes)} each")
+    lengths = f"{workload.prompt:g} tokens in, {workload.output:g} out"
+    fact("load", f"{lengths}, {workload.dense_batch} an iteration")
+    bounds = (("memory", found.t_mem_s), ("compute", found.t_compute_s), ("network", found.t_net_s))
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in bounds)
+    fact("bound", f"{found.bound}   T_R {found.t_r:.3f}   {parts}")
+    fact("optimum", f"{found.optimal_tokens_s:,.0f} tokens/s, {found.optimal_per_device:,.0f} of each device")
+    short = "" if found.fits_batch else "; too few for this batch"
+    fact("cache", f"{found.kv_tokens:,} tokens fit, {size(model.kv_bytes_per_token)} each{short}")
+    print()
+    total = [0.0] * 4
+    rows = []
+    for op in found.operations:
+        times = [op.compute_s, op.memory_s, op.network_s, op.duration_s]
+        total = [one + other for one, other in zip(total, times, strict=True)]
+        work = [f"{op.flops / 1e9:,.1f}", f"{op.bytes / 1e9:,.1f}", f"{op.network_bytes / 1e9:,.1f}"]
+        rows.append([op.name, op.resource, *work, *(f"{seconds * 1e3:.2f}" for seconds in times)])
+    rows.append(["total", "", "", "", "", *(f"{seconds * 1e3:.2f}" for seconds in total)])
+    headers = [
+        "operation",
+        "bound by",
+        "GFLOP",
+        "GB",
+        "net GB",
+        "compute\n(ms)",
+        "memory\n(ms)",
+        "network\n(ms)",
+        "expected\n(ms)",
+    ]
+    table(headers, rows, text_columns=2)
+    if not found.pays:
+        print()
+        fact("advice", f"T_R is {found.t_r:.2f}, above 1: nano-batches will not pay, asynchronous scheduling does")
+
+
+def _print_pipeline(pipeline: Pipeline, found: Estimate) -> None:
+    ops = pipeline.schedule.graph.ops
+    shares = pipeline.schedule.shares or (1.0,) * len(ops)
+    layers = found.model.num_layers
+    print()
+    rows = [
+        [
+            ops[number].name,
+            ops[number].resource,
+            f"{ops[number].start}-{ops[number].end}",
+            f"{shares[number]:.1f}",
+            f"{ops[number].duration_s * 1e6:.0f}",
+        ]
+        for number in pipeline.schedule.order
+    ]
+    table(["start order", "bound by", "tokens", "share", "alone\n(us)"], rows, text_columns=2)
+    print()
+    rate = found.workload.dense_batch / (pipeline.period_s * layers)
+    fact(
+        "pipeline",
+        f"  {pipeline.speedup:.3f} x one after the other, {pipeline.sequential_s / pipeline.split_s:.3f} x if only split",
+    )
+    fact("reaches", f"{rate:,.0f} tokens/s, {rate / found.optimal_tokens_s:.0%} of the optimum (simulated)")
+
+
+def _list_known(as_json: bool) -> None:
+    from anabranch.serving.nanoflow.hardware import PROFILES
+    from anabranch.serving.nanoflow.shape import PUBLISHED
+
+    if as_json:
+        models = {
+            name: {"parameters": shape.parameters, "active_parameters": shape.active_parameters}
+            for name, shape in PUBLISHED.items()
+        }
+        print_json({"models": models, "hardware": {name: device.to_dict() for name, device in PROFILES.items()}})
+        return
+    rows = [
+        [name, f"{shape.parameters / 1e9:.3g} B", f"{shape.active_parameters / 1e9:.3g} B"]
+        for name, shape in PUBLISHED.items()
+    ]
+    table(["model", "parameters", "active"], rows)
+    print()
+    rows = [
+        [
+            name,
+            f"{device.memory_bytes / 1e9:.0f}",
+            f"{device.memory_bandwidth / 1e9:,.0f}",
+            f"{device.compute / 1e12:,.0f}",
+            f"{device.network_bandwidth / 1e9:.0f}",
+        ]
+        for name, device in PROFILES.items()
+    ]
+    table(["hardware", "GB", "GB/s", "TFLOP/s", "link GB/s"], rows)
+    print()
+    fact("next", "anabranch plan llama-2-70b --hardware a100 --search")

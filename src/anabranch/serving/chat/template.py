@@ -1,0 +1,139 @@
+"""`render`: the prompt of a conversation, by the tokenizer's own template where it has one.
+
+Messages are those of OpenAI's chat API. A template that knows no tools gets them as text, in the form that Hermes and Qwen models
+are trained on: the definitions in the system message, calls as ``<tool_call>{json}</tool_call>``, results as ``<tool_response>``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anabranch.data.chat import render_template, template_variables
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import InputError, TokenizerError
+from anabranch.serving.chat.tools import call_text, check_tools, system_text
+
+__all__ = ["render", "takes_tools"]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+    **values: Any,
+) -> str:
+    """The prompt; encode it with the tokenizer's defaults, which parse special tokens.
+
+    Args:
+        tokenizer: the model's; without a template of its own ChatML where the vocabulary has its tokens, else plain ``User:`` lines.
+        messages: {"role", "content": text or a list of text parts, "tool_calls", "tool_call_id", "name"}.
+        tools: {"type": "function", "function": {"name", "description", "parameters"}}.
+        add_generation_prompt: end with the beginning of the assistant's turn.
+        values: more for the template (``enable_thinking``).
+
+    Raises InputError for a message that is malformed, or that the template refuses.
+    """
+    if not messages:
+        raise InputError("messages is empty; give at least one")
+    check_tools(tools)
+    said = [_message(message, at) for at, message in enumerate(messages)]
+    template = tokenizer.chat_template
+    if template is None or not takes_tools(tokenizer):
+        said = _as_text(said, tools)
+    try:
+        if template is None:
+            return tokenizer.apply_chat_template(said, add_generation_prompt=add_generation_prompt)
+        special = {f"{name}_token": text for name, text in tokenizer.special_names.items()}
+        own = {"messages": said, "tools": list(tools) or None, "add_generation_prompt": add_generation_prompt}
+        return render_template(template, **{**special, **values, **own})
+    except TokenizerError as error:
+        raise InputError(f"messages: {error}") from None
+
+
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's template renders tools itself. Raises InputError for a template that cannot be read."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        return "tools" in template_variables(tokenizer.chat_template)
+    except TokenizerError as error:
+        raise InputError(str(error)) from None
+
+
+def _message(message: Mapping[str, Any], at: int) -> dict[str, Any]:
+    """A message as templates expect it: its content text, the arguments of its calls objects."""
+    where = f"messages[{at}]"
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is {type(message).__name__}; it must be an object with role and content")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise InputError(f"{where}.role is {role!r}; it must be one of {', '.join(_ROLES)}")
+    result: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = message.get("tool_calls")
+    result["content"] = _content(message.get("content"), f"{where}.content", is_optional=bool(calls))
+    if calls:
+        if role != "assistant" or not isinstance(calls, list):
+            raise InputError(f"{where}.tool_calls must be a list, in a message of the assistant")
+        result["tool_calls"] = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    for name in ("name", "tool_call_id"):
+        if message.get(name) is not None:
+            result[name] = message[name]
+    return result
+
+
+def _content(content: Any, where: str, *, is_optional: bool) -> str:
+    if content is None and is_optional:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InputError(f"{where} must be text or a list of text parts; it is {type(content).__name__}")
+    texts = []
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise InputError(f"{where}[{number}] is of type {kind!r}; only text is supported")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where} must be an object with a function that has a name")
+    arguments = function.get("arguments", "{}")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}.function.arguments is no JSON") from None
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _as_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of system, user and assistant alone, with tools, calls and results as text in them."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            answer = f"<tool_response>\n{content}\n</tool_response>"
+            if result and result[-1].get("is_response"):  # results of calls made together are one turn of the user's
+                result[-1]["content"] += f"\n{answer}"
+            else:
+                result.append({"role": "user", "content": answer, "is_response": True})
+            continue
+        calls = [
+            call_text(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", [])
+        ]
+        result.append({"role": role, "content": "\n".join([*([content] if content or not calls else []), *calls])})
+    if tools:
+        text = system_text(tools)
+        if result[0]["role"] == "system":
+            result[0]["content"] = f"{result[0]['content']}\n\n{text}".lstrip()
+        else:
+            result.insert(0, {"role": "system", "content": text})
+    return [{"role": message["role"], "content": message["content"]} for message in result]

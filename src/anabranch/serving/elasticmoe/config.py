@@ -1,0 +1,68 @@
+"""Settings of an elastic group."""
+
+import sys
+from typing import Any, Literal
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.serving.elasticmoe.policy import Policy
+
+__all__ = ["ElasticConfig"]
+
+
+@configclass
+class ElasticConfig(Config):
+    """Settings; `build` makes the `Coordinator`.
+
+    Attributes:
+        model: folder in our own format.
+        devices: to start with; each is a process and its memory.
+        num_blocks, block_tokens: of the key-value cache of each device.
+        max_positions: longest prompt and output; None for the model's.
+        max_batched_tokens, max_seqs: of a step of one device.
+        prefix_cache: use blocks of earlier requests.
+        stop_tokens: the model's own ends of text; None takes those of its tokenizer.
+        device_memory: bytes of each device; None for no limit. A configuration that needs more is refused.
+        mode: ``migrate`` hands running requests over between two steps (ours); ``drain`` lets them end where they are (the paper).
+        standby: instances kept ready without weights.
+        ahead: keep those for ``policy.step`` devices more and fewer ready before they are asked for.
+        busy: a command during another is ``queue``d or ``refuse``d.
+        policy: when to scale.
+        mapped: False copies weights into each instance (ablation: without the shared arena).
+        forks: copy ranks from a process that has imported everything; False starts an interpreter for each.
+        p2p: False reads what is new from disk (ablation).
+        pace_s, pace_token_s: see `Limits`.
+        seed: of the sampler.
+    """
+
+    model: str
+    devices: int = Field(default=1, ge=1)
+    num_blocks: int = Field(default=256, ge=1)
+    block_tokens: int = Field(default=16, ge=1)
+    max_positions: int | None = Field(default=None, ge=2)
+    max_batched_tokens: int = Field(default=512, ge=1)
+    max_seqs: int = Field(default=16, ge=1)
+    prefix_cache: bool = True
+    stop_tokens: tuple[int, ...] | None = None
+    device_memory: int | None = Field(default=None, ge=1)
+    mode: Literal["migrate", "drain"] = "migrate"
+    standby: int = Field(default=2, ge=0)
+    ahead: bool = True
+    busy: Literal["queue", "refuse"] = "queue"
+    policy: Policy = Policy()
+    mapped: bool = True
+    p2p: bool = True
+    forks: bool = sys.platform == "linux"
+    pace_s: float = Field(default=0.0, ge=0)
+    pace_token_s: float = Field(default=0.0, ge=0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.devices > self.policy.max_devices:
+            raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """The `Coordinator`."""
+        from anabranch.serving.elasticmoe.coordinator import Coordinator  # it needs all of this package
+
+        return Coordinator(self, *args, **kwargs)

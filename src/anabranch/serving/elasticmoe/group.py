@@ -1,0 +1,510 @@
+"""`Group`: the memory manager, the active instance, those on standby, and the change from one to the next.
+
+    command -> plan -> prepare (peer copies, beside: take or boot the instance) -> attach -> warm -> switch -> release -> commit
+
+Until the switch nothing that serves is touched; whatever fails before leaves the old instance as it was, with new memory let go. A
+failure after it, or of the active instance at any time, is a recovery: the weights are in the memory manager still, so new ranks attach
+to them and every accepted request goes on from the tokens it has.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.data.tokenizer import load_tokenizer
+from anabranch.errors import AnabranchError, BackendError, InputError
+from anabranch.lm.checkpoint import find_model, load_config
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.core.request import Finish
+from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.counts import Counts
+from anabranch.serving.elasticmoe.forge import Forge
+from anabranch.serving.elasticmoe.instance import Event, Instance, InstanceError, Standby
+from anabranch.serving.elasticmoe.layout import layout_of
+from anabranch.serving.elasticmoe.ledger import Ledger
+from anabranch.serving.elasticmoe.mapped import padded
+from anabranch.serving.elasticmoe.memory import MemoryManager, Which
+from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory, place, plan_scale
+from anabranch.serving.elasticmoe.rank_boot import Boot, Limits
+from anabranch.serving.elasticmoe.switch import drain, migrate
+from anabranch.serving.elasticmoe.wire import ChannelClosedError
+from anabranch.serving.engine.paged import PagedShape
+
+__all__ = ["Group", "ScaleReport"]
+
+logger = logging.getLogger(__name__)
+
+FAULTS = (InstanceError, ChannelClosedError, AnabranchError, OSError, RuntimeError)
+PHASES = ("plan", "prepare", "attach", "warm", "switch", "release", "commit")
+_TRIES = 3
+
+
+@dataclass
+class ScaleReport:
+    """What a change of devices took.
+
+    Attributes:
+        old, new: devices.
+        seconds: from the command to the moment when the new configuration served.
+        phases: seconds of each; those of ``prepare`` run beside what serves.
+        gap_s: the longest time between the last step of the old and the first moment of the new.
+        bytes: by kind: ``p2p``, ``disk``, ``zero_copy``.
+        moves: experts that moved; freed: bytes let go of at the end.
+        tokens_brought, tokens_again: of running requests, with their keys and values and without.
+    """
+
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    mode: str
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    gap_s: float = 0.0
+    bytes: dict[str, float] = field(default_factory=dict)
+    moves: int = 0
+    freed: int = 0
+    tokens_brought: int = 0
+    tokens_again: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Group:
+    """An elastic group of devices. Methods may be called from any thread; changes of devices are done one after the other.
+
+    Args:
+        config: settings.
+        served: told (time to first token, mean time per later token) of each request.
+        on_phase: told of the start of each phase; for tests and traces. What it raises ends the change.
+        forge: makes processes; None for one of its own.
+    """
+
+    def __init__(
+        self,
+        config: ElasticConfig,
+        served: Callable[[float, float], None] = lambda ttft_s, tpot_s: None,
+        on_phase: Callable[[str], None] = lambda name: None,
+        forge: Forge | None = None,
+    ) -> None:
+        self.config, self.on_phase = config, on_phase
+        self.layout = layout_of(config.model)
+        model = load_config(config.model)
+        folder = find_model(config.model)
+        stops = config.stop_tokens
+        if stops is None:
+            stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
+        self.limits = Limits(
+            num_blocks=config.num_blocks,
+            block_tokens=config.block_tokens,
+            max_positions=min(config.max_positions or model.max_positions, model.max_positions),
+            max_batched_tokens=config.max_batched_tokens,
+            max_seqs=config.max_seqs,
+            prefix_cache=config.prefix_cache,
+            stop_tokens=stops,
+            seed=config.seed,
+            pace_s=config.pace_s,
+            pace_token_s=config.pace_token_s,
+        )
+        self.info = EngineInfo(
+            model=folder.name,
+            vocab_size=model.vocab_size,
+            max_positions=min(self.limits.max_positions, config.num_blocks * config.block_tokens),
+            block_tokens=config.block_tokens,
+            num_blocks=config.num_blocks,
+            stop_tokens=stops,
+            routed_layers=dict(enumerate(self.layout.num_experts)),
+        )
+        self.kv_bytes = 2 * padded(_cache_bytes(config, model) // 2, self.layout.page)
+        self.ledger = Ledger(self.limits, model.vocab_size, served)
+        self.counts = Counts()
+        self.standby = Standby(config.standby)
+        self._own_forge, self.forge = forge is None, forge
+        self.memory: MemoryManager | None = None
+        self.placement: Placement | None = None
+        self.coming: Instance | None = None  # the instance of a change that is under way
+        self.is_closed = False
+        self.reports: list[ScaleReport] = []
+        self._operator = threading.RLock()
+        self._ahead: threading.Thread | None = None
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Those of the active configuration; none before `start`."""
+        return self.placement.devices if self.placement is not None else ()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether an instance is active and whole."""
+        active = self.ledger.active
+        return active is not None and not active.is_broken and not self.is_closed
+
+    @property
+    def pids(self) -> list[int]:
+        """All processes: ranks that serve, come or stand by, memory manager, forge."""
+        instances = [self.ledger.active, self.coming, *self.standby.instances()]
+        found = [pid for each in instances if each is not None for pid in each.pids.values()]
+        found += [self.memory.process.pid] if self.memory is not None else []
+        found += [self.forge.pid] if self.forge is not None and self.forge.pid is not None else []
+        return sorted(set(found))
+
+    # Life
+
+    def start(self) -> None:
+        """Load, boot, warm up and serve. Raises AnabranchError if it cannot."""
+        with self._operator:
+            self.placement = place(self.layout.num_experts, len(self.layout.layers), range(self.config.devices))
+            plan = plan_scale(self.placement, self.devices, expert_bytes=self.layout.expert_bytes)
+            self._check_memory(plan)
+            self.memory = MemoryManager.start(self.layout, self.kv_bytes)
+            try:
+                self._light_forge()
+                instance = self._boot(self.devices)
+                self.memory.load(self.placement)
+                self._bring_up(instance, "current")
+                instance.all("start")
+            except BaseException:
+                self.close()
+                raise
+            self.ledger.resume(instance)
+        self.look_ahead()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Let requests end for up to ``drain_s`` seconds, abort the rest, end all processes."""
+        end = time.monotonic() + drain_s
+        with self.ledger.changed:
+            while self.ledger.live and time.monotonic() < end:
+                self.ledger.changed.wait(end - time.monotonic())
+        self.is_closed = True
+        self.ledger.end_all(Finish.ABORT)
+        with self._operator:
+            active, self.ledger.active = self.ledger.active, None
+            if active is not None:
+                active.close()
+            ahead = self._ahead
+        if ahead is not None:
+            ahead.join()
+        self.standby.close()
+        if self.memory is not None:
+            self.memory.close()
+        if self._own_forge and self.forge is not None:
+            self.forge.close()
+
+    # Change
+
+    def plan(self, devices: int | Sequence[int], lost: Sequence[int] = ()) -> ScalePlan:
+        """What a change would do. Raises InputError and CapacityError for what cannot be."""
+        assert self.placement is not None
+        target = self._target(devices, lost)
+        plan = plan_scale(
+            self.placement,
+            target,
+            expert_bytes=self.layout.expert_bytes,
+            shard_bytes=self.layout.dense_bytes,
+            lost=lost,
+            heat=self._heat(),
+        )
+        self._check_memory(plan)
+        return plan
+
+    def scale(self, devices: int | Sequence[int], *, lost: Sequence[int] = (), mode: str | None = None) -> ScaleReport:
+        """Change to so many devices, or to these. ``lost`` are gone already.
+
+        Raises InputError for what cannot be, BackendError for a change that failed: the group serves on as it was.
+        """
+        if not self._operator.acquire(blocking=self.config.busy == "queue"):
+            raise InputError("a change of devices is under way; try again when it is done, or set busy='queue'")
+        try:
+            return self._scale(devices, tuple(lost), mode or self.config.mode)
+        finally:
+            self._operator.release()
+            self.look_ahead()
+
+    def _scale(self, devices: int | Sequence[int], lost: tuple[int, ...], mode: str) -> ScaleReport:
+        started = time.perf_counter()
+        if mode not in ("migrate", "drain"):
+            raise InputError(f"mode is {mode!r}; it must be 'migrate' or 'drain'")
+        if self.is_closed or self.ledger.active is None or self.memory is None:
+            raise InputError("the group does not serve")
+        old, memory = self.ledger.active, self.memory
+        plan = self.plan(devices, lost)
+        report = ScaleReport(self.devices, plan.new.devices, mode, moves=plan.moves, started=started)
+        if plan.new.devices == self.devices:
+            return report
+        logger.info("scale: %s", plan)
+        new: Instance | None = None
+        name = "plan"
+        try:
+            for name in PHASES[:5]:
+                with self._phase(name, report):
+                    if name == "prepare":
+                        new = self._prepare(plan, report)
+                    elif name == "attach":
+                        assert new is not None
+                        new.all("attach", which="prepared")
+                    elif name == "warm":
+                        assert new is not None
+                        new.all("warm")
+                    elif name == "switch":
+                        assert new is not None
+                        (migrate if mode == "migrate" else drain)(self, plan, old, new, report)
+                        self.placement = plan.new
+                        self.counts.up()  # had the old instance failed meanwhile, the new one took its place
+        except BaseException as error:
+            self._roll_back(old, new, name, error)
+            if isinstance(error, FAULTS) or not isinstance(error, Exception):
+                kept = ", ".join(map(str, self.devices))
+                raise BackendError(f"scaling failed in phase {name}: {error}; devices {kept} serve on") from error
+            raise
+        self._finish(old, memory, report)
+        self.reports.append(report)
+        self.counts.scaled(report)
+        return report
+
+    def _prepare(self, plan: ScalePlan, report: ScaleReport) -> Instance:
+        """Copies, and beside them the instance."""
+        assert self.memory is not None
+        memory = self.memory
+        with ThreadPoolExecutor(1) as pool:
+            copied = pool.submit(memory.prepare, plan, from_disk=not self.config.p2p)
+            new = self.standby.take(plan.new.devices)
+            if new is None:
+                new = self._boot(plan.new.devices)
+            self.coming = new
+            try:
+                new.wait_ready()
+                report.bytes = copied.result()
+            except BaseException:
+                new.close()
+                raise
+        return new
+
+    def _finish(self, old: Instance, memory: MemoryManager, report: ScaleReport) -> None:
+        """After the switch: the old instance lets go, then the memory that it alone needed goes."""
+        try:
+            with self._phase("release", report):
+                if self.config.standby and not old.is_broken:
+                    old.all("release")
+                    self.standby.put(old)
+                else:
+                    old.close()
+            with self._phase("commit", report):
+                report.freed = memory.commit()
+        except FAULTS as error:
+            logger.warning(
+                "the change is done, but what is left of the old configuration could not be let go: %s", error
+            )
+            old.close()
+            self._commit_again(memory)
+        with contextlib.suppress(ChannelClosedError):  # what died just now is found by the next who needs it
+            assert self.memory is not None
+            self.counts.peak(self.memory)
+        if self.ledger.active is not None and self.ledger.active.is_broken:
+            self._recover()
+
+    def _commit_again(self, memory: MemoryManager) -> None:
+        """Release failed; the placement has changed all the same."""
+        try:
+            if memory.usage()["is_prepared"]:
+                memory.commit()
+        except ChannelClosedError:
+            self._recover(is_memory_lost=True)
+
+    def _roll_back(self, old: Instance, new: Instance | None, phase: str, error: BaseException) -> None:
+        logger.warning("scaling failed in phase %s, the group stays as it was: %s", phase, error)
+        self.counts.failed(phase)
+        if new is not None:
+            new.close()
+        is_memory_lost = False
+        try:
+            assert self.memory is not None
+            self.memory.drop()
+        except ChannelClosedError:
+            is_memory_lost = True
+        if is_memory_lost or old.is_broken:
+            self._recover(is_memory_lost=is_memory_lost)
+
+    def _event(self, instance: Instance, device: int, event: Event) -> None:
+        """What a rank says by itself, in its listener's thread."""
+        if event[0] == "outputs":
+            if event[2] is not None:
+                self.counts.picture(instance, device, event[2])
+            self.ledger.take(instance, device, event[1])
+        elif event[0] in ("died", "failed"):
+            logger.warning("device %d: %s", device, event[1] if len(event) > 1 else "its rank has died")
+            with self.ledger.changed:
+                self.ledger.changed.notify_all()
+            if instance is self.ledger.active:
+                self.counts.down()
+                threading.Thread(target=self._recover_if_broken, daemon=True, name="anabranch-recover").start()
+
+    def _recover_if_broken(self) -> None:
+        with self._operator:
+            active = self.ledger.active
+            if active is not None and active.is_broken and not self.is_closed:
+                self._recover()
+
+    def _recover(self, *, is_memory_lost: bool = False) -> None:
+        """Serve again, with the same devices. What fails is tried again from further back: from disk if need be."""
+        error: BaseException | None = None
+        for attempt in range(_TRIES):
+            if self.is_closed:
+                return
+            try:
+                self._bring_back(is_memory_lost=is_memory_lost or attempt > 0)
+                return
+            except FAULTS as failed:
+                error = failed
+                logger.warning("recovery failed (attempt %d of %d): %s", attempt + 1, _TRIES, failed)
+        logger.error("the group cannot serve any more: %s", error)
+        self.is_closed = True
+        self.ledger.end_all(Finish.ERROR, f"the engine failed: {error}")
+
+    def _bring_back(self, *, is_memory_lost: bool) -> None:
+        old, memory = self.ledger.active, self.memory
+        assert self.placement is not None
+        assert memory is not None
+        self.counts.recoveries += 1
+        if is_memory_lost or not memory.process.is_alive:
+            self.standby.close()  # they are connected to the memory manager that is gone
+            self.memory = MemoryManager.start(self.layout, self.kv_bytes)
+            self.memory.load(self.placement)
+        self._light_forge()
+        new = self._boot(self.devices)
+        try:
+            self._bring_up(new, "current")
+            new.all("start")
+        except BaseException:
+            new.close()
+            raise
+        with self.ledger.lock:
+            if old is not None:
+                old.is_broken = True
+                self.ledger.send_back(old)
+            self.ledger.resume(new)
+        self.counts.up()
+        if old is not None:
+            old.close()
+        if memory is not self.memory:
+            memory.close()
+
+    # Parts
+
+    def _light_forge(self) -> None:
+        """Have a forge that can make ranks."""
+        if self.forge is None or not self.forge.is_alive:
+            self.forge, self._own_forge = Forge(forks=self.config.forks), True
+
+    def _boot(self, devices: Sequence[int]) -> Instance:
+        """Start the processes of a configuration."""
+        assert self.memory is not None
+        assert self.forge is not None
+        boots = [
+            Boot(
+                layout=self.layout,
+                device=device,
+                rank=rank,
+                num_ranks=len(devices),
+                limits=self.limits,
+                copies=not self.config.mapped,
+            )
+            for rank, device in enumerate(devices)
+        ]
+        return Instance.boot(self.forge, self.memory, boots, self._event)
+
+    @staticmethod
+    def _bring_up(instance: Instance, which: Which) -> None:
+        instance.wait_ready()
+        instance.all("attach", which=which)
+        instance.all("warm")
+
+    def look_ahead(self) -> None:
+        """Have the instances that are likely to be asked for next on standby, in the background."""
+        with self._operator:
+            is_busy = self._ahead is not None and self._ahead.is_alive()
+            if self.config.ahead and self.config.standby and not is_busy and not self.is_closed and self.devices:
+                self._ahead = threading.Thread(target=self._fill_standby, daemon=True, name="anabranch-standby")
+                self._ahead.start()
+
+    def settle(self) -> None:
+        """Wait until what `look_ahead` began is done."""
+        ahead = self._ahead
+        if ahead is not None:
+            ahead.join()
+
+    def _fill_standby(self) -> None:
+        policy, count = self.config.policy, len(self.devices)
+        for wanted in (count + policy.step, count - policy.step):
+            if not policy.min_devices <= wanted <= policy.max_devices:
+                continue
+            with contextlib.suppress(
+                *FAULTS
+            ):  # without one on standby the change boots it itself, and says what is wrong
+                self.prepare_standby(wanted)
+
+    def prepare_standby(self, devices: int | Sequence[int]) -> None:
+        """Have an instance for so many devices on standby. Raises InstanceError."""
+        target = self._target(devices, ())
+        if target in self.standby.configurations() or target == self.devices or self.is_closed:
+            return
+        instance = self._boot(target)
+        try:
+            instance.wait_ready()
+        except BaseException:
+            instance.close()
+            raise
+        self.standby.put(instance)
+        if self.is_closed:
+            self.standby.close()
+
+    def _target(self, devices: int | Sequence[int], lost: Sequence[int]) -> tuple[int, ...]:
+        """The devices that so many are: those that serve, then new ones; fewer leave out the last."""
+        if not isinstance(devices, int):
+            return tuple(devices)
+        if not 1 <= devices <= self.config.policy.max_devices:
+            raise InputError(
+                f"devices is {devices}; it must be 1 to policy.max_devices={self.config.policy.max_devices}"
+            )
+        kept = [device for device in self.devices if device not in lost]
+        fresh = (number for number in range(devices + len(self.devices)) if number not in self.devices)
+        return (*kept[:devices], *(next(fresh) for _ in range(devices - len(kept))))
+
+    def _check_memory(self, plan: ScalePlan) -> None:
+        if self.config.device_memory is not None:
+            check_memory(
+                plan,
+                capacity_bytes=self.config.device_memory,
+                expert_bytes=self.layout.expert_bytes,
+                shard_bytes=self.layout.dense_bytes,
+                kv_bytes=self.kv_bytes,
+            )
+
+    def _heat(self) -> dict[tuple[int, int], float]:
+        """Tokens of each (layer, expert), from all ranks; none where they cannot tell."""
+        heat: dict[tuple[int, int], float] = {}
+        active = self.ledger.active
+        if active is None or active.is_broken:
+            return heat
+        with contextlib.suppress(InstanceError):  # the change itself will find out
+            for layers in active.all("heat").values():
+                for layer, loads in enumerate(layers):
+                    for expert, load in enumerate(loads):
+                        heat[layer, expert] = heat.get((layer, expert), 0.0) + load
+        return heat
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, report: ScaleReport) -> Iterator[None]:
+        self.on_phase(name)
+        started = time.perf_counter()
+        yield
+        report.phases[name] = time.perf_counter() - started
+
+
+def _cache_bytes(config: ElasticConfig, model: Any) -> int:
+    """Of keys and values of one device."""
+    from anabranch.lm.tensors import build_empty
+
+    shape = PagedShape.of(build_empty(model))
+    return config.num_blocks * config.block_tokens * shape.bytes_per_token

@@ -1,0 +1,169 @@
+"""Where each tensor of a model lies on disk and in a device's memory: worked out once, then known to every process.
+
+The dense part, what every device holds, lies in one run. The experts lie in another that has room for every expert of the model at an
+offset of its own: pages exist only for those that a device holds, so nothing is ever moved to make room, and an expert has the same
+offset on every device.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.serving.elasticmoe.mapped import PAGE, padded
+
+__all__ = ["Layout", "Matrix", "Tensor", "layout_of"]
+
+_ALIGN = 64  # bytes, so that vector loads of a tensor's start are aligned
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the dense part: ``bytes`` at ``start`` of ``file`` on disk, at ``offset`` in memory."""
+
+    name: str
+    file: str
+    start: int
+    bytes: int
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of all experts of a layer, stacked on disk.
+
+    Attributes:
+        name: of the stacked tensor.
+        file, start: where on disk expert 0 begins.
+        bytes: of one expert.
+        block: bytes of the pages that one takes.
+        offset: of expert 0 in memory; expert e is at ``offset + e * block``.
+        dtype: name of the numbers' type.
+        shape: of one expert.
+        experts: how many.
+    """
+
+    name: str
+    file: str
+    start: int
+    bytes: int
+    block: int
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    experts: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's tensors.
+
+    Attributes:
+        folder: on disk.
+        dense: what every device holds.
+        dense_bytes: of its run of memory.
+        layers: the matrices of each pool of experts.
+        expert_run: bytes of addresses for all experts.
+        page: bytes of a page, which blocks are rounded up to.
+    """
+
+    folder: str
+    dense: tuple[Tensor, ...]
+    dense_bytes: int
+    layers: tuple[tuple[Matrix, ...], ...]
+    expert_run: int
+    page: int
+
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """Of each layer."""
+        return tuple(matrices[0].experts for matrices in self.layers)
+
+    @property
+    def expert_bytes(self) -> tuple[int, ...]:
+        """Memory of one expert of each layer, padding included."""
+        return tuple(sum(matrix.block for matrix in matrices) for matrices in self.layers)
+
+    @property
+    def padding(self) -> int:
+        """Bytes that rounding up to pages costs, over all experts of the model."""
+        return sum((m.block - m.bytes) * m.experts for matrices in self.layers for m in matrices)
+
+    @property
+    def expert_total(self) -> int:
+        """Memory of all experts together."""
+        return sum(size * count for size, count in zip(self.expert_bytes, self.num_experts, strict=True))
+
+
+def layout_of(folder: str | Path, page: int = PAGE) -> Layout:
+    """The layout of a model folder in our own format.
+
+    Raises CheckpointError where there is none, ConfigError for a model without experts.
+    """
+    from anabranch.lm.checkpoint import (
+        find_model,
+        load_config,
+    )  # they need torch, which the memory manager does without
+    from anabranch.lm.tensors import build_empty, state_once
+
+    found = find_model(folder)
+    stored = _stored(found)
+    model = build_empty(load_config(found))
+    state = state_once(model)
+    missing = [name for name in state if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{found} has no tensor {missing[0]}; elastic serving maps models of our own format: anabranch convert {found} NEW_FOLDER"
+        )
+    pools = pool_names(model)
+    if not pools:
+        raise ConfigError(f"{found} has no experts, so there is nothing to spread; serve it without --devices")
+    stacked = {f"{pool}.{matrix}" for pool in pools for matrix in ("w13", "w2")}
+    dense, offset = [], 0
+    for name in state:
+        if name not in stacked:
+            file, start, size, dtype, shape = stored[name]
+            dense.append(Tensor(name, file, start, size, offset, dtype, shape))
+            offset = padded(offset + size, _ALIGN)
+    layers, run = [], 0
+    for pool in pools:
+        matrices = []
+        for matrix in ("w13", "w2"):
+            file, start, size, dtype, shape = stored[f"{pool}.{matrix}"]
+            each = size // shape[0]
+            block = padded(each, page)
+            matrices.append(Matrix(f"{pool}.{matrix}", file, start, each, block, run, dtype, shape[1:], shape[0]))
+            run += block * shape[0]
+        layers.append(tuple(matrices))
+    return Layout(str(found), tuple(dense), padded(max(1, offset), page), tuple(layers), run, page)
+
+
+def pool_names(model: Any) -> list[str]:
+    """Names of the pools of experts, each once, in the order of the model."""
+    from anabranch.nn.pool import ExpertPool
+
+    return [name for name, module in model.named_modules() if isinstance(module, ExpertPool)]
+
+
+def _stored(folder: Path) -> dict[str, tuple[str, int, int, str, tuple[int, ...]]]:
+    """{tensor: (file, first byte, bytes, dtype, shape)} of a folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(f"no safetensors files in {folder}; elastic serving reads parts of them")
+    found = {}
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                table = json.loads(file.read(size))
+        except (OSError, ValueError, struct.error) as error:
+            raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
+        for name, entry in table.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = (path.name, 8 + size + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+    return found

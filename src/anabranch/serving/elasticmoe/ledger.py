@@ -1,0 +1,258 @@
+"""The coordinator's book of requests: who waits, who runs where, what each has given so far. Nothing that was accepted is lost.
+
+A rank gets no more requests than it runs at once; the rest wait here, so that devices which come find work and a rank that dies takes
+little with it. A request that was with such a rank is run again from its prompt and the tokens that its client has already.
+"""
+
+import heapq
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from anabranch.errors import InputError
+from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.elasticmoe.handover import Carried
+from anabranch.serving.elasticmoe.instance import Instance
+from anabranch.serving.elasticmoe.rank_boot import Limits
+
+__all__ = ["Ledger", "Live"]
+
+Emit = Callable[[Output], None]
+_MOST_RERUNS = 3  # a request that takes a rank with it each time must end
+
+
+@dataclass(slots=True)
+class Live:
+    """One request under way.
+
+    Attributes:
+        request: with a seed, so that it can go on elsewhere as it would have here.
+        emit: takes its outputs, in any thread.
+        serial: order among requests of one priority and time.
+        need: blocks at its longest.
+        output: tokens so far.
+        instance, device: where it runs; None while it waits.
+        reruns: how often it was begun again.
+        came, first, last: times of arrival, first and newest token, seconds.
+        longest_gap_s: between two outputs.
+    """
+
+    request: Request
+    emit: Emit
+    serial: int
+    need: int
+    output: list[int] = field(default_factory=list)
+    instance: Instance | None = None
+    device: int | None = None
+    reruns: int = 0
+    came: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    longest_gap_s: float = 0.0
+
+    @property
+    def carried(self) -> Carried:
+        """For a run from its tokens."""
+        return Carried(self.request, tuple(self.output))
+
+
+class Ledger:
+    """The book. Thread-safe.
+
+    Args:
+        limits: of every rank.
+        vocab_size: tokens must be below it.
+        served: told (time to first token, mean time per later token) of each request that ended well.
+    """
+
+    def __init__(self, limits: Limits, vocab_size: int, served: Callable[[float, float], None]) -> None:
+        self.limits, self.vocab_size, self._served = limits, vocab_size, served
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.live: dict[str, Live] = {}
+        self.active: Instance | None = None
+        self.room: dict[int, int] = {}  # blocks that a device's requests may need together, while it shares its cache
+        self.is_paused = False
+        self.reruns = self.requests = 0
+        self.longest_gap_s = 0.0
+        self._queue: list[tuple[int, float, int, str]] = []
+        self._serial = 0
+        self._aborted: set[str] = set()  # while paused
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no rank has."""
+        return sum(live.instance is None for live in list(self.live.values()))
+
+    def with_instance(self, instance: Instance) -> list[Live]:
+        """Requests that an instance has."""
+        return [live for live in self.live.values() if live.instance is instance]
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        """Accept a request. Raises InputError for one that can never run."""
+        positions = min(self.limits.max_positions, self.limits.num_blocks * self.limits.block_tokens)
+        if not request.prompt:
+            raise InputError("the prompt has no tokens; it must have at least one")
+        if len(request.prompt) >= positions:
+            raise InputError(
+                f"the prompt has {len(request.prompt)} tokens; with one new token it must fit in {positions}"
+            )
+        outside = [token for token in request.prompt if not 0 <= token < self.vocab_size]
+        if outside:
+            raise InputError(f"the prompt has the token {outside[0]}; use 0 to {self.vocab_size - 1}")
+        if request.sampling.seed is None:  # of its own, so that it goes on the same wherever it is taken
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+        longest = min(len(request.prompt) + request.sampling.max_tokens, positions)
+        now = time.monotonic()
+        with self.lock:
+            if request.id in self.live:
+                raise InputError(f"a request {request.id!r} is under way; ids must differ")
+            self._serial += 1
+            self.requests += 1
+            need = -(-longest // self.limits.block_tokens)
+            self.live[request.id] = Live(request, emit, self._serial, need, came=now, last=now)
+            self.enqueue(self.live[request.id])
+            self.dispatch()
+
+    def abort(self, id: str) -> None:
+        """End a request; an unknown one is left alone."""
+        with self.lock:
+            live = self.live.pop(id, None)
+            if live is None:
+                return
+            if self.is_paused:
+                self._aborted.add(id)
+            if live.instance is not None and live.device is not None:
+                live.instance.tell(live.device, "abort", id=id)
+            live.emit(Output(id=id, finish=Finish.ABORT))
+            self.dispatch()
+            self.changed.notify_all()
+
+    def dispatch(self) -> None:
+        """Give what waits to ranks that have room, the one with fewest requests first."""
+        with self.lock:
+            active = self.active
+            if active is None or active.is_broken or self.is_paused:
+                return
+            held: dict[int, list[Live]] = {device: [] for device in active.devices}
+            for live in self.with_instance(active):
+                if live.device is not None:
+                    held[live.device].append(live)
+            while self._queue:
+                first = self.live.get(self._queue[0][-1])
+                if first is None or first.instance is not None:  # it has ended, or was queued twice
+                    heapq.heappop(self._queue)
+                    continue
+                live = first
+                device = min(held, key=lambda device: len(held[device]))
+                if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, live, held[device]):
+                    return
+                heapq.heappop(self._queue)
+                live.instance, live.device = active, device
+                held[device].append(live)
+                active.tell(device, "submit", request=live.request, output=tuple(live.output))
+
+    def take(self, instance: Instance, device: int, outputs: Iterable[Output]) -> None:
+        """Outputs of a rank; those of a rank that a request is not with any more say nothing."""
+        now, ended = time.monotonic(), False
+        with self.lock:
+            for output in outputs:
+                live = self.live.get(output.id)
+                if live is None or live.instance is not instance or live.device != device:
+                    continue
+                live.output.extend(output.tokens)
+                self._clock(live, output, now)
+                if output.finish is not None:
+                    del self.live[output.id]
+                    ended = True
+                live.emit(output)
+            if ended:
+                self.dispatch()
+                self.changed.notify_all()
+
+    def move(self, old: Instance, new: Instance, devices: Mapping[str, int]) -> None:
+        """Requests of ``old`` are with ``new`` from now on, on the ``devices`` given by id."""
+        with self.lock:
+            for live in self.with_instance(old):
+                live.instance, live.device = new, devices[live.request.id]
+
+    def send_back(self, instance: Instance) -> int:
+        """Requests of an instance that is gone wait again; how many. One that has been begun too often ends with an error."""
+        count = 0
+        with self.lock:
+            for live in self.with_instance(instance):
+                live.instance = live.device = None
+                live.reruns += 1
+                count += 1
+                if live.reruns > _MOST_RERUNS:
+                    del self.live[live.request.id]
+                    error = f"the ranks that ran it failed {live.reruns} times"
+                    live.emit(Output(id=live.request.id, finish=Finish.ERROR, error=error))
+                else:
+                    self.enqueue(live)
+            self.reruns += count
+            self.changed.notify_all()
+        return count
+
+    def resume(self, active: Instance, room: Mapping[int, int] | None = None) -> None:
+        """Go on with ``active`` after a pause or a change."""
+        with self.lock:
+            self.active, self.is_paused = active, False
+            self.room = dict(room or {})
+            for device in active.devices:
+                active.tell(device, "go")
+            for id in self._aborted:
+                for device in active.devices:
+                    active.tell(device, "abort", id=id)
+            self._aborted.clear()
+            self.dispatch()
+            self.changed.notify_all()
+
+    def end_all(self, finish: Finish, error: str | None = None) -> None:
+        """End every request."""
+        with self.lock:
+            ended = list(self.live.values())
+            self.live.clear()
+            self._queue.clear()
+            for live in ended:
+                if live.instance is not None and live.device is not None:
+                    live.instance.tell(live.device, "abort", id=live.request.id)
+                live.emit(Output(id=live.request.id, finish=finish, error=error))
+            self.changed.notify_all()
+
+    def spread(self, parcels: Sequence[Carried], devices: Sequence[int]) -> dict[int, list[Carried]]:
+        """Requests of a device that leaves, to the devices that stay: each to the one with fewest."""
+        with self.lock:
+            count = dict.fromkeys(devices, 0)
+            for live in self.live.values():
+                if live.device in count:
+                    count[live.device] += 1
+        given: dict[int, list[Carried]] = {device: [] for device in devices}
+        for parcel in parcels:
+            device = min(count, key=lambda device: count[device])
+            count[device] += 1
+            given[device].append(parcel)
+        return given
+
+    def _has_room(self, device: int, live: Live, held: Sequence[Live]) -> bool:
+        if device not in self.room:
+            return True
+        return live.need + sum(each.need for each in held) <= self.room[device]
+
+    def enqueue(self, live: Live) -> None:
+        """Let a request wait for a rank, in its place."""
+        heapq.heappush(self._queue, (live.request.priority, live.came, live.serial, live.request.id))
+
+    def _clock(self, live: Live, output: Output, now: float) -> None:
+        if output.tokens:
+            if live.first is None:
+                live.first = now
+            else:
+                live.longest_gap_s = max(live.longest_gap_s, now - live.last)
+                self.longest_gap_s = max(self.longest_gap_s, live.longest_gap_s)
+            live.last = now
+        if output.finish in (Finish.STOP, Finish.LENGTH) and live.first is not None:
+            later = max(1, len(live.output) - 1)
+            self._served(live.first - live.came, (live.last - live.first) / later)

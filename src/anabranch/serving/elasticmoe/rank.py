@@ -1,0 +1,352 @@
+"""`Rank`: one device's executing process. It owns no memory; it attaches to its device's, runs requests on it, and lets go.
+
+    standby --attach--> attached --warm, start, go--> serving --pause--> paused --release--> standby
+
+A rank on standby has everything that takes long: the interpreter and its imports, an empty model, channels to its peers. It is driven by
+the coordinator through one channel: calls that are answered, requests that are not; outputs go back as they come.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from anabranch.errors import AnabranchError
+from anabranch.lm.checkpoint import load_config
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty
+from anabranch.nn.attention import Attention
+from anabranch.nn.moe import MoE
+from anabranch.routing import Router, TopK
+from anabranch.serving.core.batch import Batch, Sampled
+from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.scheduler import Scheduler
+from anabranch.serving.elasticmoe import handover
+from anabranch.serving.elasticmoe.arena import DenseArena, ExpertArena, KvArena, torch_dtype
+from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts, spread
+from anabranch.serving.elasticmoe.layout import pool_names
+from anabranch.serving.elasticmoe.memory import Attached, Which, attach
+from anabranch.serving.elasticmoe.rank_boot import Boot
+from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
+from anabranch.serving.engine.paged import PagedPool, PagedShape
+from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.sampling import Sampler
+
+__all__ = ["Rank"]
+
+_PICTURE_S = 0.2
+
+
+class _Resuming:
+    """The sampler, told of tokens that requests were given elsewhere."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.outputs: dict[str, tuple[int, ...]] = {}
+
+    def add(self, request: Request) -> None:
+        self.sampler.add(request, self.outputs.pop(request.id, ()))
+
+    def forget(self, id: str) -> None:
+        self.sampler.forget(id)
+
+    def __call__(self, logits_RV: torch.Tensor, ids: Sequence[str]) -> list[Sampled]:
+        return self.sampler(logits_RV, ids)
+
+
+class Rank:
+    """See the module. Methods named ``do_...`` are what the coordinator calls."""
+
+    def __init__(self, channel: Channel, boot: Boot, fds: Sequence[int]) -> None:
+        self.channel, self.boot, self.limits = channel, boot, boot.limits
+        self.memory = Channel.of_fd(fds[0])
+        self.model = build_empty(load_config(boot.layout.folder)).eval()
+        self.empty: dict[str, Any] = dict(self.model.state_dict(keep_vars=True))
+        self.owner = Owner()
+        peers = self._meet(fds[1:])
+        pools = pool_names(self.model)
+        self.spread = spread(
+            self.model, pools, lambda layer, count: SpreadExperts(layer, boot.rank, self.owner, peers, count)
+        )
+        self.attached: Attached | None = None
+        self.arenas: list[Any] = []
+        self.kv: KvArena | None = None
+        self.scheduler: Scheduler | None = None
+        self.runner: ModelRunner | None = None
+        self.is_serving = False
+        self._picture_at = 0.0
+
+    def _meet(self, fds: Sequence[int]) -> list[Peer]:
+        """Exchange mailboxes with the other ranks."""
+        matrices = self.boot.layout.layers[0]
+        dtype, dim = torch_dtype(matrices[0].dtype), self.model.config.dim
+        rows = self.limits.max_batched_tokens
+        places = max(getattr(router, "places", 0) for router in _layers(self.model)) or max(
+            self.boot.layout.num_experts
+        )
+        others = [rank for rank in range(self.boot.num_ranks) if rank != self.boot.rank]
+        asking, answering = fds[: len(others)], fds[len(others) :]
+        peers = []
+        for other, fd in zip(others, asking, strict=True):
+            peer = Peer(other, Channel.of_fd(fd), Mailbox(rows, places, dim, dtype))
+            peer.channel.send("mailbox", [peer.mailbox.fd])
+            peers.append(peer)
+        for fd in answering:
+            channel = Channel.of_fd(fd)
+            _, (mailbox,) = channel.recv()
+            self.owner.serve(channel, Mailbox(rows, places, dim, dtype, mailbox))
+            os.close(mailbox)
+        return peers
+
+    # Life
+
+    def do_attach(self, which: Which) -> dict[str, int]:
+        """Map the device's memory; blocks mapped by kind."""
+        self.attached = attach(self.memory, self.boot.device, which)
+        placement, copies = self.attached.placement, True if self.boot.copies else None
+        dense = DenseArena(self.attached, copies=copies)
+        dense.give_to(self.model)
+        self.arenas = [dense]
+        mapped = 0
+        for layer, spread_ in enumerate(self.spread):
+            arena = ExpertArena(self.boot.layout.layers[layer], copies=copies)
+            mapped += arena.remap(self.attached.experts, placement.of(layer, self.boot.device))[0]
+            self.arenas.append(arena)
+            w13, w2 = arena.tensors()
+            self.owner.layers.append((w13, w2))
+            spread_.place(placement)
+        self.kv = KvArena(self.attached)
+        return {"blocks": mapped}
+
+    def do_warm(self) -> None:
+        """Touch the weights and run a few tokens on a cache of its own; every rank must have attached."""
+        for arena in self.arenas:
+            for part in getattr(arena, "ranges", [getattr(arena, "range", None)]):
+                part.touch()
+        limits = self.limits
+        runner = ModelRunner(self.model, num_blocks=1, block_tokens=limits.block_tokens)
+        runner.warm_up()
+
+    def do_start(
+        self,
+        frozen: bytes | None = None,
+        parcels: Sequence[tuple[int, Sequence[handover.Carried]]] = (),
+        free: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Make ready to serve. ``frozen``: the scheduler of this device before; ``parcels``: requests of devices that leave; ``free``: the
+        only blocks to use until `do_give`."""
+        limits = self.limits
+        assert self.kv is not None
+        shape = PagedShape.of(self.model)
+        sizes = (shape.layers, shape.streams, limits.num_blocks * limits.block_tokens, shape.heads, shape.width)
+        pool = PagedPool(
+            shape, limits.num_blocks, block_tokens=limits.block_tokens, buffers=self.kv.buffers(sizes, shape.dtype)
+        )
+        sampler = Sampler(self.model.config.vocab_size, stop_tokens=limits.stop_tokens, seed=limits.seed)
+        self.sampler = _Resuming(sampler)
+        self.runner = ModelRunner(self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler)
+        self.scheduler = limits.scheduler() if frozen is None else handover.thaw(frozen)
+        known = []
+        for each in handover.carried(self.scheduler):
+            self.sampler.outputs[each.request.id] = each.output
+            if self.scheduler._states[each.request.id].is_known:  # the batch that was its first ran elsewhere
+                known.append(each.request)
+        self.runner.run(Batch(step=-1, chunks=(), new=tuple(known)))
+        kept_out = [] if free is None else handover.keep_out(self.scheduler, free)
+        told: dict[str, Any] = {"brought": 0, "again": 0, "kept_out": kept_out}
+        for device, carried in parcels:
+            brought, again_tokens = self._adopt(device, carried)
+            told["brought"] += brought
+            told["again"] += again_tokens
+        return told
+
+    def do_go(self) -> None:
+        """Begin to step: the coordinator knows by now that what was handed over is here."""
+        self.is_serving = True
+
+    def _adopt(self, device: int, carried: Sequence[handover.Carried]) -> tuple[int, int]:
+        assert self.scheduler is not None
+        assert self.runner is not None
+        other = attach(self.memory, device, "current")
+        arena, pool = KvArena(other), self.runner.pool
+
+        def copy(pairs: Sequence[tuple[int, int]]) -> None:
+            theirs = arena.buffers(tuple(pool.key.shape), pool.key.dtype)
+            for here, there in zip((pool.key, pool.value), theirs, strict=True):
+                blocks_here, blocks_there = (part.unflatten(2, (-1, pool.block_tokens)) for part in (here, there))
+                for source, target in pairs:
+                    blocks_here[:, :, target] = blocks_there[:, :, source]
+
+        for each in carried:
+            self.sampler.outputs[each.request.id] = each.output
+        result = handover.adopt(self.scheduler, carried, copy)
+        arena.close()
+        other.close()
+        return result
+
+    def do_pause(self, how: str) -> Any:
+        """Stop between two steps and give what there is: ``freeze`` the scheduler, ``carry`` its requests, or ``drain``: go on with what
+        is here and give the blocks that it cannot need."""
+        assert self.scheduler is not None
+        if how == "drain":
+            return handover.reserve(self.scheduler)
+        self.is_serving = False
+        return handover.freeze(self.scheduler) if how == "freeze" else handover.carried(self.scheduler)
+
+    def do_resume(self, blocks: Sequence[int] = ()) -> None:
+        """Nothing came of a pause: make ready to go on. ``blocks`` were given away by a drain."""
+        assert self.scheduler is not None
+        handover.give(self.scheduler, blocks)
+
+    def do_give(self, blocks: Sequence[int]) -> None:
+        """Blocks that were another's are this rank's from now on."""
+        assert self.scheduler is not None
+        handover.give(self.scheduler, blocks)
+
+    def do_release(self) -> None:
+        """Let go of the device's memory; the rank is on standby again."""
+        self.is_serving = False
+        self.scheduler = self.runner = None
+        self.owner.layers.clear()
+        self.model.load_state_dict(self.empty, strict=False, assign=True)
+        for arena in (*self.arenas, self.kv):
+            if arena is not None:
+                arena.close()
+        self.arenas, self.kv = [], None
+        if self.attached is not None:
+            self.attached.close()
+            self.attached = None
+
+    def do_probe(self, tokens: Sequence[int]) -> list[list[float]]:
+        """Logits of each position, without the cache: to check a placement against the whole model."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([list(tokens)])).logits_BLV[0].tolist()
+
+    def do_reset_prefix_cache(self) -> int:
+        """See `Scheduler.reset_prefixes`."""
+        assert self.scheduler is not None
+        return self.scheduler.reset_prefixes()
+
+    # Requests
+
+    def do_submit(self, request: Request, output: tuple[int, ...] = ()) -> None:
+        """Run a request, from the tokens it was given elsewhere on."""
+        assert self.scheduler is not None
+        try:
+            self.sampler.outputs[request.id] = output
+            handover.resume(self.scheduler, request, output)
+        except AnabranchError as error:
+            self.sampler.outputs.pop(request.id, None)
+            self.channel.send(("outputs", [Output(id=request.id, finish=Finish.ERROR, error=str(error))], None))
+
+    def do_abort(self, id: str) -> None:
+        """End a request."""
+        output = self.scheduler.abort(id) if self.scheduler is not None else None
+        self.sampler.outputs.pop(id, None)
+        if output is not None:
+            self.channel.send(("outputs", [output], None))
+
+    # The loop
+
+    def run(self) -> None:
+        """Work until the coordinator is gone."""
+        while True:
+            while self.channel.poll(0.0 if self._has_work else None):
+                self._obey(*self.channel.recv()[0])
+            if self._has_work:
+                try:
+                    self._step()
+                except ChannelClosedError as error:
+                    self._fail(f"a peer has gone ({error})")
+                except Exception as error:
+                    self._fail(f"{type(error).__name__}: {error}")
+
+    @property
+    def _has_work(self) -> bool:
+        return self.is_serving and self.scheduler is not None and self.scheduler.has_work
+
+    def _fail(self, error: str) -> None:
+        self.is_serving = False
+        self.channel.send(("failed", error))
+
+    def _obey(self, number: int | None, name: str, arguments: dict[str, Any]) -> None:
+        try:
+            value = getattr(self, f"do_{name}")(**arguments)
+        except ChannelClosedError as error:
+            value = RuntimeError(f"rank {self.boot.rank}: {name}: {error}")
+        except Exception as error:
+            value = RuntimeError(f"rank {self.boot.rank}: {name}: {type(error).__name__}: {error}")
+        if number is not None:
+            self.channel.send(("reply", number, value))
+        elif isinstance(value, Exception):
+            self._fail(str(value))
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        assert self.scheduler is not None
+        assert self.runner is not None
+        batch = self.scheduler.schedule()
+        if batch is None:  # blocks are another's for now
+            time.sleep(0.001)
+            return
+        outputs = self.scheduler.update(batch, self.runner.run(batch))
+        seconds = time.perf_counter() - started
+        due = max(self.limits.pace_s, self.limits.pace_token_s * batch.num_tokens)
+        if due > seconds:
+            time.sleep(due - seconds)
+        now = time.monotonic()
+        picture = None
+        if now - self._picture_at > _PICTURE_S or not self.scheduler.has_work:
+            self._picture_at = now
+            picture = self.scheduler.stats()
+        if outputs or picture:
+            self.channel.send(("outputs", outputs, picture))
+
+    def do_heat(self) -> list[list[int]]:
+        """Tokens that went to each expert of each layer since this rank attached."""
+        return [each.load_E.tolist() for each in self.spread]
+
+
+def _layers(model: torch.nn.Module) -> list[Any]:
+    """Configs of the routed layers, for the most places that a token may take."""
+    return [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "places")]
+
+
+def rehearse() -> None:
+    """Do once, on a model of nothing, what makes torch import and load the rest of itself."""
+    torch.set_num_threads(1)
+    layer = MoE.Config(num_experts=2, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=1)))
+    config = Decoder.Config(
+        vocab_size=8, dim=8, num_layers=1, attention=Attention.Config(num_heads=1), feed_forward=layer
+    )
+    build_empty(config)
+    ModelRunner(config.build(), num_blocks=1).warm_up()
+
+
+def main(fd: int) -> None:
+    """The process; ``fd`` is its end of the channel to the coordinator."""
+    torch.set_num_threads(1)
+    sys.setswitchinterval(0.0005)  # a peer's rows should not wait 5 ms for this rank's own step
+    faulthandler.register(signal.SIGUSR1)  # for operators: where a rank is
+    channel = Channel.of_fd(fd)
+    try:
+        boot, fds = channel.recv()
+        rank = Rank(channel, boot, fds)
+        channel.send(("ready",))
+        rank.run()
+    except ChannelClosedError:  # the coordinator has ended this rank
+        pass
+    except Exception:  # it could not even start; the coordinator sees the channel close
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # threads that serve peers may still wait for them
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,52 @@
+"""What a rank is told when it starts."""
+
+from dataclasses import dataclass
+
+from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
+from anabranch.serving.elasticmoe.layout import Layout
+
+__all__ = ["Boot", "Limits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes of every rank of a group; see `SchedulerConfig`.
+
+    ``pace_s`` and ``pace_token_s`` make a *paced* device: each step takes at least that long, and that long per token, while the
+    computation stays real. For studies of more devices than the machine has cores.
+    """
+
+    num_blocks: int
+    block_tokens: int = 16
+    max_positions: int = 2048
+    max_batched_tokens: int = 512
+    max_seqs: int = 16
+    prefix_cache: bool = True
+    stop_tokens: tuple[int, ...] = ()
+    seed: int | None = None
+    pace_s: float = 0.0
+    pace_token_s: float = 0.0
+
+    def scheduler(self) -> Scheduler:
+        """A scheduler without requests."""
+        return SchedulerConfig(
+            num_blocks=self.num_blocks,
+            block_tokens=self.block_tokens,
+            max_positions=self.max_positions,
+            max_batched_tokens=self.max_batched_tokens,
+            max_seqs=self.max_seqs,
+            prefix_cache=self.prefix_cache,
+            stop_tokens=self.stop_tokens,
+        ).build()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boot:
+    """What a rank is told first. The files beside it: its channel to the memory manager, then those to ask each peer and to answer it."""
+
+    layout: Layout
+    device: int
+    rank: int
+    num_ranks: int
+    limits: Limits
+    copies: bool = False
