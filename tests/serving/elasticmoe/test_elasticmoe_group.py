@@ -353,7 +353,7 @@ def test_random_changes_under_load(make, greedy):
             client.submit(f"r{number}", prompt_of(number))
         if event % 20 == 19:
             active = group.ledger.active
-            active.kill(draw.choice(active.devices))
+            active.kill(draw.choice(active.devices))  # the next change may begin before this is found out
         else:
             group.scale(draw.randint(1, 4), mode=draw.choice(["migrate", "drain"]))
         check(client, numbers, greedy)
@@ -361,3 +361,4 @@ def test_random_changes_under_load(make, greedy):
     stats = group.counts.stats(group)
     assert stats.counters["elastic_requests"] == served
     assert stats.counters["elastic_scale_failures"] == 0
+    print(events, "events", served, "requests", stats.counters)

@@ -141,6 +141,15 @@ class Group:
         active = self.ledger.active
         return active is not None and not active.is_broken and not self.is_closed
 
+    @property
+    def pids(self) -> list[int]:
+        """All processes: ranks that serve, come or stand by, memory manager, forge."""
+        instances = [self.ledger.active, self.coming, *self.standby.instances()]
+        found = [pid for each in instances if each is not None for pid in each.pids.values()]
+        found += [self.memory.process.pid] if self.memory is not None else []
+        found += [self.forge.pid] if self.forge is not None and self.forge.pid is not None else []
+        return sorted(set(found))
+
     # Life
 
     def start(self) -> None:
@@ -240,10 +249,9 @@ class Group:
                         new.all("warm")
                     elif name == "switch":
                         assert new is not None
-                        if old.is_broken and not lost:
-                            raise InstanceError("the active instance has failed")
                         (migrate if mode == "migrate" else drain)(self, plan, old, new, report)
                         self.placement = plan.new
+                        self.counts.up()  # had the old instance failed meanwhile, the new one took its place
         except BaseException as error:
             self._roll_back(old, new, name, error)
             if isinstance(error, FAULTS) or not isinstance(error, Exception):
@@ -419,6 +427,12 @@ class Group:
             if self.config.ahead and self.config.standby and not is_busy and not self.is_closed and self.devices:
                 self._ahead = threading.Thread(target=self._fill_standby, daemon=True, name="anabranch-standby")
                 self._ahead.start()
+
+    def settle(self) -> None:
+        """Wait until what `look_ahead` began is done."""
+        ahead = self._ahead
+        if ahead is not None:
+            ahead.join()
 
     def _fill_standby(self) -> None:
         policy, count = self.config.policy, len(self.devices)
