@@ -22,6 +22,8 @@ Work = list[list[tuple[list[int], int]]]  # of each stream its requests: prompt,
 
 def lengths(trace: Path, scale: float, longest: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """(prompt, output) tokens of a trace's requests, both divided by ``scale`` and cut to at least 8 and at most ``longest``."""
+    if not trace.is_file():
+        raise SystemExit(f"no trace at {trace}; give the path of azure_llm_2023_conv.csv.gz with --trace")
     with gzip.open(trace, "rt") as file:
         for row in csv.DictReader(file):
             given = int(row["ContextTokens"]), int(row["GeneratedTokens"])
@@ -200,11 +202,11 @@ def serve_transformers(folder: str, threads: int, most: int) -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="paged|sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=4096)
     config = ContinuousBatchingConfig(
-        page_size=32, num_blocks=2048, max_batch_tokens=512, max_requests_per_batch=most, allow_block_sharing=False
+        page_size=32, num_blocks=16 * most, max_batch_tokens=512, max_requests_per_batch=most, allow_block_sharing=False
     )
     manager = model.init_continuous_batching(generation, continuous_batching_config=config)
     manager.start()

@@ -31,7 +31,7 @@ def small_moe() -> Decoder:
         attention=Attention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=MoE.Config(num_experts=EXPERTS, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=2))),
         init_std=0.3,
-        max_positions=512,
+        max_positions=2048,
     )
     return config.build(seed=0).eval()
 

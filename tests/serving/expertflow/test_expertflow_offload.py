@@ -16,7 +16,7 @@ from anabranch.nn.context import BuildContext
 from anabranch.routing import Router, TopK, record_routing
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
-from anabranch.serving.expertflow import Routes, find_pools, load_offloaded, offload
+from anabranch.serving.expertflow import Expert, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.policy import POLICIES
 from anabranch.serving.expertflow.predictors import Oracle
 from anabranch.serving.expertflow.sizes import parse_bytes
@@ -197,12 +197,10 @@ def test_a_load_that_keeps_failing_is_an_error_and_what_comes_after_is_right(mod
 
 def test_a_pass_that_is_broken_off_leaves_the_engine_usable(model, expected) -> None:
     engine = offload(model, quarter(model))
+    hook = model.blocks[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
-        hook = model.blocks[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        try:
-            model(TOKENS)
-        finally:
-            hook.remove()
+        model(TOKENS)
+    hook.remove()
     pool = model.blocks[1].feed_forward.experts
     run, pool._run = pool._run, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())  # within a layer
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
@@ -292,7 +290,7 @@ def test_a_truncated_file_is_an_error(model, tmp_path: Path) -> None:
     with torch.inference_mode(), pytest.raises(DataError, match="truncated"):
         engine.model(TOKENS)
     engine.close()
-    with pytest.raises(CheckpointError, match="there is no|no model"):
+    with pytest.raises(CheckpointError, match="no model"):
         load_offloaded(tmp_path / "none", "1MB")
 
 
@@ -302,15 +300,9 @@ def test_a_throttled_tier_takes_its_time() -> None:
         MemoryTier([(torch.ones(1, 4, 2), torch.ones(1, 2, 2))]), 0.5, sleep=slept.append, clock=lambda: 0.0
     )
     slot = (torch.zeros(4, 2), torch.zeros(2, 2))
-    list(tier.load(find_pools_expert(), slot))
+    list(tier.load(Expert(0, 0), slot))
     assert slept == [0.5 * 4 * (8 + 4)]
     assert slot[0].sum() == 8
-
-
-def find_pools_expert():
-    from anabranch.serving.expertflow import Expert
-
-    return Expert(0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -23,7 +23,7 @@ from anabranch.serving.expertflow.predictors import (
 from anabranch.serving.expertflow.predictors.base import Row, choose
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.routes import batch_accuracy
-from expertflow_models import VOCAB, make_model, prompts
+from expertflow_models import VOCAB, make_model
 
 FINGERPRINT = Fingerprint((4, 6), (1, 2), "vocab:50")
 SMALL = Settings(dim=16, feed_forward=32, window=4, max_input=6, steps=2, batch=4, length=8)

@@ -267,24 +267,41 @@ def test_the_parts_of_a_message_are_joined(server):
     assert server.chat(messages=[{"role": "user", "content": parts}])[2]["choices"][0]["message"]["content"] == whole
 
 
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ghent"}}\n</tool_call>'
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_named_tool(is_stream):
-    with serving(Script(say='{"city": "Ghent"}')) as running:
-        choice = {"type": "function", "function": {"name": "weather"}}
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_of_a_tool(choice, is_stream):
+    with serving(Script(say=CALL)) as running:
         body = running.chat(tools=[TOOL], tool_choice=choice, stream=is_stream)[2]
-        assert last_sampling(running).grammar == TOOL["function"]["parameters"]
-        call = the_call(body, is_stream)
-        assert call["function"] == {"name": "weather", "arguments": '{"city": "Ghent"}'}
-        assert call["id"].startswith("call_")
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_call_that_is_required(is_stream):
-    with serving(Script(say='{"name": "weather", "arguments": {"city": "Ghent"}}')) as running:
-        body = running.chat(tools=[TOOL], tool_choice="required", stream=is_stream)[2]
-        assert last_sampling(running).grammar["properties"]["name"] == {"const": "weather"}
+        assert (last_sampling(running).grammar is None) == (choice == "auto")
+        assert "weather" in bytes(running.script.requests[-1].prompt).decode()  # the model is told of it
         call = the_call(body, is_stream)
         assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", {"city": "Ghent"})
+        assert call["id"].startswith("call_")
+        assert call["type"] == "function"
+
+
+@pytest.mark.parametrize(("is_parallel", "count"), [(True, 2), (False, 1)])
+def test_several_calls(is_parallel, count):
+    with serving(Script(say=f"Let me see. {CALL}\n{CALL}")) as running:
+        body = running.chat(tools=[TOOL], parallel_tool_calls=is_parallel)[2]
+        message = body["choices"][0]["message"]
+        assert message["content"] == "Let me see."
+        assert len(message["tool_calls"]) == count
+        made = events(running.chat(tools=[TOOL], parallel_tool_calls=is_parallel, stream=True)[2])[:-1]
+        calls = [call for event in made for call in event["choices"][0]["delta"].get("tool_calls", ())]
+        assert [call["index"] for call in calls] == list(range(count))
+
+
+def test_a_call_of_a_tool_that_nobody_offered_is_text():
+    text = '<tool_call>\n{"name": "launch", "arguments": {}}\n</tool_call>'
+    with serving(Script(say=text)) as running:
+        [choice] = running.chat(tools=[TOOL])[2]["choices"]
+        assert "tool_calls" not in choice["message"]
+        assert "launch" in choice["message"]["content"]
+        assert choice["finish_reason"] == "stop"
 
 
 def the_call(body, is_stream):

@@ -162,7 +162,13 @@ def test_the_official_client_and_tools(client):
     choice = {"type": "function", "function": {"name": "weather"}}
     for wanted in (choice, "required"):
         answer = client.chat.completions.create(
-            model=MODEL, messages=HELLO, tools=TOOLS, tool_choice=wanted, max_tokens=300, seed=1
+            model=MODEL,
+            messages=HELLO,
+            tools=TOOLS,
+            tool_choice=wanted,
+            max_tokens=300,
+            seed=1,
+            parallel_tool_calls=False,
         )
         [call] = answer.choices[0].message.tool_calls
         assert call.function.name == "weather"

@@ -152,3 +152,42 @@ def test_secrets_are_not_shown(capsys):
     said = capsys.readouterr()
     assert "api_keys.0 is not of the form" in said.err
     assert "secretwithoutname" not in said.err + said.out
+
+
+@pytest.mark.slow
+def test_five_hundred_connections_at_once_take_bounded_memory():
+    import asyncio
+
+    import aiohttp
+
+    settings = (
+        "engine.process=false",
+        "http.admission.max_in_flight=64",
+        "http.admission.max_queued=64",
+        "engine.kv_memory=64MiB",
+    )
+    with serve_process(*(word for setting in settings for word in ("--set", setting))) as server:
+
+        async def one(session, number):
+            body = {"model": "small-moe", "prompt": f"number {number}", "max_tokens": 16, "stream": number % 2 == 0}
+            async with session.post(f"{server.url}/v1/completions", json=body) as answer:
+                data = await answer.read()
+                assert answer.status in (200, 429)
+                assert answer.status == 429 or b"finish_reason" in data
+                return answer.status
+
+        async def burst():
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                return await asyncio.gather(*(one(session, number) for number in range(500)))
+
+        def resident():
+            return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        asyncio.run(burst())
+        first = resident()
+        for _ in range(3):
+            statuses = asyncio.run(burst())
+            assert len(statuses) == 500
+            assert {200, 429} == set(statuses)
+        assert resident() - first < 48 << 20
+        assert b"anabranch_serving_in_flight 0" in ask(server, None, "/metrics")[1]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from anabranch.errors import InputError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.http import fields
@@ -87,6 +88,7 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     if body.get("messages") is None:
         raise wrong("messages", "messages is missing; it must be a list of at least one message")
     tools = read_tools(body)
+    grammar = _grammar(body, tools)
     text = reader.render(read_messages(body["messages"]), tools)
     prompt = reader.encode(text)
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
@@ -100,13 +102,14 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     most = _room([prompt], wanted, None, info, "messages")
     return Asked(
         kind="chat", prompts=(prompt,), tools=tools, logprobs=logprobs,
-        **_shared(body, info, most, most_n, logprobs, tools), unknown=tuple(unknown),
+        **_shared(body, info, most, most_n, logprobs, grammar), unknown=tuple(unknown),
     )  # fmt: skip
 
 
 def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
     """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "completions")
+    grammar = _grammar(body, None)
     prompts, texts = _prompts(body.get("prompt"), reader, info)
     logprobs, is_echo = body.get("logprobs"), bool(body.get("echo"))
     if is_echo and logprobs is not None:
@@ -119,7 +122,7 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
     most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt")
     return Asked(
         kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
-        **_shared(body, info, most, most_n, logprobs, None), unknown=tuple(unknown),
+        **_shared(body, info, most, most_n, logprobs, grammar), unknown=tuple(unknown),
     )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def _shared(
     most: int,
     most_n: int,
     logprobs: int | None,
-    tools: Tools | None,
+    grammar: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What both endpoints have."""
     stream = bool(body.get("stream"))
@@ -145,7 +148,7 @@ def _shared(
     return {
         "n": n,
         "max_tokens": most,
-        "sampling": _sampling(body, info, most, logprobs, tools),
+        "sampling": _sampling(body, info, most, logprobs, grammar),
         "stop": (stop,) if isinstance(stop, str) else tuple(stop),
         "is_stream": stream,
         "has_usage": bool((options or {}).get("include_usage")),
@@ -156,7 +159,7 @@ def _shared(
 
 
 def _sampling(
-    body: Mapping[str, Any], info: EngineInfo, most: int, logprobs: int | None, tools: Tools | None
+    body: Mapping[str, Any], info: EngineInfo, most: int, logprobs: int | None, grammar: dict[str, Any] | None
 ) -> Sampling:
     given = {name: body[name] for name in _TO_SAMPLING if body.get(name) is not None}
     bias = tuple((int(token), float(value)) for token, value in (body.get("logit_bias") or {}).items())
@@ -170,7 +173,7 @@ def _sampling(
     seed = body.get("seed")
     return Sampling(
         **given, max_tokens=max(1, most), top_k=max(0, body.get("top_k") or 0), seed=None if seed is None else seed % fields.INT64,
-        logit_bias=bias, stop_tokens=ends, logprobs=logprobs, grammar=_grammar(body, tools),
+        logit_bias=bias, stop_tokens=ends, logprobs=logprobs, grammar=grammar,
     )  # fmt: skip
 
 
@@ -184,7 +187,10 @@ def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | N
     if tools is not None and tools.choice != "auto":
         if kind != "text":
             raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
-        return tools.schema()
+        try:
+            return tools.grammar()
+        except InputError as error:
+            raise wrong("tools", str(error)) from None
     if kind == "text":
         return None
     if kind == "json_object":

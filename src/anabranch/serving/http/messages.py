@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.serving.chat import call_grammar
 from anabranch.serving.http.fields import unsupported
 from anabranch.web.api_error import wrong
 from anabranch.web.body import said
@@ -29,24 +30,10 @@ class Tools:
     name: str = ""
     is_parallel: bool = True
 
-    def schema(self) -> dict[str, Any]:
-        """What the output has to be where a call is demanded: the arguments of the named tool, else name and arguments of any."""
-        if self.choice == "named":
-            return _parameters(next(tool for tool in self.offered if tool["function"]["name"] == self.name))
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool["function"]["name"]}, "arguments": _parameters(tool)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in self.offered
-        ]
-        return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def _parameters(tool: dict[str, Any]) -> dict[str, Any]:
-    return tool["function"].get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    def grammar(self) -> dict[str, Any] | None:
+        """What the output has to be where a call is demanded; None where it may be anything. Raises InputError."""
+        wanted = {"type": "function", "function": {"name": self.name}} if self.choice == "named" else self.choice
+        return call_grammar(self.offered, wanted, is_parallel=self.is_parallel)
 
 
 def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

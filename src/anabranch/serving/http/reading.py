@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from anabranch.data import Tokenizer
-from anabranch.errors import TokenizerError
+from anabranch.errors import InputError
+from anabranch.serving.chat import render
 from anabranch.serving.http.messages import Tools
 from anabranch.web.api_error import wrong
 
@@ -21,9 +22,10 @@ class Reader:
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
         """The prompt of a conversation. Raises ApiError (400) for one that the model's template refuses."""
+        offered = tools.offered if tools is not None else ()
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=is_open)
-        except TokenizerError as error:
+            return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open)
+        except InputError as error:
             raise wrong("messages", str(error)) from None
 
     def encode(self, text: str) -> tuple[int, ...]:

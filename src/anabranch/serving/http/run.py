@@ -22,6 +22,7 @@ from anabranch.web.server import BACKLOG, Server, Signals, runner
 
 logger = logging.getLogger(__name__)
 CLEAN, CUT, FAILED = 0, 1, 3  # exit codes: all requests were answered, some were cut short, the engine is dead
+GRACE_S = 0.05  # for those who connected before the port was closed to be told
 TELL_S = 1.0  # for error events to reach those who were cut short
 
 
@@ -82,6 +83,7 @@ async def _main(
             is_cut = await _drain(frontend, app, signals, config.drain_s)
         finally:
             listener.close()
+            await asyncio.sleep(GRACE_S)
             await _shut(server)
             with contextlib.suppress(AnabranchError):  # it is being left; why it failed has been told
                 await frontend.close()

@@ -9,7 +9,7 @@ from anabranch import __version__
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish
 from anabranch.serving.http.asked import Asked
-from anabranch.serving.http.calls import Delta, merged, speech_for
+from anabranch.serving.http.calls import Delta, Speech, merged
 from anabranch.serving.http.choice import Choice, Piece, Shown
 from anabranch.serving.http.reading import Reader
 from anabranch.web.ids import new_id
@@ -118,7 +118,7 @@ class ChatShape(Shape):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._speech = [speech_for(self.asked.tools, self.reader) for _ in self.choices]
+        self._speech = [Speech(self.asked.tools) for _ in self.choices]
         self._has_begun = [False] * len(self.choices)
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
