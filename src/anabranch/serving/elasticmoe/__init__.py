@@ -24,7 +24,7 @@ __all__ = [
 
 _WHERE = {
     "Coordinator": "coordinator", "ElasticConfig": "config", "Group": "group", "Placement": "plan", "Policy": "policy",
-    "ScalePlan": "plan", "ScaleReport": "group", "place": "plan", "plan_scale": "plan",
+    "ScalePlan": "plan", "ScaleReport": "report", "place": "plan", "plan_scale": "plan",
 }  # fmt: skip
 
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.serving.elasticmoe.instance import Instance, InstanceError
 from anabranch.serving.elasticmoe.plan import ScalePlan
+from anabranch.serving.elasticmoe.report import ScaleReport
 
 if TYPE_CHECKING:
-    from anabranch.serving.elasticmoe.group import Group, ScaleReport
+    from anabranch.serving.elasticmoe.group import Group
 
 __all__ = ["drain", "migrate"]
 
 
-def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: "ScaleReport") -> None:
+def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: ScaleReport) -> None:
     """Hand everything over between two steps. Raises InstanceError, the old instance then serves on if it can."""
     ledger = group.ledger
     with ledger.lock:
@@ -95,7 +96,7 @@ def _go_on(group: "Group", old: Instance) -> None:
     group.ledger.resume(old)
 
 
-def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: "ScaleReport") -> None:
+def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: ScaleReport) -> None:
     """Let the new instance take what comes, and the old one end what it has; returns when that is done.
 
     Raises InstanceError if the new instance cannot start; what fails later is put right here.
