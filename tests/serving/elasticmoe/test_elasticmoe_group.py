@@ -236,6 +236,9 @@ def test_a_rank_dies_outside_of_any_change(make, greedy):
     check(client, numbers, greedy)
     stats = group.counts.stats(group)
     assert stats.counters["elastic_recoveries"] == 1
+    assert stats.counters["generation_tokens"] == 8 * NEW_TOKENS  # none twice, none forgotten with its rank
+    assert stats.counters["prompt_tokens"] == sum(len(prompt_of(number)) for number in numbers)
+    assert stats.counters["finished_length"] == 8
     assert stats.counters["elastic_requests_rerun"] > 0
     assert stats.counters["elastic_downtime_s"] > 0
     assert group.memory.usage()["moved"]["disk"] == sum(group.memory.usage()["read"].values())  # nothing was read again

@@ -121,4 +121,6 @@ class Counts:
             "elastic_recoveries": self.recoveries,
             "elastic_downtime_s": self.downtime_s,
         }
-        return EngineStats(counters={**counters, **more}, gauges=gauges, samples={"batch_tokens": samples})
+        return EngineStats(
+            counters={**counters, **ledger.counted, **more}, gauges=gauges, samples={"batch_tokens": samples}
+        )
