@@ -49,6 +49,12 @@ PUBLIC = {
     "anabranch.report": """
         CacheFacts LayerFacts PoolFacts Summary explain summarize write_report
     """,
+    "anabranch.serving": """
+        EngineClient EngineInfo EngineStats Finish LLM LocalEngine Output ProcessEngine Request Sampling ServingConfig
+    """,
+    "anabranch.serving.elasticmoe": """
+        Coordinator ElasticConfig Group Placement Policy ScalePlan ScaleReport place plan_scale
+    """,
     "anabranch.testing": """
         DEVICES check_balancer check_feed_forward check_pool check_provider check_router check_routing check_score check_select
         check_strategy check_streams
