@@ -105,7 +105,9 @@ def _packed(file: GgufFile, pieces: Sequence[Piece], kept: Collection[str]) -> P
 
 def _blocks(kind: str, stored: Any, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """(number_NK, scale_NG, least_NG) of the bytes of one tensor; rows of ``heads`` heads in our order."""
-    bytes_NGX = torch.from_numpy(np.array(stored, dtype=np.uint8)).unflatten(-1, (-1, {"Q4_0": 18, "Q4_1": 20}.get(kind, 34)))
+    bytes_NGX = torch.from_numpy(np.array(stored, dtype=np.uint8)).unflatten(
+        -1, (-1, {"Q4_0": 18, "Q4_1": 20}.get(kind, 34))
+    )
     scale_NG = bytes_NGX[..., :2].contiguous().view(torch.float16).squeeze(-1)
     if kind == "Q8_0":
         number_NGS = bytes_NGX[..., 2:] ^ 0x80  # two's complement plus 128

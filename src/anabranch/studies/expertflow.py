@@ -132,13 +132,19 @@ def _arm(size: Size, experts: int, top_k: int, full: bool) -> Arm:
     if full:
         data = data.replace(corpus=corpus())
     model = config.model.replace(vocab_size=size.vocab_size)
-    return Arm(f"e{experts}k{top_k}", f"{experts} experts, top {top_k}", Case(run=config.replace(data=data, model=model), size=size))
+    return Arm(
+        f"e{experts}k{top_k}",
+        f"{experts} experts, top {top_k}",
+        Case(run=config.replace(data=data, model=model), size=size),
+    )
 
 
 def corpus() -> Mixture.Config:
     """Python, in which the predictor is at home, and C headers, in which it is not."""
     headers = Files.Config(paths=("/usr/include",), pattern="*.h", max_bytes=8_000_000)
-    return Mixture.Config(domains={"python": Domain(corpus=Stdlib.Config(include_docs=False)), "headers": Domain(corpus=headers)})
+    return Mixture.Config(
+        domains={"python": Domain(corpus=Stdlib.Config(include_docs=False)), "headers": Domain(corpus=headers)}
+    )
 
 
 def run(case: Case, seed: int, progress: Progress) -> Metrics:
@@ -219,14 +225,22 @@ class Decoded:
 
     def __init__(self, routes: Routes, size: Size, predictors: dict[str, Predict]) -> None:
         self.layout = Layout.plain(routes.num_experts, routes.top_k)
-        self.size, rows = size, [rows for rows in routes.sequences() if rows.stop - rows.start >= size.prompt + size.decoded]
+        self.size, rows = (
+            size,
+            [rows for rows in routes.sequences() if rows.stop - rows.start >= size.prompt + size.decoded],
+        )
         part = slice(size.prompt, size.prompt + size.decoded)
         before = slice(part.start - 1, part.stop - 1)
         self.chosen_STLE = np.stack([routes.chosen(one)[part] for one in rows])
-        self.prob = {name: np.stack([predict(routes.token_N[one]) for one in rows]) for name, predict in predictors.items()}
+        self.prob = {
+            name: np.stack([predict(routes.token_N[one]) for one in rows]) for name, predict in predictors.items()
+        }
         slp = np.zeros_like(self.chosen_STLE)
         slp[:, :, 1:] = self.chosen_STLE[:, :, :-1]
-        self.prob |= {"tlp": np.stack([routes.chosen(one)[before] for one in rows]).astype(np.float32), "slp": slp.astype(np.float32)}
+        self.prob |= {
+            "tlp": np.stack([routes.chosen(one)[before] for one in rows]).astype(np.float32),
+            "slp": slp.astype(np.float32),
+        }
 
     def groups(self, batch: int) -> list[np.ndarray]:
         """Sequences of each batch, an even number of batches."""
@@ -271,7 +285,13 @@ def accuracies(decoded: Decoded) -> Metrics:
     """B_acc, precision and number of predicted experts of each predictor at each batch size."""
     found: Metrics = {}
     for batch in (1, *BATCHES):
-        for name, kind, extra in (("rpp", "rpp", 1), ("rpp_k", "rpp", 0), ("freq", "freq", 1), ("tlp", "tlp", 0), ("slp", "slp", 0)):
+        for name, kind, extra in (
+            ("rpp", "rpp", 1),
+            ("rpp_k", "rpp", 0),
+            ("freq", "freq", 1),
+            ("tlp", "tlp", 0),
+            ("slp", "slp", 0),
+        ):
             accuracy = decoded.accuracy(kind, batch, extra)
             found |= {
                 f"bacc_{name}_{batch}": accuracy.recall,
@@ -371,7 +391,9 @@ def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
     arms = list(results.runs)
 
-    def least(claim: str, paper: str, of: Callable[[Metrics], tuple[float, float]], limit: float, only: Sequence[str] = ()) -> Claim:
+    def least(
+        claim: str, paper: str, of: Callable[[Metrics], tuple[float, float]], limit: float, only: Sequence[str] = ()
+    ) -> Claim:
         """The smallest of ours - baseline over arms in each seed must be at least ``limit``."""
         worst: list[tuple[float, float]] = []
         for seed in results.seeds:
@@ -381,7 +403,9 @@ def judge(results: Results) -> list[Claim]:
         if not worst:
             return Claim(claim, paper, None, None, None, None, "not resolved")
         baseline, ours = (float(np.mean([pair[side] for pair in worst])) for side in (0, 1))
-        return Claim(claim, paper, baseline, ours, ours - baseline, None, every_seed([b + limit <= o for b, o in worst]))
+        return Claim(
+            claim, paper, baseline, ours, ours - baseline, None, every_seed([b + limit <= o for b, o in worst])
+        )
 
     def lru(metrics: Metrics, size: str, batch: int) -> float:
         return max(metrics[f"hit_{name}_{size}_{batch}"] for name in ("lru", "lru_layer"))
@@ -390,9 +414,17 @@ def judge(results: Results) -> list[Claim]:
         return float(np.mean([metrics[f"hit_plec_{size}_{batch}"] - lru(metrics, size, batch) for size in SIZES]))
 
     claims = [
-        least("E1: B_acc of the route predictor at BS 4 is at least 0.85", "> 0.90", lambda m: (0.85, m["bacc_rpp_4"]), 0.0),
         least(
-            "E1: B_acc is at least TLP's + 0.20 (k experts each)", "TLP mostly < 0.3", lambda m: (m["bacc_tlp_4"], m["bacc_rpp_k_4"]), 0.20
+            "E1: B_acc of the route predictor at BS 4 is at least 0.85",
+            "> 0.90",
+            lambda m: (0.85, m["bacc_rpp_4"]),
+            0.0,
+        ),
+        least(
+            "E1: B_acc is at least TLP's + 0.20 (k experts each)",
+            "TLP mostly < 0.3",
+            lambda m: (m["bacc_tlp_4"], m["bacc_rpp_k_4"]),
+            0.20,
         ),
     ]
     for size in SIZES:
@@ -429,7 +461,9 @@ def _grows(results: Results) -> Claim:
     few, many = (float(np.mean([values[seed] for seed in seeds])) if seeds else None for values in (small, large))
     verdict = every_seed([large[seed] > small[seed] for seed in seeds])
     difference = None if few is None or many is None else many - few
-    return Claim("E3: the gain is larger with 128 experts than with 32", "1.03, 1.17", few, many, difference, None, verdict)
+    return Claim(
+        "E3: the gain is larger with 128 experts than with 32", "1.03, 1.17", few, many, difference, None, verdict
+    )
 
 
 def draw(results: Results, path: Path) -> None:
@@ -445,10 +479,18 @@ def draw(results: Results, path: Path) -> None:
     }  # fmt: skip
     with figure(10, max(3.4, 1.6 + 0.4 * len(arms)), ncols=2, sharey=True) as (made, panels):
         made.suptitle("ExpertFlow at our scale", x=0.01, ha="left", fontweight="bold", color=INK)
-        for axes, shown, title in zip(panels, (left_of, right_of), ("B_acc, BS 4", "hit ratio, CS E/4, BS 16"), strict=True):
+        for axes, shown, title in zip(
+            panels, (left_of, right_of), ("B_acc, BS 4", "hit ratio, CS E/4, BS 16"), strict=True
+        ):
             for number, (metric, label) in enumerate(shown.items()):
                 values = [results.mean(arm, metric).mean for arm in arms]
-                axes.plot(values, range(len(arms)), MARKERS[number % len(MARKERS)], color=SERIES[number % len(SERIES)], label=label)
+                axes.plot(
+                    values,
+                    range(len(arms)),
+                    MARKERS[number % len(MARKERS)],
+                    color=SERIES[number % len(SERIES)],
+                    label=label,
+                )
             axes.set_yticks(range(len(arms)), arms)
             axes.set_xlabel(title)
             axes.grid(axis="x", color=GRID)

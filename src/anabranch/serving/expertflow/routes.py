@@ -84,7 +84,8 @@ class Routes:
             sequence.append(number_N + start)
             start += int(number_N[-1]) + 1
         joined = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("bits_NLP", "token_N", "position_N")
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("bits_NLP", "token_N", "position_N")
         }
         sizes = {"num_experts": first.num_experts, "top_k": first.top_k}
         return cls(**joined, sequence_N=np.concatenate(sequence), **sizes)  # type: ignore[arg-type]
