@@ -22,6 +22,8 @@ Work = list[list[tuple[list[int], int]]]  # of each stream its requests: prompt,
 
 def lengths(trace: Path, scale: float, longest: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """(prompt, output) tokens of a trace's requests, both divided by ``scale`` and cut to at least 8 and at most ``longest``."""
+    if not trace.is_file():
+        raise SystemExit(f"no trace at {trace}; give the path of azure_llm_2023_conv.csv.gz with --trace")
     with gzip.open(trace, "rt") as file:
         for row in csv.DictReader(file):
             given = int(row["ContextTokens"]), int(row["GeneratedTokens"])
@@ -86,12 +88,16 @@ class Server:
         else:
             path, fields = "/v1/completions", {"model": self.model, "max_tokens": count}
         body = json.dumps({**common, **fields}).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
         answer, lines = Answer(time.perf_counter()), []
         writer.write(head.encode() + body)
         status = await reader.readline()
-        while line := await reader.readline():  # parsed when all is over, so that the client takes little of the machine
+        while (
+            line := await reader.readline()
+        ):  # parsed when all is over, so that the client takes little of the machine
             if line.startswith(b"data: "):
                 lines.append((time.perf_counter(), line[6:]))
                 if line.startswith(b"data: [DONE]") or (self.kind == "llama" and b'"stop":true' in line):
@@ -182,7 +188,9 @@ def agreement(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
     for one, other in zip(ours, theirs, strict=True):
         length = max(len(one.text), len(other.text), 1)
         same = next((n for n, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), None)
-        shares.append(1.0 if one.text == other.text else (min(len(one.text), len(other.text)) if same is None else same) / length)
+        shares.append(
+            1.0 if one.text == other.text else (min(len(one.text), len(other.text)) if same is None else same) / length
+        )
     return statistics.fmean(shares)
 
 
@@ -194,11 +202,11 @@ def serve_transformers(folder: str, threads: int, most: int) -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="paged|sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=4096)
     config = ContinuousBatchingConfig(
-        page_size=32, num_blocks=2048, max_batch_tokens=512, max_requests_per_batch=most, allow_block_sharing=False
+        page_size=32, num_blocks=16 * most, max_batch_tokens=512, max_requests_per_batch=most, allow_block_sharing=False
     )
     manager = model.init_continuous_batching(generation, continuous_batching_config=config)
     manager.start()

@@ -126,7 +126,9 @@ def contestants(options: argparse.Namespace, folder: Path, logs: Path) -> Iterat
         yield found, ready
 
 
-def measured(options: argparse.Namespace, found: list[Any], prompts: Prompts) -> dict[int, dict[str, list[dict[str, float]]]]:
+def measured(
+    options: argparse.Namespace, found: list[Any], prompts: Prompts
+) -> dict[int, dict[str, list[dict[str, float]]]]:
     """{streams: {contestant: a row per round}}."""
     order = random.Random(0)
     rows: dict[int, dict[str, list[dict[str, float]]]] = {
@@ -161,7 +163,9 @@ def ratio(rows: dict[str, list[dict[str, float]]], ours: str, theirs: str) -> tu
 def report(rows: dict[int, dict[str, list[dict[str, float]]]], ready: dict[str, float]) -> dict[str, Any]:
     result: dict[str, Any] = {"ready_s": ready, "streams": {}, "ratios": [], "bars": []}
     for streams, each in rows.items():
-        print(f"\n{streams} streams    {'tokens/s':>10}{'first ms':>10}{'p99':>9}{'gap ms':>9}{'p99':>9}{'same text':>11}")
+        print(
+            f"\n{streams} streams    {'tokens/s':>10}{'first ms':>10}{'p99':>9}{'gap ms':>9}{'p99':>9}{'same text':>11}"
+        )
         result["streams"][streams] = {}
         for name, rounds in each.items():
             middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
@@ -183,7 +187,9 @@ def report(rows: dict[int, dict[str, list[dict[str, float]]]], ready: dict[str, 
             middle, low, high = ratio(rows[streams], ours, theirs)
             result["bars"].append({"streams": streams, "ours": ours, "theirs": theirs, "bar": bar, "ratio": middle})
             word = "reached" if middle >= bar else "NOT reached"
-            print(f"{ours} at {streams} streams is {middle:.2f} ({low:.2f} to {high:.2f}) times {theirs}; bar {bar}: {word}")
+            print(
+                f"{ours} at {streams} streams is {middle:.2f} ({low:.2f} to {high:.2f}) times {theirs}; bar {bar}: {word}"
+            )
     if "vllm" in ready and "ours bfloat16" in ready:
         share = ready["ours bfloat16"] / ready["vllm"]
         result["bars"].append({"ready": share, "bar": 1 / 3})
@@ -205,7 +211,11 @@ def main() -> None:
         prompts = Prompts(tokenizer, lengths(options.trace, options.scale, tuple(options.longest)))
         with contestants(options, folder, logs) as (found, ready):
             rows = measured(options, found, prompts)
-        result = {**report(rows, ready), "machine": machine(), "options": {**vars(options), "model": options.model.name}}
+        result = {
+            **report(rows, ready),
+            "machine": machine(),
+            "options": {**vars(options), "model": options.model.name},
+        }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
 

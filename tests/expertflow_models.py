@@ -52,5 +52,3 @@ def random_batches(
 
 def make_cache(policy: Any, slots: int, layers: int, experts: int, top_k: int = 1, audit: Any = None) -> ExpertCache:
     return ExpertCache(Layout.plain([experts] * layers, top_k), slots, make_policy(policy), audit)
-
-

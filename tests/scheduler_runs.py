@@ -339,3 +339,23 @@ class RandomTier:
         self.saved += 1
         slot = self._slot_of[key] = self._free.pop()
         return slot
+
+
+def drive(**changes):
+    arguments = {name: changes.pop(name) for name in ("tier", "memory", "order") if name in changes}
+    values = {"num_blocks": 64, "block_tokens": 4, "max_positions": 200, "max_batched_tokens": 64, "max_seqs": 8}
+    return Drive(SchedulerConfig(**{**values, **changes}), **arguments)
+
+
+def request(id, length=6, *, max_tokens=5, start=0, **named):
+    """A prompt of different tokens for each id, unless ``start`` is given."""
+    first = start or 1 + sum(map(ord, id)) * 31 % 1000
+    sampling = named.pop("sampling", None) or Sampling(max_tokens=max_tokens, ignore_eos=True)
+    return Request(id=id, prompt=tuple(range(first, first + length)), sampling=sampling, **named)
+
+
+def to_end(driven):
+    while driven.step():
+        pass
+    driven.check_end()
+    return driven

@@ -23,6 +23,7 @@ from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.gguf_file import Container
 from anabranch.nn import Rotary
 
 __all__ = ["load_gguf", "read_gguf_config"]
@@ -84,8 +85,8 @@ class GgufFile:
         self.path = path
         self._gguf = _package()
         try:
-            reader = self._gguf.GGUFReader(path)
-        except Exception as error:  # the package raises whatever the broken bytes lead it to
+            reader = Container(path, self._gguf)
+        except Exception as error:  # whatever the broken bytes lead to
             raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
         self._fields = reader.fields
         architecture = self.get("general.architecture")
@@ -104,8 +105,7 @@ class GgufFile:
 
     def get(self, name: str) -> Any:
         """A metadata value, None if there is none."""
-        field = self._fields.get(name)
-        return None if field is None else field.contents()
+        return self._fields.get(name)
 
     def require(self, name: str) -> Any:
         """A metadata value that must be there."""

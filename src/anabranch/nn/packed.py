@@ -82,9 +82,12 @@ class Packed:
         check_depth(depth, group)
         if kind == "int4":
             half = _panels(number_ENK).unflatten(-1, (-1, 2, 4))  # E P 16 K/8 2 4
-            stored = (half[..., 0, :] | (half[..., 1, :] << 4)).transpose(2, 3)
+            stored = half[..., 0, :] | (half[..., 1, :] << 4)
         else:
-            stored = _panels(number_ENK).unflatten(-1, (-1, 4)).transpose(2, 3)
+            stored = _panels(number_ENK).unflatten(-1, (-1, 4))
+        stored = (
+            stored.contiguous().view(torch.int32).transpose(2, 3).contiguous().view(torch.uint8)
+        )  # 4 bytes at a time
         groups = depth // group
         body = stored.reshape(*stored.shape[:2], groups, -1)
         least_ENG = torch.zeros_like(scale_ENG) if least_ENG is None or kind == "int8" else least_ENG

@@ -20,6 +20,7 @@ STUDIES = {
     "chain": "anabranch.studies.chain:make",
     "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
+    "elasticmoe": "anabranch.studies.elasticmoe:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "expertflow": "anabranch.studies.expertflow:make",
     "graphrouter": "anabranch.studies.graphrouter:make",

@@ -132,11 +132,12 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
     }
     with tempfile.TemporaryDirectory() as name:
         progress("writing the model")
-        folder = _written(case, seed, Path(name) / "model")
+        folder = written(case, seed, Path(name) / "model")
         return kinds[case.kind](case, seed, folder, progress)
 
 
-def _written(case: Case, seed: int, folder: Path) -> Path:
+def written(case: Case, seed: int, folder: Path) -> Path:
+    """A model folder with random weights."""
     from anabranch.lm import Decoder, save_model
     from anabranch.nn.attention import Attention
     from anabranch.nn.moe import MoE
@@ -182,7 +183,7 @@ def _latency(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics
             server.start()
             if case.way == "horizontal" and old > replica:
                 server.change(old)
-            _settle(server)
+            server.settle()
             stop = load_closed(server, 2, _request, _nothing)
             with PeakMemory(server) as peak:
                 seconds = server.change(new)
@@ -201,13 +202,6 @@ def _latency(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics
     return found
 
 
-def _settle(server: Server) -> None:
-    """Wait until what is made ready in the background is."""
-    for group in server.groups:
-        if group._ahead is not None:
-            group._ahead.join()
-
-
 def _parts(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics:
     """E2: seconds of 2 -> 3 and 3 -> 2 with fewer and fewer parts."""
     ways: dict[str, Any] = {}
@@ -220,11 +214,11 @@ def _parts(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics:
     server = Server(_settings(case, folder, devices=2, **ways), case.way)
     try:
         server.start()
-        _settle(server)
+        server.settle()
         stop = load_closed(server, 2, _request, _nothing)
         progress("2 -> 3")
         up = server.change(3)
-        _settle(server)
+        server.settle()
         progress("3 -> 2")
         down = server.change(2)
         stop()
@@ -243,7 +237,7 @@ def _throughput(case: Case, seed: int, folder: Path, progress: Progress) -> Metr
     server = Server(_settings(case, folder, pace_s=case.pace_s), case.way)
     try:
         server.start()
-        _settle(server)
+        server.settle()
         stop = load_closed(server, case.clients, lambda number: _request(number + 1000 * seed), take)
         time.sleep(case.window_s / 2)  # the first prompts
         begin = time.monotonic()
@@ -299,7 +293,7 @@ def _slo(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics:
 
     try:
         server.start()
-        _settle(server)
+        server.settle()
         scaler, seen = Autoscaler(policy), 0
         sender = threading.Thread(target=_replay, args=(server, arrivals, take), daemon=True)
         sender.start()

@@ -75,12 +75,7 @@ class Server:
         with self._lock:
             groups = list(self._all)
         for group in groups:
-            instances = [group.ledger.active, group.coming]
-            with group.standby._lock:
-                instances += group.standby._kept.values()
-            found += [pid for each in instances if each is not None for pid in each.pids.values()]
-            found += [group.memory.process.pid] if group.memory is not None else []
-            found += [group.forge.pid] if group.forge is not None and group.forge.pid is not None else []
+            found += group.pids
         return sorted(set(found))
 
     def arenas(self) -> int:
@@ -169,6 +164,11 @@ class Server:
         group.close(drain_s)
         with self._lock:
             self._all.remove(group)
+
+    def settle(self) -> None:
+        """Wait until what is made ready in the background is."""
+        for group in self.groups:
+            group.settle()
 
     def close(self) -> None:
         """End everything, at once."""

@@ -8,17 +8,18 @@ lock-step: BS sequences a batch, the first ``prompt`` tokens given. Two batches 
 next batch's routes are known. A cache of CS experts per layer (L CS slots in all) is replayed in simulated time, see
 `anabranch.serving.expertflow.simulate`: a layer computes for one unit, in which the channel moves ``rate`` experts (4, or any number).
 
-- B_acc, batch-level accuracy: mean over layers and batches of the share of a batch's experts that were predicted. Ours names k + 1 experts of
-  each token; ``bacc_rpp_k`` names k, as TLP and SLP do.
+- B_acc, batch-level accuracy: mean over layers and batches of the share of a batch's experts that were predicted. Ours names k + 1
+  experts of each token; ``bacc_rpp_k`` names k, as TLP and SLP do.
 - hit ratio: the share of accesses (distinct experts of a batch and layer) whose bytes are there when the router has spoken.
 
 Paper: B_acc over 90% in most in-domain cases, 5 to 10 points less cross-domain, TLP and SLP mostly under 20 to 30%; hits of PLEC 15 to 36
 points above LRU's (Switch-32), more for larger batches; regrouping of tokens 1.03, 1.15, 1.17 times the tokens a second for 32, 64, 128.
 
 The rule, fixed before any run, per seed and in every arm, and to hold in every seed: B_acc at BS 4 at least 85%, and (with k experts) at
-least TLP + 20 points; hits at rate 4 at least those of the better LRU (one for all layers, or fixed slots per layer) + 15 points at CS of E/4 and E/2
-and BS 4 and 16, and at least 90% of Belady's on demand; the gap at BS 16 above that at BS 4 (mean over CS); with regrouping more tokens a second, and
-the gain larger at 128 experts than at 32 (top 1). Tiny models route mostly by token id, which makes prediction easier than on a large one.
+least TLP + 20 points; hits at rate 4 at least those of the better LRU (one for all layers, or fixed slots per layer) + 15 points at
+CS of E/4 and E/2 and BS 4 and 16, and at least 90% of Belady's on demand; the gap at BS 16 above that at BS 4 (mean over CS); with
+regrouping more tokens a second, and the gain larger at 128 experts than at 32 (top 1). Tiny models route mostly by token id, which
+makes prediction easier than on a large one.
 """
 # Shapes: S sequences, T tokens, L routed layers, E experts, B tokens of a batch
 

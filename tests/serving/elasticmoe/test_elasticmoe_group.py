@@ -236,6 +236,9 @@ def test_a_rank_dies_outside_of_any_change(make, greedy):
     check(client, numbers, greedy)
     stats = group.counts.stats(group)
     assert stats.counters["elastic_recoveries"] == 1
+    assert stats.counters["generation_tokens"] == 8 * NEW_TOKENS  # none twice, none forgotten with its rank
+    assert stats.counters["prompt_tokens"] == sum(len(prompt_of(number)) for number in numbers)
+    assert stats.counters["finished_length"] == 8
     assert stats.counters["elastic_requests_rerun"] > 0
     assert stats.counters["elastic_downtime_s"] > 0
     assert group.memory.usage()["moved"]["disk"] == sum(group.memory.usage()["read"].values())  # nothing was read again
@@ -353,7 +356,7 @@ def test_random_changes_under_load(make, greedy):
             client.submit(f"r{number}", prompt_of(number))
         if event % 20 == 19:
             active = group.ledger.active
-            active.kill(draw.choice(active.devices))
+            active.kill(draw.choice(active.devices))  # the next change may begin before this is found out
         else:
             group.scale(draw.randint(1, 4), mode=draw.choice(["migrate", "drain"]))
         check(client, numbers, greedy)
@@ -361,3 +364,4 @@ def test_random_changes_under_load(make, greedy):
     stats = group.counts.stats(group)
     assert stats.counters["elastic_requests"] == served
     assert stats.counters["elastic_scale_failures"] == 0
+    print(events, "events", served, "requests", stats.counters)

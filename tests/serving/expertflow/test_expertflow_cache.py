@@ -21,7 +21,9 @@ A12, A13, A14, B22, B23 = Expert(0, 2), Expert(0, 3), Expert(0, 4), Expert(1, 2)
 
 def test_the_papers_example_gives_three_slots_and_one_and_its_order() -> None:
     events: list[tuple[str, Expert, int]] = []
-    cache = make_cache("plec", 4, layers=2, experts=5, top_k=3, audit=lambda what, who, slot, _: events.append((what, who, slot)))
+    cache = make_cache(
+        "plec", 4, layers=2, experts=5, top_k=3, audit=lambda what, who, slot, _: events.append((what, who, slot))
+    )
     need = [[A12, A13, A14], [B22, B23]]
     cache.begin_step(need)
     SimulatedMover(cache, 0.0).pump()
@@ -123,7 +125,10 @@ def test_textbook_string() -> None:
 @pytest.mark.parametrize("policy", ["lru", "belady"])
 def test_more_slots_never_hit_less(policy: str) -> None:
     batches = random_batches(20, 3, 8, 1, seed=1)  # one expert a layer: order within a layer plays no part
-    hits = [replay(make_cache(policy, slots, 3, 8), batches, batches, horizon=20, tail=False)[0].hits for slots in range(1, 25)]
+    hits = [
+        replay(make_cache(policy, slots, 3, 8), batches, batches, horizon=20, tail=False)[0].hits
+        for slots in range(1, 25)
+    ]
     assert hits == sorted(hits)
 
 

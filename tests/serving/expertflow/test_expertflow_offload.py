@@ -16,7 +16,7 @@ from anabranch.nn.context import BuildContext
 from anabranch.routing import Router, TopK, record_routing
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
-from anabranch.serving.expertflow import Routes, find_pools, load_offloaded, offload
+from anabranch.serving.expertflow import Expert, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.policy import POLICIES
 from anabranch.serving.expertflow.predictors import Oracle
 from anabranch.serving.expertflow.sizes import parse_bytes
@@ -27,12 +27,12 @@ GREEDY = SamplingConfig(max_tokens=6, temperature=0.0)
 TOKENS = torch.arange(24).view(3, 8) * 7 % VOCAB
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> Decoder:
     return make_model()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def expected(model: Decoder) -> tuple[torch.Tensor, list[list[int]]]:
     with torch.inference_mode():
         return model(TOKENS).logits_BLV, generate(model, prompts(), GREEDY)
@@ -46,7 +46,9 @@ def quarter(model: Decoder) -> int:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_outputs_do_not_depend_on_the_policy(model, expected, policy: str, tier: str) -> None:
     most: list[int] = []
-    with offload(model, quarter(model), policy=policy, tier=tier, audit=lambda *event: most.append(event[3])) as engine:
+    with offload(
+        model, quarter(model), policy=policy, tier=tier, keep=True, audit=lambda *event: most.append(event[3])
+    ) as engine:
         with torch.inference_mode():
             logits_BLV = model(TOKENS).logits_BLV
         tokens = generate(model, prompts(), GREEDY)
@@ -84,7 +86,9 @@ def test_an_oracle_predicts_all_and_misses_little(model, expected) -> None:
 DESIGNS = {
     "shared experts": moe_config(shared_experts=1, shared_gate=True),
     "weights on inputs": moe_config(weight_on="input"),
-    "pools that layers share": ReXMoE.Config(num_experts=6, hidden_dim=32, reuse=3, router=Router.Config(select=TopK.Config(top_k=2))),
+    "pools that layers share": ReXMoE.Config(
+        num_experts=6, hidden_dim=32, reuse=3, router=Router.Config(select=TopK.Config(top_k=2))
+    ),
     "several passes": Chain.Config(num_experts=6, hidden_dim=32, router=Router.Config(select=TopK.Config(top_k=2))),
 }
 
@@ -138,7 +142,7 @@ def test_quantised_experts_are_those_of_the_rounded_model(bits: int) -> None:
                 weight.data = dequantize(*quantize(weight.data, bits), bits)
     with torch.inference_mode(), offload(model, quarter(model), tier=f"int{bits}") as engine:
         torch.testing.assert_close(model(TOKENS).logits_BLV, rounded(TOKENS).logits_BLV, rtol=0, atol=1e-5)
-        engine.restore()
+        assert not engine.can_restore  # the originals are gone, or nothing would be saved
 
 
 def test_quantisation_rounds_to_the_nearest_level() -> None:
@@ -195,12 +199,10 @@ def test_a_load_that_keeps_failing_is_an_error_and_what_comes_after_is_right(mod
 
 def test_a_pass_that_is_broken_off_leaves_the_engine_usable(model, expected) -> None:
     engine = offload(model, quarter(model))
+    hook = model.blocks[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
-        hook = model.blocks[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        try:
-            model(TOKENS)
-        finally:
-            hook.remove()
+        model(TOKENS)
+    hook.remove()
     pool = model.blocks[1].feed_forward.experts
     run, pool._run = pool._run, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())  # within a layer
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
@@ -265,7 +267,7 @@ def test_a_model_is_loaded_without_its_experts(model, expected, save, tmp_path: 
     assert generate(again, prompts(), GREEDY) == expected[1]
     held = sum(weight.nbytes for weight in again.parameters()) + engine.arena.bytes
     assert held < sum(weight.nbytes for weight in model.parameters()) - find_pools(model).layout.total_bytes * 0.7
-    with pytest.raises(ConfigError, match="never loaded"):
+    with pytest.raises(ConfigError, match="nothing to restore"):
         engine.restore()
     engine.close()
 
@@ -290,23 +292,19 @@ def test_a_truncated_file_is_an_error(model, tmp_path: Path) -> None:
     with torch.inference_mode(), pytest.raises(DataError, match="truncated"):
         engine.model(TOKENS)
     engine.close()
-    with pytest.raises(CheckpointError, match="there is no|no model"):
+    with pytest.raises(CheckpointError, match="no model"):
         load_offloaded(tmp_path / "none", "1MB")
 
 
 def test_a_throttled_tier_takes_its_time() -> None:
     slept: list[float] = []
-    tier = ThrottledTier(MemoryTier([(torch.ones(1, 4, 2), torch.ones(1, 2, 2))]), 0.5, sleep=slept.append, clock=lambda: 0.0)
+    tier = ThrottledTier(
+        MemoryTier([(torch.ones(1, 4, 2), torch.ones(1, 2, 2))]), 0.5, sleep=slept.append, clock=lambda: 0.0
+    )
     slot = (torch.zeros(4, 2), torch.zeros(2, 2))
-    list(tier.load(find_pools_expert(), slot))
+    list(tier.load(Expert(0, 0), slot))
     assert slept == [0.5 * 4 * (8 + 4)]
     assert slot[0].sum() == 8
-
-
-def find_pools_expert():
-    from anabranch.serving.expertflow import Expert
-
-    return Expert(0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -321,7 +319,8 @@ def test_the_hook_of_an_engine_tells_what_each_request_reads(model) -> None:
     assert engine.predictor is not None
     inner = engine.predictor.predict
     engine.predictor.predict = lambda token_T, rows: (
-        seen.append([(row.key, row.ids.tolist(), row.num_new, row.prompt_length) for row in rows]) or inner(token_T, rows)
+        seen.append([(row.key, row.ids.tolist(), row.num_new, row.prompt_length) for row in rows])
+        or inner(token_T, rows)
     )
     request = Request(id="a", prompt=(1, 2, 3, 4))
 

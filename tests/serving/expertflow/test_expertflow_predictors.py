@@ -11,11 +11,19 @@ from anabranch.lm import SamplingConfig, generate
 from anabranch.routing import record_routing
 from anabranch.routing.cache_policy import check_routes
 from anabranch.serving.expertflow import Layout, Routes, find_pools, offload
-from anabranch.serving.expertflow.predictors import EncoderDecoder, Fingerprint, Frequency, Oracle, Slp, Tlp, load_predictor
+from anabranch.serving.expertflow.predictors import (
+    EncoderDecoder,
+    Fingerprint,
+    Frequency,
+    Oracle,
+    Slp,
+    Tlp,
+    load_predictor,
+)
 from anabranch.serving.expertflow.predictors.base import Row, choose
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.routes import batch_accuracy
-from expertflow_models import VOCAB, make_model, prompts
+from expertflow_models import VOCAB, make_model
 
 FINGERPRINT = Fingerprint((4, 6), (1, 2), "vocab:50")
 SMALL = Settings(dim=16, feed_forward=32, window=4, max_input=6, steps=2, batch=4, length=8)
@@ -110,7 +118,9 @@ def test_the_network_continues_as_if_it_had_read_all_at_once() -> None:
             rows.append(row(others[: end - 1], 1, 2, "b"))  # a batch of two whose inputs differ in length
         found_TLE = predictor.predict(np.array([one.ids[-1] for one in rows]), rows)
         for one, found_LE in zip(rows, found_TLE, strict=True):
-            fresh = EncoderDecoder.restore(FINGERPRINT, {**predictor.network.state_dict(), "vocab_size": 50, "config": vars(SMALL)})
+            fresh = EncoderDecoder.restore(
+                FINGERPRINT, {**predictor.network.state_dict(), "vocab_size": 50, "config": vars(SMALL)}
+            )
             ids_of = one.ids.tolist()
             whole = fresh.predict(np.array(ids_of), [row(ids_of, len(ids_of), one.prompt_length, "c")])
             np.testing.assert_allclose(found_LE, whole[-1], atol=1e-5)
@@ -201,7 +211,9 @@ def test_frequencies_of_ids(tmp_path: Path) -> None:
     np.testing.assert_allclose(prob_TLE[0, 0, token % 4], (seen + mean_E[token % 4]) / (seen + 1), rtol=1e-5)
     np.testing.assert_allclose(prob_TLE[1, 0], mean_E, rtol=1e-5)  # an id that was never seen
     frequency.save(tmp_path / "f.safetensors")
-    np.testing.assert_array_equal(load_predictor(tmp_path / "f.safetensors").predict(np.array([3]), []), frequency.predict(np.array([3]), []))
+    np.testing.assert_array_equal(
+        load_predictor(tmp_path / "f.safetensors").predict(np.array([3]), []), frequency.predict(np.array([3]), [])
+    )
 
 
 def test_an_oracle_knows_what_comes_too() -> None:
@@ -211,5 +223,7 @@ def test_an_oracle_knows_what_comes_too() -> None:
     rows = [row(ids[:3], 2, 1)]
     assert np.array_equal(oracle.predict(np.array(ids[1:3]), rows), routes.chosen(slice(1, 3)))
     ahead = oracle.predict_ahead(rows)
-    assert [np.array_equal(prob_TLE, routes.chosen(slice(at, at + 1))) for prob_TLE, at in zip(ahead, (3, 4), strict=True)] == [True, True]
+    assert [
+        np.array_equal(prob_TLE, routes.chosen(slice(at, at + 1))) for prob_TLE, at in zip(ahead, (3, 4), strict=True)
+    ] == [True, True]
     assert not oracle.predict(np.array([1]), [row([77, 1], 1, 1)]).any()

@@ -35,7 +35,13 @@ def test_it_finds_the_best_split_nearly_always() -> None:
     generator, best_found = np.random.default_rng(0), []
     for _ in range(200):
         number = 2 * int(generator.integers(2, 6))
-        chosen_XLE = drawn(number, int(generator.integers(1, 4)), int(generator.choice([4, 8])), int(generator.integers(1, 3)), generator)
+        chosen_XLE = drawn(
+            number,
+            int(generator.integers(1, 4)),
+            int(generator.choice([4, 8])),
+            int(generator.integers(1, 3)),
+            generator,
+        )
         plan = TokenScheduler().regroup(chosen_XLE)
         splits = itertools.combinations(range(number), number // 2)
         best = min(objective(chosen_XLE, np.isin(np.arange(number), split)) for split in splits)

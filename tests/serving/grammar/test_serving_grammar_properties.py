@@ -6,7 +6,7 @@ import re
 
 import jsonschema_rs
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.data.bpe import train_bpe
@@ -18,7 +18,7 @@ SAMPLE = ['{"a": [1, 2], "b": {"ab": null}}', '{"x y": true, "ключ": "foo ba
 TOKENIZERS = {"bytes": ALL["bytes"], "bpe": train_bpe(SAMPLE, 320), "llama": ALL["llama"]}
 QUOTES = re.compile(rb'(?<!\\)(?:\\\\)*"')
 quiet = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 
@@ -89,8 +89,6 @@ def test_every_walk_gives_a_valid_instance(name, pair, seed):
 def test_every_instance_is_let_through(data, pair, indent, is_ascii):
     schema, instances = pair
     value = data.draw(instances)
-    text = json.dumps(value, indent=indent, ensure_ascii=is_ascii)
-    assume("e" not in text or not has_big_exponent(text))
     for separators in (None, (",", ":")):
         text = json.dumps(value, indent=indent, ensure_ascii=is_ascii, separators=separators)
         tokenizer = TOKENIZERS["bpe"]
@@ -101,10 +99,6 @@ def test_every_instance_is_let_through(data, pair, indent, is_ascii):
             state = compiled.advance(state, token)
         assert compiled.is_final(state)
         assert compiled.mask(state)[tokenizer.eos_id]
-
-
-def has_big_exponent(text):
-    return "e+3" in text and len(text.split("e+3")[1]) > 1
 
 
 @given(pair=schemas(), seed=st.integers(0, 2**32), data=st.data())

@@ -1,6 +1,8 @@
 """The calculator: the paper's formulas and its table by arithmetic, shapes of every design, hardware."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -210,3 +212,13 @@ def test_streams_multiply_rows_and_keys():
     one = op_cost("kqv", PUBLISHED["llama-3-8b"], A100, Workload(), 256)
     assert op_cost("kqv", parallel, A100, Workload(), 256).flops == 4 * one.flops
     assert parallel.kv_bytes_per_token == 4 * PUBLISHED["llama-3-8b"].kv_bytes_per_token
+
+
+def test_planning_needs_neither_torch_nor_numpy():
+    script = (
+        "import sys, anabranch.serving.nanoflow as n\n"
+        "n.search(n.find_shape('llama-3-8b'), n.find_hardware('a100'), n.Workload(dense_batch=512), evaluations=20)\n"
+        "print([name for name in ('torch', 'numpy', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr

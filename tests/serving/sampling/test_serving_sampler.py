@@ -12,6 +12,7 @@ from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.sampling import Sampler, Uniforms
 from anabranch.serving.sampling.adjust import adjust
 from anabranch.serving.sampling.state import SequenceState
+from anabranch.testing import DEVICES
 
 V = 8
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.0, -1.0, 2.5, -4.0])
@@ -137,12 +138,18 @@ def test_the_numbers_of_a_seed_are_a_function_of_the_index():
     assert Uniforms(-1)[0] == Uniforms(2**64 - 1)[0]
 
 
-def test_batch_mates_change_nothing():
-    settings = {"a": {}, "b": {"top_k": 2}, "c": {"top_p": 0.8, "temperature": 1.7}, "d": {"temperature": 0}}
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_mates_change_nothing(device):
+    settings = {
+        "a": {"logprobs": 2},
+        "b": {"top_k": 2, "logit_bias": ((5, 1.0), (5, 0.5)), "min_tokens": 3, "stop_tokens": (1,)},
+        "c": {"top_p": 0.8, "temperature": 1.7, "min_p": 0.05},
+        "d": {"temperature": 0},
+    }
     together = Sampler(V, seed=0)
     for number, (id, setting) in enumerate(settings.items()):
         together.add(request(id, seed=number, frequency_penalty=0.5, **setting))
-    tokens = run(together, list(settings), 20, random_logits)
+    tokens = run(together, list(settings), 20, lambda id, index: random_logits(id, index).to(device))
     for number, (id, setting) in enumerate(settings.items()):
         alone = Sampler(V, seed=99)
         alone.add(request(id, seed=number, frequency_penalty=0.5, **setting))
@@ -314,6 +321,14 @@ def test_a_grammar_holds_whatever_the_logits_and_ends_where_it_may():
         assert bytes(text).decode().strip() in ('"left"', '"right"')
         assert set(tokens[id][len(text) :]) == {256}  # after the end, which an engine that runs ahead throws away
     assert any(token > 256 for token in tokens["c"]) or len(set(tokens["c"])) > 5
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model():
+    sampler = Sampler(200, stop_tokens=(256,), tokenizer=ByteTokenizer())
+    sampler.add(request(grammar={"type": "boolean"}, temperature=0, min_tokens=3))
+    tokens = run(sampler, ["a"], 4, lambda id, index: torch.linspace(0, 1, 200))["a"]
+    assert bytes(tokens) == b"true"
+    assert "no token is allowed" in sampler(torch.zeros(1, 200), ["a"])[0].error  # the end is not among the logits
 
 
 def test_equal_schemas_are_compiled_once():

@@ -1,8 +1,8 @@
 // Causal attention over a paged key-value cache, for the rows of many sequences at once, on CPUs. C ABI; compiled and loaded by
 // kernels/__init__.py.
 //
-// Shapes: P streams, T rows of a step, N sequences, H query heads, G key heads (each shared by H / G query heads), D head width, M entries in
-// front of every sequence. The pool is [P, slots, G, D]; position p of a sequence lies in slot table[p / size] * size + p % size.
+// Shapes: P streams, T rows of a step, N sequences, H query heads, G key heads (each shared by H / G query heads), D head width, M entries
+// in front of every sequence. The pool is [P, slots, G, D]; position p of a sequence lies in slot table[p / size] * size + p % size.
 //
 // First the new keys and values are written to their slots. Then a task is up to QUERIES rows of one sequence on one key head: its query
 // heads are rows too, so that a row of keys is read once for all of them. Keys are taken KEYS at a time, turned into columns, scored, and
@@ -141,8 +141,8 @@ void add_values(const Paged<W>& a, const Task& t, int64_t first, int64_t count, 
   auto multiply = [&](const float* value, int64_t stride, int64_t from, int64_t depth) {
     for (int i = 0; i < rows; i += MR)
       for (int64_t c = 0; c < width; c += NR)
-        tile_any<Fused, LDA>(std::min(MR, rows - i), (int)std::min<int64_t>(2, (width - c) / VL), weight + i * LDA + from, 1, value + c, stride,
-                             depth, out + i * width + c, width, true);
+        tile_any<Fused, LDA>(std::min(MR, rows - i), (int)std::min<int64_t>(2, (width - c) / VL), weight + i * LDA + from, 1, value + c,
+                             stride, depth, out + i * width + c, width, true);
   };
   if (sizeof(W) == sizeof(float) && a.D == width && rows <= MR) {  // few rows: read where they lie
     for (int64_t i = 0; i < count;) {
@@ -221,7 +221,8 @@ void attend(const Paged<W>& a, const Task& t) {
     gather_columns(a, t, key, count, width, gathered, columns);
     for (int i = 0; i < rows; i += MR)
       for (int64_t c = 0; c < KEYS; c += NR)
-        tile_any<Fused, LDA>(std::min(MR, rows - i), 2, query + i * LDA, 1, columns + c * width, NR, width, score + i * LDA + c, LDA, false);
+        tile_any<Fused, LDA>(std::min(MR, rows - i), 2, query + i * LDA, 1, columns + c * width, NR, width, score + i * LDA + c, LDA,
+                             false);
     for (int i = 0; i < rows; ++i) {
       int64_t seen = first_sees + i / shared - key;
       if (seen <= 0) {  // nothing of this block: it adds zeros
@@ -274,8 +275,8 @@ void call(void* const* data, const int64_t* strides, const int64_t* sequences, c
 
 }  // namespace
 
-// `data` holds q, new k, new v, y, the pool's keys and values, keys and values in front (or null); `strides` (stream, head, row) of the first
-// four; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table`; `sizes` P, T, N, H, G, D, M,
+// `data` holds q, new k, new v, y, the pool's keys and values, keys and values in front (or null); `strides` (stream, head, row) of the
+// first four; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table`; `sizes` P, T, N, H, G, D, M,
 // slots, slots of a block.
 extern "C" void anabranch_paged_attention(int is_half, void* const* data, const int64_t* strides, const int64_t* sequences,
                                           const int32_t* table, const int64_t* sizes, float scale, int threads) {

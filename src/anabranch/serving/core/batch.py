@@ -7,7 +7,7 @@ from anabranch.serving.core.request import Request, TokenLogprob
 PENDING = -1  # a token that the step before has yet to sample (asynchronous scheduling); the runner knows it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Chunk:
     """Tokens of one request to run: positions ``start`` to ``start + len(tokens)``.
 
@@ -34,8 +34,8 @@ class Batch:
         step: serial number.
         chunks: what to run.
         new: requests that appear for the first time, whose sampling the runner has to set up.
-        gone: ids of requests that will not appear again.
-        copies: (from, to) numbers of blocks to copy before anything runs.
+        gone: ids of requests that will not appear again; to be forgotten before ``new`` is set up, as an id may come again.
+        copies: (from, to) numbers of blocks to copy before anything runs, after what is saved and before what is brought back.
         swaps_out: (block, host slot) to save before anything runs, where KV is offloaded; swaps_in: (host slot, block) to bring back.
     """
 
@@ -53,7 +53,7 @@ class Batch:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Sampled:
     """What the runner gives back for one chunk that samples: the token, its log probability where asked, where it was routed."""
 

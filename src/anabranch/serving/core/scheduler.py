@@ -158,7 +158,7 @@ class Scheduler:
         if state is None:
             return None
         self._end(state, Finish.ABORT)
-        return self._output(state)
+        return state.output()
 
     def reset_prefixes(self) -> int:
         """Let no request from now on use what was computed before; how many blocks were cached."""
@@ -350,7 +350,7 @@ class Scheduler:
             error = item.error if item is not None else "the step gave no token" if chunk.samples else None
             if error is not None:
                 self._end(state, Finish.ERROR)
-                outputs.append(self._output(state, error=error))
+                outputs.append(state.output(error=error))
                 continue
             computed = chunk.start + len(chunk.tokens)
             if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
@@ -367,9 +367,9 @@ class Scheduler:
             if self._memory is not None:
                 self._memory.saw(state.num_output)
         if not is_output:
-            return self._output(state)
+            return state.output()
         self._counts["generation_tokens"] += 1
-        return self._output(state, item)
+        return state.output(item)
 
     def _end(self, state: RequestState, finish: Finish) -> None:
         """Take a request out of everything."""
@@ -385,23 +385,6 @@ class Scheduler:
         if state.is_known:
             self._waiting.refund(state, state.most_tokens - len(state.tokens))
             self._gone.append(state.request.id)
-
-    def _output(self, state: RequestState, item: Sampled | None = None, error: str | None = None) -> Output:
-        cached_tokens, queue_s = state.cached_tokens, state.queue_s
-        state.cached_tokens = state.queue_s = None  # told once
-        if item is None:
-            return Output(
-                id=state.request.id, finish=state.finish, error=error, cached_tokens=cached_tokens, queue_s=queue_s
-            )
-        return Output(
-            id=state.request.id,
-            tokens=(item.token,),
-            logprobs=() if item.logprob is None else (item.logprob,),
-            finish=state.finish,
-            cached_tokens=cached_tokens,
-            queue_s=queue_s,
-            routing=(item.routing,) if item.routing else (),
-        )
 
 
 def _rank(state: RequestState) -> tuple[int, float, int]:

@@ -1,7 +1,7 @@
 """`RequestState`: what the scheduler knows of one request while it is in its hands."""
 
-from anabranch.serving.core.batch import PENDING
-from anabranch.serving.core.request import Finish, Request
+from anabranch.serving.core.batch import PENDING, Sampled
+from anabranch.serving.core.request import Finish, Output, Request
 
 
 class RequestState:
@@ -90,3 +90,21 @@ class RequestState:
         if index + 1 >= self.most_tokens:
             self.finish = Finish.LENGTH
         return True
+
+    def output(self, item: Sampled | None = None, error: str | None = None) -> Output:
+        """News of it: a new token or none."""
+        cached_tokens, queue_s = self.cached_tokens, self.queue_s
+        self.cached_tokens = self.queue_s = None  # told once
+        if item is None:
+            return Output(
+                id=self.request.id, finish=self.finish, error=error, cached_tokens=cached_tokens, queue_s=queue_s
+            )
+        return Output(
+            id=self.request.id,
+            tokens=(item.token,),
+            logprobs=() if item.logprob is None else (item.logprob,),
+            finish=self.finish,
+            cached_tokens=cached_tokens,
+            queue_s=queue_s,
+            routing=(item.routing,) if item.routing else (),
+        )

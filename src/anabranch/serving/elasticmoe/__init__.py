@@ -1,1 +1,34 @@
-"""ElasticMoE: a running expert parallel server that grows and shrinks by a few devices, without downtime and without loading twice."""
+"""ElasticMoE: a running expert parallel server that grows and shrinks by a few devices, without downtime and without loading twice.
+
+    engine = ElasticConfig(model="runs/moe", devices=1).build()      # an EngineClient
+    await engine.start()
+    await engine.control("scale", devices=2)                         # while it serves
+
+Names are imported when they are asked for, since the memory manager's process does without torch.
+"""
+
+import importlib
+from typing import Any
+
+__all__ = [
+    "Coordinator",
+    "ElasticConfig",
+    "Group",
+    "Placement",
+    "Policy",
+    "ScalePlan",
+    "ScaleReport",
+    "place",
+    "plan_scale",
+]
+
+_WHERE = {
+    "Coordinator": "coordinator", "ElasticConfig": "config", "Group": "group", "Placement": "plan", "Policy": "policy",
+    "ScalePlan": "plan", "ScaleReport": "report", "place": "plan", "plan_scale": "plan",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,7 +1,7 @@
 """Settings of an elastic group."""
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
@@ -60,3 +60,9 @@ class ElasticConfig(Config):
     def __post_init__(self) -> None:
         if self.devices > self.policy.max_devices:
             raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """The `Coordinator`."""
+        from anabranch.serving.elasticmoe.coordinator import Coordinator  # it needs all of this package
+
+        return Coordinator(self, *args, **kwargs)

@@ -164,6 +164,3 @@ class Coordinator:
                     logger.warning("the policy wanted %d devices: %s", wanted, error)
                     with self._judging:
                         self.autoscaler.changed(time.monotonic())  # cool down before the next attempt
-
-
-ElasticConfig.owner = Coordinator

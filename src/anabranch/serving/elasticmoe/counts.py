@@ -9,9 +9,10 @@ from anabranch.serving.core.client import EngineStats
 from anabranch.serving.core.scheduler import COUNTERS
 from anabranch.serving.elasticmoe.instance import Instance
 from anabranch.serving.elasticmoe.memory import MemoryManager
+from anabranch.serving.elasticmoe.report import ScaleReport
 
 if TYPE_CHECKING:
-    from anabranch.serving.elasticmoe.group import Group, ScaleReport
+    from anabranch.serving.elasticmoe.group import Group
 
 __all__ = ["Counts"]
 
@@ -50,7 +51,7 @@ class Counts:
                 if picture is not None:
                     self._pictures[id(new), device] = picture
 
-    def scaled(self, report: "ScaleReport") -> None:
+    def scaled(self, report: ScaleReport) -> None:
         """A change is done."""
         with self._lock:
             own = self._own
@@ -120,4 +121,6 @@ class Counts:
             "elastic_recoveries": self.recoveries,
             "elastic_downtime_s": self.downtime_s,
         }
-        return EngineStats(counters={**counters, **more}, gauges=gauges, samples={"batch_tokens": samples})
+        return EngineStats(
+            counters={**counters, **ledger.counted, **more}, gauges=gauges, samples={"batch_tokens": samples}
+        )

@@ -5,6 +5,7 @@ The forge has one thread, so that there is nothing in it that could be copied ha
 """
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -104,6 +105,8 @@ def main() -> None:
     import anabranch.serving.elasticmoe.rank as rank
 
     rank.rehearse()
+    gc.collect()
+    gc.freeze()  # the collector would write to every object, and no page of them would be shared any more
     with contextlib.suppress(ChannelClosedError):
         while True:
             while not control.poll(1.0):

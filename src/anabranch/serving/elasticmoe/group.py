@@ -13,13 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
-from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import AnabranchError, BackendError, InputError
-from anabranch.lm.checkpoint import find_model, load_config
-from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
@@ -27,13 +22,13 @@ from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.instance import Event, Instance, InstanceError, Standby
 from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.elasticmoe.ledger import Ledger
-from anabranch.serving.elasticmoe.mapped import padded
 from anabranch.serving.elasticmoe.memory import MemoryManager, Which
 from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory, place, plan_scale
-from anabranch.serving.elasticmoe.rank_boot import Boot, Limits
+from anabranch.serving.elasticmoe.rank_boot import Boot
+from anabranch.serving.elasticmoe.report import ScaleReport
+from anabranch.serving.elasticmoe.sizes import sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
 from anabranch.serving.elasticmoe.wire import ChannelClosedError
-from anabranch.serving.engine.paged import PagedShape
 
 __all__ = ["Group", "ScaleReport"]
 
@@ -42,34 +37,6 @@ logger = logging.getLogger(__name__)
 FAULTS = (InstanceError, ChannelClosedError, AnabranchError, OSError, RuntimeError)
 PHASES = ("plan", "prepare", "attach", "warm", "switch", "release", "commit")
 _TRIES = 3
-
-
-@dataclass
-class ScaleReport:
-    """What a change of devices took.
-
-    Attributes:
-        old, new: devices.
-        seconds: from the command to the moment when the new configuration served.
-        phases: seconds of each; those of ``prepare`` run beside what serves.
-        gap_s: the longest time between the last step of the old and the first moment of the new.
-        bytes: by kind: ``p2p``, ``disk``, ``zero_copy``.
-        moves: experts that moved; freed: bytes let go of at the end.
-        tokens_brought, tokens_again: of running requests, with their keys and values and without.
-    """
-
-    old: tuple[int, ...]
-    new: tuple[int, ...]
-    mode: str
-    seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    gap_s: float = 0.0
-    bytes: dict[str, float] = field(default_factory=dict)
-    moves: int = 0
-    freed: int = 0
-    tokens_brought: int = 0
-    tokens_again: int = 0
-    started: float = field(default_factory=time.perf_counter)
 
 
 class Group:
@@ -91,34 +58,8 @@ class Group:
     ) -> None:
         self.config, self.on_phase = config, on_phase
         self.layout = layout_of(config.model)
-        model = load_config(config.model)
-        folder = find_model(config.model)
-        stops = config.stop_tokens
-        if stops is None:
-            stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
-        self.limits = Limits(
-            num_blocks=config.num_blocks,
-            block_tokens=config.block_tokens,
-            max_positions=min(config.max_positions or model.max_positions, model.max_positions),
-            max_batched_tokens=config.max_batched_tokens,
-            max_seqs=config.max_seqs,
-            prefix_cache=config.prefix_cache,
-            stop_tokens=stops,
-            seed=config.seed,
-            pace_s=config.pace_s,
-            pace_token_s=config.pace_token_s,
-        )
-        self.info = EngineInfo(
-            model=folder.name,
-            vocab_size=model.vocab_size,
-            max_positions=min(self.limits.max_positions, config.num_blocks * config.block_tokens),
-            block_tokens=config.block_tokens,
-            num_blocks=config.num_blocks,
-            stop_tokens=stops,
-            routed_layers=dict(enumerate(self.layout.num_experts)),
-        )
-        self.kv_bytes = 2 * padded(_cache_bytes(config, model) // 2, self.layout.page)
-        self.ledger = Ledger(self.limits, model.vocab_size, served)
+        self.limits, self.info, self.kv_bytes = sizes_of(config, self.layout)
+        self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)
         self._own_forge, self.forge = forge is None, forge
@@ -140,6 +81,15 @@ class Group:
         """Whether an instance is active and whole."""
         active = self.ledger.active
         return active is not None and not active.is_broken and not self.is_closed
+
+    @property
+    def pids(self) -> list[int]:
+        """All processes: ranks that serve, come or stand by, memory manager, forge."""
+        instances = [self.ledger.active, self.coming, *self.standby.instances()]
+        found = [pid for each in instances if each is not None for pid in each.pids.values()]
+        found += [self.memory.process.pid] if self.memory is not None else []
+        found += [self.forge.pid] if self.forge is not None and self.forge.pid is not None else []
+        return sorted(set(found))
 
     # Life
 
@@ -240,10 +190,9 @@ class Group:
                         new.all("warm")
                     elif name == "switch":
                         assert new is not None
-                        if old.is_broken and not lost:
-                            raise InstanceError("the active instance has failed")
                         (migrate if mode == "migrate" else drain)(self, plan, old, new, report)
                         self.placement = plan.new
+                        self.counts.up()  # had the old instance failed meanwhile, the new one took its place
         except BaseException as error:
             self._roll_back(old, new, name, error)
             if isinstance(error, FAULTS) or not isinstance(error, Exception):
@@ -420,6 +369,12 @@ class Group:
                 self._ahead = threading.Thread(target=self._fill_standby, daemon=True, name="anabranch-standby")
                 self._ahead.start()
 
+    def settle(self) -> None:
+        """Wait until what `look_ahead` began is done."""
+        ahead = self._ahead
+        if ahead is not None:
+            ahead.join()
+
     def _fill_standby(self) -> None:
         policy, count = self.config.policy, len(self.devices)
         for wanted in (count + policy.step, count - policy.step):
@@ -486,11 +441,3 @@ class Group:
         started = time.perf_counter()
         yield
         report.phases[name] = time.perf_counter() - started
-
-
-def _cache_bytes(config: ElasticConfig, model: Any) -> int:
-    """Of keys and values of one device."""
-    from anabranch.lm.tensors import build_empty
-
-    shape = PagedShape.of(build_empty(model))
-    return config.num_blocks * config.block_tokens * shape.bytes_per_token

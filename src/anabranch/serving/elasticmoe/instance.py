@@ -33,6 +33,7 @@ class _Handle:
     def __init__(self, device: int, process: Process, on_event: Callable[[int, Event], None]) -> None:
         self.device, self.process = device, process
         self.ready: Future[None] = Future()
+        self.is_lost = False
         self._on_event = on_event
         self._calls: dict[int, Future[Any]] = {}
         self._number = 0
@@ -78,6 +79,7 @@ class _Handle:
                 self._on_event(self.device, event)
 
     def _lose(self, error: str) -> None:
+        self.is_lost = True
         with self._lock:
             waiting = [*self._calls.values(), self.ready]
             self._calls.clear()
@@ -174,6 +176,9 @@ class Instance:
             except FutureTimeoutError:
                 self.is_broken = True
                 raise InstanceError(f"device {device} did not {name} within {timeout_s:g} s") from None
+            except InstanceError:
+                self.is_broken |= self._handles[device].is_lost
+                raise
         return answers
 
     def _event(self, device: int, event: Event) -> None:
@@ -216,6 +221,11 @@ class Standby:
         """What waits, least recently used first."""
         with self._lock:
             return list(self._kept)
+
+    def instances(self) -> list[Instance]:
+        """Those that wait."""
+        with self._lock:
+            return list(self._kept.values())
 
     def close(self) -> None:
         """End them all."""

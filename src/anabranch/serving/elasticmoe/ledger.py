@@ -8,6 +8,7 @@ import heapq
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -77,6 +78,9 @@ class Ledger:
         self.is_paused = False
         self.reruns = self.requests = 0
         self.longest_gap_s = 0.0
+        # Counted here and not by the ranks, whose last counts are lost with them.
+        self.counted: Counter[str] = Counter(prompt_tokens=0, generation_tokens=0)
+        self.counted.update({f"finished_{finish.value}": 0 for finish in Finish})
         self._queue: list[tuple[int, float, int, str]] = []
         self._serial = 0
         self._aborted: set[str] = set()  # while paused
@@ -126,6 +130,7 @@ class Ledger:
                 self._aborted.add(id)
             if live.instance is not None and live.device is not None:
                 live.instance.tell(live.device, "abort", id=id)
+            self.counted["finished_abort"] += 1
             live.emit(Output(id=id, finish=Finish.ABORT))
             self.dispatch()
             self.changed.notify_all()
@@ -246,9 +251,13 @@ class Ledger:
         heapq.heappush(self._queue, (live.request.priority, live.came, live.serial, live.request.id))
 
     def _clock(self, live: Live, output: Output, now: float) -> None:
+        self.counted["generation_tokens"] += len(output.tokens)
+        if output.finish is not None:
+            self.counted[f"finished_{output.finish.value}"] += 1
         if output.tokens:
             if live.first is None:
                 live.first = now
+                self.counted["prompt_tokens"] += len(live.request.prompt)
             else:
                 live.longest_gap_s = max(live.longest_gap_s, now - live.last)
                 self.longest_gap_s = max(self.longest_gap_s, live.longest_gap_s)

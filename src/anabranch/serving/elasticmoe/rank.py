@@ -13,10 +13,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import AnabranchError
 from anabranch.lm.checkpoint import load_config
 from anabranch.lm.decoder import Decoder
@@ -68,6 +70,8 @@ class Rank:
         self.memory = Channel.of_fd(fds[0])
         self.model = build_empty(load_config(boot.layout.folder)).eval()
         self.empty: dict[str, Any] = dict(self.model.state_dict(keep_vars=True))
+        folder = Path(boot.layout.folder)
+        self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None  # grammars need it
         self.owner = Owner()
         peers = self._meet(fds[1:])
         pools = pool_names(self.model)
@@ -148,7 +152,9 @@ class Rank:
         pool = PagedPool(
             shape, limits.num_blocks, block_tokens=limits.block_tokens, buffers=self.kv.buffers(sizes, shape.dtype)
         )
-        sampler = Sampler(self.model.config.vocab_size, stop_tokens=limits.stop_tokens, seed=limits.seed)
+        sampler = Sampler(
+            self.model.config.vocab_size, stop_tokens=limits.stop_tokens, tokenizer=self.tokenizer, seed=limits.seed
+        )
         self.sampler = _Resuming(sampler)
         self.runner = ModelRunner(self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler)
         self.scheduler = limits.scheduler() if frozen is None else handover.thaw(frozen)

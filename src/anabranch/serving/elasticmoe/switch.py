@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.serving.elasticmoe.instance import Instance, InstanceError
 from anabranch.serving.elasticmoe.plan import ScalePlan
+from anabranch.serving.elasticmoe.report import ScaleReport
 
 if TYPE_CHECKING:
-    from anabranch.serving.elasticmoe.group import Group, ScaleReport
+    from anabranch.serving.elasticmoe.group import Group
 
 __all__ = ["drain", "migrate"]
 
 
-def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: "ScaleReport") -> None:
+def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: ScaleReport) -> None:
     """Hand everything over between two steps. Raises InstanceError, the old instance then serves on if it can."""
     ledger = group.ledger
     with ledger.lock:
@@ -58,7 +59,9 @@ def _handed_over(group: "Group", plan: ScalePlan, old: Instance) -> dict[int, tu
     leaving = [device for device in alive if device not in plan.new.devices]
     stay = [device for device in alive if device in plan.new.devices]
     how = {device: {"how": "carry" if device in leaving else "freeze"} for device in alive}
-    given = old.all("pause", how)
+    given = _paused(old, how)
+    if given is None:
+        return starts
     with ledger.lock:  # outputs of the last steps have all arrived: they stand before the answers in the channels
         for live in ledger.with_instance(old):
             if live.device in stay:
@@ -73,6 +76,16 @@ def _handed_over(group: "Group", plan: ScalePlan, old: Instance) -> dict[int, tu
     return starts
 
 
+def _paused(old: Instance, how: dict[int, dict[str, Any]]) -> dict[int, Any] | None:
+    """What the ranks of the old instance give; None if it has failed: then its requests are run again, and the switch goes on."""
+    try:
+        return old.all("pause", how)
+    except InstanceError:
+        if not old.is_broken:
+            raise
+        return None
+
+
 def _go_on(group: "Group", old: Instance) -> None:
     """The switch failed: let the old instance serve on; if it cannot, it is recovered."""
     try:
@@ -83,7 +96,7 @@ def _go_on(group: "Group", old: Instance) -> None:
     group.ledger.resume(old)
 
 
-def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: "ScaleReport") -> None:
+def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report: ScaleReport) -> None:
     """Let the new instance take what comes, and the old one end what it has; returns when that is done.
 
     Raises InstanceError if the new instance cannot start; what fails later is put right here.
@@ -95,7 +108,7 @@ def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report:
     free: dict[int, list[int]] = {}
     try:
         if not old.is_broken:
-            free = old.all("pause", {device: {} for device in old.devices if device not in plan.lost}, how="drain")
+            free = _paused(old, {device: {"how": "drain"} for device in old.devices if device not in plan.lost}) or {}
         shared = {device: free[device] for device in plan.kv_keep if device in free}
         starts = {device: {"free": shared[device]} if device in shared else {} for device in plan.new.devices}
         told = new.all("start", starts)

@@ -71,8 +71,7 @@ class Engine:
             pool: memory for keys and values made elsewhere.
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
-        shape = PagedShape.of(model)
-        num_blocks = pool.num_blocks if pool is not None else config.blocks_for(shape.bytes_per_token)
+        num_blocks = config.blocks_for(PagedShape.of(model).bytes_per_token) if pool is None else pool.num_blocks
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size
@@ -87,18 +86,8 @@ class Engine:
             pool=pool,
             deterministic=config.deterministic,
         )
-        positions = min(config.max_positions or model.config.max_positions, model.config.max_positions)
-        scheduler = SchedulerConfig(
-            num_blocks=num_blocks,
-            block_tokens=config.block_tokens,
-            max_positions=positions,
-            max_batched_tokens=config.max_batched_tokens,
-            max_seqs=config.max_seqs,
-            long_prefill_chunk=config.long_prefill_chunk,
-            prefix_cache=config.prefix_cache,
-            is_async=config.scheduling == "async",
-            stop_tokens=stop_tokens,
-        ).build(tier=tier, memory=memory)
+        limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens)
+        scheduler = limits.build(tier=tier, memory=memory)
         engine = cls(
             info=EngineInfo(
                 model=config.name or Path(config.model).name or "model",
@@ -111,14 +100,18 @@ class Engine:
             ),
             scheduler=scheduler,
             runner=runner,
-            is_async=config.scheduling == "async",
+            is_async=limits.is_async,
             controls={"reset_prefix_cache": scheduler.reset_prefixes, **(controls or {})},
         )
-        for hook in hooks:
-            engine.controls.update(getattr(hook, "controls", {}))
-            if hasattr(hook, "stats"):
-                engine.sources.append(hook.stats)
+        engine._listen(hooks)
         return engine
+
+    def _listen(self, hooks: Sequence[StepHook]) -> None:
+        """Take what hooks offer beside being one."""
+        for hook in hooks:
+            self.controls.update(getattr(hook, "controls", {}))
+            if hasattr(hook, "stats"):
+                self.sources.append(hook.stats)
 
     def check(self, request: Request) -> None:
         """Raise InputError for a request that this model can never run."""
@@ -139,3 +132,20 @@ class Engine:
             controls=self.controls,
             sources=self.sources,
         )
+
+
+def _limits(
+    config: ServingConfig, num_blocks: int, most_positions: int, stop_tokens: tuple[int, ...]
+) -> SchedulerConfig:
+    """The scheduler's part of ``config``, for a model of ``most_positions``."""
+    return SchedulerConfig(
+        num_blocks=num_blocks,
+        block_tokens=config.block_tokens,
+        max_positions=min(config.max_positions or most_positions, most_positions),
+        max_batched_tokens=config.max_batched_tokens,
+        max_seqs=config.max_seqs,
+        long_prefill_chunk=config.long_prefill_chunk,
+        prefix_cache=config.prefix_cache,
+        is_async=config.scheduling == "async",
+        stop_tokens=stop_tokens,
+    )

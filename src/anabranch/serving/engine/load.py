@@ -1,5 +1,9 @@
 """`load`: an engine from its config: weights, their type, their bits, where experts are kept."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from anabranch.data.tokenizer import Tokenizer
@@ -10,8 +14,10 @@ from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import quantize
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
-from anabranch.serving.expertflow import OffloadEngine, load_offloaded, offload
-from anabranch.serving.expertflow.expertflow import TierName
+
+if TYPE_CHECKING:
+    from anabranch.serving.expertflow import OffloadEngine
+    from anabranch.serving.expertflow.expertflow import TierName
 
 HALF_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # in /proc/cpuinfo, of processors that multiply bfloat16
 
@@ -34,6 +40,8 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
 def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:
     """The model, and what brings its experts where they have a budget: from files, from memory if a file cannot be read in parts."""
     dtype, budget = dtype_of(config), config.expert_budget
+    if budget is not None:  # what it imports takes two seconds
+        from anabranch.serving.expertflow import load_offloaded, offload
     if budget is not None and config.quantize == "none" and find_model(config.model).is_dir():
         return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
     if budget is None and config.quantize != "none":  # blocks of a GGUF file are not rounded twice

@@ -37,6 +37,7 @@ class Load:
     slot: int
     urgent: bool
     cancelled: bool = False
+    begun: int = 0  # the forward pass in which
 
 
 @dataclass(slots=True)
@@ -115,6 +116,7 @@ class ExpertCache:
         self.at = -1  # step of the reference string
         self.reference = Reference([])
         self.resident_bytes = 0
+        self.passes = 0
         self.failures: dict[Expert, BaseException] = {}
         self._fresh: set[Expert] = set()  # loaded ahead and not used yet
         self._home: dict[Expert, int] = {}  # layer that an expert was loaded for
@@ -125,6 +127,8 @@ class ExpertCache:
     def begin_step(self, steps: Sequence[Iterable[Expert]] = (), certain: int | None = None) -> None:
         """A forward pass begins. ``steps``: what its layers will want, in order, then those of passes after it; see `Reference`."""
         self.wanted = {}
+        self.failures.clear()
+        self.passes += 1
         self.reference, self.at = Reference(steps, certain), -1
         self.policy.begin_step()
 
@@ -238,6 +242,8 @@ class ExpertCache:
         """A transfer has failed for good. Whoever wants the expert is told, see `check_failure`; a guess is just forgotten."""
         self._drop(load, "failed")
         self.counters[self._home[load.expert]].failed += 1
+        if load.expert in self.wanted and load.begun < self.passes:
+            return  # it was begun for a pass that is over; this one has not tried yet
         if load.expert in self.wanted:
             self.failures[load.expert] = error
         else:
@@ -300,7 +306,7 @@ class ExpertCache:
         self.resident_bytes -= self.layout.bytes_of_kind[kind]
 
     def _start(self, expert: Expert, slot: int, *, urgent: bool) -> Load:
-        load = Load(expert, slot, urgent)
+        load = Load(expert, slot, urgent, begun=self.passes)
         self.slot_of[expert], self.loading[expert] = slot, load
         self.members.setdefault(self.policy.group(expert), {})[expert] = None
         layer = self.layer if urgent else self._next_layer(expert)

@@ -71,6 +71,7 @@ def offload(
     workers: int = 2,
     device: torch.device | str | None = None,
     audit: Audit | None = None,
+    keep: bool | None = None,
 ) -> "OffloadEngine":
     """Replace the expert pools of a loaded model by pools of ``budget_bytes`` that load experts when they are wanted.
 
@@ -88,6 +89,8 @@ def offload(
         workers: threads that load.
         device: of the slots; None for that of the model.
         audit: called at every event of the cache.
+        keep: hold on to the model's own pools, so that `OffloadEngine.restore` can give them back. None does so where they stay in
+            memory anyway.
 
     Raises ConfigError for a model without experts, an unknown name, or a budget that is too small (with the least that suffices);
     CheckpointError for a predictor that was made for another model.
@@ -109,6 +112,9 @@ def offload(
         device=device,
         audit=audit,
     )
+    if not (keep if keep is not None else tier == "memory" or not isinstance(tier, str)):
+        for pool in found.pools:
+            pool.to_empty(device="meta")
     return engine
 
 
@@ -192,7 +198,8 @@ def find_pools(model: nn.Module) -> Pools:
 
 
 class OffloadEngine:
-    """A model whose experts come when they are wanted; what `offload` returns. A context manager and a `StepHook`.
+    """A model whose experts come when they are wanted; what `offload` returns. A `StepHook`, and a context manager
+    that gives the model its own pools back where they are in memory.
 
     Attributes:
         cache: book-keeping; hold ``mover.lock`` to look at more than counters.
@@ -392,10 +399,17 @@ class OffloadEngine:
             self._handle.remove()
             self.mover.close()
 
+    @property
+    def can_restore(self) -> bool:
+        """Whether the model's own pools are in memory."""
+        return not any(pool.w13.is_meta for pool in self._originals)
+
     def restore(self) -> None:
-        """Close, and give the model its own pools back. Raises ConfigError if they were never in memory."""
-        if any(pool.w13.is_meta for pool in self._originals):
-            raise ConfigError("the experts of this model were never loaded, so there is nothing to restore")
+        """Close, and give the model its own pools back. Raises ConfigError if they are not in memory."""
+        if not self.can_restore:
+            raise ConfigError(
+                "the experts of this model are not in memory, so there is nothing to restore; offload with keep=True"
+            )
         self.close()
         for layer, pool in zip(self._layers, self._originals, strict=True):
             if "experts" in layer._modules:
@@ -411,6 +425,8 @@ class OffloadEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.can_restore and not self._closed:
+            self.restore()
         self.close()
 
 

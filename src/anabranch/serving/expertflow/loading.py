@@ -19,8 +19,8 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError
 from anabranch.lm.checkpoint import OpenedModel, open_model
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import SafetensorsFiles, fill
 from anabranch.lm.tensors import Piece as StoredPiece
+from anabranch.lm.tensors import SafetensorsFiles, fill
 from anabranch.nn.pool import ExpertPool
 from anabranch.serving.expertflow.cache import Audit
 from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint

@@ -83,6 +83,7 @@ def belady_plan(
     *,
     fits: Callable[[Expert], bool] = lambda expert: True,
     unwanted: frozenset[Expert] = frozenset(),
+    worth: Callable[[Expert], float] = lambda expert: 0.0,
     limit: int = NEVER,
 ) -> list[PlannedLoad]:
     """The loads that Belady's rule makes for the string from step ``first`` on.
@@ -94,13 +95,15 @@ def belady_plan(
         free: empty slots.
         fits: of which experts these slots are; others are left out.
         unwanted: among those never used again, these go first (predicted for this layer, but not wanted by it).
+        worth: among the others, those of least worth go first; then the least recently used.
         limit: loads after which the plan may end.
     """
     plan: list[PlannedLoad] = []
     last = dict.fromkeys(resident, -1)  # step of the last use in the plan
-    heap = []  # the top is replaced first: farthest next use, then unwanted, then least recently used
+    heap = []  # the top is replaced first: farthest next use, then unwanted, least worth, least recently used
     for order, expert in enumerate(resident):
-        heap.append((-reference.next_use(expert, first * PLACES - 1), expert not in unwanted, order - NEVER, expert))
+        next_use = reference.next_use(expert, first * PLACES - 1)
+        heap.append((-next_use, expert not in unwanted, worth(expert), order - NEVER, expert))
     heapq.heapify(heap)
     for at in range(first, reference.certain):
         for place, expert in enumerate(reference.steps[at]):
@@ -119,7 +122,7 @@ def belady_plan(
                 if len(plan) >= limit:
                     return plan
             last[expert] = at
-            heapq.heappush(heap, (-reference.next_use(expert, position), True, position, expert))
+            heapq.heappush(heap, (-reference.next_use(expert, position), True, worth(expert), position, expert))
     return plan
 
 
@@ -133,7 +136,7 @@ def _farthest(
     kept = []
     while heap:
         entry = heapq.heappop(heap)
-        expert = entry[3]
+        expert = entry[-1]
         if expert not in last or -entry[0] != reference.next_use(expert, position - 1):
             continue
         if expert not in needed:
@@ -143,4 +146,4 @@ def _farthest(
         entry = kept.pop(0) if kept else None
     for other in kept:
         heapq.heappush(heap, other)
-    return None if entry is None else entry[3]
+    return None if entry is None else entry[-1]

@@ -218,7 +218,7 @@ class SeMoe(Policy):
 
 
 class Belady(Lru):
-    """The farthest next use of the reference string leaves; never used is farthest, then unwanted, then least recently used."""
+    """The farthest next use of the reference string leaves. Never used is farthest; of those go first the unwanted, then the oldest."""
 
     name = "belady"
     needs_reference = True
@@ -236,12 +236,16 @@ class Belady(Lru):
         """The string was corrected."""
         self._unwanted = unwanted
 
+    def worth(self, expert: Expert) -> float:
+        """What decides between experts that are not known to be used again, before the time of their last use."""
+        return 0.0
+
     def worst(self, group: int) -> Expert | None:
         """See the class."""
         reference, start = self.cache.reference, self.cache.at * PLACES - 1
         return max(
             self.evictable(group),
-            key=lambda expert: (reference.next_use(expert, start), expert in self._unwanted),
+            key=lambda expert: (reference.next_use(expert, start), expert in self._unwanted, -self.worth(expert)),
             default=None,
         )
 
@@ -283,14 +287,20 @@ class LruAhead(Lru):
 class Plec(Belady):
     """Predicted locality-aware expert caching: Belady on predictions, and loads ahead.
 
+    Predictions reach a forward pass or two ahead. Between experts that they do not name, how often each was used lately is the better
+    guess of what comes after than which was used last, so that decides first.
+
     Args:
         prefetch: load ahead; without it experts are loaded when they are wanted.
+        half_life: forward passes after which a use counts half; None for the least recently used alone.
     """
 
     name = "plec"
 
-    def __init__(self, prefetch: bool = True) -> None:
-        self.is_prefetching = prefetch
+    def __init__(self, prefetch: bool = True, half_life: float | None = 128.0) -> None:
+        self.is_prefetching, self.half_life = prefetch, half_life
+        self._gain = 1.0  # of a use now; it grows, so that older ones count less
+        self._worth: dict[Expert, float] = {}
 
     def attach(self, cache: "ExpertCache") -> None:
         """No plan yet."""
@@ -303,6 +313,21 @@ class Plec(Belady):
         super().begin_step()
         self._plan = None
         self._given_up.clear()
+        if self.half_life is not None:
+            self._gain *= 2 ** (1 / self.half_life)
+            if self._gain > 1e100:
+                self._worth = {expert: value / self._gain for expert, value in self._worth.items()}
+                self._gain = 1.0
+
+    def used(self, expert: Expert) -> None:
+        """Count."""
+        super().used(expert)
+        if self.half_life is not None:
+            self._worth[expert] = self._worth.get(expert, 0.0) + self._gain
+
+    def worth(self, expert: Expert) -> float:
+        """Uses lately."""
+        return self._worth.get(expert, 0.0)
 
     def begin_layer(self, unwanted: frozenset[Expert]) -> None:
         """Plan anew from the truth."""
@@ -348,6 +373,7 @@ class Plec(Belady):
             len(cache.free[kind]),
             fits=lambda expert: cache.layout.kind(expert) == kind,
             unwanted=self._unwanted,
+            worth=self.worth,
             limit=PLANNED,
         )
 

@@ -159,7 +159,7 @@ class Accuracy:
 
 def batch_accuracy(chosen_BLE: np.ndarray, predicted_BLE: np.ndarray) -> Accuracy:
     """Of one batch of B tokens, both bool."""
-    return union_accuracy(chosen_BLE.any(0)[None], predicted_BLE.any(0)[None])
+    return union_accuracy(np.any(chosen_BLE, axis=0, keepdims=True), np.any(predicted_BLE, axis=0, keepdims=True))
 
 
 def union_accuracy(wanted_XLE: np.ndarray, predicted_XLE: np.ndarray) -> Accuracy:

@@ -1,7 +1,8 @@
 """The Token Scheduler: two decode batches become two whose tokens go to the same experts.
 
 Of two adjacent batches of T tokens, 2T tokens are split into two batches of T so that the sum over layers and experts of R1 + R2 is
-small, R being 1 where any of a batch's tokens goes. Exact solution is intractable; the paper's approximation is clustering about two medoids with
+small, R being 1 where any of a batch's tokens goes.
+Exact solution is intractable; the paper's approximation is clustering about two medoids with
 equal sizes, by similarity 1 - hamming / (L E). Seeding (the two least similar tokens), the number of rounds, and the last pass, which
 exchanges pairs of tokens while that helps, are ours.
 

@@ -1,4 +1,4 @@
-"""A decoder's blocks as the structures that `nn/kernels/decode.cpp` reads, and why a model cannot be told that way."""
+"""A decoder's blocks as the structures that `nn/kernels/decode.cpp` reads (see `step.h`), and why a model cannot be told that way."""
 # Shapes: D width, F hidden, E experts, W head width
 
 import ctypes
@@ -24,13 +24,13 @@ from anabranch.routing.select import TopK
 __all__ = ["CBlock", "CExperts", "CModel", "CStep", "products", "why_not"]
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256  # of decode.cpp; heads are whole vectors of floats
+STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256  # of step.h; heads are whole vectors of floats
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class CExperts(ctypes.Structure):
-    """`Experts` of decode.cpp."""
+    """`Experts` of step.h."""
 
     _fields_ = (
         ("router", _pointer), ("bias", _pointer), ("gate", _pointer),
@@ -41,7 +41,7 @@ class CExperts(ctypes.Structure):
 
 
 class CBlock(ctypes.Structure):
-    """`Block` of decode.cpp."""
+    """`Block` of step.h."""
 
     _fields_ = (
         ("attention_norm", _pointer), ("feed_forward_norm", _pointer),
@@ -52,7 +52,7 @@ class CBlock(ctypes.Structure):
 
 
 class CModel(ctypes.Structure):
-    """`Model` of decode.cpp."""
+    """`Model` of step.h."""
 
     _fields_ = (
         *((name, _int) for name in ("layers", "dim", "heads", "kv_heads", "width", "hidden", "block_tokens")),
@@ -63,7 +63,7 @@ class CModel(ctypes.Structure):
 
 
 class CStep(ctypes.Structure):
-    """`Step` of decode.cpp."""
+    """`Step` of step.h."""
 
     _fields_ = (
         ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),

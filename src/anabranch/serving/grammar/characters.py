@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from anabranch.errors import InputError
@@ -12,6 +13,7 @@ from anabranch.serving.grammar.text import ALL, Ranges, complement, normal
 __all__ = ["CharacterAutomaton", "anything_but", "of_expression"]
 
 _MOST_STATES = 2000
+_MOST_WORK = 5_000_000  # states times lengths
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,37 @@ class CharacterAutomaton:
 
         No state of the machine is a dead end. Raises InputError if there is no such text.
         """
-        # A text that is longer than needed can be cut by its loops to one that is longer by at most the number of states.
-        reach = self.lengths(most if most is not None else least + len(self.arcs))
-        if most is None and not least:
+        bound = len(self.arcs)
+        if bound * (least + bound) > _MOST_WORK and (least or most is not None):
+            raise InputError(f"a pattern of {bound} states with lengths of {least:,} and more is not supported")
+        reach = self.lengths(least + bound) if least or most is not None else []
+        written = {ranges: character(machine, ranges) for arcs in self.arcs for ranges in arcs.values()}
 
-            def allowed(state: int, length: int) -> bool:
-                return reach[state] != 0
-        else:
-
-            def allowed(state: int, length: int) -> bool:
-                bits = reach[state] >> max(least - length, 0)
-                return bool(bits if most is None else bits & ((1 << most - max(length, least) + 1) - 1))
+        def allowed(state: int, length: int) -> bool:
+            """Whether a text can end from here with the length it must have."""
+            if not reach:
+                return True
+            low = max(least - length, 0)
+            bits = reach[state] >> low
+            # A longer text than needed loses one of its loops, which are no longer than the number of states.
+            room = bound if most is None else min(most - length - low, bound)
+            return bits & ((1 << room + 1) - 1) != 0
 
         def expand(state: int, length: int) -> int:
             options = [machine.sequence()] if self.final[state] and length >= least else []
             after = length + 1 if most is not None else min(length + 1, least)
             if most is None or length < most:
                 options += [
-                    machine.sequence(character(machine, ranges), at(target, after))
+                    machine.sequence(written[ranges], at(target, after))
                     for target, ranges in self.arcs[state].items()
                     if allowed(target, after)
                 ]
             return machine.choice(*options)
 
         def at(state: int, length: int) -> int:
-            return machine.lazy((id(self), self, character, least, most, state, length), lambda: expand(state, length))
+            return machine.lazy((self, character, least, most, state, length), lambda: expand(state, length))
 
-        if not allowed(0, 0):
+        if not (self.arcs[0] or self.final[0]) or not allowed(0, 0):
             return machine.nothing
         return at(0, 0)
 
@@ -115,6 +121,7 @@ def anything_but(texts: Iterable[str]) -> CharacterAutomaton:
     return CharacterAutomaton(tuple(arcs), (*(prefix not in whole for prefix in prefixes), True))
 
 
+@lru_cache(maxsize=64)
 def of_expression(expression: Expression) -> CharacterAutomaton:
     """The automaton of a regular expression. Raises InputError if it needs too many states."""
     nfa = _Nfa()
@@ -145,7 +152,7 @@ class _Nfa:
         self.taking: list[list[tuple[Ranges, int]]] = []
 
     def state(self) -> int:
-        if len(self.free) > 20 * _MOST_STATES:
+        if len(self.free) > 2 * _MOST_STATES:
             raise InputError("the pattern is too long, or repeats too often")
         self.free.append([])
         self.taking.append([])

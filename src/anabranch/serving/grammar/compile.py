@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import InputError
 from anabranch.serving.grammar.forms import build
 from anabranch.serving.grammar.grammar import Grammar
 from anabranch.serving.grammar.machine import Machine
@@ -23,5 +24,8 @@ def compile(schema: dict[str, Any], tokenizer: Tokenizer, *, ends: Sequence[int]
     Raises InputError naming a keyword or value that is not supported, or a schema that no text matches.
     """
     machine = Machine()
-    root = build(machine, schema)
-    return Grammar(machine, root, vocabulary_of(tokenizer), (*tokenizer.stop_ids, *ends))
+    try:
+        root = build(machine, schema)
+        return Grammar(machine, root, vocabulary_of(tokenizer), (*tokenizer.stop_ids, *ends))
+    except RecursionError:
+        raise InputError("the grammar is nested too deeply") from None

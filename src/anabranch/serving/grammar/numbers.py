@@ -85,8 +85,8 @@ def _from_to(machine: Machine, low: int, high: int | None) -> int:
 
 def _same_size(machine: Machine, low: str, high: str) -> int:
     """Digits between ``low`` and ``high``, which are as long as each other."""
-    if not low:
-        return machine.sequence()
+    if not low.strip("0") and not high.strip("9"):
+        return machine.repeat(_digit(machine), len(low), len(low))
     first, last, more = int(low[0]), int(high[0]), len(low) - 1
     if first == last:
         return machine.sequence(_digit(machine, first, first), _same_size(machine, low[1:], high[1:]))

@@ -30,6 +30,8 @@ from anabranch.serving.grammar.text import ALL, json_character, json_literal
 
 __all__ = ["json_schema"]
 
+_MOST_REFERENCES = 500  # different ones
+
 _OF_TYPE = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
@@ -51,15 +53,8 @@ def json_schema(machine: Machine, schema: dict[str, Any]) -> int:
     Raises InputError for what is not supported; the message names the keyword and where it stands.
     """
     top = {"type": "object"} if not schema else schema
-    # Which references lead to a text at all: as long as one more is found, those that need only known ones are.
     known: set[str] = set()
-    while True:
-        trial = _Builder(Machine(), top, known)
-        trial.value(top, "#")
-        found = {key for key, node in trial.follow() if node != trial.machine.nothing}
-        if found <= known:
-            break
-        known |= found
+    _Builder(Machine(), top, known).find_possible()
     builder = _Builder(machine, top, known, is_trial=False)
     return machine.sequence(builder.blank, builder.value(top, "#"))
 
@@ -75,13 +70,24 @@ class _Builder:
         self.blank = machine.choice(machine.sequence(), machine.literal(b" "), lines)
         self.quote = machine.literal(b'"')
 
-    def follow(self) -> list[tuple[str, int]]:
-        """(key, node) of all schemas that were referred to, from near or far."""
-        done: dict[str, int] = {}
-        while left := [key for key in self.named if key not in done]:
+    def find_possible(self) -> None:
+        """Put into ``known`` the references that lead to a text: as long as one more is found, those that need only known ones."""
+        self.value(self.root, "#")
+        visited: set[str] = set()
+        while left := [key for key in self.named if key not in visited]:
             for key in left:
-                done[key] = self.value(*self.named[key])
-        return list(done.items())
+                self.value(*self.named[key])
+            visited.update(left)
+            if len(visited) > _MOST_REFERENCES:
+                raise InputError(f"schema: more than {_MOST_REFERENCES} references are not supported")
+        deepest_first = list(reversed(self.named))
+        while True:
+            before = len(self.known)
+            for key in deepest_first:
+                if key not in self.known and self.value(*self.named[key]) != self.machine.nothing:
+                    self.known.add(key)
+            if len(self.known) == before:
+                return
 
     def refer(self, key: str, schema: Any, path: str) -> int:
         """The node of a schema that may contain itself."""

@@ -192,56 +192,54 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
         from scipy.optimize import milp as solve
     except ImportError as error:
         raise BackendError("an exact order needs scipy; pip install anabranch[laws]") from error
-    ops, count = graph.ops, len(graph.ops)
-    pairs = [pair for pair in itertools.combinations(range(count), 2) if ops[pair[0]].resource == ops[pair[1]].resource]
+    count = len(graph.ops)
     unit = graph.sequential_s or 1.0  # seconds in which the solver's numbers are near 1
-    seconds = [op.duration_s / unit for op in ops]
-    period, num = count, count + 1 + len(pairs)
-    big = 4.0  # above any difference of starts, which are at most 3
-    rows: list[np.ndarray] = []
-    least: list[float] = []
-
-    def demand(bound: float, **terms: float) -> None:
-        row = np.zeros(num)
-        for name, value in terms.items():
-            row[int(name[1:])] += value
-        rows.append(row)
-        least.append(bound)
-
-    for number in range(count):
-        for other in graph.before[number]:
-            demand(seconds[other], **{f"v{number}": 1, f"v{other}": -1})
-        if is_steady:
-            for other in graph.before_next[number]:
-                demand(seconds[other], **{f"v{period}": 1, f"v{number}": 1, f"v{other}": -1})
-        else:
-            demand(seconds[number], **{f"v{period}": 1, f"v{number}": -1})
-        if is_steady:  # one that is alone on its resource comes again after itself
-            demand(seconds[number], **{f"v{period}": 1})
-    for at, (one, two) in enumerate(pairs):
-        first = count + 1 + at  # 1: ``one`` goes first
-        demand(seconds[one] - big, **{f"v{two}": 1, f"v{one}": -1, f"v{first}": -big})
-        demand(seconds[two], **{f"v{one}": 1, f"v{two}": -1, f"v{first}": big})
-        if is_steady:
-            demand(seconds[two] - big, **{f"v{one}": 1, f"v{two}": -1, f"v{period}": 1, f"v{first}": -big})
-            demand(seconds[one], **{f"v{two}": 1, f"v{one}": -1, f"v{period}": 1, f"v{first}": big})
-    cost = np.zeros(num)
-    cost[period] = 1
-    upper = np.full(num, 1.0)
-    upper[:count] = 3.0
-    integer = np.zeros(num)
-    integer[count + 1 :] = 1
+    pairs = [
+        (one, two)
+        for one, two in itertools.combinations(range(count), 2)
+        if graph.ops[one].resource == graph.ops[two].resource
+    ]
+    rules = _rules(graph, pairs, [op.duration_s / unit for op in graph.ops], is_steady)
+    num = count + 1 + len(pairs)
+    matrix = np.zeros((len(rules), num))
+    for row, (_, terms) in enumerate(rules):
+        for variable, factor in terms:
+            matrix[row, variable] += factor
     found = solve(
-        cost,
-        constraints=LinearConstraint(np.array(rows), lb=np.array(least)),
-        integrality=integer,
-        bounds=Bounds(np.zeros(num), upper),
+        np.eye(num)[count],
+        constraints=LinearConstraint(matrix, lb=np.array([least for least, _ in rules])),
+        integrality=np.arange(num) > count,
+        bounds=Bounds(np.zeros(num), np.where(np.arange(num) < count, LATEST, 1.0)),
         options={"time_limit": limit_s, "mip_rel_gap": 1e-6},
     )
     if found.status != 0:
         raise CapacityError(f"no exact order of {count} nano-operations in {limit_s:.0f} s: {found.message}")
     order = _by_start(graph, found.x[:count])
-    return order, float(found.x[period] * unit) if is_steady else layer_time(graph, order)
+    return order, float(found.x[count] * unit) if is_steady else layer_time(graph, order)
+
+
+LATEST = 3.0  # start, in times of one after the other
+Rule = tuple[float, list[tuple[int, float]]]  # at least so much is the sum of these (variable, factor)
+
+
+def _rules(graph: NanoGraph, pairs: Sequence[tuple[int, int]], seconds: Sequence[float], is_steady: bool) -> list[Rule]:
+    """The program's constraints. Variables: starts, T, then for each pair whether its first goes first."""
+    period, big = len(graph.ops), LATEST + 1
+    rules: list[Rule] = []
+    for number in range(len(graph.ops)):
+        rules += [(seconds[other], [(number, 1), (other, -1)]) for other in graph.before[number]]
+        if is_steady:  # each comes again after itself, and after what it waits for in the layer before
+            rules.append((seconds[number], [(period, 1)]))
+            rules += [(seconds[other], [(period, 1), (number, 1), (other, -1)]) for other in graph.before_next[number]]
+        else:
+            rules.append((seconds[number], [(period, 1), (number, -1)]))
+    for first, (one, two) in enumerate(pairs, start=period + 1):
+        rules.append((seconds[one] - big, [(two, 1), (one, -1), (first, -big)]))
+        rules.append((seconds[two], [(one, 1), (two, -1), (first, big)]))
+        if is_steady:
+            rules.append((seconds[two] - big, [(one, 1), (two, -1), (period, 1), (first, -big)]))
+            rules.append((seconds[one], [(two, 1), (one, -1), (period, 1), (first, big)]))
+    return rules
 
 
 def _by_start(graph: NanoGraph, starts: Sequence[float]) -> tuple[int, ...]:

@@ -54,7 +54,10 @@ def _restrict(logits_SV: Tensor, states: list[SequenceState]) -> None:
         return
     allowed = np.zeros((len(masks), logits_SV.shape[-1]), dtype=np.bool_)
     for place, (_, mask_V) in enumerate(masks):
-        allowed[place, : len(mask_V)] = mask_V  # a model may have more logits than the tokenizer has tokens
+        both = min(
+            len(mask_V), allowed.shape[1]
+        )  # a model may have more logits than its tokenizer has tokens, or fewer
+        allowed[place, :both] = mask_V[:both]
     rows = torch.tensor([row for row, _ in masks], device=logits_SV.device)
     allowed_MV = torch.from_numpy(allowed).to(logits_SV.device)
     logits_SV[rows] = logits_SV[rows].masked_fill(~allowed_MV, -math.inf)

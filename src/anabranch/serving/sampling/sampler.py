@@ -9,6 +9,7 @@ OpenAI's are.
 
 import json
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -50,10 +51,12 @@ class Sampler:
         tokenizer: Tokenizer | None = None,
         seed: int | None = None,
     ) -> None:
-        self.vocab_size, self.stop_tokens, self.tokenizer = vocab_size, tuple(stop_tokens), tokenizer
+        self.vocab_size, self.tokenizer = vocab_size, tokenizer
+        self.stop_tokens = tuple(token for token in stop_tokens if token < vocab_size)
         self._seeds = np.random.default_rng(seed)
         self._states: dict[str, SequenceState] = {}
         self._grammars: OrderedDict[str, grammar.Grammar] = OrderedDict()
+        self._lock = threading.Lock()
 
     def check(self, sampling: Sampling) -> None:
         """Raises InputError for what can never be sampled: a token outside the vocabulary, a grammar that is not supported."""
@@ -161,13 +164,17 @@ class Sampler:
     def _grammar(self, schema: dict[str, Any]) -> grammar.Grammar:
         if self.tokenizer is None:
             raise InputError("a grammar needs the model's tokenizer, which this engine was not given")
-        key = json.dumps(schema)  # in the order of its keys, which is the order of an object's properties
-        compiled = self._grammars.pop(key, None)
-        if compiled is None or compiled.is_full:
-            compiled = grammar.compile(schema, self.tokenizer, ends=self.stop_tokens)
-        self._grammars[key] = compiled
-        if len(self._grammars) > _KEPT_GRAMMARS:
-            self._grammars.popitem(last=False)
+        try:
+            key = json.dumps(schema)  # in the order of its keys, which is the order of an object's properties
+        except RecursionError:
+            raise InputError("the grammar is nested too deeply") from None
+        with self._lock:  # a front end may check while the engine adds
+            compiled = self._grammars.pop(key, None)
+            if compiled is None or compiled.is_full:
+                compiled = grammar.compile(schema, self.tokenizer, ends=self.stop_tokens)
+            self._grammars[key] = compiled
+            if len(self._grammars) > _KEPT_GRAMMARS:
+                self._grammars.popitem(last=False)
         return compiled
 
 

@@ -1,0 +1,127 @@
+// What a compiled step is told of a model and of its tokens, and the small pieces of a layer. Included by decode.cpp.
+// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token.
+
+#pragma once
+
+#include "packed.h"
+
+namespace {
+
+constexpr int MOST_GROUP = 16, MOST_WIDTH = 256;
+
+struct Experts {  // mirrored by serving/fast/layout.py, as is all below
+  const float* router;     // [E, D]; null for a dense layer
+  const float* bias;       // [E], for the choice alone; null for none
+  const float* gate;       // [D], of the shared experts; null for none
+  Matrix w13, w2;          // stacks
+  Matrix shared13, shared2;  // rows 0 for none
+  int64_t count, top_k, activation, normalize;
+  float scale;
+  int32_t number;  // among the routed layers
+};
+
+struct Block {
+  const float *attention_norm, *feed_forward_norm;
+  const float *qkv_bias, *out_bias, *q_norm, *k_norm;  // null for none
+  char *key, *value;                                   // [slots, G, W]
+  Matrix qkv, out, w13, w2;                            // the last two of a dense layer
+  Experts experts;
+};
+
+struct Model {
+  int64_t layers, D, H, G, W, F, block_tokens;  // F: the widest hidden layer
+  int64_t most_experts, most_top_k;
+  float norm_eps, qk_eps, clip;  // clip 0 for none
+  int32_t qk_norm;               // 0 none, 1 per head, 2 over the whole width
+  int32_t half_store;            // keys and values are bfloat16
+  const float* last_norm;
+  const Block* blocks;
+};
+
+struct Step {
+  int64_t T;
+  const int64_t* sequence;  // [N][4]: first row, rows, past, first entry of the table
+  int64_t sequences;
+  const int32_t* table;
+  const float *cos, *sin;  // [T, W]
+  float* x;                // [T, D], embedded tokens in, normed hidden states out
+  int32_t* routes;         // [routed layers, T, most_top_k] or null
+};
+
+// ---- small pieces ----
+
+void norm_row(const float* x, const float* weight, int64_t n, float eps, float* to) {
+  vec sum{};
+  int64_t k = 0;
+  for (; k + VL <= n; k += VL) sum = fused(load(x + k), load(x + k), sum);
+  float all = total(sum);
+  for (; k < n; ++k) all += x[k] * x[k];
+  float scale = 1.f / std::sqrt(all / n + eps);
+  for (k = 0; k + VL <= n; k += VL) store(to + k, load(x + k) * scale * load(weight + k));
+  for (; k < n; ++k) to[k] = x[k] * scale * weight[k];
+}
+
+void turn_row(float* x, const float* cos, const float* sin, int64_t W) {
+  int64_t half = W / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    float left = x[i], right = x[i + half];
+    x[i] = left * cos[i] - right * sin[i];
+    x[i + half] = right * cos[i + half] + left * sin[i + half];
+  }
+}
+
+void keep_row(char* to, const float* from, int64_t W, bool half) {
+  if (!half) {
+    memcpy(to, from, W * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < W; i += VL) store((bf16*)to + i, load(from + i));
+}
+
+// ---- routing of one token ----
+
+float activated(float z, int64_t activation) {
+  if (activation == 1) return 1.f / (1.f + std::exp(-z));
+  float soft = z > 20.f ? z : std::log1p(std::exp(z));
+  return soft > 1e-30f ? std::sqrt(soft) : 0.f;
+}
+
+void route(const Experts& e, int64_t D, const float* x, float* logits, float* score, int32_t* index, float* weight) {
+  for (int64_t i = 0; i < e.count; ++i) {
+    vec sum{};
+    for (int64_t k = 0; k < D; k += VL) sum = fused(load(x + k), load(e.router + i * D + k), sum);
+    logits[i] = total(sum);
+  }
+  if (e.activation == 0) {
+    float most = *std::max_element(logits, logits + e.count), sum = 0.f;
+    for (int64_t i = 0; i < e.count; ++i) sum += score[i] = std::exp(logits[i] - most);
+    for (int64_t i = 0; i < e.count; ++i) score[i] /= sum;
+  } else {
+    for (int64_t i = 0; i < e.count; ++i) score[i] = activated(logits[i], e.activation);
+  }
+  for (int64_t k = 0; k < e.top_k; ++k) {  // the largest that is left, of equals the first
+    int64_t best = -1;
+    float most = 0.f;
+    for (int64_t i = 0; i < e.count; ++i) {
+      if (std::find(index, index + k, (int32_t)i) != index + k) continue;
+      float value = score[i] + (e.bias ? e.bias[i] : 0.f);
+      if (best < 0 || value > most) best = i, most = value;
+    }
+    index[k] = (int32_t)best;
+    weight[k] = score[best];
+  }
+  if (e.normalize == 2) {
+    float most = -INFINITY;
+    for (int64_t k = 0; k < e.top_k; ++k) most = std::max(most, logits[index[k]]);
+    for (int64_t k = 0; k < e.top_k; ++k) weight[k] = std::exp(logits[index[k]] - most);
+  }
+  if (e.normalize) {
+    float sum = 0.f;
+    for (int64_t k = 0; k < e.top_k; ++k) sum += weight[k];
+    if (e.normalize == 1) sum += 1e-20f;
+    for (int64_t k = 0; k < e.top_k; ++k) weight[k] /= sum;
+  }
+  for (int64_t k = 0; k < e.top_k; ++k) weight[k] *= e.scale;
+}
+
+}  // namespace

@@ -1,0 +1,44 @@
+"""What follows from a model and the settings of its group: limits of every rank, what a front end is told, bytes of a cache."""
+
+from anabranch.data.tokenizer import load_tokenizer
+from anabranch.lm.checkpoint import find_model, load_config
+from anabranch.lm.tensors import build_empty
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.layout import Layout
+from anabranch.serving.elasticmoe.mapped import padded
+from anabranch.serving.elasticmoe.rank_boot import Limits
+from anabranch.serving.engine.paged import PagedShape
+
+__all__ = ["sizes_of"]
+
+
+def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo, int]:
+    """(limits of a rank, what is served, bytes of the key-value cache of a device). Raises CheckpointError."""
+    model, folder = load_config(config.model), find_model(config.model)
+    stops = config.stop_tokens
+    if stops is None:
+        stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
+    limits = Limits(
+        num_blocks=config.num_blocks,
+        block_tokens=config.block_tokens,
+        max_positions=min(config.max_positions or model.max_positions, model.max_positions),
+        max_batched_tokens=config.max_batched_tokens,
+        max_seqs=config.max_seqs,
+        prefix_cache=config.prefix_cache,
+        stop_tokens=stops,
+        seed=config.seed,
+        pace_s=config.pace_s,
+        pace_token_s=config.pace_token_s,
+    )
+    info = EngineInfo(
+        model=folder.name,
+        vocab_size=model.vocab_size,
+        max_positions=min(limits.max_positions, config.num_blocks * config.block_tokens),
+        block_tokens=config.block_tokens,
+        num_blocks=config.num_blocks,
+        stop_tokens=stops,
+        routed_layers=dict(enumerate(layout.num_experts)),
+    )
+    size = config.num_blocks * config.block_tokens * PagedShape.of(build_empty(model)).bytes_per_token
+    return limits, info, 2 * padded(size // 2, layout.page)

@@ -1,0 +1,32 @@
+import random
+
+import pytest
+
+from scheduler_runs import RandomTier, random_run
+
+# Random lives
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_lives_give_what_each_request_gives_alone(part):
+    for seed in range(60 * part, 60 * part + 60):
+        random_run(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_thousands_of_random_lives(part):
+    for seed in range(1000 * (part + 1), 1000 * (part + 2)):
+        rng = random.Random(seed)
+        random_run(seed, tier=RandomTier(rng) if seed % 3 == 0 else None)
+
+
+def test_random_lives_with_a_second_tier():
+    moved = 0
+    for seed in range(10_000, 10_080):
+        tier = RandomTier(random.Random(seed), num_slots=24)
+        driven = random_run(seed, tier=tier)
+        counters = driven.scheduler.stats().counters
+        moved += counters["swapped_in_blocks"]
+        assert counters["swapped_out_blocks"] <= tier.saved
+    assert moved > 50

@@ -1,0 +1,44 @@
+"""The rules of the ElasticMoE study on made-up numbers, and its trace."""
+
+from anabranch.studies.elasticmoe import Case, judge, make, trace
+from anabranch.studies.harness import Results
+
+
+def test_rules():
+    runs = {
+        "latency-ours": {"seconds": 0.5, "downtime": 0.0, "peak_mb": 105.0},
+        "latency-cold": {"seconds": 5.0, "downtime": 5.0, "peak_mb": 100.0},
+        "latency-extravagant": {"seconds": 6.0, "peak_mb": 200.0},
+        "throughput-ours": {"before": 100.0, "during": 90.0, "after": 90.0},
+        "throughput-cold": {"before": 100.0, "during": 20.0, "after": 180.0},
+        **{f"parts-{n}": {"seconds": [0.5, 0.6, 0.7, 5.0, 4.0][n]} for n in range(5)},
+    }
+    results = Results({arm: dict.fromkeys((0, 1), metrics) for arm, metrics in runs.items()})
+    verdicts = {claim.claim: claim.verdict for claim in judge(results)}
+    assert verdicts == {
+        "a change takes less than 0.2x a cold restart": "holds",
+        "nothing stops; a cold restart does": "holds",
+        "peak memory is below 1.10x a cold restart's": "holds",
+        "peak memory is below 0.75x the extravagant way's": "holds",
+        "without it a change is slower: - shared arena: weights are copied into each instance": "holds",
+        "without it a change is slower: - peer copies: what is new is read from disk": "holds",
+        "without it a change is slower: - processes made ready: interpreters start on command": "holds",
+        "without it a change is slower: - attaching: a cold restart": "does not hold",
+        "throughput during a change is above 0.8x before": "holds",
+        "throughput during a change is above a cold restart's": "holds",
+        "two devices do more than one": "does not hold",
+    }
+
+
+def test_arms_share_one_size():
+    study = make(dim=64)
+    assert len({arm.name for arm in study.arms}) == len(study.arms) == 18
+    assert {arm.config.dim for arm in study.arms} == {64}
+
+
+def test_trace_is_reproducible_and_within_limits():
+    case = Case(kind="slo", trace_s=5.0)
+    arrivals = trace(case, 0)
+    assert arrivals == trace(case, 0)
+    assert arrivals
+    assert all(0 <= at < 5.0 and 1 <= prompt <= 480 and 1 <= new <= 480 for at, prompt, new in arrivals)
