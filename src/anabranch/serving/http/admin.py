@@ -77,7 +77,7 @@ class Admin:
         names = ("prompt_tokens", "cached_prompt_tokens")
         kept = {name: value for name, value in stats.counters.items() if name.startswith("expert_") or name in names}
         sizes = ("kv_usage_ratio", "expert_resident_bytes")
-        made = {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
+        made: dict[str, Any] = {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
         try:
             made["layers"] = await self._frontend.engine.control("expert_cache")
         except InputError:  # an engine without a budget for its experts
