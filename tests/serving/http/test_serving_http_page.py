@@ -86,7 +86,7 @@ def test_a_token_tells_its_experts(server, browser):
     shown = until(browser, "!document.getElementById('tip').hidden && document.getElementById('tip').innerText")
     first = ord("O")
     for layer in (1, 3):
-        assert f"layer {layer}\texpert {first % 4}, {(first + 1) % 4}" in shown
+        assert f"layer {layer}: {first % 4}, {(first + 1) % 4}" in shown
 
 
 @in_browser

@@ -5,6 +5,7 @@ from typing import Any
 
 from aiohttp import web
 
+from anabranch.errors import InputError
 from anabranch.serving.http.call import Call
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.keys import is_token
@@ -76,7 +77,12 @@ class Admin:
         names = ("prompt_tokens", "cached_prompt_tokens")
         kept = {name: value for name, value in stats.counters.items() if name.startswith("expert_") or name in names}
         sizes = ("kv_usage_ratio", "expert_resident_bytes")
-        return {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
+        made: dict[str, Any] = {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
+        try:
+            made["layers"] = await self._frontend.engine.control("expert_cache")
+        except InputError:  # an engine without a budget for its experts
+            made["layers"] = None
+        return made
 
     async def _clear(self, body: dict[str, Any]) -> Any:
         return {"result": await self._frontend.engine.control("reset_prefix_cache")}
