@@ -41,6 +41,13 @@ def serve(
     quantize: Annotated[
         str | None, typer.Option(metavar="KIND", help="Weights in fewer bits: int8 or int4 (engine.quantize).")
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="A mixture of experts on N processes that may become more or fewer while it serves (POST /v1/admin/scale).",
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,6 +80,7 @@ def serve(
     """  # fmt: skip
     given = {
         "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
+        "devices": devices,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}

@@ -46,6 +46,10 @@ class ServingConfig(Config):
         long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
         prefix_cache: keep keys and values of earlier requests for those that begin alike.
         scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended.
+        nano_batches: run big steps as nano-operations side by side where that pays, see `anabranch.serving.nanoflow`.
+        host_kv: bytes of main memory for keys and values that have no room in ``kv_memory``; None for none.
+        disk_kv: bytes of a file behind that.
+        admit_by_peak: let a request in only if all that run are expected to fit at their peak.
         expert_budget: bytes of expert weights kept in memory, such as ``2GiB``; None keeps them all.
         deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
@@ -67,6 +71,10 @@ class ServingConfig(Config):
     long_prefill_chunk: int | None = Field(default=None, ge=1)
     prefix_cache: bool = True
     scheduling: Literal["async", "sync"] = "async"
+    nano_batches: bool = False
+    host_kv: str | None = None
+    disk_kv: str | None = None
+    admit_by_peak: bool = False
     expert_budget: str | None = None
     deterministic: bool = False
     process: bool = True
@@ -74,8 +82,11 @@ class ServingConfig(Config):
 
     def __post_init__(self) -> None:
         parse_bytes(self.kv_memory, "kv_memory")
-        if self.expert_budget is not None:
-            parse_bytes(self.expert_budget, "expert_budget")
+        for name in ("expert_budget", "host_kv", "disk_kv"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), name)
+        if self.disk_kv is not None and self.host_kv is None:
+            raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
 
     def build(self, *args: Any, **kwargs: Any) -> EngineClient:
         """The engine's client, not started."""

@@ -276,7 +276,7 @@ def _slo(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics:
     arrivals = trace(case, seed)
     static = int(case.way.removeprefix("static-")) if case.way.startswith("static-") else None
     policy = Policy(
-        kind="slo",
+        by="slo",
         max_devices=case.most,
         ttft_s=1.0,
         tpot_s=4 * case.pace_s,

@@ -104,5 +104,5 @@ def test_the_autoscaler_follows_the_queue(folder, forge):
                 break
         return grown, len(engine.group.devices)
 
-    policy = Policy(kind="queue", max_devices=2, cool_down_s=0.2, patience_s=0.2)
+    policy = Policy(by="queue", max_devices=2, cool_down_s=0.2, patience_s=0.2)
     assert run(folder, forge, work, policy=policy) == (2, 1)

@@ -11,7 +11,7 @@ def load(devices=2, running=0, waiting=0):
 
 
 def test_slo_grows_when_too_few_meet_their_targets():
-    scaler = Autoscaler(Policy(kind="slo", ttft_s=1.0, tpot_s=0.1, window_s=10, cool_down_s=5, min_requests=4))
+    scaler = Autoscaler(Policy(by="slo", ttft_s=1.0, tpot_s=0.1, window_s=10, cool_down_s=5, min_requests=4))
     for second in range(4):
         scaler.served(second, 2.0 if second == 0 else 0.5, 0.05)  # one of four misses: 75%
     assert scaler.attainment(4) == 0.75
@@ -27,13 +27,13 @@ def test_slo_grows_when_too_few_meet_their_targets():
 
 
 def test_a_slow_token_misses_as_well():
-    scaler = Autoscaler(Policy(kind="slo", ttft_s=1.0, tpot_s=0.1))
+    scaler = Autoscaler(Policy(by="slo", ttft_s=1.0, tpot_s=0.1))
     assert scaler.served(0, 0.5, 0.1)
     assert not scaler.served(0, 0.5, 0.11)
 
 
 def test_it_shrinks_only_after_patience_and_not_into_trouble():
-    scaler = Autoscaler(Policy(kind="slo", patience_s=10, cool_down_s=0, low=0.3))
+    scaler = Autoscaler(Policy(by="slo", patience_s=10, cool_down_s=0, low=0.3))
     assert scaler.decide(0, load(2, running=1)) == 2
     assert scaler.decide(9, load(2, running=1)) == 2
     assert scaler.decide(10, load(2, running=1)) == 1
@@ -46,7 +46,7 @@ def test_it_shrinks_only_after_patience_and_not_into_trouble():
 
 
 def test_queue_follows_the_requests():
-    scaler = Autoscaler(Policy(kind="queue", cool_down_s=0, patience_s=0, high=1.0, low=0.4, max_devices=3))
+    scaler = Autoscaler(Policy(by="queue", cool_down_s=0, patience_s=0, high=1.0, low=0.4, max_devices=3))
     assert scaler.decide(0, load(2, running=8, waiting=1)) == 3
     assert scaler.decide(1, load(3, running=12, waiting=9)) == 3  # the most there may be
     assert scaler.decide(2, load(3, running=2)) == 2
@@ -55,7 +55,7 @@ def test_queue_follows_the_requests():
 
 
 def test_schedule_and_manual():
-    scaler = Autoscaler(Policy(kind="schedule", hours=((8.0, 4), (20.0, 1))))
+    scaler = Autoscaler(Policy(by="schedule", hours=((8.0, 4), (20.0, 1))))
     assert [scaler.decide(0, load(), hour) for hour in (3.0, 8.0, 19.9, 20.0)] == [1, 4, 4, 1]
     assert Autoscaler(Policy()).decide(0, load(2, 8, 100)) == 2
 
@@ -66,4 +66,4 @@ def test_refusals():
     with pytest.raises(ConfigError, match="the group would swing"):
         Policy(low=1.0, high=1.0)
     with pytest.raises(ConfigError, match="hours must be"):
-        Policy(kind="schedule")
+        Policy(by="schedule")

@@ -55,7 +55,7 @@ def test_outputs_do_not_depend_on_the_policy(model, expected, policy: str, tier:
         assert engine.arena.bytes <= engine.budget_bytes
         assert max(most) <= engine.budget_bytes
         counters = engine.stats().counters
-        assert counters["expert_misses"] > 0
+        assert counters["expert_bytes_moved"] > 0  # whether asked for in time or not
         engine.restore()
     torch.testing.assert_close(logits_BLV, expected[0], rtol=0, atol=1e-5)
     assert tokens == expected[1]

@@ -59,7 +59,7 @@ class Coordinator:
     async def start(self) -> EngineInfo:
         """Load, boot and warm up. Raises AnabranchError if it cannot."""
         await asyncio.to_thread(self.group.start)
-        if self.config.policy.kind != "manual":
+        if self.config.policy.by != "manual":
             self._watch = asyncio.create_task(self._follow_policy())
         return self.group.info
 

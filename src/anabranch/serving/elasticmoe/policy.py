@@ -43,7 +43,7 @@ class Policy(Config):
     """Settings of the autoscaler.
 
     Attributes:
-        kind: see the module.
+        by: what it looks at, see the module.
         min_devices, max_devices: the range.
         step: devices at a time; the tensor parallel degree or a multiple of it.
         ttft_s, tpot_s: targets of the time to the first token and of the mean time per token after it (the paper: 1 s and 1 s).
@@ -56,7 +56,7 @@ class Policy(Config):
         hours: for ``schedule``: (hour, devices) pairs in order; each holds until the next, the last until the first of the next day.
     """
 
-    kind: Literal["slo", "queue", "schedule", "manual"] = "manual"
+    by: Literal["slo", "queue", "schedule", "manual"] = "manual"
     min_devices: int = Field(default=1, ge=1)
     max_devices: int = Field(default=8, ge=1)
     step: int = Field(default=1, ge=1)
@@ -76,7 +76,7 @@ class Policy(Config):
             raise ConfigError(f"min_devices is {self.min_devices}; it must be at most max_devices={self.max_devices}")
         if self.low >= self.high:
             raise ConfigError(f"low is {self.low}; it must be below high={self.high}, or the group would swing")
-        if self.kind == "schedule" and (not self.hours or list(self.hours) != sorted(self.hours)):
+        if self.by == "schedule" and (not self.hours or list(self.hours) != sorted(self.hours)):
             raise ConfigError("hours must be (hour, devices) pairs in order; schedule needs at least one")
 
 
@@ -111,9 +111,9 @@ class Autoscaler:
     def decide(self, now: float, load: Load, hour: float = 0.0) -> int:
         """How many devices there should be; ``load.devices`` for no change. ``hour`` of the day, for ``schedule``."""
         policy = self.policy
-        if policy.kind == "manual":
+        if policy.by == "manual":
             return load.devices
-        if policy.kind == "schedule":
+        if policy.by == "schedule":
             due = [devices for start, devices in policy.hours if start <= hour] or [policy.hours[-1][1]]
             return self._clamped(due[-1])
         is_low = load.busy < policy.low
@@ -127,7 +127,7 @@ class Autoscaler:
         return load.devices
 
     def _should_grow(self, now: float, load: Load) -> bool:
-        if self.policy.kind == "queue":
+        if self.policy.by == "queue":
             return load.busy > self.policy.high
         attained = self.attainment(now)
         # Idle devices that miss their targets are not helped by more of them.
@@ -140,7 +140,7 @@ class Autoscaler:
         if fewer < self.policy.min_devices or load.busy * load.devices / fewer >= self.policy.high:
             return False  # it would grow again at once
         attained = self.attainment(now)
-        return self.policy.kind == "queue" or attained is None or attained >= self.policy.attainment
+        return self.policy.by == "queue" or attained is None or attained >= self.policy.attainment
 
     def _clamped(self, devices: int) -> int:
         return min(max(devices, self.policy.min_devices), self.policy.max_devices)

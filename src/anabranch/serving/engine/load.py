@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,10 +31,24 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     model, tokenizer, experts = _model(config)
     if config.quantize != "none":
         quantize(model, config.quantize)
+    config, more = _nanoflow(model, config)
     if experts is None:
-        return Engine.of(model, config, tokenizer=tokenizer), tokenizer
+        return Engine.of(model, config, tokenizer=tokenizer, **more), tokenizer
     controls = {"expert_cache": experts.by_layer}
-    return Engine.of(model, config, tokenizer=tokenizer, hooks=[experts], controls=controls), tokenizer
+    return Engine.of(model, config, tokenizer=tokenizer, hooks=[experts], controls=controls, **more), tokenizer
+
+
+def _nanoflow(model: Decoder, config: ServingConfig) -> tuple[ServingConfig, dict[str, Any]]:
+    """The config and further arguments of the engine that NanoFlow's options mean."""
+    if not (config.nano_batches or config.host_kv or config.admit_by_peak):
+        return config, {}
+    from anabranch.serving.nanoflow.options import NanoFlowConfig
+
+    overlap: Any = "nano" if config.nano_batches else "async" if config.scheduling == "async" else "off"
+    options = NanoFlowConfig(
+        overlap=overlap, host_kv=config.host_kv, disk_kv=config.disk_kv, admit_by_peak=config.admit_by_peak
+    )
+    return options.engine(model, config)
 
 
 def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:

@@ -9,7 +9,7 @@ from anabranch.serving.core.client import EngineStats
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
-    from prometheus_client.core import CounterMetricFamily
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 except ImportError as error:
     raise BackendError(f"serving needs {error.name}; pip install 'anabranch[serve]'") from None
 
@@ -36,6 +36,7 @@ ENGINE_GAUGES = {
     "kv_usage_ratio": "Share of the key-value blocks in use",
     "expert_resident_bytes": "Bytes of experts in memory",
 }
+OURS = frozenset({"prompt_tokens", "cached_prompt_tokens", "generation_tokens"})  # counted here, by what was answered
 
 
 class Metrics:
@@ -85,7 +86,8 @@ class Metrics:
 
     def absorb(self, stats: EngineStats) -> None:
         """Take over a picture of the engine."""
-        self._engine.now = dict(stats.counters)
+        self._engine.now = {name: value for name, value in stats.counters.items() if name not in OURS}
+        self._engine.gauges = {name: value for name, value in stats.gauges.items() if name not in ENGINE_GAUGES}
         for name, gauge in self._gauges.items():
             gauge.set(stats.gauges.get(name, 0.0))
         for name, histogram in (("step_time", self.step_time), ("batch_tokens", self.batch_tokens)):
@@ -104,18 +106,21 @@ class Metrics:
 
 
 class _EngineCounters:
-    """The engine's counters, over all engines there were."""
+    """The engine's counters, over all engines there were, and what gauges it has beside the usual ones (of a group of devices)."""
 
     def __init__(self) -> None:
         self.now: dict[str, float] = {}
+        self.gauges: dict[str, float] = {}
         self._before: dict[str, float] = {}
 
     def rest(self) -> None:
         for name, value in self.now.items():
             self._before[name] = self._before.get(name, 0.0) + value
-        self.now = {}
+        self.now, self.gauges = {}, {}
 
     def collect(self) -> Iterator[Any]:
-        for name, what in ENGINE_COUNTERS.items():
+        for name in dict.fromkeys((*ENGINE_COUNTERS, *self._before, *self.now)):
             value = self._before.get(name, 0.0) + self.now.get(name, 0.0)
-            yield CounterMetricFamily(PREFIX + name, what, value=value)
+            yield CounterMetricFamily(PREFIX + name, ENGINE_COUNTERS.get(name, "Counted by the engine"), value=value)
+        for name, value in self.gauges.items():
+            yield GaugeMetricFamily(PREFIX + name, "Said by the engine", value=value)

