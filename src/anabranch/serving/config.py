@@ -17,11 +17,9 @@ SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?\s*", re.IGNORECASE)
 
 def parse_bytes(text: str | int, name: str = "size") -> int:
     """Bytes of ``"2GiB"``, ``"512 MB"`` or a plain number. Raises ConfigError that names the field ``name``."""
-    if isinstance(text, int):
-        return text
-    match = SIZE.fullmatch(text)
+    match = SIZE.fullmatch(str(text))
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    if match is None:
+    if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{name} is {text!r}; give a number of bytes with a unit, such as 2GiB or 512MB")
     return int(float(match[1]) * units[match[2].lower()])
 

@@ -14,12 +14,12 @@ from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, 
 from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext
 from anabranch.routing import Router, TopK, record_routing
+from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
 from anabranch.serving.expertflow import Expert, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.policy import POLICIES
 from anabranch.serving.expertflow.predictors import Oracle
-from anabranch.serving.expertflow.sizes import parse_bytes
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, ThrottledTier, dequantize, quantize
 from expertflow_models import VOCAB, make_model, moe_config, prompts
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_offloaded_is_refused(model) -> None:
         offload(make_model(SwiGLU.Config(hidden_dim=48)), "1MB")
     with pytest.raises(ConfigError, match="no tier 'tape'"):
         offload(model, "1MB", tier="tape")
-    with pytest.raises(ConfigError, match="write it like 2GiB"):
+    with pytest.raises(ConfigError, match="such as 2GiB"):
         offload(model, "many")
     engine = offload(model, quarter(model))
     with pytest.raises(ConfigError, match="cannot be trained"):

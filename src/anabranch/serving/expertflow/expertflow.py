@@ -38,6 +38,7 @@ from anabranch.nn.moe import MoE
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
+from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.expertflow.arena import Arena, Kind
@@ -49,7 +50,6 @@ from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row, choose, choose_step
-from anabranch.serving.expertflow.sizes import parse_bytes
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 
 TIERS = ("memory", "file", "int8", "int4")

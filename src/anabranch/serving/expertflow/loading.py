@@ -22,12 +22,12 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import Piece as StoredPiece
 from anabranch.lm.tensors import SafetensorsFiles, fill
 from anabranch.nn.pool import ExpertPool
+from anabranch.serving.config import parse_bytes
 from anabranch.serving.expertflow.cache import Audit
 from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.predictors.base import RoutePredictor
-from anabranch.serving.expertflow.sizes import parse_bytes
 from anabranch.serving.expertflow.tiers import FileTier, Piece
 
 Table = dict[Expert, list[Piece]]
