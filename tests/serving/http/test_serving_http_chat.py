@@ -228,6 +228,7 @@ def test_several_prompts_of_text_and_tokens(server):
     assert [choice["text"] for choice in body["choices"]] == ["ab", "ab", "cde", "cde"]
     assert body["usage"]["prompt_tokens"] == 5
     assert server.complete(prompt=[104, 105])[2]["choices"][0]["text"] == "hi"
+    assert server.complete(prompt=[104] * 300, max_tokens=1)[2]["usage"]["prompt_tokens"] == 300
     assert [choice["text"] for choice in server.complete(prompt=[[104], "x"])[2]["choices"]] == ["h", "x"]
 
 

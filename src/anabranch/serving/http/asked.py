@@ -216,13 +216,11 @@ def _room(
 
 def _prompts(prompt: Any, reader: Reader, info: EngineInfo) -> tuple[list[tuple[int, ...]], list[str]]:
     """Token ids and text of each prompt."""
-    if isinstance(prompt, str):
-        prompt = [prompt]
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(is_int(part) for part in prompt)):
+        prompt = [prompt]  # one text, or the tokens of one prompt, however long
     if not isinstance(prompt, list) or not prompt or len(prompt) > MOST_PROMPTS:
         what = f"text, a list of 1 to {MOST_PROMPTS} texts, or lists of token ids"
         raise wrong("prompt", f"prompt is {said(prompt)}; it must be {what}")
-    if all(is_int(part) for part in prompt):
-        prompt = [prompt]
     made, texts = [], []
     for at, part in enumerate(prompt):
         if isinstance(part, str):
