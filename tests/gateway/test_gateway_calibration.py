@@ -7,23 +7,9 @@ import pytest
 
 from anabranch.gateway.store import Calibration, LedgerRow, open_store
 from anabranch.gateway.ui import Snapshot, render
-from gateway_stores import KINDS, missing, server
 
 THURSDAY = datetime(2026, 11, 26, 12, tzinfo=UTC).timestamp()
 WEEK = 7 * 86_400.0
-
-
-@pytest.fixture(scope="session")
-def databases():
-    if reason := missing():
-        pytest.skip(f"no PostgreSQL to test with: {reason}")
-    with server() as database:
-        yield database
-
-
-@pytest.fixture(params=KINDS)
-def url(request, tmp_path):
-    return str(tmp_path / "g.db") if request.param == "sqlite" else request.getfixturevalue("databases")()
 
 
 class Clock:

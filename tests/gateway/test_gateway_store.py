@@ -14,23 +14,9 @@ import pytest
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
 from anabranch.gateway.money import Price
 from anabranch.gateway.store import LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
-from gateway_stores import KINDS, missing, server
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0
-
-
-@pytest.fixture(scope="session")
-def databases():
-    if reason := missing():
-        pytest.skip(f"no PostgreSQL to test with: {reason}")
-    with server() as database:
-        yield database
-
-
-@pytest.fixture(params=KINDS)
-def url(request, tmp_path):
-    return str(tmp_path / "g.db") if request.param == "sqlite" else request.getfixturevalue("databases")()
 
 
 class Clock:
