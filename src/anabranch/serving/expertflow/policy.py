@@ -172,13 +172,11 @@ class CacheMoe(Lru):
         return self._quota[group]
 
 
-class SeMoe(Policy):
-    """SE-MoE's ring: the experts of the layers to come are loaded whole, in order, over those that were loaded first."""
-
-    name = "se_moe"
+class LoadsAhead(Policy):
+    """Base of policies that load before anybody asks: what cannot be loaded is skipped for the rest of a pass."""
 
     def attach(self, cache: "ExpertCache") -> None:
-        """The ring stands at the first layer."""
+        """Nothing has failed yet."""
         super().attach(cache)
         self._given_up: set[Expert] = set()
 
@@ -189,6 +187,12 @@ class SeMoe(Policy):
     def give_up(self, expert: Expert) -> None:
         """Skip it in this pass."""
         self._given_up.add(expert)
+
+
+class SeMoe(LoadsAhead):
+    """SE-MoE's ring: the experts of the layers to come are loaded whole, in order, over those that were loaded first."""
+
+    name = "se_moe"
 
     def _distance(self, expert: Expert) -> int:
         """Layers until it may be used again."""
@@ -250,24 +254,11 @@ class Belady(Lru):
         )
 
 
-class LruAhead(Lru):
+class LruAhead(LoadsAhead, Lru):
     """LRU that loads what is predicted, over the least recently used: prediction without a plan (for ablations)."""
 
     name = "lru_ahead"
     needs_reference = True
-
-    def attach(self, cache: "ExpertCache") -> None:
-        """Nothing has failed yet."""
-        super().attach(cache)
-        self._given_up: set[Expert] = set()
-
-    def begin_step(self) -> None:
-        """Everything may be tried again."""
-        self._given_up.clear()
-
-    def give_up(self, expert: Expert) -> None:
-        """Skip it in this pass."""
-        self._given_up.add(expert)
 
     def prefetch(self) -> tuple[Expert, Expert | None] | None:
         """The next predicted expert that is not there; it pushes out anything but what was loaded ahead and waits for its use."""
