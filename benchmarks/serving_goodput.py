@@ -4,7 +4,8 @@ Goodput is requests per second that end whole within the objective (the client w
 round: ours with its limits, told each request's deadline; ours without limits; vLLM's CPU server where --vllm gives the Python of an
 environment that has it, with its own defaults. Prompts and answers have random lengths; each load has the same requests for all.
 
-Bar: ours with limits keeps at least 90% of its best goodput from 1 to 5 times the saturating load.
+The saturating load is found with a few clients that wait for their answers, which is less than an open loop gets done; so what is kept
+is the least goodput from the load of the best one up to 5 times, over that best. Bar: ours with limits keeps at least 90%.
 
     python benchmarks/serving_goodput.py --seconds 30 --json benchmarks/results/serving_goodput.json
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import aiohttp
 
+from _gateway import machine
 from _serving_http import Result, Server, ask, ours, save_small_moe
 
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -122,6 +124,31 @@ async def _until_ready(url: str) -> None:
     raise SystemExit("vLLM did not start")
 
 
+BUSY = 2  # clients for each sequence of a step while the saturating load is found: with fewer the server waits, more it refuses
+
+
+def table(contestants: dict[str, Any]) -> list[dict[str, Any]]:
+    """Goodput of ours beside each other one's, load by load, and what is kept of the best, as rows of `_harness`."""
+    ours = contestants["ours"]
+    rows: list[dict[str, Any]] = []
+    for name, other in contestants.items():
+        if name == "ours":
+            continue
+        for times in LOADS:
+            mine, theirs = (
+                statistics.median(row["goodput"] for row in one["rows"] if row["times"] == times)
+                for one in (ours, other)
+            )
+            rows.append({"case": f"requests/s in time at {times:g} times the saturating load", "ours": mine, "peer": theirs,
+                         "ratio": mine / theirs if theirs else None, "spread": None, "unit": "1/s", "peer_name": name})  # fmt: skip
+        shared = {"spread": None, "unit": "share", "peer_name": name}
+        kept = ours["kept"] / other["kept"] if other["kept"] else None
+        rows.append(
+            {"case": "least from the best load to 5 times, share of the best", "ours": ours["kept"], "peer": other["kept"], "ratio": kept, **shared}
+        )  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
@@ -157,7 +184,7 @@ def main() -> None:
         report: dict[str, Any] = {"seconds": given.seconds, "contestants": {}}
         limits = {}
         for name, (server, _) in contestants.items():
-            limits[name] = asyncio.run(capacity(server.url, given.streams, given.seconds))
+            limits[name] = asyncio.run(capacity(server.url, BUSY * given.streams, given.seconds))
             print(f"{name}: {limits[name][0]:.2f} requests/s at saturation, median {limits[name][1]:.2f} s", flush=True)
         slo_s = given.slo or 4 * limits["ours"][1]
         report["slo_s"] = round(slo_s, 3)
@@ -173,7 +200,8 @@ def main() -> None:
                     asyncio.run(_until_ready(server.url))
         for name, (server, _) in contestants.items():
             best = max(row["goodput"] for row in rows[name])
-            over = [row["goodput"] for row in rows[name] if row["times"] >= 1]
+            peak = next(row["times"] for row in rows[name] if row["goodput"] == best)
+            over = [row["goodput"] for row in rows[name] if row["times"] >= peak]
             kept = round(min(over) / best, 3) if best else 0.0
             report["contestants"][name] = {
                 "capacity": round(limits[name][0], 3),
@@ -183,7 +211,8 @@ def main() -> None:
             }
     print(json.dumps({name: {"kept": row["kept"]} for name, row in report["contestants"].items()}))
     if given.json is not None:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        result = {"name": "serving_goodput", "rows": table(report["contestants"]), **report, **machine()}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
