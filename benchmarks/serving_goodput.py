@@ -144,7 +144,8 @@ def table(contestants: dict[str, Any]) -> list[dict[str, Any]]:
         shared = {"spread": None, "unit": "share", "peer_name": name}
         kept = ours["kept"] / other["kept"] if other["kept"] else None
         rows.append(
-            {"case": "least from the best load to 5 times, share of the best", "ours": ours["kept"], "peer": other["kept"], "ratio": kept, **shared}
+            {"case": "least from the best load to 5 times, share of the best", "ours": ours["kept"], "peer": other["kept"],
+             "ratio": kept, **shared}
         )  # fmt: skip
     return rows
 
