@@ -1,65 +1,12 @@
-"""A gateway as users start it: a process of its own, on loopback, ended when the test is over."""
+"""A gateway as users start it."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager
 
-import anabranch
+from server_process import SOURCE, Served, started
 
-SOURCE = str(Path(anabranch.__file__).resolve().parent.parent)
+__all__ = ["SOURCE", "Served", "served"]
 
 
-@dataclass
-class Served:
-    """A gateway that answers.
-
-    Attributes:
-        url: where, without a slash at the end.
-        process: its.
-        log: file of its stderr.
-    """
-
-    url: str
-    process: subprocess.Popen
-    log: Path
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-
-@contextlib.contextmanager
-def served(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
+def served(*arguments: str, environment: dict[str, str] | None = None) -> AbstractContextManager[Served]:
     """``anabranch gateway serve`` with these arguments on a free port."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "stderr"
-        command = [sys.executable, "-m", "anabranch.cli.main", "gateway", "serve", "--port", "0", "--json", *arguments]
-        environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **(environment or {})}
-        with open(log, "wb") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=folder)
-        try:
-            assert process.stdout is not None
-            said = b""
-            while not said.endswith(b"}\n"):
-                line = process.stdout.readline()
-                if not line:
-                    process.wait(10)
-                    raise AssertionError(f"the gateway did not start: {log.read_text()}")
-                said += line
-            yield Served(json.loads(said)["url"], process, log)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            process.stdout.close()
+    return started("gateway", "serve", *arguments, environment=environment)

@@ -1,24 +1,16 @@
 """A small mixture of experts with a byte tokenizer, saved once, and a server process in front of it."""
 
-import contextlib
 import functools
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import anabranch
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import Attention, MoE
 from anabranch.routing import Router, TopK
+from server_process import Served, started
 
-SOURCE = str(Path(anabranch.__file__).resolve().parent.parent)
 LAYERS, EXPERTS = 2, 4
 
 
@@ -49,62 +41,8 @@ def saved_moe() -> str:
 _KEPT: list[tempfile.TemporaryDirectory] = []
 
 
-@dataclass
-class Process:
-    """A server as users start it.
-
-    Attributes:
-        url, port: where.
-        process: its.
-        log: file of its stderr.
-    """
-
-    url: str
-    process: subprocess.Popen
-    log: Path
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-
-@contextlib.contextmanager
 def serve_process(
     *arguments: str, model: str | None = None, environment: dict[str, str] | None = None
-) -> Iterator[Process]:
+) -> AbstractContextManager[Served]:
     """``anabranch serve`` with these arguments on a free port, when it is ready."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "stderr"
-        command = [
-            sys.executable,
-            "-m",
-            "anabranch.cli.main",
-            "serve",
-            model or saved_moe(),
-            "--port",
-            "0",
-            "--json",
-            *arguments,
-        ]
-        given = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **(environment or {})}
-        with open(log, "wb") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=given, cwd=folder)
-        try:
-            assert process.stdout is not None
-            said = b""
-            while not said.endswith(b"}\n"):
-                line = process.stdout.readline()
-                if not line:
-                    process.wait(10)
-                    raise AssertionError(f"the server did not start: {log.read_text()}")
-                said += line
-            yield Process(json.loads(said)["url"], process, log)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            process.stdout.close()
+    return started("serve", model or saved_moe(), *arguments, environment=environment)
