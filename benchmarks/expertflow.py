@@ -1,7 +1,7 @@
 """How fast does a mixture of experts decode with a quarter of its experts in memory and the rest on disk?
 
-A small Switch-like model is trained (or given with --model), its routes are recorded on one half of the prompts, and a route predictor is
-fitted on them. Then the other half is continued, greedily, with experts in a file whose pages the system is told to forget after each read:
+A small Switch-like model is trained (or given with --model), its routes on other text are recorded, and a route predictor is fitted on
+them. Then prompts are continued, greedily, in batches of 4 and of 16, with experts in a file whose pages the system is told to forget:
 
     ours             PLEC, the encoder-decoder predictor, batches in pairs with the Token Scheduler (`DualBatch`)
     LRU per layer    the same slots, threads and file, LRU with a fixed number of slots per layer (what mixtral-offloading does)
@@ -17,6 +17,7 @@ replaced by memory behind a wire of --bandwidth MB/s, and int8 by quantised expe
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.tiers import MemoryTier, ThrottledTier
 from anabranch.train import Trainer
 
-PROMPT = 32
+PROMPT, WINDOW = 8, 96  # tokens that are continued; of a recorded sequence
 
 
 def trained(folder: Path, options: Any) -> None:
@@ -52,18 +53,17 @@ def trained(folder: Path, options: Any) -> None:
         save_model(folder, trainer.model)
 
 
-def prompts(number: int, seed: int) -> list[list[int]]:
+def pieces(number: int, length: int, seed: int) -> torch.Tensor:
     """Pieces of the standard library, as bytes."""
-    stream = DataConfig(sequence_length=PROMPT).build().train(seed=seed)
-    return stream.next_batch(number).token_BL.tolist()
+    return DataConfig(sequence_length=length).build().train(seed=seed).next_batch(number).token_BL
 
 
 def fitted(model: Decoder, options: Any) -> EncoderDecoder:
-    """A predictor of the routes of greedy continuations of other prompts."""
-    greedy, parts = SamplingConfig(max_tokens=8 if options.quick else 64, temperature=0.0), []
-    for seed in range(1, 3 if options.quick else 13):
-        with record_routing(model) as recorder:
-            generate(model, prompts(16, seed), greedy)
+    """A predictor of the model's routes, fitted on those of text."""
+    parts = []
+    for token_BL in pieces(32 if options.quick else 1600, WINDOW, seed=1).split(16):
+        with torch.inference_mode(), record_routing(model) as recorder:
+            model(token_BL, last_only=True)
         parts.append(Routes.from_trace(recorder.trace()))
     found = find_pools(model)
     vocab_size = model.config.vocab_size
@@ -135,8 +135,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--hidden-dim", type=int, default=384)
     parser.add_argument("--steps", type=int, default=200, help="of training")
-    parser.add_argument("--fit-s", type=float, default=120.0, help="seconds that the predictor is fitted")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a batch; twice as many are decoded")
+    parser.add_argument("--fit-s", type=float, default=180.0, help="seconds that the predictor is fitted")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; twice as many are decoded")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--workers", type=int, default=1, help="threads that load")
     options = parser.parse_args()
@@ -146,59 +146,60 @@ def main() -> None:
         folder = options.model or Path(name) / "model"
         if not folder.exists():
             trained(folder, options)
-        run(folder, Path(name), options, rounds)
+        whole, _ = load_model(folder)
+        predictor, rows = fitted(whole.eval(), options), []
+        for batch in options.batch:
+            rows += run(folder, whole, predictor, batch, Path(name) / f"batch-{batch}", options, rounds)
+    packages = ("torch", "anabranch", *(("transformers", "accelerate") if options.tier == "file" else ()))
+    finish("expertflow", rows, options, packages)
 
 
-def run(folder: Path, work: Path, options: Any, rounds: int) -> None:
-    """All contestants on the same prompts."""
-    whole, _ = load_model(folder)
-    whole.eval()
-    given, greedy = prompts(2 * options.batch, 99), SamplingConfig(max_tokens=options.tokens, temperature=0.0)
-    predictor, pools = fitted(whole, options), find_pools(whole)
+def run(
+    folder: Path, whole: Decoder, predictor: EncoderDecoder, batch: int, work: Path, options: Any, rounds: int
+) -> list[dict[str, Any]]:
+    """All contestants on the same prompts; a row for each but ours."""
+    given = pieces(2 * batch, PROMPT, seed=99).tolist()
+    greedy = SamplingConfig(max_tokens=options.tokens, temperature=0.0)
     ours = offloaded(folder, options.share, options, policy="plec", predictor=predictor)
     lru = offloaded(folder, options.share, options, policy="cache_moe", predictor=None)
-    pipeline, others = (
-        DualBatch(ours, batch_size=options.batch),
-        DualBatch(lru, batch_size=options.batch, scheduler=None),
-    )
+    pipeline = DualBatch(ours, batch_size=batch)
+    others = DualBatch(lru, batch_size=batch, scheduler=None)
     # int tiers change the weights: what is to be equal then is the two that use them
-    expected = (
-        generate(whole, given, greedy) if options.tier in ("file", "throttled") else others.generate(given, greedy)
-    )
+    is_exact = options.tier in ("file", "throttled")
+    expected = generate(whole, given, greedy) if is_exact else others.generate(given, greedy)
     contestants = {
         "ours": lambda: pipeline.generate(given, greedy),
         "LRU per layer": lambda: others.generate(given, greedy),
         "all resident": lambda: generate(whole, given, greedy),
     }
     if options.tier == "file":
-        export_huggingface(work / "hf", whole)
-        rest = sum(weight.nbytes for weight in whole.parameters()) - pools.layout.total_bytes
-        peer = Transformers(
-            work / "hf", int(rest + options.share * pools.layout.total_bytes), options.tokens, work / "offload"
-        )
-        contestants["transformers"] = lambda: peer(given)
+        contestants["transformers"] = transformers_offload(whole, given, work, options)
     counted = {}
     for name, contestant in contestants.items():
-        if contestant() != expected and not (name == "all resident" and options.tier in ("int8", "int4")):
+        if contestant() != expected and (is_exact or name != "all resident"):
             raise SystemExit(f"{name} does not decode the tokens of the model")
         if name in ("ours", "LRU per layer"):  # what one pass over the prompts takes
             counted[name] = report(name, ours if name == "ours" else lru)
     rows, number = [], len(given) * options.tokens
     for name in [name for name in contestants if name != "ours"]:
-        case = f"{name}, {options.tier}, {options.share:.0%} resident"
+        case = f"{name}, {options.tier}, {options.share:.0%} resident, batches of {batch}"
         if options.only in case:
             row = compare(case, contestants["ours"], {name: contestants[name]}, rounds=rounds)
             row |= {key: round(row[key] / number, 4) for key in ("ours", "peer")}  # a token
-            rows.append(row | {"unit": "ms", "per": "token", "tokens": number})
-    for row in rows:
-        row["cache"] = counted
-        row["objective"] = [pipeline.objective_before, pipeline.objective_after]
+            objective = [pipeline.objective_before, pipeline.objective_after]
+            rows.append(row | {"unit": "ms", "per": "token", "tokens": number, "cache": counted, "objective": objective})
     ours.close()
     lru.close()
-    packages = (
-        ("torch", "anabranch", "transformers", "accelerate") if options.tier == "file" else ("torch", "anabranch")
-    )
-    finish("expertflow", rows, options, packages)
+    return rows
+
+
+def transformers_offload(whole: Decoder, given: list[list[int]], work: Path, options: Any) -> Callable[[], Any]:
+    """The same weights in transformers, within the same bytes."""
+    export_huggingface(work / "hf", whole)
+    experts = find_pools(whole).layout.total_bytes
+    rest = sum(weight.nbytes for weight in whole.parameters()) - experts
+    peer = Transformers(work / "hf", int(rest + options.share * experts), options.tokens, work / "offload")
+    return lambda: peer(given)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from anabranch.serving.expertflow import Expert, Layout, Routes
 from anabranch.serving.expertflow.cache import ExpertCache
 from anabranch.serving.expertflow.policy import CacheMoe, make_policy
 from anabranch.serving.expertflow.predictors import EncoderDecoder, Fingerprint, Frequency
-from anabranch.serving.expertflow.predictors.base import Row, choose
+from anabranch.serving.expertflow.predictors.base import Naming, Row, choose
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.routes import union_accuracy
 from anabranch.serving.expertflow.simulate import replay
@@ -248,8 +248,12 @@ class Decoded:
         whole = len(self.chosen_STLE) // (2 * batch) * 2
         return [np.arange(number * batch, (number + 1) * batch) for number in range(min(whole, 4))]
 
+    def expected(self, sequences: np.ndarray, token: int) -> list[list[Expert]]:
+        """Experts that an engine loads for a batch, by layer."""
+        return Naming().step(self.prob["rpp"][sequences, token], self.layout, EncoderDecoder.is_calibrated)
+
     def named(self, name: str, sequences: np.ndarray, token: int, extra: int) -> list[list[Expert]]:
-        """Predicted experts of a batch, by layer."""
+        """The k + extra likeliest experts of each token of a batch, together, by layer."""
         prob_BLE = self.prob[name][sequences, token]
         return [choose(prob_BLE[:, layer], self.layout, layer, extra) for layer in range(self.layout.num_layers)]
 
@@ -310,7 +314,7 @@ def cache_hits(decoded: Decoded, size: Size, progress: Progress) -> Metrics:
     for batch in BATCHES:
         steps = decoded.steps(batch)
         wanted = [decoded.wanted(*step) for step in steps]
-        predicted = [decoded.named("rpp", *step, extra=1) for step in steps]
+        predicted = [decoded.expected(*step) for step in steps]
         for name in SIZES:
             slots = max(decoded.layout.num_layers * (experts // int(name)), decoded.layout.least_bytes(per_layer=True))
             for policy, known, horizon, is_ahead in POLICY_RUNS:
@@ -365,7 +369,7 @@ def regrouping(decoded: Decoded, size: Size, batch: int = 16) -> Metrics:
     for name, parts in orders.items():
         steps = list(zip(parts, tokens, strict=True))
         wanted = [decoded.wanted(*step) for step in steps]
-        predicted = [decoded.named("rpp", *step, extra=1) for step in steps]
+        predicted = [decoded.expected(*step) for step in steps]
         cache = ExpertCache(layout, max(slots, layout.least_bytes()), make_policy("plec"))
         _, seconds = replay(cache, wanted, predicted, seconds_per_byte=1 / RATE, horizon=2)
         rate[name] = batch * len(steps) / seconds

@@ -76,7 +76,7 @@ def test_an_oracle_predicts_all_and_misses_little(model, expected) -> None:
     routes = Routes.from_trace(recorder.trace())
     found = find_pools(model)
     oracle = Oracle(found.fingerprint(f"vocab:{VOCAB}"), routes)
-    engine = offload(model, found.layout.total_bytes // 2, predictor=oracle, extra=0)
+    engine = offload(model, found.layout.total_bytes // 2, predictor=oracle)
     assert generate(model, prompts(), GREEDY) == expected[1]
     total = engine.cache.total()
     assert total.predicted_right == total.accesses

@@ -10,7 +10,7 @@ from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import SamplingConfig, generate
 from anabranch.routing import record_routing
 from anabranch.routing.cache_policy import check_routes
-from anabranch.serving.expertflow import Layout, Routes, find_pools, offload
+from anabranch.serving.expertflow import Expert, Layout, Routes, find_pools, offload
 from anabranch.serving.expertflow.predictors import (
     EncoderDecoder,
     Fingerprint,
@@ -20,7 +20,7 @@ from anabranch.serving.expertflow.predictors import (
     Tlp,
     load_predictor,
 )
-from anabranch.serving.expertflow.predictors.base import Row, choose
+from anabranch.serving.expertflow.predictors.base import Naming, Row, choose
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.routes import batch_accuracy
 from expertflow_models import VOCAB, make_model
@@ -101,6 +101,27 @@ def test_choose_takes_k_and_one_more_of_each_token_likeliest_first() -> None:
     assert [expert.number for expert in choose(prob_TE, layout, 0)] == [1, 2, 0]
     assert [expert.number for expert in choose(prob_TE, layout, 0, extra=0)] == [1]
     assert choose(np.zeros((2, 6), np.float32), layout, 1) == []
+
+
+def test_probabilities_of_a_batch_by_hand() -> None:
+    layout = Layout.plain((4, 6), (1, 1))
+    prob_TE = np.array([[0.2, 0.3, 0.5, 0.0, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0, 0.0, 0.9]], np.float32)
+    # at least one of two tokens: 1 - .8 * .8 = .36, 1 - .7 * .2 = .86, .5; the last two columns are of no expert of layer 0
+    assert [expert.number for expert in Naming(least=0.3).layer(prob_TE, layout, 0, True)] == [1, 2, 0]
+    assert [expert.number for expert in Naming(least=0.4).layer(prob_TE, layout, 0, True)] == [1, 2]
+    assert Naming(least=0.9).step(prob_TE[:, None].repeat(2, 1), layout, True) == [[], [Expert(1, 5)]]
+
+
+def test_scores_that_are_no_probabilities_only_order() -> None:
+    layout, prob_TE = Layout.plain((4,), (1,)), np.array([[0.01, 0.02, 0.03, 0.0]], np.float32)
+    assert [expert.number for expert in Naming(extra=1).layer(prob_TE, layout, 0, False)] == [2, 1]
+    assert Naming(extra=1).layer(prob_TE, layout, 0, True) == []
+
+
+@pytest.mark.parametrize("wrong", [{"least": 0.0}, {"least": 1.5}, {"extra": -1}])
+def test_wrong_namings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="least must be"):
+        Naming(**wrong)
 
 
 def row(ids: list[int], new: int, prompt: int, key: str = "a") -> Row:

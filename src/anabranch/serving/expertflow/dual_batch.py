@@ -21,7 +21,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.generate import SamplingConfig, sample
 from anabranch.nn.context import ForwardContext
 from anabranch.serving.expertflow.expertflow import OffloadEngine
-from anabranch.serving.expertflow.predictors.base import Row, choose_step
+from anabranch.serving.expertflow.predictors.base import Row
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
 
 
@@ -184,9 +184,8 @@ class DualBatch:
         """What the layers of these batches will want."""
         if not unit.prob_of_row:
             return None
-        engine = self.engine
         parts = (np.stack([unit.prob_of_row[row] for row in batch]) for batch in batches)
-        return [step for prob_TLE in parts for step in choose_step(prob_TLE, engine.layout, engine.extra)]
+        return [step for prob_TLE in parts for step in self.engine.named(prob_TLE)]
 
     def _described(self, rows: Sequence[int], new: int) -> list[Row]:
         return [Row(self._keys[row], np.array(self._ids[row], np.int32), new, self._prompt[row]) for row in rows]

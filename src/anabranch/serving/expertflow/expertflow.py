@@ -49,7 +49,7 @@ from anabranch.serving.expertflow.mover import Mover
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
-from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row, choose, choose_step
+from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 
 TIERS = ("memory", "file", "int8", "int4")
@@ -67,7 +67,7 @@ def offload(
     folder: str | Path | None = None,
     drop_cache: bool = False,
     tokenizer: Any = None,
-    extra: int = 1,
+    naming: Naming = Naming(),  # noqa: B008
     workers: int = 2,
     device: torch.device | str | None = None,
     audit: Audit | None = None,
@@ -85,7 +85,7 @@ def offload(
         folder: of the file.
         drop_cache: do not let the system's page cache keep what was read of the file.
         tokenizer: of the model; a predictor made for another one is refused.
-        extra: experts that are predicted per token and layer beyond its k.
+        naming: which of the predicted experts are loaded ahead.
         workers: threads that load.
         device: of the slots; None for that of the model.
         audit: called at every event of the cache.
@@ -107,7 +107,7 @@ def offload(
         policy=policy,
         predictor=predictor,
         fingerprint=found.fingerprint(tokenizer_fingerprint(tokenizer, model)),
-        extra=extra,
+        naming=naming,
         workers=workers,
         device=device,
         audit=audit,
@@ -219,12 +219,12 @@ class OffloadEngine:
         policy: str | Policy,
         predictor: str | RoutePredictor | None,
         fingerprint: Fingerprint,
-        extra: int = 1,
+        naming: Naming = Naming(),  # noqa: B008
         workers: int = 2,
         device: torch.device | str | None = None,
         audit: Audit | None = None,
     ) -> None:
-        self.model, self.layout, self.fingerprint, self.extra = model, found.layout, fingerprint, extra
+        self.model, self.layout, self.fingerprint, self.naming = model, found.layout, fingerprint, naming
         self.cache = ExpertCache(found.layout, budget_bytes, make_policy(policy), audit)
         self.predictor = self._ready(predictor, found.layers)
         place = torch.device(device) if device is not None else model.embedding.weight.device
@@ -309,10 +309,15 @@ class OffloadEngine:
         if prob_TLE is None:
             nothing: list[list[Expert]] = [[] for _ in self._last]
             return nothing + self._last, len(nothing)
-        steps = choose_step(prob_TLE, self.layout, self.extra)
-        ahead = [choose_step(prob, self.layout, self.extra) for prob in self.predictor.predict_ahead(rows)]
+        steps = self.named(prob_TLE)
+        ahead = [self.named(prob) for prob in self.predictor.predict_ahead(rows)]
         known = steps + [step for later in ahead for step in later]
         return known + steps, len(known)
+
+    def named(self, prob_TLE: np.ndarray) -> list[list[Expert]]:
+        """The experts that a batch with these predictions is expected to want, by layer."""
+        assert self.predictor is not None
+        return self.naming.step(prob_TLE, self.layout, self.predictor.is_calibrated)
 
     def _waves(
         self, layer: int, x_ND: Tensor, routing: Routing, context: RoutingContext | None
@@ -348,7 +353,7 @@ class OffloadEngine:
         found = predictor.refine(layer, x_ND, routing.index_NK) if predictor.refines else None
         if found is not None:
             later, prob_TE = found
-            experts = choose(prob_TE, self.layout, later, self.extra)
+            experts = self.naming.layer(prob_TE, self.layout, later, predictor.is_calibrated)
             with self.mover.lock:
                 self.cache.expect(later, experts)
                 self.mover.pump()

@@ -27,7 +27,7 @@ from anabranch.serving.expertflow.cache import Audit
 from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.policy import Policy, make_policy
-from anabranch.serving.expertflow.predictors.base import RoutePredictor
+from anabranch.serving.expertflow.predictors.base import Naming, RoutePredictor
 from anabranch.serving.expertflow.tiers import FileTier, Piece
 
 Table = dict[Expert, list[Piece]]
@@ -42,7 +42,7 @@ def load_offloaded(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     drop_cache: bool = False,
-    extra: int = 1,
+    naming: Naming = Naming(),  # noqa: B008
     workers: int = 2,
     audit: Audit | None = None,
 ) -> tuple[Decoder, Tokenizer | None, OffloadEngine]:
@@ -72,7 +72,7 @@ def load_offloaded(
     engine = OffloadEngine(
         model, found, budget, tier, policy=policy, predictor=predictor,
         fingerprint=found.fingerprint(tokenizer_fingerprint(opened.tokenizer, model)),
-        extra=extra, workers=workers, device=device or "cpu", audit=audit,
+        naming=naming, workers=workers, device=device or "cpu", audit=audit,
     )  # fmt: skip
     try:
         fill(

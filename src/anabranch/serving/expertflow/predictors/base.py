@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.routes import Routes
 
@@ -86,11 +86,13 @@ class RoutePredictor:
         fingerprint: what it was made for.
         observes: wants to be told what was routed.
         refines: predicts a layer from the one before it.
+        is_calibrated: what it gives are probabilities; others only order experts.
     """
 
     kind: ClassVar[str]
     observes: ClassVar[bool] = False
     refines: ClassVar[bool] = False
+    is_calibrated: ClassVar[bool] = False
     fingerprint: Fingerprint
 
     def fit(self, routes: Routes) -> Self:
@@ -116,6 +118,42 @@ class RoutePredictor:
         """A sequence has ended."""
 
 
+@dataclass(frozen=True)
+class Naming:
+    """Which experts of a prediction count as what a batch will want.
+
+    Attributes:
+        least: of a calibrated predictor, those that some token of the batch goes to with at least this probability. Lower loads more
+            in vain, higher leaves more to be waited for.
+        extra: of others, the k + ``extra`` likeliest of each token.
+    """
+
+    least: float = 0.4
+    extra: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= 1 or self.extra < 0:
+            raise ConfigError(f"least must be in (0, 1] and extra at least 0, not {self.least} and {self.extra}")
+
+    def layer(self, prob_TE: np.ndarray, layout: Layout, layer: int, is_calibrated: bool) -> list[Expert]:
+        """Of one layer, the likeliest first."""
+        return (
+            expect(prob_TE, layout, layer, self.least) if is_calibrated else choose(prob_TE, layout, layer, self.extra)
+        )
+
+    def step(self, prob_TLE: np.ndarray, layout: Layout, is_calibrated: bool) -> list[list[Expert]]:
+        """Of all layers."""
+        return [self.layer(prob_TLE[:, layer], layout, layer, is_calibrated) for layer in range(layout.num_layers)]
+
+
+def expect(prob_TE: np.ndarray, layout: Layout, layer: int, least: float) -> list[Expert]:
+    """Experts that at least one token goes to with probability ``least`` or more, tokens being independent; the likeliest first."""
+    pool = layout.pool_of_layer[layer]
+    prob_E = 1 - np.prod(1 - prob_TE[:, : layout.num_experts[pool]], axis=0)
+    index = np.flatnonzero(prob_E >= least)
+    return [Expert(pool, int(one)) for one in index[np.argsort(-prob_E[index], kind="stable")]]
+
+
 def choose(prob_TE: np.ndarray, layout: Layout, layer: int, extra: int = 1) -> list[Expert]:
     """Experts that a batch is predicted to want in a layer: of each token the k + ``extra`` likeliest, together, the likeliest first."""
     pool = layout.pool_of_layer[layer]
@@ -127,8 +165,3 @@ def choose(prob_TE: np.ndarray, layout: Layout, layer: int, extra: int = 1) -> l
     index = np.flatnonzero(named_E)
     order = np.argsort(-prob_TE[:, index].sum(0), kind="stable")
     return [Expert(pool, int(one)) for one in index[order]]
-
-
-def choose_step(prob_TLE: np.ndarray, layout: Layout, extra: int = 1) -> list[list[Expert]]:
-    """`choose` for every layer."""
-    return [choose(prob_TLE[:, layer], layout, layer, extra) for layer in range(layout.num_layers)]

@@ -82,6 +82,7 @@ class EncoderDecoder(RoutePredictor):
     """
 
     kind = "encdec"
+    is_calibrated = True
 
     def __init__(self, fingerprint: Fingerprint, vocab_size: int, settings: Settings | None = None) -> None:
         self.fingerprint, self.vocab_size, self.settings = fingerprint, vocab_size, settings or Settings()

@@ -28,6 +28,7 @@ class Tlp(RoutePredictor):
     """Token-level: a sequence's last token goes where the one before went (the paper's baseline TLP)."""
 
     kind = "tlp"
+    is_calibrated = True
     observes = True
 
     def __init__(self, fingerprint: Fingerprint) -> None:
@@ -65,6 +66,7 @@ class Slp(RoutePredictor):
     """Sequence of layers: a layer's experts are those of the layer before, by number (the paper's baseline SLP)."""
 
     kind = "slp"
+    is_calibrated = True
     refines = True
 
     def __init__(self, fingerprint: Fingerprint) -> None:
@@ -89,6 +91,7 @@ class Frequency(RoutePredictor):
     """
 
     kind = "frequency"
+    is_calibrated = True
 
     def __init__(self, fingerprint: Fingerprint, vocab_size: int, weight: float = 1.0) -> None:
         self.fingerprint, self.vocab_size, self.weight = fingerprint, vocab_size, weight
@@ -156,6 +159,7 @@ class Oracle(RoutePredictor):
     """
 
     kind = "oracle"
+    is_calibrated = True
 
     def __init__(self, fingerprint: Fingerprint, routes: Routes, steps_ahead: int = 1) -> None:
         self.fingerprint, self.steps_ahead, self._routes = fingerprint, steps_ahead, routes
