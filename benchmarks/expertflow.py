@@ -136,7 +136,9 @@ def main() -> None:
     parser.add_argument("--hidden-dim", type=int, default=384)
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--fit-s", type=float, default=180.0, help="seconds that the predictor is fitted")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; twice as many are decoded")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; twice as many are decoded"
+    )
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--workers", type=int, default=1, help="threads that load")
     options = parser.parse_args()
@@ -187,7 +189,9 @@ def run(
             row = compare(case, contestants["ours"], {name: contestants[name]}, rounds=rounds)
             row |= {key: round(row[key] / number, 4) for key in ("ours", "peer")}  # a token
             objective = [pipeline.objective_before, pipeline.objective_after]
-            rows.append(row | {"unit": "ms", "per": "token", "tokens": number, "cache": counted, "objective": objective})
+            rows.append(
+                row | {"unit": "ms", "per": "token", "tokens": number, "cache": counted, "objective": objective}
+            )
     ours.close()
     lru.close()
     return rows

@@ -125,6 +125,7 @@ class Drive:
         self.requests: dict[str, Request] = {}
         self.formed: deque[Batch] = deque()
         self.started: list[str] = []
+        self.paused: set[str] = set()
         self.steps = 0
 
     def add(self, request: Request) -> None:
@@ -141,10 +142,19 @@ class Drive:
             self._see(output)
             self.seen[id].is_aborted = True
 
+    def pause(self, id: str) -> None:
+        self.scheduler.pause(id)
+        if self.seen[id].finish is None:
+            self.paused.add(id)
+
+    def resume(self, id: str) -> None:
+        self.scheduler.resume(id)
+        self.paused.discard(id)
+
     def form(self) -> bool:
         """Form a step if there is one."""
         scheduler = self.scheduler
-        first = scheduler._running[0] if scheduler._running else None
+        first = next((state for state in scheduler._running if state.request.id not in self.paused), None)
         batch = scheduler.schedule()
         if first is not None:
             assert first in scheduler._running, "the first in rank was sent back"
@@ -157,6 +167,7 @@ class Drive:
         assert len({slot for _, slot in batch.swaps_out}) == len(batch.swaps_out)
         assert len({block for _, block in batch.swaps_in}) == len(batch.swaps_in)
         for chunk in batch.chunks:
+            assert chunk.id not in self.paused
             assert len(chunk.tokens) <= (self.config.long_prefill_chunk or 10**9)
             assert chunk.start + len(chunk.tokens) <= len(chunk.blocks) * self.config.block_tokens
             assert PENDING not in chunk.tokens[:-1]
@@ -185,7 +196,9 @@ class Drive:
         while len(self.formed) < (2 if self.config.is_async else 1) and self.form():
             pass
         if not self.formed:
-            assert not self.scheduler.has_work, "requests are left that nothing is done for"
+            assert {state.request.id for state in self.scheduler.states()} == self.paused, (
+                "requests that nothing is done for"
+            )
             return False
         self.finish_step()
         return True
@@ -196,6 +209,8 @@ class Drive:
         seen.outputs.append(output)
         seen.tokens += output.tokens
         seen.finish = output.finish
+        if seen.finish is not None:
+            self.paused.discard(output.id)
 
     def check_end(self) -> None:
         """Every stream is what the request gives alone; nothing is left behind."""
@@ -215,7 +230,7 @@ class Drive:
         scheduler = self.scheduler
         assert scheduler.pool.num_free == scheduler.pool.num_blocks
         assert not scheduler.has_work
-        for name in ("_states", "_running", "_under_way", "_queued_tokens"):
+        for name in ("_states", "_running", "_paused", "_under_way", "_queued_tokens"):
             assert not getattr(scheduler, name), f"{name} is left"
         for name in ("_coming", "_held", "num_held"):
             assert not getattr(scheduler._tables, name), f"{name} is left"
@@ -266,8 +281,8 @@ def random_request(rng: random.Random, id: str, most: int, now: float, num_keys:
     )
 
 
-def random_run(seed: int, **arguments: object) -> Drive:
-    """One life of a server: requests come and some go, until none is left. Checked at every step and at the end."""
+def random_run(seed: int, pauses: float = 0.0, **arguments: object) -> Drive:
+    """One life of a server: requests come and some go, or are paused, until none is left. Checked at every step and at the end."""
     rng = random.Random(seed)
     # A tier finds blocks by their prefix.
     drive = Drive(random_config(rng, **({"prefix_cache": True} if arguments.get("tier") else {})), **arguments)
@@ -285,6 +300,10 @@ def random_run(seed: int, **arguments: object) -> Drive:
             drive.seen[rng.choice(list(drive.seen))].is_failing = True
         if rng.random() < 0.02:
             drive.scheduler.reset_prefixes()
+        if drive.seen and rng.random() < pauses:
+            drive.pause(rng.choice(list(drive.seen)))
+        if drive.paused and rng.random() < 0.2:
+            drive.resume(rng.choice(sorted(drive.paused)))
         # In asynchronous runs not every step is formed ahead, and ends come in between.
         if drive.config.is_async and rng.random() < 0.5:
             drive.now += 0.01
@@ -293,7 +312,9 @@ def random_run(seed: int, **arguments: object) -> Drive:
             if drive.formed and rng.random() < 0.5:
                 drive.finish_step()
         elif not drive.step() and not coming:
-            break
+            if not drive.paused:
+                break
+            drive.resume(min(drive.paused))
     drive.check_end()
     return drive
 

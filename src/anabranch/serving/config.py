@@ -43,7 +43,8 @@ class ServingConfig(Config):
         max_seqs: requests in a step.
         long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
         prefix_cache: keep keys and values of earlier requests for those that begin alike.
-        scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended.
+        scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended; ``auto`` is ``sync`` on a CPU, whose cores
+            the model needs itself, and ``async`` elsewhere.
         nano_batches: run big steps as nano-operations side by side where that pays, see `anabranch.serving.nanoflow`.
         host_kv: bytes of main memory for keys and values that have no room in ``kv_memory``; None for none.
         disk_kv: bytes of a file behind that.
@@ -68,7 +69,7 @@ class ServingConfig(Config):
     max_seqs: int = Field(default=16, ge=1)
     long_prefill_chunk: int | None = Field(default=None, ge=1)
     prefix_cache: bool = True
-    scheduling: Literal["async", "sync"] = "async"
+    scheduling: Literal["auto", "async", "sync"] = "auto"
     nano_batches: bool = False
     host_kv: str | None = None
     disk_kv: str | None = None
@@ -77,6 +78,11 @@ class ServingConfig(Config):
     deterministic: bool = False
     process: bool = True
     seed: int | None = None
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the next step is formed while one runs."""
+        return self.scheduling == "async" or (self.scheduling == "auto" and not self.device.startswith("cpu"))
 
     def __post_init__(self) -> None:
         parse_bytes(self.kv_memory, "kv_memory")

@@ -450,21 +450,26 @@ def draw(results: Results, path: Path) -> None:
     from anabranch.report.style import INK, SERIES, figure, horizontal_grid, to_png, to_svg
     from anabranch.studies.picture import _write
 
-    groups = (
+    wanted = (
         ("seconds to change", "seconds", [f"latency-{way}" for way in WAYS]),
         ("peak memory, MB", "peak_mb", [f"latency-{way}" for way in WAYS]),
         ("seconds, parts taken away", "seconds", [f"parts-{n}" for n in range(len(PARTS))]),
     )
-    with figure(11, 3.6, ncols=len(groups)) as (made, panels):
+    shown = [
+        (label, metric, there)
+        for label, metric, arms_ in wanted
+        if (there := [arm for arm in arms_ if results.values(arm, metric)])
+    ]
+    if not shown:
+        return
+    with figure(0.6 + 3.5 * len(shown), 3.6, ncols=len(shown), squeeze=False) as (made, panels):
         made.suptitle("ElasticMoE: changing devices", x=0.01, ha="left", fontweight="bold", color=INK)
-        for axes, (label, metric, arms_) in zip(panels, groups, strict=True):
-            there = [arm for arm in arms_ if results.values(arm, metric)]
-            values = [results.mean(arm, metric).mean for arm in there]
-            axes.bar(range(len(there)), values, color=SERIES[0])
+        for axes, (label, metric, there) in zip(panels.flat, shown, strict=True):
+            bars = axes.bar(range(len(there)), [results.mean(arm, metric).mean for arm in there], color=SERIES[0])
+            axes.bar_label(bars, fmt="%.2f" if metric == "seconds" else "%.0f", color=INK, padding=2)
             axes.set_xticks(range(len(there)), [arm.split("-", 1)[1] for arm in there], rotation=30, ha="right")
-            if metric == "seconds" and values:
-                axes.set_yscale("log")
             axes.set_title(label)
+            axes.margins(y=0.12)
             horizontal_grid(axes)
         png, svg = to_png(made), to_svg(made)
     _write(path, png, svg)

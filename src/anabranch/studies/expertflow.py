@@ -198,7 +198,7 @@ def recorded(trainer: Trainer, sequences: int, part: str) -> tuple[Routes, Route
 def _batches(data: Any, sequences: int, part: str) -> Iterator[Any]:
     """Of held-out text, or of the text trained on, in another order."""
     if part == "validation":
-        yield from data.validation(batch_size=8, num_windows=4 * sequences)
+        yield from data.validation(batch_size=8, num_windows=64 * sequences)
         return
     stream = data.train(seed=1)
     for _ in range(sequences):

@@ -6,7 +6,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Finish, Request, Sampling, TokenLogprob
 from anabranch.serving.core.scheduler import COUNTERS, Scheduler, SchedulerConfig
-from scheduler_runs import RandomTier, drive, expected, request, to_end
+from scheduler_runs import RandomTier, Seen, drive, expected, request, to_end
 
 # One step after another
 
@@ -347,3 +347,78 @@ def test_counters_are_zero_before_traffic_and_gauges_follow():
     assert stats.counters["generation_tokens"] == 10
     assert sum(stats.samples["batch_tokens"]) == 4 + 5 + 4  # since the last picture: all but the first step
     assert driven.scheduler.stats().samples["batch_tokens"] == []
+
+
+# Pauses
+
+
+def test_a_paused_request_keeps_its_blocks_while_nobody_needs_them():
+    driven = drive()
+    driven.add(request("a", max_tokens=20))
+    driven.step()
+    driven.step()
+    held = driven.scheduler.pool.num_free
+    driven.pause("a")
+    assert not driven.step()
+    assert driven.scheduler.pool.num_free == held
+    assert driven.scheduler.stats().gauges["paused"] == 1
+    driven.resume("a")
+    to_end(driven)
+    assert driven.scheduler.stats().counters["preemptions"] == 0
+
+
+def test_a_paused_request_makes_way_for_one_that_waits():
+    driven = drive(max_seqs=1)
+    driven.add(request("a", max_tokens=20))
+    driven.step()
+    driven.pause("a")
+    driven.add(request("b"))
+    while driven.step():
+        pass
+    assert (driven.seen["b"].finish, driven.seen["a"].finish) == (Finish.LENGTH, None)
+    driven.resume("a")
+    to_end(driven)
+
+
+def test_a_paused_request_gives_its_blocks_to_one_that_grows():
+    driven = drive(num_blocks=6, max_seqs=2, max_positions=20)  # of 4 tokens each
+    driven.add(request("first", 4, max_tokens=2))
+    driven.add(request("grows", 4, max_tokens=16))
+    driven.add(request("idle", 4, max_tokens=16))
+    while driven.seen["first"].finish is None or len(driven.seen["idle"].tokens) < 3:
+        driven.step()
+    driven.pause("idle")
+    while driven.step():
+        pass
+    assert driven.seen["grows"].finish is Finish.LENGTH
+    assert driven.scheduler.stats().counters["preemptions"] == 1
+    driven.resume("idle")
+    to_end(driven)
+
+
+def test_pauses_of_nobody_and_ends_of_the_paused():
+    driven = drive(max_seqs=1)
+    driven.scheduler.pause("nobody")
+    driven.scheduler.resume("nobody")
+    for name in "ab":
+        driven.add(request(name, max_tokens=9))
+    driven.step()
+    for name in "ab":  # one runs, one waits
+        driven.pause(name)
+        driven.pause(name)
+    assert not driven.step()
+    driven.abort("a")
+    driven.resume("b")
+    to_end(driven)
+
+
+def test_a_request_goes_on_behind_what_it_gave_elsewhere():
+    driven = drive()
+    whole = request("a", max_tokens=9)
+    tokens, _ = expected(whole, 200)
+    driven.add(request("b", max_tokens=2))
+    driven.scheduler.add(whole, tokens[:4])
+    driven.seen["a"], driven.requests["a"] = Seen(tokens=tokens[:4]), whole
+    while driven.step():
+        pass
+    assert driven.seen["a"].tokens == tokens

@@ -13,12 +13,20 @@ def test_random_lives_give_what_each_request_gives_alone(part):
         random_run(seed)
 
 
+def test_random_lives_with_pauses():
+    preemptions = 0
+    for seed in range(20_000, 20_150):
+        driven = random_run(seed, pauses=0.1, tier=RandomTier(random.Random(seed)) if seed % 3 == 0 else None)
+        preemptions += driven.scheduler.stats().counters["preemptions"]
+    assert preemptions > 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_thousands_of_random_lives(part):
     for seed in range(1000 * (part + 1), 1000 * (part + 2)):
         rng = random.Random(seed)
-        random_run(seed, tier=RandomTier(rng) if seed % 3 == 0 else None)
+        random_run(seed, pauses=0.1 * (seed % 2), tier=RandomTier(rng) if seed % 3 == 0 else None)
 
 
 def test_random_lives_with_a_second_tier():

@@ -265,7 +265,8 @@ def test_clients_that_leave_during_a_change(make, greedy):
 
     group = make(on_phase=leave)
     client = Client(group)
-    for number in range(4):
+    client.submit("r0", prompt_of(0), max_tokens=100, ignore_eos=True)  # longer than the change
+    for number in range(1, 4):
         client.submit(f"r{number}", prompt_of(number))
     client.wait_tokens(4)
     group.scale(2)

@@ -10,6 +10,8 @@ One that decodes lacks one token, one that starts lacks its prompt, one that was
 
 With ``is_async`` a step may be formed while the one before runs; what that one will sample is then `PENDING`.
 
+A request that is paused is in no step. While others wait or lack blocks it has to give up its place, so nobody starves for it.
+
 Sources: Orca (Yu et al., OSDI 2022) for the iteration as unit, Sarathi-Serve (Agrawal et al., OSDI 2024) for prompts in chunks beside
 decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahead.
 """
@@ -17,7 +19,7 @@ decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahe
 import time
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError
@@ -113,6 +115,7 @@ class Scheduler:
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
         self._running: list[RequestState] = []  # by rank
+        self._paused: dict[RequestState, None] = {}  # those without blocks are neither running nor waiting
         self._under_way: dict[int, list[Part]] = {}  # by step
         self._serial = self._step = self._queued_tokens = 0
         self._is_short = False  # of blocks, in the step that is being formed
@@ -128,8 +131,20 @@ class Scheduler:
         """Whether any request has not ended, or a step is under way."""
         return bool(self._states or self._under_way)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises InputError for one that can never run, and for an id that is under way."""
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no step is under way."""
+        return not self._under_way
+
+    def states(self) -> list[RequestState]:
+        """All requests that have not ended, by rank."""
+        return sorted(self._states.values(), key=_rank)
+
+    def add(self, request: Request, output: Sequence[int] = ()) -> RequestState:
+        """Queue a request, which may have given ``output`` elsewhere.
+
+        Raises InputError for one that can never run, and for an id that is under way.
+        """
         if not request.prompt:
             raise InputError("the prompt has no tokens; it must have at least one")
         if len(request.prompt) >= self.max_positions:
@@ -148,9 +163,31 @@ class Scheduler:
             max_positions=self.max_positions,
         )
         self._serial += 1
+        state.tokens.extend(output)
         self._states[request.id] = state
         self._waiting.add(state)
         self._queued_tokens += state.num_prompt
+        return state
+
+    def pause(self, id: str) -> None:
+        """Compute nothing more for a request until `resume`; nothing if there is none of that id. Steps under way still give theirs."""
+        state = self._states.get(id)
+        if state is None or state in self._paused:
+            return
+        self._paused[state] = None
+        if not state.blocks:
+            self._waiting.remove(state)
+            self._queued_tokens -= state.num_prompt
+
+    def resume(self, id: str) -> None:
+        """Let a paused request go on; nothing if there is none of that id."""
+        state = self._states.get(id)
+        if state is None or state not in self._paused:
+            return
+        del self._paused[state]
+        if not state.blocks:
+            (self._waiting.add_front if state.is_known else self._waiting.add)(state)
+            self._queued_tokens += state.num_prompt
 
     def abort(self, id: str) -> Output | None:
         """End a request, wherever it is; None if there is none of that id. What a step under way computes for it is discarded."""
@@ -173,6 +210,7 @@ class Scheduler:
         gauges = {
             "running": len(self._running),
             "waiting": len(self._waiting),
+            "paused": len(self._paused),
             "queued_tokens": self._queued_tokens,
             "kv_usage_ratio": 1 - self.pool.num_free / self.pool.num_blocks,
             "cached_blocks": self.pool.num_cached,
@@ -189,10 +227,11 @@ class Scheduler:
             return None
         self._is_short = False
         parts: list[Part] = []
-        turn = None if self._turns is None else self._turns.take(self._running)
-        budget = self._continue_running(parts, self.config.max_batched_tokens, turn)
+        able = self._running if not self._paused else self._set_aside()
+        turn = None if self._turns is None else self._turns.take(able)
+        budget = self._continue_running(able, parts, self.config.max_batched_tokens, turn)
         if not parts and turn is not None:  # none of them has a block for its token; the first in rank always gets one
-            budget = self._continue_running(parts, budget, None)
+            budget = self._continue_running(able, parts, budget, None)
         if not self._is_short and budget and len(self._waiting) and len(self._running) < self._most_running:
             budget = self._admit_waiting(parts, budget)
         if not parts:
@@ -217,9 +256,18 @@ class Scheduler:
         self._batch_tokens.append(self.config.max_batched_tokens - budget)
         return batch
 
-    def _continue_running(self, parts: list[Part], budget: int, turn: Container[RequestState] | None) -> int:
+    def _set_aside(self) -> list[RequestState]:
+        """Take their places from paused requests if somebody waits; the running ones that are not paused."""
+        if len(self._waiting):
+            for state in [state for state in self._paused if state.blocks]:
+                self._send_back(state)
+        return [state for state in self._running if state not in self._paused]
+
+    def _continue_running(
+        self, running: list[RequestState], parts: list[Part], budget: int, turn: Container[RequestState] | None
+    ) -> int:
         """Chunks of running requests, of those that decode only the ones in ``turn``; the budget that is left."""
-        running, block_tokens = self._running, self.config.block_tokens
+        block_tokens = self.config.block_tokens
         counts = [len(state.tokens) - state.computed for state in running]
         reserved = counts.count(1)
         for state, count in zip(list(running), counts, strict=True):
@@ -250,8 +298,9 @@ class Scheduler:
         while not self._tables.grow(state, state.computed + count):
             self._is_short = True
             needed = pool.blocks_for(state.computed + count) - len(state.blocks)
-            if running[-1] is not state and pool.num_free + self._tables.num_held < needed:
-                self._send_back(running[-1])
+            last = next((each for each in self._paused if each.blocks), running[-1])
+            if last is not state and pool.num_free + self._tables.num_held < needed:
+                self._send_back(last)
             else:  # it is the last itself, or a step under way is about to give back enough: it takes what there is and waits
                 count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
         return count
@@ -260,9 +309,10 @@ class Scheduler:
         """Preempt: the blocks go, the tokens stay."""
         self._running.remove(state)
         self._tables.release(state, self._under_way)
-        self._waiting.add_front(state)
-        self._queued_tokens += state.num_prompt
         self._counts["preemptions"] += 1
+        if state not in self._paused:
+            self._waiting.add_front(state)
+            self._queued_tokens += state.num_prompt
 
     def _admit_waiting(self, parts: list[Part], budget: int) -> int:
         """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
@@ -379,9 +429,10 @@ class Scheduler:
         if state.blocks:
             self._running.remove(state)
             self._tables.release(state, self._under_way)
-        else:
+        elif state not in self._paused:
             self._waiting.remove(state)
             self._queued_tokens -= state.num_prompt
+        self._paused.pop(state, None)
         if state.is_known:
             self._waiting.refund(state, state.most_tokens - len(state.tokens))
             self._gone.append(state.request.id)

@@ -14,7 +14,7 @@ from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler
 from anabranch.serving.core.state import RequestState
 
-__all__ = ["Carried", "adopt", "carried", "freeze", "give", "keep_out", "reserve", "resume", "thaw"]
+__all__ = ["Carried", "adopt", "carried", "freeze", "give", "keep_out", "reserve", "thaw"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Carried:
 
 def freeze(scheduler: Scheduler) -> bytes:
     """A scheduler between two steps, to go on in another process."""
-    if scheduler._under_way:
+    if not scheduler.is_between_steps:
         raise RuntimeError("a step is under way; tell the scheduler what it gave first")
     return pickle.dumps(scheduler, protocol=5)
 
@@ -48,17 +48,10 @@ def thaw(frozen: bytes) -> Scheduler:
 
 def carried(scheduler: Scheduler) -> list[Carried]:
     """All requests of a scheduler between two steps, in the order of rank."""
-    states = sorted(scheduler._states.values(), key=lambda state: state.rank)
     return [
         Carried(state.request, tuple(state.tokens[state.num_prompt :]), tuple(state.blocks), state.computed)
-        for state in states
+        for state in scheduler.states()
     ]
-
-
-def resume(scheduler: Scheduler, request: Request, output: Sequence[int]) -> None:
-    """Queue a request that has given tokens elsewhere. Raises InputError as `Scheduler.add`."""
-    scheduler.add(request)
-    scheduler._states[request.id].tokens.extend(output)
 
 
 def adopt(
@@ -73,8 +66,8 @@ def adopt(
     fresh: list[list[int]] = []
     brought = again = 0
     for parcel in parcels:
-        resume(scheduler, parcel.request, parcel.output)
-        keys = _keys(scheduler, scheduler._states[parcel.request.id], parcel.computed)
+        state = scheduler.add(parcel.request, parcel.output)
+        keys = _keys(scheduler, state, parcel.computed)
         missing = [index for index, key in enumerate(keys) if scheduler.pool.find(key) is None]
         here = scheduler.pool.allocate(len(missing)) or []
         for index, block in zip(missing, here, strict=False):
@@ -96,7 +89,7 @@ def reserve(scheduler: Scheduler) -> list[int]:
     Every request it has may grow to its limit.
     """
     pool, size = scheduler.pool, scheduler.config.block_tokens
-    growth = sum(max(0, -(-state.most_tokens // size) - len(state.blocks)) for state in scheduler._states.values())
+    growth = sum(max(0, -(-state.most_tokens // size) - len(state.blocks)) for state in scheduler.states())
     return pool.allocate(max(0, pool.num_free - growth)) or []
 
 

@@ -246,7 +246,7 @@ class Rank:
         assert self.scheduler is not None
         try:
             self.sampler.outputs[request.id] = output
-            handover.resume(self.scheduler, request, output)
+            self.scheduler.add(request, output)
         except AnabranchError as error:
             self.sampler.outputs.pop(request.id, None)
             self.channel.send(("outputs", [Output(id=request.id, finish=Finish.ERROR, error=str(error))], None))

@@ -28,7 +28,7 @@ class Engine:
     Attributes:
         info: what it serves.
         scheduler, runner: which run it.
-        is_async: see `ServingConfig.scheduling`.
+        is_async: see `ServingConfig.is_async`.
         controls: an operator's commands by name, see `EngineLoop`.
         sources: what adds to pictures of the engine.
     """
@@ -146,6 +146,6 @@ def _limits(
         max_seqs=config.max_seqs,
         long_prefill_chunk=config.long_prefill_chunk,
         prefix_cache=config.prefix_cache,
-        is_async=config.scheduling == "async",
+        is_async=config.is_async,
         stop_tokens=stop_tokens,
     )

@@ -44,7 +44,7 @@ def _nanoflow(model: Decoder, config: ServingConfig) -> tuple[ServingConfig, dic
         return config, {}
     from anabranch.serving.nanoflow.options import NanoFlowConfig
 
-    overlap: Any = "nano" if config.nano_batches else "async" if config.scheduling == "async" else "off"
+    overlap: Any = "nano" if config.nano_batches else "async" if config.is_async else "off"
     options = NanoFlowConfig(
         overlap=overlap, host_kv=config.host_kv, disk_kv=config.disk_kv, admit_by_peak=config.admit_by_peak
     )

@@ -12,7 +12,19 @@ from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.core.request import Finish, Output, Request
-from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Command, Control, Event, Refused, Reply
+from anabranch.serving.engine.messages import (
+    Abort,
+    Add,
+    Close,
+    Closed,
+    Command,
+    Control,
+    Event,
+    Pause,
+    Refused,
+    Reply,
+    Resume,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +36,10 @@ IDLE_S = 0.002  # how long to wait for news where there is work that cannot go o
 class Scheduling(Protocol):
     """What the loop needs of `anabranch.serving.core.scheduler.Scheduler`."""
 
-    def add(self, request: Request) -> None: ...  # noqa: D102
+    def add(self, request: Request) -> object: ...  # noqa: D102
     def abort(self, id: str) -> Output | None: ...  # noqa: D102
+    def pause(self, id: str) -> None: ...  # noqa: D102
+    def resume(self, id: str) -> None: ...  # noqa: D102
     def schedule(self) -> Batch | None: ...  # noqa: D102
     def update(self, batch: Batch, sampled: Sequence[Sampled]) -> list[Output]: ...  # noqa: D102
     def stats(self) -> EngineStats: ...  # noqa: D102
@@ -166,6 +180,10 @@ class EngineLoop:
                 self._add(request)
             case Abort(id):
                 self._abort(id)
+            case Pause(id):
+                self.scheduler.pause(id)
+            case Resume(id):
+                self.scheduler.resume(id)
             case Control():
                 self._emit([self._answer(command)])
             case Close(drain_s):

@@ -24,6 +24,20 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Compute nothing more for a request, whose reader is slow, until told to resume."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Let a paused request go on."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Control:
     """A command of an operator's; it is answered by a `Reply` of the same number."""
 
@@ -39,7 +53,7 @@ class Close:
     drain_s: float = 0.0
 
 
-Command = Add | Abort | Control | Close
+Command = Add | Abort | Pause | Resume | Control | Close
 
 # Events, from the loop
 

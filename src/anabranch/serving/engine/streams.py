@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
@@ -13,11 +12,23 @@ from typing import Any
 from anabranch.errors import AnabranchError, BackendError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request
-from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Command, Control, Event, Refused, Reply
+from anabranch.serving.engine.messages import (
+    Abort,
+    Add,
+    Close,
+    Closed,
+    Command,
+    Control,
+    Event,
+    Pause,
+    Refused,
+    Reply,
+    Resume,
+)
 
 logger = logging.getLogger(__name__)
 
-BUFFER = 256  # outputs that wait for a reader; what comes behind them is put together
+BUFFER = 256  # outputs that wait for a reader before its request is paused; what was on its way then is put together
 STALL_S = 30.0  # a reader that lets a full buffer stand for so long has its request ended
 KEPT_SAMPLES = 4096  # values of one histogram between two pictures
 
@@ -35,30 +46,45 @@ def joined(first: Output, second: Output) -> Output:
 
 
 class _Stream:
-    """Outputs of one request on their way to whoever reads them."""
+    """Outputs of one request on their way to whoever reads them.
+
+    Attributes:
+        stall: set while the request is paused; ends it when the reader does not come.
+    """
 
     def __init__(self) -> None:
         self.outputs: deque[Output | Refused] = deque()
         self.news = asyncio.Event()
-        self.full_since: float | None = None
+        self.stall: asyncio.TimerHandle | None = None
 
-    def push(self, output: Output | Refused) -> bool:
-        """False if the reader has not come for too long."""
-        last = self.outputs[-1] if len(self.outputs) >= BUFFER else None
+    @property
+    def is_full(self) -> bool:
+        return len(self.outputs) >= BUFFER
+
+    @property
+    def is_drained(self) -> bool:
+        return len(self.outputs) <= BUFFER // 2
+
+    def push(self, output: Output | Refused) -> None:
+        last = self.outputs[-1] if self.is_full else None
         if last is None or isinstance(last, Refused) or isinstance(output, Refused):
             self.outputs.append(output)
         else:
             self.outputs[-1] = joined(last, output)
-            self.full_since = self.full_since or time.monotonic()
         self.news.set()
-        return self.full_since is None or time.monotonic() - self.full_since < STALL_S
 
     async def take(self) -> Output | Refused:
         while not self.outputs:
             self.news.clear()
             await self.news.wait()
-        self.full_since = None
         return self.outputs.popleft()
+
+    def unstall(self) -> bool:
+        """No longer paused; whether it was."""
+        was, self.stall = self.stall, None
+        if was is not None:
+            was.cancel()
+        return was is not None
 
 
 class StreamsClient:
@@ -119,12 +145,15 @@ class StreamsClient:
             self._send(Add(request))
             while not has_ended:
                 output = await stream.take()
+                if stream.is_drained and stream.unstall():
+                    self._send(Resume(request.id))
                 if isinstance(output, Refused):
                     has_ended = True
                     raise InputError(output.error)
                 has_ended = output.finish is not None
                 yield output
         finally:
+            stream.unstall()
             if self._streams.get(request.id) is stream:
                 del self._streams[request.id]
             if not has_ended:
@@ -179,9 +208,16 @@ class StreamsClient:
 
     def _push(self, event: Output | Refused) -> None:
         stream = self._streams.get(event.id)
-        if stream is not None and not stream.push(event):
-            logger.warning("request %s is ended: nobody has read its output for %g s", event.id, STALL_S)
-            self._send(Abort(event.id))
+        if stream is None:
+            return
+        stream.push(event)
+        if stream.is_full and stream.stall is None and isinstance(event, Output) and event.finish is None:
+            stream.stall = asyncio.get_running_loop().call_later(STALL_S, self._give_up, event.id)
+            self._send(Pause(event.id))
+
+    def _give_up(self, id: str) -> None:
+        logger.warning("request %s is ended: nobody has read its output for %g s", id, STALL_S)
+        self._send(Abort(id))
 
     def _note(self, stats: EngineStats) -> None:
         samples = self._stats.samples

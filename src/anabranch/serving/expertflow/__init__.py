@@ -3,6 +3,7 @@
 from anabranch.serving.expertflow.expertflow import OffloadEngine, find_pools, offload
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.loading import load_offloaded
+from anabranch.serving.expertflow.predictors.base import Naming
 from anabranch.serving.expertflow.routes import Routes
 
-__all__ = ["Expert", "Layout", "OffloadEngine", "Routes", "find_pools", "load_offloaded", "offload"]
+__all__ = ["Expert", "Layout", "Naming", "OffloadEngine", "Routes", "find_pools", "load_offloaded", "offload"]

@@ -36,7 +36,6 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.nn.moe import MoE
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Sampled
@@ -319,12 +318,10 @@ class OffloadEngine:
         assert self.predictor is not None
         return self.naming.step(prob_TLE, self.layout, self.predictor.is_calibrated)
 
-    def _waves(
-        self, layer: int, x_ND: Tensor, routing: Routing, context: RoutingContext | None
-    ) -> Iterator[dict[int, int]]:
-        """{expert: slot} of what can run now, until all has run."""
+    def _waves(self, layer: int, experts: list[int], x_ND: Tensor, routing: Routing) -> Iterator[dict[int, int]]:
+        """{expert: slot} of what can run now, until all ``experts`` have run."""
         pool = self.layout.pool_of_layer[layer]
-        wanted = [Expert(pool, index) for index in routing.index_NK.unique().tolist() if index >= 0]
+        wanted = [Expert(pool, index) for index in experts]
         self._last[layer] = wanted
         with self.mover.lock:
             self.mover.check()

@@ -1,9 +1,10 @@
 """`OffloadedPool`: stands where an `ExpertPool` stood, computes the same, and owns no weights."""
-# Shapes: N items, K places, E experts, P = N K places in a row, R places of a wave, S slots, D width, F hidden
+# Shapes: N items, K places, E experts, P = N K places in a row, R rows of a wave, S slots, D width, F hidden
 
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,10 +12,10 @@ from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
-from anabranch.routing.dispatch import plan_dispatch
+from anabranch.routing.dispatch import DispatchPlan
 from anabranch.serving.expertflow.arena import Arena
 
-Waves = Callable[[int, Tensor, Routing, RoutingContext | None], Any]
+Waves = Callable[[int, list[int], Tensor, Routing], Any]
 
 
 class OffloadedPool(nn.Module):
@@ -25,7 +26,7 @@ class OffloadedPool(nn.Module):
         num_experts, dim, hidden_dim, backend: as the pool that it replaces.
         kind: of its experts in the arena.
         arena: the slots.
-        waves: yields {expert: slot} of what can run, until all that the routing wants has run.
+        waves: given the layer, its experts, their input and the routing, yields {expert: slot} of what can run, until all has.
     """
 
     def __init__(
@@ -62,36 +63,58 @@ class OffloadedPool(nn.Module):
         """
         if torch.is_grad_enabled() and (x_ND.requires_grad or routing.weight_NK.requires_grad):
             raise ConfigError("offloaded experts cannot be trained; run under torch.inference_mode() or no_grad()")
-        index_P = routing.index_NK.reshape(-1)
         num_items, num_places = routing.index_NK.shape
-        rows_PD: Tensor | None = None
-        for slot_of in self._waves(self.layer, x_ND, routing, context):
-            slot_E = torch.full((self.num_experts + 1,), -1, dtype=torch.int64)  # the last is that of unused places
-            slot_E[list(slot_of)] = torch.tensor(list(slot_of.values()))
-            slot_P = slot_E.to(index_P.device)[index_P]
-            place_R = (slot_P >= 0).nonzero().squeeze(1)
-            rows_RD = self._run(
-                x_ND[place_R // num_places], slot_P[place_R], routing.weight_NK.reshape(-1)[place_R], weight_on
+        rows = _Rows(routing)
+        y_PD: Tensor | None = None
+        for slot_of in self._waves(self.layer, rows.experts, x_ND, routing):
+            place_R, offset_S = rows.of(slot_of, len(self.arena.w13_SFD[self.kind]))
+            place_R, offset_S = place_R.to(x_ND.device), offset_S.to(x_ND.device)
+            y_RD = self._run(
+                x_ND[place_R // num_places], offset_S, routing.weight_NK.reshape(-1, 1)[place_R], weight_on
             )
-            if rows_PD is None:
-                rows_PD = rows_RD.new_zeros(num_items * num_places, self.dim)
-            rows_PD[place_R] = rows_RD
+            if y_PD is None:
+                y_PD = y_RD.new_zeros(num_items * num_places, self.dim)
+            y_PD.index_copy_(0, place_R, y_RD)
             self.arena.mark_used(self.kind, list(slot_of.values()))
-        if rows_PD is None:
+        if y_PD is None:
             return torch.zeros_like(x_ND)
-        rows_NKD = rows_PD.view(num_items, num_places, self.dim)
-        total_ND = rows_NKD[:, 0].to(torch.promote_types(rows_PD.dtype, torch.float32))
+        y_NKD = y_PD.view(num_items, num_places, self.dim)
+        total_ND = y_NKD[:, 0].to(torch.promote_types(y_PD.dtype, torch.float32))
         for place in range(1, num_places):
-            total_ND = total_ND + rows_NKD[:, place]
-        return total_ND.to(rows_PD.dtype)
+            total_ND = total_ND + y_NKD[:, place]
+        return total_ND.to(y_PD.dtype)
 
-    def _run(self, x_RD: Tensor, slot_R: Tensor, weight_R: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
+    def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
+        """Rows that are sorted by slot, each an item with one place."""
+        plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
         w13_SFD, w2_SDF = self.arena.w13_SFD[self.kind], self.arena.w2_SDF[self.kind]
-        slot_R1, weight_R1 = slot_R.unsqueeze(1), weight_R.unsqueeze(1)
-        no_scores = x_RD.new_empty(1, 1).expand(len(x_RD), len(w13_SFD))
-        plan = plan_dispatch(Routing(slot_R1, weight_R1, no_scores))
         return expert_mlp(x_RD, plan, weight_R1, w13_SFD, w2_SDF, weight_on=weight_on, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, offloaded"
+
+
+class _Rows:
+    """The places of a routing, sorted by expert once, so that a wave is a choice of them.
+
+    Attributes:
+        experts: that any place goes to.
+    """
+
+    def __init__(self, routing: Routing) -> None:
+        index_P = routing.index_NK.reshape(-1).cpu().numpy()
+        order_P = np.argsort(index_P, kind="stable")
+        experts, starts = np.unique(index_P[order_P], return_index=True)
+        places = np.split(order_P, starts[1:])
+        self._places = {expert: place for expert, place in zip(experts.tolist(), places, strict=True) if expert >= 0}
+        self.experts = list(self._places)
+
+    def of(self, slot_of: dict[int, int], num_slots: int) -> tuple[Tensor, Tensor]:
+        """(place_R, offset_S): the places of these experts in the order of their slots, and where each slot's end."""
+        experts = sorted(slot_of, key=slot_of.__getitem__)
+        count_S = np.zeros(num_slots, np.int32)
+        for expert in experts:
+            count_S[slot_of[expert]] = len(self._places[expert])
+        place_R = np.concatenate([self._places[expert] for expert in experts])
+        return torch.from_numpy(place_R), torch.from_numpy(np.cumsum(count_S, dtype=np.int32))

@@ -126,12 +126,22 @@ class FileTier:
             if count == 0:
                 raise DataError(f"{piece.path} ends before byte {piece.offset + piece.bytes}; it is truncated")
             done += count
-        if self.drop_cache and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, piece.offset, piece.bytes, os.POSIX_FADV_DONTNEED)
+        if self.drop_cache:
+            _forget(handle, piece.offset, piece.bytes)
 
     def close(self) -> None:
         """See `Tier`."""
         _close(self._files)
+
+
+FOLIO = 2 << 20  # largest piece of a file that the system keeps or forgets as a whole
+
+
+def _forget(handle: int, offset: int, length: int) -> None:
+    """Let the page cache drop this part of a file. What is kept in one piece is dropped only whole, so neighbours go as well."""
+    if hasattr(os, "posix_fadvise"):
+        start = offset // FOLIO * FOLIO
+        os.posix_fadvise(handle, start, -(-(offset + length) // FOLIO) * FOLIO - start, os.POSIX_FADV_DONTNEED)
 
 
 def _close(files: dict[Path, int]) -> None:
