@@ -34,6 +34,7 @@ import torch
 from anabranch.config import Config, Field, configclass
 from anabranch.data import BpeTokenizer
 from anabranch.data.corpus import Domain, Files, Mixture, Stdlib
+from anabranch.errors import DataError
 from anabranch.files import atomic_file, atomic_write_text
 from anabranch.nn.moe import MoE
 from anabranch.report.style import GRID, INK, MARKERS, SERIES, figure, to_png, to_svg
@@ -230,6 +231,10 @@ class Decoded:
             size,
             [rows for rows in routes.sequences() if rows.stop - rows.start >= size.prompt + size.decoded],
         )
+        if not rows:
+            raise DataError(
+                f"0 held-out sequences have the {size.prompt + size.decoded} tokens that are prompt and decoded"
+            )
         part = slice(size.prompt, size.prompt + size.decoded)
         before = slice(part.start - 1, part.stop - 1)
         self.chosen_STLE = np.stack([routes.chosen(one)[part] for one in rows])
@@ -244,8 +249,12 @@ class Decoded:
         }
 
     def groups(self, batch: int) -> list[np.ndarray]:
-        """Sequences of each batch, an even number of batches."""
+        """Sequences of each batch, an even number of batches. Raises DataError if there are not enough for two."""
         whole = len(self.chosen_STLE) // (2 * batch) * 2
+        if not whole:
+            raise DataError(
+                f"{len(self.chosen_STLE)} held-out sequences are too few for two batches of {batch}; {2 * batch} are needed"
+            )
         return [np.arange(number * batch, (number + 1) * batch) for number in range(min(whole, 4))]
 
     def expected(self, sequences: np.ndarray, token: int) -> list[list[Expert]]:
