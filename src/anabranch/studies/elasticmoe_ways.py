@@ -85,7 +85,7 @@ class Server:
         total = 0
         for memory in memories:
             with contextlib.suppress(ConnectionError):  # it was closed a moment ago
-                total += sum(sum(kinds.values()) for kinds in memory.usage()["devices"].values())
+                total += memory.usage()["resident"]
         return total
 
     def submit(self, request: Request, emit: Emit) -> None:

@@ -12,6 +12,7 @@ from anabranch.lm import Decoder
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.tensors import build_empty
 from anabranch.serving.elasticmoe.arena import DenseArena, ExpertArena, KvArena
+from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.devices import Disk, Host
 from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.elasticmoe.mapped import PAGE, Pages, Range, move_bytes
@@ -36,6 +37,13 @@ def layout(folder):
 @pytest.fixture
 def host(layout):
     host = Host(layout, KV)
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def shared(layout):
+    host = Host(layout, KV, shares=True)
     yield host
     host.close()
 
@@ -224,6 +232,58 @@ def test_lost_devices_come_back_from_disk(host, layout, folder):
     assert moved["disk"] == sum(m.bytes * 3 for layer in layout.layers for m in layer)
     host.commit()
     check_experts(host, model)
+
+
+@pytest.mark.parametrize("changes", [[(0, 1, 2), (2,), (2, 5, 6, 7), (0, 5)], [(0, 1), (0, 1, 2, 3, 4), (0,)]])
+def test_shared_weights_are_there_once_whatever_changes(shared, layout, folder, changes):
+    model, _ = load_model(folder)
+    shared.load(place(6, 2, changes[0]))
+    once = layout.dense_bytes + layout.expert_total
+    assert shared.resident == once
+    for devices in changes[1:]:
+        plan = plan_scale(shared.placement, devices, expert_bytes=layout.expert_bytes, shard_bytes=layout.dense_bytes)
+        moved = shared.prepare(plan)
+        assert (moved["p2p"], moved["disk"]) == (0, 0)
+        assert moved["zero_copy"] == layout.expert_total + len(plan.attention) * layout.dense_bytes
+        assert shared.resident == once
+        shared.drop()
+        check_experts(shared, model)
+        shared.prepare(plan)
+        shared.commit()
+        assert shared.resident == once
+        assert shared.usage()["resident"] == sum(shared.usage()["shared"].values()) == once
+        check_experts(shared, model)
+
+
+def test_caches_are_not_shared(shared, layout):
+    shared.load(place(6, 2, (0, 1)))
+    before = shared.resident
+    os.pwrite(shared.devices[0].kv.fd, b"x" * PAGE, 0)
+    assert os.pread(shared.devices[1].kv.fd, 1, 0) == b"\0"
+    assert shared.resident == before + PAGE
+    plan = plan_scale(shared.placement, (1,), expert_bytes=layout.expert_bytes)
+    shared.prepare(plan)
+    assert shared.commit() == PAGE  # the cache of the device that left
+    assert shared.resident == before
+
+
+def test_a_lost_device_takes_no_shared_weights_with_it(shared, layout, folder):
+    model, _ = load_model(folder)
+    shared.load(place(6, 2, (0, 1)))
+    plan = plan_scale(shared.placement, (0, 2), expert_bytes=layout.expert_bytes, lost=(1,))
+    assert shared.prepare(plan)["disk"] == 0
+    shared.commit()
+    check_experts(shared, model)
+
+
+def test_shared_weights_are_not_read_over(shared, layout):
+    shared.load(place(6, 2, (0, 1)))
+    plan = plan_scale(shared.placement, (0,), expert_bytes=layout.expert_bytes)
+    with pytest.raises(RuntimeError, match="in use"):
+        shared.prepare(plan, from_disk=True)
+    assert shared.plan is None
+    with pytest.raises(ConfigError, match="p2p is false; that needs weights='own'"):
+        ElasticConfig(model="x", p2p=False)
 
 
 def test_a_failed_copy_leaves_the_old_placement(host, layout, tmp_path):

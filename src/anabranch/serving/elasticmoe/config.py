@@ -22,6 +22,8 @@ class ElasticConfig(Config):
         max_batched_tokens, max_seqs: of a step of one device.
         prefix_cache: use blocks of earlier requests.
         stop_tokens: the model's own ends of text; None takes those of its tokenizer.
+        weights: ``shared`` lets all devices map the same pages of weights (ours): nothing is copied when experts change their device, and
+            nothing is there twice. ``own`` gives each device weights of its own and copies between them, as between accelerators (the paper).
         device_memory: bytes of each device; None for no limit. A configuration that needs more is refused.
         mode: ``migrate`` hands running requests over between two steps (ours); ``drain`` lets them end where they are (the paper).
         standby: instances kept ready without weights.
@@ -30,7 +32,7 @@ class ElasticConfig(Config):
         policy: when to scale.
         mapped: False copies weights into each instance (ablation: without the shared arena).
         forks: copy ranks from a process that has imported everything; False starts an interpreter for each.
-        p2p: False reads what is new from disk (ablation).
+        p2p: False reads what is new from disk (ablation; with ``weights="own"``).
         pace_s, pace_token_s: see `Limits`.
         seed: of the sampler.
     """
@@ -44,6 +46,7 @@ class ElasticConfig(Config):
     max_seqs: int = Field(default=16, ge=1)
     prefix_cache: bool = True
     stop_tokens: tuple[int, ...] | None = None
+    weights: Literal["shared", "own"] = "shared"
     device_memory: int | None = Field(default=None, ge=1)
     mode: Literal["migrate", "drain"] = "migrate"
     standby: int = Field(default=2, ge=0)
@@ -60,6 +63,8 @@ class ElasticConfig(Config):
     def __post_init__(self) -> None:
         if self.devices > self.policy.max_devices:
             raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
+        if not self.p2p and self.weights == "shared":
+            raise ConfigError("p2p is false; that needs weights='own', as shared weights are not copied between devices")
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The `Coordinator`."""

@@ -89,8 +89,7 @@ class Counts:
 
     def peak(self, memory: MemoryManager) -> None:
         """Note how much memory the devices take."""
-        devices = memory.usage()["devices"]
-        self.peak_bytes = max(self.peak_bytes, sum(sum(kinds.values()) for kinds in devices.values()))
+        self.peak_bytes = max(self.peak_bytes, memory.usage()["resident"])
 
     def stats(self, group: "Group") -> EngineStats:
         """All of it."""

@@ -47,14 +47,48 @@ class Disk:
             return self._files[file]
 
 
-class Device:
-    """Three runs of shared memory: the dense weights, the experts (pages only of those it holds), the key-value cache."""
+class Weights:
+    """Two runs of memory for weights: the dense part, and the experts (pages only of those that are there)."""
 
-    def __init__(self, number: int, layout: Layout, kv_bytes: int) -> None:
-        self.number = number
-        self.dense = Pages(f"{number}-dense", layout.dense_bytes)
-        self.experts = Pages(f"{number}-experts", layout.expert_run)
+    def __init__(self, name: str, layout: Layout) -> None:
+        self.dense = Pages(f"{name}-dense", layout.dense_bytes)
+        self.experts = Pages(f"{name}-experts", layout.expert_run)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Bytes of memory by kind."""
+        return {"dense": self.dense.resident, "experts": self.experts.resident}
+
+    def close(self) -> None:
+        """Let go of both."""
+        self.dense.close()
+        self.experts.close()
+
+
+class Device:
+    """The memory of a device: its key-value cache, and weights, of its own or those that all devices of the host map.
+
+    Args:
+        number: its name.
+        layout: of the model.
+        kv_bytes: of the cache.
+        shared: the host's weights; None for weights of its own.
+    """
+
+    def __init__(self, number: int, layout: Layout, kv_bytes: int, shared: Weights | None = None) -> None:
+        self.number, self.shares = number, shared is not None
+        self.weights = shared or Weights(str(number), layout)
         self.kv = Pages(f"{number}-kv", kv_bytes)
+
+    @property
+    def dense(self) -> Pages:
+        """Where the dense weights are."""
+        return self.weights.dense
+
+    @property
+    def experts(self) -> Pages:
+        """Where the experts are."""
+        return self.weights.experts
 
     @property
     def fds(self) -> tuple[int, int, int]:
@@ -63,13 +97,14 @@ class Device:
 
     @property
     def resident(self) -> dict[str, int]:
-        """Bytes of memory by kind."""
-        return {"dense": self.dense.resident, "experts": self.experts.resident, "kv": self.kv.resident}
+        """Bytes of memory by kind, of what is its own."""
+        return {**({} if self.shares else self.weights.resident), "kv": self.kv.resident}
 
     def close(self) -> None:
-        """Let go of all of it."""
-        for pages in (self.dense, self.experts, self.kv):
-            pages.close()
+        """Let go of what is its own."""
+        self.kv.close()
+        if not self.shares:
+            self.weights.close()
 
 
 def _offset(matrix: Matrix, expert: int) -> int:
@@ -77,10 +112,18 @@ def _offset(matrix: Matrix, expert: int) -> int:
 
 
 class Host:
-    """All devices of a host and what leads from one placement to the next. Thread-safe; `prepare` runs beside everything else."""
+    """All devices of a host and what leads from one placement to the next. Thread-safe; `prepare` runs beside everything else.
 
-    def __init__(self, layout: Layout, kv_bytes: int) -> None:
+    Args:
+        layout: of the model.
+        kv_bytes: of the cache of each device.
+        shares: all devices map the same pages of weights. Every expert has one place then, whichever device answers for it, so a change
+            of the placement copies nothing, no expert is there twice while it lasts, and a device that dies takes none with it.
+    """
+
+    def __init__(self, layout: Layout, kv_bytes: int, *, shares: bool = False) -> None:
         self.layout, self.kv_bytes = layout, kv_bytes
+        self.shared = Weights("host", layout) if shares else None
         self.devices: dict[int, Device] = {}
         self.placement: Placement | None = None
         self.plan: ScalePlan | None = None  # prepared, neither committed nor dropped
@@ -92,13 +135,14 @@ class Host:
         """Fill the devices of a first placement: each expert from disk once, the dense part once, then from device to device."""
         first, *others = placement.devices
         for number in placement.devices:
-            self.devices[number] = Device(number, self.layout, self.kv_bytes)
+            self.devices[number] = self._device(number)
         work = [self._dense_from_disk(first)]
         for layer in range(len(self.layout.layers)):
             for number in placement.devices:
                 work += [self._from_disk(number, layer, expert) for expert in placement.of(layer, number)]
         self._run(work)
-        self._run([self._dense_between(first, number) for number in others])
+        if self.shared is None:
+            self._run([self._dense_between(first, number) for number in others])
         self.placement = placement
 
     def prepare(self, plan: ScalePlan, *, from_disk: bool = False) -> dict[str, float]:
@@ -106,6 +150,8 @@ class Host:
 
         Gives ``p2p`` and ``disk`` bytes and ``seconds``. Whatever fails leaves the old placement as it was.
         """
+        if from_disk and self.shared is not None:
+            raise RuntimeError("weights that devices share are in use; they cannot be read from disk again")
         started, before = time.perf_counter(), dict(self.moved)
         with self._lock:
             if self.plan is not None:
@@ -115,13 +161,16 @@ class Host:
                 self._forget(number)
             for number in plan.new.devices:
                 if number not in self.devices:
-                    self.devices[number] = Device(number, self.layout, self.kv_bytes)
+                    self.devices[number] = self._device(number)
         try:
-            self._run([self._task(copy, from_disk) for copy in (*plan.attention, *plan.copy)])
+            if self.shared is None:
+                self._run([self._task(copy, from_disk) for copy in (*plan.attention, *plan.copy)])
         except BaseException:
             self.drop()
             raise
         kept = sum(self.layout.expert_bytes[layer] for _, layer, _ in plan.keep)
+        if self.shared is not None:  # what changes its device keeps its pages as well
+            kept += sum(copy.bytes for copy in (*plan.attention, *plan.copy))
         with self._lock:
             self.moved["zero_copy"] += kept + self.layout.dense_bytes * len(plan.kv_keep)
         moved = {kind: self.moved[kind] - before[kind] for kind in ("p2p", "disk")}
@@ -155,19 +204,35 @@ class Host:
     @property
     def resident(self) -> int:
         """Bytes of memory of all devices."""
-        return sum(sum(device.resident.values()) for device in list(self.devices.values()))
+        return sum(sum(kinds.values()) for kinds in self._resident())
 
     def usage(self) -> dict:
-        """Bytes by device and kind, bytes moved by kind since the start, bytes read of each tensor, whether a plan is prepared."""
-        devices = {number: device.resident for number, device in sorted(self.devices.items())}
-        is_prepared = self.plan is not None
-        return {"devices": devices, "moved": dict(self.moved), "read": dict(self.disk.read), "is_prepared": is_prepared}
+        """Bytes in all, by device and kind, of shared weights by kind, moved by kind since the start, read of each tensor; and whether a
+        plan is prepared."""
+        return {
+            "resident": self.resident,
+            "devices": {number: device.resident for number, device in sorted(self.devices.items())},
+            "shared": self.shared.resident if self.shared is not None else {},
+            "moved": dict(self.moved),
+            "read": dict(self.disk.read),
+            "is_prepared": self.plan is not None,
+        }
 
     def close(self) -> None:
         """Let go of everything."""
         for number in list(self.devices):
             self._forget(number)
+        if self.shared is not None:
+            self.shared.close()
         self.disk.close()
+
+    def _device(self, number: int) -> Device:
+        return Device(number, self.layout, self.kv_bytes, self.shared)
+
+    def _resident(self) -> list[dict[str, int]]:
+        """Of each device what is its own, and what they share."""
+        own = [device.resident for device in list(self.devices.values())]
+        return own if self.shared is None else [*own, self.shared.resident]
 
     def _prepared(self) -> ScalePlan:
         if self.plan is None:
@@ -180,6 +245,8 @@ class Host:
             device.close()
 
     def _release(self, number: int, layer: int, expert: int) -> None:
+        if self.shared is not None:  # another device answers for it now; the pages are the same
+            return
         for matrix in self.layout.layers[layer]:
             self.devices[number].experts.release(_offset(matrix, expert), matrix.block)
 

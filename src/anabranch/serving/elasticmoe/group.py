@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from anabranch.errors import AnabranchError, BackendError, InputError
 from anabranch.serving.core.request import Finish
@@ -99,7 +100,7 @@ class Group:
             self.placement = place(self.layout.num_experts, len(self.layout.layers), range(self.config.devices))
             plan = plan_scale(self.placement, self.devices, expert_bytes=self.layout.expert_bytes)
             self._check_memory(plan)
-            self.memory = MemoryManager.start(self.layout, self.kv_bytes)
+            self.memory = MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
             try:
                 self._light_forge()
                 instance = self._boot(self.devices)
@@ -148,7 +149,7 @@ class Group:
             heat=self._heat(),
         )
         self._check_memory(plan)
-        return plan
+        return replace(plan, shared=self.config.weights == "shared")
 
     def scale(self, devices: int | Sequence[int], *, lost: Sequence[int] = (), mode: str | None = None) -> ScaleReport:
         """Change to so many devices, or to these. ``lost`` are gone already.
@@ -310,7 +311,7 @@ class Group:
         self.counts.recoveries += 1
         if is_memory_lost or not memory.process.is_alive:
             self.standby.close()  # they are connected to the memory manager that is gone
-            self.memory = MemoryManager.start(self.layout, self.kv_bytes)
+            self.memory = MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
             self.memory.load(self.placement)
         self._light_forge()
         new = self._boot(self.devices)

@@ -67,11 +67,11 @@ class MemoryManager:
         self._lock = threading.Lock()
 
     @classmethod
-    def start(cls, layout: Layout, kv_bytes: int) -> "MemoryManager":
-        """Start the process; nothing is loaded yet."""
+    def start(cls, layout: Layout, kv_bytes: int, *, shares: bool = False) -> "MemoryManager":
+        """Start the process; nothing is loaded yet. Arguments are those of `Host`."""
         manager = cls(start_process("anabranch.serving.elasticmoe.memory", "memory"))
         try:
-            manager.process.channel.send((layout, kv_bytes))
+            manager.process.channel.send((layout, kv_bytes, shares))
             manager.usage()
         except BaseException:
             manager.close()
@@ -192,8 +192,8 @@ def main() -> None:
     """The process: takes connections from the one that started it until that ends."""
     control = Channel.of_fd(int(sys.argv[1]))
     with contextlib.suppress(ChannelClosedError):
-        (layout, kv_bytes), _ = control.recv()
-        host = Host(layout, kv_bytes)
+        (layout, kv_bytes, shares), _ = control.recv()
+        host = Host(layout, kv_bytes, shares=shares)
         while True:
             _, (fd,) = control.recv()
             threading.Thread(target=_Served(host, Channel.of_fd(fd)).run, daemon=True).start()

@@ -75,6 +75,7 @@ class ScalePlan:
         attention: shards of the attention to bring to new devices.
         kv_keep: devices whose key-value cache stays; kv_new: those that begin with an empty one.
         lost: devices that are gone without having been asked.
+        shared: all devices map the same pages of weights, so that what moves is mapped elsewhere and not copied.
     """
 
     old: Placement
@@ -86,6 +87,7 @@ class ScalePlan:
     kv_keep: tuple[int, ...]
     kv_new: tuple[int, ...]
     lost: tuple[int, ...] = ()
+    shared: bool = False
 
     @property
     def map(self) -> dict[tuple[int, int], Slots]:
@@ -98,20 +100,20 @@ class ScalePlan:
 
     @property
     def moves(self) -> int:
-        """Experts that are copied or read."""
+        """Experts that change their device, or are read again."""
         return len(self.copy)
 
     @property
     def bytes(self) -> dict[str, int]:
         """Bytes by kind: ``zero_copy`` is not known here, ``p2p`` between devices, ``disk`` read again."""
-        every = (*self.copy, *self.attention)
+        every = () if self.shared else (*self.copy, *self.attention)
         return {
             "p2p": sum(copy.bytes for copy in every if copy.source is not None),
             "disk": sum(copy.bytes for copy in every if copy.source is None),
         }
 
     def incoming(self, device: int) -> int:
-        """Bytes of weights that a device receives."""
+        """Bytes of weights that a device receives, or maps anew where they are shared."""
         return sum(copy.bytes for copy in (*self.copy, *self.attention) if copy.target == device)
 
     def inverse(self) -> "ScalePlan":
@@ -129,10 +131,11 @@ class ScalePlan:
             + (f", lost {_names(self.lost)}" if self.lost else ""),
             f"experts    {len(self.keep)} of {total} stay, {self.moves} move",
             f"attention  {len(self.kv_keep)} devices keep theirs, {len(self.attention)} receive a shard",
-            f"bytes      {sizes['p2p']:,} between devices, {sizes['disk']:,} from disk",
+            f"bytes      {sizes['p2p']:,} between devices, {sizes['disk']:,} from disk"
+            + (", for devices share their weights" if self.shared else ""),
         ]
         for copy in self.copy[:16]:
-            source = "disk" if copy.source is None else f"device {copy.source}"
+            source = ("lost" if self.shared else "disk") if copy.source is None else f"device {copy.source}"
             lines.append(f"  layer {copy.layer} expert {copy.expert}: {source} -> device {copy.target}")
         if self.moves > 16:
             lines.append(f"  and {self.moves - 16} more")
