@@ -204,12 +204,12 @@ class PeakMemory:
     """The most memory that a server takes while the block runs, in bytes.
 
     Private memory and shared files of all its processes, the latter divided by how many share them (PSS), and the devices' arenas,
-    counted once, as the memory manager sees them: also what no process has mapped yet.
+    counted once, as the memory manager sees them: also what no process has mapped yet. ``arenas`` is their part of the peak.
     """
 
     def __init__(self, server: Server, every_s: float = 0.05) -> None:
         self.server, self.every_s = server, every_s
-        self.bytes = 0
+        self.bytes = self.arenas = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -223,7 +223,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.bytes = max(self.bytes, self.server.arenas() + sum(map(_own_bytes, self.server.pids)))
+            arenas = self.server.arenas()
+            now = arenas + sum(map(_own_bytes, self.server.pids))
+            if now > self.bytes:
+                self.bytes, self.arenas = now, arenas
             if self._over.wait(self.every_s):
                 return
 

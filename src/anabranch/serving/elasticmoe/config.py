@@ -64,7 +64,9 @@ class ElasticConfig(Config):
         if self.devices > self.policy.max_devices:
             raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
         if not self.p2p and self.weights == "shared":
-            raise ConfigError("p2p is false; that needs weights='own', as shared weights are not copied between devices")
+            raise ConfigError(
+                "p2p is false; that needs weights='own', as shared weights are not copied between devices"
+            )
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The `Coordinator`."""
