@@ -4,14 +4,15 @@ The paper, on 2 to 16 Ascend 910C and models of 16 to 671 billion parameters: la
 downtime, 2-3% more peak memory than a cold restart and 35-40% less than the extravagant way; taking its parts away one after the other
 makes scaling slower each time; throughput while scaling 0.66x of before, with a cold restart 0.34x; service levels held at higher rates.
 
-Here: devices are processes with memory of their own on one host, one thread each; a mixture-of-experts model with random weights, from
+Here: devices are processes with caches of their own on one host, one thread each; a mixture-of-experts model with random weights, from
 safetensors on disk. In ``throughput`` and ``slo`` devices are *paced*: a step takes at least a fixed time, while the computation is
 real, so that more devices are more throughput though the machine has few cores. All contestants run our own server.
 
 Arms: E1 ``latency-WAY`` (1->2, 2->3, 2->4, 4->2 devices under light load; ours shares weights between the devices of the host,
-``latency-own`` is ours with weights of its own for each device, copied between them, as the paper has it); E2 ``parts-N`` (N = 0 whole, then without the shared arena,
-also without peer copies, also without processes made ready, also without attaching: a cold restart; weights are each device's own); E3 ``throughput-WAY``; E4 ``slo-WAY``
-replays arrival times and lengths of the public Azure trace (shared/data/traces or ANABRANCH_DATA; a made one without).
+``latency-own`` is ours with weights of its own for each device, copied between them, as the paper has it); E2 ``parts-N`` (N = 0 whole,
+then without the shared arena, also without peer copies, also without processes made ready, also without attaching: a cold restart;
+weights are each device's own); E3 ``throughput-WAY``; E4 ``slo-WAY`` replays arrival times and lengths of the public Azure trace
+(shared/data/traces or ANABRANCH_DATA; a made one without).
 
 Rules, fixed before the runs, each over the 95% interval of paired differences:
 latency: ours < 0.2x cold; downtime: none of ours, some of cold; memory: peak of ours < 1.10x cold and < 0.75x extravagant; parts: each

@@ -23,7 +23,7 @@ class ElasticConfig(Config):
         prefix_cache: use blocks of earlier requests.
         stop_tokens: the model's own ends of text; None takes those of its tokenizer.
         weights: ``shared`` lets all devices map the same pages of weights (ours): nothing is copied when experts change their device, and
-            nothing is there twice. ``own`` gives each device weights of its own and copies between them, as between accelerators (the paper).
+            nothing is there twice. ``own`` gives each device weights of its own, copied between them as between accelerators (the paper).
         device_memory: bytes of each device; None for no limit. A configuration that needs more is refused.
         mode: ``migrate`` hands running requests over between two steps (ours); ``drain`` lets them end where they are (the paper).
         standby: instances kept ready without weights.
