@@ -29,7 +29,7 @@ from anabranch.data import DataConfig
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_model, save_model
 from anabranch.nn import MoE
 from anabranch.presets import language_model
-from anabranch.routing import Router, TopK, record_routing
+from anabranch.routing import Router, SwitchLoss, TopK, ZLoss, record_routing
 from anabranch.serving.expertflow import OffloadEngine, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch
 from anabranch.serving.expertflow.predictors import EncoderDecoder
@@ -41,11 +41,13 @@ PROMPT, WINDOW = 8, 96  # tokens that are continued; of a recorded sequence
 
 
 def trained(folder: Path, options: Any) -> None:
-    """Train a model whose experts are most of it, and save it."""
+    """Train a model whose experts are most of it, and save it.
+
+    With the balance loss of Switch Transformers, as the paper's models: without one a few experts take all tokens, and any cache holds them.
+    """
     experts, hidden_dim, steps = (16, 64, 20) if options.quick else (options.experts, options.hidden_dim, options.steps)
-    moe = MoE.Config(
-        num_experts=experts, hidden_dim=hidden_dim, router=Router.Config(select=TopK.Config(top_k=options.top_k))
-    )
+    router = Router.Config(select=TopK.Config(top_k=options.top_k), balance=(SwitchLoss.Config(alpha=0.01), ZLoss.Config()))
+    moe = MoE.Config(num_experts=experts, hidden_dim=hidden_dim, router=router)
     config = language_model(moe, dim=64 if options.quick else 192, num_layers=2 if options.quick else 6, steps=steps)
     with tempfile.TemporaryDirectory() as run:
         trainer = Trainer(config, Path(run) / "run")
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--hidden-dim", type=int, default=384)
-    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--fit-s", type=float, default=180.0, help="seconds that the predictor is fitted")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; twice as many are decoded"

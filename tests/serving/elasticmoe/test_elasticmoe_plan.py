@@ -1,5 +1,7 @@
 """Plans of a change of devices: a case by hand, and what must hold for any."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,15 @@ def test_a_lost_device_is_read_from_disk_again():
     assert {(copy.layer, copy.expert) for copy in plan.copy} == {(0, 2), (0, 3), (1, 2), (1, 3)}
     assert plan.bytes == {"p2p": 0, "disk": 24}
     assert "lost device 1" in str(plan)
+
+
+def test_a_plan_over_shared_weights_copies_nothing():
+    old = place(6, 2, (0, 1, 2))
+    plan = replace(plan_scale(old, (0, 2), expert_bytes=(5, 7), shard_bytes=3, lost=(1,)), shared=True)
+    assert plan.moves == 4
+    assert plan.bytes == {"p2p": 0, "disk": 0}
+    assert "0 between devices, 0 from disk, for devices share their weights" in str(plan)
+    assert "layer 0 expert 2: lost -> device 0" in str(plan)
 
 
 def test_larger_quotas_take_turns():
