@@ -46,7 +46,9 @@ def trained(folder: Path, options: Any) -> None:
     With the balance loss of Switch Transformers, as the paper's models: without one a few experts take all tokens, and any cache holds them.
     """
     experts, hidden_dim, steps = (16, 64, 20) if options.quick else (options.experts, options.hidden_dim, options.steps)
-    router = Router.Config(select=TopK.Config(top_k=options.top_k), balance=(SwitchLoss.Config(alpha=0.01), ZLoss.Config()))
+    router = Router.Config(
+        select=TopK.Config(top_k=options.top_k), balance=(SwitchLoss.Config(alpha=0.01), ZLoss.Config())
+    )
     moe = MoE.Config(num_experts=experts, hidden_dim=hidden_dim, router=router)
     config = language_model(moe, dim=64 if options.quick else 192, num_layers=2 if options.quick else 6, steps=steps)
     with tempfile.TemporaryDirectory() as run:

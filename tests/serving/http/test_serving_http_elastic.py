@@ -7,6 +7,7 @@ import pytest
 
 from anabranch.config import override
 from anabranch.errors import ConfigError
+from anabranch.serving.elasticmoe import ElasticConfig
 from anabranch.serving.http.serve import NOT_ELASTIC, ServeConfig
 from serving_models import serve_process
 
@@ -32,6 +33,16 @@ def test_options_of_one_engine_are_refused(name):
     value = values.get(name, True)
     with pytest.raises(ConfigError, match=rf"devices is 2, but engine\.{name}"):
         override(ServeConfig(), {"devices": 2, f"engine.{name}": value})
+
+
+@pytest.mark.parametrize("weights", ["shared", "own"])
+def test_devices_share_weights_unless_told_otherwise(weights, monkeypatch):
+    made = []
+    monkeypatch.setattr(ElasticConfig, "build", lambda self: made.append(self))
+    monkeypatch.setattr("anabranch.serving.http.run.run", lambda http, make_engine, *args, **how: make_engine() or 0)
+    config = ServeConfig() if weights == "shared" else override(ServeConfig(), {"device_weights": weights})
+    override(config, {"devices": 2, "engine.model": "somewhere"}).serve()
+    assert [(each.devices, each.weights, each.model) for each in made] == [(2, weights, "somewhere")]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
@@ -38,12 +38,14 @@ class ServeConfig(Config):
         http: see `HttpConfig`.
         devices: serve a mixture of experts on so many devices, each a process, whose number may change while requests are answered
             (`anabranch.serving.elasticmoe`); None for one engine.
+        device_weights: ``weights`` of `ElasticConfig`: ``shared`` by the devices, or each its ``own``.
         scaling: when that number changes; by hand (``POST /v1/admin/scale``) unless it says otherwise.
     """
 
     engine: ServingConfig = ServingConfig()
     http: HttpConfig = HttpConfig()
     devices: int | None = Field(default=None, ge=1)
+    device_weights: Literal["shared", "own"] = "shared"
     scaling: Policy = Policy()
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class ServeConfig(Config):
         assert self.devices is not None
         engine = self.engine
         return ElasticConfig(
-            model=engine.model, devices=self.devices, policy=self.scaling, block_tokens=engine.block_tokens,
+            model=engine.model, devices=self.devices, weights=self.device_weights, policy=self.scaling, block_tokens=engine.block_tokens,
             max_positions=engine.max_positions, max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs,
             prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
             num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
