@@ -43,7 +43,7 @@ PROMPT, WINDOW = 8, 96  # tokens that are continued; of a recorded sequence
 def trained(folder: Path, options: Any) -> None:
     """Train a model whose experts are most of it, and save it.
 
-    With the balance loss of Switch Transformers, as the paper's models: without one a few experts take all tokens, and any cache holds them.
+    With the balance loss of Switch Transformers, as the models of the paper: else a few experts take all tokens, which any cache holds.
     """
     experts, hidden_dim, steps = (16, 64, 20) if options.quick else (options.experts, options.hidden_dim, options.steps)
     router = Router.Config(
