@@ -85,11 +85,21 @@ class Server:
             self.log.close()
 
 
-def ours(model: str, *arguments: str) -> Server:
+def ours(model: str, *arguments: str, threads: int = 1) -> Server:
     """``anabranch serve`` on a free port."""
-    return Server(
-        [sys.executable, "-m", "anabranch.cli.main", "serve", model, "--port", "0", "--json", "--quiet", *arguments]
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "anabranch.cli.main",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--json",
+        "--quiet",
+        *arguments,
+    ]
+    return Server(command, environment={"OMP_NUM_THREADS": str(threads)})
 
 
 def resident_bytes(pid: int) -> int:
