@@ -25,13 +25,14 @@ import numpy as np
 import torch
 
 from _harness import arguments, compare, finish, start
-from anabranch.data import DataConfig
+from anabranch.data import BpeTokenizer, DataConfig, Tokenizer
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_model, save_model
 from anabranch.nn import MoE
 from anabranch.presets import language_model
 from anabranch.routing import Router, SwitchLoss, TopK, ZLoss, record_routing
 from anabranch.serving.expertflow import OffloadEngine, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch
+from anabranch.serving.expertflow.expertflow import tokenizer_fingerprint
 from anabranch.serving.expertflow.predictors import EncoderDecoder
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.tiers import MemoryTier, ThrottledTier
@@ -51,21 +52,26 @@ def trained(folder: Path, options: Any) -> None:
     )
     moe = MoE.Config(num_experts=experts, hidden_dim=hidden_dim, router=router)
     config = language_model(moe, dim=64 if options.quick else 192, num_layers=2 if options.quick else 6, steps=steps)
+    vocab_size = 512 if options.quick else 2048
+    config = config.replace(
+        data=config.data.replace(tokenizer=BpeTokenizer.Config(vocab_size=vocab_size)),
+        model=config.model.replace(vocab_size=vocab_size),
+    )
     with tempfile.TemporaryDirectory() as run:
         trainer = Trainer(config, Path(run) / "run")
         trainer.fit()
-        save_model(folder, trainer.model)
+        save_model(folder, trainer.model, trainer.data.tokenizer)
 
 
-def pieces(number: int, length: int, seed: int) -> torch.Tensor:
-    """Pieces of the standard library, as bytes."""
-    return DataConfig(sequence_length=length).build().train(seed=seed).next_batch(number).token_BL
+def pieces(tokenizer: Tokenizer, number: int, length: int, seed: int) -> torch.Tensor:
+    """Pieces of the standard library, ``[number, length]`` token ids."""
+    return DataConfig(sequence_length=length).build(tokenizer).train(seed=seed).next_batch(number).token_BL
 
 
-def fitted(model: Decoder, options: Any) -> EncoderDecoder:
+def fitted(model: Decoder, tokenizer: Tokenizer, options: Any) -> EncoderDecoder:
     """A predictor of the model's routes, fitted on those of text."""
     parts = []
-    for token_BL in pieces(32 if options.quick else 1600, WINDOW, seed=1).split(16):
+    for token_BL in pieces(tokenizer, 32 if options.quick else 1600, WINDOW, seed=1).split(16):
         with torch.inference_mode(), record_routing(model) as recorder:
             model(token_BL, last_only=True)
         parts.append(Routes.from_trace(recorder.trace()))
@@ -73,7 +79,7 @@ def fitted(model: Decoder, options: Any) -> EncoderDecoder:
     vocab_size = model.config.vocab_size
     settings = Settings(seconds=5 if options.quick else options.fit_s)
     begin = time.perf_counter()
-    predictor = EncoderDecoder(found.fingerprint(f"vocab:{vocab_size}"), vocab_size, settings).fit(
+    predictor = EncoderDecoder(found.fingerprint(tokenizer_fingerprint(tokenizer, model)), vocab_size, settings).fit(
         Routes.concatenate(parts)
     )
     print(
@@ -85,7 +91,7 @@ def fitted(model: Decoder, options: Any) -> EncoderDecoder:
 
 def offloaded(folder: Path, share: float, options: Any, **how: Any) -> OffloadEngine:
     """The model of ``folder`` with this share of its experts in slots."""
-    whole, _ = load_model(folder)
+    whole, tokenizer = load_model(folder)
     budget = int(find_pools(whole).layout.total_bytes * share)
     if options.tier == "file":
         _, _, engine = load_offloaded(folder, budget, drop_cache=True, workers=options.workers, **how)
@@ -93,8 +99,8 @@ def offloaded(folder: Path, share: float, options: Any, **how: Any) -> OffloadEn
     if options.tier == "throttled":
         weights = [(pool.w13, pool.w2) for pool in find_pools(whole).pools]
         tier = ThrottledTier(MemoryTier(weights), 1e-6 / options.bandwidth)
-        return offload(whole.eval(), budget, tier=tier, workers=options.workers, **how)
-    return offload(whole.eval(), budget, tier=options.tier, workers=options.workers, **how)
+        return offload(whole.eval(), budget, tier=tier, tokenizer=tokenizer, workers=options.workers, **how)
+    return offload(whole.eval(), budget, tier=options.tier, tokenizer=tokenizer, workers=options.workers, **how)
 
 
 class Transformers:
@@ -152,19 +158,26 @@ def main() -> None:
         folder = options.model or Path(name) / "model"
         if not folder.exists():
             trained(folder, options)
-        whole, _ = load_model(folder)
-        predictor, rows = fitted(whole.eval(), options), []
+        whole, tokenizer = load_model(folder)
+        predictor, rows = fitted(whole.eval(), tokenizer, options), []
         for batch in options.batch:
-            rows += run(folder, whole, predictor, batch, Path(name) / f"batch-{batch}", options, rounds)
+            given = pieces(tokenizer, 2 * batch, PROMPT, seed=99).tolist()
+            rows += run(folder, whole, predictor, given, batch, Path(name) / f"batch-{batch}", options, rounds)
     packages = ("torch", "anabranch", *(("transformers", "accelerate") if options.tier == "file" else ()))
     finish("expertflow", rows, options, packages)
 
 
 def run(
-    folder: Path, whole: Decoder, predictor: EncoderDecoder, batch: int, work: Path, options: Any, rounds: int
+    folder: Path,
+    whole: Decoder,
+    predictor: EncoderDecoder,
+    given: list[list[int]],
+    batch: int,
+    work: Path,
+    options: Any,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """All contestants on the same prompts; a row for each but ours."""
-    given = pieces(2 * batch, PROMPT, seed=99).tolist()
     greedy = SamplingConfig(max_tokens=options.tokens, temperature=0.0)
     ours = offloaded(folder, options.share, options, policy="plec", predictor=predictor)
     lru = offloaded(folder, options.share, options, policy="cache_moe", predictor=None)
