@@ -154,7 +154,9 @@ class Ledger:
                 heapq.heappop(self._queue)
                 live.instance, live.device = active, device
                 held[device].append(live)
-                active.tell(device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored)
+                active.tell(
+                    device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored
+                )
 
     def take(self, instance: Instance, device: int, outputs: Iterable[Output]) -> None:
         """Outputs of a rank; those of a rank that a request is not with any more say nothing."""

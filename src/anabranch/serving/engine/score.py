@@ -14,7 +14,8 @@ TILE = 128  # rows whose logits are there at once: a step may have thousands, an
 
 def scored_rows(chunks: Sequence[Chunk]) -> list[int]:
     """Rows of a step whose logits score a token of a prompt, in the order of all targets."""
-    rows, first = [], 0
+    rows: list[int] = []
+    first = 0
     for chunk in chunks:
         start = first + chunk.first_scored
         rows += range(start, start + len(chunk.targets))

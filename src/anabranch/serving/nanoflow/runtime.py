@@ -112,9 +112,7 @@ class _Step:
             starts.append(first)
             first += len(chunk.tokens)
         standing = [
-            row
-            for number in self.order
-            for row in range(starts[number], starts[number] + len(chunks[number].tokens))
+            row for number in self.order for row in range(starts[number], starts[number] + len(chunks[number].tokens))
         ]  # rows of the batch as they stand here
         self.place = {row: place for place, row in enumerate(standing)}
         self.tokens = [tokens[row] for row in standing]
