@@ -254,14 +254,16 @@ class Ledger:
         self.counted["generation_tokens"] += len(output.tokens)
         if output.finish is not None:
             self.counted[f"finished_{output.finish.value}"] += 1
+        is_well = output.finish in (Finish.STOP, Finish.LENGTH)
+        if live.first is None and (output.tokens or is_well):
+            self.counted["prompt_tokens"] += len(live.request.prompt)
         if output.tokens:
             if live.first is None:
                 live.first = now
-                self.counted["prompt_tokens"] += len(live.request.prompt)
             else:
                 live.longest_gap_s = max(live.longest_gap_s, now - live.last)
                 self.longest_gap_s = max(self.longest_gap_s, live.longest_gap_s)
             live.last = now
-        if output.finish in (Finish.STOP, Finish.LENGTH) and live.first is not None:
+        if is_well and live.first is not None:
             later = max(1, len(live.output) - 1)
             self._served(live.first - live.came, (live.last - live.first) / later)
