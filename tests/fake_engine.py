@@ -108,6 +108,10 @@ class FakeEngine:
             yield Output(id=request.id, finish=Finish.ERROR, error="not a number", **first)
             return
         tokens = self._tokens(request)
+        for scores in self._scores(request):
+            await asyncio.sleep(self.script.delay_s)
+            yield Output(id=request.id, prompt_logprobs=scores, **first)
+            first = {}
         for at, token in enumerate(tokens):
             await asyncio.sleep(self.script.delay_s)
             if self._left is not None:
@@ -133,6 +137,19 @@ class FakeEngine:
         if self.script.endless:
             tokens = tokens * (request.sampling.max_tokens // len(tokens) + 1)
         return tokens[: request.sampling.max_tokens]
+
+    def _scores(self, request: Request) -> list[tuple[TokenLogprob, ...]]:
+        """Scores of the prompt, as an engine that computes it in two chunks tells them."""
+        most, half = request.sampling.prompt_logprobs, len(request.prompt) // 2
+        if most is None:
+            return []
+        rows = [
+            TokenLogprob(
+                token=token, logprob=-float(at), top=tuple(((token + k) % 256, -float(k)) for k in range(most))
+            )
+            for at, token in enumerate(request.prompt[1:], 1)
+        ]
+        return [tuple(rows[:half]), tuple(rows[half:])]
 
     def _output(self, request: Request, token: int, first: dict[str, Any]) -> Output:
         logprobs: tuple[TokenLogprob, ...] = ()

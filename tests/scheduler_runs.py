@@ -8,8 +8,8 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from anabranch.serving.core.batch import PENDING, Batch, Sampled
-from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
+from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 
 MODULUS = (1 << 61) - 1
@@ -28,6 +28,11 @@ def stored(before: int, token: int, position: int) -> int:
 
 def token_of(values: list[int]) -> int:
     return sum((i + 1) * value for i, value in enumerate(values)) % MODULUS % VOCABULARY
+
+
+def score_of(values: list[int], token: int) -> float:
+    """A log probability that depends on all that is stored before a token."""
+    return -float((values[-1] + token) % 1009)
 
 
 class FakeRunner:
@@ -57,10 +62,25 @@ class FakeRunner:
             if chunk.id in failing:
                 self.last[chunk.id] = 0  # a step that was formed ahead has this one pending
                 sampled.append(Sampled(id=chunk.id, token=0, error="made to fail"))
-            elif chunk.samples:
-                self.last[chunk.id] = token_of(values)
-                sampled.append(Sampled(id=chunk.id, token=self.last[chunk.id]))
+            elif chunk.is_answered:
+                scores = self._scores(request, values, chunk)
+                if chunk.samples:
+                    self.last[chunk.id] = token_of(values)
+                token = self.last[chunk.id] if chunk.samples else PENDING
+                sampled.append(Sampled(id=chunk.id, token=token, prompt_logprobs=scores))
         return sampled
+
+    def _scores(self, request: Request, values: list[int], chunk: Chunk) -> tuple[TokenLogprob, ...]:
+        first = chunk.start + chunk.first_scored
+        assert not chunk.targets or 0 <= chunk.first_scored < len(chunk.tokens)
+        assert first + len(chunk.targets) <= len(values), "a token is scored by a row that did not run"
+        if chunk.targets:
+            assert request.sampling.prompt_logprobs is not None
+            assert chunk.targets == request.prompt[first + 1 : first + 1 + len(chunk.targets)]
+        return tuple(
+            TokenLogprob(token=token, logprob=score_of(values[: row + 1], token))
+            for row, token in enumerate(chunk.targets, first)
+        )
 
     def _run(self, request: Request, tokens: list[int], start: int, blocks: tuple[int, ...]) -> list[int]:
         size = self.block_tokens
@@ -91,7 +111,7 @@ def expected(request: Request, max_positions: int, stop_tokens: tuple[int, ...] 
         values.append(stored(values[-1] if values else seed_of(request), token, position))
     stops = set(request.sampling.stop_tokens) | (set() if request.sampling.ignore_eos else set(stop_tokens))
     output: list[int] = []
-    while True:
+    while request.sampling.max_tokens:
         token = token_of(values)
         if token in stops and len(output) >= request.sampling.min_tokens:
             return output, Finish.STOP
@@ -99,6 +119,18 @@ def expected(request: Request, max_positions: int, stop_tokens: tuple[int, ...] 
         if len(output) == request.sampling.max_tokens or len(values) + 1 == max_positions:
             return output, Finish.LENGTH
         values.append(stored(values[-1], token, len(values)))
+    return output, Finish.LENGTH
+
+
+def expected_scores(request: Request) -> list[TokenLogprob]:
+    """What the prompt's tokens after the first are scored as."""
+    values: list[int] = []
+    made = []
+    for position, token in enumerate(request.prompt):
+        if values:
+            made.append(TokenLogprob(token=token, logprob=score_of(values, token)))
+        values.append(stored(values[-1] if values else seed_of(request), token, position))
+    return made if request.sampling.prompt_logprobs is not None else []
 
 
 @dataclass
@@ -106,6 +138,7 @@ class Seen:
     """What came out for one request."""
 
     tokens: list[int] = field(default_factory=list)
+    scores: list[TokenLogprob] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     finish: Finish | None = None
     is_aborted: bool = False
@@ -207,6 +240,8 @@ class Drive:
         seen = self.seen[output.id]
         assert seen.finish is None, "news after the end"
         seen.outputs.append(output)
+        assert not output.prompt_logprobs or not seen.tokens, "a score after a new token"
+        seen.scores += output.prompt_logprobs
         seen.tokens += output.tokens
         seen.finish = output.finish
         if seen.finish is not None:
@@ -217,11 +252,14 @@ class Drive:
         most = self.scheduler.max_positions
         for id, seen in self.seen.items():
             tokens, finish = expected(self.requests[id], most, self.config.stop_tokens)
+            scores = expected_scores(self.requests[id])
             if seen.is_aborted or seen.is_failing:
                 assert seen.tokens == tokens[: len(seen.tokens)]
+                assert seen.scores == scores[: len(seen.scores)]
                 assert seen.finish in (Finish.ABORT, Finish.ERROR, finish)
             else:
                 assert (seen.tokens, seen.finish) == (tokens, finish), id
+                assert seen.scores == scores, id
             # An end is seen one step late when steps are formed ahead; an abort may come with all of them under way.
             assert seen.discarded <= self.config.is_async + seen.is_aborted
         self.check_empty()
@@ -273,7 +311,8 @@ def random_request(rng: random.Random, id: str, most: int, now: float, num_keys:
         cache_salt=rng.choice(["", "", "", "a"]),
         options=rng.choice([(), (), (("adapter", "x"),)]),
         sampling=Sampling(
-            max_tokens=rng.randint(1, 30),
+            max_tokens=rng.choice([0, *range(1, 31)]),
+            prompt_logprobs=rng.choice([None, None, None, 0]),
             min_tokens=rng.choice([0, 0, 3]),
             stop_tokens=rng.choice([(), (), (3,)]),
             ignore_eos=rng.random() < 0.2,

@@ -17,6 +17,8 @@ class Chunk:
         start: tokens before them whose keys and values are stored.
         blocks: numbers of the request's blocks, all of them, in order: position p is at slot ``blocks[p // 16] * 16 + p % 16``.
         samples: whether the last token's logits give a new token; not while a part of the prompt is still to come.
+        targets: tokens of the prompt whose log probabilities are asked for; the last may be the one after ``tokens``.
+        first_scored: the row of the chunk whose logits the first of ``targets`` is scored by, the next ones by the rows after it.
     """
 
     id: str
@@ -24,6 +26,13 @@ class Chunk:
     start: int
     blocks: tuple[int, ...]
     samples: bool
+    targets: tuple[int, ...] = ()
+    first_scored: int = 0
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the runner gives a `Sampled` for it."""
+        return self.samples or bool(self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +64,20 @@ class Batch:
 
 @dataclass(slots=True, kw_only=True)
 class Sampled:
-    """What the runner gives back for one chunk that samples: the token, its log probability where asked, where it was routed."""
+    """What the runner gives back for one chunk that samples or is scored: the token, its log probability where asked, where it was routed.
+
+    Attributes:
+        id: the request's.
+        token: the new one; `PENDING` for a chunk that does not sample.
+        logprob: its own, where asked.
+        routing: {layer: destinations}, where recorded.
+        error: why there is neither a token nor a score.
+        prompt_logprobs: of the chunk's ``targets``.
+    """
 
     id: str
     token: int
     logprob: TokenLogprob | None = None
     routing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -25,7 +25,7 @@ class Sampling:
     """How the next token of one request is chosen.
 
     Attributes:
-        max_tokens: most new tokens.
+        max_tokens: most new tokens; 0 computes the prompt and no more.
         min_tokens: stop tokens are not taken before so many.
         temperature: 0 takes the most likely token.
         top_p: sample among the most likely whose probabilities reach it.
@@ -39,6 +39,8 @@ class Sampling:
         stop_tokens: ids that end the request; they are not part of the result.
         ignore_eos: the model's own end-of-text tokens do not end it.
         logprobs: None for none, else how many of the most likely tokens to tell beside the chosen one (0 to 20).
+        prompt_logprobs: the same for the prompt's own tokens from the second on, see `Output.prompt_logprobs`. The whole prompt is
+            then computed, whatever the prefix cache has of it.
         grammar: what the output must be: a JSON schema as a dict, {} for any JSON object, None for free text (`anabranch.serving.grammar`).
     """
 
@@ -56,11 +58,12 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_tokens", 1, None), ("min_tokens", 0, None), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, None),
+            ("max_tokens", 0, None), ("min_tokens", 0, None), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, None),
             ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -70,8 +73,10 @@ class Sampling:
                     if high is not None
                     else f"{name} is {value}; it must be at least {low}"
                 )
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise InputError(f"logprobs is {self.logprobs}; it must be 0 to 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            told = getattr(self, name)
+            if told is not None and not 0 <= told <= 20:
+                raise InputError(f"{name} is {told}; it must be 0 to 20")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +105,21 @@ class Request:
     options: tuple[tuple[str, str], ...] = ()
     record_routing: bool = False
 
+    def check_room(self, max_positions: int) -> None:
+        """Raises InputError unless the prompt has tokens and fits in ``max_positions``, with a new token if one is asked for."""
+        if not self.prompt:
+            raise InputError("the prompt has no tokens; it must have at least one")
+        if len(self.prompt) + min(1, self.sampling.max_tokens) > max_positions:
+            new = "with one new token it" if self.sampling.max_tokens else "it"
+            raise InputError(f"the prompt has {len(self.prompt)} tokens; {new} must fit in {max_positions}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A chosen token's natural log probability, and the most likely (token, log probability) pairs, best first."""
+    """A token's natural log probability, and the most likely (token, log probability) pairs, best first.
+
+    They are the model's own: of its logits before penalties, bias, grammar and temperature.
+    """
 
     token: int
     logprob: float
@@ -123,6 +139,8 @@ class Output:
         cached_tokens: prompt tokens whose keys and values were there already; set with the first output.
         queue_s: seconds it waited before its first chunk ran; set with the first output.
         routing: where recorded, for each new token {layer: destinations}.
+        prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
+            comes before the first. All are told before the first new token, or with it, and each once.
     """
 
     id: str
@@ -133,3 +151,4 @@ class Output:
     cached_tokens: int | None = None
     queue_s: float | None = None
     routing: tuple[dict[int, tuple[int, ...]], ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

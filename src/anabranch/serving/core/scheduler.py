@@ -6,7 +6,7 @@ One that decodes lacks one token, one that starts lacks its prompt, one that was
 1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave. Without a free block the
    last in rank is sent back to the front of the queue, so the first in rank is never sent back, and every request ends.
 2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it.
-3. The batch. A chunk samples if it ends with the last token.
+3. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
 
 With ``is_async`` a step may be formed while the one before runs; what that one will sample is then `PENDING`.
 
@@ -37,6 +37,7 @@ COUNTERS = (
     "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
 )  # fmt: skip
 KEPT_SAMPLES = 4096
+_MISSING = "the step gave no token"
 Part = tuple[RequestState, int, Chunk]  # of a step: a request, its epoch, and what it computes
 
 
@@ -140,17 +141,12 @@ class Scheduler:
         """All requests that have not ended, by rank."""
         return sorted(self._states.values(), key=_rank)
 
-    def add(self, request: Request, output: Sequence[int] = ()) -> RequestState:
-        """Queue a request, which may have given ``output`` elsewhere.
+    def add(self, request: Request, output: Sequence[int] = (), num_scored: int = 0) -> RequestState:
+        """Queue a request, which may have given ``output`` elsewhere, and the first ``num_scored`` of its prompt's log probabilities.
 
         Raises InputError for one that can never run, and for an id that is under way.
         """
-        if not request.prompt:
-            raise InputError("the prompt has no tokens; it must have at least one")
-        if len(request.prompt) >= self.max_positions:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens; with one new token it must fit in {self.max_positions}"
-            )
+        request.check_room(self.max_positions)
         if min(request.prompt) < 0:
             raise InputError(f"the prompt has the token {min(request.prompt)}; tokens are not negative")
         if request.id in self._states:
@@ -164,6 +160,7 @@ class Scheduler:
         )
         self._serial += 1
         state.tokens.extend(output)
+        state.num_scored = max(state.num_scored, num_scored)
         self._states[request.id] = state
         self._waiting.add(state)
         self._queued_tokens += state.num_prompt
@@ -285,7 +282,7 @@ class Scheduler:
                 count = self._make_room(state, count)
             if count > 0:
                 budget -= count
-                parts.append(self._part(state, count))
+                parts.append((state, state.epoch, state.advance(count, self._step)))
         return budget
 
     def _portion(self, missing: int, budget: int) -> int:
@@ -339,7 +336,7 @@ class Scheduler:
             count = self._start(state, cached, budget)
             promised += tables.missing(state)
             budget -= count
-            parts.append(self._part(state, count))
+            parts.append((state, state.epoch, state.advance(count, self._step)))
         for state in later:
             waiting.add_front(state)
         return budget
@@ -364,23 +361,6 @@ class Scheduler:
             self._counts["cached_prompt_tokens"] += state.computed
         return count
 
-    def _part(self, state: RequestState, count: int) -> Part:
-        """The next ``count`` tokens of a request as a part of the step that is being formed."""
-        start, tokens = state.computed, state.tokens
-        end = state.computed = start + count
-        samples = end == len(tokens)
-        chunk = Chunk(
-            id=state.request.id,
-            tokens=(tokens[start],) if count == 1 else tuple(tokens[start:end]),
-            start=start,
-            blocks=state.table,
-            samples=samples,
-        )
-        state.last_step = self._step
-        if samples:
-            state.expect()
-        return state, state.epoch, chunk
-
     # After a step
 
     def update(self, batch: Batch, sampled: Iterable[Sampled]) -> list[Output]:
@@ -397,7 +377,7 @@ class Scheduler:
                 self._counts["discarded_tokens"] += chunk.samples
                 continue
             item = given.get(chunk.id)
-            error = item.error if item is not None else "the step gave no token" if chunk.samples else None
+            error = item.error if item is not None else _MISSING if chunk.is_answered else None
             if error is not None:
                 self._end(state, Finish.ERROR)
                 outputs.append(state.output(error=error))
@@ -405,8 +385,15 @@ class Scheduler:
             computed = chunk.start + len(chunk.tokens)
             if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
                 self._tables.publish(state, computed)
-            if chunk.samples and item is not None:
+            if item is not None:
+                state.prompt_logprobs += item.prompt_logprobs
+            if computed >= state.most_tokens:  # it asked for no new token
+                self._end(state, Finish.LENGTH)
+                outputs.append(state.output())
+            elif chunk.samples and item is not None:
                 outputs.append(self._take(state, item))
+            elif state.prompt_logprobs:
+                outputs.append(state.output())
         self._tables.ran(batch.step)
         return outputs
 

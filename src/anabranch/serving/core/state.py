@@ -1,7 +1,7 @@
 """`RequestState`: what the scheduler knows of one request while it is in its hands."""
 
-from anabranch.serving.core.batch import PENDING, Sampled
-from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.batch import PENDING, Chunk, Sampled
+from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
 
 
 class RequestState:
@@ -21,13 +21,15 @@ class RequestState:
         last_step: the last step that it is in; -1 for none.
         stop_tokens: what ends it.
         most_tokens: length at which it ends.
+        num_scored: tokens of the prompt after the first whose log probabilities the steps formed so far give, or that nobody asked for.
         is_known: the runner has been told of it.
         finish: why it ended.
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step",
-        "most_tokens", "num_pending", "num_prompt", "num_published", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
+        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "most_tokens",
+        "num_pending", "num_prompt", "num_published", "num_scored", "prompt_logprobs", "queue_s", "rank", "request", "root",
+        "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +48,8 @@ class RequestState:
         self.root = b""
         self.keys: list[bytes] = []
         self.num_published = 0
+        self.num_scored = 0 if sampling.prompt_logprobs is not None else self.num_prompt - 1
+        self.prompt_logprobs: list[TokenLogprob] = []  # until they have been told
         self.epoch = 0
         self.last_step = -1
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
@@ -65,6 +69,33 @@ class RequestState:
         """Whether it lacks one token, and that is not one that the step under way will end it with."""
         length = len(self.tokens)
         return length - self.computed == 1 and not (self.num_pending and length >= self.most_tokens)
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens whose keys and values may come from a cache. The others' rows have to run, for their logits sample or score."""
+        last = len(self.tokens) - 1
+        return last if self.num_scored >= self.num_prompt - 1 else min(last, self.num_scored)
+
+    def advance(self, count: int, step: int) -> Chunk:
+        """Its next ``count`` tokens, which ``step`` computes."""
+        start, tokens = self.computed, self.tokens
+        end = self.computed = start + count
+        first, last = self.num_scored, min(end, self.num_prompt - 1)  # row r scores token r + 1
+        if first < last:
+            self.num_scored = last
+        chunk = Chunk(
+            id=self.request.id,
+            tokens=(tokens[start],) if count == 1 else tuple(tokens[start:end]),
+            start=start,
+            blocks=self.table,
+            samples=end == len(tokens) < self.most_tokens,
+            targets=tuple(tokens[first + 1 : last + 1]) if first < last else (),
+            first_scored=first - start if first < last else 0,
+        )
+        self.last_step = step
+        if chunk.samples:
+            self.expect()
+        return chunk
 
     def drop_blocks(self) -> None:
         """Its blocks are no longer its own; should it go on, all is to be computed again."""
@@ -93,18 +124,18 @@ class RequestState:
 
     def output(self, item: Sampled | None = None, error: str | None = None) -> Output:
         """News of it: a new token or none."""
-        cached_tokens, queue_s = self.cached_tokens, self.queue_s
-        self.cached_tokens = self.queue_s = None  # told once
-        if item is None:
-            return Output(
-                id=self.request.id, finish=self.finish, error=error, cached_tokens=cached_tokens, queue_s=queue_s
-            )
-        return Output(
+        output = Output(
             id=self.request.id,
-            tokens=(item.token,),
-            logprobs=() if item.logprob is None else (item.logprob,),
             finish=self.finish,
-            cached_tokens=cached_tokens,
-            queue_s=queue_s,
-            routing=(item.routing,) if item.routing else (),
+            error=error,
+            cached_tokens=self.cached_tokens,
+            queue_s=self.queue_s,
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )
+        self.cached_tokens = self.queue_s = None  # told once
+        self.prompt_logprobs.clear()
+        if item is not None:
+            output.tokens = (item.token,)
+            output.logprobs = () if item.logprob is None else (item.logprob,)
+            output.routing = (item.routing,) if item.routing else ()
+        return output

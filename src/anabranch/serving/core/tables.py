@@ -41,11 +41,12 @@ class BlockTables:
             return []
         if not state.root:
             state.root = self.prefixes.root(state.request.cache_salt, state.request.options)
-        known = len(state.tokens) - 1  # the last token is computed in any case, for its logits
-        self.prefixes.extend(state.keys, state.root, state.tokens, known)
-        cached = self.prefixes.match(state.keys[: known // self.pool.block_tokens])
+        # All keys, also of blocks that it computes anew: others may wait for them.
+        self.prefixes.extend(state.keys, state.root, state.tokens, len(state.tokens) - 1)
+        usable = state.keys[: state.num_reusable // self.pool.block_tokens]
+        cached = self.prefixes.match(usable)
         # Another request computes the next block just now (one prompt with n choices): to wait is cheaper than to do it twice.
-        other = self._coming.get(state.keys[len(cached)]) if len(cached) < len(state.keys) else None
+        other = self._coming.get(usable[len(cached)]) if len(cached) < len(usable) else None
         return None if other is not None and other.rank[0] <= state.rank[0] else cached
 
     def fits(self, state: RequestState, cached: list[int], promised: int) -> bool:
@@ -129,7 +130,7 @@ class BlockTables:
         """Blocks for what the tier has of a request's prefix behind what the pool has."""
         found = len(state.blocks)
         end = found
-        while end < (len(state.tokens) - 1) // self.pool.block_tokens and tier.holds(state.keys[end]):
+        while end < state.num_reusable // self.pool.block_tokens and tier.holds(state.keys[end]):
             end += 1
         # All slots are pinned before a block is taken: taking one may make the tier save another into a slot.
         slots = [tier.load(key) for key in state.keys[found:end]]

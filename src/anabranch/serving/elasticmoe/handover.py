@@ -26,12 +26,14 @@ class Carried:
         output: tokens so far.
         blocks: of the device that it comes from; empty where nothing is stored.
         computed: tokens whose keys and values are in them.
+        num_scored: log probabilities of the prompt that were told, see `Scheduler.add`.
     """
 
     request: Request
     output: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     computed: int = 0
+    num_scored: int = 0
 
 
 def freeze(scheduler: Scheduler) -> bytes:
@@ -49,7 +51,13 @@ def thaw(frozen: bytes) -> Scheduler:
 def carried(scheduler: Scheduler) -> list[Carried]:
     """All requests of a scheduler between two steps, in the order of rank."""
     return [
-        Carried(state.request, tuple(state.tokens[state.num_prompt :]), tuple(state.blocks), state.computed)
+        Carried(
+            state.request,
+            tuple(state.tokens[state.num_prompt :]),
+            tuple(state.blocks),
+            state.computed,
+            state.num_scored,
+        )
         for state in scheduler.states()
     ]
 
@@ -66,7 +74,7 @@ def adopt(
     fresh: list[list[int]] = []
     brought = again = 0
     for parcel in parcels:
-        state = scheduler.add(parcel.request, parcel.output)
+        state = scheduler.add(parcel.request, parcel.output, parcel.num_scored)
         keys = _keys(scheduler, state, parcel.computed)
         missing = [index for index, key in enumerate(keys) if scheduler.pool.find(key) is None]
         here = scheduler.pool.allocate(len(missing)) or []
@@ -109,7 +117,7 @@ def _keys(scheduler: Scheduler, state: RequestState, computed: int) -> list[byte
     """Prefix keys of the full blocks of the first ``computed`` tokens; none without a prefix cache."""
     if not scheduler.config.prefix_cache:
         return []
-    known = min(computed, len(state.tokens) - 1)
+    known = min(computed, state.num_reusable)
     if not state.root:
         state.root = scheduler.prefixes.root(state.request.cache_salt, state.request.options)
     scheduler.prefixes.extend(state.keys, state.root, state.tokens, known)

@@ -34,6 +34,7 @@ class Live:
         serial: order among requests of one priority and time.
         need: blocks at its longest.
         output: tokens so far.
+        num_scored: log probabilities of the prompt so far.
         instance, device: where it runs; None while it waits.
         reruns: how often it was begun again.
         came, first, last: times of arrival, first and newest token, seconds.
@@ -45,6 +46,7 @@ class Live:
     serial: int
     need: int
     output: list[int] = field(default_factory=list)
+    num_scored: int = 0
     instance: Instance | None = None
     device: int | None = None
     reruns: int = 0
@@ -56,7 +58,7 @@ class Live:
     @property
     def carried(self) -> Carried:
         """For a run from its tokens."""
-        return Carried(self.request, tuple(self.output))
+        return Carried(self.request, tuple(self.output), num_scored=self.num_scored)
 
 
 class Ledger:
@@ -97,12 +99,7 @@ class Ledger:
     def submit(self, request: Request, emit: Emit) -> None:
         """Accept a request. Raises InputError for one that can never run."""
         positions = min(self.limits.max_positions, self.limits.num_blocks * self.limits.block_tokens)
-        if not request.prompt:
-            raise InputError("the prompt has no tokens; it must have at least one")
-        if len(request.prompt) >= positions:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens; with one new token it must fit in {positions}"
-            )
+        request.check_room(positions)
         outside = [token for token in request.prompt if not 0 <= token < self.vocab_size]
         if outside:
             raise InputError(f"the prompt has the token {outside[0]}; use 0 to {self.vocab_size - 1}")
@@ -157,7 +154,9 @@ class Ledger:
                 heapq.heappop(self._queue)
                 live.instance, live.device = active, device
                 held[device].append(live)
-                active.tell(device, "submit", request=live.request, output=tuple(live.output))
+                active.tell(
+                    device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored
+                )
 
     def take(self, instance: Instance, device: int, outputs: Iterable[Output]) -> None:
         """Outputs of a rank; those of a rank that a request is not with any more say nothing."""
@@ -168,6 +167,7 @@ class Ledger:
                 if live is None or live.instance is not instance or live.device != device:
                     continue
                 live.output.extend(output.tokens)
+                live.num_scored += len(output.prompt_logprobs)
                 self._clock(live, output, now)
                 if output.finish is not None:
                     del self.live[output.id]
@@ -254,14 +254,16 @@ class Ledger:
         self.counted["generation_tokens"] += len(output.tokens)
         if output.finish is not None:
             self.counted[f"finished_{output.finish.value}"] += 1
+        is_well = output.finish in (Finish.STOP, Finish.LENGTH)
+        if live.first is None and (output.tokens or is_well):
+            self.counted["prompt_tokens"] += len(live.request.prompt)
         if output.tokens:
             if live.first is None:
                 live.first = now
-                self.counted["prompt_tokens"] += len(live.request.prompt)
             else:
                 live.longest_gap_s = max(live.longest_gap_s, now - live.last)
                 self.longest_gap_s = max(self.longest_gap_s, live.longest_gap_s)
             live.last = now
-        if output.finish in (Finish.STOP, Finish.LENGTH) and live.first is not None:
+        if is_well and live.first is not None:
             later = max(1, len(live.output) - 1)
             self._served(live.first - live.came, (live.last - live.first) / later)

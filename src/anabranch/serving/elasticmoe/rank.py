@@ -241,12 +241,12 @@ class Rank:
 
     # Requests
 
-    def do_submit(self, request: Request, output: tuple[int, ...] = ()) -> None:
-        """Run a request, from the tokens it was given elsewhere on."""
+    def do_submit(self, request: Request, output: tuple[int, ...] = (), num_scored: int = 0) -> None:
+        """Run a request, from what it was given elsewhere on, see `Scheduler.add`."""
         assert self.scheduler is not None
         try:
             self.sampler.outputs[request.id] = output
-            self.scheduler.add(request, output)
+            self.scheduler.add(request, output, num_scored)
         except AnabranchError as error:
             self.sampler.outputs.pop(request.id, None)
             self.channel.send(("outputs", [Output(id=request.id, finish=Finish.ERROR, error=str(error))], None))

@@ -1,9 +1,8 @@
 """`ModelRunner`: one step of a batch on a model, from tokens to sampled tokens."""
-# Shapes: P streams, T tokens of a step, R rows that sample, V vocabulary, D width
+# Shapes: P streams, T tokens of a step, R rows that sample or score, V vocabulary, D width
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
 from anabranch.serving.engine.record import Route, RoutingTap
+from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
 from anabranch.serving.fast import FastDecoder
 from anabranch.serving.sampling import Sampler
@@ -81,6 +81,7 @@ class ModelRunner:
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap = RoutingTap(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
+        self._tops: dict[str, int] = {}  # of requests that want their prompts scored, see `Sampling.prompt_logprobs`
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
         with torch.no_grad():
             self._prefix = [] if model.streams is None else [
@@ -89,7 +90,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
-        """One result for each chunk that samples, in order."""
+        """One result for each chunk that samples or is scored, in order."""
         self._set_up(batch)
         tokens = [
             self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
@@ -97,7 +98,7 @@ class ModelRunner:
         for hook in self.hooks:
             hook.before_step(batch, tokens)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
-        self._last.update((result.id, result.token) for result in sampled)
+        self._last.update((result.id, result.token) for result in sampled if result.token != PENDING)
         for hook in self.hooks:
             hook.after_step(batch, sampled)
         return sampled
@@ -123,54 +124,77 @@ class ModelRunner:
             self.sampler.forget(id)
             self._last.pop(id, None)
             self._recorded.discard(id)
+            self._tops.pop(id, None)
         for request in batch.new:
             self.sampler.add(request)
             if request.record_routing:
                 self._recorded.add(request.id)
+            if request.sampling.prompt_logprobs is not None:
+                self._tops[request.id] = request.sampling.prompt_logprobs
         self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
         self.pool.copy(batch.copies)
         self.pool.swap_in(batch.swaps_in)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
+        rows, routes = _last_rows(chunks), self._routes(chunks)
+        x_RD = self._hidden_of(chunks, tokens, [*rows, *scored_rows(chunks)], routes)
         ids = [chunk.id for chunk in chunks if chunk.samples]
-        recorded = [id in self._recorded for id in ids]
-        if not any(recorded):
-            logits_RV = self._logits(chunks, tokens)
-            return self.sampler(logits_RV, ids) if ids else []
-        rows = _last_rows(chunks)
-        wanted = [row for row, is_wanted in zip(rows, recorded, strict=True) if is_wanted]
-        if self.fast is not None:
-            routes: list[Route] = [{} for _ in wanted]
-            logits_RV = self._fast_logits(chunks, tokens, wanted, routes)
-        else:
-            with self.tap.listen(wanted, len(tokens)) as routes:
-                logits_RV = self._logits(chunks, tokens)
-        found = iter(routes)
-        return [
-            replace(result, routing=next(found)) if is_wanted else result
-            for result, is_wanted in zip(self.sampler(logits_RV, ids), recorded, strict=True)
-        ]
+        results = {result.id: result for result in self.sampler(self._head(x_RD[: len(ids)]), ids)} if ids else {}
+        for row, route in routes.items():
+            result = results[ids[rows.index(row)]]
+            result.routing = route
+        for id, scored in score(x_RD[len(ids) :], self._head, chunks, self._tops).items():
+            result = results.setdefault(id, scored)
+            result.prompt_logprobs, result.error = scored.prompt_logprobs, result.error or scored.error
+        return [results[chunk.id] for chunk in chunks if chunk.is_answered]
+
+    def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:
+        """Rows whose routes are wanted, each with a route that is to be filled in."""
+        rows = zip(_last_rows(chunks), [chunk.id for chunk in chunks if chunk.samples], strict=True)
+        return {row: {} for row, id in rows if id in self._recorded}
 
     def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
         """logits_RV of the rows that sample."""
+        return self._head(self._hidden(chunks, tokens, _last_rows(chunks)))
+
+    def _head(self, x_RD: Tensor) -> Tensor:
+        """logits_RV of hidden states."""
         if self.fast is not None:
-            return self._fast_logits(chunks, tokens)
+            return self.fast.logits(x_RD)
+        with steady(self.model) if self.deterministic else nullcontext():
+            return self.model.logits(x_RD[None])[0]
+
+    def _hidden_of(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
+    ) -> Tensor:
+        """x_RD of ``rows``; fills in ``routes``."""
+        if not routes:
+            return self._hidden(chunks, tokens, rows)
+        if self.fast is not None:
+            return self._fast_hidden(chunks, tokens, rows, routes)
+        with self.tap.listen(list(routes), len(tokens)) as found:
+            x_RD = self._hidden(chunks, tokens, rows)
+        for route, noted in zip(routes.values(), found, strict=True):
+            route.update(noted)
+        return x_RD
+
+    def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """x_RD of ``rows`` of the step, after the last norm."""
+        if self.fast is not None:
+            return self._fast_hidden(chunks, tokens, rows, {})
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         context = self._context(layout, token_1T)
-        keep_R = torch.tensor(_last_rows(chunks), dtype=torch.int64, device=self.device)
+        keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         with steady(model) if self.deterministic else nullcontext():
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
-            if not len(keep_R):
-                return x_PRD.new_empty(0, model.config.vocab_size)
-            x_1RD = x_PRD if model.streams is None else model.streams.merge(x_PRD, context)
-            return model.logits(x_1RD)[0]
+            return (x_PRD if model.streams is None or not rows else model.streams.merge(x_PRD, context))[0]
 
-    def _fast_logits(
-        self, chunks: Sequence[Chunk], tokens: Sequence[int], wanted: Sequence[int] = (), routes: Sequence[Route] = ()
+    def _fast_hidden(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
-        """`_logits` by the compiled step; fills ``routes`` of the rows ``wanted``."""
+        """`_hidden` by the compiled step; fills in ``routes``."""
         assert self.fast is not None, "callers look"
         layout = StepLayout(chunks, self.pool.block_tokens)
         x_TD, route_ATK = self.fast.hidden(
@@ -178,14 +202,13 @@ class ModelRunner:
             torch.from_numpy(layout.position_T),
             layout.sequence_N4,
             layout.table_U,
-            with_routes=bool(wanted),
+            with_routes=bool(routes),
         )
         if route_ATK is not None:
             for layer, route_TK in zip(self.tap.layers, route_ATK, strict=True):
-                for route, index_K in zip(routes, route_TK[list(wanted)].tolist(), strict=True):
+                for route, index_K in zip(routes.values(), route_TK[list(routes)].tolist(), strict=True):
                     route[layer] = tuple(index for index in index_K if index >= 0)
-        rows = _last_rows(chunks)
-        return self.fast.logits(x_TD if len(rows) == len(tokens) else x_TD[rows])
+        return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
 
     def _context(self, layout: StepLayout, token_1T: Tensor) -> ForwardContext:
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)

@@ -40,6 +40,7 @@ def joined(first: Output, second: Output) -> Output:
         tokens=first.tokens + second.tokens,
         logprobs=first.logprobs + second.logprobs,
         routing=first.routing + second.routing,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
         cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
         queue_s=second.queue_s if first.queue_s is None else first.queue_s,
     )

@@ -34,7 +34,7 @@ class Asked:
         sampling: of each, but for the seed, see `sampling_of`.
         stop: strings that end a choice.
         is_stream, has_usage: answer in events; with a chunk of usage at the end.
-        logprobs: how many alternatives to tell beside each token; None for none.
+        logprobs: how many alternatives to tell beside each token, with ``echo`` of the prompt too; None for none.
         is_echo: put the prompt before the answer.
         tools: what may be called.
         is_routing: tell which experts each token went to.
@@ -77,9 +77,13 @@ class Asked:
         return "tools" if self.tools is not None and self.tools.choice != "auto" else "response_format"
 
     def sampling_of(self, choice: int) -> Sampling:
-        """Choices of one request differ in their seeds, so each can be had again."""
-        seed = self.sampling.seed
-        return self.sampling if seed is None else replace(self.sampling, seed=(seed + choice) % fields.INT64)
+        """Choices of one prompt differ in their seeds, so each can be had again; the first brings the prompt's scores for all."""
+        changes: dict[str, Any] = {}
+        if self.sampling.seed is not None:
+            changes["seed"] = (self.sampling.seed + choice) % fields.INT64
+        if choice and self.sampling.prompt_logprobs is not None:
+            changes["prompt_logprobs"] = None
+        return replace(self.sampling, **changes) if changes else self.sampling
 
 
 def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
@@ -112,17 +116,18 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
     grammar = _grammar(body, None)
     prompts, texts = _prompts(body.get("prompt"), reader, info)
     logprobs, is_echo = body.get("logprobs"), bool(body.get("echo"))
-    if is_echo and logprobs is not None:
-        raise unsupported("logprobs", "logprobs of an echoed prompt are not told; leave out echo or logprobs")
     best_of, n = body.get("best_of"), body.get("n") or 1
     if best_of is not None and best_of != n:
         raise unsupported("best_of", f"best_of is {best_of}; this server makes n choices ({n}) and ranks none")
     if body.get("max_tokens") == 0 and not is_echo:
         raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
     most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt")
+    shared = _shared(body, info, most, most_n, logprobs, grammar)
+    if is_echo:
+        shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
     return Asked(
         kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
-        **_shared(body, info, most, most_n, logprobs, grammar), unknown=tuple(unknown),
+        **shared, unknown=tuple(unknown),
     )  # fmt: skip
 
 
@@ -172,7 +177,7 @@ def _sampling(
         raise wrong("min_tokens", f"min_tokens is {given['min_tokens']}, more than the {most:,} there can be")
     seed = body.get("seed")
     return Sampling(
-        **given, max_tokens=max(1, most), top_k=max(0, body.get("top_k") or 0), seed=None if seed is None else seed % fields.INT64,
+        **given, max_tokens=most, top_k=max(0, body.get("top_k") or 0), seed=None if seed is None else seed % fields.INT64,
         logit_bias=bias, stop_tokens=ends, logprobs=logprobs, grammar=grammar,
     )  # fmt: skip
 
@@ -207,7 +212,7 @@ def _room(
     """Most new tokens. Raises ApiError (400, ``context_length_exceeded``) if prompt and answer do not fit the model."""
     longest = max(map(len, prompts))
     room = info.max_positions - longest
-    if room < 1 or (wanted or 0) > room:
+    if room < (wanted != 0) or (wanted or 0) > room:
         more = f" and max_tokens is {wanted:,}" if wanted else ""
         message = f"the model reads {info.max_positions:,} tokens, but the prompt has {longest:,}{more}"
         raise wrong("max_tokens" if wanted and room >= 1 else param, message, "context_length_exceeded")

@@ -9,6 +9,7 @@ from anabranch.serving.core.client import EngineClient
 from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
 from anabranch.serving.core.text import Detokenizer, StopMatcher
 from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
 
 Experts = dict[int, tuple[int, ...]]
@@ -59,16 +60,23 @@ class Choice:
         times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
         experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
         finish: why it ended; None while it goes on.
+        scores: of its prompt, complete before the first piece; None where they were not asked for.
 
     Args:
         engine: runs it.
-        request: what.
+        request: what. One that asks for `Sampling.prompt_logprobs` brings the scores.
         reader: of the model.
         stop: strings that end it.
     """
 
     def __init__(
-        self, index: int, engine: EngineClient, request: Request, reader: Reader, stop: tuple[str, ...]
+        self,
+        index: int,
+        engine: EngineClient,
+        request: Request,
+        reader: Reader,
+        stop: tuple[str, ...],
+        scores: PromptScores | None = None,
     ) -> None:
         self.index, self._engine, self._request, self._reader = index, engine, request, reader
         self._decoder = Detokenizer(reader.tokenizer)
@@ -77,6 +85,7 @@ class Choice:
         self._keeps = request.sampling.logprobs is not None or request.record_routing
         self._held: list[Shown] = []
         self._told = 0
+        self.scores, self._brings_scores = scores, request.sampling.prompt_logprobs is not None
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
         self.cached_tokens: int = 0
         self.queue_s: float | None = None
@@ -91,6 +100,10 @@ class Choice:
         try:
             async for output in outputs:
                 piece = self._take(output)
+                if self.scores is not None and not self.scores.is_complete:
+                    if self._brings_scores:  # there is nothing new to show before the last of them
+                        continue
+                    await self.scores.wait()
                 if piece.text or piece.tokens or piece.finish is not None or not self._told:
                     yield piece
                 if self.finish is not None:
@@ -108,6 +121,8 @@ class Choice:
             self.cached_tokens = output.cached_tokens
         if output.queue_s is not None:
             self.queue_s = output.queue_s
+        if self.scores is not None:
+            self.scores.add(output.prompt_logprobs)
         if output.tokens:
             self.times.append((time.monotonic(), len(output.tokens)))
         text = ""

@@ -17,6 +17,7 @@ from anabranch.serving.http.choice import Choice, Piece
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.metrics import Metrics
 from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
@@ -143,9 +144,12 @@ class Frontend:
         """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
         engine, reader = self.engine, self.check_ready()[1]
         self._serial += 1  # senders choose their ids, and may choose one twice
+        is_scored = asked.sampling.prompt_logprobs is not None
+        scores = [PromptScores(len(prompt)) if is_scored else None for prompt in asked.prompts]
         choices = [
-            self._choice(engine, reader, asked, f"{id}-{self._serial}", key, at) for at in range(asked.num_choices)
-        ]
+            Choice(at, engine, self._request(asked, f"{id}-{self._serial}", key, at), reader, asked.stop, scores[at // asked.n])
+            for at in range(asked.num_choices)
+        ]  # fmt: skip
         buffer: Buffer[Piece] = Buffer(
             [_checked(choice, ticket, asked.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)],
             self.config.limits.stream_events,
@@ -157,13 +161,13 @@ class Frontend:
         finally:
             self._live.discard(buffer)
 
-    def _choice(self, engine: EngineClient, reader: Reader, asked: Asked, id: str, key: str, at: int) -> Choice:
+    @staticmethod
+    def _request(asked: Asked, id: str, key: str, at: int) -> Request:
         prompt, choice = asked.prompts[at // asked.n], at % asked.n
-        request = Request(
+        return Request(
             id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), priority=asked.priority, key=key,
             arrival=time.monotonic(), cache_salt=asked.cache_salt, record_routing=asked.is_routing,
         )  # fmt: skip
-        return Choice(at, engine, request, reader, asked.stop)
 
     def _become(self, state: State) -> None:
         self.state = state

@@ -40,7 +40,7 @@ class Generate:
         info, reader = frontend.check_ready()
         asked = await self._read(call, kind, info, reader)
         deadline_s = call.deadline_s()
-        if asked.is_echo and asked.max_tokens == 0:
+        if asked.is_echo and asked.max_tokens == 0 and asked.logprobs is None:
             return call.json(CompletionShape(asked, [], reader, frontend.name, info).echoed())
         spent_s = time.monotonic() - call.began
         left_s = None if deadline_s is None else deadline_s - spent_s
@@ -141,7 +141,7 @@ class Generate:
         now, metrics = time.monotonic(), self._metrics
         tokens = sum(choice.completion_tokens for choice in choices)
         cached = sum(choice.cached_tokens for choice in choices[:: asked.n])
-        if any(choice.times for choice in choices):
+        if any(choice.times or choice.finish is not None for choice in choices):
             metrics.prompt_tokens.inc(asked.prompt_tokens)
             metrics.cached_tokens.inc(cached)
             metrics.generation_tokens.inc(tokens)

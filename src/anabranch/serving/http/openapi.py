@@ -102,7 +102,9 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
             tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]}, parallel_tool_calls=_maybe("boolean"),
         ),
         "Completion": body(
-            ["model", "prompt"], **shared, prompt=_texts(), logprobs=_whole(0, 20), echo=_maybe("boolean"),
+            ["model", "prompt"], **shared, prompt=_texts(),
+            logprobs={**_whole(0, 20), "description": "alternatives told beside each token; with echo beside the prompt's too"},
+            echo={**_maybe("boolean"), "description": "put the prompt before the answer; max_tokens may then be 0"},
             best_of=_whole(1, 128),
         ),
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]}),

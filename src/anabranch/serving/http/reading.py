@@ -6,6 +6,7 @@ from typing import Any
 from anabranch.data import Tokenizer
 from anabranch.errors import InputError
 from anabranch.serving.chat import render
+from anabranch.serving.core.text import Detokenizer
 from anabranch.serving.http.messages import Tools
 from anabranch.web.api_error import wrong
 
@@ -39,6 +40,16 @@ class Reader:
     def decode(self, tokens: Iterable[int]) -> str:
         """Text, special tokens included."""
         return self.tokenizer.decode(tokens, skip_special=False)
+
+    def offsets(self, tokens: Sequence[int], text: str) -> list[int]:
+        """The character of ``text`` at which each of its ``tokens`` begins, counted from 0; one inside a character, where that begins."""
+        decoder, at, made = Detokenizer(self.tokenizer), 0, []
+        for token in tokens:
+            made.append(min(at, len(text)))
+            # Special tokens have no bytes, but are there in a text that is told with them.
+            is_special = self.tokenizer.token_bytes(token) == b""
+            at += len(self.token_text(token)[0] if is_special else decoder.push(token))
+        return made
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
         """How a token is shown, and its bytes."""

@@ -7,12 +7,14 @@ from typing import Any
 
 from anabranch import __version__
 from anabranch.serving.core.client import EngineInfo
-from anabranch.serving.core.request import Finish
+from anabranch.serving.core.request import Finish, TokenLogprob
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.calls import Delta, Speech, merged
 from anabranch.serving.http.choice import Choice, Piece, Shown
 from anabranch.serving.http.reading import Reader
 from anabranch.web.ids import new_id
+
+LEAST_LOGPROB = -9999.0  # told for a token that cannot be, as OpenAI does: JSON has no infinity
 
 
 def fingerprint(info: EngineInfo) -> str:
@@ -186,13 +188,13 @@ class CompletionShape(Shape):
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """See `Shape`."""
-        text = piece.text
-        if not self._has_begun[piece.index]:
-            self._has_begun[piece.index] = True
-            text = self._echo(piece.index) + text
-        if not text and not piece.tokens and piece.finish is None:
+        is_first = not self._has_begun[piece.index]
+        text = self._echo(piece.index) + piece.text if is_first else piece.text
+        has_scores = is_first and self.choices[piece.index].scores is not None
+        if not text and not piece.tokens and piece.finish is None and not has_scores:
             return []
-        return [self._chunk(self._part(piece.index, text, piece.tokens, piece.finish))]
+        self._has_begun[piece.index] = True
+        return [self._chunk(self._part(piece.index, text, piece.tokens, piece.finish, is_first=is_first))]
 
     def echoed(self) -> dict[str, Any]:
         """The answer where only the prompt was asked for (``echo`` with ``max_tokens`` 0)."""
@@ -205,27 +207,48 @@ class CompletionShape(Shape):
     def _choice(self, at: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = self._echo(at) + "".join(piece.text for piece in pieces)
         tokens = [shown for piece in pieces for shown in piece.tokens]
-        return self._part(at, text, tokens, pieces[-1].finish)
+        return self._part(at, text, tokens, pieces[-1].finish, is_first=True)
 
-    def _part(self, index: int, text: str, tokens: Sequence[Shown], finish: Finish | None) -> dict[str, Any]:
+    def _part(
+        self, index: int, text: str, tokens: Sequence[Shown], finish: Finish | None, *, is_first: bool
+    ) -> dict[str, Any]:
         made = {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(tokens),
+            "logprobs": self._logprobs(index, tokens, is_first=is_first),
             "finish_reason": finish and str(finish),
         }
         return {**made, **self._route(tokens)}
 
-    def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Shown], *, is_first: bool) -> dict[str, Any] | None:
         if self.asked.logprobs is None:
             return None
-        shown = [(token, token.logprob) for token in tokens if token.logprob is not None]
+        before = len(self._echo(index))
+        rows: list[_Row] = self._prompt_rows(index) if is_first else []
+        rows += [(shown.token, shown.logprob, before + shown.start) for shown in tokens if shown.logprob is not None]
         return {
-            "tokens": [self.reader.token_name(token.token)[0] for token, _ in shown],
-            "token_logprobs": [told.logprob for _, told in shown],
-            "top_logprobs": [
-                {self.reader.token_name(at)[0]: value for at, value in told.top[: self.asked.logprobs]}
-                for _, told in shown
-            ],
-            "text_offset": [token.start for token, _ in shown],
+            "tokens": [self.reader.token_name(token)[0] for token, _, _ in rows],
+            "token_logprobs": [None if told is None else max(told.logprob, LEAST_LOGPROB) for _, told, _ in rows],
+            "top_logprobs": [None if told is None else self._top(told) for _, told, _ in rows],
+            "text_offset": [start for _, _, start in rows],
         }
+
+    def _prompt_rows(self, index: int) -> list["_Row"]:
+        """Rows of an echoed prompt; nothing comes before its first token, so nothing is told of that."""
+        scores = self.choices[index].scores
+        if scores is None:
+            return []
+        at = index // self.asked.n
+        tokens = self.asked.prompts[at]
+        return list(zip(tokens, [None, *scores.rows], self.reader.offsets(tokens, self.asked.texts[at]), strict=True))
+
+    def _top(self, told: TokenLogprob) -> dict[str, float]:
+        return {
+            self.reader.token_name(token)[0]: max(value, LEAST_LOGPROB)
+            for token, value in told.top[: self.asked.logprobs]
+        }
+
+
+_Row = tuple[
+    int, TokenLogprob | None, int
+]  # of log probabilities: a token, what is told of it, the character it begins at

@@ -67,15 +67,16 @@ class NanoRunner(ModelRunner):
         self.min_tokens, self.tile = max(min_tokens, 2), tile
         self.num_cut = 0  # steps that were
 
-    def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
+    def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded
         if is_whole or len(tokens) < self.min_tokens:
-            return super()._logits(chunks, tokens)
+            return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)
         self.executor.run(step.schedule, step.work, len(self.model.blocks))
         self.num_cut += 1
-        return step.logits()
+        x_RW = step.normed(rows)
+        return x_RW if self.fast is None else x_RW.float()  # its head reads no other
 
 
 def default_executor(device: torch.device) -> Executor:
@@ -110,11 +111,11 @@ class _Step:
         for chunk in chunks:
             starts.append(first)
             first += len(chunk.tokens)
-        self.tokens = [
-            token
-            for number in self.order
-            for token in tokens[starts[number] : starts[number] + len(chunks[number].tokens)]
-        ]
+        standing = [
+            row for number in self.order for row in range(starts[number], starts[number] + len(chunks[number].tokens))
+        ]  # rows of the batch as they stand here
+        self.place = {row: place for place, row in enumerate(standing)}
+        self.tokens = [tokens[row] for row in standing]
         self.edges = [0]
         for chunk in self.chunks:
             self.edges.append(self.edges[-1] + len(chunk.tokens))
@@ -216,13 +217,9 @@ class _Step:
             self.hidden[width] = like.new_empty(1, len(self.tokens), width)
         return self.hidden[width]
 
-    def logits(self) -> Tensor:
-        """logits_RV of the rows that sample, in the order of the batch's chunks."""
-        last = {number: self.edges[at + 1] - 1 for at, number in enumerate(self.order)}
-        samples = {number: self.chunks[at].samples for at, number in enumerate(self.order)}
-        rows = [last[number] for number in sorted(last) if samples[number]]
-        x_1RW = self.model.norm(self.x_1TW[:, rows])
-        return self.model.logits(x_1RW)[0]
+    def normed(self, rows: Sequence[int]) -> Tensor:
+        """x_RW of ``rows`` of the batch, after the last norm."""
+        return self.model.norm(self.x_1TW[0, [self.place[row] for row in rows]])
 
 
 def _is_plain(feed_forward: FeedForward) -> bool:

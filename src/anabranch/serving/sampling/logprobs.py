@@ -1,12 +1,14 @@
 """Log probabilities that clients ask for: of the model's own distribution."""
 # Shapes: R rows, V vocabulary, K most likely tokens
 
+import math
+
 import torch
 from torch import Tensor
 
 from anabranch.serving.core.request import TokenLogprob
 
-__all__ = ["logprobs"]
+__all__ = ["logprobs", "not_numbers"]
 
 _MOST = (
     20  # that a request may ask for; always as many are looked up, so that a row's result does not depend on the others
@@ -28,3 +30,8 @@ def logprobs(logits_RV: Tensor, tokens: list[int], tops: list[int]) -> list[Toke
         TokenLogprob(token=token, logprob=value, top=tuple(zip(names[row][:top], likely[row][:top], strict=True)))
         for row, (token, value, top) in enumerate(zip(tokens, own, tops, strict=True))
     ]
+
+
+def not_numbers(best: float) -> str | None:
+    """The error of a row whose largest logit is ``best``; None if it can be read."""
+    return None if math.isfinite(best) else f"the model's logits are not numbers (the largest is {best})"

@@ -25,7 +25,7 @@ from anabranch.serving import grammar
 from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.sampling.adjust import adjust
-from anabranch.serving.sampling.logprobs import logprobs
+from anabranch.serving.sampling.logprobs import logprobs, not_numbers
 from anabranch.serving.sampling.state import SequenceState
 
 __all__ = ["Sampler"]
@@ -181,9 +181,7 @@ class Sampler:
 def _broken(best_R: Tensor, states: list[SequenceState]) -> list[str | None]:
     """An error for each row that cannot be sampled."""
     return [
-        state.error
-        if state.error is not None
-        else (None if math.isfinite(best) else f"the model's logits are not numbers (the largest is {best})")
+        state.error if state.error is not None else not_numbers(best)
         for best, state in zip(best_R.tolist(), states, strict=True)
     ]
 
