@@ -15,8 +15,9 @@ import pytest
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import BackendError, CheckpointError, InputError
 from anabranch.lm import SamplingConfig, generate, save_model
-from anabranch.serving import Finish, LocalEngine, Output, ProcessEngine, Request, Sampling, ServingConfig
-from anabranch.serving.engine import ModelRunner, streams
+from anabranch.serving import Finish, LocalEngine, ProcessEngine, Request, Sampling, ServingConfig
+from anabranch.serving.core import stream
+from anabranch.serving.engine import ModelRunner
 
 COUNT = 12
 GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
@@ -50,7 +51,7 @@ def expected(model, prompts):
 async def collect(engine, request):
     outputs = [output async for output in engine.submit(request)]
     assert [output.finish is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    return functools.reduce(streams.joined, outputs)
+    return functools.reduce(stream.joined, outputs)
 
 
 async def all_of(engine, prompts, sampling=GREEDY):
@@ -194,7 +195,7 @@ def test_a_start_that_fails_says_why(config):
 
 
 def test_a_slow_reader_pauses_its_request_and_a_stalled_one_ends_it(config, prompts, monkeypatch):
-    monkeypatch.setattr(streams, "BUFFER", 4)
+    monkeypatch.setattr(stream, "BUFFER", 4)
 
     async def body(engine):
         sampling = Sampling(temperature=0.0, max_tokens=60, ignore_eos=True)
@@ -211,19 +212,13 @@ def test_a_slow_reader_pauses_its_request_and_a_stalled_one_ends_it(config, prom
         rest = [output async for output in slow]
         assert first.tokens + tuple(token for output in rest for token in output.tokens) == whole
         assert rest[-1].finish is Finish.LENGTH
-        monkeypatch.setattr(streams, "STALL_S", 0.05)
+        monkeypatch.setattr(stream, "STALL_S", 0.05)
         stalled = engine.submit(Request(id="stalled", prompt=prompts[0], sampling=ENDLESS))
         await anext(stalled)
         await asyncio.sleep(0.3)
         assert [output async for output in stalled][-1].finish is Finish.ABORT
 
     running(in_thread(config), body)
-
-
-def test_outputs_are_joined_in_order():
-    first = Output(id="a", tokens=(1,), cached_tokens=3, queue_s=0.5)
-    both = streams.joined(first, Output(id="a", tokens=(2, 3), finish=Finish.STOP))
-    assert both == Output(id="a", tokens=(1, 2, 3), cached_tokens=3, queue_s=0.5, finish=Finish.STOP)
 
 
 # -- in a process

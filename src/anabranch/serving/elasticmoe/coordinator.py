@@ -18,6 +18,7 @@ from typing import Any
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Output, Request
+from anabranch.serving.core.stream import Stream
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.group import Group
@@ -67,22 +68,17 @@ class Coordinator:
         """See `EngineClient.submit`."""
         if not self.is_ready:
             raise InputError("the engine takes no requests now")
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Output]()
+        loop, ledger = asyncio.get_running_loop(), self.group.ledger
+        stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
 
         def emit(output: Output) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(arrived.put_nowait, output)
+                loop.call_soon_threadsafe(stream.push, output)
 
-        self.group.ledger.submit(request, emit)
-        is_over = False
-        try:
-            while not is_over:
-                output = await arrived.get()
-                is_over = output.finish is not None
-                yield output
-        finally:
-            if not is_over:
-                self.group.ledger.abort(request.id)
+        ledger.submit(request, emit)
+        with stream:
+            while not stream.is_over:
+                yield await stream.take()
 
     async def abort(self, id: str) -> None:
         """End a request."""
@@ -152,8 +148,7 @@ class Coordinator:
         while True:
             await asyncio.sleep(every_s)
             ledger = self.group.ledger
-            waiting = ledger.num_waiting
-            load = Load(len(self.group.devices), len(ledger.live) - waiting, waiting, self.config.max_seqs)
+            load = Load(len(self.group.devices), ledger.num_running, ledger.num_waiting, self.config.max_seqs)
             clock = time.localtime()
             with self._judging:
                 wanted = self.autoscaler.decide(time.monotonic(), load, clock.tm_hour + clock.tm_min / 60)

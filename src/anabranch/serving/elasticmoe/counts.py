@@ -103,11 +103,10 @@ class Counts:
             now = [self._pictures.get((id(active), device)) for device in group.devices]
             samples, self._batch_tokens = self._batch_tokens, []
         gauges = {
-            "running": float(sum(live.instance is not None for live in list(ledger.live.values()))),
+            "running": float(ledger.num_running),
             "waiting": float(ledger.num_waiting),
-            "queued_tokens": float(
-                sum(len(l_.request.prompt) for l_ in list(ledger.live.values()) if l_.instance is None)
-            ),
+            "paused": float(ledger.num_paused),
+            "queued_tokens": float(ledger.queued_tokens),
             "kv_usage_ratio": max((picture.gauges["kv_usage_ratio"] for picture in now if picture), default=0.0),
             "elastic_devices": float(len(group.devices)),
             "elastic_standby": float(len(group.standby.configurations())),

@@ -3,8 +3,7 @@
     command -> plan -> prepare (peer copies, beside: take or boot the instance) -> attach -> warm -> switch -> release -> commit
 
 Until the switch nothing that serves is touched; whatever fails before leaves the old instance as it was, with new memory let go. A
-failure after it, or of the active instance at any time, is a recovery: the weights are in the memory manager still, so new ranks attach
-to them and every accepted request goes on from the tokens it has.
+failure after it, or of the active instance at any time, is a recovery (`anabranch.serving.elasticmoe.recovery`).
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from anabranch.errors import AnabranchError, BackendError, InputError
+from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.request import Finish
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
@@ -26,6 +25,7 @@ from anabranch.serving.elasticmoe.ledger import Ledger
 from anabranch.serving.elasticmoe.memory import MemoryManager, Which
 from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory, place, plan_scale
 from anabranch.serving.elasticmoe.rank_boot import Boot
+from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_broken
 from anabranch.serving.elasticmoe.report import ScaleReport
 from anabranch.serving.elasticmoe.sizes import sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
@@ -35,9 +35,7 @@ __all__ = ["Group", "ScaleReport"]
 
 logger = logging.getLogger(__name__)
 
-FAULTS = (InstanceError, ChannelClosedError, AnabranchError, OSError, RuntimeError)
 PHASES = ("plan", "prepare", "attach", "warm", "switch", "release", "commit")
-_TRIES = 3
 
 
 class Group:
@@ -69,7 +67,7 @@ class Group:
         self.coming: Instance | None = None  # the instance of a change that is under way
         self.is_closed = False
         self.reports: list[ScaleReport] = []
-        self._operator = threading.RLock()
+        self.operator = threading.RLock()  # held by whoever changes or mends the group
         self._ahead: threading.Thread | None = None
 
     @property
@@ -96,16 +94,16 @@ class Group:
 
     def start(self) -> None:
         """Load, boot, warm up and serve. Raises AnabranchError if it cannot."""
-        with self._operator:
+        with self.operator:
             self.placement = place(self.layout.num_experts, len(self.layout.layers), range(self.config.devices))
             plan = plan_scale(self.placement, self.devices, expert_bytes=self.layout.expert_bytes)
             self._check_memory(plan)
-            self.memory = MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
+            self.memory = self.start_memory()
             try:
-                self._light_forge()
-                instance = self._boot(self.devices)
+                self.light_forge()
+                instance = self.boot(self.devices)
                 self.memory.load(self.placement)
-                self._bring_up(instance, "current")
+                self.bring_up(instance, "current")
                 instance.all("start")
             except BaseException:
                 self.close()
@@ -121,7 +119,7 @@ class Group:
                 self.ledger.changed.wait(end - time.monotonic())
         self.is_closed = True
         self.ledger.end_all(Finish.ABORT)
-        with self._operator:
+        with self.operator:
             active, self.ledger.active = self.ledger.active, None
             if active is not None:
                 active.close()
@@ -156,12 +154,12 @@ class Group:
 
         Raises InputError for what cannot be, BackendError for a change that failed: the group serves on as it was.
         """
-        if not self._operator.acquire(blocking=self.config.busy == "queue"):
+        if not self.operator.acquire(blocking=self.config.busy == "queue"):
             raise InputError("a change of devices is under way; try again when it is done, or set busy='queue'")
         try:
             return self._scale(devices, tuple(lost), mode or self.config.mode)
         finally:
-            self._operator.release()
+            self.operator.release()
             self.look_ahead()
 
     def _scale(self, devices: int | Sequence[int], lost: tuple[int, ...], mode: str) -> ScaleReport:
@@ -213,7 +211,7 @@ class Group:
             copied = pool.submit(memory.prepare, plan, from_disk=not self.config.p2p)
             new = self.standby.take(plan.new.devices)
             if new is None:
-                new = self._boot(plan.new.devices)
+                new = self.boot(plan.new.devices)
             self.coming = new
             try:
                 new.wait_ready()
@@ -244,7 +242,7 @@ class Group:
             assert self.memory is not None
             self.counts.peak(self.memory)
         if self.ledger.active is not None and self.ledger.active.is_broken:
-            self._recover()
+            recover(self)
 
     def _commit_again(self, memory: MemoryManager) -> None:
         """Release failed; the placement has changed all the same."""
@@ -252,7 +250,7 @@ class Group:
             if memory.usage()["is_prepared"]:
                 memory.commit()
         except ChannelClosedError:
-            self._recover(is_memory_lost=True)
+            recover(self, is_memory_lost=True)
 
     def _roll_back(self, old: Instance, new: Instance | None, phase: str, error: BaseException) -> None:
         logger.warning("scaling failed in phase %s, the group stays as it was: %s", phase, error)
@@ -266,7 +264,7 @@ class Group:
         except ChannelClosedError:
             is_memory_lost = True
         if is_memory_lost or old.is_broken:
-            self._recover(is_memory_lost=is_memory_lost)
+            recover(self, is_memory_lost=is_memory_lost)
 
     def _event(self, instance: Instance, device: int, event: Event) -> None:
         """What a rank says by itself, in its listener's thread."""
@@ -280,66 +278,20 @@ class Group:
                 self.ledger.changed.notify_all()
             if instance is self.ledger.active:
                 self.counts.down()
-                threading.Thread(target=self._recover_if_broken, daemon=True, name="anabranch-recover").start()
-
-    def _recover_if_broken(self) -> None:
-        with self._operator:
-            active = self.ledger.active
-            if active is not None and active.is_broken and not self.is_closed:
-                self._recover()
-
-    def _recover(self, *, is_memory_lost: bool = False) -> None:
-        """Serve again, with the same devices. What fails is tried again from further back: from disk if need be."""
-        error: BaseException | None = None
-        for attempt in range(_TRIES):
-            if self.is_closed:
-                return
-            try:
-                self._bring_back(is_memory_lost=is_memory_lost or attempt > 0)
-                return
-            except FAULTS as failed:
-                error = failed
-                logger.warning("recovery failed (attempt %d of %d): %s", attempt + 1, _TRIES, failed)
-        logger.error("the group cannot serve any more: %s", error)
-        self.is_closed = True
-        self.ledger.end_all(Finish.ERROR, f"the engine failed: {error}")
-
-    def _bring_back(self, *, is_memory_lost: bool) -> None:
-        old, memory = self.ledger.active, self.memory
-        assert self.placement is not None
-        assert memory is not None
-        self.counts.recoveries += 1
-        if is_memory_lost or not memory.process.is_alive:
-            self.standby.close()  # they are connected to the memory manager that is gone
-            self.memory = MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
-            self.memory.load(self.placement)
-        self._light_forge()
-        new = self._boot(self.devices)
-        try:
-            self._bring_up(new, "current")
-            new.all("start")
-        except BaseException:
-            new.close()
-            raise
-        with self.ledger.lock:
-            if old is not None:
-                old.is_broken = True
-                self.ledger.send_back(old)
-            self.ledger.resume(new)
-        self.counts.up()
-        if old is not None:
-            old.close()
-        if memory is not self.memory:
-            memory.close()
+                threading.Thread(target=recover_if_broken, args=(self,), daemon=True, name="anabranch-recover").start()
 
     # Parts
 
-    def _light_forge(self) -> None:
+    def start_memory(self) -> MemoryManager:
+        """A memory manager, in which nothing is loaded yet."""
+        return MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
+
+    def light_forge(self) -> None:
         """Have a forge that can make ranks."""
         if self.forge is None or not self.forge.is_alive:
             self.forge, self._own_forge = Forge(forks=self.config.forks), True
 
-    def _boot(self, devices: Sequence[int]) -> Instance:
+    def boot(self, devices: Sequence[int]) -> Instance:
         """Start the processes of a configuration."""
         assert self.memory is not None
         assert self.forge is not None
@@ -357,14 +309,15 @@ class Group:
         return Instance.boot(self.forge, self.memory, boots, self._event)
 
     @staticmethod
-    def _bring_up(instance: Instance, which: Which) -> None:
+    def bring_up(instance: Instance, which: Which) -> None:
+        """Wait for the ranks, give them their weights, and warm them up. Raises InstanceError."""
         instance.wait_ready()
         instance.all("attach", which=which)
         instance.all("warm")
 
     def look_ahead(self) -> None:
         """Have the instances that are likely to be asked for next on standby, in the background."""
-        with self._operator:
+        with self.operator:
             is_busy = self._ahead is not None and self._ahead.is_alive()
             if self.config.ahead and self.config.standby and not is_busy and not self.is_closed and self.devices:
                 self._ahead = threading.Thread(target=self._fill_standby, daemon=True, name="anabranch-standby")
@@ -391,7 +344,7 @@ class Group:
         target = self._target(devices, ())
         if target in self.standby.configurations() or target == self.devices or self.is_closed:
             return
-        instance = self._boot(target)
+        instance = self.boot(target)
         try:
             instance.wait_ready()
         except BaseException:

@@ -2,6 +2,9 @@
 
 A rank gets no more requests than it runs at once; the rest wait here, so that devices which come find work and a rank that dies takes
 little with it. A request that was with such a rank is run again from its prompt and the tokens that its client has already.
+
+A request whose reader is slow is paused in the rank that has it, and takes no place there. That it is paused stands here: ranks that it is
+handed to are told, and should its rank die it does not begin again before its reader has caught up.
 """
 
 import heapq
@@ -39,6 +42,8 @@ class Live:
         reruns: how often it was begun again.
         came, first, last: times of arrival, first and newest token, seconds.
         longest_gap_s: between two outputs.
+        paused: since when its reader is too slow for it; None while it may run.
+        paused_s: how long that was so before; no fault of the devices.
     """
 
     request: Request
@@ -54,6 +59,8 @@ class Live:
     first: float | None = None
     last: float = 0.0
     longest_gap_s: float = 0.0
+    paused: float | None = None
+    paused_s: float = 0.0
 
     @property
     def carried(self) -> Carried:
@@ -77,7 +84,7 @@ class Ledger:
         self.live: dict[str, Live] = {}
         self.active: Instance | None = None
         self.room: dict[int, int] = {}  # blocks that a device's requests may need together, while it shares its cache
-        self.is_paused = False
+        self.is_paused = False  # ranks are about to be changed, and get no new requests
         self.reruns = self.requests = 0
         self.longest_gap_s = 0.0
         # Counted here and not by the ranks, whose last counts are lost with them.
@@ -85,12 +92,29 @@ class Ledger:
         self.counted.update({f"finished_{finish.value}": 0 for finish in Finish})
         self._queue: list[tuple[int, float, int, str]] = []
         self._serial = 0
-        self._aborted: set[str] = set()  # while paused
+        self._aborted: set[str] = set()  # while ``is_paused``
+        self._resumed: set[str] = set()  # likewise
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no rank has."""
-        return sum(live.instance is None for live in list(self.live.values()))
+        """Requests that wait for a rank."""
+        return sum(live.instance is None and live.paused is None for live in list(self.live.values()))
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of their prompts."""
+        waiting = (live for live in list(self.live.values()) if live.instance is None and live.paused is None)
+        return sum(len(live.request.prompt) for live in waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that a rank has and may run."""
+        return sum(live.instance is not None and live.paused is None for live in list(self.live.values()))
+
+    @property
+    def num_paused(self) -> int:
+        """Requests that wait for their readers."""
+        return sum(live.paused is not None for live in list(self.live.values()))
 
     def with_instance(self, instance: Instance) -> list[Live]:
         """Requests that an instance has."""
@@ -125,12 +149,43 @@ class Ledger:
                 return
             if self.is_paused:
                 self._aborted.add(id)
-            if live.instance is not None and live.device is not None:
-                live.instance.tell(live.device, "abort", id=id)
+            self._tell(live, "abort")
             self.counted["finished_abort"] += 1
             live.emit(Output(id=id, finish=Finish.ABORT))
             self.dispatch()
             self.changed.notify_all()
+
+    def pause_request(self, id: str) -> None:
+        """Compute nothing more for a request, whose reader is slow, until `resume_request`; an unknown one is left alone.
+
+        The step under way still gives its token. Others may have the request's place meanwhile.
+        """
+        with self.lock:
+            live = self.live.get(id)
+            if live is None or live.paused is not None:
+                return
+            live.paused = time.monotonic()
+            self._resumed.discard(id)
+            self._tell(live, "pause_request")
+            self.dispatch()
+            self.changed.notify_all()
+
+    def resume_request(self, id: str) -> None:
+        """Let a paused request go on where it is, or begin again if no rank has it any more; an unknown one is left alone."""
+        with self.lock:
+            live = self.live.get(id)
+            if live is None or live.paused is None:
+                return
+            live.last = time.monotonic()
+            live.paused_s += live.last - live.paused
+            live.paused = None
+            if self.is_paused:
+                self._resumed.add(id)
+            if live.instance is None:
+                self.enqueue(live)
+                self.dispatch()
+            else:
+                self._tell(live, "resume_request")
 
     def dispatch(self) -> None:
         """Give what waits to ranks that have room, the one with fewest requests first."""
@@ -140,11 +195,12 @@ class Ledger:
                 return
             held: dict[int, list[Live]] = {device: [] for device in active.devices}
             for live in self.with_instance(active):
-                if live.device is not None:
+                if live.device is not None and live.paused is None:
                     held[live.device].append(live)
             while self._queue:
                 first = self.live.get(self._queue[0][-1])
-                if first is None or first.instance is not None:  # it has ended, or was queued twice
+                # It has ended, was queued twice, or waits for its reader: then it is queued again when that one has caught up.
+                if first is None or first.instance is not None or first.paused is not None:
                     heapq.heappop(self._queue)
                     continue
                 live = first
@@ -201,17 +257,22 @@ class Ledger:
             self.changed.notify_all()
         return count
 
+    def withdraw_paused(self, instance: Instance) -> None:
+        """Take the paused requests of an instance that is to end away from it: when they are resumed they begin again elsewhere."""
+        with self.lock:
+            for live in self.with_instance(instance):
+                if live.paused is not None:
+                    self._tell(live, "abort")
+                    live.instance = live.device = None
+
     def resume(self, active: Instance, room: Mapping[int, int] | None = None) -> None:
         """Go on with ``active`` after a pause or a change."""
         with self.lock:
             self.active, self.is_paused = active, False
             self.room = dict(room or {})
+            self._tell_again(active)
             for device in active.devices:
                 active.tell(device, "go")
-            for id in self._aborted:
-                for device in active.devices:
-                    active.tell(device, "abort", id=id)
-            self._aborted.clear()
             self.dispatch()
             self.changed.notify_all()
 
@@ -222,8 +283,7 @@ class Ledger:
             self.live.clear()
             self._queue.clear()
             for live in ended:
-                if live.instance is not None and live.device is not None:
-                    live.instance.tell(live.device, "abort", id=live.request.id)
+                self._tell(live, "abort")
                 live.emit(Output(id=live.request.id, finish=finish, error=error))
             self.changed.notify_all()
 
@@ -240,6 +300,25 @@ class Ledger:
             count[device] += 1
             given[device].append(parcel)
         return given
+
+    @staticmethod
+    def _tell(live: Live, name: str) -> None:
+        """Tell the rank that has a request, if one has."""
+        if live.instance is not None and live.device is not None:
+            live.instance.tell(live.device, name, id=live.request.id)
+
+    def _tell_again(self, active: Instance) -> None:
+        """Before ranks go on: what requests were told while they were handed over may have come too late, or to another rank."""
+        for id in self._aborted:
+            for device in active.devices:
+                active.tell(device, "abort", id=id)
+        for live in self.with_instance(active):
+            if live.paused is not None:
+                self._tell(live, "pause_request")
+            elif live.request.id in self._resumed:
+                self._tell(live, "resume_request")
+        self._aborted.clear()
+        self._resumed.clear()
 
     def _has_room(self, device: int, live: Live, held: Sequence[Live]) -> bool:
         if device not in self.room:
@@ -266,4 +345,4 @@ class Ledger:
             live.last = now
         if is_well and live.first is not None:
             later = max(1, len(live.output) - 1)
-            self._served(live.first - live.came, (live.last - live.first) / later)
+            self._served(live.first - live.came, (live.last - live.first - live.paused_s) / later)

@@ -36,6 +36,7 @@ from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.elasticmoe.memory import Attached, Which, attach
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
+from anabranch.serving.engine.loop import IDLE_S
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.sampling import Sampler
@@ -85,6 +86,7 @@ class Rank:
         self.runner: ModelRunner | None = None
         self.is_serving = False
         self._picture_at = 0.0
+        self._is_told = False  # nothing has happened since the last picture
 
     def _meet(self, fds: Sequence[int]) -> list[Peer]:
         """Exchange mailboxes with the other ranks."""
@@ -258,6 +260,16 @@ class Rank:
         if output is not None:
             self.channel.send(("outputs", [output], None))
 
+    def do_pause_request(self, id: str) -> None:
+        """Compute nothing more for a request until `do_resume_request`."""
+        if self.scheduler is not None:
+            self.scheduler.pause(id)
+
+    def do_resume_request(self, id: str) -> None:
+        """Let a paused request go on."""
+        if self.scheduler is not None:
+            self.scheduler.resume(id)
+
     # The loop
 
     def run(self) -> None:
@@ -298,19 +310,27 @@ class Rank:
         assert self.scheduler is not None
         assert self.runner is not None
         batch = self.scheduler.schedule()
-        if batch is None:  # blocks are another's for now
-            time.sleep(0.001)
+        if batch is None:  # what there is is paused, or blocks are another's for now: a message may change that
+            if not self._is_told:
+                self._tell([], is_idle=True)
+            self.channel.poll(IDLE_S)
             return
         outputs = self.scheduler.update(batch, self.runner.run(batch))
         seconds = time.perf_counter() - started
         due = max(self.limits.pace_s, self.limits.pace_token_s * batch.num_tokens)
         if due > seconds:
             time.sleep(due - seconds)
+        self._tell(outputs, is_idle=not self.scheduler.has_work)
+
+    def _tell(self, outputs: list[Output], *, is_idle: bool) -> None:
+        """Send outputs, and a picture from time to time and before there is nothing to do."""
+        assert self.scheduler is not None
         now = time.monotonic()
         picture = None
-        if now - self._picture_at > _PICTURE_S or not self.scheduler.has_work:
+        if is_idle or now - self._picture_at > _PICTURE_S:
             self._picture_at = now
             picture = self.scheduler.stats()
+        self._is_told = picture is not None
         if outputs or picture:
             self.channel.send(("outputs", outputs, picture))
 

@@ -5,8 +5,12 @@ are shared; requests of devices that leave go to those that stay with their bloc
 
 `drain` (the paper): the new instance takes all new requests, the old one ends those it has. Both use one cache: at the switch the old
 one's free blocks go to the new one but for those that its requests may grow into; the rest follow when it is empty.
+
+A request that is paused, as its reader is slow, stays paused over `migrate`. `drain` does not wait for readers: a paused request is taken
+from the old instance, and when it is resumed the new one begins it again from the tokens it has.
 """
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +124,7 @@ def drain(group: "Group", plan: ScalePlan, old: Instance, new: Instance, report:
     report.gap_s = time.perf_counter() - paused
     report.seconds = time.perf_counter() - report.started
     started = time.perf_counter()
-    _wait_until_empty(group, old)
+    _wait_until_empty(group, plan, old)
     report.phases["drain"] = time.perf_counter() - started
     if not new.is_broken:
         new.all("give", {device: {"blocks": told[device]["kept_out"]} for device in shared})
@@ -136,13 +140,19 @@ def _take_back(group: "Group", old: Instance, free: dict[int, list[int]]) -> Non
     group.ledger.resume(old)
 
 
-def _wait_until_empty(group: "Group", old: Instance) -> None:
-    """Until the old instance has ended its requests. If it dies they go to the new one."""
+def _wait_until_empty(group: "Group", plan: ScalePlan, old: Instance) -> None:
+    """Until the old instance has ended its requests, and has stopped. If it dies they go to the new one."""
     ledger = group.ledger
     with ledger.changed:
-        while ledger.with_instance(old):
+        while True:
             if old.is_broken:
                 ledger.send_back(old)
                 ledger.dispatch()
                 return
+            ledger.withdraw_paused(old)
+            if not ledger.with_instance(old):
+                break
             ledger.changed.wait(0.5)
+    # The step under way may still write for a request that was withdrawn or aborted; only then are its blocks another's.
+    with contextlib.suppress(InstanceError):
+        old.all("pause", {device: {"how": "carry"} for device in old.devices if device not in plan.lost})

@@ -11,9 +11,9 @@ from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.core.stream import joined
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add, Close, Event, Refused
-from anabranch.serving.engine.streams import joined
 
 Prompt = str | Sequence[int]
 

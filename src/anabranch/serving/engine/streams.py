@@ -1,9 +1,7 @@
-"""`StreamsClient`: what every client of one loop does on the side of the event loop: streams, their buffers, replies, pictures."""
+"""`StreamsClient`: what every client of one loop does on the side of the event loop: streams, replies, pictures."""
 
 import asyncio
 import itertools
-import logging
-from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -12,6 +10,7 @@ from typing import Any
 from anabranch.errors import AnabranchError, BackendError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.stream import Stream
 from anabranch.serving.engine.messages import (
     Abort,
     Add,
@@ -26,66 +25,7 @@ from anabranch.serving.engine.messages import (
     Resume,
 )
 
-logger = logging.getLogger(__name__)
-
-BUFFER = 256  # outputs that wait for a reader before its request is paused; what was on its way then is put together
-STALL_S = 30.0  # a reader that lets a full buffer stand for so long has its request ended
 KEPT_SAMPLES = 4096  # values of one histogram between two pictures
-
-
-def joined(first: Output, second: Output) -> Output:
-    """Two outputs of one request as one."""
-    return replace(
-        second,
-        tokens=first.tokens + second.tokens,
-        logprobs=first.logprobs + second.logprobs,
-        routing=first.routing + second.routing,
-        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
-        cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
-        queue_s=second.queue_s if first.queue_s is None else first.queue_s,
-    )
-
-
-class _Stream:
-    """Outputs of one request on their way to whoever reads them.
-
-    Attributes:
-        stall: set while the request is paused; ends it when the reader does not come.
-    """
-
-    def __init__(self) -> None:
-        self.outputs: deque[Output | Refused] = deque()
-        self.news = asyncio.Event()
-        self.stall: asyncio.TimerHandle | None = None
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.outputs) >= BUFFER
-
-    @property
-    def is_drained(self) -> bool:
-        return len(self.outputs) <= BUFFER // 2
-
-    def push(self, output: Output | Refused) -> None:
-        last = self.outputs[-1] if self.is_full else None
-        if last is None or isinstance(last, Refused) or isinstance(output, Refused):
-            self.outputs.append(output)
-        else:
-            self.outputs[-1] = joined(last, output)
-        self.news.set()
-
-    async def take(self) -> Output | Refused:
-        while not self.outputs:
-            self.news.clear()
-            await self.news.wait()
-        return self.outputs.popleft()
-
-    def unstall(self) -> bool:
-        """No longer paused; whether it was."""
-        was, self.stall = self.stall, None
-        if was is not None:
-            was.cancel()
-        return was is not None
 
 
 class StreamsClient:
@@ -98,7 +38,7 @@ class StreamsClient:
     def __init__(self, max_restarts: int = 3) -> None:
         self.max_restarts, self.restarts = max_restarts, 0
         self.info: EngineInfo | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._stats = EngineStats()
@@ -140,25 +80,20 @@ class StreamsClient:
             return
         if request.id in self._streams:
             raise InputError(f"a request {request.id!r} is under way; ids must differ")
-        stream = self._streams[request.id] = _Stream()
-        has_ended = False
-        try:
-            self._send(Add(request))
-            while not has_ended:
-                output = await stream.take()
-                if stream.is_drained and stream.unstall():
-                    self._send(Resume(request.id))
-                if isinstance(output, Refused):
-                    has_ended = True
-                    raise InputError(output.error)
-                has_ended = output.finish is not None
-                yield output
-        finally:
-            stream.unstall()
-            if self._streams.get(request.id) is stream:
-                del self._streams[request.id]
-            if not has_ended:
-                self._send(Abort(request.id))
+        stream = self._streams[request.id] = Stream(
+            request.id,
+            pause=lambda id: self._send(Pause(id)),
+            resume=lambda id: self._send(Resume(id)),
+            abort=lambda id: self._send(Abort(id)),
+        )
+        with stream:
+            try:
+                self._send(Add(request))
+                while not stream.is_over:
+                    yield await stream.take()
+            finally:
+                if self._streams.get(request.id) is stream:
+                    del self._streams[request.id]
 
     async def abort(self, id: str) -> None:
         """End a request; its iterator gets `Finish.ABORT`."""
@@ -211,14 +146,10 @@ class StreamsClient:
         stream = self._streams.get(event.id)
         if stream is None:
             return
-        stream.push(event)
-        if stream.is_full and stream.stall is None and isinstance(event, Output) and event.finish is None:
-            stream.stall = asyncio.get_running_loop().call_later(STALL_S, self._give_up, event.id)
-            self._send(Pause(event.id))
-
-    def _give_up(self, id: str) -> None:
-        logger.warning("request %s is ended: nobody has read its output for %g s", id, STALL_S)
-        self._send(Abort(id))
+        if isinstance(event, Refused):
+            stream.refuse(InputError(event.error))
+        else:
+            stream.push(event)
 
     def _note(self, stats: EngineStats) -> None:
         samples = self._stats.samples
@@ -231,7 +162,7 @@ class StreamsClient:
         self._is_open = False
         finish = Finish.ERROR if crashed else Finish.ABORT
         for id, stream in list(self._streams.items()):
-            if not any(isinstance(output, Output) and output.finish is not None for output in stream.outputs):
+            if not stream.has_ended:
                 stream.push(Output(id=id, finish=finish, error=reason))
         for future in self._replies.values():
             if not future.done():

@@ -1,0 +1,160 @@
+"""The book of requests with ranks of paper: whom it tells what when a reader is slow, and who gets the place."""
+
+import pytest
+
+from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.elasticmoe.ledger import Ledger
+from anabranch.serving.elasticmoe.rank_boot import Limits
+
+
+class Ranks:
+    """An instance that only notes what its ranks are told."""
+
+    def __init__(self, *devices):
+        self.devices, self.is_broken, self.told = devices, False, []
+
+    def tell(self, device, name, **arguments):
+        id = arguments.get("id") or getattr(arguments.get("request"), "id", None)
+        self.told.append((device, name, id) if id else (device, name))
+
+    def news(self):
+        """What they were told since the last time."""
+        told, self.told = self.told, []
+        return told
+
+
+class Book:
+    """A ledger, its first instance, and what clients were given."""
+
+    def __init__(self, *devices, max_seqs=1):
+        self.served, self.given = [], []
+        self.ledger = Ledger(Limits(num_blocks=8, max_seqs=max_seqs), 61, lambda *times: self.served.append(times))
+        self.ranks = Ranks(*devices)
+        self.ledger.resume(self.ranks)
+        self.ranks.news()
+
+    def submit(self, *ids):
+        for id in ids:
+            sampling = Sampling(max_tokens=9)
+            self.ledger.submit(Request(id=id, prompt=(1, 2, 3), sampling=sampling), self.given.append)
+
+    def gives(self, id, *tokens, **last):
+        live = self.ledger.live[id]
+        self.ledger.take(live.instance, live.device, [Output(id=id, tokens=tokens, **last)])
+
+
+@pytest.fixture
+def book():
+    return Book(0)
+
+
+def test_a_paused_request_stays_with_its_rank_and_another_has_its_place(book):
+    book.submit("slow", "next", "last")
+    assert book.ranks.news() == [(0, "submit", "slow")]
+    assert (book.ledger.num_running, book.ledger.num_waiting, book.ledger.num_paused) == (1, 2, 0)
+    book.ledger.pause_request("slow")
+    book.ledger.pause_request("slow")
+    assert book.ranks.news() == [(0, "pause_request", "slow"), (0, "submit", "next")]
+    assert (book.ledger.num_running, book.ledger.num_waiting, book.ledger.num_paused) == (1, 1, 1)
+    book.gives("slow", 7)  # of the step that was under way
+    assert [output.tokens for output in book.given] == [(7,)]
+    book.ledger.resume_request("slow")
+    book.ledger.resume_request("slow")
+    assert book.ranks.news() == [(0, "resume_request", "slow")]
+    book.gives("next", 8, finish=Finish.LENGTH)
+    assert book.ranks.news() == []  # the rank has as many as it runs
+    book.gives("slow", 8, finish=Finish.LENGTH)
+    assert book.ranks.news() == [(0, "submit", "last")]
+
+
+def test_unknown_requests_are_left_alone(book):
+    book.ledger.pause_request("nobody")
+    book.ledger.resume_request("nobody")
+    book.submit("a")
+    book.ledger.resume_request("a")
+    assert book.ranks.news() == [(0, "submit", "a")]
+
+
+def test_one_whose_rank_died_begins_again_when_it_is_resumed(book):
+    book.submit("slow", "other")
+    book.gives("slow", 7, 8)
+    book.ledger.pause_request("slow")
+    book.ledger.send_back(book.ranks)
+    new = Ranks(0)
+    book.ledger.resume(new)
+    assert new.news() == [(0, "go"), (0, "submit", "other")]
+    book.ledger.pause_request("other")
+    assert new.news() == [(0, "pause_request", "other")]
+    book.ledger.resume_request("slow")
+    assert new.news() == [(0, "submit", "slow")]
+    assert book.ledger.live["slow"].output == [7, 8]
+
+
+def test_what_happens_to_readers_during_a_change_is_told_to_the_new_ranks_before_they_go_on():
+    book = Book(0, max_seqs=9)
+    book.submit("slow", "quick", "both", "gone", "runs")
+    for id in ("slow", "quick"):
+        book.ledger.pause_request(id)
+    book.ledger.is_paused = True  # frozen by now: slow and quick are paused in what is handed over
+    book.ledger.resume_request("quick")
+    book.ledger.pause_request("both")
+    book.ledger.resume_request("both")
+    book.ledger.pause_request("both")
+    book.ledger.pause_request("gone")
+    book.ledger.abort("gone")
+    new = Ranks(0, 1)
+    book.ledger.move(book.ranks, new, {"slow": 1, "quick": 0, "both": 0, "runs": 1})
+    book.ledger.resume(new)
+    assert new.news() == [
+        (0, "abort", "gone"), (1, "abort", "gone"),
+        (1, "pause_request", "slow"), (0, "resume_request", "quick"), (0, "pause_request", "both"),
+        (0, "go"), (1, "go"),
+    ]  # fmt: skip
+    book.ledger.resume(new)  # nothing is told twice but what must hold
+    assert new.news() == [(1, "pause_request", "slow"), (0, "pause_request", "both"), (0, "go"), (1, "go")]
+
+
+def test_a_drain_takes_what_is_paused_from_the_old_instance(book):
+    book.submit("slow", "runs")
+    book.gives("slow", 7)
+    book.ledger.pause_request("slow")
+    new = Ranks(1)
+    book.ledger.resume(new)
+    book.ranks.news()
+    book.ledger.withdraw_paused(book.ranks)
+    assert book.ranks.news() == [(0, "abort", "slow")]
+    assert [live.request.id for live in book.ledger.with_instance(book.ranks)] == ["runs"]
+    book.ledger.take(book.ranks, 0, [Output(id="slow", tokens=(8,)), Output(id="slow", finish=Finish.ABORT)])
+    assert [output.tokens for output in book.given] == [(7,)]  # what came too late is given by the new instance
+    assert new.news() == [(1, "go")]
+    book.ledger.resume_request("slow")
+    assert new.news() == [(1, "submit", "slow")]
+
+
+def test_aborted_while_paused(book):
+    book.submit("slow")
+    book.ledger.pause_request("slow")
+    book.ledger.abort("slow")
+    assert book.ranks.news() == [(0, "submit", "slow"), (0, "pause_request", "slow"), (0, "abort", "slow")]
+    assert [output.finish for output in book.given] == [Finish.ABORT]
+    book.ledger.resume_request("slow")
+    assert book.ranks.news() == []
+    assert book.ledger.num_paused == 0
+
+
+def test_time_that_a_reader_takes_is_no_fault_of_the_devices(book, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("anabranch.serving.elasticmoe.ledger.time.monotonic", lambda: now[0])
+    book.submit("slow")
+
+    def at(time, work, *arguments, **more):
+        now[0] = time
+        work(*arguments, **more)
+
+    at(1, book.gives, "slow", 5)
+    at(2, book.gives, "slow", 6)
+    at(2, book.ledger.pause_request, "slow")
+    at(22, book.ledger.resume_request, "slow")
+    at(23, book.gives, "slow", 7, finish=Finish.LENGTH)
+    assert book.served == [(1, (23 - 1 - 20) / 2)]
+    assert book.ledger.longest_gap_s == 1
