@@ -1,12 +1,18 @@
 """Tiers: what a load writes, and that what was read is forgotten where that was asked for."""
 
+import errno
+import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import CheckpointError, DataError
 from anabranch.serving.expertflow import Expert
+from anabranch.serving.expertflow.direct import BLOCK, CHUNK, DirectFile
 from anabranch.serving.expertflow.tiers import DequantTier, FileTier, MemoryTier, dequantize, quantize, write_experts
 
 Pool = tuple[torch.Tensor, torch.Tensor]
@@ -69,13 +75,78 @@ def test_what_was_read_is_read_again_from_the_disk_only_if_it_was_dropped(tmp_pa
     assert share > 0.9 if drop_cache else share < 0.1
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_piece_is_read_past_the_cache_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(1, 3 * BLOCK))
+    path = tmp_path_factory.getbasetemp() / "piece.bin"
+    content = random.Random(size).randbytes(size)
+    path.write_bytes(content)
+    offset, length = data.draw(st.integers(0, size + BLOCK)), data.draw(st.integers(0, 2 * BLOCK))
+    file, into = DirectFile(path), bytearray(length)
+    for past_cache in (True, False):
+        count = file.read(offset, memoryview(into), past_cache=past_cache)
+        assert into[:count] == content[offset : offset + length]
+        assert count == len(content[offset : offset + length])
+    file.close()
+
+
+def test_a_piece_larger_than_the_buffer(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(2 * CHUNK + 100)
+    (tmp_path / "large.bin").write_bytes(content)
+    file, into = DirectFile(tmp_path / "large.bin"), bytearray(2 * CHUNK + 50)
+    assert file.read(7, memoryview(into), past_cache=True) == len(into)
+    assert into == content[7 : 7 + len(into)]
+    file.close()
+
+
+@pytest.mark.parametrize("refuses", ["open", "read"])
+def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    (tmp_path / "some.bin").write_bytes(b"abcdef")
+    refused, real_open, real_read = OSError(errno.EINVAL, "not here"), os.open, os.preadv
+
+    def opened(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT and refuses == "open":
+            raise refused
+        return real_open(path, flags)
+
+    def read(handle: int, buffers: list[memoryview], offset: int) -> int:
+        if len(buffers[0]) == BLOCK and refuses == "read":
+            raise refused
+        return real_read(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", read)
+    file, into = DirectFile(tmp_path / "some.bin"), bytearray(4)
+    assert file.read(1, memoryview(into), past_cache=True) == 4
+    assert into == b"bcde"
+    assert not file.is_direct
+    file.close()
+
+
+def test_a_device_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.bin").write_bytes(b"abcdef")
+    file = DirectFile(tmp_path / "some.bin")
+
+    def broken(handle: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match="broken"):
+        file.read(0, memoryview(bytearray(4)), past_cache=True)
+    file.close()
+
+
 def test_files_that_end_early_or_are_not_there(tmp_path: Path) -> None:
     pool = made()
     tier = write_experts(tmp_path / "experts.bin", [pool])
     with (tmp_path / "experts.bin").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(DataError, match="it is truncated"):
-        list(tier.load(Expert(0, 5), slot_of(pool)))
+    for tier.drop_cache in (False, True):
+        with pytest.raises(DataError, match="it is truncated"):
+            list(tier.load(Expert(0, 5), slot_of(pool)))
     table = tier.table
     tier.close()
     (tmp_path / "experts.bin").unlink()

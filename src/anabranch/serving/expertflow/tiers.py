@@ -1,7 +1,7 @@
 """Tiers: where experts lie while they are not in a slot, and how one gets into it.
 
     MemoryTier     tensors in memory (copied into the slot)
-    FileTier       an offset table into files, read straight into the slot by whichever thread asks, page cache dropped on demand
+    FileTier       an offset table into files, read into the slot by whichever thread asks, past the page cache on demand
     SourceTier     tensors read through `anabranch.lm.tensors` (memory-mapped), for files in whatever layout and type
     DequantTier    int8 or int4 in memory, dequantised into the slot
     ThrottledTier  any of them, slowed down to so many seconds per byte
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
+from anabranch.serving.expertflow.direct import DirectFile
 from anabranch.serving.expertflow.layout import Expert
 
 Slot = tuple[Tensor, Tensor]  # (w13_FD, w2_DF) to write into
@@ -88,16 +89,19 @@ class FileTier:
 
     Args:
         table: of every expert.
-        drop_cache: tell the system to forget what was read, so that the page cache holds no second copy (and each load is a real one).
+        drop_cache: keep nothing of what is read in the page cache (`DirectFile`), so that it holds no second copy and each load is a real
+            one.
+
+    Raises CheckpointError for a file that cannot be opened.
     """
 
     def __init__(self, table: Mapping[Expert, Sequence[Piece]], *, drop_cache: bool = False) -> None:
         self.table = dict(table)
         self.drop_cache = drop_cache
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, DirectFile] = {}
         for path in {piece.path for pieces in self.table.values() for piece in pieces}:
             try:
-                self._files[path] = os.open(path, os.O_RDONLY)
+                self._files[path] = DirectFile(path)
             except OSError as error:
                 self.close()
                 raise CheckpointError(f"cannot read experts from {path}: {error}") from None
@@ -119,34 +123,18 @@ class FileTier:
                 place.copy_(buffer)
             yield
 
-    def _read(self, piece: Piece, buffer: memoryview) -> None:
-        handle, done = self._files[piece.path], 0
-        while done < len(buffer):
-            count = os.preadv(handle, [buffer[done:]], piece.offset + done)
-            if count == 0:
-                raise DataError(f"{piece.path} ends before byte {piece.offset + piece.bytes}; it is truncated")
-            done += count
-        if self.drop_cache:
-            _forget(handle, piece.offset, piece.bytes)
+    def _read(self, piece: Piece, into: memoryview) -> None:
+        if self._files[piece.path].read(piece.offset, into, past_cache=self.drop_cache) < len(into):
+            raise DataError(f"{piece.path} ends before byte {piece.offset + piece.bytes}; it is truncated")
 
     def close(self) -> None:
         """See `Tier`."""
         _close(self._files)
 
 
-FOLIO = 2 << 20  # largest piece of a file that the system keeps or forgets as a whole
-
-
-def _forget(handle: int, offset: int, length: int) -> None:
-    """Let the page cache drop this part of a file. What is kept in one piece is dropped only whole, so neighbours go as well."""
-    if hasattr(os, "posix_fadvise"):
-        start = offset // FOLIO * FOLIO
-        os.posix_fadvise(handle, start, -(-(offset + length) // FOLIO) * FOLIO - start, os.POSIX_FADV_DONTNEED)
-
-
-def _close(files: dict[Path, int]) -> None:
+def _close(files: dict[Path, DirectFile]) -> None:
     while files:
-        os.close(files.popitem()[1])
+        files.popitem()[1].close()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
