@@ -6,6 +6,8 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
+
 __all__ = ["DirectFile"]
 
 BLOCK = 4096  # what places and lengths must be whole numbers of, on every device that we know
@@ -64,11 +66,12 @@ class DirectFile:
         first = offset // BLOCK * BLOCK
         size = min(CHUNK, -(-(offset + len(into) - first) // BLOCK) * BLOCK)
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(mmap.mmap(-1, CHUNK))  # its pages are whole blocks
-        buffer: memoryview = self._own.buffer
+            self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8)  # its pages are whole blocks
+        buffer: np.ndarray = self._own.buffer
         skipped = offset - first
-        count = min(max(0, os.preadv(self._direct, [buffer[:size]], first) - skipped), len(into))
-        into[:count] = buffer[skipped : skipped + count]
+        count = min(max(0, os.preadv(self._direct, [buffer[:size].data], first) - skipped), len(into))
+        # By numpy, which lets other threads run meanwhile: an expert may be megabytes, and who waits for it computes on them.
+        np.frombuffer(into, np.uint8)[:count] = buffer[skipped : skipped + count]
         return count
 
 
