@@ -5,7 +5,9 @@ kill      kill -9 of the engine's process under load: every request ends whole o
           kill -9 of the server itself: its engine's process ends too
 soak      load with cancellations for minutes: no error, and memory that does not grow
 
-python benchmarks/serving_drills.py --sigterm 200 --kill 50 --soak 600 --json benchmarks/results/serving_drills.json
+A part that is left out (0) keeps what the file given by --json has of it.
+
+    python benchmarks/serving_drills.py --sigterm 200 --kill 50 --soak 600 --json benchmarks/results/serving_drills.json
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from _gateway import machine
 from _serving_http import Result, Server, ask, ours, resident_bytes, save_small_moe
 
 NAME = "small-moe"
@@ -170,6 +173,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     report: dict[str, Any] = {"clients": given.clients}
+    if given.json is not None and given.json.exists():
+        report = json.loads(given.json.read_text()) | report
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or save_small_moe(Path(folder))
         common = ["--set", f"engine.name={NAME}", "--set", "engine.kv_memory=64MiB"]
@@ -177,9 +182,9 @@ def main() -> None:
         for seed in range(given.sigterm):
             trials.append(asyncio.run(sigterm(ours(model, *common), given.clients, seed)))
             print(f"sigterm {seed + 1}/{given.sigterm}: {trials[-1]}", flush=True)
-        report["sigterm"] = _summary(trials, "drained_s") | {
-            "codes": dict(Counter(str(trial["code"]) for trial in trials))
-        }
+        if trials:
+            codes = dict(Counter(str(trial["code"]) for trial in trials))
+            report["sigterm"] = _summary(trials, "drained_s") | {"codes": codes}
         if given.kill:
             server, trials = ours(model, *common, "--set", "http.restarts=100000"), []
             for seed in range(given.kill):
@@ -190,14 +195,39 @@ def main() -> None:
         if given.soak:
             server = ours(model, *common)
             report["soak"] = asyncio.run(soak(server, given.soak, given.clients)) | {"exit": server.end()}
+    report |= {"name": "serving_drills", "rows": rows(report), **machine()}
     print(json.dumps(report, indent=1))
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was found, as rows of `_harness`, which have no peer here."""
+    found: list[tuple[str, Any]] = []
+    if term := report.get("sigterm"):
+        found.append(
+            (f"requests lost, of {term['accepted']:,} accepted in {term['trials']} times SIGTERM", term["lost"])
+        )
+        found.append(("exit codes other than 0", sum(count for code, count in term["codes"].items() if code != "0")))
+        found.append(("longest drain, s", term["largest_drained_s"]))
+    if kill := report.get("kill"):
+        found.append(
+            (f"requests that ended neither whole nor with an error, {kill['trials']} times kill -9", kill["lost"])
+        )
+        found.append(("longest until it serves again, s", kill["largest_back_s"]))
+        found.append(("engines that outlived their server", report["orphans"]))
+    if soak := report.get("soak"):
+        asked = sum(soak["outcomes"].values())
+        found.append(
+            (
+                f"growth of memory in {soak['seconds']:g} s and {asked:,} requests, KiB a minute",
+                soak["slope_kib_per_minute"],
+            )
+        )
+    return [{"case": case, "ours": value} for case, value in found]
+
+
 def _summary(trials: list[dict[str, Any]], time_name: str) -> dict[str, Any]:
-    if not trials:
-        return {"trials": 0}
     times = sorted(trial[time_name] for trial in trials)
     return {
         "trials": len(trials), "lost": sum(trial["lost"] for trial in trials),
