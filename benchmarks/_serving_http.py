@@ -48,7 +48,9 @@ class Server:
     def __init__(self, command: list[str], url: str | None = None, environment: dict[str, str] | None = None) -> None:
         self.log = tempfile.TemporaryFile()
         given = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **(environment or {})}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=given)
+        # A server that does not say where it is writes its log to stdout instead: a pipe that nobody reads would stop it once it is full.
+        said = subprocess.PIPE if url is None else self.log
+        self.process = subprocess.Popen(command, stdout=said, stderr=self.log, env=given)
         self.url = url or self._said_url()
 
     def _said_url(self) -> str:
@@ -80,8 +82,8 @@ class Server:
             self.process.kill()
             return self.process.wait()
         finally:
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
             self.log.close()
 
 

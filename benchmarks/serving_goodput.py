@@ -95,7 +95,7 @@ def _quantile(values: list[float], share: float) -> float | None:
     return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
 
 
-def vllm(python: str, model: str) -> Server:
+def vllm(python: str, model: str, threads: int) -> Server:
     """vLLM's server on the processor, as it comes."""
     command = [
         python,
@@ -113,6 +113,7 @@ def vllm(python: str, model: str) -> Server:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",
+        "OMP_NUM_THREADS": str(threads),
     }
     server = Server([*command, "--dtype", "auto"], f"http://127.0.0.1:{VLLM_PORT}", environment)
     asyncio.run(_until_ready(server.url))
@@ -191,6 +192,7 @@ def main() -> None:
         "--model", help="a model's folder (vLLM needs a Hugging Face one); default: small, of random weights"
     )
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
+    parser.add_argument("--threads", type=int, default=1, help="of each server's computing")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -204,14 +206,19 @@ def main() -> None:
             "engine.kv_memory=256MiB",
         ]
         queued = ["--set", f"http.admission.max_queued={2 * given.streams}"]
-        contestants = {"ours": (ours(model, *base, *queued), True)}
+        contestants = {"ours": (ours(model, *base, *queued, threads=given.threads), True)}
         contestants["ours without limits"] = (
-            ours(model, *base, *(word for item in UNLIMITED for word in ("--set", item))),
+            ours(model, *base, *(word for item in UNLIMITED for word in ("--set", item)), threads=given.threads),
             False,
         )
         if given.vllm:
-            contestants["vllm"] = (vllm(given.vllm, model), False)
-        report: dict[str, Any] = {"seconds": given.seconds, "contestants": {}}
+            contestants["vllm"] = (vllm(given.vllm, model, given.threads), False)
+        report: dict[str, Any] = {
+            "seconds": given.seconds,
+            "streams": given.streams,
+            "threads": given.threads,
+            "contestants": {},
+        }
         limits = {}
         for name, (server, _) in contestants.items():
             limits[name] = asyncio.run(capacity(server.url, BUSY * given.streams, given.seconds))

@@ -8,21 +8,7 @@ from anabranch.errors import InputError
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.coordinator import Coordinator
-from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.policy import Policy
-from elastic_models import save_moe
-
-
-@pytest.fixture(scope="module")
-def forge():
-    forge = Forge()
-    yield forge
-    forge.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_moe(tmp_path_factory.mktemp("model") / "moe")
 
 
 def run(folder, forge, work, **changes):

@@ -13,24 +13,10 @@ from anabranch.errors import BackendError, CapacityError, InputError
 from anabranch.lm.checkpoint import load_model
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.config import ElasticConfig
-from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Policy
-from elastic_models import save_moe
 
 NEW_TOKENS = 40
-
-
-@pytest.fixture(scope="module")
-def forge():
-    forge = Forge()
-    yield forge
-    forge.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_moe(tmp_path_factory.mktemp("model") / "moe")
 
 
 @pytest.fixture(scope="module")

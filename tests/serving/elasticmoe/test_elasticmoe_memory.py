@@ -19,14 +19,9 @@ from anabranch.serving.elasticmoe.mapped import PAGE, Pages, Range, move_bytes
 from anabranch.serving.elasticmoe.memory import MemoryManager, attach
 from anabranch.serving.elasticmoe.plan import place, plan_scale
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
-from elastic_models import moe_config, save_moe
+from elastic_models import moe_config
 
 KV = 4 * PAGE
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_moe(tmp_path_factory.mktemp("model") / "moe")
 
 
 @pytest.fixture(scope="module")

@@ -8,22 +8,15 @@ import torch
 from anabranch.lm.checkpoint import load_model
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.config import ElasticConfig
-from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.group import Group
-from elastic_models import save_moe
 
 CLOSE = 1e-4  # chunks change the order of sums
 PROMPTS = [[(7 * number + 3 * place * place) % 61 for place in range(90 + number)] for number in range(6)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_moe(tmp_path_factory.mktemp("model") / "moe")
-
-
 @pytest.fixture
-def make(folder):
-    forge, groups = Forge(), []
+def make(folder, forge):
+    groups = []
 
     def make(**changes):
         # Chunks of four tokens: a prompt takes long enough for a change in the middle of it.
@@ -37,7 +30,6 @@ def make(folder):
     yield make
     for group in groups:
         group.close()
-    forge.close()
 
 
 class Evaluator:

@@ -10,26 +10,12 @@ from anabranch.serving.core import stream as streams
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.coordinator import Coordinator
-from anabranch.serving.elasticmoe.forge import Forge
-from elastic_models import save_moe
 
 BUFFER = 4
 COUNT = 120  # tokens of the slow one: more than a second of steps, so that it is paused long before it ends
 OTHERS = 20
 PACE_S = 0.01
 PROMPTS = {"slow": (1, 2, 3), "b": (9, 8, 7, 6), "c": tuple(range(20, 41))}
-
-
-@pytest.fixture(scope="module")
-def forge():
-    forge = Forge()
-    yield forge
-    forge.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_moe(tmp_path_factory.mktemp("model") / "moe")
 
 
 @pytest.fixture
