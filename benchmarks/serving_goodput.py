@@ -158,10 +158,11 @@ def table(contestants: dict[str, Any]) -> list[dict[str, Any]]:
                          "ratio": mine / theirs if theirs else None, "spread": None, "unit": "1/s", "peer_name": name})  # fmt: skip
         mine, theirs = (_first_p99(one["rows"], 3.0) for one in (ours, other))
         rows.append(_first_row(mine, theirs, "clients leave at the objective", name))
+        most = max(row["times"] for row in other["rows"])
         shared = {"spread": None, "unit": "share", "peer_name": name}
         kept = ours["kept"] / other["kept"] if other["kept"] else None
         rows.append(
-            {"case": "least from the best load to 5 times, share of the best", "ours": ours["kept"], "peer": other["kept"],
+            {"case": f"least from the best load to {most:g} times, share of the best", "ours": ours["kept"], "peer": other["kept"],
              "ratio": kept, **shared}
         )  # fmt: skip
     return rows
