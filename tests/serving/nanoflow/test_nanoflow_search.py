@@ -77,6 +77,11 @@ def test_curves_equal_scipy_pchip(points):
         assert curve(float(share)) == pytest.approx(float(theirs(share)), abs=1e-9)
 
 
+def test_a_flat_piece_of_a_curve_is_flat_to_the_bit():
+    curve = Curve([(0.0, 0.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0)])
+    assert {curve(0.1 + 0.9 * step / 997) for step in range(998)} == {1.0}
+
+
 def test_measured_points_become_their_upper_hull():
     assert monotone([(0.5, 0.3), (0.2, 0.4), (0.6, 0.9)]) == [(0.0, 0.0), (0.2, 0.4), (0.6, 0.9), (1.0, 1.0)]
     assert monotone([]) == [(0.0, 0.0), (1.0, 1.0)]

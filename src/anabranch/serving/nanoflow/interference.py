@@ -67,12 +67,8 @@ class Curve:
         at = (share - low) / step
         near, far = self.speeds[place], self.speeds[place + 1]
         rise, fall = self.slopes[place] * step, self.slopes[place + 1] * step
-        return (
-            near * (1 + 2 * at) * (1 - at) ** 2
-            + rise * at * (1 - at) ** 2
-            + far * at * at * (3 - 2 * at)
-            + fall * at * at * (at - 1)
-        )
+        found = near + (far - near) * at * at * (3 - 2 * at) + rise * at * (1 - at) ** 2 + fall * at * at * (at - 1)
+        return min(max(found, near), far)  # rounding must not make a flat piece fall
 
 
 def _edge(step: float, next_step: float, secant: float, next_secant: float) -> float:
