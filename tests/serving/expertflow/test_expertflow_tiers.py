@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import CheckpointError, DataError
+from anabranch.nn import kernels
 from anabranch.serving.expertflow import Expert
 from anabranch.serving.expertflow.direct import BLOCK, CHUNK, DirectFile
 from anabranch.serving.expertflow.tiers import DequantTier, FileTier, MemoryTier, dequantize, quantize, write_experts
@@ -75,10 +77,21 @@ def test_what_was_read_is_read_again_from_the_disk_only_if_it_was_dropped(tmp_pa
     assert share > 0.9 if drop_cache else share < 0.1
 
 
-@given(st.data())
+@pytest.fixture(scope="module", params=["compiled", "plain"])
+def reader(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whether reads past the cache are the compiled ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(kernels, "load", lambda: None)
+        elif kernels.load() is None:
+            pytest.skip("no compiled kernels here")
+        yield request.param
+
+
+@given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_piece_is_read_past_the_cache_as_it_is(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, reader: str, data: st.DataObject
 ) -> None:
     size = data.draw(st.integers(1, 3 * BLOCK))
     path = tmp_path_factory.getbasetemp() / "piece.bin"
@@ -93,7 +106,7 @@ def test_any_piece_is_read_past_the_cache_as_it_is(
     file.close()
 
 
-def test_a_piece_larger_than_the_buffer(tmp_path: Path) -> None:
+def test_a_piece_larger_than_the_buffer(tmp_path: Path, reader: str) -> None:
     content = random.Random(0).randbytes(2 * CHUNK + 100)
     (tmp_path / "large.bin").write_bytes(content)
     file, into = DirectFile(tmp_path / "large.bin"), bytearray(2 * CHUNK + 50)
@@ -105,6 +118,7 @@ def test_a_piece_larger_than_the_buffer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("refuses", ["open", "read"])
 def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
     (tmp_path / "some.bin").write_bytes(b"abcdef")
+    monkeypatch.setattr(kernels, "load", lambda: None)
     refused, real_open, real_read = OSError(errno.EINVAL, "not here"), os.open, os.preadv
 
     def opened(path: Path, flags: int) -> int:
@@ -126,7 +140,24 @@ def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.
     file.close()
 
 
+def test_what_the_compiled_reader_is_refused_is_told(tmp_path: Path) -> None:
+    library, buffer = kernels.load(), bytearray(BLOCK)
+    if library is None:
+        pytest.skip("no compiled kernels here")
+    (tmp_path / "some.bin").write_bytes(b"abcdef")
+    file = DirectFile(tmp_path / "some.bin")
+    if not file.is_direct:
+        pytest.skip("the folder for tests has no direct reads")
+    assert file._direct is not None
+    os.close(file._direct)
+    file._direct = os.open(tmp_path, os.O_RDONLY)  # a folder cannot be read
+    with pytest.raises(IsADirectoryError):
+        file.read(0, memoryview(buffer), past_cache=True)
+    file.close()
+
+
 def test_a_device_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "load", lambda: None)
     (tmp_path / "some.bin").write_bytes(b"abcdef")
     file = DirectFile(tmp_path / "some.bin")
 

@@ -1,10 +1,12 @@
 """The Token Scheduler and the pipeline of two batches."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +104,32 @@ def test_it_runs_without_predictions() -> None:
     engine = offload(model, None, policy="lru")
     assert DualBatch(engine, batch_size=1).generate(asked, greedy) == expected
     engine.restore()
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that nobody has written yet is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_rows_of_different_lengths_see_only_what_was_written(poison: None) -> None:
+    torch.manual_seed(0)
+    store, parts = RowStore(3, 1, 6), {row: torch.randn(3, 1, 2, length, 4) for row, length in enumerate((1, 4, 4))}
+    for rows in ([0], [1, 2]):
+        store.select(rows)
+        query, key, value = torch.cat([parts[row] for row in rows], 1)
+        made = store.attend(0, query, key, value)
+        torch.testing.assert_close(made, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        store.advance(query.shape[2])
+    new = torch.randn(3, 3, 2, 1, 4)
+    store.select([2, 0, 1])
+    made = store.attend(0, *new)
+    for at, row in enumerate((2, 0, 1)):
+        seen = [torch.cat((part, new[number, at : at + 1]), 2) for number, part in enumerate(parts[row])]
+        expected = F.scaled_dot_product_attention(new[0, at : at + 1], seen[1], seen[2])
+        torch.testing.assert_close(made[at : at + 1], expected)
 
 
 def test_a_full_store_says_so() -> None:

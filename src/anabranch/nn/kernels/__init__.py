@@ -24,7 +24,7 @@ __all__ = ["load"]
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode"))
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode", "read"))
 HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention"))
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -42,6 +42,7 @@ def load() -> ctypes.CDLL | None:
         return None
     for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
         getattr(library, name).restype = ctypes.c_int
+    library.anabranch_read_direct.restype = ctypes.c_int64
     return library
 
 

@@ -1,5 +1,6 @@
 """`DirectFile`: reading past the page cache. What is read takes no second place in memory, and no time to be put there."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -7,6 +8,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
+
+from anabranch.nn import kernels
 
 __all__ = ["DirectFile"]
 
@@ -34,11 +37,17 @@ class DirectFile:
 
     def read(self, offset: int, into: memoryview, *, past_cache: bool = False) -> int:
         """Read from ``offset`` on until ``into`` is full or the file ends; gives the bytes read."""
-        read_some = self._past_cache if past_cache else self._through_cache
-        done = 0
-        while done < len(into) and (count := read_some(offset + done, into[done:])):
-            done += count
-        return done
+        if past_cache and self.is_direct:
+            try:
+                return self._in_blocks(offset, into)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.is_direct = False  # the file system opens such files, and does not read them
+        count = self._through_cache(offset, into)
+        if past_cache:
+            _forget(self._cached, offset, count)
+        return count
 
     def close(self) -> None:
         """Let go of the file."""
@@ -47,32 +56,40 @@ class DirectFile:
             os.close(self._direct)
 
     def _through_cache(self, offset: int, into: memoryview) -> int:
-        return os.preadv(self._cached, [into], offset)
-
-    def _past_cache(self, offset: int, into: memoryview) -> int:
-        if self.is_direct:
-            try:
-                return self._in_blocks(offset, into)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self.is_direct = False  # the file system opens such files, and does not read them
-        count = self._through_cache(offset, into)
-        _forget(self._cached, offset, count)
-        return count
+        done = 0
+        while done < len(into) and (count := os.preadv(self._cached, [into[done:]], offset + done)):
+            done += count
+        return done
 
     def _in_blocks(self, offset: int, into: memoryview) -> int:
         assert self._direct is not None
-        first = offset // BLOCK * BLOCK
-        size = min(CHUNK, -(-(offset + len(into) - first) // BLOCK) * BLOCK)
         if not hasattr(self._own, "buffer"):
             self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8)  # its pages are whole blocks
-        buffer: np.ndarray = self._own.buffer
-        skipped = offset - first
-        count = min(max(0, os.preadv(self._direct, [buffer[:size].data], first) - skipped), len(into))
-        # By numpy, which lets other threads run meanwhile: an expert may be megabytes, and who waits for it computes on them.
-        np.frombuffer(into, np.uint8)[:count] = buffer[skipped : skipped + count]
-        return count
+        place, buffer = np.frombuffer(into, np.uint8), self._own.buffer
+        library = kernels.load()
+        if library is None:
+            return self._block_by_block(offset, place, buffer)
+        pointers = (ctypes.c_void_p(place.ctypes.data), ctypes.c_void_p(buffer.ctypes.data))
+        sizes = (ctypes.c_int64(offset), ctypes.c_int64(len(place)))
+        done = library.anabranch_read_direct(self._direct, *sizes, *pointers, ctypes.c_int64(CHUNK))
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+        return done
+
+    def _block_by_block(self, offset: int, place: np.ndarray, buffer: np.ndarray) -> int:
+        """As the compiled one, where that could not be compiled."""
+        assert self._direct is not None
+        done = 0
+        while done < len(place):
+            first = (offset + done) // BLOCK * BLOCK
+            skipped = offset + done - first
+            size = min(CHUNK, -(-(skipped + len(place) - done) // BLOCK) * BLOCK)
+            count = min(os.preadv(self._direct, [buffer[:size].data], first) - skipped, len(place) - done)
+            if count <= 0:
+                break
+            place[done : done + count] = buffer[skipped : skipped + count]
+            done += count
+        return done
 
 
 def _open_direct(path: Path) -> int | None:

@@ -39,22 +39,22 @@ class RowStore:
         self._rows = torch.tensor(rows, dtype=torch.int64)
 
     def attend(self, layer: int, query_BHLW: Tensor, key_BGLW: Tensor, value_BGLW: Tensor) -> Tensor:
-        """See `AttendingStore`. One new position a row, or a prompt of one row that has none yet."""
-        batch, groups, new, width = key_BGLW.shape
+        """See `AttendingStore`. One new position a row, or prompts of one length of rows that have none yet."""
+        _, groups, new, width = key_BGLW.shape
         if self._stored[layer] is None:
             shape = (len(self.length_R), groups, self.max_length, width)
-            self._stored[layer] = (key_BGLW.new_empty(shape), value_BGLW.new_empty(shape))
+            # Zeros: what lies behind the end of a row weighs nothing in the products, and nothing times NaN would be NaN.
+            self._stored[layer] = (key_BGLW.new_zeros(shape), value_BGLW.new_zeros(shape))
         key_RGMW, value_RGMW = self._stored[layer]  # type: ignore[misc]
         rows, start_B = self._rows, self.length_R[self._rows]
         longest = int(start_B.max()) + new
         if longest > self.max_length:
             raise CapacityError(f"the store holds {self.max_length} positions, but {longest} are needed")
         grouped = query_BHLW.shape[1] != groups
-        if batch == 1:
-            row, start = int(rows[0]), int(start_B[0])
-            key_RGMW[row, :, start:longest], value_RGMW[row, :, start:longest] = key_BGLW[0], value_BGLW[0]
-            seen = (key_RGMW[row : row + 1, :, :longest], value_RGMW[row : row + 1, :, :longest])
-            return F.scaled_dot_product_attention(query_BHLW, *seen, is_causal=new > 1, enable_gqa=grouped)
+        if new > 1:
+            assert longest == new, "prompts are read whole"
+            key_RGMW[rows, :, :new], value_RGMW[rows, :, :new] = key_BGLW, value_BGLW
+            return F.scaled_dot_product_attention(query_BHLW, key_BGLW, value_BGLW, is_causal=True, enable_gqa=grouped)
         key_RGMW[rows, :, start_B], value_RGMW[rows, :, start_B] = key_BGLW[:, :, 0], value_BGLW[:, :, 0]
         seen = (key_RGMW[rows, :, :longest], value_RGMW[rows, :, :longest])
         mask = (torch.arange(longest) <= start_B[:, None])[:, None, None]
@@ -125,14 +125,18 @@ class DualBatch:
         return [ids[prompt:] for ids, prompt in zip(self._ids, self._prompt, strict=True)]
 
     def _read(self, unit: _Unit, config: SamplingConfig, generator: torch.Generator) -> None:
-        """Run the prompts, one by one; each gives its first token."""
-        for row in list(unit.rows):
-            if config.max_tokens:
-                rows = self._described([row], self._prompt[row])
+        """Run the prompts, those of one length together, so that an expert is loaded once for all; each gives its first token."""
+        if not config.max_tokens:
+            unit.rows.clear()
+        of_length: dict[int, list[int]] = {}
+        for row in unit.rows:
+            of_length.setdefault(self._prompt[row], []).append(row)
+        for length, alike in of_length.items():
+            for first in range(0, len(alike), self.batch_size):
+                batch = alike[first : first + self.batch_size]
+                rows = self._described(batch, length)
                 self.engine.begin(rows)
-                self._take(unit, [row], self._run([row], rows), config, generator)
-            else:
-                unit.rows.remove(row)
+                self._take(unit, batch, self._run(batch, rows), config, generator)
 
     def _decode(
         self, units: list[_Unit], config: SamplingConfig, generator: torch.Generator, beside: ThreadPoolExecutor
