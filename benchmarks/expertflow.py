@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--fit-s", type=float, default=180.0, help="seconds that the predictor is fitted")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; twice as many are decoded"
+        "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; four times as many are decoded"
     )
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--workers", type=int, default=1, help="threads that load")
@@ -161,7 +161,7 @@ def main() -> None:
         whole, tokenizer = load_model(folder)
         predictor, rows = fitted(whole.eval(), tokenizer, options), []
         for batch in options.batch:
-            given = pieces(tokenizer, 2 * batch, PROMPT, seed=99).tolist()
+            given = pieces(tokenizer, 4 * batch, PROMPT, seed=99).tolist()  # two units, which take turns
             rows += run(folder, whole, predictor, given, batch, Path(name) / f"batch-{batch}", options, rounds)
     packages = ("torch", "anabranch", *(("transformers", "accelerate") if options.tier == "file" else ()))
     finish("expertflow", rows, options, packages)

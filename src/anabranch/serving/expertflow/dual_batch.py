@@ -1,7 +1,8 @@
 """The dual-batch pipeline: decode batches in pairs, whose tokens the Token Scheduler regroups before each step.
 
 Sequences are divided into *units* of two batches; units take turns. While one runs, the next one's routes are predicted and its tokens
-regrouped on another thread. The Expert Cache Engine knows the routes of both batches of a unit, so it looks two forward passes ahead.
+regrouped on another thread. The Expert Cache Engine knows the routes of both batches of a unit and, once they are predicted, of the
+next, so it looks two or three forward passes ahead.
 
 The keys and values of all sequences lie in one place (`RowStore`), so that regrouping is a choice of rows and copies nothing.
 """
@@ -21,6 +22,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.generate import SamplingConfig, sample
 from anabranch.nn.context import ForwardContext
 from anabranch.serving.expertflow.expertflow import OffloadEngine
+from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.predictors.base import Row
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
 
@@ -67,11 +69,17 @@ class RowStore:
 
 @dataclass
 class _Unit:
-    """Sequences that are decoded in two batches."""
+    """Sequences that are decoded in two batches.
+
+    Attributes:
+        batches: rows of the next two forward passes.
+        wanted: what the layers of each of them are predicted to want; None without a prediction.
+        ready: when ``batches`` and ``wanted`` are those of the next step.
+    """
 
     rows: list[int]
     batches: list[list[int]] = field(default_factory=list)
-    prob_of_row: dict[int, np.ndarray] = field(default_factory=dict)
+    wanted: list[list[list[Expert]]] | None = None
     ready: Future | None = None
 
 
@@ -151,7 +159,7 @@ class DualBatch:
                 units[0].ready = beside.submit(self._prepare, units[0])
             for number, batch in enumerate(unit.batches):
                 rows = self._described(batch, 1)
-                self.engine.begin(rows, self._known(unit.batches[number:], unit))
+                self.engine.begin(rows, _known(unit, number, units))
                 self._take(unit, batch, self._run(batch, rows), config, generator)
             if unit.rows:
                 units.append(unit)
@@ -163,18 +171,21 @@ class DualBatch:
         predictor, size = self.engine.predictor, -(-len(unit.rows) // 2)
         if len(unit.rows) <= self.batch_size:
             size = len(unit.rows)
-        order, unit.prob_of_row = unit.rows, {}
+        order, unit.wanted, prob_of_row = unit.rows, None, {}
         if predictor is not None:
             token_T = np.array([self._ids[row][-1] for row in order], np.int32)
             prob_TLE = predictor.predict(token_T, self._described(order, 1))
             if prob_TLE is not None:
-                unit.prob_of_row = dict(zip(order, prob_TLE, strict=True))
+                prob_of_row = dict(zip(order, prob_TLE, strict=True))
                 if self.scheduler is not None and size < len(order):
                     plan = self.scheduler.regroup(self._chosen(prob_TLE), size)
                     self.objective_before += plan.objective_before
                     self.objective_after += plan.objective_after
                     order = reindex(order, plan.order_X)
         unit.batches = [batch for batch in (order[:size], order[size:]) if batch]
+        if prob_of_row:
+            parts = (np.stack([prob_of_row[row] for row in batch]) for batch in unit.batches)
+            unit.wanted = [self.engine.named(prob_TLE) for prob_TLE in parts]
 
     def _chosen(self, prob_TLE: np.ndarray) -> np.ndarray:
         """The k likeliest experts of each token and layer."""
@@ -183,13 +194,6 @@ class DualBatch:
             index = np.argpartition(prob_TLE[:, layer], -places, axis=-1)[:, -places:]
             np.put_along_axis(chosen_TLE[:, layer], index, True, axis=-1)
         return chosen_TLE
-
-    def _known(self, batches: Sequence[Sequence[int]], unit: _Unit) -> list | None:
-        """What the layers of these batches will want."""
-        if not unit.prob_of_row:
-            return None
-        parts = (np.stack([unit.prob_of_row[row] for row in batch]) for batch in batches)
-        return [step for prob_TLE in parts for step in self.engine.named(prob_TLE)]
 
     def _described(self, rows: Sequence[int], new: int) -> list[Row]:
         return [Row(self._keys[row], np.array(self._ids[row], np.int32), new, self._prompt[row]) for row in rows]
@@ -223,3 +227,14 @@ class DualBatch:
             self._ids[row].append(token)
             if len(self._ids[row]) - self._prompt[row] >= config.max_tokens:
                 unit.rows.remove(row)
+
+
+def _known(unit: _Unit, number: int, later: Sequence[_Unit]) -> list[list[Expert]] | None:
+    """What the layers will want from a batch of the unit on, into the unit after it where its routes have been predicted by now."""
+    if unit.wanted is None:
+        return None
+    batches = unit.wanted[number:]
+    is_last = number + 1 == len(unit.batches)
+    if is_last and later and (ready := later[0].ready) is not None and ready.done() and not ready.exception():
+        batches = batches + (later[0].wanted or [])
+    return [step for batch in batches for step in batch]
