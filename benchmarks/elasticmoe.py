@@ -6,13 +6,15 @@ Contestants take turns within each round, on the same model from disk, idle othe
     own           the same, each device with weights of its own, copied between them (the paper)
     cold          our own server stopped and started again with 2 devices
     horizontal    a second server of one device started beside the first
+    vLLM, llama.cpp   restarted on the same weights (--vllm, --llama); they have no other way
 
-A row's ``ratio`` is the better of cold and horizontal over ours (over own in its row); bar: 5. The second
+A row's ``ratio`` is the better of cold and horizontal over ours (over own in its row), or that of a peer in its row; bar: 5. The second
 table of numbers says what a command of 64-256 experts costs inside a device: mapping blocks anew against copying them into a new buffer.
 
-    python benchmarks/elasticmoe.py --json benchmarks/results/elasticmoe.json
+    python benchmarks/elasticmoe.py [--vllm PATH] [--llama PATH] --json benchmarks/results/elasticmoe.json
 """
 
+import functools
 import os
 import statistics
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from _harness import arguments, finish, start
+from _restarts import restart_llama, restart_vllm
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.mapped import PAGE, Pages, Range
 from anabranch.serving.elasticmoe.policy import Policy
@@ -46,16 +49,25 @@ def seconds_of(folder: Path, way: str) -> float:
 
 def change_rows(options: Any) -> list[dict[str, Any]]:
     size = {"layers": 2, "experts": 12, "dim": 128, "hidden": 192} if options.quick else {}
-    ways: dict[str, list[float]] = {"ours": [], "own": [], "cold": [], "horizontal": []}
+    peers = {
+        name: functools.partial(restart, binary=binary, threads=torch.get_num_threads())
+        for name, restart, binary in (("vLLM", restart_vllm, options.vllm), ("llama.cpp", restart_llama, options.llama))
+        if binary
+    }
+    ways: dict[str, list[float]] = {name: [] for name in ("ours", "own", "cold", "horizontal", *peers)}
     with tempfile.TemporaryDirectory() as name:
         folder = written(Case(kind="latency", **size), 0, Path(name) / "model")
         for turn in range(options.rounds):
             for way in list(ways) if turn % 2 else list(ways)[::-1]:
-                ways[way].append(seconds_of(folder, way))
+                ways[way].append(peers[way](folder) if way in peers else seconds_of(folder, way))
         megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     best = min(("cold", "horizontal"), key=lambda way: statistics.median(ways[way]))
     case = f"one device more, model of {megabytes:.0f} MB"
-    return [row(case, ways["ours"], ways[best], best), row(f"{case}, weights copied", ways["own"], ways[best], best)]
+    return [
+        row(case, ways["ours"], ways[best], best),
+        row(f"{case}, weights copied", ways["own"], ways[best], best),
+        *(row(f"{case}, a peer's restart", ways["ours"], ways[name], name) for name in peers),
+    ]
 
 
 def remap_rows(options: Any) -> list[dict[str, Any]]:
@@ -114,7 +126,10 @@ def row(case: str, ours: list[float], theirs: list[float], peer: str) -> dict[st
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0]).parse_args()
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--vllm", help="path of the `vllm` command of another environment")
+    parser.add_argument("--llama", help="path of llama.cpp's llama-server")
+    options = parser.parse_args()
     options.threads = 1
     start(options)
     rows = [*remap_rows(options), *change_rows(options)]
