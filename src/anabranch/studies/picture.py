@@ -47,7 +47,7 @@ def draw_costs(results: Results, path: Path, *, title: str, metric: str = "bits_
             for number, arm in enumerate(arms):
                 found, price = results.mean(arm, metric), results.mean(arm, cost)
                 width = found.half_width if math.isfinite(found.half_width) else 0.0
-                colour, marker = SERIES[number % len(SERIES)], MARKERS[(number + number // len(SERIES)) % len(MARKERS)]
+                colour, marker, _ = _look(number)
                 axes.errorbar(
                     price.mean, found.mean, yerr=width, fmt=marker, color=colour, capsize=3, markersize=6, label=arm
                 )
@@ -86,6 +86,12 @@ def _draw_differences(axes: Any, results: Results, arms: list[str], baseline: st
     axes.set_title("paired differences, 95% intervals")
 
 
+def _look(number: int) -> tuple[str, str, str]:
+    """Colour, marker and line of an arm; where colours begin anew, markers and lines are others."""
+    again, colour = divmod(number, len(SERIES))
+    return SERIES[colour], MARKERS[(number + again) % len(MARKERS)], ("-", "--", ":")[again % 3]
+
+
 def _draw_curves(axes: Any, results: Results, arms: list[str]) -> None:
     lowest, early = [], []
     for number, arm in enumerate(arms):
@@ -97,8 +103,8 @@ def _draw_curves(axes: Any, results: Results, arms: list[str]) -> None:
         values = [sum(run[1] for run in point) / len(point) for point in points]
         lowest.append(values[-1])
         early.append(values[min(1, len(values) - 1)])
-        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
-        axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=arm)
+        colour, marker, line = _look(number)
+        axes.plot(steps, values, line, color=colour, marker=marker, markersize=3.5, label=arm)
     if lowest:
         bottom, top = min(lowest), max(early)  # the first point of all is far above everything
         margin = max(0.05 * (top - bottom), 0.01)
