@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from anabranch.errors import ConfigError
+from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
+from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import Attention, MoE, SwiGLU, kernels
 from anabranch.nn.quantize import quantize
-from anabranch.routing import LinearScore, Router, TopK
+from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
 from anabranch.serving.fast import FastDecoder
 
@@ -20,13 +22,17 @@ pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 BLOCK = 4
 
 
-def moe(activation="softmax", normalize="none", scale=1.0, top_k=2, balance=(), **fields):
+def moe(activation="softmax", normalize="none", scale=1.0, top_k=2, balance=(), kind=MoE, score=None, **fields):
     router = Router.Config(
-        score=LinearScore.Config(activation=activation),
+        score=score or LinearScore.Config(activation=activation),
         select=TopK.Config(top_k=top_k, normalize=normalize, scale=scale),
         balance=balance,
     )
-    return MoE.Config(num_experts=6, hidden_dim=64, router=router, **fields)
+    return kind.Config(num_experts=6, hidden_dim=64, router=router, **fields)
+
+
+def recurrent(**fields):
+    return RecurrentScore.Config(state_dim=32, **fields)
 
 
 MODELS = {
@@ -43,6 +49,19 @@ MODELS = {
         "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
     },
     "mixture, others": {"feed_forward": moe("sqrt_softplus", "softmax", top_k=1, shared_experts=1)},
+    "pools of layers": {
+        "feed_forward": moe(kind=ReXMoE, reuse=2, depth_embedding=True, pool_bias=True, balance=(BiasBalancer.Config(),))
+    },
+    "recurrent": {
+        "feed_forward": moe(score=recurrent()),
+        "dense_layers": (1,),
+        "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
+    },
+    "recurrent, nothing handed on": {"feed_forward": moe(score=recurrent(passing=False, shared_projector=True))},
+    "chain": {"feed_forward": moe(kind=Chain, iterations=3, shared_experts=1, shared_gate=True)},
+    "chain, all at once": {
+        "feed_forward": moe(kind=Chain, reuse=3, depth_embedding=True, independent_gates=False, score=recurrent())
+    },
 }
 
 
@@ -114,7 +133,7 @@ def test_equals_the_ordinary_path(name):
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["grouped, tied", "mixture, sigmoid"])
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once"])
 def test_quantised_models_round_alike(name, bits):
     model = build(name, bits)
     given = prompts(9, 12)
@@ -133,7 +152,10 @@ def test_halves_are_near():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "bits"), [("plain", None), ("mixture", None), ("mixture, sigmoid", "int4")])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("plain", None), ("mixture", None), ("mixture, sigmoid", "int4"), ("recurrent", None), ("chain, all at once", "int8")],
+)
 def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     model = build(name, bits)
     if dtype == torch.bfloat16:
@@ -149,8 +171,9 @@ def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     assert torch.equal(together, torch.cat(found))
 
 
-def test_threads_change_nothing():
-    model, given = build("mixture, sigmoid"), list(enumerate(prompts(13, 3, 5)))
+@pytest.mark.parametrize("name", ["mixture, sigmoid", "chain, all at once"])
+def test_threads_change_nothing(name):
+    model, given = build(name), list(enumerate(prompts(13, 3, 5)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -162,7 +185,7 @@ def test_threads_change_nothing():
     assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("name", ["grouped, tied", "mixture"])
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture", "pools of layers", "chain", "recurrent"])
 def test_greedy_streams_are_those_of_generate(name):
     model, given = build(name), prompts(7, 3, 11)
     store, streams = Sequences(model), [list(tokens) for tokens in given]
@@ -196,13 +219,30 @@ def test_routes_are_those_of_the_routers():
         assert torch.equal(routes[number].long(), torch.cat(seen[number]))
 
 
+def test_each_pass_of_a_chain_has_its_routes():
+    model, tokens = build("chain"), prompts(6)[0]
+    seen = []
+    store = Sequences(model)
+    _, routes = store.run([(0, tokens)], with_routes=True)
+    for block in model.blocks:
+        for router in block.feed_forward.routers:
+            router.register_forward_hook(lambda _, __, routing: seen.append(routing.index_NK))
+    ordinary(model, tokens)
+    assert store.fast.routed == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert torch.equal(routes.long(), torch.stack(seen))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"attention": Attention.Config(num_heads=8)}, "heads are 8 wide"),
         ({"feed_forward": SwiGLU.Config(hidden_dim=40)}, "40 inputs"),
         ({"feed_forward": moe(weight_on="input")}, "inputs"),
-        ({"feed_forward": MoE.Config(hidden_dim=32, router=Router.Config(score=RecurrentScore.Config()))}, "router"),
+        ({"feed_forward": moe(score=CosineScore.Config())}, "scores by CosineScore"),
+        ({"feed_forward": moe(score=recurrent(cell="lstm"))}, "not a gru"),
+        ({"feed_forward": moe(score=RecurrentScore.Config(state_dim=48))}, "48 wide"),
+        ({"feed_forward": moe(kind=Chain, residual="outer")}, "'outer'"),
+        ({"feed_forward": moe(kind=Chain, norm="once")}, "'once'"),
         ({"streams": ParScale.Config(num_streams=2)}, "streams"),
     ],
 )
@@ -211,6 +251,12 @@ def test_what_is_not_supported(fields, reason):
     assert reason in FastDecoder.supports(model)
     with pytest.raises(ConfigError, match=reason):
         FastDecoder(model, torch.empty(1, 8, 1, 8), torch.empty(1, 8, 1, 8), block_tokens=4)
+
+
+def test_candidates_that_stay_closed_when_serving():
+    layer = moe(kind=ReXMoE, psr=ProgressiveScaling.Config(evaluate="current"))
+    model = Decoder.Config(dim=64, num_layers=2, attention=Attention.Config(num_heads=4), feed_forward=layer).build()
+    assert "candidates change" in FastDecoder.supports(model.eval())
 
 
 def test_a_watched_or_foreign_model_is_not_supported():

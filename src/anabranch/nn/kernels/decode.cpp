@@ -1,8 +1,10 @@
 // All layers of a decoder on the tokens of one step, in one call: a small model spends more time launching operations than computing.
-// Llama-like blocks (RMSNorm, rotary, grouped-query attention over blocks of keys and values, SwiGLU) and the plain mixture of experts
-// (linear router, top-k). Everything between the products is float32. C ABI; compiled and loaded by kernels/__init__.py.
+// Llama-like blocks (RMSNorm, rotary, grouped-query attention over blocks of keys and values, SwiGLU) and mixtures of experts: a linear or
+// recurrent router (RMoE), top-k, pools that layers share (ReXMoE), several passes over one (Chain-of-Experts). Everything between the
+// products is float32. C ABI; compiled and loaded by kernels/__init__.py.
 //
-// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, R = T K rows of experts.
+// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, R = T K rows of experts,
+// P width of a router's state.
 //
 // One team of threads runs the whole step. Between barriers each thread owns rows (norms, rotary, rounding), panels of weights (products)
 // or pairs of a token and a key head (attention); no number depends on how many threads there are.
@@ -21,6 +23,7 @@ struct Work {  // what a step needs beside its tensors
   int64_t* context;            // of each token
   const int32_t** table;       // of each token
   int64_t* slot;
+  float *state, *projected, *gates;  // of recurrent routers: [T, P], [T, P], [T][2][3 P]
 };
 
 class Run {
@@ -29,9 +32,10 @@ class Run {
       : m(m), s(s), w(w), scratch(scratch), thread(thread), threads(threads), own(share_of(s.T, thread, threads)) {}
 
   void all() {
+    std::fill(w.state + own.begin * m.state, w.state + own.end * m.state, 0.f);
     for (int64_t layer = 0; layer < m.layers; ++layer) {
       const Block& block = m.blocks[layer];
-      attention(block);
+      if (block.qkv.rows) attention(block);
       if (block.experts.router)
         mixture(block);
       else
@@ -154,15 +158,43 @@ class Run {
 #pragma omp barrier
   }
 
+  // Products of a recurrent router, whose states all are where the routers before left them.
+  void recur(const Recurrence& r) {
+    const int64_t P = m.state;
+    Activations x = left_of(r.projector), projected = floats(w.projected, P), state = floats(w.state, P);
+    for (int64_t t = own.begin; t < own.end; ++t) put_row(x, t, w.normed + t * m.D);
+#pragma omp barrier
+    times(r.projector, x, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      memcpy(w.projected + t * P + j * WIDE, out, WIDE * sizeof(float));
+    });
+    times(r.hidden, state, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      memcpy(w.gates + (2 * t + 1) * 3 * P + j * WIDE, out, WIDE * sizeof(float));
+    });
+#pragma omp barrier
+    times(r.input, projected, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+      memcpy(w.gates + 2 * t * 3 * P + j * WIDE, out, WIDE * sizeof(float));
+    });
+#pragma omp barrier
+  }
+  static Activations floats(float* rows, int64_t width) { return {(char*)rows, width, width * (int64_t)sizeof(float), FLOAT}; }
+
   void mixture(const Block& block) {
     const Experts& e = block.experts;
-    const int64_t K = e.top_k;
+    const Recurrence& r = e.recurrence;
+    const int64_t K = e.top_k, P = m.state;
     float* score = scratch.get<float>(SUM, e.count);
     float* gates = w.logits + s.T * m.most_experts;  // behind the logits
     for (int64_t t = own.begin; t < own.end; ++t) {
-      float* normed = w.normed + t * m.D;
-      norm_row(row(t), block.feed_forward_norm, m.D, m.norm_eps, normed);
-      route(e, m.D, normed, w.logits + t * m.most_experts, score, w.index + t * K, w.weight + t * K);
+      norm_row(row(t), block.feed_forward_norm, m.D, m.norm_eps, w.normed + t * m.D);
+      if (e.shift) add(w.normed + t * m.D, e.shift, m.D);
+    }
+    if (r.projector.rows) recur(r);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      float *normed = w.normed + t * m.D, *state = w.state + t * P;
+      if (r.projector.rows) advance(r, w.gates + 2 * t * 3 * P, w.gates + (2 * t + 1) * 3 * P, state);
+      auto [seen, depth] = r.projector.rows ? std::pair<const float*, int64_t>{state, P} : std::pair<const float*, int64_t>{normed, m.D};
+      route(e, depth, seen, w.logits + t * m.most_experts, score, w.index + t * K, w.weight + t * K);
+      if (r.projector.rows && !r.hands_on) std::fill(state, state + P, 0.f);
       if (s.routes) {
         int32_t* to = s.routes + (e.number * s.T + t) * m.most_top_k;
         for (int64_t k = 0; k < m.most_top_k; ++k) to[k] = k < K ? w.index[t * K + k] : -1;
@@ -253,6 +285,7 @@ int64_t left_bytes(const Model& m, int64_t T) {
     see(b.qkv, T);
     see(b.out, T);
     if (b.experts.router) {
+      see(b.experts.recurrence.projector, T);
       see(b.experts.w13, T * b.experts.top_k);
       see(b.experts.w2, T * b.experts.top_k);
       see(b.experts.shared13, T);
@@ -283,6 +316,9 @@ Work cut(Memory& memory, const Model& m, int64_t T) {
   w.context = memory.take<int64_t>(T);
   w.table = memory.take<const int32_t*>(T);
   w.slot = memory.take<int64_t>(T);
+  w.state = memory.take<float>(T * m.state);
+  w.projected = memory.take<float>(T * m.state);
+  w.gates = memory.take<float>(T * 6 * m.state);
   return w;
 }
 

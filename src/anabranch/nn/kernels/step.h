@@ -1,5 +1,5 @@
 // What a compiled step is told of a model and of its tokens, and the small pieces of a layer. Included by decode.cpp.
-// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token.
+// Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, P width of a router's state.
 
 #pragma once
 
@@ -9,10 +9,18 @@ namespace {
 
 constexpr int MOST_GROUP = 16, MOST_WIDTH = 256;
 
-struct Experts {  // mirrored by serving/fast/layout.py, as is all below
-  const float* router;     // [E, D]; null for a dense layer
+struct Recurrence {  // a gated recurrent unit before the router's matrix; mirrored by serving/fast/layout.py, as is all below
+  Matrix projector, input, hidden;         // float32: [P, D], [3 P, P] of r, z, n, the same; rows 0 for none
+  const float *input_bias, *hidden_bias;   // [3 P]
+  int64_t hands_on;                        // whether the next router goes on from this one's state
+};
+
+struct Experts {
+  const float* router;     // [E, D], or [E, P] behind a recurrence; null for a dense layer
   const float* bias;       // [E], for the choice alone; null for none
   const float* gate;       // [D], of the shared experts; null for none
+  const float* shift;      // [D], added to what the layer sees; null for none
+  Recurrence recurrence;
   Matrix w13, w2;          // stacks
   Matrix shared13, shared2;  // rows 0 for none
   int64_t count, top_k, activation, normalize;
@@ -20,7 +28,7 @@ struct Experts {  // mirrored by serving/fast/layout.py, as is all below
   int32_t number;  // among the routed layers
 };
 
-struct Block {
+struct Block {  // without attention (qkv of no rows) it is one more pass over the layer before
   const float *attention_norm, *feed_forward_norm;
   const float *qkv_bias, *out_bias, *q_norm, *k_norm;  // null for none
   char *key, *value;                                   // [slots, G, W]
@@ -30,7 +38,7 @@ struct Block {
 
 struct Model {
   int64_t layers, D, H, G, W, F, block_tokens;  // F: the widest hidden layer
-  int64_t most_experts, most_top_k;
+  int64_t most_experts, most_top_k, state;  // state: P, 0 without recurrences
   float norm_eps, qk_eps, clip;  // clip 0 for none
   int32_t qk_norm;               // 0 none, 1 per head, 2 over the whole width
   int32_t half_store;            // keys and values are bfloat16
@@ -86,10 +94,23 @@ float activated(float z, int64_t activation) {
   return soft > 1e-30f ? std::sqrt(soft) : 0.f;
 }
 
-void route(const Experts& e, int64_t D, const float* x, float* logits, float* score, int32_t* index, float* weight) {
+// h = (1 - z) n + z h, from the products of both matrices with what came in and with h.
+void advance(const Recurrence& r, const float* input, const float* hidden, float* h) {
+  const int64_t P = r.projector.rows;
+  auto before = [&](int64_t at) { return load(input + at) + load(r.input_bias + at); };
+  auto kept = [&](int64_t at) { return load(hidden + at) + load(r.hidden_bias + at); };
+  for (int64_t k = 0; k < P; k += VL) {
+    vec reset = sigmoid(before(k) + kept(k)), update = sigmoid(before(P + k) + kept(P + k));
+    vec fresh = 2.f * sigmoid(2.f * (before(2 * P + k) + reset * kept(2 * P + k))) - 1.f;  // tanh
+    store(h + k, fresh + update * (load(h + k) - fresh));
+  }
+}
+
+// From x, `depth` wide.
+void route(const Experts& e, int64_t depth, const float* x, float* logits, float* score, int32_t* index, float* weight) {
   for (int64_t i = 0; i < e.count; ++i) {
     vec sum{};
-    for (int64_t k = 0; k < D; k += VL) sum = fused(load(x + k), load(e.router + i * D + k), sum);
+    for (int64_t k = 0; k < depth; k += VL) sum = fused(load(x + k), load(e.router + i * depth + k), sum);
     logits[i] = total(sum);
   }
   if (e.activation == 0) {

@@ -8,7 +8,7 @@ if FastDecoder.supports(model) is None:
 # Shapes: A layers, S slots, G key heads, W head width, T tokens of a step, N sequences, U numbers of blocks, D width, K experts per token
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
-from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats, products, why_not
+from anabranch.routing.router import Router
+from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats
+from anabranch.serving.fast.routed import passes_of, recurrence, state_width
+from anabranch.serving.fast.supported import products, why_not
 
 __all__ = ["FastDecoder"]
 
@@ -46,7 +49,7 @@ class FastDecoder:
         block_tokens: positions per block.
 
     Attributes:
-        routed: the layers that route, in order.
+        routed: the layer of each routing, in order; one that routes several times (`Chain`) is there as often.
 
     Raises:
         ConfigError: a model that is not supported, or stores of another shape.
@@ -68,15 +71,18 @@ class FastDecoder:
         self._keep: list[Tensor] = []  # what the structures point at
         self._packed = _pack(model)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
-        self.routed = [number for number, block in enumerate(model.blocks) if isinstance(block.feed_forward, MoE)]
-        blocks = (CBlock * len(model.blocks))(*(self._block(number) for number in range(len(model.blocks))))
-        mixtures: list[Any] = [model.blocks[number].feed_forward for number in self.routed]
+        self._recurrent: dict[nn.Parameter, Packed] = {}
+        self.routed: list[int] = []
+        routers: list[Any] = []
+        made = [part for number in range(len(model.blocks)) for part in self._blocks(number, routers)]
+        blocks = (CBlock * len(made))(*made)
         config = model.config
-        self._most_top_k = max((layer.router.select.config.top_k for layer in mixtures), default=0)
+        self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
             len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
             max(_hidden(block.feed_forward) for block in model.blocks), block_tokens,
-            max((layer.router.num_destinations for layer in mixtures), default=0), self._most_top_k,
+            max((router.num_destinations for router in routers), default=0), self._most_top_k,
+            max(map(state_width, routers), default=0),
             config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
             QK_NORM.index(config.attention.qk_norm), int(key_ASGW.dtype == torch.bfloat16),
             floats(model.norm.weight, self._keep), blocks,
@@ -139,28 +145,37 @@ class FastDecoder:
         """What the kernels are told of one matrix; an empty one for None."""
         return Matrix() if module is None else native.matrix(self._packed[module][place])
 
-    def _block(self, number: int) -> CBlock:
+    def _blocks(self, number: int, routers: list[Router]) -> Iterator[CBlock]:
+        """One layer: attention and feed-forward, then the passes without attention; its routers are added to ``routers``."""
         block: Any = self.model.blocks[number]
         attention, layer, keep = block.attention, block.feed_forward, self._keep
         norms = (
             (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
         )
-        routed = isinstance(layer, MoE)
-        return CBlock(
+        first = CBlock(
             floats(block.attention_norm.weight, keep), floats(block.feed_forward_norm.weight, keep),
             floats(attention.qkv.bias, keep), floats(attention.out.bias, keep), *(floats(norm, keep) for norm in norms),
             *(store[number].data_ptr() for store in self._stores),
             self._matrix(attention.qkv), self._matrix(attention.out),
-            self._matrix(None if routed else layer.w13), self._matrix(None if routed else layer.w2),
-            self._experts(layer, self.routed.index(number)) if routed else CExperts(),
         )  # fmt: skip
+        if not isinstance(layer, MoE):
+            first.w13, first.w2 = self._matrix(layer.w13), self._matrix(layer.w2)
+            yield first
+            return
+        for turn, router in enumerate(passes_of(layer)):
+            made = first if turn == 0 else CBlock(feed_forward_norm=first.feed_forward_norm)
+            made.experts = self._experts(layer, router, len(self.routed))
+            self.routed.append(number)
+            routers.append(router)
+            yield made
 
-    def _experts(self, layer: Any, number: int) -> CExperts:
-        router, shared = layer.router, layer.shared
-        select = router.select.config
+    def _experts(self, layer: Any, router: Router, number: int) -> CExperts:
+        shared, keep = layer.shared, self._keep
+        select: Any = router.select.config
         gate = None if layer.shared_gate is None else layer.shared_gate.weight
         return CExperts(
-            floats(router.score.weight, self._keep), floats(router._bias_E(), self._keep), floats(gate, self._keep),
+            floats(router.score.weight, keep), floats(router._bias_E(), keep), floats(gate, keep),  # type: ignore[arg-type]
+            floats(getattr(layer, "depth_embedding", None), keep), recurrence(router, keep, self._recurrent),
             self._matrix(layer.experts), self._matrix(layer.experts, 1),
             *(self._matrix(None if shared is None else part) for part in ((None,) * 2 if shared is None else (shared.w13, shared.w2))),
             router.num_destinations, select.top_k, ACTIVATIONS.index(router.score.config.activation),

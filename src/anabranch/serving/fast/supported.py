@@ -1,0 +1,89 @@
+"""Which models the compiled step knows: `why_not` says what stands in the way."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from anabranch.lm.decoder import Block, Decoder
+from anabranch.nn import MoE, RMSNorm, SwiGLU
+from anabranch.nn.attention import Attention
+from anabranch.nn.kernels import load
+from anabranch.nn.packed import SHARE
+from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.serving.fast.layout import KIND_OF
+from anabranch.serving.fast.routed import why_not_routed
+
+__all__ = ["products", "why_not"]
+
+STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256  # of step.h; heads are whole vectors of floats
+
+
+def why_not(model: Decoder) -> str | None:
+    """Why the compiled step cannot run this model, or None if it can."""
+    if any(tensor.device.type != "cpu" for tensor in model.parameters()):
+        return "the model is not on the CPU"
+    if model.streams is not None:
+        return "the model runs as parallel streams"
+    if type(model).hidden is not Decoder.hidden:
+        return f"{type(model).__name__} runs its layers its own way"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} is watched by hooks"
+    for number, block in enumerate(model.blocks):
+        reason = _of_block(block)
+        if reason:
+            return f"layer {number}: {reason}"
+    if load() is None:
+        return "the compiled kernels could not be built here, or ANABRANCH_NO_KERNELS is set"
+    return None
+
+
+def products(block: Any) -> Iterator[nn.Module]:
+    """The modules of a supported block that multiply by large matrices: linear layers and pools."""
+    yield from (block.attention.qkv, block.attention.out)
+    layer = block.feed_forward
+    if not isinstance(layer, MoE):
+        yield from (layer.w13, layer.w2)
+        return
+    yield layer.experts
+    if layer.shared is not None:
+        yield from (layer.shared.w13, layer.shared.w2)
+
+
+def _of_block(block: nn.Module) -> str | None:
+    if type(block) is not Block:
+        return f"a {type(block).__name__} is not a plain block"
+    if type(block.attention) is not Attention:
+        return f"attention is a {type(block.attention).__name__}"
+    attention: Any = block.attention
+    norms = [block.attention_norm, block.feed_forward_norm]
+    if attention.config.qk_norm != "none":
+        norms += [attention.q_norm, attention.k_norm]
+    if any(type(norm) is not RMSNorm for norm in norms):
+        return "a norm is not an RMSNorm"
+    if attention.head_dim % STEP or attention.head_dim > MOST_WIDTH:
+        return f"heads are {attention.head_dim} wide; the kernels take multiples of {STEP} up to {MOST_WIDTH}"
+    if attention.num_heads // attention.num_kv_heads > MOST_GROUP:
+        return f"more than {MOST_GROUP} query heads share a key head"
+    reason = _of_feed_forward(block.feed_forward)
+    return reason or next((why for module in products(block) if (why := _of_product(module))), None)
+
+
+def _of_feed_forward(layer: nn.Module) -> str | None:
+    return None if type(layer) is SwiGLU else why_not_routed(layer)
+
+
+def _of_product(module: Any) -> str | None:
+    if type(module) in (QuantizedLinear, QuantizedPool):
+        return None
+    if type(module) not in (nn.Linear, ExpertPool):
+        return f"a {type(module).__name__} stands where a linear layer or a pool should"
+    weights = (module.weight,) if type(module) is nn.Linear else (module.w13, module.w2)
+    for weight in weights:
+        if weight.dtype not in KIND_OF:
+            return f"weights are {weight.dtype}"
+        if weight.shape[-1] % SHARE:
+            return f"a matrix has {weight.shape[-1]} inputs; the kernels take multiples of {SHARE}"
+    return None
