@@ -2,7 +2,8 @@
 
 Ours is a preset's model; the peer is the plain `moe` preset whose experts are made wider or narrower until a token's forward FLOPs are
 the same (within 1%; the row says what is left). Training is forward, backward and fresh gradients of 2048 tokens; decoding is one more
-token after 64 cached ones. Bars: training at most 1.15 times the peer's time (ratio at least 0.87), decoding at most 1.1 times (0.91).
+token after 64 cached ones, by the model itself, and by the compiled step that `anabranch serve` and `LLM` run where it knows both models.
+Bars: training at most 1.15 times the peer's time (ratio at least 0.87), decoding at most 1.1 times (0.91).
 
     python benchmarks/designs.py --json benchmarks/results/designs.json
 """
@@ -11,12 +12,14 @@ token after 64 cached ones. Bars: training at most 1.15 times the peer's time (r
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from _harness import arguments, compare, finish, start
 from anabranch import presets
 from anabranch.lm import Decoder
+from anabranch.serving.fast import FastDecoder
 
 DIM, LENGTH, BATCH, PAST = 256, 256, 8, 64
 STEP = 16  # widths of experts that the kernels take
@@ -59,6 +62,42 @@ def decode(model: Decoder, token_BL: Tensor) -> Callable[[], None]:
     return work
 
 
+BLOCK_TOKENS = 16
+
+
+class Served:
+    """The compiled step with a store of keys and values of its own."""
+
+    def __init__(self, model: Decoder) -> None:
+        attention: Any = model.eval().blocks[0].attention
+        slots = (PAST // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+        shape = len(model.blocks), slots, attention.num_kv_heads, attention.head_dim
+        self.fast = FastDecoder(model, torch.zeros(shape), torch.zeros(shape), block_tokens=BLOCK_TOKENS)
+        self.table_U = np.arange(slots // BLOCK_TOKENS, dtype=np.int32)
+
+    @torch.inference_mode()
+    def step(self, token_L: Tensor, past: int) -> Tensor:
+        """logits_LV of tokens behind ``past`` others."""
+        position_L = torch.arange(past, past + len(token_L))
+        sequence_N4 = np.array([[0, len(token_L), past, 0]], dtype=np.int64)
+        return self.fast.logits(self.fast.hidden(token_L, position_L, sequence_N4, self.table_U)[0])
+
+
+def served(model: Decoder, token_BL: Tensor) -> Callable[[], None]:
+    """`decode` by the compiled step, after a look at whether it computes the same."""
+    step, token_L = Served(model), token_BL[0]
+    found_LV = torch.cat([step.step(token_L[:PAST], 0), step.step(token_L[PAST : PAST + 1], PAST)])
+    with torch.inference_mode():
+        error = (found_LV - model(token_BL[:1, : PAST + 1]).logits_BLV[0]).abs().max().item()
+    if not error <= 1e-3:
+        raise SystemExit(f"logits of the compiled step differ by {error:.1e}")
+
+    def work() -> None:
+        step.step(token_L[PAST : PAST + 1], PAST)
+
+    return work
+
+
 def check_decoding(model: Decoder, token_BL: Tensor) -> None:
     """Cached and uncached agree, or there is nothing to time."""
     model.eval()
@@ -81,7 +120,10 @@ def main() -> None:
         config = model_config(name)
         peer = plain_peer(config)
         flops = config.count(LENGTH).flops / peer.count(LENGTH).flops
-        for case, work in (("training 2048 tokens", training), ("decoding", decode)):
+        cases = [("training 2048 tokens", training), ("decoding", decode)]
+        if FastDecoder.supports(config.build().eval()) is None:
+            cases.append(("decoding, compiled step", served))
+        for case, work in cases:
             models = [made.build(seed=0).train() for made in (config, peer)]
             check_decoding(models[0], token_BL)
             ours, theirs = (work(model.train(), token_BL) for model in models)

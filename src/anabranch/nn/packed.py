@@ -54,13 +54,15 @@ class Packed:
             symmetric: int4 with w = s (u - 8), whose zero is exact; otherwise the range from the least to the greatest is used whole.
 
         Raises:
-            ConfigError: a depth that is not a multiple of 32, a group that does not divide it, or weights beyond fp16 scales.
+            ConfigError: a depth that is not a multiple of 32 (float32: 16), a group that does not divide it, or weights beyond fp16
+                scales.
         """
         weight_ENK = weight_ENK.detach()
         if weight_ENK.dim() == 2:
             weight_ENK = weight_ENK.unsqueeze(0)
         rows, depth = weight_ENK.shape[1:]
-        check_depth(depth, group)
+        if kind != "float32" or group is not None or depth % WIDE:  # whose activations are neither rounded nor paired
+            check_depth(depth, group)
         if kind in ("float32", "bfloat16"):
             return cls(_pack_floats(weight_ENK, kind), rows, depth, kind, depth)
         grouped = weight_ENK.float().unflatten(-1, (-1, group or depth))

@@ -31,8 +31,8 @@ def moe(activation="softmax", normalize="none", scale=1.0, top_k=2, balance=(), 
     return kind.Config(num_experts=6, hidden_dim=64, router=router, **fields)
 
 
-def recurrent(**fields):
-    return RecurrentScore.Config(state_dim=32, **fields)
+def recurrent(state_dim=32, **fields):
+    return RecurrentScore.Config(state_dim=state_dim, **fields)
 
 
 MODELS = {
@@ -57,7 +57,7 @@ MODELS = {
         "dense_layers": (1,),
         "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
     },
-    "recurrent, nothing handed on": {"feed_forward": moe(score=recurrent(passing=False, shared_projector=True))},
+    "recurrent, nothing handed on": {"feed_forward": moe(score=recurrent(16, passing=False, shared_projector=True))},
     "chain": {"feed_forward": moe(kind=Chain, iterations=3, shared_experts=1, shared_gate=True)},
     "chain, all at once": {
         "feed_forward": moe(kind=Chain, reuse=3, depth_embedding=True, independent_gates=False, score=recurrent())
@@ -240,7 +240,7 @@ def test_each_pass_of_a_chain_has_its_routes():
         ({"feed_forward": moe(weight_on="input")}, "inputs"),
         ({"feed_forward": moe(score=CosineScore.Config())}, "scores by CosineScore"),
         ({"feed_forward": moe(score=recurrent(cell="lstm"))}, "not a gru"),
-        ({"feed_forward": moe(score=RecurrentScore.Config(state_dim=48))}, "48 wide"),
+        ({"feed_forward": moe(score=RecurrentScore.Config(state_dim=24))}, "24 wide"),
         ({"feed_forward": moe(kind=Chain, residual="outer")}, "'outer'"),
         ({"feed_forward": moe(kind=Chain, norm="once")}, "'once'"),
         ({"streams": ParScale.Config(num_streams=2)}, "streams"),

@@ -13,7 +13,7 @@ from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.nn import MoE, SwiGLU
 from anabranch.nn.kernels import packed as native
-from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.packed import WIDE, Packed
 from anabranch.routing.router import Router
 from anabranch.routing.score import LinearScore
 from anabranch.routing.select import TopK
@@ -59,8 +59,8 @@ def _of_router(router: Any) -> str | None:
     config: Any = router.score.config
     if (config.cell, config.gate, config.logit_residual) != ("gru", "linear", 0.0):
         return "a recurrent router is not a gru behind a linear gate"
-    if config.state_dim % SHARE or router.score.recurrence.dim % SHARE:
-        return f"a recurrent router's state is {config.state_dim} wide; the kernels take multiples of {SHARE}"
+    if config.state_dim % WIDE or router.score.recurrence.dim % WIDE:
+        return f"a recurrent router's state is {config.state_dim} wide; the kernels take multiples of {WIDE}"
     return None
 
 
