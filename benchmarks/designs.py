@@ -19,6 +19,7 @@ from torch import Tensor
 from _harness import arguments, compare, finish, start
 from anabranch import presets
 from anabranch.lm import Decoder
+from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.serving.fast import FastDecoder
 
 DIM, LENGTH, BATCH, PAST = 256, 256, 8, 64
@@ -112,6 +113,7 @@ def check_decoding(model: Decoder, token_BL: Tensor) -> None:
 def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
     start(options)
+    keep_freed_memory()  # as the trainer does
     token_BL = torch.randint(0, 256, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     rows: list[dict[str, Any]] = []
     for name in presets.group("family"):

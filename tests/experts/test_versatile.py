@@ -373,6 +373,28 @@ def test_flops_are_the_formula(fusion):
         )
 
 
+@pytest.mark.parametrize(("expert_dim", "cheaper"), [(3, "grouped"), (6, "masked")])
+def test_training_takes_the_cheaper_way_of_the_width_path(expert_dim, cheaper):
+    """2 experts of 3 units: 18 D a token against 24 D of the last matrix; of 6 units: 36 D. Both ways are the same sum."""
+    found = {}
+    for way in ("auto", "masked", "grouped"):
+        layer, norm = layer_of(versatile(expert_dim=expert_dim, width_compute=way)), norm_of()
+        context, x_BLD = layer_context(training=True), stream().requires_grad_()
+        torch.manual_seed(0)
+        y_BLD = layer.add_to(x_BLD, norm, context)
+        gradient = torch.autograd.grad(y_BLD.square().sum(), (x_BLD, layer.w13.weight, layer.paths.router.score.weight))
+        found[way] = (y_BLD, *gradient)
+        assert (
+            layer.config.count(BuildContext(16)).flops
+            == 2 * layer.config.heads(16) + context.mean_metrics()["ffn_flops"]
+        )
+        found[way, "flops"] = context.mean_metrics()["ffn_flops"].item()
+    assert found["auto", "flops"] == found[cheaper, "flops"] == min(found["masked", "flops"], found["grouped", "flops"])
+    for way in ("auto", "grouped"):
+        for part, wanted in zip(found[way], found["masked"], strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_papers_formula_when_grouped():
     """base mean_loops + base k / N P(l < L): for N = 4, k = 2 the width path is half a base."""
     layer, context = layer_of(versatile(width_compute="grouped")), layer_context()

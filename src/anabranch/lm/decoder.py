@@ -242,7 +242,7 @@ class Decoder(Part, nn.Module):
             training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
             state={} if state is None else state,
             position_BL=position_BL,
-            rotary=self.rotary(position_BL, self._dtype(device)),
+            rotary=self.rotary(_distinct(position_BL), self._dtype(device)),
             attention_mask=mask,
             is_causal=is_causal,
             cache=store,
@@ -313,3 +313,8 @@ def _positions(
         past = cache.length if cache is not None else 0
         return torch.arange(past, past + length, device=device).expand(batch, length)
     return (valid_BL.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+
+
+def _distinct(position_BL: Tensor) -> Tensor:
+    """One row of positions where all sequences have the same: their angles are made once."""
+    return position_BL[:1] if position_BL.stride(0) == 0 else position_BL

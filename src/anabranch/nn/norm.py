@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from anabranch.nn.kernels import rows as native
 from anabranch.routing.score import cast, wide
 
 
@@ -21,15 +22,37 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _RMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            if native.can_norm(x):
+                return _CompiledRMSNorm.apply(x, self.weight, self.eps)
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                return _RMSNorm.apply(x, self.weight, self.eps)
+        elif native.can_norm(x):
+            return native.norm(x, self.weight, self.eps, keep=False)[1]
         wide_x = wide(x)
         y = F.rms_norm(wide_x, self.weight.shape, cast(self.weight, wide_x.dtype), self.eps)
         return cast(y, x.dtype)
 
 
+class _CompiledRMSNorm(torch.autograd.Function):
+    """Two passes over memory, one each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, y, scale_N = native.norm(x, weight_D, eps, keep=True)
+        ctx.save_for_backward(x, weight_D, scale_N)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, scale_N = ctx.saved_tensors
+        dx, dweight_D = native.norm_gradients(gradient, x, weight_D, scale_N)
+        return dx, dweight_D.to(weight_D.dtype), None
+
+
 class _RMSNorm(torch.autograd.Function):
-    """The same with a backward pass by hand: on a CPU, torch composes both of a dozen passes over memory.
+    """The same in torch with a backward pass by hand, where there is no compiled one: torch composes both of a dozen passes over memory.
 
     With r = 1 / sqrt(mean(x^2) + eps):  dx = r (g w) - x r^3 mean(g w x),  dw = sum over rows of g x r.
     """

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
+from anabranch.nn.kernels import rows as native
 
 
 class Rotary(Part, nn.Module):
@@ -82,6 +83,8 @@ def _frequencies(config: Any, head_dim: int) -> Tensor:
 def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle."""
     cos, sin = rotary
+    if not torch.is_grad_enabled() and native.can_turn(x_BHLD, cos):
+        return native.turn(x_BHLD, cos, sin, 1.0)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler makes one pass of it by itself
         left, right = x_BHLD.chunk(2, dim=-1)
         return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
@@ -89,7 +92,7 @@ def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation in few passes over memory. Its gradient is the rotation back."""
+    """Rotation in one pass over memory, or a few. Its gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,6 +107,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if native.can_turn(x_BHLD, cos):
+        return native.turn(x_BHLD, cos, sin, sign)
     half = x_BHLD.shape[-1] // 2
     left, right = x_BHLD[..., :half], x_BHLD[..., half:]
     cos, sin = cos[..., :half], sin[..., :half]  # both halves are the same

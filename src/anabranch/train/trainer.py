@@ -29,6 +29,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.checkpoint import load_weights
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import state_once
+from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
 from anabranch.train.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from anabranch.train.config import RunConfig
@@ -194,6 +195,7 @@ class Trainer:
         devices = [self.workers.device.index] if self.workers.device.type == "cuda" else []
         # The random state is set in every step; the caller's stays as it was.
         with Interrupts() as interrupts, torch.random.fork_rng(devices):
+            keep_freed_memory()
             self._start_folder()
             self._emit("start")
             self._run_hooks()

@@ -50,7 +50,9 @@ MODELS = {
     },
     "mixture, others": {"feed_forward": moe("sqrt_softplus", "softmax", top_k=1, shared_experts=1)},
     "pools of layers": {
-        "feed_forward": moe(kind=ReXMoE, reuse=2, depth_embedding=True, pool_bias=True, balance=(BiasBalancer.Config(),))
+        "feed_forward": moe(
+            kind=ReXMoE, reuse=2, depth_embedding=True, pool_bias=True, balance=(BiasBalancer.Config(),)
+        )
     },
     "recurrent": {
         "feed_forward": moe(score=recurrent()),
@@ -154,7 +156,13 @@ def test_halves_are_near():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("plain", None), ("mixture", None), ("mixture, sigmoid", "int4"), ("recurrent", None), ("chain, all at once", "int8")],
+    [
+        ("plain", None),
+        ("mixture", None),
+        ("mixture, sigmoid", "int4"),
+        ("recurrent", None),
+        ("chain, all at once", "int8"),
+    ],
 )
 def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     model = build(name, bits)

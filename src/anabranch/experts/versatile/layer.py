@@ -10,8 +10,8 @@ the block's norm and F(H) = H + W_out phi(W_in norm(H)):
   mix     lambda = (L_max - sum_l l p_l) / L_max; Y = lambda Y_width + (1 - lambda) Y_depth
 Extra parameters: d (N + L_max) a layer. Training FLOPs of the layer: L_max times the feed-forward, and the width path.
 
-Departures: the width path masks the hidden units that the first loop computes anyway (see `paths`), which gives the same sum with one
-matmul less; ``width_compute="grouped"`` is the paper's way. The balance loss, which the published code does not wire, is the Switch loss at
+Departures: outside training the width path masks the hidden units that the first loop computes anyway (see `paths`), which gives the same
+sum with one matmul less; ``width_compute="grouped"`` is the paper's way. The balance loss, which the published code does not wire, is the Switch loss at
 the published weight. Initial weights of the width head are N(0, 0.02), not truncated. Evidence: `anabranch study versatile`.
 """
 # Shapes: B batch, L positions, N items, D width, F hidden, E virtual experts
@@ -55,7 +55,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 no loop head and every token takes every loop (the k-loop baseline, with fusion ``depth_only`` or ``average``).
             norm: the width path has the block's norm (``shared``, paper) or a ``separate`` one.
             width_compute: ``masked`` masks hidden units of the whole feed-forward, those of the first loop where there is one;
-                ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped.
+                ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped, and
+                where every token takes all loops (training) the one of fewer FLOPs.
             width_threshold: outside training tokens with lambda up to this have no width path, as if it were 0 (0: the paper's rule).
                 With a soft gate it changes the mix and saves nothing.
             early_exit: outside training run only the loops that each token takes; False runs all for all (the same output).
@@ -136,7 +137,10 @@ class VersatileFFN(FeedForward, kind="versatile"):
             paths = self.heads(context.dim)
             dense = 3 * context.dim * self.hidden_dim
             norm = context.dim * (self.norm == "separate" and self.fusion != "depth_only")
-            flops = 2 * (dense * self.loops + paths) + self.width_flops(context.dim)
+            width = self.width_flops(context.dim)
+            if self.width_compute == "auto":  # training takes the cheaper way
+                width = min(width, self._grouped_flops(context.dim))
+            flops = 2 * (dense * self.loops + paths) + width
             used = (
                 dense if self.loops else min(3 * context.dim * self.slice_width(self.hidden_dim) * self.places, dense)
             )
@@ -161,6 +165,9 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 return 2 * dim * self.hidden_dim
             if self.width_compute == "masked":
                 return 6 * dim * self.hidden_dim
+            return self._grouped_flops(dim)
+
+        def _grouped_flops(self, dim: int) -> int:
             return 6 * dim * self.slice_width(self.hidden_dim) * self.places
 
         def inference_flops(self, dim: int, mean_loops: float, width_share: float) -> float:

@@ -8,6 +8,9 @@ The first loop computes all hidden units a = phi(W_in norm(H)) of the full feed-
 width path needs no matmul of its own into the hidden layer:
 
     sum_j g_j f_j(H) = W_out (m * a),      m_i = the sum of g_j over the experts j that own hidden unit i
+
+Where every token takes all loops, as in training, running the chosen experts on their own is the same sum and may be cheaper: k d_e hidden
+units through three matrices against all of them through one.
 """
 # Shapes: N items, D width, F hidden, E virtual experts, K of them per token, T = max_loops, S = d_e width of a virtual expert
 
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.norm import RMSNorm
+from anabranch.nn.weighted import weighted_sum
 from anabranch.routing import (
     LinearScore,
     Recorder,
@@ -240,7 +244,7 @@ class Paths(nn.Module):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the width path masks the hidden units of the first loop, and has no matmul into the hidden layer of its own."""
+        """Whether the width path may mask the hidden units of the first loop, and has no matmul into the hidden layer of its own."""
         wanted = self.config.width_compute != "grouped" and self.width_norm is None
         return wanted and self.router is not None and self.num_loops > 0
 
@@ -256,9 +260,14 @@ class Paths(nn.Module):
         """Whether a token that ends after one loop takes both paths in one product."""
         return self.is_masked and branch.after is None
 
+    def _masks_all(self, branch: Branch) -> bool:
+        """Whether it does so where every token takes all loops. There experts on their own are compiled, so what has fewer FLOPs is taken."""
+        return self.is_masked and (not self._is_grouped(branch) or self._grouped_flops(branch) > branch.output_flops)
+
     def most_flops(self, branch: Branch) -> int:
         """Of a token that takes all loops and both paths."""
-        return self.width_flops(branch) + branch.flops * self.num_loops
+        own = self.is_masked and not self._masks_all(branch)  # experts on their own, although they could share a loop
+        return (self._grouped_flops(branch) if own else self.width_flops(branch)) + branch.flops * self.num_loops
 
     def width_flops(self, branch: Branch) -> int:
         """What the width path adds for a token, beside the first loop that it may share."""
@@ -268,6 +277,9 @@ class Paths(nn.Module):
             return branch.output_flops
         if not self._is_grouped(branch):
             return branch.flops
+        return self._grouped_flops(branch)
+
+    def _grouped_flops(self, branch: Branch) -> int:
         return 2 * branch.dim * self.width * self.config.places * (branch.num_inputs + 1)
 
     def _is_grouped(self, branch: Branch) -> bool:
@@ -313,18 +325,22 @@ class Paths(nn.Module):
             assert mix.width is not None
             return self._wide(x_ND, branch, mix.width)
         gate_NF = None
-        if mix.width is not None and self.is_masked:
+        if mix.width is not None and self._masks_all(branch):
             gate_NF = self.gate_NF(mix.width, x_ND.dtype)
         state_ND, wide_ND = self._loop(_first, branch, x_ND, gate_NF)
-        deep_ND = state_ND if mix.depth_NT is None else mix.depth_NT[:, :1] * state_ND
-        for number in range(1, self.num_loops):
-            state_ND = self._loop(_further, branch, x_ND, state_ND)
-            deep_ND = state_ND if mix.depth_NT is None else deep_ND + mix.depth_NT[:, number : number + 1] * state_ND
+        states = [state_ND]
+        for _ in range(1, self.num_loops):
+            states.append(self._loop(_further, branch, x_ND, states[-1]))
+        if mix.depth_NT is None:  # the last state counts for all
+            states, depth_NT = states[-1:], torch.ones_like(mix.lambda_N1)
+        else:
+            depth_NT = mix.depth_NT
         if mix.width is None:
-            return deep_ND
+            return states[0] if mix.depth_NT is None else weighted_sum(states, depth_NT)
         if wide_ND is None:
             wide_ND = self._wide(x_ND, branch, mix.width)
-        return mix.lambda_N1 * wide_ND + (1 - mix.lambda_N1) * deep_ND
+        weight_NC = torch.cat((mix.lambda_N1, (1 - mix.lambda_N1) * depth_NT), dim=1)
+        return weighted_sum([wide_ND.to(states[0].dtype), *states], weight_NC)
 
     def _loop(self, run: Callable[..., Any], branch: Branch, *inputs: Tensor | None) -> Any:
         """One loop; with ``recompute`` its activations are not kept."""
@@ -374,10 +390,11 @@ class Paths(nn.Module):
 
 
 def _first(branch: Branch, x_ND: Tensor, gate_NF: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The first loop, and from its hidden units the width path."""
+    """The first loop, and with gates from its hidden units the width path."""
+    if gate_NF is None:
+        return branch.change(x_ND).to(x_ND.dtype), None
     a_NF = branch.hidden(branch.norm(x_ND))
-    wide_ND = None if gate_NF is None else branch.output(gate_NF.to(a_NF.dtype) * a_NF)
-    return branch.output(a_NF).to(x_ND.dtype), wide_ND
+    return branch.output(a_NF).to(x_ND.dtype), branch.output(gate_NF.to(a_NF.dtype) * a_NF)
 
 
 def _further(branch: Branch, x_ND: Tensor, state_ND: Tensor) -> Tensor:

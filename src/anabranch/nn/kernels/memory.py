@@ -1,4 +1,4 @@
-"""Memory for large gradients, used again once the tensor that lay in it is gone.
+"""Memory that is used again: for large gradients, once the tensor that lay in it is gone, and what the C library is told to keep.
 
 A training step that sets gradients to None frees them and asks for as much again, and fresh memory is slow: the system
 clears each page first, which for 64 experts of width 512 takes longer than the backward pass of 16 tokens. So a large
@@ -8,6 +8,7 @@ released, so that no more is held than one training step uses; `release` lets go
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
 
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from anabranch.nn.kernels import load
 
-__all__ = ["empty_gradient", "release"]
+__all__ = ["empty_gradient", "keep_freed_memory", "release"]
 
 LARGE = 4 << 20  # bytes; below, rounding to huge pages would waste more than it saves
 HUGE_PAGE = 2 << 20
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
+KEEP = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 16 << 20}  # bytes; 32 MB is the most it takes
 
 _free: dict[int, list[mmap.mmap]] = {}
 _lock = threading.Lock()
@@ -41,6 +45,15 @@ def empty_gradient(weight: Tensor) -> Tensor:
     lease = (ctypes.c_char * size).from_buffer(mapping, start)  # the tensor's storage keeps it alive
     weakref.finalize(lease, _give_back, size, mapping).atexit = False
     return torch.frombuffer(lease, dtype=weight.dtype).view(weight.shape)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep up to a gigabyte that it frees, and whether the C library can be told so (glibc can).
+
+    As it comes, glibc gives back what a training step frees at its end, and the next step waits while the system clears every page anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    return mallopt is not None and all([mallopt(option, size) for option, size in KEEP.items()])
 
 
 def release() -> None:

@@ -1,0 +1,44 @@
+"""`weighted_sum`: y_n = sum_c w_nc part_c[n], each row with weights of its own, in one pass over memory each way."""
+# Shapes: N rows, D width, C parts
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from anabranch.nn.kernels import rows as native
+
+__all__ = ["weighted_sum"]
+
+
+def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
+    """y_ND in the dtype of the parts, summed in at least float32.
+
+    Args:
+        parts: C tensors [N, D] of one dtype.
+        weight_NC: column c weighs ``parts[c]``.
+    """
+    if native.can_sum(parts):
+        return _Sum.apply(weight_NC.to(torch.float32), *parts)
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    total_ND = sum(
+        part.to(wide) * weight_N1.to(wide) for part, weight_N1 in zip(parts, weight_NC.split(1, 1), strict=True)
+    )
+    return total_ND.to(parts[0].dtype)  # type: ignore[union-attr]  # there is a part, so it is a tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_NC: Tensor, *parts: Tensor) -> Tensor:
+        weight_NC, parts = weight_NC.contiguous(), tuple(part.contiguous() for part in parts)
+        ctx.save_for_backward(weight_NC, *parts)
+        return native.weighted_sum(parts, weight_NC)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, ...]:
+        weight_NC, *parts = ctx.saved_tensors
+        made, dweight_NC = native.sum_gradients(gradient_ND, parts, weight_NC)
+        return dweight_NC, *made
