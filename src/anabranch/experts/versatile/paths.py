@@ -261,7 +261,7 @@ class Paths(nn.Module):
         return self.is_masked and branch.after is None
 
     def _masks_all(self, branch: Branch) -> bool:
-        """Whether it does so where every token takes all loops. There experts on their own are compiled, so what has fewer FLOPs is taken."""
+        """Whether it does so where every token takes all loops: unless experts on their own, which are compiled, have fewer FLOPs."""
         return self.is_masked and (not self._is_grouped(branch) or self._grouped_flops(branch) > branch.output_flops)
 
     def most_flops(self, branch: Branch) -> int:

@@ -53,7 +53,10 @@ def keep_freed_memory() -> bool:
     As it comes, glibc gives back what a training step frees at its end, and the next step waits while the system clears every page anew.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    return mallopt is not None and all([mallopt(option, size) for option, size in KEEP.items()])
+    if mallopt is None:
+        return False
+    told = [mallopt(option, size) for option, size in KEEP.items()]  # each, whatever became of the others
+    return all(told)
 
 
 def release() -> None:
