@@ -9,12 +9,14 @@ from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
+from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import Attention, MoE, SwiGLU, kernels
 from anabranch.nn.quantize import quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
+from anabranch.routing.record import record_routing
 from anabranch.serving.fast import FastDecoder
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
@@ -35,6 +37,11 @@ def recurrent(state_dim=32, **fields):
     return RecurrentScore.Config(state_dim=state_dim, **fields)
 
 
+OTHERS = Router.Config(
+    score=LinearScore.Config(activation="sigmoid"),
+    select=TopK.Config(top_k=3, normalize="sum"),
+    balance=(BiasBalancer.Config(),),
+)
 MODELS = {
     "plain": {"attention": Attention.Config(num_heads=4)},
     "grouped, tied": {"attention": Attention.Config(num_heads=6, num_kv_heads=2, head_dim=32), "tie_embeddings": True},
@@ -63,6 +70,14 @@ MODELS = {
     "chain": {"feed_forward": moe(kind=Chain, iterations=3, shared_experts=1, shared_gate=True)},
     "chain, all at once": {
         "feed_forward": moe(kind=Chain, reuse=3, depth_embedding=True, independent_gates=False, score=recurrent())
+    },
+    "wide and deep": {"feed_forward": VersatileFFN.Config(hidden_dim=96, num_experts=6)},
+    "wide and deep, overlapping": {
+        "feed_forward": VersatileFFN.Config(
+            hidden_dim=96, num_experts=4, expert_dim=40, overlap=True, max_loops=3, width_threshold=0.5, router=OTHERS
+        ),
+        "dense_layers": (1,),
+        "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
     },
 }
 
@@ -135,7 +150,9 @@ def test_equals_the_ordinary_path(name):
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once"])
+@pytest.mark.parametrize(
+    "name", ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once", "wide and deep"]
+)
 def test_quantised_models_round_alike(name, bits):
     model = build(name, bits)
     given = prompts(9, 12)
@@ -179,7 +196,7 @@ def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     assert torch.equal(together, torch.cat(found))
 
 
-@pytest.mark.parametrize("name", ["mixture, sigmoid", "chain, all at once"])
+@pytest.mark.parametrize("name", ["mixture, sigmoid", "chain, all at once", "wide and deep"])
 def test_threads_change_nothing(name):
     model, given = build(name), list(enumerate(prompts(13, 3, 5)))
     before = torch.get_num_threads()
@@ -193,7 +210,7 @@ def test_threads_change_nothing(name):
     assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("name", ["grouped, tied", "mixture", "pools of layers", "chain", "recurrent"])
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture", "pools of layers", "chain", "recurrent", "wide and deep"])
 def test_greedy_streams_are_those_of_generate(name):
     model, given = build(name), prompts(7, 3, 11)
     store, streams = Sequences(model), [list(tokens) for tokens in given]
@@ -240,6 +257,19 @@ def test_each_pass_of_a_chain_has_its_routes():
     assert torch.equal(routes.long(), torch.stack(seen))
 
 
+def test_tokens_loop_as_often_as_their_gate_says():
+    """The model that is tested above has tokens of every number of loops, with and without a width path."""
+    model, tokens = build("wide and deep"), prompts(40)[0]
+    with record_difficulty(model) as recorder, torch.no_grad():
+        model(torch.tensor([tokens]))
+    assert set(recorder.trace().decisions(0).index_NK.flatten().tolist()) == {0, 1, 2, 3}
+    with record_routing(model) as recorder, torch.no_grad():
+        model(torch.tensor([tokens]))
+    _, routes = Sequences(model).run([(0, tokens)], with_routes=True)
+    for layer, route_TK in enumerate(routes):
+        assert torch.equal(route_TK.long(), torch.as_tensor(recorder.trace().decisions(layer).index_NK).long())
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -251,6 +281,7 @@ def test_each_pass_of_a_chain_has_its_routes():
         ({"feed_forward": moe(score=RecurrentScore.Config(state_dim=24))}, "24 wide"),
         ({"feed_forward": moe(kind=Chain, residual="outer")}, "'outer'"),
         ({"feed_forward": moe(kind=Chain, norm="once")}, "'once'"),
+        ({"feed_forward": VersatileFFN.Config(fusion="average")}, "'average'"),
         ({"streams": ParScale.Config(num_streams=2)}, "streams"),
     ],
 )

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 SOURCES = tuple(
     HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows")
 )
-HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention"))
+HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention", "step_work"))
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 

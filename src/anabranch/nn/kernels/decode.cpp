@@ -1,7 +1,7 @@
 // All layers of a decoder on the tokens of one step, in one call: a small model spends more time launching operations than computing.
 // Llama-like blocks (RMSNorm, rotary, grouped-query attention over blocks of keys and values, SwiGLU) and mixtures of experts: a linear or
-// recurrent router (RMoE), top-k, pools that layers share (ReXMoE), several passes over one (Chain-of-Experts). Everything between the
-// products is float32. C ABI; compiled and loaded by kernels/__init__.py.
+// recurrent router (RMoE), top-k, pools that layers share (ReXMoE), several passes over one (Chain-of-Experts); and feed-forwards used wide
+// and deep (VersatileFFN). Everything between the products is float32. C ABI; compiled and loaded by kernels/__init__.py.
 //
 // Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, R = T K rows of experts,
 // P width of a router's state.
@@ -10,21 +10,11 @@
 // or pairs of a token and a key head (attention); no number depends on how many threads there are.
 
 #include "step_attention.h"
+#include "step_work.h"
 
 namespace {
 
 // ---- the step ----
-
-struct Work {  // what a step needs beside its tensors
-  float *normed, *qkv, *y, *hidden, *out, *weight, *logits;
-  char* left;  // activations ready for a product
-  int32_t *index, *row_of_place, *offset;
-  int64_t* token_of_row;
-  int64_t* context;            // of each token
-  const int32_t** table;       // of each token
-  int64_t* slot;
-  float *state, *projected, *gates;  // of recurrent routers: [T, P], [T, P], [T][2][3 P]
-};
 
 class Run {
  public:
@@ -36,7 +26,9 @@ class Run {
     for (int64_t layer = 0; layer < m.layers; ++layer) {
       const Block& block = m.blocks[layer];
       if (block.qkv.rows) attention(block);
-      if (block.experts.router)
+      if (block.loops.gate)
+        versatile(block);
+      else if (block.experts.router)
         mixture(block);
       else
         dense(block.w13, block.w2, block.feed_forward_norm, nullptr);
@@ -195,15 +187,8 @@ class Run {
       auto [seen, depth] = r.projector.rows ? std::pair<const float*, int64_t>{state, P} : std::pair<const float*, int64_t>{normed, m.D};
       route(e, depth, seen, w.logits + t * m.most_experts, score, w.index + t * K, w.weight + t * K);
       if (r.projector.rows && !r.hands_on) std::fill(state, state + P, 0.f);
-      if (s.routes) {
-        int32_t* to = s.routes + (e.number * s.T + t) * m.most_top_k;
-        for (int64_t k = 0; k < m.most_top_k; ++k) to[k] = k < K ? w.index[t * K + k] : -1;
-      }
-      if (e.gate) {
-        vec sum{};
-        for (int64_t k = 0; k < m.D; k += VL) sum = fused(load(normed + k), load(e.gate + k), sum);
-        gates[t] = 1.f / (1.f + std::exp(-total(sum)));
-      }
+      tell_routes(e, t);
+      if (e.gate) gates[t] = 1.f / (1.f + std::exp(-dot(normed, e.gate, m.D)));
     }
 #pragma omp barrier
 #pragma omp single
@@ -234,6 +219,106 @@ class Run {
     if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? gates : nullptr);
   }
 
+  void tell_routes(const Experts& e, int64_t t) {
+    if (!s.routes) return;
+    int32_t* to = s.routes + (e.number * s.T + t) * m.most_top_k;
+    for (int64_t k = 0; k < m.most_top_k; ++k) to[k] = k < e.top_k ? w.index[t * e.top_k + k] : -1;
+  }
+
+  // x += share wide(x) + (1 - share) (f applied as often as the token's gate says), where wide(x) is the chosen virtual experts: slices of f's
+  // hidden units, so the first loop has computed them. A token of one loop takes both in one row of the second product.
+  void versatile(const Block& block) {
+    const Experts& e = block.experts;
+    const Loops& loops = block.loops;
+    const int64_t K = e.top_k, F = block.w2.depth;
+    float* score = scratch.get<float>(SUM, std::max(e.count, loops.most));
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      route(e, m.D, row(t), w.logits + t * m.most_experts, score, w.index + t * K, w.weight + t * K);
+      tell_routes(e, t);
+      for (int64_t l = 0; l < loops.most; ++l) score[l] = dot(row(t), loops.gate + l * m.D, m.D);
+      w.loops[t] = 1 + (int32_t)(std::max_element(score, score + loops.most) - score);
+    }
+    Activations a = left_of(block.w13), b = left_of(block.w2);
+    norm_rows(block, a, s.T, [](int64_t t) { return t; }, nullptr);
+#pragma omp barrier
+    hidden(block.w13, a, 0, s.T);
+#pragma omp single
+    sort_loops(loops);
+    float* mixed = scratch.get<float>(SUM, F);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      float *unit = w.hidden + t * m.F, share = share_of_width(loops, t);
+      if (share > 0.f) {
+        std::fill(mixed, mixed + F, 0.f);
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t i = 0; i < loops.width; ++i) mixed[loops.first[w.index[t * K + k]] + i] += w.weight[t * K + k];
+        if (w.beside[t] < 0) {
+          for (int64_t i = 0; i < F; ++i) unit[i] *= share * mixed[i] + (1.f - share);
+        } else {
+          for (int64_t i = 0; i < F; ++i) mixed[i] *= unit[i];
+          put_row(b, w.beside[t], mixed);
+        }
+      }
+      put_row(b, t, unit);
+    }
+#pragma omp barrier
+    times(block.w2, b, 0, w.still[loops.most], [&](int64_t r, int64_t j, const float* out) {
+      memcpy(w.out + r * m.D + j * WIDE, out, width_of(block.w2, j) * sizeof(float));
+    });
+#pragma omp barrier
+    for (int64_t l = 1; l < loops.most && w.still[l]; ++l) {
+      const int64_t count = w.still[l];
+      Range rows = share_of(count, thread, threads);
+      norm_rows(block, a, count, [&](int64_t p) { return w.order[p]; }, w.out);
+#pragma omp barrier
+      hidden(block.w13, a, 0, count);
+#pragma omp barrier
+      for (int64_t p = rows.begin; p < rows.end; ++p) put_row(b, p, w.hidden + p * m.F);
+#pragma omp barrier
+      times(block.w2, b, 0, count, [&](int64_t p, int64_t j, const float* out) {
+        add(w.out + w.order[p] * m.D + j * WIDE, out, width_of(block.w2, j));
+      });
+#pragma omp barrier
+    }
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      const bool mixes = w.beside[t] >= 0;
+      const float *deep = w.out + t * m.D, *wide = mixes ? w.out + w.beside[t] * m.D : deep, share = mixes ? share_of_width(loops, t) : 0.f;
+      for (int64_t c = 0; c < m.D; ++c) row(t)[c] += share * wide[c] + (1.f - share) * deep[c];
+    }
+#pragma omp barrier
+  }
+
+  // Norms of the first `count` rows, of token(p) with `change` of it where there is one, ready for a product.
+  template <class Token>
+  void norm_rows(const Block& block, const Activations& to, int64_t count, Token token, const float* change) {
+    Range rows = share_of(count, thread, threads);
+    float* normed = scratch.get<float>(MIDDLE, m.D);
+    for (int64_t p = rows.begin; p < rows.end; ++p) {
+      memcpy(normed, row(token(p)), m.D * sizeof(float));
+      if (change) add(normed, change + token(p) * m.D, m.D);
+      norm_row(normed, block.feed_forward_norm, m.D, m.norm_eps, normed);
+      put_row(to, p, normed);
+    }
+  }
+
+  float share_of_width(const Loops& loops, int64_t t) const {
+    float share = (float)(loops.most - w.loops[t]) / loops.most;
+    return share > loops.threshold ? share : 0.f;
+  }
+
+  // Tokens by loops, most first; a row of its own behind them for each width path of a token that goes on looping. The last of `still` is how
+  // many rows there are.
+  void sort_loops(const Loops& loops) {
+    std::fill(w.still, w.still + loops.most, 0);
+    for (int64_t t = 0; t < s.T; ++t)
+      for (int64_t l = 0; l < w.loops[t]; ++l) ++w.still[l];
+    int64_t place = 0, rows = s.T;
+    for (int64_t l = loops.most; l > 0; --l)
+      for (int64_t t = 0; t < s.T; ++t)
+        if (w.loops[t] == l) w.order[place++] = (int32_t)t;
+    for (int64_t t = 0; t < s.T; ++t) w.beside[t] = w.loops[t] > 1 && share_of_width(loops, t) > 0.f ? (int32_t)rows++ : -1;
+    w.still[loops.most] = rows;
+  }
+
   // Rows of experts: places by expert, then by token.
   void sort_places(const Experts& e) {
     const int64_t places = s.T * e.top_k;
@@ -258,69 +343,6 @@ class Run {
 };
 
 thread_local Scratch scratch_of_thread, memory_of_step;
-
-class Memory {  // one piece, cut up
- public:
-  explicit Memory(bool counts) : counts(counts) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* at = start + used;
-    used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    return counts ? nullptr : (T*)at;
-  }
-  char* start = nullptr;
-  int64_t used = 0;
-
- private:
-  bool counts;
-};
-
-int64_t left_bytes(const Model& m, int64_t T) {
-  int64_t most = 0;
-  auto see = [&](const Matrix& matrix, int64_t rows) {
-    if (matrix.rows) most = std::max(most, (rows + SPARE_ROWS) * Activations::bytes_of_row(matrix.depth, matrix.kind));
-  };
-  for (int64_t i = 0; i < m.layers; ++i) {
-    const Block& b = m.blocks[i];
-    see(b.qkv, T);
-    see(b.out, T);
-    if (b.experts.router) {
-      see(b.experts.recurrence.projector, T);
-      see(b.experts.w13, T * b.experts.top_k);
-      see(b.experts.w2, T * b.experts.top_k);
-      see(b.experts.shared13, T);
-      see(b.experts.shared2, T);
-    } else {
-      see(b.w13, T);
-      see(b.w2, T);
-    }
-  }
-  return most;
-}
-
-Work cut(Memory& memory, const Model& m, int64_t T) {
-  const int64_t R = T * std::max<int64_t>(1, m.most_top_k), E = m.most_experts;
-  Work w;
-  w.normed = memory.take<float>(T * m.D);
-  w.qkv = memory.take<float>(T * (m.H + 2 * m.G) * m.W);
-  w.y = memory.take<float>(T * m.H * m.W);
-  w.hidden = memory.take<float>(R * m.F);
-  w.out = memory.take<float>(R * m.D);
-  w.weight = memory.take<float>(R);
-  w.logits = memory.take<float>(T * (E + 1));
-  w.left = memory.take<char>(left_bytes(m, T));
-  w.index = memory.take<int32_t>(R);
-  w.row_of_place = memory.take<int32_t>(R);
-  w.offset = memory.take<int32_t>(2 * E + 2);
-  w.token_of_row = memory.take<int64_t>(R);
-  w.context = memory.take<int64_t>(T);
-  w.table = memory.take<const int32_t*>(T);
-  w.slot = memory.take<int64_t>(T);
-  w.state = memory.take<float>(T * m.state);
-  w.projected = memory.take<float>(T * m.state);
-  w.gates = memory.take<float>(T * 6 * m.state);
-  return w;
-}
 
 }  // namespace
 

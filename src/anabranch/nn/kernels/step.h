@@ -28,17 +28,26 @@ struct Experts {
   int32_t number;  // among the routed layers
 };
 
+struct Loops {  // of a feed-forward used wide and deep (VersatileFFN)
+  const float* gate;     // [most, D], of the loops; null for any other feed-forward
+  const int32_t* first;  // [E], first hidden unit of each virtual expert
+  int64_t most, width;   // loops, hidden units of a virtual expert
+  float threshold;       // a share of the width path up to this counts as none
+};
+
 struct Block {  // without attention (qkv of no rows) it is one more pass over the layer before
   const float *attention_norm, *feed_forward_norm;
   const float *qkv_bias, *out_bias, *q_norm, *k_norm;  // null for none
   char *key, *value;                                   // [slots, G, W]
   Matrix qkv, out, w13, w2;                            // the last two of a dense layer
-  Experts experts;
+  Experts experts;                                     // with `loops` the router alone, of virtual experts
+  Loops loops;
 };
 
 struct Model {
   int64_t layers, D, H, G, W, F, block_tokens;  // F: the widest hidden layer
   int64_t most_experts, most_top_k, state;  // state: P, 0 without recurrences
+  int64_t rows, most_loops;                 // rows: of experts or paths, the most per token
   float norm_eps, qk_eps, clip;  // clip 0 for none
   int32_t qk_norm;               // 0 none, 1 per head, 2 over the whole width
   int32_t half_store;            // keys and values are bfloat16
@@ -106,13 +115,15 @@ void advance(const Recurrence& r, const float* input, const float* hidden, float
   }
 }
 
+float dot(const float* a, const float* b, int64_t n) {
+  vec sum{};
+  for (int64_t k = 0; k < n; k += VL) sum = fused(load(a + k), load(b + k), sum);
+  return total(sum);
+}
+
 // From x, `depth` wide.
 void route(const Experts& e, int64_t depth, const float* x, float* logits, float* score, int32_t* index, float* weight) {
-  for (int64_t i = 0; i < e.count; ++i) {
-    vec sum{};
-    for (int64_t k = 0; k < depth; k += VL) sum = fused(load(x + k), load(e.router + i * depth + k), sum);
-    logits[i] = total(sum);
-  }
+  for (int64_t i = 0; i < e.count; ++i) logits[i] = dot(x, e.router + i * depth, depth);
   if (e.activation == 0) {
     float most = *std::max_element(logits, logits + e.count), sum = 0.f;
     for (int64_t i = 0; i < e.count; ++i) sum += score[i] = std::exp(logits[i] - most);

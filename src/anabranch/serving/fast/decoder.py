@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import MoE
 from anabranch.nn.kernels import load
@@ -26,7 +27,7 @@ from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.router import Router
 from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats
-from anabranch.serving.fast.routed import passes_of, recurrence, state_width
+from anabranch.serving.fast.routed import loops, passes_of, recurrence, state_width
 from anabranch.serving.fast.supported import products, why_not
 
 __all__ = ["FastDecoder"]
@@ -76,13 +77,13 @@ class FastDecoder:
         routers: list[Any] = []
         made = [part for number in range(len(model.blocks)) for part in self._blocks(number, routers)]
         blocks = (CBlock * len(made))(*made)
-        config = model.config
+        config, most_loops = model.config, max(block.loops.most for block in made)
         self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
             len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
             max(_hidden(block.feed_forward) for block in model.blocks), block_tokens,
             max((router.num_destinations for router in routers), default=0), self._most_top_k,
-            max(map(state_width, routers), default=0),
+            max(map(state_width, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
             config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
             QK_NORM.index(config.attention.qk_norm), int(key_ASGW.dtype == torch.bfloat16),
             floats(model.norm.weight, self._keep), blocks,
@@ -160,27 +161,36 @@ class FastDecoder:
         )  # fmt: skip
         if not isinstance(layer, MoE):
             first.w13, first.w2 = self._matrix(layer.w13), self._matrix(layer.w2)
+            if isinstance(layer, VersatileFFN):
+                first.loops = loops(layer, keep)
+                first.experts = self._router(passes_of(layer)[0], number, routers)
             yield first
             return
         for turn, router in enumerate(passes_of(layer)):
             made = first if turn == 0 else CBlock(feed_forward_norm=first.feed_forward_norm)
-            made.experts = self._experts(layer, router, len(self.routed))
-            self.routed.append(number)
-            routers.append(router)
+            made.experts = self._router(router, number, routers)
+            self._add_experts(made.experts, layer)
             yield made
 
-    def _experts(self, layer: Any, router: Router, number: int) -> CExperts:
-        shared, keep = layer.shared, self._keep
-        select: Any = router.select.config
-        gate = None if layer.shared_gate is None else layer.shared_gate.weight
+    def _router(self, router: Any, number: int, routers: list[Router]) -> CExperts:
+        """A router of layer ``number``, with no experts yet; it is added to ``routers``."""
+        keep, select = self._keep, router.select.config
+        self.routed.append(number)
+        routers.append(router)
         return CExperts(
-            floats(router.score.weight, keep), floats(router._bias_E(), keep), floats(gate, keep),  # type: ignore[arg-type]
-            floats(getattr(layer, "depth_embedding", None), keep), recurrence(router, keep, self._recurrent),
-            self._matrix(layer.experts), self._matrix(layer.experts, 1),
-            *(self._matrix(None if shared is None else part) for part in ((None,) * 2 if shared is None else (shared.w13, shared.w2))),
-            router.num_destinations, select.top_k, ACTIVATIONS.index(router.score.config.activation),
-            NORMALIZE.index(select.normalize), select.scale, number,
+            router=floats(router.score.weight, keep), bias=floats(router._bias_E(), keep),
+            recurrence=recurrence(router, keep, self._recurrent), count=router.num_destinations, top_k=select.top_k,
+            activation=ACTIVATIONS.index(router.score.config.activation), normalize=NORMALIZE.index(select.normalize),
+            scale=select.scale, number=len(routers) - 1,
         )  # fmt: skip
+
+    def _add_experts(self, made: CExperts, layer: Any) -> None:
+        """What ``made`` routes to: the pool of ``layer``, its shared experts, and what is added to its input."""
+        made.w13, made.w2 = self._matrix(layer.experts), self._matrix(layer.experts, 1)
+        if layer.shared is not None:
+            made.shared13, made.shared2 = self._matrix(layer.shared.w13), self._matrix(layer.shared.w2)
+        made.gate = floats(None if layer.shared_gate is None else layer.shared_gate.weight, self._keep)
+        made.shift = floats(getattr(layer, "depth_embedding", None), self._keep)
 
 
 def _hidden(layer: Any) -> int:

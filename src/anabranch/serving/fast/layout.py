@@ -8,7 +8,7 @@ from torch import Tensor
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
-__all__ = ["KIND_OF", "CBlock", "CExperts", "CModel", "CRecurrence", "CStep", "floats"]
+__all__ = ["KIND_OF", "CBlock", "CExperts", "CLoops", "CModel", "CRecurrence", "CStep", "floats"]
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -35,6 +35,12 @@ class CExperts(ctypes.Structure):
     )  # fmt: skip
 
 
+class CLoops(ctypes.Structure):
+    """`Loops` of step.h."""
+
+    _fields_ = (("gate", _pointer), ("first", _pointer), ("most", _int), ("width", _int), ("threshold", _float))
+
+
 class CBlock(ctypes.Structure):
     """`Block` of step.h."""
 
@@ -42,7 +48,7 @@ class CBlock(ctypes.Structure):
         ("attention_norm", _pointer), ("feed_forward_norm", _pointer),
         ("qkv_bias", _pointer), ("out_bias", _pointer), ("q_norm", _pointer), ("k_norm", _pointer),
         ("key", _pointer), ("value", _pointer),
-        ("qkv", Matrix), ("out", Matrix), ("w13", Matrix), ("w2", Matrix), ("experts", CExperts),
+        ("qkv", Matrix), ("out", Matrix), ("w13", Matrix), ("w2", Matrix), ("experts", CExperts), ("loops", CLoops),
     )  # fmt: skip
 
 
@@ -51,7 +57,7 @@ class CModel(ctypes.Structure):
 
     _fields_ = (
         *((name, _int) for name in ("layers", "dim", "heads", "kv_heads", "width", "hidden", "block_tokens")),
-        ("most_experts", _int), ("most_top_k", _int), ("state", _int),
+        ("most_experts", _int), ("most_top_k", _int), ("state", _int), ("rows", _int), ("most_loops", _int),
         ("norm_eps", _float), ("qk_eps", _float), ("clip", _float), ("qk_norm", ctypes.c_int32), ("half_store", ctypes.c_int32),
         ("last_norm", _pointer), ("blocks", ctypes.POINTER(CBlock)),
     )  # fmt: skip

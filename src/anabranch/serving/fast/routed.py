@@ -1,29 +1,34 @@
 """Which routed layers the compiled step knows, and what it is told of their routers.
 
-A layer is told as passes: x += f(norm(x)), each with a router. `MoE` and `ReXMoE` are one, Chain-of-Experts several over one pool.
+A mixture of experts is told as passes: x += f(norm(x)), each with a router. `MoE` and `ReXMoE` are one, Chain-of-Experts several over one
+pool. VersatileFFN is a dense feed-forward with a router of slices and a gate of loops.
 """
 # Shapes: E destinations, D width, P width of a recurrent router's state
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anabranch.experts.chain import Chain
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
+from anabranch.experts.versatile import VersatileFFN
 from anabranch.nn import MoE, SwiGLU
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.routing.router import Router
 from anabranch.routing.score import LinearScore
 from anabranch.routing.select import TopK
-from anabranch.serving.fast.layout import CRecurrence, floats
+from anabranch.serving.fast.layout import CLoops, CRecurrence, floats
 
-__all__ = ["passes_of", "recurrence", "state_width", "why_not_routed"]
+__all__ = ["loops", "passes_of", "recurrence", "state_width", "why_not_routed"]
 
 
 def passes_of(layer: Any) -> list[Router]:
     """The router of each pass of a supported layer, in order."""
+    if isinstance(layer, VersatileFFN):
+        return [layer.paths.router]  # type: ignore[list-item]  # it has a width path
     if not isinstance(layer, Chain):
         return [layer.router]
     routers = layer.routers
@@ -32,6 +37,8 @@ def passes_of(layer: Any) -> list[Router]:
 
 def why_not_routed(layer: Any) -> str | None:
     """Why the compiled step cannot run this routed layer, or None if it can."""
+    if type(layer) is VersatileFFN:
+        return _of_versatile(layer)
     if type(layer) not in (MoE, ReXMoE, Chain):
         return f"the feed-forward is a {type(layer).__name__}"
     config = layer.config
@@ -42,6 +49,19 @@ def why_not_routed(layer: Any) -> str | None:
     if type(layer.shared) not in (SwiGLU, type(None)) or type(layer.shared_gate) not in (nn.Linear, type(None)):
         return "the shared experts were replaced"
     return next((why for router in passes_of(layer) if (why := _of_router(router))), None)
+
+
+def _of_versatile(layer: Any) -> str | None:
+    config = layer.config
+    if (config.fusion, config.gate, config.norm) != ("difficulty", "hard", "shared"):
+        return (
+            f"paths have fusion {config.fusion!r}, gate {config.gate!r} and norm {config.norm!r}; the kernels know 'difficulty', 'hard' "
+            "and 'shared'"
+        )
+    router = layer.paths.router
+    return _of_router(router) or (
+        None if type(router.score) is LinearScore else "virtual experts have a recurrent router"
+    )
 
 
 def _of_router(router: Any) -> str | None:
@@ -84,3 +104,13 @@ def recurrence(router: Any, keep: list[Tensor], packed: dict[nn.Parameter, Packe
         *(native.matrix(packed[weight]) for weight in (projector, cell.weight_ih, cell.weight_hh)),
         floats(cell.bias_ih, keep), floats(cell.bias_hh, keep), int(score.config.passing),
     )  # fmt: skip
+
+
+def loops(layer: Any, keep: list[Tensor]) -> CLoops:
+    """The loop gate of a versatile feed-forward and where its virtual experts begin."""
+    paths = layer.paths
+    keep.append(torch.tensor(paths.starts, dtype=torch.int32))
+    first = keep[-1].data_ptr()
+    return CLoops(
+        floats(paths.loops.score.weight, keep), first, paths.num_loops, paths.width, layer.config.width_threshold
+    )
