@@ -18,6 +18,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model
 from anabranch.nn import Attention, BuildContext, ForwardContext, RMSNorm, SwiGLU
+from anabranch.nn.quantize import quantize
 from anabranch.routing import BiasBalancer, Router, RoutingContext, SwitchLoss, TopK, record_routing
 from anabranch.routing.relax import Temperature
 from anabranch.train import RunConfig, TrainConfig, Trainer, checkpoints, read_metrics
@@ -535,3 +536,13 @@ def test_errors_name_the_field_and_the_value(changes, message):
     with pytest.raises(ConfigError) as caught:
         versatile(**changes)
     assert message in str(caught.value)
+
+
+def test_a_quantised_layer_runs_all_loops_too():
+    """Nothing is cut from its weights, which are no matrices of floats."""
+    model = model_of(versatile(hidden_dim=32, num_experts=8), dim=32, attention=Attention.Config(num_heads=2)).eval()
+    quantize(model, "int8")
+    whole = model(tokens()).logits_BLV  # with gradients on, no early exit
+    with torch.no_grad():
+        error = model(tokens()).logits_BLV - whole
+    assert error.norm() < 0.05 * whole.norm()  # activations are rounded, those of both paths together or apart

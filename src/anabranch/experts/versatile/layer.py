@@ -215,7 +215,9 @@ class VersatileFFN(FeedForward, kind="versatile"):
     def branch(self, norm: nn.Module) -> Branch:
         """This feed-forward behind ``norm``, as the paths see it."""
         dim, hidden_dim = self.w2.out_features, self.w2.in_features
-        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=self._weights, whole=self)
+        can_cut = isinstance(self.w13, nn.Linear) and isinstance(self.w2, nn.Linear)  # not quantised
+        weights = self._weights if can_cut else None
+        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=weights, whole=self)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate_FD, up_FD = self.w13.weight.chunk(2)
