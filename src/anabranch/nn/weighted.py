@@ -26,7 +26,7 @@ def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
     total_ND = sum(
         part.to(wide) * weight_N1.to(wide) for part, weight_N1 in zip(parts, weight_NC.split(1, 1), strict=True)
     )
-    return total_ND.to(parts[0].dtype)  # type: ignore[union-attr]  # there is a part, so it is a tensor
+    return total_ND.to(parts[0].dtype)
 
 
 class _Sum(torch.autograd.Function):
