@@ -380,7 +380,7 @@ def test_training_takes_the_cheaper_way_of_the_width_path(expert_dim, cheaper):
     found = {}
     for way in ("auto", "masked", "grouped"):
         layer, norm = layer_of(versatile(expert_dim=expert_dim, width_compute=way)), norm_of()
-        context, x_BLD = layer_context(training=True), stream().requires_grad_()
+        context, x_BLD = layer_context(training=True), stream(4, 64).requires_grad_()
         torch.manual_seed(0)
         y_BLD = layer.add_to(x_BLD, norm, context)
         gradient = torch.autograd.grad(y_BLD.square().sum(), (x_BLD, layer.w13.weight, layer.paths.router.score.weight))
@@ -542,8 +542,9 @@ def test_a_quantised_layer_runs_all_loops_too():
     """Nothing is cut from its weights, which are no matrices of floats."""
     model = model_of(versatile(hidden_dim=32, num_experts=8), dim=32, attention=Attention.Config(num_heads=2)).eval()
     quantize(model, "int8")
-    whole = model(tokens()).logits_BLV  # with gradients on, no early exit
+    token_BL = tokens(4, 64)
+    whole = model(token_BL).logits_BLV  # with gradients on, no early exit
     with torch.no_grad():
-        error = model(tokens()).logits_BLV - whole
+        error = model(token_BL).logits_BLV - whole
     # Activations are rounded, those of both paths together or apart, and a token on the verge takes another number of loops then.
     assert error.norm() < 0.15 * whole.norm()

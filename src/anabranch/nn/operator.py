@@ -13,6 +13,8 @@ from anabranch.nn.kernels import expert_mlp as native
 
 __all__ = ["GradientSums", "expert_operator", "gather_gradients", "swiglu"]
 
+MANY_PRODUCTS = 350_000_000  # of numbers, per expert and matrix
+
 
 def expert_operator(
     x_ND: Tensor,
@@ -45,9 +47,18 @@ def _resolve(backend: str, x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype:
     obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype)
     if backend == "native" and obstacle:
         raise BackendError(f"{obstacle}; use backend 'auto'")
-    # Where matrix units (AMX) multiply bf16 tiles, the library's matmul beats our vector kernels on full blocks of rows.
-    matrix_unit = dtype == torch.bfloat16 and num_rows >= 16 * w2_EDF.shape[0] and torch.cpu._is_amx_tile_supported()
-    return "torch" if obstacle or (backend == "auto" and matrix_unit) else "native"
+    if backend == "auto" and not obstacle and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return "torch" if _fills_matrix_units(num_rows, *w2_EDF.shape) else "native"
+    return "torch" if obstacle else "native"
+
+
+def _fills_matrix_units(num_rows: int, num_experts: int, dim: int, hidden_dim: int) -> bool:
+    """Whether the library's matmul, which multiplies bf16 tiles in matrix units (AMX), beats our vector kernels.
+
+    It makes code for every new number of rows, some 2 ms that large matrices pay for; one expert sees the same number in every step.
+    """
+    rows = num_rows // num_experts
+    return rows >= 16 if num_experts == 1 else rows * dim * hidden_dim >= MANY_PRODUCTS
 
 
 def swiglu(z_R2F: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
             norm: the width path has the block's norm (``shared``, paper) or a ``separate`` one.
             width_compute: ``masked`` masks hidden units of the whole feed-forward, those of the first loop where there is one;
                 ``grouped`` runs the experts as a stacked pool; ``auto`` is masked where a first loop can be shared, else grouped, and
-                where every token takes all loops (training) the one of fewer FLOPs.
+                where many tokens take all loops (training) the one of fewer FLOPs.
             width_threshold: outside training tokens with lambda up to this have no width path, as if it were 0 (0: the paper's rule).
                 With a soft gate it changes the mix and saves nothing.
             early_exit: outside training run only the loops that each token takes; False runs all for all (the same output).

@@ -9,7 +9,7 @@ width path needs no matmul of its own into the hidden layer:
 
     sum_j g_j f_j(H) = W_out (m * a),      m_i = the sum of g_j over the experts j that own hidden unit i
 
-Where every token takes all loops, as in training, running the chosen experts on their own is the same sum and may be cheaper: k d_e hidden
+Where many tokens take all loops, as in training, running the chosen experts on their own is the same sum and may be cheaper: k d_e hidden
 units through three matrices against all of them through one.
 """
 # Shapes: N items, D width, F hidden, E virtual experts, K of them per token, T = max_loops, S = d_e width of a virtual expert
@@ -40,6 +40,8 @@ from anabranch.routing import (
 from anabranch.routing.balance import masked_mean
 from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
 from anabranch.routing.score import full_precision
+
+MANY = 256  # items for which virtual experts are cut from the weights
 
 Weights = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D, F]
 
@@ -230,7 +232,10 @@ class Paths(nn.Module):
         taken_NT = (mix.loops_N.unsqueeze(-1) == self.count_T).to(dtype)
         mean_X = masked_mean(torch.cat([mix.lambda_N1.detach(), taken_NT], dim=-1), context.item_mask_N)
         share_T = mean_X[1:]
-        mean_loops, flops = (share_T * self.count_T).sum(), torch.full_like(mean_X[0], self.most_flops(branch))
+        mean_loops, flops = (
+            (share_T * self.count_T).sum(),
+            torch.full_like(mean_X[0], self.most_flops(branch, len(mix.loops_N))),
+        )
         if exits:
             # Tokens of more loops have no width path, and a fused one of one loop costs nothing more.
             first, last = int(self._is_fused(branch)), self._last_wide
@@ -260,13 +265,14 @@ class Paths(nn.Module):
         """Whether a token that ends after one loop takes both paths in one product."""
         return self.is_masked and branch.after is None
 
-    def _masks_all(self, branch: Branch) -> bool:
-        """Whether it does so where every token takes all loops: unless experts on their own, which are compiled, have fewer FLOPs."""
-        return self.is_masked and (not self._is_grouped(branch) or self._grouped_flops(branch) > branch.output_flops)
+    def _masks_all(self, branch: Branch, num_items: int) -> bool:
+        """Whether it does so where all items take all loops: not if they pay for cutting out the experts, which have fewer FLOPs."""
+        own = num_items >= MANY and self._is_grouped(branch) and self._grouped_flops(branch) <= branch.output_flops
+        return self.is_masked and not own
 
-    def most_flops(self, branch: Branch) -> int:
+    def most_flops(self, branch: Branch, num_items: int) -> int:
         """Of a token that takes all loops and both paths."""
-        own = self.is_masked and not self._masks_all(branch)  # experts on their own, although they could share a loop
+        own = self.is_masked and not self._masks_all(branch, num_items)
         return (self._grouped_flops(branch) if own else self.width_flops(branch)) + branch.flops * self.num_loops
 
     def width_flops(self, branch: Branch) -> int:
@@ -325,7 +331,7 @@ class Paths(nn.Module):
             assert mix.width is not None
             return self._wide(x_ND, branch, mix.width)
         gate_NF = None
-        if mix.width is not None and self._masks_all(branch):
+        if mix.width is not None and self._masks_all(branch, x_ND.shape[0]):
             gate_NF = self.gate_NF(mix.width, x_ND.dtype)
         state_ND, wide_ND = self._loop(_first, branch, x_ND, gate_NF)
         states = [state_ND]
