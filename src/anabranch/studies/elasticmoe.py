@@ -65,6 +65,7 @@ class Case(Config):
         clients: requests under way at once, for ``throughput``.
         window_s: seconds before, during (from the command on) and after.
         trace_s, squeeze, shrink: for ``slo``: seconds to replay, how many times faster than recorded, how many times shorter prompts are.
+        thin: for ``slo``: of so many recorded requests one is sent, so that hours pass quickly without more load.
         most: devices of ``slo`` at most.
     """
 
@@ -84,7 +85,12 @@ class Case(Config):
     trace_s: float = 60.0
     squeeze: float = 4.0
     shrink: float = 16.0
+    thin: int = Field(default=1, ge=1)
     most: int = 3
+
+
+# A device of the full size then answers some 3 requests a second, as slow as two cores can be three devices; the trace brings 4 to 8 of them.
+SLO = {"pace_s": 0.2, "squeeze": 20.0, "thin": 20}
 
 
 def tiny() -> dict[str, Any]:
@@ -96,7 +102,7 @@ def tiny() -> dict[str, Any]:
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Case`. Full: 400 MB of experts."""
     size = (({} if full else tiny()) | changes) or {}
-    made = arms(size)
+    made = arms(size, SLO if full else {})
     return Study(
         name="elasticmoe",
         title="ElasticMoE: changing the devices of a running server",
@@ -111,8 +117,8 @@ def make(full: bool = False, **changes: Any) -> Study:
     )
 
 
-def arms(size: dict[str, Any]) -> list[Arm]:
-    """All contestants, from one size."""
+def arms(size: dict[str, Any], slo: dict[str, Any]) -> list[Arm]:
+    """All contestants, from one size; ``slo`` is of the arms that replay a trace."""
     made = [Arm(f"latency-{way}", f"four changes, {way}", Case(kind="latency", way=way, **size)) for way in WAYS]
     own = Case(kind="latency", weights="own", **size)
     made.insert(1, Arm("latency-own", "four changes, ours, each device with weights of its own", own))
@@ -125,7 +131,10 @@ def arms(size: dict[str, Any]) -> list[Arm]:
     abouts = {"throughput": "1 -> 2 paced devices", "slo": "a trace on paced devices"}
     return [
         *made,
-        *(Arm(f"{kind}-{way}", f"{abouts[kind]}, {way}", Case(kind=kind, way=way, **size)) for kind, way in paced),
+        *(
+            Arm(f"{kind}-{way}", f"{abouts[kind]}, {way}", Case(kind=kind, way=way, **size | (slo if kind == "slo" else {})))
+            for kind, way in paced
+        ),
     ]
 
 
@@ -376,7 +385,7 @@ def _recorded(case: Case, seed: int, path: Path) -> list[tuple[float, int, int]]
     seconds = [_clock(row["TIMESTAMP"]) for row in rows]
     start = seconds[0] + (0.1 + 0.15 * seed) * (seconds[-1] - seconds[0])
     piece = []
-    for at, row in zip(seconds, rows, strict=True):
+    for at, row in itertools.islice(zip(seconds, rows, strict=True), None, None, case.thin):
         if 0 <= at - start < case.trace_s * case.squeeze:
             prompt, new = (max(1, round(int(row[name]) / case.shrink)) for name in ("ContextTokens", "GeneratedTokens"))
             piece.append(((at - start) / case.squeeze, prompt, new))
