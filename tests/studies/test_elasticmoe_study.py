@@ -1,5 +1,9 @@
 """The rules of the ElasticMoE study on made-up numbers, and its trace."""
 
+import gzip
+
+import pytest
+
 from anabranch.studies.elasticmoe import Case, judge, make, trace
 from anabranch.studies.harness import Results
 
@@ -45,3 +49,23 @@ def test_trace_is_reproducible_and_within_limits():
     assert arrivals == trace(case, 0)
     assert arrivals
     assert all(0 <= at < 5.0 and 1 <= prompt <= 480 and 1 <= new <= 480 for at, prompt, new in arrivals)
+
+
+def test_a_thinned_trace_passes_as_quickly_with_fewer_requests(tmp_path, monkeypatch):
+    (tmp_path / "traces").mkdir()
+    with gzip.open(tmp_path / "traces" / "azure_llm_2023_conv.csv.gz", "wt") as file:
+        file.write("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+        for second in range(1000):
+            file.write(f"2023-11-16 18:{second // 60:02}:{second % 60:02}.0,{160 + 16 * (second % 7)},32\n")
+    monkeypatch.setenv("ANABRANCH_DATA", str(tmp_path))
+    case = Case(kind="slo", trace_s=20.0, squeeze=10.0)  # 200 seconds from second 99.9 on
+    whole, thinned = trace(case, 0), trace(case.replace(thin=4), 0)
+    assert [round(10 * at + 99.9) for at, _, _ in whole] == list(range(100, 300))
+    assert thinned == whole[::4]
+    assert thinned[1] == (pytest.approx(0.41), 10 + 104 % 7, 2)
+
+
+def test_the_replay_has_a_load_that_its_devices_can_bear():
+    slo = [arm.config for arm in make(full=True).arms if arm.config.kind == "slo"]
+    assert {(config.thin, config.squeeze, config.pace_s) for config in slo} == {(20, 20.0, 0.2)}
+    assert {arm.config.thin for arm in make(full=True).arms if arm.config.kind != "slo"} == {1}

@@ -89,7 +89,7 @@ class Case(Config):
     most: int = 3
 
 
-# A device of the full size then answers some 3 requests a second, as slow as two cores can be three devices; the trace brings 4 to 8 of them.
+# A device of the full size then answers some 3 requests a second, so slow that two cores can be three of them; the trace brings 4 to 8.
 SLO = {"pace_s": 0.2, "squeeze": 20.0, "thin": 20}
 
 
@@ -132,7 +132,11 @@ def arms(size: dict[str, Any], slo: dict[str, Any]) -> list[Arm]:
     return [
         *made,
         *(
-            Arm(f"{kind}-{way}", f"{abouts[kind]}, {way}", Case(kind=kind, way=way, **size | (slo if kind == "slo" else {})))
+            Arm(
+                f"{kind}-{way}",
+                f"{abouts[kind]}, {way}",
+                Case(kind=kind, way=way, **size | (slo if kind == "slo" else {})),
+            )
             for kind, way in paced
         ),
     ]
@@ -434,16 +438,16 @@ def judge(results: Results) -> list[Claim]:
         steps = (f"parts-{number}", f"parts-{number + 1}")
         paper = "2.43, 3.14, 10.42, 62.78, 67.40 s"
         claims.append(_bound(results, "seconds", *steps, 1.0, f"without it a change is slower: {about}", paper))
-    busy = ("throughput-cold", "throughput-ours")
+    busy = ("throughput-ours", "throughput-cold")
     claims += [
         _within(results, "during", "before", 0.8, "throughput during a change is above 0.8x before", "0.66x"),
-        _bound(results, "during", *busy, 1.0, "throughput during a change is above a cold restart's", "0.66x, 0.34x"),
+        _above(results, "during", *busy, "throughput during a change is above a cold restart's", "0.66x, 0.34x"),
         _within(results, "after", "before", 1.0, "two devices do more than one", "7.82 against 6.00 requests/s"),
     ]
     for other in ("cold", *STATIC):
         claim = f"attainment per device-second is above that of {other}"
         paper = "SLO held to 8.7 requests/s"
-        claims.append(_bound(results, "attainment_per_device_minute", f"slo-{other}", "slo-ours", 1.0, claim, paper))
+        claims.append(_above(results, "attainment_per_device_minute", "slo-ours", f"slo-{other}", claim, paper))
     return [claim for claim in claims if claim.ours is not None]
 
 
@@ -452,6 +456,12 @@ def _bound(results: Results, metric: str, ours: str, baseline: str, factor: floa
     mine, theirs = results.values(ours, metric), results.values(baseline, metric)
     scaled = {seed: factor * value for seed, value in theirs.items()}
     return _claim(mine, scaled, paired_difference(mine, scaled), claim, paper)
+
+
+def _above(results: Results, metric: str, ours: str, baseline: str, claim: str, paper: str) -> Claim:
+    """Whether ``ours`` is above ``baseline``."""
+    mine, theirs = results.values(ours, metric), results.values(baseline, metric)
+    return _claim(mine, theirs, paired_difference(theirs, mine), claim, paper)
 
 
 def _within(results: Results, metric: str, other: str, factor: float, claim: str, paper: str) -> Claim:
