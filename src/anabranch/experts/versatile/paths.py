@@ -232,10 +232,8 @@ class Paths(nn.Module):
         taken_NT = (mix.loops_N.unsqueeze(-1) == self.count_T).to(dtype)
         mean_X = masked_mean(torch.cat([mix.lambda_N1.detach(), taken_NT], dim=-1), context.item_mask_N)
         share_T = mean_X[1:]
-        mean_loops, flops = (
-            (share_T * self.count_T).sum(),
-            torch.full_like(mean_X[0], self.most_flops(branch, len(mix.loops_N))),
-        )
+        mean_loops = (share_T * self.count_T).sum()
+        flops = torch.full_like(mean_X[0], self.most_flops(branch, len(mix.loops_N)))
         if exits:
             # Tokens of more loops have no width path, and a fused one of one loop costs nothing more.
             first, last = int(self._is_fused(branch)), self._last_wide

@@ -48,7 +48,7 @@ def empty_gradient(weight: Tensor) -> Tensor:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to a gigabyte that it frees, and whether the C library can be told so (glibc can).
+    """Let this process keep up to a gigabyte that it frees. Returns whether its C library can be told so, as glibc can.
 
     As it comes, glibc gives back what a training step frees at its end, and the next step waits while the system clears every page anew.
     """
