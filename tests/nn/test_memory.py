@@ -1,5 +1,6 @@
 """What the C library is told, in a process of its own, since it stays told."""
 
+import platform
 import subprocess
 import sys
 
@@ -22,11 +23,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(told):
-    """Pages that the system cleared in ten steps of 90 MB (230,400 pages in all), each like those before."""
+    """Pages that the system cleared in ten steps of 90 MB, each like those before."""
     done = subprocess.run([sys.executable, "-c", STEPS.format(told=told)], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is what can be told")
 def test_freed_memory_is_used_again():
-    assert faults("assert keep_freed_memory()") < 5_000 < 50_000 < faults("pass")
+    assert 10 * faults("assert keep_freed_memory()") < faults("pass")  # a tenth, since pages may be small or huge
