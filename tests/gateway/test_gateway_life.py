@@ -219,6 +219,9 @@ def test_calls_of_a_strategy_are_charged_and_answers_are_judged(tmp_path):
         answer = await gateway.achat(ask(model="auto/picky"))
         id = (await gateway.store.ledger())[0].request_id
         told = await gateway.feedback({"request_id": id, "score": 0.5})
+        async with asyncio.timeout(30):  # it learns in a thread of its own, and closing drops what waits there
+            while len(strategy.told) < 2:
+                await asyncio.sleep(0.001)
         return answer, told
 
     (answer, told), [row] = run(picky(tmp_path), work, strategies={"picky": strategy})
