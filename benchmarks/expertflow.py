@@ -71,7 +71,7 @@ def pieces(tokenizer: Tokenizer, number: int, length: int, seed: int) -> torch.T
 def fitted(model: Decoder, tokenizer: Tokenizer, options: Any) -> EncoderDecoder:
     """A predictor of the model's routes, fitted on those of text."""
     parts = []
-    for token_BL in pieces(tokenizer, 32 if options.quick else 1600, WINDOW, seed=1).split(16):
+    for token_BL in pieces(tokenizer, 32 if options.quick else 4000, WINDOW, seed=1).split(16):
         with torch.inference_mode(), record_routing(model) as recorder:
             model(token_BL, last_only=True)
         parts.append(Routes.from_trace(recorder.trace()))
@@ -145,12 +145,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--hidden-dim", type=int, default=384)
     parser.add_argument("--steps", type=int, default=500, help="of training")
-    parser.add_argument("--fit-s", type=float, default=180.0, help="seconds that the predictor is fitted")
+    parser.add_argument("--fit-s", type=float, default=300.0, help="seconds that the predictor is fitted")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; four times as many are decoded"
     )
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--workers", type=int, default=1, help="threads that load")
+    parser.add_argument("--workers", type=int, default=2, help="threads that load")
     options = parser.parse_args()
     start(options)
     rounds, options.tokens = min(options.rounds, 7), 8 if options.quick else options.tokens

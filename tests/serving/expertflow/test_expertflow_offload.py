@@ -10,6 +10,7 @@ import torch
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
 from anabranch.experts.chain import Chain
 from anabranch.experts.rexmoe import ReXMoE
+from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, save_model
 from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext
@@ -88,6 +89,9 @@ DESIGNS = {
     "weights on inputs": moe_config(weight_on="input"),
     "pools that layers share": ReXMoE.Config(
         num_experts=6, hidden_dim=32, reuse=3, router=Router.Config(select=TopK.Config(top_k=2))
+    ),
+    "recurrent routers": moe_config(
+        router=Router.Config(score=RecurrentScore.Config(state_dim=16), select=TopK.Config(top_k=2))
     ),
     "several passes": Chain.Config(num_experts=6, hidden_dim=32, router=Router.Config(select=TopK.Config(top_k=2))),
 }

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm import SamplingConfig, generate
+from anabranch.nn import Attention, kernels
 from anabranch.routing import record_routing
 from anabranch.serving.expertflow import Routes, find_pools, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch, RowStore
 from anabranch.serving.expertflow.predictors import Frequency
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, objective, reindex
+from anabranch.serving.fast import FastDecoder
 from expertflow_models import VOCAB, make_model, prompts
 
 
@@ -76,8 +78,10 @@ def test_bad_routes_are_refused() -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 5, 9])  # one sequence; half a unit; units that are not full
 @pytest.mark.parametrize("is_on", [True, False])
-def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool) -> None:
-    model, asked = make_model(), prompts(number)
+@pytest.mark.parametrize("use_kernel", [True, False])
+def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_kernel: bool) -> None:
+    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(number)
+    assert not use_kernel or kernels.load() is None or FastDecoder.supports(model) is None
     greedy = SamplingConfig(max_tokens=7, temperature=0.0)
     free = generate(model, asked, greedy)
     greedy = greedy.replace(stop=(free[0][3],))  # sequences end within a unit
@@ -89,11 +93,13 @@ def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool) -> None
     routes = Routes.from_trace(recorder.trace())
     frequency = Frequency(found.fingerprint(f"vocab:{VOCAB}"), VOCAB).fit(routes)
     engine = offload(model, found.layout.total_bytes // 4, predictor=frequency)
-    pipeline = DualBatch(engine, batch_size=2, scheduler=TokenScheduler() if is_on else None)
+    scheduler = TokenScheduler() if is_on else None
+    pipeline = DualBatch(engine, batch_size=2, scheduler=scheduler, use_kernel=use_kernel)
     assert pipeline.generate(asked, greedy) == expected
     assert pipeline.objective_after <= pipeline.objective_before
     assert (pipeline.objective_before > 0) == (is_on and number > 2)
     assert pipeline.generate(asked[:1], greedy.replace(max_tokens=0)) == [[]]
+    assert pipeline.generate(asked[::-1], greedy) == expected[::-1]  # in another store
     engine.restore()
 
 
@@ -116,15 +122,18 @@ def poison() -> Iterator[None]:
 
 def test_rows_of_different_lengths_see_only_what_was_written(poison: None) -> None:
     torch.manual_seed(0)
-    store, parts = RowStore(3, 1, 6), {row: torch.randn(3, 1, 2, length, 4) for row, length in enumerate((1, 4, 4))}
+    store, parts = (
+        RowStore(3, 6, (1, 2, 4)),
+        {row: torch.randn(3, 1, 2, length, 4) for row, length in enumerate((1, 4, 4))},
+    )
     for rows in ([0], [1, 2]):
-        store.select(rows)
         query, key, value = torch.cat([parts[row] for row in rows], 1)
+        store.select(rows, query.shape[2])
         made = store.attend(0, query, key, value)
         torch.testing.assert_close(made, F.scaled_dot_product_attention(query, key, value, is_causal=True))
         store.advance(query.shape[2])
     new = torch.randn(3, 3, 2, 1, 4)
-    store.select([2, 0, 1])
+    store.select([2, 0, 1], 1)
     made = store.attend(0, *new)
     for at, row in enumerate((2, 0, 1)):
         seen = [torch.cat((part, new[number, at : at + 1]), 2) for number, part in enumerate(parts[row])]
@@ -133,8 +142,6 @@ def test_rows_of_different_lengths_see_only_what_was_written(poison: None) -> No
 
 
 def test_a_full_store_says_so() -> None:
-    store = RowStore(1, 1, 2)
-    store.select([0])
-    x_BHLD = torch.zeros(1, 1, 3, 4)
+    store = RowStore(1, 2, (1, 1, 4))
     with pytest.raises(CapacityError, match="2 positions, but 3"):
-        store.attend(0, x_BHLD, x_BHLD, x_BHLD)
+        store.select([0], 3)

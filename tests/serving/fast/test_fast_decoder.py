@@ -1,10 +1,12 @@
 """The compiled step against the ordinary path: same numbers, same greedy streams, rows that do not depend on each other."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
@@ -17,6 +19,8 @@ from anabranch.nn.quantize import quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
 from anabranch.routing.record import record_routing
+from anabranch.serving.expertflow import find_pools, offload
+from anabranch.serving.expertflow.tiers import MemoryTier
 from anabranch.serving.fast import FastDecoder
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
@@ -129,6 +133,18 @@ class Sequences:
         return self.fast.logits(x_TD), routes
 
 
+OFFLOADED = ["mixture", "mixture, sigmoid", "pools of layers", "recurrent", "chain, all at once"]
+
+
+@contextmanager
+def quarter(model, **options):
+    """The model with a quarter of its experts in slots (or the fewest that suffice), the others in memory; the engine."""
+    layout = find_pools(model).layout
+    least = layout.least_bytes(options.get("policy") == "cache_moe")
+    with offload(model, max(layout.total_bytes // 4, least), **options) as engine:
+        yield engine
+
+
 def prompts(*lengths):
     generator = torch.Generator().manual_seed(8)
     return [torch.randint(0, 100, (length,), generator=generator).tolist() for length in lengths]
@@ -147,6 +163,66 @@ def test_equals_the_ordinary_path(name):
     wanted = torch.cat([ordinary(model, tokens) for tokens in given])
     assert wanted.std() > 0.1
     assert torch.allclose(logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_experts_that_come_when_they_are_wanted_compute_the_same(name):
+    model = build(name)
+    given = prompts(9, 1, 40)
+    wanted, routes = Sequences(model).run(list(enumerate(given)), with_routes=True)
+    with quarter(model) as engine:
+        store = Sequences(model)
+        engine.begin([])
+        logits, found = store.run(list(enumerate(given)), with_routes=True)
+        engine.begin([])
+        more, none = store.run([(1, [7])])
+        assert engine.cache.total().misses > 0
+        assert engine.arena.bytes <= engine.budget_bytes
+    assert torch.allclose(logits, wanted, rtol=0, atol=1e-5)
+    assert torch.equal(found, routes)
+    assert none is None
+    assert torch.allclose(more, ordinary(model, [*given[1], 7])[-1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_resident_changes_no_bits(dtype):
+    model = build("mixture, sigmoid").to(dtype)
+    given, found = prompts(33, 5, 14), []
+    wanted, _ = Sequences(model, dtype).run(list(enumerate(given)))
+    for options in ({}, {"policy": "cache_moe", "predictor": None}, {"policy": "lru", "predictor": "slp"}):
+        with quarter(model, **options) as engine:
+            store = Sequences(model, dtype)
+            engine.begin([])
+            found.append(store.run(list(enumerate(given)))[0])
+            apart = Sequences(model, dtype)
+            pieces = [(id, piece) for id, tokens in enumerate(given) for piece in (tokens[:3], tokens[3:]) if piece]
+            engine.begin([])
+            found.append(torch.cat([apart.run([piece])[0] for piece in pieces]))
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert (found[0] - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_an_expert_that_cannot_be_loaded_fails_the_step_and_no_other():
+    class Flaky(MemoryTier):
+        is_broken = True
+
+        def load(self, expert, slot):
+            if self.is_broken:
+                raise OSError("the disk has coughed")
+            yield from super().load(expert, slot)
+
+    model, tokens = build("mixture"), prompts(9)[0]
+    wanted, _ = Sequences(model).run([(0, tokens)])
+    tier = Flaky([(pool.w13, pool.w2) for pool in find_pools(model).pools])
+    with quarter(model, tier=tier) as engine:
+        engine.mover.retry_s = 1e-4
+        engine.begin([])
+        with pytest.raises(DataError, match="coughed"):
+            Sequences(model).run([(0, tokens)])
+        tier.is_broken = False
+        engine.begin([])
+        logits, _ = Sequences(model).run([(0, tokens)])
+    assert torch.allclose(logits, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])

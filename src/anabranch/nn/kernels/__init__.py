@@ -44,7 +44,8 @@ def load() -> ctypes.CDLL | None:
         return None
     for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
         getattr(library, name).restype = ctypes.c_int
-    library.anabranch_read_direct.restype = ctypes.c_int64
+    for name in ("anabranch_read_direct", "anabranch_decode_bytes"):
+        getattr(library, name).restype = ctypes.c_int64
     return library
 
 

@@ -3,6 +3,8 @@
 // recurrent router (RMoE), top-k, pools that layers share (ReXMoE), several passes over one (Chain-of-Experts); and feed-forwards used wide
 // and deep (VersatileFFN). Everything between the products is float32. C ABI; compiled and loaded by kernels/__init__.py.
 //
+// Where experts come when they are wanted, a step is run in parts: to the router of a layer, its experts as they come, on to the next.
+//
 // Shapes: T tokens, D width, H query heads, G key heads, W head width, F hidden width, E experts, K per token, R = T K rows of experts,
 // P width of a router's state.
 //
@@ -21,19 +23,56 @@ class Run {
   Run(const Model& m, const Step& s, const Work& w, Scratch& scratch, int thread, int threads)
       : m(m), s(s), w(w), scratch(scratch), thread(thread), threads(threads), own(share_of(s.T, thread, threads)) {}
 
-  void all() {
-    std::fill(w.state + own.begin * m.state, w.state + own.end * m.state, 0.f);
-    for (int64_t layer = 0; layer < m.layers; ++layer) {
+  // From where the experts of layer `from` have run (-1: the beginning) to where the router of layer `to` has chosen (none: the end).
+  void part(int64_t from, int64_t to) {
+    if (from < 0)
+      std::fill(w.state + own.begin * m.state, w.state + own.end * m.state, 0.f);
+    else
+      join(m.blocks[from].experts);
+    for (int64_t layer = from + 1; layer < m.layers; ++layer) {
       const Block& block = m.blocks[layer];
       if (block.qkv.rows) attention(block);
-      if (block.loops.gate)
+      if (block.loops.gate) {
         versatile(block);
-      else if (block.experts.router)
-        mixture(block);
-      else
+      } else if (block.experts.router) {
+        choose(block);
+        if (layer == to) return;
+        compute(block.experts, nullptr);
+        join(block.experts);
+      } else {
         dense(block.w13, block.w2, block.feed_forward_norm, nullptr);
+      }
     }
     for (int64_t t = own.begin; t < own.end; ++t) norm_row(row(t), m.last_norm, m.D, m.norm_eps, row(t));
+  }
+
+  // The experts that have a slot in the stack (none: all, each where its number says) on the rows that `choose` gave them.
+  void compute(const Experts& e, const int32_t* slot_of) {
+    auto each = [&](auto call) {
+      for (int64_t i = 0; i < e.count; ++i) {
+        int64_t count = w.offset[i + 1] - w.offset[i], slot = slot_of ? slot_of[i] : i;
+        if (count && slot >= 0) call(slot, w.offset[i], count);
+      }
+    };
+    auto each_row = [&](auto call) {
+      each([&](int64_t, int64_t first, int64_t count) {
+        for (int64_t r = first; r < first + count; ++r)
+          if (r % threads == thread) call(r);
+      });
+    };
+    Activations a = left_of(e.w13), b = left_of(e.w2);
+    each_row([&](int64_t r) { put_row(a, r, w.normed + w.token_of_row[r] * m.D); });
+#pragma omp barrier
+    each([&](int64_t slot, int64_t first, int64_t count) { hidden(e.w13.of(slot), a, first, count); });
+#pragma omp barrier
+    each_row([&](int64_t r) { put_row(b, r, w.hidden + r * m.F); });
+#pragma omp barrier
+    each([&](int64_t slot, int64_t first, int64_t count) {
+      times(e.w2.of(slot), b, first, count, [&](int64_t r, int64_t j, const float* out) {
+        memcpy(w.out + r * m.D + j * WIDE, out, width_of(e.w2, j) * sizeof(float));
+      });
+    });
+#pragma omp barrier
   }
 
  private:
@@ -170,12 +209,14 @@ class Run {
   }
   static Activations floats(float* rows, int64_t width) { return {(char*)rows, width, width * (int64_t)sizeof(float), FLOAT}; }
 
-  void mixture(const Block& block) {
+  float* shared_gates() const { return w.logits + s.T * m.most_experts; }  // behind the logits
+
+  // What each token is routed to, and the rows of the experts.
+  void choose(const Block& block) {
     const Experts& e = block.experts;
     const Recurrence& r = e.recurrence;
     const int64_t K = e.top_k, P = m.state;
-    float* score = scratch.get<float>(SUM, e.count);
-    float* gates = w.logits + s.T * m.most_experts;  // behind the logits
+    float *score = scratch.get<float>(SUM, e.count), *gates = shared_gates();
     for (int64_t t = own.begin; t < own.end; ++t) {
       norm_row(row(t), block.feed_forward_norm, m.D, m.norm_eps, w.normed + t * m.D);
       if (e.shift) add(w.normed + t * m.D, e.shift, m.D);
@@ -193,22 +234,11 @@ class Run {
 #pragma omp barrier
 #pragma omp single
     sort_places(e);
-    Activations a = left_of(e.w13);
-    Range rows = share_of(s.T * K, thread, threads);
-    for (int64_t r = rows.begin; r < rows.end; ++r) put_row(a, r, w.normed + w.token_of_row[r] * m.D);
-#pragma omp barrier
-    for (int64_t i = 0; i < e.count; ++i)
-      if (int64_t count = w.offset[i + 1] - w.offset[i]) hidden(e.w13.of(i), a, w.offset[i], count);
-#pragma omp barrier
-    Activations b = left_of(e.w2);
-    for (int64_t r = rows.begin; r < rows.end; ++r) put_row(b, r, w.hidden + r * m.F);
-#pragma omp barrier
-    for (int64_t i = 0; i < e.count; ++i)
-      if (int64_t count = w.offset[i + 1] - w.offset[i])
-        times(e.w2.of(i), b, w.offset[i], count, [&](int64_t r, int64_t j, const float* out) {
-          memcpy(w.out + r * m.D + j * WIDE, out, width_of(e.w2, j) * sizeof(float));
-        });
-#pragma omp barrier
+  }
+
+  // x += the weighted sum of what the experts made, and what the shared ones make.
+  void join(const Experts& e) {
+    const int64_t K = e.top_k;
     for (int64_t t = own.begin; t < own.end; ++t)
       for (int64_t c = 0; c < m.D; ++c) {
         float sum = 0.f;
@@ -216,7 +246,7 @@ class Run {
         row(t)[c] += sum;
       }
 #pragma omp barrier
-    if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? gates : nullptr);
+    if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? shared_gates() : nullptr);
   }
 
   void tell_routes(const Experts& e, int64_t t) {
@@ -342,18 +372,30 @@ class Run {
   Range own;
 };
 
-thread_local Scratch scratch_of_thread, memory_of_step;
+thread_local Scratch scratch_of_thread;
+
+Work work_of(const Model& m, const Step& s) {
+  Memory memory(false);
+  memory.start = s.memory;
+  return cut(memory, m, s.T);
+}
 
 }  // namespace
 
-extern "C" void anabranch_decode(const Model* model, const Step* step, int threads) {
+// Bytes of `memory` for a step of T tokens. It begins with what the experts of a layer see, float32 [T, D], and behind that, from the next
+// multiple of 64 bytes on, the states of recurrent routers, [T, P].
+extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T) {
+  Memory size(true);
+  cut(size, *model, T);
+  return size.used;
+}
+
+// A step, or the part of it from the experts of layer `from` (-1: the beginning) to the router of layer `to` (-1: the end).
+extern "C" void anabranch_decode(const Model* model, const Step* step, int64_t from, int64_t to, int threads) {
   const Model& m = *model;
   const Step& s = *step;
-  Memory size(true), memory(false);
-  cut(size, m, s.T);
-  memory.start = memory_of_step.get<char>(LEFT, size.used);
-  Work w = cut(memory, m, s.T);
-  for (int64_t n = 0; n < s.sequences; ++n) {
+  Work w = work_of(m, s);
+  for (int64_t n = 0; from < 0 && n < s.sequences; ++n) {
     const int64_t* sequence = s.sequence + 4 * n;
     for (int64_t i = 0; i < sequence[1]; ++i) {
       int64_t t = sequence[0] + i, p = sequence[2] + i;
@@ -365,6 +407,16 @@ extern "C" void anabranch_decode(const Model* model, const Step* step, int threa
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
-    Run(m, s, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).all();
+    Run(m, s, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).part(from, to);
+  }
+}
+
+// Experts of layer `layer`, whose router has chosen: those with a slot of at least 0.
+extern "C" void anabranch_decode_experts(const Model* model, const Step* step, int64_t layer, const int32_t* slot_of, int threads) {
+  Work w = work_of(*model, *step);
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    Run(*model, *step, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).compute(model->blocks[layer].experts, slot_of);
   }
 }

@@ -9,6 +9,11 @@
 //     INT4     groups of [k / 8][16][4] bytes, low half k .. k + 3, high half k + 4 .. k + 7 (u),
 //              then [16] fp16 scales s, then [16] fp16 minima m:                                          w = s u + m
 //
+// and what is not packed, since it has just come and goes soon (experts of a budget), has its rows as they lie:
+//
+//     ROWS     [16][k] float
+//     HALVES   [16][k] bf16
+//
 // Activations of integer weights are rounded to int8, 32 at a time with a scale of their own. A row's result does not depend on how many
 // rows there are: every row is summed in one order, by the same instructions.
 
@@ -29,7 +34,9 @@ constexpr int NV = WIDE / VL;  // vectors that hold them
 constexpr int SHARE = 32;      // activations that share a scale
 constexpr int BLOCK_ROWS = VL == 16 ? 12 : 4;
 
-enum Kind : int64_t { FLOAT, HALF, INT8, INT4 };
+enum Kind : int64_t { FLOAT, HALF, INT8, INT4, ROWS, HALVES };
+
+inline bool takes_floats(int64_t kind) { return kind == FLOAT || kind >= ROWS; }
 
 struct Matrix {  // mirrored by packed.py
   const char* data;
@@ -49,7 +56,7 @@ struct Activations {
   int64_t depth, row_bytes, kind;
 
   static int64_t bytes_of_row(int64_t depth, int64_t kind) {
-    int64_t bytes = kind == FLOAT ? depth * 4 : kind == HALF ? depth * 2 : depth + depth / SHARE * 8;
+    int64_t bytes = takes_floats(kind) ? depth * 4 : kind == HALF ? depth * 2 : depth + depth / SHARE * 8;
     return (bytes + 63) / 64 * 64;
   }
   char* row(int64_t i) const { return data + i * row_bytes; }
@@ -84,7 +91,9 @@ inline void round_row(char* to, const float* x, int64_t depth) {
 
 inline void put_row(const Activations& a, int64_t row, const float* x) {
   char* to = a.row(row);
-  if (a.kind == FLOAT)
+  if (a.kind == HALVES)  // rounded as for HALF, kept wide
+    for (int64_t k = 0; k < a.depth; k += VL) store((float*)to + k, as<vec>(round_bits(load(x + k)) << 16));
+  else if (takes_floats(a.kind))
     memcpy(to, x, a.depth * sizeof(float));
   else if (a.kind == HALF)
     for (int64_t k = 0; k < a.depth; k += VL) store((bf16*)to + k, load(x + k));
@@ -245,12 +254,42 @@ void product_halves(const Matrix& w, const char* panel, const char* const* rows,
     for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
 }
 
+// Sums along the rows: each of a weight row with an activation is one chain, so that none depends on how many there are.
+template <class W, int M>
+void product_rows(const Matrix& w, const char* panel, const char* const* rows, float* out) {
+  constexpr int TOGETHER = M <= 2 ? 8 : M <= 4 ? 4 : 2;  // of them, as many as registers hold
+  vec all[M][WIDE];
+  for (int c = 0; c < WIDE; c += TOGETHER) {
+    vec sum[TOGETHER][M] = {};
+    const W* weight = (const W*)panel + c * w.depth;
+    for (int64_t k = 0; k < w.depth; k += VL) {
+      vec x[M];
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) x[i] = load((const float*)rows[i] + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < TOGETHER; ++j) {
+        vec along = load(weight + j * w.depth + k);
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) sum[j][i] = fused(along, x[i], sum[j][i]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < TOGETHER; ++j) all[i][c + j] = sum[j][i];
+  }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, totals(all[i] + v * VL));
+}
+
 using Product = void (*)(const Matrix&, const char*, const char* const*, float*);
 template <int... M>
 inline Product product_of(std::integer_sequence<int, M...>, int64_t kind, int m) {
   static constexpr Product floats[] = {product_floats<M + 1>...}, halves[] = {product_halves<M + 1>...};
   static constexpr Product bytes[] = {product_integers<8, M + 1>...}, nibbles[] = {product_integers<4, M + 1>...};
-  return (kind == FLOAT ? floats : kind == HALF ? halves : kind == INT8 ? bytes : nibbles)[m - 1];
+  static constexpr Product rows[] = {product_rows<float, M + 1>...}, half_rows[] = {product_rows<bf16, M + 1>...};
+  static constexpr const Product* of_kind[] = {floats, halves, bytes, nibbles, rows, half_rows};
+  return of_kind[kind][m - 1];
 }
 
 // ---- AMX tiles for halves ----

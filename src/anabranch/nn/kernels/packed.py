@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.packed import KINDS, Packed
+from anabranch.nn.packed import KINDS, WIDE, Packed
 
-__all__ = ["Matrix", "advise", "can", "linear", "matrix"]
+__all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
+
+ROWS_OF = {torch.float32: 4, torch.bfloat16: 5}  # kinds of packed.h whose rows lie as they are
 
 
 class Matrix(ctypes.Structure):
@@ -34,6 +36,16 @@ def matrix(packed: Packed) -> Matrix:
     return Matrix(
         packed.data.data_ptr(), packed.rows, packed.depth, packed.group, panel_bytes, kind, panels * panel_bytes
     )
+
+
+def matrix_of_rows(weight_ENK: Tensor) -> Matrix:
+    """What the kernels are told of a stack of plain matrices, float32 or bfloat16, N a multiple of 16; it must stay where it is."""
+    _, rows, depth = weight_ENK.shape
+    assert weight_ENK.is_contiguous()
+    assert rows % WIDE == 0
+    row_bytes = depth * weight_ENK.dtype.itemsize
+    kind = ROWS_OF[weight_ENK.dtype]
+    return Matrix(weight_ENK.data_ptr(), rows, depth, depth, WIDE * row_bytes, kind, rows * row_bytes)
 
 
 def can(packed: Packed, x_CK: Tensor) -> bool:

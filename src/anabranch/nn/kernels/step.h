@@ -21,7 +21,7 @@ struct Experts {
   const float* gate;       // [D], of the shared experts; null for none
   const float* shift;      // [D], added to what the layer sees; null for none
   Recurrence recurrence;
-  Matrix w13, w2;          // stacks
+  Matrix w13, w2;          // stacks, of slots where experts come when they are wanted
   Matrix shared13, shared2;  // rows 0 for none
   int64_t count, top_k, activation, normalize;
   float scale;
@@ -63,6 +63,7 @@ struct Step {
   const float *cos, *sin;  // [T, W]
   float* x;                // [T, D], embedded tokens in, normed hidden states out
   int32_t* routes;         // [routed layers, T, most_top_k] or null
+  char* memory;            // of anabranch_decode_bytes, kept from one part of a step to the next
 };
 
 // ---- small pieces ----

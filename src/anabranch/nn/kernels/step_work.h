@@ -61,7 +61,8 @@ int64_t left_bytes(const Model& m, int64_t T) {
 Work cut(Memory& memory, const Model& m, int64_t T) {
   const int64_t R = T * m.rows, E = m.most_experts;
   Work w;
-  w.normed = memory.take<float>(T * m.D);
+  w.normed = memory.take<float>(T * m.D);  // these two are read from outside
+  w.state = memory.take<float>(T * m.state);
   w.qkv = memory.take<float>(T * (m.H + 2 * m.G) * m.W);
   w.y = memory.take<float>(T * m.H * m.W);
   w.hidden = memory.take<float>(R * m.F);
@@ -76,7 +77,6 @@ Work cut(Memory& memory, const Model& m, int64_t T) {
   w.context = memory.take<int64_t>(T);
   w.table = memory.take<const int32_t*>(T);
   w.slot = memory.take<int64_t>(T);
-  w.state = memory.take<float>(T * m.state);
   w.projected = memory.take<float>(T * m.state);
   w.gates = memory.take<float>(T * 6 * m.state);
   w.loops = memory.take<int32_t>(T);

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.nn.kernels.packed import advise
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -43,6 +45,10 @@ class Arena:
                 w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
                 self.w13_SFD.append(torch.zeros(w13, dtype=kind.dtype, device=self.device))
                 self.w2_SDF.append(torch.zeros(w2, dtype=kind.dtype, device=self.device))
+            both = zip(self.w13_SFD, self.w2_SDF, strict=True)  # made once, as whoever loads asks often
+            self._places = [list(zip(w13.unbind(), w2.unbind(), strict=True)) for w13, w2 in both]
+        for weight in (*self.w13_SFD, *self.w2_SDF) if self.device.type == "cpu" else ():
+            advise(weight)
         self._used: dict[tuple[int, int], torch.cuda.Event] = {}
 
     @property
@@ -52,7 +58,7 @@ class Arena:
 
     def slot(self, kind: int, number: int) -> tuple[Tensor, Tensor]:
         """(w13_FD, w2_DF) of a slot, to write into."""
-        return self.w13_SFD[kind][number], self.w2_SDF[kind][number]
+        return self._places[kind][number]
 
     def mark_used(self, kind: int, numbers: Sequence[int]) -> None:
         """Kernels that read these slots have been launched."""

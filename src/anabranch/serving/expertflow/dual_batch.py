@@ -6,7 +6,7 @@ next, so it looks two or three forward passes ahead.
 
 The keys and values of all sequences lie in one place (`RowStore`), so that regrouping is a choice of rows and copies nothing.
 """
-# Shapes: B rows of a batch, T tokens, L routed layers, E experts, H heads, G key-value heads, W head width, M stored positions
+# Shapes: B rows of a batch, T tokens, A layers, L routed ones, E experts, H heads, G key-value heads, W head width, S slots, M positions
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,42 +25,67 @@ from anabranch.serving.expertflow.expertflow import OffloadEngine
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.predictors.base import Row
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
+from anabranch.serving.fast import FastDecoder
+
+BLOCK_TOKENS = 16  # positions that lie together
 
 
 class RowStore:
-    """Keys and values of many sequences, each with a length of its own; a forward pass is over some of them (`AttendingStore`)."""
+    """Keys and values of many sequences, each with a length of its own; a forward pass is over some of them (`AttendingStore`).
 
-    def __init__(self, num_rows: int, num_layers: int, max_length: int) -> None:
+    Args:
+        num_rows: sequences.
+        max_length: positions of each.
+        shape: (layers, key-value heads, width of a head).
+        dtype: of what is stored.
+
+    Attributes:
+        key_ASGW, value_ASGW: of slot ``row * capacity + position``, in blocks of `BLOCK_TOKENS` for the compiled step.
+    """
+
+    def __init__(
+        self, num_rows: int, max_length: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> None:
+        layers, groups, width = shape
         self.length_R = torch.zeros(num_rows, dtype=torch.int64)
-        self.max_length = max_length
-        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.max_length, self._blocks = max_length, -(-max_length // BLOCK_TOKENS)
+        # Zeros: what lies behind the end of a row weighs nothing in the products, and nothing times NaN would be NaN.
+        slots = num_rows * self._blocks * BLOCK_TOKENS
+        self.key_ASGW, self.value_ASGW = torch.zeros(2, layers, slots, groups, width, dtype=dtype)
         self._rows = torch.empty(0, dtype=torch.int64)
 
-    def select(self, rows: Sequence[int]) -> None:
-        """The rows of the next forward pass, in its order."""
+    def select(self, rows: Sequence[int], new: int) -> None:
+        """The rows of the next forward pass, in its order, and how many positions each adds. Raises CapacityError if they do not fit."""
         self._rows = torch.tensor(rows, dtype=torch.int64)
+        longest = int(self.length_R[self._rows].max()) + new
+        if longest > self.max_length:
+            raise CapacityError(f"the store holds {self.max_length} positions, but {longest} are needed")
+
+    def layout(self, new: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sequence_N4, table_U) of the forward pass, see `FastDecoder.hidden`."""
+        count, rows_N = len(self._rows), self._rows.numpy()
+        first_N, table_N = np.arange(count) * new, np.arange(count) * self._blocks
+        sequence_N4 = np.stack((first_N, np.full(count, new), self.length_R[self._rows].numpy(), table_N), 1)
+        table_U = (rows_N[:, None] * self._blocks + np.arange(self._blocks)).astype(np.int32)
+        return sequence_N4, table_U.reshape(-1)
 
     def attend(self, layer: int, query_BHLW: Tensor, key_BGLW: Tensor, value_BGLW: Tensor) -> Tensor:
         """See `AttendingStore`. One new position a row, or prompts of one length of rows that have none yet."""
-        _, groups, new, width = key_BGLW.shape
-        if self._stored[layer] is None:
-            shape = (len(self.length_R), groups, self.max_length, width)
-            # Zeros: what lies behind the end of a row weighs nothing in the products, and nothing times NaN would be NaN.
-            self._stored[layer] = (key_BGLW.new_zeros(shape), value_BGLW.new_zeros(shape))
-        key_RGMW, value_RGMW = self._stored[layer]  # type: ignore[misc]
+        _, groups, new, _ = key_BGLW.shape
+        key_RMGW, value_RMGW = (
+            stored[layer].view(len(self.length_R), -1, *stored.shape[2:]) for stored in (self.key_ASGW, self.value_ASGW)
+        )
         rows, start_B = self._rows, self.length_R[self._rows]
         longest = int(start_B.max()) + new
-        if longest > self.max_length:
-            raise CapacityError(f"the store holds {self.max_length} positions, but {longest} are needed")
         grouped = query_BHLW.shape[1] != groups
         if new > 1:
             assert longest == new, "prompts are read whole"
-            key_RGMW[rows, :, :new], value_RGMW[rows, :, :new] = key_BGLW, value_BGLW
+            key_RMGW[rows, :new], value_RMGW[rows, :new] = key_BGLW.transpose(1, 2), value_BGLW.transpose(1, 2)
             return F.scaled_dot_product_attention(query_BHLW, key_BGLW, value_BGLW, is_causal=True, enable_gqa=grouped)
-        key_RGMW[rows, :, start_B], value_RGMW[rows, :, start_B] = key_BGLW[:, :, 0], value_BGLW[:, :, 0]
-        seen = (key_RGMW[rows, :, :longest], value_RGMW[rows, :, :longest])
+        key_RMGW[rows, start_B], value_RMGW[rows, start_B] = key_BGLW[:, :, 0], value_BGLW[:, :, 0]
+        key_BGMW, value_BGMW = (stored[rows, :longest].transpose(1, 2) for stored in (key_RMGW, value_RMGW))
         mask = (torch.arange(longest) <= start_B[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(query_BHLW, *seen, attn_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query_BHLW, key_BGMW, value_BGMW, attn_mask=mask, enable_gqa=grouped)
 
     def advance(self, new: int) -> None:
         """The selected rows have so many positions more."""
@@ -90,6 +115,7 @@ class DualBatch:
         engine: from `offload`.
         batch_size: T, sequences of a batch.
         scheduler: None leaves tokens in the batches they are in.
+        use_kernel: run the model by the compiled step where `FastDecoder` knows it.
 
     Attributes:
         objective_before, objective_after: experts that the batches of all units load, as they were and regrouped, by prediction.
@@ -103,10 +129,13 @@ class DualBatch:
         *,
         batch_size: int = 4,
         scheduler: TokenScheduler | None = TokenScheduler(),  # noqa: B008
+        use_kernel: bool = True,
     ) -> None:
         if engine.model.streams is not None:
             raise ConfigError("the dual-batch pipeline runs one stream; leave out ParScale")
         self.engine, self.batch_size, self.scheduler = engine, batch_size, scheduler
+        self.use_kernel = use_kernel
+        self._fast: FastDecoder | None = None
         self.objective_before = self.objective_after = 0
         self._serial = count()
 
@@ -116,7 +145,10 @@ class DualBatch:
         config = config or SamplingConfig()
         model = self.engine.model.eval()
         longest = max((len(prompt) for prompt in prompts), default=0) + config.max_tokens
-        self._store = RowStore(len(prompts), model.config.num_layers, longest)
+        attention = model.config.attention
+        shape = (model.config.num_layers, attention.kv_heads, attention.width(model.config.dim))
+        self._store = RowStore(len(prompts), longest, shape, model.embedding.weight.dtype)
+        self._compile()
         self._ids = [list(map(int, prompt)) for prompt in prompts]
         self._prompt = [len(prompt) for prompt in prompts]
         self._keys = [f"row-{next(self._serial)}" for _ in prompts]
@@ -131,6 +163,16 @@ class DualBatch:
             if self.engine.predictor is not None:
                 self.engine.predictor.forget(key)
         return [ids[prompt:] for ids, prompt in zip(self._ids, self._prompt, strict=True)]
+
+    def _compile(self) -> None:
+        """The compiled step on the store, packed once, or None."""
+        model, stores = self.engine.model, (self._store.key_ASGW, self._store.value_ASGW)
+        if not self.use_kernel or FastDecoder.supports(model) is not None:
+            self._fast = None
+        elif self._fast is None:
+            self._fast = FastDecoder(model, *stores, block_tokens=BLOCK_TOKENS)
+        else:
+            self._fast.use_stores(*stores)
 
     def _read(self, unit: _Unit, config: SamplingConfig, generator: torch.Generator) -> None:
         """Run the prompts, those of one length together, so that an expert is loaded once for all; each gives its first token."""
@@ -202,10 +244,15 @@ class DualBatch:
         """logits_BV of the last position of each row."""
         model, store = self.engine.model, self._store
         token_BL = torch.from_numpy(np.stack([row.ids[-row.num_new :] for row in rows])).long()
-        store.select(batch)
-        position_BL = store.length_R[list(batch)][:, None] + torch.arange(token_BL.shape[1])
+        new = token_BL.shape[1]
+        store.select(batch, new)
+        position_BL = store.length_R[list(batch)][:, None] + torch.arange(new)
+        if self._fast is not None:
+            x_TD, _ = self._fast.hidden(token_BL.flatten(), position_BL.flatten(), *store.layout(new))
+            store.advance(new)
+            return self._fast.logits(x_TD[new - 1 :: new])
         context = ForwardContext(
-            sequence_length=token_BL.shape[1],
+            sequence_length=new,
             is_measured=False,
             position_BL=position_BL,
             rotary=model.rotary(position_BL, model.embedding.weight.dtype),
@@ -213,7 +260,7 @@ class DualBatch:
             token_BL=token_BL,
         )
         x_BLD = model.hidden(token_BL, context)
-        store.advance(token_BL.shape[1])
+        store.advance(new)
         return model.logits(x_BLD[:, -1:])[:, -1]
 
     def _take(

@@ -22,7 +22,7 @@ Predictions only move weights; the model's own routers decide, so outputs do not
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -36,7 +36,6 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.nn.moe import MoE
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing.decision import Routing
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
@@ -250,7 +249,8 @@ class OffloadEngine:
         for number, layer in enumerate(found.layers):
             pool, kind = layer.experts, found.layout.kind_of_pool[found.layout.pool_of_layer[number]]
             sizes = (pool.num_experts, pool.dim, pool.hidden_dim, pool.backend)
-            made = OffloadedPool(number, *sizes, kind, self.arena, self._waves)
+            is_watched = self.predictor is not None and self.predictor.refines
+            made = OffloadedPool(number, *sizes, kind, self.arena, self._waves, is_watched)
             if "experts" in layer._modules:
                 layer.experts = made  # type: ignore[assignment]
             else:
@@ -318,7 +318,9 @@ class OffloadEngine:
         assert self.predictor is not None
         return self.naming.step(prob_TLE, self.layout, self.predictor.is_calibrated)
 
-    def _waves(self, layer: int, experts: list[int], x_ND: Tensor, routing: Routing) -> Iterator[dict[int, int]]:
+    def _waves(
+        self, layer: int, experts: list[int], x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]
+    ) -> Iterator[dict[int, int]]:
         """{expert: slot} of what can run now, until all ``experts`` have run."""
         pool = self.layout.pool_of_layer[layer]
         wanted = [Expert(pool, index) for index in experts]
@@ -327,7 +329,7 @@ class OffloadEngine:
             self.mover.check()
             self.cache.begin_layer(layer, wanted)
             self.mover.pump()
-        self._refine(layer, x_ND, routing)
+        self._refine(layer, x_ND, index_NK, carry)
         left = len(wanted)
         while left:
             with self.mover.lock:
@@ -340,14 +342,17 @@ class OffloadEngine:
                 self.mover.pump()
             left -= len(ready)
 
-    def _refine(self, layer: int, x_ND: Tensor, routing: Routing) -> None:
+    def _refine(self, layer: int, x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]) -> None:
         predictor = self.predictor
         if predictor is None or not (predictor.refines or predictor.observes):
             return
         begin = time.perf_counter()
         if predictor.observes and self._rows:
-            predictor.observe(layer, routing.index_NK.cpu().numpy(), self._rows)
-        found = predictor.refine(layer, x_ND, routing.index_NK) if predictor.refines else None
+            predictor.observe(layer, index_NK.cpu().numpy(), self._rows)
+        found = None
+        if predictor.refines:
+            assert x_ND is not None, "the pool is watched"
+            found = predictor.refine(layer, x_ND, index_NK, carry)
         if found is not None:
             later, prob_TE = found
             experts = self.naming.layer(prob_TE, self.layout, later, predictor.is_calibrated)

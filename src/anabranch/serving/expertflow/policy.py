@@ -22,7 +22,7 @@ from anabranch.serving.expertflow.plan import PLACES, PlannedLoad, belady_plan
 if TYPE_CHECKING:
     from anabranch.serving.expertflow.cache import ExpertCache
 
-PLANNED = 32  # loads of a plan that are worth knowing before the next layer corrects it
+PLANNED = 8  # loads of a plan that are worth knowing before the next layer corrects it
 
 
 class Policy:

@@ -1,8 +1,8 @@
 """`OffloadedPool`: stands where an `ExpertPool` stood, computes the same, and owns no weights."""
 # Shapes: N items, K places, E experts, P = N K places in a row, R rows of a wave, S slots, D width, F hidden
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import DispatchPlan
 from anabranch.serving.expertflow.arena import Arena
 
-Waves = Callable[[int, list[int], Tensor, Routing], Any]
+Waves = Callable[[int, list[int], Tensor | None, Tensor, Mapping[str, Tensor]], Iterator[dict[int, int]]]
 
 
 class OffloadedPool(nn.Module):
@@ -26,7 +26,8 @@ class OffloadedPool(nn.Module):
         num_experts, dim, hidden_dim, backend: as the pool that it replaces.
         kind: of its experts in the arena.
         arena: the slots.
-        waves: given the layer, its experts, their input and the routing, yields {expert: slot} of what can run, until all has.
+        waves: given the layer and the arguments of `OffloadedPool.waves`, yields what that says.
+        is_watched: whether it looks at their input.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class OffloadedPool(nn.Module):
         kind: int,
         arena: Arena,
         waves: Waves,
+        is_watched: bool,
     ) -> None:
         super().__init__()
         self.layer, self.num_experts, self.dim, self.hidden_dim = layer, num_experts, dim, hidden_dim
         self.backend, self.kind, self.arena, self._waves = backend, kind, arena, waves
-        self.is_shared = False
+        self.is_shared, self.is_watched = False, is_watched
 
     @torch.compiler.disable
     def forward(
@@ -66,8 +68,9 @@ class OffloadedPool(nn.Module):
         num_items, num_places = routing.index_NK.shape
         rows = _Rows(routing)
         y_PD: Tensor | None = None
-        for slot_of in self._waves(self.layer, rows.experts, x_ND, routing):
-            place_R, offset_S = rows.of(slot_of, len(self.arena.w13_SFD[self.kind]))
+        carry = {} if context is None else context.carry
+        for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
+            place_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
             place_R, offset_S = place_R.to(x_ND.device), offset_S.to(x_ND.device)
             y_RD = self._run(
                 x_ND[place_R // num_places], offset_S, routing.weight_NK.reshape(-1, 1)[place_R], weight_on
@@ -87,8 +90,32 @@ class OffloadedPool(nn.Module):
     def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
         """Rows that are sorted by slot, each an item with one place."""
         plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
-        w13_SFD, w2_SDF = self.arena.w13_SFD[self.kind], self.arena.w2_SDF[self.kind]
-        return expert_mlp(x_RD, plan, weight_R1, w13_SFD, w2_SDF, weight_on=weight_on, backend=self.backend)
+        return expert_mlp(x_RD, plan, weight_R1, self.w13_SFD, self.w2_SDF, weight_on=weight_on, backend=self.backend)
+
+    def waves(
+        self, experts: list[int], x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]
+    ) -> Iterator[dict[int, int]]:
+        """{expert: slot} of what can run now, until all have; what was given has run when the next is asked for.
+
+        Args:
+            experts: that any item goes to.
+            x_ND: what the layer sees; may be None unless `is_watched`.
+            index_NK: where its items go.
+            carry: what its router hands on, see `RoutingContext`; empty unless `is_watched`.
+
+        Raises DataError if an expert cannot be loaded.
+        """
+        return self._waves(self.layer, experts, x_ND, index_NK, carry)
+
+    @property
+    def w13_SFD(self) -> Tensor:
+        """The slots: gate and up of each, [S, 2F, D]."""
+        return self.arena.w13_SFD[self.kind]
+
+    @property
+    def w2_SDF(self) -> Tensor:
+        """The slots: the second matrix of each, [S, D, F]."""
+        return self.arena.w2_SDF[self.kind]
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -9,6 +9,7 @@ if FastDecoder.supports(model) is None:
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.router import Router
+from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats
 from anabranch.serving.fast.routed import loops, passes_of, recurrence, state_width
 from anabranch.serving.fast.supported import products, why_not
@@ -36,12 +38,15 @@ ACTIVATIONS = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("none", "sum", "softmax")
 QK_NORM = ("none", "head", "full")
 ALIGN = 4096  # bytes; matrices begin at pages
+PIECE = 64  # and the parts of a step's memory at multiples of this
+_int = ctypes.c_int64
 
 
 class FastDecoder:
     """The compiled form of ``model``. Its weights are those at the time: what is trained afterwards is not seen.
 
-    Linear layers in float32 and bfloat16 are packed into memory of their own, beside the model's; quantised ones share theirs.
+    Linear layers in float32 and bfloat16 are packed into memory of their own, beside the model's; quantised ones share theirs. Offloaded
+    experts are read in their slots, when they have come: whoever calls tells the `OffloadEngine` that a step begins.
 
     Args:
         model: one that `supports`, in evaluation mode.
@@ -62,21 +67,26 @@ class FastDecoder:
         return why_not(model)
 
     def __init__(self, model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor, *, block_tokens: int) -> None:
-        reason = self.supports(model)
+        reason, library = self.supports(model), load()
         if reason is not None:
             raise ConfigError(f"no compiled step for this model: {reason}")
+        assert library is not None, "supports looked"
+        self._library = library
         attention: Any = model.blocks[0].attention
-        self._check_stores(model, key_ASGW, value_ASGW)
         self.model = model
-        self._stores = key_ASGW, value_ASGW
         self._keep: list[Tensor] = []  # what the structures point at
         self._packed = _pack(model)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
         self._recurrent: dict[nn.Parameter, Packed] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._offloaded: dict[int, OffloadedPool] = {}  # by number of the routing
         self.routed: list[int] = []
         routers: list[Any] = []
         made = [part for number in range(len(model.blocks)) for part in self._blocks(number, routers)]
         blocks = (CBlock * len(made))(*made)
+        self._stops = [
+            block for block, part in enumerate(made) if part.experts.router and part.experts.number in self._offloaded
+        ]
         config, most_loops = model.config, max(block.loops.most for block in made)
         self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
@@ -85,9 +95,19 @@ class FastDecoder:
             max((router.num_destinations for router in routers), default=0), self._most_top_k,
             max(map(state_width, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
             config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
-            QK_NORM.index(config.attention.qk_norm), int(key_ASGW.dtype == torch.bfloat16),
+            QK_NORM.index(config.attention.qk_norm), 0,
             floats(model.norm.weight, self._keep), blocks,
         )  # fmt: skip
+        self.use_stores(key_ASGW, value_ASGW)
+
+    def use_stores(self, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
+        """Read and write these keys and values from now on. Raises ConfigError if they are of another shape."""
+        self._check_stores(self.model, key_ASGW, value_ASGW)
+        self._stores = key_ASGW, value_ASGW
+        self._model.half_store = int(key_ASGW.dtype == torch.bfloat16)
+        layers = (block for block in self._model.blocks[: self._model.layers] if block.qkv.rows)
+        for block, key_SGW, value_SGW in zip(layers, key_ASGW, value_ASGW, strict=True):
+            block.key, block.value = key_SGW.data_ptr(), value_SGW.data_ptr()
 
     def hidden(
         self,
@@ -108,20 +128,24 @@ class FastDecoder:
             table_U: int32 numbers of blocks.
             with_routes: also give int32 ``[routed layers, T, K]``, the experts of each token, -1 where a layer has fewer.
         """
-        model, library = self.model, load()
-        assert library is not None, "supports looked"
+        model = self.model
         x_TD = model.embedding(token_T).float()
         cos, sin = model.rotary(position_T[None], torch.float32)
-        routes = (
-            torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32) if with_routes else None
-        )
+        routes = None
+        if with_routes or self._stops:
+            routes = torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32)
         sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
+        self._make_room(len(token_T))
         step = CStep(
             len(token_T), sequence_N4.ctypes.data, len(sequence_N4), table_U.ctypes.data, cos.data_ptr(), sin.data_ptr(),
-            x_TD.data_ptr(), None if routes is None else routes.data_ptr(),
+            x_TD.data_ptr(), None if routes is None else routes.data_ptr(), self._memory.data_ptr(),
         )  # fmt: skip
-        library.anabranch_decode(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
-        return x_TD, routes
+        for first, last in pairwise((-1, *self._stops, -1)):
+            self._run(step, first, last)
+            if last >= 0:
+                assert routes is not None, "made above"
+                self._run_experts(step, last, routes)
+        return x_TD, routes if with_routes else None
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Scores over the vocabulary, float32."""
@@ -129,6 +153,41 @@ class FastDecoder:
             return self.model.logits(x_RD.to(self.model.embedding.weight.dtype)).float()
         bias = None if self.model.head is None else self.model.head.bias
         return native.linear(self._head[0], x_RD, bias)
+
+    def _make_room(self, num_tokens: int) -> None:
+        """For what a step works out on its way."""
+        wanted = self._library.anabranch_decode_bytes(ctypes.byref(self._model), _int(num_tokens))
+        if wanted > len(self._memory):
+            self._memory = torch.empty(wanted, dtype=torch.uint8)
+
+    def _run(self, step: CStep, first: int, last: int) -> None:
+        """From the experts of block ``first`` (-1: the beginning) to the router of ``last`` (-1: the end)."""
+        self._library.anabranch_decode(
+            ctypes.byref(self._model), ctypes.byref(step), _int(first), _int(last), torch.get_num_threads()
+        )
+
+    def _run_experts(self, step: CStep, block: int, routes_ATK: Tensor) -> None:
+        """The experts of a block as they come into their slots."""
+        experts = self._model.blocks[block].experts
+        pool, index_TK = self._offloaded[experts.number], routes_ATK[experts.number, :, : experts.top_k]
+        seen_TD, carry = (None, {}) if not pool.is_watched else self._seen(step.tokens, experts)
+        for slot_of in pool.waves(np.unique(index_TK.numpy()).tolist(), seen_TD, index_TK, carry):
+            slot_E = (ctypes.c_int32 * experts.count)(*[-1] * experts.count)
+            for expert, slot in slot_of.items():
+                slot_E[expert] = slot
+            self._library.anabranch_decode_experts(
+                ctypes.byref(self._model), ctypes.byref(step), _int(block), slot_E, torch.get_num_threads()
+            )
+
+    def _seen(self, num_tokens: int, experts: CExperts) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the experts of the layer under way see, x_TD, and what its router hands on."""
+        found, start = [], 0
+        for width in (self._model.dim, self._model.state):
+            part = self._memory[start : start + num_tokens * width * 4].view(torch.float32)
+            found.append(part.view(num_tokens, width))
+            start += -(-part.nbytes // PIECE) * PIECE
+        carry = {"routing_state": found[1]} if experts.recurrence.hands_on else {}
+        return found[0].to(self.model.embedding.weight.dtype), carry
 
     @staticmethod
     def _check_stores(model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
@@ -156,7 +215,7 @@ class FastDecoder:
         first = CBlock(
             floats(block.attention_norm.weight, keep), floats(block.feed_forward_norm.weight, keep),
             floats(attention.qkv.bias, keep), floats(attention.out.bias, keep), *(floats(norm, keep) for norm in norms),
-            *(store[number].data_ptr() for store in self._stores),
+            None, None,
             self._matrix(attention.qkv), self._matrix(attention.out),
         )  # fmt: skip
         if not isinstance(layer, MoE):
@@ -186,7 +245,12 @@ class FastDecoder:
 
     def _add_experts(self, made: CExperts, layer: Any) -> None:
         """What ``made`` routes to: the pool of ``layer``, its shared experts, and what is added to its input."""
-        made.w13, made.w2 = self._matrix(layer.experts), self._matrix(layer.experts, 1)
+        pool = layer.experts
+        if isinstance(pool, OffloadedPool):
+            self._offloaded[made.number] = pool
+            made.w13, made.w2 = native.matrix_of_rows(pool.w13_SFD), native.matrix_of_rows(pool.w2_SDF)
+        else:
+            made.w13, made.w2 = self._matrix(pool), self._matrix(pool, 1)
         if layer.shared is not None:
             made.shared13, made.shared2 = self._matrix(layer.shared.w13), self._matrix(layer.shared.w2)
         made.gate = floats(None if layer.shared_gate is None else layer.shared_gate.weight, self._keep)

@@ -68,7 +68,7 @@ class CStep(ctypes.Structure):
 
     _fields_ = (
         ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),
-        ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer),
+        ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer), ("memory", _pointer),
     )  # fmt: skip
 
 

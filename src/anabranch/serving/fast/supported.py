@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.lm.decoder import Block, Decoder
 from anabranch.nn import MoE, RMSNorm, SwiGLU
@@ -12,6 +12,7 @@ from anabranch.nn.kernels import load
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import KIND_OF
 from anabranch.serving.fast.routed import why_not_routed
 
@@ -29,8 +30,8 @@ def why_not(model: Decoder) -> str | None:
     if type(model).hidden is not Decoder.hidden:
         return f"{type(model).__name__} runs its layers its own way"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} is watched by hooks"
+        if name and (module._forward_hooks or module._forward_pre_hooks):  # steps do not call the model itself
+            return f"{name} is watched by hooks"
     for number, block in enumerate(model.blocks):
         reason = _of_block(block)
         if reason:
@@ -41,13 +42,14 @@ def why_not(model: Decoder) -> str | None:
 
 
 def products(block: Any) -> Iterator[nn.Module]:
-    """The modules of a supported block that multiply by large matrices: linear layers and pools."""
+    """The modules of a supported block that multiply by large matrices of their own: linear layers and pools."""
     yield from (block.attention.qkv, block.attention.out)
     layer = block.feed_forward
     if not isinstance(layer, MoE):
         yield from (layer.w13, layer.w2)
         return
-    yield layer.experts
+    if not isinstance(layer.experts, OffloadedPool):
+        yield layer.experts
     if layer.shared is not None:
         yield from (layer.shared.w13, layer.shared.w2)
 
@@ -67,12 +69,19 @@ def _of_block(block: nn.Module) -> str | None:
         return f"heads are {attention.head_dim} wide; the kernels take multiples of {STEP} up to {MOST_WIDTH}"
     if attention.num_heads // attention.num_kv_heads > MOST_GROUP:
         return f"more than {MOST_GROUP} query heads share a key head"
-    reason = _of_feed_forward(block.feed_forward)
+    reason = _of_feed_forward(block.feed_forward) or _of_slots(block.feed_forward)
     return reason or next((why for module in products(block) if (why := _of_product(module))), None)
 
 
 def _of_feed_forward(layer: nn.Module) -> str | None:
     return None if type(layer) is SwiGLU else why_not_routed(layer)
+
+
+def _of_slots(layer: Any) -> str | None:
+    pool = getattr(layer, "experts", None)
+    if not isinstance(pool, OffloadedPool):
+        return None
+    return next((why for weight in (pool.w13_SFD, pool.w2_SDF) if (why := _of_weight(weight))), None)
 
 
 def _of_product(module: Any) -> str | None:
@@ -81,9 +90,12 @@ def _of_product(module: Any) -> str | None:
     if type(module) not in (nn.Linear, ExpertPool):
         return f"a {type(module).__name__} stands where a linear layer or a pool should"
     weights = (module.weight,) if type(module) is nn.Linear else (module.w13, module.w2)
-    for weight in weights:
-        if weight.dtype not in KIND_OF:
-            return f"weights are {weight.dtype}"
-        if weight.shape[-1] % SHARE:
-            return f"a matrix has {weight.shape[-1]} inputs; the kernels take multiples of {SHARE}"
+    return next((why for weight in weights if (why := _of_weight(weight))), None)
+
+
+def _of_weight(weight: Tensor) -> str | None:
+    if weight.dtype not in KIND_OF:
+        return f"weights are {weight.dtype}"
+    if weight.shape[-1] % SHARE:
+        return f"a matrix has {weight.shape[-1]} inputs; the kernels take multiples of {SHARE}"
     return None

@@ -1,8 +1,9 @@
 """`RoutePredictor`: what names the experts of layers before their routers do."""
 # Shapes: T tokens of a step, L routed layers, E experts (of the widest layer), N items, K places, D width
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.routes import Routes
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})  # handed on from a router to the next
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ class RoutePredictor:
     def observe(self, layer: int, index_TK: np.ndarray, rows: Sequence[Row]) -> None:
         """Where the tokens of the step went in a layer."""
 
-    def refine(self, layer: int, x_TD: Tensor, index_TK: Tensor) -> tuple[int, np.ndarray] | None:
-        """(later layer, prob_TE), when ``layer`` has routed its input ``x_TD``."""
+    def refine(
+        self, layer: int, x_TD: Tensor, index_TK: Tensor, carry: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[int, np.ndarray] | None:
+        """(later layer, prob_TE), when ``layer`` has routed its input ``x_TD``; ``carry`` is what its router hands on."""
         return None
 
     def forget(self, key: Hashable) -> None:

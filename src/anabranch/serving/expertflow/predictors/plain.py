@@ -2,7 +2,7 @@
 # Shapes: T tokens of a step, N recorded tokens, L routed layers, E experts of the widest layer, V vocabulary, D width
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext
 from anabranch.serving.expertflow.predictors import files
-from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row
+from anabranch.serving.expertflow.predictors.base import NOTHING, Fingerprint, RoutePredictor, Row
 from anabranch.serving.expertflow.routes import Routes
 
 
@@ -72,7 +72,9 @@ class Slp(RoutePredictor):
     def __init__(self, fingerprint: Fingerprint) -> None:
         self.fingerprint = fingerprint
 
-    def refine(self, layer: int, x_TD: Tensor, index_TK: Tensor) -> tuple[int, np.ndarray] | None:
+    def refine(
+        self, layer: int, x_TD: Tensor, index_TK: Tensor, carry: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[int, np.ndarray] | None:
         """The next layer's."""
         sizes = self.fingerprint.num_experts
         if layer + 1 >= len(sizes):
@@ -140,12 +142,14 @@ class RouterLookahead(RoutePredictor):
         self.fingerprint, self._layers = fingerprint, list(layers)
 
     @torch.no_grad()
-    def refine(self, layer: int, x_TD: Tensor, index_TK: Tensor) -> tuple[int, np.ndarray] | None:
+    def refine(
+        self, layer: int, x_TD: Tensor, index_TK: Tensor, carry: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[int, np.ndarray] | None:
         """The next layer's scores."""
         if layer + 1 >= len(self._layers):
             return None
         score = self._layers[layer + 1].router.score
-        score_TE = score.activate(score.project(x_TD, RoutingContext()))
+        score_TE = score.activate(score.project(x_TD, RoutingContext(carry=dict(carry))))
         return layer + 1, score_TE.float().cpu().numpy()
 
 
