@@ -8,8 +8,9 @@ them. Then prompts are continued, greedily, in batches of 4 and of 16, with expe
     all resident     every expert in memory
     transformers     the same weights, plain disk offload of accelerate within the same bytes (its pages stay in the page cache)
 
-Every contestant's tokens must be equal, or the benchmark stops. Rows give milliseconds per decoded token; with --tier throttled the file is
-replaced by memory behind a wire of --bandwidth MB/s, and int8 by quantised experts. Bars: 1.5 times LRU per layer and the best peer at 25%.
+Every contestant's tokens must be equal, or the benchmark stops. Rows give milliseconds per decoded token. Disks vary from minute to
+minute: with --tiers throttled the file is replaced by memory behind a wire of --bandwidth MB/s, and with int8 by quantised experts.
+Bars: 1.5 times LRU per layer and the best peer at 25%.
 
     python benchmarks/expertflow.py --threads 1 --json benchmarks/results/expertflow.json
 """
@@ -33,7 +34,7 @@ from anabranch.routing import Router, SwitchLoss, TopK, ZLoss, record_routing
 from anabranch.serving.expertflow import OffloadEngine, Routes, find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch
 from anabranch.serving.expertflow.expertflow import tokenizer_fingerprint
-from anabranch.serving.expertflow.predictors import EncoderDecoder
+from anabranch.serving.expertflow.predictors import EncoderDecoder, RoutePredictor, load_predictor
 from anabranch.serving.expertflow.predictors.encdec import Settings
 from anabranch.serving.expertflow.tiers import MemoryTier, ThrottledTier
 from anabranch.train import Trainer
@@ -89,6 +90,16 @@ def fitted(model: Decoder, tokenizer: Tokenizer, options: Any) -> EncoderDecoder
     return predictor
 
 
+def predicting(model: Decoder, tokenizer: Tokenizer, options: Any) -> RoutePredictor:
+    """The predictor of ``--predictor``, or a new one."""
+    if options.predictor is not None and options.predictor.exists():
+        return load_predictor(options.predictor)
+    made = fitted(model, tokenizer, options)
+    if options.predictor is not None:
+        made.save(options.predictor)
+    return made
+
+
 def offloaded(folder: Path, share: float, options: Any, **how: Any) -> OffloadEngine:
     """The model of ``folder`` with this share of its experts in slots."""
     whole, tokenizer = load_model(folder)
@@ -138,8 +149,11 @@ def report(name: str, engine: OffloadEngine) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="a model folder of ours; trained and saved there if it is not there")
-    parser.add_argument("--tier", default="file", choices=("file", "throttled", "int8", "int4"))
-    parser.add_argument("--bandwidth", type=float, default=300.0, help="MB/s of the throttled tier")
+    parser.add_argument(
+        "--predictor", type=Path, help="a fitted predictor's file; fitted and saved there if it is not there"
+    )
+    parser.add_argument("--tiers", nargs="+", default=["file"], choices=("file", "throttled", "int8", "int4"))
+    parser.add_argument("--bandwidth", type=float, default=1000.0, help="MB/s of the throttled tier")
     parser.add_argument("--share", type=float, default=0.25, help="share of the experts' bytes that is resident")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=1)
@@ -150,7 +164,7 @@ def main() -> None:
         "--batch", type=int, nargs="+", default=[4, 16], help="sequences of a batch; four times as many are decoded"
     )
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--workers", type=int, default=2, help="threads that load")
+    parser.add_argument("--workers", type=int, default=3, help="threads that load")
     options = parser.parse_args()
     start(options)
     rounds, options.tokens = min(options.rounds, 7), 8 if options.quick else options.tokens
@@ -159,18 +173,20 @@ def main() -> None:
         if not folder.exists():
             trained(folder, options)
         whole, tokenizer = load_model(folder)
-        predictor, rows = fitted(whole.eval(), tokenizer, options), []
-        for batch in options.batch:
-            given = pieces(tokenizer, 4 * batch, PROMPT, seed=99).tolist()  # two units, which take turns
-            rows += run(folder, whole, predictor, given, batch, Path(name) / f"batch-{batch}", options, rounds)
-    packages = ("torch", "anabranch", *(("transformers", "accelerate") if options.tier == "file" else ()))
+        predictor, rows = predicting(whole.eval(), tokenizer, options), []
+        for tier in options.tiers:
+            options.tier = tier
+            for batch in options.batch:
+                given = pieces(tokenizer, 4 * batch, PROMPT, seed=99).tolist()  # two units, which take turns
+                rows += run(folder, whole, predictor, given, batch, Path(name) / f"batch-{batch}", options, rounds)
+    packages = ("torch", "anabranch", *(("transformers", "accelerate") if "file" in options.tiers else ()))
     finish("expertflow", rows, options, packages)
 
 
 def run(
     folder: Path,
     whole: Decoder,
-    predictor: EncoderDecoder,
+    predictor: RoutePredictor,
     given: list[list[int]],
     batch: int,
     work: Path,

@@ -66,7 +66,7 @@ def offload(
     drop_cache: bool = False,
     tokenizer: Any = None,
     naming: Naming = Naming(),  # noqa: B008
-    workers: int = 2,
+    workers: int = 3,
     device: torch.device | str | None = None,
     audit: Audit | None = None,
     keep: bool | None = None,
@@ -218,7 +218,7 @@ class OffloadEngine:
         predictor: str | RoutePredictor | None,
         fingerprint: Fingerprint,
         naming: Naming = Naming(),  # noqa: B008
-        workers: int = 2,
+        workers: int = 3,
         device: torch.device | str | None = None,
         audit: Audit | None = None,
     ) -> None:

@@ -43,7 +43,7 @@ def load_offloaded(
     device: torch.device | str | None = None,
     drop_cache: bool = False,
     naming: Naming = Naming(),  # noqa: B008
-    workers: int = 2,
+    workers: int = 3,
     audit: Audit | None = None,
 ) -> tuple[Decoder, Tokenizer | None, OffloadEngine]:
     """Load a model without its experts, which come when they are wanted.

@@ -34,7 +34,7 @@ class Mover:
         tier: Tier,
         arena: Arena,
         *,
-        workers: int = 2,
+        workers: int = 3,
         retries: int = 2,
         retry_s: float = 0.01,
         timeout_s: float = 120.0,
