@@ -18,6 +18,7 @@ from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.plan import NEVER, PLACES, Reference
 from anabranch.serving.expertflow.policy import Policy
 
+AHEAD = 1  # loads under way that no layer waits for yet
 Event = Literal["start", "loaded", "cancelled", "failed", "evicted", "used"]
 Audit = Callable[[Event, Expert, int, int], None]  # event, expert, slot, resident bytes after it
 
@@ -218,7 +219,8 @@ class ExpertCache:
                 if slot is not None:
                     return self._start(expert, slot, urgent=True)
                 urgent = True
-        if urgent:  # nothing may slow down what a layer waits for
+        # Nothing may slow down what a layer waits for, and what is loaded far ahead takes slots, and the disk when that time comes.
+        if urgent or len(self.loading) >= AHEAD:
             return None
         found = self.policy.prefetch()
         if found is None:

@@ -51,8 +51,11 @@ class Mover:
             thread.start()
 
     def pump(self) -> None:
-        """There may be something to load now. Hold the lock."""
-        self._work.notify_all()
+        """There may be something to load now. Hold the lock.
+
+        One thread is woken, and wakes the next if it finds something: each that looks in vain holds up whoever computes.
+        """
+        self._work.notify()
 
     def wait(self) -> None:
         """Until some load has ended. Hold the lock. Raises DataError if what is wanted cannot be loaded."""
@@ -104,6 +107,7 @@ class Mover:
             while not self._closing:
                 load = self.cache.next_load()
                 if load is not None:
+                    self._work.notify()
                     return load
                 self._work.wait()
         return None
@@ -145,5 +149,4 @@ class Mover:
         return True
 
     def _tell(self) -> None:
-        self._done.notify_all()
-        self._work.notify_all()
+        self._done.notify_all()  # the thread that says so looks for more work itself
