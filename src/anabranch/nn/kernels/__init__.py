@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = tuple(
-    HERE / f"{name}.cpp" for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows")
+    HERE / f"{name}.cpp"
+    for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows", "transfers")
 )
 HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention", "step_work"))
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.
@@ -44,8 +45,14 @@ def load() -> ctypes.CDLL | None:
         return None
     for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
         getattr(library, name).restype = ctypes.c_int
-    for name in ("anabranch_read_direct", "anabranch_decode_bytes"):
+    for name in (
+        "anabranch_read_direct",
+        "anabranch_decode_bytes",
+        "anabranch_transfers_wait",
+        "anabranch_transfers_take",
+    ):
         getattr(library, name).restype = ctypes.c_int64
+    library.anabranch_transfers_new.restype = ctypes.c_void_p
     return library
 
 

@@ -208,8 +208,13 @@ class ExpertCache:
 
     # moving
 
-    def next_load(self) -> Load | None:
-        """The next transfer, which begins now; None if there is nothing to load, or no slot for it yet."""
+    def next_load(self, ahead: int = AHEAD, *, behind: bool = False) -> Load | None:
+        """The next transfer, which begins now; None if there is nothing to load, or no slot for it yet.
+
+        Args:
+            ahead: loads under way up to which another may begin that no layer waits for.
+            behind: also while a layer waits for one, as whoever moves bytes lets those go first.
+        """
         urgent = False
         for expert in self.wanted:
             if expert in self.loading:
@@ -220,7 +225,12 @@ class ExpertCache:
                     return self._start(expert, slot, urgent=True)
                 urgent = True
         # Nothing may slow down what a layer waits for, and what is loaded far ahead takes slots, and the disk when that time comes.
-        if urgent or len(self.loading) >= AHEAD:
+        if behind:
+            under_way = sum(not load.urgent for load in self.loading.values())
+            urgent = False
+        else:
+            under_way = len(self.loading)
+        if urgent or under_way >= ahead:
             return None
         found = self.policy.prefetch()
         if found is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.nn import kernels
+from anabranch.nn.kernels.transfers import CACHED, DIRECT
 
 __all__ = ["DirectFile"]
 
@@ -48,6 +49,12 @@ class DirectFile:
         if past_cache:
             _forget(self._cached, offset, count)
         return count
+
+    def source(self, *, past_cache: bool = False) -> tuple[int, int] | None:
+        """(kind, handle) of `transfers.Piece`, for who reads it himself; None if the system would have to be told to forget it after."""
+        if not past_cache:
+            return CACHED, self._cached
+        return (DIRECT, self._direct) if self.is_direct and self._direct is not None else None
 
     def close(self) -> None:
         """Let go of the file."""

@@ -43,7 +43,7 @@ from anabranch.serving.expertflow.arena import Arena, Kind
 from anabranch.serving.expertflow.cache import Audit, Counters, ExpertCache
 from anabranch.serving.expertflow.history import BatchHistory, call_rows
 from anabranch.serving.expertflow.layout import Expert, Layout
-from anabranch.serving.expertflow.mover import Mover
+from anabranch.serving.expertflow.native_mover import make_mover
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
@@ -228,8 +228,8 @@ class OffloadEngine:
         place = torch.device(device) if device is not None else model.embedding.weight.device
         self.arena = Arena(found.kinds, self.cache.num_slots, place)
         self._layers, self._originals = found.layers, [layer.experts for layer in found.layers]
-        self.mover = Mover(
-            self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers=workers
+        self.mover = make_mover(
+            self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers
         )
         self.predict_s, self.steps = 0.0, 0
         self._history, self._driven, self._closed = BatchHistory(), False, False

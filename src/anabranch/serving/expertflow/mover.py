@@ -112,9 +112,10 @@ class Mover:
                 self._work.wait()
         return None
 
-    def _move(self, load: Load) -> None:
+    def _move(self, load: Load, first: int = 0) -> None:
+        """Try until it works or there have been enough tries, of which ``first`` were elsewhere."""
         pause_s, error = self.retry_s, None
-        for turn in range(self.retries + 1):
+        for turn in range(first, self.retries + 1):
             if turn:
                 with self.lock:
                     self.num_retried += 1

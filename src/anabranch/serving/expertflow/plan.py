@@ -70,9 +70,10 @@ class Reference:
 
     def next_use(self, expert: Expert, position: int) -> int:
         """First use behind ``position`` (step * PLACES + place); NEVER if there is none."""
-        uses = self._uses.get(expert, ())
-        found = bisect_right(uses, position)
-        return uses[found] if found < len(uses) else NEVER
+        uses = self._uses.get(expert)
+        if not uses or uses[-1] <= position:
+            return NEVER
+        return uses[0] if uses[0] > position else uses[bisect_right(uses, position)]
 
 
 def belady_plan(
@@ -101,9 +102,13 @@ def belady_plan(
     plan: list[PlannedLoad] = []
     last = dict.fromkeys(resident, -1)  # step of the last use in the plan
     heap = []  # the top is replaced first: farthest next use, then unwanted, least worth, least recently used
+    start = first * PLACES - 1
     for order, expert in enumerate(resident):
-        next_use = reference.next_use(expert, first * PLACES - 1)
-        heap.append((-next_use, expert not in unwanted, worth(expert), order - NEVER, expert))
+        next_use = reference.next_use(expert, start)
+        if next_use < NEVER:  # no two experts have the same, so what comes after it does not matter
+            heap.append((-next_use, True, 0.0, 0, expert))
+        else:
+            heap.append((-NEVER, expert not in unwanted, worth(expert), order - NEVER, expert))
     heapq.heapify(heap)
     for at in range(first, reference.certain):
         for place, expert in enumerate(reference.steps[at]):
@@ -122,7 +127,8 @@ def belady_plan(
                 if len(plan) >= limit:
                     return plan
             last[expert] = at
-            heapq.heappush(heap, (-reference.next_use(expert, position), True, worth(expert), position, expert))
+            next_use = reference.next_use(expert, position)
+            heapq.heappush(heap, (-next_use, True, worth(expert) if next_use == NEVER else 0.0, position, expert))
     return plan
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from anabranch.errors import ConfigError
 from anabranch.serving.expertflow.layout import Expert
-from anabranch.serving.expertflow.plan import PLACES, PlannedLoad, belady_plan
+from anabranch.serving.expertflow.plan import NEVER, PLACES, PlannedLoad, belady_plan
 
 if TYPE_CHECKING:
     from anabranch.serving.expertflow.cache import ExpertCache
@@ -80,7 +80,8 @@ class Policy:
 
     def evictable(self, group: int) -> Iterator[Expert]:
         """Those of a group that may leave, in the group's order."""
-        return filter(self.cache.is_evictable, self.cache.members.get(group, ()))
+        cache = self.cache  # as `ExpertCache.is_evictable` says, of members
+        return (one for one in cache.members.get(group, ()) if one not in cache.wanted and one not in cache.loading)
 
 
 class Lru(Policy):
@@ -247,11 +248,15 @@ class Belady(Lru):
     def worst(self, group: int) -> Expert | None:
         """See the class."""
         reference, start = self.cache.reference, self.cache.at * PLACES - 1
-        return max(
-            self.evictable(group),
-            key=lambda expert: (reference.next_use(expert, start), expert in self._unwanted, -self.worth(expert)),
-            default=None,
-        )
+        farthest, found = -1, None
+        never = []
+        for expert in self.evictable(group):
+            next_use = reference.next_use(expert, start)
+            if next_use == NEVER:
+                never.append(expert)
+            elif next_use > farthest:
+                farthest, found = next_use, expert
+        return min(never, key=lambda expert: (expert not in self._unwanted, self.worth(expert)), default=found)
 
 
 class LruAhead(LoadsAhead, Lru):

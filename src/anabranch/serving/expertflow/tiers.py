@@ -8,9 +8,11 @@
     CudaTier       any of them through pinned memory, copied to the device on a stream of its own
 
 A tier is used by several threads at once. ``load`` is a generator that yields after each piece, so that who drives it may stop between.
+Tiers that only copy say what and where to (`copies`), for threads that need no interpreter.
 """
 # Shapes: F hidden (2F: gate, then up), D width, G groups of a row
 
+import math
 import os
 import threading
 import time
@@ -18,13 +20,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
+from anabranch.nn.kernels.transfers import MEMORY
+from anabranch.nn.kernels.transfers import Piece as Copy
 from anabranch.serving.expertflow.direct import DirectFile
 from anabranch.serving.expertflow.layout import Expert
 
@@ -42,8 +46,34 @@ class Tier(Protocol):
         """Let go of files."""
 
 
+@runtime_checkable
+class CopiedTier(Tier, Protocol):
+    """A tier whose experts come into a slot as they are.
+
+    Attributes:
+        seconds_per_byte: that a copy lasts at least; 0 where nothing slows it down.
+    """
+
+    seconds_per_byte: float
+
+    def copies(self, expert: Expert, slot: Slot) -> list[Copy] | None:
+        """What `load` does, as copies; None where it has to do more."""
+
+
+def is_plain(stored: tuple[Sequence[int], torch.dtype], place: Tensor) -> bool:
+    """Whether numbers of this shape and type can be copied to a place as they are, one after another."""
+    return (
+        place.shape == tuple(stored[0])
+        and place.dtype == stored[1]
+        and place.is_contiguous()
+        and place.device.type == "cpu"
+    )
+
+
 class MemoryTier:
     """Pools in memory: ``pools[pool]`` is (w13_EFD, w2_EDF)."""
+
+    seconds_per_byte = 0.0
 
     def __init__(self, pools: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._pools = [(w13.detach(), w2.detach()) for w13, w2 in pools]
@@ -53,6 +83,16 @@ class MemoryTier:
         for stored, place in zip(self._pools[expert.pool], slot, strict=True):
             place.copy_(stored[expert.number])
             yield
+
+    def copies(self, expert: Expert, slot: Slot) -> list[Copy] | None:
+        """See `CopiedTier`."""
+        made = []
+        for stored, place in zip(self._pools[expert.pool], slot, strict=True):
+            if not is_plain((stored.shape[1:], stored.dtype), place) or not stored.is_contiguous() or stored.is_cuda:
+                return None
+            size = place.nbytes
+            made.append(Copy(MEMORY, 0, stored.data_ptr() + expert.number * size, size, place.data_ptr()))
+        return made
 
     def close(self) -> None:
         """See `Tier`."""
@@ -81,7 +121,7 @@ class Piece:
     @property
     def bytes(self) -> int:
         """Length in the file."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class FileTier:
@@ -94,6 +134,8 @@ class FileTier:
 
     Raises CheckpointError for a file that cannot be opened.
     """
+
+    seconds_per_byte = 0.0
 
     def __init__(self, table: Mapping[Expert, Sequence[Piece]], *, drop_cache: bool = False) -> None:
         self.table = dict(table)
@@ -115,13 +157,24 @@ class FileTier:
                 raise DataError(
                     f"{piece.path} holds {list(piece.shape)} for {expert}, the slot takes {list(place.shape)}"
                 )
-            if place.dtype == piece.dtype and place.is_contiguous() and place.device.type == "cpu":
+            if is_plain((piece.shape, piece.dtype), place):
                 self._read(piece, _bytes_of(place))
             else:
                 buffer = torch.empty(piece.shape, dtype=piece.dtype)
                 self._read(piece, _bytes_of(buffer))
                 place.copy_(buffer)
             yield
+
+    def copies(self, expert: Expert, slot: Slot) -> list[Copy] | None:
+        """See `CopiedTier`."""
+        made = []
+        for piece in self.table[expert]:
+            place = slot[piece.weight][piece.where] if piece.where else slot[piece.weight]
+            source = self._files[piece.path].source(past_cache=self.drop_cache)
+            if source is None or not is_plain((piece.shape, piece.dtype), place):
+                return None
+            made.append(Copy(*source, piece.offset, piece.bytes, place.data_ptr()))
+        return made
 
     def _read(self, piece: Piece, into: memoryview) -> None:
         if self._files[piece.path].read(piece.offset, into, past_cache=self.drop_cache) < len(into):
@@ -249,6 +302,11 @@ class ThrottledTier:
             left_s = begin + whole_s - self._clock()
             if left_s > 0:
                 self._sleep(left_s)
+
+    def copies(self, expert: Expert, slot: Slot) -> list[Copy] | None:
+        """See `CopiedTier`; they know no other clock than the system's."""
+        is_timed = (self._sleep, self._clock) == (time.sleep, time.perf_counter)
+        return self._tier.copies(expert, slot) if is_timed and isinstance(self._tier, CopiedTier) else None
 
     def close(self) -> None:
         """See `Tier`."""
