@@ -167,7 +167,7 @@ def test_what_fails_natively_is_tried_again_and_told(watched, tmp_path: Path) ->
     with (tmp_path / "experts.bin").open("r+b") as file:
         file.truncate(1000)
     one.step([])
-    with pytest.raises(DataError, match="could not be loaded: .* is truncated"):
+    with pytest.raises(DataError, match=r"could not be loaded: .* is truncated"):
         one.layer(0, [Expert(0, 1)])
     assert one.mover.num_retried == 2
     (tmp_path / "experts.bin").write_bytes(stored)

@@ -46,7 +46,10 @@ class Transfers:
         library = load()
         if library is None:
             raise RuntimeError("transfers need the compiled kernels")
-        self._library = library
+        self._waiting = library
+        # These are over at once. Letting go of the interpreter for them would hand it to whoever waits for it, for much longer.
+        self._library = ctypes.PyDLL(library._name)
+        self._library.anabranch_transfers_take.restype = _int
         made = library.anabranch_transfers_new(_int(threads), ctypes.c_double(seconds_per_byte))
         self._self = ctypes.c_void_p(made)
         self._ids, self._results, self._count = (_int * ROOM)(), (_int * ROOM)(), _int(0)
@@ -74,7 +77,7 @@ class Transfers:
 
     def wait(self, seen: int, timeout_s: float) -> bool:
         """Until something has ended since `seen` was this, or `poke` was called; False if nothing has in time."""
-        return self._library.anabranch_transfers_wait(self._self, _int(seen), ctypes.c_double(timeout_s)) > seen
+        return self._waiting.anabranch_transfers_wait(self._self, _int(seen), ctypes.c_double(timeout_s)) > seen
 
     def poke(self) -> None:
         """End a `wait`, as an ending would."""
@@ -82,7 +85,7 @@ class Transfers:
 
     def wait_for_kick(self) -> bool:
         """Until `kick` is called, or something ends while nobody waits for it. False when all is over."""
-        return not self._library.anabranch_transfers_feed(self._self)
+        return not self._waiting.anabranch_transfers_feed(self._self)
 
     def kick(self) -> None:
         """Wake who waits for it."""
@@ -90,10 +93,10 @@ class Transfers:
 
     def stop(self) -> None:
         """Let waits return; transfers under way end first, others never begin."""
-        self._library.anabranch_transfers_stop(self._self)
+        self._waiting.anabranch_transfers_stop(self._self)
 
     def close(self) -> None:
         """Free it; nobody may be in any of the other calls."""
         if self._self:
-            self._library.anabranch_transfers_delete(self._self)
+            self._waiting.anabranch_transfers_delete(self._self)
             self._self = ctypes.c_void_p()
