@@ -113,8 +113,8 @@ class NativeMover(Mover):
             if [load.urgent, load.cancelled] != told:
                 told[:] = load.urgent, load.cancelled
                 self._transfers.change(id, urgent=load.urgent, cancelled=load.cancelled)
-        while (load := self.cache.next_load(ahead, behind=True)) is not None:
-            self._hand_over(load)
+        while (new := self.cache.next_load(ahead, behind=True)) is not None:
+            self._hand_over(new)
 
     def _hand_over(self, load: Load) -> None:
         copies = self.tier.copies(load.expert, self.arena.slot(self.cache.layout.kind(load.expert), load.slot))
