@@ -69,6 +69,41 @@ def test_it_is_never_worse_and_is_undone_by_its_inverse(number: int, seed: int, 
     assert all(one is other for one, other in zip(again, rows, strict=True))  # the same memory, so the same bits
 
 
+@pytest.mark.skipif(kernels.load() is None, reason="no compiled kernels on this machine")
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(
+            st.integers(2, 9), st.integers(1, 2), st.integers(1, 4)
+        ),  # few cells: everything is tied with something
+        st.tuples(st.integers(2, 64), st.integers(1, 27), st.integers(1, 64)),
+    ),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+    rounds=st.sampled_from([0, 1, 10]),
+    exchanges=st.sampled_from([0, 1, 32]),
+)
+def test_the_compiled_regrouping_is_that_of_numpy(
+    shape: tuple[int, int, int], density: float, seed: int, rounds: int, exchanges: int
+) -> None:
+    generator, library = np.random.default_rng(seed), kernels.load()
+    assert library is not None
+    chosen_XLE = generator.random(shape) < density
+    scheduler, size = TokenScheduler(rounds, exchanges), int(generator.integers(1, shape[0]))
+    plain, compiled = scheduler._plain(chosen_XLE, size), scheduler._compiled(library, chosen_XLE, size)
+    np.testing.assert_array_equal(plain.order_X, compiled.order_X)
+    assert plain.objective_before == compiled.objective_before
+    assert plain.objective_after == compiled.objective_after
+
+
+def test_routes_need_not_lie_in_one_piece() -> None:
+    chosen_XLE = drawn(9, 3, 8, 2, np.random.default_rng(1))
+    spread = np.repeat(chosen_XLE, 2, axis=2)[:, :, ::2]
+    np.testing.assert_array_equal(
+        TokenScheduler().regroup(spread).order_X, TokenScheduler().regroup(chosen_XLE).order_X
+    )
+
+
 def test_bad_routes_are_refused() -> None:
     with pytest.raises(InputError, match="axes"):
         TokenScheduler().regroup(np.zeros((3, 4), bool))
