@@ -28,7 +28,7 @@ SOURCES = tuple(
     HERE / f"{name}.cpp"
     for name in (
         *("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows"),
-        "regroup",
+        *("path_step", "regroup"),
     )
 )
 HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention", "step_work"))
