@@ -8,6 +8,7 @@ import torch
 
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import SamplingConfig, generate
+from anabranch.nn import kernels
 from anabranch.routing import record_routing
 from anabranch.routing.cache_policy import check_routes
 from anabranch.serving.expertflow import Expert, Layout, Routes, find_pools, offload
@@ -22,6 +23,8 @@ from anabranch.serving.expertflow.predictors import (
 )
 from anabranch.serving.expertflow.predictors.base import Naming, Row, choose
 from anabranch.serving.expertflow.predictors.encdec import Settings
+from anabranch.serving.expertflow.predictors.network import PathNetwork
+from anabranch.serving.expertflow.predictors.steps import CompiledSteps, TorchSteps, make_steps
 from anabranch.serving.expertflow.routes import batch_accuracy
 from expertflow_models import VOCAB, make_model
 
@@ -112,6 +115,20 @@ def test_probabilities_of_a_batch_by_hand() -> None:
     assert Naming(least=0.9).step(prob_TE[:, None].repeat(2, 1), layout, True) == [[], [Expert(1, 5)]]
 
 
+def test_all_layers_are_named_as_each_by_itself() -> None:
+    layout, generator = Layout((0, 1, 0, 2), (1, 2, 1, 1), (4, 7, 1), (0, 0, 0), (1,)), np.random.default_rng(0)
+    for tokens in (1, 2, 5):
+        prob_TLE = generator.integers(0, 9, size=(tokens, 4, 7)).astype(np.float32) / 8  # with ties
+        for least in (0.3, 0.9):
+            wanted = []
+            for layer, pool in enumerate(layout.pool_of_layer):
+                prob_E = 1 - np.prod(1 - prob_TLE[:, layer, : layout.num_experts[pool]], axis=0)
+                index = [one for one in np.argsort(-prob_E, kind="stable").tolist() if prob_E[one] >= least]
+                wanted.append([Expert(pool, one) for one in index])
+            assert Naming(least=least).step(prob_TLE, layout, True) == wanted
+            assert [Naming(least=least).layer(prob_TLE[:, at], layout, at, True) for at in range(4)] == wanted
+
+
 def test_scores_that_are_no_probabilities_only_order() -> None:
     layout, prob_TE = Layout.plain((4,), (1,)), np.array([[0.01, 0.02, 0.03, 0.0]], np.float32)
     assert [expert.number for expert in Naming(extra=1).layer(prob_TE, layout, 0, False)] == [2, 1]
@@ -147,6 +164,65 @@ def test_the_network_continues_as_if_it_had_read_all_at_once() -> None:
             np.testing.assert_allclose(found_LE, whole[-1], atol=1e-5)
     predictor.forget("a")
     assert set(predictor._states) <= {"b"}
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiled kernels on this machine")
+@pytest.mark.parametrize(
+    ("dim", "feed_forward", "depth", "heads", "window", "experts", "number"),
+    [
+        (16, 32, 1, 4, 4, 6, 3), (48, 80, 3, 3, 5, 7, 7), (32, 64, 2, 1, 33, 6, 13), (16, 16, 2, 16, 1, 1, 1),
+        (528, 1040, 1, 4, 3, 6, 2),
+    ],
+)  # fmt: skip
+def test_compiled_steps_are_those_of_torch(
+    dim: int, feed_forward: int, depth: int, heads: int, window: int, experts: int, number: int
+) -> None:
+    network = PathNetwork(
+        50, 3, experts, dim=dim, feed_forward=feed_forward, depth=depth, heads=heads, window=window
+    ).eval()
+    for weight in network.parameters():
+        weight.data += 0.1 * torch.randn_like(weight) * (16 / dim) ** 0.5
+    plain, compiled, generator = TorchSteps(network), CompiledSteps(network), np.random.default_rng(0)
+    states: tuple[list, list] = ([], [])
+    for _ in range(number):
+        prompt, count = int(generator.integers(1, 40)), int(generator.integers(1, 2 * window + 1))
+        cross, past = [torch.randn(prompt, 2 * dim) for _ in range(depth)], torch.randn(depth, window, 2 * dim)
+        for steps, kept in zip((plain, compiled), states, strict=True):
+            kept.append(steps.begin(cross, past, count))
+    for step in range(2 * window + 3):  # the ring is filled and goes round
+        rows = generator.permutation(number)[: 1 + step % number]  # sequences that are not of a step stay as they are
+        id_B = generator.integers(-2, 53, size=len(rows))  # and unknown ids
+        found = [
+            steps.step([kept[row] for row in rows], id_B) for steps, kept in zip((plain, compiled), states, strict=True)
+        ]
+        np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
+
+
+def test_a_sequence_without_a_prompt_is_continued() -> None:
+    predictor = EncoderDecoder(FINGERPRINT, 50, SMALL)
+    for end in (1, 2, 3):
+        assert np.isfinite(predictor.predict(np.array([end]), [row(list(range(end)), 1, 0)])).all()
+
+
+def test_what_is_not_compiled_is_continued_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = PathNetwork(50, 2, 6, dim=12, feed_forward=32, depth=1, heads=4, window=4)
+    assert isinstance(make_steps(odd), TorchSteps)
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    predictor = EncoderDecoder(FINGERPRINT, 50, SMALL)
+    predictor.predict(np.array([1, 2]), [row([1, 2], 2, 2)])
+    assert isinstance(predictor._steps, TorchSteps)
+    assert predictor.predict(np.array([3]), [row([1, 2, 3], 1, 2)]).shape == (1, 2, 6)
+
+
+def test_new_weights_are_used_from_then_on() -> None:
+    predictor = EncoderDecoder(FINGERPRINT, 50, SMALL)
+    first = [row([1, 2], 2, 2)]
+    for _ in range(2):
+        predictor.predict(first[0].ids, first)
+        found_TLE = predictor.predict(np.array([3]), [row([1, 2, 3], 1, 2)])
+        fresh_TLE = predictor.predict(np.array([2, 3]), [row([1, 2, 3], 2, 2, "b")])
+        np.testing.assert_allclose(found_TLE[0], fresh_TLE[-1], atol=1e-5)
+        predictor.fit(made_routes())
 
 
 def test_the_network_learns_routes_that_follow_from_tokens(tmp_path: Path) -> None:

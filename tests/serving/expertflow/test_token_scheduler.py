@@ -14,7 +14,7 @@ from anabranch.errors import CapacityError, InputError
 from anabranch.lm import SamplingConfig, generate
 from anabranch.nn import Attention, kernels
 from anabranch.routing import record_routing
-from anabranch.serving.expertflow import Routes, find_pools, offload
+from anabranch.serving.expertflow import Layout, Routes, find_pools, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch, RowStore
 from anabranch.serving.expertflow.predictors import Frequency
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, objective, reindex
@@ -69,6 +69,41 @@ def test_it_is_never_worse_and_is_undone_by_its_inverse(number: int, seed: int, 
     assert all(one is other for one, other in zip(again, rows, strict=True))  # the same memory, so the same bits
 
 
+@pytest.mark.skipif(kernels.load() is None, reason="no compiled kernels on this machine")
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(
+            st.integers(2, 9), st.integers(1, 2), st.integers(1, 4)
+        ),  # few cells: everything is tied with something
+        st.tuples(st.integers(2, 64), st.integers(1, 27), st.integers(1, 64)),
+    ),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+    rounds=st.sampled_from([0, 1, 10]),
+    exchanges=st.sampled_from([0, 1, 32]),
+)
+def test_the_compiled_regrouping_is_that_of_numpy(
+    shape: tuple[int, int, int], density: float, seed: int, rounds: int, exchanges: int
+) -> None:
+    generator, library = np.random.default_rng(seed), kernels.load()
+    assert library is not None
+    chosen_XLE = generator.random(shape) < density
+    scheduler, size = TokenScheduler(rounds, exchanges), int(generator.integers(1, shape[0]))
+    plain, compiled = scheduler._plain(chosen_XLE, size), scheduler._compiled(library, chosen_XLE, size)
+    np.testing.assert_array_equal(plain.order_X, compiled.order_X)
+    assert plain.objective_before == compiled.objective_before
+    assert plain.objective_after == compiled.objective_after
+
+
+def test_routes_need_not_lie_in_one_piece() -> None:
+    chosen_XLE = drawn(9, 3, 8, 2, np.random.default_rng(1))
+    spread = np.repeat(chosen_XLE, 2, axis=2)[:, :, ::2]
+    np.testing.assert_array_equal(
+        TokenScheduler().regroup(spread).order_X, TokenScheduler().regroup(chosen_XLE).order_X
+    )
+
+
 def test_bad_routes_are_refused() -> None:
     with pytest.raises(InputError, match="axes"):
         TokenScheduler().regroup(np.zeros((3, 4), bool))
@@ -101,6 +136,18 @@ def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_ker
     assert pipeline.generate(asked[:1], greedy.replace(max_tokens=0)) == [[]]
     assert pipeline.generate(asked[::-1], greedy) == expected[::-1]  # in another store
     engine.restore()
+
+
+@pytest.mark.parametrize("top_k", [(2, 2, 2), (1, 2, 1)])
+def test_the_likeliest_of_each_layer_are_chosen(top_k: tuple[int, ...]) -> None:
+    model = make_model()
+    with offload(model, None) as engine:
+        engine.layout = Layout.plain((6, 6, 6), top_k)
+        prob_TLE = np.random.default_rng(0).random((5, 3, 6)).astype(np.float32)
+        chosen_TLE = DualBatch(engine)._chosen(prob_TLE)
+    for layer, places in enumerate(top_k):
+        least_T = np.sort(prob_TLE[:, layer])[:, -places]
+        np.testing.assert_array_equal(chosen_TLE[:, layer], prob_TLE[:, layer] >= least_T[:, None])
 
 
 def test_it_runs_without_predictions() -> None:

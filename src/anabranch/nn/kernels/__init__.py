@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = tuple(
     HERE / f"{name}.cpp"
-    for name in ("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows", "transfers")
+    for name in (
+        *("expert_mlp", "attention", "paged_attention", "packed", "decode", "read", "rows", "transfers"),
+        *("path_step", "regroup"),
+    )
 )
 HEADERS = tuple(HERE / f"{name}.h" for name in ("matmul", "packed", "step", "step_attention", "step_work"))
 # -O3 without -ffast-math: sums keep their order, NaN and infinities their meaning.

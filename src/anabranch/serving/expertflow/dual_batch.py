@@ -149,8 +149,10 @@ class DualBatch:
         shape = (model.config.num_layers, attention.kv_heads, attention.width(model.config.dim))
         self._store = RowStore(len(prompts), longest, shape, model.embedding.weight.dtype)
         self._compile()
-        self._ids = [list(map(int, prompt)) for prompt in prompts]
         self._prompt = [len(prompt) for prompt in prompts]
+        self._length, self._id_RM = list(self._prompt), np.zeros((len(prompts), longest), np.int32)
+        for id_M, prompt in zip(self._id_RM, prompts, strict=True):
+            id_M[: len(prompt)] = prompt
         self._keys = [f"row-{next(self._serial)}" for _ in prompts]
         generator = torch.Generator().manual_seed(config.seed)
         pair = 2 * self.batch_size
@@ -162,7 +164,8 @@ class DualBatch:
         for key in self._keys:
             if self.engine.predictor is not None:
                 self.engine.predictor.forget(key)
-        return [ids[prompt:] for ids, prompt in zip(self._ids, self._prompt, strict=True)]
+        parts = zip(self._id_RM, self._prompt, self._length, strict=True)
+        return [id_M[prompt:length].tolist() for id_M, prompt, length in parts]
 
     def _compile(self) -> None:
         """The compiled step on the store, packed once, or None."""
@@ -213,32 +216,32 @@ class DualBatch:
         predictor, size = self.engine.predictor, -(-len(unit.rows) // 2)
         if len(unit.rows) <= self.batch_size:
             size = len(unit.rows)
-        order, unit.wanted, prob_of_row = unit.rows, None, {}
+        order, unit.wanted, prob_TLE = np.arange(len(unit.rows)), None, None
         if predictor is not None:
-            token_T = np.array([self._ids[row][-1] for row in order], np.int32)
-            prob_TLE = predictor.predict(token_T, self._described(order, 1))
-            if prob_TLE is not None:
-                prob_of_row = dict(zip(order, prob_TLE, strict=True))
-                if self.scheduler is not None and size < len(order):
-                    plan = self.scheduler.regroup(self._chosen(prob_TLE), size)
-                    self.objective_before += plan.objective_before
-                    self.objective_after += plan.objective_after
-                    order = reindex(order, plan.order_X)
-        unit.batches = [batch for batch in (order[:size], order[size:]) if batch]
-        if prob_of_row:
-            parts = (np.stack([prob_of_row[row] for row in batch]) for batch in unit.batches)
-            unit.wanted = [self.engine.named(prob_TLE) for prob_TLE in parts]
+            rows = self._described(unit.rows, 1)
+            prob_TLE = predictor.predict(np.array([row.ids[-1] for row in rows]), rows)
+        if prob_TLE is not None and self.scheduler is not None and size < len(order):
+            plan = self.scheduler.regroup(self._chosen(prob_TLE), size)
+            self.objective_before += plan.objective_before
+            self.objective_after += plan.objective_after
+            order = plan.order_X
+        places = [part for part in (order[:size], order[size:]) if len(part)]
+        unit.batches = [reindex(unit.rows, part) for part in places]
+        if prob_TLE is not None:
+            unit.wanted = [self.engine.named(prob_TLE[part]) for part in places]
 
     def _chosen(self, prob_TLE: np.ndarray) -> np.ndarray:
         """The k likeliest experts of each token and layer."""
-        chosen_TLE = np.zeros(prob_TLE.shape, bool)
-        for layer, places in enumerate(self.engine.layout.top_k):
-            index = np.argpartition(prob_TLE[:, layer], -places, axis=-1)[:, -places:]
-            np.put_along_axis(chosen_TLE[:, layer], index, True, axis=-1)
+        chosen_TLE, top_k = np.zeros(prob_TLE.shape, bool), self.engine.layout.top_k
+        for places in sorted(set(top_k)):
+            layers = [layer for layer, one in enumerate(top_k) if one == places]
+            index_TLK = np.argpartition(prob_TLE[:, layers], -places, axis=-1)[..., -places:]
+            chosen_TLE[np.arange(len(prob_TLE))[:, None, None], np.array(layers)[:, None], index_TLK] = True
         return chosen_TLE
 
     def _described(self, rows: Sequence[int], new: int) -> list[Row]:
-        return [Row(self._keys[row], np.array(self._ids[row], np.int32), new, self._prompt[row]) for row in rows]
+        """With the ids where they lie: those of a row are never written again."""
+        return [Row(self._keys[row], self._id_RM[row, : self._length[row]], new, self._prompt[row]) for row in rows]
 
     def _run(self, batch: Sequence[int], rows: Sequence[Row]) -> Tensor:
         """logits_BV of the last position of each row."""
@@ -271,8 +274,9 @@ class DualBatch:
             if token in config.stop:
                 unit.rows.remove(row)
                 continue
-            self._ids[row].append(token)
-            if len(self._ids[row]) - self._prompt[row] >= config.max_tokens:
+            self._id_RM[row, self._length[row]] = token
+            self._length[row] += 1
+            if self._length[row] - self._prompt[row] >= config.max_tokens:
                 unit.rows.remove(row)
 
 

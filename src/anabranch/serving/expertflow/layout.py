@@ -69,8 +69,12 @@ class Layout:
 
     def of_layer(self, layer: int) -> list[Expert]:
         """All destinations of a layer."""
-        pool = self.pool_of_layer[layer]
-        return [Expert(pool, index) for index in range(self.num_experts[pool])]
+        return list(self.experts_of_pool[self.pool_of_layer[layer]])
+
+    @cached_property
+    def experts_of_pool(self) -> list[list[Expert]]:
+        """The experts of each pool, made once."""
+        return [[Expert(pool, index) for index in range(count)] for pool, count in enumerate(self.num_experts)]
 
     @cached_property
     def layers_of_pool(self) -> dict[int, list[int]]:

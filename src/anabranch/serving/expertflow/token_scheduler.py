@@ -11,9 +11,13 @@ exchanges pairs of tokens while that helps, are ours.
 
 **Merge and Reindex**: the paper rebuilds the key-value cache. Here `order_X` permutes rows or block tables (`reindex`), and nothing is
 copied.
+
+It is decided on whole numbers, differing cells instead of similarities, so that the compiled form (`nn/kernels/regroup.cpp`) and the one in
+numpy give the same order, ties too.
 """
 # Shapes: X = 2T tokens, T per batch, L routed layers, E experts, C = L E cells, G groups
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.nn import kernels
 
 A = TypeVar("A")
 
@@ -59,7 +64,7 @@ class TokenScheduler:
     """Regroups two batches.
 
     Attributes:
-        max_rounds: of assignment and new medoids.
+        max_rounds: of assignment and new medoids; after none the batches are as given.
         max_exchanges: pairs exchanged after that; 0 for the paper's method alone.
     """
 
@@ -81,42 +86,60 @@ class TokenScheduler:
         size = -(-number // 2) if num_first is None else num_first
         if not 0 <= size <= number:
             raise InputError(f"num_first is {size}; with {number} tokens it is 0 to {number}")
-        given = np.arange(number) < size
-        before = objective(chosen_XLE, given)
         if number < 2 or size in (0, number):
+            before = objective(chosen_XLE, np.arange(number) < size)
             return Regrouping(np.arange(number), before, before)
-        cell_XC = chosen_XLE.reshape(number, -1).astype(np.float32)
+        library = kernels.load()
+        if library is None:
+            return self._plain(chosen_XLE, size)
+        return self._compiled(library, chosen_XLE, size)
+
+    def _compiled(self, library: ctypes.CDLL, chosen_XLE: np.ndarray, size: int) -> Regrouping:
+        chosen_XLE = np.ascontiguousarray(chosen_XLE, bool)
+        number = len(chosen_XLE)
+        order_X, objectives = np.empty(number, np.int64), (ctypes.c_int64 * 2)()
+        numbers = (number, chosen_XLE.size // number, size, self.max_rounds, self.max_exchanges)
+        library.anabranch_regroup(
+            ctypes.c_void_p(chosen_XLE.ctypes.data),
+            *map(ctypes.c_int64, numbers),
+            ctypes.c_void_p(order_X.ctypes.data),
+            objectives,
+        )
+        return Regrouping(order_X, *objectives)
+
+    def _plain(self, chosen_XLE: np.ndarray, size: int) -> Regrouping:
+        """As the compiled one, where that could not be compiled."""
+        given = np.arange(len(chosen_XLE)) < size
+        before = objective(chosen_XLE, given)
+        cell_XC = chosen_XLE.reshape(len(chosen_XLE), -1).astype(np.float32)
         best, best_value = given, before
-        for start in (given, self._clustered(cell_XC, size)):
+        for start in (given, self._clustered(cell_XC, given)):
             found = self._exchanged(cell_XC, start)
             value = objective(chosen_XLE, found)
             if value < best_value:
                 best, best_value = found, value
-        order_X = np.concatenate((np.flatnonzero(best), np.flatnonzero(~best)))
-        return Regrouping(order_X, before, best_value)
+        return Regrouping(np.concatenate((np.flatnonzero(best), np.flatnonzero(~best))), before, best_value)
 
-    def _clustered(self, cell_XC: np.ndarray, size: int) -> np.ndarray:
-        """bool, which tokens are in the first batch."""
-        ones_X = cell_XC.sum(1)
-        hamming_XX = ones_X[:, None] + ones_X[None, :] - 2 * cell_XC @ cell_XC.T
-        similar_XX = 1 - hamming_XX / cell_XC.shape[1]
-        medoids = tuple(map(int, np.unravel_index(np.argmin(similar_XX), similar_XX.shape)))
-        first = np.zeros(len(cell_XC), bool)
+    def _clustered(self, cell_XC: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """bool, which tokens are in the first batch, which has the size of the one ``given``."""
+        ones_X, size, first = cell_XC.sum(1), int(given.sum()), given
+        hamming_XX = (ones_X[:, None] + ones_X[None, :] - 2 * cell_XC @ cell_XC.T).astype(np.int64)
+        medoids = tuple(map(int, np.unravel_index(np.argmax(hamming_XX), hamming_XX.shape)))
         for _ in range(self.max_rounds):
-            margin_X = similar_XX[medoids[0]] - similar_XX[medoids[1]]
+            nearer_X = hamming_XX[medoids[0]] - hamming_XX[medoids[1]]
             first = np.zeros(len(cell_XC), bool)
-            first[np.argsort(-margin_X, kind="stable")[:size]] = True
-            found = tuple(self._medoid(similar_XX, side) for side in (first, ~first))
+            first[np.argsort(nearer_X, kind="stable")[:size]] = True
+            found = tuple(self._medoid(hamming_XX, side) for side in (first, ~first))
             if found == medoids:
                 break
             medoids = found
         return first
 
     @staticmethod
-    def _medoid(similar_XX: np.ndarray, side: np.ndarray) -> int:
+    def _medoid(hamming_XX: np.ndarray, side: np.ndarray) -> int:
         """The token of a side that is most like the others there."""
         members = np.flatnonzero(side)
-        return int(members[np.argmax(similar_XX[np.ix_(members, members)].mean(1))])
+        return int(members[np.argmin(hamming_XX[np.ix_(members, members)].sum(1))])
 
     def _exchanged(self, cell_XC: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Exchange the pair that helps most, again and again."""

@@ -142,21 +142,30 @@ class Naming:
 
     def layer(self, prob_TE: np.ndarray, layout: Layout, layer: int, is_calibrated: bool) -> list[Expert]:
         """Of one layer, the likeliest first."""
-        return (
-            expect(prob_TE, layout, layer, self.least) if is_calibrated else choose(prob_TE, layout, layer, self.extra)
-        )
+        if is_calibrated:
+            return expect(prob_TE[:, None], layout, self.least, [layer])[0]
+        return choose(prob_TE, layout, layer, self.extra)
 
     def step(self, prob_TLE: np.ndarray, layout: Layout, is_calibrated: bool) -> list[list[Expert]]:
         """Of all layers."""
-        return [self.layer(prob_TLE[:, layer], layout, layer, is_calibrated) for layer in range(layout.num_layers)]
+        layers = range(layout.num_layers)
+        if is_calibrated:
+            return expect(prob_TLE, layout, self.least, layers)
+        return [choose(prob_TLE[:, layer], layout, layer, self.extra) for layer in layers]
 
 
-def expect(prob_TE: np.ndarray, layout: Layout, layer: int, least: float) -> list[Expert]:
-    """Experts that at least one token goes to with probability ``least`` or more, tokens being independent; the likeliest first."""
-    pool = layout.pool_of_layer[layer]
-    prob_E = 1 - np.prod(1 - prob_TE[:, : layout.num_experts[pool]], axis=0)
-    index = np.flatnonzero(prob_E >= least)
-    return [Expert(pool, int(one)) for one in index[np.argsort(-prob_E[index], kind="stable")]]
+def expect(prob_TLE: np.ndarray, layout: Layout, least: float, layers: Sequence[int]) -> list[list[Expert]]:
+    """Of each of these ``layers``, the experts that at least one token goes to with probability ``least`` or more, tokens being
+    independent; the likeliest first."""
+    prob_LE = 1 - np.prod(1 - prob_TLE, axis=0)
+    place, index = np.nonzero(prob_LE >= least)
+    order = np.lexsort((-prob_LE[place, index], place))  # layer by layer; of equals the first, since it is stable
+    found: list[list[Expert]] = [[] for _ in layers]
+    pools = [layout.experts_of_pool[layout.pool_of_layer[layer]] for layer in layers]
+    for at, one in zip(place[order].tolist(), index[order].tolist(), strict=True):
+        if one < len(pools[at]):  # behind them are the columns of wider layers
+            found[at].append(pools[at][one])
+    return found
 
 
 def choose(prob_TE: np.ndarray, layout: Layout, layer: int, extra: int = 1) -> list[Expert]:

@@ -10,7 +10,6 @@ Hidden width 32 and feed-forward 2048 are the paper's; depth (2 + 2), heads (4),
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +24,7 @@ from anabranch.errors import DataError
 from anabranch.serving.expertflow.predictors import files
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row
 from anabranch.serving.expertflow.predictors.network import PathNetwork
+from anabranch.serving.expertflow.predictors.steps import Steps, make_steps
 from anabranch.serving.expertflow.routes import Routes
 
 MOST_NEW = 256  # ids of one sequence that are decoded at once; of a longer prompt part the last ones
@@ -60,15 +60,6 @@ class Settings(BaseConfig):
     seed: int = 0
 
 
-@dataclass
-class _State:
-    """What is kept of a sequence: the input's keys and values by layer, and those of the last W ids."""
-
-    cross: list[Tensor]  # [P, 2 D] of each layer
-    past: Tensor  # [depth, W, 2 D]
-    count: int  # ids decoded so far
-
-
 class EncoderDecoder(RoutePredictor):
     """See the module.
 
@@ -95,7 +86,8 @@ class EncoderDecoder(RoutePredictor):
             )  # fmt: skip
         self.network.eval()
         self.losses: list[float] = []
-        self._states: dict[Hashable, _State] = {}
+        self._steps: Steps | None = None  # made when they are wanted, of the weights as they are then
+        self._states: dict[Hashable, Any] = {}
 
     @property
     def num_parameters(self) -> int:
@@ -112,6 +104,7 @@ class EncoderDecoder(RoutePredictor):
                 f"{self.fingerprint.num_experts}, top {self.fingerprint.top_k}"
             )
         chosen, network, begin = self.settings, self.network.train(), time.monotonic()
+        self._steps, self._states = None, {}
         optimizer = torch.optim.AdamW(network.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
         pieces = _Pieces(routes, chosen)
         start_bias = torch.from_numpy(routes.chosen().mean(0)).clamp(1e-4, 1 - 1e-4).logit().flatten()
@@ -135,66 +128,64 @@ class EncoderDecoder(RoutePredictor):
         return self
 
     def _loss(self, input_BP: Tensor, real_BP: Tensor, id_BS: Tensor, chosen_BSLE: Tensor, weight_BS: Tensor) -> Tensor:
-        logit_BSLE, _ = self.network.decode(self._known(id_BS), self.network.encode(self._known(input_BP), real_BP))
+        cross = self.network.encode(self.network.known(input_BP), real_BP)
+        logit_BSLE, _ = self.network.decode(self.network.known(id_BS), cross)
         loss_BSLE = F.binary_cross_entropy_with_logits(logit_BSLE, chosen_BSLE, reduction="none")
         return (loss_BSLE.mean((-1, -2)) * weight_BS).sum() / weight_BS.sum()
 
-    def _known(self, id_BS: Tensor) -> Tensor:
-        return torch.where((id_BS >= 0) & (id_BS < self.vocab_size), id_BS, self.vocab_size)
-
     # prediction
 
-    @torch.inference_mode()
     def predict(self, token_T: np.ndarray, rows: Sequence[Row]) -> np.ndarray | None:
         """prob_TLE."""
+        if not rows:
+            return None
         going = [number for number, row in enumerate(rows) if row.num_new == 1 and row.key in self._states]
-        found: dict[int, np.ndarray] = {}
-        if going:
-            prob_BLE = self._continue([rows[number] for number in going])
-            found.update((number, prob_BLE[place : place + 1]) for place, number in enumerate(going))
-        for number, row in enumerate(rows):
-            if number not in found:
-                found[number] = self._begin(row)
-        here = {row.key for row in rows}  # sequences without a name cannot be forgotten by it
-        self._states = {key: state for key, state in self._states.items() if isinstance(key, str) or key in here}
-        return np.concatenate([found[number] for number in range(len(rows))]) if rows else None
+        if len(going) == len(rows):
+            prob_TLE = self._continue(rows)
+        else:
+            of_row: dict[int, np.ndarray] = {}
+            if going:
+                prob_BLE = self._continue([rows[number] for number in going])
+                of_row.update(zip(going, prob_BLE[:, None], strict=True))
+            for number, row in enumerate(rows):
+                if number not in of_row:
+                    of_row[number] = self._begin(row)
+            prob_TLE = np.concatenate([of_row[number] for number in range(len(rows))])
+        nameless = [key for key in self._states if not isinstance(key, str)]  # who cannot be forgotten by a name
+        if nameless:
+            here = {row.key for row in rows}
+            for key in nameless:
+                if key not in here:
+                    self.forget(key)
+        return prob_TLE
 
     def forget(self, key: Hashable) -> None:
         """Drop a sequence."""
         self._states.pop(key, None)
 
+    @torch.inference_mode()
     def _begin(self, row: Row) -> np.ndarray:
         """Several ids of a sequence, or one of a sequence that is not known: the prompt is encoded, ids are decoded from W before."""
         prompt = torch.from_numpy(row.ids[: row.prompt_length][-self.settings.max_input :].astype(np.int64))[None]
-        cross = self.network.encode(self._known(prompt), torch.ones_like(prompt, dtype=torch.bool))
+        cross = self.network.encode(self.network.known(prompt), torch.ones_like(prompt, dtype=torch.bool))
         wanted = min(row.num_new, MOST_NEW)
         ids = torch.from_numpy(row.ids[-(wanted + self.settings.window) :].astype(np.int64))[None]
-        logit_BSLE, past = self.network.decode(self._known(ids), cross)
+        logit_BSLE, past = self.network.decode(self.network.known(ids), cross)
         window = self.settings.window
         kept = F.pad(past[0], (0, 0, max(window - past.shape[2], 0), 0))[:, -window:]
-        self._states[row.key] = _State([pair[0][0] for pair in cross], kept, len(row.ids))
+        self._states[row.key] = self._made_steps().begin([pair[0][0] for pair in cross], kept, len(row.ids))
         prob_SLE = logit_BSLE[0, -wanted:].sigmoid().numpy()
         return np.resize(prob_SLE, (row.num_new, *prob_SLE.shape[1:]))  # of a long part the last ids stand for all
 
     def _continue(self, rows: Sequence[Row]) -> np.ndarray:
         """One more id of each of these sequences."""
-        states, window = [self._states[row.key] for row in rows], self.settings.window
-        longest = max(len(state.cross[0]) for state in states)
-        length_B = torch.tensor([len(state.cross[0]) for state in states])
-        hidden_BP = torch.arange(longest)[None] >= length_B[:, None]
-        mask = torch.zeros(hidden_BP.shape).masked_fill(hidden_BP, -1e9)[:, None, None, :]
-        cross = [
-            (torch.nn.utils.rnn.pad_sequence([state.cross[layer] for state in states], batch_first=True), mask)
-            for layer in range(self.settings.depth)
-        ]
-        past = torch.stack([state.past for state in states])
-        count_B = torch.tensor([min(state.count, window) for state in states])
-        real_BW = torch.arange(window)[None] >= window - count_B[:, None]
-        id_B1 = torch.tensor([int(row.ids[-1]) for row in rows])[:, None]
-        logit_BSLE, new = self.network.decode(self._known(id_B1), cross, past, real_BW)
-        for state, old, more in zip(states, past, new, strict=True):
-            state.past, state.count = torch.cat((old[:, 1:], more), 1), state.count + 1
-        return logit_BSLE[:, 0].sigmoid().numpy()
+        id_B = np.array([row.ids[-1] for row in rows], np.int64)
+        return self._made_steps().step([self._states[row.key] for row in rows], id_B)
+
+    def _made_steps(self) -> Steps:
+        if self._steps is None:
+            self._steps = make_steps(self.network)
+        return self._steps
 
     # files
 

@@ -83,6 +83,11 @@ class PathNetwork(nn.Module):
         self.norm, self.heads = nn.RMSNorm(dim), nn.Linear(dim, num_layers * num_experts)
         self.encoder_norm = nn.RMSNorm(dim)
 
+    def known(self, id_BS: Tensor) -> Tensor:
+        """The ids with those beyond the vocabulary as the unknown one."""
+        most = self.embedding.num_embeddings - 1
+        return torch.where((id_BS >= 0) & (id_BS < most), id_BS, most)
+
     def encode(self, id_BP: Tensor, real_BP: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each decoder layer: keys and values of the input, and their mask."""
         place = torch.arange(id_BP.shape[1], device=id_BP.device)
