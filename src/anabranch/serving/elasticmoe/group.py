@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from anabranch.errors import BackendError, InputError
+from anabranch.errors import BackendError, ConfigError, InputError
 from anabranch.serving.core.request import Finish
+from anabranch.serving.elasticmoe.backend import Backend, backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
 from anabranch.serving.elasticmoe.forge import Forge
@@ -56,7 +57,8 @@ class Group:
         forge: Forge | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
-        self.layout = layout_of(config.model)
+        backend = _backend(config)
+        self.layout = layout_of(config.model, backend.page)
         self.limits, self.info, self.kv_bytes = sizes_of(config, self.layout)
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
@@ -284,7 +286,8 @@ class Group:
 
     def start_memory(self) -> MemoryManager:
         """A memory manager, in which nothing is loaded yet."""
-        return MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
+        shares = self.config.weights == "shared"
+        return MemoryManager.start(self.layout, self.kv_bytes, shares=shares, kind=self.config.device)
 
     def light_forge(self) -> None:
         """Have a forge that can make ranks."""
@@ -303,6 +306,7 @@ class Group:
                 num_ranks=len(devices),
                 limits=self.limits,
                 copies=not self.config.mapped,
+                kind=self.config.device,
             )
             for rank, device in enumerate(devices)
         ]
@@ -395,3 +399,14 @@ class Group:
         started = time.perf_counter()
         yield
         report.phases[name] = time.perf_counter() - started
+
+
+def _backend(config: ElasticConfig) -> Backend:
+    """The backend of a group's devices. Raises BackendError where there are none, ConfigError for several that cannot share."""
+    backend = backend_of(config.device)
+    if config.weights == "shared" and min(backend.num_memories, config.policy.max_devices) > 1:
+        raise ConfigError(
+            f"weights is 'shared', but the devices are on {backend.num_memories} GPUs, and each needs weights in its own memory: "
+            "set weights='own' (device_weights of a server), or show one GPU alone (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return backend
