@@ -2,16 +2,27 @@
 
 import os
 import resource
+import subprocess
+import sys
+import threading
+from collections import defaultdict
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from anabranch.errors import BackendError, CapacityError, ConfigError
+from anabranch.lm.checkpoint import load_model
+from anabranch.serving.core.request import Finish, Request, Sampling
+from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.cuda import CudaBackend
 from anabranch.serving.elasticmoe.cuda_driver import LIBRARY, Driver
 from anabranch.serving.elasticmoe.devices import Host
+from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.layout import layout_of
+from anabranch.serving.elasticmoe.memory import MemoryManager
 from anabranch.serving.elasticmoe.plan import place, plan_scale
+from anabranch.serving.elasticmoe.policy import Policy
 from elastic_backends import seen, write
 
 PAGE = 2 << 20
@@ -66,16 +77,23 @@ def test_the_driver_s_own_words(cuda):
         cuda.driver.map(PAGE, PAGE, 0)
 
 
-def test_a_fork_may_not_use_it(cuda):
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            cuda.driver.reserve(PAGE)
-        except BackendError:
-            code = 0
-        os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+def test_a_fork_may_not_use_it(standin, tmp_path):
+    """CUDA's rule, and why the forge opens no driver: the stand-in keeps it, or the group's tests would not find out."""
+    (tmp_path / "fork.py").write_text("""
+import os
+from anabranch.errors import BackendError
+from anabranch.serving.elasticmoe.cuda_driver import Driver
+
+driver = Driver()
+if not os.fork():
+    try:
+        driver.reserve(2 << 20)
+    except BackendError as error:
+        os._exit("initialization error" not in str(error))
+    os._exit(2)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+""")
+    subprocess.run([sys.executable, str(tmp_path / "fork.py")], check=True)
 
 
 def test_out_of_memory_says_how_much_is_free(standin, monkeypatch):
@@ -210,11 +228,6 @@ def test_opening_that_fails_leaves_nothing(cuda, pages, standin):
         assert len(os.listdir("/proc/self/fd")) == files
 
 
-def held_by(host, layout, folder):
-    """A host's bytes, device by device."""
-    return host.resident, sorted(host.devices), host.placement, host.plan
-
-
 @pytest.mark.parametrize("gpus", ["1", "2"])
 @pytest.mark.parametrize("devices", [(0, 1, 2), (1,), (0, 2)])
 def test_a_failure_anywhere_in_prepare_rolls_back(standin, folder, monkeypatch, gpus, devices):
@@ -253,3 +266,64 @@ def test_a_failure_anywhere_in_prepare_rolls_back(standin, folder, monkeypatch, 
 def test_a_layout_of_other_pages_is_refused(cuda, folder):
     with pytest.raises(ConfigError, match="pages of 4096 bytes; the devices need multiples of 2097152"):
         Host(layout_of(folder), 2 * PAGE, backend=cuda)
+
+
+def test_a_manager_without_a_driver(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(LIBRARY, str(tmp_path / "none.so"))
+    with pytest.raises(BackendError, match="there is no CUDA driver here"):
+        MemoryManager.start(layout_of(folder, PAGE), 2 * PAGE, kind="cuda")
+
+
+def test_a_manager_that_runs_out_of_memory(standin, folder, monkeypatch):
+    monkeypatch.setenv("STANDIN_BYTES", str(20 * PAGE))  # 24 are experts
+    memory = MemoryManager.start(layout_of(folder, PAGE), 2 * PAGE, kind="cuda")
+    with pytest.raises(CapacityError, match="no memory for 2,097,152 bytes on GPU 0: 0 are free"):
+        memory.load(place(6, 2, (0,)))
+    memory.close()
+
+
+def test_what_a_group_on_cuda_devices_refuses(standin, folder, monkeypatch):
+    with pytest.raises(ConfigError, match="mapped is false; that is for device='cpu', not for 'cuda'"):
+        ElasticConfig(model=str(folder), device="cuda", mapped=False, weights="own")
+    with pytest.raises(ConfigError, match="mapped, not copied"):
+        CudaBackend().range(0, 1, PAGE, copies=True)
+    monkeypatch.setenv("STANDIN_GPUS", "2")
+    with pytest.raises(ConfigError, match="weights is 'shared', but the devices are on 2 GPUs"):
+        Group(ElasticConfig(model=str(folder), device="cuda"))
+    Group(ElasticConfig(model=str(folder), device="cuda", policy=Policy(max_devices=1)))  # one GPU is enough
+
+
+def test_a_group_on_two_gpus(standin, folder, monkeypatch):
+    """Ranks that map memory of another GPU, copies between GPUs, and streams as one process gives them."""
+    monkeypatch.setenv("STANDIN_GPUS", "2")
+    config = ElasticConfig(model=str(folder), device="cuda", weights="own", num_blocks=48, pace_s=0.004, ahead=False)
+    model, _ = load_model(folder)
+    group = Group(config)
+    tokens: dict[str, list[int]] = defaultdict(list)
+    over = threading.Condition()
+    ended = []
+
+    def take(output):
+        with over:
+            tokens[output.id] += output.tokens
+            ended.extend([output.finish] if output.finish is not None else [])
+            over.notify_all()
+
+    try:
+        group.start()
+        for number in range(4):
+            request = Request(id=str(number), prompt=(number, 5, 9), sampling=Sampling(temperature=0.0, max_tokens=40))
+            group.ledger.submit(request, take)
+        for devices in (2, 3, 1):
+            group.scale(devices)
+        with over:
+            assert over.wait_for(lambda: len(ended) == 4, 60)
+    finally:
+        group.close()
+    assert ended == [Finish.LENGTH] * 4
+    for number in range(4):
+        expected = [number, 5, 9]
+        with torch.inference_mode():
+            for _ in range(40):
+                expected.append(int(model(torch.tensor([expected]), last_only=True).logits_BLV[0, -1].argmax()))
+        assert tokens[str(number)] == expected[3:]

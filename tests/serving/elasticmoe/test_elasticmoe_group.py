@@ -179,9 +179,23 @@ def test_requests_of_a_device_that_leaves_bring_their_cache(make, greedy, device
     assert report.tokens_again < 16 * 4
 
 
-@pytest.mark.parametrize("victim", ["old", "new", "memory"])
-@pytest.mark.parametrize("phase", ["prepare", "attach", "warm", "switch", "release"])
-def test_a_death_in_any_phase_loses_nothing(make, greedy, phase, victim):
+DEATHS = [
+    (phase, who) for phase in ("prepare", "attach", "warm", "switch", "release") for who in ("old", "new", "memory")
+]
+ON_CUDA = [
+    ("prepare", "memory"),
+    ("attach", "new"),
+    ("switch", "old"),
+    ("switch", "memory"),
+]  # they differ by attaching alone
+
+
+@pytest.mark.parametrize(
+    ("device", "phase", "victim"),
+    [*(("cpu", *each) for each in DEATHS), *(("standin", *each) for each in ON_CUDA)],
+    indirect=["device"],
+)
+def test_a_death_in_any_phase_loses_nothing(make, greedy, device, phase, victim):
     killed = []
 
     def kill(name):
@@ -195,7 +209,7 @@ def test_a_death_in_any_phase_loses_nothing(make, greedy, phase, victim):
             instance = group.ledger.active if victim == "old" or group.coming is None else group.coming
             instance.kill(instance.devices[-1])
 
-    group, numbers = make(on_phase=kill), range(6)
+    group, numbers = make(on_phase=kill, device=device), range(6)
     client = Client(group)
     for number in numbers:
         client.submit(f"r{number}", prompt_of(number))
