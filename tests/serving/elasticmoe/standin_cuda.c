@@ -366,37 +366,68 @@ static int is_pinned(const void *address, size_t size) {
     return 0;
 }
 
-int cuStreamCreate(void **stream, unsigned flags) {
+/* What a stream was told, oldest first. Handles of streams are used by one thread at a time. */
+typedef struct Work { struct Work *next; uintptr_t target, source; unsigned char value; size_t size; } Work;
+typedef struct { Work *first, **last; } Stream;
+
+int cuStreamCreate(void **result, unsigned flags) {
     ENTER(1);
     NEED(flags <= 1);
+    Stream *stream = calloc(1, sizeof *stream);
+    stream->last = &stream->first;
     __sync_fetch_and_add(&streams, 1);
-    *stream = malloc(1);
+    *result = stream;
     return OK;
 }
 
-int cuStreamDestroy_v2(void *stream) { ENTER(1); __sync_fetch_and_sub(&streams, 1); free(stream); return OK; }
+int cuStreamSynchronize(void *which) {
+    ENTER(1);
+    NEED(which);
+    Stream *stream = which;
+    while (stream->first) {
+        Work *work = stream->first;
+        if (work->source) memcpy((void *)work->target, (void *)work->source, work->size);
+        else memset((void *)work->target, work->value, work->size);
+        stream->first = work->next;
+        free(work);
+    }
+    stream->last = &stream->first;
+    return OK;
+}
 
-int cuStreamSynchronize(void *stream) { ENTER(1); NEED(stream); return OK; }
+int cuStreamDestroy_v2(void *which) {
+    ENTER(1);
+    NEED(which && !((Stream *)which)->first);
+    __sync_fetch_and_sub(&streams, 1);
+    free(which);
+    return OK;
+}
+
+static int later(void *which, uintptr_t target, uintptr_t source, unsigned char value, size_t size) {
+    Stream *stream = which;
+    Work *work = malloc(sizeof *work);
+    *work = (Work){0, target, source, value, size};
+    *stream->last = work;
+    stream->last = &work->next;
+    return OK;
+}
 
 int cuMemcpyHtoDAsync_v2(uintptr_t target, const void *host, size_t size, void *stream) {
     ENTER(1);
     NEED(stream && is_pinned(host, size) && is_device(target, size));
-    memcpy((void *)target, host, size);
-    return OK;
+    return later(stream, target, (uintptr_t)host, 0, size);
 }
 
 int cuMemcpyDtoHAsync_v2(void *host, uintptr_t source, size_t size, void *stream) {
     ENTER(1);
     NEED(stream && is_pinned(host, size) && is_device(source, size));
-    memcpy(host, (void *)source, size);
-    return OK;
+    return later(stream, (uintptr_t)host, source, 0, size);
 }
 
 int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t size, void *stream) {
     ENTER(1);
     NEED(stream && is_device(target, size) && is_device(source, size));
-    memcpy((void *)target, (void *)source, size);
-    return OK;
+    return later(stream, target, source, 0, size);
 }
 
 int cuMemcpyPeerAsync(uintptr_t target, void *here, uintptr_t source, void *there, size_t size, void *stream) {
@@ -407,6 +438,5 @@ int cuMemcpyPeerAsync(uintptr_t target, void *here, uintptr_t source, void *ther
 int cuMemsetD8Async(uintptr_t target, unsigned char value, size_t size, void *stream) {
     ENTER(1);
     NEED(stream && is_device(target, size));
-    memset((void *)target, value, size);
-    return OK;
+    return later(stream, target, 0, value, size);
 }

@@ -385,6 +385,22 @@ def test_a_process_that_attaches_sees_the_model(memory, layout, backend):
         part.close()
 
 
+def test_attaching_leaves_no_files_behind(memory, backend):
+    memory.load(place(6, 2, (0, 1)))
+    channel = Channel.of_fd(memory.connect())
+
+    def files() -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (memory.process.pid, os.getpid())]
+
+    counts = []
+    for _ in range(3):
+        attach(channel, 0, backend=backend).close()
+        channel.ask(("usage", {}))  # answered by the thread that sent the files, when it has closed them
+        counts.append(files())
+    assert counts[0] == counts[1] == counts[2]
+    channel.close()
+
+
 def test_the_manager_ends_with_its_owner(memory):
     memory.load(place(6, 2, (0,)))
     assert memory.usage()["devices"][0]["dense"] > 0
