@@ -418,12 +418,6 @@ int cuMemcpyHtoDAsync_v2(uintptr_t target, const void *host, size_t size, void *
     return later(stream, target, (uintptr_t)host, 0, size);
 }
 
-int cuMemcpyDtoHAsync_v2(void *host, uintptr_t source, size_t size, void *stream) {
-    ENTER(1);
-    NEED(stream && is_pinned(host, size) && is_device(source, size));
-    return later(stream, (uintptr_t)host, source, 0, size);
-}
-
 int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t size, void *stream) {
     ENTER(1);
     NEED(stream && is_device(target, size) && is_device(source, size));

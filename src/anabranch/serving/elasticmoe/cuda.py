@@ -19,10 +19,9 @@ from anabranch.serving.elasticmoe.backend import CPU, CUDA, Ask, Kind
 from anabranch.serving.elasticmoe.cuda_copy import Lanes
 from anabranch.serving.elasticmoe.cuda_driver import Driver
 from anabranch.serving.elasticmoe.mapped import padded
+from anabranch.serving.elasticmoe.wire import MOST_FDS
 
 __all__ = ["Block", "CudaBackend", "CudaOpened", "CudaPages", "CudaRange"]
-
-_BATCH = 64  # file descriptors in flight at once
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,8 @@ class CudaOpened:
         self._driver = driver
         self._blocks: dict[int, Block] = {}
         try:
-            for first in range(0, len(offsets), _BATCH):
-                self._open(offsets[first : first + _BATCH], ask)
+            for first in range(0, len(offsets), MOST_FDS):
+                self._open(offsets[first : first + MOST_FDS], ask)
         except BaseException:
             self.close()
             raise

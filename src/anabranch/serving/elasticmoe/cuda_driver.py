@@ -87,7 +87,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamDestroy_v2": (_STREAM,),
     "cuStreamSynchronize": (_STREAM,),
     "cuMemcpyHtoDAsync_v2": (c_u64, c_void_p, c_size_t, _STREAM),
-    "cuMemcpyDtoHAsync_v2": (c_void_p, c_u64, c_size_t, _STREAM),
     "cuMemcpyDtoDAsync_v2": (c_u64, c_u64, c_size_t, _STREAM),
     "cuMemcpyPeerAsync": (c_u64, c_void_p, c_u64, c_void_p, c_size_t, _STREAM),
     "cuMemsetD8Async": (c_u64, c_ubyte, c_size_t, _STREAM),
@@ -248,10 +247,6 @@ class Driver:
     def copy_in(self, target: int, host: int, size: int, stream: int) -> None:
         """From pinned memory."""
         self._call("cuMemcpyHtoDAsync_v2", target, host, size, stream)
-
-    def copy_out(self, host: int, source: int, size: int, stream: int) -> None:
-        """To pinned memory."""
-        self._call("cuMemcpyDtoHAsync_v2", host, source, size, stream)
 
     def copy(self, target: tuple[int, int], source: tuple[int, int], size: int, stream: int) -> None:
         """Between two places (GPU, address), which need not see each other's memory."""
