@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from anabranch.errors import BackendError, ConfigError, InputError
+from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.request import Finish
-from anabranch.serving.elasticmoe.backend import Backend, backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
 from anabranch.serving.elasticmoe.forge import Forge
@@ -28,7 +27,7 @@ from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_broken
 from anabranch.serving.elasticmoe.report import ScaleReport
-from anabranch.serving.elasticmoe.sizes import sizes_of
+from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
 from anabranch.serving.elasticmoe.wire import ChannelClosedError
 
@@ -57,8 +56,7 @@ class Group:
         forge: Forge | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
-        backend = _backend(config)
-        self.layout = layout_of(config.model, backend.page)
+        self.layout = layout_of(config.model, backend_for(config).page)
         self.limits, self.info, self.kv_bytes = sizes_of(config, self.layout)
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
@@ -399,14 +397,3 @@ class Group:
         started = time.perf_counter()
         yield
         report.phases[name] = time.perf_counter() - started
-
-
-def _backend(config: ElasticConfig) -> Backend:
-    """The backend of a group's devices. Raises BackendError where there are none, ConfigError for several that cannot share."""
-    backend = backend_of(config.device)
-    if config.weights == "shared" and min(backend.num_memories, config.policy.max_devices) > 1:
-        raise ConfigError(
-            f"weights is 'shared', but the devices are on {backend.num_memories} GPUs, and each needs weights in its own memory: "
-            "set weights='own' (device_weights of a server), or show one GPU alone (CUDA_VISIBLE_DEVICES=0)"
-        )
-    return backend
