@@ -1,4 +1,4 @@
-"""What follows from a model and the settings of its group: limits of every rank, what a front end is told, bytes of a cache, whose memory."""
+"""What follows from a model and the settings of its group: limits of a rank, what a front end is told, bytes of a cache, whose memory."""
 
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import ConfigError
