@@ -27,6 +27,7 @@ import torch
 from _harness import arguments, finish, start
 from _restarts import restart_llama, restart_vllm
 from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.dlpack import tensor_over
 from anabranch.serving.elasticmoe.mapped import PAGE, Pages, Range
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.studies.elasticmoe import Case, written
@@ -81,13 +82,13 @@ def remap_rows(options: Any) -> list[dict[str, Any]]:
         slots = [number * block for number in range(experts)]
         other = [offset + experts * block if number % 4 == 0 else offset for number, offset in enumerate(slots)]
         part = Range(experts, block)
-        part.remap(pages.fd, slots)
-        whole = torch.frombuffer(mapped_whole(pages, 2 * experts, block), dtype=torch.uint8)
+        part.remap(pages, slots)
+        whole = mapped_whole(pages, 2 * experts, block)
         mapped, copied = [], []
         for turn in range(options.rounds):
             wanted = slots if turn % 2 else other
             began = time.perf_counter()
-            part.remap(pages.fd, wanted)
+            part.remap(pages, wanted)
             part.touch()
             mapped.append(time.perf_counter() - began)
             began = time.perf_counter()
@@ -102,11 +103,11 @@ def remap_rows(options: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def mapped_whole(pages: Pages, count: int, block: int) -> Any:
+def mapped_whole(pages: Pages, count: int, block: int) -> torch.Tensor:
     """A mapping of everything, that stays until the process ends."""
     everything = Range(count, block)
-    everything.remap(pages.fd, [number * block for number in range(count)])
-    return everything.buffer(count * block)
+    everything.remap(pages, [number * block for number in range(count)])
+    return tensor_over(everything.address, count * block, everything.place)
 
 
 def row(case: str, ours: list[float], theirs: list[float], peer: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from anabranch.routing.decision import Routing
 from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts
 from anabranch.serving.elasticmoe.plan import place, plan_scale
 from anabranch.serving.elasticmoe.wire import ChannelClosedError, pair
+from anabranch.testing import DEVICES
 
 E, D, F, K = 7, 16, 24, 3
 
@@ -17,12 +18,12 @@ def pool():
     return ExpertPool(E, D, F, init_std=0.3, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
-def group(pool, placement, rows=64):
-    """A `SpreadExperts` of each rank, all in this process: threads answer for the others."""
+def group(pool, placement, rows=64, device="cpu"):
+    """A `SpreadExperts` of each rank, all in this process and on one device: threads answer for the others."""
     owners = []
     for held in placement.experts[0]:
         index = torch.tensor(held, dtype=torch.int64)
-        owners.append(Owner([(pool.w13[index], pool.w2[index])]))
+        owners.append(Owner([(pool.w13[index].to(device), pool.w2[index].to(device))]))
     ranks, channels = [], []
     for rank in range(len(owners)):
         peers = []
@@ -34,33 +35,37 @@ def group(pool, placement, rows=64):
                 peers.append(Peer(other, ours, mailbox))
                 channels += [ours, theirs]
         spread = SpreadExperts(0, rank, owners[rank], peers, E)
-        spread.place(placement)
+        spread.place(placement, device)
         ranks.append(spread)
     return ranks, channels
 
 
-def routed(items: int, unused: bool = False):
+def routed(items: int, unused: bool = False, device: str = "cpu"):
     generator = torch.Generator().manual_seed(1)
     x_ND, score_NE = torch.randn(items, D, generator=generator), torch.rand(items, E, generator=generator)
     weight_NK, index_NK = score_NE.topk(K)
     if unused:
         skip = torch.rand(items, K, generator=generator) < 0.5
         weight_NK, index_NK = weight_NK.masked_fill(skip, 0.0), index_NK.masked_fill(skip, -1)
-    return x_ND, Routing(index_NK, weight_NK, score_NE)
+    return x_ND.to(device), Routing(index_NK.to(device), weight_NK.to(device), score_NE.to(device))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 @pytest.mark.parametrize("unused", [False, True])
-def test_equal_to_one_pool(pool, devices, weight_on, unused):
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_to_one_pool(pool, devices, weight_on, unused, device):
     placement = plan_scale(place(E, 1, (5,)), range(5, 5 + devices), expert_bytes=(1,)).new  # slots in disorder
-    ranks, channels = group(pool, placement)
+    ranks, channels = group(pool, placement, device=device)
     with torch.inference_mode():
         for items in (0, 1, 11, 150):  # more than a mailbox holds
             x_ND, routing = routed(items, unused)
             expected = pool(x_ND, routing, weight_on=weight_on)
+            here = routed(items, unused, device)
             for spread in ranks:
-                torch.testing.assert_close(spread(x_ND, routing, weight_on=weight_on), expected, atol=1e-6, rtol=1e-5)
+                found = spread(*here, weight_on=weight_on)
+                assert found.device.type == device
+                torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-5)
     assert int(ranks[0].load_E.sum()) == sum(int((routed(n, unused)[1].index_NK >= 0).sum()) for n in (0, 1, 11, 150))
     for channel in channels:
         channel.close()

@@ -1,6 +1,9 @@
 """``anabranch serve --devices``: a group of devices behind HTTP, changed while it answers."""
 
 import json
+import os
+import subprocess
+import sys
 import urllib.request
 
 import pytest
@@ -8,7 +11,11 @@ import pytest
 from anabranch.config import override
 from anabranch.errors import ConfigError
 from anabranch.serving.elasticmoe import ElasticConfig
+from anabranch.serving.elasticmoe.cuda_driver import LIBRARY
 from anabranch.serving.http.serve import NOT_ELASTIC, ServeConfig
+from elastic_backends import NEEDS_GPU, compile_standin
+from elastic_models import save_moe
+from server_process import SOURCE
 from serving_models import serve_process
 
 TOKEN = "operator-secret"
@@ -42,15 +49,42 @@ def test_devices_share_weights_unless_told_otherwise(weights, monkeypatch):
     monkeypatch.setattr("anabranch.serving.http.run.run", lambda http, make_engine, *args, **how: make_engine() or 0)
     config = ServeConfig() if weights == "shared" else override(ServeConfig(), {"device_weights": weights})
     override(config, {"devices": 2, "engine.model": "somewhere"}).serve()
-    assert [(each.devices, each.weights, each.model) for each in made] == [(2, weights, "somewhere")]
+    assert [(each.devices, each.weights, each.model, each.device) for each in made] == [
+        (2, weights, "somewhere", "cpu")
+    ]
+    override(config, {"devices": 2, "engine.model": "somewhere", "engine.device": "cuda"}).serve()
+    assert made[1].device == "cuda"
+    with pytest.raises(ConfigError, match=r"engine\.device is 'cuda:1'; a group of devices takes 'cpu' or 'cuda'"):
+        override(config, {"devices": 2, "engine.device": "cuda:1"})
+
+
+def test_cuda_devices_on_a_machine_without_cuda(tmp_path):
+    model = save_moe(tmp_path / "moe")
+    command = [sys.executable, "-m", "anabranch.cli.main", "serve", str(model), "--port", "0", "--quiet"]
+    options = ["--devices", "2", "--set", "engine.device=cuda"]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, LIBRARY: str(tmp_path / "none.so")}
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()  # no traceback
+    assert line.startswith("error: there is no CUDA driver here")
 
 
 @pytest.mark.slow
-def test_devices_change_while_it_answers():
+@pytest.mark.parametrize("where", ["cpu", "standin", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_devices_change_while_it_answers(where, tmp_path):
+    standin = compile_standin(tmp_path) if where == "standin" else None
+    if where == "standin" and standin is None:
+        pytest.skip("a stand-in for the CUDA driver needs a C compiler and Linux")
+    environment = {LIBRARY: str(standin)} if standin else {}
+    device = "cpu" if where == "cpu" else "cuda"
     body = {"model": "small-moe", "prompt": "hello", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     with serve_process("--set", "engine.dtype=float32") as server:
         alone = post(server, "/v1/completions", body)
-    with serve_process("--devices", "1", "--set", f"http.admin_token={TOKEN}") as server:
+    options = ["--devices", "1", "--set", f"engine.device={device}", "--set", f"http.admin_token={TOKEN}"]
+    with serve_process(*options, environment=environment) as server:
         before = post(server, "/v1/completions", body)
         report = post(server, "/v1/admin/scale", {"devices": 2}, authorization=f"Bearer {TOKEN}")["result"]
         after = post(server, "/v1/completions", body)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.serving.elasticmoe.backend import Backend, Mappable, Range
+from anabranch.serving.elasticmoe.dlpack import tensor_over
 from anabranch.serving.elasticmoe.layout import Matrix
-from anabranch.serving.elasticmoe.mapped import Range
+from anabranch.serving.elasticmoe.mapped import HOST
 from anabranch.serving.elasticmoe.memory import Attached
 
 __all__ = ["DenseArena", "ExpertArena", "KvArena", "torch_dtype"]
@@ -28,28 +30,38 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _bytes(part: Range, size: int) -> Tensor:
+    """The first ``size`` bytes of a range, where they are."""
+    return tensor_over(part.address, size, part.place)
+
+
 class ExpertArena:
     """The experts of one layer that a device holds.
 
     Args:
         matrices: of the layer; each gets a range of its own.
-        copies: copy instead of mapping, see `Range`.
+        copies: copy instead of mapping, see `anabranch.serving.elasticmoe.mapped.Range`.
+        backend: whose memory it is.
+        device: of this process.
     """
 
-    def __init__(self, matrices: tuple[Matrix, ...], *, copies: bool | None = None) -> None:
+    def __init__(
+        self, matrices: tuple[Matrix, ...], *, copies: bool | None = None, backend: Backend = HOST, device: int = 0
+    ) -> None:
         self.matrices = matrices
         self.ranges = [
-            Range(matrix.experts, matrix.block, copies=copies, huge=matrix.block >= 2 << 20) for matrix in matrices
+            backend.range(device, matrix.experts, matrix.block, copies=copies, huge=matrix.block >= 2 << 20)
+            for matrix in matrices
         ]
         self.experts: tuple[int, ...] = ()
 
-    def remap(self, fd: int, experts: tuple[int, ...]) -> tuple[int, int]:
-        """Let slot i hold ``experts[i]`` of the device's file; gives how many blocks were mapped and how many stayed.
+    def remap(self, pages: Mappable, experts: tuple[int, ...]) -> tuple[int, int]:
+        """Let slot i hold ``experts[i]`` of the device's pages; gives how many blocks were mapped and how many stayed.
 
         Tensors of before show the new experts where their slots changed: do not run them meanwhile.
         """
         done = [
-            part.remap(fd, [matrix.offset + expert * matrix.block for expert in experts])
+            part.remap(pages, [matrix.offset + expert * matrix.block for expert in experts])
             for matrix, part in zip(self.matrices, self.ranges, strict=True)
         ]
         self.experts = experts
@@ -61,9 +73,9 @@ class ExpertArena:
 
     def _tensor(self, matrix: Matrix, part: Range) -> Tensor:
         dtype, count = torch_dtype(matrix.dtype), len(self.experts)
-        if not count:
+        if not count:  # nothing is ever computed with it, so it may be anywhere
             return torch.empty((0, *matrix.shape), dtype=dtype)
-        flat = torch.frombuffer(part.buffer(count * matrix.block), dtype=dtype)
+        flat = _bytes(part, count * matrix.block).view(dtype)
         inner = [math.prod(matrix.shape[axis + 1 :]) for axis in range(len(matrix.shape))]
         return flat.as_strided((count, *matrix.shape), (matrix.block // dtype.itemsize, *inner))
 
@@ -78,19 +90,22 @@ class DenseArena:
 
     def __init__(self, attached: Attached, *, copies: bool | None = None) -> None:
         self.layout = attached.layout
-        self.range = Range(1, attached.layout.dense_bytes, copies=copies)
+        self.range = attached.backend.range(attached.device, 1, attached.layout.dense_bytes, copies=copies)
         self.range.remap(attached.dense, [0])
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name."""
-        flat = torch.frombuffer(self.range.buffer(self.layout.dense_bytes), dtype=torch.uint8)
+        flat = _bytes(self.range, self.layout.dense_bytes)
         return {
             entry.name: flat[entry.offset : entry.offset + entry.bytes].view(torch_dtype(entry.dtype)).view(entry.shape)
             for entry in self.layout.dense
         }
 
     def give_to(self, model: nn.Module) -> None:
-        """Make them the parameters and buffers of a model that was built empty; its experts stay empty."""
+        """Make them the parameters and buffers of a model that was built empty; its experts stay empty.
+
+        Buffers that are in no file go to where the weights are.
+        """
         shared, names = self.state(), {}
         own: dict[str, Any] = model.state_dict(keep_vars=True)
         by_tensor = {id(own[name]): tensor for name, tensor in shared.items()}
@@ -99,6 +114,10 @@ class DenseArena:
                 value = by_tensor[id(tensor)]
                 names[name] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         model.load_state_dict(names, strict=False, assign=True)
+        device = next(iter(shared.values())).device
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
     def close(self) -> None:
         """Give the addresses back; no tensor of the arena may be used after."""
@@ -109,14 +128,14 @@ class KvArena:
     """A device's key-value cache, as two tensors that every process of the device shares."""
 
     def __init__(self, attached: Attached) -> None:
-        self.range = Range(1, attached.kv_bytes, is_writable=True, copies=False)
+        self.range = attached.backend.range(attached.device, 1, attached.kv_bytes, is_writable=True, copies=False)
         self.range.remap(attached.kv, [0])
         self.bytes = attached.kv_bytes
 
     def buffers(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(key, value) of ``shape``: the two halves of the memory."""
         size = math.prod(shape) * dtype.itemsize
-        flat = torch.frombuffer(self.range.buffer(self.bytes), dtype=torch.uint8)
+        flat = _bytes(self.range, self.bytes)
         halves = (flat[:size], flat[self.bytes // 2 : self.bytes // 2 + size])
         return halves[0].view(dtype).view(shape), halves[1].view(dtype).view(shape)
 

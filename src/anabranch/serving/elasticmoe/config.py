@@ -17,13 +17,16 @@ class ElasticConfig(Config):
     Attributes:
         model: folder in our own format.
         devices: to start with; each is a process and its memory.
+        device: what they compute on. ``cpu``: all in main memory. ``cuda``: dealt to the GPUs of the machine in turn, several to one if
+            there are more devices than GPUs.
         num_blocks, block_tokens: of the key-value cache of each device.
         max_positions: longest prompt and output; None for the model's.
         max_batched_tokens, max_seqs: of a step of one device.
         prefix_cache: use blocks of earlier requests.
         stop_tokens: the model's own ends of text; None takes those of its tokenizer.
         weights: ``shared`` lets all devices map the same pages of weights (ours): nothing is copied when experts change their device, and
-            nothing is there twice. ``own`` gives each device weights of its own, copied between them as between accelerators (the paper).
+            nothing is there twice. ``own`` gives each device weights of its own, copied between them as between accelerators (the paper);
+            several GPUs need that.
         device_memory: bytes of each device; None for no limit. A configuration that needs more is refused.
         mode: ``migrate`` hands running requests over between two steps (ours); ``drain`` lets them end where they are (the paper).
         standby: instances kept ready without weights.
@@ -39,6 +42,7 @@ class ElasticConfig(Config):
 
     model: str
     devices: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
     num_blocks: int = Field(default=256, ge=1)
     block_tokens: int = Field(default=16, ge=1)
     max_positions: int | None = Field(default=None, ge=2)
@@ -63,6 +67,8 @@ class ElasticConfig(Config):
     def __post_init__(self) -> None:
         if self.devices > self.policy.max_devices:
             raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
+        if not self.mapped and self.device != "cpu":
+            raise ConfigError(f"mapped is false; that is for device='cpu', not for {self.device!r}")
         if not self.p2p and self.weights == "shared":
             raise ConfigError(
                 "p2p is false; that needs weights='own', as shared weights are not copied between devices"

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.serving.elasticmoe.backend import Backend, Pages
 from anabranch.serving.elasticmoe.layout import Layout, Matrix
-from anabranch.serving.elasticmoe.mapped import Pages, move_bytes
+from anabranch.serving.elasticmoe.mapped import HOST
 from anabranch.serving.elasticmoe.plan import Copy, Placement, ScalePlan
 
 __all__ = ["Device", "Disk", "Host"]
@@ -24,10 +25,10 @@ class Disk:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def copy(self, name: str, file: str, start: int, count: int, target: int, offset: int) -> int:
+    def copy(self, name: str, file: str, start: int, count: int, target: Pages, offset: int) -> int:
         """Read ``count`` bytes of a tensor into memory. Raises CheckpointError for a file that is gone or too short."""
         try:
-            moved = move_bytes(target, offset, self._open(file), start, count)
+            moved = target.read(offset, self._open(file), start, count)
         except (FileNotFoundError, EOFError) as error:
             raise CheckpointError(f"cannot read {name} in {self.layout.folder}: {error}") from None
         with self._lock:
@@ -50,9 +51,13 @@ class Disk:
 class Weights:
     """Two runs of memory for weights: the dense part, and the experts (pages only of those that are there)."""
 
-    def __init__(self, name: str, layout: Layout) -> None:
-        self.dense = Pages(f"{name}-dense", layout.dense_bytes)
-        self.experts = Pages(f"{name}-experts", layout.expert_run)
+    def __init__(self, device: int, name: str, layout: Layout, backend: Backend = HOST) -> None:
+        self.dense = backend.pages(device, f"{name}-dense", layout.dense_bytes)
+        try:
+            self.experts = backend.pages(device, f"{name}-experts", layout.expert_run, layout.expert_starts)
+        except BaseException:
+            self.dense.close()
+            raise
 
     @property
     def resident(self) -> dict[str, int]:
@@ -73,12 +78,21 @@ class Device:
         layout: of the model.
         kv_bytes: of the cache.
         shared: the host's weights; None for weights of its own.
+        backend: whose memory it is.
+
+    Raises CapacityError where memory runs out; nothing is held then.
     """
 
-    def __init__(self, number: int, layout: Layout, kv_bytes: int, shared: Weights | None = None) -> None:
+    def __init__(
+        self, number: int, layout: Layout, kv_bytes: int, shared: Weights | None = None, backend: Backend = HOST
+    ) -> None:
         self.number, self.shares = number, shared is not None
-        self.weights = shared or Weights(str(number), layout)
-        self.kv = Pages(f"{number}-kv", kv_bytes)
+        self.kv = backend.pages(number, f"{number}-kv", kv_bytes)
+        try:
+            self.weights = shared or Weights(number, str(number), layout, backend)
+        except BaseException:
+            self.kv.close()
+            raise
 
     @property
     def dense(self) -> Pages:
@@ -89,11 +103,6 @@ class Device:
     def experts(self) -> Pages:
         """Where the experts are."""
         return self.weights.experts
-
-    @property
-    def fds(self) -> tuple[int, int, int]:
-        """Of dense weights, experts and cache."""
-        return self.dense.fd, self.experts.fd, self.kv.fd
 
     @property
     def resident(self) -> dict[str, int]:
@@ -119,11 +128,16 @@ class Host:
         kv_bytes: of the cache of each device.
         shares: all devices map the same pages of weights. Every expert has one place then, whichever device answers for it, so a change
             of the placement copies nothing, no expert is there twice while it lasts, and a device that dies takes none with it.
+        backend: whose memory it is; shared weights are in the first of its memories.
     """
 
-    def __init__(self, layout: Layout, kv_bytes: int, *, shares: bool = False) -> None:
-        self.layout, self.kv_bytes = layout, kv_bytes
-        self.shared = Weights("host", layout) if shares else None
+    def __init__(self, layout: Layout, kv_bytes: int, *, shares: bool = False, backend: Backend = HOST) -> None:
+        if layout.page % backend.page:
+            raise ConfigError(
+                f"the layout has pages of {layout.page} bytes; the devices need multiples of {backend.page}"
+            )
+        self.layout, self.kv_bytes, self.backend = layout, kv_bytes, backend
+        self.shared = Weights(0, "host", layout, backend) if shares else None
         self.devices: dict[int, Device] = {}
         self.placement: Placement | None = None
         self.plan: ScalePlan | None = None  # prepared, neither committed nor dropped
@@ -159,10 +173,10 @@ class Host:
             self.plan = plan
             for number in plan.lost:
                 self._forget(number)
+        try:
             for number in plan.new.devices:
                 if number not in self.devices:
                     self.devices[number] = self._device(number)
-        try:
             if self.shared is None:
                 self._run([self._task(copy, from_disk) for copy in (*plan.attention, *plan.copy)])
         except BaseException:
@@ -227,7 +241,7 @@ class Host:
         self.disk.close()
 
     def _device(self, number: int) -> Device:
-        return Device(number, self.layout, self.kv_bytes, self.shared)
+        return Device(number, self.layout, self.kv_bytes, self.shared, self.backend)
 
     def _resident(self) -> list[dict[str, int]]:
         """Of each device what is its own, and what they share."""
@@ -261,33 +275,34 @@ class Host:
 
     def _dense_from_disk(self, target: int) -> Callable[[], None]:
         def work() -> None:
-            fd = self.devices[target].dense.fd
-            self._count("disk", sum(self.disk.copy(t.name, t.file, t.start, t.bytes, fd, t.offset) for t in self.layout.dense))  # fmt: skip
+            dense = self.devices[target].dense
+            for t in self.layout.dense:
+                self._count("disk", self.disk.copy(t.name, t.file, t.start, t.bytes, dense, t.offset))
 
         return work
 
     def _dense_between(self, source: int, target: int) -> Callable[[], None]:
         def work() -> None:
-            here, there = self.devices[target].dense.fd, self.devices[source].dense.fd
-            self._count("p2p", move_bytes(here, 0, there, 0, self.layout.dense_bytes))
+            here, there = self.devices[target].dense, self.devices[source].dense
+            self._count("p2p", here.copy(0, there, 0, self.layout.dense_bytes))
 
         return work
 
     def _from_disk(self, target: int, layer: int, expert: int) -> Callable[[], None]:
         def work() -> None:
-            fd = self.devices[target].experts.fd
+            experts = self.devices[target].experts
             for m in self.layout.layers[layer]:
                 start = m.start + expert * m.bytes
-                self._count("disk", self.disk.copy(m.name, m.file, start, m.bytes, fd, _offset(m, expert)))
+                self._count("disk", self.disk.copy(m.name, m.file, start, m.bytes, experts, _offset(m, expert)))
 
         return work
 
     def _between(self, source: int, target: int, layer: int, expert: int) -> Callable[[], None]:
         def work() -> None:
-            here, there = self.devices[target].experts.fd, self.devices[source].experts.fd
+            here, there = self.devices[target].experts, self.devices[source].experts
             for m in self.layout.layers[layer]:
                 offset = _offset(m, expert)
-                self._count("p2p", move_bytes(here, offset, there, offset, m.bytes))
+                self._count("p2p", here.copy(offset, there, offset, m.bytes))
 
         return work
 

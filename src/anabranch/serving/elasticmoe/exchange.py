@@ -21,7 +21,8 @@ from anabranch.nn.grouped import expert_mlp
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
-from anabranch.serving.elasticmoe.mapped import Pages, Range, padded
+from anabranch.serving.elasticmoe.dlpack import tensor_over
+from anabranch.serving.elasticmoe.mapped import Opened, Pages, Range, padded
 from anabranch.serving.elasticmoe.plan import Placement
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
 
@@ -32,6 +33,8 @@ _INDEX, _WEIGHT = torch.int64, torch.float32
 
 class Mailbox:
     """Memory that one rank and one owner of experts share: rows, where they go and with what weight; then what comes back.
+
+    It is main memory whatever the ranks compute on: rows are few, and devices that cannot see each other's memory exchange them as well.
 
     Args:
         rows: most items at once.
@@ -49,8 +52,8 @@ class Mailbox:
         self._pages = Pages("mailbox", total) if fd is None else None
         self.fd = self._pages.fd if self._pages is not None else -1 if fd is None else fd
         self._range = Range(1, total, is_writable=True, copies=False)
-        self._range.remap(self.fd, [0])
-        flat = torch.frombuffer(self._range.buffer(total), dtype=torch.uint8)
+        self._range.remap(Opened(self.fd), [0])
+        flat = tensor_over(self._range.address, total, self._range.place)
         self._index = flat[: sizes[0]].view(_INDEX)
         self._weight = flat[starts[1] : starts[1] + sizes[1]].view(_WEIGHT)
         self.x_ND = flat[starts[2] : starts[2] + sizes[2]].view(dtype).view(rows, dim)
@@ -69,6 +72,11 @@ class Owner:
     """What this rank holds of each layer: (w13, w2) of its experts, set when it attaches; empty before."""
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are, for those who ask."""
+        return next((w13.device for w13, _ in self.layers if len(w13)), torch.device("cpu"))
 
     def compute(self, layer: int, x_MD: Tensor, slot_MK: Tensor, weight_MK: Tensor, weight_on: str) -> Tensor:
         """y_MD: the weighted sum over this rank's experts; ``slot_MK`` is -1 for those of others."""
@@ -89,10 +97,11 @@ class Owner:
             while True:
                 (number, layer, rows, places, weight_on), _ = channel.recv()
                 with torch.inference_mode():
-                    x_MD = mailbox.x_ND[:rows]
                     try:
-                        y_MD = self.compute(layer, x_MD, mailbox.index(rows, places), mailbox.weight(rows, places), weight_on)  # fmt: skip
-                        x_MD.copy_(y_MD)  # the answer lies where the question lay
+                        asked = (mailbox.x_ND[:rows], mailbox.index(rows, places), mailbox.weight(rows, places))
+                        x_MD, slot_MK, weight_MK = (part.to(self.device) for part in asked)
+                        y_MD = self.compute(layer, x_MD, slot_MK, weight_MK, weight_on)
+                        asked[0].copy_(y_MD)  # the answer lies where the question lay
                         error = None
                     except Exception as failed:
                         error = f"{type(failed).__name__}: {failed}"
@@ -146,11 +155,12 @@ class SpreadExperts(nn.Module):
         self.slot_E = torch.zeros(num_experts, dtype=torch.int64)
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)  # tokens since the last `place`, for plans
 
-    def place(self, placement: Placement) -> None:
-        """Where experts are from now on."""
-        for expert, (rank, slot) in placement.owners(self.layer).items():
-            self.rank_E[expert], self.slot_E[expert] = rank, slot
-        self.load_E.zero_()
+    def place(self, placement: Placement, device: torch.device | str = "cpu") -> None:
+        """Where experts are from now on, and on which device items come."""
+        owners = placement.owners(self.layer)
+        told = [owners[expert] for expert in range(self.num_experts)]
+        self.rank_E, self.slot_E = torch.tensor(told, dtype=torch.int64, device=device).unbind(1)
+        self.load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
 
     def forward(
         self,
@@ -195,9 +205,9 @@ class SpreadExperts(nn.Module):
             parts[self.rank] = item_M, self.owner.compute(self.layer, x_ND[item_M], slot_MK, weight_MK, weight_on)
         for peer, item_M in asked:
             parts[peer.rank] = item_M, peer.answer(len(item_M))
-        y_ND = torch.zeros(x_ND.shape, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        y_ND = torch.zeros(x_ND.shape, dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
         for _, (item_M, y_MD) in sorted(parts.items()):
-            y_ND.index_add_(0, item_M, y_MD.to(y_ND.dtype))
+            y_ND.index_add_(0, item_M, y_MD.to(y_ND))
         return y_ND.to(x_ND.dtype)
 
 

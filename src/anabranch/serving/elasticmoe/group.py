@@ -27,7 +27,7 @@ from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_broken
 from anabranch.serving.elasticmoe.report import ScaleReport
-from anabranch.serving.elasticmoe.sizes import sizes_of
+from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
 from anabranch.serving.elasticmoe.wire import ChannelClosedError
 
@@ -56,7 +56,7 @@ class Group:
         forge: Forge | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
-        self.layout = layout_of(config.model)
+        self.layout = layout_of(config.model, backend_for(config).page)
         self.limits, self.info, self.kv_bytes = sizes_of(config, self.layout)
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
@@ -284,7 +284,8 @@ class Group:
 
     def start_memory(self) -> MemoryManager:
         """A memory manager, in which nothing is loaded yet."""
-        return MemoryManager.start(self.layout, self.kv_bytes, shares=self.config.weights == "shared")
+        shares = self.config.weights == "shared"
+        return MemoryManager.start(self.layout, self.kv_bytes, shares=shares, kind=self.config.device)
 
     def light_forge(self) -> None:
         """Have a forge that can make ranks."""
@@ -303,6 +304,7 @@ class Group:
                 num_ranks=len(devices),
                 limits=self.limits,
                 copies=not self.config.mapped,
+                kind=self.config.device,
             )
             for rank, device in enumerate(devices)
         ]

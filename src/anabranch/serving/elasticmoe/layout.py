@@ -89,6 +89,14 @@ class Layout:
         return tuple(sum(matrix.block for matrix in matrices) for matrices in self.layers)
 
     @property
+    def expert_starts(self) -> tuple[int, ...]:
+        """Where in memory each matrix of each expert begins, ascending."""
+        found = (
+            m.offset + expert * m.block for matrices in self.layers for m in matrices for expert in range(m.experts)
+        )
+        return tuple(sorted(found))
+
+    @property
     def padding(self) -> int:
         """Bytes that rounding up to pages costs, over all experts of the model."""
         return sum((m.block - m.bytes) * m.experts for matrices in self.layers for m in matrices)

@@ -1,4 +1,4 @@
-"""Memory with a file descriptor: shared pages, ranges of addresses that they are mapped into, and tensors over them without a copy.
+"""The backend of main memory: shared pages with a file descriptor, and ranges of addresses that they are mapped into.
 
 `Pages` is what a memory manager owns: a memfd whose pages exist from the first write until they are let go. `Range` is a reserved run
 of addresses in a process that attaches; pieces of several places of a file are mapped into it side by side (MAP_FIXED). Elsewhere than
@@ -12,10 +12,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
 from anabranch.errors import CapacityError
+from anabranch.serving.elasticmoe.backend import CPU, Ask, Kind
 
-__all__ = ["PAGE", "Pages", "Range", "move_bytes", "padded"]
+__all__ = ["HOST", "PAGE", "HostBackend", "Opened", "Pages", "Range", "move_bytes", "padded"]
 
 PAGE = mmap.PAGESIZE
 _CHUNK = 4 << 20
@@ -40,6 +42,23 @@ def padded(size: int, page: int = PAGE) -> int:
     return -(-size // page) * page
 
 
+class _File(Protocol):
+    """Something with an open file."""
+
+    fd: int
+
+
+class Opened:
+    """Pages of another process, by the file descriptor that it gave."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close the file; what is mapped of it stays mapped."""
+        os.close(self.fd)
+
+
 class Pages:
     """A run of shared memory of ``size`` bytes, none of which take memory before they are written."""
 
@@ -56,6 +75,18 @@ class Pages:
     def resident(self) -> int:
         """Bytes of memory that exist, as the kernel counts them."""
         return os.fstat(self.fd).st_blocks * 512
+
+    def read(self, offset: int, file: int, start: int, count: int) -> int:
+        """Fill from an open file, see `move_bytes`."""
+        return move_bytes(self.fd, offset, file, start, count)
+
+    def copy(self, offset: int, source: "Pages", source_offset: int, count: int) -> int:
+        """Fill from other pages, see `move_bytes`."""
+        return move_bytes(self.fd, offset, source.fd, source_offset, count)
+
+    def export(self, offsets: Sequence[int]) -> tuple[None, list[int]]:
+        """One file descriptor, whichever blocks are asked for: all are in one file."""
+        return None, [os.dup(self.fd)]
 
     def release(self, offset: int, size: int) -> None:
         """Give pages back; they read as zeros from then on, also where they are mapped."""
@@ -126,11 +157,17 @@ class Range:
             if huge:
                 _libc.madvise(self.address, self.size, _MADV_HUGEPAGE)
 
-    def remap(self, fd: int, offsets: Sequence[int]) -> tuple[int, int]:
+    @property
+    def place(self) -> tuple[int, int]:
+        """Main memory."""
+        return CPU, 0
+
+    def remap(self, pages: _File, offsets: Sequence[int]) -> tuple[int, int]:
         """Put the blocks at ``offsets`` of a file into slots 0, 1, ...; gives how many were mapped and how many stayed.
 
         What stands in its slot already is not touched: its pages and addresses stay.
         """
+        fd = pages.fd
         inode = os.fstat(fd).st_ino
         wanted = [(inode, offset) for offset in offsets]
         changed = [slot for slot, place in enumerate(wanted) if self.where[slot : slot + 1] != [place]]
@@ -143,10 +180,6 @@ class Range:
             self._map(self.address + start, end - start, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
         self.where = wanted
         return len(changed), len(wanted) - len(changed)
-
-    def buffer(self, size: int) -> ctypes.Array:
-        """The first ``size`` bytes, for `torch.frombuffer`. It is of no use after `close`."""
-        return (ctypes.c_char * size).from_address(self.address)
 
     def touch(self) -> None:
         """Let the process's page tables point to what is mapped, so that the first use does not have to."""
@@ -187,3 +220,41 @@ def _runs(slots: Sequence[int], offsets: Sequence[int], block: int) -> list[tupl
                 continue
         runs.append((slot, 1))
     return runs
+
+
+class HostBackend:
+    """Main memory. See `anabranch.serving.elasticmoe.backend.Backend`; all devices of a host are in one memory."""
+
+    kind: Kind = "cpu"
+    page, num_memories = PAGE, 1
+
+    def pages(self, device: int, name: str, size: int, starts: Sequence[int] | None = None) -> Pages:
+        """Pages exist from their first write, wherever blocks begin."""
+        return Pages(name, size)
+
+    def opened(self, device: int, offsets: Sequence[int], ask: Ask) -> Opened:
+        """The file that they are all in."""
+        _, (fd,) = ask(offsets)
+        return Opened(fd)
+
+    def range(
+        self,
+        device: int,
+        slots: int,
+        block: int,
+        *,
+        is_writable: bool = False,
+        copies: bool | None = None,
+        huge: bool = False,
+    ) -> Range:
+        """See `Range`."""
+        return Range(slots, block, is_writable=is_writable, copies=copies, huge=huge)
+
+    def warm(self, device: int) -> None:
+        """Nothing takes long."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+HOST = HostBackend()

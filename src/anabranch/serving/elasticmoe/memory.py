@@ -5,7 +5,7 @@
     memory.prepare(plan)          # peer copies, beside what serves
     memory.commit()               # or drop()
 
-Instances that execute the model own no memory: they `attach` to that of their device by file descriptor. So an instance may die, be
+Instances that execute the model own no memory: they `attach` to that of their device, by file descriptors. So an instance may die, be
 exchanged or run beside another without a byte being read again. The process needs neither torch nor numpy and is there in an instant.
 """
 
@@ -13,10 +13,12 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from anabranch.errors import AnabranchError
+from anabranch.serving.elasticmoe.backend import Backend, Kind, Mappable, backend_of
 from anabranch.serving.elasticmoe.devices import Host
 from anabranch.serving.elasticmoe.layout import Layout
 from anabranch.serving.elasticmoe.plan import Placement, ScalePlan
@@ -26,36 +28,92 @@ from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
 __all__ = ["Attached", "MemoryManager", "attach"]
 
 Which = Literal["current", "prepared"]
+Part = Literal["dense", "experts", "kv"]
+PARTS: tuple[Part, ...] = ("dense", "experts", "kv")
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What an instance gets of one device: open files, and which experts of each layer stand in which slot.
+    """What an instance gets of one device: memory to map, and which experts of each layer stand in which slot.
 
     Attributes:
         layout: of the model.
         placement: of all devices.
-        dense, experts, kv: file descriptors, this process's own.
         kv_bytes: size of the key-value cache.
+        backend: whose memory it is.
+        device: what this process computes on.
+        parts: memory to map, by name.
     """
 
     layout: Layout
     placement: Placement
-    dense: int
-    experts: int
-    kv: int
     kv_bytes: int
+    backend: Backend
+    device: int
+    parts: Mapping[Part, Mappable]
+
+    @property
+    def dense(self) -> Mappable:
+        """The dense weights."""
+        return self.parts["dense"]
+
+    @property
+    def experts(self) -> Mappable:
+        """The experts."""
+        return self.parts["experts"]
+
+    @property
+    def kv(self) -> Mappable:
+        """The key-value cache."""
+        return self.parts["kv"]
 
     def close(self) -> None:
-        """Close the files; what is mapped of them stays mapped."""
-        for fd in (self.dense, self.experts, self.kv):
-            os.close(fd)
+        """Let go of it; what is mapped stays mapped."""
+        for part in self.parts.values():
+            part.close()
 
 
-def attach(channel: Channel, device: int, which: Which = "current") -> Attached:
-    """Attach to a device of the memory manager at the other end of ``channel``. Raises what it raised."""
-    table, fds = _answer(*channel.ask(("attach", {"device": device, "which": which})))
-    return Attached(*table[:2], *fds, *table[2:])
+def attach(
+    channel: Channel,
+    device: int,
+    which: Which = "current",
+    *,
+    only: Sequence[Part] = PARTS,
+    backend: Backend | None = None,
+    device_here: int | None = None,
+) -> Attached:
+    """Attach to a device of the memory manager at the other end of ``channel``. Raises what it raised.
+
+    Args:
+        channel: from `MemoryManager.connect`.
+        device: whose memory.
+        which: the placement that says which experts.
+        only: what of it.
+        backend: None for this process's own of the manager's kind.
+        device_here: what this process computes on, if that is not ``device``.
+    """
+    layout, placement, kv_bytes, kind = _answer(*channel.ask(("attach", {"device": device, "which": which})))[0]
+    backend = backend or backend_of(kind)
+    here = device if device_here is None else device_here
+    experts = [
+        matrix.offset + expert * matrix.block
+        for layer, matrices in enumerate(layout.layers)
+        for expert in placement.of(layer, device)
+        for matrix in matrices
+    ]
+    parts: dict[Part, Mappable] = {}
+    attached = Attached(layout, placement, kv_bytes, backend, here, parts)
+    try:
+        for part in only:
+
+            def ask(offsets: Sequence[int], part: Part = part) -> tuple[Any, list[int]]:
+                return _answer(*channel.ask(("export", {"device": device, "part": part, "offsets": list(offsets)})))
+
+            parts[part] = backend.opened(here, experts if part == "experts" else [0], ask)
+    except BaseException:
+        attached.close()
+        raise
+    return attached
 
 
 class MemoryManager:
@@ -67,11 +125,17 @@ class MemoryManager:
         self._lock = threading.Lock()
 
     @classmethod
-    def start(cls, layout: Layout, kv_bytes: int, *, shares: bool = False) -> "MemoryManager":
-        """Start the process; nothing is loaded yet. Arguments are those of `Host`."""
+    def start(cls, layout: Layout, kv_bytes: int, *, shares: bool = False, kind: Kind = "cpu") -> "MemoryManager":
+        """Start the process; nothing is loaded yet. Arguments are those of `Host`, and the kind of its backend.
+
+        Raises BackendError where there are no such devices.
+        """
         manager = cls(start_process("anabranch.serving.elasticmoe.memory", "memory"))
         try:
-            manager.process.channel.send((layout, kv_bytes, shares))
+            manager.process.channel.send((layout, kv_bytes, shares, kind))
+            error, _ = manager.process.channel.recv()
+            if error is not None:
+                raise error
             manager.usage()
         except BaseException:
             manager.close()
@@ -159,7 +223,11 @@ class _Served:
                     message, fds = getattr(self, f"do_{name}")(**arguments)
                 except (AnabranchError, OSError, RuntimeError, KeyError) as error:
                     message, fds = error, ()
-                self.channel.send(message, fds)
+                try:
+                    self.channel.send(message, fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
 
     def do_load(self, placement: Placement) -> tuple[Any, tuple]:
         self.host.load(placement)
@@ -185,15 +253,23 @@ class _Served:
             placement = plan.new
         if placement is None or device not in placement.devices:
             raise RuntimeError(f"device {device} has no memory in the {which} placement")
-        return (self.host.layout, placement, self.host.kv_bytes), self.host.devices[device].fds
+        return (self.host.layout, placement, self.host.kv_bytes, self.host.backend.kind), ()
+
+    def do_export(self, device: int, part: Part, offsets: Sequence[int]) -> tuple[Any, Sequence[int]]:
+        return getattr(self.host.devices[device], part).export(offsets)
 
 
 def main() -> None:
     """The process: takes connections from the one that started it until that ends."""
     control = Channel.of_fd(int(sys.argv[1]))
     with contextlib.suppress(ChannelClosedError):
-        (layout, kv_bytes, shares), _ = control.recv()
-        host = Host(layout, kv_bytes, shares=shares)
+        (layout, kv_bytes, shares, kind), _ = control.recv()
+        try:
+            host = Host(layout, kv_bytes, shares=shares, backend=backend_of(kind))
+        except AnabranchError as error:
+            control.send(error)
+            os._exit(1)
+        control.send(None)
         while True:
             _, (fd,) = control.recv()
             threading.Thread(target=_Served(host, Channel.of_fd(fd)).run, daemon=True).start()

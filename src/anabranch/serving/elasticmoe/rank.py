@@ -31,6 +31,7 @@ from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.scheduler import Scheduler
 from anabranch.serving.elasticmoe import handover
 from anabranch.serving.elasticmoe.arena import DenseArena, ExpertArena, KvArena, torch_dtype
+from anabranch.serving.elasticmoe.backend import backend_of
 from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts, spread
 from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.elasticmoe.memory import Attached, Which, attach
@@ -69,6 +70,8 @@ class Rank:
     def __init__(self, channel: Channel, boot: Boot, fds: Sequence[int]) -> None:
         self.channel, self.boot, self.limits = channel, boot, boot.limits
         self.memory = Channel.of_fd(fds[0])
+        self.backend, self.device = backend_of(boot.kind), torch.device("cpu")
+        self._warm_device()
         self.model = build_empty(load_config(boot.layout.folder)).eval()
         self.empty: dict[str, Any] = dict(self.model.state_dict(keep_vars=True))
         folder = Path(boot.layout.folder)
@@ -87,6 +90,13 @@ class Rank:
         self.is_serving = False
         self._picture_at = 0.0
         self._is_told = False  # nothing has happened since the last picture
+
+    def _warm_device(self) -> None:
+        """Have the device's contexts before they are asked for: the driver's, and what torch keeps beside it."""
+        self.backend.warm(self.boot.device)
+        if self.boot.kind == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(self.boot.device % torch.cuda.device_count())
+            torch.cuda.synchronize()
 
     def _meet(self, fds: Sequence[int]) -> list[Peer]:
         """Exchange mailboxes with the other ranks."""
@@ -114,19 +124,22 @@ class Rank:
 
     def do_attach(self, which: Which) -> dict[str, int]:
         """Map the device's memory; blocks mapped by kind."""
-        self.attached = attach(self.memory, self.boot.device, which)
+        self.attached = attach(self.memory, self.boot.device, which, backend=self.backend)
         placement, copies = self.attached.placement, True if self.boot.copies else None
         dense = DenseArena(self.attached, copies=copies)
         dense.give_to(self.model)
+        self.device = self.model.embedding.weight.device
         self.arenas = [dense]
         mapped = 0
         for layer, spread_ in enumerate(self.spread):
-            arena = ExpertArena(self.boot.layout.layers[layer], copies=copies)
+            arena = ExpertArena(
+                self.boot.layout.layers[layer], copies=copies, backend=self.backend, device=self.boot.device
+            )
             mapped += arena.remap(self.attached.experts, placement.of(layer, self.boot.device))[0]
             self.arenas.append(arena)
             w13, w2 = arena.tensors()
             self.owner.layers.append((w13, w2))
-            spread_.place(placement)
+            spread_.place(placement, self.device)
         self.kv = KvArena(self.attached)
         return {"blocks": mapped}
 
@@ -181,7 +194,7 @@ class Rank:
     def _adopt(self, device: int, carried: Sequence[handover.Carried]) -> tuple[int, int]:
         assert self.scheduler is not None
         assert self.runner is not None
-        other = attach(self.memory, device, "current")
+        other = attach(self.memory, device, "current", only=("kv",), backend=self.backend, device_here=self.boot.device)
         arena, pool = KvArena(other), self.runner.pool
 
         def copy(pairs: Sequence[tuple[int, int]]) -> None:
@@ -194,6 +207,7 @@ class Rank:
         for each in carried:
             self.sampler.outputs[each.request.id] = each.output
         result = handover.adopt(self.scheduler, carried, copy)
+        self._settle()
         arena.close()
         other.close()
         return result
@@ -202,6 +216,7 @@ class Rank:
         """Stop between two steps and give what there is: ``freeze`` the scheduler, ``carry`` its requests, or ``drain``: go on with what
         is here and give the blocks that it cannot need."""
         assert self.scheduler is not None
+        self._settle()
         if how == "drain":
             return handover.reserve(self.scheduler)
         self.is_serving = False
@@ -220,6 +235,7 @@ class Rank:
     def do_release(self) -> None:
         """Let go of the device's memory; the rank is on standby again."""
         self.is_serving = False
+        self._settle()
         self.scheduler = self.runner = None
         self.owner.layers.clear()
         self.model.load_state_dict(self.empty, strict=False, assign=True)
@@ -231,10 +247,15 @@ class Rank:
             self.attached.close()
             self.attached = None
 
+    def _settle(self) -> None:
+        """Wait until what was begun on the device is done: other processes see its memory, and mappings go."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def do_probe(self, tokens: Sequence[int]) -> list[list[float]]:
         """Logits of each position, without the cache: to check a placement against the whole model."""
         with torch.inference_mode():
-            return self.model(torch.tensor([list(tokens)])).logits_BLV[0].tolist()
+            return self.model(torch.tensor([list(tokens)], device=self.device)).logits_BLV[0].tolist()
 
     def do_reset_prefix_cache(self) -> int:
         """See `Scheduler.reset_prefixes`."""

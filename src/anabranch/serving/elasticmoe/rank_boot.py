@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
+from anabranch.serving.elasticmoe.backend import Kind
 from anabranch.serving.elasticmoe.layout import Layout
 
 __all__ = ["Boot", "Limits"]
@@ -50,3 +51,4 @@ class Boot:
     num_ranks: int
     limits: Limits
     copies: bool = False
+    kind: Kind = "cpu"

@@ -1,16 +1,18 @@
-"""What follows from a model and the settings of its group: limits of every rank, what a front end is told, bytes of a cache."""
+"""What follows from a model and the settings of its group: limits of a rank, what a front end is told, bytes of a cache, whose memory."""
 
 from anabranch.data.tokenizer import load_tokenizer
+from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_config
 from anabranch.lm.tensors import build_empty
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.elasticmoe.backend import Backend, backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.layout import Layout
 from anabranch.serving.elasticmoe.mapped import padded
 from anabranch.serving.elasticmoe.rank_boot import Limits
 from anabranch.serving.engine.paged import PagedShape
 
-__all__ = ["sizes_of"]
+__all__ = ["backend_for", "sizes_of"]
 
 
 def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo, int]:
@@ -42,3 +44,14 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
     )
     size = config.num_blocks * config.block_tokens * PagedShape.of(build_empty(model)).bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)
+
+
+def backend_for(config: ElasticConfig) -> Backend:
+    """The backend of a group's devices. Raises BackendError where there are none, ConfigError for several that cannot share."""
+    backend = backend_of(config.device)
+    if config.weights == "shared" and min(backend.num_memories, config.policy.max_devices) > 1:
+        raise ConfigError(
+            f"weights is 'shared', but the devices are on {backend.num_memories} GPUs, and each needs weights in its own memory: "
+            "set weights='own' (device_weights of a server), or show one GPU alone (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return backend

@@ -13,10 +13,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Channel", "ChannelClosedError", "pair"]
+__all__ = ["MOST_FDS", "Channel", "ChannelClosedError", "pair"]
 
 _HEADER = struct.Struct("<QI")  # bytes of the message, file descriptors that travel with it
-_MOST_FDS = 64
+MOST_FDS = 64  # of one message; Linux takes up to 253
 
 
 class ChannelClosedError(ConnectionError):
@@ -36,7 +36,7 @@ class Channel:
         return cls(socket.socket(fileno=fd))
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Send a value, and open files beside it. Raises ChannelClosedError."""
+        """Send a value, and up to `MOST_FDS` open files beside it. Raises ChannelClosedError."""
         data = pickle.dumps(message, protocol=5)
         header = _HEADER.pack(len(data), len(fds))
         try:
@@ -102,7 +102,7 @@ class Channel:
             self._socket.close()
 
     def _header(self) -> tuple[bytes, list[int]]:
-        data, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, _MOST_FDS)
+        data, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, MOST_FDS)
         if not data:
             raise ChannelClosedError("the other end is closed")
         return data + self._read(_HEADER.size - len(data)), fds

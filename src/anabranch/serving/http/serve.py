@@ -50,6 +50,8 @@ class ServeConfig(Config):
 
     def __post_init__(self) -> None:
         plain = ServingConfig()
+        if self.devices is not None and self.engine.device not in ("cpu", "cuda"):
+            raise ConfigError(f"engine.device is {self.engine.device!r}; a group of devices takes 'cpu' or 'cuda'")
         unknown = [name for name in NOT_ELASTIC if getattr(self.engine, name) != getattr(plain, name)]
         if self.devices is not None and unknown:
             raise ConfigError(
@@ -74,10 +76,11 @@ class ServeConfig(Config):
         """The group of devices."""
         assert self.devices is not None
         engine = self.engine
+        device: Any = engine.device
         return ElasticConfig(
-            model=engine.model, devices=self.devices, weights=self.device_weights, policy=self.scaling, block_tokens=engine.block_tokens,
-            max_positions=engine.max_positions, max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs,
-            prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
+            model=engine.model, devices=self.devices, device=device, weights=self.device_weights, policy=self.scaling,
+            block_tokens=engine.block_tokens, max_positions=engine.max_positions,
+            max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs, prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
             num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
         )  # fmt: skip
 
