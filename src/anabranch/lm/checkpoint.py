@@ -26,7 +26,7 @@ from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.quantized_form import describe, fill_quantized, stored_state
+from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
     FLOATS,
     MAX_SHARD_BYTES,
@@ -206,6 +206,7 @@ class OpenedModel:
         dtype: of all parameters; None keeps that of each.
         where: the folder.
         tokenizer: None if the folder has none.
+        quantization: which layers are stored in few bits, see `anabranch.lm.quantized_form`; the layout does not tell of these.
     """
 
     model: Decoder
@@ -215,6 +216,7 @@ class OpenedModel:
     dtype: torch.dtype | None
     where: Path
     tokenizer: Tokenizer | None
+    quantization: dict[str, Any] | None = None
 
 
 def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -229,10 +231,9 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     if is_foreign(table):
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
-        _check_plain(table, found, "its experts and layers cannot be read as floating-point numbers")
         model, kind, ignore = build_empty(_native_config(found, table)), dtype, []
         layout = identity(model)
-    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found))
+    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
 
 
 def is_foreign(table: dict[str, Any]) -> bool:
@@ -293,9 +294,9 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     Raises CheckpointError if they are of a model of another shape, e.g. with another reuse factor.
     """
     found = find_model(path)
-    table = read_json(found / "config.json")
-    stored = _native_config(found, table)
-    _check_plain(table, found, "its weights cannot be copied into a model of floating-point ones")
+    stored = _native_config(found, read_json(found / "config.json"))
+    if quantization_of(found) is not None:
+        raise CheckpointError(f"{found} is saved in fewer bits; take the weights of the model it was made from")
     for name, advice in CONVERSIONS.items():
         ours, theirs = (_trait(config, name) for config in (model.config, stored))
         if ours != theirs:
@@ -327,14 +328,11 @@ def quantization_of(found: Path) -> dict[str, Any] | None:
         return None
     table = read_json(found / "config.json")
     given = None if is_foreign(table) else table.get("quantization")
-    if given is not None and not isinstance(given, dict):
-        raise CheckpointError(f"quantization in {found / 'config.json'} is {given!r}; it must be a table")
+    if given is not None and not is_table(given):
+        raise CheckpointError(
+            f"quantization in {found / 'config.json'} is no table of a scheme (int8 or int4) and of modules"
+        )
     return given
-
-
-def _check_plain(table: dict[str, Any], found: Path, why: str) -> None:
-    if table.get("quantization") is not None:
-        raise CheckpointError(f"{found} is saved in fewer bits, so {why}; take the model it was made from")
 
 
 def check_exportable(model: nn.Module) -> None:

@@ -45,16 +45,7 @@ def convert(
         ConfigError: ``to`` or ``family`` is unknown, ``quantize`` or ``group`` cannot be, or ``src`` is saved in other bits.
         CheckpointError: ``src`` cannot be read, no family can express it, or ``dst`` holds something else.
     """
-    if to not in ("native", "huggingface"):
-        raise ConfigError(f"to is {to!r}; it must be 'native' or 'huggingface'")
-    if quantize is not None and to != "native":
-        raise ConfigError(
-            f"quantize is {quantize!r}, but only 'native' folders hold quantised weights, and to is {to!r}"
-        )
-    if group is not None and quantize is None:
-        raise ConfigError(f"group is {group}, but there is no quantize to use it; say int8 or int4")
-    if quantize is not None:
-        check_bits(quantize, group)
+    _check(to, quantize, group)
     check_replaceable(Path(dst))
     found = find_model(src)
     table = read_json(found / "config.json") if found.is_dir() else {}
@@ -69,3 +60,16 @@ def convert(
         else:
             check_exportable(model)
             formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
+
+
+def _check(to: str, quantize: str | None, group: int | None) -> None:
+    if to not in ("native", "huggingface"):
+        raise ConfigError(f"to is {to!r}; it must be 'native' or 'huggingface'")
+    if quantize is not None and to != "native":
+        raise ConfigError(
+            f"quantize is {quantize!r}, but only 'native' folders hold quantised weights, and to is {to!r}"
+        )
+    if group is not None and quantize is None:
+        raise ConfigError(f"group is {group}, but there is no quantize to use it; say int8 or int4")
+    if quantize is not None:
+        check_bits(quantize, group)

@@ -8,7 +8,7 @@ packed when the model is loaded, which loses nothing. The table ``quantization``
 """
 # Shapes: E matrices of a stack (1 for a linear layer), N rows, K columns, G groups of a row
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,19 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.lm.tensors import FLOATS, Piece, TensorSource, fill, some, state_once
+from anabranch.lm.tensors import FLOATS, Piece, TensorSource, fill, state_once
 from anabranch.nn.packed import Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, replace
 
-__all__ = ["SCHEMES", "check_scheme", "describe", "fill_quantized", "stored_state"]
+__all__ = [
+    "SCHEMES",
+    "check_integers",
+    "check_scheme",
+    "describe",
+    "fill_quantized",
+    "is_table",
+    "stored_state",
+    "weights_of",
+]
 
 Scheme = Literal["int8", "int4"]
 SCHEMES = ("int8", "int4")
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """The table ``quantization`` of a model; None for one without quantised layers.
+    """The table ``quantization`` of a model, see `is_table`; None for one without quantised layers.
 
     ``scheme`` is the fewest bits in it; ``group`` how many weights share a scale in most of such layers, null for one scale per row.
     """
@@ -40,6 +49,11 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     packed = [part for name, module in modules.items() if kinds[name] == scheme for _, part in _packed(module)]
     groups = [None if part.group == part.depth and scheme == "int8" else part.group for part in packed]
     return {"scheme": scheme, "group": max(groups, key=groups.count), "modules": kinds}
+
+
+def is_table(given: Any) -> bool:
+    """Whether this is a table ``quantization``: a scheme, and the kind of each module."""
+    return isinstance(given, dict) and given.get("scheme") in SCHEMES and isinstance(given.get("modules"), dict)
 
 
 def check_scheme(table: dict[str, Any], scheme: Scheme, group: int | None, where: Path) -> None:
@@ -75,19 +89,21 @@ def fill_quantized(
     where: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    elsewhere: Collection[str] = (),
     hint: str = "",
 ) -> None:
     """`anabranch.lm.tensors.fill` for a model of ``quantization`` ``table``: its layers become quantised ones.
 
-    Raises CheckpointError too for a table that does not fit the model, or integers of another shape.
+    Those that are ``elsewhere``, and their tensors, are left alone. Raises CheckpointError too for a table that does not fit the model,
+    or integers of another shape.
     """
-    kinds = table.get("modules")
-    if table.get("scheme") not in SCHEMES or not isinstance(kinds, dict):
-        raise CheckpointError(
-            f"quantization in {where / 'config.json'} is no table of a scheme ({', '.join(SCHEMES)}) and of modules"
-        )
-    used: list[str] = []
-    made = {name: _made(model, source, name, kind, where, dtype, used) for name, kind in kinds.items()}
+    kinds = table["modules"]
+    used = [stored for stored in source.names if any(stored.startswith(f"{name}.") for name in elsewhere)]
+    made = {
+        name: _made(model, source, name, kind, where, dtype, used)
+        for name, kind in kinds.items()
+        if name not in elsewhere
+    }
     for name in made:
         if name != "head" or getattr(model, "head", None) is not None:
             replace(model, name, nn.Identity())  # so that filling leaves it alone
@@ -152,41 +168,64 @@ def _made(
     packed = _read(source, name, kind, (module.out_features, module.in_features), where, used)
     bias = None
     if module.bias is not None:
-        stored = _tensor(source, f"{name}.bias", (module.out_features,), FLOATS, where, used)
+        _check(source, f"{name}.bias", (module.out_features,), FLOATS, where)
+        used.append(f"{name}.bias")
+        stored = source.read(f"{name}.bias")
         bias = stored if dtype is None else stored.to(dtype)
     return QuantizedLinear(packed, bias)
 
 
-def _read(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path, used: list[str]) -> Packed:
-    """The matrices ``[N, K]`` or ``[E, N, K]`` of a layer."""
+def check_integers(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> list[str]:
+    """Names of the tensors (number, scale and, of int4, least) of matrices ``[N, K]`` or ``[E, N, K]``.
+
+    Raises CheckpointError if one is not there, or is not as it must be.
+    """
+    if kind not in SCHEMES:
+        raise CheckpointError(f"quantization in {where / 'config.json'} says {name} is {kind}; it must be int8 or int4")
     *rows, depth = shape
     columns = depth // 2 if kind == "int4" else depth
-    number = _tensor(source, f"{name}.number", (*rows, columns), (torch.uint8,), where, used)
-    scale = _tensor(source, f"{name}.scale", (*rows, None), (torch.float16,), where, used)
-    least = None
-    if kind == "int4":
-        least = _tensor(source, f"{name}.least", tuple(scale.shape), (torch.float16,), where, used)
-        number = torch.stack((number & 15, number >> 4), dim=-1).flatten(-2)
-    groups = scale.shape[-1]
+    _check(source, f"{name}.number", (*rows, columns), (torch.uint8,), where)
+    _check(source, f"{name}.scale", (*rows, None), (torch.float16,), where)
+    groups = source.shape(f"{name}.scale")[-1]
     if not groups or depth % groups:
         raise CheckpointError(f"{name}.scale in {where} has {groups} groups of a row of {depth} weights")
+    if kind != "int4":
+        return [f"{name}.number", f"{name}.scale"]
+    _check(source, f"{name}.least", (*rows, groups), (torch.float16,), where)
+    return [f"{name}.number", f"{name}.scale", f"{name}.least"]
+
+
+def weights_of(number: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
+    """The float32 weights ``[..., N, K]`` that stored integers stand for; those without minima are int8."""
+    value = number if least is None else _nibbles(number)
+    grouped = value.float().unflatten(-1, (scale.shape[-1], -1))
+    if least is None:
+        return ((grouped - 128) * scale.float().unsqueeze(-1)).flatten(-2)
+    return (grouped * scale.float().unsqueeze(-1) + least.float().unsqueeze(-1)).flatten(-2)
+
+
+def _nibbles(number: Tensor) -> Tensor:
+    return torch.stack((number & 15, number >> 4), dim=-1).flatten(-2)
+
+
+def _read(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path, used: list[str]) -> Packed:
+    """The matrices of a layer."""
+    names = check_integers(source, name, kind, shape, where)
+    used += names
+    number, scale, *least = map(source.read, names)
     try:
-        return Packed.of_integers(number, scale, least, kind)  # type: ignore[arg-type]  # one of SCHEMES
+        return Packed.of_integers(
+            _nibbles(number) if least else number, scale, least[0] if least else None, "int4" if least else "int8"
+        )
     except ConfigError as error:
         raise CheckpointError(f"{name} in {where}: {error}") from None
 
 
-def _tensor(
-    source: TensorSource,
-    name: str,
-    shape: tuple[int | None, ...],
-    kinds: tuple[torch.dtype, ...],
-    where: Path,
-    used: list[str],
-) -> Tensor:
+def _check(
+    source: TensorSource, name: str, shape: tuple[int | None, ...], kinds: tuple[torch.dtype, ...], where: Path
+) -> None:
     if name not in source.names:
-        raise CheckpointError(f"{where} lacks {some([name])}, which its quantization tells of")
-    used.append(name)
+        raise CheckpointError(f"{where} lacks {name}, which its quantization tells of")
     given = source.shape(name)
     if len(given) != len(shape) or any(want not in (None, have) for want, have in zip(shape, given, strict=True)):
         wanted = ["any" if size is None else size for size in shape]
@@ -194,4 +233,3 @@ def _tensor(
     if source.dtype(name) not in kinds:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
         raise CheckpointError(f"{name} in {where} is stored as {source.dtype(name)}; it must be {names}")
-    return source.read(name)

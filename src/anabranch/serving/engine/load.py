@@ -11,6 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
+from anabranch.lm.quantized_form import check_scheme
 from anabranch.nn.quantize import quantize
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
@@ -51,14 +52,13 @@ def _nanoflow(model: Decoder, config: ServingConfig) -> tuple[ServingConfig, dic
 def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:
     """The model, and what brings its experts where they have a budget: from files, from memory if a file cannot be read in parts."""
     dtype, budget = dtype_of(config), config.expert_budget
-    if budget is not None and quantization_of(find_model(config.model)) is not None:
-        raise ConfigError(
-            f"expert_budget is {budget}, but {config.model} is saved in fewer bits, and experts are brought from floating-point ones; "
-            "serve the model it was made from (with quantize, its experts are kept in fewer bits in memory)"
-        )
+    found = find_model(config.model)
+    saved = quantization_of(found)
+    if saved is not None and config.quantize != "none":
+        check_scheme(saved, config.quantize, None, found)
     if budget is not None:  # what it imports takes two seconds
         from anabranch.serving.expertflow import load_offloaded, offload
-    if budget is not None and config.quantize == "none" and find_model(config.model).is_dir():
+    if budget is not None and found.is_dir() and (config.quantize == "none" or saved is not None):
         return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
     if budget is None and config.quantize != "none":  # blocks of a GGUF file are not rounded twice
         model, tokenizer = load_quantized(config.model, config.quantize, dtype=dtype)
