@@ -34,6 +34,16 @@ def one_line(found):
             "convert a b --to=hf",
             "--to is 'hf': 'hf' is not one of 'native', 'huggingface' (see anabranch convert --help)",
         ),
+        (
+            "convert a b --to native --quantize int3",
+            "--quantize is 'int3': 'int3' is not one of 'int8', 'int4' (see anabranch convert --help)",
+        ),
+        ("convert a b --to native --quantize int4 --group 40", "group is 40; it must be a multiple of 32"),
+        ("convert a b --to native --group 64", "group is 64, but there is no quantize to use it; say int8 or int4"),
+        (
+            "convert a b --to huggingface --quantize int8",
+            "quantize is 'int8', but only 'native' folders hold quantised weights",
+        ),
         ("train dem --out x", "no preset 'dem'; did you mean 'demo'?"),
         ("train demo --size huge --out x", "size is 'huge'; use one of tiny, small, base"),
         ("train demo --out x --set nothing", "cannot read 'nothing'; write path=value"),

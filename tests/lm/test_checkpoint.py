@@ -262,8 +262,8 @@ def test_corrupt_config(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "schema version 2, and this anabranch .* reads up to 1; update anabranch"),
-        ({"schema": "one"}, "schema in .* is 'one'; it must be 1 to 1"),
+        ({"schema": 3}, "schema version 3, and this anabranch .* reads up to 2; update anabranch"),
+        ({"schema": "one"}, "schema in .* is 'one'; it must be 1 to 2"),
         ({"format": "other"}, "neither format='anabranch' nor a Hugging Face model_type"),
         ({"model": {"dmi": 3}}, "does not describe a model: .*has no field 'dmi'; did you mean 'dim'"),
         ({"model": None}, "does not describe a model"),

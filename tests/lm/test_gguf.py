@@ -385,6 +385,18 @@ def test_blocks_stay_as_they_are_stored(kind, is_tied, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_saved_as_they_are_stored(kind, tmp_path):
+    path = write(tmp_path / "m.gguf", tiny(64, tie_embeddings=True), kind=gguf.GGMLQuantizationType[kind])
+    wanted, _ = load_quantized(path, "int4")
+    convert(path, tmp_path / "q", quantize="int4")
+    found, _ = load_model(tmp_path / "q")
+    state = wanted.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+    assert torch.equal(logits(found), logits(wanted))
+
+
 def test_what_is_not_stored_in_bits_is_rounded(tmp_path):
     path = write(tmp_path / "m.gguf", tiny(64), kind=gguf.GGMLQuantizationType.Q4_1)
     plain, _ = load_model(path)

@@ -10,6 +10,13 @@ from anabranch.cli.options import AsJson, Dtype, Quiet, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, size, wrote
 
 
+class Bits(enum.StrEnum):
+    """What weights can be rounded to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Format(enum.StrEnum):
     """What can be written."""
 
@@ -27,21 +34,39 @@ def convert(
         str | None, typer.Option(metavar="TYPE", help="Hugging Face model_type to write. Default: the first that fits.")
     ] = None,
     dtype: Dtype = None,
+    quantize: Annotated[
+        Bits | None,
+        typer.Option(
+            help="Save linear layers and experts in fewer bits, to serve without rounding them at each start."
+        ),
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --quantize, weights that share a scale. Default: 32 for int4, a row for int8."
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model to our own format or to a Hugging Face folder.
 
     Layers that share experts are expanded for Hugging Face, which knows no sharing: every layer gets its own copy.
+
+    Example: anabranch convert runs/demo demo-int4 --to native --quantize int4 && anabranch serve demo-int4
     """
     from anabranch.lm import convert as convert_model
     from anabranch.lm import load_config
 
-    convert_model(source, target, to=to.value, family=family, dtype=read_dtype(dtype))
+    convert_model(
+        source, target, to=to.value, family=family, dtype=read_dtype(dtype),
+        quantize=None if quantize is None else quantize.value, group=group,
+    )  # fmt: skip
     counts = load_config(target).count()
     num_bytes = sum(file.stat().st_size for file in Path(target).iterdir())
+    bits = "" if quantize is None else f" in {quantize.value}"
     if as_json:
         print_json({"folder": target, "format": to.value, "parameters": counts.parameters, "size_bytes": num_bytes})
     elif not quiet:
-        fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}")
-        wrote(f"{target}   {size(num_bytes)}", f"anabranch info {target}")
+        fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits}")
+        wrote(f"{target}   {size(num_bytes)}", f"anabranch {'info' if quantize is None else 'serve'} {target}")

@@ -2,7 +2,6 @@
 
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.checkpoint import (
-    convert,
     export_huggingface,
     load_config,
     load_model,
@@ -10,6 +9,7 @@ from anabranch.lm.checkpoint import (
     save_model,
     write_model,
 )
+from anabranch.lm.conversion import convert
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.lm.generate import SamplingConfig, generate, stream
 from anabranch.lm.upcycle import average, upcycle

@@ -4,8 +4,9 @@
     model, tokenizer = load_model("runs/a")          # a model folder, a training run, a Hugging Face folder, a .gguf file
     export_huggingface("out", model, tokenizer)      # what transformers' AutoModelForCausalLM reads
 
-A native folder holds ``model.safetensors`` (each tensor once, under the names of ``model.state_dict()``), ``config.json``
-(``schema``, ``format``, ``model``: the config that builds the model) and the tokenizer's files. Folders are replaced as a whole.
+A native folder holds ``model.safetensors`` (each tensor once, under the names of ``model.state_dict()``; quantised layers as
+`anabranch.lm.quantized_form` says), ``config.json`` (``schema``, ``format``, ``model``: the config that builds the model) and the
+tokenizer's files. Folders are replaced as a whole.
 Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.gguf`.
 """
 
@@ -13,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
     FLOATS,
     MAX_SHARD_BYTES,
@@ -41,7 +43,6 @@ from anabranch.lm.tensors import (
 )
 
 __all__ = [
-    "convert",
     "export_huggingface",
     "find_model",
     "load_config",
@@ -54,7 +55,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2  # of folders with quantised layers; all others are written as 1, which older versions read
 FORMAT = "anabranch"
 
 
@@ -69,7 +70,7 @@ def save_model(
 
     Args:
         folder: the place. What is there must be a model folder or empty, so that nothing else is lost.
-        model: the model.
+        model: the model; layers that `anabranch.nn.quantize` made stay in their bits, and are loaded so.
         tokenizer: saved beside it.
         max_shard_bytes: larger models are split into files of at most this size.
 
@@ -97,17 +98,19 @@ def write_model(
     ``state`` gives the tensors by name where the model's own are only shards of them (FSDP). ``family`` notes the Hugging Face
     family that the model came from, which `convert` goes back to.
     """
-    tensors = state_once(model)
+    quantization = describe(model)
+    tensors = stored_state(model)
     if state is not None:
         tensors = {name: state[name] for name in tensors}
     write_tensors(folder, tensors, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
     config = {
-        "schema": SCHEMA,
+        "schema": 1 if quantization is None else SCHEMA,
         "format": FORMAT,
         "anabranch_version": anabranch.__version__,
         **({"family": family} if family else {}),
+        **({"quantization": quantization} if quantization else {}),
         "model": to_dict(model.config),
     }
     atomic_write_json(folder / "config.json", config)
@@ -159,7 +162,7 @@ def load_config(path: str | Path) -> Decoder.Config:
     if found.is_file():
         return gguf.read_gguf_config(found)
     table = read_json(found / "config.json")
-    if _is_foreign(table):
+    if is_foreign(table):
         return formats.read_config(table, found / "config.json")
     return _native_config(found, table)
 
@@ -185,7 +188,7 @@ def load_model(
     if found.is_file():
         return gguf.load_gguf(found, dtype=dtype, device=device)
     table = read_json(found / "config.json")
-    if _is_foreign(table):
+    if is_foreign(table):
         model = formats.load(open_tensors(found), table, found / "config.json", dtype=dtype, device=device)
     else:
         model = _load_native(found, table, dtype, device)
@@ -203,6 +206,7 @@ class OpenedModel:
         dtype: of all parameters; None keeps that of each.
         where: the folder.
         tokenizer: None if the folder has none.
+        quantization: which layers are stored in few bits, see `anabranch.lm.quantized_form`; the layout does not tell of these.
     """
 
     model: Decoder
@@ -212,6 +216,7 @@ class OpenedModel:
     dtype: torch.dtype | None
     where: Path
     tokenizer: Tokenizer | None
+    quantization: dict[str, Any] | None = None
 
 
 def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -223,15 +228,16 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         )
     check_dtype_device(dtype, None)
     table, source = read_json(found / "config.json"), open_tensors(found)
-    if _is_foreign(table):
+    if is_foreign(table):
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
         model, kind, ignore = build_empty(_native_config(found, table)), dtype, []
         layout = identity(model)
-    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found))
+    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
 
 
-def _is_foreign(table: dict[str, Any]) -> bool:
+def is_foreign(table: dict[str, Any]) -> bool:
+    """Whether the ``config.json`` is one of Hugging Face's."""
     return "model_type" in table and table.get("format") != FORMAT
 
 
@@ -261,46 +267,9 @@ def export_huggingface(
     dense one); a model whose layers share experts is expanded. Arguments and errors as `save_model` and `formats.export`.
     """
     check_replaceable(Path(folder))
+    check_exportable(model)
     with atomic_folder(folder) as temporary:
         formats.export(temporary, model, tokenizer, family=family, max_shard_bytes=max_shard_bytes)
-
-
-def convert(
-    src: str | Path,
-    dst: str | Path,
-    to: Literal["native", "huggingface"] = "native",
-    *,
-    family: str | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Load a model from anywhere and save it in another format.
-
-    Args:
-        src: as for `load_model`.
-        dst: the new folder.
-        to: ``native`` or ``huggingface``.
-        family: Hugging Face ``model_type`` to write; None for the first that fits, beginning with that of ``src`` if it is, or
-            was made from, a Hugging Face folder.
-        dtype: of the saved weights; None keeps the stored one.
-        max_shard_bytes: larger models are split into files of at most this size.
-
-    Raises:
-        ConfigError: ``to`` or ``family`` is unknown.
-        CheckpointError: ``src`` cannot be read, no family can express it, or ``dst`` holds something else.
-    """
-    if to not in ("native", "huggingface"):
-        raise ConfigError(f"to is {to!r}; it must be 'native' or 'huggingface'")
-    check_replaceable(Path(dst))
-    found = find_model(src)
-    table = read_json(found / "config.json") if found.is_dir() else {}
-    origin = table.get("model_type") if _is_foreign(table) else table.get("family")
-    model, tokenizer = load_model(found, dtype=dtype)
-    with atomic_folder(dst) as temporary:
-        if to == "native":
-            write_model(temporary, model, tokenizer, family=origin, max_shard_bytes=max_shard_bytes)
-        else:
-            formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
 
 
 # Where models that look alike differ in their weights, and what leads from one to the other.
@@ -326,6 +295,8 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     """
     found = find_model(path)
     stored = _native_config(found, read_json(found / "config.json"))
+    if quantization_of(found) is not None:
+        raise CheckpointError(f"{found} is saved in fewer bits; take the weights of the model it was made from")
     for name, advice in CONVERSIONS.items():
         ours, theirs = (_trait(config, name) for config in (model.config, stored))
         if ours != theirs:
@@ -342,17 +313,35 @@ def _load_native(
     folder: Path, table: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Decoder:
     config = _native_config(folder, table)
-    model = build_empty(config)
-    fill(
-        model,
-        open_tensors(folder),
-        identity(model),
-        where=folder,
-        dtype=dtype,
-        device=device,
-        hint=_hint(config),
-    )
+    model, source, hint = build_empty(config), open_tensors(folder), _hint(config)
+    quantization = quantization_of(folder)
+    if quantization is None:
+        fill(model, source, identity(model), where=folder, dtype=dtype, device=device, hint=hint)
+    else:
+        fill_quantized(model, source, quantization, where=folder, dtype=dtype, device=device, hint=hint)
     return model
+
+
+def quantization_of(found: Path) -> dict[str, Any] | None:
+    """The table ``quantization`` of what `find_model` gave; None for a model that is not saved in few bits. Raises CheckpointError."""
+    if found.is_file():
+        return None
+    table = read_json(found / "config.json")
+    given = None if is_foreign(table) else table.get("quantization")
+    if given is not None and not is_table(given):
+        raise CheckpointError(
+            f"quantization in {found / 'config.json'} is no table of a scheme (int8 or int4) and of modules"
+        )
+    return given
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise CheckpointError for a model with quantised layers, which no format of Hugging Face's that we write has."""
+    if describe(model) is not None:
+        raise CheckpointError(
+            "the model is quantised, and Hugging Face folders are written in floating point; convert the one it was made from, "
+            "or call anabranch.nn.quantize.dequantize first"
+        )
 
 
 def _native_config(folder: Path, table: dict[str, Any]) -> Decoder.Config:

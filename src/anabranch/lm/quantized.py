@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.lm import formats
-from anabranch.lm.checkpoint import find_model, load_model
+from anabranch.lm.checkpoint import find_model, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf import GgufFile, half_split
+from anabranch.lm.quantized_form import check_scheme
 from anabranch.lm.tensors import Piece, build_empty, fill
 from anabranch.nn.packed import Kind, Packed
 from anabranch.nn.quantize import QuantizedLinear, quantize
@@ -30,7 +31,7 @@ def load_quantized(
     """A model in ``bits`` and its tokenizer.
 
     With int4, matrices that a GGUF file stores in blocks of Q4_0, Q4_1 or Q8_0 keep these numbers, scales and minima to the bit, and
-    with int8 those in Q8_0; everything else is rounded by `quantize`.
+    with int8 those in Q8_0; a folder that was saved in ``bits`` is loaded as it is; everything else is rounded by `quantize`.
 
     Args:
         path: as for `load_model`.
@@ -40,9 +41,13 @@ def load_quantized(
 
     Raises:
         CheckpointError, TokenizerError, BackendError: as `load_model`.
-        ConfigError: as `quantize`.
+        ConfigError: as `quantize`; for a folder that was saved in other bits, or with another ``group``.
     """
     found = find_model(path)
+    saved = quantization_of(found)
+    if saved is not None:
+        check_scheme(saved, bits, group, found)
+        return load_model(found, dtype=dtype)
     if found.is_file():
         kept = [name for name, kind in BLOCKS.items() if bits == "int4" or kind == "int8"]
         model, tokenizer = _load_gguf(GgufFile(found), found, dtype or torch.float32, kept)

@@ -22,7 +22,7 @@ from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
-__all__ = ["QuantizedLinear", "QuantizedPool", "dequantize", "quantize"]
+__all__ = ["QuantizedLinear", "QuantizedPool", "check_bits", "dequantize", "quantize", "replace"]
 
 Bits = Literal["int8", "int4"]
 FEWEST = 16  # rows of a matrix that is worth it
@@ -186,7 +186,7 @@ def quantize(
     head: Bits | None = "int8",
     skip: tuple[str, ...] = (),
 ) -> list[str]:
-    """Replace linear layers and expert pools of ``model`` by quantised ones, in place; a model is not saved in this form.
+    """Replace linear layers and expert pools of ``model`` by quantised ones, in place; `anabranch.lm.save_model` keeps them so.
 
     What cannot be packed (inputs that are no multiple of 32, fewer than 16 outputs) and every other module stays. A decoder whose head
     is its embedding gets a head of its own, and keeps the embedding.
@@ -206,10 +206,7 @@ def quantize(
     Raises:
         ConfigError: an unknown ``bits`` or a ``group`` that is no multiple of 32.
     """
-    if bits not in ("int8", "int4"):
-        raise ConfigError(f"quantize is {bits!r}; use 'int8' or 'int4'")
-    if group is not None and (group < SHARE or group % SHARE):
-        raise ConfigError(f"group is {group}; it must be a multiple of {SHARE}")
+    check_bits(bits, group)
     replaced = []
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | ExpertPool) or any(name.startswith(part) for part in skip):
@@ -217,7 +214,7 @@ def quantize(
         own, own_group = (head, None) if name == "head" else (bits, group)
         made = None if own is None else _quantized(module, own, own_group, symmetric)
         if made is not None:
-            _put(model, name, made)
+            replace(model, name, made)
             replaced.append(name)
     if head is not None and _is_tied(model) and "head" not in skip:
         embedding: Any = model.embedding
@@ -228,6 +225,14 @@ def quantize(
             model.head = made
             replaced.append("head")
     return replaced
+
+
+def check_bits(bits: str, group: int | None) -> None:
+    """Raise ConfigError for ``bits`` and ``group`` that `quantize` does not take."""
+    if bits not in ("int8", "int4"):
+        raise ConfigError(f"quantize is {bits!r}; use 'int8' or 'int4'")
+    if group is not None and (group < SHARE or group % SHARE):
+        raise ConfigError(f"group is {group}; it must be a multiple of {SHARE}")
 
 
 @torch.no_grad()
@@ -242,11 +247,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
             plain.weight = nn.Parameter(module.packed.unpack(dtype)[0])
             if module.bias is not None:
                 plain.bias = nn.Parameter(module.bias.to(dtype))
-            _put(model, name, plain)
+            replace(model, name, plain)
         elif isinstance(module, QuantizedPool):
             pool = ExpertPool(module.num_experts, module.dim, module.hidden_dim, device="meta")
             pool.w13, pool.w2 = (nn.Parameter(packed.unpack(dtype)) for packed in module.packed)
-            _put(model, name, pool)
+            replace(model, name, pool)
 
 
 def _quantized(module: Any, bits: Bits, group: int | None, symmetric: bool) -> nn.Module | None:
@@ -266,7 +271,7 @@ def _is_tied(model: nn.Module) -> bool:
     return isinstance(getattr(model, "embedding", None), nn.Embedding) and getattr(model, "head", 0) is None
 
 
-def _put(model: nn.Module, name: str, made: nn.Module) -> None:
+def replace(model: nn.Module, name: str, made: nn.Module) -> None:
     """Set the module ``name``, and every plain reference to it (a pool that layers share)."""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -10,19 +11,27 @@ from hypothesis import strategies as st
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import InputError
 from anabranch.serving import chat, grammar
-from anabranch.serving.chat import Called, Refused, Said, ToolParser
+from anabranch.serving.chat import Argued, Called, Refused, Said, ToolParser
 
 NAMES = ("add", "get.time")
 ADD = '{"name": "add", "arguments": {"a": 2}}'
-CALL = Called("add", '{"a": 2}')
+
+
+def call_of(name, arguments):
+    return [Called(name), Argued(arguments)]
+
+
+CALL = call_of("add", '{"a": 2}')
 
 
 def told(pieces, names=NAMES):
-    """The events of a text in pieces, neighbouring texts joined."""
+    """The events of a text in pieces, neighbours of one kind joined; and that nothing is told in empty pieces."""
     parser, events = ToolParser(names), []
     for event in [event for piece in pieces for event in parser.push(piece)] + parser.end():
-        if isinstance(event, Said) and events and isinstance(events[-1], Said):
-            events[-1] = Said(events[-1].text + event.text)
+        if not isinstance(event, Called):
+            assert event.text
+        if isinstance(event, Said | Argued) and events and isinstance(events[-1], type(event)):
+            events[-1] = type(event)(events[-1].text + event.text)
         else:
             events.append(event)
     return events
@@ -33,30 +42,61 @@ CASES = {
     "": [],
     "  \n": [Said("  \n")],
     "a < b and <b>bold</b> [TOOL] <tool": [Said("a < b and <b>bold</b> [TOOL] <tool")],
-    f"<tool_call>\n{ADD}\n</tool_call>": [CALL],
-    f"Let me see.\n<tool_call>{ADD}</tool_call>\n": [Said("Let me see."), CALL],
-    f"<tool_call>{ADD}</tool_call>\n<tool_call>{ADD}</tool_call>": [CALL, CALL],
-    f"<tool_call>{ADD}</tool_call> Done.": [CALL, Said(" Done.")],
-    f"<tool_call>{ADD}": [CALL],  # the end of text instead of the closing tag
-    f"<tool_call>{ADD}\n</tool": [CALL, Said("\n</tool")],
-    '<tool_call>{"name": "add", "arguments": {"a": "}</tool_call>\\""}}</tool_call>': [Called("add", '{"a": "}</tool_call>\\""}')],
-    '<tool_call>{"name": "get.time", "arguments": {}}</tool_call>': [Called("get.time", "{}")],
-    '<tool_call>{"name": "add", "parameters": {"a": 2}}</tool_call>': [CALL],
-    '<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>': [CALL],
-    ADD: [CALL],
-    f"\n {ADD}\n": [CALL],
-    f"{ADD}; {ADD}": [CALL, CALL],
-    f"{ADD}\nand {ADD}": [CALL, Said(f"\nand {ADD}")],
-    f"[{ADD}, {ADD}]": [CALL, CALL],
-    '{"type": "function", "name": "add", "parameters": {"a": 2}}': [CALL],
-    f"<|python_tag|>{ADD}": [CALL],
-    '<function=add>{"a": 2}</function>': [CALL],
-    f"[TOOL_CALLS][{ADD}]": [CALL],
+    f"<tool_call>\n{ADD}\n</tool_call>": CALL,
+    f"Let me see.\n<tool_call>{ADD}</tool_call>\n": [Said("Let me see."), *CALL],
+    f"<tool_call>{ADD}</tool_call>\n<tool_call>{ADD}</tool_call>": CALL + CALL,
+    f"<tool_call>{ADD}</tool_call> Done.": [*CALL, Said(" Done.")],
+    f"<tool_call>{ADD}": CALL,  # the end of text instead of the closing tag
+    f"<tool_call>{ADD}\n</tool": [*CALL, Said("\n</tool")],
+    '<tool_call>{"name": "add", "arguments": {"a": "}</tool_call>\\""}}</tool_call>': call_of("add", '{"a": "}</tool_call>\\""}'),
+    '<tool_call>{"name": "get.time", "arguments": {}}</tool_call>': call_of("get.time", "{}"),
+    '<tool_call>{"name": "add", "parameters": {"a": 2}}</tool_call>': CALL,
+    '<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>': CALL,
+    ADD: CALL,
+    f"\n {ADD}\n": CALL,
+    f"{ADD}; {ADD}": CALL + CALL,
+    f"{ADD}\nand {ADD}": [*CALL, Said(f"\nand {ADD}")],
+    f"[{ADD}, {ADD}]": CALL + CALL,
+    '{"type": "function", "name": "add", "parameters": {"a": 2}}': CALL,
+    f"<|python_tag|>{ADD}": CALL,
+    f"<|python_tag|>{ADD}; {ADD}": CALL + CALL,
+    '<function=add>{"a": 2}</function>': CALL,
+    '<function=add>{"a": 2}</function><function=get.time>{}</function>': CALL + call_of("get.time", "{}"),
+    f"[TOOL_CALLS][{ADD}]": CALL,
+    f"[TOOL_CALLS][{ADD}, {ADD}]": CALL + CALL,
+    f"[TOOL_CALLS]{ADD}": CALL,
     "[1] says so": [Said("[1] says so")],
     '{"name": "Ann", "age": 3}': [Said('{"name": "Ann", "age": 3}')],
     '{"age": 3}': [Said('{"age": 3}')],
     '{"name": "add", "arg': [Said('{"name": "add", "arg')],
     f"So: {ADD}": [Said(f"So: {ADD}")],  # a call without a marker only where nothing was said
+    # Arguments are the model's own text: blanks, escapes, numbers and characters of any width stay as they are.
+    '<tool_call>{"name": "add", "arguments": {"a":1e400 , "b": "\\u00e9\\ud83d\\ude00 é😀\\\\"}}</tool_call>': call_of(
+        "add", '{"a":1e400 , "b": "\\u00e9\\ud83d\\ude00 é😀\\\\"}'
+    ),
+    # As text within the JSON their escapes are undone once; half a character stays an escape.
+    '<tool_call>{"name": "add", "arguments": " {\\"a\\": \\"\\\\u00e9\\u00e9\\ud83d\\ude00 \\ud83d.\\\\n\\"}"}</tool_call>': call_of(
+        "add", '{"a": "\\u00e9é😀 \\ud83d.\\n"}'
+    ),
+    # What comes before the name is held until that is known.
+    '<tool_call>{"arguments": {"a": 2}, "name": "add"}</tool_call>': CALL,
+    '<tool_call>{"arguments": "{\\"a\\": 2}", "name": "add"}</tool_call>': CALL,
+    '[TOOL_CALLS][{"name": "add", "arguments": {"a": 2}, "id": "x[}1"}]': CALL,
+    # What has begun is not taken back: arguments are told as they are, cut off or no JSON, and the rest of the call is dropped.
+    '<tool_call>{"name": "add", "arguments": {"a"': call_of("add", '{"a"'),
+    '<tool_call>{"name": "add", "arguments": "{\\"a\\\\': call_of("add", '{"a\\'),
+    '<tool_call>{"name": "add", "arguments": "{\\"a\\u00e': call_of("add", '{"a'),
+    '<tool_call>{"name": "add", "arguments": {"a": NaN,}}</tool_call>': call_of("add", '{"a": NaN,}'),
+    '<tool_call>{"name": "add", "arguments": {"a": 2}</tool_call>': CALL,  # a bracket is missing
+    '<tool_call>{"name": "add", "arguments": {"a": 2}, "more": {"x": "}"},}</tool_call>': CALL,
+    f"[TOOL_CALLS][{ADD}, ": CALL,
+    f"[TOOL_CALLS][{ADD},]": CALL,
+    f"[{ADD},]": [*CALL, Said(",]")],
+    '<tool_call>{"name": "add", "arguments": {"a": 2} so</tool_call>': [
+        *CALL, Said("so</tool_call>"),
+    ],
+    f'[{ADD}, {{"age": 3}}]': [*CALL, Said(', {"age": 3}]')],
+    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [Refused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
 }  # fmt: skip
 
 
@@ -70,7 +110,7 @@ def test_character_by_character(text):
     assert told(list(text)) == CASES[text]
 
 
-@given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 80), max_size=6))
+@given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 110), max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_any_cut_tells_the_same(text, cuts):
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
@@ -86,6 +126,85 @@ def test_any_text_tells_the_same_in_pieces_and_loses_nothing_but_blanks(text, si
     assert "".join(kept.split()) == "".join(text.split())
 
 
+PARTS = [
+    "<tool_call>", "</tool_call>", "<function=add>", "<function=rm>", "</function>", "<|python_tag|>", "[TOOL_CALLS]", "[", "]", "{", "}",
+    '"', "\\", '\\"', '"name": "add"', '"name": "rm"', '"arguments": ', '"parameters": ', '"arguments": "{', '"id": "x"', ", ", ": ", "; ",
+    '{"a": 2}', "\\u00e9", "\\ud83d", "\\ude00", "é", "😀", " ", "\n", "so", ADD,
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_mixture_of_parts_tells_the_same_in_pieces(text, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    places = [0, *cuts, len(text)]
+    whole = told([text])
+    assert told([text[a:b] for a, b in itertools.pairwise(places)]) == whole
+    assert told(list(text)) == whole
+    if not any(isinstance(event, Called) for event in whole):
+        kept = "".join(event.text for event in whole)
+        assert "".join(kept.split()) == "".join(text.split())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FORMS = {
+    "hermes": lambda name, text: f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>',
+    "llama": lambda name, text: f"<function={name}>{text}</function>",
+    "python tag": lambda name, text: f'<|python_tag|>{{"type": "function", "name": "{name}", "parameters": {text}}}',
+    "mistral": lambda name, text: f'[TOOL_CALLS][{{"name": "{name}", "arguments": {text}, "id": "a1"}}]',
+    "plain": lambda name, text: f'{{"name": "{name}", "arguments": {text}}}',
+    "as text": lambda name, text: f'<tool_call>{{"name": "{name}", "arguments": {json.dumps(text)}}}</tool_call>',
+    "name last": lambda name, text: f'<tool_call>{{"arguments": {text}, "name": "{name}"}}</tool_call>',
+}
+
+
+@given(
+    st.sampled_from(sorted(FORMS)),
+    st.dictionaries(st.text(), json_values, max_size=4),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_arguments_of_every_form_are_told_to_the_letter(form, arguments, is_ascii, indent, data):
+    inner = json.dumps(arguments, ensure_ascii=is_ascii, indent=indent)
+    text = FORMS[form]("add", inner)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    for pieces in ([text], [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]):
+        assert told(pieces) == call_of("add", inner)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arguments_are_told_as_they_come(form):
+    inner = json.dumps({"text": "word " * 30})
+    text, parser = FORMS[form]("add", inner), ToolParser(NAMES)
+    begin = text.index("word")
+    assert ([Called("add")] == [event for event in parser.push(text[:begin]) if isinstance(event, Called)]) == (
+        form != "name last"
+    )
+    pieces = [parser.push(character) for character in text[begin : begin + 100]]
+    wanted = [[] if form == "name last" else [Argued(character)] for character in text[begin : begin + 100]]
+    assert pieces == wanted
+
+
+def test_a_call_that_is_cut_off_is_known():
+    for text, is_cut in (
+        (ADD, False),
+        (ADD[:-1], False),
+        (ADD[:-2], True),
+        (FORMS["as text"]("add", "{}")[:-14], True),
+        ("", False),
+    ):
+        parser = ToolParser(NAMES)
+        parser.push(text)
+        parser.end()
+        assert parser.is_cut == is_cut, text
+
+
 def test_text_is_not_held_back_longer_than_needed():
     parser = ToolParser(NAMES)
     assert parser.push("One moment") == [Said("One moment")]
@@ -93,9 +212,30 @@ def test_text_is_not_held_back_longer_than_needed():
     assert parser.push(" b") == [Said(" < b")]
     assert parser.push(" <tool") == []
     assert parser.push("_call>") == []
-    assert parser.push(ADD) == []
-    assert parser.push("</tool_call>") == [CALL]
+    assert parser.push('{"name": "add", "arguments": ') == []
+    assert parser.push('{"a"') == [Called("add"), Argued('{"a"')]
+    assert parser.push(": 2}") == [Argued(": 2}")]
+    assert parser.push("}</tool_call>") == []
     assert ToolParser(NAMES).push('{"answer') == [Said('{"answer')]
+    assert ToolParser(NAMES).push('{"name": "add", "age') == []
+    assert ToolParser(NAMES).push('{"name": "add", "age":') == [Said('{"name": "add", "age":')]
+
+
+def test_long_arguments_take_time_in_proportion():
+    # One push of all, as for an answer that is not streamed, and a push for each character: a quadratic reader takes minutes.
+    inner = json.dumps({"text": 'a "b" \\ é' * 4000})
+    for form in ("hermes", "as text", "name last"):
+        text = FORMS[form]("add", inner)
+        for pieces in ([text], text):
+            begin = time.process_time()
+            assert told_length(pieces) == len(inner)
+            assert time.process_time() - begin < 5
+
+
+def told_length(pieces):
+    parser = ToolParser(NAMES)
+    events = [event for piece in pieces for event in parser.push(piece)] + parser.end()
+    return sum(len(event.text) for event in events if isinstance(event, Argued))
 
 
 @pytest.mark.parametrize(
@@ -103,14 +243,15 @@ def test_text_is_not_held_back_longer_than_needed():
     [
         ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "there is no tool 'rm'"),
         ('{"name": "rm", "arguments": {}}', "there is no tool 'rm'"),
+        ('{"arguments": {}, "name": "rm"}', "there is no tool 'rm'"),
         ('<function=rm>{"a": 1}</function>', "there is no tool 'rm'"),
         ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "no JSON object with"),
-        ('<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', "no JSON object with"),
-        ('<tool_call>{"name": "add", "arguments": {"a": 1,}}</tool_call>', "no JSON object with"),
+        ('<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>', "no JSON object with"),
+        ('<tool_call>{"arguments": {"a": NaN}, "name": "add"}</tool_call>', "no JSON object with"),
+        ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', "no JSON object with"),
         ('<tool_call>{"name": "add"}</tool_call>', "no JSON object with"),
-        ("<tool_call>add(2)</tool_call>", "no JSON object"),
-        ('<tool_call>{"name": "add", "arguments": {"a"', "cut off"),
-        ("<|python_tag|>print(1)", "cut off"),
+        ('<tool_call>{"name": "add", "x": "<tool_call>", "arguments": {}}</tool_call>', "no JSON object with"),
+        ('<tool_call>{"arguments": {"a"', "cut off"),
     ],
 )
 def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
@@ -118,7 +259,17 @@ def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
         (event,) = told(pieces)
         assert isinstance(event, Refused)
         assert reason in event.reason
-        assert event.text.removesuffix("</tool_call>") in text
+        assert event.text == text
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>add(2)</tool_call>", "<|python_tag|>print(1)", "<function=a b>{}", "[TOOL_CALLS] 1"]
+)
+def test_a_marker_without_json_is_text_at_once(text):
+    for pieces in ([text], list(text)):
+        first, *more = told(pieces)
+        assert isinstance(first, Refused)
+        assert first.text + "".join(event.text for event in more) == text
 
 
 # -- calls that are demanded
@@ -174,7 +325,7 @@ def test_choices_make_grammars():
 def test_what_a_demanded_call_says_is_parsed():
     parser = chat.parser_for(TOOLS)
     text = call("now") + "\n" + call("add", a=-3)
-    assert [*parser.push(text), *parser.end()] == [Called("now", "{}"), Called("add", '{"a": -3}')]
+    assert [*parser.push(text), *parser.end()] == [*call_of("now", "{}"), *call_of("add", '{"a": -3}')]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from anabranch.cli.main import main
+from anabranch.data import ByteTokenizer
+from anabranch.lm import Decoder, save_model
+from anabranch.nn import Attention, MoE
 from anabranch.serving.http.openapi import describe
 from serving_models import saved_moe, serve_process
 from serving_thread import until
@@ -40,6 +43,28 @@ def in_background(function, *arguments):
     thread = threading.Thread(target=lambda: made.append(function(*arguments)))
     thread.start()
     return thread, made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_model_saved_in_fewer_bits_is_served_as_one_quantised_at_load(bits, tmp_path, capsys):
+    # Wider than the small mixture: its layers of 16 cannot be packed.
+    attention, experts = Attention.Config(num_heads=2), MoE.Config(num_experts=4, hidden_dim=32)
+    config = Decoder.Config(
+        vocab_size=257, dim=64, num_layers=2, attention=attention, feed_forward=experts, init_std=0.2, max_positions=256
+    )
+    plain, saved = tmp_path / "m", tmp_path / "q"
+    save_model(plain, config.build(seed=0), ByteTokenizer())
+    assert main(["convert", str(plain), str(saved), "--to", "native", "--dtype", "float32", "--quantize", bits]) == 0
+    assert f"anabranch serve {saved}" in capsys.readouterr().out
+    body = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "logprobs": 2}
+    said = []
+    for model, more in ((plain, ("--quantize", bits)), (saved, ())):
+        with serve_process(
+            "--set", "engine.dtype=float32", "--set", "engine.name=small-moe", *more, model=str(model)
+        ) as server:
+            said.append(json.loads(ask(server, body)[1])["choices"][0])
+    assert said[0] == said[1]
 
 
 @pytest.mark.slow

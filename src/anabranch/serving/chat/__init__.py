@@ -3,11 +3,12 @@
 Templates need jinja2, which arrives with torch.
 """
 
-from anabranch.serving.chat.parser import Called, Refused, Said, ToolParser
+from anabranch.serving.chat.parser import Argued, Called, Refused, Said, ToolParser
 from anabranch.serving.chat.template import render, takes_tools
 from anabranch.serving.chat.tools import call_grammar, check_tools, parser_for
 
 __all__ = [
+    "Argued",
     "Called",
     "Refused",
     "Said",

@@ -115,10 +115,16 @@ def layout_of(folder: str | Path, page: int = PAGE) -> Layout:
     from anabranch.lm.checkpoint import (
         find_model,
         load_config,
+        quantization_of,
     )  # they need torch, which the memory manager does without
     from anabranch.lm.tensors import build_empty, state_once
 
     found = find_model(folder)
+    if quantization_of(found) is not None:
+        raise ConfigError(
+            f"{found} is saved in fewer bits, and devices map experts in floating point; serve the model it was made from, "
+            "or this one without --devices"
+        )
     stored = _stored(found)
     model = build_empty(load_config(found))
     state = state_once(model)

@@ -8,16 +8,16 @@ import torch
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError
-from anabranch.lm.checkpoint import find_model, load_model
+from anabranch.lm.checkpoint import find_model, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
+from anabranch.lm.quantized_form import check_scheme
 from anabranch.nn.quantize import quantize
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 
 if TYPE_CHECKING:
     from anabranch.serving.expertflow import OffloadEngine
-    from anabranch.serving.expertflow.expertflow import TierName
 
 HALF_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # in /proc/cpuinfo, of processors that multiply bfloat16
 
@@ -29,8 +29,6 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, tokenizer, experts = _model(config)
-    if config.quantize != "none":
-        quantize(model, config.quantize)
     config, more = _nanoflow(model, config)
     if experts is None:
         return Engine.of(model, config, tokenizer=tokenizer, **more), tokenizer
@@ -54,9 +52,13 @@ def _nanoflow(model: Decoder, config: ServingConfig) -> tuple[ServingConfig, dic
 def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:
     """The model, and what brings its experts where they have a budget: from files, from memory if a file cannot be read in parts."""
     dtype, budget = dtype_of(config), config.expert_budget
+    found = find_model(config.model)
+    saved = quantization_of(found)
+    if saved is not None and config.quantize != "none":
+        check_scheme(saved, config.quantize, None, found)
     if budget is not None:  # what it imports takes two seconds
         from anabranch.serving.expertflow import load_offloaded, offload
-    if budget is not None and config.quantize == "none" and find_model(config.model).is_dir():
+    if budget is not None and found.is_dir() and (config.quantize == "none" or saved is not None):
         return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
     if budget is None and config.quantize != "none":  # blocks of a GGUF file are not rounded twice
         model, tokenizer = load_quantized(config.model, config.quantize, dtype=dtype)
@@ -64,8 +66,11 @@ def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEng
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
     if budget is None:
         return model, tokenizer, None
-    tier: TierName = "memory" if config.quantize == "none" else config.quantize
-    return model, tokenizer, offload(model, budget, tier=tier, tokenizer=tokenizer)
+    if config.quantize == "none":
+        return model, tokenizer, offload(model, budget, tokenizer=tokenizer)
+    experts = offload(model, budget, tier=config.quantize, tokenizer=tokenizer)
+    quantize(model, config.quantize)  # what are no experts
+    return model, tokenizer, experts
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

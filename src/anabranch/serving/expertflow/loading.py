@@ -3,7 +3,7 @@
     model, tokenizer, engine = load_offloaded("runs/a", "2GiB")
 
 Experts are read straight from the safetensors files of the folder at their offsets, ours or Hugging Face's, into slots; where a file
-stores them in another type they are converted on the way. No expert is in memory but those in slots.
+stores them in another type, or in int8 or int4, they are converted on the way. No expert is in memory but those in slots.
 """
 # Shapes: E experts, F hidden (2F: gate, then up), D width
 
@@ -19,8 +19,9 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError
 from anabranch.lm.checkpoint import OpenedModel, open_model
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.quantized_form import check_integers, fill_quantized
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill
 from anabranch.lm.tensors import Piece as StoredPiece
-from anabranch.lm.tensors import SafetensorsFiles, fill
 from anabranch.nn.pool import ExpertPool
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.expertflow.cache import Audit
@@ -28,7 +29,7 @@ from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_p
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.predictors.base import Naming, RoutePredictor
-from anabranch.serving.expertflow.tiers import FileTier, Piece
+from anabranch.serving.expertflow.tiers import FileTier, Piece, QuantizedTier, Tier
 
 Table = dict[Expert, list[Piece]]
 
@@ -49,7 +50,8 @@ def load_offloaded(
     """Load a model without its experts, which come when they are wanted.
 
     Args:
-        path: a model folder of ours or of Hugging Face with safetensors files, or a training run.
+        path: a model folder of ours or of Hugging Face with safetensors files, or a training run. Experts that are saved in int8 or
+            int4 are read so, and unpacked into slots of ``dtype``.
         dtype: of the weights; None keeps the stored one.
         device: of the model and of the slots.
         drop_cache: do not let the system's page cache keep what was read.
@@ -64,9 +66,13 @@ def load_offloaded(
     model = opened.model
     _retype(model, opened)
     found = find_pools(model)
-    names = {f"{name}.{weight}" for name in _names(model, found) for weight in ("w13", "w2")}
-    kept = [piece.name for name, pieces in opened.layout.items() if name in names for piece in pieces]
-    tier = FileTier(_table(opened, found, model), drop_cache=drop_cache)
+    tier: Tier
+    names = _names(model, found)
+    is_quantized = opened.quantization is not None and all(name in opened.quantization["modules"] for name in names)
+    if is_quantized:
+        tier = QuantizedTier(FileTier(_table_of_integers(opened, found, names), drop_cache=drop_cache))
+    else:
+        tier = FileTier(_table(opened, found, names), drop_cache=drop_cache)
     budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
     found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
     engine = OffloadEngine(
@@ -75,21 +81,37 @@ def load_offloaded(
         naming=naming, workers=workers, device=device or "cpu", audit=audit,
     )  # fmt: skip
     try:
-        fill(
-            model, opened.source, opened.layout, where=opened.where, dtype=opened.dtype, device=device,
-            ignore=[*opened.ignore, *kept],
-        )  # fmt: skip
+        _fill(opened, names, device)
     except BaseException:
         engine.close()
         raise
     return model.eval(), opened.tokenizer, engine
 
 
+def _fill(opened: OpenedModel, pools: Sequence[str], device: torch.device | str | None) -> None:
+    """Load everything but the pools."""
+    if opened.quantization is not None:
+        fill_quantized(
+            opened.model, opened.source, opened.quantization, where=opened.where, dtype=opened.dtype, device=device,
+            elsewhere=pools,
+        )  # fmt: skip
+        return
+    weights = [f"{name}.{part}" for name in pools for part in ("w13", "w2")]
+    kept = [piece.name for name in weights for piece in opened.layout[name]]
+    fill(
+        opened.model, opened.source, opened.layout, where=opened.where, dtype=opened.dtype, device=device,
+        ignore=[*opened.ignore, *kept],
+    )  # fmt: skip
+
+
 def _retype(model: Decoder, opened: OpenedModel) -> None:
     """Give the pools, which are still without memory, the type that their slots shall have."""
     for name, module in model.named_modules():
         if isinstance(module, ExpertPool):
-            stored = opened.source.dtype(opened.layout[f"{name}.w13"][0].name)
+            like = opened.layout[f"{name}.w13"][0].name
+            if like not in opened.source.names:  # in few bits; their slots are of the type of what is not
+                like = "embedding.weight"
+            stored = opened.source.dtype(like)
             kind = opened.dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
             for weight in module.parameters():
                 weight.data = weight.data.to(kind)
@@ -101,16 +123,36 @@ def _names(model: Decoder, found: Pools) -> list[str]:
     return [name_of[id(pool)] for pool in found.pools]
 
 
-def _table(opened: OpenedModel, found: Pools, model: Decoder) -> Table:
+def _table(opened: OpenedModel, found: Pools, names: Sequence[str]) -> Table:
     """The pieces of each expert."""
     headers: dict[Path, tuple[int, dict[str, Any]]] = {}
     assert isinstance(opened.source, SafetensorsFiles)
     table: Table = {}
-    for number, name in enumerate(_names(model, found)):
+    for number, name in enumerate(names):
         for weight, part in enumerate(("w13", "w2")):
             stored: Sequence[StoredPiece] = opened.layout[f"{name}.{part}"]
             for piece in stored:
+                dtype = opened.source.dtype(piece.name)
+                if dtype not in FLOATS:
+                    raise CheckpointError(
+                        f"{piece.name} in {opened.where} is stored as {dtype}; experts must be floating-point numbers"
+                    )
                 _add(table, opened.source, headers, piece, number, weight, found.layout.num_experts[number])
+    return table
+
+
+def _table_of_integers(opened: OpenedModel, found: Pools, names: Sequence[str]) -> Table:
+    """The pieces of each expert as `QuantizedTier` wants them."""
+    headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+    assert isinstance(opened.source, SafetensorsFiles)
+    assert opened.quantization is not None
+    table: Table = {}
+    for number, (name, pool) in enumerate(zip(names, found.pools, strict=True)):
+        for place, part, weight in ((0, "w13", pool.w13), (3, "w2", pool.w2)):
+            kind = opened.quantization["modules"][name]
+            stored = check_integers(opened.source, f"{name}.{part}", kind, tuple(weight.shape), opened.where)
+            for offset, tensor in enumerate(stored):
+                _add(table, opened.source, headers, StoredPiece(tensor), number, place + offset, pool.num_experts)
     return table
 
 
@@ -124,8 +166,7 @@ def _add(
     start, entries = headers[path]
     offset, shape = start + entries[piece.name]["data_offsets"][0], source.shape(piece.name)
     dtype = source.dtype(piece.name)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"{piece.name} in {path} is stored as {dtype}; experts must be floating-point numbers")
+    assert isinstance(dtype, torch.dtype)
     if piece.where:
         index, *rest = piece.where
         assert isinstance(index, int), "layouts give an expert's number first"

@@ -3,6 +3,7 @@
     MemoryTier     tensors in memory (copied into the slot)
     FileTier       an offset table into files, read into the slot by whichever thread asks, past the page cache on demand
     SourceTier     tensors read through `anabranch.lm.tensors` (memory-mapped), for files in whatever layout and type
+    QuantizedTier  int8 or int4 in files, as a quantised model is saved, unpacked into the slot
     DequantTier    int8 or int4 in memory, dequantised into the slot
     ThrottledTier  any of them, slowed down to so many seconds per byte
     CudaTier       any of them through pinned memory, copied to the device on a stream of its own
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
+from anabranch.lm.quantized_form import weights_of
 from anabranch.nn.kernels.transfers import MEMORY
 from anabranch.nn.kernels.transfers import Piece as Copy
 from anabranch.serving.expertflow.direct import DirectFile
@@ -148,7 +150,7 @@ class FileTier:
                 raise CheckpointError(f"cannot read experts from {path}: {error}") from None
         self._finalizer = weakref.finalize(self, _close, self._files)
 
-    def load(self, expert: Expert, slot: Slot) -> Iterator[None]:
+    def load(self, expert: Expert, slot: Slot | Mapping[int, Tensor]) -> Iterator[None]:
         """See `Tier`."""
         for piece in self.table[expert]:
             place = slot[piece.weight][piece.where]
@@ -207,6 +209,29 @@ def write_experts(path: Path, pools: Sequence[tuple[Tensor, Tensor]]) -> FileTie
         file.flush()
         os.fsync(file.fileno())
     return FileTier(table)
+
+
+class QuantizedTier:
+    """Experts of a folder that holds them in int8 or int4 (`anabranch.lm.quantized_form`): read as integers, unpacked into the slot.
+
+    Args:
+        files: pieces of each expert, whose ``weight`` is 0 to 2 for number, scale and least of w13, and 3 to 5 of w2; int8 has no least.
+    """
+
+    def __init__(self, files: FileTier) -> None:
+        self._files = files
+
+    def load(self, expert: Expert, slot: Slot) -> Iterator[None]:
+        """See `Tier`."""
+        parts = {piece.weight: torch.empty(piece.shape, dtype=piece.dtype) for piece in self._files.table[expert]}
+        yield from self._files.load(expert, parts)
+        for first, place in zip((0, 3), slot, strict=True):
+            place.copy_(weights_of(parts[first], parts[first + 1], parts.get(first + 2)))
+            yield
+
+    def close(self) -> None:
+        """See `Tier`."""
+        self._files.close()
 
 
 class SourceTier:

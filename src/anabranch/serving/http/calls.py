@@ -1,8 +1,10 @@
 """From the text of a chat to what is said of it: content, or calls of tools."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from anabranch.serving.chat import Called, Said, parser_for
+from anabranch.serving.chat import Argued, Called, Said, parser_for
+from anabranch.serving.chat.reader import Event
 from anabranch.serving.http.messages import Tools
 from anabranch.web.ids import new_id
 
@@ -10,22 +12,27 @@ Delta = dict[str, Any]
 
 
 class Speech:
-    """Turns the text of one choice into deltas of a message.
+    """Turns the text of one choice into deltas of a message, as OpenAI's: a call begins with empty arguments, which follow in pieces.
 
-    A call is told when it is whole. What looks like a call but is none, of a tool that nobody offered, is content.
+    What looks like a call but is none, of a tool that nobody offered, is content.
 
     Attributes:
-        has_called: a call was told.
+        has_called: a call was told, and the last one to its end.
 
     Args:
         tools: what may be called; None where the text is what it is.
     """
 
     def __init__(self, tools: Tools | None) -> None:
-        self.has_called = False
-        self._is_parallel = tools is None or tools.is_parallel
+        self._most = None if tools is None or tools.is_parallel else 1
         self._parser = None if tools is None else parser_for(tools.offered)
-        self._count = 0
+        self._count = 0  # of calls, those that are one too many included
+
+    @property
+    def has_called(self) -> bool:
+        """See the class."""
+        is_last_told = self._most is None or self._count <= self._most
+        return self._count > 0 and not (self._parser is not None and self._parser.is_cut and is_last_told)
 
     def push(self, text: str) -> list[Delta]:
         """What the new text says."""
@@ -37,28 +44,43 @@ class Speech:
         """What was held back, after the last text."""
         return [] if self._parser is None else self._deltas(self._parser.end())
 
-    def _deltas(self, events: list[Any]) -> list[Delta]:
-        deltas: list[Delta] = []
+    def _deltas(self, events: Sequence[Event]) -> list[Delta]:
+        deltas = []
         for event in events:
-            if not isinstance(event, Called):
-                text = event.text.rstrip() if self.has_called and isinstance(event, Said) else event.text
+            if isinstance(event, Called | Argued):
+                deltas += self._call(event)
+            else:
+                text = event.text.rstrip() if self._count and isinstance(event, Said) else event.text
                 deltas += [{"content": text}] if text else []
-            elif self._is_parallel or not self.has_called:
-                self.has_called = True
-                function = {"name": event.name, "arguments": event.arguments}
-                call = {"index": self._count, "id": new_id("call"), "type": "function", "function": function}
-                deltas.append({"tool_calls": [call]})
-                self._count += 1
         return deltas
 
+    def _call(self, event: Called | Argued) -> list[Delta]:
+        self._count += isinstance(event, Called)
+        if self._most is not None and self._count > self._most:
+            return []
+        index = self._count - 1
+        if isinstance(event, Argued):
+            return [{"tool_calls": [{"index": index, "function": {"arguments": event.text}}]}]
+        function = {"name": event.name, "arguments": ""}
+        return [{"tool_calls": [{"index": index, "id": new_id("call"), "type": "function", "function": function}]}]
 
-def merged(deltas: list[Delta]) -> dict[str, Any]:
+
+def merged(deltas: Sequence[Delta]) -> dict[str, Any]:
     """The message that these deltas make."""
     content = "".join(delta.get("content", "") for delta in deltas)
-    calls = [
-        {name: value for name, value in call.items() if name != "index"}
-        for delta in deltas
-        for call in delta.get("tool_calls", ())
-    ]
+    pieces: list[list[Delta]] = []  # by call
+    for call in (call for delta in deltas for call in delta.get("tool_calls", ())):
+        if call["index"] == len(pieces):
+            pieces.append([])
+        pieces[call["index"]].append(call)
+    calls = [_joined(parts) for parts in pieces]
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
     return {**message, "tool_calls": calls} if calls else message
+
+
+def _joined(parts: Sequence[Delta]) -> dict[str, Any]:
+    """A call of its first delta and those with more of its arguments."""
+    first = parts[0]
+    arguments = "".join(part["function"]["arguments"] for part in parts)
+    function = {"name": first["function"]["name"], "arguments": arguments}
+    return {"id": first["id"], "type": first["type"], "function": function}

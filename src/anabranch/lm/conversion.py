@@ -1,0 +1,75 @@
+"""`convert`: a model from any format to another, in as many bits as it had or in fewer."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from anabranch.errors import ConfigError
+from anabranch.files import atomic_folder
+from anabranch.lm import formats
+from anabranch.lm.checkpoint import check_exportable, check_replaceable, find_model, is_foreign, load_model, write_model
+from anabranch.lm.quantized import load_quantized
+from anabranch.lm.tensors import MAX_SHARD_BYTES, read_json
+from anabranch.nn.quantize import check_bits
+
+__all__ = ["convert"]
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: Literal["native", "huggingface"] = "native",
+    *,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+    group: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Load a model from anywhere and save it in another format.
+
+    Args:
+        src: as for `load_model`.
+        dst: the new folder.
+        to: ``native`` or ``huggingface``.
+        family: Hugging Face ``model_type`` to write; None for the first that fits, beginning with that of ``src`` if it is, or
+            was made from, a Hugging Face folder.
+        dtype: of the saved weights; None keeps the stored one.
+        quantize: save linear layers and experts in so many bits, see `load_quantized`; only ``native`` folders hold them. Weights are
+            rounded to ``dtype`` first, as when a model is quantised while it is loaded in that type. None keeps what is there.
+        group: with ``quantize``, weights that share a scale.
+        max_shard_bytes: larger models are split into files of at most this size.
+
+    Raises:
+        ConfigError: ``to`` or ``family`` is unknown, ``quantize`` or ``group`` cannot be, or ``src`` is saved in other bits.
+        CheckpointError: ``src`` cannot be read, no family can express it, or ``dst`` holds something else.
+    """
+    _check(to, quantize, group)
+    check_replaceable(Path(dst))
+    found = find_model(src)
+    table = read_json(found / "config.json") if found.is_dir() else {}
+    origin = table.get("model_type") if is_foreign(table) else table.get("family")
+    if quantize is None:
+        model, tokenizer = load_model(found, dtype=dtype)
+    else:
+        model, tokenizer = load_quantized(found, quantize, dtype=dtype, group=group)
+    with atomic_folder(dst) as temporary:
+        if to == "native":
+            write_model(temporary, model, tokenizer, family=origin, max_shard_bytes=max_shard_bytes)
+        else:
+            check_exportable(model)
+            formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
+
+
+def _check(to: str, quantize: str | None, group: int | None) -> None:
+    if to not in ("native", "huggingface"):
+        raise ConfigError(f"to is {to!r}; it must be 'native' or 'huggingface'")
+    if quantize is not None and to != "native":
+        raise ConfigError(
+            f"quantize is {quantize!r}, but only 'native' folders hold quantised weights, and to is {to!r}"
+        )
+    if group is not None and quantize is None:
+        raise ConfigError(f"group is {group}, but there is no quantize to use it; say int8 or int4")
+    if quantize is not None:
+        check_bits(quantize, group)

@@ -1,0 +1,320 @@
+"""Quantised models on disk: loaded they are, to the bit, what quantising at load gives; and what does not fit is said."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from anabranch.data import ByteTokenizer
+from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.experts.rexmoe import ReXMoE
+from anabranch.lm import (
+    Decoder,
+    SamplingConfig,
+    convert,
+    export_huggingface,
+    generate,
+    load_config,
+    load_model,
+    load_weights,
+    save_model,
+)
+from anabranch.lm.quantized import load_quantized
+from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize, replace
+from anabranch.serving import LLM, Sampling
+from anabranch.serving.elasticmoe.layout import layout_of
+from anabranch.serving.expertflow import load_offloaded
+
+
+def decoder(feed_forward=None, **fields):
+    config = Decoder.Config(
+        vocab_size=257, dim=64, num_layers=2, attention=Attention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), init_std=0.2, max_positions=128, **fields,
+    )  # fmt: skip
+    model = config.build(seed=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))  # built as zeros
+    return model
+
+
+MODELS = {
+    "dense": lambda: decoder(),
+    "tied": lambda: decoder(tie_embeddings=True),
+    "moe": lambda: decoder(MoE.Config(num_experts=4, hidden_dim=32, shared_experts=1, shared_gate=True)),
+    "shared pool": lambda: decoder(ReXMoE.Config(num_experts=4, hidden_dim=32, reuse=2)),
+    "narrow": lambda: decoder(MoE.Config(num_experts=4, hidden_dim=40)),  # experts that cannot be packed
+}
+WAYS = [("int8", None), ("int8", 32), ("int4", None), ("int4", 64)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "plain", MODELS["moe"](), ByteTokenizer())
+    convert(tmp_path / "plain", tmp_path / "q", quantize="int4")
+    return tmp_path / "q"
+
+
+def same(one, other):
+    """The same modules, with the same tensors in all their bits."""
+    assert [(name, type(module)) for name, module in one.named_modules()] == [
+        (name, type(module)) for name, module in other.named_modules()
+    ]
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8)), name
+    for module, twin in zip(one.modules(), other.modules(), strict=True):
+        if isinstance(module, QuantizedLinear):
+            assert (module.packed.kind, module.packed.group) == (twin.packed.kind, twin.packed.group)
+
+
+def tokens(model):
+    return generate(model, [[1, 2, 3], [200]], SamplingConfig(max_tokens=12, temperature=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_is_what_quantising_at_load_gives(name, bits, group, dtype, tmp_path):
+    save_model(tmp_path / "plain", MODELS[name]())
+    wanted, _ = load_quantized(tmp_path / "plain", bits, dtype=dtype, group=group)
+    convert(tmp_path / "plain", tmp_path / "q", dtype=dtype, quantize=bits, group=group)
+    for found in (load_model(tmp_path / "q")[0], load_quantized(tmp_path / "q", bits, dtype=dtype, group=group)[0]):
+        same(found, wanted)
+        assert tokens(found) == tokens(wanted)
+    convert(tmp_path / "q", tmp_path / "again")  # what is quantised stays so
+    same(load_model(tmp_path / "again")[0], wanted)
+    assert load_config(tmp_path / "q") == wanted.config
+
+
+def test_layers_share_a_pool_again(tmp_path):
+    convert_of(MODELS["shared pool"](), tmp_path, "int8")
+    model, _ = load_model(tmp_path / "q")
+    pools = {id(block.feed_forward.experts) for block in model.blocks}
+    assert len(pools) == 1
+    assert all(isinstance(block.feed_forward.experts, QuantizedPool) for block in model.blocks)
+
+
+def convert_of(model, place, bits, **options):
+    save_model(place / "plain", model)
+    convert(place / "plain", place / "q", quantize=bits, **options)
+    return json.loads((place / "q" / "config.json").read_text())
+
+
+def test_numbers_on_disk_are_plain(tmp_path):
+    # w = s u + m by hand: the row's least is m, its step (greatest - least) / 15; u of even columns in the low half of a byte.
+    model = decoder()
+    weight = torch.zeros(64, 64)
+    weight[0, :32] = torch.arange(32) % 16 * 0.5 - 2
+    model.blocks[0].attention.out.weight.data = weight
+    table = convert_of(model, tmp_path, "int4")
+    assert table["schema"] == 2
+    assert (table["quantization"]["scheme"], table["quantization"]["group"]) == ("int4", 32)
+    assert table["quantization"]["modules"]["blocks.0.attention.out"] == "int4"
+    assert table["quantization"]["modules"]["head"] == "int8"
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    name = "blocks.0.attention.out"
+    assert stored[f"{name}.number"][0, :16].tolist() == [2 * pair % 16 | (2 * pair % 16 + 1) << 4 for pair in range(16)]
+    assert stored[f"{name}.scale"][0].tolist() == [0.5, 0]
+    assert stored[f"{name}.least"][0].tolist() == [-2, 0]
+    assert f"{name}.weight" not in stored
+    number, scale = stored["head.number"].float() - 128, stored["head.scale"].float()
+    assert torch.allclose(number * scale, model.head.weight, atol=scale.max().item() / 2)
+    plain, few = ((tmp_path / part / "model.safetensors").stat().st_size for part in ("plain", "q"))
+    assert few < plain / 2.5  # the embedding stays
+
+
+def test_one_scale_a_row_is_no_group(tmp_path):
+    assert convert_of(decoder(), tmp_path, "int8")["quantization"]["group"] is None
+
+
+def test_models_without_few_bits_are_saved_as_before(tmp_path):
+    save_model(tmp_path / "m", decoder())
+    table = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (table["schema"], "quantization" in table) == (1, False)
+
+
+def test_shards_and_another_type_for_the_rest(tmp_path):
+    convert_of(MODELS["moe"](), tmp_path, "int4", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "q").glob("model-*.safetensors"))) > 2
+    model, _ = load_model(tmp_path / "q", dtype=torch.bfloat16)
+    assert model.embedding.weight.dtype == model.blocks[0].attention.qkv.bias.dtype == torch.bfloat16
+    wanted, _ = load_quantized(tmp_path / "plain", "int4")
+    assert torch.equal(model.head.data, wanted.head.data)
+
+
+def test_a_model_quantised_in_memory_is_saved_as_it_is(tmp_path):
+    model = MODELS["moe"]()
+    quantize(model, "int4", group=64, head=None, skip=("blocks.0.attention",))
+    save_model(tmp_path / "q", model)
+    found, _ = load_model(tmp_path / "q")
+    same(found, model)
+    assert type(found.head) is type(found.blocks[0].attention.qkv) is nn.Linear
+
+
+def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(ByteTokenizer, "save", lambda self, place: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(DataError, match="full"):
+        convert(folder.parent / "plain", folder, quantize="int8")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["plain", "q"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "is saved in int4, and int8 is asked for"),
+        ({"quantize": "int4", "group": 64}, "32 weights share a scale, and group is 64"),
+        ({"quantize": "int4", "to": "huggingface"}, "only 'native' folders hold quantised weights"),
+        ({"group": 32}, "group is 32, but there is no quantize"),
+    ],
+)
+def test_other_bits_than_the_saved_ones_are_refused(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        convert(folder, folder.parent / "new", **options)
+    assert not (folder.parent / "new").exists()
+
+
+def test_what_takes_floating_point_weights_says_so(folder):
+    model, _ = load_model(folder)
+    with pytest.raises(CheckpointError, match="the model is quantised"):
+        convert(folder, folder.parent / "hf", "huggingface")
+    with pytest.raises(CheckpointError, match="the model is quantised"):
+        export_huggingface(folder.parent / "hf", model)
+    with pytest.raises(CheckpointError, match="saved in fewer bits"):
+        load_weights(model, folder)
+    dequantize(model)
+    save_model(folder.parent / "floats", model)
+    assert json.loads((folder.parent / "floats" / "config.json").read_text())["schema"] == 1
+
+
+OUT = "blocks.0.attention.out"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored, table: stored.pop(f"{OUT}.least"), f"lacks {OUT}.least"),
+        (lambda stored, table: stored.update({f"{OUT}.number": torch.zeros(64, 64, dtype=torch.uint8)}), "has shape"),
+        (lambda stored, table: stored.update({f"{OUT}.scale": torch.zeros(64, 2)}), "is stored as torch.float32"),
+        (lambda stored, table: stored.update({f"{OUT}.scale": torch.zeros(64, 3).half()}), f"{OUT}.least|3 groups"),
+        (
+            lambda stored, table: stored.update(
+                {f"{OUT}.{part}": torch.zeros(64, 4).half() for part in ("scale", "least")}
+            ),
+            "group is 16",
+        ),
+        (lambda stored, table: table["modules"].update({"blocks.9": "int4"}), "says blocks.9 is int4"),
+        (lambda stored, table: table["modules"].update({OUT: "int3"}), f"says {OUT} is int3"),
+        (lambda stored, table: table["modules"].update({"embedding": "int8"}), "says embedding is int8"),
+        (lambda stored, table: table["modules"].pop(OUT), f"lacks {OUT}.weight"),
+        (lambda stored, table: table.update(scheme="int2"), "no table of a scheme"),
+        (lambda stored, table: table.pop("modules"), "no table of a scheme"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(folder, change, message):
+    stored, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(stored, config["quantization"])
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_a_quantization_that_is_no_table(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": "int4"}))
+    with pytest.raises(CheckpointError, match="no table of a scheme"):
+        load_model(folder)
+
+
+# -- in an engine
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_the_engine_says_the_same(tmp_path, bits):
+    save_model(tmp_path / "plain", MODELS["moe"](), ByteTokenizer())
+    convert(tmp_path / "plain", tmp_path / "q", dtype=torch.float32, quantize=bits)
+    said = []
+    for place, quantized in (("plain", bits), ("q", "none"), ("q", bits)):
+        llm = LLM(tmp_path / place, dtype="float32", num_blocks=20, quantize=quantized)
+        sampling = Sampling(temperature=0.0, max_tokens=16, logprobs=3, ignore_eos=True)
+        [answer] = llm.generate(["a prompt"], sampling)
+        said.append((answer.tokens, answer.output.logprobs))
+        llm.close()
+    assert said[1] == said[0]
+    assert said[2] == said[0]
+
+
+@pytest.mark.parametrize("budget", [None, "1MiB"])
+def test_an_engine_does_not_round_it_again(folder, budget):
+    with pytest.raises(ConfigError, match="is saved in int4, and int8 is asked for"):
+        LLM(folder, num_blocks=20, quantize="int8", expert_budget=budget)
+
+
+def with_plain_experts(place, dtype):
+    """The saved model, its experts in floating point with the numbers that count."""
+    model, _ = load_model(place, dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedPool):
+            pool = ExpertPool(module.num_experts, module.dim, module.hidden_dim)
+            pool.w13, pool.w2 = (nn.Parameter(packed.unpack(dtype)) for packed in module.packed)
+            replace(model, name, pool)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), WAYS)
+@pytest.mark.parametrize("name", ["moe", "shared pool", "narrow"])
+def test_experts_come_from_the_file_when_they_are_wanted(name, bits, group, dtype, tmp_path):
+    if name == "narrow" and dtype == torch.bfloat16:
+        pytest.skip("sums of waves are rounded otherwise than one sum at this width, also where nothing is quantised")
+    convert_of(MODELS[name](), tmp_path, bits, group=group, max_shard_bytes=20_000)
+    model = with_plain_experts(tmp_path / "q", dtype)
+    size = sum(part.nbytes for pool in model.modules() if isinstance(pool, ExpertPool) for part in pool.parameters())
+    offloaded, _, engine = load_offloaded(tmp_path / "q", size * 5 // 8, dtype=dtype)
+    with engine, torch.inference_mode():
+        assert isinstance(offloaded.blocks[0].attention.qkv, QuantizedLinear)
+        token_BL = torch.arange(40).view(2, 20)
+        wanted = model(token_BL).logits_BLV
+        torch.testing.assert_close(
+            offloaded(token_BL).logits_BLV, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item()
+        )
+        assert engine.arena.bytes <= engine.budget_bytes < size
+
+
+def test_a_budget_in_the_engine_gives_the_same_tokens(folder):
+    model = with_plain_experts(folder, torch.float32)
+    sampling = Sampling(temperature=0.0, max_tokens=16, ignore_eos=True)
+    size = sum(part.nbytes for pool in model.modules() if isinstance(pool, ExpertPool) for part in pool.parameters())
+    said = []
+    for model_or_place, options in (
+        (model, {}),
+        (folder, {"dtype": "float32", "expert_budget": str(size * 5 // 8)}),
+        (folder, {"dtype": "float32", "expert_budget": str(size * 5 // 8), "quantize": "int4"}),
+    ):
+        llm = LLM(model_or_place, num_blocks=20, **options)
+        said.append([answer.tokens for answer in llm.generate([[1, 2, 3], [200, 7]], sampling)])
+        llm.close()
+    assert said[1] == said[0]
+    assert said[2] == said[0]
+
+
+def test_experts_that_do_not_fit_are_refused(folder):
+    stored = load_file(folder / "model.safetensors")
+    name = "blocks.1.feed_forward.experts.w2"
+    save_file({**stored, f"{name}.number": stored[f"{name}.number"][:3].clone()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}.number in .* has shape"):
+        load_offloaded(folder, None)
+
+
+def test_devices_do_not_map_it(folder):
+    with pytest.raises(ConfigError, match="saved in fewer bits, and devices map experts in floating point"):
+        layout_of(folder)

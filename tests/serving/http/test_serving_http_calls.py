@@ -1,0 +1,210 @@
+"""Calls of tools in a stream: their pieces make the whole answer's, however the model's text is cut; OpenAI's client joins them."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.data import ByteTokenizer
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
+from anabranch.serving.http.asked import Asked
+from anabranch.serving.http.choice import Choice
+from anabranch.serving.http.messages import Tools
+from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.shape import ChatShape
+from fake_engine import Script
+from serving_models import serve_process
+from serving_thread import events, serving
+
+INFO = EngineInfo(model="small", vocab_size=257, max_positions=4096, block_tokens=16, num_blocks=64)
+
+
+def tool(name, **properties):
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+WEATHER, CLOCK = tool("weather", city={"type": "string"}), tool("clock")
+CITY = '{"city": "Gh\\"ent\\u00e9 \\ud83d\\ude00 é😀 \\\\END"}'
+CALL = f'<tool_call>\n{{"name": "weather", "arguments": {CITY}}}\n</tool_call>'
+NOW = '<tool_call>{"name": "clock", "arguments": "{ }"}</tool_call>'
+UNKNOWN = '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'
+TEXTS = [
+    CALL, f"Let me see. {CALL}\n{NOW}\n", f"{NOW}{CALL}{CALL}", f"[TOOL_CALLS][{{\"name\": \"weather\", \"arguments\": {CITY}}}]",
+    f"<function=weather>{CITY}</function>", f'{{"name": "weather", "parameters": {CITY}}}; {{"name": "clock", "arguments": {{}}}}',
+    f'<tool_call>{{"name": "weather", "arguments": {json.dumps(CITY)}}}</tool_call>',
+    f'<tool_call>{{"arguments": {CITY}, "name": "weather"}}</tool_call>',
+    f'<tool_call>{{"name": "launch", "arguments": {CITY}}}</tool_call> Done.', "<tool_call>weather(Ghent)</tool_call>é",
+    '<tool_call>{"name": "weather", "arguments": {"city": Ghent,}}</tool_call>', '{"name": "Ann", "arguments": "END"}', "Plain é😀 text.",
+]  # fmt: skip
+
+
+class Cut:
+    """An engine that tells these bytes, in outputs of these sizes, with a log probability each."""
+
+    def __init__(self, outputs, finish):
+        self.outputs, self.finish = outputs, finish
+
+    async def submit(self, request):
+        for piece in self.outputs:
+            yield Output(
+                id=request.id,
+                tokens=tuple(piece),
+                logprobs=tuple(TokenLogprob(token=token, logprob=-0.5) for token in piece),
+            )
+        yield Output(id=request.id, finish=self.finish)
+
+
+def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
+    """The message and the reason of the whole answer, and those that the deltas of a stream make."""
+    tools = Tools((WEATHER, CLOCK), is_parallel=is_parallel)
+    asked = Asked(kind="chat", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0)
+    reader = Reader(ByteTokenizer())
+    choice = Choice(0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=asked.sampling), reader, stop)
+
+    async def run():
+        return [piece async for piece in choice.run()]
+
+    pieces = asyncio.run(run())
+    whole, stream = (ChatShape(asked, [choice], reader, "small", INFO) for _ in range(2))
+    [told] = whole.whole([pieces])["choices"]
+    parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]
+    rows = [row for part in parts for row in (part["logprobs"] or {"content": []})["content"]]
+    assert rows == told["logprobs"]["content"]
+    return (unnamed(told["message"]), told["finish_reason"]), (joined(parts), parts[-1]["finish_reason"])
+
+
+def unnamed(message):
+    """Content, and name and arguments of calls."""
+    calls = message.get("tool_calls") or []
+    assert all(call["id"].startswith("call_") and call["type"] == "function" for call in calls)
+    return message["content"], [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+def joined(parts):
+    """What a client makes of the deltas of one choice, as strict as can be about their form."""
+    content, calls = "", []
+    for part in parts:
+        assert part["finish_reason"] is None or part["delta"] == {}
+        content += part["delta"].get("content") or ""
+        for call in part["delta"].get("tool_calls", ()):
+            if call["index"] == len(calls):
+                assert set(call) == {"index", "id", "type", "function"}
+                assert call["function"]["arguments"] == ""
+                calls.append([call["function"]["name"], ""])
+            else:
+                assert call["index"] == len(calls) - 1
+                assert set(call) == {"index", "function"}
+                assert set(call["function"]) == {"arguments"}
+                assert call["function"]["arguments"]
+                calls[-1][1] += call["function"]["arguments"]
+    return content if content or not calls else None, [tuple(call) for call in calls]
+
+
+@given(
+    st.sampled_from(TEXTS), st.sampled_from([(), ("END",), ("\\END", "END\""), ("}}",)]), st.booleans(),
+    st.sampled_from([Finish.STOP, Finish.LENGTH]), st.data(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_a_stream_says_what_the_whole_answer_says(text, stop, is_parallel, finish, data):
+    raw = text.encode()
+    raw = raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))]  # cut off anywhere
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=10)))
+    outputs = [raw[a:b] for a, b in itertools.pairwise([0, *cuts, len(raw)])]
+    whole, stream = answered(outputs, stop=stop, finish=finish, is_parallel=is_parallel)
+    assert stream == whole
+    assert (
+        whole == answered([raw], stop=stop, finish=finish, is_parallel=is_parallel)[0]
+    )  # nor does it depend on the cuts
+    assert whole == answered([bytes([byte]) for byte in raw], stop=stop, finish=finish, is_parallel=is_parallel)[1]
+    if not is_parallel:
+        assert len(whole[0][1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "finish", "wanted"),
+    [
+        (CALL, (), Finish.STOP, ((None, [("weather", CITY)]), "tool_calls")),
+        (f"{CALL}\n{NOW}", (), Finish.STOP, ((None, [("weather", CITY), ("clock", "{ }")]), "tool_calls")),
+        # Cut off within arguments: they end there, and nothing says that the call is whole.
+        (CALL, ("END",), Finish.STOP, ((None, [("weather", CITY.partition("END")[0])]), "stop")),
+        (CALL[: CALL.index("Gh")], (), Finish.LENGTH, ((None, [("weather", '{"city": "')]), "length")),
+        (CALL, (), Finish.LENGTH, ((None, [("weather", CITY)]), "length")),
+        ("<tool_call>call(weather)</tool_call>", (), Finish.STOP, (("<tool_call>call(weather)</tool_call>", []), "stop")),
+        (UNKNOWN, (), Finish.STOP, ((UNKNOWN, []), "stop")),
+    ],
+)  # fmt: skip
+def test_how_answers_end(text, stop, finish, wanted):
+    assert answered([text.encode()], stop=stop, finish=finish) == (wanted, wanted)
+
+
+def test_a_second_call_that_is_not_wanted_changes_nothing():
+    half = NOW + CALL[: CALL.index("Gh")]
+    assert answered([half.encode()], is_parallel=False)[1] == ((None, [("clock", "{ }")]), "tool_calls")
+    assert answered([half.encode()])[1] == ((None, [("clock", "{ }"), ("weather", '{"city": "')]), "stop")
+
+
+def test_arguments_arrive_before_the_call_has_ended():
+    with serving(Script(say=f"I ask. {CALL}")) as running:
+        made = [event["choices"][0] for event in events(running.chat(tools=[WEATHER], stream=True)[2])[:-1]]
+        deltas = [call for part in made for call in part["delta"].get("tool_calls", ())]
+        begin, *more = deltas
+        assert begin == {
+            "index": 0, "id": begin["id"], "type": "function", "function": {"name": "weather", "arguments": ""},
+        }  # fmt: skip
+        assert len(more) > len(CITY) / 2  # the engine says a byte at a time
+        assert joined(made) == ("I ask.", [("weather", CITY)])
+        assert unnamed(running.chat(tools=[WEATHER])[2]["choices"][0]["message"]) == joined(made)
+
+
+# -- OpenAI's own client, and a server as users start it
+
+TOOLS = [
+    tool("weather", city={"enum": ["Ghent é😀", 'a "b" \\ c']}, warm={"type": "boolean"}),
+    tool("clock", zone={"type": "integer"}),
+]
+ASKED = {
+    "model": "small-moe",
+    "messages": [{"role": "user", "content": "hello"}],
+    "tools": TOOLS,
+    "max_tokens": 600,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def client():
+    openai = pytest.importorskip("openai")
+    with (
+        serve_process("--set", "engine.num_blocks=256") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as made,
+    ):
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_parallel", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_the_official_client_joins_what_a_server_streams(client, choice, is_parallel):
+    asked = {**ASKED, "tool_choice": choice, "parallel_tool_calls": is_parallel}
+    whole = client.chat.completions.create(**asked).choices[0]
+    calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+    assert len(calls) > 1 if is_parallel and choice == "required" else len(calls) == 1
+    with client.chat.completions.stream(**asked) as stream:
+        pieces = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        end = stream.get_final_completion().choices[0]
+    assert [(call.function.name, call.function.arguments) for call in end.message.tool_calls] == calls
+    assert end.finish_reason == whole.finish_reason
+    assert "".join(pieces) == "".join(arguments for _, arguments in calls)
+    assert len(pieces) > 3 * len(calls)
+    if whole.finish_reason == "tool_calls":
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls)
