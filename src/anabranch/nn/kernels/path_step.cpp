@@ -37,12 +37,11 @@ struct Kept {
 };
 
 thread_local Scratch scratch_of_call;
-constexpr int64_t APART = 16;  // floats between hidden rows, whose width alone would put them all into the same sets of the cache
 
 // emit(row, first of VL columns, numbers)
 template <class Emit>
-void product(const Affine& p, const float* x, int64_t row_floats, int64_t B, Emit emit) {
-  Activations a{(char*)x, p.w.depth, row_floats * (int64_t)sizeof(float), p.w.kind};
+void product(const Affine& p, const float* x, int64_t B, Emit emit) {
+  Activations a{(char*)x, p.w.depth, p.w.depth * (int64_t)sizeof(float), p.w.kind};
   multiply(p.w, a, 0, B, 0, p.w.panels(), [&](int64_t b, int64_t panel, const float* out) {
     for (int64_t c = 0; c < WIDE; c += VL) emit(b, panel * WIDE + c, load(out + c) + load(p.bias + panel * WIDE + c));
   });
@@ -97,12 +96,12 @@ void attend(const PathNetwork& n, const float* query, const float* kept, int64_t
 }
 
 struct Work {  // what a step works out on its way, row after row
-  float *x, *normed, *mixed, *qkv, *hidden, *score;
+  float *x, *normed, *mixed, *qkv, *score;
 };
 
 void self_attention(const PathNetwork& n, const PathLayer& layer, int64_t number, int64_t B, Kept* const* kept, const Work& r) {
   for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, layer.norm, n.D, n.eps, r.normed + b * n.D);
-  product(layer.qkv, r.normed, n.D, B, [&](int64_t b, int64_t c, vec v) { store(r.qkv + b * 3 * n.D + c, v); });
+  product(layer.qkv, r.normed, B, [&](int64_t b, int64_t c, vec v) { store(r.qkv + b * 3 * n.D + c, v); });
   for (int64_t b = 0; b < B; ++b) {
     const float* qkv = r.qkv + b * 3 * n.D;
     float* ring = kept[b]->ring() + number * 2 * n.D * n.stride;
@@ -114,11 +113,55 @@ void self_attention(const PathNetwork& n, const PathLayer& layer, int64_t number
 
 void cross_attention(const PathNetwork& n, const PathLayer& layer, int64_t number, int64_t B, Kept* const* kept, const Work& r) {
   for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, layer.cross_norm, n.D, n.eps, r.normed + b * n.D);
-  product(layer.cross_query, r.normed, n.D, B, [&](int64_t b, int64_t c, vec v) { store(r.qkv + b * n.D + c, v); });
+  product(layer.cross_query, r.normed, B, [&](int64_t b, int64_t c, vec v) { store(r.qkv + b * n.D + c, v); });
   for (int64_t b = 0; b < B; ++b) {
     const int64_t stride = (kept[b]->prompt + WIDE - 1) / WIDE * WIDE;
     const float* prompt = kept[b]->ring() + 2 * n.D * (n.depth * n.stride + number * stride);
     attend(n, r.qkv + b * n.D, prompt, stride, kept[b]->prompt, nullptr, r.score, r.mixed + b * n.D);
+  }
+}
+
+// out[m][16] (+)= rows of a times `depth` rows of a panel
+void panel_tile(int m, const float* a, const float* panel, int64_t depth, float* out, int64_t so, bool add) {
+  for (int v = 0; v < NV; v += 2)
+    tile_any<Plain, LDA>(m, std::min(2, NV - v), a, 1, panel + v * VL, WIDE, depth, out + v * VL, so, add);
+}
+
+// Of `m` rows: a piece of the hidden units at a time, which stays in the first cache.
+void feed_forward_block(const PathNetwork& n, const PathLayer& layer, int m, const Rows<Plain>& normed, const Rows<Plain>& hidden,
+                        float* x) {
+  alignas(64) float out[MR * WIDE];
+  const auto panel_of = [](const Matrix& w, int64_t panel, int64_t k) { return (const float*)(w.data + panel * w.panel_bytes) + k * WIDE; };
+  for (int64_t first = 0; first < n.F; first += LANE_K) {
+    const int64_t count = std::min<int64_t>(LANE_K, n.F - first);
+    for (int64_t f = first; f < first + count; f += WIDE) {
+      for (int64_t k = 0; k < n.D; k += LANE_K)
+        panel_tile(m, normed.at(0, k / LANE_K), panel_of(layer.up.w, f / WIDE, k), std::min<int64_t>(LANE_K, n.D - k), out, WIDE, k > 0);
+      for (int i = 0; i < m; ++i)
+        for (int c = 0; c < WIDE; c += VL) {
+          const vec v = load(out + i * WIDE + c) + load(layer.up.bias + f + c);
+          hidden.put(i, f - first + c, v > 0.f ? v : vec{});
+        }
+    }
+    for (int64_t d = 0; d < n.D; d += WIDE)
+      panel_tile(m, hidden.at(0, 0), panel_of(layer.down.w, d / WIDE, first), count, x + d, n.D, true);
+  }
+}
+
+void feed_forward(const PathNetwork& n, const PathLayer& layer, int64_t B, const Work& r) {
+  const Rows<Plain> normed = scratch_of_call.rows<Plain>(SPARE, MR, n.D), hidden = scratch_of_call.rows<Plain>(MIDDLE, MR, LANE_K);
+  const int64_t blocks = (B + MR - 1) / MR;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = B * block / blocks, end = B * (block + 1) / blocks;
+    for (int64_t b = begin; b < end; ++b) {
+      float* x = r.x + b * n.D;
+      norm_row(x, layer.feed_forward_norm, n.D, n.eps, r.normed);
+      for (int64_t d = 0; d < n.D; d += VL) {
+        normed.put(b - begin, d, load(r.normed + d));
+        store(x + d, load(x + d) + load(layer.down.bias + d));  // to which the product is added
+      }
+    }
+    feed_forward_block(n, layer, (int)(end - begin), normed, hidden, r.x + begin * n.D);
   }
 }
 
@@ -127,13 +170,12 @@ void cross_attention(const PathNetwork& n, const PathLayer& layer, int64_t numbe
 // ids [B]; prob [B][outputs]. Each sequence has one id more when this returns.
 extern "C" void anabranch_path_step(const PathNetwork* network, int64_t B, const int64_t* ids, Kept* const* kept, float* prob) {
   const PathNetwork& n = *network;
-  const int64_t apart = n.F + APART;
   int64_t longest = n.stride;
   for (int64_t b = 0; b < B; ++b) longest = std::max(longest, kept[b]->prompt + WIDE);
-  float* memory = scratch_of_call.get<float>(LEFT, B * (6 * n.D + apart) + n.H * longest);
+  float* memory = scratch_of_call.get<float>(LEFT, B * 6 * n.D + n.H * longest);
   Work r;
   r.x = memory, r.normed = r.x + B * n.D, r.mixed = r.normed + B * n.D, r.qkv = r.mixed + B * n.D;
-  r.hidden = r.qkv + B * 3 * n.D, r.score = r.hidden + B * apart;
+  r.score = r.qkv + B * 3 * n.D;
   auto add = [&](int64_t b, int64_t c, vec v) { store(r.x + b * n.D + c, load(r.x + b * n.D + c) + v); };
   for (int64_t b = 0; b < B; ++b) {
     const int64_t id = ids[b] >= 0 && ids[b] < n.vocab ? ids[b] : n.vocab;
@@ -142,15 +184,13 @@ extern "C" void anabranch_path_step(const PathNetwork* network, int64_t B, const
   for (int64_t number = 0; number < n.depth; ++number) {
     const PathLayer& layer = n.layers[number];
     self_attention(n, layer, number, B, kept, r);
-    product(layer.out, r.mixed, n.D, B, add);
+    product(layer.out, r.mixed, B, add);
     cross_attention(n, layer, number, B, kept, r);
-    product(layer.cross_out, r.mixed, n.D, B, add);
-    for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, layer.feed_forward_norm, n.D, n.eps, r.normed + b * n.D);
-    product(layer.up, r.normed, n.D, B, [&](int64_t b, int64_t c, vec v) { store(r.hidden + b * apart + c, v > 0.f ? v : vec{}); });
-    product(layer.down, r.hidden, apart, B, add);
+    product(layer.cross_out, r.mixed, B, add);
+    feed_forward(n, layer, B, r);
   }
   for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, n.last_norm, n.D, n.eps, r.normed + b * n.D);
-  product(n.heads, r.normed, n.D, B, [&](int64_t b, int64_t c, vec v) {
+  product(n.heads, r.normed, B, [&](int64_t b, int64_t c, vec v) {
     vec p = sigmoid(v);
     memcpy(prob + b * n.outputs + c, &p, std::min<int64_t>(VL, std::max<int64_t>(n.outputs - c, 0)) * sizeof(float));
   });
