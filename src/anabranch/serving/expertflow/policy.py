@@ -232,31 +232,52 @@ class Belady(Lru):
         """Nothing is unwanted yet."""
         super().attach(cache)
         self._unwanted: frozenset[Expert] = frozenset()
+        self._leaving: dict[
+            int, list[Expert]
+        ] = {}  # of each group, who leaves first at the end; what was used since is not in it
 
     def begin_step(self) -> None:
         """A new string."""
         self._unwanted = frozenset()
+        self._leaving.clear()
 
     def begin_layer(self, unwanted: frozenset[Expert]) -> None:
         """The string was corrected."""
         self._unwanted = unwanted
+        self._leaving.clear()
+
+    def used(self, expert: Expert) -> None:
+        """It may leave now."""
+        super().used(expert)
+        self._leaving.clear()
 
     def worth(self, expert: Expert) -> float:
         """What decides between experts that are not known to be used again, before the time of their last use."""
         return 0.0
 
     def worst(self, group: int) -> Expert | None:
-        """See the class."""
+        """See the class. A layer that misses several experts asks as often, and they are put in order once."""
+        leaving = self._leaving.get(group)
+        while leaving:
+            if self.cache.is_evictable(leaving[-1]):
+                return leaving[-1]
+            leaving.pop()
+        leaving = self._leaving[group] = self._in_order(group)
+        return leaving[-1] if leaving else None
+
+    def _in_order(self, group: int) -> list[Expert]:
+        """Those that may leave, the first to do so at the end."""
         reference, start = self.cache.reference, self.cache.at * PLACES - 1
-        farthest, found = -1, None
-        never = []
-        for expert in self.evictable(group):
+        never, known = [], []
+        for age, expert in enumerate(self.evictable(group)):
             next_use = reference.next_use(expert, start)
-            if next_use == NEVER:
-                never.append(expert)
-            elif next_use > farthest:
-                farthest, found = next_use, expert
-        return min(never, key=lambda expert: (expert not in self._unwanted, self.worth(expert)), default=found)
+            if next_use < NEVER:  # no two have the same
+                known.append((next_use, expert))
+            else:
+                never.append((expert in self._unwanted, -self.worth(expert), -age, expert))
+        known.sort()
+        never.sort()
+        return [pair[1] for pair in known] + [entry[3] for entry in never]
 
 
 class LruAhead(LoadsAhead, Lru):
