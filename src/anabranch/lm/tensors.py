@@ -5,6 +5,7 @@ it imports, read backwards it exports; formats differ in their layouts alone.
 """
 
 import json
+import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -35,6 +35,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+BLOCK = 4096  # what devices read whole
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -191,20 +193,43 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write ``model.safetensors`` into ``folder``, or shards of at most ``max_shard_bytes`` with an index.
 
-    Only the tensors of one shard are copied at a time, and only where they are not on the CPU or not contiguous.
+    Tensors are copied one at a time, and only where they are not on the CPU or not contiguous.
     """
     shards = list(_shards(tensors, max_shard_bytes))
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        ready = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(ready, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, {name: tensors[name] for name in names})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whose large tensors can be read past the page cache straight to where they are wanted.
+
+    The format leaves the order of tensors to the writer, and allows spaces behind the header. The `safetensors` package orders by name, so
+    that an expert begins anywhere; here the tensors that fill whole blocks come first, and begin at one. Raises OSError, CheckpointError for a type that it has not.
+    """
+    names = sorted(tensors, key=lambda name: tensors[name].nbytes % BLOCK != 0)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{name} is {tensor.dtype}, which cannot be saved; known: {', '.join(_DTYPES)}")
+        end += tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(len(text) + 8) % BLOCK)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """`Arena`: the slots, one pair of stacked tensors for each kind of expert, so that the grouped expert kernels run on slots as on a pool."""
 # Shapes: S slots, F hidden, D width
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels.packed import advise
+from anabranch.serving.expertflow.direct import BLOCK
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Arena:
         with torch.inference_mode(False):  # other threads write into them outside of it
             for kind, count in zip(kinds, slots, strict=True):
                 w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
-                self.w13_SFD.append(torch.zeros(w13, dtype=kind.dtype, device=self.device))
-                self.w2_SDF.append(torch.zeros(w2, dtype=kind.dtype, device=self.device))
+                self.w13_SFD.append(_zeros(w13, kind.dtype, self.device))
+                self.w2_SDF.append(_zeros(w2, kind.dtype, self.device))
             both = zip(self.w13_SFD, self.w2_SDF, strict=True)  # made once, as whoever loads asks often
             self._places = [list(zip(w13.unbind(), w2.unbind(), strict=True)) for w13, w2 in both]
         for weight in (*self.w13_SFD, *self.w2_SDF) if self.device.type == "cpu" else ():
@@ -71,3 +73,13 @@ class Arena:
         event = self._used.pop((kind, number), None)
         if event is not None:
             event.synchronize()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU they begin at a page, so that whole blocks of a file can be read straight to their place."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.zeros(size + BLOCK, dtype=torch.uint8)
+    start = -memory.data_ptr() % BLOCK
+    return memory[start : start + size].view(dtype).view(shape)

@@ -147,9 +147,12 @@ class EncoderDecoder(RoutePredictor):
             if going:
                 prob_BLE = self._continue([rows[number] for number in going])
                 of_row.update(zip(going, prob_BLE[:, None], strict=True))
+            alike: dict[tuple[int, ...], list[int]] = {}
             for number, row in enumerate(rows):
                 if number not in of_row:
-                    of_row[number] = self._begin(row)
+                    alike.setdefault((row.prompt_length, row.num_new, len(row.ids)), []).append(number)
+            for numbers in alike.values():
+                of_row.update(zip(numbers, self._begin([rows[number] for number in numbers]), strict=True))
             prob_TLE = np.concatenate([of_row[number] for number in range(len(rows))])
         nameless = [key for key in self._states if not isinstance(key, str)]  # who cannot be forgotten by a name
         if nameless:
@@ -164,18 +167,24 @@ class EncoderDecoder(RoutePredictor):
         self._states.pop(key, None)
 
     @torch.inference_mode()
-    def _begin(self, row: Row) -> np.ndarray:
-        """Several ids of a sequence, or one of a sequence that is not known: the prompt is encoded, ids are decoded from W before."""
-        prompt = torch.from_numpy(row.ids[: row.prompt_length][-self.settings.max_input :].astype(np.int64))[None]
-        cross = self.network.encode(self.network.known(prompt), torch.ones_like(prompt, dtype=torch.bool))
-        wanted = min(row.num_new, MOST_NEW)
-        ids = torch.from_numpy(row.ids[-(wanted + self.settings.window) :].astype(np.int64))[None]
-        logit_BSLE, past = self.network.decode(self.network.known(ids), cross)
-        window = self.settings.window
-        kept = F.pad(past[0], (0, 0, max(window - past.shape[2], 0), 0))[:, -window:]
-        self._states[row.key] = self._made_steps().begin([pair[0][0] for pair in cross], kept, len(row.ids))
-        prob_SLE = logit_BSLE[0, -wanted:].sigmoid().numpy()
-        return np.resize(prob_SLE, (row.num_new, *prob_SLE.shape[1:]))  # of a long part the last ids stand for all
+    def _begin(self, rows: Sequence[Row]) -> np.ndarray:
+        """Several ids of sequences, or one of those that are not known: prompts are encoded, ids are decoded from W before.
+
+        The sequences are as long as one another, and so are their prompts and what is new.
+        """
+        count, window = rows[0].num_new, self.settings.window
+        given = np.stack([row.ids[: row.prompt_length][-self.settings.max_input :] for row in rows])
+        prompt_BP = torch.from_numpy(given.astype(np.int64))
+        cross = self.network.encode(self.network.known(prompt_BP), torch.ones_like(prompt_BP, dtype=torch.bool))
+        wanted = min(count, MOST_NEW)
+        id_BS = torch.from_numpy(np.stack([row.ids[-(wanted + window) :] for row in rows]).astype(np.int64))
+        logit_BSLE, past = self.network.decode(self.network.known(id_BS), cross)
+        kept = F.pad(past, (0, 0, max(window - past.shape[2], 0), 0))[:, :, -window:]
+        for place, row in enumerate(rows):
+            inputs = [pair[0][place] for pair in cross]
+            self._states[row.key] = self._made_steps().begin(inputs, kept[place], len(row.ids))
+        prob_BSLE = logit_BSLE[:, -wanted:].sigmoid().numpy()
+        return prob_BSLE[:, np.arange(count) % wanted]  # of a long part the last ids stand for all
 
     def _continue(self, rows: Sequence[Row]) -> np.ndarray:
         """One more id of each of these sequences."""
