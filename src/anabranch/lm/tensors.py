@@ -212,7 +212,9 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whose large tensors can be read past the page cache straight to where they are wanted.
 
     The format leaves the order of tensors to the writer, and allows spaces behind the header. The `safetensors` package orders by name, so
-    that an expert begins anywhere; here the tensors that fill whole blocks come first, and begin at one. Raises OSError, CheckpointError for a type that it has not.
+    that an expert begins anywhere; here the tensors that fill whole blocks come first, and begin at one.
+
+    Raises OSError, CheckpointError for a type that the format has not.
     """
     names = sorted(tensors, key=lambda name: tensors[name].nbytes % BLOCK != 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

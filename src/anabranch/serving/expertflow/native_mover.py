@@ -101,6 +101,7 @@ class NativeMover(Mover):
                 with self.lock:
                     if not self._closing:
                         self._begin(ahead=BEHIND)
+                        self.cache.policy.prepare()  # for when that has ended
         except BaseException as error:
             with self.lock:
                 self._broken = error

@@ -74,6 +74,9 @@ class Policy:
         """The first to leave of those that may."""
         raise NotImplementedError  # abstract
 
+    def prepare(self) -> None:
+        """There is time to find out what `prefetch` will want to know."""
+
     def prefetch(self) -> tuple[Expert, Expert | None] | None:
         """What to load ahead and what leaves for it (None for a free slot); None for nothing."""
         return None
@@ -360,13 +363,18 @@ class Plec(Belady):
         self._plan = None
         return super().victim(incoming)
 
+    def prepare(self) -> None:
+        """Make the plan."""
+        if self._plan is None and self.is_prefetching and self.cache.reference.steps:
+            kinds = range(self.cache.layout.num_kinds)
+            self._plan = [load for kind in kinds for load in self._made(kind)]
+
     def prefetch(self) -> tuple[Expert, Expert | None] | None:
         """The first load of the plan whose victim has had its last use before."""
+        self.prepare()
         cache = self.cache
-        if not self.is_prefetching or not cache.reference.steps:
-            return None
         if self._plan is None:
-            self._plan = [load for kind in range(cache.layout.num_kinds) for load in self._made(kind)]
+            return None
         for number, load in enumerate(self._plan):
             if load.expert in cache.slot_of or load.expert in self._given_up:
                 continue
