@@ -55,6 +55,7 @@ class Watched:
         with self.mover.lock:
             self.cache.begin_step(steps)
             self.mover.pump()
+        self.mover.go_on()
 
     def layer(self, layer: int, wanted: list[Expert]) -> None:
         """As `OffloadEngine` does it, and look at every slot that is given."""
@@ -68,6 +69,7 @@ class Watched:
                 while not (ready := self.cache.ready()):
                     self.mover.wait()
                 slots = {expert: self.cache.slot_of[expert] for expert in ready}
+            self.mover.go_on()
             for expert, slot in slots.items():
                 for weight in self.arena.slot(0, slot):
                     assert (weight == expert.pool * EXPERTS + expert.number).all(), expert

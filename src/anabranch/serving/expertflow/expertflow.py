@@ -298,6 +298,7 @@ class OffloadEngine:
         with self.mover.lock:
             self.cache.begin_step(steps, certain)
             self.mover.pump()
+        self.mover.go_on()
 
     def _expected(self, rows: list[Row]) -> tuple[list[list[Expert]], int]:
         """What the layers of this forward pass will want and, for what is worth keeping only, those of the next."""
@@ -336,11 +337,13 @@ class OffloadEngine:
                 while not (ready := self.cache.ready()):
                     self.mover.wait()
                 slot_of = {expert.number: self.cache.slot_of[expert] for expert in ready}
+            self.mover.go_on()
             yield slot_of
             with self.mover.lock:
                 self.cache.used(ready)
                 self.mover.pump()
             left -= len(ready)
+        self.mover.go_on()
 
     def _refine(self, layer: int, x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]) -> None:
         predictor = self.predictor

@@ -57,6 +57,9 @@ class Mover:
         """
         self._work.notify()
 
+    def go_on(self) -> None:
+        """Whoever computes will do so for a while, without the interpreter or the lock."""
+
     def wait(self) -> None:
         """Until some load has ended. Hold the lock. Raises DataError if what is wanted cannot be loaded."""
         begin = time.perf_counter()

@@ -56,13 +56,20 @@ class NativeMover(Mover):
         self._ids = itertools.count()
         self._moving: dict[int, tuple[Load, list[bool]]] = {}  # and what was told of it: urgent, cancelled
         self._repairs: set[threading.Thread] = set()
+        self._is_due = False
         self._feeder = threading.Thread(target=self._feed, name="experts", daemon=True)
         self._feeder.start()
 
     def pump(self) -> None:
-        """See `Mover`: what a layer waits for begins at once, the rest is left to the thread that feeds."""
+        """See `Mover`: what a layer waits for begins at once, the rest is left to the thread that feeds, as it takes longer to decide."""
         self._begin(ahead=0)
-        self._transfers.kick()
+        self._is_due = True
+
+    def go_on(self) -> None:
+        """See `Mover`: now that thread holds up nobody."""
+        if self._is_due:
+            self._is_due = False
+            self._transfers.kick()
 
     def wait(self) -> None:
         """See `Mover`."""
