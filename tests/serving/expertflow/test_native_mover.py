@@ -177,10 +177,37 @@ def test_what_fails_natively_is_tried_again_and_told(watched, tmp_path: Path) ->
     one.layer(0, [Expert(0, 1)])
 
 
-def test_a_closed_mover_refuses_and_closes_once(tmp_path: Path) -> None:
-    one = Watched(tiers("throttled", tmp_path), 6)
+@pytest.mark.parametrize("native", [True, False])
+def test_a_closed_mover_refuses_and_closes_once(native: bool, tmp_path: Path) -> None:
+    one = Watched(tiers("throttled", tmp_path), 6, native=native)
     one.step([[Expert(0, 0)]])
     one.mover.close()
     one.mover.close()
-    with pytest.raises(DataError, match="closed"):
-        one.layer(0, [Expert(0, 3)])
+    for _ in range(2):
+        one.step([[Expert(0, 1)]])  # a step that begins is told by its first layer
+        with pytest.raises(DataError, match="closed"):
+            one.layer(0, [Expert(0, 3)])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_closing_ends_the_wait_of_another_thread(native: bool, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def wanted(one: Watched) -> None:
+        one.step([])
+        try:
+            for _ in range(100):
+                one.layer(0, [Expert(0, number) for number in range(EXPERTS)])
+        except DataError as error:
+            told.append(str(error))
+
+    for turn in range(5):
+        one = Watched(ThrottledTier(MemoryTier(pools()), 2e-7), 6, native=native)
+        thread = threading.Thread(target=wanted, args=(one,))
+        thread.start()
+        threading.Event().wait(0.01 * turn)
+        one.mover.close()
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(told) == 5
+    assert all("closed" in text for text in told)

@@ -65,6 +65,8 @@ class Transfers {
     idle_.notify_all();
     for (auto &thread : threads_) thread.join();
     threads_.clear();
+    Lock lock(mutex_);
+    left_.wait(lock, [&] { return inside_ == 0; });  // whoever is in `wait` or `feed` still looks at this
   }
 
   void begin(int64_t id, bool urgent, const Piece *pieces, int64_t count) {
@@ -99,17 +101,20 @@ class Transfers {
   // Until more than `seen` have ended, pokes included.
   int64_t wait(int64_t seen, double seconds) {
     Lock lock(mutex_);
-    ++computing_;
+    ++computing_, ++inside_;
     ended_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return count_ > seen || closing_; });
     --computing_;
+    leave();
     return count_;
   }
 
   // Until `kick`, or until something ends while nobody is in `wait`. Returns whether all is over.
   bool feed() {
     Lock lock(mutex_);
+    ++inside_;
     idle_.wait(lock, [&] { return kicked_ || closing_; });
     kicked_ = false;
+    leave();
     return closing_;
   }
 
@@ -138,6 +143,10 @@ class Transfers {
   }
 
  private:
+  void leave() {
+    if (--inside_ == 0) left_.notify_all();
+  }
+
   void tell(Lock &lock) {
     ++count_;
     const bool someone = computing_ > 0;
@@ -237,11 +246,11 @@ class Transfers {
   }
 
   std::mutex mutex_, wire_, stopping_;
-  std::condition_variable work_, ended_, idle_;
+  std::condition_variable work_, ended_, idle_, left_;
   std::list<std::unique_ptr<Transfer>> waiting_;
   std::list<Transfer *> running_;
   std::deque<std::pair<int64_t, int64_t>> endings_;
-  int64_t count_ = 0, computing_ = 0;
+  int64_t count_ = 0, computing_ = 0, inside_ = 0;
   bool closing_ = false, kicked_ = false;
   const double seconds_per_byte_;
   std::vector<std::thread> threads_;

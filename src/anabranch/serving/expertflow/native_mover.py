@@ -67,7 +67,7 @@ class NativeMover(Mover):
 
     def go_on(self) -> None:
         """See `Mover`: now that thread holds up nobody."""
-        if self._is_due:
+        if self._is_due and not self._closing:
             self._is_due = False
             self._transfers.kick()
 
@@ -106,16 +106,17 @@ class NativeMover(Mover):
         try:
             while self._transfers.wait_for_kick():
                 with self.lock:
-                    if not self._closing:
-                        self._begin(ahead=BEHIND)
-                        self.cache.policy.prepare()  # for when that has ended
+                    self._begin(ahead=BEHIND)
+                    self.cache.policy.prepare()  # for when that has ended
         except BaseException as error:
             with self.lock:
                 self._broken = error
                 self._tell()
 
     def _begin(self, ahead: int) -> None:
-        """Take what has ended, pass on what was decided, and begin what can begin. Hold the lock."""
+        """Take what has ended, pass on what was decided, and begin what can begin; nothing once it is closed. Hold the lock."""
+        if self._closing:
+            return
         self._take()
         for id, (load, told) in self._moving.items():
             if [load.urgent, load.cancelled] != told:
