@@ -396,6 +396,13 @@ def test_foreign_rows():
     assert torch.equal(from_vanilla(plain, reuse=1).blocks[2].feed_forward.router.score.weight, own[2])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_grown_model_is_in_the_mode_of_the_plain_one(training):
+    plain = model_of(MoE.Config(num_experts=4, hidden_dim=8)).train(training)
+    grown = from_vanilla(plain, reuse=2)
+    assert {module.training for module in grown.modules()} == {training}
+
+
 def test_warm_start_carries_the_selection_bias():
     balance = (BiasBalancer.Config(),)
     plain = model_of(MoE.Config(num_experts=4, hidden_dim=8, router=Router.Config(balance=balance)))

@@ -309,6 +309,7 @@ def from_vanilla(
         seed: of the noise and of the masks.
         options: other fields of `ReXMoE.Config`. With ``psr`` local_first and pre_softmax the logits equal the plain model's until t_s.
 
+    Returns a new model in the mode (training or evaluation) of the old one.
     Raises ConfigError if the model is not plain, or ``reuse`` does not fit.
     """
     plain = model.config.feed_forward
@@ -327,7 +328,7 @@ def from_vanilla(
         _fill_pools(state, source, layers, reuse)
         _fill_routers(state, source, layers, config, foreign_rows)
     grown.load_state_dict(state)
-    return grown
+    return grown.train(model.training)
 
 
 def _routed(model: Decoder) -> list[int]:

@@ -274,7 +274,7 @@ def export_huggingface(
 
 # Where models that look alike differ in their weights, and what leads from one to the other.
 CONVERSIONS = {
-    "reuse": "grow a plain model with ReXMoE.from_vanilla, or convert the checkpoint to huggingface, which unshares its experts",
+    "reuse": "grow a plain model with experts.rexmoe.from_vanilla, or convert the checkpoint to huggingface, which unshares its experts",
     "router": "to go from linear routers to recurrent ones load the checkpoint as it is and use experts.rmoe.to_recurrent",
     "iterations": "to make a chain of a plain model load the checkpoint as it is and use experts.chain.from_moe",
 }
@@ -373,7 +373,7 @@ def _hint(config: Decoder.Config) -> str:
     if not hasattr(config.feed_forward, "reuse"):
         return ""
     return (
-        f"the config says reuse={reuse}: to change the reuse factor use ReXMoE.from_vanilla on a plain model, "
+        f"the config says reuse={reuse}: to change the reuse factor use experts.rexmoe.from_vanilla on a plain model, "
         "or convert to huggingface for a plain export"
     )
 

@@ -1,6 +1,9 @@
 """What cannot be imported or exported, and how the message says so."""
 
 import json
+import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import ReXMoE
-from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, save_model
+from anabranch.lm import Decoder, checkpoint, convert, export_huggingface, load_config, load_model, save_model
 from anabranch.nn import Attention, MoE, SwiGLU
 from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, TopK, TopP
 
@@ -250,19 +253,26 @@ def test_rexmoe_keeps_one_copy_natively_and_is_expanded_for_others(tmp_path):
         torch.testing.assert_close(theirs(token_BL).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_every_function_that_an_error_points_to_exists():
+    names = set(re.findall(r"\b(?:experts|adapters|depth)(?:\.\w+){2,}", Path(checkpoint.__file__).read_text()))
+    assert {"experts.rexmoe.from_vanilla", "experts.chain.from_moe"} <= names
+    for name in names:
+        assert callable(pkgutil.resolve_name(f"anabranch.{name}"))
+
+
 def test_another_reuse_factor(tmp_path):
     from anabranch.lm import load_weights
 
     save_model(tmp_path / "m", rexmoe(2).build())
     with pytest.raises(
-        CheckpointError, match=r"m has reuse=2, the model reuse=4; grow a plain model with ReXMoE.from_vanilla"
+        CheckpointError, match=r"m has reuse=2, the model reuse=4; grow a plain model with experts.rexmoe.from_vanilla"
     ):
         load_weights(rexmoe(4).build(), tmp_path / "m")
     table = json.loads((tmp_path / "m/config.json").read_text())
     table["model"]["feed_forward"]["reuse"] = 4
     (tmp_path / "m/config.json").write_text(json.dumps(table))
     with pytest.raises(
-        CheckpointError, match=r"the config says reuse=4: to change the reuse factor use ReXMoE.from_vanilla"
+        CheckpointError, match=r"the config says reuse=4: to change the reuse factor use experts.rexmoe.from_vanilla"
     ):
         load_model(tmp_path / "m")
     table["model"]["feed_forward"]["reuse"] = 1
