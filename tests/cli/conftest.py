@@ -47,10 +47,10 @@ def environment(work):
 
 @pytest.fixture(scope="session")
 def cli(work, environment):
-    """Run ``anabranch`` with arguments in a process of its own, in the work folder."""
+    """Run ``anabranch`` with arguments in a process of its own, in the work folder; ``before`` them stands what starts it."""
 
-    def run(*arguments, **options):
-        command = [sys.executable, "-m", "anabranch.cli.main", *map(str, arguments)]
+    def run(*arguments, before=(sys.executable, "-m", "anabranch.cli.main"), **options):
+        command = [*before, *map(str, arguments)]
         options = {"capture_output": True, "text": True, "timeout": 240, "cwd": work, "env": environment, **options}
         return subprocess.run(command, **options)
 

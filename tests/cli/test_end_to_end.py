@@ -203,3 +203,53 @@ def test_output_may_be_cut_off(work, environment):
     done = subprocess.run(command, shell=True, cwd=work, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("preset")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "problem"),
+    [
+        pytest.param(
+            TEXT,
+            ["--set=model.feed_forward.router.select.kind=expert_choice"],
+            "this model routes by looking at later tokens (expert_choice), so it cannot generate",
+            id="expert_choice",
+        ),
+        pytest.param(
+            "a",
+            ["--set=data.validation_fraction=0", "--set=data.sequence_length=1"],
+            "nothing to predict: there are fewer than two tokens; give more text, or a larger validation_fraction",
+            id="one_byte",
+        ),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_does_not_fail_the_run(here, tmp_path, tiny, text, settings, problem):
+    (tmp_path / "text.txt").write_text(text)
+    corpus = ["--set=data.corpus.kind=files", f'--set=data.corpus.paths=["{tmp_path}/text.txt"]']
+    arguments = ["train", "moe", "--steps", 2, "--quiet", *tiny, *corpus, *settings]
+    code, out, err = here(*arguments, "--out", tmp_path / "json", "--json")
+    assert (code, err) == (0, f"sample  none: {problem}\n")
+    found = json.loads(out)
+    assert (found["status"], found["sample"]["text"]) == ("finished", "")
+    assert Path(found["checkpoint"]).is_dir()
+    code, out, err = here(*arguments, "--out", tmp_path / "said")
+    assert (code, err) == (0, f"sample  none: {problem}\n")
+    assert out.splitlines()[-1] == f"next    anabranch eval {tmp_path / 'said'}"
+
+
+def test_weights_that_are_no_numbers_do_not_fail_the_run(here, tmp_path, tiny, data, monkeypatch):
+    """Diverged in the very last step, which no later gradient shows."""
+    from anabranch.train import Trainer
+
+    fit = Trainer.fit
+
+    def diverge(trainer):
+        result = fit(trainer)
+        trainer.model.embedding.weight.data.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    code, out, err = here("train", "moe", "--steps", 1, "--out", tmp_path / "run", "--quiet", "--json", *tiny, *data)
+    assert code == 0
+    assert json.loads(out)["status"] == "finished"
+    assert err.startswith("sample  none: ")
+    assert err.count("\n") == 1

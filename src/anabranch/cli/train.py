@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +135,7 @@ def _balance(values: dict[str, Any]) -> str:
 
 def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResult, out: Path, *, as_json: bool) -> None:
     counts = config.model.count(config.data.sequence_length)
-    prompt, text = _sample(trainer) if result.status == "finished" else ("", "")
+    drawn = _try_sample(trainer, result) if result.status == "finished" else _Sample()
     if as_json:
         print_json(
             {
@@ -154,7 +155,7 @@ def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResul
                 "active_parameters": counts.active,
                 "flops_per_token": counts.flops,
                 "checkpoint": str(result.checkpoint) if result.checkpoint else None,
-                "sample": {"prompt": prompt, "text": text},
+                "sample": {"prompt": drawn.prompt, "text": drawn.text},
             }
         )
         return
@@ -173,20 +174,47 @@ def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResul
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch train --out {out} --resume")
         return
-    sample(prompt + text)
-    wrote(f"{result.checkpoint}", f"anabranch generate {out} --prompt {prompt!r}")
+    if drawn.problem is not None:
+        wrote(f"{result.checkpoint}", f"anabranch eval {out}")
+        return
+    sample(drawn.prompt + drawn.text)
+    wrote(f"{result.checkpoint}", f"anabranch generate {out} --prompt {drawn.prompt!r}")
 
 
-def _sample(trainer: Trainer) -> tuple[str, str]:
-    """A prompt and what the model makes of it."""
+@dataclass(frozen=True)
+class _Sample:
+    """What a trained model writes after a prompt, or the ``problem`` why it writes nothing."""
+
+    prompt: str = ""
+    text: str = ""
+    problem: str | None = None
+
+
+def _try_sample(trainer: Trainer, result: TrainResult) -> _Sample:
+    """A sample for the eye. The run is finished and saved, so whatever goes wrong here is told in a line and is no failure of it."""
+    try:
+        return _sample(trainer, result)
+    except Exception as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        fact("sample", f"none: {problem}", to=sys.stderr)
+        return _Sample(problem=problem)
+
+
+def _sample(trainer: Trainer, result: TrainResult) -> _Sample:
+    """Raises AnabranchError where the model cannot generate or there is too little text for a prompt."""
     from anabranch.data import Stdlib
-    from anabranch.lm import SamplingConfig, generate
+    from anabranch.lm import SamplingConfig, generate, load_model
 
     tokenizer = trainer.data.tokenizer
     if isinstance(trainer.config.data.corpus, Stdlib.Config):
         ids = tokenizer.encode("def ")
     else:
         ids = next(iter(trainer.data.windows("train", batch_size=1, num_windows=1))).token_BL[0, :16].tolist()
+    model = trainer.model
+    if trainer.workers.parallel == "fsdp":
+        # What is left here is a shard, which cannot compute without the other processes, and those have gone.
+        assert result.checkpoint is not None
+        model, _ = load_model(result.checkpoint, device=trainer.workers.device)
     sampling = SamplingConfig(max_tokens=SAMPLE_TOKENS, temperature=0.7, stop=tokenizer.stop_ids, seed=0)
-    (made,) = generate(trainer.model, [ids], sampling)
-    return tokenizer.decode(ids), tokenizer.decode(made)
+    (made,) = generate(model, [ids], sampling)
+    return _Sample(tokenizer.decode(ids), tokenizer.decode(made))

@@ -1,0 +1,8 @@
+"""``python -m anabranch`` is the command ``anabranch``; torchrun starts it so in each of its processes."""
+
+import sys
+
+from anabranch.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
