@@ -1,6 +1,7 @@
 """Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,15 @@ from safetensors.torch import save_file
 
 from anabranch import files
 from anabranch.errors import CapacityError, ConfigError, DataError
-from anabranch.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, atomic_write_text
+from anabranch.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    atomic_write_json,
+    atomic_write_text,
+    data_file,
+    data_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -296,3 +305,34 @@ def test_killed_process_leaves_a_whole_folder(tmp_path):
     turns = {(path / name).read_text() for name in "abc"}
     assert len(turns) == 1
     assert int(turns.pop()) > 0
+
+
+def test_data_is_found_in_the_folder_that_the_environment_names(tmp_path, monkeypatch):
+    monkeypatch.delenv("ANABRANCH_DATA", raising=False)
+    assert data_folder() is None
+    with pytest.raises(DataError, match=r"set ANABRANCH_DATA to the folder that holds text/a\.gz \(from b\)"):
+        data_file("text/a.gz", "from b")
+    monkeypatch.setenv("ANABRANCH_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"there is no .*text/a\.gz; ANABRANCH_DATA must name the folder that holds"):
+        data_file("text/a.gz")
+    (tmp_path / "text" / "a.gz").mkdir(parents=True)
+    with pytest.raises(DataError, match="there is no"):
+        data_file("text/a.gz")
+    (tmp_path / "text" / "b").touch()
+    assert data_file("text/b") == tmp_path / "text" / "b"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ANABRANCH_DATA", "~")
+    assert data_file("text/b").is_file()
+
+
+def test_no_path_of_one_machine_stands_in_the_code():
+    """A test that finds its data only on the machine of whoever wrote it is skipped, unseen, everywhere else."""
+    root = Path(__file__).parents[1]
+    found = [
+        f"{path.relative_to(root)}: {match}"
+        for folder in ("src", "tests", "benchmarks")
+        for path in sorted((root / folder).rglob("*.py"))
+        if path != Path(__file__)
+        for match in re.findall(r"""["'](?:/work|/root)/[^"']*""", path.read_text("utf-8"))
+    ]
+    assert not found

@@ -19,6 +19,33 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
+DATA_FOLDER = "ANABRANCH_DATA"  # the environment variable that names it
+
+
+def data_folder() -> Path | None:
+    """The folder of data that is not part of the package, which ``ANABRANCH_DATA`` names; None where that is not set."""
+    folder = os.environ.get(DATA_FOLDER)
+    return Path(folder).expanduser() if folder else None
+
+
+def data_file(name: str, source: str = "") -> Path:
+    """The file ``name`` (such as ``graphs/ppi.labels.gz``) of `data_folder`.
+
+    Args:
+        name: its path in the folder.
+        source: where it can be had, for the message.
+
+    Raises DataError if the folder is not named or has no such file.
+    """
+    folder, where = data_folder(), f" ({source})" if source else ""
+    if folder is None:
+        raise DataError(f"set {DATA_FOLDER} to the folder that holds {name}{where}; it is not part of the package")
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"there is no {path}; {DATA_FOLDER} must name the folder that holds {name}{where}")
+    return path
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Fill the yielded temporary file, which lies beside ``path``; on a clean exit it is renamed into place.

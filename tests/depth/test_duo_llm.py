@@ -189,11 +189,27 @@ def test_uniform_agrees_with_one_forward_pass_per_route(options):
             mine_BL = (chosen_BLY == torch.tensor(route)).all(-1)
             torch.testing.assert_close(result.loss_GBL[row][mine_BL], loss_BL[mine_BL], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(free.loss_GBL[0], result.loss_GBL.min(0).values)
-    # oracle <= best of k random <= mean, oracle <= fixed <= mean
+    # oracle <= best of k random, oracle <= fixed <= mean
     assert (result.oracle_G <= result.fixed_G + 1e-9).all()
     assert (result.fixed_G <= result.mean_G + 1e-9).all()
     assert (result.oracle_G <= result.random_G + 1e-9).all()
-    assert (result.random_G <= result.mean_G.max() + 1).all()
+
+
+def test_the_random_control_is_the_best_of_as_many_routes_of_the_budget():
+    model, ids_BL = decoder(3), tokens(5, 7)
+    result = oracle(model, ids_BL, (0, 1), chunk=2, num_random=2)
+    by_budget = {budget: [] for budget in (0, 1)}
+    for route in itertools.product((0, 1), repeat=3):
+        if sum(route) in by_budget:
+            by_budget[sum(route)].append(losses(model, ids_BL, all_one(route, ids_BL)))
+    assert [len(found) for found in by_budget.values()] == [1, 3]
+    only, (first, second, third) = by_budget[0][0], by_budget[1]
+    assert result.random_G[0] == pytest.approx(float(only.double().mean()), abs=1e-6)
+    pairs = [torch.minimum(*pair).double().mean().item() for pair in ((first, second), (first, third), (second, third))]
+    assert min(abs(float(result.random_G[1]) - pair) for pair in pairs) < 1e-6
+    # Close pairs would let any of them pass.
+    assert min(abs(one - other) for one, other in itertools.combinations(pairs, 2)) > 1e-4
+    assert float(by_budget[1][0].double().mean()) not in pairs
 
 
 def test_the_ends_of_the_budget_are_all_small_and_all_big_exactly():

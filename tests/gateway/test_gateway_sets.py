@@ -1,18 +1,12 @@
 """The public sets, where they are: the folder that ANABRANCH_DATA names."""
 
-import os
-
 import numpy as np
 import pytest
 
 from anabranch.errors import DataError
 from anabranch.gateway.data import check_disjoint, deduplicated, groups, load, split
 from anabranch.gateway.data.sets import SETS
-
-needs_data = pytest.mark.skipif(
-    not os.path.isdir(os.path.join(os.environ.get("ANABRANCH_DATA", ""), "llm_routing")),
-    reason="ANABRANCH_DATA names no folder with llm_routing",
-)
+from real_data import needs_data, real_data
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +14,7 @@ def llmrouter():
     return SETS["llmrouter"]()
 
 
-@needs_data
+@needs_data("llm_routing")
 def test_llmrouter_is_merged_without_its_copies(llmrouter):
     data = llmrouter.data
     assert (len(data), len(data.models), len(set(data.task))) == (5540, 9, 13)
@@ -29,7 +23,7 @@ def test_llmrouter_is_merged_without_its_copies(llmrouter):
     assert data.score_NM.max(1).mean() > data.score_NM.mean(0).max() > data.score_NM.mean()
 
 
-@needs_data
+@needs_data("llm_routing")
 def test_llmrouter_costs_are_the_prompt_and_512_tokens_at_list_price(llmrouter):
     data, row = llmrouter.data, 17
     tokens = -(-len(data.query[row].encode()) // 4) + 512
@@ -39,15 +33,14 @@ def test_llmrouter_costs_are_the_prompt_and_512_tokens_at_list_price(llmrouter):
     assert (sizes["gemma-2-9b-it"], sizes["llama3-chatqa-1.5-70b"]) == (9.0, 70.0)
 
 
-@needs_data
+@needs_data("llm_routing")
 def test_the_published_split_leaks_and_is_refused():
-    folder = os.path.join(os.environ["ANABRANCH_DATA"], "llm_routing")
-    train, test = (load(os.path.join(folder, f"llmrouter_{part}.jsonl.gz")) for part in ("train", "test"))
+    train, test = (load(real_data(f"llm_routing/llmrouter_{part}.jsonl.gz")) for part in ("train", "test"))
     with pytest.raises(DataError, match="69 of 450 test questions were learned from"):
         check_disjoint(train, test)
 
 
-@needs_data
+@needs_data("llm_routing")
 def test_mmlu_of_two_models():
     found = SETS["routellm_mmlu"]()
     weak, strong = found.data.score_NM.mean(0)
@@ -63,5 +56,5 @@ def test_without_the_folder_it_is_said_what_to_set(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="set ANABRANCH_DATA"):
         SETS["llmrouter"]()
     monkeypatch.setenv("ANABRANCH_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="there is no"):
         SETS["routellm_mmlu"]()

@@ -1,9 +1,7 @@
 """Every shipped graph has the size its table says; what is not there, or damaged, is said."""
 
 import gzip
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from scipy.sparse import csr_array
 from anabranch.errors import BackendError, ConfigError, DataError
 from anabranch.graph import datasets
 from anabranch.graph.datasets import load_dataset
-
-SHIPPED = Path(os.environ.get("ANABRANCH_DATA", "/nowhere")) / "graphs"
+from real_data import needs_data
 
 # name: nodes, edges, self-loops, directed, labels, labels in all, nodes with a label
 FACTS = {
@@ -27,9 +24,8 @@ FACTS = {
 
 
 @pytest.mark.parametrize("name", FACTS)
+@needs_data("graphs")
 def test_shipped_graphs(name):
-    if not SHIPPED.is_dir():
-        pytest.skip("ANABRANCH_DATA does not name the shipped data")
     data = load_dataset(name)
     nodes, edges, loops, directed, labels, pairs, labelled = FACTS[name]
     graph = data.graph

@@ -2,8 +2,6 @@
 
 import itertools
 import logging
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing import TraceBuilder, TraceLayer, measure
 from anabranch.routing import consistency as lrc
+from real_data import needs_data, real_data
 
 
 def drawn(seed, num_sequences=2, num_tokens=12, num_destinations=6, top_k=2, num_layers=1):
@@ -280,16 +279,16 @@ def test_messages(make, error, message):
         make()
 
 
-DATA = Path(os.environ.get("ANABRANCH_DATA", "/work/shared/data")) / "moe_routing" / "expert_counts.npz"
+COUNTS = "moe_routing/expert_counts.npz"
 
 
-@pytest.mark.skipif(not DATA.is_file(), reason=f"no {DATA}; set ANABRANCH_DATA to check against real models")
+@needs_data(COUNTS)
 class TestRealModels:
     """OLMoE-1B-7B and Mixtral-8x7B: domain specialisation grows with depth in the first and stays flat in the second."""
 
     def variation(self, model):
         domains = ["arxiv", "book", "c4", "github", "wikipedia"]
-        with np.load(DATA) as data:
+        with np.load(real_data(COUNTS)) as data:
             load_DLE = np.stack([data[f"{model}/{domain}/counts"] for domain in domains])
         return [float(np.nanmean(lrc.domain_variation(load_DLE[:, layer]))) for layer in range(3)]
 

@@ -1,8 +1,5 @@
 """Measures: worked by hand, equal to naive loops, bounded, and equal to what was measured on real models."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.routing import measure
 from anabranch.routing.record import TraceBuilder
 from anabranch.routing.trace import Decisions, TraceLayer
+from real_data import needs_data, real_data
 
 
 def test_balance_of_a_case_worked_by_hand():
@@ -212,17 +210,15 @@ def test_drop_ratio():
     assert np.isnan(measure.drop_ratio(np.empty((0, 2))))
 
 
-DATA = Path(os.environ.get("ANABRANCH_DATA", "/work/shared/data")) / "moe_routing" / "expert_counts.npz"
+COUNTS = "moe_routing/expert_counts.npz"
 
 
-@pytest.mark.skipif(
-    not DATA.is_file(), reason=f"no {DATA}; set ANABRANCH_DATA to the data folder to check against real models"
-)
+@needs_data(COUNTS)
 class TestRealModels:
     """Expert counts of OLMoE-1B-7B and Mixtral-8x7B (allenai/OLMoE) at three depths, about 205,000 tokens a domain."""
 
     def counts(self, model, domain):
-        with np.load(DATA) as data:
+        with np.load(real_data(COUNTS)) as data:
             return data[f"{model}/{domain}/counts"]
 
     @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from anabranch.studies.nl2bash import (
     Pair,
     argument_recall,
     clean,
-    find_data,
     first_command,
     load_pairs,
     measure,
@@ -26,6 +23,7 @@ from anabranch.studies.nl2bash import (
     token_f1,
 )
 from anabranch.studies.small_model import Reply, SmallModel
+from real_data import needs_data
 
 # Measures
 
@@ -79,7 +77,7 @@ def write_pairs(folder, count=400):
 
 def test_pairs_are_read_once_and_split(tmp_path, monkeypatch):
     monkeypatch.setenv("ANABRANCH_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="set ANABRANCH_DATA"):
+    with pytest.raises(DataError, match="ANABRANCH_DATA must name the folder that holds qa/nl2bash"):
         load_pairs()
     count = write_pairs(tmp_path)
     pairs = load_pairs()
@@ -331,11 +329,8 @@ def test_retention_and_drift_on_made_data(made_world):
 # On the real data, where it is
 
 
-@pytest.mark.skipif("ANABRANCH_DATA" not in os.environ, reason="the real NL2Bash is not here (ANABRANCH_DATA)")
+@needs_data("qa/nl2bash.jsonl.gz")
 def test_real_pairs():
-    if not Path(os.environ["ANABRANCH_DATA"], "qa/nl2bash.jsonl.gz").is_file():
-        pytest.skip("the real NL2Bash is not in the data folder")
-    assert find_data("qa/nl2bash.jsonl.gz").is_file()
     pairs = load_pairs()
     assert len(pairs) == 11_253
     assert sum(first_command(pair.command) == "find" for pair in pairs) > 5000

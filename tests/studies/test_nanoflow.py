@@ -78,7 +78,7 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
 
     with gzip.open(tmp_path / "azure.csv.gz", "wt") as file:
         file.write("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46,374,44\n" * 9)
-    monkeypatch.setattr("anabranch.studies.nanoflow_runs.find_data", lambda name: tmp_path / "azure.csv.gz")
+    monkeypatch.setattr("anabranch.studies.nanoflow_runs.data_file", lambda name: tmp_path / "azure.csv.gz")
     outcome = run_study(make(**to_kwargs(TINY)), tmp_path / "results", seeds=[0])
     assert not outcome.missing
     runs = outcome.results.runs

@@ -6,7 +6,6 @@ Good six domains for a small mixture of experts, equal bytes of each: the standa
 python-docs, perl-docs.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from anabranch.config import Field, configclass
 from anabranch.data.corpus import Corpus, Document, Files
 from anabranch.data.reading import stable_hash
 from anabranch.errors import ConfigError, DataError
+from anabranch.files import DATA_FOLDER, data_folder
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Named(Corpus, kind="named"):
 
 def _find(name: str, text: _Text) -> Path:
     """The newest match of the text's place. Raises DataError if there is none."""
-    folder = os.environ.get("ANABRANCH_DATA")
-    roots = [Path(folder).expanduser()] if folder else []
+    folder = data_folder()
+    roots = [folder] if folder else []
     if text.package:
         roots.append(Path("/"))
     for root in roots:
@@ -139,5 +139,5 @@ def _find(name: str, text: _Text) -> Path:
             return found[-1]
     if text.package:
         raise DataError(f"no {name} at /{text.place}; install it with: apt-get install {text.package}")
-    where = f"in {folder}" if folder else "because ANABRANCH_DATA is not set"
-    raise DataError(f"no {name} {where}; set ANABRANCH_DATA to the folder that holds {text.place}")
+    where = f"in {folder}" if folder else f"because {DATA_FOLDER} is not set"
+    raise DataError(f"no {name} {where}; set {DATA_FOLDER} to the folder that holds {text.place}")

@@ -14,7 +14,6 @@ Nothing is downloaded. Sizes are those of the graphs as loaded (undirected edges
 # Shapes: N nodes, C classes
 
 import gzip
-import os
 import warnings
 import zipfile
 import zlib
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import BackendError, ConfigError, DataError, InputError
+from anabranch.files import data_file
 from anabranch.graph.store import Graph
 
 
@@ -58,16 +58,6 @@ def load_dataset(name: str) -> Dataset:
     return _READERS[name](name)
 
 
-def _path(file: str) -> Path:
-    folder = os.environ.get("ANABRANCH_DATA")
-    if not folder:
-        raise DataError(f"graphs/{file} is looked for in the folder that ANABRANCH_DATA names, and that is not set")
-    path = Path(folder) / "graphs" / file
-    if not path.is_file():
-        raise DataError(f"there is no {path}; ANABRANCH_DATA must name the folder of the shipped data")
-    return path
-
-
 @contextmanager
 def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     """Say which file it is that cannot be read or holds something else."""
@@ -86,14 +76,14 @@ def _mat(name: str) -> Dataset:
     from scipy.io.matlab import MatReadError
     from scipy.sparse import csr_array
 
-    path = _path(f"{name}.mat")
+    path = data_file(f"graphs/{name}.mat")
     with _reading(path, MatReadError):
         found = loadmat(str(path))
         return Dataset(Graph.from_scipy(found["network"]), csr_array(found["group"]).astype(bool))
 
 
 def _edge_list(name: str) -> Dataset:
-    edges, labels = _path(f"{name}.edgelist.gz"), _path(f"{name}.labels.gz")
+    edges, labels = data_file(f"graphs/{name}.edgelist.gz"), data_file(f"graphs/{name}.labels.gz")
     with _reading(edges):
         ends = np.loadtxt(edges, np.int64, ndmin=2)
         source_E, target_E = ends.T
@@ -108,7 +98,7 @@ def _edge_list(name: str) -> Dataset:
 def _weighted(name: str) -> Dataset:
     from scipy.sparse import coo_array, csr_array
 
-    path = _path(f"{name}.npz")
+    path = data_file(f"graphs/{name}.npz")
     with _reading(path):
         found = np.load(path)
         count = int(found["num_nodes"])
@@ -120,7 +110,7 @@ def _weighted(name: str) -> Dataset:
 def _cora(name: str) -> Dataset:
     from scipy.sparse import csr_array
 
-    path = _path(f"{name}.npz")
+    path = data_file(f"graphs/{name}.npz")
     with _reading(path):
         found = np.load(path)
         shape = tuple(found["adj_shape"])

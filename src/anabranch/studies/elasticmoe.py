@@ -12,7 +12,7 @@ Arms: E1 ``latency-WAY`` (1->2, 2->3, 2->4, 4->2 devices under light load; ours 
 ``latency-own`` is ours with weights of its own for each device, copied between them, as the paper has it); E2 ``parts-N`` (N = 0 whole,
 then without the shared arena, also without peer copies, also without processes made ready, also without attaching: a cold restart;
 weights are each device's own); E3 ``throughput-WAY``; E4 ``slo-WAY`` replays arrival times and lengths of the public Azure trace
-(shared/data/traces or ANABRANCH_DATA; a made one without).
+(``traces/`` in the folder that ANABRANCH_DATA names; a made one without).
 
 Rules, fixed before the runs, each over the 95% interval of paired differences:
 latency: ours < 0.2x cold; downtime: none of ours, some of cold; memory: peak of ours < 1.10x cold and < 0.75x extravagant; parts: each
@@ -23,7 +23,6 @@ ours above cold and above the best static number of devices.
 import csv
 import gzip
 import itertools
-import os
 import random
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.files import data_folder
 from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.studies.elasticmoe_ways import WAYS, PeakMemory, Server, load_closed
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
@@ -369,10 +369,10 @@ def _replay(server: Server, arrivals: list[tuple[float, int, int]], take: Callab
 
 def trace(case: Case, seed: int) -> list[tuple[float, int, int]]:
     """(seconds, prompt tokens, new tokens): a piece of the Azure trace of conversations, squeezed and shrunk; made up where it is not."""
-    for folder in (os.environ.get("ANABRANCH_DATA", ""), "/work/shared/data"):
-        path = Path(folder) / "traces" / "azure_llm_2023_conv.csv.gz"
-        if folder and path.is_file():
-            return _recorded(case, seed, path)
+    folder = data_folder()
+    path = folder / "traces" / "azure_llm_2023_conv.csv.gz" if folder else None
+    if path is not None and path.is_file():
+        return _recorded(case, seed, path)
     made: list[tuple[float, int, int]] = []
     draw, at = random.Random(seed), 0.0
     while True:

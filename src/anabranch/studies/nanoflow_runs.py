@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from anabranch.config import Config, configclass
+from anabranch.files import data_file
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
 from anabranch.nn.attention import Attention
@@ -32,7 +33,6 @@ from anabranch.serving.nanoflow.search import search
 from anabranch.serving.nanoflow.shape import find_shape
 from anabranch.serving.nanoflow.simulate import Schedule
 from anabranch.studies.harness import Metrics, Progress
-from anabranch.studies.nl2bash import find_data
 
 
 @configclass
@@ -190,7 +190,7 @@ class Gaps:
 
 def lengths(count: int, max_prompt: int, max_output: int, seed: int) -> list[tuple[int, int]]:
     """(prompt, output) tokens of requests that follow each other in the trace, cut to the limits."""
-    with gzip.open(find_data("traces/azure_llm_2023_conv.csv.gz"), "rt") as file:
+    with gzip.open(data_file("traces/azure_llm_2023_conv.csv.gz"), "rt") as file:
         rows = [line.rstrip("\n").split(",") for line in file][1:]
     start = int(np.random.default_rng(seed).integers(0, len(rows) - count))
     return [

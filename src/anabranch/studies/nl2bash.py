@@ -6,14 +6,13 @@ the first measure here is: is it the right command, and does it hold the request
 
 import gzip
 import json
-import os
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.errors import DataError
+from anabranch.files import data_file
 from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import literals
 
@@ -29,20 +28,11 @@ class Pair:
     command: str
 
 
-def find_data(name: str) -> Path:
-    """A file of the data folder. Raises DataError if it is not there."""
-    folder = os.environ.get("ANABRANCH_DATA")
-    path = Path(folder or ".") / name
-    if folder is None or not path.is_file():
-        raise DataError(
-            f"no {name} ({path}); set ANABRANCH_DATA to the folder that holds it (TellinaTool/nl2bash, all.nl and all.cm)"
-        )
-    return path
-
-
 def load_pairs(path: Path | None = None) -> list[Pair]:
     """All pairs, in the file's order, each request once (as `normal_form` has it)."""
-    with gzip.open(path or find_data("qa/nl2bash.jsonl.gz"), "rt", encoding="utf-8") as file:
+    with gzip.open(
+        path or data_file("qa/nl2bash.jsonl.gz", "TellinaTool/nl2bash, all.nl and all.cm"), "rt", encoding="utf-8"
+    ) as file:
         rows = [json.loads(line) for line in file]
     found: dict[str, Pair] = {}
     for row in rows:

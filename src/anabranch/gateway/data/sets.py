@@ -1,14 +1,12 @@
 """Public sets of recorded outcomes, from the folder named by ANABRANCH_DATA."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from anabranch.errors import DataError
+from anabranch.files import data_file
 from anabranch.gateway.data.csv import Columns, load_csv
 from anabranch.gateway.data.guard import deduplicated
 from anabranch.gateway.data.jsonl import load_jsonl
@@ -16,8 +14,6 @@ from anabranch.gateway.data.prices import pool_of, read_prices
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Pool
-
-FOLDER = "ANABRANCH_DATA"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +37,10 @@ def llmrouter() -> RoutingSet:
     The published train and test files are merged, since 69 test questions are train questions too. Costs are GraphRouter's: the
     prompt (estimated from its bytes) and 512 tokens of answer, at the list prices of the set.
     """
-    prices = read_prices(_file("llm_routing/llmrouter_models.json"))
-    parts = [load_jsonl(_file(f"llm_routing/llmrouter_{part}.jsonl.gz"), prices=prices) for part in ("train", "test")]
+    prices = read_prices(data_file("llm_routing/llmrouter_models.json"))
+    parts = [
+        load_jsonl(data_file(f"llm_routing/llmrouter_{part}.jsonl.gz"), prices=prices) for part in ("train", "test")
+    ]
     data = deduplicated(merged(parts))
     about = (
         "LLMRouter (MIT), GPQA left out. Some scores near 0 tell of answers in the wrong format: routers partly learn which model "
@@ -68,7 +66,7 @@ def routellm_mmlu() -> RoutingSet:
         name: Model(name=name, price=Price.of_dollars(dollars, dollars), parameters=parameters)
         for name, dollars, parameters in (("mixtral-8x7b-instruct", 0.24, 47.0), ("gpt-4-1106", 24.7, None))
     }
-    data = deduplicated(load_csv(_file("llm_routing/routellm_mmlu.csv.gz"), MMLU_COLUMNS))
+    data = deduplicated(load_csv(data_file("llm_routing/routellm_mmlu.csv.gz"), MMLU_COLUMNS))
     tokens_NM2 = np.ones((len(data), 2, 2))
     tokens_NM2[:, :, 0] = [[-(-len(text.encode()) // 4)] for text in data.query]
     rate_M = np.array([prices[name].price.input for name in data.models]) / 1e15
@@ -98,13 +96,3 @@ def merged(parts: list[Recorded]) -> Recorded:
         answers=tuple(a for part in parts for a in part.answers) if all(part.answers for part in parts) else (),
         signals={name: np.concatenate([part.signals[name] for part in parts]) for name in shared},
     )  # fmt: skip
-
-
-def _file(name: str) -> Path:
-    folder = os.environ.get(FOLDER)
-    if not folder:
-        raise DataError(f"set {FOLDER} to the folder that holds {name}; the public sets are not part of the package")
-    path = Path(folder) / name
-    if not path.exists():
-        raise DataError(f"{path} is not there; {FOLDER} must name the folder that holds {name}")
-    return path
