@@ -6,8 +6,6 @@ import shutil
 
 import pytest
 
-from anabranch.cli.main import main
-
 
 def one_line(found):
     code, out, err = found
@@ -165,39 +163,6 @@ def test_place_that_cannot_be_written(here, tiny, data):
 def test_the_same_in_a_process_of_its_own(cli):
     done = cli("eval", "nowhere", "--json")
     one_line((done.returncode, done.stdout, done.stderr))
-
-
-def test_out_of_memory_is_said_plainly(monkeypatch, capsys):
-    def failing(**options):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 8000 bytes"
-        )
-
-    monkeypatch.setattr("anabranch.cli.main.app", failing)
-    code = main(["info", "demo"])
-    out, err = capsys.readouterr()
-    assert (
-        one_line((code, out, err))
-        == "out of memory (8000 bytes more were asked for); use a smaller batch, sequence length or model"
-    )
-
-
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-    def failing(**options):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr("anabranch.cli.main.app", failing)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        main(["info", "demo"])
-
-
-def test_interrupt_exits_with_130(monkeypatch, capsys):
-    def interrupted(**options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("anabranch.cli.main.app", interrupted)
-    assert main(["info"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_json_on_stdout_is_one_object(trained, here):

@@ -1,17 +1,17 @@
 """The command ``anabranch``. Every command is a module here that loads what it needs when it is called, so help is quick."""
 
 import difflib
-import errno
 import logging
-import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
 from anabranch import __version__
+from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
 from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
@@ -26,11 +26,6 @@ from anabranch.cli.report import report
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import train
-from anabranch.errors import AnabranchError
-
-USER_ERROR, INTERRUPTED = 2, 130
-# typer carries its own click since 0.26 and used the installed one before; this is that click's class for misuse either way.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     add_completion=False,
@@ -52,11 +47,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", metavar=FLAG, callback=_show_version, is_eager=True, help="Show the version."
     ),
+    debug: bool = typer.Option(
+        False, "--debug", metavar=FLAG, help="Show the trace of an error. Also: ANABRANCH_DEBUG=1."
+    ),
 ) -> None:
-    pass
+    context.obj["debug"] |= debug
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -80,44 +79,22 @@ for _name, _group in _GROUPS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 when interrupted.
+    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's (or a fault of ours), 130 when interrupted.
 
-    A mistake is told in one line on stderr. A traceback is a bug of ours.
+    A mistake is told in one line on stderr; ``--debug`` or ``ANABRANCH_DEBUG=1`` shows the trace before it.
     """
     _quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        code = app(args=list(arguments), prog_name="anabranch", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except UsageError as error:
-        return _fail(_misuse(error, arguments))
-    except AnabranchError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away (| head): nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno is None:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        hint = "; free some room or choose another place" if error.errno == errno.ENOSPC else ""
-        return _fail(f"{(error.strerror or str(error)).lower()}{where}{hint}")
-    except (MemoryError, RuntimeError) as error:
-        needed = re.search(r"(?:allocate|allocating)\D*([\d.]+ ?\w*)", str(error))
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        what = f" ({needed[1].strip()} more were asked for)" if needed else ""
-        return _fail(f"out of memory{what}; use a smaller batch, sequence length or model")
+    asked = {"debug": debug_wanted()}
 
+    def run() -> int | None:
+        # Not app(...): that turns an EOFError of a reader's and an interrupt into other things.
+        command: Any = typer.main.get_command(app)
+        with command.make_context("anabranch", list(arguments), obj=asked) as context:
+            code = command.invoke(context)
+        return code if isinstance(code, int) else None
 
-def _fail(message: str) -> int:
-    sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return USER_ERROR
+    return guarded(run, misuse=lambda error: _misuse(error, arguments), debug=lambda: asked["debug"])
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> str:
@@ -136,6 +113,7 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
             f"{invalid[1]} is {_given(invalid[1], arguments)}: {invalid[2].replace('Input should be', 'it must be')}"
         )
     command = context.command_path if context is not None else _command_of(arguments)
+    message = message or "name a command"  # a group without one has shown its help
     return f"{message[:1].lower()}{message[1:]} (see {command} --help)"
 
 

@@ -1,0 +1,150 @@
+"""The last net under the command line: whatever goes wrong becomes one line on stderr and an exit code, never a traceback.
+
+What a user can cause is told by the reader that meets it, with file, field, value and what is allowed (`anabranch.errors`). What
+gets here without that is a fault of ours: the line says so, names the kind of exception and how its trace is seen.
+"""
+
+import errno
+import os
+import re
+import select
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TextIO
+
+import typer
+
+from anabranch.errors import AnabranchError
+
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
+DEBUG = "ANABRANCH_DEBUG"
+# typer carries its own click since 0.26 and used the installed one before; this is that click's class for misuse either way.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_LONGEST = 1000  # characters of a line; a library may quote a whole file
+
+
+def guarded(run: Callable[[], int | None], *, misuse: Callable[[Exception], str], debug: Callable[[], bool]) -> int:
+    """Run a command and return its exit code, whatever it raises.
+
+    Args:
+        run: the command; None counts as 0.
+        misuse: what is wrong with the arguments, in one sentence, for a `UsageError`.
+        debug: whether the trace is wanted; asked after the command has failed.
+
+    Returns:
+        0; 2 for any error, after one line that begins with ``error:``; 130 when interrupted; the command's own code.
+    """
+    _open_what_is_closed()
+    try:
+        code = run() or DONE
+        sys.stdout.flush()
+        return code
+    except typer.Exit as exit:
+        _settle(sys.stdout)
+        return exit.exit_code
+    except BaseException as error:
+        if debug():
+            _say("".join(traceback.format_exception(error)))
+        return _told(error, misuse)
+
+
+def debug_wanted() -> bool:
+    """Whether the environment asks for traces (``ANABRANCH_DEBUG=1``)."""
+    return os.environ.get(DEBUG, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def _told(error: BaseException, misuse: Callable[[Exception], str]) -> int:
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            _settle(sys.stdout)
+            return error.code or DONE
+        return _fail(str(error.code))
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        _settle(sys.stdout)
+        _say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):  # | head: nothing is wrong
+        _settle(sys.stdout)
+        return DONE
+    return _fail(misuse(error) if isinstance(error, UsageError) else sentence(error))
+
+
+def sentence(error: BaseException) -> str:
+    """What an exception comes to, for a user."""
+    text = str(error)
+    if isinstance(error, AnabranchError):
+        return text
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        hint = "; free some room or choose another place" if error.errno == errno.ENOSPC else ""
+        return f"{(error.strerror or text).lower()}{where}{hint}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search("memory|overflowed", text)):
+        needed = re.search(r"(?:allocate|allocating)\D*([\d.]+ ?\w*)", text)
+        what = f" ({needed[1].strip()} more were asked for)" if needed else ""
+        return f"out of memory{what}; use a smaller batch, sequence length or model"
+    name = type(error).__name__ if type(error).__module__ == "builtins" else _full_name(type(error))
+    return f"a fault inside anabranch, please report it: {name}: {text or 'no message'} (--debug or {DEBUG}=1 shows the trace)"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _fail(message: str) -> int:
+    _settle(sys.stdout)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST * 3 // 4]} ... {line[-_LONGEST // 4 :]}"
+    _say(f"error: {line}")
+    return USER_ERROR
+
+
+def _say(text: str) -> None:
+    """A line on stderr, if anybody still reads it."""
+    try:
+        print(text.rstrip(), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _let_go(sys.stderr)
+
+
+def _settle(stream: TextIO) -> None:
+    """Write what is still held; where that cannot be, let it go, or Python would complain of it at its end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Point a standard stream that cannot be written to where nothing is kept."""
+    descriptor = 2 if stream is sys.stderr else 1
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no descriptor of its own, or a system without poll
+        return True
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that were closed (``>&-``) lead nowhere, and what cannot be written in a stream's encoding is escaped.
+
+    A file that is opened later would otherwise take the number of a closed stream, and get what is meant for that.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and sys.stdout.errors in ("strict", "surrogateescape"):
+        reconfigure(errors="backslashreplace")
