@@ -1,19 +1,24 @@
-"""Writing files so that none is ever half there: write beside, fsync, rename."""
+"""Writing files so that none is ever half there: write beside, fsync, rename. And where the cache lies."""
 
 import ctypes
 import errno
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, CapacityError, DataError
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -25,7 +30,7 @@ DATA_FOLDER = "ANABRANCH_DATA"  # the environment variable that names it
 def data_folder() -> Path | None:
     """The folder of data that is not part of the package, which ``ANABRANCH_DATA`` names; None where that is not set."""
     folder = os.environ.get(DATA_FOLDER)
-    return Path(folder).expanduser() if folder else None
+    return expanded(folder) if folder else None
 
 
 def data_file(name: str, source: str = "") -> Path:
@@ -176,3 +181,70 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: tokenised corpora, compiled kernels, embedded texts. It may be deleted.
+
+    The first of `cache_places`, which a folder that the user names always is. Where there is no home directory, or it cannot
+    be written: a folder of this user alone among the system's temporary files, which the log says once. Raises DataError
+    where even that cannot be had.
+    """
+    places = cache_places()
+    if places and (os.environ.get("ANABRANCH_CACHE") or can_write(places[0])):
+        return places[0]
+    try:
+        return _private_folder(tempfile.gettempdir())
+    except OSError as error:
+        raise DataError(
+            f"no folder can be written for the cache: {error.strerror or error}; set ANABRANCH_CACHE to a folder of yours"
+        ) from None
+
+
+def cache_places() -> tuple[Path, ...]:
+    """The folder of the cache by its rule, whether or not it can be written; empty where there is no home directory.
+
+    ``$ANABRANCH_CACHE`` if that is set, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``.
+    """
+    named = os.environ.get("ANABRANCH_CACHE")
+    if named:
+        return (expanded(named),)
+    # A relative folder of caches is void by its specification, and a relative home would be another one in every folder.
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    if shared.is_absolute():
+        return (shared / "anabranch",)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user whom the system does not know, as in many containers
+        return ()
+    return (home / ".cache" / "anabranch",) if home.is_absolute() else ()
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` replaced by the home directory it stands for. Raises DataError if nobody knows that."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path} begins with a home directory that is not known here; write the whole path") from None
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be put into ``folder``, which is made first if it is absent."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+@cache
+def _private_folder(temporary: str) -> Path:
+    """A folder in ``temporary`` that this user alone can write: libraries that are loaded lie there."""
+    user = os.geteuid()
+    folder = Path(temporary) / f"anabranch-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix=f"anabranch-{user}-", dir=temporary))
+    log.warning(
+        "no home directory that can be written; what is cached goes to %s (or where ANABRANCH_CACHE says)", folder
+    )
+    return folder

@@ -7,9 +7,10 @@ import pytest
 
 from anabranch.data.corpus import Corpus, Document, Files
 from anabranch.data.split import split_of
-from anabranch.data.store import FORMAT, TokenStore, cache_folder
+from anabranch.data.store import FORMAT, TokenStore
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import DataError
+from anabranch.files import cache_folder
 from tokenizers_of_every_make import ALL, LOSSLESS, by_name
 
 BYTES = ByteTokenizer()
@@ -153,14 +154,6 @@ def test_of_those_that_open_at_once_only_one_builds():
         stores = list(pool.map(lambda corpus: TokenStore.open(corpus, BYTES, 0.2), corpora))
     assert sorted(corpus.reads for corpus in corpora) == [0, 0, 0, 2]
     assert len({str(store.tokens("train").tolist()) for store in stores}) == 1
-
-
-def test_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("ANABRANCH_CACHE")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(cache_folder()) == "/home/somebody/.cache/anabranch"
 
 
 def test_a_cache_that_cannot_be_written(texts, tmp_path, monkeypatch):

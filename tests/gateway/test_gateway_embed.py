@@ -12,7 +12,7 @@ from anabranch.config import from_dict, to_dict
 from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.gateway.embed import Embedder, embed_cached
 from anabranch.gateway.embed import minilm as minilm_module
-from anabranch.gateway.embed.cache import cache_folder, fingerprint
+from anabranch.gateway.embed.cache import fingerprint
 from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.embed.minilm import MiniLM, find_weights, gelu
 
@@ -137,13 +137,6 @@ def test_a_damaged_file_of_the_cache_is_passed_over(tmp_path):
     (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-7])
     np.testing.assert_array_equal(embed_cached(one, ["a", "b"], folder=tmp_path), expected)
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("ANABRANCH_CACHE")
-    assert cache_folder().parts[-2:] == (".cache", "anabranch")
 
 
 def test_gelu_is_that_of_the_normal_distribution():

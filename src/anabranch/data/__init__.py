@@ -14,7 +14,7 @@ from anabranch.data.bpe import BpeTokenizer, train_bpe
 from anabranch.data.config import Data, DataConfig, corpus_windows, text_windows
 from anabranch.data.corpus import Corpus, Document, Domain, Files, Mixture, Stdlib, Table, corpus_at
 from anabranch.data.named import Named
-from anabranch.data.store import TokenStore, cache_folder
+from anabranch.data.store import TokenStore
 from anabranch.data.stream import Lane, TokenStream
 from anabranch.data.tokenizer import (
     ByteTokenizer,
@@ -24,6 +24,7 @@ from anabranch.data.tokenizer import (
     load_tokenizer,
 )
 from anabranch.data.windows import Windows
+from anabranch.files import cache_folder
 
 __all__ = [
     "Batch",

@@ -11,11 +11,12 @@ from anabranch.data.bpe import BpeTokenizer
 from anabranch.data.corpus import Corpus, Mixture, Stdlib
 from anabranch.data.reading import stable_hash
 from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split
-from anabranch.data.store import TokenStore, cache_folder
+from anabranch.data.store import TokenStore
 from anabranch.data.stream import Lane, TokenStream
 from anabranch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from anabranch.data.windows import StoredRun, TextRun, Windows
 from anabranch.errors import DataError, TokenizerError
+from anabranch.files import cache_folder
 
 log = logging.getLogger(__name__)
 

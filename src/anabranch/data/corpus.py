@@ -25,6 +25,7 @@ from anabranch.data.reading import (
     stable_hash,
 )
 from anabranch.errors import DataError
+from anabranch.files import expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Files(Corpus, kind="files"):
         """(given path, key, file), unreadable zips and binary files included."""
         found = []
         for path in self.config.paths:
-            root = Path(path).expanduser()
+            root = expanded(path)
             found += [(root, key, file) for key, file in self._in_order(list_files(root, self.config.pattern))]
         return found
 
@@ -205,7 +206,7 @@ class Table(Corpus, kind="table"):
         """See `Corpus`."""
         found = []
         for path in self.config.paths:
-            root = Path(path).expanduser()
+            root = expanded(path)
             files = [file for _, file in list_files(root) if root.is_file() or is_table(file)]
             if not files:
                 raise DataError(f"no .parquet or .jsonl files in {root}")
@@ -276,7 +277,7 @@ class Mixture(Corpus, kind="mixture"):
 
 def corpus_at(path: str | Path) -> Corpus.Config:
     """The config that reads ``path``: a table if it is Parquet or JSON lines, else text files. Raises DataError if it is absent."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     list_files(path)
     return Table.Config(paths=(str(path),)) if is_table(path) else Files.Config(paths=(str(path),))
 

@@ -9,7 +9,6 @@ Documents of one label lie together, each followed by end of text where the toke
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,18 +23,13 @@ from anabranch.data.reading import digest_file, stable_hash
 from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split, stretches
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import DataError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, cache_folder
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the cache entry; another one is built anew
 SPLITS = (TRAIN, VALIDATION)
 _BATCH_CHARACTERS = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Where tokenised corpora are kept: ``ANABRANCH_CACHE``, else ``~/.cache/anabranch``. It may be deleted at any time."""
-    return Path(os.environ.get("ANABRANCH_CACHE") or Path.home() / ".cache" / "anabranch")
 
 
 @dataclass(frozen=True)

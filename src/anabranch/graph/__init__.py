@@ -10,10 +10,14 @@ Stands on its own beside `anabranch.errors` and `anabranch.files`; needs the ext
 when they are first used, so that importing this package is quick and works without the extra.
 """
 
+import os
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BackendError
+from anabranch.files import cache_folder, can_write
 
 if TYPE_CHECKING:
     from anabranch.graph.datasets import load_dataset
@@ -54,6 +58,21 @@ _HOMES = {
     "write_graph": "formats",
 }
 _EXTRA = ("numba", "scipy", "llvmlite")
+
+
+def _keep_compiled(package: Path = Path(__file__).parent) -> None:
+    """Numba keeps compiled kernels beside the modules; where nothing can be written there, in our cache.
+
+    Left to itself it would look for a home directory, and refuse to define a kernel where there is none.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR") or can_write(package / "__pycache__"):
+        return
+    os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")  # processes that are started from here find it too
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+
+_keep_compiled()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,24 +3,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from anabranch.config import to_dict
-from anabranch.files import atomic_write
+from anabranch.files import atomic_write, cache_folder
 from anabranch.gateway.embed.embedder import Embedder
 
-FOLDER = "ANABRANCH_CACHE"
 AT_ONCE = 1024  # texts between two words of progress
-
-
-def cache_folder() -> Path:
-    """Where things that can be made again are kept: the folder named by ANABRANCH_CACHE, else ``~/.cache/anabranch``."""
-    named = os.environ.get(FOLDER)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "anabranch"
 
 
 def embed_cached(
@@ -37,7 +29,7 @@ def embed_cached(
     Args:
         embedder: whose config and learned state name its part of the cache.
         texts: any number, repeats too.
-        folder: of the cache; None takes `cache_folder`.
+        folder: of the cache; None takes `anabranch.files.cache_folder`.
         progress: told how far it is.
 
     Returns: float32 ``[N, D]``.

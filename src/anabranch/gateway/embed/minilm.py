@@ -20,8 +20,7 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_folder
-from anabranch.gateway.embed.cache import cache_folder
+from anabranch.files import atomic_folder, cache_folder
 from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.strategy import Arrays, Facts
 

@@ -1,9 +1,9 @@
 """The compiled CPU kernels: built on first use by the system's C++ compiler, kept in the user's cache folder, never required.
 
-The cache folder is ``$ANABRANCH_CACHE``, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``. A library's name
-there is a hash of its source, compiler, flags and this machine's instruction set, so an upgrade or another machine builds its
-own. Processes that race each build and rename a whole file. Where there is no compiler, or with ANABRANCH_NO_KERNELS=1,
-`load` returns None, says so once in the log, and everything runs in plain PyTorch.
+They lie in `anabranch.files.cache_folder`. A library's name there is a hash of its source, compiler, flags and this machine's
+instruction set, so an upgrade or another machine builds its own. Processes that race each build and rename a whole file.
+Where there is no compiler, or with ANABRANCH_NO_KERNELS=1, `load` returns None, says so once in the log, and everything runs
+in plain PyTorch.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from anabranch.errors import AnabranchError, BackendError
-from anabranch.files import atomic_file
+from anabranch.files import atomic_file, cache_folder
 
 __all__ = ["load"]
 
@@ -69,7 +69,7 @@ def build() -> Path:
     if compiler is None:
         raise BackendError("no C++ compiler found; install g++ or set CXX")
     command = [*compiler.split(), *FLAGS]
-    path = _cache_folder() / "kernels" / f"kernels-{_fingerprint(command)}.so"
+    path = cache_folder() / "kernels" / f"kernels-{_fingerprint(command)}.so"
     if not path.exists():
         log.info("compiling the kernels into %s", path)
         with atomic_file(path) as temporary:
@@ -79,12 +79,6 @@ def build() -> Path:
             if done.returncode:
                 raise BackendError(f"{compiler} could not compile the kernels: {done.stderr.strip()[-800:]}")
     return path
-
-
-def _cache_folder() -> Path:
-    if "ANABRANCH_CACHE" in os.environ:
-        return Path(os.environ["ANABRANCH_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch"
 
 
 def _fingerprint(command: list[str]) -> str:
