@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from anabranch.errors import ConfigError
+from anabranch.native.sources import HERE
 from anabranch.nn import kernels
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.packed import KINDS, Packed
@@ -162,7 +163,7 @@ def test_without_kernels_the_weights_are_unpacked(monkeypatch):
 @pytest.mark.parametrize("flags", [("-mavx2", "-mfma", "-mf16c"), ("-msse2",)])
 def test_older_processors(flags, tmp_path, monkeypatch):
     """The same source for processors without the newest instructions gives the same products."""
-    target, source = tmp_path / "packed.so", kernels.HERE / "packed.cpp"
+    target, source = tmp_path / "packed.so", HERE / "packed.cpp"
     command = ["g++", "-std=gnu++17", "-O3", *flags, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))

@@ -1,0 +1,129 @@
+"""What this process may use of the machine: cores and memory, with the limits that containers set."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Limits", "Memory", "affinity", "cgroup_limits", "memory", "usable_cores"]
+
+_UNLIMITED = 1 << 60  # bytes; cgroups of version 1 write a number near 2^63 for "no limit"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the control groups of this process allow.
+
+    Attributes:
+        version: of the control groups that were read, 1 or 2; None where there are none.
+        cores: processor time, in cores, e.g. 1.5; None without a limit.
+        memory_bytes: None without a limit.
+        memory_used_bytes: what is in use of that limit, caches of files included; None without a limit.
+    """
+
+    version: int | None = None
+    cores: float | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory: the machine's, what is free of it without swapping, and the most that this process may have."""
+
+    total_bytes: int | None
+    available_bytes: int | None
+    usable_bytes: int | None
+
+
+def cgroup_limits(root: Path = Path("/")) -> Limits:
+    """The tightest limits of this process's control groups and all above them, of either version.
+
+    Args:
+        root: of the file system that is read; another one in tests.
+    """
+    groups = _groups(root)
+    base = root / "sys/fs/cgroup"
+    found_2 = [_version_2(folder) for folder in _upward(base, groups.get("", "/"))]
+    unified = [_version_2(folder) for folder in _upward(base / "unified", groups.get("", "/"))]
+    cores_1 = [_cores_1(folder) for folder in _upward(base / "cpu", groups.get("cpu", "/"))]
+    memory_1 = [_memory_1(folder) for folder in _upward(base / "memory", groups.get("memory", "/"))]
+    has_2, has_1 = (base / "cgroup.controllers").exists(), (base / "memory").is_dir() or (base / "cpu").is_dir()
+    memories = [pair for pair in [*(two[1] for two in [*found_2, *unified]), *memory_1] if pair is not None]
+    cores = [value for value in [*(two[0] for two in [*found_2, *unified]), *cores_1] if value is not None]
+    limit, used = min(memories, default=(None, None))
+    return Limits(2 if has_2 else 1 if has_1 else None, min(cores, default=None), limit, used)
+
+
+def affinity() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Threads that can really run at once: processors of this process, or fewer where a control group allows less time."""
+    allowed = cgroup_limits().cores
+    return max(1, min(affinity(), round(allowed) if allowed is not None else affinity()))
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """How much memory there is. What the system does not say is None."""
+    fields: dict[str, int] = {}
+    try:
+        text = (root / "proc/meminfo").read_text()
+        fields = {name: 1024 * int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)}
+    except OSError:
+        try:
+            fields["MemTotal"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return Memory(None, None, None)
+    limits = cgroup_limits(root)
+    total, available = fields.get("MemTotal"), fields.get("MemAvailable")
+    if limits.memory_bytes is not None and limits.memory_used_bytes is not None and available is not None:
+        available = min(available, max(0, limits.memory_bytes - limits.memory_used_bytes))
+    usable = min((size for size in (total, limits.memory_bytes) if size is not None), default=None)
+    return Memory(total, available, usable)
+
+
+def _groups(root: Path) -> dict[str, str]:
+    """Controller to its group, from lines ``4:cpu,cpuacct:/group``; the group of version 2 under an empty name."""
+    text = _read(root / "proc/self/cgroup") or ""
+    return {
+        name: group
+        for _, names, group in (line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2)
+        for name in names.split(",")
+    }
+
+
+def _upward(base: Path, group: str) -> list[Path]:
+    """The folder of a group and those above it up to ``base``, which in a container is often the group itself."""
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    return [base.joinpath(*parts[:length]) for length in range(len(parts), -1, -1)]
+
+
+def _version_2(folder: Path) -> tuple[float | None, tuple[int, int] | None]:
+    quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
+    cores = int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
+    return cores, _pair(_read(folder / "memory.max"), _read(folder / "memory.current"))
+
+
+def _cores_1(folder: Path) -> float | None:
+    quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    return int(quota) / int(period) if quota and period and quota.isdigit() and period.isdigit() else None
+
+
+def _memory_1(folder: Path) -> tuple[int, int] | None:
+    return _pair(_read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes"))
+
+
+def _pair(limit: str | None, used: str | None) -> tuple[int, int] | None:
+    if not limit or not limit.isdigit() or int(limit) >= _UNLIMITED:
+        return None
+    return int(limit), int(used) if used and used.isdigit() else 0
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:  # this kernel has no such file, or this group has no such limit
+        return None

@@ -1,0 +1,196 @@
+"""A library is built once, whole, by any number of processes, and found again without a compiler."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anabranch import native
+from anabranch.errors import BackendError, CapacityError, DataError
+from anabranch.native import compiler as compilers
+from anabranch.native import stored
+from anabranch.native.isa import NATIVE
+from anabranch.native.sources import library_name
+
+
+def compiled(calls):
+    """How often the compiler was given a source."""
+    return sum(" -c " in f" {line} " for line in calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def folder(tmp_path):
+    return tmp_path / "cache" / "kernels"
+
+
+def test_what_is_built_is_found_where_there_is_no_compiler(compiler, no_compiler, tmp_path):
+    compiler()
+    built = native.build()
+    no_compiler()
+    assert native.find() == built
+    assert native.load().anabranch_answer() == 42
+    assert native.status() == native.Status(built)
+    assert built.compiler.endswith("(small 1.0)")
+    assert sorted(path.name for path in folder(tmp_path).iterdir() if not path.name.startswith(".")) == [
+        built.path.with_suffix(".json").name,
+        built.path.name,
+    ]
+
+
+def test_a_cache_that_can_only_be_read_gives_its_library(compiler, no_compiler, monkeypatch):
+    compiler()
+    built = native.build()
+    no_compiler()
+    monkeypatch.setattr("anabranch.native.stored.cache_folder", lambda: (_ for _ in ()).throw(DataError("nowhere")))
+    assert native.find() == built
+
+
+def test_one_line_says_that_kernels_are_compiled(compiler, caplog, tmp_path):
+    compiler()
+    with caplog.at_level(logging.WARNING):
+        native.load()
+        native.load()
+    (line,) = caplog.messages
+    assert line.startswith("compiling the CPU kernels, once for this machine")
+    assert line.endswith(str(folder(tmp_path)))
+
+
+DAMAGES = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "longer": lambda data: data + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_built_again(compiler, damage):
+    calls = compiler()
+    path = native.build().path
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    assert native.find() is None
+    assert native.load().anabranch_answer() == 42
+    assert compiled(calls) == 2
+    assert native.find().path == path
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"sha256": 5}', "\x00"])
+def test_a_damaged_record_is_written_again(compiler, record):
+    compiler()
+    path = native.build().path
+    path.with_suffix(".json").write_text(record)
+    assert native.find() is None
+    assert native.build() == native.find()
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255), keep=st.floats(0, 1, exclude_max=True))
+def test_no_damage_is_ever_loaded(small, tmp_path, at, bits, keep):
+    library = folder(tmp_path) / library_name(NATIVE)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    data = small.read_bytes() * 20
+    library.write_bytes(data)
+    stored.record(library, NATIVE, "c++", 1.0)
+    assert native.find() is not None
+    place = int(at * len(data))
+    for damaged in (data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :], data[: int(keep * len(data))]):
+        library.write_bytes(damaged)
+        assert native.find() is None
+
+
+def test_a_failure_is_remembered_until_the_compiler_or_the_sources_change(compiler, small, caplog):
+    calls = compiler("echo 'no such thing' >&2; exit 1")
+    with pytest.raises(BackendError, match=r"could not compile the kernels: no such thing$"):
+        native.build()
+    tries = compiled(calls)
+    with pytest.raises(BackendError, match=r"no such thing \(before; `anabranch doctor --build` tries again\)"):
+        native.build()
+    assert compiled(calls) == tries
+    assert native.load() is None
+    assert caplog.messages[-1].startswith("no compiled kernels, running in plain PyTorch: ")
+    assert native.status().reason.endswith("no such thing")
+    with pytest.raises(BackendError):
+        native.build(again=True)
+    assert compiled(calls) == 2 * tries
+    small.write_text(small.read_text() + "// changed\n")
+    with pytest.raises(BackendError):
+        native.build()
+    assert compiled(calls) == 3 * tries
+    compiler(version="small 2.0")
+    assert native.build().compiler.endswith("(small 2.0)")
+    assert native.status().is_ready
+
+
+@pytest.mark.parametrize("said", ["fatal error: Killed signal terminated program cc1plus", "No space left on device"])
+def test_what_was_the_machine_s_fault_is_tried_again(compiler, said):
+    compiler(f"echo '{said}' >&2; exit 1")
+    with pytest.raises(BackendError, match=said):
+        native.build()
+    compiler()
+    assert native.build() == native.find()
+
+
+def test_racing_builders_compile_once(compiler, caplog):
+    calls = compiler('sleep 0.2; exec c++ "$@"')
+    with ThreadPoolExecutor(4) as pool:  # a lock is held per open file, so threads stand for processes
+        found = list(pool.map(lambda _: native.build(), range(4)))
+    assert found == [native.find()] * 4
+    assert compiled(calls) == 1
+    assert "another process compiles the CPU kernels; waiting for it" in caplog.messages
+
+
+def test_nothing_is_left_of_a_build_that_failed(compiler, tmp_path):
+    compiler('case "$*" in *" -c "*) exec c++ "$@";; *) exit 1;; esac')
+    with pytest.raises(BackendError, match="it ended with code 1"):
+        native.build()
+    assert [path.suffixes for path in folder(tmp_path).iterdir() if not path.name.endswith(".lock")] == [
+        [".failed", ".json"]
+    ]
+
+
+def test_a_full_disk_is_no_failure_of_the_compiler(compiler, monkeypatch, tmp_path):
+    compiler()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native.Compiler, "make_library", full)
+    with pytest.raises(CapacityError, match="no room left on disk"):
+        native.build()
+    assert not list(folder(tmp_path).glob("*.failed.json"))
+
+
+def test_says_when_there_is_no_compiler(no_compiler):
+    no_compiler()
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler found; install g\+\+ or set CXX"):
+        native.build()
+    assert native.status() == native.Status(None, "no C++ compiler found; install g++ or set CXX")
+
+
+def test_a_cache_that_cannot_be_written(compiler, tmp_path, monkeypatch):
+    compiler()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot write the cache .*; set ANABRANCH_CACHE to a folder of yours"):
+        native.build()
+    assert native.load() is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "files"), [(8, None, 8), (8, 64_000_000_000, 8), (8, 1_100_000_000, 2), (2, 0, 1)]
+)
+def test_files_are_compiled_within_cores_and_memory(monkeypatch, cores, free, files):
+    monkeypatch.setattr(compilers.machine, "usable_cores", lambda: cores)
+    monkeypatch.setattr(compilers.machine, "memory", lambda: SimpleNamespace(available_bytes=free))
+    assert compilers._at_once() == files
+
+
+def test_the_switch(compiler, monkeypatch):
+    compiler()
+    built = native.build()
+    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+    assert native.load() is None
+    assert native.status() == native.Status(built, "ANABRANCH_NO_KERNELS is set")

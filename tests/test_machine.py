@@ -1,0 +1,85 @@
+"""Limits of containers, read from files as the two versions of control groups write them."""
+
+import pytest
+
+from anabranch import machine
+from anabranch.machine import Limits, Memory, cgroup_limits, memory
+
+GB = 10**9
+MEMINFO = (
+    "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\nHugePages_Total:       0\n"
+)
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+def test_version_2_takes_the_tightest_limit_above(tmp_path):
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/pod/box",
+            "sys/fs/cgroup/cgroup.controllers": "cpu memory",
+            "sys/fs/cgroup/pod/cpu.max": "150000 100000",
+            "sys/fs/cgroup/pod/box/cpu.max": "max 100000",
+            "sys/fs/cgroup/pod/memory.max": "max",
+            "sys/fs/cgroup/pod/box/memory.max": str(2 * GB),
+            "sys/fs/cgroup/pod/box/memory.current": str(GB),
+        },
+    )
+    assert cgroup_limits(tmp_path) == Limits(2, 1.5, 2 * GB, GB)
+
+
+def test_version_2_inside_a_container_sees_its_own_group_at_the_top(tmp_path):
+    files = {"cgroup.controllers": "cpu", "cpu.max": "50000 100000", "memory.max": str(GB), "memory.current": "5"}
+    write(tmp_path, {"proc/self/cgroup": "0::/../../elsewhere"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()})
+    assert cgroup_limits(tmp_path) == Limits(2, 0.5, GB, 5)
+
+
+def test_version_1(tmp_path):
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/box\n2:cpu,cpuacct:/box\n1:name=systemd:/\n0::/",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "250000",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/box/memory.limit_in_bytes": str(3 * GB),
+            "sys/fs/cgroup/memory/box/memory.usage_in_bytes": str(GB),
+        },
+    )
+    assert cgroup_limits(tmp_path) == Limits(1, 2.5, 3 * GB, GB)
+
+
+def test_no_groups(tmp_path):
+    assert cgroup_limits(tmp_path) == Limits()
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "1:2", "0::", "max", "-3 0", "100000 0"])
+def test_files_that_say_something_else_are_no_limits(tmp_path, text):
+    names = ("cgroup.controllers", "cpu.max", "memory.max", "memory.current", "cpu/cpu.cfs_quota_us")
+    write(tmp_path, {"proc/self/cgroup": text} | {f"sys/fs/cgroup/{name}": text for name in names})
+    found = cgroup_limits(tmp_path)
+    assert (found.cores, found.memory_bytes) == (None, None)
+
+
+def test_memory_within_limits(tmp_path):
+    write(tmp_path, {"proc/meminfo": MEMINFO})
+    assert memory(tmp_path) == Memory(16384000000, 8192000000, 16384000000)
+    files = {"memory.max": str(2 * GB), "memory.current": str(GB // 2), "cgroup.controllers": "memory"}
+    write(tmp_path, {"proc/self/cgroup": "0::/"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()})
+    assert memory(tmp_path) == Memory(16384000000, 3 * GB // 2, 2 * GB)
+
+
+@pytest.mark.parametrize(("allowed", "cores"), [(None, 8), (0.5, 1), (1.6, 2), (64.0, 8)])
+def test_usable_cores(monkeypatch, allowed, cores):
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
+    monkeypatch.setattr(machine, "cgroup_limits", lambda: Limits(2, allowed))
+    assert machine.usable_cores() == cores
