@@ -58,6 +58,7 @@ class KeyValueCache:
         self.state: dict[
             str, object
         ] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
+        self._sequences: list[object] = []
         self._key: list[Tensor | None] = [None] * num_layers
         self._value: list[Tensor | None] = [None] * num_layers
 
@@ -103,8 +104,18 @@ class KeyValueCache:
         """Count positions that every layer has stored."""
         self.length += num_positions
 
+    def sequences(self, batch: int) -> list[object]:
+        """A name of each of the ``batch`` sequences, which stays its own when `keep_rows` moves it; of all streams together."""
+        if not self._sequences:
+            self._sequences = [object() for _ in range(batch)]
+        return self._sequences
+
     def keep_rows(self, row_B: Tensor) -> None:
-        """Keep, repeat or reorder sequences of the batch: a bool mask (finished ones leave) or int64 numbers (beams), for all streams."""
+        """Keep, repeat or reorder sequences of the batch: a bool mask (finished ones leave) or int64 numbers (beams), for all streams.
+
+        Copies of a sequence go on under names of their own.
+        """
+        self._keep_names(row_B)
         for value in self.state.values():
             if hasattr(value, "keep_rows"):
                 value.keep_rows(row_B)
@@ -114,6 +125,14 @@ class KeyValueCache:
         self._value = [None if buffer is None else buffer[row_B] for buffer in self._value]
         if self.valid_BL is not None:
             self.valid_BL = self.valid_BL[row_B]
+
+    def _keep_names(self, row_B: Tensor) -> None:
+        names, self._sequences = self._sequences, []
+        kept = torch.arange(len(names))[row_B.cpu()].tolist() if names else []
+        seen: set[int] = set()
+        for row in kept:
+            self._sequences.append(object() if row in seen else names[row])
+            seen.add(row)
 
     def _num_rows(self) -> int:
         return next((len(buffer) for buffer in self._key if buffer is not None), 0)

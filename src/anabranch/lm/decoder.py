@@ -227,6 +227,9 @@ class Decoder(Part, nn.Module):
     ) -> ForwardContext:
         """The forward context of a batch: positions, rotary angles, masks. P streams are P times as many sequences, see `Streams`."""
         store, num_prefix = self._store(cache), 0
+        # Recording runs eagerly; compiled code would be compiled anew for every name.
+        is_named = cache is not None and not torch.compiler.is_compiling()
+        sequences = cache.sequences(len(token_BL)) if cache is not None and is_named else None
         if self.streams is not None:
             num_prefix = self.streams.num_prefix
             token_BL = self.streams.expand(token_BL)
@@ -238,6 +241,8 @@ class Decoder(Part, nn.Module):
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
             sequence_length=length,
+            num_streams=1 if self.streams is None else self.streams.num_streams,
+            sequences=sequences,
             is_measured=cache is None,
             training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
             state={} if state is None else state,

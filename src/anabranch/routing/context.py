@@ -6,7 +6,7 @@ is counted twice.
 """
 # Shapes: N items, E destinations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -34,6 +34,9 @@ class RoutingContext:
     Attributes:
         item_mask_N: bool, False for padding items, which are neither routed nor counted; None if all items are real.
         sequence_length: items are ``num_sequences * sequence_length`` in row-major order; None if they are no sequences.
+        num_streams: the items are this many times the same sequences, one stream after another.
+        sequences: a name of the sequence in each row of ``sequence_length`` items of a stream, its own as long as it goes on and
+            whatever row it is in; None if nobody says.
         training: balancers emit losses and loads only then.
         is_measured: whether anyone reads metrics; not while tokens are generated, where making them would cost as much as a layer.
         losses: emitted losses by name, one entry per layer that emitted it.
@@ -48,6 +51,8 @@ class RoutingContext:
 
     item_mask_N: Tensor | None = None
     sequence_length: int | None = None
+    num_streams: int = 1
+    sequences: Sequence[Hashable] | None = None
     training: bool = False
     is_measured: bool = True
     losses: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ pass (activation recompute) are not recorded again.
 # Shapes: N items, K places per item, R rows, B sequences, L positions
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -168,8 +168,9 @@ class Recorder:
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
-        # Ids of the last forward pass, by router and how many times it had routed in it: first, and one past the last.
-        self._items: dict[tuple[nn.Module, int], tuple[int, int]] = {}
+        # By router and how many times it had routed in a forward pass, so that all of them number alike.
+        self._numbers: dict[tuple[nn.Module, int], _Numbers] = {}
+        self._told: dict[Hashable, str | None] = {}  # the domain of each sequence that has a name
         self._turns = {module: _Turns() for module in layers}
 
     def trace(self) -> RoutingTrace:
@@ -187,7 +188,8 @@ class Recorder:
         context = given[0] if given else self._outside(routing.num_items)
         keep_N = _real(context)
         turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
-        item_N, position_N = self._places((module, turn), routing.num_items, context)
+        names = _names(context, routing.num_items)
+        item_N, position_N = self._places((module, turn), routing.num_items, context, names)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
             self._describe(module, turn, routing),
@@ -196,7 +198,7 @@ class Recorder:
             item_N=item_N[keep_N],
             position_N=position_N[keep_N],
             token_N=-1 if token_N is None else token_N[keep_N],
-            domain=self._domain_N(routing.num_items, keep_N),
+            domain=self._domain_N(routing.num_items, keep_N, names, context.num_streams),
         )
 
     def _outside(self, num_items: int) -> RoutingContext:
@@ -219,7 +221,7 @@ class Recorder:
         )
 
     def _places(
-        self, key: tuple[nn.Module, int], num_items: int, context: RoutingContext
+        self, key: tuple[nn.Module, int], num_items: int, context: RoutingContext, names: list[Hashable] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Item id and position of each of the N items: as the context says, else counted from the start of the recording."""
         length = context.sequence_length or 1  # no sequences: every item is one of its own
@@ -227,23 +229,32 @@ class Recorder:
         position_N = _given(context, "position", num_items)
         item_N = _given(context, "item", num_items)
         if item_N is None:
-            # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
-            goes_on = position_N is not None and num_items > 0 and not (position_N[_real(context)] == 0).any()
-            first, end = self._items.get(key, (0, 0))
-            first = first if goes_on else end
-            self._items[key] = first, first + -(-num_items // length)
-            item_N = first + count_N // length
+            numbers = self._numbers.setdefault(key, _Numbers())
+            if names is not None:
+                item_N = numbers.of(names).repeat(length)
+            else:
+                # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
+                goes_on = position_N is not None and num_items > 0 and not (position_N[_real(context)] == 0).any()
+                item_N = numbers.counted(-(-num_items // length), goes_on) + count_N // length
         return item_N, count_N % length if position_N is None else position_N
 
-    def _domain_N(self, num_items: int, keep_N: np.ndarray | slice) -> str | list[str | None] | None:
+    def _domain_N(
+        self, num_items: int, keep_N: np.ndarray | slice, names: list[Hashable] | None, num_streams: int
+    ) -> str | list[str | None] | None:
         if self.domain is None or isinstance(self.domain, str):
             return self.domain
-        each, rest = divmod(num_items, len(self.domain) or 1)
-        if rest or not self.domain:
+        if names is not None and all(name in self._told for name in names):  # rows may have left since it was told
+            domains = [self._told[name] for name in names]
+        elif not self.domain or num_items % (len(self.domain) * num_streams):
             raise DataError(
                 f"recorder.domain has {len(self.domain)} names for {num_items} items; give one name, or one for each sequence"
             )
-        return np.repeat(np.array(self.domain, object), each)[keep_N].tolist()
+        else:
+            domains = [*self.domain] * num_streams
+        domain_N = np.repeat(np.array(domains, object), num_items // len(domains))
+        if names is not None:
+            self._told.update(zip(names, domain_N[:: num_items // len(names)].tolist(), strict=True))
+        return domain_N[keep_N].tolist()
 
     def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
         if self.tokens is None:
@@ -273,7 +284,8 @@ def record_routing(
 
     Which item a row belongs to is taken from ``context.state``: ``item_N``, ``position_N`` and ``token_N``, each ``[N]``, or from
     ``context.position_BL`` and ``context.token_BL`` of a language model. Otherwise items are counted from 0, in sequences of
-    ``context.sequence_length`` if that is known. Padding (``context.item_mask_N``) is not recorded.
+    ``context.sequence_length`` if that is known; with ``context.sequences`` (cached generation, serving) a sequence keeps its number
+    when others leave the batch, and the domain of its first pass. Padding (``context.item_mask_N``) is not recorded.
 
     Args:
         model: whose routers to record.
@@ -327,6 +339,28 @@ def _passes(module: nn.Module) -> int:
     return getattr(module, "passes", 1)
 
 
+class _Numbers:
+    """Numbers the sequences that one router sees, from 0."""
+
+    def __init__(self) -> None:
+        self._named: dict[Hashable, int] = {}
+        self._first = self._end = 0  # of the last pass without names, and one past all
+
+    def of(self, names: Sequence[Hashable]) -> np.ndarray:
+        """Of sequences that have names, ``[S]``; a name keeps its number."""
+        for name in names:
+            if name not in self._named:
+                self._named[name] = self._end
+                self._end += 1
+        return np.array([self._named[name] for name in names], np.int64)
+
+    def counted(self, num_sequences: int, goes_on: bool) -> int:
+        """The first of sequences without names: those of the pass before if it ``goes_on``, else new ones."""
+        self._first = self._first if goes_on else self._end
+        self._end = max(self._end, self._first + num_sequences)
+        return self._first
+
+
 class _Turns:
     """Owner, in a context's memo, of the count of one router's turns in a forward pass."""
 
@@ -355,6 +389,16 @@ def _given(context: RoutingContext, what: str, num_items: int) -> np.ndarray | N
     value = context.state.get(f"{what}_N")
     value = getattr(context, f"{what}_BL", None) if value is None else value
     return None if value is None or value.numel() != num_items else _numpy(value).reshape(-1)
+
+
+def _names(context: RoutingContext, num_items: int) -> list[Hashable] | None:
+    """A name of each row, where the context says it of these N (a layer may route only some of the tokens)."""
+    sequences, streams, length = context.sequences, context.num_streams, context.sequence_length or 1
+    if not sequences or num_items != streams * len(sequences) * length:
+        return None
+    if _given(context, "position", num_items) is None:  # a sequence that goes on must say where
+        return None
+    return [(sequence, stream) for stream in range(streams) for sequence in sequences]
 
 
 def _real(context: RoutingContext) -> np.ndarray | slice:

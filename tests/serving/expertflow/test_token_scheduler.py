@@ -138,6 +138,27 @@ def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_ker
     engine.restore()
 
 
+def test_a_trace_of_regrouped_batches_is_that_of_their_sequences() -> None:
+    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(5)
+    greedy = SamplingConfig(max_tokens=7, temperature=0.0)
+    greedy = greedy.replace(stop=(generate(model, asked, greedy)[0][3],))
+    with record_routing(model) as recorder:
+        generate(model, asked, greedy)
+    expected = Routes.from_trace(recorder.trace())
+    with offload(model, None) as engine:
+        pipeline = DualBatch(engine, batch_size=2, scheduler=TokenScheduler(), use_kernel=False)
+        with record_routing(model) as recorder:
+            pipeline.generate(asked, greedy)
+            DualBatch(engine, batch_size=2, use_kernel=False).generate(asked[:1], greedy)
+    found = Routes.from_trace(recorder.trace())
+
+    def sequences(routes: Routes) -> list[tuple[bytes, ...]]:
+        columns = routes.token_N, routes.position_N, routes.bits_NLP
+        return sorted(tuple(column[rows].tobytes() for column in columns) for rows in routes.sequences())
+
+    assert sequences(found) == sorted([*sequences(expected), *sequences(expected.take([0]))])
+
+
 @pytest.mark.parametrize("top_k", [(2, 2, 2), (1, 2, 1)])
 def test_the_likeliest_of_each_layer_are_chosen(top_k: tuple[int, ...]) -> None:
     model = make_model()

@@ -82,6 +82,7 @@ class ModelRunner:
         self.tap = RoutingTap(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
         self._tops: dict[str, int] = {}  # of requests that want their prompts scored, see `Sampling.prompt_logprobs`
+        self._names: dict[str, object] = {}  # of requests, for whoever records where they go: an id may come again
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
         with torch.no_grad():
             self._prefix = [] if model.streams is None else [
@@ -123,6 +124,7 @@ class ModelRunner:
         for id in batch.gone:
             self.sampler.forget(id)
             self._last.pop(id, None)
+            self._names.pop(id, None)
             self._recorded.discard(id)
             self._tops.pop(id, None)
         for request in batch.new:
@@ -185,7 +187,8 @@ class ModelRunner:
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
-        context = self._context(layout, token_1T)
+        names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
+        context = self._context(layout, token_1T, names)
         keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         with steady(model) if self.deterministic else nullcontext():
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
@@ -210,11 +213,13 @@ class ModelRunner:
                     route[layer] = tuple(index for index in index_K if index >= 0)
         return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
 
-    def _context(self, layout: StepLayout, token_1T: Tensor) -> ForwardContext:
+    def _context(self, layout: StepLayout, token_1T: Tensor, names: Sequence[object]) -> ForwardContext:
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
         streams = self.pool.shape.streams
         return ForwardContext(
+            num_streams=streams,
+            sequences=names,
             is_measured=False,
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,

@@ -28,6 +28,7 @@ from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
 from anabranch.serving.fast import FastDecoder
 
 BLOCK_TOKENS = 16  # positions that lie together
+_SERIAL = count()  # of sequences in this process
 
 
 class RowStore:
@@ -137,7 +138,6 @@ class DualBatch:
         self.use_kernel = use_kernel
         self._fast: FastDecoder | None = None
         self.objective_before = self.objective_after = 0
-        self._serial = count()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> list[list[int]]:
@@ -153,7 +153,7 @@ class DualBatch:
         self._length, self._id_RM = list(self._prompt), np.zeros((len(prompts), longest), np.int32)
         for id_M, prompt in zip(self._id_RM, prompts, strict=True):
             id_M[: len(prompt)] = prompt
-        self._keys = [f"row-{next(self._serial)}" for _ in prompts]
+        self._keys = [f"row-{next(_SERIAL)}" for _ in prompts]
         generator = torch.Generator().manual_seed(config.seed)
         pair = 2 * self.batch_size
         units = [_Unit(list(range(first, min(first + pair, len(prompts))))) for first in range(0, len(prompts), pair)]
@@ -256,6 +256,7 @@ class DualBatch:
             return self._fast.logits(x_TD[new - 1 :: new])
         context = ForwardContext(
             sequence_length=new,
+            sequences=[row.key for row in rows],
             is_measured=False,
             position_BL=position_BL,
             rotary=model.rotary(position_BL, model.embedding.weight.dtype),

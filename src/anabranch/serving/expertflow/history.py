@@ -48,29 +48,24 @@ class CacheHistory:
     """Tokens of the sequences of a key-value cache; it lies in the cache's state and follows when rows leave."""
 
     def __init__(self) -> None:
-        self.keys: list[object] = []
         self.ids: list[np.ndarray] = []
         self.prompt: list[int] = []
 
-    def add(self, token_BL: Tensor, mask_BL: Tensor | None) -> list[Row]:
-        """The rows of a forward pass over these tokens."""
+    def add(self, keys: Sequence[object], token_BL: Tensor, mask_BL: Tensor | None) -> list[Row]:
+        """The rows of a forward pass over these tokens, of the sequences that have these names."""
         tokens = token_BL.cpu().numpy().astype(np.int32)
         real = np.ones(tokens.shape, bool) if mask_BL is None else mask_BL.cpu().numpy().astype(bool)
         new = [row[keep] for row, keep in zip(tokens, real, strict=True)]
-        if not self.keys:
-            self.keys = [object() for _ in new]
+        if not self.ids:
             self.ids = [np.empty(0, np.int32) for _ in new]
             self.prompt = [len(ids) for ids in new]
         self.ids = [np.concatenate((old, more)) for old, more in zip(self.ids, new, strict=True)]
-        rows = zip(self.keys, self.ids, new, self.prompt, strict=True)
+        rows = zip(keys, self.ids, new, self.prompt, strict=True)
         return [Row(key, ids, len(more), prompt) for key, ids, more, prompt in rows]
 
     def keep_rows(self, row_B: Tensor) -> None:
-        """Follow `KeyValueCache.keep_rows`. Copies of a sequence go on under keys of their own."""
-        kept = torch.arange(len(self.keys), device=row_B.device)[row_B].tolist()
-        keys, self.keys = self.keys, []
-        for number in kept:
-            self.keys.append(object() if keys[number] in self.keys else keys[number])
+        """Follow `KeyValueCache.keep_rows`."""
+        kept = torch.arange(len(self.ids), device=row_B.device)[row_B].tolist()
         self.ids, self.prompt = [self.ids[number] for number in kept], [self.prompt[number] for number in kept]
 
 
@@ -78,6 +73,7 @@ def call_rows(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
     """The rows of a call ``decoder(token_BL, cache=..., token_mask_BL=...)``."""
     token_BL = arguments[0] if arguments else options["token_BL"]
     cache: KeyValueCache | None = options.get("cache")
-    history = CacheHistory() if cache is None else cache.state.setdefault(STATE, CacheHistory())
-    assert isinstance(history, CacheHistory)
-    return history.add(token_BL, options.get("token_mask_BL"))
+    history, keys = CacheHistory(), [object() for _ in token_BL]
+    if cache is not None:
+        history, keys = cache.state.setdefault(STATE, history), cache.sequences(len(token_BL))  # type: ignore[assignment]
+    return history.add(keys, token_BL, options.get("token_mask_BL"))
