@@ -17,6 +17,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
@@ -115,6 +116,51 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [to_dict(value) for value in config]
     return config
+
+
+def completed(recorded: Any, current: Any) -> Any:
+    """``recorded``, an older JSON form of the config ``current``, with the fields that came later, at their defaults.
+
+    Only fields of a config class can come later: keys of a dict, such as the domains of a mixture, are what somebody wrote.
+    """
+    if isinstance(current, Config) and isinstance(recorded, dict):
+        cls: Any = type(current)
+        kind = getattr(current.owner, "kind", None)
+        if kind and recorded.get("kind") != kind:
+            return recorded
+        later = {}
+        for field in dataclasses.fields(cls):
+            if field.name in recorded:
+                later[field.name] = completed(recorded[field.name], getattr(current, field.name))
+            elif not cls.__pydantic_fields__[field.name].is_required():
+                later[field.name] = _get(cls, {}, field.name)
+        return {**recorded, **later}
+    if isinstance(current, dict) and isinstance(recorded, dict):
+        return {key: completed(value, current[key]) if key in current else value for key, value in recorded.items()}
+    if isinstance(current, list | tuple) and isinstance(recorded, list) and len(current) == len(recorded):
+        return [completed(*pair) for pair in zip(recorded, current, strict=True)]
+    return recorded
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted path of every field that differs between two configs (or their JSON forms), with both values (None where absent).
+
+    Values are the same if they are written the same in JSON: 1, 1.0 and true are three.
+    """
+    return dict(_differences(to_dict(old), to_dict(new), ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            yield path, (old, new)
+        return
+    for name in [*old, *(name for name in new if name not in old)]:
+        here = f"{path}.{name}" if path else str(name)
+        if name in old and name in new:
+            yield from _differences(old[name], new[name], here)
+        else:
+            yield here, (old.get(name), new.get(name))
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:

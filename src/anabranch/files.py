@@ -1,4 +1,4 @@
-"""Writing files so that none is ever half there: write beside, fsync, rename. And where the cache lies."""
+"""Writing files so that none is ever half there: write beside, fsync, rename. Where the cache lies. Locks between processes."""
 
 import ctypes
 import errno
@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, CapacityError, DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +158,69 @@ def _explained(path: Path) -> Iterator[None]:
         culprit = str(error.filename or "")
         where = f" ({culprit})" if culprit and culprit != str(path) and f".{path.name}." not in culprit else ""
         raise DataError(f"cannot write {path}: {error.strerror or error}{where}") from error
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[bool]:
+    """Hold the lock file ``path`` (hidden, named ``.NAME.lock``) meanwhile; yields False, at once, if another process has it.
+
+    The system frees the lock when a process dies, however it dies; what is left of the file then means nothing. The folder must be
+    there. Where there are no locks (Windows, some network file systems) everybody gets it. Raises DataError if the file cannot be made.
+    """
+    handle = None if fcntl is None else _lock(Path(path))
+    if fcntl is None or handle is not None:
+        try:
+            yield True
+        finally:
+            if handle is not None:
+                # While it is still held: whoever opened the file before sees that it is no longer there, and makes another.
+                Path(path).unlink(missing_ok=True)
+                os.close(handle)
+    else:
+        yield False
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a process holds the lock file ``path`` now."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(handle, shared=True)
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """An open handle of the lock file with its lock, or None if another process has it."""
+    while True:
+        with _explained(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try_lock(handle):
+                os.close(handle)
+                return None
+            # The holder before may have removed the file after we opened it: a lock on what nobody else can find is none.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _try_lock(handle: int, *, shared: bool = False) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -97,6 +97,30 @@ def test_compare_prints_a_row_per_design(here, work, tiny, data, monkeypatch):
     assert (work / "compared" / "compare-costs.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_compare_counts_no_run_of_another_mixture(here, work, tiny, data, monkeypatch):
+    from anabranch.studies import training
+
+    monkeypatch.setattr(training, "FINAL_TOKENS", 256)
+    monkeypatch.setattr(training, "CURVE_TOKENS", 64)
+    options = [option for option in tiny if "hidden_dim" not in option]
+    domain = f'{{corpus = {{kind = "files", paths = ["{work}/text/%s"]}}}}'
+
+    def compared(out, *domains):
+        mixture = ", ".join(f"{name} = {domain % name}" for name in domains)
+        corpus = ["--set=data.corpus.kind=mixture", f"--set=data.corpus.domains={{{mixture}}}"]
+        rest = ["--set=data.validation_fraction=0.3", "--steps", 2, "--seeds", "0,1", "--json"]
+        code, printed, told = here("compare", "moe", "dense", "--out", out, *options, *corpus, *rest)
+        assert code == 0, told
+        return [row["bits_per_byte"] for row in json.loads(printed)["rows"]], told
+
+    one, _ = compared("mixed", "alpha")
+    two, told = compared("mixed", "alpha", "beta")
+    assert told.count("run again, since the run there is of another config: data.corpus.domains.beta was None") == 4
+    assert two == compared("mixed-fresh", "alpha", "beta")[0] != one
+    assert compared("mixed", "alpha", "beta")[1].count("done before") == 4
+
+
 def test_a_law_is_fitted_to_what_is_published(here):
     code, out, _ = here("study", "parscale", "--fit", "--out", "none")
     assert code == 0

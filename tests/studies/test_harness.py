@@ -1,9 +1,12 @@
 import json
 import multiprocessing
 import time
+from pathlib import Path
 
 import pytest
 
+from anabranch import studies
+from anabranch.config import Config, configclass
 from anabranch.errors import ConfigError, DataError
 from anabranch.studies.harness import (
     Arm,
@@ -11,12 +14,31 @@ from anabranch.studies.harness import (
     Column,
     Results,
     Study,
-    is_same,
+    read_records,
     run_study,
     summarize,
     summary_rows,
 )
 from anabranch.studies.paired import verdict_below
+from anabranch.studies.records import is_same
+
+
+@configclass
+class Options(Config):
+    depth: int = 1
+    wide: bool = False
+
+
+@configclass
+class Outer(Config):
+    inner: tuple[Options, ...]
+
+
+@configclass
+class Kinded(Config):
+    kind: str
+    thin: int = 1
+
 
 LOSS = {"plain": 2.0, "better": 1.5}
 
@@ -97,8 +119,48 @@ def test_another_config_or_revision_is_run_again_and_replaces(tmp_path):
     with pytest.raises(DataError, match="no finished run"):
         summarize(make(revision=2), tmp_path)
     assert summarize(other, tmp_path).results.runs.keys() == {"better"}
-    outcome = run_study(other, tmp_path, seeds=[0])
+    told = []
+    outcome = run_study(other, tmp_path, seeds=[0], progress=told.append)
     assert outcome.results.values("plain", "loss") == {0: 1.5}
+    assert any(
+        "run again, since the run there is of another config: kind was 'plain' and is now 'better'" in t for t in told
+    )
+    # What was recorded is not lost, and what does not count is told.
+    [kept] = (tmp_path / "made_up" / "earlier").glob("plain-seed0-*.json")
+    assert json.loads(kept.read_text())["metrics"]["loss"] == 2.0
+    assert [(arm, seed) for arm, seed, _ in outcome.outdated] == [("plain", 1)]
+
+
+def test_what_a_run_reads_beside_its_config_is_part_of_its_key(tmp_path):
+    runs = []
+
+    def counting(config, seed, progress):
+        runs.append((config["kind"], seed))
+        return measured(config, seed, progress)
+
+    run_study(make(counting, seeds=(0,)), tmp_path)
+    told = []
+    for text in ("one", "one", "two"):
+        run_study(make(counting, seeds=(0,), inputs=lambda config, text=text: text), tmp_path, progress=told.append)
+    # Once without a digest, once with the first (the record of an older version does not count), once with the second.
+    assert runs == [("plain", 0), ("better", 0)] * 3
+    assert any("written by an older version, which did not note what text it read" in text for text in told)
+    assert any("read other text: the files have changed since" in text for text in told)
+    assert len(list((tmp_path / "made_up" / "earlier").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"metrics": 1, "config": {}}', '{"metrics": {}}', "[" * 99999])
+def test_a_record_of_any_other_form_is_named(tmp_path, content):
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "plain-seed0.json").write_text(content)
+    with pytest.raises(DataError, match=r"plain-seed0\.json is not the record of a run"):
+        run_study(make(), tmp_path)
+
+
+def test_arms_whose_names_are_patterns(tmp_path):
+    arms = (Arm("a[1]*", "", {"kind": "plain"}), Arm("a1x", "", {"kind": "better"}))
+    outcome = run_study(make(arms=arms, judge=lambda results: []), tmp_path, seeds=[0])
+    assert outcome.results.values("a[1]*", "loss") == {0: 2.0}
 
 
 def test_a_run_that_fails_leaves_the_finished_ones(tmp_path):
@@ -191,8 +253,16 @@ def test_values_leave_out_what_was_not_measured():
     ("recorded", "current", "same"),
     [
         ({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 2]}}, True),
-        ({"a": 1}, {"a": 1, "new": False}, True),
-        ({"b": {"c": 1}}, {"b": {"c": 1, "new": None}}, True),
+        # Keys of a dict are what somebody wrote: one more is another config. Only fields of a config class come later.
+        ({"a": 1}, {"a": 1, "new": False}, False),
+        ({"b": {"c": 1}}, {"b": {"c": 1, "new": None}}, False),
+        ({}, Options(), True),
+        ({"depth": 2}, Options(depth=2), True),
+        ({"depth": 2}, Options(depth=2, wide=True), False),
+        ({"inner": [{}]}, Outer(inner=(Options(),)), True),
+        ({"inner": [{}]}, Outer(inner=(Options(wide=True),)), False),
+        ({"inner": [{}, {}]}, Outer(inner=(Options(),)), False),
+        ({"kind": "a"}, Kinded(kind="a"), True),
         ({"a": 1}, {"a": 2}, False),
         ({"a": 1, "gone": 0}, {"a": 1}, False),
         ({"a": [1]}, {"a": [1, 2]}, False),
@@ -202,3 +272,13 @@ def test_values_leave_out_what_was_not_measured():
 )
 def test_which_config_counts_as_the_same(recorded, current, same):
     assert is_same(recorded, current) is same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", studies.names())
+def test_what_is_recorded_counts(name):
+    """A field that comes later must not undo what was recorded: either its default changes nothing, or the revision is raised."""
+    study, folder = studies.find(name)(full=True), Path(__file__).parents[2] / "studies" / "results"
+    results, outdated = read_records(study, folder)
+    assert outdated == []
+    assert results.runs

@@ -10,6 +10,7 @@ import typer
 
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import fact, print_json, quantity, say, size, table, wrote
+from anabranch.cli.study import print_left_out
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def compare(
             {
                 "name": "compare",
                 "folder": str(out),
-                "baseline": rows[0].design,
+                "baseline": next(iter(configs)),
                 "config": dict(outcome.study.settings),
                 "rows": [row.to_dict() for row in rows],
             }
@@ -78,19 +79,20 @@ def compare(
         f"{budget['steps']} steps, {quantity(tokens)} tokens a run, seeds {', '.join(map(str, outcome.results.seeds))}",
     )
     print()
-    _print(rows)
+    _print(rows, next(iter(configs)))
     print()
+    print_left_out(outcome)
     wrote(
         f"{out}/compare{{.json, .png, .svg}}, {out}/compare-costs{{.png, .svg}} and one file a run in {out}/compare/",
         f"look at {out}/compare.png",
     )
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], baseline: str) -> None:
     headers = [
         "design",
         "bits/byte",
-        f"difference\nto {rows[0].design}",
+        f"difference\nto {baseline}",
         "95% interval",
         "parameters",
         "active",

@@ -126,12 +126,19 @@ def _print(outcome: Outcome, folder: Path) -> None:
         text_columns=2,
     )
     print()
-    for arm, seed in outcome.missing:
-        fact("open", f"{arm} seed {seed} is under way in another process")
+    print_left_out(outcome)
     wrote(
         f"{folder}/{study.name}{{.json, .png, .svg}} and one file a run in {folder / study.name}/",
         f"look at {folder / study.name}.png",
     )
+
+
+def print_left_out(outcome: Outcome) -> None:
+    """One line per run that is not in the numbers although it was asked for or recorded."""
+    for arm, seed in outcome.missing:
+        fact("open", f"{arm} seed {seed} is under way in another process")
+    for arm, seed, reason in outcome.outdated:
+        fact("ignored", f"{arm} seed {seed}: the run recorded there {reason}")
 
 
 def print_arms(outcome: Outcome) -> None:

@@ -59,6 +59,13 @@ class Data:
         names = [domain or segment.label for domain, _, store in self._stores for segment in _all_segments(store)]
         self.domains = tuple(dict.fromkeys(names))
 
+    def fingerprint(self) -> str:
+        """Names the tokens of both splits, their domains and weights, and the tokenizer: by content, wherever they were read from."""
+        stores = [
+            [name, weight, store.content(TRAIN), store.content(VALIDATION)] for name, weight, store in self._stores
+        ]
+        return f"{stable_hash(json.dumps([self.tokenizer.fingerprint, stores])):016x}"
+
     def train(self, *, seed: int, rank: int = 0, world_size: int = 1) -> TokenStream:
         """A new stream over the training split; see `TokenStream`."""
         lanes = [

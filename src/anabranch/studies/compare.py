@@ -1,20 +1,22 @@
 """Several designs at one budget: the library behind ``anabranch compare``.
 
-Every design trains on the same tokens in the same order for one seed, for the same number of steps; seeds are paired. The first
-design is the baseline of the differences. There is no claim to judge: an interval that contains 0 decides nothing.
+Every design trains on the same tokens in the same order for one seed, for the same number of steps; seeds are paired. Only the model
+may differ: the rest of the configs must be equal, and a finished run counts only for the same config and the same text. The first design
+is the baseline of the differences. There is no claim to judge: an interval that contains 0 decides nothing.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.config import to_dict
+from anabranch.config import differences, to_dict
 from anabranch.errors import ConfigError
 from anabranch.studies.harness import Arm, Column, Outcome, Progress, Results, Study, run_study
 from anabranch.studies.paired import Estimate
 from anabranch.studies.picture import draw_arms, draw_costs
-from anabranch.studies.training import train_and_measure
+from anabranch.studies.training import check_held_out, train_and_measure
 from anabranch.train import RunConfig
 
 COLUMNS = (
@@ -61,18 +63,28 @@ class Row:
 def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
     """The study that compares ``designs``.
 
-    Raises ConfigError where they do not share one budget: steps, batch and data must be the same.
+    The design is ``model``; all else (``data`` and ``train``, whole) must be equal. A run counts for its whole config and for the text
+    it read, by content. Raises ConfigError for fewer than two designs, for one that differs in more than its model, and where no text
+    is held out.
     """
     if len(designs) < 2:
         raise ConfigError(f"{len(designs)} design(s) to compare; name two or more")
     baseline = next(iter(designs))
-    budgets = {name: _budget(config) for name, config in designs.items()}
-    for name, budget in budgets.items():
-        for field, value in budget.items():
-            if value != budgets[baseline][field]:
-                raise ConfigError(
-                    f"{field} of {name} is {value!r}, of {baseline} {budgets[baseline][field]!r}; designs are compared at one budget"
-                )
+    shared = _shared(designs[baseline])
+    for name, config in designs.items():
+        for field, (ours, other) in differences(shared, _shared(config)).items():
+            raise ConfigError(
+                f"{field} of {name} is {other!r}, of {baseline} {ours!r}; designs are compared at one budget, on one text: "
+                "all but the model must be equal"
+            )
+    check_held_out(designs[baseline])
+
+    @functools.cache
+    def fingerprint() -> str:
+        return designs[baseline].data.build().fingerprint()
+
+    def text(config: RunConfig) -> str:
+        return fingerprint()  # one for all: their data is equal
 
     def draw(results: Results, path: Path) -> None:
         draw_arms(results, path, baseline=baseline, title="Designs at one budget")
@@ -81,13 +93,14 @@ def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
     return Study(
         name="compare",
         title=f"{', '.join(designs)} at one budget",
-        settings=budgets[baseline],
+        settings=_budget(designs[baseline]),
         arms=[Arm(name, "", config) for name, config in designs.items()],
-        run=train_and_measure,
+        run=lambda config, seed, progress: train_and_measure(config, seed, progress, text=text(config)),
         judge=lambda results: [],
         columns=COLUMNS,
         draw=draw,
         seeds=tuple(seeds),
+        inputs=text,
     )
 
 
@@ -116,7 +129,13 @@ def make_rows(results: Results, designs: Sequence[str]) -> list[Row]:
     return rows
 
 
+def _shared(config: RunConfig) -> dict[str, Any]:
+    """All of a config that is not the design."""
+    return {name: value for name, value in to_dict(config).items() if name != "model"}
+
+
 def _budget(config: RunConfig) -> dict[str, Any]:
+    """What the result file says of it."""
     train, data = config.train, config.data
     return {
         "steps": train.steps,
@@ -124,6 +143,7 @@ def _budget(config: RunConfig) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "corpus": to_dict(data.corpus),
         "tokenizer": to_dict(data.tokenizer),
+        "validation_fraction": data.validation_fraction,
     }
 
 

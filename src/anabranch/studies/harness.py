@@ -12,26 +12,18 @@ on where it was, and grows over sessions. Two processes may work on one study: a
 
 import contextlib
 import importlib.metadata
-import json
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anabranch.config import to_dict
 from anabranch.errors import ConfigError, DataError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, locked
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
+from anabranch.studies.records import Metrics, Place, recorded_seeds
 
-try:
-    import fcntl
-except ImportError:  # Windows: one process per study there
-    fcntl = None  # type: ignore[assignment]
-
-Metrics = dict[str, Any]
 Progress = Callable[[str], None]
 
 
@@ -140,6 +132,8 @@ class Study:
         default_arms: names of those that run if none are asked for; None for all.
         revision: raised when the code under the arms changes what comes out, so that older runs do not count.
         fit: what ``--fit`` shows, one row of numbers per law that is fitted; None for a study of no law.
+        inputs: config of an arm -> digest of what its run reads beside the config (text, say), by content. A run counts for the
+            same digest only. None: nothing is noted of it.
     """
 
     name: str
@@ -154,6 +148,7 @@ class Study:
     revision: int = 1
     seeds: Sequence[int] = (0, 1, 2)
     fit: Callable[[Results], list[dict[str, Any]]] | None = None
+    inputs: Callable[[Any], str] | None = None
 
 
 @dataclass
@@ -166,6 +161,7 @@ class Outcome:
         claims: judged.
         path: the result file.
         missing: pairs that have not run (not asked for, or under way elsewhere).
+        outdated: arm, seed and reason of each record that lies there and does not count.
     """
 
     study: Study
@@ -173,6 +169,7 @@ class Outcome:
     claims: list[Claim]
     path: Path
     missing: list[tuple[str, int]] = field(default_factory=list)
+    outdated: list[tuple[str, int, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the result file."""
@@ -200,29 +197,33 @@ def run_study(
     """
     folder = Path(folder)
     chosen = pick_arms(study, arms)
+    inputs = _inputs(study, chosen)
     pairs = [(arm, seed) for seed in (study.seeds if seeds is None else seeds) for arm in chosen]
     missing = []
     for number, (arm, seed) in enumerate(pairs, start=1):
         label = f"{arm.name} seed {seed} ({number} of {len(pairs)})"
-        if _read_run(study, arm, seed, folder) is not None:
+        place = _place(study, arm, seed, folder, inputs[arm.name])
+        if place.read() is not None:
             progress(f"{label}: done before")
             continue
-        with _alone(_run_path(study, arm, seed, folder)) as alone:
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place.lock) as alone:
             if not alone:
                 progress(f"{label}: under way in another process")
                 missing.append((arm.name, seed))
-            elif _read_run(study, arm, seed, folder) is None:  # nobody finished it since we looked
-                _run_one(study, arm, seed, folder, label, progress)
+            elif place.read() is None:  # nobody finished it since we looked
+                _run_one(study, place, label, progress)
     return summarize(study, folder, missing=missing)
 
 
 def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
     """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
     folder = Path(folder)
-    results = read_results(study, folder)
+    results, outdated = read_records(study, folder)
     if not results.runs:
-        raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first")
-    outcome = Outcome(study, results, study.judge(results), folder / f"{study.name}.json", list(missing))
+        told = "".join(f"; that of {arm} seed {seed} {reason}" for arm, seed, reason in outdated[:1])
+        raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first{told}")
+    outcome = Outcome(study, results, study.judge(results), folder / f"{study.name}.json", list(missing), outdated)
     atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
     if study.draw is not None:
         study.draw(results, folder / study.name)
@@ -232,7 +233,28 @@ def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, 
 
 def read_results(study: Study, folder: str | Path) -> Results:
     """The finished runs that lie in ``folder``; there may be none."""
-    return Results({arm.name: _read_runs(study, arm, Path(folder)) for arm in study.arms})
+    return read_records(study, Path(folder))[0]
+
+
+def read_records(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str]]]:
+    """The finished runs that count, and arm, seed and reason of those that do not."""
+    runs: dict[str, dict[int, Metrics]] = {arm.name: {} for arm in study.arms}
+    outdated = []
+    found = {arm.name: recorded_seeds(folder / study.name, arm.name) for arm in study.arms}
+    inputs = _inputs(study, [arm for arm in study.arms if found[arm.name]])
+    for arm in study.arms:
+        for seed in found[arm.name]:
+            place = _place(study, arm, seed, folder, inputs[arm.name])
+            metrics = place.read()
+            if metrics is not None:
+                runs[arm.name][seed] = metrics
+            elif (reason := place.why_not()) is not None:
+                outdated.append((arm.name, seed, reason))
+    return Results(runs), outdated
+
+
+def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) -> Place:
+    return Place(folder / study.name, study.name, arm.name, seed, study.revision, arm.config, inputs)
 
 
 def fitted(study: Study, folder: str | Path) -> list[dict[str, Any]]:
@@ -270,19 +292,6 @@ def pick_arms(study: Study, names: Sequence[str] | None) -> list[Arm]:
     return list(study.arms) if names is None else [known[name] for name in names]
 
 
-def is_same(recorded: Any, current: Any) -> bool:
-    """Whether a run recorded with one config (its JSON form) counts for another.
-
-    All that was recorded must be so still. A field that is only in ``current`` came later; it is taken to have a default that
-    changes nothing (raise `Study.revision` where it does), so that a new option does not undo hours of runs.
-    """
-    if isinstance(recorded, dict) and isinstance(current, dict):
-        return all(name in current and is_same(value, current[name]) for name, value in recorded.items())
-    if isinstance(recorded, list) and isinstance(current, list):
-        return len(recorded) == len(current) and all(map(is_same, recorded, current))
-    return type(recorded) is type(current) and recorded == current
-
-
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
@@ -292,72 +301,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_one(study: Study, arm: Arm, seed: int, folder: Path, label: str, progress: Progress) -> None:
-    progress(f"{label}: started")
+def _inputs(study: Study, arms: Sequence[Arm]) -> dict[str, str | None]:
+    """What each arm reads beside its config, as a digest; None where the study names nothing."""
+    return {arm.name: None if study.inputs is None else study.inputs(arm.config) for arm in arms}
+
+
+def _run_one(study: Study, place: Place, label: str, progress: Progress) -> None:
+    reason = place.why_not()
+    progress(f"{label}: started" if reason is None else f"{label}: run again, since the run there {reason}")
     started, cpu_started = time.perf_counter(), time.process_time()
-    metrics = study.run(arm.config, seed, lambda text: progress(f"{label}: {text}"))
-    record = {
-        "study": study.name,
-        "arm": arm.name,
-        "seed": seed,
-        "revision": study.revision,
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(time.process_time() - cpu_started, 1),
-        "config": to_dict(arm.config),
-        "versions": versions(),
-    }
-    atomic_write_json(_run_path(study, arm, seed, folder), record)
-    progress(f"{label}: finished in {record['seconds']:.0f} s")
-
-
-def _read_runs(study: Study, arm: Arm, folder: Path) -> dict[int, Metrics]:
-    seeds = [
-        int(path.stem.removeprefix(f"{arm.name}-seed"))
-        for path in (folder / study.name).glob(f"{arm.name}-seed*.json")
-        if path.stem.removeprefix(f"{arm.name}-seed").isdigit()
-    ]
-    found = {seed: _read_run(study, arm, seed, folder) for seed in sorted(seeds)}
-    return {seed: metrics for seed, metrics in found.items() if metrics is not None}
-
-
-def _read_run(study: Study, arm: Arm, seed: int, folder: Path) -> Metrics | None:
-    """The metrics of a finished run of this config, None if there is none."""
-    path = _run_path(study, arm, seed, folder)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not the record of a run ({error}); remove it to run it again") from error
-    current = json.loads(json.dumps(to_dict(arm.config)))
-    counts = record.get("revision") == study.revision and is_same(record["config"], current)
-    return record["metrics"] if counts else None
-
-
-def _run_path(study: Study, arm: Arm, seed: int, folder: Path) -> Path:
-    return folder / study.name / f"{arm.name}-seed{seed}.json"
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Hold the lock of a run; False if another process has it. The system frees it when a process dies, however it dies."""
-    if fcntl is None:
-        yield True
-        return
-    lock = path.with_name(f".{path.stem}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-        lock.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+    metrics = study.run(place.config, place.seed, lambda text: progress(f"{label}: {text}"))
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    kept = place.write(metrics, seconds=round(seconds, 1), cpu_seconds=round(cpu_seconds, 1), versions=versions())
+    progress(f"{label}: finished in {seconds:.0f} s" + (f"; the run before is kept in {kept}" if kept else ""))
 
 
 def _is_number(value: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from anabranch.errors import ConfigError, DataError
 from anabranch.lm import Decoder
 from anabranch.routing import Router, RoutingTrace, record_routing
 from anabranch.routing.consistency import srp
@@ -45,6 +46,7 @@ def train_and_measure(
     *,
     model: Decoder | None = None,
     also: Callable[[Trainer], Metrics] | None = None,
+    text: str | None = None,
 ) -> Metrics:
     """Train ``config`` with ``seed`` (weights, data order, masks) in a folder that is then removed, and measure the model.
 
@@ -54,8 +56,11 @@ def train_and_measure(
     layers own; ``srp`` (local routing consistency over 16 tokens, mean over layers); ``same_expert_rate`` at neighbouring layers of a pool
     and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the
     process; ``warnings`` that the library logged. ``model`` is trained on instead of a fresh one; ``also`` measures more of the trained
-    model.
+    model; ``text`` is the `Data.fingerprint` that the text must have.
+
+    Raises ConfigError, before it trains, where no text is held out to measure on; DataError where the text is another one.
     """
+    check_held_out(config)
     counts = config.model.count(config.data.sequence_length)
     settings = config.train.replace(
         seed=seed,
@@ -68,6 +73,12 @@ def train_and_measure(
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder, _warnings() as warned:
         observer = _Observer(progress)
         trainer = Trainer(config.replace(train=settings), Path(folder) / "run", on_event=observer, model=model)
+        if text is not None and trainer.data.fingerprint() != text:
+            trainer.close()
+            raise DataError(
+                f"{config.data.corpus.build().describe()} has changed since the first of these runs was started; "
+                "run the same command again: what was trained on the text before is trained anew"
+            )
         observer.trainer = trainer
         result = trainer.fit()
         if result.status != "finished":
@@ -86,6 +97,15 @@ def train_and_measure(
         "skipped_steps": result.skipped_steps,
         "warnings": warned,
     }
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Raise ConfigError if ``config`` holds no text out, so that nothing could be measured on what it trains."""
+    if config.data.validation_fraction == 0:
+        raise ConfigError(
+            "data.validation_fraction is 0, so there would be no held-out text to measure on; "
+            "set it above 0, e.g. to 0.05"
+        )
 
 
 @dataclass

@@ -1,10 +1,9 @@
 """What a training run is made of: `TrainConfig`, and `RunConfig` with the model and the data beside it."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from anabranch.config import Config, Field, configclass, from_dict, to_dict
+from anabranch.config import Config, Field, configclass, differences, from_dict, to_dict
 from anabranch.data.config import DataConfig
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.files import atomic_write_json
@@ -112,17 +111,3 @@ def read_run_config(out: str | Path) -> RunConfig:
         return from_dict(RunConfig, table)
     except ConfigError as error:
         raise CheckpointError(f"{path} does not describe a run: {error}") from None
-
-
-def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted path of every field that differs between two configs, with both values (None where it is absent)."""
-    return dict(_differences(to_dict(old), to_dict(new), ""))
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        if old != new:
-            yield path, (old, new)
-        return
-    for name in [*old, *(name for name in new if name not in old)]:
-        yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)

@@ -1,0 +1,129 @@
+"""Records of runs: one JSON a run, and whether it counts for what is asked now.
+
+A record counts if nothing that decides its numbers has changed: the study's revision, the whole config of the arm, and what the run
+read beside its config, by content. One that does not count is run again, and kept in ``earlier/`` beside the new one.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import completed, differences, to_dict
+from anabranch.errors import DataError
+from anabranch.files import atomic_write_json
+
+Metrics = dict[str, Any]
+EARLIER = "earlier"
+_SHOWN = 60  # characters of a value in a reason
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the record of one run lies, and what it must say.
+
+    Attributes:
+        folder: of the study's runs.
+        study, arm, seed: which run.
+        revision: of the study.
+        config: of the arm, what `to_dict` takes.
+        inputs: digest of what the run reads beside its config; None if nothing is noted of it.
+    """
+
+    folder: Path
+    study: str
+    arm: str
+    seed: int
+    revision: int
+    config: Any
+    inputs: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The record."""
+        return self.folder / f"{self.arm}-seed{self.seed}.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by who works on the run; see `locked`."""
+        return self.folder / f".{self.path.stem}.lock"
+
+    def read(self) -> Metrics | None:
+        """The metrics of the run, None if it has not finished or does not count. Raises DataError if the file is no record."""
+        record = self._record()
+        return None if record is None or self._reason(record) is not None else record["metrics"]
+
+    def why_not(self) -> str | None:
+        """Why the record does not count, as the end of a sentence; None if it counts, or there is none."""
+        record = self._record()
+        return None if record is None else self._reason(record)
+
+    def write(self, metrics: Metrics, **facts: Any) -> Path | None:
+        """Write the record; ``facts`` are further fields. One that lies there is moved to the path that is returned."""
+        record: dict[str, Any] = {"study": self.study, "arm": self.arm, "seed": self.seed, "revision": self.revision}
+        record |= {} if self.inputs is None else {"inputs": self.inputs}
+        kept = self._set_aside()
+        atomic_write_json(self.path, {**record, "metrics": metrics, **facts, "config": to_dict(self.config)})
+        return kept
+
+    def _set_aside(self) -> Path | None:
+        try:
+            digest = hashlib.blake2b(self.path.read_bytes(), digest_size=4).hexdigest()
+        except FileNotFoundError:
+            return None
+        kept = self.folder / EARLIER / f"{self.path.stem}-{digest}.json"
+        kept.parent.mkdir(exist_ok=True)
+        os.replace(self.path, kept)
+        return kept
+
+    def _record(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            complete = isinstance(record["metrics"], dict) and "config" in record
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._broken(error) from error
+        if not complete:
+            raise self._broken("it lacks its metrics or its config")
+        return record
+
+    def _broken(self, why: object) -> DataError:
+        return DataError(f"{self.path} is not the record of a run ({why}); remove it to run it again")
+
+    def _reason(self, record: dict[str, Any]) -> str | None:
+        if record.get("revision") != self.revision:
+            return f"is of revision {record.get('revision')} of the study, which is now {self.revision}"
+        found = differences(completed(record["config"], self.config), self.config)
+        if found:
+            name, (old, new) = next(iter(found.items()))
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            return f"is of another config: {name or 'it'} was {_short(old)} and is now {_short(new)}{more}"
+        if self.inputs is not None and "inputs" not in record:
+            return "was written by an older version, which did not note what text it read"
+        if self.inputs is not None and record["inputs"] != self.inputs:
+            return "read other text: the files have changed since"
+        return None
+
+
+def recorded_seeds(folder: Path, arm: str) -> list[int]:
+    """Seeds of which a record of ``arm`` lies in ``folder``, whether it counts or not."""
+    start = f"{arm}-seed"
+    names = [path.stem for path in folder.glob("*.json") if path.name.startswith(start)]
+    return sorted(int(name.removeprefix(start)) for name in names if name.removeprefix(start).isdecimal())
+
+
+def is_same(recorded: Any, current: Any) -> bool:
+    """Whether a run recorded with one config (its JSON form) counts for another.
+
+    A field that came later counts as recorded at its default, which is taken to change nothing (raise `Study.revision` where it
+    does), so that a new option does not undo hours of runs. All else must be equal.
+    """
+    return not differences(completed(recorded, current), current)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
