@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch import registry
+from anabranch.bounds import LARGEST_INT
 from anabranch.config import Config, Field, Part, configclass, from_dict, override, parse_assignment, to_dict
 from anabranch.errors import AnabranchError, ConfigError
 
@@ -198,7 +199,8 @@ def test_missing_fields_take_their_defaults():
     assert from_dict(Tea.Config, {"leaves": 3}) == Tea.Config(leaves=3)
 
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(-1e37, 1e37)
+integers = st.integers(-LARGEST_INT, LARGEST_INT)
 strengths = st.floats(min_value=0.001, max_value=1e6)
 points = st.builds(Point, x=finite, y=finite)
 teas = st.builds(Tea.Config, strength=strengths, leaves=st.integers(1, 50), steep=st.sampled_from(["short", "long"]))
@@ -207,14 +209,14 @@ coffees = st.builds(Coffee.Config, strength=strengths, beans=st.integers(20, 99)
 brewings = st.one_of(teas, coffees, waters)
 kitchens = st.builds(
     Kitchen,
-    seed=st.integers(),
+    seed=integers,
     name=st.text(),
     open=st.booleans(),
     limit=st.none() | st.integers(1, 9),
-    sizes=st.lists(st.integers()).map(tuple),
-    pair=st.tuples(st.integers(), points),
+    sizes=st.lists(integers).map(tuple),
+    pair=st.tuples(integers, points),
     points=st.lists(points, max_size=3).map(tuple),
-    mix=st.integers() | st.lists(finite, max_size=3).map(tuple),
+    mix=integers | st.lists(finite, max_size=3).map(tuple),
     weights=st.dictionaries(st.text(), finite, max_size=3),
     shelves=st.dictionaries(st.text(), points, max_size=2),
     first=brewings,

@@ -1,5 +1,6 @@
 """Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
 
+import json
 import os
 import re
 import resource
@@ -336,3 +337,10 @@ def test_no_path_of_one_machine_stands_in_the_code():
         for match in re.findall(r"""["'](?:/work|/root)/[^"']*""", path.read_text("utf-8"))
     ]
     assert not found
+
+
+def test_json_of_half_a_character_reads_back(tmp_path):
+    """What a file name that is not UTF-8 becomes in Python."""
+    value = {"path": "caf\udce9", "name": "café"}
+    atomic_write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value

@@ -9,7 +9,7 @@ import inspect
 import pytest
 
 PUBLIC = {
-    "anabranch.config": "Config Field Part configclass from_dict override parse_assignment to_dict",
+    "anabranch.config": "Config Field Part Repeats Seed Size configclass from_dict override parse_assignment to_dict",
     "anabranch.routing": """
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK
         ImportanceLoss LinearScore PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold

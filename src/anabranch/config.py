@@ -23,10 +23,23 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 import pydantic
 from pydantic import Field
 
+from anabranch.bounds import Repeats, Seed, Size, check_number, shown
 from anabranch.errors import ConfigError
 from anabranch.registry import kinds, resolve
 
-__all__ = ["Config", "Field", "Part", "configclass", "from_dict", "override", "parse_assignment", "to_dict"]
+__all__ = [
+    "Config",
+    "Field",
+    "Part",
+    "Repeats",
+    "Seed",
+    "Size",
+    "configclass",
+    "from_dict",
+    "override",
+    "parse_assignment",
+    "to_dict",
+]
 
 T = TypeVar("T")
 
@@ -71,6 +84,8 @@ def configclass(cls: type[T]) -> type[T]:
     checked_init = made.__init__
 
     def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+        for name, value in values.items():
+            _check_bounds(type(self), name, value)
         try:
             checked_init(self, **values)
         except pydantic.ValidationError as error:
@@ -78,6 +93,15 @@ def configclass(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
+
+
+def _check_bounds(cls: Any, name: str, value: Any) -> None:
+    """Raise ConfigError for numbers that no field takes; pydantic tells those that only this field does not."""
+    field = cls.__pydantic_fields__.get(name)
+    limits = [] if field is None else field.metadata
+    if isinstance(value, int) and value > 0 and any(hasattr(limit, "le") or hasattr(limit, "lt") for limit in limits):
+        return
+    check_number(name, value, is_positive=any(getattr(limit, "gt", None) == 0 for limit in limits))
 
 
 def _explain(cls: type, item: Any) -> str:
@@ -91,8 +115,8 @@ def _explain(cls: type, item: Any) -> str:
         return f"{name} is missing in {_label(cls)}"
     message = item["msg"]
     if not message.startswith("Input should be "):  # a length or a pattern: pydantic says it in a sentence of its own
-        return f"{name} is {item['input']!r}: {message[0].lower()}{message[1:]}"
-    return f"{name} is {item['input']!r}; it must be {message.removeprefix('Input should be ')}"
+        return f"{name} is {shown(item['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{name} is {shown(item['input'])}; it must be {message.removeprefix('Input should be ')}"
 
 
 def _label(cls: type) -> str:
@@ -169,7 +193,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     Raises ConfigError that names the dotted path of the offending field.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{path or _label(cls)} is {data!r}; it must be a table of fields")
+        raise ConfigError(f"{path or _label(cls)} is {shown(data)}; it must be a table of fields")
     cls = _class_of(cls, data, path)
     values = {name: value for name, value in data.items() if name != "kind"}
     hints = _hints(cls)
@@ -192,9 +216,11 @@ def _class_of(cls: Any, data: dict[str, Any], path: str) -> Any:
             raise ConfigError(f"{path or _label(cls)} needs a kind of {family}; known: {', '.join(kinds(family))}")
         return cls
     if family is None:
-        raise ConfigError(f"{path or _label(cls)} takes no 'kind' (got {kind!r})")
+        raise ConfigError(f"{path or _label(cls)} takes no 'kind' (got {shown(kind)})")
     if not isinstance(kind, str):
-        raise ConfigError(f"{path or _label(cls)} has kind {kind!r}; it must be one of: {', '.join(kinds(family))}")
+        raise ConfigError(
+            f"{path or _label(cls)} has kind {shown(kind)}; it must be one of: {', '.join(kinds(family))}"
+        )
     try:
         made: Any = owner if kind == owner.kind else resolve(family, kind)
     except ConfigError as error:
@@ -261,7 +287,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return path.strip(), None
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, an integer of thousands of digits, brackets without end
         return path.strip(), raw.strip()
     # Configs hold what JSON holds: 2024-05-01 and 12:30 stay the text they are.
     return path.strip(), raw.strip() if isinstance(value, datetime.date | datetime.time) else value
@@ -307,7 +333,7 @@ def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str) -> An
         place = int(name)
         item = _assign(_item_hints(hint, node)[place], node[place], rest, value, path)
         return [*node[:place], item, *node[place + 1 :]]
-    raise ConfigError(f"cannot set {path}: {seen} is {node!r}, which has no fields; set {seen} itself")
+    raise ConfigError(f"cannot set {path}: {seen} is {shown(node)}, which has no fields; set {seen} itself")
 
 
 def _within(hint: Any, node: Any) -> Any:

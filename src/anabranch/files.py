@@ -92,7 +92,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, all or nothing. Raises as `atomic_write`."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(
+            value, indent=2
+        )  # half a character (a file name that is no UTF-8): JSON can escape it, UTF-8 cannot
+    atomic_write_text(path, text + "\n")
 
 
 @contextmanager

@@ -70,3 +70,9 @@ def test_temperature_of_each_row():
     expected_RV = torch.stack([(logits_RV[0] / t).softmax(-1) for t in (0.5, 1.0, 4.0)])
     torch.testing.assert_close(temper(logits_RV, torch.tensor([0.5, 1.0, 4.0])), expected_RV)
     assert temper(logits_RV[:1], torch.tensor([1e-40])).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_a_temperature_that_float32_rounds_to_zero_takes_the_most_likely_token():
+    logits_RV = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -9.0, -7.0]])
+    probability_RV = temper(logits_RV, torch.tensor([1e-46, 1e-300], dtype=torch.float64))
+    assert torch.equal(probability_RV, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))

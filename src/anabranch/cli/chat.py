@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
@@ -55,7 +56,7 @@ def chat(
         if line == "/reset":
             talk.reset()
         elif line:
-            talk.answer(line, seed + len(talk.messages))
+            talk.answer(line, (seed + len(talk.messages)) % (MOST_SEED + 1))
 
 
 class Conversation:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.bounds import MOST_SEED
 from anabranch.errors import ConfigError, DataError, TokenizerError
 
 if TYPE_CHECKING:  # torch takes a second to load; --help does without
@@ -22,7 +23,7 @@ Model = Annotated[
 ]
 FLAG = " "  # shown as the value of an option that takes none
 AsJson = Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print one JSON object on stdout and nothing else.")]
-Seed = Annotated[int, typer.Option(metavar="S", min=0, help="Seed: the same one gives the same result.")]
+Seed = Annotated[int, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Seed: the same one gives the same result.")]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16. Default: as stored."),

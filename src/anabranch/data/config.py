@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.config import Config, Field, Size, configclass, to_dict
 from anabranch.data.bpe import BpeTokenizer
 from anabranch.data.corpus import Corpus, Mixture, Stdlib
 from anabranch.data.reading import stable_hash
@@ -27,7 +27,7 @@ class DataConfig(Config):
 
     corpus: Corpus.Config = Field(default_factory=Stdlib.Config)
     tokenizer: Tokenizer.Config = Field(default_factory=ByteTokenizer.Config)
-    sequence_length: int = Field(default=256, ge=1)  # tokens a training sequence
+    sequence_length: Size = Field(default=256, ge=1)  # tokens a training sequence
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)  # of the documents, by the hash of their keys
 
     def build(self, tokenizer: Tokenizer | None = None) -> "Data":

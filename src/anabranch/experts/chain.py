@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
@@ -65,9 +65,9 @@ class Chain(ReXMoE, kind="chain"):
                 grow with C. (``recompute`` does so for the experts alone.)
         """
 
-        reuse: int = Field(default=1, ge=1)
+        reuse: Repeats = Field(default=1, ge=1)
         psr: ProgressiveScaling.Config | None = None
-        iterations: int = Field(default=2, ge=1)
+        iterations: Repeats = Field(default=2, ge=1)
         independent_gates: bool = True
         residual: Literal["inner", "outer", "init", "none", "gated"] = "inner"
         norm: Literal["each", "once", "reference"] = "each"

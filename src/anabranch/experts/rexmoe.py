@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import BuildContext, Count, ForwardContext
@@ -72,7 +72,7 @@ class ProgressiveScaling(Candidates, kind="psr"):
         scope: Literal["step", "token"] = "step"
         stage: Literal["post_softmax", "pre_softmax"] = "post_softmax"
         evaluate: Literal["full", "current"] = "full"
-        as_reuse: int | None = Field(default=None, ge=2)
+        as_reuse: Repeats | None = Field(default=None, ge=2)
 
         def __post_init__(self) -> None:
             if self.start >= self.end:
@@ -186,7 +186,7 @@ class ReXMoE(MoE, kind="rexmoe"):
             pool_bias: the bias balancers of ``router.balance`` are one per pool, not one per layer.
         """
 
-        reuse: int = Field(default=2, ge=1)
+        reuse: Repeats = Field(default=2, ge=1)
         psr: ProgressiveScaling.Config | None = ProgressiveScaling.Config()
         depth_embedding: bool = False
         pool_balance: float = Field(default=0.0, ge=0)

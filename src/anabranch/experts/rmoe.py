@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Size, configclass
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
@@ -97,7 +97,7 @@ class RecurrentScore(Score, kind="recurrent"):
             cell_dtype: the cell runs in ``float32`` even under autocast (p is small), or in the ``autocast`` type.
         """
 
-        state_dim: int = Field(default=128, ge=1)
+        state_dim: Size = Field(default=128, ge=1)
         cell: Literal["gru", "rnn", "lstm"] = "gru"
         passing: bool = True
         detach_state: bool = False

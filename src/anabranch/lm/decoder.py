@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
 from anabranch.nn.attention import Attention
@@ -88,9 +88,9 @@ class Decoder(Part, nn.Module):
             streams: run the blocks several times at once and merge what comes out (ParScale); None for the plain model.
         """
 
-        vocab_size: int = Field(default=257, ge=1)
-        dim: int = Field(default=128, ge=2)
-        num_layers: int = Field(default=4, ge=1)
+        vocab_size: Size = Field(default=257, ge=1)
+        dim: Size = Field(default=128, ge=2)
+        num_layers: Repeats = Field(default=4, ge=1)
         attention: Attention.Config = Attention.Config()
         feed_forward: FeedForward.Config = SwiGLU.Config()
         dense_feed_forward: FeedForward.Config | None = None
@@ -98,7 +98,7 @@ class Decoder(Part, nn.Module):
         rotary: Rotary.Config = Rotary.Config()
         norm_eps: float = Field(default=1e-5, gt=0)
         tie_embeddings: bool = False
-        max_positions: int = Field(default=2048, ge=1)
+        max_positions: Size = Field(default=2048, ge=1)
         init_std: float = Field(default=0.02, gt=0)
         depth_scaled_init: bool = True
         streams: Streams.Config | None = None

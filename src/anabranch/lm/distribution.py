@@ -21,7 +21,9 @@ def temper(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
     # Less the largest first, so that the smallest temperature gives no infinity but the most likely token.
     shifted_RV = logits_RV.float()
     shifted_RV = shifted_RV - shifted_RV.amax(-1, keepdim=True)
-    return shifted_RV.div_(temperature_R[:, None]).softmax(-1)
+    # And no temperature that float32 rounds to 0, which would make 0 / 0 of the most likely one.
+    least_R = temperature_R.float().clamp(min=torch.finfo(torch.float32).tiny)
+    return shifted_RV.div_(least_R[:, None]).softmax(-1)
 
 
 def cut(probability_RV: Tensor, *, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor | None = None) -> Tensor:

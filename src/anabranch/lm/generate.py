@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.distribution import cut, temper
@@ -29,10 +29,10 @@ class SamplingConfig(BaseConfig):
 
     max_tokens: int = Field(default=128, ge=0)
     temperature: float = Field(default=0.8, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: Size | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0, le=1)
     stop: tuple[int, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

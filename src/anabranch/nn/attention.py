@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.causal import causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
@@ -33,9 +33,9 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
             norm_eps: epsilon of the norms of ``qk_norm``.
         """
 
-        num_heads: int = Field(default=4, ge=1)
-        num_kv_heads: int | None = Field(default=None, ge=1)
-        head_dim: int | None = Field(default=None, ge=2)
+        num_heads: Size = Field(default=4, ge=1)
+        num_kv_heads: Size | None = Field(default=None, ge=1)
+        head_dim: Size | None = Field(default=None, ge=2)
         qk_norm: Literal["none", "head", "full"] = "none"
         qkv_bias: bool = False
         out_bias: bool = False

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Size, configclass
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.grouped import dense_mlp
 from anabranch.nn.kernels.expert_mlp import why_not
@@ -46,7 +46,7 @@ class SwiGLU(FeedForward, kind="swiglu"):
     class Config(FeedForward.Config):
         """Attributes: ``hidden_dim``, F."""
 
-        hidden_dim: int = Field(default=512, ge=1)
+        hidden_dim: Size = Field(default=512, ge=1)
 
         def count(self, context: BuildContext) -> Count:
             """3 D F weights."""

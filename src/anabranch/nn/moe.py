@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
@@ -40,11 +40,11 @@ class MoE(FeedForward, kind="moe"):
 
         is_routed: ClassVar[bool] = True
 
-        num_experts: int = Field(default=8, ge=1)
-        hidden_dim: int = Field(default=256, ge=1)
+        num_experts: Repeats = Field(default=8, ge=1)
+        hidden_dim: Size = Field(default=256, ge=1)
         router: Router.Config = Router.Config()
         shared_experts: int = Field(default=0, ge=0)
-        shared_hidden_dim: int | None = Field(default=None, ge=1)
+        shared_hidden_dim: Size | None = Field(default=None, ge=1)
         shared_gate: bool = False
         weight_on: Literal["output", "input"] = "output"
         capacity_factor: float | None = Field(default=None, gt=0)

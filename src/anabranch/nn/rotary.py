@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.kernels import rows as native
 
@@ -36,7 +36,7 @@ class Rotary(Part, nn.Module):
         factor: float = Field(default=1.0, gt=0)
         low_freq_factor: float = Field(default=1.0, gt=0)
         high_freq_factor: float = Field(default=4.0, gt=0)
-        original_positions: int = Field(default=8192, ge=1)
+        original_positions: Size = Field(default=8192, ge=1)
 
         def __post_init__(self) -> None:
             if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:

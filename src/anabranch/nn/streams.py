@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Part, configclass
+from anabranch.config import Part, Repeats, configclass
 from anabranch.nn.context import Count
 from anabranch.routing.context import RoutingContext
 
@@ -25,7 +25,7 @@ class Streams(Part, nn.Module, family="streams"):
     class Config(BaseConfig):
         """Base of stream configs. ``freezes_model`` says whether only the streams' own parameters learn."""
 
-        num_streams: int = 1
+        num_streams: Repeats = 1
         freezes_model: ClassVar[Any] = False
 
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:

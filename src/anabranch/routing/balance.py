@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Repeats, configclass
 from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing, count_destinations
@@ -256,7 +256,7 @@ class DeviceLoss(Balancer, kind="device"):
         """Attributes: ``alpha`` (default 0.05, the paper's 16B value), ``num_devices``."""
 
         alpha: float = Field(default=0.05, ge=0)
-        num_devices: int = Field(default=8, ge=1)
+        num_devices: Repeats = Field(default=8, ge=1)
 
         def check(self, num_destinations: int) -> None:
             """Equal groups."""

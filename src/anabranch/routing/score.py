@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Size, configclass
 from anabranch.routing.context import RoutingContext
 
 Activation = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -123,7 +123,7 @@ class CosineScore(Score, kind="cosine"):
     class Config(Score.Config):
         """Attributes: ``projected_dim`` (default half the destinations, at least 2), ``temperature`` at the start (0.07)."""
 
-        projected_dim: int | None = Field(default=None, ge=1)
+        projected_dim: Size | None = Field(default=None, ge=1)
         temperature: float = Field(default=0.07, gt=0)
 
         def num_projected(self, num_destinations: int) -> int:

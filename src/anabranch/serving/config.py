@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.core.client import EngineClient
 
@@ -60,14 +60,14 @@ class ServingConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
     device: str = "cpu"
-    threads: int | None = Field(default=None, ge=1)
+    threads: Repeats | None = Field(default=None, ge=1)
     kv_memory: str = "1GiB"
-    num_blocks: int | None = Field(default=None, ge=1)
-    block_tokens: int = Field(default=16, ge=1)
-    max_positions: int | None = Field(default=None, ge=2)
-    max_batched_tokens: int = Field(default=512, ge=1)
-    max_seqs: int = Field(default=16, ge=1)
-    long_prefill_chunk: int | None = Field(default=None, ge=1)
+    num_blocks: Size | None = Field(default=None, ge=1)
+    block_tokens: Size = Field(default=16, ge=1)
+    max_positions: Size | None = Field(default=None, ge=2)
+    max_batched_tokens: Size = Field(default=512, ge=1)
+    max_seqs: Size = Field(default=16, ge=1)
+    long_prefill_chunk: Size | None = Field(default=None, ge=1)
     prefix_cache: bool = True
     scheduling: Literal["auto", "async", "sync"] = "auto"
     nano_batches: bool = False
@@ -77,7 +77,7 @@ class ServingConfig(Config):
     expert_budget: str | None = None
     deterministic: bool = False
     process: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
 
     @property
     def is_async(self) -> bool:

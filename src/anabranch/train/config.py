@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from anabranch.config import Config, Field, configclass, differences, from_dict, to_dict
+from anabranch.config import Config, Field, Seed, Size, configclass, differences, from_dict, to_dict
 from anabranch.data.config import DataConfig
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.files import atomic_write_json
@@ -49,8 +49,8 @@ class TrainConfig(Config):
     """
 
     steps: int = Field(default=1000, ge=0)
-    batch_size: int = Field(default=32, ge=1)
-    accumulation: int = Field(default=1, ge=1)
+    batch_size: Size = Field(default=32, ge=1)
+    accumulation: Size = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-3, ge=0)
     schedule: Schedule.Config = Cosine.Config()
     betas: tuple[float, float] = (0.9, 0.95)
@@ -70,7 +70,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=10, ge=1)
     max_skipped: int = Field(default=10, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = Field(default=0, ge=0)
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Size, configclass
 from anabranch.depth.duo_llm.parts import BudgetLoss, RandomChoice, focal_loss
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder, DecoderOutput
@@ -137,8 +137,8 @@ class DuoFFN(FeedForward, kind="duo"):
 
         is_routed: ClassVar[bool] = True
 
-        big: int = Field(default=512, ge=1)
-        small: int = Field(default=32, ge=1)
+        big: Size = Field(default=512, ge=1)
+        small: Size = Field(default=32, ge=1)
         allow_skip: bool = False
         p_big: float = Field(default=0.5, ge=0, le=1)
         p_skip: float = Field(default=0.0, ge=0, le=1)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count
 from anabranch.nn.streams import Streams
@@ -38,14 +38,14 @@ class ParScale(Streams, kind="parscale"):
             prefix_alone: keep prefix and parameters with one stream too (a control; the paper's P = 1 is the plain model).
         """
 
-        num_streams: int = Field(default=4, ge=1)
+        num_streams: Repeats = Field(default=4, ge=1)
         switchable: tuple[int, ...] = ()
         prefix_len: int = Field(default=48, ge=0)
         smoothing: float = Field(default=0.01, ge=0, lt=1)
         train: Literal["all", "adapter"] = "all"
         prefix: Literal["mlp", "direct"] = "mlp"
-        embedding_dim: int = Field(default=128, ge=1)
-        mlp_dim: int = Field(default=512, ge=1)
+        embedding_dim: Size = Field(default=128, ge=1)
+        mlp_dim: Size = Field(default=512, ge=1)
         prefix_std: float = Field(default=0.02, gt=0)
         prefix_alone: bool = False
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.nn.context import BuildContext, Count, ForwardContext
@@ -66,13 +66,13 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
         is_routed: ClassVar[bool] = True
 
-        hidden_dim: int = Field(default=512, ge=1)
-        num_experts: int = Field(default=8, ge=1)
-        expert_dim: int | None = Field(default=None, ge=1)
+        hidden_dim: Size = Field(default=512, ge=1)
+        num_experts: Repeats = Field(default=8, ge=1)
+        expert_dim: Size | None = Field(default=None, ge=1)
         slices: Literal["strided", "contiguous"] = "strided"
         overlap: bool = False
         router: Router.Config = PAPER_ROUTER
-        max_loops: int = Field(default=4, ge=1)
+        max_loops: Repeats = Field(default=4, ge=1)
         temperature: Temperature.Config = Temperature.Config()
         relaxation: Literal["straight_through", "soft"] = "straight_through"
         fusion: Literal["difficulty", "average", "width_only", "depth_only"] = "difficulty"

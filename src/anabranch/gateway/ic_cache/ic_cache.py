@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, configclass
+from anabranch.config import Field, Part, Seed, configclass
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.ic_cache import judge as judging
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
@@ -96,7 +96,7 @@ class ICCache(Part):
         refit_after: int = Field(default=200, ge=1)
         lessons: int = Field(default=10_000, ge=1)
         pending: int = Field(default=10_000, ge=1)
-        seed: int = 0
+        seed: Seed = 0
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, configclass
 from anabranch.gateway.providers.behaviour import Behaviour, Scene, check_step
 from anabranch.gateway.providers.openai import PATHS
 from anabranch.gateway.providers.provider import (
@@ -48,7 +48,7 @@ class Mock(Provider, kind="mock"):
         loops: bool = False
         fails: float = Field(default=0.0, ge=0, le=1)
         fail_with: str = "500"
-        seed: int = 0
+        seed: Seed = 0
 
         def __post_init__(self) -> None:
             for step in (*self.script, self.fail_with):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, configclass
 from anabranch.gateway.retrieve.index import Allow, Index, Shard
 from anabranch.gateway.retrieve.rows import Rows, nearest
 from anabranch.gateway.strategy import Arrays
@@ -123,7 +123,7 @@ class Clustered(Index, kind="clustered"):
 
         probes: int | None = Field(default=8, ge=1)
         rebuild_at: float = Field(default=0.5, gt=0)
-        seed: int = 0
+        seed: Seed = 0
 
     def make_shard(self) -> Shard:
         """Empty."""

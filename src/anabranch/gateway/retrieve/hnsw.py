@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, configclass
 from anabranch.gateway.retrieve.index import Allow, Index, Shard
 
 
@@ -76,7 +76,7 @@ class Hnsw(Index, kind="hnsw"):
         M: int = Field(default=16, ge=2, le=1024)
         ef_construction: int = Field(default=200, ge=2)
         ef: int = Field(default=64, ge=1)
-        seed: int = 0
+        seed: Seed = 0
 
     def make_shard(self) -> Shard:
         """Empty."""

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
@@ -64,7 +64,7 @@ class Bandit(Strategy):
         trade_off: float = Field(default=0.0, ge=0)
         discount: float = Field(default=1.0, gt=0, le=1)
         warm_weight: float = Field(default=1.0, ge=0)
-        seed: int = 0
+        seed: Seed = 0
 
     needs_vector = True
     knob = "trade_off"

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Seed, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
@@ -68,7 +68,7 @@ class Random(Strategy, kind="random"):
         weak: str | None = None
         share: float = Field(default=0.5, ge=0, le=1)
         weights: dict[str, float] = Field(default_factory=dict)
-        seed: int = 0
+        seed: Seed = 0
 
         def __post_init__(self) -> None:
             if (self.strong is None) != (self.weak is None):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from anabranch.bounds import MOST_SIZE
 from anabranch.errors import InputError
 
 
@@ -63,16 +64,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_tokens", 0, None), ("min_tokens", 0, None), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, None),
+            ("max_tokens", 0, MOST_SIZE), ("min_tokens", 0, MOST_SIZE), ("temperature", 0, 100), ("top_p", 0, 1),
+            ("top_k", 0, MOST_SIZE),
             ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not low <= value or (high is not None and value > high):
-                raise InputError(
-                    f"{name} is {value}; it must be {low} to {high}"
-                    if high is not None
-                    else f"{name} is {value}; it must be at least {low}"
-                )
+            if not low <= value <= high:
+                raise InputError(f"{name} is {value}; it must be {low} to {high}")
         for name in ("logprobs", "prompt_logprobs"):
             told = getattr(self, name)
             if told is not None and not 0 <= told <= 20:

@@ -21,7 +21,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Sequence
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config, Field, Size, configclass
 from anabranch.errors import InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
@@ -58,12 +58,12 @@ class SchedulerConfig(Config):
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `Turns`.
     """
 
-    num_blocks: int = Field(ge=1)
-    max_positions: int = Field(ge=2)
-    block_tokens: int = Field(default=16, ge=1)
-    max_batched_tokens: int = Field(default=512, ge=1)
-    max_seqs: int = Field(default=16, ge=1)
-    long_prefill_chunk: int | None = Field(default=None, ge=1)
+    num_blocks: Size = Field(ge=1)
+    max_positions: Size = Field(ge=2)
+    block_tokens: Size = Field(default=16, ge=1)
+    max_batched_tokens: Size = Field(default=512, ge=1)
+    max_seqs: Size = Field(default=16, ge=1)
+    long_prefill_chunk: Size | None = Field(default=None, ge=1)
     prefix_cache: bool = True
     is_async: bool = False
     stop_tokens: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 import sys
 from typing import Any, Literal
 
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.serving.elasticmoe.policy import Policy
 
@@ -41,13 +41,13 @@ class ElasticConfig(Config):
     """
 
     model: str
-    devices: int = Field(default=1, ge=1)
+    devices: Repeats = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    num_blocks: int = Field(default=256, ge=1)
-    block_tokens: int = Field(default=16, ge=1)
-    max_positions: int | None = Field(default=None, ge=2)
-    max_batched_tokens: int = Field(default=512, ge=1)
-    max_seqs: int = Field(default=16, ge=1)
+    num_blocks: Size = Field(default=256, ge=1)
+    block_tokens: Size = Field(default=16, ge=1)
+    max_positions: Size | None = Field(default=None, ge=2)
+    max_batched_tokens: Size = Field(default=512, ge=1)
+    max_seqs: Size = Field(default=16, ge=1)
     prefix_cache: bool = True
     stop_tokens: tuple[int, ...] | None = None
     weights: Literal["shared", "own"] = "shared"
@@ -62,7 +62,7 @@ class ElasticConfig(Config):
     forks: bool = sys.platform == "linux"
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.devices > self.policy.max_devices:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, Seed, Size, configclass
 from anabranch.errors import DataError
 from anabranch.serving.expertflow.predictors import files
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row
@@ -46,10 +46,10 @@ class Settings(BaseConfig):
         seed: of weights and pieces.
     """
 
-    dim: int = Field(default=32, ge=4)
-    feed_forward: int = Field(default=2048, ge=1)
-    depth: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
+    dim: Size = Field(default=32, ge=4)
+    feed_forward: Size = Field(default=2048, ge=1)
+    depth: Repeats = Field(default=2, ge=1)
+    heads: Size = Field(default=4, ge=1)
     window: int = Field(default=32, ge=1)
     max_input: int = Field(default=96, ge=1)
     learning_rate: float = 3e-3
@@ -57,7 +57,7 @@ class Settings(BaseConfig):
     length: int = Field(default=48, ge=1)
     seconds: float = 180.0
     steps: int = 3000
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EncoderDecoder(RoutePredictor):

@@ -1,0 +1,82 @@
+"""What numbers in configs and options may be: one set of limits for everything that a user sets.
+
+Python's integers have no end and its floats have three values that are no numbers; tensors, files and loops have neither. A config
+field of one of these types refuses what would only fail later, with the field, the value and the limits:
+
+    class Config(BaseConfig):
+        dim: Size = Field(default=128, ge=2)
+        seed: Seed = 0
+
+Fields of plain ``int`` and ``float`` have the widest limits (see `check_number`), without being asked for.
+"""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from anabranch.errors import ConfigError
+
+__all__ = [
+    "LARGEST_FLOAT",
+    "LARGEST_INT",
+    "MOST_REPEATS",
+    "MOST_SEED",
+    "MOST_SIZE",
+    "SMALLEST_FLOAT",
+    "Repeats",
+    "Seed",
+    "Size",
+    "check_number",
+    "shown",
+]
+
+MOST_SEED = 2**63 - 1  # what every generator takes: torch's, numpy's and Python's
+MOST_SIZE = 2**31 - 1  # kernels and file formats index a dimension with 32 bits
+MOST_REPEATS = 65_536
+LARGEST_INT = 2**53  # the last up to which every reader of JSON agrees
+_LONGEST = 240  # characters of a value in a message
+LARGEST_FLOAT, SMALLEST_FLOAT = 1e37, 1e-37  # float32 has these as normal numbers; beyond them are infinity and 0
+
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]  # of a random generator
+Size = Annotated[int, Field(ge=1, le=MOST_SIZE)]  # of a dimension of tensors: widths, tokens, positions, batches
+Repeats = Annotated[
+    int, Field(ge=1, le=MOST_REPEATS)
+]  # what is built or run one by one: layers, experts, streams, passes
+
+
+def check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
+    """Raise ConfigError for an integer beyond ``LARGEST_INT`` and for a float that is no number or too large for float32.
+
+    Looks into lists, tuples and dicts; what is neither number nor container is let through. ``name`` is the field;
+    ``is_positive`` says that 0 is not allowed, and so nothing that float32 rounds to 0.
+    """
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        if abs(value) > LARGEST_INT:
+            raise ConfigError(f"{name} is {shown(value)}; it must be between {-LARGEST_INT} and {LARGEST_INT}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it must be a finite number")
+        if abs(value) > LARGEST_FLOAT:
+            raise ConfigError(f"{name} is {value}; it must be between {-LARGEST_FLOAT} and {LARGEST_FLOAT}")
+        if is_positive and 0 < value < SMALLEST_FLOAT:
+            raise ConfigError(f"{name} is {value}; it must be at least {SMALLEST_FLOAT}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            check_number(f"{name}.{place}", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_number(f"{name}.{key}", item)
+
+
+def shown(value: Any) -> str:
+    """``repr`` for a message: cut in the middle where it is long, and only how long an integer is that Python refuses to print."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # such an integer, or no end of brackets, inside
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 40]} ... {text[-30:]}"
