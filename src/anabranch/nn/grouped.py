@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anabranch.errors import ConfigError
-from anabranch.nn.operator import GradientSums, expert_operator, swiglu
+from anabranch.nn.operator import expert_operator, plain_experts, swiglu
+from anabranch.nn.sums import GradientSums
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
 from anabranch.routing.score import full_precision
 
@@ -90,7 +91,7 @@ def expert_mlp(
                 recompute=recompute,
                 sums=sums,
             )
-        plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": _reference}[backend]
+        plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
         inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
         if recompute and learns:
             return checkpoint(plain, *inputs, use_reentrant=False)
@@ -115,7 +116,7 @@ def reference_expert_mlp(
     weight_on: Literal["output", "input"] = "output",
 ) -> Tensor:
     """The naive loop under autograd, in any dtype: the twin that every back end is tested against."""
-    return _reference(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on == "input")
+    return plain_experts(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on == "input")
 
 
 def _check(
@@ -137,20 +138,6 @@ def _check(
 
 
 # Back ends that autograd differentiates.
-
-
-def _reference(x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool) -> Tensor:
-    weight_R1 = weight.reshape(-1)[plan.place_R].unsqueeze(-1)
-    rows_RD = dispatch(x, plan)
-    if on_input:
-        rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
-    ends = [0, *plan.offset_E.tolist(), rows_RD.shape[0]]
-    parts = [
-        F.linear(swiglu(F.linear(rows_RD[start:end], w13_e)), w2_e)
-        for start, end, w13_e, w2_e in zip(ends[:-2], ends[1:-1], w13.unbind(0), w2.unbind(0), strict=True)
-    ]
-    parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], x.shape[1]))
-    return combine(torch.cat(parts), plan, None if on_input else weight)
 
 
 def _grouped_mm(x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool) -> Tensor:

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import BackendError
+from anabranch.nn.derivatives import plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
+from anabranch.nn.sums import GradientSums
+from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
+from anabranch.routing.score import full_precision
 
-__all__ = ["GradientSums", "expert_operator", "gather_gradients", "swiglu"]
+__all__ = ["expert_operator", "plain_experts", "swiglu"]
 
 MANY_PRODUCTS = 350_000_000  # of numbers, per expert and matrix
 
@@ -29,7 +33,7 @@ def expert_operator(
     backend: str,
     learns: bool,
     recompute: bool,
-    sums: "GradientSums | None" = None,
+    sums: GradientSums | None = None,
 ) -> Tensor:
     """y_ND in ``dtype``, by back end ``native``, ``torch`` or the better of them (``auto``); arguments as in `expert_mlp`."""
     arguments = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
@@ -65,6 +69,23 @@ def swiglu(z_R2F: Tensor) -> Tensor:
     """silu(gate) * up of rows whose first half is the gate."""
     gate_RF, up_RF = z_R2F.chunk(2, dim=-1)
     return F.silu(gate_RF) * up_RF
+
+
+def plain_experts(
+    x_ND: Tensor, plan: DispatchPlan, weight_NK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, on_input: bool
+) -> Tensor:
+    """The naive loop under autograd: what the operator computes, and the graph of its gradients where one is asked for."""
+    weight_R1 = weight_NK.reshape(-1)[plan.place_R].unsqueeze(-1)
+    rows_RD = dispatch(x_ND, plan)
+    if on_input:
+        rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
+    ends = [0, *plan.offset_E.tolist(), rows_RD.shape[0]]
+    parts = [
+        F.linear(swiglu(F.linear(rows_RD[start:end], w13_e)), w2_e)
+        for start, end, w13_e, w2_e in zip(ends[:-2], ends[1:-1], w13_EFD.unbind(0), w2_EDF.unbind(0), strict=True)
+    ]
+    parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], x_ND.shape[1]))
+    return combine(torch.cat(parts), plan, None if on_input else weight_NK)
 
 
 def _forward(
@@ -202,6 +223,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_ND, _):
+    if torch.is_grad_enabled():
+        return _plain_backward(ctx.saved_tensors, ctx.options, ctx.needs_input_grad, dy_ND)
     need_x, _, _, need_weight, need_w13, need_w2, *_ = ctx.needs_input_grad
     gradients = _expert_mlp_backward(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, need_w13, need_w2)
     dx, dweight, dw13, dw2 = (
@@ -211,49 +234,26 @@ def _backward(ctx, dy_ND, _):
     return dx, None, None, dweight, dw13, dw2, None, None, None, None
 
 
+def _plain_backward(saved, options, needed, dy_ND):
+    """What `_backward` gives, differentiable."""
+    x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, _ = saved
+    on_input, dtype, _ = options
+    plan = DispatchPlan(place_R, offset_E, *weight_NK.shape)
+
+    def plain(x_ND, weight_NK, w13_EFD, w2_EDF):
+        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
+
+    need_x, _, _, *others, _, _, _, _ = needed
+    with full_precision("cpu" if x_ND.is_meta else x_ND.device.type):
+        dx, *rest = plain_gradients(plain, (x_ND, weight_NK, w13_EFD, w2_EDF), dy_ND, (need_x, *others))
+    return dx, None, None, *rest, None, None, None, None
+
+
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-# Weights that several calls of one forward pass share: their gradients add up in place.
-
-
-class GradientSums:
-    """Gradients of one pair of weights, gathered during one backward pass."""
-
-    def __init__(self) -> None:
-        self.held: tuple[Tensor, Tensor] | None = None
-
-    def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """What has gathered; it is forgotten here."""
-        held, self.held = self.held, None
-        return held or (None, None)
-
-
-def gather_gradients(w13_EFD: Tensor, w2_EDF: Tensor) -> tuple[GradientSums, Tensor, Tensor]:
-    """The weights, for several calls of `expert_mlp` in one forward pass, and where their gradients gather.
-
-    Autograd would hold a second gradient of full size while it adds the calls' gradients up. Here each call adds its own in place, and
-    the weights get the sum when all have.
-    """
-    sums = GradientSums()
-    return sums, *_Gathered.apply(sums, w13_EFD, w2_EDF)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sums, w13_EFD, w2_EDF):
-        ctx.sums = sums
-        ctx.set_materialize_grads(False)
-        return w13_EFD.view_as(w13_EFD), w2_EDF.view_as(w2_EDF)
-
-    @staticmethod
-    def backward(ctx, *others):
-        gathered = ctx.sums.take()
-        return None, *(_add(sum_, other) for sum_, other in zip(gathered, others, strict=True))
-
-
 class _Gathering(torch.autograd.Function):
-    """`_expert_mlp` whose gradients of w13 and w2 do not travel through autograd but gather in ``sums``."""
+    """`_expert_mlp` of weights from `gather_gradients`, whose gradients do not travel through autograd but gather in ``sums``."""
 
     @staticmethod
     def forward(ctx, sums, *arguments_and_keep):
@@ -264,23 +264,17 @@ class _Gathering(torch.autograd.Function):
         return y_ND
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy_ND):
-        _, need_x, _, _, need_weight, need_w13, need_w2, *_ = ctx.needs_input_grad
-        together = need_w13 and need_w2
-        wanted = need_x, need_w13, need_w2, ctx.sums.held if together else None
-        gradients = _gradients(*(dy_ND, *ctx.saved_tensors, *ctx.options, *wanted))
-        dx, dweight, dw13, dw2 = (
-            gradient if need else None
-            for gradient, need in zip(gradients, (need_x, need_weight, need_w13, need_w2), strict=True)
-        )
-        if together:
-            ctx.sums.held, dw13, dw2 = (dw13, dw2), None, None
-        return None, dx, None, None, dweight, dw13, dw2, None, None, None, None
-
-
-def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return second if first is None else first if second is None else first + second
+        _, *needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return None, *_plain_backward(ctx.saved_tensors, ctx.options, needed, dy_ND)
+        need_x, _, _, need_weight, *_ = needed
+        sums = ctx.sums.of_pass()
+        pair = None if sums is None else sums.pair
+        dx, dweight, *pair = _gradients(*(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, True, True, pair))
+        if sums is not None:
+            sums.pair, pair = tuple(pair), (None, None)
+        return None, dx if need_x else None, None, None, dweight if need_weight else None, *pair, *(None,) * 4
 
 
 def _active(ends: list[int]) -> list[tuple[int, int, int]]:
