@@ -140,8 +140,9 @@ def test_a_trained_tokenizer_is_kept_in_the_cache_and_made_again_if_damaged(conf
     stamp = file.stat().st_mtime_ns
     assert config.build().tokenizer.fingerprint == first.tokenizer.fingerprint
     assert file.stat().st_mtime_ns == stamp
-    file.write_text("{")
-    assert config.build().tokenizer.fingerprint == first.tokenizer.fingerprint
+    for damage in ("{", file.read_text().replace('"content": "<|endoftext|>"', '"content": "<|endoftexu|>"')):
+        file.write_text(damage)  # the second is readable, and another tokenizer
+        assert config.build().tokenizer.fingerprint == first.tokenizer.fingerprint
 
 
 def test_a_tokenizer_can_be_handed_in(config):

@@ -1,9 +1,12 @@
 import os
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from anabranch.data.corpus import Corpus, Document, Files
 from anabranch.data.split import split_of
@@ -123,9 +126,63 @@ def test_a_damaged_cache_entry_is_made_again(damage, texts):
         index.write_text(index.read_text().replace(f'"format": {FORMAT}', '"format": 0'))
     else:
         index.write_text("" if damage == "empty index" else index.read_text()[:50])
-    with pytest.raises(DataError, match="is damaged; delete it"):
+    with pytest.raises(DataError, match="is damaged or gone; delete what is left"):
         TokenStore(before.folder, BYTES)
     assert opened(texts).tokens("train").tolist() == expected
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("name", ["bytes", "bert"])
+def test_one_flipped_bit_anywhere_in_an_entry_is_noticed(data, name, texts):
+    tokenizer = ALL[name]
+    before = opened(texts, tokenizer)
+    expected = [before.tokens(side).tolist() for side in ("train", "validation")]
+    lengths = before.byte_lengths("train", 0, 50).tolist()
+    file = data.draw(st.sampled_from(sorted(before.folder.iterdir())))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.unlink()  # what is open must not change under it
+    file.write_bytes(content)
+    after = opened(texts, tokenizer)
+    assert [after.tokens(side).tolist() for side in ("train", "validation")] == expected
+    assert after.byte_lengths("train", 0, 50).tolist() == lengths
+    assert after.segments == before.segments
+    assert after.content("train") == before.content("train")
+
+
+def test_an_open_store_needs_the_cache_no_more(texts):
+    store = opened(texts)
+    shutil.rmtree(cache_folder())
+    assert store.tokens("train").tolist() == opened(texts).tokens("train").tolist()
+    assert store.tokens("validation").tolist() == opened(texts).tokens("validation").tolist()
+
+
+def test_a_pickled_store_says_that_its_cache_is_gone(texts):
+    store = opened(texts)
+    pickled = pickle.dumps(store)
+    shutil.rmtree(cache_folder())
+    with pytest.raises(DataError, match="is damaged or gone"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_cache_that_is_deleted_while_it_is_made_is_made_again(times, texts, monkeypatch):
+    left = [times]
+    encode = ByteTokenizer.encode_with_byte_lengths
+
+    def meanwhile(self, texts):
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(cache_folder())
+        return encode(self, texts)
+
+    monkeypatch.setattr(ByteTokenizer, "encode_with_byte_lengths", meanwhile)
+    if times == 3:
+        with pytest.raises(DataError, match="cannot write"):
+            opened(texts)
+    else:
+        assert len(opened(texts).tokens("train"))
 
 
 def test_a_build_that_fails_leaves_no_entry(texts, monkeypatch):

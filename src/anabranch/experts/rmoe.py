@@ -33,6 +33,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
+from anabranch.routing.context import argument_of
 from anabranch.routing.score import cast, full_precision, wide
 
 logger = logging.getLogger(__name__)
@@ -323,11 +324,11 @@ def _seen(model: Decoder, token_BL: Tensor) -> Iterator[tuple[list[Routing], dic
     decided: list[Routing] = []
     inputs: dict[Router, Tensor] = {}
 
-    def note(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+    def note(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
         decided.append(routing)
-        inputs[router] = args[0]  # type: ignore[index]
+        inputs[router] = argument_of(Tensor, args, kwargs)  # type: ignore[index, assignment]
 
-    handles = [router.register_forward_hook(note) for router in _routers(model)]
+    handles = [router.register_forward_hook(note, with_kwargs=True) for router in _routers(model)]
     was_training = model.training
     try:
         model.eval()(token_BL)

@@ -8,9 +8,11 @@ is counted twice.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class LoadSink(Protocol):
@@ -123,6 +125,14 @@ class RoutingContext:
     def mean_metrics(self) -> dict[str, Tensor]:
         """Each emitted metric, averaged over the layers that emitted it."""
         return _means(self.metrics)
+
+
+def argument_of(kind: type[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T | None:
+    """The first argument of a call that is a ``kind``, by position or by name: forward hooks get calls as they were written."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, kind):
+            return value
+    return None
 
 
 def _means(values: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_file
-from anabranch.routing.context import RoutingContext
+from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
 from anabranch.routing.router import Router
 from anabranch.routing.trace import (
@@ -184,8 +184,7 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:  # in a backward pass, so this forward pass is a repetition
             return
         routing = self._read(module, output)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, RoutingContext)]
-        context = given[0] if given else self._outside(routing.num_items)
+        context = argument_of(RoutingContext, args, kwargs) or self._outside(routing.num_items)
         keep_N = _real(context)
         turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
         names = _names(context, routing.num_items)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.routing import Router, Routing, RoutingContext
+from anabranch.routing.context import argument_of
 from anabranch.routing.measure import idle_fraction, max_violation
 
 # What `LoadMeter.read` may give.
@@ -28,7 +29,7 @@ class LoadMeter:
         self._routers = [module for module in model.modules() if isinstance(module, Router)]
         self._counters = [_Counter(router) for router in self._routers]
         self._hooks = [
-            router.register_forward_hook(partial(_emit, counter))
+            router.register_forward_hook(partial(_emit, counter), with_kwargs=True)
             for router, counter in zip(self._routers, self._counters, strict=True)
         ]
 
@@ -94,8 +95,12 @@ class _Counter:
         self.load_E += load_E
 
 
-def _emit(counter: _Counter, router: nn.Module, args: tuple[Tensor, RoutingContext], routing: Routing) -> None:
-    args[1].emit_load(counter, routing.load_E())
+def _emit(
+    counter: _Counter, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
+) -> None:
+    context = argument_of(RoutingContext, args, kwargs)
+    assert context is not None, "a router is called with a context"
+    context.emit_load(counter, routing.load_E())
 
 
 def _open(router: Router, training: bool) -> np.ndarray | None:

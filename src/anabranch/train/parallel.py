@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 import inspect
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anabranch.errors import BackendError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.pool import ExpertPool
+from anabranch.routing.context import RoutingContext
 from anabranch.train.config import TrainConfig
 
 # What torch calls it depends on the version.
@@ -120,9 +122,9 @@ def shard(model: Decoder, device: torch.device) -> None:
             fully_shard(module, mesh=mesh)
     for block in model.blocks:
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
-        block.register_forward_pre_hook(_show)
+        block.register_forward_pre_hook(_show, with_kwargs=True)
         fully_shard(block, mesh=mesh)
-        block.register_forward_pre_hook(_hide, prepend=True)
+        block.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
     fully_shard(model, mesh=mesh)
 
 
@@ -133,14 +135,19 @@ class _Hidden:
         self.value = value
 
 
-def _hide(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x_BLD, context = args
-    return x_BLD, _Hidden(context)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _show(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x_BLD, hidden = args
-    return x_BLD, hidden.value
+def _hide(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return _replaced(lambda value: _Hidden(value) if isinstance(value, RoutingContext) else value, args, kwargs)
+
+
+def _show(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return _replaced(lambda value: value.value if isinstance(value, _Hidden) else value, args, kwargs)
+
+
+def _replaced(change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return tuple(map(change, args)), {name: change(value) for name, value in kwargs.items()}
 
 
 def find_device(name: str, *, local_rank: int = 0) -> torch.device:

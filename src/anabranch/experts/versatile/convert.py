@@ -25,6 +25,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.nn.feed_forward import SwiGLU
 from anabranch.routing import RoutingContext, sync_loads
+from anabranch.routing.context import argument_of
 
 PAIRS = (("up_proj", "down_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h"))
 ACTIVATIONS = ("act_fn", "activation_fn", "act")
@@ -95,7 +96,7 @@ class VersatileMLP(nn.Module):
         self.paths = Paths(config, parts.dim, parts.hidden_dim, layer=layer, generator=generator)
         self.paths.to(weight.device, dtype)
         norms = [norm for norm in (parts.before, parts.after) if norm is not None]
-        hide(self, "handles", [norm.register_forward_hook(_pass_on) for norm in norms])
+        hide(self, "handles", [norm.register_forward_hook(_pass_on, with_kwargs=True) for norm in norms])
 
     parts: "_Parts"
     handles: list[Any]
@@ -316,9 +317,9 @@ def _norms(name: str, block: nn.Module) -> tuple[nn.Module | None, nn.Module | N
     return before, after
 
 
-def _pass_on(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
     """Forward hook of a norm whose work the patched MLP does: its input goes on."""
-    return args[0]
+    return argument_of(Tensor, args, kwargs)
 
 
 def _same(x: Tensor) -> Tensor:
