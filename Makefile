@@ -74,7 +74,7 @@ $(BIN)/pip:
 	$$python -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e '.[lm,plots,serve]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip

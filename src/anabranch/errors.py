@@ -12,6 +12,7 @@
     ├── TokenizerError    a tokenizer cannot be read or does not fit the model
     ├── CapacityError     memory, disk or device room does not suffice
     └── BackendError      an optional package, device or compiled kernel is not there
+        └── MissingExtraError   a package of an extra is not installed (also an ImportError)
 
 Messages say what was wrong, which value, and what would work. The command line prints them as one line, exit code 2.
 """
@@ -113,3 +114,17 @@ class CapacityError(AnabranchError):
 
 class BackendError(AnabranchError):
     """An optional package, device or compiled kernel that was asked for is not available."""
+
+
+class MissingExtraError(BackendError, ModuleNotFoundError):
+    """An optional package is not installed; the message ends with the command that installs it.
+
+    Attributes:
+        modules: what could not be found, by the names that are imported; ``name``, as of any ImportError, is the first.
+        command: ``pip install ...``.
+    """
+
+    def __init__(self, message: str, *, modules: Sequence[str], command: str) -> None:
+        super().__init__(message)
+        self.modules, self.command = tuple(modules), command
+        self.name = self.modules[0]

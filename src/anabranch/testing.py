@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,9 @@ import math
 
 import pytest
 
+from anabranch.cli.options import read_seeds
 from anabranch.cli.output import duration, print_json, quantity, size, table, visible
-from anabranch.cli.runs import build_config, flatten, read_seeds
+from anabranch.cli.runs import build_config, flatten
 from anabranch.errors import ConfigError
 
 

@@ -205,7 +205,7 @@ def test_what_cannot_be_classified(change, message):
 
 
 def test_liblinear_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     x_ND, label_NC = drawn()
     with pytest.raises(BackendError, match="pip install scikit-learn"):
         classify_nodes(x_ND, label_NC, solver="liblinear")

@@ -109,7 +109,7 @@ def test_torch_that_is_not_there(monkeypatch):
     with pytest.raises(BackendError, match="device 'gpu'"):
         TorchProducts(operator(), "gpu")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(BackendError, match="pip install torch"):
+    with pytest.raises(BackendError, match=r"pip install 'anabranch\[lm\]'"):
         TorchProducts(operator(), "cpu")
 
 

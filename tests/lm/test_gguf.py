@@ -322,7 +322,7 @@ def test_truncated_files(tmp_path, size):
 def test_the_package_is_optional(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf", tiny(64))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(BackendError, match=r"needs the gguf package; pip install 'anabranch\[gguf\]'"):
+    with pytest.raises(BackendError, match=r"needs gguf; pip install 'anabranch\[gguf\]'"):
         load_model(path)
 
 

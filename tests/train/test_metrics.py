@@ -1,6 +1,6 @@
-import builtins
 import json
 import math
+import sys
 
 import pytest
 
@@ -56,14 +56,7 @@ def test_damage_is_named(tmp_path):
 
 
 def test_tensorboard_without_the_package(tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def no_tensorboard(name, *args, **kwargs):
-        if "tensorboard" in name:
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_tensorboard)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(BackendError, match=r"pip install 'anabranch\[tensorboard\]'"):
         MetricsLog(tmp_path, tensorboard=True)
 

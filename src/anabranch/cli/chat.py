@@ -11,6 +11,7 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.lm import Decoder
@@ -36,6 +37,7 @@ def chat(
 
     A line is a message; /reset begins again, /quit or Ctrl-D leaves.
     """
+    require("lm", by="anabranch chat")
     if as_json and message is None:
         raise ConfigError("--json answers one message; give it with --message")
     network, tokenizer = load(model, dtype, device)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments, read_seeds
 from anabranch.cli.output import fact, print_json, quantity, say, size, table, wrote
 from anabranch.cli.study import print_left_out
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.studies.compare import Row
@@ -43,8 +44,9 @@ def compare(
 
     Example: anabranch compare moe rexmoe-open dense --out runs/compare --steps 300
     """
+    require("lm", "plots", by="anabranch compare")
     from anabranch import presets
-    from anabranch.cli.runs import build_config, read_seeds
+    from anabranch.cli.runs import build_config
     from anabranch.studies.compare import compare as run
 
     settings = read_assignments(assignments) | ({} if steps is None else {"train.steps": steps})

@@ -8,6 +8,7 @@ import typer
 
 from anabranch.cli.options import AsJson, Dtype, Quiet, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, size, wrote
+from anabranch.extras import require
 
 
 class Bits(enum.StrEnum):
@@ -55,6 +56,7 @@ def convert(
 
     Example: anabranch convert runs/demo demo-int4 --to native --quantize int4 && anabranch serve demo-int4
     """
+    require("lm", by="anabranch convert")
     from anabranch.lm import convert as convert_model
     from anabranch.lm import load_config
 

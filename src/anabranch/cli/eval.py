@@ -6,6 +6,7 @@ import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, say, table
+from anabranch.extras import require
 
 
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
 
     Windows of L tokens follow each other without overlap; every token but the first is predicted once.
     """
+    require("lm", by="anabranch eval")
     from anabranch.cli.corpora import Tracked, default_length, run_of, windows_of
     from anabranch.train import evaluate as measure
 

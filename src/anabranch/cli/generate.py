@@ -9,6 +9,7 @@ import typer
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 
 
 def generate(
@@ -27,6 +28,7 @@ def generate(
 
     Text comes as it is made. With --json: text and token_ids of the continuation alone.
     """
+    require("lm", by="anabranch generate")
     from anabranch.lm import SamplingConfig, stream
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -9,6 +9,7 @@ import typer
 
 from anabranch.cli.options import AsJson, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, size, table
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.lm import Decoder
@@ -35,6 +36,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Show parameters, active parameters, FLOPs and memory of a model, without loading its weights."""
+    require("lm", by="anabranch info")
     if model is None:
         _list_presets(size_dial, as_json)
         return

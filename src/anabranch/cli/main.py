@@ -26,6 +26,7 @@ from anabranch.cli.report import report
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import train
+from anabranch.extras import explain
 
 app = typer.Typer(
     add_completion=False,
@@ -90,8 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int | None:
         # Not app(...): that turns an EOFError of a reader's and an interrupt into other things.
         command: Any = typer.main.get_command(app)
-        with command.make_context("anabranch", list(arguments), obj=asked) as context:
-            code = command.invoke(context)
+        try:
+            with command.make_context("anabranch", list(arguments), obj=asked) as context:
+                code = command.invoke(context)
+        except ModuleNotFoundError as error:
+            raise explain(error, by=_command_of(arguments), near=arguments) or error from None
         return code if isinstance(code, int) else None
 
     return guarded(run, misuse=lambda error: _misuse(error, arguments), debug=lambda: asked["debug"])

@@ -99,3 +99,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def read_seeds(text: str) -> list[int]:
+    """``0,1,2`` or ``0-4``. Raises ConfigError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(f"--seeds is {text!r}; write them as 0,1,2 or 0-4") from None
+    if not seeds:
+        raise ConfigError(f"--seeds is {text!r}, which names none; write them as 0,1,2 or 0-4")
+    return list(dict.fromkeys(seeds))

@@ -10,6 +10,7 @@ import typer
 from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import DataError
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.report import Summary
@@ -38,6 +39,7 @@ def report(
 
     Writes a self-contained HTML page, a PNG for each picture, and the routing decisions themselves (trace.parquet).
     """
+    require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
     from anabranch.routing import RoutingTrace
 

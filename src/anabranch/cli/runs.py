@@ -7,7 +7,6 @@ from typing import Any
 from anabranch import presets
 from anabranch.cli.options import read_toml
 from anabranch.config import override
-from anabranch.errors import ConfigError
 from anabranch.train import RunConfig
 
 DEFAULT_PRESET = "demo"
@@ -53,17 +52,3 @@ def describe_model(config: RunConfig) -> str:
         words += [f"{routed.shared_experts} shared"] if getattr(routed, "shared_experts", 0) else []
         words += [f"reuse {routed.reuse}"] if getattr(routed, "reuse", 1) > 1 else []
     return ", ".join([*words, f"width {model.dim}"])
-
-
-def read_seeds(text: str) -> list[int]:
-    """``0,1,2`` or ``0-4``. Raises ConfigError for anything else."""
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise ConfigError(f"--seeds is {text!r}; write them as 0,1,2 or 0-4") from None
-    if not seeds:
-        raise ConfigError(f"--seeds is {text!r}, which names none; write them as 0,1,2 or 0-4")
-    return list(dict.fromkeys(seeds))

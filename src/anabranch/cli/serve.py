@@ -11,6 +11,7 @@ import typer
 
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments, read_toml
 from anabranch.cli.output import fact, print_json, say
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.serving.http.serve import ServeConfig
@@ -78,6 +79,7 @@ def serve(
 
     Example: anabranch serve runs/demo --port 8000 --set engine.max_seqs=32
     """  # fmt: skip
+    require("serve", by="anabranch serve")
     given = {
         "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
         "devices": devices,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import FLAG, AsJson, Quiet
+from anabranch.cli.options import FLAG, AsJson, Quiet, read_seeds
 from anabranch.cli.output import fact, is_wide, print_json, say, table, wrote
+from anabranch.extras import explain
 
 if TYPE_CHECKING:
     from anabranch.studies.harness import Column, Outcome
@@ -53,7 +54,6 @@ def study(
     Several processes may work on one study at a time.
     """
     from anabranch import studies
-    from anabranch.cli.runs import read_seeds
     from anabranch.studies.harness import fitted, run_study, summarize
 
     if name is None:
@@ -83,7 +83,15 @@ def study(
 def _list(as_json: bool) -> None:
     from anabranch import studies
 
-    found = {name: studies.find(name)().title for name in studies.names()}
+    found = {}
+    for name in studies.names():
+        try:
+            found[name] = studies.find(name)().title
+        except ModuleNotFoundError as error:
+            told = explain(error, by=name)
+            if told is None:
+                raise
+            found[name] = f"({told.command})"
     if as_json:
         print_json({"studies": found})
         return

@@ -13,6 +13,7 @@ import typer
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, sample, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.train import Event, RunConfig, Trainer, TrainResult
@@ -51,6 +52,7 @@ def train(
 
     Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
     """
+    require("lm", by="anabranch train")
     from anabranch.train import Trainer
 
     settings = read_assignments(assignments)

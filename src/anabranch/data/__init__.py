@@ -9,6 +9,10 @@ for batch in data.validation(batch_size=32):        # consecutive windows, with 
     ...
 """
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.data.batch import Batch
 from anabranch.data.bpe import BpeTokenizer, train_bpe
 from anabranch.data.config import Data, DataConfig, corpus_windows, text_windows

@@ -5,8 +5,9 @@
 Nothing here imports torch unless a strategy or an embedder that needs it is used; what is named is loaded when it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anabranch.extras import lazy
 
 if TYPE_CHECKING:
     from anabranch.gateway import strategies
@@ -16,21 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ApiError", "Gateway", "GatewayConfig", "load_config", "strategies"]
 
-_HOME = {
-    "ApiError": "anabranch.web.api_error",
-    "Gateway": "anabranch.gateway.gateway",
-    "GatewayConfig": "anabranch.gateway.config",
-    "load_config": "anabranch.gateway.config",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "strategies":
-        return importlib.import_module("anabranch.gateway.strategies")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "ApiError": "anabranch.web.api_error",
+        "Gateway": ".gateway",
+        "GatewayConfig": ".config",
+        "load_config": ".config",
+        "strategies": None,
+    },
+)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import BackendError, ConfigError, TokenizerError
+from anabranch.errors import ConfigError, TokenizerError
+from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
 from anabranch.gateway.count import Counter
 from anabranch.gateway.decide import Decider
@@ -86,10 +87,9 @@ class Runtime:
 
 def _counter(path: str) -> Counter:
     """Counts tokens by a ``tokenizer.json``."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise BackendError("counting by a tokenizer needs tokenizers; pip install tokenizers") from None
+    require("tokenizers", by="counting by a tokenizer")
+    from tokenizers import Tokenizer
+
     if not Path(path).is_file():
         raise TokenizerError(f"no tokenizer at {path}; give the path of a tokenizer.json, or leave it out to estimate")
     try:

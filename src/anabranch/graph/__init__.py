@@ -6,17 +6,17 @@
     index = HNSW(128, metric="cosine"); index.add(vectors); index.search(vectors[7], k=10)
     GRank().fit("clicks.parquet").rank("jazz", node="alice")
 
-Stands on its own beside `anabranch.errors` and `anabranch.files`; needs the extra ``graph`` (scipy, numba). Names are loaded
-when they are first used, so that importing this package is quick and works without the extra.
+Stands on its own beside `anabranch.errors`, `anabranch.extras` and `anabranch.files`; needs the extra ``graph`` (scipy, numba).
+Names are loaded when they are first used, so that importing this package is quick and works without the extra; a name that is
+used without it raises MissingExtraError.
 """
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from anabranch.errors import BackendError
+from anabranch.extras import lazy
 from anabranch.files import cache_folder, can_write
 
 if TYPE_CHECKING:
@@ -44,20 +44,22 @@ __all__ = [
     "read_graph",
     "write_graph",
 ]
-_HOMES = {
-    "FastRP": "fastrp",
-    "FullyPPR": "fully_ppr",
-    "GRank": "rank",
-    "Graph": "store",
-    "GraphVite": "graphvite",
-    "HNSW": "hnsw",
-    "PageRank": "ppr",
-    "PowerWalk": "powerwalk",
-    "load_dataset": "datasets",
-    "read_graph": "formats",
-    "write_graph": "formats",
-}
-_EXTRA = ("numba", "scipy", "llvmlite")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "FastRP": ".fastrp",
+        "FullyPPR": ".fully_ppr",
+        "GRank": ".rank",
+        "Graph": ".store",
+        "GraphVite": ".graphvite",
+        "HNSW": ".hnsw",
+        "PageRank": ".ppr",
+        "PowerWalk": ".powerwalk",
+        "load_dataset": ".datasets",
+        "read_graph": ".formats",
+        "write_graph": ".formats",
+    },
+)
 
 
 def _keep_compiled(package: Path = Path(__file__).parent) -> None:
@@ -73,20 +75,3 @@ def _keep_compiled(package: Path = Path(__file__).parent) -> None:
 
 
 _keep_compiled()
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        raise BackendError(f"anabranch.graph needs {error.name}; pip install 'anabranch[graph]'") from None
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

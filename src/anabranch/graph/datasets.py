@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import BackendError, ConfigError, DataError, InputError
+from anabranch.errors import ConfigError, DataError, InputError
+from anabranch.extras import require
 from anabranch.files import data_file
 from anabranch.graph.store import Graph
 
@@ -120,10 +121,9 @@ def _cora(name: str) -> Dataset:
 
 
 def _networkx(name: str) -> Dataset:
-    try:
-        import networkx
-    except ImportError:
-        raise BackendError(f"the graph {name!r} comes with networkx; pip install networkx") from None
+    require("networkx", by=f"the graph {name!r}")
+    import networkx
+
     found = {"karate": networkx.karate_club_graph, "lesmis": networkx.les_miserables_graph}[name]()
     matrix = networkx.to_scipy_sparse_array(found, weight="weight" if name == "lesmis" else None)
     names = None if name == "karate" else list(found.nodes)

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.errors import AnabranchError, BackendError, InputError
+from anabranch.errors import AnabranchError, InputError
+from anabranch.extras import require
 from anabranch.graph.store import Graph
 
 Operator = Literal["dot", "cosine", "l2"]
@@ -249,10 +250,9 @@ def _backtrack(
 
 
 def _fit_liblinear(x_ND: np.ndarray, label_NC: np.ndarray, C: float) -> OneVsRest:
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise BackendError("solver='liblinear' needs scikit-learn; pip install scikit-learn") from None
+    require("scikit-learn", by="solver='liblinear'")
+    from sklearn.linear_model import LogisticRegression
+
     weight_DC, bias_C = np.zeros((x_ND.shape[1], label_NC.shape[1])), np.empty(label_NC.shape[1])
     for label, has_N in enumerate(label_NC.T):
         if has_N.all() or not has_N.any():

@@ -25,6 +25,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from anabranch.errors import BackendError
+from anabranch.extras import require
 from anabranch.graph.projection import BLOCK, SparseRows
 
 
@@ -205,10 +206,9 @@ class TorchProducts:
     """With torch's product, on the CPU or a CUDA device."""
 
     def __init__(self, operator: Operator, device: str) -> None:
-        try:
-            import torch
-        except ImportError:
-            raise BackendError("backend='torch' needs torch; pip install torch") from None
+        require("torch", by="backend='torch'")
+        import torch
+
         try:
             self.device = torch.device(device)
             torch.empty(0, device=self.device)

@@ -1,5 +1,9 @@
 """Decoder language model: config, decoder, cache, generation, checkpoints, foreign formats."""
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.checkpoint import (
     export_huggingface,

@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from anabranch.data.tokenizer import HuggingFaceTokenizer
-from anabranch.errors import BackendError, CheckpointError
+from anabranch.errors import CheckpointError
+from anabranch.extras import require
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf_file import Container
@@ -254,8 +255,7 @@ def _foreign_name(name: str) -> str:
 
 
 def _package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError:
-        raise BackendError("reading .gguf files needs the gguf package; pip install 'anabranch[gguf]'") from None
+    require("gguf", by="reading .gguf files")
+    import gguf
+
     return gguf

@@ -1,5 +1,9 @@
 """Building blocks: norms, rotary positions, attention, feed-forward, the stacked expert pool, the plain mixture-of-experts layer."""
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.nn.attention import Attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU

@@ -1,5 +1,9 @@
 """The idea: score -> select -> dispatch -> work -> combine. Knows no model."""
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.routing.balance import (
     Balancer,
     DeviceLoss,

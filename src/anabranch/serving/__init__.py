@@ -3,8 +3,9 @@
 Names are imported when they are first used, so that `anabranch.serving.core` needs neither PyTorch nor NumPy.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anabranch.extras import lazy
 
 if TYPE_CHECKING:
     from anabranch.serving.config import ServingConfig
@@ -26,16 +27,12 @@ __all__ = [
     "ServingConfig",
 ]
 
-_HOMES = {
-    "anabranch.serving.config": ("ServingConfig",),
-    "anabranch.serving.core.client": ("EngineClient", "EngineInfo", "EngineStats"),
-    "anabranch.serving.core.request": ("Finish", "Output", "Request", "Sampling"),
-    "anabranch.serving.engine": ("LLM", "LocalEngine", "ProcessEngine"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "ServingConfig": ".config",
+        **dict.fromkeys(("EngineClient", "EngineInfo", "EngineStats"), ".core.client"),
+        **dict.fromkeys(("Finish", "Output", "Request", "Sampling"), ".core.request"),
+        **dict.fromkeys(("LLM", "LocalEngine", "ProcessEngine"), ".engine"),
+    },
+)

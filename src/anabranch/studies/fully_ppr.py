@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.config import Config, configclass, to_dict
-from anabranch.errors import BackendError
+from anabranch.extras import require
 from anabranch.files import atomic_file, atomic_write_text
 from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
@@ -266,10 +266,9 @@ def run_all(config: All, seed: int, progress: Progress) -> Metrics:
 
 def igraph_seconds(graph: Graph, source_S: np.ndarray) -> float:
     """Processor seconds of igraph per source. Raises BackendError where it is not installed."""
-    try:
-        import igraph
-    except ImportError:
-        raise BackendError("part A compares with igraph; pip install python-igraph (extra: bench)") from None
+    require("igraph", by="part A")
+    import igraph
+
     source, target, weight = graph.edges()
     peer = igraph.Graph(graph.num_nodes, np.stack([source, target], 1).tolist(), directed=graph.is_directed)
     weights = None if weight is None else weight.tolist()

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.config import Config, Field, configclass, to_dict
-from anabranch.errors import BackendError
+from anabranch.extras import require
 from anabranch.files import atomic_file
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import every_seed
@@ -267,12 +267,9 @@ def our_index(config: Case, base_ND: np.ndarray, seed: int) -> Any:
 
 def hnswlib_index(config: Case, base_ND: np.ndarray, seed: int, **options: Any) -> Any:
     """hnswlib's index of all vectors."""
-    try:
-        import hnswlib
-    except ImportError as error:
-        raise BackendError(
-            "this arm needs hnswlib; pip install 'anabranch[bench]', or leave it out by --arms"
-        ) from error
+    require("hnswlib", by="this arm (leave it out by --arms)")
+    import hnswlib
+
     index = hnswlib.Index(space="l2", dim=base_ND.shape[1])
     index.init_index(
         max_elements=len(base_ND), M=16, ef_construction=config.ef_construction, random_seed=100 + seed, **options

@@ -4,6 +4,10 @@ config = RunConfig(model=..., data=..., train=TrainConfig(steps=1000))
 result = Trainer(config, "runs/a").fit()
 """
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TrainConfig, read_run_config
 from anabranch.train.evaluate import Evaluation, evaluate

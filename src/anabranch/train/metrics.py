@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import BackendError, DataError
+from anabranch.errors import DataError
+from anabranch.extras import require
 from anabranch.files import atomic_write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -90,10 +91,7 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _board(out: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BackendError(
-            "train.tensorboard is set, but TensorBoard is not installed; pip install 'anabranch[tensorboard]'"
-        ) from None
+    require("tensorboard", by="train.tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

@@ -5,14 +5,10 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from anabranch.errors import BackendError
+from aiohttp import web
+
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
-
-try:
-    from aiohttp import web
-except ImportError as error:
-    raise BackendError(f"a server needs {error.name}; pip install 'anabranch[serve]' or 'anabranch[gateway]'") from None
 
 JSON = "application/json"
 SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}

@@ -10,13 +10,10 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from anabranch.errors import AnabranchError, BackendError
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
-try:
-    from aiohttp import web
-    from aiohttp.web_protocol import RequestHandler
-except ImportError as error:
-    raise BackendError(f"a server needs {error.name}; pip install 'anabranch[serve]' or 'anabranch[gateway]'") from None
+from anabranch.errors import AnabranchError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import DataError
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
@@ -81,6 +82,8 @@ def evaluate(
     check_ending(picture, "--picture", (".png", ".svg"))
     check_ending(html, "--html", (".html",))
     check_ending(markdown, "--markdown", (".md",))
+    if html is not None or picture is not None:
+        require("plots", by=f"drawing {html or picture}")
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
     recorded = measured(recorded, unit, prices)

@@ -10,6 +10,7 @@ import typer
 
 from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, say
+from anabranch.extras import require
 
 
 def serve(
@@ -50,6 +51,7 @@ def serve(
 
     Example: anabranch gateway serve --config gateway.toml --port 8080
     """  # fmt: skip
+    require("gateway", by="anabranch gateway serve")
     from anabranch.gateway.http.run import load, run
 
     if check:

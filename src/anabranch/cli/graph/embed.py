@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
@@ -68,7 +68,7 @@ def embed(
 
     Example: anabranch graph embed blogcatalog --out vectors.npy --labels own --map map.png
     """  # fmt: skip
-    from anabranch.cli.graph.pictures import check_picture
+    check_extra()
     from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
 
     if method not in METHODS:

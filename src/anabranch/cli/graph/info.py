@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import Opened, example_node, is_own, open_graph
-from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra
+from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, size, table, wrote
@@ -49,8 +49,6 @@ def info(
 
     Example: anabranch graph info edges.csv --out graph.anb
     """  # fmt: skip
-    from anabranch.cli.graph.pictures import check_picture, draw_degrees
-
     check_extra()
     check_picture(picture)
     if source is None:
@@ -71,6 +69,8 @@ def info(
             write_graph(opened.graph, out)
         written.append(str(out))
     if picture is not None:
+        from anabranch.cli.graph.pictures import draw_degrees
+
         draw_degrees(opened.graph, Path(source).name, picture)
         written.append(str(picture))
     if as_json:

@@ -1,11 +1,15 @@
 """Arguments and options of ``anabranch graph`` that several commands have."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anabranch.cli.options import FLAG
-from anabranch.errors import BackendError
+from anabranch.errors import InputError
+from anabranch.extras import require
+
+PICTURES = (".png", ".svg")
 
 GraphSource = Annotated[
     str, typer.Argument(metavar="GRAPH", help="A file of edges, a graph of ours (.anb), or the name of a data set.")
@@ -26,9 +30,14 @@ Top = Annotated[int, typer.Option("--top", "-k", metavar="K", min=1, help="How m
 
 
 def check_extra() -> None:
-    """Raises BackendError if what the extra ``graph`` brings is not installed."""
-    for name in ("scipy", "numba"):
-        try:
-            __import__(name)
-        except ImportError:
-            raise BackendError(f"anabranch graph needs {name}; pip install 'anabranch[graph]'") from None
+    """Raises MissingExtraError if what the extra ``graph`` brings is not installed."""
+    require("graph", by="anabranch graph")
+
+
+def check_picture(path: Path | None) -> None:
+    """Before the work. Raises InputError for a name that is not that of a picture, MissingExtraError where none can be drawn."""
+    if path is None:
+        return
+    if path.suffix not in PICTURES:
+        raise InputError(f"{str(path)!r} is no picture that can be drawn; its name must end in .png or .svg")
+    require("plots", by=f"drawing {path}")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anabranch.errors import InputError
 from anabranch.files import atomic_file
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, to_png, to_svg
 
@@ -17,15 +16,8 @@ if TYPE_CHECKING:
 
     from anabranch.graph import Graph
 
-ENDINGS = (".png", ".svg")
 NEIGHBOURS = 30  # of a point, that a map keeps near
 LABELLED = len(SERIES)  # classes with a colour of their own; more are drawn in grey
-
-
-def check_picture(path: Path | None) -> None:
-    """Before the work. Raises InputError for a name that is not that of a picture."""
-    if path is not None and path.suffix not in ENDINGS:
-        raise InputError(f"{str(path)!r} is no picture that can be drawn; its name must end in .png or .svg")
 
 
 def save(made: Figure, path: Path) -> None:

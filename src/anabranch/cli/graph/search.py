@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.options import Threads, Top, check_extra
+from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
@@ -65,8 +65,6 @@ def search(
 
     Example: anabranch graph search index.anb --rows 0,7 --check
     """
-    from anabranch.cli.graph.pictures import check_picture
-
     check_extra()
     check_ending(out)
     check_picture(curve)

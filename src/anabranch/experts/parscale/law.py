@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import BackendError, ConfigError
+from anabranch.errors import ConfigError
+from anabranch.extras import require
 
 __all__ = ["PAPER_LOSSES", "Law", "diversity", "fit_parallel_law"]
 
@@ -205,8 +206,7 @@ def _readable(value_G: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _scipy() -> Any:
-    try:
-        from scipy import optimize
-    except ImportError:
-        raise BackendError("fitting a law needs scipy; pip install scipy") from None
+    require("laws", by="fitting a law")
+    from scipy import optimize
+
     return optimize

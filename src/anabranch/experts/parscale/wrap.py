@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.errors import BackendError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.experts.parscale.streams import ParScale
+from anabranch.extras import require
 from anabranch.lm.cache import Prefix, rows_of_streams
 from anabranch.lm.decoder import DecoderOutput
 from anabranch.nn import Attention, BuildContext
@@ -163,8 +164,7 @@ def _check(model: Any) -> str:
 
 
 def _dynamic_cache() -> Any:
-    try:
-        from transformers import DynamicCache
-    except ImportError:
-        raise BackendError("models of transformers need it installed; pip install 'anabranch[huggingface]'") from None
+    require("transformers", by="a model of transformers")
+    from transformers import DynamicCache
+
     return DynamicCache()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from anabranch.errors import BackendError
+from anabranch.extras import require
 
 Arrays = dict[str, np.ndarray]
 
@@ -169,10 +169,9 @@ def cross_entropy(logit_NC: np.ndarray, target_NC: np.ndarray) -> tuple[float, n
 
 def minimized(loss: Any, begin: np.ndarray, iterations: int = 300) -> np.ndarray:
     """The point L-BFGS ends at. Raises BackendError without scipy."""
-    try:
-        from scipy.optimize import minimize
-    except ImportError:
-        raise BackendError("learning categories needs scipy: pip install 'anabranch[gateway]'") from None
+    require("scipy", by="learning categories", of="gateway")
+    from scipy.optimize import minimize
+
     return minimize(
         loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-7}
     ).x

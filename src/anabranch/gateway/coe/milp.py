@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import BackendError
+from anabranch.extras import require
 from anabranch.gateway.coe.exact import choose_within
 from anabranch.gateway.coe.limits import TIE, Problem
 
@@ -44,11 +45,10 @@ class _Program:
     def __init__(
         self, problem: Problem, kept: np.ndarray, *, budget: float | None = None, limited: bool = True
     ) -> None:
-        try:
-            from scipy.optimize import LinearConstraint
-            from scipy.sparse import coo_array, vstack
-        except ImportError:
-            raise BackendError("the solver 'milp' needs scipy: pip install 'anabranch[gateway]'") from None
+        require("scipy", by="the solver 'milp'", of="gateway")
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import coo_array, vstack
+
         self.problem, self.kept, self.limited = problem, kept, limited
         self.budget = problem.budget if budget is None else budget
         num_c, num_e = len(problem.share_C), len(kept)

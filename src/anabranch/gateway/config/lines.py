@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import BackendError, ConfigError
+from anabranch.errors import ConfigError
+from anabranch.extras import require
 
 Lines = dict[str, int]
 FORMATS = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "yaml"}  # JSON is YAML
@@ -134,10 +135,9 @@ class _TomlLines:
 
 
 def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
-    try:
-        import yaml
-    except ImportError:
-        raise BackendError(f"reading {path} needs PyYAML: pip install 'anabranch[gateway]' (or write TOML)") from None
+    require("pyyaml", by=f"reading {path} (other than TOML)")
+    import yaml
+
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()

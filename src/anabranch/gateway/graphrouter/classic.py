@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from anabranch.extras import require
 from anabranch.gateway.graphrouter.encoding import Encoding
 from anabranch.gateway.graphrouter.graph import Scenario, utility
 from anabranch.gateway.graphrouter.settings import Training
@@ -44,6 +45,7 @@ class Classic:
             held_N: validation queries.
             seed: of weights and masks.
         """
+        require("lm", by="learning a graph router (deciding needs no torch)")
         import torch
 
         from anabranch.gateway.graphrouter.encoding import layers

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anabranch.extras import require
 from anabranch.gateway.graphrouter import placement
 from anabranch.gateway.graphrouter.centre import kappa_of, means
 from anabranch.gateway.graphrouter.graph import WEIGHTS
@@ -73,6 +74,7 @@ class Plus:
             group_N: duplicates share a number.
             seed: of all randomness.
         """
+        require("lm", by="learning a graph router (deciding needs no torch)")
         from anabranch.gateway.graphrouter.plus_network import PlusNetwork, fit_plus
 
         near = Neighbours(vector_ND.shape[1], config.exact_below, seed)

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import BackendError, ConfigError
+from anabranch.errors import ConfigError
+from anabranch.extras import require
 from anabranch.files import atomic_file
 
 PASSPHRASE = "ANABRANCH_PASSPHRASE"  # the variable that holds it
@@ -75,10 +76,9 @@ def _decrypt(path: Path) -> str:
 
 
 def _cipher(salt: bytes) -> Any:
-    try:
-        from cryptography.fernet import Fernet
-    except ImportError:
-        raise BackendError("encrypted key files need cryptography; pip install 'anabranch[signatures]'") from None
+    require("signatures", by="an encrypted key file")
+    from cryptography.fernet import Fernet
+
     passphrase = os.environ.get(PASSPHRASE)
     if not passphrase:
         raise ConfigError(f"the environment variable {PASSPHRASE} is not set; key files are encrypted with it")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anabranch.errors import BackendError, DataError
+from anabranch.extras import require
 from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS
 
@@ -122,13 +123,9 @@ class PostgresDatabase:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            import psycopg  # noqa: F401
-            import sqlalchemy
-        except ImportError:
-            raise BackendError(
-                "a store in PostgreSQL needs SQLAlchemy and psycopg: pip install 'anabranch[postgres]'"
-            ) from None
+        require("postgres", by="a store in PostgreSQL")
+        import sqlalchemy
+
         try:
             parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
             self._engine = sqlalchemy.create_engine(

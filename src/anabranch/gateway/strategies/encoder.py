@@ -21,6 +21,7 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
@@ -85,6 +86,7 @@ class Encoder(Predictor, kind="encoder"):
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Train; about a minute of one processor for 4,000 texts. Raises BackendError if torch is missing."""
+        require("lm", by="learning the strategy encoder (deciding needs no torch)")
         from anabranch.gateway.strategies.encoder_training import train
 
         training_set(data, "encoder", vector=False)

@@ -5,15 +5,9 @@ import math
 from typing import Any
 
 import numpy as np
-
-from anabranch.errors import BackendError
-
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
-except ImportError as error:
-    raise BackendError("encoder learns in torch; pip install torch (deciding needs none)") from error
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from anabranch.nn import Attention, BuildContext, ForwardContext, RMSNorm, Rotary, SwiGLU
 

@@ -16,7 +16,6 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.errors import BackendError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
@@ -69,10 +68,8 @@ class Knn(Predictor, kind="knn"):
         self._index = self._build_index() if self.config.index == "hnsw" else None
 
     def _build_index(self) -> Any:
-        try:
-            from anabranch.graph import HNSW
-        except ImportError as error:
-            raise BackendError("knn.index is 'hnsw', which needs numba; pip install 'anabranch[graph]'") from error
+        from anabranch.graph import HNSW
+
         index = HNSW(self.vector_ND.shape[1], metric="ip", seed=self.seed, num_threads=1)
         index.add(self.vector_ND)
         return index

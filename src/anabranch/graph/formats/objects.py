@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import BackendError, InputError
+from anabranch.errors import InputError
+from anabranch.extras import require
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.edge_list import Column, Dialect
 from anabranch.graph.formats.matrices import of_entries
@@ -57,10 +58,9 @@ def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
 
 def to_networkx(graph: Graph) -> Any:
     """A networkx ``Graph`` or ``DiGraph``; nodes are the graph's names, or its ids. Raises BackendError where networkx is not installed."""
-    try:
-        import networkx
-    except ImportError:
-        raise BackendError("networkx is not installed; pip install networkx") from None
+    require("networkx", by="to_networkx")
+    import networkx
+
     made = networkx.DiGraph() if graph.is_directed else networkx.Graph()
     names = range(graph.num_nodes) if graph.names is None else graph.names.tolist()
     made.add_nodes_from(names)
@@ -104,10 +104,9 @@ def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "n
 
 def to_igraph(graph: Graph) -> Any:
     """An ``igraph.Graph`` with the attributes ``name`` and ``weight`` where there are some. Raises BackendError without igraph."""
-    try:
-        import igraph
-    except ImportError:
-        raise BackendError("igraph is not installed; pip install python-igraph") from None
+    require("igraph", by="to_igraph")
+    import igraph
+
     source_E, target_E, weight_E = graph.edges()
     made = igraph.Graph(
         n=graph.num_nodes, edges=np.column_stack([source_E, target_E]).tolist(), directed=graph.is_directed

@@ -1,6 +1,5 @@
 """A Spark session that works: the caller's, the active one, or one on the cores of this machine."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -11,8 +10,8 @@ from typing import Any
 
 import anabranch
 from anabranch.errors import BackendError
+from anabranch.extras import require
 
-EXTRA = "pip install 'anabranch[spark]'"
 UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -56,9 +55,7 @@ def default_partitions(spark: Any) -> int:
 
 def check_packages() -> None:
     """Raises BackendError naming the extra where a package is missing."""
-    for package in ("pyspark", "pandas"):
-        if importlib.util.find_spec(package) is None:
-            raise BackendError(f"engine 'spark' needs {package}; {EXTRA}, or use engine='local'")
+    require("spark", by="engine 'spark' (engine='local' works without)")
 
 
 def check_java() -> None:

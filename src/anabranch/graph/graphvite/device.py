@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anabranch.errors import BackendError, CapacityError
+from anabranch.extras import require
 from anabranch.graph.graphvite import train as rules
 from anabranch.graph.graphvite.augmentation import Pool
 from anabranch.graph.graphvite.executor import Plan
@@ -38,10 +39,9 @@ _LOW = 0xFFFFFFFF
 
 def import_torch() -> Any:
     """The library. Raises BackendError where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise BackendError("this executor needs PyTorch; pip install torch, or use device='cpu'") from None
+    require("torch", by="a device other than 'cpu'")
+    import torch
+
     return torch
 
 

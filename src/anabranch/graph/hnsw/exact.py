@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import BackendError, InputError
+from anabranch.extras import require
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor
 from anabranch.graph.hnsw.storage import METRICS
 
@@ -42,10 +43,9 @@ def brute_force(
         InputError: as `HNSW.search`.
         BackendError: torch is missing, or has no such device.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise BackendError("brute_force needs torch; pip install torch") from error
+    require("torch", by="brute_force")
+    import torch
+
     if metric not in METRICS:
         raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
     k = as_positive(k, "k")

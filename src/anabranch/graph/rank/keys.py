@@ -8,17 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import BackendError, DataError
+from anabranch.errors import DataError
+from anabranch.extras import require
 from anabranch.graph.rank.rows import Row
 
 PREFIX = "ed25519:"
 
 
 def _ed25519() -> Any:
-    try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError:
-        raise BackendError("signed rows need the package cryptography: pip install cryptography") from None
+    require("signatures", by="a signed row")
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
     return ed25519
 
 

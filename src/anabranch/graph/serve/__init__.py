@@ -11,8 +11,12 @@
     app       routes; `metrics` and `openapi` are what the names say
     server    the process: socket, signals, graceful stop
 
-Needs the extra ``serve`` (starlette, uvicorn, prometheus-client).
+Needs the extra ``graph``.
 """
+
+from anabranch.extras import require
+
+require("graph", by=__name__)
 
 from anabranch.graph.serve.app import create_app
 from anabranch.graph.serve.limits import Limits

@@ -9,23 +9,18 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-from anabranch.errors import AnabranchError, BackendError, CapacityError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-try:
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from anabranch.graph.serve.metrics import Metrics
-except ImportError as error:
-    raise BackendError(f"serving needs {error.name}; pip install 'anabranch[graph,serve]'") from None
-
+from anabranch.errors import AnabranchError, CapacityError
 from anabranch.graph.serve.answers import answer_ppr, answer_search
 from anabranch.graph.serve.gate import FullError, Gate, LateError
 from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.metrics import Metrics
 from anabranch.graph.serve.openapi import describe
 from anabranch.graph.serve.requests import RequestError, parse, read_ppr, read_search
 from anabranch.graph.serve.sources import Loaded, Sources

@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from anabranch.errors import AnabranchError, BackendError
+import uvicorn
+
+from anabranch.errors import AnabranchError
 from anabranch.graph.serve.app import create_app
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.sources import Loaded, Sources
 from anabranch.sockets import listening
-
-try:
-    import uvicorn
-except ImportError as error:
-    raise BackendError(f"serving needs {error.name}; pip install 'anabranch[graph,serve]'") from None
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048

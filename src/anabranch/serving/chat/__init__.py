@@ -3,6 +3,10 @@
 Templates need jinja2, which arrives with torch.
 """
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.serving.chat.parser import Argued, Called, Refused, Said, ToolParser
 from anabranch.serving.chat.template import render, takes_tools
 from anabranch.serving.chat.tools import call_grammar, check_tools, parser_for

@@ -7,8 +7,7 @@
 Names are imported when they are asked for, since the memory manager's process does without torch.
 """
 
-import importlib
-from typing import Any
+from anabranch.extras import lazy
 
 __all__ = [
     "Coordinator",
@@ -22,13 +21,10 @@ __all__ = [
     "plan_scale",
 ]
 
-_WHERE = {
-    "Coordinator": "coordinator", "ElasticConfig": "config", "Group": "group", "Placement": "plan", "Policy": "policy",
-    "ScalePlan": "plan", "ScaleReport": "report", "place": "plan", "plan_scale": "plan",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Coordinator": ".coordinator", "ElasticConfig": ".config", "Group": ".group", "Placement": ".plan", "Policy": ".policy",
+        "ScalePlan": ".plan", "ScaleReport": ".report", "place": ".plan", "plan_scale": ".plan",
+    },
+)  # fmt: skip

@@ -1,5 +1,9 @@
 """The engine: a paged key-value store, a runner, a loop, and its clients in a thread, a process, or none."""
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.llm import LLM, Generation
 from anabranch.serving.engine.local import LocalEngine

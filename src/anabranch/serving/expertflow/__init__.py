@@ -1,5 +1,9 @@
 """ExpertFlow (arXiv 2410.17954): a mixture of experts in a small fast memory. Module `expertflow` says where the paper's parts are."""
 
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
 from anabranch.serving.expertflow.expertflow import OffloadEngine, find_pools, offload
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.loading import load_offloaded

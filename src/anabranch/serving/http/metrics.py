@@ -3,15 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from anabranch.errors import BackendError
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
 from anabranch.serving.core.admission import REASONS
 from anabranch.serving.core.client import EngineStats
-
-try:
-    from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-except ImportError as error:
-    raise BackendError(f"serving needs {error.name}; pip install 'anabranch[serve]'") from None
 
 PREFIX = "anabranch_serving_"
 ENDPOINTS = ("chat", "completions", "embeddings", "tokenize", "detokenize", "models", "admin", "other")

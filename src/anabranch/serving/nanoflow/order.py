@@ -7,7 +7,8 @@ state (scipy's HiGHS), `improve` goes from list scheduling by local search and i
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from anabranch.errors import BackendError, CapacityError
+from anabranch.errors import CapacityError
+from anabranch.extras import require
 from anabranch.serving.nanoflow.cost import RESOURCES
 from anabranch.serving.nanoflow.graph import NanoGraph
 from anabranch.serving.nanoflow.simulate import LAYERS, Schedule, simulate
@@ -186,12 +187,11 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
     Variables: start s_i of each nano-operation, T, and for two of one resource who is first (y). One that comes first in a layer comes
     again only after the other: s_i - s_j + T >= d_j. Raises BackendError without scipy, CapacityError if the time does not suffice.
     """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint
-        from scipy.optimize import milp as solve
-    except ImportError as error:
-        raise BackendError("an exact order needs scipy; pip install anabranch[laws]") from error
+    require("laws", by="an exact order")
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint
+    from scipy.optimize import milp as solve
+
     count = len(graph.ops)
     unit = graph.sequential_s or 1.0  # seconds in which the solver's numbers are near 1
     pairs = [

@@ -1,0 +1,102 @@
+"""The whole report: its sections, and the files they are written into."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from anabranch.files import atomic_write, atomic_write_json, atomic_write_text
+from anabranch.report import pictures
+from anabranch.report.page import Section, page
+from anabranch.report.style import to_png, to_svg
+from anabranch.report.summary import Summary, summarize
+from anabranch.report.words import explain
+from anabranch.routing.trace import RoutingTrace
+
+# file name, heading, how to read it, picture
+_SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | None]]] = [
+    (
+        "load",
+        "Load",
+        "How many choices each expert gets, in multiples of its fair share. Where colours show it, orange is overloaded, blue nearly idle, "
+        "and no colour is fair.",
+        pictures.load,
+    ),
+    (
+        "entropy",
+        "Entropy",
+        "Left: how evenly a layer uses its experts; the dashed line is an even load. Right: how evenly a decision spreads its weight over "
+        "what it chose; near the dashed line all choices count alike, near 0 the first decides.",
+        lambda trace, summary: pictures.entropy(summary),
+    ),
+    (
+        "coactivation",
+        "Experts chosen together",
+        "Pairs chosen for the same token, more (orange) or less often (blue) than the loads of the two explain. Orange blocks are teams; "
+        "pairs seen a few times only stay pale.",
+        lambda trace, summary: pictures.coactivation(trace),
+    ),
+    (
+        "specialisation",
+        "Specialisation by domain",
+        "How far the experts used for each domain are from those used overall (total variation: the share of choices that would have to go "
+        "elsewhere), and which experts a domain prefers (orange) or avoids (blue) in the layer where the domain shows most.",
+        pictures.specialisation,
+    ),
+    (
+        "reuse",
+        "Reuse",
+        "How often a choice repeats an earlier one, beside what even and independent choices would give (by chance). High reuse is what "
+        "expert caches and offloading live on.",
+        lambda trace, summary: pictures.reuse(summary),
+    ),
+    (
+        "caches",
+        "Offloading",
+        "Left: the best a router could do that may switch experts on and off for 16 tokens at a time only (SRP, arXiv 2505.16056); near "
+        "the line, it could as well keep all on. Right: how often a cache of that size, in each layer, holds the expert that is asked "
+        "for; beyond the dashed line a larger cache buys little.",
+        lambda trace, summary: pictures.caches(summary),
+    ),
+]
+
+
+def write_report(
+    trace: RoutingTrace, folder: str | Path, *, title: str, extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``report.html``, one PNG for each picture, and ``summary.json`` with the same facts into ``folder``.
+
+    Args:
+        trace: what to report; pictures for which it says nothing (domains, sequences, more than one layer) are left out.
+        folder: made if it is not there; files of these names are replaced.
+        title: heading of the page.
+        extra: shown below the title and kept in ``summary.json``, e.g. the model's name; values must be JSON-ready.
+
+    Returns the path of the page. It needs no other file and no network.
+
+    Raises DataError if the trace is empty or the folder cannot be written, CapacityError if the disk is full.
+    """
+    folder, extra = Path(folder), dict(extra or {})
+    summary = summarize(trace)
+    sentences = explain(summary)
+    sections: list[Section] = []
+    for name, heading, how_to_read, draw in _SECTIONS:
+        picture = draw(trace, summary)
+        path = folder / f"{name}.png"
+        if picture is None:
+            path.unlink(missing_ok=True)  # of an earlier report
+            continue
+        _save(path, to_png(picture))
+        sections.append(Section(heading, how_to_read, to_svg(picture)))
+    facts = {"title": title, "extra": extra, "text": sentences, **summary.to_dict()}
+    atomic_write_json(folder / "summary.json", facts)
+    atomic_write_text(folder / "report.html", page(title, summary, sentences, sections, extra))
+    return folder / "report.html"
+
+
+def _save(path: Path, data: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    atomic_write(path, write)

@@ -1,0 +1,356 @@
+"""Extras: what is read from the metadata, which pip command a missing package gets, and what a base install can do."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from anabranch import extras as module
+from anabranch.errors import AnabranchError, BackendError, MissingExtraError
+from anabranch.extras import Extra, explain, extras, is_installed, lazy, module_of, require
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BASE = {"numpy", "pyarrow", "pydantic", "rich", "typer"}
+HEAVY = {"torch", "safetensors", "tokenizers", "matplotlib", "scipy", "numba", "aiohttp", "starlette"}
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """Hides packages that are installed."""
+
+    def hide(*names):
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
+def missing(*names):
+    return ModuleNotFoundError(f"No module named {names[0]!r}", name=names[0])
+
+
+# What extras bring
+
+
+def test_the_base_is_what_every_command_needs():
+    assert {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]} == BASE
+
+
+def test_extras_bring_what_users_expect():
+    found = extras()
+    assert set(found) == set(PROJECT["optional-dependencies"])
+    assert found["lm"] == Extra("lm", ("safetensors", "tokenizers", "torch"))
+    assert found["plots"].modules == ("matplotlib",)
+    assert set(found["lm"].modules) < set(found["serve"].modules)
+    assert set(found["graph"].modules) < set(found["gateway"].modules)
+    for name in ("graph", "gateway"):  # nobody who wants a graph engine or a gateway installs torch
+        assert not {"torch", "tokenizers", "matplotlib"} & set(found[name].modules)
+    users = set(found) - {"all", "bench", "dev", "docs", "spark"}
+    assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
+
+
+def test_metadata_of_a_wheel_says_the_same_as_the_source(monkeypatch):
+    built = metadata.PathDistribution(Path("none")).metadata if False else _built()
+    module._requirements.cache_clear()
+    source = extras()
+    monkeypatch.setattr(module, "__file__", "/nowhere/site-packages/anabranch/extras.py")
+    monkeypatch.setattr(module.metadata, "metadata", lambda name: built)
+    module._requirements.cache_clear()
+    try:
+        assert extras() == source
+    finally:
+        module._requirements.cache_clear()
+
+
+def _built():
+    """The metadata that a wheel of the source carries, as the build back end writes it."""
+    import email
+
+    lines = []
+    for name, wanted in PROJECT["optional-dependencies"].items():
+        lines.append(f"Provides-Extra: {name}")
+        for line in wanted:
+            requirement, _, marker = (part.strip() for part in line.partition(";"))
+            marker = f"({marker}) and extra == '{name}'" if " or " in marker else f"{marker} and extra == '{name}'"
+            lines.append(f"Requires-Dist: {requirement}; {marker.removeprefix(' and ')}")
+    return email.message_from_string("\n".join([*(f"Requires-Dist: {x}" for x in PROJECT["dependencies"]), *lines]))
+
+
+def test_packages_that_are_installed_are_found_under_their_names():
+    """Otherwise the table of names that differ has a gap."""
+    for lines in PROJECT["optional-dependencies"].values():
+        for line in lines:
+            name = re.match(r"[\w-]+", line)[0]
+            if name != "anabranch" and _is_distributed(name):
+                assert is_installed(module_of(name)), name
+
+
+def _is_distributed(name):
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_missing_is_looked_up_anew(hidden):
+    assert extras()["graph"].missing == ()
+    hidden("numba")
+    assert extras()["graph"].missing == ("numba",)
+    assert extras()["gateway"].missing == ("numba",)
+
+
+# Messages
+
+
+def test_require_names_everything_in_one_command(hidden):
+    require("lm", "graph", by="this")
+    hidden("torch", "matplotlib")
+    require("graph", by="this")
+    with pytest.raises(MissingExtraError) as caught:
+        require("lm", "plots", "graph", by="drawing a model")
+    assert str(caught.value) == "drawing a model needs matplotlib and torch; pip install 'anabranch[lm,plots]'"
+    assert caught.value.modules == ("matplotlib", "torch")
+    assert caught.value.command == "pip install 'anabranch[lm,plots]'"
+    assert isinstance(caught.value, BackendError)
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize(
+    ("package", "of", "command"),
+    [
+        ("torch", "", "pip install 'anabranch[lm]'"),
+        ("scipy", "", "pip install 'anabranch[laws]'"),
+        ("scipy", "gateway", "pip install 'anabranch[gateway]'"),
+        ("scipy", "plots", "pip install 'anabranch[laws]'"),
+        ("pyyaml", "", "pip install 'anabranch[gateway]'"),
+        ("networkx", "", "pip install networkx"),
+        ("scikit-learn", "", "pip install scikit-learn"),
+        ("nobody-knows-it", "", "pip install nobody-knows-it"),
+    ],
+)
+def test_a_single_package_gets_the_smallest_extra(hidden, package, of, command):
+    hidden(module_of(package))
+    with pytest.raises(MissingExtraError, match=f"{re.escape(command)}$"):
+        require(package, by="this", of=of)
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "command"),
+    [
+        ("torch", (), "pip install 'anabranch[lm]'"),
+        ("torch.nn", ("serve",), "pip install 'anabranch[serve]'"),
+        ("aiohttp", ("gateway", "serve"), "pip install 'anabranch[gateway]'"),
+        ("aiohttp", ("serve", "gateway"), "pip install 'anabranch[serve]'"),
+        ("yaml", ("graph", "import"), "pip install 'anabranch[gateway]'"),
+        ("sklearn", ("dev",), "pip install scikit-learn"),
+        ("matplotlib", ("all",), "pip install 'anabranch[plots]'"),
+    ],
+)
+def test_a_failed_import_is_explained_by_the_words_near_it(name, near, command):
+    told = explain(missing(name), by="anabranch x", near=near)
+    assert told is not None
+    assert told.command == command
+    assert str(told) == f"anabranch x needs {name.partition('.')[0]}; {command}"
+
+
+@pytest.mark.parametrize("name", ["anabranch.nothing", "nobody_knows_it", None])
+def test_a_module_of_no_extra_is_a_fault_of_ours(name):
+    assert explain(ModuleNotFoundError("x", name=name), by="this") is None
+
+
+def test_an_error_that_was_explained_stays_as_it_is(hidden):
+    hidden("torch")
+    with pytest.raises(MissingExtraError) as caught:
+        require("torch", by="inner")
+    assert explain(caught.value, by="outer") is caught.value
+
+
+# Packages whose names are loaded late
+
+
+def test_lazy_names_keep_what_they_found_and_tell_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "__init__.py").write_text(
+        "from anabranch.extras import lazy\n__getattr__, __dir__ = lazy(__name__, {'one': '.a', 'b': None, 'c': '.c', 'd': '.d'})\n"
+    )
+    (tmp_path / "late" / "a.py").write_text("one = object()\n")
+    (tmp_path / "late" / "b.py").write_text("two = 2\n")
+    (tmp_path / "late" / "c.py").write_text("import yaml\nc = 3\n")
+    (tmp_path / "late" / "d.py").write_text("import late.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    late = importlib.import_module("late")
+    assert {"one", "b", "c", "d", "__name__"} <= set(dir(late))
+    assert late.one is late.one is vars(late)["one"]
+    assert late.b.two == 2
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingExtraError, match=r"late.c needs yaml; pip install 'anabranch\[gateway\]'"):
+        _ = late.c
+    with pytest.raises(ModuleNotFoundError, match=r"late\.nothing"):  # ours: told as it is
+        _ = late.d
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        _ = late.other
+    for name in [name for name in sys.modules if name.partition(".")[0] == "late"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_lazy_gives_functions_of_a_package():
+    get, listed = lazy("anabranch.graph", {"Graph": ".store"})
+    assert get("Graph").__name__ == "Graph"
+    assert "Graph" in listed()
+
+
+# A base install: everything that an extra brings is hidden in a process of its own
+
+SCRIPT = """
+import contextlib, io, json, os, sys, tempfile
+BASE, COMMANDS, PACKAGES = json.loads(sys.argv[1])
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+from anabranch.extras import extras
+HIDDEN = {module for extra in extras().values() for module in extra.modules} - set(BASE)
+sys.meta_path.insert(0, Hide())
+folder = tempfile.mkdtemp()
+os.environ["HOME"] = folder
+os.chdir(folder)
+from anabranch.cli.main import main
+told = {}
+def note(name, call):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = call()
+    told[name] = [code, out.getvalue(), err.getvalue()]
+for command in COMMANDS:
+    note(command, lambda: main(command.split()))
+import importlib
+names = {}
+for package, wanted in PACKAGES.items():
+    for name in wanted:
+        try:
+            getattr(importlib.import_module(package), name)
+            names[f"{package}.{name}"] = None
+        except Exception as error:
+            names[f"{package}.{name}"] = f"{type(error).__name__}: {error}"
+print(json.dumps([told, names, sorted(set(sys.modules) & HIDDEN)]))
+"""
+NEEDS = {  # a command as it is given, and the extras it names
+    "train --out x": "lm",
+    "compare --out x": "lm,plots",
+    "eval x": "lm",
+    "generate x --prompt x": "lm",
+    "chat x": "lm",
+    "report x --out x": "lm,plots",
+    "convert x y --to native": "lm",
+    "serve": "serve",
+    "serve runs/demo": "serve",
+    "study rexmoe": "lm",
+    "study fastrp": "graph",
+    "study alf_lb": "lm",
+    "info": "lm",
+    "info moe": "lm",
+    "plan runs/demo": "lm",
+    "graph info": "graph",
+    "graph info karate": "graph",
+    "graph ppr x": "graph",
+    "graph embed x --out x.npy": "graph",
+    "graph index x --out x.anb": "graph",
+    "graph search x": "graph",
+    "graph rank x": "graph",
+    "graph serve x": "graph",
+    "gateway serve": "gateway",
+    "gateway serve --check": "gateway",
+    "gateway import x": "gateway",
+    "gateway eval x.jsonl --html x.html": "plots",
+}
+WORKS = ("plan", "study", "gateway keys create", "gateway keys list", "gateway budget list", "gateway ledger list")
+
+
+def public():
+    """The public names of each package, as they are pinned."""
+    spec = importlib.util.spec_from_file_location("public_api", ROOT / "tests" / "test_public_api.py")
+    pinned = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pinned)
+    return {package: names.split() for package, names in pinned.PUBLIC.items()}
+
+
+def helps():
+    from typer.main import get_command
+
+    from anabranch.cli.main import app
+
+    def below(group, prefix):
+        yield f"{prefix}--help"
+        for name, command in group.commands.items():
+            yield from (
+                below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [f"{prefix}{name} --help"]
+            )
+
+    return list(below(get_command(app), ""))
+
+
+@pytest.fixture(scope="module")
+def base():
+    """What commands and public names do where no extra is installed."""
+    asked = json.dumps([sorted(BASE), [*helps(), *NEEDS, *WORKS], public()])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, asked], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    told, names, loaded = json.loads(done.stdout)
+    assert loaded == []
+    return told, names
+
+
+def test_every_help_runs_on_a_base_install(base):
+    for command in helps():
+        code, out, err = base[0][command]
+        assert (code, err) == (0, ""), command
+        assert out
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_a_missing_extra_is_one_line_with_the_pip_command(base, command):
+    code, out, err = base[0][command]
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: .* needs .*; pip install 'anabranch\[{NEEDS[command]}\]'\n", err), err
+
+
+@pytest.mark.parametrize("command", WORKS)
+def test_commands_that_need_no_extra_work(base, command):
+    code, out, err = base[0][command]
+    assert (code, err) == (0, "")
+    assert out
+
+
+def test_every_command_is_among_those_that_were_tried():
+    rest = {command.removesuffix(" --help") for command in helps()} - {"--help", "graph", "gateway"}
+    groups = {"gateway keys", "gateway budget", "gateway ledger"}
+    tried = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
+    need_files = {"gateway fit", "gateway route", "gateway replay", "gateway keys revoke"}
+    need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
+    need_files |= {f"gateway ledger {name}" for name in ("spend", "export", "prune", "backup")}
+    assert rest - groups - tried == need_files
+
+
+def test_public_names_work_or_name_the_extra(base):
+    """A package added to the public face is covered; which names need an extra may change, how they say so may not."""
+    told = {name: text for name, text in base[1].items() if text is not None}
+    for name, text in told.items():
+        assert re.fullmatch(r"MissingExtraError: anabranch\S* needs .*; pip install 'anabranch\[\w+\]'", text), name
+    assert told["anabranch.lm.Decoder"].endswith("pip install 'anabranch[lm]'")
+    assert told["anabranch.graph.PageRank"].endswith("pip install 'anabranch[graph]'")
+    assert base[1]["anabranch.graph.GRank"] is None or "graph" in told["anabranch.graph.GRank"]
+    works = {name.rpartition(".")[0] for name in base[1]} - {name.rpartition(".")[0] for name in told}
+    assert {"anabranch.config", "anabranch.gateway.data", "anabranch.gateway.referee"} <= works
+
+
+def test_errors_that_are_explained_are_errors_of_ours():
+    assert issubclass(MissingExtraError, AnabranchError)
+    assert HEAVY.isdisjoint(BASE)
