@@ -453,7 +453,7 @@ sys.exit(main(["graph", "info", "karate"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr == "error: anabranch graph needs scipy; pip install 'anabranch[graph]'\n"
+    assert done.stderr == "error: anabranch graph needs numba, scipy and starlette; pip install 'anabranch[graph]'\n"
 
 
 def test_a_table_of_vectors_is_checked(tmp_path):
