@@ -4,21 +4,24 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from anabranch.config import Config, Field, Size, configclass, to_dict
 from anabranch.data.bpe import BpeTokenizer
 from anabranch.data.corpus import Corpus, Mixture, Stdlib
-from anabranch.data.reading import stable_hash
+from anabranch.data.reading import digest_file, stable_hash
 from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split
 from anabranch.data.store import TokenStore
 from anabranch.data.stream import Lane, TokenStream
 from anabranch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from anabranch.data.windows import StoredRun, TextRun, Windows
 from anabranch.errors import DataError, TokenizerError
-from anabranch.files import cache_folder
+from anabranch.files import atomic_folder, atomic_write_text, cache_folder
 
 log = logging.getLogger(__name__)
+
+DIGEST = "digest"  # in the folder of a cached tokenizer
 
 
 @configclass
@@ -159,12 +162,21 @@ def _tokenizer(config: Tokenizer.Config, corpora: list[Corpus], fraction: float)
     key = json.dumps([to_dict(config), fraction, [corpus.fingerprint() for corpus in corpora]])
     folder = cache_folder() / "tokenizers" / f"{stable_hash(key):016x}"
     try:
-        return load_tokenizer(folder)
-    except TokenizerError as error:
-        log.info("training a tokenizer (%s)", error)
+        if (folder / DIGEST).read_text(encoding="utf-8") == _digest(folder):
+            return load_tokenizer(folder)
+    except (OSError, ValueError, DataError, TokenizerError) as error:
+        log.info("no tokenizer in the cache (%s)", error)
     tokenizer = config.build(_training_texts(corpora, fraction))
-    tokenizer.save(folder)
+    with atomic_folder(folder) as temporary:
+        tokenizer.save(temporary)
+        atomic_write_text(temporary / DIGEST, _digest(temporary))
     return tokenizer
+
+
+def _digest(folder: Path) -> str:
+    """Of the files of a cached tokenizer: one in which a bit has flipped may be readable still, and mean other tokens."""
+    parts = [f"{file.name} {digest_file(file)}" for file in sorted(folder.glob("*.json"))]
+    return f"{stable_hash(chr(10).join(parts)):016x}"
 
 
 def _training_texts(corpora: list[Corpus], fraction: float) -> Iterator[str]:

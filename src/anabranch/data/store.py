@@ -1,12 +1,14 @@
 """Tokenise once: a corpus becomes memory-mapped arrays in a cache folder, found again by the content of corpus and tokenizer.
 
 A cache entry is a folder: for each split ``SPLIT.bin`` (uint16, or uint32 for vocabularies over 65,536), for tokenizers whose
-byte counts depend on the text ``SPLIT.lengths.bin`` (uint32), and ``index.json``, which says where each label's tokens lie.
+byte counts depend on the text ``SPLIT.lengths.bin`` (uint32), and ``index.json``, which says where each label's tokens lie. It holds
+the digest of each file and of itself; an entry in which a single bit has flipped is made anew.
 Documents of one label lie together, each followed by end of text where the tokenizer has one.
 """
 # Shapes: T tokens of a split, V vocabulary
 
 import fcntl
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -27,8 +29,10 @@ from anabranch.files import atomic_folder, atomic_write_json, cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the cache entry; another one is built anew
+FORMAT = 3  # of the cache entry; another one is built anew
+INDEX = "index.json"
 SPLITS = (TRAIN, VALIDATION)
+_ATTEMPTS = 3  # to make an entry that somebody deletes as soon as it is there
 _BATCH_CHARACTERS = 1 << 20
 
 
@@ -44,18 +48,22 @@ class Segment:
 
 
 class TokenStore:
-    """The tokens of a corpus, read from a cache entry. Cheap to pickle and to fork: the arrays are mapped, not held."""
+    """The tokens of a corpus, read from a cache entry. Cheap to pickle and to fork: the arrays are mapped, not held.
+
+    All is mapped and checked against its digests at once, so what happens to the cache later (it may be deleted at any time) is
+    nothing to a store that is open.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        index = _read_index(folder)
-        if index is None:
-            raise DataError(f"the token cache {folder} is damaged; delete it, and it is built anew")
+        entry = _read_entry(folder)
+        if entry is None:
+            raise _damaged(folder)
+        index, self._maps = entry
         self.folder = folder
         self._tokenizer = tokenizer
-        self._dtype = index["dtype"]
         self.segments = {name: tuple(Segment(**entry) for entry in index["splits"][name]) for name in SPLITS}
-        self._digests = index["digests"]
-        self._maps: dict[str, NDArray[Any]] = {}
+        self._dtype = index["dtype"]
+        self._digests = {side: index["digests"][f"{side}.bin"] for side in SPLITS}
 
     @classmethod
     def open(
@@ -68,47 +76,90 @@ class TokenStore:
         """
         key = f"{FORMAT} {corpus.fingerprint()} {tokenizer.fingerprint} {validation_fraction!r}"
         folder = (cache or cache_folder()) / "tokens" / f"{stable_hash(key):016x}"
-        with _locked(folder):
-            if _read_index(folder) is None:
-                _build(folder, corpus, tokenizer, validation_fraction)
-        return cls(folder, tokenizer)
+        for attempt in range(1, _ATTEMPTS + 1):
+            store = cls._open(folder, tokenizer)
+            if store is not None:
+                return store
+            with _locked(folder):
+                try:
+                    if cls._open(folder, tokenizer) is None:  # no other process has made it meanwhile
+                        _build(folder, corpus, tokenizer, validation_fraction)
+                except DataError:
+                    # Whoever deletes the cache may do so while an entry is made.
+                    if folder.parent.is_dir() or attempt == _ATTEMPTS:
+                        raise
+        store = cls._open(folder, tokenizer)
+        if store is None:
+            raise _damaged(folder)
+        return store
+
+    @classmethod
+    def _open(cls, folder: Path, tokenizer: Tokenizer) -> "TokenStore | None":
+        """The store of a cache entry, or None if that is absent or damaged."""
+        try:
+            return cls(folder, tokenizer)
+        except DataError:
+            return None
 
     def tokens(self, split: str) -> NDArray[Any]:
         """All tokens of ``split``, ``[T]``, uint16 or uint32, mapped from disk."""
-        return self._map(f"{split}.bin", self._dtype)
+        return self._maps[f"{split}.bin"]
 
     def byte_lengths(self, split: str, start: int, end: int) -> NDArray[np.int64]:
         """Bytes of text under each of the tokens ``start`` to ``end`` (excluded) of ``split``."""
         table_V = self._tokenizer.byte_length_V
         if table_V is not None:
             return table_V[self.tokens(split)[start:end]]
-        return self._map(f"{split}.lengths.bin", "uint32")[start:end].astype(np.int64)
+        return self._maps[f"{split}.lengths.bin"][start:end].astype(np.int64)
 
     def content(self, split: str) -> str:
         """Names the tokens of ``split`` and what they are labelled, wherever the text was read from."""
         segments = [[segment.label, segment.start, segment.length] for segment in self.segments[split]]
         return f"{self._dtype} {self._digests[split]} {json.dumps(segments)}"
 
-    def _map(self, name: str, dtype: str) -> NDArray[Any]:
-        if name not in self._maps:
-            file = self.folder / name
-            # A plain view of the map: slicing np.memmap itself costs several times more.
-            mapped = np.asarray(np.memmap(file, dtype=dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
-            self._maps[name] = mapped
-        return self._maps[name]
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # the other process maps the files itself
+        return self.__dict__ | {"_maps": None}  # the other process maps the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entry = _read_entry(state["folder"])
+        if entry is None or any(entry[0]["digests"][f"{side}.bin"] != state["_digests"][side] for side in SPLITS):
+            raise _damaged(state["folder"])
+        self.__dict__ |= state | {"_maps": entry[1]}
 
 
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a cache entry, or None if it is absent, of another format, or a file has not the size it should have."""
+def _damaged(folder: Path) -> DataError:
+    return DataError(f"the token cache {folder} is damaged or gone; delete what is left, and it is built anew")
+
+
+def _read_entry(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
+    """Index and mapped arrays of a cache entry; None if it is absent, of another format, or not, to the bit, what was written."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in index["sizes"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT or index.pop("digest") != _digest_of(index):
+            return None
+        maps = {name: _map(folder / name, _dtype(name, index)) for name in index["digests"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return index if index.get("format") == FORMAT and sizes == index["sizes"] else None
+    # What was mapped is what is checked: a file that is exchanged meanwhile is another one.
+    return (index, maps) if all(_digest(maps[name]) == found for name, found in index["digests"].items()) else None
+
+
+def _map(file: Path, dtype: str) -> NDArray[Any]:
+    # A plain view of the map: slicing np.memmap itself costs several times more.
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
+
+
+def _dtype(name: str, index: dict[str, Any]) -> str:
+    return "uint32" if name.endswith(".lengths.bin") else index["dtype"]
+
+
+def _digest(array: NDArray[Any]) -> str:
+    """As `digest_file` gives it for the file."""
+    return hashlib.blake2b(array, digest_size=16).hexdigest()
+
+
+def _digest_of(index: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -150,15 +201,13 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, validation_fracti
                 _gather(spool_lengths, temporary / f"{side}.lengths.bin", "uint32", order)
         spool.unlink()
         spool_lengths.unlink()
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         index = {
             "format": FORMAT,
             "dtype": dtype,
-            "sizes": sizes,
             "splits": {side: [asdict(segment) for segment in splits[side]] for side in SPLITS},
-            "digests": {side: digest_file(temporary / f"{side}.bin") for side in SPLITS},
+            "digests": {file.name: digest_file(file) for file in sorted(temporary.iterdir())},
         }
-        atomic_write_json(temporary / "index.json", index)
+        atomic_write_json(temporary / INDEX, {**index, "digest": _digest_of(index)})
 
 
 @dataclass(frozen=True, slots=True)
