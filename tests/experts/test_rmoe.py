@@ -362,6 +362,15 @@ def test_conversion_takes_chains_and_pools(tied):
     assert min(converted.agreement) > 0.95
 
 
+def test_conversion_of_a_design_that_names_arguments(by_keyword):
+    expected = to_recurrent(linear_model(), tokens(8, 32), state_dim=4)
+    by_keyword()
+    converted = to_recurrent(linear_model(), tokens(8, 32), state_dim=4)
+    assert converted.agreement == expected.agreement
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(converted.model.state_dict()[name], value), name
+
+
 def test_conversion_of_a_rank_below_the_experts_is_the_best_of_that_rank(caplog):
     converted = to_recurrent(linear_model(), tokens(8, 32), state_dim=2)
     score = scores_of(converted.model)[0]

@@ -206,6 +206,8 @@ def test_a_patched_block_equals_ours():
     with torch.no_grad():
         expected = ours.add_to(x_BLD, norm, context)
         found = x_BLD + block.mlp(block.post_attention_layernorm(x_BLD))  # as the block does it
+        named = x_BLD + block.mlp(block.post_attention_layernorm(hidden_states=x_BLD))  # or might
+    assert torch.equal(named, found)
     torch.testing.assert_close(found, expected, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
     assert len({*ours.paths.loops(x_BLD.flatten(0, 1), context).index_NK[:, 0].tolist()}) == 3
 

@@ -72,3 +72,14 @@ def test_recompute_counts_once(routed_model):
 
 def test_a_model_that_does_not_route(dense_model):
     assert LoadMeter(Decoder(dense_model)).read(training=True) == {}
+
+
+def test_routers_may_be_called_with_named_arguments(routed_model, by_keyword):
+    model = Decoder(routed_model).train()
+    meter = LoadMeter(model)
+    model(TOKENS, TOKENS)
+    expected = meter.read(training=True)
+    meter.reset()
+    by_keyword()
+    model(TOKENS, TOKENS)
+    assert meter.read(training=True) == expected
