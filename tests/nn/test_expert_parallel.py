@@ -99,7 +99,18 @@ SCRIPT = textwrap.dedent(
             assert "5 experts cannot be split over 2 processes; use a number of processes that divides 5" in str(error)
         else:
             raise AssertionError("5 experts over 2 processes were accepted")
+    def differentiates_twice():
+        "A penalty on gradients: what travels in the backward pass is differentiated as well."
+        whole, part, mine = data(5, "mixed")
+        found = []
+        for pool, (x, weight, index, score, dy) in ((full_pool(), whole), (ExpertParallel(full_pool()), part)):
+            x = x.clone().requires_grad_()
+            y = pool(x, Routing(index, weight, score))
+            (gradient,) = torch.autograd.grad((y * dy).sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+        near(found[1], found[0][mine], "second derivative", 1e-5)
     equals_one_process()
+    differentiates_twice()
     trains_beside_data_parallel()
     refuses_what_does_not_divide()
     dist.barrier()

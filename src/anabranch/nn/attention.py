@@ -3,13 +3,12 @@
 
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.nn.causal import causal_attention
+from anabranch.nn.causal import attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
@@ -114,10 +113,7 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
             key, value = store.append(self.layer, key, value)
         if context.is_causal and context.attention_mask is None:
             return causal_attention(query, key, value)
-        is_grouped = self.num_kv_heads != self.num_heads
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=context.attention_mask, enable_gqa=is_grouped
-        )
+        return attention(query, key, value, attn_mask=context.attention_mask)
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

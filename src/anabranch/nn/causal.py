@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anabranch.nn.derivatives import plain_gradients, with_plain_gradients
 from anabranch.nn.kernels import attention as native
 
-__all__ = ["causal_attention"]
+__all__ = ["attention", "causal_attention"]
 
 SHORT = 16  # queries; for fewer, launching is what costs
 
@@ -20,20 +21,38 @@ def causal_attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -
 
     Compiled kernels on a CPU in float32, `scaled_dot_product_attention` elsewhere.
     """
-    front = key_BGSD.shape[2] - query_BHLD.shape[2]
     if (
         not torch.compiler.is_compiling()
         and query_BHLD.shape[2] >= SHORT
         and native.can(query_BHLD, key_BGSD, value_BGSD)
     ):
         return _Causal.apply(query_BHLD, key_BGSD, value_BGSD)
-    if (
-        front
-    ):  # Queries that nobody asks for make it square, and half as much work as a mask, which hides but does not spare.
-        query_BHLD = F.pad(query_BHLD, (0, 0, front, 0))
-    is_grouped = query_BHLD.shape[1] != key_BGSD.shape[1]
-    y_BHSD = F.scaled_dot_product_attention(query_BHLD, key_BGSD, value_BGSD, is_causal=True, enable_gqa=is_grouped)
-    return y_BHSD[:, :, front:]
+    return _causal(query_BHLD, key_BGSD, value_BGSD)
+
+
+def _causal(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
+    """The same by torch."""
+    front = key_BGSD.shape[2] - query_BHLD.shape[2]
+    # Queries that nobody asks for make it square, and half as much work as a mask, which hides but does not spare.
+    square_BHSD = F.pad(query_BHLD, (0, 0, front, 0)) if front else query_BHLD
+    return attention(square_BHSD, key_BGSD, value_BGSD, is_causal=True)[:, :, front:]
+
+
+def attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention`, which has second derivatives whatever torch computes it with. Key heads are shared.
+
+    Args:
+        query_BHLD, key_BGSD, value_BGSD: as for `causal_attention`.
+        options: ``attn_mask`` or ``is_causal``.
+    """
+    options["enable_gqa"] = query_BHLD.shape[1] != key_BGSD.shape[1]
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the one of them that torch differentiates twice
+            return F.scaled_dot_product_attention(query, key, value, **options)
+
+    y_BHLD = F.scaled_dot_product_attention(query_BHLD, key_BGSD, value_BGSD, **options)
+    return with_plain_gradients(plain, y_BHLD, (query_BHLD, key_BGSD, value_BGSD))
 
 
 class _Causal(torch.autograd.Function):
@@ -46,6 +65,7 @@ class _Causal(torch.autograd.Function):
         return y_BHLD
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BHLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy_BHLD: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return plain_gradients(_causal, ctx.saved_tensors[:3], dy_BHLD, ctx.needs_input_grad)
         return native.backward(dy_BHLD, *ctx.saved_tensors)

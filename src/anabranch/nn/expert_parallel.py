@@ -132,7 +132,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_MD):
-        return _all_to_all(gradient_MD, ctx.receive, ctx.send, ctx.group), None, None, None
+        return _Exchange.apply(gradient_MD, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 def _all_to_all(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:

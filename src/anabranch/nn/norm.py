@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from anabranch.nn.derivatives import plain_gradients
 from anabranch.nn.kernels import rows as native
 from anabranch.routing.score import cast, wide
 
@@ -29,9 +29,19 @@ class RMSNorm(nn.Module):
                 return _RMSNorm.apply(x, self.weight, self.eps)
         elif native.can_norm(x):
             return native.norm(x, self.weight, self.eps, keep=False)[1]
-        wide_x = wide(x)
-        y = F.rms_norm(wide_x, self.weight.shape, cast(self.weight, wide_x.dtype), self.eps)
-        return cast(y, x.dtype)
+        return _norm(x, self.weight, self.eps)
+
+
+def _norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The same by torch."""
+    wide_x = wide(x)
+    return cast(F.rms_norm(wide_x, weight_D.shape, cast(weight_D, wide_x.dtype), eps), x.dtype)
+
+
+def _norm_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of x and its weight, of a context that saved both first."""
+    inputs, needed = ctx.saved_tensors[:2], ctx.needs_input_grad[:2]
+    return *plain_gradients(lambda x, weight_D: _norm(x, weight_D, ctx.eps), inputs, gradient, needed), None
 
 
 class _CompiledRMSNorm(torch.autograd.Function):
@@ -39,15 +49,18 @@ class _CompiledRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x, y, scale_N = native.norm(x, weight_D, eps, keep=True)
-        ctx.save_for_backward(x, weight_D, scale_N)
+        dense, y, scale_N = native.norm(x, weight_D, eps, keep=True)
+        # A copy in one piece has no graph: second derivatives start from what came in.
+        ctx.save_for_backward(x, weight_D, scale_N, None if dense is x else dense)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight_D, scale_N = ctx.saved_tensors
-        dx, dweight_D = native.norm_gradients(gradient, x, weight_D, scale_N)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _norm_gradients(ctx, gradient)
+        x, weight_D, scale_N, dense = ctx.saved_tensors
+        dx, dweight_D = native.norm_gradients(gradient, x if dense is None else dense, weight_D, scale_N)
         return dx, dweight_D.to(weight_D.dtype), None
 
 
@@ -62,11 +75,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # to the bit what F.rms_norm computes
         ctx.save_for_backward(x, weight_D, scale)
+        ctx.eps = eps
         return (wide * scale).mul_(weight_D).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _norm_gradients(ctx, gradient)
         x, weight_D, scale = ctx.saved_tensors
         wide_x, wide_gradient, wide_D = x.to(scale.dtype), gradient.to(scale.dtype), weight_D.to(scale.dtype)
         product_ND, scale_N = (wide_gradient * wide_x).reshape(-1, x.shape[-1]), scale.reshape(-1)

@@ -6,7 +6,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
@@ -85,25 +84,25 @@ def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     if not torch.is_grad_enabled() and native.can_turn(x_BHLD, cos):
         return native.turn(x_BHLD, cos, sin, 1.0)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler makes one pass of it by itself
+    # A compiler makes one pass of it by itself.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
         left, right = x_BHLD.chunk(2, dim=-1)
         return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
-    return _Rotate.apply(x_BHLD, cos, sin)
+    return _Rotate.apply(x_BHLD, cos, sin, 1.0)
 
 
 class _Rotate(torch.autograd.Function):
     """Rotation in one pass over memory, or a few. Its gradient is the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x_BHLD, cos, sin, 1.0)
+        ctx.sign = sign
+        return _turn(x_BHLD, cos, sin, sign)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(gradient_BHLD, cos, sin, -1.0), None, None
+    def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Rotate.apply(gradient_BHLD, *ctx.saved_tensors, -ctx.sign), None, None, None
 
 
 def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from anabranch.nn.derivatives import plain_gradients
 from anabranch.nn.kernels import rows as native
 
 __all__ = ["weighted_sum"]
@@ -21,7 +21,12 @@ def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
         weight_NC: column c weighs ``parts[c]``.
     """
     if native.can_sum(parts):
-        return _Sum.apply(weight_NC.to(torch.float32), *parts)
+        return _Sum.apply(weight_NC.to(torch.float32).contiguous(), *(part.contiguous() for part in parts))
+    return _sum(weight_NC, *parts)
+
+
+def _sum(weight_NC: Tensor, *parts: Tensor) -> Tensor:
+    """The same by torch."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     total_ND = sum(
         part.to(wide) * weight_N1.to(wide) for part, weight_N1 in zip(parts, weight_NC.split(1, 1), strict=True)
@@ -32,13 +37,13 @@ def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_NC: Tensor, *parts: Tensor) -> Tensor:
-        weight_NC, parts = weight_NC.contiguous(), tuple(part.contiguous() for part in parts)
         ctx.save_for_backward(weight_NC, *parts)
         return native.weighted_sum(parts, weight_NC)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return plain_gradients(_sum, ctx.saved_tensors, gradient_ND, ctx.needs_input_grad)
         weight_NC, *parts = ctx.saved_tensors
         made, dweight_NC = native.sum_gradients(gradient_ND, parts, weight_NC)
         return dweight_NC, *made
