@@ -15,6 +15,7 @@ from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
 from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
+from anabranch.cli.doctor import doctor
 from anabranch.cli.eval import evaluate
 from anabranch.cli.gateway import app as gateway
 from anabranch.cli.generate import generate
@@ -71,6 +72,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "study": study,
     "info": info,
+    "doctor": doctor,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -65,6 +65,20 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns
         grid.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, vertical="bottom")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
+    _print_grid(grid)
+
+
+def fact_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Facts under each other: what each is about, then what there is to say, in as many lines as it takes."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in rows:
+        grid.add_row(label, Text(visible(text)))
+    _print_grid(grid)
+
+
+def _print_grid(grid: Table) -> None:
     console = Console(width=_width(), highlight=False)
     with console.capture() as capture:
         console.print(grid)
