@@ -185,7 +185,7 @@ def test_old_folder_is_put_back_if_the_second_step_fails(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").touch()
     with pytest.raises(FileNotFoundError):
-        files._replace_folder(tmp_path / "missing", tmp_path / "a")
+        files._swap(tmp_path / "missing", tmp_path / "a")
     assert names(tmp_path) == ["a", "a/old"]
 
 

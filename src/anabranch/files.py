@@ -118,15 +118,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in sorted(temporary.rglob("*")):
-                _fsync(file)
-            temporary.chmod(0o777 & ~_umask())
-            if not path.exists():
-                temporary.replace(path)
-            elif not _exchange(temporary, path):
-                _replace_folder(temporary, path)
-            _fsync(path.parent)
+                # Opening a named pipe would wait for its other end, and a link may lead nowhere.
+                if not file.is_symlink() and (file.is_file() or file.is_dir()):
+                    _fsync(file)
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o777 & ~_umask())
+            put = _swap if path.exists() else Path.replace
+            put(temporary, path)
+            try:
+                _fsync(path.parent)
+            except BaseException:
+                put(*((temporary, path) if put is _swap else (path, temporary)))
+                raise
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # after an exchange: what was there before
+            shutil.rmtree(temporary, ignore_errors=True)  # after a swap: what was there before
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -137,16 +141,21 @@ def _exchange(first: Path, second: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """Put ``new`` in the place of the folder ``path`` in two steps; put ``path`` back if the second fails."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    path.replace(aside)
-    try:
-        new.replace(path)
-    except OSError:
-        aside.replace(path)
-        raise
-    shutil.rmtree(aside)
+def _swap(first: Path, second: Path) -> None:
+    """Swap two folders, in one step where that is possible; both are as they were if it fails."""
+    if _exchange(first, second):
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{second.name}.", dir=second.parent))
+    moves = [(second, aside), (first, second), (aside, first)]
+    for number, (place, new) in enumerate(moves):
+        try:
+            place.replace(new)
+        except BaseException:
+            for done, was in reversed(moves[:number]):
+                was.replace(done)
+            if number == 0:
+                aside.rmdir()
+            raise
 
 
 @contextmanager

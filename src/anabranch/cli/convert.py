@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Dtype, Quiet, read_dtype
+from anabranch.cli.options import FLAG, AsJson, Dtype, Quiet, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, size, wrote
 from anabranch.extras import require
 
@@ -47,6 +47,14 @@ def convert(
             metavar="N", help="With --quantize, weights that share a scale. Default: 32 for int4, a row for int8."
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            metavar=FLAG,
+            help="Write into a folder that holds other files: those of a new file's name are replaced, all others stay.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,16 +67,22 @@ def convert(
     require("lm", by="anabranch convert")
     from anabranch.lm import convert as convert_model
     from anabranch.lm import load_config
+    from anabranch.lm.checkpoint import quantization_of
 
     convert_model(
         source, target, to=to.value, family=family, dtype=read_dtype(dtype),
-        quantize=None if quantize is None else quantize.value, group=group,
+        quantize=None if quantize is None else quantize.value, group=group, force=force,
     )  # fmt: skip
     counts = load_config(target).count()
     num_bytes = sum(file.stat().st_size for file in Path(target).iterdir())
-    bits = "" if quantize is None else f" in {quantize.value}"
+    kinds = list((quantization_of(Path(target)) or {"modules": {}})["modules"].values())
+    quantized = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     if as_json:
-        print_json({"folder": target, "format": to.value, "parameters": counts.parameters, "size_bytes": num_bytes})
+        print_json(
+            {"folder": target, "format": to.value, "parameters": counts.parameters, "size_bytes": num_bytes}
+            | ({"quantized_layers": quantized} if quantized else {})
+        )
     elif not quiet:
-        fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits}")
-        wrote(f"{target}   {size(num_bytes)}", f"anabranch {'info' if quantize is None else 'serve'} {target}")
+        bits = " and ".join(f"{count} layer{'s' * (count != 1)} in {kind}" for kind, count in quantized.items())
+        fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits and f', {bits}'}")
+        wrote(f"{target}   {size(num_bytes)}", f"anabranch {'serve' if quantized else 'info'} {target}")

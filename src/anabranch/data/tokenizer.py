@@ -61,6 +61,14 @@ class Tokenizer(Part, family="tokenizer"):
         return {name: self._name_of(getattr(self, f"{name}_id")) for name in ("bos", "eos", "pad")}
 
     @property
+    def special_ids(self) -> dict[str, Any]:
+        """The special ids as a config.json has them: one, or for ``eos_token_id`` all `stop_ids` where there are several."""
+        ids: dict[str, Any] = {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
+        if self.eos_id is not None and len(self.stop_ids) > 1:
+            ids["eos_token_id"] = list(self.stop_ids)
+        return {name: value for name, value in ids.items() if value is not None}
+
+    @property
     def fingerprint(self) -> str:
         """A digest that differs whenever any text could be tokenised differently."""
         raise NotImplementedError
@@ -235,6 +243,7 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         backend: the ``tokenizers.Tokenizer``; its padding and truncation are switched off.
         bos_id, eos_id, pad_id: special ids, None for none.
         chat_template: Jinja source, as in ``tokenizer_config.json``.
+        ends: further ids that end an answer.
     """
 
     @configclass
@@ -255,18 +264,20 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         eos_id: int | None = None,
         pad_id: int | None = None,
         chat_template: str | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self.bos_id, self.eos_id, self.pad_id, self.chat_template = bos_id, eos_id, pad_id, chat_template
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._ends = [index for index in ends if index < self.vocab_size]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """See `Tokenizer`."""
-        ends = [self._id_of(name) for name in _END_OF_TURN_NAMES]
-        return tuple(dict.fromkeys(index for index in [self.eos_id, *ends] if index is not None))
+        named = [self._id_of(name) for name in _END_OF_TURN_NAMES]
+        return tuple(dict.fromkeys(index for index in [self.eos_id, *self._ends, *named] if index is not None))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -389,7 +400,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read the tokenizer of a model folder (or of one ``tokenizer.json``).
 
     Special ids come from ``tokenizer_config.json``, else ``special_tokens_map.json``, else ``config.json``; end of text also from its
-    usual names. Raises TokenizerError if there is no readable ``tokenizer.json``.
+    usual names. Every ``eos_token_id`` of ``config.json`` and ``generation_config.json`` ends an answer.
+
+    Raises TokenizerError if there is no readable ``tokenizer.json``.
     """
     path = Path(folder)
     file = path if path.suffix == ".json" else path / "tokenizer.json"
@@ -417,6 +430,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         eos_id=ids["eos"],
         pad_id=ids["pad"],
         chat_template=_chat_template(file.parent, settings),
+        ends=_ends(file.parent),
     )
 
 
@@ -431,10 +445,20 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
     return index if isinstance(index, int) else None
 
 
+def _ends(folder: Path) -> list[int]:
+    """All ids that the folder's configs say end a text: many chat models have several."""
+    given = [_read_json(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    listed = [index for entry in given for index in (entry if isinstance(entry, list) else [entry])]
+    return [index for index in listed if isinstance(index, int) and not isinstance(index, bool) and index >= 0]
+
+
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"cannot read {file}: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones: [{"name": "default", "template": "..."}, ...]
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -6,7 +6,7 @@
 
 A native folder holds ``model.safetensors`` (each tensor once, under the names of ``model.state_dict()``; quantised layers as
 `anabranch.lm.quantized_form` says), ``config.json`` (``schema``, ``format``, ``model``: the config that builds the model) and the
-tokenizer's files. Folders are replaced as a whole.
+tokenizer's files, and ``SHA256SUMS``, see `anabranch.lm.folder`. Folders are replaced as a whole, and only where they hold nothing else.
 Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.gguf`.
 """
 
@@ -23,9 +23,10 @@ import anabranch
 from anabranch.config import from_dict, to_dict
 from anabranch.data.tokenizer import Tokenizer, load_tokenizer
 from anabranch.errors import BackendError, CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.folder import FORMAT, MARK, OPTIMIZER_FILE, TRAINER_FILE, model_folder, verify
 from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
     FLOATS,
@@ -56,7 +57,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2  # of folders with quantised layers; all others are written as 1, which older versions read
-FORMAT = "anabranch"
 
 
 def save_model(
@@ -69,7 +69,7 @@ def save_model(
     """Save a model folder, all or nothing; a model folder that is there already is replaced.
 
     Args:
-        folder: the place. What is there must be a model folder or empty, so that nothing else is lost.
+        folder: the place. What is there must be empty, or a model that we saved and nothing else, so that nothing else is lost.
         model: the model; layers that `anabranch.nn.quantize` made stay in their bits, and are loaded so.
         tokenizer: saved beside it.
         max_shard_bytes: larger models are split into files of at most this size.
@@ -79,8 +79,7 @@ def save_model(
         CapacityError: the disk is full.
         DataError: the place cannot be written.
     """
-    check_replaceable(Path(folder))
-    with atomic_folder(folder) as temporary:
+    with model_folder(folder) as temporary:
         write_model(temporary, model, tokenizer, max_shard_bytes=max_shard_bytes)
 
 
@@ -93,7 +92,7 @@ def write_model(
     family: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`save_model` into a folder that is being filled, with other files beside it, inside `atomic_folder`.
+    """`save_model` into a folder that is being filled, with other files beside it, inside `anabranch.files.atomic_folder`.
 
     ``state`` gives the tensors by name where the model's own are only shards of them (FSDP). ``family`` notes the Hugging Face
     family that the model came from, which `convert` goes back to.
@@ -108,26 +107,13 @@ def write_model(
     config = {
         "schema": 1 if quantization is None else SCHEMA,
         "format": FORMAT,
-        "anabranch_version": anabranch.__version__,
+        **MARK,
         **({"family": family} if family else {}),
         **({"quantization": quantization} if quantization else {}),
+        **({} if tokenizer is None else tokenizer.special_ids),
         "model": to_dict(model.config),
     }
     atomic_write_json(folder / "config.json", config)
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError if ``folder`` holds anything but a saved model: it would be lost."""
-    if not folder.is_dir():
-        return
-    suffixes = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
-    foreign = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix not in suffixes)
-    if not foreign and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        foreign = sorted(entry.name for entry in folder.iterdir())
-    if foreign:
-        raise CheckpointError(
-            f"{folder} is not a saved model (it holds {foreign[0]}), so it is not replaced; choose a new folder"
-        )
 
 
 def find_model(path: str | Path) -> Path:
@@ -231,6 +217,7 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     if is_foreign(table):
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
+        check_whole(found)
         model, kind, ignore = build_empty(_native_config(found, table)), dtype, []
         layout = identity(model)
     return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
@@ -266,9 +253,8 @@ def export_huggingface(
     The family is the first of OLMoE, Qwen3-MoE, Mixtral, Qwen2-MoE and DeepSeekMoE that computes what the model does (Llama for a
     dense one); a model whose layers share experts is expanded. Arguments and errors as `save_model` and `formats.export`.
     """
-    check_replaceable(Path(folder))
     check_exportable(model)
-    with atomic_folder(folder) as temporary:
+    with model_folder(folder) as temporary:
         formats.export(temporary, model, tokenizer, family=family, max_shard_bytes=max_shard_bytes)
 
 
@@ -301,7 +287,14 @@ def load_weights(model: Decoder, path: str | Path) -> None:
         ours, theirs = (_trait(config, name) for config in (model.config, stored))
         if ours != theirs:
             raise CheckpointError(f"{found} has {name}={theirs}, the model {name}={ours}; {advice}")
+    check_whole(found)
     overwrite(model, open_tensors(found), identity(model), where=found)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise CheckpointError if a file of the model in a training run's checkpoint is not as it was written."""
+    if (folder / TRAINER_FILE).is_file():
+        verify(folder, skip=(TRAINER_FILE, OPTIMIZER_FILE))
 
 
 def identity(model: nn.Module) -> Layout:
@@ -313,6 +306,7 @@ def _load_native(
     folder: Path, table: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Decoder:
     config = _native_config(folder, table)
+    check_whole(folder)
     model, source, hint = build_empty(config), open_tensors(folder), _hint(config)
     quantization = quantization_of(folder)
     if quantization is None:

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 
 from anabranch.errors import ConfigError
-from anabranch.files import atomic_folder
 from anabranch.lm import formats
-from anabranch.lm.checkpoint import check_exportable, check_replaceable, find_model, is_foreign, load_model, write_model
+from anabranch.lm.checkpoint import check_exportable, find_model, is_foreign, load_model, write_model
+from anabranch.lm.folder import carry, check_apart, check_replaceable, model_folder
 from anabranch.lm.quantized import load_quantized
 from anabranch.lm.tensors import MAX_SHARD_BYTES, read_json
 from anabranch.nn.quantize import check_bits
@@ -26,12 +26,15 @@ def convert(
     quantize: Literal["int8", "int4"] | None = None,
     group: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    force: bool = False,
 ) -> None:
-    """Load a model from anywhere and save it in another format.
+    """Load a model from anywhere and save it in another format, all or nothing.
+
+    What lies beside the weights of a folder (tokenizer, chat template, generation_config.json, licence, model card) goes along as it is.
 
     Args:
         src: as for `load_model`.
-        dst: the new folder.
+        dst: the new folder: one that is not there, is empty, or holds a model that we saved and nothing else, which is replaced.
         to: ``native`` or ``huggingface``.
         family: Hugging Face ``model_type`` to write; None for the first that fits, beginning with that of ``src`` if it is, or
             was made from, a Hugging Face folder.
@@ -40,26 +43,35 @@ def convert(
             rounded to ``dtype`` first, as when a model is quantised while it is loaded in that type. None keeps what is there.
         group: with ``quantize``, weights that share a scale.
         max_shard_bytes: larger models are split into files of at most this size.
+        force: let ``dst`` hold other files. Those that have the name of a new one are replaced, all others stay; of these, files that
+            would be read as parts of the new model are renamed ``NAME.old``. The folder of a training run, and a ``dst`` that shares
+            files with ``src``, are refused nevertheless.
 
     Raises:
-        ConfigError: ``to`` or ``family`` is unknown, ``quantize`` or ``group`` cannot be, or ``src`` is saved in other bits.
-        CheckpointError: ``src`` cannot be read, no family can express it, or ``dst`` holds something else.
+        ConfigError: ``to`` or ``family`` is unknown, ``quantize`` or ``group`` cannot be, ``src`` is saved in other bits, or it has no
+            layer that can be quantised.
+        CheckpointError: ``src`` cannot be read, no family can express it, ``dst`` holds something else or is ``src``.
     """
     _check(to, quantize, group)
-    check_replaceable(Path(dst))
-    found = find_model(src)
+    found, target = find_model(src), Path(dst)
+    check_apart(Path(src), target)
+    check_apart(found, target)
+    before = check_replaceable(target, force=force, advice="choose a new folder, or keep what is there with --force")
     table = read_json(found / "config.json") if found.is_dir() else {}
     origin = table.get("model_type") if is_foreign(table) else table.get("family")
     if quantize is None:
         model, tokenizer = load_model(found, dtype=dtype)
     else:
         model, tokenizer = load_quantized(found, quantize, dtype=dtype, group=group)
-    with atomic_folder(dst) as temporary:
+    if to == "huggingface":
+        check_exportable(model)
+    with model_folder(target, before=before, force=force) as temporary:
         if to == "native":
             write_model(temporary, model, tokenizer, family=origin, max_shard_bytes=max_shard_bytes)
         else:
-            check_exportable(model)
             formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
+        if found.is_dir():
+            carry(found, temporary)
 
 
 def _check(to: str, quantize: str | None, group: int | None) -> None:

@@ -239,6 +239,9 @@ class GgufFile:
             eos_id=self.get("tokenizer.ggml.eos_token_id"),
             pad_id=self.get("tokenizer.ggml.padding_token_id"),
             chat_template=self.get("tokenizer.chat_template"),
+            ends=[
+                index for name in ("eot", "eom") if (index := self.get(f"tokenizer.ggml.{name}_token_id")) is not None
+            ],
         )
 
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import ConfigError
 from anabranch.lm import formats
 from anabranch.lm.checkpoint import find_model, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf import GgufFile, half_split
-from anabranch.lm.quantized_form import check_scheme
+from anabranch.lm.quantized_form import check_scheme, describe
 from anabranch.lm.tensors import Piece, build_empty, fill
 from anabranch.nn.packed import Kind, Packed
-from anabranch.nn.quantize import QuantizedLinear, quantize
+from anabranch.nn.quantize import FEWEST, QuantizedLinear, quantize
 
 __all__ = ["load_quantized"]
 
@@ -41,7 +42,7 @@ def load_quantized(
 
     Raises:
         CheckpointError, TokenizerError, BackendError: as `load_model`.
-        ConfigError: as `quantize`; for a folder that was saved in other bits, or with another ``group``.
+        ConfigError: as `quantize`; for a folder that was saved in other bits, or with another ``group``; no layer can be quantised.
     """
     found = find_model(path)
     saved = quantization_of(found)
@@ -54,6 +55,11 @@ def load_quantized(
     else:
         model, tokenizer = load_model(found, dtype=dtype)
     quantize(model, bits, group=group)
+    if describe(model) is None:
+        raise ConfigError(
+            f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SIZE} and "
+            f"at least {FEWEST} outputs; leave it out"
+        )
     return model, tokenizer
 
 

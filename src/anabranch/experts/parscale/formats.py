@@ -16,9 +16,8 @@ from anabranch.data.tokenizer import Tokenizer, load_tokenizer
 from anabranch.errors import CheckpointError
 from anabranch.experts.parscale.recipe import fold
 from anabranch.experts.parscale.streams import ParScale
-from anabranch.files import atomic_folder
-from anabranch.lm.checkpoint import check_replaceable
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.folder import MARK, model_folder
 from anabranch.lm.formats.common import Foreign, Pieces, mixture, read_attention, read_body, write_body
 from anabranch.lm.tensors import Piece, build_empty, fill, open_tensors, read_json, state_once, write_tensors
 from anabranch.nn import SwiGLU
@@ -47,8 +46,7 @@ def export_parscale(folder: str | Path, model: Decoder, tokenizer: Tokenizer | N
             for name in ("q_proj", "k_proj", "v_proj"):
                 weight = tensors[f"model.layers.{layer}.self_attn.{name}.weight"]
                 tensors[f"model.layers.{layer}.self_attn.{name}.bias"] = weight.new_zeros(weight.shape[0])
-    check_replaceable(Path(folder))
-    with atomic_folder(folder) as temporary:
+    with model_folder(folder) as temporary:
         write_tensors(temporary, tensors)
         if tokenizer is not None:
             tokenizer.save(temporary)
@@ -128,7 +126,7 @@ def _write(config: Decoder.Config, dtype: str) -> dict[str, Any]:
             "parscale_n_tokens": streams.prefix_len,
             "parscale_attn_smooth": streams.smoothing,
         }
-    return table
+    return table | MARK
 
 
 def _check(config: Decoder.Config) -> None:

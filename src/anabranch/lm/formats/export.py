@@ -13,6 +13,7 @@ from anabranch.config import to_dict
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.folder import MARK
 from anabranch.lm.formats import deepseek, llama, mixtral, olmoe, qwen2_moe, qwen3_moe
 from anabranch.lm.formats.common import Foreign
 from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
@@ -185,7 +186,7 @@ def _write_configs(folder: Path, family: Any, model: Decoder, tokenizer: Tokeniz
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     head = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE, "torch_dtype": dtype}
-    _write_json(folder / "config.json", {**head, **family.write(model.config), **tokens})
+    _write_json(folder / "config.json", {**head, **family.write(model.config), **tokens, **MARK})
     stop = list(tokenizer.stop_ids) if tokenizer is not None else []
     if stop:
         _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stop})

@@ -1,0 +1,286 @@
+"""What is in a model folder beside the weights: a record of what we wrote, so that nobody else's file is ever lost to a new model.
+
+    with model_folder("out") as temporary:      # refused where "out" holds anything that we did not write
+        ...                                     # write files into temporary
+
+The last file written is ``SHA256SUMS``, a digest of every other one (``sha256sum -c SHA256SUMS`` checks it too). A folder is ours if its
+config.json says so, and only ours if each file in it is as its record says; such a folder is replaced as a whole, any other only with
+``force``, which keeps every file that the new model has no file for.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anabranch
+from anabranch.errors import CheckpointError
+from anabranch.files import atomic_folder, atomic_write_text
+
+__all__ = [
+    "FORMAT",
+    "MARK",
+    "OPTIMIZER_FILE",
+    "RECORD",
+    "TRAINER_FILE",
+    "carry",
+    "check_apart",
+    "check_replaceable",
+    "model_folder",
+    "seal",
+    "verify",
+]
+
+FORMAT = "anabranch"
+RECORD = "SHA256SUMS"
+# What makes a model folder a checkpoint of a training run, see `anabranch.train.checkpoint`.
+TRAINER_FILE = "trainer.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+# In the config.json of what we write, native or not.
+MARK = {"anabranch_version": anabranch.__version__}
+_MOST_ENTRIES = 10_000
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# What a native folder of before the record may hold.
+_UNRECORDED = re.compile(rf"config\.json|{_WEIGHTS.pattern}|tokenizer(_config)?\.json")
+# What makes up a model in the eyes of the programs that read Hugging Face folders, beside config.json and weights.
+_PARTS = re.compile(
+    r"generation_config\.json|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt|spiece\.model|(preprocessor|processor|image_processor|feature_extractor)(_config)?\.json"
+    r"|.*\.jinja|chat_template\.json"
+)
+_TEMPLATES = "additional_chat_templates"
+_PAPERS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
+
+# What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
+Entries = dict[str, tuple[int, int, int]]
+
+
+@contextmanager
+def model_folder(path: str | Path, *, before: Entries | None = None, force: bool = False) -> Iterator[Path]:
+    """`anabranch.files.atomic_folder` for a model: refused where something would be lost, sealed when it is filled.
+
+    Args:
+        path: the place.
+        before: what `check_replaceable` found there, where it was asked before longer work.
+        force: see `check_replaceable`. Files in ``path`` that would be read as parts of the new model but are not go on as ``NAME.old``.
+
+    Raises:
+        CheckpointError: as `check_replaceable`, or if ``path`` has changed since ``before``.
+        CapacityError, DataError: as `atomic_folder`.
+    """
+    place = Path(path)
+    if before is None:
+        before = check_replaceable(place, force=force)
+    with atomic_folder(place) as temporary:
+        yield temporary
+        seal(temporary)
+        if _entries(place) != before:
+            raise CheckpointError(
+                f"{place} has changed while a model was made for it, so it is not replaced; try again"
+            )
+        if force:
+            _keep(place.resolve(), temporary, before)
+
+
+def check_replaceable(folder: Path, *, force: bool = False, advice: str = "choose a new folder") -> Entries:
+    """What lies in ``folder``, which a model may replace: nothing, or a model that we saved and nothing else.
+
+    ``force`` lets it hold other files too. Raises CheckpointError, with ``advice``, for any other folder, and always for a training run
+    and its checkpoints.
+    """
+    _check_no_run(folder)
+    entries = _entries(folder)
+    foreign = _foreign(folder, entries) if entries and not force else None
+    if foreign is not None:
+        raise CheckpointError(
+            f"{folder} is not a saved model (it holds {foreign.rstrip('/')}), so it is not replaced; {advice}"
+        )
+    return entries
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raise CheckpointError if ``folder`` is, holds or lies among a training run's checkpoints."""
+    place, steps = folder.resolve(), f"step-*/{TRAINER_FILE}"
+    if (place / TRAINER_FILE).exists():
+        what = f"is a checkpoint of a training run (it holds {TRAINER_FILE})"
+    elif any(place.glob(f"checkpoints/{steps}")) or _config(place).keys() >= {"model", "data", "train"}:
+        what = "is the folder of a training run"
+    elif any(parent.name.startswith("step-") and (parent / TRAINER_FILE).exists() for parent in place.parents):
+        what = "lies inside a checkpoint of a training run, which is removed in time"
+    elif place.name.startswith("step-") and any(place.parent.glob(steps)):
+        what = "would be taken for a checkpoint of the training run around it"
+    else:
+        return
+    raise CheckpointError(f"{folder} {what}, so no model is saved there; choose a new folder")
+
+
+def _entries(folder: Path) -> Entries:
+    """What lies in ``folder``, at any depth; links are not followed. Empty for one that is not there."""
+    found: Entries = {}
+    if not folder.is_dir():
+        return found
+    for where, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(where, name)
+            status = path.lstat()
+            is_folder = stat.S_ISDIR(status.st_mode)
+            key = path.relative_to(folder).as_posix() + ("/" if is_folder else "")
+            found[key] = (status.st_ino, 0, 0) if is_folder else (status.st_ino, status.st_size, status.st_mtime_ns)
+        if len(found) > _MOST_ENTRIES:
+            raise CheckpointError(
+                f"{folder} holds more than {_MOST_ENTRIES} files, so it is no model's and not replaced; choose a new folder"
+            )
+    return found
+
+
+def _foreign(folder: Path, entries: Entries) -> str | None:
+    """What lies in ``folder`` that we did not write, or not so; None where there is no such thing."""
+    recorded = _record(folder)
+    table = _config(folder)
+    is_native = table.get("format") == FORMAT
+    if not is_native and (recorded is None or not MARK.keys() <= table.keys()):
+        return min(entries, key=lambda name: (bool(_UNRECORDED.fullmatch(name)), name))
+    for name in sorted(entries):
+        path = folder / name
+        if name.endswith("/"):
+            if not any(other.startswith(name) for other in recorded or ()):
+                return name
+        elif name != RECORD and (path.is_symlink() or not _is_own(path, name, recorded)):
+            return f"{name}, which is not as it was saved" if name in (recorded or ()) else name
+    return None
+
+
+def _is_own(path: Path, name: str, recorded: dict[str, str] | None) -> bool:
+    if recorded is None:
+        return _UNRECORDED.fullmatch(name) is not None
+    return name in recorded and _digest(path) == recorded[name]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of any folder; empty where it is none."""
+    try:
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raise CheckpointError unless a model at ``source`` stays whole when ``target`` is replaced, whatever links lead where."""
+    problem = None
+    if target.exists() and source.samefile(target):
+        problem = f"{target} is the model that is to be converted"
+    elif _is_within(target, source) or _is_within(source, target):
+        problem = f"{target} and the model that is to be converted, {source}, lie one inside the other"
+    for entry in source.iterdir() if source.is_dir() and problem is None else ():
+        if entry.is_symlink() and _is_within(entry, target):
+            problem = f"{entry} is a link into {target}, which would be replaced"
+    if problem is not None:
+        raise CheckpointError(f"{problem}; choose a new folder beside it")
+
+
+def _is_within(inner: Path, outer: Path) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it. Compares what is there, not names: links and mounts have several."""
+    place = inner.resolve()
+    return outer.exists() and any(parent.exists() and parent.samefile(outer) for parent in (place, *place.parents))
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy into ``target`` what belongs to the model in the folder ``source`` beside its config.json and weights.
+
+    That is what loaders read (tokenizer, chat templates, generation_config.json) and papers (README, LICENSE), to the byte.
+    """
+    for entry in sorted(source.iterdir()):
+        if entry.is_file() and (_PARTS.fullmatch(entry.name) or _PAPERS.fullmatch(entry.name)):
+            shutil.copyfile(entry, target / entry.name)
+    for entry in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(entry, target / _TEMPLATES / entry.name)
+
+
+def _keep(old: Path, new: Path, entries: Entries) -> None:
+    """Put into ``new`` what lies in ``old`` and has no file of its name there: links to the same data, nothing is copied."""
+    folders = [name for name in entries if name.endswith("/")]
+    for name in folders:
+        (new / name).mkdir(exist_ok=True)
+    for name in entries.keys() - set(folders):
+        place = new / name
+        if place.is_dir() or (_is_read(name) and not place.exists()):
+            names = (f"{name}.old{number or ''}" for number in range(_MOST_ENTRIES))
+            place = new / next(free for free in names if free not in entries and not (new / free).exists())
+        if not place.exists():
+            _link(old / name, place)
+    for name in reversed(folders):
+        shutil.copystat(old / name, new / name)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a loader takes a file of this name for a part of the model; the old model's must not be taken for the new one's."""
+    parts = (_PARTS, _WEIGHTS, re.compile(r"adapter_config\.json|" + re.escape(_TEMPLATES) + r"/.*"))
+    return any(pattern.fullmatch(name) for pattern in parts)
+
+
+def _link(path: Path, place: Path) -> None:
+    if path.is_symlink():
+        place.symlink_to(os.readlink(path))
+        return
+    try:
+        os.link(path, place)
+    except OSError:
+        # A file system without hard links.
+        shutil.copy2(path, place)
+
+
+def seal(folder: Path) -> None:
+    """Write the record of what is in ``folder``: the last file that is written."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in names if name != RECORD]
+    atomic_write_text(folder / RECORD, "".join(lines))
+
+
+def verify(folder: Path, *, needed: Iterable[str] = (), skip: Iterable[str] = ()) -> bool:
+    """Whether ``folder`` has a record, once each of its files but those to ``skip`` was found to be as it was written.
+
+    Raises CheckpointError for the first that is missing or damaged, and if one that is ``needed`` is not in the record.
+    """
+    recorded = _record(folder)
+    if recorded is None:
+        return False
+    unlisted = next((name for name in needed if name not in recorded), None)
+    if unlisted is not None:
+        raise CheckpointError(f"{folder / RECORD} does not list {unlisted}; it is truncated or corrupt")
+    for name, digest in recorded.items():
+        path = folder / name
+        if name in skip:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, and {RECORD} lists it")
+        if _digest(path) != digest:
+            raise CheckpointError(f"{path} is damaged: it is not what was saved ({RECORD} has another digest)")
+    return True
+
+
+def _record(folder: Path) -> dict[str, str] | None:
+    """Digests by name; None for a folder without a record. Raises CheckpointError for one that cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines]
+    if not found or not all(found):
+        raise CheckpointError(f"cannot read {path}: it is no list of digests and names; it is truncated or corrupt")
+    return {match[2]: match[1] for match in found if match}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
