@@ -24,6 +24,7 @@ demo: $(VENV)/.installed ## train a small ReXMoE on text this machine has, sampl
 	$(BIN)/anabranch report runs/demo --out runs/demo/report
 	@echo
 	@echo "next: $(BIN)/anabranch generate runs/demo --prompt 'import '     or open runs/demo/report/report.html"
+	@echo "      $(BIN)/anabranch serve runs/demo                            a page that shows which experts each token takes"
 
 .PHONY: test
 test: $(VENV)/.installed-dev ## run the tests (WORKERS=8 to use more cores)
@@ -33,13 +34,18 @@ test: $(VENV)/.installed-dev ## run the tests (WORKERS=8 to use more cores)
 test-all: $(VENV)/.installed-dev ## run the tests, the slow ones too
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(ARGS)
 
+.PHONY: test-install
+test-install: $(VENV)/.installed-dev ## build the wheel and try it in new environments: its base alone, with graph, with gateway
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py $(ARGS)
+
 .PHONY: check
-check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs
+check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, and whether they build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: format
 format: $(VENV)/.installed-dev ## put the code in the project's form

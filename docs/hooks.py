@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "anabranch"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
 COMMAND_LINE = "command-line.md"
+FENCE_WORDS = re.compile(
+    r"^( *```\w+)[ ]+[\w-]+[ ]*$", re.MULTILINE
+)  # ```python no-run: for our tests, no language of any renderer's
 
 
 def generated_pages() -> dict[str, str]:
@@ -46,7 +49,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the recorded results in the place of their markers."""
+    """Put the recorded results in the place of their markers, and leave fences only the word that MkDocs knows: the language."""
+    markdown = FENCE_WORDS.sub(r"\1", markdown)
     up = "../" * page.file.src_uri.count("/")
     return MARKER.sub(lambda found: results(found[1], found[2], up), markdown)
 

@@ -1,6 +1,7 @@
 """What the documentation promises: examples run, commands and links exist, every system and error has its page."""
 
 import ast
+import html
 import importlib.util
 import json
 import re
@@ -79,6 +80,50 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
         code = compile("\n" * block.line + block.body, str(page), "exec")  # so that a traceback shows the page's line
         if "no-run" not in block.info.split():
             exec(code, namespace)
+
+
+@cache
+def extensions() -> dict[str, dict[str, Any]]:
+    """Those of mkdocs.yml, with their settings."""
+    import yaml
+
+    found = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["markdown_extensions"]
+    return {
+        name: settings
+        for entry in found
+        for name, settings in (entry if isinstance(entry, dict) else {entry: {}}).items()
+    }
+
+
+def rendered(text: str) -> str:
+    """A page as the site shows it, without its frame."""
+    import markdown
+
+    return markdown.Markdown(extensions=[*extensions()], extension_configs=extensions()).convert(text)
+
+
+def test_a_fence_that_the_site_does_not_know_shows():
+    assert rendered("```python\nx = 1\n```").count('<div class="highlight">') == 1
+    assert rendered("```python no-run\nx = 1\n```").count('<div class="highlight">') == 0
+    assert (
+        hooks.FENCE_WORDS.sub(r"\1", "a\n    ```python no-run\n    x\n    ```\n")
+        == "a\n    ```python\n    x\n    ```\n"
+    )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.is_relative_to(DOCS)], ids=short)
+def test_every_fence_is_shown_as_code(page):
+    class OfSite:
+        class file:  # noqa: N801
+            src_uri = str(page.relative_to(DOCS))
+
+    text = hooks.on_page_markdown(page.read_text(encoding="utf-8"), OfSite)
+    code = [
+        html.unescape(re.sub(r"<[^>]*>", "", found))
+        for found in re.findall(r"<pre>.*?</pre>", rendered(text), re.DOTALL)
+    ]
+    for block in blocks(text):
+        assert any(block.body.strip() == textwrap.dedent(found).strip() for found in code), f"line {block.line}"
 
 
 def shell_lines() -> list[tuple[Path, list[str]]]:

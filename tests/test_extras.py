@@ -1,24 +1,19 @@
 """Extras: what is read from the metadata, which pip command a missing package gets, and what a base install can do."""
 
 import importlib
-import json
 import re
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from anabranch import extras as module
 from anabranch.errors import AnabranchError, BackendError, MissingExtraError
 from anabranch.extras import Extra, explain, extras, is_installed, lazy, module_of, require
+from base_install import BASE, NEEDS, ROOT, WORKS, check_base, helps, tried
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BASE = {"numpy", "pyarrow", "pydantic", "rich", "typer"}
-HEAVY = {"torch", "safetensors", "tokenizers", "matplotlib", "scipy", "numba", "aiohttp", "starlette"}
 
 
 @pytest.fixture
@@ -51,13 +46,13 @@ def test_extras_bring_what_users_expect():
     assert set(found["lm"].modules) < set(found["serve"].modules)
     assert set(found["graph"].modules) < set(found["gateway"].modules)
     for name in ("graph", "gateway"):  # nobody who wants a graph engine or a gateway installs torch
-        assert not {"torch", "tokenizers", "matplotlib"} & set(found[name].modules)
+        assert not {"torch", "matplotlib"} & set(found[name].modules)
     users = set(found) - {"all", "bench", "dev", "docs", "spark"}
     assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
 
 
 def test_metadata_of_a_wheel_says_the_same_as_the_source(monkeypatch):
-    built = metadata.PathDistribution(Path("none")).metadata if False else _built()
+    built = _built()
     module._requirements.cache_clear()
     source = extras()
     monkeypatch.setattr(module, "__file__", "/nowhere/site-packages/anabranch/extras.py")
@@ -131,7 +126,7 @@ def test_require_names_everything_in_one_command(hidden):
         ("scipy", "gateway", "pip install 'anabranch[gateway]'"),
         ("scipy", "plots", "pip install 'anabranch[laws]'"),
         ("pyyaml", "", "pip install 'anabranch[gateway]'"),
-        ("networkx", "", "pip install networkx"),
+        ("networkx", "", "pip install 'anabranch[graph]'"),
         ("scikit-learn", "", "pip install scikit-learn"),
         ("nobody-knows-it", "", "pip install nobody-knows-it"),
     ],
@@ -207,150 +202,22 @@ def test_lazy_gives_functions_of_a_package():
     assert "Graph" in listed()
 
 
-# A base install: everything that an extra brings is hidden in a process of its own
-
-SCRIPT = """
-import contextlib, io, json, os, sys, tempfile
-BASE, COMMANDS, PACKAGES = json.loads(sys.argv[1])
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-from anabranch.extras import extras
-HIDDEN = {module for extra in extras().values() for module in extra.modules} - set(BASE)
-sys.meta_path.insert(0, Hide())
-folder = tempfile.mkdtemp()
-os.environ["HOME"] = folder
-os.chdir(folder)
-from anabranch.cli.main import main
-told = {}
-def note(name, call):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = call()
-    told[name] = [code, out.getvalue(), err.getvalue()]
-for command in COMMANDS:
-    note(command, lambda: main(command.split()))
-import importlib
-names = {}
-for package, wanted in PACKAGES.items():
-    for name in wanted:
-        try:
-            getattr(importlib.import_module(package), name)
-            names[f"{package}.{name}"] = None
-        except Exception as error:
-            names[f"{package}.{name}"] = f"{type(error).__name__}: {error}"
-print(json.dumps([told, names, sorted(set(sys.modules) & HIDDEN)]))
-"""
-NEEDS = {  # a command as it is given, and the extras it names
-    "train --out x": "lm",
-    "compare --out x": "lm,plots",
-    "eval x": "lm",
-    "generate x --prompt x": "lm",
-    "chat x": "lm",
-    "report x --out x": "lm,plots",
-    "convert x y --to native": "lm",
-    "serve": "serve",
-    "serve runs/demo": "serve",
-    "study rexmoe": "lm",
-    "study fastrp": "graph",
-    "study alf_lb": "lm",
-    "info": "lm",
-    "info moe": "lm",
-    "plan runs/demo": "lm",
-    "graph info": "graph",
-    "graph info karate": "graph",
-    "graph ppr x": "graph",
-    "graph embed x --out x.npy": "graph",
-    "graph index x --out x.anb": "graph",
-    "graph search x": "graph",
-    "graph rank x": "graph",
-    "graph serve x": "graph",
-    "gateway serve": "gateway",
-    "gateway serve --check": "gateway",
-    "gateway import x": "gateway",
-    "gateway eval x.jsonl --html x.html": "plots",
-}
-WORKS = ("plan", "study", "gateway keys create", "gateway keys list", "gateway budget list", "gateway ledger list")
+# A base install: everything that an extra brings is hidden in a process of its own. `test_wheel` does the same with a real one.
 
 
-def public():
-    """The public names of each package, as they are pinned."""
-    spec = importlib.util.spec_from_file_location("public_api", ROOT / "tests" / "test_public_api.py")
-    pinned = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pinned)
-    return {package: names.split() for package, names in pinned.PUBLIC.items()}
-
-
-def helps():
-    from typer.main import get_command
-
-    from anabranch.cli.main import app
-
-    def below(group, prefix):
-        yield f"{prefix}--help"
-        for name, command in group.commands.items():
-            yield from (
-                below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [f"{prefix}{name} --help"]
-            )
-
-    return list(below(get_command(app), ""))
-
-
-@pytest.fixture(scope="module")
-def base():
-    """What commands and public names do where no extra is installed."""
-    asked = json.dumps([sorted(BASE), [*helps(), *NEEDS, *WORKS], public()])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, asked], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    told, names, loaded = json.loads(done.stdout)
-    assert loaded == []
-    return told, names
-
-
-def test_every_help_runs_on_a_base_install(base):
-    for command in helps():
-        code, out, err = base[0][command]
-        assert (code, err) == (0, ""), command
-        assert out
-
-
-@pytest.mark.parametrize("command", NEEDS)
-def test_a_missing_extra_is_one_line_with_the_pip_command(base, command):
-    code, out, err = base[0][command]
-    assert (code, out) == (2, "")
-    assert re.fullmatch(rf"error: .* needs .*; pip install 'anabranch\[{NEEDS[command]}\]'\n", err), err
-
-
-@pytest.mark.parametrize("command", WORKS)
-def test_commands_that_need_no_extra_work(base, command):
-    code, out, err = base[0][command]
-    assert (code, err) == (0, "")
-    assert out
+def test_a_base_install_helps_and_names_every_missing_extra():
+    check_base(*tried(sys.executable, hide=True))
 
 
 def test_every_command_is_among_those_that_were_tried():
     rest = {command.removesuffix(" --help") for command in helps()} - {"--help", "graph", "gateway"}
     groups = {"gateway keys", "gateway budget", "gateway ledger"}
-    tried = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
+    named = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
     need_files = {"gateway fit", "gateway route", "gateway replay", "gateway keys revoke"}
     need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
     need_files |= {f"gateway ledger {name}" for name in ("spend", "export", "prune", "backup")}
-    assert rest - groups - tried == need_files
+    assert rest - groups - named == need_files
 
 
-def test_public_names_work_or_name_the_extra(base):
-    """A package added to the public face is covered; which names need an extra may change, how they say so may not."""
-    told = {name: text for name, text in base[1].items() if text is not None}
-    for name, text in told.items():
-        assert re.fullmatch(r"MissingExtraError: anabranch\S* needs .*; pip install 'anabranch\[\w+\]'", text), name
-    assert told["anabranch.lm.Decoder"].endswith("pip install 'anabranch[lm]'")
-    assert told["anabranch.graph.PageRank"].endswith("pip install 'anabranch[graph]'")
-    assert base[1]["anabranch.graph.GRank"] is None or "graph" in told["anabranch.graph.GRank"]
-    works = {name.rpartition(".")[0] for name in base[1]} - {name.rpartition(".")[0] for name in told}
-    assert {"anabranch.config", "anabranch.gateway.data", "anabranch.gateway.referee"} <= works
-
-
-def test_errors_that_are_explained_are_errors_of_ours():
+def test_what_is_missing_is_an_error_of_ours():
     assert issubclass(MissingExtraError, AnabranchError)
-    assert HEAVY.isdisjoint(BASE)

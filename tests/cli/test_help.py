@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import typer
+from typer.testing import CliRunner
 
 from anabranch.cli.main import app
 
@@ -66,6 +67,13 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy: []\n")
     assert "Train a language model on text." in done.stdout
+
+
+def test_the_app_runs_without_main():
+    """As the documentation runs it, to show what every command says."""
+    done = CliRunner().invoke(app, ["train", "--help"], prog_name="anabranch")
+    assert done.exit_code == 0, done.exception
+    assert "Train a language model on text." in done.output
 
 
 if __name__ == "__main__":

@@ -139,5 +139,5 @@ def test_an_npz_without_its_arrays(folder):
 
 def test_without_networkx(monkeypatch):
     monkeypatch.setitem(sys.modules, "networkx", None)
-    with pytest.raises(BackendError, match="pip install networkx"):
+    with pytest.raises(BackendError, match=r"the graph 'karate' needs networkx; pip install 'anabranch\[graph\]'"):
         load_dataset("karate")

@@ -57,7 +57,8 @@ def _root(
         False, "--debug", metavar=FLAG, help="Show the trace of an error. Also: ANABRANCH_DEBUG=1."
     ),
 ) -> None:
-    context.obj["debug"] |= debug
+    asked = context.ensure_object(dict)  # none where a test or the documentation runs the app without `main`
+    asked["debug"] = asked.get("debug", False) or debug
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

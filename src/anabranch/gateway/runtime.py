@@ -87,7 +87,7 @@ class Runtime:
 
 def _counter(path: str) -> Counter:
     """Counts tokens by a ``tokenizer.json``."""
-    require("tokenizers", by="counting by a tokenizer")
+    require("tokenizers", by="counting by a tokenizer", of="gateway")
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():

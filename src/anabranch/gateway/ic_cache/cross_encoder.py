@@ -17,6 +17,7 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 from anabranch.gateway.ic_cache.features import Pairs
 from anabranch.gateway.ic_cache.net import sigmoid
 from anabranch.gateway.ic_cache.proxy import Proxy
@@ -139,7 +140,8 @@ class CrossEncoder(Proxy, kind="cross_encoder"):
         return weights
 
     def _fit(self, pairs: Pairs, helped_N: np.ndarray, seed: int) -> None:
-        import torch  # only here: scoring is numpy
+        require("lm", by="learning a cross-encoder (scoring needs no torch)")
+        import torch
 
         self.weights = self._fresh(seed)
         weights = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in self.weights.items()}

@@ -1,0 +1,150 @@
+"""What a base install must do: every help, every command that needs an extra, those that need none, and every public name.
+
+`SCRIPT` runs where nothing but the base is installed: in a new environment, or here with all else hidden from it.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = {"numpy", "pyarrow", "pydantic", "rich", "typer"}
+
+SCRIPT = """
+import contextlib, io, json, os, sys, tempfile
+BASE, COMMANDS, PACKAGES, IS_HIDING = json.loads(sys.argv[1])
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+from anabranch.extras import extras
+HIDDEN = {module for extra in extras().values() for module in extra.modules} - set(BASE)
+if IS_HIDING:
+    sys.meta_path.insert(0, Hide())
+folder = tempfile.mkdtemp()
+os.environ["HOME"] = folder
+os.chdir(folder)
+from anabranch.cli.main import main
+told = {}
+def note(name, call):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = call()
+    told[name] = [code, out.getvalue(), err.getvalue()]
+for command in COMMANDS:
+    note(command, lambda: main(command.split()))
+import importlib
+names = {}
+for package, wanted in PACKAGES.items():
+    for name in wanted:
+        try:
+            getattr(importlib.import_module(package), name)
+            names[f"{package}.{name}"] = None
+        except Exception as error:
+            names[f"{package}.{name}"] = f"{type(error).__name__}: {error}"
+print(json.dumps([told, names, sorted(set(sys.modules) & HIDDEN)]))
+"""
+NEEDS = {  # a command as it is given, and the extras it names
+    "train --out x": "lm",
+    "compare --out x": "lm,plots",
+    "eval x": "lm",
+    "generate x --prompt x": "lm",
+    "chat x": "lm",
+    "report x --out x": "lm,plots",
+    "convert x y --to native": "lm",
+    "serve": "serve",
+    "serve runs/demo": "serve",
+    "study rexmoe": "lm",
+    "study fastrp": "graph",
+    "study alf_lb": "lm",
+    "info": "lm",
+    "info moe": "lm",
+    "plan runs/demo": "lm",
+    "graph info": "graph",
+    "graph info karate": "graph",
+    "graph ppr x": "graph",
+    "graph embed x --out x.npy": "graph",
+    "graph index x --out x.anb": "graph",
+    "graph search x": "graph",
+    "graph rank x": "graph",
+    "graph serve x": "graph",
+    "gateway serve": "gateway",
+    "gateway serve --check": "gateway",
+    "gateway import x": "gateway",
+    "gateway eval x.jsonl --html x.html": "plots",
+}
+WORKS = (
+    "doctor",
+    "plan",
+    "study",
+    "gateway keys create",
+    "gateway keys list",
+    "gateway budget list",
+    "gateway ledger list",
+)
+
+
+def public():
+    """The public names of each package, as they are pinned."""
+    spec = importlib.util.spec_from_file_location("public_api", ROOT / "tests" / "test_public_api.py")
+    pinned = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pinned)
+    return {package: names.split() for package, names in pinned.PUBLIC.items()}
+
+
+def helps():
+    from typer.main import get_command
+
+    from anabranch.cli.main import app
+
+    def below(group, prefix):
+        yield f"{prefix}--help"
+        for name, command in group.commands.items():
+            yield from (
+                below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [f"{prefix}{name} --help"]
+            )
+
+    return list(below(get_command(app), ""))
+
+
+def tried(
+    python: str | Path, *, hide: bool, **options: object
+) -> tuple[dict[str, tuple[int, str, str]], dict[str, str | None]]:
+    """Run `SCRIPT` with an interpreter; exit code and both outputs of each command, and why each public name cannot be had.
+
+    Args:
+        python: of the environment.
+        hide: hide what belongs to extras, since it is installed there.
+        options: of `subprocess.run`.
+    """
+    asked = json.dumps([sorted(BASE), [*helps(), *NEEDS, *WORKS], public(), hide])
+    done = subprocess.run([str(python), "-c", SCRIPT, asked], capture_output=True, text=True, timeout=240, **options)
+    assert done.returncode == 0, done.stderr
+    told, names, loaded = json.loads(done.stdout)
+    assert loaded == []
+    return told, names
+
+
+def check_base(told: dict[str, tuple[int, str, str]], names: dict[str, str | None]) -> None:
+    """Every help runs, every missing extra is one line with the pip command and exit code 2, the rest works."""
+    for command in helps():
+        code, out, err = told[command]
+        assert (code, err) == (0, ""), command
+        assert out, command
+    for command, extra in NEEDS.items():
+        code, out, err = told[command]
+        assert (code, out) == (2, ""), (command, err)
+        assert re.fullmatch(rf"error: .* needs .*; pip install 'anabranch\[{extra}\]'\n", err), (command, err)
+    for command in WORKS:
+        code, out, err = told[command]
+        assert (code, err) == (0, ""), command
+        assert out, command
+    for name, text in names.items():
+        how = r"MissingExtraError: anabranch\S* needs .*; pip install 'anabranch\[\w+\]'"
+        assert text is None or re.fullmatch(how, text), (name, text)
+    assert (names["anabranch.lm.Decoder"] or "").endswith("pip install 'anabranch[lm]'")
+    assert (names["anabranch.graph.PageRank"] or "").endswith("pip install 'anabranch[graph]'")
+    works = {name.rpartition(".")[0] for name in names} - {name.rpartition(".")[0] for name in names if names[name]}
+    assert {"anabranch.config", "anabranch.gateway.data", "anabranch.gateway.referee"} <= works
