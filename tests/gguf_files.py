@@ -2,13 +2,15 @@
 
 import json
 
-import gguf
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from anabranch.lm import Decoder
 from anabranch.nn import Attention, Rotary, SwiGLU
+
+gguf = pytest.importorskip("gguf")
 
 TEXT = "The quick brown fox jumps over the lazy dog 12345 times.\n\tdef f(x): return x + 2024  # it's fine\n" * 20
 HEADS, STORES, DIM, HIDDEN = 4, 2, 64, 96

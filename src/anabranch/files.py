@@ -79,6 +79,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON ``text`` spells. Raises ValueError alone, whatever is wrong: also for brackets without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it into place. Raises as `atomic_file`."""
     with atomic_file(path) as temporary:

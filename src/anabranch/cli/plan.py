@@ -11,6 +11,7 @@ import typer
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, say, size, table
 from anabranch.errors import ConfigError
+from anabranch.files import parse_json
 
 if TYPE_CHECKING:
     from anabranch.serving.nanoflow.cost import Estimate
@@ -221,7 +222,6 @@ def _shape(model: str, weight_bytes: float) -> ModelShape:
 
 def _shares(path: Path | None, hardware: str) -> ShareTable:
     """A table from a file, of this machine's CPU, or the paper's."""
-    import json
 
     from anabranch.errors import DataError
     from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
@@ -234,7 +234,7 @@ def _shares(path: Path | None, hardware: str) -> ShareTable:
     if path is None:
         return PAPER_TABLE
     try:
-        return ShareTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return ShareTable.from_dict(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from anabranch.errors import TokenizerError
 
+_MOST_REPEATED, _MOST_POWER = 1_000_000, 1000
+
 
 def render_chat(
     messages: Sequence[dict[str, str]],
@@ -51,17 +53,19 @@ def render_template(template: str, **values: Any) -> str:
 
     try:
         return _compiled(template)[0].render(**values)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except jinja2.TemplateError as error:
         raise TokenizerError(f"the tokenizer's chat template refused the messages: {error}") from None
+    except Exception as error:  # a template is a program: it may divide by zero, call itself, ask for all memory
+        raise TokenizerError(
+            f"the tokenizer's chat template refused the messages: {type(error).__name__}: {error}"
+        ) from None
 
 
 def template_variables(template: str) -> frozenset[str]:
     """The names that a template expects to be given (``messages``, ``tools``, ...). Raises TokenizerError as `render_template`."""
-    import jinja2
-
     try:
         return _compiled(template)[1]
-    except jinja2.TemplateError as error:
+    except Exception as error:  # jinja's own, and Python's where it is nested too deeply
         raise TokenizerError(f"the tokenizer's chat template cannot be read: {error}") from None
 
 
@@ -81,10 +85,22 @@ def _compiled(source: str) -> tuple[Any, frozenset[str]]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """The sandbox, whose products and powers stay small: ``'x' * 10**12`` would take all memory."""
+
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
+            is_long = operator == "*" and not all(isinstance(side, int | float) for side in (left, right))
+            if is_long and abs(sizes[0] * sizes[1]) > _MOST_REPEATED:
+                raise OverflowError(f"a repetition makes more than {_MOST_REPEATED} parts")
+            if operator == "**" and any(abs(side) > _MOST_POWER for side in sizes):
+                raise OverflowError(f"a power of numbers above {_MOST_POWER}")
+            return super().call_binop(context, operator, left, right)
+
     # The environment that templates in the wild are written for: sandboxed, blocks trimmed, these helpers at hand.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)

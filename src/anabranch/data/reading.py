@@ -4,7 +4,6 @@ import codecs
 import difflib
 import gzip
 import hashlib
-import json
 import os
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from anabranch.errors import DataError
+from anabranch.files import parse_json
 
 GZIP_SUFFIXES = (".gz", ".dz")  # .dz: dictd's seekable gzip
 _PROBE_BYTES = 8192
@@ -69,8 +69,10 @@ def _read_zip(file: Path, encoding: str) -> Iterator[tuple[str, str]]:
                 text = None if member.endswith("/") else decode_text(archive.read(member), encoding)
                 if text:
                     yield member, text
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"cannot read {file}: {error}") from None
+    except DataError:
+        raise
+    except Exception as error:  # zipfile raises whatever the broken bytes lead it to
+        raise DataError(f"cannot read {file}: {error or type(error).__name__}") from None
 
 
 def list_files(root: Path, pattern: str = "*", outside: Container[str] = ()) -> list[tuple[str, Path]]:
@@ -140,7 +142,7 @@ def _read_json_lines(file: Path, columns: list[str]) -> Iterator[tuple[str, dict
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError as error:
                     raise DataError(f"{file}, line {number} is not JSON: {error}") from None
                 if not isinstance(row, dict):

@@ -24,10 +24,11 @@ from anabranch.config import Config, Field, Part, configclass
 from anabranch.data.byte_level import byte_characters, byte_level_backend, lengths_from_offsets, utf8
 from anabranch.data.chat import render_chat
 from anabranch.errors import TokenizerError
-from anabranch.files import atomic_write_json, atomic_write_text
+from anabranch.files import atomic_write_json, atomic_write_text, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 # Names that mark the end of a text where a folder does not say which token does, most specific first.
+_MOST_TOKENS = 10_000_000  # ids; the largest vocabularies have a million
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
 _SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})  # steps of its decoders
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
@@ -272,6 +273,10 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         self.bos_id, self.eos_id, self.pad_id, self.chat_template = bos_id, eos_id, pad_id, chat_template
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._ends = [index for index in ends if index < self.vocab_size]
+        if self.vocab_size > _MOST_TOKENS:  # the tokenizers package would write a hole for each id without a token
+            raise TokenizerError(
+                f"a token of the tokenizer has id {self.vocab_size - 1}; at most {_MOST_TOKENS} can be"
+            )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -419,6 +424,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers package raises plain Exception for whatever it cannot parse
         raise TokenizerError(f"cannot read {file}: {error}") from None
+    except BaseException as error:  # and a panic of its own, which is no Exception, for what it did not expect
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"cannot read {file}: {error}") from None
     ids = {name: _special_id(backend, file.parent, settings, name) for name in ("bos", "eos", "pad")}
     if ids["eos"] is None:
         ids["eos"] = next(
@@ -439,10 +448,10 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
         token = table.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return backend.token_to_id(token)
+            return backend.token_to_id(utf8(token).decode("utf-8"))
     index = _read_json(folder / "config.json").get(f"{name}_token_id")
     index = index[0] if isinstance(index, list) and index else index  # some models list several ends
-    return index if isinstance(index, int) else None
+    return index if type(index) is int and 0 <= index < _MOST_TOKENS else None
 
 
 def _ends(folder: Path) -> list[int]:
@@ -471,7 +480,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"cannot read {file}: {error}") from None
     if not isinstance(table, dict):

@@ -19,7 +19,7 @@ import numpy as np
 
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import AnabranchError, CheckpointError, DataError, InputError
-from anabranch.files import atomic_folder, atomic_write, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write, atomic_write_json, parse_json
 from anabranch.gateway.data.guard import question
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.embed.embedder import Embedder
@@ -162,7 +162,7 @@ def load_folder(folder: str | Path, names: Sequence[str] | None = None) -> Route
         manifest = {"routers": [folder.stem], "models": [model.name for model in router.models], **router.about}
         return RouterFolder({folder.stem: router}, manifest, frozenset())
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise CheckpointError(
             f"{folder} is no folder of routers: it has no {MANIFEST}; make one with gateway fit"
@@ -241,7 +241,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
         raise CheckpointError(f"{path} is no router of ours: it lacks the field {_FIELD}")
     if metadata.get("digest") != _digest(tensors, text):
         raise CheckpointError(f"{path} was changed or damaged: its content does not match its digest")
-    content = json.loads(text)
+    content = parse_json(text)
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} is of version {content.get('version')}; this version of anabranch reads {VERSION}"

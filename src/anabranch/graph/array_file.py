@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file
+from anabranch.files import atomic_file, parse_json
 
 MAGIC = b"ANABARR1"
 ALIGN = 64
@@ -147,7 +147,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise DataError(f"{path} is damaged: the checksum of its header is wrong; make the file again")
     start = _padded(len(MAGIC) + 16 + length + 4)
     try:
-        found = json.loads(header)
+        found = parse_json(header)
         found["kind"], found["version"], found["meta"]
         for entry in found["arrays"]:
             dtype, shape, offset = np.dtype(entry["dtype"]), entry["shape"], entry["offset"]

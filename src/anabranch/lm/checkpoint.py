@@ -35,6 +35,7 @@ from anabranch.lm.tensors import (
     Piece,
     TensorSource,
     build_empty,
+    check_amount,
     fill,
     open_tensors,
     overwrite,
@@ -218,7 +219,9 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
         check_whole(found)
-        model, kind, ignore = build_empty(_native_config(found, table)), dtype, []
+        config = _native_config(found, table)
+        check_amount(config.count(1).parameters, source, found)
+        model, kind, ignore = build_empty(config), dtype, []
         layout = identity(model)
     return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
 
@@ -307,8 +310,9 @@ def _load_native(
 ) -> Decoder:
     config = _native_config(folder, table)
     check_whole(folder)
-    model, source, hint = build_empty(config), open_tensors(folder), _hint(config)
-    quantization = quantization_of(folder)
+    source, hint = open_tensors(folder), _hint(config)
+    check_amount(config.count(1).parameters, source, folder)
+    model, quantization = build_empty(config), quantization_of(folder)
     if quantization is None:
         fill(model, source, identity(model), where=folder, dtype=dtype, device=device, hint=hint)
     else:

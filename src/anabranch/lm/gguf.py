@@ -19,8 +19,9 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from anabranch.bounds import MOST_SIZE, shown
 from anabranch.data.tokenizer import HuggingFaceTokenizer
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, TokenizerError
 from anabranch.extras import require
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
@@ -94,15 +95,12 @@ class GgufFile:
         if architecture != "llama":
             raise CheckpointError(f"general.architecture in {path} is {architecture!r}; supported: 'llama'")
         for name, most in (("split.count", 1), ("llama.expert_count", 0)):
-            if (self.get(name) or 0) > most:
-                raise CheckpointError(
-                    f"{name} in {path} is {self.get(name)}, which is not supported; supported: {most}"
-                )
+            given = self.whole(name, 0, default=0)
+            if given > most:
+                raise CheckpointError(f"{name} in {path} is {given}, which is not supported; supported: {most}")
         self._tensors = {_foreign_name(tensor.name): tensor for tensor in reader.tensors}
-        self._heads = {
-            "q_proj": self.require("llama.attention.head_count"),
-            "k_proj": self.get("llama.attention.head_count_kv") or self.require("llama.attention.head_count"),
-        }
+        heads = self.whole("llama.attention.head_count")
+        self._heads = {"q_proj": heads, "k_proj": self.whole("llama.attention.head_count_kv", 0, default=0) or heads}
 
     def get(self, name: str) -> Any:
         """A metadata value, None if there is none."""
@@ -113,6 +111,29 @@ class GgufFile:
         value = self.get(name)
         if value is None:
             raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
+        return value
+
+    def whole(self, name: str, low: int = 1, *, default: int | None = None) -> int:
+        """A whole number from ``low`` to `MOST_SIZE`, ``default`` where there is none. Raises CheckpointError for another value."""
+        value = self.require(name) if default is None else self._fields.get(name, default)
+        if type(value) is not int or not low <= value <= MOST_SIZE:
+            raise CheckpointError(
+                f"{name} in {self.path} is {shown(value)}; it must be a whole number from {low} to {MOST_SIZE}"
+            )
+        return value
+
+    def real(self, name: str, *, default: float | None = None) -> float:
+        """A finite number above 0, ``default`` where there is none or 0. Raises CheckpointError for another value."""
+        value = self.require(name) if default is None else self._fields.get(name) or default
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise CheckpointError(f"{name} in {self.path} is {shown(value)}; it must be a finite number above 0")
+        return value
+
+    def list_of(self, kind: type, name: str) -> list[Any]:
+        """A list of values of one type, empty where there is none. Raises CheckpointError for another value."""
+        value = self._fields.get(name, [])
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise CheckpointError(f"{name} in {self.path} is {shown(value)}; it must be a list of {kind.__name__}")
         return value
 
     @property
@@ -156,23 +177,29 @@ class GgufFile:
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""
-        head_dim = self.get("llama.attention.key_length")
-        width, heads = self.require("llama.embedding_length"), self._heads["q_proj"]
-        rotated = self.get("llama.rope.dimension_count") or head_dim or width // heads
+        head_dim = self.whole("llama.attention.key_length", 0, default=0) or None
+        width, heads = self.whole("llama.embedding_length"), self._heads["q_proj"]
+        if head_dim is None and width < heads:
+            raise CheckpointError(f"llama.embedding_length in {self.path} is {width}, less than its {heads} heads")
+        rotated = self.whole("llama.rope.dimension_count", 0, default=0) or head_dim or width // heads
+        embedding = "model.embed_tokens.weight"
+        if embedding not in self._tensors or len(self.shape(embedding)) != 2:
+            raise CheckpointError(
+                f"{self.path} has no matrix token_embd.weight, without which the model cannot be built"
+            )
         return {
             "model_type": "llama",
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "vocab_size": self.shape(embedding)[0],
             "hidden_size": width,
-            "num_hidden_layers": self.require("llama.block_count"),
+            "num_hidden_layers": self.whole("llama.block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._heads["k_proj"],
             "head_dim": head_dim,
-            "intermediate_size": self.require("llama.feed_forward_length"),
-            "max_position_embeddings": self.require("llama.context_length"),
-            "rms_norm_eps": round(
-                self.require("llama.attention.layer_norm_rms_epsilon"), 12
-            ),  # stored in single precision
-            "rope_theta": self.get("llama.rope.freq_base") or 10000.0,
+            "intermediate_size": self.whole("llama.feed_forward_length"),
+            "max_position_embeddings": self.whole("llama.context_length"),
+            # Stored in single precision.
+            "rms_norm_eps": round(self.real("llama.attention.layer_norm_rms_epsilon"), 12),
+            "rope_theta": self.real("llama.rope.freq_base", default=10000.0),
             "rope_scaling": self._rope_scaling(rotated),
             "partial_rotary_factor": rotated / (head_dim or width // heads),
             "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._tensors,
@@ -180,10 +207,10 @@ class GgufFile:
         }
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        kind, factor = self.get("llama.rope.scaling.type"), self.get("llama.rope.scaling.factor")
+        kind, factor = self.get("llama.rope.scaling.type"), self.real("llama.rope.scaling.factor", default=1.0)
         if _ROPE_FACTORS in self._tensors:
             return self._llama3(head_dim)
-        if kind in (None, "none") or factor in (None, 0, 1):
+        if kind in (None, "none") or factor == 1:
             return None
         return {"rope_type": kind, "factor": factor}
 
@@ -191,7 +218,11 @@ class GgufFile:
         """Llama 3.1's scaling from the table of divisors that it became. Its other constants are the same in all releases."""
         stored = self._tensors[_ROPE_FACTORS]
         divisors = torch.from_numpy(np.array(stored.data, dtype=np.float32))
-        theta = self.get("llama.rope.freq_base") or 10000.0
+        if divisors.dim() != 1 or len(divisors) != head_dim // 2:
+            raise CheckpointError(
+                f"{_ROPE_FACTORS} in {self.path} has shape {list(divisors.shape)}; it must be [{head_dim // 2}]"
+            )
+        theta = self.real("llama.rope.freq_base", default=10000.0)
         scaled = Rotary.Config(theta=theta, scaling="llama3", factor=float(divisors.max()))
         expected = Rotary.Config(theta=theta).build(head_dim).frequency / scaled.build(head_dim).frequency
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
@@ -209,7 +240,7 @@ class GgufFile:
     def tokenizer(self) -> HuggingFaceTokenizer | None:
         """The byte-level BPE of the file; None, with a warning, for a file that has another kind or none."""
         kind, cut = self.get("tokenizer.ggml.model"), self.get("tokenizer.ggml.pre") or "default"
-        if kind != "gpt2" or cut not in _SPLITS:
+        if kind != "gpt2" or not isinstance(cut, str) or cut not in _SPLITS:
             logger.warning(
                 "%s has a tokenizer of kind %r (%r), so the model comes without one; supported: 'gpt2' with %s",
                 self.path,
@@ -218,10 +249,13 @@ class GgufFile:
                 ", ".join(map(repr, _SPLITS)),
             )
             return None
-        tokens = self.require("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in self.require("tokenizer.ggml.merges")]
+        tokens = self.list_of(str, "tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ", 1)) for merge in self.list_of(str, "tokenizer.ggml.merges")]
         vocabulary = {token: index for index, token in enumerate(tokens)}
-        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+        try:
+            backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+        except Exception as error:  # a merge of one piece, or of tokens that there are not
+            raise TokenizerError(f"the tokenizer in {self.path} cannot be read: {error}") from None
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[cut]]
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -229,20 +263,22 @@ class GgufFile:
         backend.decoder = decoders.ByteLevel()
         added = {
             index: AddedToken(tokens[index], special=kind == _CONTROL, normalized=False)
-            for index, kind in enumerate(self.get("tokenizer.ggml.token_type") or [])
+            for index, kind in enumerate(self.list_of(int, "tokenizer.ggml.token_type")[: len(tokens)])
             if kind in (_CONTROL, _USER_DEFINED)
         }
         backend.add_tokens(list(added.values()))
         return HuggingFaceTokenizer(
             backend,
-            bos_id=self.get("tokenizer.ggml.bos_token_id"),
-            eos_id=self.get("tokenizer.ggml.eos_token_id"),
-            pad_id=self.get("tokenizer.ggml.padding_token_id"),
-            chat_template=self.get("tokenizer.chat_template"),
-            ends=[
-                index for name in ("eot", "eom") if (index := self.get(f"tokenizer.ggml.{name}_token_id")) is not None
-            ],
+            bos_id=self._token_id("bos"),
+            eos_id=self._token_id("eos"),
+            pad_id=self._token_id("padding"),
+            chat_template=template if isinstance(template := self.get("tokenizer.chat_template"), str) else None,
+            ends=[index for name in ("eot", "eom") if (index := self._token_id(name)) is not None],
         )
+
+    def _token_id(self, name: str) -> int | None:
+        field = f"tokenizer.ggml.{name}_token_id"
+        return None if self.get(field) is None else self.whole(field, 0)
 
 
 def half_split(weight: Tensor, num_heads: int) -> Tensor:

@@ -3,6 +3,7 @@
 The gguf package reads the same, a numpy scalar at a time: seconds for a vocabulary. What it is needed for is its tables of types.
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anabranch.bounds import shown
+
 __all__ = ["Container", "Stored"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_DIMS, _MOST_NESTED = 8, 4  # of a tensor; of arrays in arrays
 _PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -56,6 +60,8 @@ class Container:
             self.fields[name] = self._value(self._take("I")[0])
         heads = [self._head() for _ in range(num_tensors)]
         step = self.fields.get("general.alignment", 32)
+        if type(step) is not int or not 1 <= step <= 1 << 20:
+            raise ValueError(f"general.alignment is {shown(step)}; it must be 1 to {1 << 20}")
         start = -(-self._at // step) * step
         self.tensors = [self._tensor(name, shape, kind, start + offset) for name, shape, kind, offset in heads]
 
@@ -74,9 +80,13 @@ class Container:
         (size,) = self._take("Q")
         self._need(size)
         self._at += size
-        return self._bytes[self._at - size : self._at].decode("utf-8")
+        text: bytes = self._bytes[self._at - size : self._at]
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"the text at byte {self._at - size}, {shown(text)}, is not UTF-8") from None
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
@@ -85,7 +95,9 @@ class Container:
                 self._need(count * struct.calcsize("<" + _SCALARS[item]))
                 return list(self._take(f"{count}{_SCALARS[item]}"))
             self._need(count)  # each takes a byte at least: no list of a corrupt length is begun
-            return [self._value(item) for _ in range(count)]
+            if depth == _MOST_NESTED:
+                raise ValueError(f"a field has arrays in arrays, more than {_MOST_NESTED} deep")
+            return [self._value(item, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"a field is of type {kind}, which there is not")
         return self._take(_SCALARS[kind])[0]
@@ -93,15 +105,26 @@ class Container:
     def _head(self) -> tuple[str, tuple[int, ...], Any, int]:
         name = self._string()
         (dims,) = self._take("I")
+        if dims > _MOST_DIMS:
+            raise ValueError(f"tensor {shown(name)} has {dims} dimensions; at most {_MOST_DIMS} can be")
         *shape, kind, offset = self._take(f"{dims}QIQ")
-        return name, tuple(shape), self._gguf.GGMLQuantizationType(kind), offset
+        try:
+            return name, tuple(shape), self._gguf.GGMLQuantizationType(kind), offset
+        except ValueError:
+            raise ValueError(f"tensor {shown(name)} is of type {kind}, which there is not") from None
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: Any, start: int) -> Stored:
         block, size = self._gguf.GGML_QUANT_SIZES[kind]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         total = count // block * size
-        if count % block or start + total > len(self._bytes):
-            raise ValueError(f"it ends at byte {len(self._bytes)}, and {name} would reach to byte {start + total}")
+        if not shape or shape[0] % block:
+            raise ValueError(
+                f"tensor {shown(name)} has rows of {shape[:1]} numbers; {kind.name} packs {block} at a time"
+            )
+        if start + total > len(self._bytes):
+            raise ValueError(
+                f"it ends at byte {len(self._bytes)}, and {shown(name)} would reach to byte {start + total}"
+            )
         if kind.name in _PLAIN:
             data = np.frombuffer(self._bytes, _PLAIN[kind.name], count, start).reshape(shape[::-1])
         else:

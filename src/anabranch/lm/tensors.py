@@ -5,6 +5,8 @@ it imports, read backwards it exports; formats differ in their layouts alone.
 """
 
 import json
+import math
+import os
 import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
+from anabranch.files import parse_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 _REMAP_BYTES = 256_000_000
@@ -36,6 +40,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ENTRY = ("dtype", "shape", "data_offsets")
+_MOST_PACKED = 16  # weights that one stored number can hold: quantised ones share bytes
 BLOCK = 4096  # what devices read whole
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,7 +118,7 @@ class SafetensorsFiles:
     def _open(path: Path) -> Any:
         try:
             return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(_unreadable(path, error)) from None
 
 
@@ -151,9 +157,9 @@ class PickleFiles:
 
 
 def _unreadable(path: Path, error: object) -> str:
-    if not path.is_file():
-        return f"{path} is missing; copy the model folder again"
-    return f"cannot read {path}: {error}; it is truncated or corrupt, copy or save it again"
+    if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is no name
+        return f"{str(path)[-300:]} is missing; copy the model folder again"
+    return f"cannot read {path}: {str(error)[:300]}; it is truncated or corrupt, copy or save it again"
 
 
 def _is_zip(path: Path) -> bool:
@@ -179,10 +185,57 @@ def open_tensors(folder: Path) -> TensorSource:
     raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
 
 
+def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(first byte of the tensors, entries by name: ``dtype``, ``shape``, ``data_offsets``) of a safetensors file, checked against it.
+
+    Raises CheckpointError for a file that is missing, or whose header is no header or names bytes that the file does not have.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header of {length} bytes does not fit in its {size}")
+            table = parse_json(file.read(length))
+        if not isinstance(table, dict):
+            raise ValueError(f"its header is a {type(table).__name__}; it must be a table of tensors")
+        entries = {name: entry for name, entry in table.items() if name != "__metadata__"}
+        for name, entry in entries.items():
+            _check_entry(name, entry, size - 8 - length)
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(_unreadable(path, error)) from None
+    return 8 + length, entries
+
+
+def _check_entry(name: str, entry: Any, room: int) -> None:
+    """Raise ValueError unless an entry of a header is of the right form and lies within ``room`` bytes."""
+    fields: list[Any] = [entry.get(key) for key in _ENTRY] if isinstance(entry, dict) else [None, None, None]
+    dtype, shape, offsets = fields
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if not isinstance(dtype, str) or len(offsets or ()) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"its entry {shown(name)} is {shown(entry)}; it must have {', '.join(_ENTRY)}")
+    begin, end = offsets
+    if not begin <= end <= room:
+        raise ValueError(f"its tensor {shown(name)} lies at bytes {begin} to {end} of {room}")
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(
+            f"its tensor {shown(name)} has {end - begin} bytes, and {shown(shape)} numbers of type {dtype}"
+        )
+
+
+def check_amount(parameters: int, source: TensorSource, where: Path) -> None:
+    """Raise CheckpointError where a config asks for far more numbers than ``source`` holds, before memory for them is taken."""
+    held = sum(math.prod(source.shape(name)) for name in source.names)
+    if parameters > _MOST_PACKED * held + 1_000_000:
+        raise CheckpointError(
+            f"{where} holds {held:,} numbers, and its config describes a model of {parameters:,}; one of the two is damaged"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table in ``path``. Raises CheckpointError if it cannot be read or is no table."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(table, dict):

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from anabranch.errors import DataError
-from anabranch.files import atomic_write
+from anabranch.files import atomic_write, parse_json
 from anabranch.routing.decision import UNUSED, Routing
 
 VERSION = 1
@@ -326,7 +326,7 @@ def _from_json(text: bytes | None, path: Path) -> tuple[TraceLayer, ...]:
             f"{path} is a Parquet file but no routing trace (it lacks the metadata {METADATA_KEY.decode()!r})"
         )
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         if data["version"] != VERSION:
             raise DataError(
                 f"{path} is a routing trace of version {data['version']!r}; this program reads version {VERSION}"

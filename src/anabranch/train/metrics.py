@@ -8,7 +8,7 @@ from typing import Any
 
 from anabranch.errors import DataError
 from anabranch.extras import require
-from anabranch.files import atomic_write_text
+from anabranch.files import atomic_write_text, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,7 +60,7 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError:
             raise DataError(f"line {number} of {path} is damaged; remove it") from None
     return records

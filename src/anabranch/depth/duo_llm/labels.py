@@ -15,7 +15,7 @@ from torch import Tensor
 from anabranch.depth.duo_llm.layer import OPTIONS
 from anabranch.depth.duo_llm.results import OracleResult
 from anabranch.errors import DataError
-from anabranch.files import atomic_write_text
+from anabranch.files import atomic_write_text, parse_json
 
 WORK = (1, 2, 0)  # of small, big, skip
 
@@ -54,7 +54,7 @@ class RouteLabels:
     def read(cls, path: str | Path) -> "RouteLabels":
         """Read what `write` wrote. Raises DataError if the file is missing, empty or of another form."""
         try:
-            rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            rows = [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
             ids_BL = torch.tensor([row["ids"] for row in rows])
             label_BLY = torch.tensor([row["label"] for row in rows])
             if (

@@ -6,7 +6,6 @@ JSON or TOML, a table for each model. Prices are dollars per million tokens; ``i
 (billions) for ``size``, ``description`` for ``feature``, and ``cached_input``, ``context`` and ``joules_per_token`` where they are there.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError
+from anabranch.files import parse_json
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Pool
 
@@ -44,7 +44,7 @@ def read_joules(path: str | Path) -> dict[str, float]:
 def _tables(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        found = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     except ValueError as error:  # of JSON, TOML and UTF-8 alike

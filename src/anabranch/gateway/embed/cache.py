@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.config import to_dict
-from anabranch.files import atomic_write, cache_folder
+from anabranch.files import atomic_write, cache_folder, parse_json
 from anabranch.gateway.embed.embedder import Embedder
 
 AT_ONCE = 1024  # texts between two words of progress
@@ -71,7 +71,7 @@ def _read(place: Path, dim: int) -> dict[str, np.ndarray]:
     for path in sorted(place.glob("*.safetensors")):
         try:
             with safe_open(path, "numpy") as file:
-                keys = json.loads((file.metadata() or {}).get("keys", "[]"))
+                keys = parse_json((file.metadata() or {}).get("keys", "[]"))
                 vector_ND = file.get_tensor("vector_ND")
         except (SafetensorError, OSError, ValueError):
             continue

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError
-from anabranch.files import atomic_write_text
+from anabranch.files import atomic_write_text, parse_json
 
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ class DecisionLog:
     def read(path: str | Path) -> list[Row]:
         """Rows of a file. Raises DataError for what is no such file."""
         try:
-            return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read decisions from {path}: {error}") from error
 

@@ -220,7 +220,7 @@ def _read(path: Path) -> dict[str, list[Json]]:
         try:
             row = json.loads(line)
             rows.setdefault(row["key"], []).append({**row, "body": row["body"].encode()})
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise DataError(
                 f"{path}, line {number}: no recorded answer (key, status, headers, body, seconds)"
             ) from None

@@ -6,9 +6,8 @@
 
 A chunk is a range of the sources. What comes out does not depend on the chunks, the number of threads, or where a run was stopped.
 """
-# Shapes: S sources, Z stored entries
 
-import json
+# Shapes: S sources, Z stored entries
 import shutil
 import threading
 import zlib
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import AnabranchError, DataError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_facts, parquet_writer
 from anabranch.graph.rows import SparseRows, row_file
 from anabranch.graph.store import Graph
@@ -146,7 +145,7 @@ def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
         atomic_write_json(path, {"job": identity, "chunk": job.chunk})
         return job, set()
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         recorded, chunk = manifest["job"], manifest["chunk"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not readable; remove {folder} to start anew") from error

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file, atomic_write_json
+from anabranch.files import atomic_file, atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.rows import SparseRows, id_type
 
@@ -149,13 +149,13 @@ class FullyPPRResult:
     def _from_parquet(cls, path: Path) -> Self:
         try:
             if path.is_dir():
-                facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+                facts = parse_json((path / FACTS).read_text(encoding="utf-8"))
                 files = sorted(path.rglob("*.parquet"))
                 tables = [pq.ParquetFile(file).read() for file in files]
                 table = pa.concat_tables(tables)
             else:
                 table = pq.ParquetFile(path).read()
-                facts = json.loads((table.schema.metadata or {})[META])
+                facts = parse_json((table.schema.metadata or {})[META])
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise DataError(f"cannot read the scores in {path}: {str(error).splitlines()[0]}") from error
         missing = [name for name in COLUMNS if name not in table.column_names]

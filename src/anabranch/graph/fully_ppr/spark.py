@@ -7,9 +7,8 @@
 ``out`` is a folder of Parquet files on a file system that the driver and all workers reach; what a run needs lies beside it in
 ``OUT.parts`` until it is whole, so that a run that was stopped goes on.
 """
-# Shapes: S sources, N nodes, M edges
 
-import json
+# Shapes: S sources, N nodes, M edges
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
@@ -103,7 +102,7 @@ class Manifest:
             self.save(first)
             return
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            found = parse_json(self._path.read_text(encoding="utf-8"))
             recorded, self.state = found["job"], found["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self._path} is not readable; remove {folder} to start anew") from error

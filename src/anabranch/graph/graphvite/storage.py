@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file
+from anabranch.files import atomic_file, parse_json
 from anabranch.graph.array_file import MAGIC, read_arrays, write_arrays
 
 KIND = "graphvite"
@@ -75,12 +75,11 @@ def read(path: str | Path) -> Saved:
 
 
 def _read_npz(path: Path) -> Saved:
-    import json
 
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
-        meta = json.loads(arrays.pop(_META).tobytes())
+        meta = parse_json(arrays.pop(_META).tobytes())
     except (zipfile.BadZipFile, zipfile.error, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
         raise DataError(f"{path} is not a saved GraphVite, or is damaged: {error}") from error
     return Saved(arrays, meta)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from anabranch.errors import DataError, InputError
+from anabranch.files import parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms
@@ -451,12 +452,12 @@ class Peer:
         meta = file.meta
         items = [
             Item(id, title, artist, tuple(tags))
-            for id, title, artist, tags in json.loads(file.arrays["library"].tobytes())
+            for id, title, artist, tags in parse_json(file.arrays["library"].tobytes())
         ]
         defences = Defences(**meta["defences"])
         peer = cls(items, meta["node_id"], meta["F"], meta["explore"], meta["top_terms"], defences=defences, **others)
         lines = file.arrays["rows"].tobytes().splitlines()
-        peer._take([row_from_json(json.loads(line)) for line in lines], is_ours=True)
+        peer._take([row_from_json(parse_json(line)) for line in lines], is_ours=True)
         for origin, ends in meta["held"].items():
             peer.log.restore(origin, ends)
         for node in meta["known"]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import Foreign
 from anabranch.lm.formats.export import FAMILIES, choose, export
-from anabranch.lm.tensors import Layout, TensorSource, build_empty, fill
+from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
 __all__ = ["FAMILIES", "choose", "export", "load", "read_config"]
 
@@ -23,14 +24,22 @@ def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
     Raises CheckpointError, with the field and its value, for what we cannot compute.
     """
     kind = table.get("model_type")
-    if kind not in FAMILIES:
-        raise CheckpointError(f"model_type in {path} is {kind!r}; supported: {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(f"model_type in {path} is {shown(kind)}; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind].read(Foreign(table, path))
     except ConfigError as error:
         raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:  # a field holds a value of a kind that none should
-        raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from error
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # a field holds a value of a kind that none should
+        raise CheckpointError(
+            f"{path} does not describe a model that can be built: {type(error).__name__}: {error}"
+        ) from error
 
 
 def load(
@@ -56,6 +65,7 @@ def prepare(
 ) -> tuple[Decoder, Layout, torch.dtype | None, list[str]]:
     """(empty model, layout, type of its weights, names to ignore) of what `load` loads."""
     config = read_config(table, path)
+    check_amount(config.count(1).parameters, source, path)
     layout = FAMILIES[table["model_type"]].sanitize(config, source.names)
     embedding = layout["embedding.weight"][0].name
     stored = source.dtype(embedding) if embedding in source.names else torch.float32

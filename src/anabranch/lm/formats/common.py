@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import Piece
@@ -42,7 +43,9 @@ class Foreign:
 
     def refuse(self, name: str, value: Any, supported: str) -> None:
         """Raise CheckpointError: ``name`` has a ``value`` that asks for something we do not compute."""
-        raise CheckpointError(f"{name} in {self.path} is {value!r}, which is not supported; supported: {supported}")
+        raise CheckpointError(
+            f"{name} in {self.path} is {shown(value)}, which is not supported; supported: {supported}"
+        )
 
     def require(self, name: str, allowed: Collection[Any], default: Any = None) -> None:
         """Refuse any value that is not ``allowed``."""

@@ -5,13 +5,12 @@ offset of its own: pages exist only for those that a device holds, so nothing is
 offset on every device.
 """
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.tensors import read_header
 from anabranch.serving.elasticmoe.mapped import PAGE, padded
 
 __all__ = ["Layout", "Matrix", "Tensor", "layout_of"]
@@ -170,14 +169,8 @@ def _stored(folder: Path) -> dict[str, tuple[str, int, int, str, tuple[int, ...]
         raise CheckpointError(f"no safetensors files in {folder}; elastic serving reads parts of them")
     found = {}
     for path in files:
-        try:
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                table = json.loads(file.read(size))
-        except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
-        for name, entry in table.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                found[name] = (path.name, 8 + size + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+        first, entries = read_header(path)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            found[name] = (path.name, first + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return found

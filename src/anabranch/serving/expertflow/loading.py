@@ -5,10 +5,8 @@
 Experts are read straight from the safetensors files of the folder at their offsets, ours or Hugging Face's, into slots; where a file
 stores them in another type, or in int8 or int4, they are converted on the way. No expert is in memory but those in slots.
 """
-# Shapes: E experts, F hidden (2F: gate, then up), D width
 
-import json
-import struct
+# Shapes: E experts, F hidden (2F: gate, then up), D width
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from anabranch.errors import CheckpointError
 from anabranch.lm.checkpoint import OpenedModel, open_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized_form import check_integers, fill_quantized
-from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill, read_header
 from anabranch.lm.tensors import Piece as StoredPiece
 from anabranch.nn.pool import ExpertPool
 from anabranch.serving.config import parse_bytes
@@ -178,13 +176,3 @@ def _add(
         one = Piece(path, 0, shape[1:], dtype, weight)
         one = Piece(path, offset + index * one.bytes, shape[1:], dtype, weight)
         table.setdefault(Expert(pool, index), []).append(one)
-
-
-def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """(first byte of the tensors, entries by name) of a safetensors file. Raises CheckpointError if it is none."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return 8 + length, json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt") from None

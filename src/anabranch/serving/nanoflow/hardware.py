@@ -6,14 +6,13 @@ both). What kernels reach of that is `Efficiency`; only the A100's is fitted, to
 
 import dataclasses
 import difflib
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class Hardware:
     def load(cls, path: str | Path) -> "Hardware":
         """Read a profile. Raises DataError if there is none, ConfigError if it is malformed."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(parse_json(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
         except ValueError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, parse_json
 from anabranch.serving.nanoflow.cost import ATTENTION, TILE, Workload, estimate
 from anabranch.serving.nanoflow.graph import Cuts, Form, LayerGraph, NanoGraph, layer_graph
 from anabranch.serving.nanoflow.hardware import Hardware
@@ -112,7 +112,7 @@ def load_pipeline(
     Raises DataError if the file is malformed.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anabranch.errors import DataError
-from anabranch.files import atomic_file
+from anabranch.files import atomic_file, parse_json
 from anabranch.serving.expertflow.predictors.base import Fingerprint
 
 VERSION = 1
@@ -31,7 +31,7 @@ def read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:
     """(kind, fingerprint, tensors and settings). Raises DataError if the file holds no predictor."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["route_predictor"])
+            about = parse_json((file.metadata() or {})["route_predictor"])
             state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
         if about["version"] != VERSION:
             raise DataError(f"{path} holds a route predictor of version {about['version']}; this is {VERSION}")
