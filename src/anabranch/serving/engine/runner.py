@@ -187,8 +187,7 @@ class ModelRunner:
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
-        names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
-        context = self._context(layout, token_1T, names)
+        context = self._context(layout, token_1T, chunks)
         keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         with steady(model) if self.deterministic else nullcontext():
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
@@ -213,7 +212,8 @@ class ModelRunner:
                     route[layer] = tuple(index for index in index_K if index >= 0)
         return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
 
-    def _context(self, layout: StepLayout, token_1T: Tensor, names: Sequence[object]) -> ForwardContext:
+    def _context(self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk]) -> ForwardContext:
+        names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
         streams = self.pool.shape.streams

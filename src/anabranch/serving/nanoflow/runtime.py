@@ -157,7 +157,7 @@ class _Step:
         runner, model = self.runner, self.model
         device, size = runner.device, runner.pool.block_tokens
         self.token_1T = torch.tensor([self.tokens], dtype=torch.int64, device=device)
-        self.context = runner._context(StepLayout(self.chunks, size, device), self.token_1T)
+        self.context = runner._context(StepLayout(self.chunks, size, device), self.token_1T, self.chunks)
         self.x_1TW = model.embedding(self.token_1T)
         total = len(self.tokens)
         attention: Any = model.blocks[0].attention
@@ -235,5 +235,6 @@ def _rows(context: ForwardContext, start: int, end: int) -> ForwardContext:
         position_BL=context.position_BL[:, start:end],
         rotary=(cos[:, :, start:end], sin[:, :, start:end]),
         token_BL=None if context.token_BL is None else context.token_BL[:, start:end],
+        sequences=None if context.sequences is None else context.sequences[start:end],
         sequence_length=end - start,
     )
