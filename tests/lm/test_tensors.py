@@ -1,14 +1,18 @@
 """Tensor files: what is written is what safetensors reads, and large tensors begin where devices read whole blocks."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from anabranch.errors import CheckpointError
-from anabranch.lm.tensors import BLOCK, write_file, write_tensors
+from anabranch.lm.tensors import BLOCK, open_tensors, write_file, write_tensors
 from anabranch.serving.expertflow.loading import read_header
 
 
@@ -61,3 +65,75 @@ def test_what_has_no_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x is torch.complex64, which cannot be saved; known: F64"):
         write_file(tmp_path / "model.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)})
     assert not (tmp_path / "model.safetensors").exists()
+
+
+# Shards and their index
+
+
+def shards(folder: Path, files: dict[str, dict[str, float]], weight_map: object, *, safe: bool = True) -> Path:
+    """A folder of shards, each tensor a number, with this index."""
+    kind = "model.safetensors" if safe else "pytorch_model.bin"
+    for name, values in files.items():
+        held = {key: torch.tensor([value]) for key, value in values.items()}
+        save_file(held, folder / name) if safe else torch.save(held, folder / name)
+    (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_index_says_which_copy_counts(tmp_path: Path, safe: bool) -> None:
+    files = {"a.bin": {"x": 1.0, "y": 2.0}, "b.bin": {"x": -1.0, "y": -2.0, "left over": 5.0}}
+    source = open_tensors(shards(tmp_path, files, {"x": "a.bin", "y": "b.bin"}, safe=safe))
+    assert {name: source.read(name).item() for name in source.names} == {"x": 1.0, "y": -2.0}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_index_that_its_shards_do_not_keep_is_told(tmp_path: Path, safe: bool) -> None:
+    shards(tmp_path, {"a.bin": {"x": 1.0}, "b.bin": {"y": 1.0}}, {"x": "a.bin", "y": "b.bin", "z": "b.bin"}, safe=safe)
+    with pytest.raises(CheckpointError, match=r"b.bin lacks 'z', which the index says it holds"):
+        open_tensors(tmp_path)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"b.bin is missing; copy the model folder again"):
+        open_tensors(tmp_path)
+
+
+def test_links_of_a_cache_are_followed(tmp_path: Path) -> None:
+    """Hugging Face's cache: plain names in the folder, links from them to where the data lies."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    shards(tmp_path / "blobs", {"0a1b": {"x": 3.0}}, {})
+    (tmp_path / "snapshot/model-1.safetensors").symlink_to("../blobs/0a1b")
+    shards(tmp_path / "snapshot", {}, {"x": "model-1.safetensors"})
+    assert open_tensors(tmp_path / "snapshot").read("x").item() == 3.0
+
+
+WAYS_OUT = st.sampled_from(
+    ["..", ".", "", "/", "a.bin/..", "../secret.bin", "in/../../secret.bin", "./a.bin", "a.bin/", "in\\a", "\0"]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.one_of(WAYS_OUT, st.text(max_size=8), st.integers(), st.none(), st.lists(st.text(max_size=2), max_size=2)))
+@example("{secret}")
+def test_an_index_leads_nowhere_out_of_its_folder(file: object) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        folder.mkdir()
+        save_file({"x": torch.tensor([666.0])}, Path(name, "secret.bin"))
+        file = str(Path(name, "secret.bin")) if file == "{secret}" else file
+        shards(folder, {"a.bin": {"x": 1.0}}, {"x": file})
+        with pytest.raises(CheckpointError, match=r"must be the name of a file beside it|is missing|cannot read"):
+            open_tensors(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "a.bin"])
+def test_an_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
+    with pytest.raises(CheckpointError, match=r"index.json has no weight_map from tensor to file"):
+        open_tensors(shards(tmp_path, {"a.bin": {"x": 1.0}}, weight_map))
+
+
+def test_json_as_deep_as_the_sea(tmp_path: Path) -> None:
+    shards(tmp_path, {}, {})
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"cannot read .*index.json: "):
+        open_tensors(tmp_path)

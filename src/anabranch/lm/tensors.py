@@ -75,11 +75,19 @@ class TensorSource(Protocol):
 
 
 class SafetensorsFiles:
-    """The tensors of one or more ``.safetensors`` files. Raises CheckpointError for a file that is missing or corrupt."""
+    """The tensors of one or more ``.safetensors`` files.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    Args:
+        files: all of them.
+        index: which of them holds each tensor, where an index says so; what else lies in them is not there.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt, or does not hold what the index says.
+    """
+
+    def __init__(self, files: Sequence[Path], index: Mapping[str, Path] | None = None) -> None:
         self._files = {path: self._open(path) for path in files}
-        self._path_of = {name: path for path, file in self._files.items() for name in file.keys()}
+        self._path_of = _places({path: dict.fromkeys(file.keys()) for path, file in self._files.items()}, index)
         self._read_bytes = 0
 
     @property
@@ -123,10 +131,10 @@ class SafetensorsFiles:
 
 
 class PickleFiles:
-    """The tensors of ``pytorch_model.bin`` files, read without running any code of theirs."""
+    """The tensors of ``pytorch_model.bin`` files, read without running any code of theirs. Arguments and errors as `SafetensorsFiles`."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._tensors: dict[str, Tensor] = {}
+    def __init__(self, files: Sequence[Path], index: Mapping[str, Path] | None = None) -> None:
+        held: dict[Path, dict[str, Tensor]] = {}
         for path in files:
             try:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -136,7 +144,9 @@ class PickleFiles:
                 raise CheckpointError(
                     f"cannot read {path}: it holds a {type(loaded).__name__}; it must be a table of tensors"
                 )
-            self._tensors |= {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+            held[path] = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        places = _places(held, index)
+        self._tensors = {name: held[path][name] for name, path in places.items()}
 
     @property
     def names(self) -> Collection[str]:
@@ -156,6 +166,18 @@ class PickleFiles:
         return self._tensors[name]
 
 
+def _places(held: Mapping[Path, Collection[str]], index: Mapping[str, Path] | None) -> dict[str, Path]:
+    """The file of each tensor, of the names ``held`` in each. Raises CheckpointError if ``index`` names a file without the tensor."""
+    if index is None:
+        return {name: path for path, names in held.items() for name in names}
+    for name, path in index.items():
+        if name not in held[path]:
+            raise CheckpointError(
+                f"{path} lacks {shown(name)}, which the index says it holds; copy the model folder again"
+            )
+    return dict(index)
+
+
 def _unreadable(path: Path, error: object) -> str:
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is no name
         return f"{str(path)[-300:]} is missing; copy the model folder again"
@@ -171,15 +193,13 @@ def _is_zip(path: Path) -> bool:
 def open_tensors(folder: Path) -> TensorSource:
     """The weights of a model folder: ``model.safetensors``, else ``pytorch_model.bin``, whole or in shards with an index.
 
-    Raises CheckpointError if there are none or they cannot be read.
+    Of shards the index alone says which file holds a tensor. Raises CheckpointError if there are none or they cannot be read.
     """
     for name, reader in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", PickleFiles)):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{index} has no weight_map from tensor to file; copy the model folder again")
-            return reader([folder / file for file in sorted(set(weight_map.values()))])
+        file = folder / f"{name}.index.json"
+        if file.is_file():
+            index = _read_index(file)
+            return reader(sorted(set(index.values())), index)
         if (folder / name).is_file():
             return reader([folder / name])
     raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
@@ -230,6 +250,20 @@ def check_amount(parameters: int, source: TensorSource, where: Path) -> None:
         raise CheckpointError(
             f"{where} holds {held:,} numbers, and its config describes a model of {parameters:,}; one of the two is damaged"
         )
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """The file of each tensor by the index at ``path``: files beside it, by their plain names. Raises CheckpointError for any other."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor to file; copy the model folder again")
+    for name, file in weight_map.items():
+        # Hugging Face's cache has links to elsewhere under such names; the names themselves lead nowhere else.
+        if not isinstance(file, str) or file != Path(file).name or file == ".." or {"\\", "\0"} & set(file):
+            raise CheckpointError(
+                f"{path} says that {shown(name)} is in {shown(file)}; that must be the name of a file beside it"
+            )
+    return {name: path.parent / file for name, file in weight_map.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
