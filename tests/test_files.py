@@ -29,6 +29,8 @@ from anabranch.files import (
     atomic_write_text,
     data_file,
     data_folder,
+    is_locked,
+    locked,
 )
 
 
@@ -344,3 +346,55 @@ def test_json_of_half_a_character_reads_back(tmp_path):
     value = {"path": "caf\udce9", "name": "café"}
     atomic_write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+
+
+def test_a_lock_is_held_by_one_and_freed_at_the_end(tmp_path):
+    path = tmp_path / ".one.lock"
+    assert not is_locked(path)
+    with locked(path) as first, locked(path) as second:
+        assert (first, second) == (True, False)
+        assert is_locked(path)
+    assert not path.exists()
+    path.write_text("what a killed process left")
+    assert not is_locked(path)
+    with locked(path) as again:
+        assert again
+
+
+def test_whoever_opened_a_lock_file_that_is_gone_makes_another(tmp_path, monkeypatch):
+    path, real = tmp_path / ".one.lock", files._try_lock
+
+    def meanwhile(handle, **options):
+        found = real(handle, **options)
+        if path.read_text() == "old":
+            path.unlink()  # its holder came to its end between our open and our lock
+        return found
+
+    path.write_text("old")
+    monkeypatch.setattr(files, "_try_lock", meanwhile)
+    with locked(path) as mine:
+        assert mine
+        assert is_locked(path)
+
+
+HOLD = """
+import sys, time
+from anabranch.files import locked
+with locked(sys.argv[1]) as alone:
+    print(alone, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_frees_its_lock(tmp_path):
+    path = tmp_path / ".one.lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "True\n"
+        assert is_locked(path)
+        with locked(path) as mine:
+            assert not mine
+        process.kill()
+        process.wait()
+    assert path.exists()
+    with locked(path) as mine:
+        assert mine

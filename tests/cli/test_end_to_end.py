@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.cli.output import fact, say
+from anabranch.cli.progress import Progress
 from anabranch.data import ByteTokenizer
 from anabranch.lm import SamplingConfig, generate, load_model
 
@@ -253,3 +255,84 @@ def test_weights_that_are_no_numbers_do_not_fail_the_run(here, tmp_path, tiny, d
     assert json.loads(out)["status"] == "finished"
     assert err.startswith("sample  none: ")
     assert err.count("\n") == 1
+
+
+def started(work, environment, out, *arguments, **options):
+    """A training in a process of its own, at its first checkpoint."""
+    command = [sys.executable, "-m", "anabranch.cli.main", "train", "demo", "--out", out, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    process = subprocess.Popen(command, cwd=work, env=environment, text=True, **options)
+    while not list((work / out).glob("checkpoints/step-*/trainer.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+def test_a_second_training_in_one_folder_is_refused_until_the_first_is_gone(cli, work, environment, tiny, data):
+    first = started(work, environment, "shared", "--steps", 100_000, *tiny, *data)
+    try:
+        for more in (["--resume"], [*tiny, *data]):
+            second = cli("train", "--out", "shared", *more)
+            assert (second.returncode, second.stdout) == (2, "")
+            expected = "another process is training in shared; wait for it, stop it, or choose another folder"
+            assert second.stderr == f"error: {expected}\n"
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
+    step = int(max((work / "shared" / "checkpoints").glob("step-*")).name.removeprefix("step-"))
+    done = cli("train", "--out", "shared", "--resume", "--steps", step + 12, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == step + 12
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_deleted_under_a_run_is_not_missed(cli, work, environment, tiny, data):
+    options = ["--steps", 60, "--seed", 3, "--json", *tiny, *data]
+    own = {**environment, "ANABRANCH_CACHE": str(work / "own-cache")}
+    process = started(work, own, "no-cache", *options)
+    shutil.rmtree(work / "own-cache")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    expected = json.loads(cli("train", "demo", "--out", "with-cache", *options).stdout)
+    assert json.loads(out)["bits_per_byte"] == expected["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_pipe_does_not_end_a_training(work, environment, tiny, data, stream):
+    code = "import anabranch.cli.progress as p; p.PLAIN_EVERY_S = 0; from anabranch.cli.main import main; import sys; sys.exit(main())"
+    options = ["--set=train.log_every=1", "--set=train.eval_every=5", *tiny, *data]
+    command = [sys.executable, "-c", code, "train", "demo", "--out", f"no-{stream}", "--steps", "30", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=work, env=environment, text=True, **pipes) as process:
+        getattr(process, stream).close()
+        told = (process.stderr if stream == "stdout" else process.stdout).read()
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
+    assert "Exception ignored" not in told
+    assert (work / f"no-{stream}" / "checkpoints" / "step-00000030" / "trainer.json").is_file()
+    if stream == "stderr":
+        assert "30 of 30 steps" in told
+
+
+def test_a_display_that_fails_is_let_go(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setattr("anabranch.cli.output.let_go", lambda stream: None)
+    monkeypatch.setattr("anabranch.cli.progress.let_go", lambda stream: None)
+    with Progress(10, "step") as progress:
+        for step in range(1, 11):
+            progress.update(step, "text")
+            progress.note("text")
+        progress.set_total(11)
+    say("text")
+    fact("label", "text", to=sys.stderr)

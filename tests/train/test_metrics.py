@@ -1,10 +1,14 @@
 import json
 import math
+import resource
+import signal
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from anabranch.errors import BackendError, DataError
+from anabranch.errors import BackendError, CapacityError, DataError
 from anabranch.train import read_metrics
 from anabranch.train.metrics import MetricsLog
 
@@ -53,6 +57,61 @@ def test_damage_is_named(tmp_path):
         file.write("oops\n")
     with pytest.raises(DataError, match=r"line 2 of .* is damaged"):
         read_metrics(tmp_path)
+
+
+TORN = ['{"step": 4, "ki', '{"step": 4, "note": "caf\u00e9', '{"step": 4, "note": "\U0001f389']
+
+
+@pytest.mark.parametrize("line", TORN)
+def test_a_last_line_torn_anywhere_even_inside_a_character(tmp_path, line):
+    for cut in range(1, len(line.encode()) + 1):
+        out = tmp_path / str(cut)
+        out.mkdir()
+        write(out, 1, 2, 3)
+        with (out / "metrics.jsonl").open("ab") as file:
+            file.write(line.encode()[:cut])
+        assert [record["step"] for record in read_metrics(out)] == [1, 2, 3]
+        write(out, 3, step=2)
+        assert [record["step"] for record in read_metrics(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [b"oops", b'{"step": 4, "ki{"step": 5}', b"\xc3", b"5", b"{}", b"", b"[" * 99999])
+def test_a_damaged_line_stops_nobody_from_going_on(tmp_path, damage, caplog):
+    write(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage + b"\n")
+    with pytest.raises(DataError, match=r"line 3 of .* is damaged"):
+        read_metrics(tmp_path)
+    write(tmp_path, 3, step=2)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert "damaged line 3" in caplog.text
+
+
+@given(steps=st.lists(st.integers(0, 400), min_size=1, max_size=12), room=st.integers(0, 700))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_on_a_full_disk_every_line_is_whole_or_absent(tmp_path_factory, steps, room):
+    out = tmp_path_factory.mktemp("full")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    log, written, told = MetricsLog(out), [], []
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (room, before[1])
+    )  # as a full disk: a write that is cut, then one that fails
+    try:
+        for length in steps:
+            try:
+                log.write({"step": length, "kind": "train", "note": "\u00e9" * length})
+                written.append(length)
+            except CapacityError as error:
+                told.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+        log.close()
+    assert [record["step"] for record in read_metrics(out)] == written
+    assert len(told) == len(steps) - len(written)
+    assert all(text.startswith("no room left on disk to write") for text in told)
+    assert (out / "metrics.jsonl").read_bytes()[-1:] in (b"", b"\n")
 
 
 def test_tensorboard_without_the_package(tmp_path, monkeypatch):

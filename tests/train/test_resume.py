@@ -13,6 +13,7 @@ from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import load_model
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
 from anabranch.train.checkpoint import read_checkpoint
+from anabranch.train.run import LOCK
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -25,8 +26,8 @@ print(result.status, result.step)
 """
 
 
-class Crash(Exception):  # noqa: N818
-    pass
+class Crash(BaseException):
+    """Ends a process on the spot: no error that is met, after which there is time to save."""
 
 
 def crash_at(step, kind="checkpoint"):
@@ -50,6 +51,10 @@ def state_of(path):
 
 def assert_same_run(one, two):
     assert metrics_of(one) == metrics_of(two)
+    assert_same_state(one, two)
+
+
+def assert_same_state(one, two):
     (tables, tensors), (other_tables, other_tensors) = (state_of(checkpoints(out)[-1]) for out in (one, two))
     assert tables == other_tables
     for file, values in tensors.items():
@@ -80,6 +85,95 @@ def test_steps_after_the_checkpoint_are_done_again(tmp_path, make_run, token_mas
     assert metrics_of(tmp_path / "resumed")[-1]["step"] == 5
     Trainer(config, tmp_path / "resumed", resume=True).fit()
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def fail_on(call, owner, name, error):
+    """Make the ``call``-th call of ``owner.name`` (from 1) raise."""
+    real, calls = getattr(owner, name), []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*args, **options)
+
+    setattr(owner, name, failing)
+
+
+# Where it fails, in which call, and how many steps are then finished.
+OUTSIDE = {
+    "data": (lambda trainer: fail_on(10, trainer.stream, "next_batch", IndexError("a cache entry")), 4),
+    "forward, in a second micro-batch": (lambda trainer: fail_on(10, trainer, "_call", MemoryError()), 4),
+    "gradient norm": (lambda trainer: fail_on(5, trainer, "_gradient_norm", RuntimeError("out of memory")), 4),
+    "metrics": (lambda trainer: fail_on(6, trainer, "_write", OSError(28, "No space left on device")), 5),
+    "evaluation": (lambda trainer: fail_on(1, trainer, "_evaluate", RuntimeError("out of memory")), 3),
+    "display": (lambda trainer: fail_on(6, trainer, "_on_event", BrokenPipeError(32, "Broken pipe")), 4),
+}
+
+
+@pytest.mark.parametrize("where", OUTSIDE)
+def test_an_error_from_outside_loses_no_finished_step(tmp_path, make_run, where, caplog):
+    config = make_run(checkpoint_every=None, accumulation=2)
+    Trainer(config, tmp_path / "straight").fit()
+    trainer = Trainer(config, tmp_path / "failed", on_event=lambda event: None)
+    fail, finished = OUTSIDE[where]
+    fail(trainer)
+    with pytest.raises((IndexError, MemoryError, RuntimeError, OSError)):
+        trainer.fit()
+    assert [path.name for path in checkpoints(tmp_path / "failed")] == [f"step-{finished:08d}"]
+    assert f"step {finished} is saved" in caplog.text
+    assert Trainer(config, tmp_path / "failed", resume=True).fit().step == 6
+    kept = [record for record in metrics_of(tmp_path / "failed") if record["step"] != finished]
+    assert kept == [record for record in metrics_of(tmp_path / "straight") if record["step"] != finished]
+    assert_same_state(tmp_path / "straight", tmp_path / "failed")
+
+
+@pytest.mark.parametrize("name", ["step", "_run_hooks", "_count_skipped"])
+def test_a_state_in_the_midst_of_an_update_is_not_saved(tmp_path, make_run, name):
+    trainer = Trainer(make_run(checkpoint_every=2), tmp_path)
+    fail_on(4, trainer.optimizer if name == "step" else trainer, name, RuntimeError("in the midst"))
+    with pytest.raises(RuntimeError, match="in the midst"):
+        trainer.fit()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_an_error_while_saving_after_an_error_does_not_hide_it(tmp_path, make_run, caplog):
+    trainer = Trainer(make_run(checkpoint_every=None), tmp_path)
+    fail_on(3, trainer.stream, "next_batch", IndexError("the first"))
+    fail_on(1, trainer, "_save", OSError("the second"))
+    with pytest.raises(IndexError, match="the first"):
+        trainer.fit()
+    assert "step 2 could not be saved after an error: the second" in caplog.text
+
+
+def test_two_trainers_of_one_folder(tmp_path, make_run):
+    refused = []
+
+    def try_too(event):
+        if event.kind == "step" and event.step == 2:
+            for resume in (False, True):
+                with pytest.raises(DataError) as error:
+                    Trainer(make_run(), tmp_path / "run", resume=resume)
+                refused.append(str(error.value))
+
+    assert Trainer(make_run(), tmp_path / "run", on_event=try_too).fit().status == "finished"
+    expected = f"another process is training in {tmp_path / 'run'}; wait for it, stop it, or choose another folder"
+    assert refused == [expected] * 2
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_of_two_that_begin_at_once_one_trains(tmp_path, make_run):
+    one, two = (Trainer(make_run(steps=2, seed=seed), tmp_path / "run") for seed in (0, 1))
+    one.fit()
+    saved = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(DataError, match="already holds a run"):
+        two.fit()
+    first, second = (Trainer(make_run(steps=4), tmp_path / "run", resume=True) for _ in range(2))
+    first.fit()
+    with pytest.raises(DataError, match=r"another process has trained in .* since this one began; resume it again"):
+        second.fit()
+    assert (tmp_path / "run" / "config.json").read_bytes() != saved  # of the one that went on
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000004"
 
 
 def test_stopped_before_the_first_checkpoint(tmp_path, make_run):

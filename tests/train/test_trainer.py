@@ -202,7 +202,7 @@ def test_too_many_broken_gradients_stop_training(tmp_path, make_run):
         trainer.fit()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(tmp_path, make_run, number):
     def interrupt(event):
         if event.kind == "step" and event.step == 2:

@@ -15,6 +15,7 @@ from typing import TextIO
 
 import typer
 
+from anabranch.cli.output import let_go, say
 from anabranch.errors import AnabranchError
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
@@ -45,7 +46,7 @@ def guarded(run: Callable[[], int | None], *, misuse: Callable[[Exception], str]
         return exit.exit_code
     except BaseException as error:
         if debug():
-            _say("".join(traceback.format_exception(error)))
+            say("".join(traceback.format_exception(error)).rstrip())
         return _told(error, misuse)
 
 
@@ -62,7 +63,7 @@ def _told(error: BaseException, misuse: Callable[[Exception], str]) -> int:
         return _fail(str(error.code))
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         _settle(sys.stdout)
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):  # | head: nothing is wrong
         _settle(sys.stdout)
@@ -96,16 +97,8 @@ def _fail(message: str) -> int:
     line = " ".join(message.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST * 3 // 4]} ... {line[-_LONGEST // 4 :]}"
-    _say(f"error: {line}")
+    say(f"error: {line}")
     return USER_ERROR
-
-
-def _say(text: str) -> None:
-    """A line on stderr, if anybody still reads it."""
-    try:
-        print(text.rstrip(), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        _let_go(sys.stderr)
 
 
 def _settle(stream: TextIO) -> None:
@@ -113,15 +106,7 @@ def _settle(stream: TextIO) -> None:
     try:
         stream.flush()
     except (OSError, ValueError):
-        _let_go(stream)
-
-
-def _let_go(stream: TextIO) -> None:
-    """Point a standard stream that cannot be written to where nothing is kept."""
-    descriptor = 2 if stream is sys.stderr else 1
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+        let_go(stream)
 
 
 def _reader_is_gone(stream: TextIO) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -23,8 +24,19 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr, if anybody still reads it: what is shown never ends what is done."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        let_go(sys.stderr)
+
+
+def let_go(stream: TextIO) -> None:
+    """Point a standard stream that cannot be written to where nothing is kept."""
+    descriptor = 2 if stream is sys.stderr else 1
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def fact(label: str, text: str, *, to: TextIO | None = None) -> None:
@@ -34,7 +46,11 @@ def fact(label: str, text: str, *, to: TextIO | None = None) -> None:
         width = max(shutil.get_terminal_size().columns - LABEL_WIDTH, 20)
         lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         text = f"\n{'':{LABEL_WIDTH}}".join(lines)
-    print(f"{label:<{LABEL_WIDTH}}{text}", file=to)
+    line = f"{label:<{LABEL_WIDTH}}{text}"
+    if to is sys.stderr:
+        say(line)
+    else:
+        print(line, file=to)
 
 
 def sample(text: str) -> None:

@@ -2,13 +2,14 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from anabranch.cli.output import duration, say
+from anabranch.cli.output import duration, let_go, say
 
 PLAIN_EVERY_S = 5.0
 
@@ -38,13 +39,20 @@ class Progress:
             self._task = self._bar.add_task(unit, total=total, text="", width=len(str(total)))
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        self._show(lambda bar: bar.start())
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._show(lambda bar: bar.stop())
+
+    def _show(self, change: Callable[[Bar], None]) -> None:
+        """Do something to the bar. A terminal that is gone takes it away, and nothing else: what is shown never ends what is done."""
+        try:
+            if self._bar is not None:
+                change(self._bar)
+        except (OSError, ValueError):
+            self._bar, self._quiet = None, True
+            let_go(sys.stderr)
 
     def update(self, done: int, text: str = "") -> None:
         """``done`` units are finished; ``text`` says what there is to say about them. Time left is worked out here."""
@@ -55,7 +63,7 @@ class Progress:
             self._first = (now, done)  # set-up before the first unit says nothing about the rest
         text = f"{text}  {self._left(now, done)}".strip()
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
+            self._show(lambda bar: bar.update(self._task, completed=done, text=text))
         elif now - self._said >= PLAIN_EVERY_S or (done == self._total and self._has_said):
             self._said, self._has_said = now, True
             say(f"{self._unit} {done:>{len(str(self._total))}}/{self._total}  {text}")
@@ -64,15 +72,14 @@ class Progress:
         """There are ``total`` units, which is known only now."""
         if total != self._total:
             self._total = total
-            if self._bar is not None:
-                self._bar.update(self._task, total=total, width=len(str(total)))
+            self._show(lambda bar: bar.update(self._task, total=total, width=len(str(total))))
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._show(lambda bar: bar.console.print(text, highlight=False, markup=False))
         else:
             say(text)
 

@@ -18,7 +18,7 @@ from anabranch.extras import require
 if TYPE_CHECKING:
     from anabranch.train import Event, RunConfig, Trainer, TrainResult
 
-INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}  # exit codes, as shells give them
+INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit codes, as shells give them
 SAMPLE_TOKENS = 160
 
 

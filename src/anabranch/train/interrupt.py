@@ -1,17 +1,17 @@
-"""Ctrl-C and SIGTERM as a request to stop, so that training can save before it ends."""
+"""Ctrl-C, SIGTERM and a terminal that is closed as a request to stop, so that training can save before it ends."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """A context in which the first SIGINT or SIGTERM is only noted, in ``received``; the second acts as it would outside.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP is only noted, in ``received``; the second acts as it would outside.
 
-    Signals reach the main thread alone, so in another thread nothing is caught.
+    SIGHUP stays ignored where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,9 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            caught = [number for number in _SIGNALS if not (ignored and number == signal.SIGHUP)]
+            self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,14 +1,20 @@
 """Metrics of a run: ``metrics.jsonl``, one JSON object a line, and TensorBoard events where they are asked for."""
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import DataError
+from anabranch.errors import CapacityError, DataError
 from anabranch.extras import require
-from anabranch.files import atomic_write_text, parse_json
+from anabranch.files import atomic_write_text, is_full, parse_json
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,7 +32,7 @@ class MetricsLog:
         self._path = out / METRICS_FILE
         self._board = _board(out, step) if tensorboard else None
         if self._path.exists():
-            kept = [record for record in read_metrics(out) if record["step"] <= step]
+            kept = [record for record in _readable(out) if record["step"] <= step]
             atomic_write_text(self._path, "".join(map(_line, kept)))
         try:
             self._file = self._path.open("ab", buffering=0)  # one write call a line
@@ -35,10 +41,26 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record with a ``step`` and a ``kind``; numbers that are not finite become null."""
-        self._file.write(_line(record).encode())
+        self._append(_line(record).encode())
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def _append(self, line: bytes) -> None:
+        """Write ``line`` whole, or take back what was written of it. Raises CapacityError if the disk is full, DataError otherwise."""
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # the disk is full: the next write would say so
+                written += self._file.write(line[written:])
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            if is_full(error):
+                raise CapacityError(f"no room left on disk to write {self._path}; free some and resume") from error
+            raise DataError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the files."""
@@ -52,18 +74,37 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
 
     Raises DataError if there are none, or a line is damaged.
     """
+    records = []
+    for number, record in _records(out):
+        if record is None:
+            raise DataError(f"line {number} of {Path(out) / METRICS_FILE} is damaged; remove it")
+        records.append(record)
+    return records
+
+
+def _readable(out: Path) -> list[dict[str, Any]]:
+    """The records of a run that goes on: a line that is damaged (by a full disk, say) is lost, and is no reason not to go on."""
+    found = list(_records(out))
+    damaged = [number for number, record in found if record is None]
+    if damaged:
+        log.warning("left out of %s: damaged line %s", out / METRICS_FILE, ", ".join(map(str, damaged)))
+    return [record for _, record in found if record is not None]
+
+
+def _records(out: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number, record or None where it is damaged) of each line that has an end."""
     path = Path(out) / METRICS_FILE
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            records.append(parse_json(line))
+            record = parse_json(line)
         except ValueError:
-            raise DataError(f"line {number} of {path} is damaged; remove it") from None
-    return records
+            record = None
+        is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+        yield number, record if is_record else None
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,8 +1,12 @@
 """The folder of a run: started anew, or resumed with a config that may differ only in what does not change the training."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
+from anabranch.files import is_locked, locked
 from anabranch.train.checkpoint import checkpoints, remove_leftovers
 from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
 from anabranch.train.metrics import METRICS_FILE
@@ -26,6 +30,37 @@ _CHANGEABLE = frozenset(
         "parallel",
     )
 )
+
+
+LOCK = ".run.lock"  # held by who trains
+_TRIES, _PAUSE_S = 3, 0.05  # to get the lock; who only looks whether it is free has it for an instant
+
+
+def check_free(out: Path) -> None:
+    """Raise DataError if a process trains in ``out`` now."""
+    if is_locked(out / LOCK):
+        raise _in_use(out)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Be the only one who trains in ``out`` meanwhile; it is made if it is not there. Raises DataError if another process does.
+
+    However a process ends, the system frees what it held.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for left in reversed(range(_TRIES)):
+        with locked(out / LOCK) as alone:
+            if alone:
+                yield
+                return
+        if left:
+            time.sleep(_PAUSE_S)
+    raise _in_use(out)
+
+
+def _in_use(out: Path) -> DataError:
+    return DataError(f"another process is training in {out}; wait for it, stop it, or choose another folder")
 
 
 def check_new(out: Path) -> None:

@@ -10,11 +10,13 @@ go on must be in buffers or follow from its arguments. No design edits this file
 """
 # Shapes: B sequences, L positions
 
+import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,13 @@ from torch import Tensor
 
 from anabranch.config import to_dict
 from anabranch.data import Tokenizer
-from anabranch.errors import AnabranchError, ConfigError
+from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.lm.checkpoint import load_weights
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import state_once
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
-from anabranch.train.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from anabranch.train.checkpoint import checkpoint_path, checkpoints, read_checkpoint, write_checkpoint
 from anabranch.train.config import RunConfig
 from anabranch.train.evaluate import Evaluation, autocast, evaluate
 from anabranch.train.interrupt import Interrupts
@@ -39,7 +41,9 @@ from anabranch.train.meter import MEASURES, LoadMeter
 from anabranch.train.metrics import MetricsLog
 from anabranch.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, whole
 from anabranch.train.parallel import Workers
-from anabranch.train.run import check_new, find_checkpoint, prepare
+from anabranch.train.run import check_free, check_new, find_checkpoint, held, prepare
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,8 @@ class Trainer:
         model: start from these weights instead of fresh ones; its config must be ``config.model``.
         tokenizer: that of ``model``; takes the place of the configured one.
 
-    Raises DataError if ``out`` holds a run (without ``resume``) or none (with it), ConfigError if a resumed config changes the
-    training or parts do not fit, CheckpointError if the checkpoint is damaged.
+    Raises DataError if ``out`` holds a run (without ``resume``) or none (with it), or another process trains in it, ConfigError if a
+    resumed config changes the training or parts do not fit, CheckpointError if the checkpoint is damaged.
     """
 
     def __init__(
@@ -157,8 +161,10 @@ class Trainer:
         self.config, self.out = config, Path(out)
         self._settings = config.train
         self._on_event = on_event
+        check_free(self.out)
         if not resume:
             check_new(self.out)
+        self._resumes = resume
         found = find_checkpoint(self.out, config) if resume else None
         self.workers = Workers(config.train)
         self._micro_size = _micro_size(config, self.workers.size)
@@ -183,9 +189,15 @@ class Trainer:
         self._log: MetricsLog | None = None
         if found is not None:
             self._restore(found)
+        # What there is between two steps can be saved; what there is in the midst of an update cannot.
+        self._is_whole = True
+        self._stream_state = self.stream.state_dict()
 
     def fit(self) -> TrainResult:
-        """Train to the end, or until SIGINT or SIGTERM, which save a checkpoint first. A trainer fits once."""
+        """Train to the end, or until SIGINT, SIGTERM or SIGHUP, which save a checkpoint first. A trainer fits once.
+
+        An error from outside the training (data, disk, display, memory) is raised after a checkpoint of the last finished step is saved.
+        """
         try:
             return self._fit()
         finally:
@@ -194,16 +206,17 @@ class Trainer:
     def _fit(self) -> TrainResult:
         devices = [self.workers.device.index] if self.workers.device.type == "cuda" else []
         # The random state is set in every step; the caller's stays as it was.
-        with Interrupts() as interrupts, torch.random.fork_rng(devices):
+        with Interrupts() as interrupts, torch.random.fork_rng(devices), self._folder_held():
             keep_freed_memory()
             self._start_folder()
             self._emit("start")
             self._run_hooks()
-            self._train(interrupts)
-            done = self._progress.step >= self._settings.steps
-            if done and not self._is_evaluated():
-                self._evaluate()
-                self._checkpoint = None  # one of this step, if there is one, lacks the evaluation
+            with self._saved_if_it_fails():
+                self._train(interrupts)
+                done = self._progress.step >= self._settings.steps
+                if done and not self._is_evaluated():
+                    self._evaluate()
+                    self._checkpoint = None  # one of this step, if there is one, lacks the evaluation
             self._save()
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
@@ -247,6 +260,19 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self._progress = _Progress(**state["progress"])
 
+    @contextmanager
+    def _folder_held(self) -> Iterator[None]:
+        """Nobody else trains in the folder meanwhile, nor has since this trainer looked at it."""
+        if not self.workers.is_first:
+            yield
+            return
+        with held(self.out):
+            if not self._resumes:
+                check_new(self.out)
+            elif checkpoints(self.out)[-1:] != ([self._checkpoint] if self._checkpoint else []):
+                raise DataError(f"another process has trained in {self.out} since this one began; resume it again")
+            yield
+
     def _start_folder(self) -> None:
         self.workers.wait()  # all have looked at the folder
         if self.workers.is_first:
@@ -254,6 +280,34 @@ class Trainer:
             self._log = MetricsLog(self.out, step=self._progress.step, tensorboard=self._settings.tensorboard)
 
     # Training
+
+    @contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        """Save what was learned up to the last finished step if training fails for a reason that lies outside it.
+
+        Data, disk, display or memory can fail at any moment; none of that is in weights and moments. A failure in the midst of an
+        update, or a gradient that stays infinite, is, and then the last checkpoint stays the newest. With several processes the others
+        wait in an exchange for the one that failed, so nothing can be saved.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._is_whole and self.workers.size == 1 and self._progress.step > 0:
+                self._save_after(error)
+            raise
+
+    def _save_after(self, error: Exception) -> None:
+        step = self._progress.step
+        discard_loads(self.model)  # of a step that was begun
+        self.stream.load_state_dict(self._stream_state)
+        try:
+            self._save()
+        except Exception as another:
+            log.warning("step %d could not be saved after an error: %s", step, another)
+        else:
+            log.warning(
+                "step %d is saved, after an error (%s); --resume goes on from there", step, type(error).__name__
+            )
 
     def _train(self, interrupts: Interrupts) -> None:
         settings, progress = self._settings, self._progress
@@ -270,6 +324,7 @@ class Trainer:
             record = self._record(step) if is_logged else {}
             sync_loads(self.model)
             self._run_hooks()
+            self._is_whole, self._stream_state = True, self.stream.state_dict()
             if device.type == "cuda" and is_logged:
                 torch.cuda.synchronize(device)
             progress.seconds += time.perf_counter() - start
@@ -305,6 +360,7 @@ class Trainer:
             _add_share(metrics, output.metrics, settings.accumulation)
         norm = self._gradient_norm()
         is_applied = math.isfinite(norm)
+        self._is_whole = False  # until all that belongs to the step is done
         if is_applied:
             self._update(norm)
         else:
