@@ -28,6 +28,7 @@ from anabranch.config import Config, from_dict, to_dict
 from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.providers.contract import check_provider
 from anabranch.lm import Decoder
+from anabranch.lm.contract import check_gradients, check_second_derivatives, gradients_of_training
 from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
@@ -341,6 +342,8 @@ def _check_model(model_config: Decoder.Config, device: str, compile_backend: str
         _check_padding,
         _check_training,
         _check_recompute,
+        check_gradients,
+        check_second_derivatives,
         _check_state,
         _check_record,
         _check_half_precision,
@@ -417,9 +420,9 @@ def _check_training(model: Decoder, token_BL: Tensor) -> None:
 
 def _check_recompute(model: Decoder, token_BL: Tensor) -> None:
     model.train()
-    plain, plain_loads = _gradients(model, token_BL), _loads(model)
+    plain, plain_loads = gradients_of_training(model, token_BL), _loads(model)
     model.recompute = True
-    again, again_loads = _gradients(model, token_BL), _loads(model)
+    again, again_loads = gradients_of_training(model, token_BL), _loads(model)
     for name, gradient in plain.items():
         _close(again[name], gradient, f"with recompute, the gradient of {name}")
     for load_E, again_E in zip(plain_loads, again_loads, strict=True):
@@ -428,7 +431,7 @@ def _check_recompute(model: Decoder, token_BL: Tensor) -> None:
 
 def _check_state(model: Decoder, token_BL: Tensor) -> None:
     model.train()
-    gradients = _gradients(model, token_BL)
+    gradients = gradients_of_training(model, token_BL)
     other = model.config.build(seed=1).to(token_BL.device)
     other.load_state_dict(model.state_dict())
     twins = {
@@ -439,7 +442,7 @@ def _check_state(model: Decoder, token_BL: Tensor) -> None:
     for how, twin in twins.items():
         _is(_num_parameters(twin) == _num_parameters(model), f"a model {how} has another number of parameters")
         # Gradients, not outputs: if a module that layers share had been copied apart from its owner, they would not arrive.
-        for name, gradient in _gradients(twin, token_BL).items():
+        for name, gradient in gradients_of_training(twin, token_BL).items():
             _close(gradient, gradients[name], f"in a model {how}, the gradient of {name}")
 
 
@@ -484,10 +487,10 @@ def _check_half_precision(model: Decoder, token_BL: Tensor) -> None:
 def _check_compile(model: Decoder, token_BL: Tensor, backend: str) -> None:
     torch.compiler.reset()
     plain, compiled = copy.deepcopy(model).train(), copy.deepcopy(model).train()
-    expected = _gradients(plain, token_BL)
+    expected = gradients_of_training(plain, token_BL)
     call = torch.compile(compiled, fullgraph=True, backend=backend)
     try:
-        gradients = _gradients(compiled, token_BL, call)
+        gradients = gradients_of_training(compiled, token_BL, call)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise AssertionError(f"it does not compile into one graph: {error}") from error
     for name, gradient in gradients.items():
@@ -560,18 +563,6 @@ def _check_copies(module: nn.Module, call: Callable[[Any], Tensor]) -> None:
             for parameter in twin.parameters():
                 parameter.add_(1.0)
     _is(torch.equal(call(module), expected), "a copy shares parameters with the original")
-
-
-def _gradients(model: nn.Module, token_BL: Tensor, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
-    """Gradients of one training pass; loads start from zero, randomness from one seed."""
-    for module in model.modules():
-        if isinstance(module, LoadCounter):
-            module.forget()
-    model.zero_grad()
-    torch.manual_seed(0)
-    run = model if call is None else call
-    run(token_BL, token_BL.roll(-1, 1)).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def _loads(model: nn.Module) -> list[Tensor]:
