@@ -11,6 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.native.sources import HERE
 from anabranch.nn import kernels
 from anabranch.nn.kernels import packed as native
+from anabranch.nn.kernels.door import Library
 from anabranch.nn.packed import KINDS, Packed
 
 needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
@@ -166,8 +167,7 @@ def test_older_processors(flags, tmp_path, monkeypatch):
     target, source = tmp_path / "packed.so", HERE / "packed.cpp"
     command = ["g++", "-std=gnu++17", "-O3", *flags, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(target))
-    monkeypatch.setattr(native, "load", lambda: library)
+    monkeypatch.setattr(native, "LINEAR", native.LINEAR.bound_to(Library(ctypes.CDLL(str(target)))))
     for kind, group in CASES:
         packed, x = Packed.pack(normal(40, 192), kind, group=group), normal(21, 192, seed=6)
         y = packed.linear(x)

@@ -64,7 +64,7 @@ def expert_mlp(
         result does not depend on the number of threads.
 
     Raises:
-        ConfigError: shapes that do not fit together, or an unknown backend.
+        ConfigError: shapes or devices that do not fit together, or an unknown backend.
         BackendError: ``native`` was asked for and cannot be had; the message says why.
     """
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
@@ -126,6 +126,9 @@ def _check(
         raise ConfigError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     if weight_on not in ("output", "input"):
         raise ConfigError(f"weight_on is {weight_on!r}; use 'output' or 'input'")
+    for name, part in (("weight", weight_NK), ("w13", w13_EFD), ("w2", w2_EDF), ("the plan", plan.place_R)):
+        if part.device != x_ND.device:
+            raise ConfigError(f"x is on {x_ND.device} and {name} on {part.device}; they must be on one device")
     if x_ND.dim() != 2 or x_ND.shape[0] != plan.num_items:
         raise ConfigError(f"x has shape {list(x_ND.shape)}; this plan needs [{plan.num_items}, D]")
     if weight_NK.shape != (plan.num_items, plan.num_places):

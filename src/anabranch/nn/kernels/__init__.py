@@ -4,28 +4,16 @@ Where there is no compiler, or with ANABRANCH_NO_KERNELS=1, `load` returns None,
 in plain PyTorch.
 """
 
-import ctypes
 from functools import cache
 
 from anabranch import native
+from anabranch.nn.kernels.door import Library
 
 __all__ = ["load"]
 
 
 @cache
-def load() -> ctypes.CDLL | None:
-    """The library, or None where it cannot be had; the log says why."""
-    library = native.load()
-    if library is None:
-        return None
-    for name in ("anabranch_expert_forward", "anabranch_expert_backward"):
-        getattr(library, name).restype = ctypes.c_int
-    for name in (
-        "anabranch_read_direct",
-        "anabranch_decode_bytes",
-        "anabranch_transfers_wait",
-        "anabranch_transfers_take",
-    ):
-        getattr(library, name).restype = ctypes.c_int64
-    library.anabranch_transfers_new.restype = ctypes.c_void_p
-    return library
+def load() -> Library | None:
+    """The library, or None where it cannot be had; the log says why. Its functions are called through `door.Kernel` alone."""
+    found = native.load()
+    return None if found is None else Library(found)

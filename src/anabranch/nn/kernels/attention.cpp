@@ -8,6 +8,7 @@
 // once, so softmax needs no second pass over the products; keys that no query of the block sees are not touched, which halves the work.
 // Scores are made again in the backward pass. Every sum has one fixed order, whatever the number of threads.
 
+#include "failure.h"
 #include "matmul.h"
 
 namespace {
@@ -199,29 +200,31 @@ void backward_of(const Shape& shape, int64_t b, int64_t g, const Heads& dy, cons
 Heads heads(void* data, const int64_t* strides) { return {(float*)data, strides[0], strides[1], strides[2]}; }
 
 template <class Task>
-void each_head(const Shape& shape, int threads, Task task) {
+int each_head(const Shape& shape, int threads, Task task) {
+  Failure failure;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t n = 0; n < shape.B * shape.G; ++n) task(n / shape.G, n % shape.G);
+  for (int64_t n = 0; n < shape.B * shape.G; ++n) failure.guard([&] { task(n / shape.G, n % shape.G); });
+  return failure.status();
 }
 
 }  // namespace
 
 // `strides` holds (batch, head, row) of q, k, v, y, and in the backward pass of dy, dq, dk, dv behind them; lse is [B, H, L].
-extern "C" void anabranch_attention_forward(void* q, void* k, void* v, void* y, float* lse, const int64_t* strides, int64_t B, int64_t H,
-                                            int64_t G, int64_t L, int64_t S, int64_t D, float scale, int threads) {
+extern "C" int anabranch_attention_forward(void* q, void* k, void* v, void* y, float* lse, const int64_t* strides, int64_t B, int64_t H,
+                                           int64_t G, int64_t L, int64_t S, int64_t D, float scale, int threads) {
   Shape shape{B, H, G, L, S, D, scale};
   Heads at[4] = {heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), heads(y, strides + 9)};
-  each_head(shape, threads, [&](int64_t b, int64_t g) { forward_of(shape, b, g, at[0], at[1], at[2], at[3], lse); });
+  return each_head(shape, threads, [&](int64_t b, int64_t g) { forward_of(shape, b, g, at[0], at[1], at[2], at[3], lse); });
 }
 
-extern "C" void anabranch_attention_backward(void* q, void* k, void* v, void* y, void* dy, void* dq, void* dk, void* dv, const float* lse,
-                                             const int64_t* strides, int64_t B, int64_t H, int64_t G, int64_t L, int64_t S, int64_t D,
-                                             float scale, int threads) {
+extern "C" int anabranch_attention_backward(void* q, void* k, void* v, void* y, void* dy, void* dq, void* dk, void* dv, const float* lse,
+                                            const int64_t* strides, int64_t B, int64_t H, int64_t G, int64_t L, int64_t S, int64_t D,
+                                            float scale, int threads) {
   Shape shape{B, H, G, L, S, D, scale};
   Heads at[8];
   void* data[8] = {q, k, v, y, dy, dq, dk, dv};
   for (int i = 0; i < 8; ++i) at[i] = heads(data[i], strides + 3 * i);
-  each_head(shape, threads, [&](int64_t b, int64_t g) {
+  return each_head(shape, threads, [&](int64_t b, int64_t g) {
     backward_of(shape, b, g, at[4], at[0], at[1], at[2], at[3], lse, at[5], at[6], at[7]);
   });
 }

@@ -11,6 +11,7 @@
 // One team of threads runs the whole step. Between barriers each thread owns rows (norms, rotary, rounding), panels of weights (products)
 // or pairs of a token and a key head (attention); no number depends on how many threads there are.
 
+#include "failure.h"
 #include "step_attention.h"
 #include "step_work.h"
 
@@ -374,6 +375,29 @@ class Run {
 
 thread_local Scratch scratch_of_thread;
 
+// All that a step takes of a thread's memory, before the step begins: in it threads wait for one another, so none may stop halfway.
+void reserve(const Model& m, Scratch& scratch) {
+  scratch.get<float>(MIDDLE, m.D);
+  scratch.get<Head>(PRE, m.G);
+  scratch.get<float>(SUM, std::max({m.most_experts, m.most_loops, m.F}));
+  scratch.get<float>(SPARE, CHUNK * m.W);
+}
+
+// Whether the sequences are all of the rows, one after another, and their blocks among those that there are.
+bool is_in_range(const Model& m, const Step& s) {
+  int64_t rows = 0;
+  for (int64_t n = 0; n < s.sequences; ++n) {
+    const int64_t *sequence = s.sequence + 4 * n, count = sequence[1], past = sequence[2], first = sequence[3];
+    if (sequence[0] != rows || count < 0 || past < 0 || first < 0 || count > s.T - rows) return false;
+    rows += count;
+    const int64_t blocks = (past + count + m.block_tokens - 1) / m.block_tokens;
+    if (blocks > s.table_length - first) return false;
+    for (int64_t u = first; u < first + blocks; ++u)
+      if (s.table[u] < 0 || (s.table[u] + (int64_t)1) * m.block_tokens > m.slots) return false;
+  }
+  return rows == s.T;
+}
+
 Work work_of(const Model& m, const Step& s) {
   Memory memory(false);
   memory.start = s.memory;
@@ -391,10 +415,12 @@ extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T) {
 }
 
 // A step, or the part of it from the experts of layer `from` (-1: the beginning) to the router of layer `to` (-1: the end).
-extern "C" void anabranch_decode(const Model* model, const Step* step, int64_t from, int64_t to, int threads) {
+extern "C" int anabranch_decode(const Model* model, const Step* step, int64_t from, int64_t to, int threads) {
   const Model& m = *model;
   const Step& s = *step;
+  if (from < 0 && !is_in_range(m, s)) return OUT_OF_RANGE;
   Work w = work_of(m, s);
+  Failure failure;
   for (int64_t n = 0; from < 0 && n < s.sequences; ++n) {
     const int64_t* sequence = s.sequence + 4 * n;
     for (int64_t i = 0; i < sequence[1]; ++i) {
@@ -406,17 +432,26 @@ extern "C" void anabranch_decode(const Model* model, const Step* step, int64_t f
   }
 #pragma omp parallel num_threads(threads)
   {
-    Tiles tiles;
-    Run(m, s, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).part(from, to);
+    failure.guard([&] { reserve(m, scratch_of_thread); });
+#pragma omp barrier
+    if (!failure.happened()) {
+      Tiles tiles;
+      Run(m, s, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).part(from, to);
+    }
   }
+  return failure.status();
 }
 
-// Experts of layer `layer`, whose router has chosen: those with a slot of at least 0.
-extern "C" void anabranch_decode_experts(const Model* model, const Step* step, int64_t layer, const int32_t* slot_of, int threads) {
+// Experts of layer `layer`, whose router has chosen: those with a slot of at least 0, of `slots` in the stack; slot_of [E].
+extern "C" int anabranch_decode_experts(const Model* model, const Step* step, int64_t layer, const int32_t* slot_of, int64_t E,
+                                        int64_t slots, int threads) {
+  if (layer < 0 || layer >= model->layers || E != model->blocks[layer].experts.count) return OUT_OF_RANGE;
+  if (std::any_of(slot_of, slot_of + E, [&](int32_t slot) { return slot >= slots; })) return OUT_OF_RANGE;
   Work w = work_of(*model, *step);
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
     Run(*model, *step, w, scratch_of_thread, omp_get_thread_num(), omp_get_num_threads()).compute(model->blocks[layer].experts, slot_of);
   }
+  return DONE;
 }

@@ -11,6 +11,7 @@
 //
 // What makes it exact: every sum has one fixed order, whatever the number of threads.
 
+#include "failure.h"
 #include "matmul.h"
 
 namespace {
@@ -195,6 +196,18 @@ struct Layer {
   int64_t item(int64_t r) const { return place[r] / K; }
   float weight_of(int64_t r) const { return weight[place[r]]; }
 
+  // Whether rows end in order and within what there is, and stand at places that there are.
+  bool is_in_range() const {
+    int64_t end = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      if (offset[e] < end || offset[e] > N * K) return false;
+      end = offset[e];
+    }
+    uint64_t most = 0;
+    for (int64_t r = 0; r < end; ++r) most = std::max(most, (uint64_t)place[r]);
+    return end == 0 || most < (uint64_t)(N * K);
+  }
+
   std::vector<int32_t> row_of_place() const {
     std::vector<int32_t> row(N * K, -1);
     for (int32_t r = 0; r < offset[E - 1]; ++r) row[place[r]] = r;
@@ -360,8 +373,9 @@ struct Experts : Layer {
   int forward(X* y, X* z) const {
     int64_t R = offset[E - 1];
     Workspace workspace(R * D * sizeof(X));
-    if (!workspace.data) return 1;
+    if (!workspace.data) return NO_MEMORY;
     X* y_rows = (X*)workspace.data;
+    Failure failure;
     auto tasks = blocks();
     auto row = row_of_place();
     if (z) advise(z, N * K * 2 * F * sizeof(X));
@@ -370,21 +384,24 @@ struct Experts : Layer {
       static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i)
-        if (tasks[i].rows <= FEW)
-          forward_block<Plain>(scratch, tasks[i], z, y_rows);
-        else
-          forward_block<Big>(scratch, tasks[i], z, y_rows);
+        failure.guard([&] {
+          if (tasks[i].rows <= FEW)
+            forward_block<Plain>(scratch, tasks[i], z, y_rows);
+          else
+            forward_block<Big>(scratch, tasks[i], z, y_rows);
+        });
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < N; ++n) join(*this, y_rows, row.data(), y, n);
     }
-    return 0;
+    return failure.status();
   }
 
   int backward(const X* dy, const X* z, X* dx, float* dweight, W* dw13, W* dw2, bool add) const {
     int64_t R = offset[E - 1];
     bool need_rows = dx || on_input;
     Workspace workspace(R * (3 * F + (need_rows ? D : 0)) * sizeof(X));
-    if (!workspace.data) return 1;
+    if (!workspace.data) return NO_MEMORY;
+    Failure failure;
     X *dz = (X*)workspace.data, *act = dz + R * 2 * F, *dx_rows = need_rows ? act + R * F : nullptr;
     auto tasks = blocks();
     auto row = row_of_place();
@@ -399,10 +416,12 @@ struct Experts : Layer {
       static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i)
-        if (tasks[i].rows <= FEW)
-          backward_block<Plain>(scratch, tasks[i], dy, z, dz, act, dx_rows, dweight);
-        else
-          backward_block<Big>(scratch, tasks[i], dy, z, dz, act, dx_rows, dweight);
+        failure.guard([&] {
+          if (tasks[i].rows <= FEW)
+            backward_block<Plain>(scratch, tasks[i], dy, z, dz, act, dx_rows, dweight);
+          else
+            backward_block<Big>(scratch, tasks[i], dy, z, dz, act, dx_rows, dweight);
+        });
 #pragma omp for schedule(dynamic, 1) nowait
       for (int i = 0; i < (int)E * 2 * parts; ++i) {
         int e = i / parts % E, part = i % parts;
@@ -413,39 +432,44 @@ struct Experts : Layer {
           if (add) continue;
           if (part == 0 && first_matrix) memset((void*)(dw13 + e * 2 * F * D), 0, 2 * F * D * sizeof(W));
           if (part == 0 && !first_matrix) memset((void*)(dw2 + e * D * F), 0, D * F * sizeof(W));
-        } else if (t.rows <= FEW) {
-          gradient_block<Plain>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
         } else {
-          gradient_block<Big>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
+          failure.guard([&] {
+            if (t.rows <= FEW)
+              gradient_block<Plain>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
+            else
+              gradient_block<Big>(scratch, t, first_matrix, part, parts, dy, dz, act, dw13, dw2, add);
+          });
         }
       }
       if (dx)
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; ++n) join(*this, dx_rows, row.data(), dx, n);
     }
-    return 0;
+    return failure.status();
   }
 };
 
 template <class Call>
-int dispatch_types(int types, Call call) {
-  switch (types) {
-    case 0: return call((float*)nullptr, (float*)nullptr);
-    case 1: return call((bf16*)nullptr, (bf16*)nullptr);
-    case 2: return call((bf16*)nullptr, (float*)nullptr);
-  }
-  return 2;
+int dispatch_types(const Layer& layer, int types, Call call) {
+  if (!layer.is_in_range()) return OUT_OF_RANGE;
+  return status_of([&] {
+    switch (types) {
+      case 0: return call((float*)nullptr, (float*)nullptr);
+      case 1: return call((bf16*)nullptr, (bf16*)nullptr);
+      default: return call((bf16*)nullptr, (float*)nullptr);
+    }
+  });
 }
 
 }  // namespace
 
-// types: 0 all fp32; 1 all bf16; 2 bf16 items on fp32 weights (autocast), whose gradients are fp32. Return 0, or 1 when out
-// of memory. A null z is not kept (forward) or computed again (backward); a null dx, dw13 or dw2 is not computed.
+// types: 0 all fp32; 1 all bf16; 2 bf16 items on fp32 weights (autocast), whose gradients are fp32. Return a
+// Status. A null z is not kept (forward) or computed again (backward); a null dx, dw13 or dw2 is not computed.
 extern "C" int anabranch_expert_forward(int types, const void* x, const int64_t* place, const int32_t* offset,
                                         const float* weight, const void* w13, const void* w2, void* y, void* z, int64_t N,
                                         int64_t E, int64_t K, int64_t D, int64_t F, int on_input, int threads) {
   Layer layer{place, offset, weight, N, E, K, D, F, on_input != 0, threads};
-  return dispatch_types(types, [&](auto* item, auto* matrix) {
+  return dispatch_types(layer, types, [&](auto* item, auto* matrix) {
     using X = std::remove_pointer_t<decltype(item)>;
     using W = std::remove_pointer_t<decltype(matrix)>;
     Experts<X, W> experts{layer, (const X*)x, (const W*)w13, (const W*)w2};
@@ -458,7 +482,7 @@ extern "C" int anabranch_expert_backward(int types, const void* dy, const void* 
                                          const void* z, void* dx, float* dweight, void* dw13, void* dw2, int64_t N,
                                          int64_t E, int64_t K, int64_t D, int64_t F, int on_input, int threads, int add) {
   Layer layer{place, offset, weight, N, E, K, D, F, on_input != 0, threads};
-  return dispatch_types(types, [&](auto* item, auto* matrix) {
+  return dispatch_types(layer, types, [&](auto* item, auto* matrix) {
     using X = std::remove_pointer_t<decltype(item)>;
     using W = std::remove_pointer_t<decltype(matrix)>;
     Experts<X, W> experts{layer, (const X*)x, (const W*)w13, (const W*)w2};

@@ -1,32 +1,50 @@
 """The compiled kernels behind tensors: the ``native`` back end of `anabranch.nn.grouped`."""
 # Shapes: N items, E experts, K places per item, R = N K rows, D width, F hidden
 
-import ctypes
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from anabranch.errors import CapacityError
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import DTYPES, Kernel
 from anabranch.nn.kernels.memory import empty_gradient
 from anabranch.routing.score import cast
 
 __all__ = ["backward", "forward", "why_not"]
 
 STEP = 16  # widths must be multiples of a vector of floats
-_TYPES = {
-    (torch.float32, torch.float32): 0,
-    (torch.bfloat16, torch.bfloat16): 1,
-    (torch.bfloat16, torch.float32): 2,  # autocast: weights are rounded as they are read, gradients stay fp32
+# of what is computed in, and of the weights; the last is autocast: weights are rounded as they are read, gradients stay fp32
+_TYPES: dict[tuple[str, ...], int] = {
+    ("float32", "float32"): 0,
+    ("bfloat16", "bfloat16"): 1,
+    ("bfloat16", "float32"): 2,
 }
+_PAIRS = {(DTYPES[dtype], DTYPES[weights]) for dtype, weights in _TYPES}
+
+FORWARD = Kernel(
+    "anabranch_expert_forward",
+    """types, x: item[N, D], place: int64[N*K], offset: int32[E], weight: float32[N, K], w13: matrix[E, 2*F, D], w2: matrix[E, D, F],
+    y: item[N, D] out, z: item[N*K, 2*F]? out, N, E, K, D, F, on_input: int, threads""",
+    types=_TYPES,
+    where=("D % 16 == 0", "F % 16 == 0", "E > 0", "K > 0"),
+    result="status",
+)
+BACKWARD = Kernel(
+    "anabranch_expert_backward",
+    """types, dy: item[N, D], x: item[N, D], place: int64[N*K], offset: int32[E], weight: float32[N, K], w13: matrix[E, 2*F, D],
+    w2: matrix[E, D, F], z: item[N*K, 2*F]?, dx: item[N, D]? out, dweight: float32[N, K] out, dw13: matrix[E, 2*F, D]? out,
+    dw2: matrix[E, D, F]? out, N, E, K, D, F, on_input: int, threads, add: int""",
+    types=_TYPES,
+    where=("D % 16 == 0", "F % 16 == 0", "E > 0", "K > 0"),
+    result="status",
+)
 
 
 def why_not(x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take this, or None if they can."""
-    if x_ND.device.type != "cpu":
-        return f"the native kernels run on the CPU, and x is on {x_ND.device}"
-    if w13_EFD.dtype != w2_EDF.dtype or (dtype, w13_EFD.dtype) not in _TYPES:
+    for name, part in (("x", x_ND), ("w13", w13_EFD), ("w2", w2_EDF)):
+        if not part.is_cpu:
+            return f"the native kernels run on the CPU, and {name} is on {part.device}"
+    if w13_EFD.dtype != w2_EDF.dtype or (dtype, w13_EFD.dtype) not in _PAIRS:
         return f"the native kernels compute in float32 or bfloat16; here in {dtype} with weights in {w13_EFD.dtype}"
     for name, width in (("dim", x_ND.shape[1]), ("hidden_dim", w2_EDF.shape[2])):
         if width % STEP:
@@ -51,7 +69,7 @@ def forward(
     operands = _contiguous(cast(x_ND, dtype), place_R, offset_E, cast(weight_NK, torch.float32), w13_EFD, w2_EDF)
     y_ND = torch.empty(x_ND.shape, dtype=dtype)
     z_R2F = torch.empty((place_R.shape[0], w13_EFD.shape[1]) if keep else 0, dtype=dtype)
-    _call("anabranch_expert_forward", [*operands, y_ND, z_R2F], weight_NK, w13_EFD, w2_EDF, on_input)
+    FORWARD(*operands, y_ND, z_R2F if keep else None, on_input)
     return y_ND, z_R2F
 
 
@@ -81,9 +99,8 @@ def backward(
         dw2_EDF = empty_gradient(w2_EDF) if need_w2 else w2_EDF.new_empty(0)
     else:
         dw13_EFD, dw2_EDF = sums
-    results = [dx_ND, dweight_NK, dw13_EFD, dw2_EDF]
-    tensors, add = [*operands, *results], int(sums is not None)
-    _call("anabranch_expert_backward", tensors, weight_NK, w13_EFD, w2_EDF, on_input, add)
+    results = (_there(dx_ND), dweight_NK, _there(dw13_EFD), _there(dw2_EDF))
+    BACKWARD(*operands[:-1], _there(operands[-1]), *results, on_input, sums is not None)
     return dx_ND.to(x_ND.dtype), dweight_NK.to(weight_NK.dtype), dw13_EFD, dw2_EDF
 
 
@@ -91,21 +108,6 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _call(
-    name: str,
-    tensors: Sequence[Tensor],
-    weight_NK: Tensor,
-    w13_EFD: Tensor,
-    w2_EDF: Tensor,
-    on_input: bool,
-    *options: int,
-) -> None:
-    """Call a kernel on tensors in its order (an empty one is a null pointer); the types are those of x and the weights."""
-    library = load()
-    assert library is not None, "callers ask why_not first"
-    types = _TYPES[tensors[0].dtype, w13_EFD.dtype]
-    sizes = (weight_NK.shape[0], w2_EDF.shape[0], weight_NK.shape[1], w2_EDF.shape[1], w2_EDF.shape[2])
-    pointers = (ctypes.c_void_p(tensor.data_ptr() or None) for tensor in tensors)
-    threads = torch.get_num_threads()
-    if getattr(library, name)(types, *pointers, *map(ctypes.c_int64, sizes), int(on_input), threads, *options):
-        raise CapacityError("not enough memory for the expert kernels' workspace; use smaller batches")
+def _there(part: Tensor) -> Tensor | None:
+    """None for an empty one: it is not wanted, or was not kept."""
+    return part if part.numel() else None

@@ -81,29 +81,55 @@ inline void store(bf16* p, vec v) {
   memcpy(p, &h, sizeof h);
 }
 
+// Lanes of a, and from as many on as it has of b. GCC takes them as a vector, in all its versions; clang one by one.
+template <class Mask, int... LANE, class V>
+inline V shuffled(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, LANE...);
+#else
+  return __builtin_shuffle(a, b, Mask{LANE...});
+#endif
+}
+template <class Index, int... LANE>
+inline vec picked(vec a, vec b, std::integer_sequence<int, LANE...>) {
+  return shuffled<ivec, Index::at(LANE)...>(a, b);
+}
+template <class Index>
+inline vec picked(vec a, vec b) {
+  return picked<Index>(a, b, std::make_integer_sequence<int, VL>());
+}
+
+template <int WIDTH>
+struct Across {
+  static constexpr int at(int lane) { return lane ^ WIDTH; }
+};
+template <int WIDTH = VL / 2>
 inline float total(vec v) {  // halves onto halves, in registers
-  ivec lane;
-  for (int i = 0; i < VL; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int width = VL / 2; width; width /= 2) v += __builtin_shuffle(v, lane ^ width);
-  return v[0];
+  v += picked<Across<WIDTH>>(v, v);
+  if constexpr (WIDTH > 1)
+    return total<WIDTH / 2>(v);
+  else
+    return v[0];
 }
 
 // Lane i is the sum of vectors[i]: halves of two are added at a time, which takes a quarter of the work of so many totals.
+template <int HALF, int SHIFT>
+struct HalfOf {
+  static constexpr int at(int lane) {
+    int within = lane % (2 * HALF), first = lane - within;
+    return SHIFT + (within < HALF ? lane : VL + first + within - HALF);
+  }
+};
+template <int HALF>
+inline void add_halves(vec* part) {
+#pragma GCC unroll 8
+  for (int i = 0; i < HALF; ++i) part[i] = picked<HalfOf<HALF, 0>>(part[i], part[i + HALF]) + picked<HalfOf<HALF, HALF>>(part[i], part[i + HALF]);
+  if constexpr (HALF > 1) add_halves<HALF / 2>(part);
+}
 inline vec totals(const vec* vectors) {
   vec part[VL];
   for (int i = 0; i < VL; ++i) part[i] = vectors[i];
-#pragma GCC unroll 4
-  for (int half = VL / 2; half; half /= 2) {
-    ivec low;
-    for (int lane = 0; lane < VL; ++lane) {
-      int within = lane % (2 * half), first = lane - within;
-      low[lane] = within < half ? lane : VL + first + within - half;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      part[i] = __builtin_shuffle(part[i], part[i + half], low) + __builtin_shuffle(part[i], part[i + half], low + half);
-  }
+  add_halves<VL / 2>(part);
   return part[0];
 }
 
@@ -205,10 +231,10 @@ inline void transpose(const uint32_t* source, int64_t ld, int64_t depth, uint32_
     for (int64_t k = 0; k < depth; k += 4) {
       const uint32_t* p = source + c * ld + k;
       quad a = read<quad>(p), b = read<quad>(p + ld), d = read<quad>(p + 2 * ld), e = read<quad>(p + 3 * ld);
-      quad ab0 = __builtin_shuffle(a, b, quad{0, 4, 1, 5}), ab1 = __builtin_shuffle(a, b, quad{2, 6, 3, 7});
-      quad de0 = __builtin_shuffle(d, e, quad{0, 4, 1, 5}), de1 = __builtin_shuffle(d, e, quad{2, 6, 3, 7});
-      quad column[4] = {__builtin_shuffle(ab0, de0, quad{0, 1, 4, 5}), __builtin_shuffle(ab0, de0, quad{2, 3, 6, 7}),
-                        __builtin_shuffle(ab1, de1, quad{0, 1, 4, 5}), __builtin_shuffle(ab1, de1, quad{2, 3, 6, 7})};
+      quad ab0 = shuffled<quad, 0, 4, 1, 5>(a, b), ab1 = shuffled<quad, 2, 6, 3, 7>(a, b);
+      quad de0 = shuffled<quad, 0, 4, 1, 5>(d, e), de1 = shuffled<quad, 2, 6, 3, 7>(d, e);
+      quad column[4] = {shuffled<quad, 0, 1, 4, 5>(ab0, de0), shuffled<quad, 2, 3, 6, 7>(ab0, de0),
+                        shuffled<quad, 0, 1, 4, 5>(ab1, de1), shuffled<quad, 2, 3, 6, 7>(ab1, de1)};
       for (int i = 0; i < 4; ++i) memcpy(panel + (k + i) * NR + c, &column[i], 16);
     }
 }

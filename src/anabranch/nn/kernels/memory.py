@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import Kernel
 
 __all__ = ["empty_gradient", "keep_freed_memory", "release"]
 
@@ -24,6 +25,8 @@ HUGE_PAGE = 2 << 20
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
 KEEP = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 16 << 20}  # bytes; 32 MB is the most it takes
+
+RELEASE = Kernel("anabranch_release", "")
 
 _free: dict[int, list[mmap.mmap]] = {}
 _lock = threading.Lock()
@@ -63,9 +66,8 @@ def release() -> None:
     """Return to the system what is kept for the next step: unused gradient memory and the kernels' workspace."""
     with _lock:
         _free.clear()
-    library = load()
-    if library is not None:
-        library.anabranch_release()
+    if load() is not None:
+        RELEASE()
 
 
 def _give_back(size: int, mapping: mmap.mmap) -> None:

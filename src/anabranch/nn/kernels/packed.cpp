@@ -1,5 +1,6 @@
 // One product of a packed matrix (see packed.h). C ABI; compiled and loaded by kernels/__init__.py.
 
+#include "failure.h"
 #include "packed.h"
 
 namespace {
@@ -7,9 +8,11 @@ thread_local Scratch scratch_of_call;
 }
 
 // y[count][rows] = x[count][depth] w^T + bias (null for none); float32 throughout.
-extern "C" void anabranch_packed_linear(const Matrix* w, const float* x, int64_t count, const float* bias, float* y, int threads) {
+extern "C" int anabranch_packed_linear(const char* data, int64_t N, int64_t K, int64_t group, int64_t panel_bytes, int64_t kind,
+                                       const float* x, const float* bias, float* y, int64_t count, int threads) {
+  const Matrix matrix{data, N, K, group, panel_bytes, kind, 0}, *w = &matrix;
   Activations a{nullptr, w->depth, Activations::bytes_of_row(w->depth, w->kind), w->kind};
-  a.data = scratch_of_call.get<char>(LEFT, (count + SPARE_ROWS) * a.row_bytes);
+  if (int status = status_of([&] { a.data = scratch_of_call.get<char>(LEFT, (count + SPARE_ROWS) * a.row_bytes); return DONE; })) return status;
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
@@ -23,6 +26,7 @@ extern "C" void anabranch_packed_linear(const Matrix* w, const float* x, int64_t
       for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (bias ? bias[j * WIDE + c] : 0.f);
     });
   }
+  return DONE;
 }
 
 // Ask for 2 MB pages before large weights are written: small ones cost a look-up every 4 KB that is read.

@@ -6,8 +6,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from anabranch.errors import InputError
 from anabranch.nn.kernels import load
-from anabranch.nn.packed import KINDS, WIDE, Packed
+from anabranch.nn.kernels.door import Kernel, address
+from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
 
@@ -28,29 +30,49 @@ class Matrix(ctypes.Structure):
     )
 
 
+LINEAR = Kernel(
+    "anabranch_packed_linear",
+    """data: uint8[E, P, Z], N: int64, K: int64, group: int64, Z: int64, kind: int64, given P, x: float32[C, K], bias: float32[N]?,
+    y: float32[C, N] out, C, threads""",
+    where=("E > 0",),
+    result="status",
+)
+ADVISE = Kernel("anabranch_advise", "data: uint8[B], B")
+
+
 def matrix(packed: Packed) -> Matrix:
-    """What the kernels are told; ``packed`` must outlive it."""
-    experts, panels, panel_bytes = packed.data.shape
-    assert packed.data.is_contiguous() or experts == 1
-    kind = KINDS.index(packed.kind)
-    return Matrix(
-        packed.data.data_ptr(), packed.rows, packed.depth, packed.group, panel_bytes, kind, panels * panel_bytes
-    )
+    """What the kernels are told; ``packed`` must outlive it. Raises InputError where its memory is not what its sizes say."""
+    kind, rows, depth, group = KINDS.index(packed.kind), packed.rows, packed.depth, packed.group
+    panel_bytes, panels = _panel_bytes(packed), -(-rows // WIDE)
+    start = address(packed.data, "uint8", None, panels, panel_bytes)
+    return Matrix(start, rows, depth, group, panel_bytes, kind, panels * panel_bytes)
+
+
+def _panel_bytes(packed: Packed) -> int:
+    """Of 16 rows, see packed.h."""
+    if packed.kind in ("float32", "bfloat16"):
+        return WIDE * packed.depth * (4 if packed.kind == "float32" else 2)
+    if packed.group < SHARE or packed.group % SHARE or packed.depth % packed.group:
+        raise InputError(
+            f"a matrix has groups of {packed.group}; they must be multiples of {SHARE} that divide {packed.depth}"
+        )
+    return WIDE * packed.depth // (1 if packed.kind == "int8" else 2) + packed.depth // packed.group * SIDE
 
 
 def matrix_of_rows(weight_ENK: Tensor) -> Matrix:
     """What the kernels are told of a stack of plain matrices, float32 or bfloat16, N a multiple of 16; it must stay where it is."""
+    start = address(weight_ENK, ("float32", "bfloat16"), None, None, None)
     _, rows, depth = weight_ENK.shape
-    assert weight_ENK.is_contiguous()
-    assert rows % WIDE == 0
+    if rows % WIDE or depth % WIDE:
+        raise InputError(f"matrices are [{rows}, {depth}]; the kernels take multiples of {WIDE}")
     row_bytes = depth * weight_ENK.dtype.itemsize
     kind = ROWS_OF[weight_ENK.dtype]
-    return Matrix(weight_ENK.data_ptr(), rows, depth, depth, WIDE * row_bytes, kind, rows * row_bytes)
+    return Matrix(start, rows, depth, depth, WIDE * row_bytes, kind, rows * row_bytes)
 
 
 def can(packed: Packed, x_CK: Tensor) -> bool:
     """Whether the kernels take this: on a CPU, without a gradient."""
-    if x_CK.device.type != "cpu" or packed.data.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x_CK.is_cpu or not packed.data.is_cpu or torch.compiler.is_compiling():
         return False
     if x_CK.dtype not in (torch.float32, torch.bfloat16) or (torch.is_grad_enabled() and x_CK.requires_grad):
         return False
@@ -59,24 +81,17 @@ def can(packed: Packed, x_CK: Tensor) -> bool:
 
 def linear(packed: Packed, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """y_CN in the dtype of x."""
-    library = load()
-    assert library is not None, "callers ask can first"
     x = x_CK.float().contiguous()
     bias = None if bias_N is None else bias_N.detach().float().contiguous()
     y_CN = torch.empty(x.shape[0], packed.rows)
-    library.anabranch_packed_linear(
-        ctypes.byref(matrix(packed)),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_int64(x.shape[0]),
-        ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
-        ctypes.c_void_p(y_CN.data_ptr()),
-        torch.get_num_threads(),
-    )
+    rows, kind = packed.rows, KINDS.index(packed.kind)
+    LINEAR(
+        packed.data, rows, packed.depth, packed.group, _panel_bytes(packed), kind, -(-rows // WIDE), x, bias, y_CN
+    )  # fmt: skip
     return y_CN.to(x_CK.dtype)
 
 
 def advise(data: Tensor) -> None:
     """Ask for large pages for memory that is not written yet."""
-    library = load()
-    if library is not None:
-        library.anabranch_advise(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.nbytes))
+    if load() is not None:
+        ADVISE(data.view(-1).view(torch.uint8))

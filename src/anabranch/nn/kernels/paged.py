@@ -1,24 +1,34 @@
 """The compiled attention over a paged key-value cache, behind tensors."""
 # Shapes: P streams, T rows of a step, H query heads, G key heads, D head width, M entries in front, S slots, N sequences, U block numbers
 
-import ctypes
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import Kernel
 
 __all__ = ["attend", "can"]
 
 MOST_WIDTH = 512  # of a head: a row of queries must fit a lane of the tiles
 
+ATTENTION = Kernel(
+    "anabranch_paged_attention",
+    """types, query: item[P, H, T, D] rows, new_key: item[P, G, T, D] rows, new_value: item[P, G, T, D] rows,
+    y: item[P, H, T, D] rows out, key: item[P, S, G, D] out, value: item[P, S, G, D] out, front_key: item[P, G, M, D]?,
+    front_value: item[P, G, M, D]?, strides(query, new_key, new_value, y), sequence: int64[N, 4] array, table: int32[U] array,
+    P, T, N, H, G, D, M: int64, S, U, block_tokens: int64, scale: float, threads""",
+    types={("float32",): 0, ("bfloat16",): 1},
+    where=(f"0 < D <= {MOST_WIDTH}", "G > 0", "H % G == 0"),
+    result="status",
+)
+
 
 def can(key_PSGD: Tensor) -> bool:
     """Whether the kernel takes a pool of such keys and values: float32 or bfloat16, in one piece, on a CPU with a compiler."""
     return (
-        key_PSGD.device.type == "cpu"
+        key_PSGD.is_cpu
         and key_PSGD.dtype in (torch.float32, torch.bfloat16)
         and key_PSGD.is_contiguous()
         and key_PSGD.shape[-1] <= MOST_WIDTH
@@ -50,31 +60,21 @@ def attend(
 
     Returns:
         y_PHTD in the query's type, laid out [P, T, H, D].
+
+    Raises:
+        InputError: a sequence or a block that is none of the step's or the pool's.
+        CapacityError: no memory to work in.
     """
-    library = load()
-    assert library is not None, "callers ask can first"
     dtype = key_PSGD.dtype
     query, new_key, new_value = (_rows(part, dtype) for part in (query_PHTD, new_key_PGTD, new_value_PGTD))
     streams, heads, rows, width = query.shape
     y_PHTD = torch.empty(streams, rows, heads, width, dtype=dtype).transpose(1, 2)
-    front = () if prefix is None else tuple(part_PGMD.to(dtype).contiguous() for part_PGMD in prefix)
-    tensors = (query, new_key, new_value, y_PHTD, key_PSGD, value_PSGD, *front)
-    pointers = [part.data_ptr() for part in tensors] + [0] * (8 - len(tensors))
-    strides = [stride for part in tensors[:4] for stride in part.stride()[:3]]
-    num_front = front[0].shape[2] if front else 0
-    sizes = (
-        streams, rows, len(sequence_N4), heads, new_key.shape[1], width, num_front, key_PSGD.shape[1], block_tokens,
+    front = (None, None) if prefix is None else tuple(part_PGMD.to(dtype).contiguous() for part_PGMD in prefix)
+    num_front = 0 if front[0] is None else front[0].shape[2]
+    ATTENTION(
+        query, new_key, new_value, y_PHTD, key_PSGD, value_PSGD, *front, sequence_N4, table_U,
+        num_front, block_tokens, width**-0.5,
     )  # fmt: skip
-    library.anabranch_paged_attention(
-        int(dtype == torch.bfloat16),
-        (ctypes.c_void_p * 8)(*pointers),
-        (ctypes.c_int64 * 12)(*strides),
-        ctypes.c_void_p(sequence_N4.ctypes.data),
-        ctypes.c_void_p(table_U.ctypes.data),
-        (ctypes.c_int64 * 9)(*sizes),
-        ctypes.c_float(width**-0.5),
-        torch.get_num_threads(),
-    )
     return y_PHTD.to(query_PHTD.dtype)
 
 

@@ -11,6 +11,7 @@
 // What makes it exact: blocks of keys begin at multiples of KEYS of the sequence, and every sum has one order. So a row's result depends
 // neither on the other rows of the step, nor on how its sequence was cut into steps, nor on the number of threads.
 
+#include "failure.h"
 #include "matmul.h"
 
 namespace {
@@ -242,8 +243,24 @@ void attend(const Paged<W>& a, const Task& t) {
   }
 }
 
+// Whether all rows and blocks are among those that there are.
 template <class W>
-void run(const Paged<W>& a, int threads) {
+bool is_in_range(const Paged<W>& a, int64_t length) {
+  for (int64_t n = 0; n < a.N; ++n) {
+    const Sequence& s = a.sequences[n];
+    if (s.first < 0 || s.count < 0 || s.past < 0 || s.table < 0 || s.first > a.T - s.count) return false;
+    const int64_t blocks = (s.past + s.count + a.block - 1) / a.block;
+    if (blocks > length - s.table) return false;
+    for (int64_t u = s.table; u < s.table + blocks; ++u)
+      if (a.table[u] < 0 || (a.table[u] + (int64_t)1) * a.block > a.slots) return false;
+  }
+  return true;
+}
+
+template <class W>
+int run(const Paged<W>& a, int64_t length, int threads) {
+  if (a.block < 1 || !is_in_range(a, length)) return OUT_OF_RANGE;
+  Failure failure;
   std::vector<Task> tasks;
   for (int64_t n = 0; n < a.N; ++n) {
     const Sequence& s = a.sequences[n];
@@ -260,25 +277,26 @@ void run(const Paged<W>& a, int threads) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < a.P * a.N; ++i) write_rows(a, i / a.N, i % a.N);  // all are written before any is read
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < (int64_t)tasks.size(); ++i) attend(a, tasks[i]);
+    for (int64_t i = 0; i < (int64_t)tasks.size(); ++i) failure.guard([&] { attend(a, tasks[i]); });
   }
-}
-
-template <class W>
-void call(void* const* data, const int64_t* strides, const int64_t* sequences, const int32_t* table, const int64_t* sizes, float scale,
-          int threads) {
-  Paged<W> a{(const W*)data[0], (const W*)data[1], (const W*)data[2], (W*)data[3], (W*)data[4], (W*)data[5], (const W*)data[6],
-             (const W*)data[7], strides, (const Sequence*)sequences, table, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-             sizes[6], sizes[7], sizes[8], scale};
-  run(a, threads);
+  return failure.status();
 }
 
 }  // namespace
 
-// `data` holds q, new k, new v, y, the pool's keys and values, keys and values in front (or null); `strides` (stream, head, row) of the
-// first four; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table`; `sizes` P, T, N, H, G, D, M,
-// slots, slots of a block.
-extern "C" void anabranch_paged_attention(int is_half, void* const* data, const int64_t* strides, const int64_t* sequences,
-                                          const int32_t* table, const int64_t* sizes, float scale, int threads) {
-  (is_half ? call<bf16> : call<float>)(data, strides, sequences, table, sizes, scale, threads);
+// `strides` are (stream, head, row) of q, new k, new v and y; `pool_k` and `pool_v` [P, slots, G, D]; `front_k` and `front_v` [P, G, M, D] or
+// null; `sequences` [N][4]: first row, rows, positions stored before, where its blocks begin in `table` [U] of numbers of blocks.
+extern "C" int anabranch_paged_attention(int half, const void* q, const void* new_k, const void* new_v, void* y, void* pool_k, void* pool_v,
+                                         const void* front_k, const void* front_v, const int64_t* strides, const int64_t* sequences,
+                                         const int32_t* table, int64_t P, int64_t T, int64_t N, int64_t H, int64_t G, int64_t D, int64_t M,
+                                         int64_t slots, int64_t U, int64_t block, float scale, int threads) {
+  return status_of([&] {
+    auto call = [&](auto* type) {
+      using W = std::remove_pointer_t<decltype(type)>;
+      Paged<W> a{(const W*)q, (const W*)new_k, (const W*)new_v, (W*)y, (W*)pool_k, (W*)pool_v, (const W*)front_k, (const W*)front_v,
+                 strides, (const Sequence*)sequences, table, P, T, N, H, G, D, M, slots, block, scale};
+      return run(a, U, threads);
+    };
+    return half ? call((bf16*)nullptr) : call((float*)nullptr);
+  });
 }

@@ -7,6 +7,7 @@
 //
 // Shapes: B sequences, D width, H heads, F hidden width, W window; S and P': W and P ids of a prompt, up to whole vectors of 16; C outputs.
 
+#include "failure.h"
 #include "step.h"
 
 namespace {
@@ -168,31 +169,35 @@ void feed_forward(const PathNetwork& n, const PathLayer& layer, int64_t B, const
 }  // namespace
 
 // ids [B]; prob [B][outputs]. Each sequence has one id more when this returns.
-extern "C" void anabranch_path_step(const PathNetwork* network, int64_t B, const int64_t* ids, Kept* const* kept, float* prob) {
+extern "C" int anabranch_path_step(const PathNetwork* network, int64_t B, const int64_t* ids, Kept* const* kept, float* prob, int64_t outputs) {
   const PathNetwork& n = *network;
-  int64_t longest = n.stride;
-  for (int64_t b = 0; b < B; ++b) longest = std::max(longest, kept[b]->prompt + WIDE);
-  float* memory = scratch_of_call.get<float>(LEFT, B * 6 * n.D + n.H * longest);
-  Work r;
-  r.x = memory, r.normed = r.x + B * n.D, r.mixed = r.normed + B * n.D, r.qkv = r.mixed + B * n.D;
-  r.score = r.qkv + B * 3 * n.D;
-  auto add = [&](int64_t b, int64_t c, vec v) { store(r.x + b * n.D + c, load(r.x + b * n.D + c) + v); };
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t id = ids[b] >= 0 && ids[b] < n.vocab ? ids[b] : n.vocab;
-    memcpy(r.x + b * n.D, n.embedding + id * n.D, n.D * sizeof(float));
-  }
-  for (int64_t number = 0; number < n.depth; ++number) {
-    const PathLayer& layer = n.layers[number];
-    self_attention(n, layer, number, B, kept, r);
-    product(layer.out, r.mixed, B, add);
-    cross_attention(n, layer, number, B, kept, r);
-    product(layer.cross_out, r.mixed, B, add);
-    feed_forward(n, layer, B, r);
-  }
-  for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, n.last_norm, n.D, n.eps, r.normed + b * n.D);
-  product(n.heads, r.normed, B, [&](int64_t b, int64_t c, vec v) {
-    vec p = sigmoid(v);
-    memcpy(prob + b * n.outputs + c, &p, std::min<int64_t>(VL, std::max<int64_t>(n.outputs - c, 0)) * sizeof(float));
+  if (outputs != n.outputs) return OUT_OF_RANGE;
+  return status_of([&] {
+    int64_t longest = n.stride;
+    for (int64_t b = 0; b < B; ++b) longest = std::max(longest, kept[b]->prompt + WIDE);
+    float* memory = scratch_of_call.get<float>(LEFT, B * 6 * n.D + n.H * longest);
+    Work r;
+    r.x = memory, r.normed = r.x + B * n.D, r.mixed = r.normed + B * n.D, r.qkv = r.mixed + B * n.D;
+    r.score = r.qkv + B * 3 * n.D;
+    auto add = [&](int64_t b, int64_t c, vec v) { store(r.x + b * n.D + c, load(r.x + b * n.D + c) + v); };
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t id = ids[b] >= 0 && ids[b] < n.vocab ? ids[b] : n.vocab;
+      memcpy(r.x + b * n.D, n.embedding + id * n.D, n.D * sizeof(float));
+    }
+    for (int64_t number = 0; number < n.depth; ++number) {
+      const PathLayer& layer = n.layers[number];
+      self_attention(n, layer, number, B, kept, r);
+      product(layer.out, r.mixed, B, add);
+      cross_attention(n, layer, number, B, kept, r);
+      product(layer.cross_out, r.mixed, B, add);
+      feed_forward(n, layer, B, r);
+    }
+    for (int64_t b = 0; b < B; ++b) norm_row(r.x + b * n.D, n.last_norm, n.D, n.eps, r.normed + b * n.D);
+    product(n.heads, r.normed, B, [&](int64_t b, int64_t c, vec v) {
+      vec p = sigmoid(v);
+      memcpy(prob + b * n.outputs + c, &p, std::min<int64_t>(VL, std::max<int64_t>(n.outputs - c, 0)) * sizeof(float));
+    });
+    for (int64_t b = 0; b < B; ++b) ++kept[b]->seen;
+    return DONE;
   });
-  for (int64_t b = 0; b < B; ++b) ++kept[b]->seen;
 }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "failure.h"
+
 namespace {
 
 using Word = uint64_t;
@@ -130,19 +132,23 @@ void exchange(const Tokens& t, Side& first, int64_t max_exchanges) {
 }  // namespace
 
 // chosen [X][C], of which the first `size` tokens are the first batch, neither empty; order [X]; objectives [2]: before, after.
-extern "C" void anabranch_regroup(const uint8_t* chosen, int64_t X, int64_t C, int64_t size, int64_t max_rounds, int64_t max_exchanges,
-                                  int64_t* order, int64_t* objectives) {
-  const Tokens t = packed(chosen, X, C);
-  Side given(X, 0);
-  std::fill(given.begin(), given.begin() + size, 1);
-  Side starts[2] = {given, clustered(t, given, size, max_rounds)}, best = given;
-  objectives[0] = objectives[1] = objective(t, given);
-  for (Side& start : starts) {
-    exchange(t, start, max_exchanges);
-    const int64_t value = objective(t, start);
-    if (value < objectives[1]) best = start, objectives[1] = value;
-  }
-  for (char side : {1, 0})
-    for (int64_t x = 0; x < X; ++x)
-      if (best[x] == side) *order++ = x;
+extern "C" int anabranch_regroup(const uint8_t* chosen, int64_t X, int64_t C, int64_t size, int64_t max_rounds, int64_t max_exchanges,
+                                 int64_t* order, int64_t* objectives) {
+  if (size < 1 || size >= X) return OUT_OF_RANGE;
+  return status_of([&] {
+    const Tokens t = packed(chosen, X, C);
+    Side given(X, 0);
+    std::fill(given.begin(), given.begin() + size, 1);
+    Side starts[2] = {given, clustered(t, given, size, max_rounds)}, best = given;
+    objectives[0] = objectives[1] = objective(t, given);
+    for (Side& start : starts) {
+      exchange(t, start, max_exchanges);
+      const int64_t value = objective(t, start);
+      if (value < objectives[1]) best = start, objectives[1] = value;
+    }
+    for (char side : {1, 0})
+      for (int64_t x = 0; x < X; ++x)
+        if (best[x] == side) *order++ = x;
+    return DONE;
+  });
 }

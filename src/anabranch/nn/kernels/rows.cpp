@@ -5,6 +5,7 @@
 //
 // Memory is what costs: a row is read once and its second use finds it in the cache. No number depends on how many threads there are.
 
+#include "failure.h"
 #include "matmul.h"
 
 namespace {
@@ -64,12 +65,12 @@ struct Strides {
 };
 
 template <class T>
-void turn(const T* x, Strides from, T* y, Strides to, const T* cos, const T* sin, int64_t of_sequence, int64_t B, int64_t H,
+void turn(const T* x, Strides from, T* y, Strides to, const T* cos, Strides of_cos, const T* sin, Strides of_sin, int64_t B, int64_t H,
           int64_t L, int64_t W, float sign, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads) if (B * H * L * W > SMALL) schedule(static)
   for (int64_t b = 0; b < B; ++b)
     for (int64_t l = 0; l < L; ++l) {
-      const T *c = cos + b * of_sequence + l * W, *s = sin + b * of_sequence + l * W;
+      const T *c = cos + b * of_cos.sequence + l * of_cos.position, *s = sin + b * of_sin.sequence + l * of_sin.position;
       for (int64_t h = 0; h < H; ++h) {
         const T* row = x + b * from.sequence + h * from.head + l * from.position;
         T* out = y + b * to.sequence + h * to.head + l * to.position;
@@ -129,23 +130,26 @@ extern "C" void anabranch_norm_forward(int half, const void* x, const float* wei
   });
 }
 
-extern "C" void anabranch_norm_backward(int half, const void* gradient, const void* x, const float* weight, const float* scale,
-                                        void* dx, float* dweight, int64_t N, int64_t D, int threads) {
-  of_type(half, [&](auto* type) {
-    using T = decltype(type);
-    norm_backward((std::remove_pointer_t<T> const*)gradient, (std::remove_pointer_t<T> const*)x, weight, scale, (T)dx, dweight, N, D,
-                  threads);
+extern "C" int anabranch_norm_backward(int half, const void* gradient, const void* x, const float* weight, const float* scale,
+                                       void* dx, float* dweight, int64_t N, int64_t D, int threads) {
+  return status_of([&] {
+    of_type(half, [&](auto* type) {
+      using T = decltype(type);
+      norm_backward((std::remove_pointer_t<T> const*)gradient, (std::remove_pointer_t<T> const*)x, weight, scale, (T)dx, dweight, N, D,
+                    threads);
+    });
+    return DONE;
   });
 }
 
-// strides: of x, then of y, over sequences, heads and positions; then of cos and sin over sequences (0 where all have the same).
+// strides: of x, y, cos and sin, each over sequences, heads and positions.
 extern "C" void anabranch_turn(int half, const void* x, void* y, const void* cos, const void* sin, const int64_t* strides, int64_t B,
                                int64_t H, int64_t L, int64_t W, float sign, int threads) {
   of_type(half, [&](auto* type) {
     using T = decltype(type);
     using C = std::remove_pointer_t<T> const*;
-    turn((C)x, {strides[0], strides[1], strides[2]}, (T)y, {strides[3], strides[4], strides[5]}, (C)cos, (C)sin, strides[6], B, H, L,
-         W, sign, threads);
+    auto of = [&](int tensor) { return Strides{strides[3 * tensor], strides[3 * tensor + 1], strides[3 * tensor + 2]}; };
+    turn((C)x, of(0), (T)y, of(1), (C)cos, of(2), (C)sin, of(3), B, H, L, W, sign, threads);
   });
 }
 

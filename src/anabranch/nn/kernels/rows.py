@@ -1,20 +1,55 @@
 """The compiled passes over rows behind tensors: RMSNorm, rotary positions, weighted sums, in float32 and bfloat16 on a CPU."""
 # Shapes: N rows, D width; B sequences, H heads, L positions, W head width; C parts of a sum
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import Kernel, is_dense
 from anabranch.routing.score import cast
 
 __all__ = ["can_norm", "can_sum", "can_turn", "norm", "norm_gradients", "sum_gradients", "turn", "weighted_sum"]
 
 STEP = 16  # vectors of floats that widths must be multiples of
 
-_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_TYPES: dict[tuple[str, ...], int] = {("float32",): 0, ("bfloat16",): 1}
+
+NORM_FORWARD = Kernel(
+    "anabranch_norm_forward",
+    "types, x: item[N.., D], weight: float32[D], y: item[N.., D] out, scale: float32[N]? out, N, D, eps: float, threads",
+    types=_TYPES,
+    where=("D % 16 == 0",),
+)
+NORM_BACKWARD = Kernel(
+    "anabranch_norm_backward",
+    """types, gradient: item[N.., D], x: item[N.., D], weight: float32[D], scale: float32[N], dx: item[N.., D] out,
+    dweight: float32[D] out, N, D, threads""",
+    types=_TYPES,
+    where=("D % 16 == 0",),
+    result="status",
+)
+TURN = Kernel(
+    "anabranch_turn",
+    """types, x: item[B, H, L, W] rows, y: item[B, H, L, W] rows out, cos: item[B, 1, L, W] rows, sin: item[B, 1, L, W] rows,
+    strides(x, y, cos, sin), B, H, L, W, sign: float, threads""",
+    types=_TYPES,
+    where=("W % 32 == 0",),
+)
+SUM_FORWARD = Kernel(
+    "anabranch_sum_forward",
+    "types, parts: item[N, D] * C, weight: float32[N, C], y: item[N, D] out, N, D, C, threads",
+    types=_TYPES,
+    where=("D % 16 == 0",),
+)
+SUM_BACKWARD = Kernel(
+    "anabranch_sum_backward",
+    """types, gradient: item[N, D], parts: item[N, D] * C, weight: float32[N, C], made: item[N, D] out * C,
+    dweight: float32[N, C] out, N, D, C, threads""",
+    types=_TYPES,
+    where=("D % 16 == 0",),
+)
 
 
 def _can(x: Tensor) -> bool:
@@ -42,12 +77,8 @@ def norm(x: Tensor, weight_D: Tensor, eps: float, *, keep: bool) -> tuple[Tensor
     """(x in one piece, y, the factor of each row in x's order in memory). Rows are independent, so their order does not matter."""
     x, weight_D = _dense(x), cast(weight_D, torch.float32).contiguous()
     y = torch.empty_like(x)
-    width = x.shape[-1]
-    scale_N = torch.empty(x.numel() // width) if keep else None
-    _library().anabranch_norm_forward(
-        int(x.dtype == torch.bfloat16), *_pointers(x, weight_D, y, scale_N),
-        _int(x.numel() // width), _int(width), _float(eps), torch.get_num_threads(),
-    )  # fmt: skip
+    scale_N = torch.empty(x.numel() // x.shape[-1]) if keep else None
+    NORM_FORWARD(x, weight_D, y, scale_N, eps)
     return x, y, scale_N
 
 
@@ -56,12 +87,7 @@ def norm_gradients(gradient: Tensor, x: Tensor, weight_D: Tensor, scale_N: Tenso
     if gradient.stride() != x.stride() or gradient.dtype != x.dtype:
         gradient = torch.empty_like(x).copy_(gradient)
     dx, dweight_D = torch.empty_like(x), torch.empty(weight_D.shape)
-    weight_D = cast(weight_D, torch.float32).contiguous()
-    width = x.shape[-1]
-    _library().anabranch_norm_backward(
-        int(x.dtype == torch.bfloat16), *_pointers(gradient, x, weight_D, scale_N, dx, dweight_D),
-        _int(x.numel() // width), _int(width), torch.get_num_threads(),
-    )  # fmt: skip
+    NORM_BACKWARD(gradient, x, cast(weight_D, torch.float32).contiguous(), scale_N, dx, dweight_D)
     return dx, dweight_D
 
 
@@ -69,56 +95,28 @@ def turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """Each pair (x_i, x_{i + W/2}) turned by its angle, or back where ``sign`` is -1. The angles are [B or 1, 1, L, W]."""
     if x_BHLD.stride(-1) != 1:
         x_BHLD = x_BHLD.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin, batch = cos.contiguous(), sin.contiguous(), x_BHLD.shape[0]
+    if batch != 1 and cos.shape[0] == 1:
+        cos, sin = cos.expand(batch, -1, -1, -1), sin.expand(batch, -1, -1, -1)
     y_BHLD = torch.empty_like(x_BHLD)
-    batch, heads, length, width = x_BHLD.shape
-    of_sequence = 0 if cos.shape[0] == 1 else length * width
-    strides = (ctypes.c_int64 * 7)(*x_BHLD.stride()[:3], *y_BHLD.stride()[:3], of_sequence)
-    _library().anabranch_turn(
-        int(x_BHLD.dtype == torch.bfloat16), *_pointers(x_BHLD, y_BHLD, cos, sin), strides,
-        _int(batch), _int(heads), _int(length), _int(width), _float(sign), torch.get_num_threads(),
-    )  # fmt: skip
+    TURN(x_BHLD, y_BHLD, cos, sin, sign)
     return y_BHLD
 
 
 def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
     """y_ND = sum_c weight_nc part_c; the parts are contiguous, the weights float32."""
     y_ND = torch.empty_like(parts[0])
-    _library().anabranch_sum_forward(
-        int(y_ND.dtype == torch.bfloat16), _table(parts), *_pointers(weight_NC, y_ND),
-        *map(_int, (*y_ND.shape, len(parts))), torch.get_num_threads(),
-    )  # fmt: skip
+    SUM_FORWARD(parts, weight_NC, y_ND)
     return y_ND
 
 
 def sum_gradients(gradient_ND: Tensor, parts: Sequence[Tensor], weight_NC: Tensor) -> tuple[list[Tensor], Tensor]:
     """(dpart_ND of each part, dweight_NC)."""
     made, dweight_NC = [torch.empty_like(part) for part in parts], torch.empty_like(weight_NC)
-    gradient_ND = cast(gradient_ND, parts[0].dtype).contiguous()
-    _library().anabranch_sum_backward(
-        int(gradient_ND.dtype == torch.bfloat16), *_pointers(gradient_ND), _table(parts), *_pointers(weight_NC),
-        _table(made), *_pointers(dweight_NC), *map(_int, (*gradient_ND.shape, len(parts))), torch.get_num_threads(),
-    )  # fmt: skip
+    SUM_BACKWARD(cast(gradient_ND, parts[0].dtype).contiguous(), parts, weight_NC, made, dweight_NC)
     return made, dweight_NC
-
-
-def _table(parts: Sequence[Tensor]) -> ctypes.Array:
-    return (_pointer * len(parts))(*(part.data_ptr() for part in parts))
-
-
-def _library() -> ctypes.CDLL:
-    library = load()
-    assert library is not None, "callers ask first"
-    return library
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [_pointer(None if part is None else part.data_ptr()) for part in tensors]
 
 
 def _dense(x: Tensor) -> Tensor:
     """The tensor with its rows one after the other in some order, without a copy where they are."""
-    if x.is_contiguous():
-        return x
-    is_dense = x.stride(-1) == 1 and torch.empty_like(x, device="meta").stride() == x.stride()
-    return x if is_dense else x.contiguous()
+    return x if x.is_contiguous() or is_dense(x) else x.contiguous()

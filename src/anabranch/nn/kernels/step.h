@@ -45,7 +45,7 @@ struct Block {  // without attention (qkv of no rows) it is one more pass over t
 };
 
 struct Model {
-  int64_t layers, D, H, G, W, F, block_tokens;  // F: the widest hidden layer
+  int64_t layers, D, H, G, W, F, block_tokens, slots;  // F: the widest hidden layer
   int64_t most_experts, most_top_k, state;  // state: P, 0 without recurrences
   int64_t rows, most_loops;                 // rows: of experts or paths, the most per token
   float norm_eps, qk_eps, clip;  // clip 0 for none
@@ -60,6 +60,7 @@ struct Step {
   const int64_t* sequence;  // [N][4]: first row, rows, past, first entry of the table
   int64_t sequences;
   const int32_t* table;
+  int64_t table_length;
   const float *cos, *sin;  // [T, W]
   float* x;                // [T, D], embedded tokens in, normed hidden states out
   int32_t* routes;         // [routed layers, T, most_top_k] or null

@@ -10,20 +10,24 @@ namespace {
 constexpr int CHUNK = 64;  // keys that are scored at a time
 
 // totals of VL vectors, that of v[l] in lane l
+template <int STEP, bool HIGH>
+struct Neighbour {
+  static constexpr int at(int lane) {
+    bool odd = lane & STEP;
+    return HIGH ? (odd ? lane + VL : lane + STEP) : (odd ? lane - STEP + VL : lane);
+  }
+};
+template <int STEP = 1>
 inline vec totals(vec* v) {
-  ivec lane;
-  for (int i = 0; i < VL; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int step = 1; step < VL; step *= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < VL / (2 * step); ++i) {
-      vec a = v[2 * i], b = v[2 * i + 1];
-      ivec odd = (lane & step) != 0;  // -1 where it holds
-      vec low = __builtin_shuffle(a, b, odd ? lane - step + VL : lane);
-      vec high = __builtin_shuffle(a, b, odd ? lane + VL : lane + step);
-      v[i] = low + high;
-    }
-  return v[0];
+  for (int i = 0; i < VL / (2 * STEP); ++i) {
+    vec a = v[2 * i], b = v[2 * i + 1];
+    v[i] = picked<Neighbour<STEP, false>>(a, b) + picked<Neighbour<STEP, true>>(a, b);
+  }
+  if constexpr (2 * STEP < VL)
+    return totals<2 * STEP>(v);
+  else
+    return v[0];
 }
 
 // ---- attention of one token and one key head ----

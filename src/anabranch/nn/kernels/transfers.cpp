@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "failure.h"
+
 extern "C" int64_t anabranch_read_direct(int, int64_t, int64_t, char *, char *, int64_t);
 
 namespace {
@@ -49,7 +51,12 @@ using Clock = std::chrono::steady_clock;
 class Transfers {
  public:
   Transfers(int64_t threads, double seconds_per_byte) : seconds_per_byte_(seconds_per_byte) {
-    for (int64_t n = 0; n < threads; ++n) threads_.emplace_back([this] { run(); });
+    try {
+      for (int64_t n = 0; n < threads; ++n) threads_.emplace_back([this] { run(); });
+    } catch (...) {  // the destructor does not run then, and threads that nobody joins end the process
+      stop();
+      throw;
+    }
   }
 
   ~Transfers() { stop(); }
@@ -261,15 +268,22 @@ class Transfers {
 extern "C" {
 
 void *anabranch_transfers_new(int64_t threads, double seconds_per_byte) {
-  return new Transfers(threads, seconds_per_byte);
+  try {
+    return new Transfers(threads, seconds_per_byte);
+  } catch (...) {  // no memory, or no more threads
+    return nullptr;
+  }
 }
 
 void anabranch_transfers_delete(void *transfers) { delete static_cast<Transfers *>(transfers); }
 
 void anabranch_transfers_stop(void *transfers) { static_cast<Transfers *>(transfers)->stop(); }
 
-void anabranch_transfers_begin(void *transfers, int64_t id, int urgent, const void *pieces, int64_t count) {
-  static_cast<Transfers *>(transfers)->begin(id, urgent != 0, static_cast<const Piece *>(pieces), count);
+int anabranch_transfers_begin(void *transfers, int64_t id, int urgent, const void *pieces, int64_t count) {
+  return status_of([&] {
+    static_cast<Transfers *>(transfers)->begin(id, urgent != 0, static_cast<const Piece *>(pieces), count);
+    return DONE;
+  });
 }
 
 void anabranch_transfers_change(void *transfers, int64_t id, int urgent, int cancelled) {

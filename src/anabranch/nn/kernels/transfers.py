@@ -4,7 +4,11 @@ import ctypes
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
+from anabranch.errors import CapacityError
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import Kernel
 
 __all__ = ["CACHED", "CANCELLED", "DIRECT", "MEMORY", "Piece", "Transfers"]
 
@@ -29,6 +33,28 @@ class Piece(ctypes.Structure):
     _fields_ = (("kind", _int), ("handle", _int), ("start", _int), ("bytes", _int), ("target", ctypes.c_void_p))
 
 
+NEW = Kernel("anabranch_transfers_new", "threads_of_it: int64, seconds_per_byte: double", result="handle")
+BEGIN = Kernel(
+    "anabranch_transfers_begin",
+    "transfers: handle, id: int64, urgent: int, pieces: Piece, count: int64",
+    structures={"Piece": Piece}, result="status", holds_interpreter=True,
+)  # fmt: skip
+CHANGE = Kernel(
+    "anabranch_transfers_change", "transfers: handle, id: int64, urgent: int, cancelled: int", holds_interpreter=True
+)
+TAKE = Kernel(
+    "anabranch_transfers_take",
+    "transfers: handle, ids: int64[R] array out, results: int64[R] array out, R, count: int64[1] array out",
+    result="int64", holds_interpreter=True,
+)  # fmt: skip
+POKE = Kernel("anabranch_transfers_poke", "transfers: handle", holds_interpreter=True)
+KICK = Kernel("anabranch_transfers_kick", "transfers: handle", holds_interpreter=True)
+WAIT = Kernel("anabranch_transfers_wait", "transfers: handle, seen: int64, seconds: double", result="int64")
+FEED = Kernel("anabranch_transfers_feed", "transfers: handle", result="int")
+STOP = Kernel("anabranch_transfers_stop", "transfers: handle")
+DELETE = Kernel("anabranch_transfers_delete", "transfers: handle")
+
+
 class Transfers:
     """Copies in threads of its own. Urgent ones go first; the others begin when none is under way, one at a time.
 
@@ -39,64 +65,58 @@ class Transfers:
     Attributes:
         seen: endings that were taken so far, for `wait`.
 
-    Raises RuntimeError where there are no compiled kernels.
+    Raises RuntimeError where there are no compiled kernels, and CapacityError where there is no room for its threads.
     """
 
     def __init__(self, threads: int, seconds_per_byte: float = 0.0) -> None:
-        library = load()
-        if library is None:
+        if load() is None:
             raise RuntimeError("transfers need the compiled kernels")
-        self._waiting = library
-        # These are over at once. Letting go of the interpreter for them would hand it to whoever waits for it, for much longer.
-        self._library = ctypes.PyDLL(library._name)
-        self._library.anabranch_transfers_take.restype = _int
-        made = library.anabranch_transfers_new(_int(threads), ctypes.c_double(seconds_per_byte))
-        self._self = ctypes.c_void_p(made)
-        self._ids, self._results, self._count = (_int * ROOM)(), (_int * ROOM)(), _int(0)
+        self._self: int | None = NEW(threads, seconds_per_byte)
+        if self._self is None:
+            raise CapacityError(f"no room for {threads} threads that copy; use fewer")
+        self._ids, self._results, self._count = (np.zeros(size, np.int64) for size in (ROOM, ROOM, 1))
         self.seen = 0
 
     def begin(self, id: int, urgent: bool, pieces: Sequence[Piece]) -> None:
         """Copy these pieces, in order. What they point at must stay until it has ended."""
-        array = (Piece * len(pieces))(*pieces)
-        self._library.anabranch_transfers_begin(self._self, _int(id), urgent, array, _int(len(pieces)))
+        BEGIN(self._self, id, urgent, (Piece * len(pieces))(*pieces), len(pieces))
 
     def change(self, id: int, *, urgent: bool, cancelled: bool) -> None:
         """How urgent a transfer is, and whether anybody still wants it: if not, it ends with `CANCELLED` unless it is done before."""
-        self._library.anabranch_transfers_change(self._self, _int(id), urgent, cancelled)
+        CHANGE(self._self, id, urgent, cancelled)
 
     def take(self) -> list[tuple[int, int]]:
         """(id, result) of what has ended; 0 is success, `CANCELLED`, or an errno."""
         found: list[tuple[int, int]] = []
         while True:
-            arguments = (self._self, self._ids, self._results, _int(ROOM), ctypes.byref(self._count))
-            taken = self._library.anabranch_transfers_take(*arguments)
-            found += zip(self._ids[:taken], self._results[:taken], strict=True)
+            taken = TAKE(self._self, self._ids, self._results, self._count)
+            found += zip(self._ids[:taken].tolist(), self._results[:taken].tolist(), strict=True)
             if taken < ROOM:
-                self.seen = self._count.value
+                self.seen = int(self._count[0])
                 return found
 
     def wait(self, seen: int, timeout_s: float) -> bool:
         """Until something has ended since `seen` was this, or `poke` was called; False if nothing has in time."""
-        return self._waiting.anabranch_transfers_wait(self._self, _int(seen), ctypes.c_double(timeout_s)) > seen
+        return WAIT(self._self, seen, timeout_s) > seen
 
     def poke(self) -> None:
         """End a `wait`, as an ending would."""
-        self._library.anabranch_transfers_poke(self._self)
+        POKE(self._self)
 
     def wait_for_kick(self) -> bool:
         """Until `kick` is called, or something ends while nobody waits for it. False when all is over."""
-        return not self._waiting.anabranch_transfers_feed(self._self)
+        return not FEED(self._self)
 
     def kick(self) -> None:
         """Wake who waits for it."""
-        self._library.anabranch_transfers_kick(self._self)
+        KICK(self._self)
 
     def stop(self) -> None:
         """Let waits return; transfers under way end first, others never begin."""
-        self._waiting.anabranch_transfers_stop(self._self)
+        STOP(self._self)
 
     def close(self) -> None:
         """Free it; nobody may be in any of the other calls."""
         if self._self:
-            self._waiting.anabranch_transfers_delete(self._self)
-            self._self = ctypes.c_void_p()
+            DELETE(self._self)
+            self._self = None

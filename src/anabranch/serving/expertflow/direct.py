@@ -1,6 +1,5 @@
 """`DirectFile`: reading past the page cache. What is read takes no second place in memory, and no time to be put there."""
 
-import ctypes
 import errno
 import mmap
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.nn import kernels
+from anabranch.nn.kernels.door import Kernel
 from anabranch.nn.kernels.transfers import CACHED, DIRECT
 
 __all__ = ["DirectFile"]
@@ -17,6 +17,13 @@ __all__ = ["DirectFile"]
 BLOCK = 4096  # what places and lengths must be whole numbers of, on every device that we know
 CHUNK = 4 << 20  # bytes of a thread's buffer
 FOLIO = 2 << 20  # largest piece of a file that the system keeps or forgets as a whole
+
+READ_DIRECT = Kernel(
+    "anabranch_read_direct",
+    "file: int, offset: int64, L, into: uint8[L] array out, buffer: uint8[Q] array out, Q",
+    where=(f"Q > 0 and Q % {BLOCK} == 0",),
+    result="int64",
+)
 
 
 class DirectFile:
@@ -73,12 +80,9 @@ class DirectFile:
         if not hasattr(self._own, "buffer"):
             self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8)  # its pages are whole blocks
         place, buffer = np.frombuffer(into, np.uint8), self._own.buffer
-        library = kernels.load()
-        if library is None:
+        if kernels.load() is None:
             return self._block_by_block(offset, place, buffer)
-        pointers = (ctypes.c_void_p(place.ctypes.data), ctypes.c_void_p(buffer.ctypes.data))
-        sizes = (ctypes.c_int64(offset), ctypes.c_int64(len(place)))
-        done = library.anabranch_read_direct(self._direct, *sizes, *pointers, ctypes.c_int64(CHUNK))
+        done = READ_DIRECT(self._direct, offset, place, buffer)
         if done < 0:
             raise OSError(-done, os.strerror(-done))
         return done

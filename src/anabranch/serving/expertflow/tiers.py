@@ -28,6 +28,7 @@ from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
 from anabranch.lm.quantized_form import weights_of
+from anabranch.nn.kernels.door import address
 from anabranch.nn.kernels.transfers import MEMORY
 from anabranch.nn.kernels.transfers import Piece as Copy
 from anabranch.serving.expertflow.direct import DirectFile
@@ -89,10 +90,13 @@ class MemoryTier:
         """See `CopiedTier`."""
         made = []
         for stored, place in zip(self._pools[expert.pool], slot, strict=True):
-            if not is_plain((stored.shape[1:], stored.dtype), place) or not stored.is_contiguous() or stored.is_cuda:
+            if (
+                not is_plain((stored.shape[1:], stored.dtype), place)
+                or not stored[expert.number].is_contiguous()
+                or not stored.is_cpu
+            ):
                 return None
-            size = place.nbytes
-            made.append(Copy(MEMORY, 0, stored.data_ptr() + expert.number * size, size, place.data_ptr()))
+            made.append(Copy(MEMORY, 0, address(stored[expert.number]), place.nbytes, address(place)))
         return made
 
     def close(self) -> None:
@@ -174,7 +178,7 @@ class FileTier:
             source = self._files[piece.path].source(past_cache=self.drop_cache)
             if source is None or not is_plain((piece.shape, piece.dtype), place):
                 return None
-            made.append(Copy(*source, piece.offset, piece.bytes, place.data_ptr()))
+            made.append(Copy(*source, piece.offset, piece.bytes, address(place)))
         return made
 
     def _read(self, piece: Piece, into: memoryview) -> None:

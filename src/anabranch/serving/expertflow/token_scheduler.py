@@ -17,7 +17,6 @@ numpy give the same order, ties too.
 """
 # Shapes: X = 2T tokens, T per batch, L routed layers, E experts, C = L E cells, G groups
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -26,8 +25,16 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.nn import kernels
+from anabranch.nn.kernels.door import Kernel
 
 A = TypeVar("A")
+
+REGROUP = Kernel(
+    "anabranch_regroup",
+    """chosen: bool[X, C] array, X, C, size: int64, max_rounds: int64, max_exchanges: int64, order: int64[X] array out,
+    objectives: int64[2] array out""",
+    result="status",
+)
 
 
 @dataclass(frozen=True)
@@ -89,23 +96,13 @@ class TokenScheduler:
         if number < 2 or size in (0, number):
             before = objective(chosen_XLE, np.arange(number) < size)
             return Regrouping(np.arange(number), before, before)
-        library = kernels.load()
-        if library is None:
-            return self._plain(chosen_XLE, size)
-        return self._compiled(library, chosen_XLE, size)
+        return self._plain(chosen_XLE, size) if kernels.load() is None else self._compiled(chosen_XLE, size)
 
-    def _compiled(self, library: ctypes.CDLL, chosen_XLE: np.ndarray, size: int) -> Regrouping:
-        chosen_XLE = np.ascontiguousarray(chosen_XLE, bool)
-        number = len(chosen_XLE)
-        order_X, objectives = np.empty(number, np.int64), (ctypes.c_int64 * 2)()
-        numbers = (number, chosen_XLE.size // number, size, self.max_rounds, self.max_exchanges)
-        library.anabranch_regroup(
-            ctypes.c_void_p(chosen_XLE.ctypes.data),
-            *map(ctypes.c_int64, numbers),
-            ctypes.c_void_p(order_X.ctypes.data),
-            objectives,
-        )
-        return Regrouping(order_X, *objectives)
+    def _compiled(self, chosen_XLE: np.ndarray, size: int) -> Regrouping:
+        cell_XC = np.ascontiguousarray(chosen_XLE, bool).reshape(len(chosen_XLE), -1)
+        order_X, objectives = np.empty(len(cell_XC), np.int64), np.empty(2, np.int64)
+        REGROUP(cell_XC, size, self.max_rounds, self.max_exchanges, order_X, objectives)
+        return Regrouping(order_X, *objectives.tolist())
 
     def _plain(self, chosen_XLE: np.ndarray, size: int) -> Regrouping:
         """As the compiled one, where that could not be compiled."""

@@ -7,7 +7,6 @@ if FastDecoder.supports(model) is None:
 """
 # Shapes: A layers, S slots, G key heads, W head width, T tokens of a step, N sequences, U numbers of blocks, D width, K experts per token
 
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,14 +20,25 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import MoE
-from anabranch.nn.kernels import load
 from anabranch.nn.kernels import packed as native
+from anabranch.nn.kernels.door import address, array_address
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.router import Router
 from anabranch.serving.expertflow.pool import OffloadedPool
-from anabranch.serving.fast.layout import KIND_OF, CBlock, CExperts, CModel, CStep, floats
+from anabranch.serving.fast.layout import (
+    BYTES,
+    EXPERTS,
+    KIND_OF,
+    STEP,
+    CBlock,
+    CExperts,
+    CModel,
+    CStep,
+    check_sizes,
+    floats,
+)
 from anabranch.serving.fast.routed import loops, passes_of, recurrence, state_width
 from anabranch.serving.fast.supported import products, why_not
 
@@ -39,7 +49,6 @@ NORMALIZE = ("none", "sum", "softmax")
 QK_NORM = ("none", "head", "full")
 ALIGN = 4096  # bytes; matrices begin at pages
 PIECE = 64  # and the parts of a step's memory at multiples of this
-_int = ctypes.c_int64
 
 
 class FastDecoder:
@@ -67,11 +76,9 @@ class FastDecoder:
         return why_not(model)
 
     def __init__(self, model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor, *, block_tokens: int) -> None:
-        reason, library = self.supports(model), load()
+        reason = self.supports(model)
         if reason is not None:
             raise ConfigError(f"no compiled step for this model: {reason}")
-        assert library is not None, "supports looked"
-        self._library = library
         attention: Any = model.blocks[0].attention
         self.model = model
         self._keep: list[Tensor] = []  # what the structures point at
@@ -91,23 +98,25 @@ class FastDecoder:
         self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
             len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
-            max(_hidden(block.feed_forward) for block in model.blocks), block_tokens,
+            max(_hidden(block.feed_forward) for block in model.blocks), block_tokens, 0,
             max((router.num_destinations for router in routers), default=0), self._most_top_k,
             max(map(state_width, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
             config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
             QK_NORM.index(config.attention.qk_norm), 0,
-            floats(model.norm.weight, self._keep), blocks,
+            floats(model.norm.weight, self._keep, config.dim), blocks,
         )  # fmt: skip
+        check_sizes(self._model)
         self.use_stores(key_ASGW, value_ASGW)
 
     def use_stores(self, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
         """Read and write these keys and values from now on. Raises ConfigError if they are of another shape."""
         self._check_stores(self.model, key_ASGW, value_ASGW)
         self._stores = key_ASGW, value_ASGW
+        self._model.slots = key_ASGW.shape[1]
         self._model.half_store = int(key_ASGW.dtype == torch.bfloat16)
         layers = (block for block in self._model.blocks[: self._model.layers] if block.qkv.rows)
         for block, key_SGW, value_SGW in zip(layers, key_ASGW, value_ASGW, strict=True):
-            block.key, block.value = key_SGW.data_ptr(), value_SGW.data_ptr()
+            block.key, block.value = address(key_SGW), address(value_SGW)
 
     def hidden(
         self,
@@ -136,9 +145,11 @@ class FastDecoder:
             routes = torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32)
         sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
         self._make_room(len(token_T))
+        count, angles = len(token_T), (1, 1, len(token_T), self._model.width)
         step = CStep(
-            len(token_T), sequence_N4.ctypes.data, len(sequence_N4), table_U.ctypes.data, cos.data_ptr(), sin.data_ptr(),
-            x_TD.data_ptr(), None if routes is None else routes.data_ptr(), self._memory.data_ptr(),
+            count, array_address(sequence_N4, "int64", None, 4), len(sequence_N4), array_address(table_U, "int32", None), len(table_U),
+            address(cos, "float32", *angles), address(sin, "float32", *angles), address(x_TD, "float32", count, self._model.dim),
+            None if routes is None else address(routes), address(self._memory),
         )  # fmt: skip
         for first, last in pairwise((-1, *self._stops, -1)):
             self._run(step, first, last)
@@ -156,15 +167,13 @@ class FastDecoder:
 
     def _make_room(self, num_tokens: int) -> None:
         """For what a step works out on its way."""
-        wanted = self._library.anabranch_decode_bytes(ctypes.byref(self._model), _int(num_tokens))
+        wanted = BYTES(self._model, num_tokens)
         if wanted > len(self._memory):
             self._memory = torch.empty(wanted, dtype=torch.uint8)
 
     def _run(self, step: CStep, first: int, last: int) -> None:
         """From the experts of block ``first`` (-1: the beginning) to the router of ``last`` (-1: the end)."""
-        self._library.anabranch_decode(
-            ctypes.byref(self._model), ctypes.byref(step), _int(first), _int(last), torch.get_num_threads()
-        )
+        STEP(self._model, step, first, last)
 
     def _run_experts(self, step: CStep, block: int, routes_ATK: Tensor) -> None:
         """The experts of a block as they come into their slots."""
@@ -172,12 +181,9 @@ class FastDecoder:
         pool, index_TK = self._offloaded[experts.number], routes_ATK[experts.number, :, : experts.top_k]
         seen_TD, carry = (None, {}) if not pool.is_watched else self._seen(step.tokens, experts)
         for slot_of in pool.waves(np.unique(index_TK.numpy()).tolist(), seen_TD, index_TK, carry):
-            slot_E = (ctypes.c_int32 * experts.count)(*[-1] * experts.count)
-            for expert, slot in slot_of.items():
-                slot_E[expert] = slot
-            self._library.anabranch_decode_experts(
-                ctypes.byref(self._model), ctypes.byref(step), _int(block), slot_E, torch.get_num_threads()
-            )
+            slot_E = np.full(experts.count, -1, np.int32)
+            slot_E[list(slot_of)] = list(slot_of.values())
+            EXPERTS(self._model, step, block, slot_E, len(pool.w13_SFD))
 
     def _seen(self, num_tokens: int, experts: CExperts) -> tuple[Tensor, dict[str, Tensor]]:
         """What the experts of the layer under way see, x_TD, and what its router hands on."""
@@ -212,10 +218,13 @@ class FastDecoder:
         norms = (
             (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
         )
+        dim, width = self.model.config.dim, attention.head_dim
+        query, stored = attention.num_heads * width, attention.num_kv_heads * width
+        normed = (width, width) if attention.config.qk_norm == "head" else (query, stored)
         first = CBlock(
-            floats(block.attention_norm.weight, keep), floats(block.feed_forward_norm.weight, keep),
-            floats(attention.qkv.bias, keep), floats(attention.out.bias, keep), *(floats(norm, keep) for norm in norms),
-            None, None,
+            floats(block.attention_norm.weight, keep, dim), floats(block.feed_forward_norm.weight, keep, dim),
+            floats(attention.qkv.bias, keep, query + 2 * stored), floats(attention.out.bias, keep, dim),
+            *(floats(norm, keep, size) for norm, size in zip(norms, normed, strict=True)), None, None,
             self._matrix(attention.qkv), self._matrix(attention.out),
         )  # fmt: skip
         if not isinstance(layer, MoE):
@@ -233,12 +242,13 @@ class FastDecoder:
 
     def _router(self, router: Any, number: int, routers: list[Router]) -> CExperts:
         """A router of layer ``number``, with no experts yet; it is added to ``routers``."""
-        keep, select = self._keep, router.select.config
+        keep, select, count = self._keep, router.select.config, router.num_destinations
+        depth = state_width(router) or self.model.config.dim
         self.routed.append(number)
         routers.append(router)
         return CExperts(
-            router=floats(router.score.weight, keep), bias=floats(router._bias_E(), keep),
-            recurrence=recurrence(router, keep, self._recurrent), count=router.num_destinations, top_k=select.top_k,
+            router=floats(router.score.weight, keep, count, depth), bias=floats(router._bias_E(), keep, count),
+            recurrence=recurrence(router, keep, self._recurrent), count=count, top_k=select.top_k,
             activation=ACTIVATIONS.index(router.score.config.activation), normalize=NORMALIZE.index(select.normalize),
             scale=select.scale, number=len(routers) - 1,
         )  # fmt: skip
@@ -253,8 +263,9 @@ class FastDecoder:
             made.w13, made.w2 = self._matrix(pool), self._matrix(pool, 1)
         if layer.shared is not None:
             made.shared13, made.shared2 = self._matrix(layer.shared.w13), self._matrix(layer.shared.w2)
-        made.gate = floats(None if layer.shared_gate is None else layer.shared_gate.weight, self._keep)
-        made.shift = floats(getattr(layer, "depth_embedding", None), self._keep)
+        dim = self.model.config.dim
+        made.gate = floats(None if layer.shared_gate is None else layer.shared_gate.weight, self._keep, 1, dim)
+        made.shift = floats(getattr(layer, "depth_embedding", None), self._keep, dim)
 
 
 def _hidden(layer: Any) -> int:

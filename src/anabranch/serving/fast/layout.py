@@ -5,10 +5,14 @@ import ctypes
 import torch
 from torch import Tensor
 
+from anabranch.errors import ConfigError
+from anabranch.nn.kernels.door import Kernel, address
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
-__all__ = ["KIND_OF", "CBlock", "CExperts", "CLoops", "CModel", "CRecurrence", "CStep", "floats"]
+__all__ = [
+    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CBlock", "CExperts", "CLoops", "CModel", "CRecurrence", "CStep", "check_sizes", "floats",
+]  # fmt: skip
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -56,7 +60,7 @@ class CModel(ctypes.Structure):
     """`Model` of step.h."""
 
     _fields_ = (
-        *((name, _int) for name in ("layers", "dim", "heads", "kv_heads", "width", "hidden", "block_tokens")),
+        *((name, _int) for name in ("layers", "dim", "heads", "kv_heads", "width", "hidden", "block_tokens", "slots")),
         ("most_experts", _int), ("most_top_k", _int), ("state", _int), ("rows", _int), ("most_loops", _int),
         ("norm_eps", _float), ("qk_eps", _float), ("clip", _float), ("qk_norm", ctypes.c_int32), ("half_store", ctypes.c_int32),
         ("last_norm", _pointer), ("blocks", ctypes.POINTER(CBlock)),
@@ -68,13 +72,58 @@ class CStep(ctypes.Structure):
 
     _fields_ = (
         ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),
+        ("table_length", _int),
         ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer), ("memory", _pointer),
     )  # fmt: skip
 
 
-def floats(value: Tensor | None, keep: list[Tensor]) -> int | None:
-    """Where a contiguous float32 copy of ``value`` stands; ``keep`` owns it."""
+_STRUCTURES = {"CModel": CModel, "CStep": CStep}
+BYTES = Kernel("anabranch_decode_bytes", "model: CModel, tokens: int64", structures=_STRUCTURES, result="int64")
+STEP = Kernel(
+    "anabranch_decode",
+    "model: CModel, step: CStep, first: int64, last: int64, threads",
+    structures=_STRUCTURES,
+    result="status",
+)
+EXPERTS = Kernel(
+    "anabranch_decode_experts",
+    "model: CModel, step: CStep, block: int64, slot_of: int32[E] array, E, slots: int64, threads",
+    structures=_STRUCTURES,
+    result="status",
+)
+
+
+def floats(value: Tensor | None, keep: list[Tensor], *sizes: int) -> int | None:
+    """Where a contiguous float32 copy of ``value``, which must be of this shape, stands; ``keep`` owns it."""
     if value is None:
         return None
     keep.append(value.detach().float().contiguous())
-    return keep[-1].data_ptr()
+    return address(keep[-1], "float32", *sizes)
+
+
+def check_sizes(model: CModel) -> None:
+    """Raise ConfigError for a matrix that is not of the size that its place in the model asks for."""
+    for number in range(model.layers):
+        block = model.blocks[number]
+        dim, query = model.dim, model.heads * model.width
+        wanted: list[tuple[str, Matrix, int, int]] = []
+        if block.qkv.rows:
+            wanted += [
+                ("qkv", block.qkv, query + 2 * model.kv_heads * model.width, dim),
+                ("out", block.out, dim, query),
+            ]
+        experts = block.experts
+        pairs = (("w13", block.w13, block.w2), ("experts", experts.w13, experts.w2))
+        for name, first, second in (*pairs, ("shared experts", experts.shared13, experts.shared2)):
+            if first.rows or second.rows:
+                wanted += [(name, first, 2 * second.depth, dim), (name, second, dim, min(second.depth, model.hidden))]
+        recurrence = experts.recurrence
+        if recurrence.projector.rows:
+            state = model.state
+            wanted.append(("the router's projector", recurrence.projector, state, dim))
+            wanted += [("the router's cell", part, 3 * state, state) for part in (recurrence.input, recurrence.hidden)]
+        for name, matrix, rows, depth in wanted:
+            if (matrix.rows, matrix.depth) != (rows, depth):
+                raise ConfigError(
+                    f"a matrix of {name} in part {number} is [{matrix.rows}, {matrix.depth}]; the model needs [{rows}, {depth}]"
+                )

@@ -16,6 +16,7 @@ from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.nn import MoE, SwiGLU
 from anabranch.nn.kernels import packed as native
+from anabranch.nn.kernels.door import address
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.routing.router import Router
 from anabranch.routing.score import LinearScore
@@ -100,9 +101,10 @@ def recurrence(router: Any, keep: list[Tensor], packed: dict[nn.Parameter, Packe
     for weight in (projector, cell.weight_ih, cell.weight_hh):
         if weight not in packed:
             packed[weight] = Packed.pack(weight, "float32")
+    gates = 3 * score.config.state_dim
     return CRecurrence(
         *(native.matrix(packed[weight]) for weight in (projector, cell.weight_ih, cell.weight_hh)),
-        floats(cell.bias_ih, keep), floats(cell.bias_hh, keep), int(score.config.passing),
+        floats(cell.bias_ih, keep, gates), floats(cell.bias_hh, keep, gates), int(score.config.passing),
     )  # fmt: skip
 
 
@@ -110,7 +112,11 @@ def loops(layer: Any, keep: list[Tensor]) -> CLoops:
     """The loop gate of a versatile feed-forward and where its virtual experts begin."""
     paths = layer.paths
     keep.append(torch.tensor(paths.starts, dtype=torch.int32))
-    first = keep[-1].data_ptr()
+    first, dim = address(keep[-1], "int32", paths.router.num_destinations), paths.loops.score.weight.shape[-1]
     return CLoops(
-        floats(paths.loops.score.weight, keep), first, paths.num_loops, paths.width, layer.config.width_threshold
+        floats(paths.loops.score.weight, keep, paths.num_loops, dim),
+        first,
+        paths.num_loops,
+        paths.width,
+        layer.config.width_threshold,
     )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.nn import kernels
+from anabranch.nn.kernels.door import Kernel, address, array_address
 from anabranch.nn.kernels.packed import Matrix, matrix
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.serving.expertflow.predictors.network import PathNetwork
@@ -114,6 +115,14 @@ class CNetwork(ctypes.Structure):
     )
 
 
+STEP = Kernel(
+    "anabranch_path_step",
+    "network: CNetwork, B, ids: int64[B] array, kept: int64[B] array, probabilities: float32[B, C] array out, C",
+    structures={"CNetwork": CNetwork},
+    result="status",
+)
+
+
 @dataclass(frozen=True)
 class _Kept:
     memory: np.ndarray  # `Kept` of path_step.cpp, and what lies behind it
@@ -124,9 +133,6 @@ class CompiledSteps:
     """By `nn/kernels/path_step.cpp`, in one call on the calling thread. Its copy of the weights is made here."""
 
     def __init__(self, network: PathNetwork) -> None:
-        library = kernels.load()
-        assert library is not None, "make_steps asks"
-        self._call = library.anabranch_path_step
         self._keep: list[Any] = []  # what the structures point to
         self._shape = (network.num_layers, network.num_experts)
         self._window, self._stride = network.window, _whole(network.window)
@@ -155,15 +161,14 @@ class CompiledSteps:
         ring_WS, input_WP = memory[HEADER : HEADER + depth * ring], memory[HEADER + depth * ring :]
         ring_WS.reshape(depth, width, -1)[:, :, :seen] = past[:, past.shape[1] - seen :].mT.numpy()
         input_WP.reshape(depth, width, -1)[:, :, :prompt] = torch.stack(list(cross)).mT.numpy()
-        return _Kept(memory, memory.ctypes.data)
+        return _Kept(memory, array_address(memory, "float32", None))
 
     def step(self, states: Sequence[_Kept], id_B: np.ndarray) -> np.ndarray:
         """See `Steps`."""
-        prob_BLE = np.empty((len(states), *self._shape), np.float32)
-        places = (_pointer * len(states))(*[state.address for state in states])
-        ids = _pointer(id_B.ctypes.data)
-        self._call(ctypes.byref(self._network), _int(len(states)), ids, places, _pointer(prob_BLE.ctypes.data))
-        return prob_BLE
+        layers, experts = self._shape
+        prob_BC = np.empty((len(states), layers * experts), np.float32)
+        STEP(self._network, id_B, np.array([state.address for state in states], np.int64), prob_BC)
+        return prob_BC.reshape(-1, layers, experts)
 
     def _layer(self, layer: Any) -> CLayer:
         qkv = [torch.cat((getattr(layer.query, name), getattr(layer.key_value, name))) for name in ("weight", "bias")]
@@ -180,7 +185,7 @@ class CompiledSteps:
 
     def _floats(self, value: Tensor) -> int:
         self._keep.append(value.detach().float().clone(memory_format=torch.contiguous_format))
-        return self._keep[-1].data_ptr()
+        return address(self._keep[-1])
 
     def _bias(self, network: PathNetwork) -> Tensor:
         """[H, W + S]: entry W + k is of distance -k mod W, so that a part of it is of the ring's places, wherever the latest id is."""
