@@ -5,7 +5,6 @@ read beside its config, by content. One that does not count is run again, and ke
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from anabranch.config import completed, differences, to_dict
 from anabranch.errors import DataError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, parse_json
 
 Metrics = dict[str, Any]
 EARLIER = "earlier"
@@ -80,11 +79,11 @@ class Place:
 
     def _record(self) -> dict[str, Any] | None:
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
+            record = parse_json(self.path.read_bytes())
             complete = isinstance(record["metrics"], dict) and "config" in record
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._broken(error) from error
         if not complete:
             raise self._broken("it lacks its metrics or its config")

@@ -303,7 +303,8 @@ class Trainer:
         try:
             self._save()
         except Exception as another:
-            log.warning("step %d could not be saved after an error: %s", step, another)
+            if str(another) != str(error):  # saving is what failed: it is told once
+                log.warning("step %d could not be saved after an error: %s", step, another)
         else:
             log.warning(
                 "step %d is saved, after an error (%s); --resume goes on from there", step, type(error).__name__
