@@ -38,6 +38,10 @@ test-all: $(VENV)/.installed-dev ## run the tests, the slow ones too
 test-install: $(VENV)/.installed-dev ## build the wheel and try it in new environments: its base alone, with graph, with gateway
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py $(ARGS)
 
+.PHONY: test-cuda
+test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short benchmarks, in one table (under 8 minutes)
+	$(BIN)/python benchmarks/cuda.py --json runs/cuda.json $(ARGS)
+
 .PHONY: check
 check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, and whether they build
 	$(BIN)/ruff check .
@@ -65,7 +69,7 @@ study: $(VENV)/.installed-dev ## run the evidence of one system: make study NAME
 .PHONY: bench
 bench: $(VENV)/.installed-dev ## run the benchmarks into runs/bench (NAME=moe_layer for one)
 	mkdir -p runs/bench
-	set -e; for name in $(or $(NAME),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
+	set -e; for name in $(or $(NAME),$(filter-out cuda,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))); do \
 	  $(BIN)/python benchmarks/$$name.py --json runs/bench/$$name.json; \
 	done
 

@@ -14,6 +14,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 torch.set_num_threads(1)  # shapes are tiny: more threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whatever runs on ``cuda`` by one of its parameters is marked so: ``-m cuda`` runs it."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and any(isinstance(x, str) and x == "cuda" for x in parameters.params.values()):
+            item.add_marker(pytest.mark.cuda)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_of_a_gpu_where_torch_has_none():
         tensor_over(1 << 40, 8, (CUDA, 0))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_of_a_gpu():
     memory = torch.arange(16, dtype=torch.uint8, device="cuda")

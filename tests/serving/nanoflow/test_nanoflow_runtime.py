@@ -211,6 +211,7 @@ def test_wrong_cores_and_missing_devices():
     assert isinstance(default_executor(torch.device("cpu")), Sequential | Threads)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_streams_give_the_same():
     model = decoder().to("cuda")
