@@ -2,6 +2,8 @@
 
 import pytest
 
+from anabranch.lm import Decoder
+from anabranch.nn import Attention, SwiGLU
 from anabranch.registry import kinds, resolve
 from anabranch.routing import (
     BiasBalancer,
@@ -14,7 +16,14 @@ from anabranch.routing import (
     TopK,
     TopP,
 )
-from anabranch.testing import check_balancer, check_feed_forward, check_score, check_select, check_streams
+from anabranch.testing import (
+    check_balancer,
+    check_feed_forward,
+    check_parallel,
+    check_score,
+    check_select,
+    check_streams,
+)
 
 
 def defaults(family):
@@ -114,3 +123,49 @@ def test_expert_choice_in_a_layer():
     select = resolve("select", "expert_choice").Config(capacity_factor=2.0)
     config = moe(num_experts=8, hidden_dim=16, router=Router.Config(select=select))
     check_feed_forward(config, num_layers=2, compile_backend="eager")
+
+
+DENSE = SwiGLU.Config(hidden_dim=16)
+
+
+def small(feed_forward=DENSE, streams=None):
+    return Decoder.Config(
+        vocab_size=61,
+        dim=16,
+        num_layers=getattr(feed_forward, "reuse", 1) + 1,
+        attention=Attention.Config(num_heads=2),
+        feed_forward=feed_forward,
+        streams=streams,
+        init_std=0.2,  # far from even scores, so rounding does not decide who is chosen
+    )
+
+
+def parallel_streams(**changes):
+    config = resolve("streams", "parscale").Config
+    return config(**{"num_streams": 3, "prefix_len": 4, "embedding_dim": 8, "mlp_dim": 8, **changes})
+
+
+def test_two_processes():
+    """A pool that layers share, parameters without a part in every step, and one that is a single number."""
+    chosen = dict(variants())
+    models = {name: small(chosen[name]) for name in ("rexmoe_pool", "cosine_top_p")}
+    check_parallel({**models, "switchable": small(streams=parallel_streams(switchable=(2,)))})
+
+
+@pytest.mark.slow
+def test_two_processes_of_every_design():
+    configs = {kind: resolve("feed_forward", kind).Config() for kind in kinds("feed_forward")}
+    models = {name: small(config) for name, config in {**configs, **dict(variants())}.items()}
+    scores = {kind: resolve("score", kind).Config() for kind in kinds("score")}
+    scores["recurrent_cosine"] = resolve("score", "recurrent").Config(gate="cosine", state_dim=8)
+    routers = {
+        **{f"score_{kind}": Router.Config(score=config) for kind, config in scores.items()},
+        **{f"select_{kind}": Router.Config(select=resolve("select", kind).Config()) for kind in kinds("select")},
+        **{f"balance_{kind}": Router.Config(balance=(resolve("balance", kind).Config(),)) for kind in kinds("balance")},
+    }
+    moe = resolve("feed_forward", "moe").Config
+    models |= {name: small(moe(num_experts=16, hidden_dim=16, router=router)) for name, router in routers.items()}
+    models["streams"] = small(streams=parallel_streams())
+    models["streams_switchable"] = small(streams=parallel_streams(switchable=(2,), prefix="direct"))
+    models["streams_adapter"] = small(streams=parallel_streams(train="adapter"))
+    check_parallel(models)

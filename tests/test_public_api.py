@@ -56,8 +56,8 @@ PUBLIC = {
         Coordinator ElasticConfig Group Placement Policy ScalePlan ScaleReport place plan_scale
     """,
     "anabranch.testing": """
-        DEVICES check_balancer check_feed_forward check_pool check_provider check_router check_routing check_score check_select
-        check_strategy check_streams
+        DEVICES check_balancer check_feed_forward check_parallel check_pool check_provider check_router check_routing
+        check_score check_select check_strategy check_streams
     """,
     "anabranch.train": """
         Constant Cosine Evaluation Event RunConfig Schedule TrainConfig TrainResult Trainer WarmupStableDecay

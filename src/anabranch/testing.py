@@ -43,11 +43,13 @@ from anabranch.routing import (
     record_routing,
 )
 from anabranch.routing.balance import LoadCounter, Observation
+from anabranch.train.contract import check_parallel
 
 __all__ = [
     "DEVICES",
     "check_balancer",
     "check_feed_forward",
+    "check_parallel",
     "check_pool",
     "check_provider",
     "check_router",

@@ -15,7 +15,7 @@ from anabranch.lm.tensors import build_empty, open_tensors
 from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
 from anabranch.nn.rotary import Rotary
 from anabranch.registry import BUILTIN
-from anabranch.routing import Router, SwitchLoss
+from anabranch.routing import CosineScore, Router, SwitchLoss
 from anabranch.routing.bias import BiasBalancer
 
 BIASED = Router.Config(balance=(BiasBalancer.Config(), SwitchLoss.Config()))
@@ -333,3 +333,18 @@ def test_building_a_model_empty_leaves_other_threads_alone():
     here, there = build_empty(Busy())
     assert here.weight.is_meta
     assert not there.weight.is_meta
+
+
+@pytest.mark.parametrize("layout", [(), (1,)])
+def test_a_single_number_may_be_stored_without_an_axis(tmp_path, layout):
+    router = Router.Config(score=CosineScore.Config(temperature=0.25))
+    model = tiny(feed_forward=MoE.Config(num_experts=4, hidden_dim=8, router=router)).build(seed=1).eval()
+    save_model(tmp_path / "m", model)
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    name = "blocks.0.feed_forward.router.score.log_temperature"
+    save_file({**tensors, name: tensors[name].reshape(layout)}, file)
+    loaded, _ = load_model(tmp_path / "m")
+    assert torch.equal(logits(loaded), logits(model))
+    load_weights(model, tmp_path / "m")
+    assert torch.equal(logits(loaded), logits(model))

@@ -70,3 +70,19 @@ def test_state_of_another_model_is_refused(routed_model):
     optimizer = make_optimizer(model, TrainConfig())
     with pytest.raises(CheckpointError, match=r"other\.weight/exp_avg \[2\], which fits no parameter"):
         load_optimizer_tensors(model, optimizer, {"other.weight/exp_avg": torch.zeros(2)})
+
+
+def test_moments_of_a_single_number_stored_without_an_axis_are_taken():
+    model = torch.nn.Linear(1, 1, bias=True)
+    optimizer = make_optimizer(model, TrainConfig())
+    model(torch.ones(1)).sum().backward()
+    optimizer.step()
+    stored = optimizer_tensors(model, optimizer)
+    other = make_optimizer(model, TrainConfig())
+    old = {name: value[0] if name.startswith("bias/exp") else value for name, value in stored.items()}
+    assert old["bias/exp_avg"].shape == ()
+    load_optimizer_tensors(model, other, old)
+    for name, value in optimizer_tensors(model, other).items():
+        assert torch.equal(value, stored[name]), name
+        assert value.shape == stored[name].shape, name
+    other.step()

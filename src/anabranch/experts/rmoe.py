@@ -149,7 +149,7 @@ class RecurrentScore(Score, kind="recurrent"):
         nn.init.normal_(self.weight, std=std, generator=generator)
         self.log_temperature: nn.Parameter | None = None
         if config.gate == "cosine":
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
         self.recurrence = Recurrence(config, dim, generator)
 
     def join(self, share: Callable[[str, Callable[[], nn.Module]], nn.Module], layer: int) -> None:

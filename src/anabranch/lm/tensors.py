@@ -437,7 +437,8 @@ def check(
         )
     for stored, (name, piece) in pieces.items():
         wanted, given = tuple(state[name][piece.where].shape), source.shape(stored)
-        if wanted != given:
+        # A single number used to be stored without an axis.
+        if wanted != given and (wanted, given) != ((1,), ()):
             raise CheckpointError(f"{stored} in {where} has shape {list(given)}, the model needs {list(wanted)}{hint}")
         if state[name].is_floating_point() and source.dtype(stored) not in FLOATS:
             kind = str(source.dtype(stored)).removeprefix("torch.")

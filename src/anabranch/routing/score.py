@@ -141,7 +141,7 @@ class CosineScore(Score, kind="cosine"):
         projected_dim = config.num_projected(num_destinations)
         self.projection = nn.Parameter(torch.empty(projected_dim, dim))
         self.weight = nn.Parameter(torch.empty(num_destinations, projected_dim))
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
         nn.init.normal_(self.projection, std=config.init_std, generator=generator)
         nn.init.normal_(self.weight, std=config.init_std, generator=generator)
 

@@ -72,6 +72,10 @@ class Workers:
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
             options: dict[str, Any] = {_BUFFER_OPTION: False}
+            # Searching for parameters without a part in a step takes time, so it is done only where a module says there are some.
+            options["find_unused_parameters"] = any(
+                getattr(module, "has_idle_parameters", False) for module in model.modules()
+            )
             return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
         if self.parallel == "fsdp":
             shard(model, self.device)

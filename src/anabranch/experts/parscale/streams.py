@@ -118,6 +118,11 @@ class ParScale(Streams, kind="parscale"):
         """M; none where one stream is the plain model."""
         return self.config.prefix_len if self.prefix is not None and self._is_special() else 0
 
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Whether a training step leaves parameters out: gates of other numbers of streams."""
+        return bool(self.config.switchable)
+
     def _is_special(self) -> bool:
         return self.num_streams > 1 or self.config.prefix_alone
 

@@ -1,0 +1,212 @@
+"""The contract of data parallel training: two processes learn what one does. `anabranch.testing` gives it out as ``check_parallel``.
+
+    from anabranch.testing import check_parallel
+
+    def test_contract():
+        check_parallel({"mine": Decoder.Config(num_layers=2, feed_forward=MyLayer.Config(num_experts=8))})
+
+One pair of processes checks all models, as starting them takes longer than the checks.
+"""
+# Shapes: B sequences, L positions
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+from anabranch.lm.decoder import Decoder
+from anabranch.routing import sync_loads
+from anabranch.train.config import TrainConfig
+from anabranch.train.optimizer import whole
+from anabranch.train.parallel import Workers
+
+WAYS = ("ddp", "fsdp")
+RANKS, SEQUENCES, LENGTH, STEPS = 2, 4, 12, 3
+TOLERANCE = 1e-4  # the same numbers, summed in another order
+PATIENCE = timedelta(seconds=60)  # for what the other process sends
+
+Models = Mapping[str, Decoder.Config]
+
+
+def check_parallel(models: Models) -> None:
+    """Every model has the losses, gradients and balance of one process in two gloo processes on the CPU, replicated and in shards.
+
+    Each process takes half of a batch. What one process is compared with takes the whole batch at once, or, where a loss or a limit is
+    taken over a micro-batch by definition, both halves one after the other. A model that draws random numbers in training, as each
+    process draws its own, must only run and stay finite. There are three steps, with the step hooks between them.
+
+    Args:
+        models: small ones by name. Their parts must be importable by name, as other processes must find them.
+
+    Raises AssertionError that names the model, the way (``ddp`` or ``fsdp``) and what differs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            spawn(_check, args=(dict(models), folder), nprocs=RANKS)
+        except ProcessException as error:
+            raise AssertionError("\n".join(_wrong(folder)) or str(error)) from error
+        wrong = _wrong(folder)
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+
+
+def _wrong(folder: str) -> list[str]:
+    """What the processes found wrong: one line for each model and way."""
+    lines = [line for file in sorted(Path(folder).glob("wrong-*")) for line in file.read_text().splitlines()]
+    return list({line.partition(": ")[0]: line for line in reversed(lines)}.values())[::-1]
+
+
+@dataclass
+class _Learned:
+    """What some steps gave.
+
+    Attributes:
+        losses: of each step.
+        gradients: of each step, by parameter; those of parameters that had no part in it are missing.
+        buffers: after the last step, by name.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Expected:
+    """What one process learns: from the whole batch, from its halves one after the other, and whether chance has a part in it."""
+
+    joined: _Learned
+    halves: _Learned
+    is_random: bool
+
+
+def _check(rank: int, models: Models, folder: str) -> None:
+    torch.set_num_threads(1)
+    expected = {
+        name: _expected(config) for name, config in models.items()
+    }  # before there is a group that would sum its loads
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
+    with (Path(folder) / f"wrong-{rank}").open("w") as wrong:
+        for name, config in models.items():
+            for way in WAYS:
+                try:
+                    problem = _problem(_learned_by_ranks(config, way), expected[name])
+                except Exception as error:
+                    wrong.write(f"{name} under {way}: {' '.join(str(error).split())}\n")
+                    raise  # the processes are no longer at the same place
+                if problem is not None:
+                    wrong.write(f"{name} under {way}: {problem}\n")
+    # Threads of gloo may still let go of tensors; see `Workers.close`.
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
+def _expected(config: Decoder.Config) -> _Expected:
+    joined = _learned_by_one(config, parts=1)
+    return _Expected(
+        joined, _learned_by_one(config, parts=RANKS), joined.losses != _learned_by_one(config, parts=1, seed=1).losses
+    )
+
+
+def _learned_by_one(config: Decoder.Config, *, parts: int, seed: int = 0) -> _Learned:
+    model = config.build(seed=0).train()
+
+    def step() -> float:
+        total = 0.0
+        for token_BL in _batch(config).chunk(parts):
+            loss = model(token_BL, token_BL.roll(-1, 1)).loss / parts
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    torch.manual_seed(seed)
+    return _learned(model, step)
+
+
+def _learned_by_ranks(config: Decoder.Config, way: Any) -> _Learned:
+    workers = Workers(TrainConfig(parallel=way, device="cpu"))
+    model = config.build(seed=0).train()
+    wrapped = workers.wrap(model)
+    token_BL = _batch(config).chunk(workers.size)[workers.rank]
+
+    def step() -> float:
+        loss = wrapped(token_BL, token_BL.roll(-1, 1)).loss
+        loss.backward()
+        return float(workers.mean(loss.detach().clone()))
+
+    torch.manual_seed(workers.rank)
+    return _learned(model, step)
+
+
+def _learned(model: Decoder, step: Callable[[], float]) -> _Learned:
+    """Some steps as the trainer does them, but without updates, so that one difference does not grow into many."""
+    learned = _Learned()
+    _run_hooks(model, 0)
+    for number in range(STEPS):
+        learned.losses.append(step())
+        learned.gradients.append(
+            {name: whole(one.grad).clone() for name, one in model.named_parameters() if one.grad is not None}
+        )
+        model.zero_grad(set_to_none=True)
+        sync_loads(model)
+        _run_hooks(model, number + 1)
+    learned.buffers = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
+    return learned
+
+
+def _run_hooks(model: nn.Module, step: int) -> None:
+    for module in model.modules():
+        hook: Any = getattr(module, "on_step", None)
+        if callable(hook):
+            hook(step, step / STEPS)
+
+
+def _batch(config: Decoder.Config) -> Tensor:
+    return torch.randint(config.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _problem(found: _Learned, expected: _Expected) -> str | None:
+    for number, loss in enumerate(found.losses):
+        if not math.isfinite(loss):
+            return f"the loss of step {number} is {loss}"
+        for name, gradient in found.gradients[number].items():
+            if not gradient.isfinite().all():
+                return f"the gradient of {name} in step {number} is not finite"
+    if expected.is_random:
+        return None
+    problem = _difference(found, expected.joined)
+    return problem and _difference(found, expected.halves) and problem
+
+
+def _difference(found: _Learned, expected: _Learned) -> str | None:
+    """The first thing that is not as it should be, None if all is."""
+    for number, (loss, gradients) in enumerate(zip(found.losses, found.gradients, strict=True)):
+        if not math.isclose(loss, expected.losses[number], rel_tol=TOLERANCE):
+            return f"the loss of step {number} is {loss}, that of one process {expected.losses[number]}"
+        others = expected.gradients[number]
+        if gradients.keys() != others.keys():
+            return f"parameters with a gradient in step {number} differ: {sorted(gradients.keys() ^ others.keys())}"
+        for name, gradient in gradients.items():
+            if not _is_close(gradient, others[name]):
+                return f"the gradient of {name} in step {number} differs by {float((gradient - others[name]).abs().max()):.2g}"
+    for name, buffer in found.buffers.items():
+        if not _is_close(buffer, expected.buffers[name]):
+            return f"the buffer {name} differs after {STEPS} steps"
+    return None
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    found, expected = found.double(), expected.double()  # buffers may be whole numbers or bools
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
