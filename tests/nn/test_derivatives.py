@@ -163,6 +163,22 @@ def test_first_derivatives_are_the_same_with_and_without_a_graph(name):
     assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(loss, inputs), without, strict=True))
 
 
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_of_gradients_at_once(name, dtype):
+    """What a vectorised Jacobian asks for."""
+    ours, _, small, shapes = CASES[name]
+    shapes = small if dtype == torch.float64 else shapes
+    inputs = [drawn(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    y = ours(*inputs)
+    dy = drawn(2, *y.shape, dtype=dtype)
+    together = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    assert not any(gradient.requires_grad for gradient in together)
+    for number in range(2):
+        alone = torch.autograd.grad(y, inputs, dy[number], retain_graph=True)
+        assert_near([gradient[number] for gradient in together], alone)
+
+
 def test_an_input_that_is_made_of_another_counts_once():
     x = drawn(4, 32).requires_grad_()
     results = []

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anabranch.nn.derivatives import plain_gradients, with_plain_gradients
+from anabranch.nn.derivatives import asks_for_plain, plain_gradients, with_plain_gradients
 from anabranch.nn.kernels import attention as native
 
 __all__ = ["attention", "causal_attention"]
@@ -66,6 +66,6 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BHLD: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if asks_for_plain(dy_BHLD):
             return plain_gradients(_causal, ctx.saved_tensors[:3], dy_BHLD, ctx.needs_input_grad)
         return native.backward(dy_BHLD, *ctx.saved_tensors)

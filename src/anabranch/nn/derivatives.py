@@ -1,8 +1,8 @@
-"""Second derivatives of operators whose backward pass is written by hand.
+"""Second derivatives, and many gradients at once, of operators whose backward pass is written by hand.
 
-A backward pass by hand computes numbers, not a graph. Where a graph of the gradients is asked for (``create_graph=True``, which autograd
-tells by computing gradients with grad mode on), they are computed once more by a plain twin of the operator, which torch differentiates
-as often as one likes. All else goes the quick way.
+A backward pass by hand computes numbers, not a graph, and of one gradient. Where a graph of the gradients is asked for
+(``create_graph=True``, which autograd tells by computing gradients with grad mode on) or a batch of them (``is_grads_batched=True``), they
+come from a plain twin of the operator, which torch differentiates as often as one likes. All else goes the quick way.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["plain_gradients", "with_plain_gradients"]
+__all__ = ["asks_for_plain", "plain_gradients", "with_plain_gradients"]
+
+
+def asks_for_plain(gradient: Tensor) -> bool:
+    """Whether a backward pass that gets this gradient must answer with `plain_gradients`."""
+    is_batch = torch._C._functorch.is_legacy_batchedtensor(gradient) or torch._C._functorch.is_batchedtensor(gradient)
+    return torch.is_grad_enabled() or is_batch
 
 
 def plain_gradients(
     plain: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``plain(*inputs)``, themselves differentiable; None where not ``needed``.
+    """Gradients of ``plain(*inputs)``, themselves differentiable if grad mode is on; None where not ``needed``.
 
     Args:
         plain: made of operators that torch differentiates twice.
@@ -26,9 +32,12 @@ def plain_gradients(
         needed: which inputs' gradients, in their order.
     """
     # Aliases, because an input may be made of another one: each gradient is through this operator alone.
-    aliases = [value.view_as(value) if need else value for value, need in zip(inputs, needed, strict=True)]
+    with torch.enable_grad():
+        aliases = [value.view_as(value) if need else value for value, need in zip(inputs, needed, strict=True)]
+        y = plain(*aliases)
     wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(plain(*aliases), wanted, gradient, create_graph=True, allow_unused=True))
+    has_graph = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=has_graph, allow_unused=True))
     return tuple(next(found) if need else None for need in needed)
 
 

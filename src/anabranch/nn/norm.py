@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.nn.derivatives import plain_gradients
+from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
 from anabranch.routing.score import cast, wide
 
@@ -57,7 +57,7 @@ class _CompiledRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if asks_for_plain(gradient):
             return _norm_gradients(ctx, gradient)
         x, weight_D, scale_N, dense = ctx.saved_tensors
         dx, dweight_D = native.norm_gradients(gradient, x if dense is None else dense, weight_D, scale_N)
@@ -80,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if asks_for_plain(gradient):
             return _norm_gradients(ctx, gradient)
         x, weight_D, scale = ctx.saved_tensors
         wide_x, wide_gradient, wide_D = x.to(scale.dtype), gradient.to(scale.dtype), weight_D.to(scale.dtype)

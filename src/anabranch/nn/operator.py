@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import BackendError
-from anabranch.nn.derivatives import plain_gradients
+from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
 from anabranch.nn.sums import GradientSums
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
@@ -223,7 +223,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_ND, _):
-    if torch.is_grad_enabled():
+    if asks_for_plain(dy_ND):
         return _plain_backward(ctx.saved_tensors, ctx.options, ctx.needs_input_grad, dy_ND)
     need_x, _, _, need_weight, need_w13, need_w2, *_ = ctx.needs_input_grad
     gradients = _expert_mlp_backward(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, need_w13, need_w2)
@@ -266,7 +266,7 @@ class _Gathering(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_ND):
         _, *needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if asks_for_plain(dy_ND):
             return None, *_plain_backward(ctx.saved_tensors, ctx.options, needed, dy_ND)
         need_x, _, _, need_weight, *_ = needed
         sums = ctx.sums.of_pass()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
+from anabranch.nn.derivatives import asks_for_plain
 from anabranch.nn.kernels import rows as native
 
 
@@ -86,23 +87,30 @@ def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         return native.turn(x_BHLD, cos, sin, 1.0)
     # A compiler makes one pass of it by itself.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
-        left, right = x_BHLD.chunk(2, dim=-1)
-        return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
-    return _Rotate.apply(x_BHLD, cos, sin, 1.0)
+        return _rotate(x_BHLD, cos, sin)
+    return _Rotate.apply(x_BHLD, cos, sin)
+
+
+def _rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same by torch."""
+    left, right = x_BHLD.chunk(2, dim=-1)
+    return x_BHLD * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class _Rotate(torch.autograd.Function):
     """Rotation in one pass over memory, or a few. Its gradient is the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.sign = sign
-        return _turn(x_BHLD, cos, sin, sign)
+        return _turn(x_BHLD, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Rotate.apply(gradient_BHLD, *ctx.saved_tensors, -ctx.sign), None, None, None
+    def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        if asks_for_plain(gradient_BHLD):
+            return _rotate(gradient_BHLD, cos, -sin), None, None
+        return _turn(gradient_BHLD, cos, sin, -1.0), None, None
 
 
 def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

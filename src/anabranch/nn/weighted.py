@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.nn.derivatives import plain_gradients
+from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
 
 __all__ = ["weighted_sum"]
@@ -42,7 +42,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if asks_for_plain(gradient_ND):
             return plain_gradients(_sum, ctx.saved_tensors, gradient_ND, ctx.needs_input_grad)
         weight_NC, *parts = ctx.saved_tensors
         made, dweight_NC = native.sum_gradients(gradient_ND, parts, weight_NC)
