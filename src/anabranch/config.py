@@ -296,23 +296,41 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def override(config: T, assignments: dict[str, Any]) -> T:
     """A copy of ``config`` with fields set by dotted path, in order, e.g. ``{"model.feed_forward.top_k": 4}``.
 
+    A name that holds a dot is written in quotes, as in TOML: ``data.corpus.domains."v1.0".weight``.
+
     Setting ``...kind`` swaps the part and keeps the fields that the new one also has. A path through a part
     that is None starts it from its defaults. Raises ConfigError for an unknown path (with the nearest name) or a value
     out of range.
     """
     data = to_dict(config)
     for path, value in assignments.items():
-        data = _assign(type(config), data, path.split("."), value, path)
+        data = _assign(type(config), data, _names(path), value, path)
     # A JSON round trip proves that whatever was set can be saved beside a checkpoint.
     return from_dict(type(config), json.loads(json.dumps(data)))
 
 
-def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str) -> Any:
-    """JSON ``node`` of type ``hint`` with what ``names``, the end of ``path``, leads to set to ``value``."""
+def _names(path: str) -> list[str]:
+    """The names in a dotted path, those in quotes without them."""
+    if '"' not in path:
+        return path.split(".")
+    found = re.findall(r'("(?:[^"\\]|\\.)*"|[^.]*)(?:\.|$)', path)[: None if path.endswith(".") else -1]
+    try:
+        return [json.loads(name) if name.startswith('"') else name for name in found]
+    except ValueError:
+        raise ConfigError(f"cannot read the path {path!r}; a name in quotes is written as in TOML") from None
+
+
+def quoted(name: str) -> str:
+    """``name`` as it is written in a dotted path: in quotes where it would be read as another."""
+    return name if re.fullmatch(r'[^."]+', name) else json.dumps(name, ensure_ascii=False)
+
+
+def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str, seen: str = "") -> Any:
+    """JSON ``node`` of type ``hint``, which lies at ``seen``, with what ``names``, the end of ``path``, leads to set to ``value``."""
     if not names:
         return value
     name, *rest = names
-    seen = path.removesuffix("." + ".".join(names)) if path != ".".join(names) else ""
+    here = f"{seen}.{quoted(name)}" if seen else quoted(name)
     hint = _within(hint, node)
     if _is_config(hint) and isinstance(node, dict | None):
         node = node or {}
@@ -322,16 +340,18 @@ def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str) -> An
         hints = _hints(cls)
         if name not in hints:
             raise ConfigError(f"cannot set {path}: " + _unknown(name, list(hints), seen or _label(cls)))
-        return {**node, name: _assign(hints[name], _get(cls, node, name), rest, value, path)}
+        return {**node, name: _assign(hints[name], _get(cls, node, name), rest, value, path, here)}
     args = typing.get_args(hint)
+    if node is None and typing.get_origin(hint) is dict:
+        node = {}  # a field without a default, of a part that is being put together
     if isinstance(node, dict):
-        return {**node, name: _assign(args[1] if args else Any, node.get(name), rest, value, path)}
+        return {**node, name: _assign(args[1] if args else Any, node.get(name), rest, value, path, here)}
     if isinstance(node, list):
         if not name.isdigit() or int(name) >= len(node):
             allowed = f"use {seen}.0 to {seen}.{len(node) - 1}" if node else f"set {seen} as a whole"
             raise ConfigError(f"cannot set {path}: {seen} has {len(node)} entries; {allowed}")
         place = int(name)
-        item = _assign(_item_hints(hint, node)[place], node[place], rest, value, path)
+        item = _assign(_item_hints(hint, node)[place], node[place], rest, value, path, here)
         return [*node[:place], item, *node[place + 1 :]]
     raise ConfigError(f"cannot set {path}: {seen} is {shown(node)}, which has no fields; set {seen} itself")
 

@@ -67,6 +67,10 @@ def one_line(found):
         ("compare --out x", "0 design(s) to compare; name two or more"),
         ("compare --preset famly --out x", "no group of presets 'famly'; known: family"),
         ("compare moe moe --out x", "design 'moe' is named twice; give the second another file name"),
+        (
+            "compare moe dense --out x --set data.validation_fraction=0.0",
+            "data.validation_fraction is 0, so there would be",
+        ),
         ("compare moe dens --out x", "no preset 'dens'; did you mean 'dense'?"),
     ],
 )
@@ -88,6 +92,12 @@ def test_mistakes(here, work, arguments, message):
             "train --out trained --resume --set model.dim=64",
             "cannot resume trained with another config: model.dim was 32",
         ),
+        ("train nosuchpreset --out trained --resume", "no preset 'nosuchpreset'; known: demo, "),
+        (
+            "train dense --out trained --resume",
+            "trained holds a run whose layers are 'rexmoe', and those of preset 'dense'",
+        ),
+        ("train --size small --out trained --resume", "--size is 'small', but a resumed run keeps the size"),
         ("chat trained --json", "--json answers one message; give it with --message"),
         ("convert trained text --to native", "text is not a saved model (it holds alpha), so it is not replaced"),
     ],

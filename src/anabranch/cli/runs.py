@@ -6,7 +6,8 @@ from typing import Any
 
 from anabranch import presets
 from anabranch.cli.options import read_toml
-from anabranch.config import override
+from anabranch.config import override, quoted
+from anabranch.errors import ConfigError
 from anabranch.train import RunConfig
 
 DEFAULT_PRESET = "demo"
@@ -27,11 +28,21 @@ def build_config(
     return name, override(config, {**flatten(table), **assignments})
 
 
+def check_preset(name: str, config: RunConfig, out: Path) -> None:
+    """Raise ConfigError if there is no preset of this name, or the run in ``out`` is of another design."""
+    wanted, held = (found.model.feed_forward.owner.kind for found in (presets.find(name)("tiny"), config))
+    if wanted != held:
+        raise ConfigError(
+            f"{out} holds a run whose layers are {held!r}, and those of preset {name!r} are {wanted!r}; "
+            "leave the preset out to go on with it"
+        )
+
+
 def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """The leaves of nested tables by dotted path; ``kind`` before what it has, since it decides what that may be."""
     leaves: dict[str, Any] = {}
     for name, value in sorted(table.items(), key=lambda item: item[0] != "kind"):
-        here = f"{path}.{name}" if path else name
+        here = f"{path}.{quoted(name)}" if path else quoted(name)
         if isinstance(value, Mapping) and value:
             leaves |= flatten(value, here)
         else:

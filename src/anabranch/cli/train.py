@@ -13,6 +13,7 @@ import typer
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, sample, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.errors import ConfigError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -80,12 +81,19 @@ def _config(
     size_dial: str | None,
     settings: dict[str, Any],
 ) -> tuple[str, RunConfig]:
-    from anabranch.cli.runs import build_config
+    from anabranch.cli.runs import build_config, check_preset
     from anabranch.config import override
     from anabranch.train import read_run_config
 
     if resume and config_file is None:
-        return preset or out.name, override(read_run_config(out), settings)
+        if size_dial is not None:
+            raise ConfigError(
+                f"--size is {size_dial!r}, but a resumed run keeps the size it was started with; leave it out"
+            )
+        held = read_run_config(out)
+        if preset is not None:
+            check_preset(preset, held, out)
+        return preset or out.name, override(held, settings)
     return build_config(preset, config_file, size_dial, settings)
 
 

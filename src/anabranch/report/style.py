@@ -12,10 +12,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterMathtext, LogFormatterSciNotation
 
 INK, MUTED, GRID = "#1f2429", "#69727b", "#dfe3e7"
 # Okabe and Ito (2008), in the order of how well neighbours in a plot can be told apart.
@@ -33,6 +35,7 @@ _DARK = {
         )
     ),
 }
+_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 LESS, MORE = "#2f78c4", "#d9601a"
 
 
@@ -70,6 +73,7 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "legend.frameon": False,
     "legend.fontsize": 9,
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # a name or a title is what it is, dollar signs and all
     "svg.hashsalt": "anabranch",  # the same picture is the same file
 }
 
@@ -104,10 +108,29 @@ def to_svg(made: Figure) -> str:
 def _print(made: Figure, write: Any, facecolor: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     made.set_facecolor(facecolor)
+    for axes in made.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            _write_powers_plainly(axis)
     with matplotlib.rc_context(STYLE):
         write(stream, **options)
     made.set_layout_engine("none")  # it is laid out now, which takes longer than drawing
     return stream.getvalue()
+
+
+class _Powers(LogFormatterSciNotation):
+    """Labels of logarithmic axes as plain text: 10³, 2×10⁻¹."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        text = re.sub(r"\$\\mathdefault\{(.*)\}\$", r"\1", super().__call__(x, pos)).replace(r"\times", "\u00d7")
+        return re.sub(r"\^\{(-?\d+)\}", lambda power: power[1].translate(_SUPERSCRIPT), text)
+
+
+def _write_powers_plainly(axis: Axis) -> None:
+    for level, change in ((axis.major, axis.set_major_formatter), (axis.minor, axis.set_minor_formatter)):
+        old: Any = level.formatter
+        if isinstance(old, LogFormatterMathtext) and not isinstance(old, _Powers):
+            base = axis.get_transform().base  # type: ignore[attr-defined]
+            change(_Powers(base=base, labelOnlyBase=old.labelOnlyBase))
 
 
 def horizontal_grid(axes: Axes) -> None:
