@@ -1,6 +1,7 @@
 """A library is built once, whole, by any number of processes, and found again without a compiler."""
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_what_is_built_is_found_where_there_is_no_compiler(compiler, no_compiler
     assert native.load().anabranch_answer() == 42
     assert native.status() == native.Status(built)
     assert built.compiler.endswith("(small 1.0)")
-    assert sorted(path.name for path in folder(tmp_path).iterdir() if not path.name.startswith(".")) == [
+    assert sorted(path.name for path in folder(tmp_path).iterdir()) == [
         built.path.with_suffix(".json").name,
         built.path.name,
     ]
@@ -146,9 +147,20 @@ def test_nothing_is_left_of_a_build_that_failed(compiler, tmp_path):
     compiler('case "$*" in *" -c "*) exec c++ "$@";; *) exit 1;; esac')
     with pytest.raises(BackendError, match="it ended with code 1"):
         native.build()
-    assert [path.suffixes for path in folder(tmp_path).iterdir() if not path.name.endswith(".lock")] == [
-        [".failed", ".json"]
-    ]
+    assert [path.suffixes for path in folder(tmp_path).iterdir()] == [[".failed", ".json"]]
+
+
+def test_what_killed_builders_left_is_cleared(compiler, tmp_path):
+    compiler()
+    names = [f".{library_name(NATIVE)}.{name}" for name in ("old", "old-folder", "new")]
+    for name in names:
+        path = folder(tmp_path) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if "folder" in name else path.touch()
+        if "old" in name:
+            os.utime(path, (0, 0))
+    native.build()
+    assert [(folder(tmp_path) / name).exists() for name in names] == [False, False, True]
 
 
 def test_a_full_disk_is_no_failure_of_the_compiler(compiler, monkeypatch, tmp_path):

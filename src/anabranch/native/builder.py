@@ -1,15 +1,15 @@
 """Building the library: once for all processes that want it, in the cache folder; a failure is remembered."""
 
-import fcntl
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anabranch.errors import BackendError, DataError
-from anabranch.files import atomic_file, cache_folder
+from anabranch.files import atomic_file, cache_folder, locked
 from anabranch.native.compiler import Compiler, find_compiler
 from anabranch.native.isa import NATIVE, Isa
 from anabranch.native.sources import SOURCES, flags_for, library_name
@@ -19,6 +19,8 @@ __all__ = ["build", "compile_kernels"]
 
 log = logging.getLogger(__name__)
 
+_POLL_S = 0.1  # between two looks whether the other process is done
+_FORGOTTEN_S = 3600.0  # after which nobody works on a file any more
 # What a compiler says when the machine, not the source, was the reason; the next process may have more luck.
 _PASSING = re.compile(
     r"killed|no space left|quota exceeded|cannot allocate|out of memory|memory exhausted|temporarily unavailable|too many open files",
@@ -39,7 +41,7 @@ def build(*, again: bool = False) -> Library:
     cannot be written.
     """
     folder = cache_folder() / "kernels"
-    with _one_at_a_time(folder / f".{library_name(NATIVE)}.lock"):
+    with _one_at_a_time(folder):
         found = read_library(folder, NATIVE)
         if found is not None:
             return found
@@ -66,20 +68,31 @@ def compile_kernels(isa: Isa, folder: Path, compiler: Compiler) -> Library:
 
 
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the lock on building into ``folder``, which is made first."""
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot write the cache {lock.parent}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
+            f"cannot write the cache {folder}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
         ) from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    is_told = False
+    while True:
+        with locked(folder / f".{library_name(NATIVE)}.lock") as alone:
+            if alone:
+                _clear(folder)
+                yield
+                return
+        if not is_told:
             log.warning("another process compiles the CPU kernels; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks: each builds its own, and the last one's stays
-            log.info("no lock on %s: %s", lock, error)
-        yield
+            is_told = True
+        time.sleep(_POLL_S)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what builders that were killed long ago have left."""
+    for path in folder.glob(f".{library_name(NATIVE)}.*"):
+        with suppress(OSError):  # another machine that shares the folder may have been quicker
+            if path.suffix == ".lock" or time.time() - path.stat().st_mtime < _FORGOTTEN_S:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
