@@ -262,7 +262,9 @@ def verify(folder: Path, *, needed: Iterable[str] = (), skip: Iterable[str] = ()
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, and {RECORD} lists it")
         if _digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged: it is not what was saved ({RECORD} has another digest)")
+            raise CheckpointError(
+                f"cannot read {path}: it is damaged, not what was saved ({RECORD} has another digest)"
+            )
     return True
 
 

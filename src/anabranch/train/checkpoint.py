@@ -3,11 +3,13 @@
     config.json, model.safetensors, tokenizer.json, ...   a model folder, see `anabranch.lm.checkpoint`
     optimizer.safetensors                                  AdamW's moments by parameter name
     trainer.json                                           step, place in the data, counts, and the run's config
+    SHA256SUMS                                             a digest of every other file, checked when it is loaded or resumed
 
-A folder appears whole or not at all, and an old one is removed only after a newer one is whole. No random state is stored: what is
-random in step n is a function of (seed, n).
+A folder appears whole or not at all. An old one is removed only when a newer one has proved good: training has gone on from it, or its
+evaluation was finite. No random state is stored: what is random in step n is a function of (seed, n).
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from anabranch.errors import CheckpointError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm.checkpoint import write_model
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.folder import OPTIMIZER_FILE, RECORD, TRAINER_FILE, seal, verify
 from anabranch.lm.tensors import read_json
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 1
-TRAINER_FILE = "trainer.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
 _FOLDER = "checkpoints"
 
 
@@ -35,8 +38,9 @@ def checkpoint_path(out: Path, step: int) -> Path:
 
 
 def checkpoints(out: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(file.parent for file in Path(out).glob(f"{_FOLDER}/step-*/{TRAINER_FILE}"))
+    """The checkpoints of a run, oldest first. One that has lost a file is among them, and is refused when it is read."""
+    found = (file.parent for name in (TRAINER_FILE, RECORD) for file in Path(out).glob(f"{_FOLDER}/step-*/{name}"))
+    return sorted(set(found))
 
 
 def write_checkpoint(
@@ -46,10 +50,8 @@ def write_checkpoint(
     tokenizer: Tokenizer,
     model_tensors: dict[str, Tensor],
     optimizer_tensors: dict[str, Tensor],
-    *,
-    keep: int,
 ) -> Path:
-    """Write a checkpoint whole, then remove all but the newest ``keep``. ``state["step"]`` names it.
+    """Write a checkpoint whole. ``state["step"]`` names it.
 
     Raises CapacityError if the disk is full, DataError if the place cannot be written; older checkpoints are then untouched.
     """
@@ -59,23 +61,73 @@ def write_checkpoint(
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()}
         save_file(ready, temporary / OPTIMIZER_FILE)
         atomic_write_json(temporary / TRAINER_FILE, {"schema": SCHEMA, **state})
-    for old in checkpoints(out)[:-keep]:
-        _remove(old)
+        seal(temporary)
     return path
 
 
+def prune(out: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``."""
+    for old in checkpoints(out)[:-keep]:
+        _remove(old)
+
+
+def set_aside(out: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of ``step`` and later ``diverged-step-...``, so that a run goes on from the one before; their new places."""
+    moved = []
+    for path in checkpoints(out):
+        if path >= checkpoint_path(out, step):
+            place = path.with_name(f"diverged-{path.name}")
+            if place.exists():
+                shutil.rmtree(place)
+            moved.append(path.replace(place))
+    return moved
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The trainer's state and the optimizer's tensors. Raises CheckpointError if they are damaged or of a newer version."""
-    state = read_json(path / TRAINER_FILE)
-    schema = state.pop("schema", None)
-    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        raise CheckpointError(f"schema in {path / TRAINER_FILE} is {schema!r}; this version reads 1 to {SCHEMA}")
+    """The trainer's state and the optimizer's tensors.
+
+    Raises CheckpointError if any file of the checkpoint is missing or damaged, or it is of a newer version. One that was written without
+    digests is only looked through, with a warning.
+    """
     try:
-        return state, load_file(path / OPTIMIZER_FILE)
+        state = read_json(path / TRAINER_FILE)
+        # Before the digests, of which a newer version may have others.
+        schema = state.pop("schema", None)
+        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+            raise CheckpointError(f"schema in {path / TRAINER_FILE} is {schema!r}; this version reads 1 to {SCHEMA}")
+        if not verify(path, needed=("config.json", TRAINER_FILE, OPTIMIZER_FILE)):
+            logger.warning("%s has no %s, so what is in it cannot be checked; it is resumed as it is", path, RECORD)
+        _check_state(state, path / TRAINER_FILE)
+        tensors = _read_optimizer(path / OPTIMIZER_FILE)
+        progress = state["progress"]
+        if not tensors and progress["step"] > progress["skipped"]:
+            raise CheckpointError(f"{path / OPTIMIZER_FILE} holds no moments, after {progress['step']} steps")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {path} to go on from the checkpoint before") from None
+    return state, tensors
+
+
+def _read_optimizer(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"cannot read {path / OPTIMIZER_FILE}: {error}; remove {path} to go on from the checkpoint before"
-        ) from None
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def _check_state(state: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError unless this is what a trainer stores."""
+    progress, stream = (state.get(name) for name in ("progress", "stream"))
+    numbers = {"step": int, "seconds": float, "skipped": int, "skipped_in_a_row": int}
+    if not isinstance(progress, dict) or progress.keys() != {*numbers, "evaluation"}:
+        raise CheckpointError(f"progress in {path} is not what a trainer stores; it is damaged")
+    for name, kind in numbers.items():
+        value = progress[name]
+        if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"progress.{name} in {path} is {value!r}; it must be a number of at least 0")
+    if progress["evaluation"] is not None and not isinstance(progress["evaluation"], dict):
+        raise CheckpointError(f"progress.evaluation in {path} is not what a trainer stores; it is damaged")
+    if not isinstance(stream, dict) or not isinstance(stream.get("position"), int) or stream["position"] < 0:
+        raise CheckpointError(f"stream in {path} is not what a trainer stores; it is damaged")
 
 
 def remove_leftovers(out: Path) -> None:

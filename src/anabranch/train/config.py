@@ -41,7 +41,7 @@ class TrainConfig(Config):
         eval_every: steps between evaluations on the validation split; None for one at the end.
         eval_tokens: about how many tokens an evaluation takes, spread over the split; None for all.
         checkpoint_every: steps between checkpoints; None for one at the end.
-        keep_checkpoints: newest ones that are kept.
+        keep_checkpoints: newest ones that are kept; one more until the newest has proved good, so that a run that diverges keeps good ones.
         log_every: steps between lines of metrics.
         max_skipped: steps in a row whose gradient is not finite before training stops.
         seed: of the initial weights, the data order, and everything random in between.

@@ -82,7 +82,9 @@ def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
     changed = {
         path: values
         for path, values in differences(read_run_config(out), config).items()
-        if path not in _CHANGEABLE and path.rpartition(".")[2] != "paths"  # moved data is recognised by its content
+        if path not in _CHANGEABLE
+        and path.rpartition(".")[2] != "paths"  # moved data is recognised by its content
+        and not (path == "train.learning_rate" and values[1] < values[0])  # the way out of a run that diverged
     }
     if changed:
         shown = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())

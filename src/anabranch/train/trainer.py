@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from anabranch.config import to_dict
 from anabranch.data import Tokenizer
@@ -33,7 +34,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import state_once
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
-from anabranch.train.checkpoint import checkpoint_path, checkpoints, read_checkpoint, write_checkpoint
+from anabranch.train.checkpoint import checkpoint_path, checkpoints, prune, read_checkpoint, set_aside, write_checkpoint
 from anabranch.train.config import RunConfig
 from anabranch.train.evaluate import Evaluation, autocast, evaluate
 from anabranch.train.interrupt import Interrupts
@@ -186,6 +187,8 @@ class Trainer:
         ]
         self._progress = _Progress()
         self._checkpoint = found
+        # Whether older checkpoints wait for the newest to prove good, before they are removed.
+        self._is_prunable = found is not None
         self._log: MetricsLog | None = None
         if found is not None:
             self._restore(found)
@@ -218,6 +221,8 @@ class Trainer:
                     self._evaluate()
                     self._checkpoint = None  # one of this step, if there is one, lacks the evaluation
             self._save()
+            if self._is_sound():
+                self._prune()
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
         return result
@@ -322,6 +327,8 @@ class Trainer:
             step = self._step()
             progress.step += 1
             self._count_skipped(step)
+            if step.is_applied:
+                self._prune()
             record = self._record(step) if is_logged else {}
             sync_loads(self.model)
             self._run_hooks()
@@ -337,7 +344,8 @@ class Trainer:
             # The last evaluation comes before the last checkpoint, so that it is in it and is not repeated by a resumed run.
             if _is_due(progress.step, settings.eval_every) or progress.step == settings.steps:
                 self._evaluate()
-            if _is_due(progress.step, settings.checkpoint_every):
+            # After a skipped step the weights are those of before, and perhaps diverged: nothing new that is worth a place.
+            if _is_due(progress.step, settings.checkpoint_every) and not progress.skipped_in_a_row:
                 self._save()
 
     @property
@@ -402,8 +410,19 @@ class Trainer:
         if progress.skipped_in_a_row >= self._settings.max_skipped:
             raise AnabranchError(
                 f"training stopped at step {progress.step}: the gradient was not finite {progress.skipped_in_a_row} times in a "
-                f"row (loss {float(step.losses['loss'])}); start again with a lower train.learning_rate"
+                f"row (loss {float(step.losses['loss'])}); {self._way_back()}"
             )
+
+    def _way_back(self) -> str:
+        """What to do after weights have diverged. Checkpoints that hold them are set aside, so that resuming goes on from a good one."""
+        diverged = self._progress.step - self._progress.skipped_in_a_row
+        if self.workers.is_first:
+            set_aside(self.out, diverged)
+        self.workers.wait()
+        good = checkpoints(self.out)
+        if not good:
+            return "start again with a lower train.learning_rate"
+        return f"resume with a lower train.learning_rate, which goes on from {good[-1].name}, the last whose weights were good"
 
     # Measuring and saving
 
@@ -477,11 +496,27 @@ class Trainer:
                 self.data.tokenizer,
                 tensors,
                 moments,
-                keep=self._settings.keep_checkpoints,
             )
         self.workers.wait()
-        self._checkpoint = path
+        self._checkpoint, self._is_prunable = path, True
         self._emit("checkpoint", {"path": str(path)})
+
+    def _is_sound(self) -> bool:
+        """Whether the weights as they are can be trusted, though no step has been made from them: as far as can be seen."""
+        if self._progress.skipped_in_a_row:
+            return False
+        if self._progress.evaluation is not None and self._is_evaluated():
+            return math.isfinite(Evaluation.from_dict(self._progress.evaluation).nats_per_token)
+        shards = (
+            parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in self._parameters
+        )
+        return all(bool(torch.isfinite(shard).all()) for shard in shards)
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that are too many, once the newest has proved good."""
+        if self._is_prunable and self.workers.is_first:
+            prune(self.out, self._settings.keep_checkpoints)
+        self._is_prunable = False
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._log is not None:

@@ -1,0 +1,201 @@
+"""Checkpoints keep what was good: damage is told before anything is resumed from it, and a run that diverges keeps its way back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
+from anabranch.lm import load_model
+from anabranch.lm.folder import RECORD
+from anabranch.train import Trainer, checkpoints
+from anabranch.train.checkpoint import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def run(_trained, tmp_path, make_run):
+    """A fresh copy of a run with checkpoints of steps 1 and 2."""
+    if not _trained.exists():
+        Trainer(make_run(steps=2, checkpoint_every=1, eval_every=None), _trained).fit()
+    shutil.copytree(_trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resumed(run, make_run, **changes):
+    return Trainer(make_run(**{"steps": 3, "checkpoint_every": 1, "eval_every": None, **changes}), run, resume=True)
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip_a_bit,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "empty": lambda file: file.write_bytes(b""),
+    "absent": lambda file: file.unlink(),
+    "of another": lambda file: shutil.copy(file.parent.with_name("step-00000001") / file.name, file),
+}
+
+
+SAME_IN_ALL = ("config.json", "tokenizer.json")
+FILES = [*SAME_IN_ALL, "model.safetensors", "optimizer.safetensors", "trainer.json"]
+CASES = [(name, damage) for name in FILES for damage in DAMAGES if damage != "of another" or name not in SAME_IN_ALL]
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_damage_in_any_file_is_told_and_nothing_is_resumed(run, make_run, name, damage):
+    newest = checkpoints(run)[-1]
+    DAMAGES[damage](newest / name)
+    with pytest.raises(CheckpointError, match=f"{newest}"):
+        resumed(run, make_run)
+    if name not in ("trainer.json", "optimizer.safetensors"):
+        with pytest.raises(CheckpointError):
+            load_model(newest)
+    else:
+        load_model(newest)
+    shutil.rmtree(newest)
+    assert resumed(run, make_run).fit().step == 3
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "0" * 64 + "  config.json\n"])
+def test_a_damaged_record_is_told(run, make_run, text):
+    (checkpoints(run)[-1] / RECORD).write_text(text)
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS|config.json"):
+        resumed(run, make_run)
+
+
+def test_checkpoints_of_before_the_record_are_resumed_with_a_warning(run, make_run, caplog):
+    (checkpoints(run)[-1] / RECORD).unlink()
+    assert resumed(run, make_run).fit().step == 3
+    assert "has no SHA256SUMS, so what is in it cannot be checked" in caplog.text
+
+
+BROKEN = [
+    b"", b"\xff\xfe\x00", b"[]", b'{"schema": 1}', b"[" * 100_000, b'{"schema": 1, "progress": 3, "stream": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_trainer_state_that_cannot_be_checked_is_looked_through(run, make_run, content):
+    newest = checkpoints(run)[-1]
+    (newest / RECORD).unlink()
+    (newest / "trainer.json").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"trainer.json.*remove .*step-00000002 to go on from the checkpoint before"
+    ):
+        resumed(run, make_run)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("progress", "step"), "2"), (("progress", "step"), -1), (("progress", "step"), True), (("progress", "seconds"), None),
+        (("progress", "skipped"), 0.5), (("progress", "evaluation"), 7), (("progress", "more"), 1), (("stream", "position"), "x"),
+        (("stream",), []), (("progress",), None),
+    ],
+)  # fmt: skip
+def test_values_that_no_trainer_stores(run, make_run, path, value):
+    newest = checkpoints(run)[-1]
+    (newest / RECORD).unlink()
+    state = json.loads((newest / "trainer.json").read_text())
+    table = state[path[0]] if len(path) > 1 else state
+    table[path[-1]] = value
+    (newest / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=rf"{path[0]}.* in .*trainer.json"):
+        resumed(run, make_run)
+
+
+def test_moments_that_are_gone_are_not_replaced_by_fresh_ones(run, make_run):
+    newest = checkpoints(run)[-1]
+    (newest / RECORD).unlink()
+    save_file({}, newest / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors holds no moments, after 2 steps"):
+        resumed(run, make_run)
+
+
+# Divergence
+
+
+def poison(trainer, first):
+    """Gradients that are not finite from step ``first`` on."""
+    parameter = next(trainer.model.parameters())
+    parameter.register_hook(
+        lambda gradient: gradient * float("nan") if trainer._progress.step + 1 >= first else gradient
+    )
+
+
+def names(run):
+    return [path.name for path in checkpoints(run)]
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoints_and_goes_on_from_them(tmp_path, make_run):
+    settings = {"steps": 12, "checkpoint_every": 1, "keep_checkpoints": 2, "eval_every": None, "max_skipped": 3}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    poison(trainer, 5)
+    with pytest.raises(
+        AnabranchError, match=r"at step 7: .*resume with a lower train.learning_rate.* from step-00000003"
+    ):
+        trainer.fit()
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    # What diverged is kept too, out of the way.
+    assert read_checkpoint(tmp_path / "checkpoints/diverged-step-00000004")[0]["step"] == 4
+    with pytest.raises(ConfigError, match=r"train.learning_rate was 0.01 and is now 0.1; change it back"):
+        Trainer(make_run(**settings, learning_rate=0.1), tmp_path, resume=True)
+    result = Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True).fit()
+    assert (result.status, result.step) == ("finished", 12)
+    assert names(tmp_path) == ["step-00000011", "step-00000012"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_an_update_that_ruins_the_weights_evicts_nothing(tmp_path, make_run, keep):
+    settings = {"steps": 12, "checkpoint_every": 1, "keep_checkpoints": keep, "eval_every": None, "max_skipped": 2}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    update = trainer._update
+
+    def ruin(norm):
+        update(norm)
+        if trainer._progress.step == 3:
+            with torch.no_grad():
+                trainer.model.embedding.weight.fill_(float("inf"))
+
+    trainer._update = ruin
+    with pytest.raises(AnabranchError, match=r"from step-00000003"):
+        trainer.fit()
+    assert names(tmp_path) == ["step-00000002", "step-00000003"][-keep:]
+    for path in checkpoints(tmp_path):
+        assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+
+
+def test_a_run_that_never_learned_starts_again(tmp_path, make_run):
+    settings = {"steps": 4, "checkpoint_every": 1, "max_skipped": 2}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    poison(trainer, 1)
+    with pytest.raises(AnabranchError, match=r"start again with a lower train.learning_rate"):
+        trainer.fit()
+    assert Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True).fit().step == 4
+
+
+def test_the_last_checkpoint_evicts_nothing_when_its_evaluation_is_not_finite(tmp_path, make_run):
+    settings = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": None}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    update = trainer._update
+
+    def ruin(norm):
+        update(norm)
+        if trainer._progress.step == 2:
+            with torch.no_grad():
+                trainer.model.norm.weight.fill_(float("nan"))
+
+    trainer._update = ruin
+    trainer.fit()
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
