@@ -3,8 +3,11 @@
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from anabranch.nn.kernels import memory
 
 STEPS = """
 import resource, torch
@@ -31,3 +34,17 @@ def faults(told):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is what can be told")
 def test_freed_memory_is_used_again():
     assert 10 * faults("assert keep_freed_memory()") < faults("pass")  # a tenth, since pages may be small or huge
+
+
+def test_memory_may_return_while_the_same_thread_looks_for_some():
+    """Garbage collection may come at any allocation, and let a gradient go."""
+
+    def collect_inside():
+        with memory._lock:
+            memory._give_back(1, None)
+
+    thread = threading.Thread(target=collect_inside, daemon=True)
+    thread.start()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert memory._free.pop(1) == [None]

@@ -29,7 +29,8 @@ KEEP = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 16 << 
 RELEASE = Kernel("anabranch_release", "")
 
 _free: dict[int, list[mmap.mmap]] = {}
-_lock = threading.Lock()
+# Taken again by who holds it: an allocation inside may collect garbage, and with it another gradient that returns its memory.
+_lock = threading.RLock()
 
 
 def empty_gradient(weight: Tensor) -> Tensor:
