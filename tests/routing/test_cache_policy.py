@@ -12,40 +12,49 @@ POLICIES = ["lru", "lfu", "belady", "segment"]
 
 
 def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
-    """(hits, accesses) of one cache: a dictionary from resident to nothing, priorities by definition."""
+    """(hits, accesses) of one cache: a dictionary from resident to nothing, priorities by definition.
+
+    A token is a list of destinations, or a list of such lists, one of each layer that it meets.
+    """
+    layered = [xs if xs and isinstance(xs[0], list) else [xs] for xs in tokens]
+    tokens = [[x for block in blocks for x in block] for blocks in layered]
     resident, seen, hits, accesses, serial = {}, set(), 0, 0, 0
     last, count = {}, dict.fromkeys(range(num_destinations), 0)
-    order = [(token, place, x) for token, xs in enumerate(tokens) for place, x in enumerate(xs)]
-    ahead = {x: sum(x in xs for xs in tokens[: window or 0]) for x in range(num_destinations)}
+    order = [x for xs in tokens for x in xs]
+    ahead = {x: sum(xs.count(x) for xs in tokens[: window or 0]) for x in range(num_destinations)}
 
     def next_access(x, now):
-        later = [at for at, (_, _, other) in enumerate(order) if other == x and at > now]
+        later = [at for at, other in enumerate(order) if other == x and at > now]
         return later[0] if later else len(order) + x
 
     priority = {}
-    for token, xs in enumerate(tokens):
-        before, touched = set(resident), len(seen)
-        for x in xs:
-            accesses += 1
-            hits += x in before
-            if x not in seen:
-                hits += cold == "free" and touched < capacity
-                touched += 1
-                seen.add(x)
-        for x in xs:
-            if x not in resident and len(resident) == capacity:
-                del resident[min(resident, key=lambda y: (ahead[y], last[y]) if policy == "segment" else priority[y])]
-            resident[x] = None
-            ahead[x] -= 1
-            count[x] += 1
-            last[x] = serial
-            priority[x] = {
-                "lru": (serial,),
-                "lfu": (count[x], serial),
-                "belady": (-next_access(x, serial),),
-                "segment": (),
-            }[policy]
-            serial += 1
+    for token, blocks in enumerate(layered):
+        before, touched, named = set(resident), len(seen), set()
+        for block in blocks:
+            here = set(resident)
+            for x in block:
+                accesses += 1
+                hits += x in (here if x in named else before)
+                if x not in seen:
+                    hits += cold == "free" and touched < capacity
+                    touched += 1
+                    seen.add(x)
+            for x in block:
+                if x not in resident and len(resident) == capacity:
+                    victim = min(resident, key=lambda y: (ahead[y], last[y]) if policy == "segment" else priority[y])
+                    del resident[victim]
+                resident[x] = None
+                ahead[x] -= 1
+                count[x] += 1
+                last[x] = serial
+                priority[x] = {
+                    "lru": (serial,),
+                    "lfu": (count[x], serial),
+                    "belady": (-next_access(x, serial),),
+                    "segment": (),
+                }[policy]
+                serial += 1
+            named.update(block)
         if window is not None and token + window < len(tokens):
             for x in tokens[token + window]:
                 ahead[x] += 1
@@ -81,6 +90,38 @@ def test_one_pass_equals_every_capacity_by_itself(trace, policy, cold, window):
             hits, accesses = naive(tokens, num_destinations, policy, capacity, window, cold)
             assert found.hits_SC[row, capacity - 1] == hits
             assert found.accesses_S[row] == accesses
+
+
+@st.composite
+def layered_traces(draw):
+    """(E, K of each layer, sequences): each layer of a token names up to K distinct destinations of one pool."""
+    num_destinations = draw(st.integers(1, 6))
+    sizes = draw(st.lists(st.integers(1, min(3, num_destinations)), min_size=2, max_size=4))
+    layers = [st.lists(st.integers(0, num_destinations - 1), max_size=size, unique=True) for size in sizes]
+    token = st.tuples(*layers).map(list)
+    return num_destinations, sizes, draw(st.lists(st.lists(token, min_size=1, max_size=10), min_size=1, max_size=3))
+
+
+@given(layered_traces(), st.sampled_from(POLICIES), st.sampled_from(["free", "miss"]), st.integers(1, 6))
+def test_layers_may_name_what_earlier_ones_of_a_token_named(trace, policy, cold, window):
+    num_destinations, sizes, sequences = trace
+    window = window if policy == "segment" else None
+    of_layers = [[[token[layer] for token in tokens] for tokens in sequences] for layer in range(len(sizes))]
+    index_STK = np.concatenate([padded(of, size) for of, size in zip(of_layers, sizes, strict=True)], -1)
+    found = simulate(index_STK, num_destinations, policy, window=window, cold=cold, blocks=sizes)
+    for row, tokens in enumerate(sequences):
+        for capacity in range(1, num_destinations + 1):
+            expected = naive(tokens, num_destinations, policy, capacity, window, cold)
+            assert (found.hits_SC[row, capacity - 1], found.accesses_S[row]) == expected
+
+
+def test_a_layer_may_not_name_one_twice_and_layers_have_all_places():
+    index_STK = np.array([[[0, 1, 1]]])
+    assert simulate(index_STK, 2, "lru", blocks=[2, 1], cold="miss").hits_SC.tolist() == [[1, 1]]
+    with pytest.raises(DataError, match="token 0 of sequence 0 names destination 1 twice"):
+        simulate(index_STK, 2, "lru", blocks=[1, 2])
+    with pytest.raises(ConfigError, match="blocks have 2 places, the routes 3"):
+        simulate(index_STK, 2, "lru", blocks=[1, 1])
 
 
 @given(traces(ragged=False), st.integers(1, 6))

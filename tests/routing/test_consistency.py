@@ -5,11 +5,15 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.routing import TraceBuilder, TraceLayer, measure
+from anabranch.experts.rexmoe import ReXMoE
+from anabranch.lm import Decoder
+from anabranch.nn import Attention
+from anabranch.routing import Router, TopK, TraceBuilder, TraceLayer, measure, record_routing
 from anabranch.routing import consistency as lrc
 from real_data import needs_data, real_data
 
@@ -214,6 +218,39 @@ def test_the_cache_of_a_whole_model_has_keys_of_its_own_for_each_layer():
     with pytest.raises(DataError, match="layers routed different sequences"):
         lrc.sch([first, short], 4, level="model")
     assert second.layer == 1
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady", "segment"])
+def test_layers_that_share_a_pool_share_what_is_held(policy):
+    """Two layers that pick one slot: the second always finds what the first has loaded, of one pool."""
+    window = 4 if policy == "segment" else None
+    slots = np.repeat(drawn(0, 2, 60, 11, 1), 2, axis=2)
+    of_pool = lrc.hit_rates(lrc.routes(slots, pools=["a", "a"]), policy, window=window, level="model", cold="miss")
+    assert of_pool.hits[0].hits_SC.shape[1] == 11
+    assert of_pool.rates[0][0] >= 0.5
+    alone = lrc.hit_rates(slots[:, :, :1], policy, window=window, cold="miss")
+    assert of_pool.hits[0].hits_SC[:, 0].tolist() == (60 + alone.hits[0].hits_SC[:, 0]).tolist()
+    apart = lrc.hit_rates(lrc.routes(slots), policy, window=window, level="model", cold="miss")
+    assert apart.hits[0].hits_SC.shape[1] == 22
+    assert apart.rates[0][0] < 0.12  # that of the last layer, where the token before has left it
+    with pytest.raises(DataError, match="there are 1 pools for 2 layers"):
+        next(lrc.routes(slots, pools=["a"]))
+
+
+def test_a_trace_of_a_model_tells_which_layers_share_a_pool():
+    layer = ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=2, router=Router.Config(select=TopK.Config(top_k=1)))
+    attention = Attention.Config(num_heads=2)
+    model = Decoder.Config(vocab_size=31, dim=16, num_layers=4, attention=attention, feed_forward=layer).build(seed=0)
+    with torch.no_grad(), record_routing(model.eval()) as recorder:
+        model(torch.randint(31, (3, 20)))
+    trace = recorder.trace()
+    pools = [of.pool for of in lrc.routes(trace)]
+    assert pools[0] == pools[1] != pools[2] == pools[3]
+    found = lrc.sch(trace, 4, level="model", cold="miss")
+    index = np.stack([of.index_STK for of in lrc.routes(trace)], 2)
+    wanted = lrc.sch(lrc.routes(index, num_destinations=8, pools=[0, 0, 1, 1]), 4, level="model", cold="miss")
+    assert found.rates[0].tolist() == wanted.rates[0].tolist()
+    assert len(found.rates[0]) == 16  # slots there are, not destinations of layers
 
 
 def test_a_ratio_needs_a_k():

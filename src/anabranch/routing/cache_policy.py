@@ -1,9 +1,10 @@
 """What a cache of destinations would hit, at every capacity at once: LRU, LFU, Belady, the best fixed set, and the segment cache.
 
 A cache of capacity C holds C destinations of one layer (or of a model). A token looks its K destinations up in the state *before* it; then
-they enter one after another, and each that was absent pushes out the resident of lowest priority. Since priorities do not depend
-on C, what a cache holds is among what a larger one holds (Mattson et al. 1970), so one pass over a *stack* gives all capacities: an
-entering destination goes on top, and what it displaces sinks to the first place below whose holder has a lower priority.
+they enter one after another, and each that was absent pushes out the resident of lowest priority. Where a token meets several layers of one
+pool, a layer may name again what an earlier one has named; that is looked up in the state before its layer. Since priorities do not
+depend on C, what a cache holds is among what a larger one holds (Mattson et al. 1970), so one pass over a *stack* gives all capacities:
+an entering destination goes on top, and what it displaces sinks to the first place below whose holder has a lower priority.
 
 Every sequence is a column, and one access is five operations on ``[E, B]`` arrays, so many sequences cost little more than one.
 """
@@ -54,6 +55,7 @@ def simulate(
     *,
     window: int | None = None,
     cold: Cold = "free",
+    blocks: Sequence[int] | None = None,
 ) -> Hits:
     """Hits of a policy at every capacity.
 
@@ -74,14 +76,21 @@ def simulate(
         window: m of ``segment``, in tokens.
         cold: whether the first access of a destination counts as a hit while the cache has slots never used (``free``, the paper's:
             loading into an empty slot evicts nothing), or as a miss (what a real system sees).
+        blocks: places of each of the layers that a token meets one after the other, K in all; None for one layer. Layers may name the
+            same destinations.
 
-    Raises DataError if a token names a destination twice or outside [0, E), ConfigError for an unknown policy or a bad window.
+    Raises DataError if a token names a destination twice in a layer or outside [0, E), ConfigError for an unknown policy or a bad window.
     """
     if policy not in POLICIES:
         raise ConfigError(f"no cache policy {policy!r}; known: {', '.join(POLICIES)}")
     if (policy == "segment") != (window is not None) or (window is not None and window < 1):
         raise ConfigError(f"window is {window}; 'segment' needs one of at least 1 token, and no other policy has one")
-    index_STK = check_routes(index_STK, num_destinations)
+    index_STK = np.asarray(index_STK)
+    ends = np.cumsum([*blocks]) if blocks is not None else np.array([index_STK.shape[-1]])
+    if ends[-1] != index_STK.shape[-1]:
+        raise ConfigError(f"blocks have {ends[-1]} places, the routes {index_STK.shape[-1]}")
+    for block in np.split(index_STK, ends[:-1], axis=-1):
+        check_routes(block, num_destinations)
     accesses_S = (index_STK >= 0).sum((1, 2))
     if policy == "fixed":
         return Hits(_fixed(index_STK, num_destinations), accesses_S)
@@ -90,7 +99,7 @@ def simulate(
     batch = max(1, CELLS // num_destinations)
     for first in range(0, num_sequences, batch):
         columns = slice(first, first + batch)
-        run = _Stack(index_STK[columns], num_destinations, policy, window or 0)
+        run = _Stack(index_STK[columns], num_destinations, policy, window or 0, ends)
         hits_SC[columns] = run.hits_EB(cold).cumsum(0).T
     return Hits(hits_SC, accesses_S)
 
@@ -138,12 +147,17 @@ class _Stack:
     A priority is ``count << bits | time``; time makes it unique.
     """
 
-    def __init__(self, index_BTK: np.ndarray, num_destinations: int, policy: Policy, window: int) -> None:
+    def __init__(
+        self, index_BTK: np.ndarray, num_destinations: int, policy: Policy, window: int, ends: np.ndarray
+    ) -> None:
         self.index_TKB = np.ascontiguousarray(index_BTK.transpose(1, 2, 0))
         num_tokens, top_k, num_columns = self.index_TKB.shape
         self.policy, self.window = policy, window
         self.bits = int(num_tokens * top_k + 1).bit_length()
-        most = {"segment": min(window, num_tokens), "lfu": num_tokens}.get(policy, 0)
+        self.blocks = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        self.again_TKB = self._repetitions()
+        # A token may name a destination once in each block.
+        most = {"segment": min(window, num_tokens), "lfu": num_tokens}.get(policy, 0) * len(self.blocks)
         size = max(((most + 1) << self.bits), num_tokens * top_k + num_destinations + 2)
         self.dtype = np.int32 if size < 1 << 31 else np.int64
         self.stack_EB = np.full((num_destinations, num_columns), FREE, self.dtype)
@@ -163,13 +177,28 @@ class _Stack:
             for token_KB in self.index_TKB[: self.window]:
                 self._announce(token_KB)
         for token, token_KB in enumerate(self.index_TKB):
-            for x_B in token_KB:
+            again_KB = None if self.again_TKB is None else self.again_TKB[token]
+            for x_B in token_KB if again_KB is None else np.where(again_KB, -1, token_KB):
                 self._look_up(x_B, hits_EB, seen_B, cold)
-            for place, x_B in enumerate(token_KB):
-                self._enter(token, place, x_B)
+            for block in self.blocks:
+                if again_KB is not None and again_KB[block.start : block.stop].any():
+                    for place in block:
+                        self._look_up(np.where(again_KB[place], token_KB[place], -1), hits_EB, seen_B, cold)
+                for place in block:
+                    self._enter(token, place, token_KB[place])
             if self.policy == "segment" and token + self.window < len(self.index_TKB):
                 self._announce(self.index_TKB[token + self.window])
         return hits_EB
+
+    def _repetitions(self) -> np.ndarray | None:
+        """bool ``[T, K, B]``: what an earlier block of the token has named; None where nothing is."""
+        again_TKB = np.zeros(self.index_TKB.shape, bool)
+        for block in self.blocks[1:]:
+            earlier_TKB = self.index_TKB[:, : block.start]
+            for place in block:
+                x_T1B = self.index_TKB[:, place : place + 1]
+                again_TKB[:, place] = ((earlier_TKB == x_T1B) & (x_T1B >= 0)).any(1)
+        return again_TKB if again_TKB.any() else None
 
     def _look_up(self, x_B: np.ndarray, hits_EB: np.ndarray, seen_B: np.ndarray, cold: Cold) -> None:
         key_B = self._key_B(x_B)
@@ -241,9 +270,10 @@ class _Stack:
         next_TKB = np.empty(self.index_TKB.shape, self.dtype)
         after_EB = np.repeat(num_tokens * top_k + 1 + np.arange(num_destinations)[:, None], num_columns, 1)
         for token in range(num_tokens - 1, -1, -1):
-            x_KB = self.index_TKB[token]
-            next_TKB[token] = after_EB[x_KB, self.column_B]
-            place, column = np.nonzero(x_KB >= 0)
-            after_EB[x_KB[place, column], column] = token * top_k + place + 1
+            for block in reversed(self.blocks):  # in which no destination is named twice
+                x_KB = self.index_TKB[token, block.start : block.stop]
+                next_TKB[token, block.start : block.stop] = after_EB[x_KB, self.column_B]
+                place, column = np.nonzero(x_KB >= 0)
+                after_EB[x_KB[place, column], column] = token * top_k + block.start + place + 1
         self.last = num_tokens * top_k + num_destinations + 1
         return next_TKB

@@ -16,7 +16,7 @@ Departure: windows never cross the end of a sequence, and sequences are cut into
 # X windows, H pairs of destinations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,7 @@ class Routes:
         num_destinations: E.
         top_k: places of every token, None where it varies.
         domain_S: names, None where unknown.
+        pool: name of the pool that destinations are slots of, if layers share it; None for destinations of the layer's own.
     """
 
     layer: int
@@ -55,6 +56,7 @@ class Routes:
     num_destinations: int
     top_k: int | None
     domain_S: np.ndarray
+    pool: Hashable = None
 
 
 Source = RoutingTrace | np.ndarray
@@ -66,6 +68,7 @@ def routes(
     num_destinations: int | None = None,
     lengths: Sequence[int] | None = None,
     length: int | None = LENGTH,
+    pools: Sequence[Hashable] | None = None,
 ) -> Iterator[Routes]:
     """Each layer's choices, one layer in memory at a time.
 
@@ -74,19 +77,25 @@ def routes(
         num_destinations: E of an int array. Default: the largest index and one.
         lengths: tokens of each sequence of an array; what stands behind is padding. Default: all.
         length: cut sequences into pieces of this many tokens (a last, shorter piece stays); None leaves them whole.
+        pools: the pool of each layer of an array, a name or None for one of its own; layers of one pool have the same destinations. A
+            trace knows its pools.
 
-    Raises DataError for an array of another shape or type, a token that names a destination twice, or an empty trace.
+    Raises DataError for an array of another shape or type, pools of another number of layers, a token that names a destination twice, or
+    an empty trace.
     """
     if isinstance(source, RoutingTrace):
         for layer, decisions in source:
             names = np.array([*source.domains, None], object)
             index_STK, length_S, code_S = _by_sequence(decisions, length)
-            yield _routes(layer.layer, index_STK, length_S, layer.num_destinations, names[code_S])
+            yield _routes(layer.layer, index_STK, length_S, layer.num_destinations, names[code_S], layer.pool)
         return
     source = np.asarray(source)
     if source.ndim != 4:
         raise DataError(f"routes are [sequences, tokens, layers, experts or places], not {source.shape}")
     length_S = np.full(len(source), source.shape[1]) if lengths is None else np.asarray(lengths)
+    pools = [None] * source.shape[2] if pools is None else pools
+    if len(pools) != source.shape[2]:
+        raise DataError(f"there are {len(pools)} pools for {source.shape[2]} layers; name the pool of each, or None")
     if source.dtype == bool:
         num_destinations = source.shape[3]
     for number in range(source.shape[2]):
@@ -94,13 +103,15 @@ def routes(
         index_STK = np.where((np.arange(source.shape[1]) < length_S[:, None])[..., None], index_STK, -1)
         size = num_destinations or int(index_STK.max(initial=0)) + 1
         index_PTK, length_P = _cut(index_STK, length_S, length)
-        yield _routes(number, index_PTK, length_P, size, np.full(len(length_P), None))
+        yield _routes(number, index_PTK, length_P, size, np.full(len(length_P), None), pools[number])
 
 
-def _routes(layer: int, index_STK: np.ndarray, length_S: np.ndarray, size: int, domain_S: np.ndarray) -> Routes:
+def _routes(
+    layer: int, index_STK: np.ndarray, length_S: np.ndarray, size: int, domain_S: np.ndarray, pool: Hashable
+) -> Routes:
     used_ST = (index_STK >= 0).sum(-1)[np.arange(index_STK.shape[1]) < length_S[:, None]]
     top_k = int(used_ST[0]) if used_ST.size and (used_ST == used_ST[0]).all() else None
-    return Routes(layer, check_routes(index_STK, size), length_S, size, top_k, domain_S)
+    return Routes(layer, check_routes(index_STK, size), length_S, size, top_k, domain_S, pool)
 
 
 def _indices(chosen_STE: np.ndarray) -> np.ndarray:
@@ -352,13 +363,17 @@ def hit_rates(
 ) -> HitRates:
     """Hits of a cache policy at every capacity, see `anabranch.routing.cache_policy.simulate`.
 
-    ``level="model"`` is one cache for the experts of all layers, in the order in which a token meets them; every layer must then have
-    routed the same sequences. Raises DataError where it has not.
+    ``level="model"`` is one cache for the experts of all layers, in the order in which a token meets them; a slot of a pool that layers
+    share is one expert. Every layer must then have routed the same sequences. Raises DataError where it has not.
     """
     layers = list(_layers(source))
+    blocks = None
     if level == "model":
+        blocks = [of.index_STK.shape[-1] for of in layers]
         layers = [_whole_model(layers)]
-    hits = [simulate(of.index_STK, of.num_destinations, policy, window=window, cold=cold) for of in layers]
+    hits = [
+        simulate(of.index_STK, of.num_destinations, policy, window=window, cold=cold, blocks=blocks) for of in layers
+    ]
     return HitRates(hits, [of.top_k for of in layers])
 
 
@@ -373,14 +388,21 @@ def sch(
 
 
 def _whole_model(layers: list[Routes]) -> Routes:
-    first = np.cumsum([0, *(of.num_destinations for of in layers)])
+    """The layers' choices side by side, numbered by what is held in memory: slots of pools."""
+    pools = [("layer", of.layer) if of.pool is None else ("pool", of.pool) for of in layers]
+    slots: dict[Hashable, int] = {}
+    for pool, of in zip(pools, layers, strict=True):
+        slots[pool] = max(slots.get(pool, 0), of.num_destinations)
+    starts = dict(zip(slots, np.cumsum([0, *slots.values()]), strict=False))
     shapes = {of.index_STK.shape[:2] for of in layers}
     if len(shapes) != 1 or any(not np.array_equal(of.length_S, layers[0].length_S) for of in layers):
         raise DataError(f"layers routed different sequences ({sorted(shapes)}), so they have no common cache")
-    keys = [np.where(of.index_STK >= 0, of.index_STK + start, -1) for of, start in zip(layers, first, strict=False)]
+    keys = [
+        np.where(of.index_STK >= 0, of.index_STK + starts[pool], -1) for of, pool in zip(layers, pools, strict=True)
+    ]
     known = [of.top_k for of in layers if of.top_k is not None]
     top_k = sum(known) if len(known) == len(layers) else None
-    return Routes(-1, np.concatenate(keys, -1), layers[0].length_S, int(first[-1]), top_k, layers[0].domain_S)
+    return Routes(-1, np.concatenate(keys, -1), layers[0].length_S, sum(slots.values()), top_k, layers[0].domain_S)
 
 
 # What follows from them
