@@ -95,7 +95,7 @@ def require(*wanted: str, by: str, of: str = "") -> None:
 
 
 def explain(error: ModuleNotFoundError, by: str, near: Iterable[str] = ()) -> MissingExtraError | None:
-    """The same error with the pip command; None if the module is not one that an extra brings, so that the fault is ours.
+    """The same error with the pip command; None if no extra brings the module, or if it is here and lacks a part: pip cures neither.
 
     Args:
         error: of an import that failed.
@@ -106,7 +106,7 @@ def explain(error: ModuleNotFoundError, by: str, near: Iterable[str] = ()) -> Mi
     if isinstance(error, MissingExtraError):
         return error
     module = (error.name or "").partition(".")[0]
-    if not any(module in extra.modules for extra in extras().values()):
+    if not module or is_installed(module) or not any(module in extra.modules for extra in extras().values()):
         return None
     return _missing(by, [module], [_extra_of(module, near) or _package_of(module)])
 
