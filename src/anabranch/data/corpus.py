@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from anabranch.config import Config, Field, Part, configclass, to_dict
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass, to_dict
 from anabranch.data.reading import (
     digest_file,
     is_table,
@@ -41,7 +42,7 @@ class Corpus(Part, family="corpus"):
     """A source of documents."""
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """What all kinds share."""
 
         max_bytes: int | None = Field(default=None, ge=1)  # stop after this much text (UTF-8); None takes all
@@ -233,7 +234,7 @@ class Table(Corpus, kind="table"):
 
 
 @configclass
-class Domain(Config):
+class Domain(BaseConfig):
     """One domain of a mixture."""
 
     corpus: Corpus.Config

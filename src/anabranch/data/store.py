@@ -155,7 +155,7 @@ def _dtype(name: str, index: dict[str, Any]) -> str:
 
 def _digest(array: NDArray[Any]) -> str:
     """As `digest_file` gives it for the file."""
-    return hashlib.blake2b(array, digest_size=16).hexdigest()
+    return hashlib.blake2b(array.data, digest_size=16).hexdigest()
 
 
 def _digest_of(index: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, models
 
-from anabranch.config import Config, Field, Part, configclass
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
 from anabranch.data.byte_level import byte_characters, byte_level_backend, lengths_from_offsets, utf8
 from anabranch.data.chat import render_chat
 from anabranch.errors import TokenizerError
@@ -38,7 +39,7 @@ class Tokenizer(Part, family="tokenizer"):
     """What every tokenizer does. Ids run from 0 to ``vocab_size - 1``; a special id is None where there is none."""
 
     @configclass
-    class Config(Config):
+    class Config(BaseConfig):
         """How to get a tokenizer; see the kinds."""
 
         def build(self, texts: Iterable[str] = ()) -> "Tokenizer":
