@@ -17,6 +17,7 @@ from anabranch.routing import (
     TopP,
 )
 from anabranch.testing import (
+    DEVICES,
     check_balancer,
     check_feed_forward,
     check_parallel,
@@ -47,15 +48,17 @@ def test_balancer(config):
     check_balancer(config)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("config", defaults("feed_forward"))
-def test_feed_forward(config):
-    check_feed_forward(config)
+def test_feed_forward(config, device):
+    check_feed_forward(config, device=device)
 
 
 @pytest.mark.parametrize("config", defaults("streams"))
 @pytest.mark.parametrize("num_streams", [1, 3])
-def test_streams(config, num_streams):
-    check_streams(config.replace(num_streams=num_streams))
+@pytest.mark.parametrize("device", DEVICES)
+def test_streams(config, num_streams, device):
+    check_streams(config.replace(num_streams=num_streams), device=device)
 
 
 def variants():
