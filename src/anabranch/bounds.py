@@ -20,6 +20,7 @@ from anabranch.errors import ConfigError
 __all__ = [
     "LARGEST_FLOAT",
     "LARGEST_INT",
+    "MOST_LAYERS",
     "MOST_REPEATS",
     "MOST_SEED",
     "MOST_SIZE",
@@ -34,6 +35,7 @@ __all__ = [
 MOST_SEED = 2**63 - 1  # what every generator takes: torch's, numpy's and Python's
 MOST_SIZE = 2**31 - 1  # kernels and file formats index a dimension with 32 bits
 MOST_REPEATS = 65_536
+MOST_LAYERS = 4096  # thirty times the deepest model there is; what counts layers may look at all of them for each
 LARGEST_INT = 2**53  # the last up to which every reader of JSON agrees
 _LONGEST = 240  # characters of a value in a message
 LARGEST_FLOAT, SMALLEST_FLOAT = 1e37, 1e-37  # float32 has these as normal numbers; beyond them are infinity and 0

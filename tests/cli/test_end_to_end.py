@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,49 @@ def test_chat_reads_lines_until_quit(trained, here, monkeypatch):
     assert (code, err) == (0, "")
     assert lines.read() == "never\n"
     assert out  # two answers, of bytes that may be anything
+
+
+@pytest.mark.parametrize(("last", "expected"), [("/reset\nhi\n", 0), ("hi\n", 0), ("/reset\n", 0), ("", 2)])
+def test_a_message_that_is_too_long_does_not_end_the_chat(trained, here, monkeypatch, last, expected):
+    folder, _ = trained
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hello\n{'long ' * 2000}\n{last}"))
+    code, _, err = here("chat", folder, "--max-tokens", 2)
+    assert code == expected
+    assert re.fullmatch(
+        r"error: the conversation has \d+ tokens, and the model reads 1024; begin again with /reset, or .*\n", err
+    )
+
+
+def test_one_message_that_is_too_long(trained, here):
+    code, out, err = here("chat", trained[0], "-m", "long " * 2000)
+    assert (code, out) == (2, "")
+    assert err.endswith("tokens, and the model reads 1024; shorten the message\n")
+
+
+def test_converting_onto_what_is_there(trained, here, work):
+    folder, _ = trained
+    checkpoint = max((folder / "checkpoints").glob("step-*"))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    (work / "settings").mkdir()
+    (work / "settings/config.json").write_text('{"theme": "dark"}')
+    for target in (folder, checkpoint, work / "settings"):
+        code, out, err = here("convert", folder, target, "--to", "native")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    (work / "settings/thesis.txt").write_text("years of work")
+    code, _, _ = here("convert", folder, work / "settings", "--to", "huggingface", "--force")
+    assert code == 0
+    assert (work / "settings/thesis.txt").read_text() == "years of work"
+    assert json.loads((work / "settings/config.json").read_text())["hidden_size"] == 32
+
+
+def test_convert_says_what_it_quantised(trained, here, work):
+    folder, _ = trained
+    code, out, _ = here("convert", folder, work / "few", "--to", "native", "--quantize", "int4")
+    assert code == 0
+    assert re.search(r"parameters as native, \d+ layers in int4 and 1 layer in int8\n", out)
+    code, out, _ = here("convert", work / "few", work / "again", "--to", "native", "--json")
+    assert json.loads(out)["quantized_layers"]["int8"] == 1
 
 
 def test_resume_ends_where_an_uninterrupted_run_does(trained, cli, work, tiny, data):

@@ -160,12 +160,27 @@ def test_a_config_that_asks_for_more_than_the_files_hold_takes_no_memory(folders
         load_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "native"])
+@pytest.mark.parametrize("layers", [10**9, 4097, 0, -1, "4", 2.0, True])
+def test_layers_are_counted_before_they_are_walked_through(folders, tmp_path, family, layers):
+    shutil.copytree(folders / family, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    table = json.loads(path.read_text())
+    (table["model"] if family == "native" else table)["num_layers" if family == "native" else "num_hidden_layers"] = (
+        layers
+    )
+    path.write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match=rf"(num_hidden_layers|num_layers).* is '?{layers}"):
+        load_config(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("llama.attention.head_count", 0, "llama.attention.head_count in .* is 0; it must be a whole number from 1"),
         ("llama.attention.head_count", "x", "is 'x'; it must be a whole number"),
         ("llama.block_count", 2**32 - 1, "llama.block_count in .* is 4294967295; it must be a whole number from 1"),
+        ("llama.block_count", 10**8, "llama.block_count in .* is 100000000; it must be a whole number from 1 to 4096"),
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), "is nan; it must be a finite number above 0"),
         ("llama.rope.freq_base", float("inf"), "llama.rope.freq_base in .* is inf; it must be a finite number"),
         ("split.count", "two", "split.count in .* is 'two'; it must be a whole number from 0"),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.bounds import MOST_SEED
+from anabranch.cli.boundary import USER_ERROR
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
 from anabranch.cli.output import print_json, say, visible
-from anabranch.errors import ConfigError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def chat(
 ) -> None:
     """Talk with a model, using its own chat template.
 
-    A line is a message; /reset begins again, /quit or Ctrl-D leaves.
+    A line is a message; /reset begins again, /quit or Ctrl-D leaves. A message that cannot be answered is told and left out.
     """
     require("lm", by="anabranch chat")
     if as_json and message is None:
@@ -52,13 +53,27 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         say(f"{model} is listening. /reset begins again, /quit leaves.")
-    while (line := _read_line(interactive)) is not None:
-        if line == "/quit":
-            return
+    is_answered = True
+    while (line := _read_line(interactive)) not in (None, "/quit"):
         if line == "/reset":
             talk.reset()
+            is_answered = True
         elif line:
-            talk.answer(line, (seed + len(talk.messages)) % (MOST_SEED + 1))
+            is_answered = _try(talk, line, (seed + len(talk.messages)) % (MOST_SEED + 1))
+    if not is_answered and not interactive:
+        raise typer.Exit(USER_ERROR)
+
+
+def _try(talk: Conversation, line: str, seed: int) -> bool:
+    """Whether a message was answered; one that cannot be is taken back, and why is said."""
+    before = list(talk.messages)
+    try:
+        talk.answer(line, seed)
+    except AnabranchError as error:
+        talk.messages = before
+        say(f"error: {' '.join(str(error).split())}")
+        return False
+    return True
 
 
 class Conversation:
@@ -80,10 +95,10 @@ class Conversation:
         prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(self.messages))
         room = self._model.config.max_positions - len(prompt)
         if room < 1:
-            raise ConfigError(
-                f"the conversation has {len(prompt)} tokens, and the model reads {self._model.config.max_positions}; "
-                "begin again with /reset"
-            )
+            most = self._model.config.max_positions
+            is_first = all(message["role"] == "system" for message in self.messages[:-1])
+            advice = "shorten the message" if is_first else "begin again with /reset, or shorten the message"
+            raise ConfigError(f"the conversation has {len(prompt)} tokens, and the model reads {most}; {advice}")
         most = min(self._sampling["max_tokens"], room)
         sampling = SamplingConfig(**{**self._sampling, "max_tokens": most}, stop=self._tokenizer.stop_ids, seed=seed)
         decoder, ids, pieces = self._tokenizer.stream(), [], []

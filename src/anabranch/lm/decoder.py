@@ -8,6 +8,7 @@ records through this one file.
 # Shapes: B batch, L positions, D width, V vocabulary
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.bounds import MOST_LAYERS
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Part, Repeats, Size, configclass
+from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
 from anabranch.nn.attention import Attention
@@ -90,7 +92,7 @@ class Decoder(Part, nn.Module):
 
         vocab_size: Size = Field(default=257, ge=1)
         dim: Size = Field(default=128, ge=2)
-        num_layers: Repeats = Field(default=4, ge=1)
+        num_layers: int = Field(default=4, ge=1, le=MOST_LAYERS)
         attention: Attention.Config = Attention.Config()
         feed_forward: FeedForward.Config = SwiGLU.Config()
         dense_feed_forward: FeedForward.Config | None = None
@@ -127,7 +129,7 @@ class Decoder(Part, nn.Module):
             context.num_routed_layers = len(routed)
             for layer in range(self.num_layers):
                 context.layer = layer
-                context.routed_layer = sum(other < layer for other in routed)
+                context.routed_layer = bisect_left(routed, layer)
                 yield context
 
         def count(self, sequence_length: int | None = None) -> Count:

@@ -19,7 +19,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from anabranch.bounds import MOST_SIZE, shown
+from anabranch.bounds import MOST_LAYERS, MOST_SIZE, shown
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.errors import CheckpointError, TokenizerError
 from anabranch.extras import require
@@ -113,12 +113,12 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
         return value
 
-    def whole(self, name: str, low: int = 1, *, default: int | None = None) -> int:
-        """A whole number from ``low`` to `MOST_SIZE`, ``default`` where there is none. Raises CheckpointError for another value."""
+    def whole(self, name: str, low: int = 1, *, most: int = MOST_SIZE, default: int | None = None) -> int:
+        """A whole number from ``low`` to ``most``, ``default`` where there is none. Raises CheckpointError for another value."""
         value = self.require(name) if default is None else self._fields.get(name, default)
-        if type(value) is not int or not low <= value <= MOST_SIZE:
+        if type(value) is not int or not low <= value <= most:
             raise CheckpointError(
-                f"{name} in {self.path} is {shown(value)}; it must be a whole number from {low} to {MOST_SIZE}"
+                f"{name} in {self.path} is {shown(value)}; it must be a whole number from {low} to {most}"
             )
         return value
 
@@ -191,7 +191,7 @@ class GgufFile:
             "model_type": "llama",
             "vocab_size": self.shape(embedding)[0],
             "hidden_size": width,
-            "num_hidden_layers": self.whole("llama.block_count"),
+            "num_hidden_layers": self.whole("llama.block_count", most=MOST_LAYERS),
             "num_attention_heads": heads,
             "num_key_value_heads": self._heads["k_proj"],
             "head_dim": head_dim,

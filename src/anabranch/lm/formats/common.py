@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from anabranch.bounds import shown
+from anabranch.bounds import MOST_LAYERS, shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import Piece
@@ -41,6 +41,16 @@ class Foreign:
         value = self.table.get(name)
         return default if value is None else value
 
+    @property
+    def num_layers(self) -> int:
+        """``num_hidden_layers``, checked here because families walk through the layers before a config of ours is made."""
+        value = self["num_hidden_layers"]
+        if type(value) is not int or not 1 <= value <= MOST_LAYERS:
+            raise CheckpointError(
+                f"num_hidden_layers in {self.path} is {shown(value)}; it must be a whole number from 1 to {MOST_LAYERS}"
+            )
+        return value
+
     def refuse(self, name: str, value: Any, supported: str) -> None:
         """Raise CheckpointError: ``name`` has a ``value`` that asks for something we do not compute."""
         raise CheckpointError(
@@ -65,7 +75,7 @@ def read_body(foreign: Foreign, attention: Attention.Config, *, default_theta: f
     return {
         "vocab_size": foreign["vocab_size"],
         "dim": foreign["hidden_size"],
-        "num_layers": foreign["num_hidden_layers"],
+        "num_layers": foreign.num_layers,
         "attention": attention,
         "rotary": _read_rotary(foreign, default_theta),
         "norm_eps": attention.norm_eps,

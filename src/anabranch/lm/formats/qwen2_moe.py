@@ -48,7 +48,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 def dense_layers(foreign: Foreign) -> list[int]:
     """Layers in ``mlp_only_layers``, and those whose number, from 1, is no multiple of ``decoder_sparse_step``."""
     listed, step = foreign.get("mlp_only_layers", []), foreign.get("decoder_sparse_step", 1)
-    return [layer for layer in range(foreign["num_hidden_layers"]) if layer in listed or (layer + 1) % step]
+    return [layer for layer in range(foreign.num_layers) if layer in listed or (layer + 1) % step]
 
 
 def write(config: Decoder.Config) -> dict[str, Any]:
