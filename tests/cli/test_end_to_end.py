@@ -316,6 +316,7 @@ def started(work, environment, out, *arguments, **options):
 def test_a_second_training_in_one_folder_is_refused_until_the_first_is_gone(cli, work, environment, tiny, data):
     first = started(work, environment, "shared", "--steps", 100_000, *tiny, *data)
     try:
+        first.send_signal(signal.SIGSTOP)  # it holds what it holds, and leaves the processor to the others
         for more in (["--resume"], [*tiny, *data]):
             second = cli("train", "--out", "shared", *more)
             assert (second.returncode, second.stdout) == (2, "")
