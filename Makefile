@@ -42,13 +42,18 @@ test-install: $(VENV)/.installed-dev ## build the wheel and try it in new enviro
 test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short benchmarks, in one table (under 8 minutes)
 	$(BIN)/python benchmarks/cuda.py --json runs/cuda.json $(ARGS)
 
+.PHONY: sanitize
+sanitize: $(VENV)/.installed-dev ## run the kernels' tests and their fuzz with the address and undefined-behaviour sanitizers
+	$(ONE_THREAD) $(BIN)/python tests/sanitize.py $(ARGS)
+
 .PHONY: check
-check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, and whether they build
+check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, whether they build, and both compilers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -rs tests/nn/test_compilers.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: format

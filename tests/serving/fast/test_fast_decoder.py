@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from anabranch.errors import ConfigError, DataError
+from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
@@ -388,3 +388,44 @@ def test_stores_of_another_shape():
     model = build("plain")
     with pytest.raises(ConfigError, match="must be"):
         FastDecoder(model, torch.empty(3, 8, 2, 16), torch.empty(3, 8, 2, 16), block_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "table"),
+    [
+        ([[0, 3, 0, 0]], [0]),  # more rows than tokens
+        ([[0, 1, 0, 0]], [0]),  # fewer
+        ([[0, 1, 0, 0], [0, 1, 0, 0]], [0]),  # one row twice
+        ([[0, 2, 3, 0]], [0]),  # more blocks than the table
+        ([[0, 2, 0, 1]], [0]),
+        ([[0, 2, 0, -1]], [0]),
+        ([[0, 2, -1, 0]], [0]),
+        ([[0, 2, 0, 0]], [64]),  # a block that the store has not
+        ([[0, 2, 0, 0]], [-1]),
+    ],
+)
+def test_rows_and_blocks_that_there_are_not(sequence, table):
+    own = Sequences(build("plain"))
+    with pytest.raises(InputError, match="index out of range"):
+        own.fast.hidden(torch.tensor([1, 2]), torch.tensor([0, 1]), np.array(sequence), np.array(table, np.int32))
+
+
+@pytest.mark.parametrize("wrong", ["positions", "sequence", "table"])
+def test_a_step_of_other_shapes_or_types(wrong):
+    own = Sequences(build("plain"))
+    positions, sequence, table = torch.tensor([0, 1]), np.array([[0, 2, 0, 0]]), np.array([0], np.int32)
+    if wrong == "positions":
+        positions = positions[:1]
+    elif wrong == "sequence":
+        sequence = sequence[:, :3]
+    else:
+        table = table.astype(np.int64)
+    with pytest.raises(InputError, match="a kernel was given"):
+        own.fast.hidden(torch.tensor([1, 2]), positions, sequence, table)
+
+
+def test_a_matrix_of_another_size():
+    model = build("plain")
+    model.blocks[1].attention.out = torch.nn.Linear(32, 64, bias=False)
+    with pytest.raises(ConfigError, match=r"a matrix of out in part 1 is \[64, 32\]; the model needs \[64, 64\]"):
+        Sequences(model)
