@@ -12,8 +12,9 @@ from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TrainConfig, read_run_config
 from anabranch.train.evaluate import Evaluation, evaluate
 from anabranch.train.metrics import read_metrics
+from anabranch.train.result import Event, TrainResult
 from anabranch.train.schedule import Constant, Cosine, Schedule, WarmupStableDecay
-from anabranch.train.trainer import Event, Trainer, TrainResult
+from anabranch.train.trainer import Trainer
 
 __all__ = [
     "Constant",
