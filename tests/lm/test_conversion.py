@@ -350,8 +350,8 @@ TARGETS = {
 }
 
 
-@settings(max_examples=30, deadline=None)
-@given(
+# How many operations pass, how the next one fails, the source, the format, the target, --force, whether folders swap in one step.
+WAYS = st.tuples(
     st.integers(0, 90),
     st.sampled_from([OSError(5, "Input/output error"), OSError(28, "No space left on device"), KeyboardInterrupt()]),
     st.sampled_from(["native", "foreign"]),
@@ -360,10 +360,10 @@ TARGETS = {
     st.booleans(),
     st.booleans(),
 )
-@example(0, OSError(5, "Input/output error"), "native", "native", "ours", True, True)
-def test_a_conversion_that_fails_or_is_refused_changes_nothing(
-    sources, passing, error, source, to, target, force, in_one_step
-):
+
+
+def check_nothing_changes(sources, passing, error, source, to, target, force, in_one_step):
+    """A conversion that fails or is refused leaves source and target as they were; one that does not makes the model."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         place = Path(name).resolve()
         (place / "out").mkdir()
@@ -387,3 +387,17 @@ def test_a_conversion_that_fails_or_is_refused_changes_nothing(
             after = contents(place)
             for key, kept in before.items() if force else ():
                 assert key in {*written, f"out/{RECORD}"} or kept in (after.get(key), after.get(f"{key}.old")), key
+
+
+@settings(max_examples=15, deadline=None)
+@given(WAYS)
+@example((0, OSError(5, "Input/output error"), "native", "native", "ours", True, True))
+def test_a_conversion_that_fails_or_is_refused_changes_nothing(sources, way):
+    check_nothing_changes(sources, *way)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(WAYS)
+def test_no_failure_of_a_conversion_changes_anything(sources, way):
+    check_nothing_changes(sources, *way)
