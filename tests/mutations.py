@@ -1,151 +1,311 @@
-"""Damage for readers: bytes and fields of a valid file changed at random, and what a reader may answer to that.
+"""Break one line at a time and count what no test notices.
 
-A reader either reads or raises an `AnabranchError`, within `SECONDS` and without taking `ROOM` more memory.
+    python tests/mutations.py                       a sample of routing, nn and experts
+    python tests/mutations.py --modules routing.bias nn.moe --sample 0      every mutant of two modules
+
+A mutant is a module with one small change: a comparison or a sum turned round, ``+=`` made ``=``, a condition negated, a constant
+moved by one, a statement left out. It is run against the tests of its module first, then against those of its folder; a mutant that
+passes both is a survivor: a line that no test pins. Each runs in a process forked from one that has the libraries loaded, with the
+changed module put in by an import hook, so nothing on disk is touched. A survivor may be equivalent (a faster path with the same
+result); `EQUIVALENT` names those that were looked at.
 """
 
+import argparse
+import ast
 import copy
+import importlib
+import importlib.machinery
+import importlib.util
+import itertools
 import json
+import os
 import random
-import resource
-import struct
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from anabranch.errors import AnabranchError
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "anabranch"
+FOLDERS = ("routing", "nn", "experts")
 
-SECONDS = 10.0
-ROOM = 6 << 30  # bytes of address space; threads and mapped files take more of it than they use
-HUGE = [2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 10**30, 10**400]
-VALUES: list[Any] = [None, True, False, 0, -1, 1, 3, 7, *HUGE, -(2**63), 0.5, -0.0, 1e-46, 1e30, 1e308]
-VALUES += [
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "\0",
-    "../x",
-    "/etc/passwd",
-    "\ud800",
-    "é" * 3,
-    "9" * 5000,
-    "nan",
-    "1e400",
-]
-VALUES += [
-    [],
-    {},
-    [[]],
-    [None],
-    [[[[1]]]],
-    {"": {}},
-    {"a": [1, {"b": None}]},
-    ["x"] * 300,
-    [-1],
-    [2**70],
-    [float("nan")],
-]
-WORDS = [struct.pack("<Q", value) for value in (0, 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)]
-WORDS += [struct.pack("<I", value) for value in (0, 1, 8, 9, 255, 2**31, 2**32 - 1)] + [
-    b"\xff",
-    b"\0",
-    b"\xc3\x28",
-    b"{",
-    b'"',
-]
+# module, source of the changed node, what it became: why no test can tell.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+_SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+_NAMES = {
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "add_": "copy_",
+}
 
 
-def damaged(data: bytes, random: random.Random) -> bytes:
-    """``data`` with one to four changes: bytes written over, cut out, put in or doubled, or an end that is missing."""
-    for _ in range(random.choice([1, 1, 1, 2, 4])):
-        at = random.randrange(len(data) + 1) if random.random() < 0.5 else random.randrange(min(len(data), 400) + 1)
-        piece = random.choice(WORDS) if random.random() < 0.8 else random.randbytes(random.randrange(1, 9))
-        kind = random.randrange(10)
-        if kind < 6:
-            data = data[:at] + piece + data[at + len(piece) :]
-        elif kind == 6:
-            data = data[:at] + data[at + random.choice([1, 2, 4, 8, 100]) :]
-        elif kind == 7:
-            data = data[:at] + piece + data[at:]
-        elif kind == 8:
-            data = data[:at] + data[max(at - 64, 0) :]
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one module: which node of its tree, and that node's source before and after."""
+
+    module: str
+    node: int
+    line: int
+    before: str
+    after: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What names it, also when lines move."""
+        return self.module, self.before, self.after
+
+    def tree(self) -> ast.Module:
+        """The module with the change made."""
+        tree = ast.parse(path_of(self.module).read_text("utf-8"))
+        _apply(next(itertools.islice(ast.walk(tree), self.node, None)))
+        return ast.fix_missing_locations(tree)
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line}: {self.before}  ->  {self.after}"
+
+
+def mutants(module: str, source: str) -> list[Mutant]:
+    """All mutants of a module, in the order of its lines."""
+    tree = ast.parse(source)
+    words = set(map(id, _words(tree)))
+    found = []
+    for number, node in enumerate(ast.walk(tree)):
+        if id(node) in words or not _can_change(node):
+            continue
+        changed = copy.deepcopy(node)
+        _apply(changed)
+        ast.fix_missing_locations(changed)
+        found.append(Mutant(module, number, node.lineno, _short(ast.unparse(node)), _short(ast.unparse(changed))))
+    return sorted(found, key=lambda mutant: mutant.line)
+
+
+def _can_change(node: ast.AST) -> bool:
+    if isinstance(node, ast.Compare):
+        return type(node.ops[0]) in _SWAPPED
+    if isinstance(node, ast.BinOp | ast.BoolOp):
+        return type(node.op) in _SWAPPED
+    if isinstance(node, ast.AugAssign | ast.If | ast.IfExp):
+        return True
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, bool | int)
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        return name in _NAMES
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _apply(node: ast.AST) -> None:
+    if isinstance(node, ast.Compare):
+        node.ops[0] = _SWAPPED[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.BoolOp):
+        node.op = _SWAPPED[type(node.op)]()
+    elif isinstance(node, ast.AugAssign):
+        _become(node, ast.Assign([node.target], node.value, lineno=node.lineno))
+    elif isinstance(node, ast.If | ast.IfExp):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Constant):
+        node.value = not node.value if isinstance(node.value, bool) else node.value + 1
+    elif isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):
+            node.func.attr = _NAMES[node.func.attr]
         else:
-            data = data[:at]
-    return data
+            node.func.id = _NAMES[node.func.id]
+    else:
+        node.value = ast.Constant(None)
 
 
-def altered(value: Any, random: random.Random) -> Any:
-    """A JSON ``value`` with one to three of its fields set to what no one expects, left out, doubled or renamed."""
-    value = copy.deepcopy(value)
-    for _ in range(random.choice([1, 1, 1, 2, 3])):
-        places = list(_places(value))
-        if not places:
-            return value
-        holder, key = random.choice(places)
-        kind = random.randrange(10)
-        if kind < 7:
-            holder[key] = copy.deepcopy(random.choice(VALUES))
-        elif kind == 7:
-            del holder[key]
-        elif isinstance(holder, dict):
-            holder[random.choice(["kind", "", "x" * 50, "é", f"{key}2"])] = holder[key]
-        else:
-            holder.extend(copy.deepcopy(holder[:50]))
-    return value
+def _become(node: ast.AST, other: ast.AST) -> None:
+    node.__class__ = other.__class__  # in place: its parent need not be known
+    node.__dict__.clear()
+    node.__dict__.update(other.__dict__)
 
 
-def as_json(value: Any, random: random.Random) -> bytes:
-    """``value`` as text of JSON, now and then damaged, oddly encoded or nested without end."""
-    text = json.dumps(value, default=str).encode()
-    kind = random.randrange(30)
-    if kind == 0:
-        return text.decode().encode(random.choice(["utf-16", "utf-32", "utf-8-sig"]))
-    if kind == 1:
-        return text[:-1] + b',"x":' + b"[" * 100_000
-    return damaged(text, random) if kind < 6 else text
+def _words(tree: ast.Module) -> Iterator[ast.AST]:
+    """Nodes of messages, annotations and log lines: what they say is no behaviour that a test should pin."""
+    for parent in ast.walk(tree):
+        places = [getattr(parent, field, None) for field in ("annotation", "returns")]
+        called = ast.unparse(parent.func) if isinstance(parent, ast.Call) else ""
+        spoken = isinstance(parent, ast.FunctionDef) and parent.name in ("__repr__", "__str__", "extra_repr")
+        if spoken or isinstance(parent, ast.Raise | ast.JoinedStr) or called.startswith(("log.", "warnings.", "Field")):
+            places.append(parent)
+        for place in places:
+            yield from ast.walk(place) if place is not None else ()
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) below ``value``; of long lists the first fifty."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value[:50]) if isinstance(value, list) else ()
-    for key, item in pairs:
-        yield value, key
-        yield from _places(item)
+def _short(text: str) -> str:
+    return " ".join(text.split())[:110]
 
 
-@contextmanager
-def little_room() -> Iterator[None]:
-    """At most `ROOM` more memory than now: what asks for more gets a MemoryError."""
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
+class _Changed(importlib.machinery.SourceFileLoader):
+    """Loads a module from a changed tree."""
+
+    def __init__(self, name: str, path: str, tree: ast.Module) -> None:
+        super().__init__(name, path)
+        self.tree = tree
+
+    def get_code(self, fullname: str):
+        return compile(self.tree, self.path, "exec")
+
+
+class _Finder:
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = f"anabranch.{mutant.module}"
+        self.path = str(path_of(mutant.module))
+        self.tree = mutant.tree()
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=_Changed(name, self.path, self.tree))
+
+
+def path_of(module: str) -> Path:
+    """The file of a module given without the package's name."""
+    return PACKAGE / Path(*module.split(".")).with_suffix(".py")
+
+
+def tests_of(module: str) -> list[tuple[str, ...]]:
+    """Tests that are run one after another until one fails: of the module by its name, then of its folder and the contract."""
+    folder, *rest = module.split(".")
+    tests = ROOT / "tests"
+    near = {path for name in rest for path in (tests / folder).glob(f"test_{name.strip('_')}*.py")}
+    groups = [sorted(map(str, near)), [str(tests / folder), str(tests / "test_contract.py")]]
+    return [tuple(group) for group in groups if group]
+
+
+class Judge:
+    """Runs tests with one module changed.
+
+    What passes as it is may take ten times as long with a change before it counts as hanging, which is being noticed too.
+    """
+
+    def __init__(self) -> None:
+        self._limit: dict[tuple[str, ...], float] = {}
+
+    def survives(self, mutant: Mutant) -> bool:
+        """Whether all tests of its module pass with this mutant in its place.
+
+        Raises RuntimeError if they fail as they are: every mutant would look noticed.
+        """
+        return all(_passes(mutant, tests, self._limit_of(tests)) for tests in tests_of(mutant.module))
+
+    def _limit_of(self, tests: tuple[str, ...]) -> float:
+        if tests not in self._limit:
+            begin = time.monotonic()
+            if not _passes(None, tests, float("inf")):
+                raise RuntimeError(f"these tests fail as they are: {' '.join(tests)}")
+            self._limit[tests] = 30 + 10 * (time.monotonic() - begin)
+        return self._limit[tests]
+
+
+def _passes(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> bool:
+    child = os.fork()
+    if child == 0:
+        _run_tests(mutant, tests)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def _run_tests(mutant: Mutant | None, tests: tuple[str, ...]) -> None:
+    """In the forked process: run and leave, whatever happens."""
+    code = 1
     try:
-        yield
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+        if mutant is not None:
+            sys.meta_path.insert(0, _Finder(mutant))
+        import pytest
+
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--rootdir",
+            str(ROOT),
+            "--hypothesis-seed=0",
+        ]
+        code = int(pytest.main([*options, *tests]))
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        os._exit(min(code, 1))
 
 
-def refuse_or_read(read: Callable[[], Any], what: str) -> bool:
-    """Whether ``read`` read; anything but that or an `AnabranchError` in one line, in time, fails the test. ``what`` names the case."""
-    started, refusal = time.perf_counter(), None
-    try:
-        read()
-    except AnabranchError as error:
-        refusal = str(error)
-    except BaseException as error:
-        error.add_note(f"case: {what}")
-        raise
-    seconds = time.perf_counter() - started
-    assert seconds < SECONDS, f"{what} took {seconds:.1f} s"
-    assert refusal is None or 0 < len(refusal) < 20_000, what
-    return refusal is None
+def sample_of(modules: list[str], sample: int, seed: int) -> list[Mutant]:
+    """``sample`` mutants of these modules (0: all), those known to be equivalent left out."""
+    found = [mutant for module in modules for mutant in mutants(module, path_of(module).read_text("utf-8"))]
+    found = [mutant for mutant in found if mutant.key not in EQUIVALENT]
+    return found if not sample else random.Random(seed).sample(found, min(sample, len(found)))
 
 
-def each(number: int) -> Iterator[random.Random]:
-    """``number`` sources of random numbers, seeded 0, 1, 2, ..."""
-    for seed in range(number):
-        source = random.Random(seed)
-        source.name = f"seed {seed}"  # type: ignore[attr-defined]
-        yield source
+def modules_of(folders: tuple[str, ...] = FOLDERS) -> list[str]:
+    """Every module of these folders."""
+    paths = sorted(
+        path for folder in folders for path in (PACKAGE / folder).rglob("*.py") if path.name != "__init__.py"
+    )
+    return [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths]
+
+
+def run(found: list[Mutant], *, show: Callable[[str], None] = print) -> list[Mutant]:
+    """The survivors; ``show`` is told of each as it is found."""
+    judge, left = Judge(), []
+    for number, mutant in enumerate(found, 1):
+        if judge.survives(mutant):
+            left.append(mutant)
+            show(f"{number}/{len(found)} survived: {mutant}")
+    return left
+
+
+def _preload() -> None:
+    """What every test loads, once for all forks; nothing of ours, which is to be loaded changed."""
+    for name in ("numpy", "pytest", "safetensors.torch", "torch.distributed", "pydantic"):
+        importlib.import_module(name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print survivors; the exit code is 1 if there are more than ``--allow``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--modules", nargs="*", default=None, help="such as routing.bias; default: all of routing, nn, experts"
+    )
+    parser.add_argument("--sample", type=int, default=60, help="mutants to try; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allow", type=int, default=0, help="survivors that are no failure")
+    parser.add_argument("--json", type=Path, help="write survivors here")
+    options = parser.parse_args(arguments)
+    _preload()
+    found = sample_of(options.modules or modules_of(), options.sample, options.seed)
+    left = run(found, show=lambda text: print(text, flush=True))
+    print(f"{len(left)} of {len(found)} mutants survived")
+    for mutant in left:
+        print(f"  {mutant}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"tried": len(found), "survived": [list(mutant.key) for mutant in left]}, indent=2)
+        )
+    return int(len(left) > options.allow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

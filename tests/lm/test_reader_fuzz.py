@@ -16,8 +16,8 @@ from anabranch.lm.gguf import GgufFile
 from anabranch.lm.tensors import read_header
 from anabranch.nn import Attention, MoE
 from anabranch.routing import Router, TopK
+from damage import VALUES, altered, as_json, damaged, each, little_room, refuse_or_read
 from gguf_files import bpe, tiny, write
-from mutations import VALUES, altered, as_json, damaged, each, little_room, refuse_or_read
 
 FEW, MANY = 40, 3000
 CASES = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
