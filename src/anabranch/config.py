@@ -305,8 +305,8 @@ def override(config: T, assignments: dict[str, Any]) -> T:
     data = to_dict(config)
     for path, value in assignments.items():
         data = _assign(type(config), data, _names(path), value, path)
-    # A JSON round trip proves that whatever was set can be saved beside a checkpoint.
-    return from_dict(type(config), json.loads(json.dumps(data)))
+    # A JSON round trip proves that whatever was set can be saved beside a checkpoint; dates of TOML are the text they are.
+    return from_dict(type(config), json.loads(json.dumps(data, default=str)))
 
 
 def _names(path: str) -> list[str]:

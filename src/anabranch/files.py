@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -83,6 +84,14 @@ def parse_json(text: str | bytes) -> Any:
     """The value that JSON ``text`` spells. Raises ValueError alone, whatever is wrong: also for brackets without end."""
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table that TOML ``text`` spells. Raises ValueError alone, whatever is wrong: also for brackets without end."""
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

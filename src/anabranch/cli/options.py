@@ -10,6 +10,7 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.errors import ConfigError, DataError, TokenizerError
+from anabranch.files import parse_toml
 
 if TYPE_CHECKING:  # torch takes a second to load; --help does without
     import torch
@@ -91,13 +92,11 @@ def read_assignments(texts: list[str] | None) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file. Raises DataError if it is absent, ConfigError if it is not TOML."""
-    import tomllib
-
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, of an integer of thousands of digits
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch import presets
+from anabranch.bounds import shown
 from anabranch.cli.options import read_toml
 from anabranch.config import override, quoted
 from anabranch.errors import ConfigError
@@ -24,6 +25,9 @@ def build_config(
     name = preset or table.pop("preset", None) or DEFAULT_PRESET
     wanted = size or table.pop("size", None) or "tiny"
     table.pop("preset", None), table.pop("size", None)
+    for field, value in (("preset", name), ("size", wanted)):
+        if not isinstance(value, str):
+            raise ConfigError(f"{field} in {config_file} is {shown(value)}; it must be a name")
     config = presets.find(name)(wanted)
     return name, override(config, {**flatten(table), **assignments})
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError
 from anabranch.files import atomic_write, parse_json
 from anabranch.routing.decision import UNUSED, Routing
@@ -44,6 +45,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
+_MOST_OF_LAYER = 2**24  # destinations; measures count each
 UNKNOWN = -1  # token or domain code that is not known
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
@@ -331,9 +333,21 @@ def _from_json(text: bytes | None, path: Path) -> tuple[TraceLayer, ...]:
             raise DataError(
                 f"{path} is a routing trace of version {data['version']!r}; this program reads version {VERSION}"
             )
+        for layer in data["layers"]:
+            _check_layer(layer)
         return tuple(TraceLayer(**layer) for layer in data["layers"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} has damaged trace metadata: {error!r}") from error
+
+
+def _check_layer(layer: dict[str, Any]) -> None:
+    """Raise ValueError unless the fields of a layer are of the right kind, and numbers that the columns can hold."""
+    for name, value in layer.items():
+        if name in ("name", "pool"):
+            if not isinstance(value, str):
+                raise ValueError(f"{name} of a layer is {shown(value)}; it must be text")
+        elif type(value) is not int or not 0 <= value < _MOST_OF_LAYER:
+            raise ValueError(f"{name} of a layer is {shown(value)}; it must be a whole number below {_MOST_OF_LAYER}")
 
 
 def _pick(known: Iterable[TraceLayer], wanted: Iterable[int], path: Path) -> tuple[TraceLayer, ...]:

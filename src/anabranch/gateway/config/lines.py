@@ -36,6 +36,8 @@ def _parse_toml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}:{line}: not TOML: {message[:1].lower()}{message[1:]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not TOML: nested too deep") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError(f"{path}: not TOML: {error}") from None
     return data, _TomlLines(text).lines
 
 
@@ -151,6 +153,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not YAML: nested too deep") from None
+    except (ValueError, OverflowError) as error:  # a date that there is not, an integer of thousands of digits
+        raise ConfigError(f"{path}: not YAML: {error}") from None
     finally:
         loader.dispose()
     if not isinstance(data, dict):

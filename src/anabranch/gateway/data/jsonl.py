@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError
 from anabranch.gateway.data.lines import read_lines
 from anabranch.gateway.data.table import Row, gather, number
@@ -50,11 +51,11 @@ def _row(text: str) -> Row:
         raise DataError("a row must be an object with query and scores")
     query, task = found.get("query"), found.get("task")
     if not isinstance(query, str) or not query.strip():
-        raise DataError(f"query is {query!r}; it must be a text that is not empty")
+        raise DataError(f"query is {shown(query)}; it must be a text that is not empty")
     if any("\ud800" <= letter <= "\udfff" for letter in query):
         raise DataError("query holds half of a surrogate pair, which is no character; write the whole pair")
     if task is not None and not isinstance(task, str):
-        raise DataError(f"task is {task!r}; it must be a name")
+        raise DataError(f"task is {shown(task)}; it must be a name")
     values = {part: _numbers(found, field, low) for part, field, low in _FIELDS if field in found}
     if not any(score is not None for score in values.get("score", {}).values()):
         raise DataError("scores are missing; write them as {model: number}")
@@ -72,7 +73,7 @@ def _table(found: dict[str, Any], field: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or "" in value:
-        raise DataError(f"{field} is {value!r}; it must be a table by name")
+        raise DataError(f"{field} is {shown(value)}; it must be a table by name")
     return value
 
 
@@ -89,7 +90,7 @@ def _tokens(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
                 pair.get("completion", pair.get("completion_tokens")),
             ]
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"tokens of {name!r} are {pair!r}; they must be [prompt, completion]")
+            raise DataError(f"tokens of {name!r} are {shown(pair)}; they must be [prompt, completion]")
         for part, value in zip(values, pair, strict=True):
             values[part][name] = number(value, f"{part} tokens of {name!r}", low=0)
     return {part: of_model for part, of_model in values.items() if of_model}
@@ -99,5 +100,5 @@ def _answers(found: dict[str, Any]) -> dict[str, str]:
     answers = _table(found, "answers")
     wrong = next((name for name, text in answers.items() if not isinstance(text, str)), None)
     if wrong is not None:
-        raise DataError(f"answer of {wrong!r} is {answers[wrong]!r}; it must be a text")
+        raise DataError(f"answer of {wrong!r} is {shown(answers[wrong])}; it must be a text")
     return dict(answers)

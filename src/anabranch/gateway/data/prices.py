@@ -7,13 +7,13 @@ JSON or TOML, a table for each model. Prices are dollars per million tokens; ``i
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError
-from anabranch.files import parse_json
+from anabranch.files import parse_json, parse_toml
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Pool
 
@@ -37,14 +37,14 @@ def read_joules(path: str | Path) -> dict[str, float]:
     found = {name: fields["joules_per_token"] for name, fields in _tables(path).items() if "joules_per_token" in fields}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise DataError(f"{path}: joules_per_token of {name!r} is {value!r}; it must be a number above 0")
+            raise DataError(f"{path}: joules_per_token of {name!r} is {shown(value)}; it must be a number above 0")
     return {name: float(value) for name, value in found.items()}
 
 
 def _tables(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
+        found = parse_toml(text) if path.suffix == ".toml" else parse_json(text)
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     except ValueError as error:  # of JSON, TOML and UTF-8 alike
@@ -55,7 +55,9 @@ def _tables(path: Path) -> dict[str, Any]:
         )
     for name, fields in found.items():
         if not isinstance(fields, dict):
-            raise DataError(f"{path}: {name!r} is {fields!r}; it must be a table with input_price and output_price")
+            raise DataError(
+                f"{path}: {name!r} is {shown(fields)}; it must be a table with input_price and output_price"
+            )
     return found
 
 
@@ -70,7 +72,7 @@ def _model(name: str, fields: dict[str, Any], path: Path) -> Model:
         value = fields.get(f"{kind}_price", fields.get(kind))
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise DataError(
-                f"{path}: {kind}_price of {name!r} is {value!r}; it must be dollars per million tokens, such as 0.25"
+                f"{path}: {kind}_price of {name!r} is {shown(value)}; it must be dollars per million tokens, such as 0.25"
             )
         prices.append(value)
     context = fields.get("context")
