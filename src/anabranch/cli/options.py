@@ -42,6 +42,7 @@ Assignments = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar=FLAG, help="Show no progress.")]
 
+_MOST_SEEDS = 10_000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -106,7 +107,16 @@ def read_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            named = range(int(first), int(last or first) + 1)
+            if named and named[-1] > MOST_SEED:
+                raise ConfigError(f"--seeds is {text!r}; a seed is at most {MOST_SEED}")
+            if len(named) + len(seeds) > _MOST_SEEDS:
+                raise ConfigError(f"--seeds is {text!r}, which names more than {_MOST_SEEDS}")
+            seeds += named
+    except OverflowError:  # of a range that is longer than a length can be
+        raise ConfigError(f"--seeds is {text!r}, which names more than {_MOST_SEEDS}") from None
+    except ConfigError:
+        raise
     except ValueError:
         raise ConfigError(f"--seeds is {text!r}; write them as 0,1,2 or 0-4") from None
     if not seeds:

@@ -380,6 +380,10 @@ def check_dtype_device(dtype: torch.dtype | None, device: torch.device | str | N
     """Raise ConfigError for a type that weights cannot have, BackendError for a device that is not there."""
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype is {dtype}; weights must be float64, float32, float16 or bfloat16")
+    if device is not None and str(device).startswith("meta"):
+        raise BackendError(
+            f"device {str(device)!r} is not available: it holds no numbers, so nothing can be computed there"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -46,7 +46,7 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="Outcomes to judge on. Default: a share of DATA, drawn by task.")
     ] = None,
     test_share: Annotated[float, typer.Option(metavar="F", min=0.01, max=0.99, help="How large that share is.")] = 0.2,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each strategy learns.")] = 3,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How often each strategy learns.")] = 3,
     seed: Seed = 0,
     dollar: Annotated[
         float, typer.Option(metavar="F", min=0, help="Score that a dollar (or unit) is worth, for regret.")

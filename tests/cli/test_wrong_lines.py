@@ -1,0 +1,206 @@
+"""Wrong command lines of every command: one line that says what is wrong, exit code 2, no traceback, and no fault of ours."""
+
+import gzip
+import json
+import shlex
+
+import pytest
+
+HUGE = "99999999999999999999999"
+FILES = {
+    "deep.json": "[" * 100_000,
+    "long.toml": "models = " + "9" * 5000,
+    "deep.toml": "a = " + "[" * 5000,
+    "deep.yaml": "[" * 5000,
+    "date.yaml": "a: 2024-13-45\n",
+    "latin.toml": "a = 'é'".encode("latin-1"),
+    "preset.toml": "preset = 1979-05-27",
+    "dates.toml": "[model]\ndim = 1979-05-27",
+    "inf.toml": "[train]\nlearning_rate = inf",
+    "text.parquet": "no parquet",
+    "holes.parquet": b"PAR1" + b"\xff" * 40 + b"PAR1",
+    "cut.txt.gz": gzip.compress(b"some text\n" * 1000)[:-20],
+    "no.txt.gz": b"\x1f\x8bxxxxxxx",
+    "no.zip": b"PK\x03\x04" + b"x" * 60,
+    "deep.jsonl": "[" * 100_000 + "\n",
+    "half.jsonl": '{"text": "a"}\n{"text": ',
+    "number.jsonl": '{"text": 3}\n',
+    "scores.jsonl": '{"query": "x", "scores": {"a": 1e400}}\n',
+    "no.gguf": b"GGUF" + b"\xff" * 100,
+    "short.gguf": b"GG",
+    "no.db": b"SQLite format 3\0" + b"\xff" * 200,
+    "nan.csv": "a,b,nan\nb,c,1\n",
+    "noise.csv": bytes(range(256)) * 20,
+    "utf16.csv": "a,b\nb,c\n".encode("utf-16"),
+    "huge.csv": "0,99999999999999999999\n1,2\n",
+    "negative.csv": "-1,2\n3,x\n",
+    "huge.mtx": "%%MatrixMarket matrix coordinate real general\n99999999999 99999999999 99999999999\n1 1 1\n",
+    "huge.metis": "99999999999 99999999999\n1 2\n",
+    "no.npz": b"PK\x03\x04xxxx",
+    "no.mat": b"MATLAB 5.0 MAT-file" + b"\0" * 200,
+    "no.anb": "x" * 100,
+    "huge.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 99999999999), }"
+    + b" " * 40
+    + b"\n",
+}
+TRAIN = "train demo --out z"
+LINES = f"""
+{TRAIN} --seed {HUGE}
+{TRAIN} --seed -1
+{TRAIN} --steps 1{"0" * 30}
+{TRAIN} --set train.seed=1{"0" * 5000}
+{TRAIN} --set train.learning_rate=inf
+{TRAIN} --set train.learning_rate=nan
+{TRAIN} --set train.betas=[2,3]
+{TRAIN} --set model.dim=1e30
+{TRAIN} --set model.dim=2147483648
+{TRAIN} --set model.num_layers=100000000
+{TRAIN} --set model.init_std=1e-46
+{TRAIN} --set model.norm_eps=1e308
+{TRAIN} --set data.validation_fraction=1
+{TRAIN} --set data.corpus.kind=files --set 'data.corpus.paths=["cut.txt.gz"]'
+{TRAIN} --set data.corpus.kind=files --set 'data.corpus.paths=["text"]' --set data.corpus.encoding=utf-99
+{TRAIN} --set 'a=[[[['
+{TRAIN} --set =
+{TRAIN} --set model=3
+{TRAIN} --config deep.toml
+{TRAIN} --config long.toml
+{TRAIN} --config latin.toml
+train --out z --config preset.toml
+{TRAIN} --config dates.toml
+{TRAIN} --config inf.toml
+{TRAIN} --config text
+compare moe dense --out z --seeds {HUGE}
+compare moe dense --out z --seeds 0-99999999999
+compare moe dense --out z --seeds 0-{HUGE}
+compare moe dense --out z --steps -1
+compare moe deep.toml --out z
+study rexmoe --out z --seeds 0-{HUGE}
+study rexmoe --out z --set steps=1e30
+eval trained --tokens -1
+eval trained --sequence-length 0
+eval trained --device meta
+eval trained --device cuda:99999999999
+eval trained --data no.zip
+eval trained --data no.txt.gz
+eval trained --data cut.txt.gz
+eval trained --data holes.parquet
+eval trained --data deep.jsonl
+eval trained --data half.jsonl
+eval trained --data number.jsonl
+eval no.gguf
+eval short.gguf
+eval /dev/null
+generate trained -p x --max-tokens {HUGE}
+generate trained -p x --temperature inf
+generate trained -p x --temperature nan
+generate trained -p x --top-k {HUGE}
+generate trained -p x --top-p nan
+generate trained -p x --seed {HUGE}
+generate no.gguf -p x
+chat trained -m x --temperature nan
+chat trained -m x --seed {HUGE}
+report text.parquet --out z
+report holes.parquet --out z
+report text --out z
+convert no.gguf z --to native
+convert trained z --to native --quantize int4 --group {HUGE}
+convert trained /dev/null --to native
+info no.gguf
+info demo --size ''
+info trained --dtype ''
+plan demo --hardware deep.json
+plan demo --hardware text.parquet
+serve trained --port 99999999
+serve no.gguf
+graph info deep.json
+graph info nan.csv
+graph info noise.csv
+graph info huge.csv --ids numbers
+graph info negative.csv --ids numbers
+graph info huge.mtx
+graph info huge.metis
+graph info no.npz
+graph info no.mat
+graph info no.anb
+graph info holes.parquet
+graph ppr karate --alpha nan
+graph ppr karate --tol -1
+graph ppr karate nobody
+graph ppr karate --seeds holes.parquet
+graph embed karate -o z.csv --dim {HUGE}
+graph index huge.npy -o z.anb
+graph search no.anb huge.npy
+graph rank holes.parquet a
+graph serve no.anb
+gateway serve deep.toml
+gateway serve long.toml
+gateway serve deep.yaml
+gateway serve date.yaml
+gateway serve latin.toml
+gateway fit scores.jsonl --out z
+gateway fit deep.jsonl --out z
+gateway fit no.db --out z
+gateway fit holes.parquet --out z
+gateway eval scores.jsonl --seeds {HUGE}
+gateway route holes.parquet x
+gateway replay no.db
+gateway import deep.yaml
+gateway import date.yaml
+gateway keys list --store no.db
+gateway budget list --store no.db
+gateway ledger list --store no.db
+""".strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def damaged_files(work):
+    for name, content in FILES.items():
+        (work / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+# A third of them, from all over, is tried each time; all by make test-all.
+CASES = [
+    pytest.param(line, id=line[:90], marks=[pytest.mark.slow] if place % 3 or line.startswith("serve") else [])
+    for place, line in enumerate(LINES)
+]
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_is_told_in_one_line(here, trained, damaged_files, line, work):
+    code, _, err = here(*shlex.split(line))
+    told = [part for part in err.splitlines() if part.startswith("error: ")]
+    assert (code, len(told)) == (2, 1), err
+    assert err.splitlines()[-1] == told[0]
+    assert "fault inside anabranch" not in err
+    assert "Traceback" not in err
+    assert len(told[0]) < 1100
+    assert not (work / "z").exists()
+
+
+def test_every_command_is_among_them():
+    from typer.main import get_command
+
+    from anabranch.cli.main import app
+
+    groups = {name for name, command in get_command(app).commands.items() if hasattr(command, "commands")}
+    known = set(get_command(app).commands) | {
+        f"{group} {name}" for group in groups for name in get_command(app).commands[group].commands
+    }
+    used = {" ".join(line.split()[: 2 if line.split()[0] in groups else 1]) for line in LINES}
+    assert known - groups - used <= {"doctor"}
+    assert len(LINES) >= 60
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generate trained -p x --temperature 1e-46 --max-tokens 2 --json", "token_ids"),
+        ("generate trained -p x --seed 9223372036854775807 --max-tokens 2 --json", "token_ids"),
+        ("generate trained -p x --top-p 1e-30 --max-tokens 2 --json", "token_ids"),
+    ],
+)
+def test_the_extremes_that_are_allowed_work(here, trained, line, said):
+    code, out, err = here(*line.split())
+    assert (code, err) == (0, "")
+    assert said in json.loads(out)
