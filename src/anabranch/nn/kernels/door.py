@@ -382,32 +382,41 @@ def address(value: Tensor, dtype: str | Sequence[str] | None = None, *sizes: int
     Raises:
         InputError: it is not so.
     """
-    names = () if dtype is None else (dtype,) if isinstance(dtype, str) else dtype
-    fits = dtype is None or (_has_shape(value, sizes) and any(value.dtype is DTYPES[name] for name in names))
-    if not fits or type(value) not in PLAIN or not value.is_cpu or not value.is_contiguous():
-        what = f"{' or '.join(names)} {_in_words(sizes)}, " if names else "what is "
-        raise InputError(f"a kernel was given {_said(value)}; it takes {what}in one piece, on the CPU")
+    if not _is_exactly(value, dtype, sizes):
+        names = () if dtype is None else (dtype,) if isinstance(dtype, str) else dtype
+        fits = dtype is None or (_has_shape(value.shape, sizes) and any(value.dtype is DTYPES[name] for name in names))
+        if not fits or type(value) not in PLAIN or not value.is_cpu or not value.is_contiguous():
+            what = f"{' or '.join(names)} {_in_words(sizes)}, " if names else "what is "
+            raise InputError(f"a kernel was given {_said(value)}; it takes {what}in one piece, on the CPU")
     place = value.data_ptr()
     if place < LEAST_ADDRESS and value.numel():
-        raise InputError(f"a kernel was given {_said(value)} whose memory was given back")
+        raise InputError(f"a kernel was given {_said(value)}, whose memory was given back")
     return place
+
+
+def _is_exactly(value: Tensor, dtype: str | Sequence[str] | None, sizes: tuple[int | None, ...]) -> bool:
+    """The quick answer for what steps pass: one dtype, all sizes known."""
+    is_plain = type(value) in PLAIN and value.is_cpu and value.is_contiguous()
+    return is_plain and isinstance(dtype, str) and value.dtype is DTYPES[dtype] and value.shape == sizes
 
 
 def array_address(value: np.ndarray, dtype: str, *sizes: int | None) -> int:
     """The same of a NumPy array."""
     is_right = type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous
-    if not is_right or not _has_shape(value, sizes):
+    if not is_right or not _has_shape(value.shape, sizes):
         raise InputError(
             f"a kernel was given {_said(value)}; it takes an array of {dtype} {_in_words(sizes)}, in one piece"
         )
     return value.ctypes.data
 
 
-def _has_shape(value: Tensor | np.ndarray, sizes: Sequence[int | None]) -> bool:
-    shape = value.shape
-    return len(shape) == len(sizes) and all(
-        want is None or have == want for have, want in zip(shape, sizes, strict=True)
-    )
+def _has_shape(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for have, want in zip(shape, sizes, strict=True):
+        if have != want and want is not None:
+            return False
+    return True
 
 
 def _in_words(sizes: Sequence[int | None]) -> str:
