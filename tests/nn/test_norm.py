@@ -57,3 +57,19 @@ def test_the_scale_of_the_input_does_not_matter_and_zeros_stay():
     torch.testing.assert_close(norm(x), norm(x * 1000), rtol=1e-5, atol=1e-6)
     assert (norm(torch.zeros(2, 16)) == 0).all()
     assert norm(torch.zeros(0, 16)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (2, 3, 16), (2, 1, 3, 16)])
+def test_any_number_of_leading_sizes_is_rows(shape):
+    norm = RMSNorm(16)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(shape, requires_grad=True)
+    rows = x.detach().reshape(-1, 16).requires_grad_()
+    assert torch.equal(norm(x), norm(rows).view(shape))
+    for ours, wanted in zip(
+        torch.autograd.grad(norm(x).sin().sum(), (x, norm.weight)),
+        torch.autograd.grad(norm(rows).sin().sum(), (rows, norm.weight)),
+        strict=True,
+    ):
+        assert torch.equal(ours, wanted.view(ours.shape))

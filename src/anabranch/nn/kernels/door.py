@@ -286,7 +286,7 @@ class _Writer:
         if operand.sizes[0].endswith(".."):
             first = operand.sizes[0].removesuffix("..")
             self.lines += [
-                f"if len(shape) < {len(operand.sizes)}: refuse({number}, {name}, locals())",
+                f"if len(shape) < {len(operand.sizes) - 1}: refuse({number}, {name}, locals())",
                 f"{operand.sizes[-1]} = shape[-1]", f"{first} = {name}.numel() // {operand.sizes[-1]} if {operand.sizes[-1]} else 0",
                 f"leading, strides = shape, {name}.stride()",
             ]  # fmt: skip
