@@ -131,7 +131,7 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[st
                 for values in batch.to_pylist():
                     row += 1
                     yield f"row {row}", values
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
 
 

@@ -147,7 +147,7 @@ class RoutingTrace:
             wanted = None if layers is None else _pick(known, layers, path)
             filters = None if wanted is None else [("layer", "in", [layer.layer for layer in wanted])]
             return cls(pq.read_table(path, filters=filters), known if wanted is None else wanted)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{path} cannot be read as a Parquet file: {first_line}") from error
 
