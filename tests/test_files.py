@@ -138,7 +138,7 @@ def test_another_file_missing_on_the_way_is_named(tmp_path):
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "runs" / "a"
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, replacing=".*") as temporary:
         (temporary / "sub").mkdir()
         (temporary / "sub" / "x").write_text("1")
         assert not path.exists()
@@ -151,7 +151,7 @@ def test_folder_takes_the_place_of_the_old_one(tmp_path, monkeypatch, in_one_ste
         monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     path = tmp_path / "a"
     for content in ("1", "2"):
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, replacing=".*") as temporary:
             (temporary / content).write_text(content)
     assert names(tmp_path) == ["a", "a/2"]
 
@@ -173,7 +173,7 @@ def test_failing_folder_leaves_the_old_one(tmp_path, error):
     (path / "old").touch()
 
     def fill() -> None:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, replacing=".*") as temporary:
             (temporary / "new").touch()
             raise error
 
@@ -189,6 +189,28 @@ def test_old_folder_is_put_back_if_the_second_step_fails(tmp_path):
     with pytest.raises(FileNotFoundError):
         files._swap(tmp_path / "missing", tmp_path / "a")
     assert names(tmp_path) == ["a", "a/old"]
+
+
+def test_folder_takes_the_place_of_what_it_may_replace_and_of_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    with atomic_folder(path) as temporary:  # an empty one may go
+        (temporary / "part-1").touch()
+    for replacing, kept in (("", "part-1"), (r"part-\d", "thesis.txt")):
+        (path / "thesis.txt").write_text("years of work")
+        with (
+            pytest.raises(DataError, match=rf"a holds {kept}, which would be lost"),
+            atomic_folder(path, replacing=replacing),
+        ):
+            pytest.fail("work was begun whose result has no place")
+        assert names(tmp_path) == ["a", "a/part-1", "a/thesis.txt"]
+    (path / "thesis.txt").unlink()
+    with (
+        pytest.raises(DataError, match=r"holds thesis\.txt"),
+        atomic_folder(path, replacing=r"part-\d") as temporary,
+    ):
+        (path / "thesis.txt").write_text("put there meanwhile")
+    assert names(tmp_path) == ["a", "a/part-1", "a/thesis.txt"]
 
 
 def test_folder_does_not_take_the_place_of_a_file(tmp_path):
@@ -251,7 +273,7 @@ def test_full_disk_leaves_the_old_folder(small_disk, write):
     (path / "old").write_text("old")
 
     def fill() -> None:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, replacing=".*") as temporary:
             (temporary / "small").write_text("x")
             write(temporary / "large")
 
@@ -283,7 +305,7 @@ def test_killed_process_leaves_a_whole_folder(tmp_path):
         import itertools, sys
         from anabranch.files import atomic_folder
         for turn in itertools.count():
-            with atomic_folder(sys.argv[1]) as folder:
+            with atomic_folder(sys.argv[1], replacing=".") as folder:
                 for name in "abc":
                     (folder / name).write_text(str(turn))
             if turn == 0:

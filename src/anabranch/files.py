@@ -118,11 +118,18 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
     """Fill the yielded temporary folder; on a clean exit it takes the place of ``path``, otherwise it is removed.
 
     An existing ``path`` is exchanged for the new one in one step on Linux, so that a process killed at any moment leaves
-    one of the two there; elsewhere it is moved aside for an instant. Raises as `atomic_file`.
+    one of the two there; elsewhere it is moved aside for an instant.
+
+    Args:
+        path: the place.
+        replacing: a regular expression of the names that an existing folder may hold, since all of it is lost. Default: none, so that
+            only an empty folder is replaced.
+
+    Raises as `atomic_file`, and DataError if an existing folder holds anything else.
     """
     path = Path(path).resolve()  # through a link, to where the data lies
     with _explained(path):
@@ -131,9 +138,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             raise DataError(
                 f"cannot write {path}: it is a file, and a folder is to take its place; choose another name"
             )
+        check_holds_only(path, replacing)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield temporary
+            check_holds_only(path, replacing)
             for file in sorted(temporary.rglob("*")):
                 # Opening a named pipe would wait for its other end, and a link may lead nowhere.
                 if not file.is_symlink() and (file.is_file() or file.is_dir()):
@@ -148,6 +157,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after a swap: what was there before
+
+
+def check_holds_only(folder: Path, replacing: str) -> None:
+    """Raise DataError if ``folder`` holds a name that does not match the regular expression ``replacing``; see `atomic_folder`."""
+    if not folder.is_dir():
+        return
+    foreign = sorted(name for name in os.listdir(folder) if not re.fullmatch(replacing, name, re.DOTALL))
+    if foreign:
+        raise DataError(f"{folder} holds {foreign[0]}, which would be lost if it were replaced; choose a new folder")
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -210,3 +210,21 @@ def test_real_routers_are_read_back_to_the_bit(tmp_path, name):
     again = FittedRouter.load(tmp_path / "r.safetensors")
     assert same(router, again)
     assert again.route("add the numbers 3") == router.route("add the numbers 3")
+
+
+def test_routers_take_the_place_of_routers_alone(tmp_path):
+    data = made_outcomes(60)
+    folder = tmp_path / "r"
+    save_folder(folder, {"one": fitted(data)}, data, {})
+    save_folder(folder, {"two": fitted(data)}, data, {})
+    assert set(load_folder(folder).routers) == {"two"}
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match=r"holds thesis\.txt, which would be lost"):
+        save_folder(folder, {"one": fitted(data)}, data, {})
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        save_folder(weights, {"one": fitted(data)}, data, {})
+    assert (weights / "model.safetensors").read_bytes() == b"weights"

@@ -167,7 +167,7 @@ def _tokenizer(config: Tokenizer.Config, corpora: list[Corpus], fraction: float)
     except (OSError, ValueError, DataError, TokenizerError) as error:
         log.info("no tokenizer in the cache (%s)", error)
     tokenizer = config.build(_training_texts(corpora, fraction))
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replacing=".*") as temporary:
         tokenizer.save(temporary)
         atomic_write_text(temporary / DIGEST, _digest(temporary))
     return tokenizer

@@ -181,7 +181,7 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, validation_fracti
     cut_inside = labels_cut_inside(corpus.documents(), validation_fraction)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     has_lengths = tokenizer.byte_length_V is None
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replacing=".*") as temporary:
         pieces: dict[tuple[str, str], list[_Piece]] = {}
         spool, spool_lengths = temporary / "spool", temporary / "spool.lengths"
         with spool.open("wb") as out, spool_lengths.open("wb") as out_lengths:

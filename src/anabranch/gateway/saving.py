@@ -10,6 +10,8 @@ arrays are covered by a digest, so a file that was cut off or changed is refused
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import AnabranchError, CheckpointError, DataError, InputError
-from anabranch.files import atomic_folder, atomic_write, atomic_write_json, parse_json
+from anabranch.files import atomic_folder, atomic_write, atomic_write_json, check_holds_only, parse_json
 from anabranch.gateway.data.guard import question
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.embed.embedder import Embedder
@@ -30,6 +32,8 @@ from anabranch.gateway.strategy import Arrays, Facts, Strategy
 VERSION = 1
 ENDING = ".safetensors"
 MANIFEST, SEEN = "manifest.json", f"seen{ENDING}"
+# What a folder of routers holds.
+_OURS = rf"[\w-]+{re.escape(ENDING)}|{re.escape(MANIFEST)}"
 _FIELD = "anabranch.router"
 
 
@@ -104,15 +108,24 @@ class FittedRouter:
             raise CheckpointError(f"{path} lacks what its strategy needs ({type(error).__name__}: {error})") from None
 
 
-def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:
-    """Write routers, by name, and what they were fitted on. An older folder is replaced in one step.
+def check_router_folder(folder: str | Path) -> None:
+    """Raise DataError if something else than routers lies in ``folder``: `save_folder` would replace it."""
+    folder = Path(folder)
+    check_holds_only(folder, _OURS)
+    if folder.is_dir() and os.listdir(folder) and not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} has no {MANIFEST}, so it is not a folder of routers to replace; choose a new folder")
 
-    Raises InputError for a name that cannot be that of a file.
+
+def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:
+    """Write routers, by name, and what they were fitted on. An older folder of routers is replaced in one step.
+
+    Raises InputError for a name that cannot be that of a file, DataError as `check_router_folder`.
     """
     for name in routers:
         if not name.replace("_", "").replace("-", "").isalnum() or f"{name}{ENDING}" == SEEN:
             raise InputError(f"{name!r} cannot be the name of a router; use letters, digits, - and _")
-    with atomic_folder(folder) as temporary:
+    check_router_folder(folder)
+    with atomic_folder(folder, replacing=_OURS) as temporary:
         for name, router in routers.items():
             router.save(temporary / f"{name}{ENDING}")
         hashes = np.unique(np.array([_hash(text) for text in learned.query], np.uint64))

@@ -77,7 +77,7 @@ def model_folder(path: str | Path, *, before: Entries | None = None, force: bool
     place = Path(path)
     if before is None:
         before = check_replaceable(place, force=force)
-    with atomic_folder(place) as temporary:
+    with atomic_folder(place, replacing=".*") as temporary:
         yield temporary
         seal(temporary)
         if _entries(place) != before:

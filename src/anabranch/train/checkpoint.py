@@ -56,7 +56,7 @@ def write_checkpoint(
     Raises CapacityError if the disk is full, DataError if the place cannot be written; older checkpoints are then untouched.
     """
     path = checkpoint_path(out, state["step"])
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, replacing=".*") as temporary:
         write_model(temporary, model, tokenizer, state=model_tensors)
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()}
         save_file(ready, temporary / OPTIMIZER_FILE)

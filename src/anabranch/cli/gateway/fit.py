@@ -32,7 +32,9 @@ ENOUGH = 20  # questions, of which a share can be held out without a word
 
 def fit(
     data: Data,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the routers; an older one is replaced.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the routers; an older one of routers is replaced.")
+    ],
     strategy: Named = None,
     fields: Fields = None,
     embedder: EmbedderKind = "hashed",
@@ -56,8 +58,9 @@ def fit(
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
     from anabranch.gateway.referee.evaluate import digest
-    from anabranch.gateway.saving import FittedRouter, save_folder
+    from anabranch.gateway.saving import FittedRouter, check_router_folder, save_folder
 
+    check_router_folder(out)
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
     chosen = read_strategies(strategy, fields)

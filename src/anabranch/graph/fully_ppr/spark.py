@@ -9,6 +9,7 @@
 """
 
 # Shapes: S sources, N nodes, M edges
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.files import atomic_folder, atomic_write_json, parse_json
+from anabranch.files import atomic_folder, atomic_write_json, check_holds_only, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
 from anabranch.graph.fully_ppr.options import Options, walk_bytes
-from anabranch.graph.fully_ppr.result import FullyPPRResult, names_arrays, names_from, table_of, write_facts
+from anabranch.graph.fully_ppr.result import FACTS, FullyPPRResult, names_arrays, names_from, table_of, write_facts
 from anabranch.graph.fully_ppr.session import default_partitions, executor_bytes, session
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows
@@ -36,6 +37,8 @@ from anabranch.graph.walk import walk_arrays
 if TYPE_CHECKING:
     from anabranch.graph.fully_ppr.api import FullyPPR
 
+# What a folder of scores holds.
+_OURS = rf"part-\d+\.parquet|{re.escape(FACTS)}"
 KIND = "walk-graph"
 SLICE = 1024  # sources whose rows a worker holds at once
 JOBS = 8  # of the broadcast plan: how much is lost when it is stopped
@@ -77,13 +80,14 @@ def _run(model: "FullyPPR", options: Options, job: Job, spark: Any, out: Path) -
     folder = out.with_name(f"{out.name}.parts").resolve()
     if out.is_file():
         raise DataError(f"cannot write {out}: it is a file; on Spark `out` is a folder")
+    check_holds_only(out, _OURS)
     partitions = model.partitions or default_partitions(spark)
     manifest = Manifest(folder, job, {"partitions": partitions})
     if job.facts["plan"] == "broadcast":
         written = run_broadcast(options, job, spark, manifest)
     else:
         written = run_partitioned(model, options, job, spark, manifest)
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out, replacing=_OURS) as temporary:
         files = sorted(file for place in written for file in place.glob("*.parquet"))
         for number, file in enumerate(files):
             file.rename(temporary / f"part-{number:06d}.parquet")
