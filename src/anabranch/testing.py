@@ -28,7 +28,7 @@ from anabranch.config import Config, from_dict, to_dict
 from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.providers.contract import check_provider
 from anabranch.lm import Decoder
-from anabranch.lm.contract import check_gradients, check_second_derivatives, gradients_of_training
+from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
 from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
@@ -43,7 +43,7 @@ from anabranch.routing import (
     record_routing,
 )
 from anabranch.routing.balance import LoadCounter, Observation
-from anabranch.train.contract import check_parallel
+from anabranch.train.parallel_contract import check_parallel
 
 __all__ = [
     "DEVICES",

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from anabranch.config import Field, configclass
 from anabranch.errors import BackendError
 from anabranch.lm import Decoder
-from anabranch.lm.contract import check_gradients, check_second_derivatives
+from anabranch.lm.backward_contract import check_gradients, check_second_derivatives
 from anabranch.nn import Attention, SwiGLU
 from anabranch.registry import BUILTIN, resolve
 
