@@ -91,6 +91,15 @@ def test_a_link_in_its_place_is_not_followed(homeless, tmp_path):
     assert cache_folder() != homeless
 
 
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda place: place.symlink_to("nowhere")])
+def test_what_another_user_put_in_its_place_takes_no_cache_away(homeless, make):
+    make(homeless)
+    found = cache_folder()
+    assert found != homeless
+    assert found.parent == homeless.parent
+    assert found.stat().st_mode & 0o777 == 0o700
+
+
 def test_where_nothing_at_all_can_be_written(homeless, monkeypatch):
     def nowhere():
         raise FileNotFoundError(2, "No usable temporary directory found")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -357,7 +357,8 @@ def _private_folder(temporary: str) -> Path:
     """A folder in ``temporary`` that this user alone can write: libraries that are loaded lie there."""
     user = os.geteuid()
     folder = Path(temporary) / f"anabranch-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):  # whatever it is; what it must be is asked next
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
         folder = Path(tempfile.mkdtemp(prefix=f"anabranch-{user}-", dir=temporary))

@@ -119,10 +119,11 @@ def test_built_kernels_that_cannot_be_loaded(here, small, monkeypatch):
     def refuse(library):
         raise OSError("libgomp.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(native, "opened", refuse)
+    monkeypatch.setattr("anabranch.native.builder.opened", refuse)
     code, _, err = here("doctor", "--build")
     assert code == 2
-    assert "the kernels are compiled, but cannot be loaded: libgomp.so.1" in err
+    assert "made kernels that cannot be loaded: libgomp.so.1" in err
+    assert native.find() is None
 
 
 def fake_smi(tmp_path, monkeypatch, said):

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch import native
-from anabranch.errors import BackendError, CapacityError, DataError
+from anabranch.errors import AnabranchError, BackendError, CapacityError, DataError
+from anabranch.files import locked
+from anabranch.native import builder, stored
 from anabranch.native import compiler as compilers
-from anabranch.native import stored
 from anabranch.native.isa import NATIVE
 from anabranch.native.sources import library_name
 
@@ -123,6 +124,92 @@ def test_a_failure_is_remembered_until_the_compiler_or_the_sources_change(compil
     compiler(version="small 2.0")
     assert native.build().compiler.endswith("(small 2.0)")
     assert native.status().is_ready
+
+
+@pytest.mark.parametrize("made", ["exit 0", 'for last; do :; done; echo no library > "$last"'], ids=["nothing", "text"])
+def test_a_compiler_that_makes_no_library_leaves_none(compiler, made, tmp_path):
+    calls = compiler(made)
+    with pytest.raises(BackendError, match=rf"made kernels that cannot be loaded: .*{library_name(NATIVE)}: "):
+        native.build()
+    assert [path.suffixes for path in folder(tmp_path).iterdir()] == [[".failed", ".json"]]
+    tries = compiled(calls)
+    assert native.load() is None
+    assert compiled(calls) == tries
+    compiler(version="small 2.0")
+    assert native.load().anabranch_answer() == 42
+
+
+def unloadable(tmp_path):
+    """A library that is whole by its record, as one of another system is."""
+    library = folder(tmp_path) / library_name(NATIVE)
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"")
+    return stored.record(library, NATIVE, "c++ of another image", 1.0)
+
+
+def test_a_whole_library_that_cannot_be_loaded_is_built_again(compiler, tmp_path):
+    found = unloadable(tmp_path)
+    calls = compiler()
+    status = native.status()
+    assert (status.library, status.is_ready, status.will_build) == (found, False, True)
+    assert status.reason.startswith("it cannot be loaded: ")
+    assert native.load().anabranch_answer() == 42
+    assert native.load().anabranch_answer() == 42
+    assert compiled(calls) == 1
+    assert native.status() == native.Status(native.find())
+
+
+def test_a_library_that_cannot_be_loaded_stays_where_there_is_no_compiler(no_compiler, tmp_path, caplog):
+    found = unloadable(tmp_path)
+    no_compiler()
+    assert native.load() is None
+    assert "no C++ compiler found" in caplog.messages[-1]
+    assert native.find() == found
+    assert native.status().reason.startswith("it cannot be loaded: ")
+    assert not native.status().will_build
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("CXX", "g++ '", 'CXX is "g++ \'", which is no command: No closing quotation'),
+        ("CXX", "g++ \\", "which is no command: No escaped character"),
+        ("CXX", "/nowhere/c++", "cannot run the C++ compiler '/nowhere/c++'"),
+        ("ANABRANCH_CACHE", "~nobody-of-this-name/x", "begins with a home directory that is not known here"),
+    ],
+)
+def test_no_setting_ends_the_first_forward(compiler, monkeypatch, caplog, name, value, said):
+    compiler()
+    monkeypatch.setenv(name, value)
+    assert native.load() is None
+    assert caplog.messages[-1].startswith("no compiled kernels, running in plain PyTorch: ")
+    assert said in caplog.messages[-1]
+    assert said in native.status().reason
+    with pytest.raises(AnabranchError):
+        native.build()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.text("g+ '\"\\$~/.#\n", max_size=8))
+def test_whatever_cxx_says_is_a_compiler_or_a_plain_error(monkeypatch, value):
+    monkeypatch.setenv("CXX", value)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BackendError):
+        native.find_compiler()
+
+
+def test_nobody_waits_forever_for_another_process(compiler, monkeypatch, caplog, tmp_path):
+    calls = compiler()
+    monkeypatch.setattr(builder, "_WAIT_S", 0.2)
+    folder(tmp_path).mkdir(parents=True)
+    with locked(folder(tmp_path) / f".{library_name(NATIVE)}.lock") as alone:
+        assert alone
+        with pytest.raises(BackendError, match=r"another process has been compiling .* end it if it hangs"):
+            native.build()
+        assert native.load() is None
+    assert caplog.messages[-1].startswith("no compiled kernels, running in plain PyTorch: another process")
+    assert compiled(calls) == 0
+    assert native.load().anabranch_answer() == 42
 
 
 @pytest.mark.parametrize("said", ["fatal error: Killed signal terminated program cc1plus", "No space left on device"])

@@ -17,7 +17,7 @@ import typer
 from anabranch import __version__
 from anabranch.cli.options import FLAG, AsJson
 from anabranch.cli.output import fact_table, print_json, size, table
-from anabranch.errors import AnabranchError, BackendError
+from anabranch.errors import AnabranchError
 
 if TYPE_CHECKING:
     from anabranch.native import Status
@@ -41,11 +41,7 @@ def doctor(
     from anabranch import native
 
     if build:
-        built = native.build(again=True)
-        try:
-            native.opened(built)
-        except OSError as error:
-            raise BackendError(f"the kernels are compiled, but cannot be loaded: {error}") from None
+        native.build(again=True)
     found = examine()
     if as_json:
         print_json(found)

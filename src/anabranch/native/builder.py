@@ -13,13 +13,14 @@ from anabranch.files import atomic_file, cache_folder, locked
 from anabranch.native.compiler import Compiler, find_compiler
 from anabranch.native.isa import NATIVE, Isa
 from anabranch.native.sources import SOURCES, flags_for, library_name
-from anabranch.native.stored import Failure, Library, read_failure, read_library, record, record_failure
+from anabranch.native.stored import Failure, Library, opened, read_failure, read_library, record, record_failure
 
 __all__ = ["build", "compile_kernels"]
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1  # between two looks whether the other process is done
+_WAIT_S = 600.0  # for the other process, which may have been stopped or hang; compiling takes a minute or two
 _FORGOTTEN_S = 3600.0  # after which nobody works on a file any more
 # What a compiler says when the machine, not the source, was the reason; the next process may have more luck.
 _PASSING = re.compile(
@@ -29,21 +30,21 @@ _PASSING = re.compile(
 
 
 def build(*, again: bool = False) -> Library:
-    """The library for this very machine, compiled into the cache folder unless it lies there.
+    """The library for this very machine, compiled into the cache folder unless one that can be loaded lies there.
 
-    Processes that ask at once wait for the first. What a compiler could not do is remembered until the compiler or the
-    sources change.
+    Processes that ask at once wait for the first, up to ten minutes. What a compiler could not do is remembered until the compiler or
+    the sources change.
 
     Args:
         again: try a compiler that is known to have failed.
 
-    Raises BackendError if there is no compiler or it refuses the sources, DataError or CapacityError if the cache folder
-    cannot be written.
+    Raises BackendError if there is no compiler, it refuses the sources or makes what cannot be loaded, or the other process does not
+    come to an end; DataError or CapacityError if the cache folder cannot be written.
     """
     folder = cache_folder() / "kernels"
     with _one_at_a_time(folder):
         found = read_library(folder, NATIVE)
-        if found is not None:
+        if found is not None and why_not_loaded(found) is None:
             return found
         compiler = find_compiler()
         failure = None if again else read_failure(folder, NATIVE)
@@ -59,24 +60,41 @@ def build(*, again: bool = False) -> Library:
 
 
 def compile_kernels(isa: Isa, folder: Path, compiler: Compiler) -> Library:
-    """Compile the library for ``isa`` into ``folder``. Raises BackendError with the compiler's message."""
+    """Compile the library for ``isa`` into ``folder``.
+
+    Raises BackendError with the compiler's message, or where this machine cannot load what was made for it; nothing is put into the
+    folder then.
+    """
     begin = time.monotonic()
     path = folder / library_name(isa)
     with atomic_file(path) as temporary:
         compiler.make_library(SOURCES, flags_for(isa), temporary)
+        reason = why_not_loaded(Library(temporary, isa.name, compiler.name, 0.0)) if isa == NATIVE else None
+        if reason is not None:
+            reason = reason.replace(str(temporary), path.name)
+            raise BackendError(f"{compiler.name} made kernels that cannot be loaded: {reason}")
     return record(path, isa, compiler.name, time.monotonic() - begin)
+
+
+def why_not_loaded(library: Library) -> str | None:
+    """Why the system cannot load ``library``, or None if it can."""
+    try:
+        opened(library)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold the lock on building into ``folder``, which is made first."""
+    """Hold the lock on building into ``folder``, which is made first. Raises BackendError if another process keeps it too long."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"cannot write the cache {folder}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
         ) from None
-    is_told = False
+    is_told, begin = False, time.monotonic()
     while True:
         with locked(folder / f".{library_name(NATIVE)}.lock") as alone:
             if alone:
@@ -86,6 +104,10 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         if not is_told:
             log.warning("another process compiles the CPU kernels; waiting for it")
             is_told = True
+        if time.monotonic() - begin > _WAIT_S:
+            raise BackendError(
+                f"another process has been compiling the kernels into {folder} for over {_WAIT_S:.0f} s; end it if it hangs"
+            )
         time.sleep(_POLL_S)
 
 

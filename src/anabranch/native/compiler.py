@@ -62,11 +62,14 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compiler that ``CXX`` names, else the first of c++, g++ and clang++. Raises BackendError if there is none."""
+    """The compiler that ``CXX`` names, else the first of c++, g++ and clang++. Raises BackendError if there is none that runs."""
     named = os.environ.get("CXX") or next(filter(None, map(shutil.which, _NAMES)), None)
     if named is None:
         raise BackendError("no C++ compiler found; install g++ or set CXX")
-    command = tuple(shlex.split(named)) or (named,)
+    try:
+        command = tuple(shlex.split(named)) or (named,)
+    except ValueError as error:
+        raise BackendError(f"CXX is {named!r}, which is no command: {error}; set it to a C++ compiler") from None
     try:
         said = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, errors="replace", check=False

@@ -26,7 +26,7 @@ class Status:
     Attributes:
         library: that it would use; None if there is none yet.
         reason: why there is none or why it cannot be used, in a sentence; empty if all is well.
-        will_build: whether it would be compiled then.
+        will_build: whether it would be compiled then, for the first time or again.
     """
 
     library: Library | None
@@ -48,15 +48,14 @@ def load() -> ctypes.CDLL | None:
     """The library, compiled first where there is none; None where it cannot be had, and the log says why."""
     if is_switched_off():
         return None
-    found = find()
     try:
-        if found is not None and found.is_shipped:
+        found = find()
+        if found is not None:
             try:
                 return opened(found)
             except OSError as error:  # made for a newer system; what is compiled here fits
-                log.info("the kernels that came with the package cannot be loaded: %s", error)
-                found = None
-        return opened(found or build())
+                log.info("the kernels that lie there cannot be loaded: %s", error)
+        return opened(build())
     except (AnabranchError, OSError) as error:
         log.warning("no compiled kernels, running in plain PyTorch: %s", error)
         return None
@@ -64,19 +63,22 @@ def load() -> ctypes.CDLL | None:
 
 def status() -> Status:
     """What `load` would find, without compiling anything."""
-    found = find()
-    if is_switched_off():
-        return Status(found, f"{SWITCH} is set")
-    if found is not None:
-        try:
-            opened(found)
-        except OSError as error:
-            return Status(found, f"it cannot be loaded: {error}")
-        return Status(found)
+    found, fault = None, ""
     try:
+        found = find()
+        if is_switched_off():
+            return Status(found, f"{SWITCH} is set")
+        if found is not None:
+            try:
+                opened(found)
+            except OSError as error:
+                fault = f"it cannot be loaded: {error}"
+            else:
+                return Status(found)
         compiler, failure = find_compiler(), read_failure(cache_folder() / "kernels", NATIVE)
     except AnabranchError as error:
-        return Status(None, str(error))
+        return Status(found, fault or str(error))
     if failure is not None and failure.compiler == compiler.name:
-        return Status(None, failure.reason)
-    return Status(None, "not compiled yet; the first forward does it, or anabranch doctor --build", will_build=True)
+        return Status(found, fault or failure.reason)
+    what = f"{fault}; the first forward compiles it again" if fault else "not compiled yet; the first forward does it"
+    return Status(found, f"{what}, or anabranch doctor --build", will_build=True)
