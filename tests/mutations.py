@@ -6,8 +6,8 @@
 A mutant is a module with one small change: a comparison or a sum turned round, ``+=`` made ``=``, a condition negated, a constant
 moved by one, a statement left out. It is run against the tests of its module first, then against those of its folder; a mutant that
 passes both is a survivor: a line that no test pins. Each runs in a process forked from one that has the libraries loaded, with the
-changed module put in by an import hook, so nothing on disk is touched. A survivor may be equivalent (a faster path with the same
-result); `EQUIVALENT` names those that were looked at.
+changed module put in by an import hook, so nothing on disk is touched. Quick tests run first: most mutants fail many. A survivor may
+be equivalent (a faster path with the same result); `EQUIVALENT` names those that were looked at.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import ast
 import copy
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -22,6 +23,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,7 +139,11 @@ def _words(tree: ast.Module) -> Iterator[ast.AST]:
         places = [getattr(parent, field, None) for field in ("annotation", "returns")]
         called = ast.unparse(parent.func) if isinstance(parent, ast.Call) else ""
         spoken = isinstance(parent, ast.FunctionDef) and parent.name in ("__repr__", "__str__", "extra_repr")
-        if spoken or isinstance(parent, ast.Raise | ast.JoinedStr) or called.startswith(("log.", "warnings.", "Field")):
+        checked = isinstance(parent, ast.keyword) and parent.arg == "strict"  # of a zip over what is equally long
+        is_words = isinstance(parent, ast.Raise | ast.JoinedStr) or called.startswith(
+            ("log.", "logger.", "warnings.", "Field")
+        )
+        if spoken or checked or is_words:
             places.append(parent)
         for place in places:
             yield from ast.walk(place) if place is not None else ()
@@ -180,8 +186,8 @@ def tests_of(module: str) -> list[tuple[str, ...]]:
     folder, *rest = module.split(".")
     tests = ROOT / "tests"
     near = {path for name in rest for path in (tests / folder).glob(f"test_{name.strip('_')}*.py")}
-    groups = [sorted(map(str, near)), [str(tests / folder), str(tests / "test_contract.py")]]
-    return [tuple(group) for group in groups if group]
+    far = {*(tests / folder).rglob("test_*.py"), tests / "test_contract.py"} - near
+    return [tuple(sorted(map(str, group))) for group in (near, far) if group]
 
 
 class Judge:
@@ -192,27 +198,48 @@ class Judge:
 
     def __init__(self) -> None:
         self._limit: dict[tuple[str, ...], float] = {}
+        self._seconds: dict[tuple[str, ...], dict[str, float]] = {}  # of each test, as it is
 
     def survives(self, mutant: Mutant) -> bool:
         """Whether all tests of its module pass with this mutant in its place.
 
         Raises RuntimeError if they fail as they are: every mutant would look noticed.
         """
-        return all(_passes(mutant, tests, self._limit_of(tests)) for tests in tests_of(mutant.module))
+        return all(self._passes(mutant, tests) for tests in tests_of(mutant.module))
 
-    def _limit_of(self, tests: tuple[str, ...]) -> float:
+    def _passes(self, mutant: Mutant, tests: tuple[str, ...]) -> bool:
         if tests not in self._limit:
-            begin = time.monotonic()
-            if not _passes(None, tests, float("inf")):
-                raise RuntimeError(f"these tests fail as they are: {' '.join(tests)}")
+            begin, clock = time.monotonic(), _Clock({})
+            with tempfile.NamedTemporaryFile() as file:
+                if not _passes(None, tests, float("inf"), clock, file.name):
+                    raise RuntimeError(f"these tests fail as they are: {' '.join(tests)}")
+                self._seconds[tests] = json.loads(Path(file.name).read_text("utf-8"))
             self._limit[tests] = 30 + 10 * (time.monotonic() - begin)
-        return self._limit[tests]
+        return _passes(mutant, tests, self._limit[tests], _Clock(self._seconds[tests]))
 
 
-def _passes(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> bool:
+class _Clock:
+    """A plugin of pytest that puts quick tests first, and takes the time of each."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.taken: dict[str, float] = {}
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        """In the order of time; tests without one stay first."""
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Its three phases, added up."""
+        self.taken[report.nodeid] = self.taken.get(report.nodeid, 0.0) + report.duration
+
+
+def _passes(
+    mutant: Mutant | None, tests: tuple[str, ...], seconds: float, clock: _Clock, times: str | None = None
+) -> bool:
     child = os.fork()
     if child == 0:
-        _run_tests(mutant, tests)
+        _run_tests(mutant, tests, clock, times)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -224,8 +251,8 @@ def _passes(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> bo
     return False
 
 
-def _run_tests(mutant: Mutant | None, tests: tuple[str, ...]) -> None:
-    """In the forked process: run and leave, whatever happens."""
+def _run_tests(mutant: Mutant | None, tests: tuple[str, ...], clock: _Clock, times: str | None) -> None:
+    """In the forked process: run and leave, whatever happens. What each test took is written to ``times``."""
     code = 1
     try:
         os.setsid()
@@ -236,18 +263,12 @@ def _run_tests(mutant: Mutant | None, tests: tuple[str, ...]) -> None:
             sys.meta_path.insert(0, _Finder(mutant))
         import pytest
 
-        options = [
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--rootdir",
-            str(ROOT),
-            "--hypothesis-seed=0",
-        ]
-        code = int(pytest.main([*options, *tests]))
+        options = "-x -q -p no:cacheprovider -p no:xdist --hypothesis-seed=0".split()
+        # Plugins are loaded before pytest asks for them, see _preload.
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--rootdir", str(ROOT)]
+        code = int(pytest.main([*options, *tests], plugins=[clock]))
+        if times is not None:
+            Path(times).write_text(json.dumps(clock.taken), "utf-8")
     finally:
         os._exit(min(code, 1))
 
@@ -279,8 +300,13 @@ def run(found: list[Mutant], *, show: Callable[[str], None] = print) -> list[Mut
 
 def _preload() -> None:
     """What every test loads, once for all forks; nothing of ours, which is to be loaded changed."""
-    for name in ("numpy", "pytest", "safetensors.torch", "torch.distributed", "pydantic"):
+    names = ["numpy", "pytest", "pydantic", "pyarrow.parquet", "safetensors.torch", "tokenizers"]
+    names += ["hypothesis.strategies", "torch.distributed.tensor", "torch.export"]
+    for name in names:
         importlib.import_module(name)
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
+    assert not any(name.split(".")[0] == "anabranch" for name in sys.modules)
 
 
 def main(arguments: list[str] | None = None) -> int:

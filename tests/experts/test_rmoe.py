@@ -135,6 +135,19 @@ def test_logit_residual_adds_the_logits_before():
         torch.testing.assert_close(right.project(items(seed=number), context), total_NE)
 
 
+def test_what_else_is_handed_on_stays_when_the_state_is():
+    """With both a state and logits handed on, each layer's logits are its own by the state plus a share of those before."""
+    plain = model_of(SCORE(state_dim=6))
+    added = model_of(SCORE(state_dim=6, logit_residual=0.5))
+    total_NE = 0.0
+    quiet, context = RoutingContext(), RoutingContext()
+    context.carry["of another part"] = items()
+    for number, (left, right) in enumerate(zip(scores_of(plain), scores_of(added), strict=True)):
+        total_NE = left.project(items(seed=number), quiet) + 0.5 * total_NE
+        torch.testing.assert_close(right.project(items(seed=number), context), total_NE)
+    assert torch.equal(context.carry["of another part"], items())
+
+
 def test_an_item_routes_by_itself():
     """At fixed hidden states neither the order of items nor another item's state matters."""
     model = model_of()
@@ -360,6 +373,28 @@ def test_conversion_takes_chains_and_pools(tied):
     converted = to_recurrent(model_of(feed_forward=chain, init_std=0.3), tokens(8, 32), state_dim=8)
     assert len(converted.agreement) == 6  # three layers of two passes
     assert min(converted.agreement) > 0.95
+
+
+@pytest.mark.parametrize("std", [0.3, 30.0])
+def test_a_conversion_begins_with_closed_gates_and_small_projections(std):
+    plain, token_BL = linear_model(), tokens(8, 32)
+    with torch.no_grad():
+        for block in plain.blocks:
+            block.feed_forward_norm.weight.fill_(std)
+    converted = to_recurrent(plain, token_BL, state_dim=6)
+    cell = converted.model.shared["recurrent_router"]
+    _reset, update, new = cell.weight_ih.chunk(3)
+    assert torch.equal(new, torch.eye(6))
+    assert not any(value.any() for value in (update, cell.weight_hh, cell.bias_hh))
+    assert cell.bias_ih.tolist() == [0.0] * 6 + [-6.0] * 6 + [0.0] * 6
+    seen = []
+    for module in plain.modules():
+        if isinstance(module, Router):
+            module.register_forward_pre_hook(lambda router, args: seen.append(args[0]))
+    plain.eval()(token_BL)
+    for score, x_ND in zip(scores_of(converted.model), seen, strict=True):
+        roots_P = (x_ND @ score.projector.T).square().mean(0).sqrt()
+        assert roots_P[:4].max().item() == pytest.approx(0.05, rel=1e-4)
 
 
 def test_conversion_of_a_design_that_names_arguments(by_keyword):

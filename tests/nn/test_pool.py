@@ -170,3 +170,12 @@ def test_asking_for_one_gradient_of_a_shared_pool():
     for weight, expected in zip((pool.w13, pool.w2), both, strict=True):
         (only,) = torch.autograd.grad(two_calls(pool, x, RoutingContext()).sum(), (weight,))
         torch.testing.assert_close(only, expected)
+
+
+def test_one_expert_of_one_number_is_a_pool():
+    """The least sizes that are allowed: y = w2 (silu(g) u), by hand."""
+    pool = ExpertPool(1, 1, 1, init_std=0.5)
+    gate, up = pool.w13[0, :, 0].tolist()
+    routing = Routing(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([[0.5]]))
+    expected = 0.5 * pool.w2.item() * torch.nn.functional.silu(torch.tensor(2 * gate)) * 2 * up
+    torch.testing.assert_close(pool(torch.tensor([[2.0]]), routing), expected.view(1, 1))

@@ -23,6 +23,7 @@ from anabranch.routing import (
     import_correction_bias,
 )
 from anabranch.routing.balance import Observation
+from anabranch.routing.bias import BINS
 from anabranch.routing.score import LinearScore
 from anabranch.testing import check_balancer, check_feed_forward, check_router
 from ranks import run_ranks
@@ -90,6 +91,21 @@ def test_quantile_puts_the_bias_where_each_gets_its_share():
         bias_E = naive_quantile(score_NE, bias_E, 2)
         assert balancer.expert_bias.numpy() == pytest.approx(bias_E, abs=2e-2)  # a bin is up to 6e-3 wide
         bias_E = balancer.expert_bias.numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("wanted", [1, 2.5, 5, 6, 7.5, 9, 20])
+def test_a_quantile_is_interpolated_inside_its_bin(wanted):
+    """Four items in bin 300, five in bin 700, evenly spread over each bin; what asks for more than there are gets the lowest."""
+    balancer = BiasBalancer.Config(rule="quantile").build(2)
+    balancer.margins.count_EX[0, [300, 700]] = torch.tensor([4.0, 5.0])
+    place = 701 - wanted / 5 if wanted <= 5 else 301 - (min(wanted, 9) - 5) / 4
+    expected = (place * 2 / BINS - 1) ** 3
+    assert balancer.margins.quantile_E(torch.tensor(float(wanted))).tolist() == pytest.approx([expected, 0.0], abs=1e-6)
+
+
+def test_of_a_bias_only_the_bias_is_saved():
+    for rule in RULES:
+        assert list(BiasBalancer.Config(rule=rule).build(4).state_dict()) == ["expert_bias"]
 
 
 def step_with(balancer, select, score_NE, step=1):

@@ -6,11 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError
-from anabranch.routing import UNUSED, ExpertChoice, GroupTopK, Threshold, TopK, TopP
+from anabranch.routing import UNUSED, ExpertChoice, GroupTopK, Threshold, TopK, TopP, select
 from anabranch.routing.select import stable_top_k
 from strategies import naive_top_k, value_tables
 
 INF = torch.inf
+
+
+@pytest.fixture(autouse=True, scope="module", params=["few", "many"])
+def _path(request):
+    """Everything here twice: the way that few scores take, and the way that many do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "TINY", select.TINY if request.param == "few" else 0)
+        torch.compiler.reset()
+        yield
 
 
 def rows(tensor_NK):

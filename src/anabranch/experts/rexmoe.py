@@ -316,7 +316,10 @@ def from_vanilla(
     if type(plain) is not MoE.Config:
         raise ConfigError(f"from_vanilla needs a model of plain 'moe' layers, this one has {plain.owner.kind!r}")
     moe_fields = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    config = model.config.replace(feed_forward=ReXMoE.Config(**{**moe_fields, "reuse": reuse, **options}))
+    layer = ReXMoE.Config(**{**moe_fields, "reuse": reuse, **options})
+    # A projection that is half as wide as there are experts stays so wide when there are more.
+    router = layer.router.replace(score=layer.router.score.settled(plain.num_experts))
+    config = model.config.replace(feed_forward=layer.replace(router=router))
     grown = Decoder(config, seed=seed).to(model.embedding.weight)
     state = grown.state_dict()
     source = model.state_dict()

@@ -8,7 +8,7 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,10 @@ class Score(Part, nn.Module, family="score"):
         def num_parameters(self, dim: int, num_destinations: int) -> int:
             """Parameters of the score, known before it is built; E D unless a kind says otherwise."""
             return num_destinations * dim
+
+        def settled(self, num_destinations: int) -> Self:
+            """The same with sizes that would follow from ``num_destinations`` written out, for a router that is to grow."""
+            return self
 
         def num_shared(self, dim: int) -> int:
             """Those of them that all layers of a model have in common, see `Score.join`."""
@@ -129,6 +133,10 @@ class CosineScore(Score, kind="cosine"):
         def num_projected(self, num_destinations: int) -> int:
             """P."""
             return self.projected_dim or max(2, num_destinations // 2)
+
+        def settled(self, num_destinations: int) -> Self:
+            """With P as it is for ``num_destinations``."""
+            return self.replace(projected_dim=self.num_projected(num_destinations))
 
         def num_parameters(self, dim: int, num_destinations: int) -> int:
             """The projection, the embeddings, the temperature."""
