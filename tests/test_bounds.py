@@ -4,12 +4,13 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+from typing import Annotated
 
 import pytest
 
 import anabranch
 from anabranch.bounds import LARGEST_INT, MOST_SEED, SMALLEST_FLOAT, check_number
-from anabranch.config import Config, from_dict, override
+from anabranch.config import Config, Field, Part, configclass, from_dict, override
 from anabranch.errors import ConfigError
 from anabranch.lm import SamplingConfig
 from anabranch.nn import MoE, Rotary
@@ -76,6 +77,28 @@ def test_the_message_names_field_value_and_limits(make, message):
     with pytest.raises(ConfigError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+class Rates(Part):
+    """Positive numbers alone, in a list, inside a table and beside None."""
+
+    @configclass
+    class Config(Config):
+        rate: float | None = Field(default=None, gt=0)
+        rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+        table: dict[str, list[Annotated[float, Field(gt=0)]]] = Field(default_factory=dict)
+        shares: tuple[float, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [({"rate": 1e-46}, "rate"), ({"rates": (1.0, 1e-46)}, "rates.1"), ({"table": {"a": [1e-46]}}, "table.a.0")],
+)
+def test_a_positive_number_is_one_inside_containers_too(values, name):
+    """What float32 rounds to 0 is not above 0."""
+    with pytest.raises(ConfigError, match=rf"^{name} is 1e-46; it must be at least {SMALLEST_FLOAT}$"):
+        Rates.Config(**values)
+    assert Rates.Config(rates=(SMALLEST_FLOAT,), shares=(1e-46, 0.0)).shares == (1e-46, 0.0)
 
 
 def test_the_widest_values_pass():

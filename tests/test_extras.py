@@ -102,6 +102,13 @@ def test_missing_is_looked_up_anew(hidden):
     assert extras()["gateway"].missing == ("numba",)
 
 
+def test_what_is_for_some_platforms_only_does_not_count_as_missing(monkeypatch):
+    lines = ("numba", "uvloop; sys_platform != 'win32'", "winloop ; sys_platform == 'win32'", "aiohttp>=3;")
+    monkeypatch.setattr(module, "_requirements", lambda: {"fast": lines, "more": ("anabranch[fast]", "scipy")})
+    assert extras()["fast"].modules == ("aiohttp", "numba")
+    assert extras()["more"].modules == ("aiohttp", "numba", "scipy")
+
+
 # Messages
 
 

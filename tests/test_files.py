@@ -420,3 +420,17 @@ def test_a_killed_process_frees_its_lock(tmp_path):
     assert path.exists()
     with locked(path) as mine:
         assert mine
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    """As root, ``--out /dev/null`` would take the null device away from all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(
+            DataError, match=r"cannot write .*: it is a device or a pipe, not a file; choose another name"
+        ):
+            atomic_write_text(place, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]

@@ -32,13 +32,13 @@ def test_version_2_takes_the_tightest_limit_above(tmp_path):
             "sys/fs/cgroup/pod/box/memory.current": str(GB),
         },
     )
-    assert cgroup_limits(tmp_path) == Limits(2, 1.5, 2 * GB, GB)
+    assert cgroup_limits(tmp_path) == Limits(2, 1.5, 2 * GB, GB, GB)
 
 
 def test_version_2_inside_a_container_sees_its_own_group_at_the_top(tmp_path):
     files = {"cgroup.controllers": "cpu", "cpu.max": "50000 100000", "memory.max": str(GB), "memory.current": "5"}
     write(tmp_path, {"proc/self/cgroup": "0::/../../elsewhere"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()})
-    assert cgroup_limits(tmp_path) == Limits(2, 0.5, GB, 5)
+    assert cgroup_limits(tmp_path) == Limits(2, 0.5, GB, 5, GB - 5)
 
 
 def test_version_1(tmp_path):
@@ -55,7 +55,7 @@ def test_version_1(tmp_path):
             "sys/fs/cgroup/memory/box/memory.usage_in_bytes": str(GB),
         },
     )
-    assert cgroup_limits(tmp_path) == Limits(1, 2.5, 3 * GB, GB)
+    assert cgroup_limits(tmp_path) == Limits(1, 2.5, 3 * GB, GB, 2 * GB)
 
 
 def test_no_groups(tmp_path):
@@ -76,6 +76,24 @@ def test_memory_within_limits(tmp_path):
     files = {"memory.max": str(2 * GB), "memory.current": str(GB // 2), "cgroup.controllers": "memory"}
     write(tmp_path, {"proc/self/cgroup": "0::/"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()})
     assert memory(tmp_path) == Memory(16384000000, 3 * GB // 2, 2 * GB)
+
+
+@pytest.mark.parametrize(
+    ("pod", "box", "free"),
+    [
+        ((8 * GB, 8 * GB - 100), (4 * GB, GB), 100),
+        ((8 * GB, GB), (4 * GB, 3 * GB), GB),
+        ((4 * GB, 4 * GB + 5), (8 * GB, GB), 0),
+    ],
+)
+def test_what_is_free_is_the_least_that_any_group_leaves(tmp_path, pod, box, free):
+    """A group above is shared with others, who may have filled it; one in use beyond its limit leaves nothing."""
+    files = {"cgroup.controllers": "memory"}
+    for folder, (limit, used) in (("pod", pod), ("pod/box", box)):
+        files |= {f"{folder}/memory.max": str(limit), f"{folder}/memory.current": str(used)}
+    write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/pod/box"})
+    write(tmp_path, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert memory(tmp_path) == Memory(16384000000, free, min(pod[0], box[0]))
 
 
 @pytest.mark.parametrize(("allowed", "cores"), [(None, 8), (0.5, 1), (1.6, 2), (64.0, 8)])

@@ -50,8 +50,8 @@ Repeats = Annotated[
 def check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
     """Raise ConfigError for an integer beyond ``LARGEST_INT`` and for a float that is no number or too large for float32.
 
-    Looks into lists, tuples and dicts; what is neither number nor container is let through. ``name`` is the field;
-    ``is_positive`` says that 0 is not allowed, and so nothing that float32 rounds to 0.
+    Looks into lists, tuples and dicts; what is neither number nor container is let through. ``name`` is the field.
+    ``is_positive`` is for fields that must be above 0: a float that float32 would round to 0 is refused too.
     """
     if isinstance(value, bool):
         return
@@ -67,10 +67,10 @@ def check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least {SMALLEST_FLOAT}")
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
-            check_number(f"{name}.{place}", item)
+            check_number(f"{name}.{place}", item, is_positive=is_positive)
     elif isinstance(value, dict):
         for key, item in value.items():
-            check_number(f"{name}.{key}", item)
+            check_number(f"{name}.{key}", item, is_positive=is_positive)
 
 
 def shown(value: Any) -> str:

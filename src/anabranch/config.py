@@ -98,10 +98,18 @@ def configclass(cls: type[T]) -> type[T]:
 def _check_bounds(cls: Any, name: str, value: Any) -> None:
     """Raise ConfigError for numbers that no field takes; pydantic tells those that only this field does not."""
     field = cls.__pydantic_fields__.get(name)
-    limits = [] if field is None else field.metadata
+    limits = [] if field is None else [*field.metadata, *_inner_limits(field.annotation)]
     if isinstance(value, int) and value > 0 and any(hasattr(limit, "le") or hasattr(limit, "lt") for limit in limits):
         return
     check_number(name, value, is_positive=any(getattr(limit, "gt", None) == 0 for limit in limits))
+
+
+def _inner_limits(annotation: Any) -> list[Any]:
+    """Limits of what a container holds: those of ``Annotated[float, Field(gt=0)]`` in a tuple of them."""
+    found = [
+        limit for field in getattr(annotation, "__metadata__", ()) for limit in getattr(field, "metadata", [field])
+    ]
+    return found + [limit for inner in typing.get_args(annotation) for limit in _inner_limits(inner)]
 
 
 def _explain(cls: type, item: Any) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -66,6 +67,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _explained(path):
+        # Whoever may write in /dev would have /dev/null replaced by a file, for all programs of the machine.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"cannot write {path}: it is a device or a pipe, not a file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -78,6 +82,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -19,12 +19,15 @@ class Limits:
         cores: processor time, in cores, e.g. 1.5; None without a limit.
         memory_bytes: None without a limit.
         memory_used_bytes: what is in use of that limit, caches of files included; None without a limit.
+        memory_free_bytes: what is left of the limit that leaves the least, which need not be the smallest one: others
+            may share a group above; None without a limit.
     """
 
     version: int | None = None
     cores: float | None = None
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
+    memory_free_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def cgroup_limits(root: Path = Path("/")) -> Limits:
     memories = [pair for pair in [*(two[1] for two in [*found_2, *unified]), *memory_1] if pair is not None]
     cores = [value for value in [*(two[0] for two in [*found_2, *unified]), *cores_1] if value is not None]
     limit, used = min(memories, default=(None, None))
-    return Limits(2 if has_2 else 1 if has_1 else None, min(cores, default=None), limit, used)
+    free = min((max(0, limit - used) for limit, used in memories), default=None)
+    return Limits(2 if has_2 else 1 if has_1 else None, min(cores, default=None), limit, used, free)
 
 
 def affinity() -> int:
@@ -79,8 +83,8 @@ def memory(root: Path = Path("/")) -> Memory:
             return Memory(None, None, None)
     limits = cgroup_limits(root)
     total, available = fields.get("MemTotal"), fields.get("MemAvailable")
-    if limits.memory_bytes is not None and limits.memory_used_bytes is not None and available is not None:
-        available = min(available, max(0, limits.memory_bytes - limits.memory_used_bytes))
+    if limits.memory_free_bytes is not None and available is not None:
+        available = min(available, limits.memory_free_bytes)
     usable = min((size for size in (total, limits.memory_bytes) if size is not None), default=None)
     return Memory(total, available, usable)
 

@@ -125,6 +125,20 @@ def test_what_users_can_cause_is_told_without_blame(failing, capsys, error, mess
     assert capsys.readouterr() == ("", f"error: {message}\n")
 
 
+def test_a_pipe_that_broke_elsewhere_is_an_error(failing, capsys, monkeypatch):
+    """Only a reader of what we print may go without our saying so; here stdout is a pipe that is open."""
+    read, write = os.pipe()
+    try:
+        monkeypatch.setattr("sys.stdout.fileno", lambda: write, raising=False)
+        failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+        assert main(["info"]) == 2
+        assert capsys.readouterr() == ("", "error: broken pipe\n")
+        os.close(read)
+        assert main(["info"]) == 0
+    finally:
+        os.close(write)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()], ids=["interrupt", "abort"])
 def test_interrupt_exits_with_130(failing, capsys, error):
     failing(error)

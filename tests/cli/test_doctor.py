@@ -113,6 +113,18 @@ def test_build_that_the_compiler_refuses(here, small, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_build_tries_a_compiler_again_that_failed_before(here, small, tmp_path, monkeypatch):
+    small()
+    script = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(script))
+    for then, expected in (("exit 1", 2), ('exec c++ "$@"', 0)):
+        script.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "one version"; exit; fi\n{then}\n')
+        script.chmod(0o755)
+        assert here("doctor", "--build")[0] == expected
+    assert native.status().is_ready
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_built_kernels_that_cannot_be_loaded(here, small, monkeypatch):
     small()
 

@@ -43,3 +43,5 @@ def test_two_processes_train_and_one_talks(torchrun, work, tiny, data, parallel)
 def test_the_module_is_the_command(cli):
     done = cli("--version", before=[sys.executable, "-m", "anabranch"])
     assert (done.returncode, done.stdout.split()[0]) == (0, "anabranch"), done.stderr
+    done = cli("nonsense", before=[sys.executable, "-m", "anabranch"])
+    assert (done.returncode, done.stderr) == (2, "error: no such command 'nonsense' (see anabranch --help)\n")

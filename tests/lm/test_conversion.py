@@ -1,5 +1,6 @@
 """Converting a model: nothing is lost, whatever the source and the target are and wherever it fails."""
 
+import errno
 import io
 import json
 import os
@@ -238,6 +239,36 @@ def test_force_sets_aside_what_would_be_read_as_a_part_of_the_new_model(tmp_path
     assert (target / "model.safetensors.index.json.old").read_bytes() == index
     assert (target / "chat_template.jinja.old").read_text() == "of an older one"
     assert (target / "chat_template.jinja.old1").read_text() == "of the old one"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_force_keeps_bytes_and_times_also_where_there_are_no_hard_links(tmp_path, native, monkeypatch, has_links):
+    target = tmp_path / "target"
+    (target / "notes").mkdir(parents=True)
+    kept = {
+        "thesis.txt": b"years of work",
+        "notes/one.bin": bytes(range(256)),
+        "chat_template.jinja": b"of the old one",
+    }
+    for name, data in kept.items():
+        (target / name).write_bytes(data)
+    for number, name in enumerate([*kept, "notes"], start=1):
+        os.utime(target / name, (number * 10**8, number * 10**8))
+    before = {name: (target / name).stat().st_ino for name in kept}
+    if not has_links:
+
+        def refuse(*_, **__):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    convert(native, target, force=True)
+    for number, (name, data) in enumerate(kept.items(), start=1):
+        path = target / (f"{name}.old" if name.endswith(".jinja") else name)
+        assert path.read_bytes() == data
+        assert path.stat().st_mtime == number * 10**8, name
+        assert (path.stat().st_ino == before[name]) == has_links
+    assert (target / "notes").stat().st_mtime == 4 * 10**8
+    assert load_model(target)[1] is not None
 
 
 def make_run(folder, native):

@@ -79,13 +79,15 @@ def test_a_damaged_library_is_built_again(compiler, damage):
     assert native.find().path == path
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{}", '{"sha256": 5}', "\x00"])
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"sha256": 5}', "\x00", pytest.param("[" * 200_000, id="deep")])
 def test_a_damaged_record_is_written_again(compiler, record):
     compiler()
     path = native.build().path
     path.with_suffix(".json").write_text(record)
     assert native.find() is None
     assert native.build() == native.find()
+    path.with_suffix(".failed.json").write_text(record)
+    assert stored.read_failure(path.parent, NATIVE) is None
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,6 +103,11 @@ def test_no_damage_is_ever_loaded(small, tmp_path, at, bits, keep):
     for damaged in (data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :], data[: int(keep * len(data))]):
         library.write_bytes(damaged)
         assert native.find() is None
+    library.write_bytes(data)
+    record = library.with_suffix(".json")
+    written = record.read_bytes().strip()
+    record.write_bytes(written[: int(at * len(written))])
+    assert native.find() is None
 
 
 def test_a_failure_is_remembered_until_the_compiler_or_the_sources_change(compiler, small, caplog):
@@ -210,6 +217,33 @@ def test_nobody_waits_forever_for_another_process(compiler, monkeypatch, caplog,
     assert caplog.messages[-1].startswith("no compiled kernels, running in plain PyTorch: another process")
     assert compiled(calls) == 0
     assert native.load().anabranch_answer() == 42
+
+
+def test_a_success_clears_the_failure_before_it(compiler):
+    compiler("exit 1")
+    with pytest.raises(BackendError):
+        native.build()
+    compiler()
+    built = native.build(again=True)
+    built.path.unlink()
+    assert native.status().will_build
+
+
+def test_a_failure_of_another_compiler_does_not_count(compiler):
+    compiler("exit 1")
+    with pytest.raises(BackendError):
+        native.build()
+    assert not native.status().will_build
+    compiler(version="small 2.0")
+    assert native.status().will_build
+
+
+def test_the_last_words_of_a_compiler_are_kept(compiler):
+    compiler("echo first >&2; seq 10000 >&2; echo last >&2; exit 1")
+    with pytest.raises(BackendError, match=r"10000\nlast$") as caught:
+        native.build()
+    assert "first" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("said", ["fatal error: Killed signal terminated program cc1plus", "No space left on device"])

@@ -79,6 +79,17 @@ def test_only_instructions_count_among_the_features(tmp_path, monkeypatch):
         isa.processor_features.cache_clear()
 
 
+def test_every_feature_of_an_arm_processor_counts(monkeypatch):
+    """Their names follow no pattern, and the list holds nothing but instructions."""
+    text = "processor\t: 0\nFeatures\t: fp asimd asimddp sve bf16 i8mm\nCPU part\t: 0xd4f\n"
+    monkeypatch.setattr(isa.Path, "read_text", lambda self, **_: text)
+    isa.processor_features.cache_clear()
+    try:
+        assert isa.processor_features() == {"fp", "asimd", "asimddp", "sve", "bf16", "i8mm"}
+    finally:
+        isa.processor_features.cache_clear()
+
+
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     """A wheel that carries the library of one level."""

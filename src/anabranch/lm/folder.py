@@ -8,8 +8,6 @@ config.json says so, and only ours if each file in it is as its record says; suc
 ``force``, which keeps every file that the new model has no file for.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,7 +19,7 @@ from typing import Any
 
 import anabranch
 from anabranch.errors import CheckpointError
-from anabranch.files import atomic_folder, atomic_write_text
+from anabranch.files import atomic_folder, atomic_write_text, parse_json, sha256_of
 
 __all__ = [
     "FORMAT",
@@ -159,14 +157,14 @@ def _foreign(folder: Path, entries: Entries) -> str | None:
 def _is_own(path: Path, name: str, recorded: dict[str, str] | None) -> bool:
     if recorded is None:
         return _UNRECORDED.fullmatch(name) is not None
-    return name in recorded and _digest(path) == recorded[name]
+    return name in recorded and sha256_of(path) == recorded[name]
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of any folder; empty where it is none."""
     try:
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
 
@@ -240,7 +238,7 @@ def _link(path: Path, place: Path) -> None:
 def seal(folder: Path) -> None:
     """Write the record of what is in ``folder``: the last file that is written."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in names if name != RECORD]
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names if name != RECORD]
     atomic_write_text(folder / RECORD, "".join(lines))
 
 
@@ -261,7 +259,7 @@ def verify(folder: Path, *, needed: Iterable[str] = (), skip: Iterable[str] = ()
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, and {RECORD} lists it")
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             raise CheckpointError(
                 f"cannot read {path}: it is damaged, not what was saved ({RECORD} has another digest)"
             )
@@ -281,8 +279,3 @@ def _record(folder: Path) -> dict[str, str] | None:
     if not found or not all(found):
         raise CheckpointError(f"cannot read {path}: it is no list of digests and names; it is truncated or corrupt")
     return {match[2]: match[1] for match in found if match}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,15 +5,13 @@ with other bytes (cut off, flipped), is as good as none. Where the compiler fail
 """
 
 import ctypes
-import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anabranch.errors import AnabranchError
-from anabranch.files import atomic_write_json, cache_folder, cache_places
+from anabranch.files import atomic_write_json, cache_folder, cache_places, parse_json, sha256_of
 from anabranch.native.isa import NATIVE, Isa, best_level
 from anabranch.native.sources import library_name
 
@@ -85,7 +83,7 @@ def _folders() -> Iterator[Path]:
 def record(library: Path, isa: Isa, compiler: str, seconds: float) -> Library:
     """Write down what is known of the new ``library``; from then on it counts as whole."""
     facts = {"isa": isa.name, "compiler": compiler, "seconds": round(seconds, 1)}
-    atomic_write_json(library.with_suffix(".json"), {"sha256": _digest(library), **facts})
+    atomic_write_json(library.with_suffix(".json"), {"sha256": sha256_of(library), **facts})
     library.with_suffix(".failed.json").unlink(missing_ok=True)
     return Library(library, isa.name, compiler, round(seconds, 1))
 
@@ -94,8 +92,8 @@ def read_library(folder: Path, isa: Isa) -> Library | None:
     """The library of these sources for ``isa`` in ``folder``; None if it is absent or not what was written down about it."""
     path = folder / library_name(isa)
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if facts["sha256"] != _digest(path):
+        facts = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if facts["sha256"] != sha256_of(path):
             return None
         return Library(path, str(facts["isa"]), str(facts["compiler"]), float(facts["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -110,7 +108,7 @@ def record_failure(folder: Path, isa: Isa, failure: Failure) -> None:
 def read_failure(folder: Path, isa: Isa) -> Failure | None:
     """The failure that is remembered for these sources; None if there is none."""
     try:
-        facts = json.loads((folder / library_name(isa)).with_suffix(".failed.json").read_text(encoding="utf-8"))
+        facts = parse_json((folder / library_name(isa)).with_suffix(".failed.json").read_text(encoding="utf-8"))
         return Failure(str(facts["compiler"]), str(facts["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -140,8 +138,3 @@ def _load_openmp_of_torch() -> bool:
             continue
         return True
     return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

