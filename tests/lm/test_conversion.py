@@ -288,7 +288,14 @@ def test_a_training_run_is_never_written_into(tmp_path, native):
     new_run.mkdir()
     shutil.copy(tmp_path / "run/config.json", new_run)
     before = contents(tmp_path)
-    for target in (*steps, steps[0] / "hf", steps[0] / "a/b", tmp_path / "run", new_run, steps[0].with_name("step-9")):
+    for target in (
+        *steps,
+        steps[0] / "hf",
+        steps[0] / "a/b",
+        tmp_path / "run",
+        new_run,
+        steps[0].with_name("step-00000009"),
+    ):
         for force in (False, True):
             with pytest.raises(CheckpointError, match=r"training run.*so no model is saved there; choose a new folder"):
                 convert(native, target, force=force)
@@ -297,6 +304,9 @@ def test_a_training_run_is_never_written_into(tmp_path, native):
     with pytest.raises(CheckpointError, match="lie one inside the other"):
         convert(tmp_path / "run", steps[1])
     assert contents(tmp_path) == before
+    # A name that is no step's is nothing to the run around it.
+    convert(native, steps[0].with_name("step-best"))
+    assert load_model(tmp_path / "run/checkpoints/step-best")[1] is not None
 
 
 def test_a_folder_that_changes_meanwhile_is_left_alone(tmp_path, native, monkeypatch):

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 from anabranch.lm import load_model
+from anabranch.lm.checkpoint import find_model
 from anabranch.lm.folder import RECORD
 from anabranch.train import Trainer, checkpoints
-from anabranch.train.checkpoint import read_checkpoint
+from anabranch.train.checkpoint import checkpoint_path, read_checkpoint, set_aside
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,30 @@ def test_the_last_checkpoint_evicts_nothing_when_its_evaluation_is_not_finite(tm
     trainer._update = ruin
     trainer.fit()
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_a_user_keeps_among_the_checkpoints_is_never_taken_for_one(run, make_run, keep):
+    held = ("step-best", "step-00000002-good", "step-2", "step-000000002", "step-99999999.old", "diverged-step-best")
+    for name in (*held, ".step-best", ".step-00000002-mine"):
+        shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / name)
+    others = {path.name for path in (run / "checkpoints").iterdir()} - {path.name for path in checkpoints(run)}
+    assert len(others) == 8
+    assert resumed(run, make_run, steps=4, keep_checkpoints=keep).fit().step == 4
+    assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000004"][-keep:]
+    assert {path.name for path in (run / "checkpoints").iterdir()} - {path.name for path in checkpoints(run)} == others
+    assert find_model(run) == checkpoints(run)[-1]
+    set_aside(run, 1)
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= others
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (100_000_000, 99_999_999, 5):
+        path = checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        for name in ("trainer.json", "config.json"):
+            (path / name).write_text("{}")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000005", "step-99999999", "step-100000000"]
+    assert find_model(tmp_path).name == "step-100000000"
+    set_aside(tmp_path, 100_000_000)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000005", "step-99999999"]

@@ -250,7 +250,7 @@ def test_damaged_checkpoints_are_named(tmp_path, make_run):
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path, make_run):
     Trainer(make_run(steps=1), tmp_path).fit()
-    for name in (".step-00000009.x1y2", ".step-00000001.old"):
+    for name in (".step-00000009.x1y2_3z4", ".step-00000001.old"):
         (tmp_path / "checkpoints" / name).mkdir()
     Trainer(make_run(steps=2), tmp_path, resume=True).fit()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []

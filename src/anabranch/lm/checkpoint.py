@@ -26,7 +26,7 @@ from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.folder import FORMAT, MARK, OPTIMIZER_FILE, TRAINER_FILE, model_folder, verify
+from anabranch.lm.folder import FORMAT, MARK, OPTIMIZER_FILE, TRAINER_FILE, model_folder, run_steps, verify
 from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
     FLOATS,
@@ -133,13 +133,16 @@ def find_model(path: str | Path) -> Path:
             f"no model at {path}; give a folder saved by anabranch or transformers, a training run, or a .gguf file "
             "(nothing is downloaded)"
         )
-    steps = sorted(path.glob("checkpoints/step-*/config.json"))  # first: the folder of a run has a config.json as well
+    # First: the folder of a run has a config.json as well.
+    steps = [step for step in run_steps(path) if (step / "config.json").is_file()]
     if steps:
-        return steps[-1].parent
+        return steps[-1]
     if (path / "config.json").is_file():
         return path
     gguf = sorted(path.glob("*.gguf"))
-    hint = f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-*/config.json)"
+    hint = (
+        f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-NNNNNNNN/config.json)"
+    )
     raise CheckpointError(f"no model in {path}{hint}")
 
 

@@ -26,12 +26,16 @@ __all__ = [
     "MARK",
     "OPTIMIZER_FILE",
     "RECORD",
+    "STEPS_FOLDER",
     "TRAINER_FILE",
     "carry",
     "check_apart",
     "check_replaceable",
     "model_folder",
+    "run_steps",
     "seal",
+    "step_name",
+    "step_of",
     "verify",
 ]
 
@@ -40,6 +44,7 @@ RECORD = "SHA256SUMS"
 # What makes a model folder a checkpoint of a training run, see `anabranch.train.checkpoint`.
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+STEPS_FOLDER = "checkpoints"  # of a run, with a folder for each step
 # In the config.json of what we write, native or not.
 MARK = {"anabranch_version": anabranch.__version__}
 _MOST_ENTRIES = 10_000
@@ -57,6 +62,23 @@ _PAPERS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
 Entries = dict[str, tuple[int, int, int]]
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint a folder of this name is; None for any other name, such as that of a copy somebody keeps."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isascii() and digits.isdecimal() and name == step_name(int(digits)) else None
+
+
+def step_name(step: int) -> str:
+    """The name of the folder that holds the checkpoint of ``step``."""
+    return f"step-{step:08d}"
+
+
+def run_steps(run: Path) -> list[Path]:
+    """The folders of a training run's checkpoints, in the order of their steps. No other name is one of them."""
+    found = ((step_of(path.name), path) for path in run.glob(f"{STEPS_FOLDER}/step-*"))
+    return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
 
 
 @contextmanager
@@ -104,18 +126,22 @@ def check_replaceable(folder: Path, *, force: bool = False, advice: str = "choos
 
 def _check_no_run(folder: Path) -> None:
     """Raise CheckpointError if ``folder`` is, holds or lies among a training run's checkpoints."""
-    place, steps = folder.resolve(), f"step-*/{TRAINER_FILE}"
+    place = folder.resolve()
     if (place / TRAINER_FILE).exists():
         what = f"is a checkpoint of a training run (it holds {TRAINER_FILE})"
-    elif any(place.glob(f"checkpoints/{steps}")) or _config(place).keys() >= {"model", "data", "train"}:
+    elif _has_steps(place) or _config(place).keys() >= {"model", "data", "train"}:
         what = "is the folder of a training run"
-    elif any(parent.name.startswith("step-") and (parent / TRAINER_FILE).exists() for parent in place.parents):
+    elif any(step_of(parent.name) is not None and (parent / TRAINER_FILE).exists() for parent in place.parents):
         what = "lies inside a checkpoint of a training run, which is removed in time"
-    elif place.name.startswith("step-") and any(place.parent.glob(steps)):
+    elif step_of(place.name) is not None and place.parent.name == STEPS_FOLDER and _has_steps(place.parent.parent):
         what = "would be taken for a checkpoint of the training run around it"
     else:
         return
     raise CheckpointError(f"{folder} {what}, so no model is saved there; choose a new folder")
+
+
+def _has_steps(run: Path) -> bool:
+    return any((path / TRAINER_FILE).exists() for path in run_steps(run))
 
 
 def _entries(folder: Path) -> Entries:

@@ -10,6 +10,7 @@ evaluation was finite. No random state is stored: what is random in step n is a 
 """
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,34 @@ from anabranch.errors import CheckpointError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm.checkpoint import write_model
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.folder import OPTIMIZER_FILE, RECORD, TRAINER_FILE, seal, verify
+from anabranch.lm.folder import (
+    OPTIMIZER_FILE,
+    RECORD,
+    STEPS_FOLDER,
+    TRAINER_FILE,
+    run_steps,
+    seal,
+    step_name,
+    step_of,
+    verify,
+)
 from anabranch.lm.tensors import read_json
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_FOLDER = "checkpoints"
+# What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `_remove`.
+_LEFTOVER = re.compile(r"\.(step-\d+)\.(old|[a-z0-9_]{8})")
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return out / _FOLDER / f"step-{step:08d}"
+    return out / STEPS_FOLDER / step_name(step)
 
 
 def checkpoints(out: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first. One that has lost a file is among them, and is refused when it is read."""
-    found = (file.parent for name in (TRAINER_FILE, RECORD) for file in Path(out).glob(f"{_FOLDER}/step-*/{name}"))
-    return sorted(set(found))
+    return [path for path in run_steps(Path(out)) if (path / TRAINER_FILE).exists() or (path / RECORD).exists()]
 
 
 def write_checkpoint(
@@ -75,7 +86,7 @@ def set_aside(out: Path, step: int) -> list[Path]:
     """Rename the checkpoints of ``step`` and later ``diverged-step-...``, so that a run goes on from the one before; their new places."""
     moved = []
     for path in checkpoints(out):
-        if path >= checkpoint_path(out, step):
+        if _step(path) >= step:
             place = path.with_name(f"diverged-{path.name}")
             if place.exists():
                 shutil.rmtree(place)
@@ -132,8 +143,16 @@ def _check_state(state: dict[str, Any], path: Path) -> None:
 
 def remove_leftovers(out: Path) -> None:
     """Remove what a process killed while it wrote or removed a checkpoint left behind."""
-    for folder in out.glob(f"{_FOLDER}/.step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in out.glob(f"{STEPS_FOLDER}/.step-*"):
+        match = _LEFTOVER.fullmatch(folder.name)
+        if match and step_of(match[1]) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    step = step_of(path.name)
+    assert step is not None, path
+    return step
 
 
 def _remove(path: Path) -> None:
