@@ -37,6 +37,16 @@ def test_resuming_drops_what_came_after_and_a_torn_line(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
 
 
+def test_metrics_of_a_run_that_begins_again_are_kept_aside(tmp_path, caplog):
+    for _ in range(3):
+        write(tmp_path, 1, 2, step=0)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    names = ["metrics.jsonl", "metrics.jsonl.old1", "metrics.jsonl.old2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
+    assert "training begins again at step 0; the metrics of before go on as" in caplog.text
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     log = MetricsLog(tmp_path)
     log.write({"step": 1, "kind": "train", "loss": math.nan, "by_layer": [math.inf, 1.0]})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -183,6 +184,22 @@ def test_stopped_before_the_first_checkpoint(tmp_path, make_run):
         Trainer(config, tmp_path / "resumed", on_event=crash_at(2, "step")).fit()
     Trainer(config, tmp_path / "resumed", resume=True).fit()
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+    (old,) = tmp_path.glob("resumed/metrics.jsonl.old*")
+    assert [json.loads(line)["step"] for line in old.read_text().splitlines()] == [1, 2]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again_in_silence(tmp_path, make_run):
+    Trainer(make_run(steps=4, checkpoint_every=2, eval_every=None), tmp_path).fit()
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        DataError, match=r"step 4 .*has no checkpoint.*; put .*checkpoints back, or remove .*metrics.jsonl"
+    ):
+        Trainer(make_run(steps=4, checkpoint_every=2, eval_every=None), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "metrics.jsonl").unlink()
+    assert Trainer(make_run(steps=4, checkpoint_every=2, eval_every=None), tmp_path, resume=True).fit().step == 4
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, make_run):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import math
@@ -24,14 +25,17 @@ class MetricsLog:
 
     Args:
         out: folder of the run.
-        step: the step that training goes on from; lines after it, and a torn last line, are dropped.
+        step: the step that training goes on from; lines after it, and a torn last line, are dropped. Those of a run that begins again
+            at step 0 are kept, as ``metrics.jsonl.old1`` and on.
         tensorboard: write TensorBoard events into ``out/tensorboard`` too. Raises BackendError if it is not installed.
     """
 
     def __init__(self, out: Path, *, step: int = 0, tensorboard: bool = False) -> None:
         self._path = out / METRICS_FILE
         self._board = _board(out, step) if tensorboard else None
-        if self._path.exists():
+        if step == 0 and self._path.exists() and any(record and record["step"] > 0 for _, record in _records(out)):
+            _set_aside(self._path)
+        elif self._path.exists():
             kept = [record for record in _readable(out) if record["step"] <= step]
             atomic_write_text(self._path, "".join(map(_line, kept)))
         try:
@@ -80,6 +84,30 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
             raise DataError(f"line {number} of {Path(out) / METRICS_FILE} is damaged; remove it")
         records.append(record)
     return records
+
+
+def recorded_updates(out: Path) -> int:
+    """The most updates (steps that were not skipped) that the metrics of a run tell of; 0 where there are none, damaged lines aside."""
+    if not (out / METRICS_FILE).exists():
+        return 0
+    records = (record for _, record in _records(out) if record is not None and record.get("kind") == "train")
+    return max((record["step"] - _skipped(record) for record in records), default=0)
+
+
+def _skipped(record: dict[str, Any]) -> int:
+    skipped = record.get("skipped_steps")
+    return skipped if isinstance(skipped, int) else 0
+
+
+def _set_aside(path: Path) -> None:
+    place = next(
+        free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.old{number}")).exists()
+    )
+    try:
+        path.rename(place)
+    except OSError as error:
+        raise DataError(f"cannot write {place}: {error.strerror}") from None
+    log.warning("training begins again at step 0; the metrics of before go on as %s", place)
 
 
 def _readable(out: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import is_locked, locked
+from anabranch.lm.folder import STEPS_FOLDER
 from anabranch.train.checkpoint import checkpoints, remove_leftovers
 from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
-from anabranch.train.metrics import METRICS_FILE
+from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
 # What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
 _CHANGEABLE = frozenset(
@@ -67,7 +68,7 @@ def check_new(out: Path) -> None:
     """Raise DataError if ``out`` is a file or holds a run."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file, and the run needs a folder; choose another name")
-    held = [name for name in (CONFIG_FILE, METRICS_FILE, "checkpoints") if (out / name).exists()]
+    held = [name for name in (CONFIG_FILE, METRICS_FILE, STEPS_FOLDER) if (out / name).exists()]
     if held:
         raise DataError(f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder")
 
@@ -75,7 +76,7 @@ def check_new(out: Path) -> None:
 def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
     """The newest complete checkpoint of the run in ``out``; None if it was stopped before the first.
 
-    Raises DataError if there is no run, ConfigError if ``config`` changes what a resumed run may not change.
+    Raises DataError if there is no run, or its checkpoints are gone, ConfigError if ``config`` changes what a resumed run may not change.
     """
     if not (out / CONFIG_FILE).is_file():
         raise DataError(f"no training run in {out} to resume; leave out --resume to start one")
@@ -90,7 +91,22 @@ def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
         shown = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())
         raise ConfigError(f"cannot resume {out} with another config: {shown}; change it back, or start a new run")
     found = checkpoints(out)
+    if not found:
+        _check_never_saved(out)
     return found[-1] if found else None
+
+
+def _check_never_saved(out: Path) -> None:
+    """Raise DataError if a run without checkpoints has trained for so long that it must have had one."""
+    train = read_run_config(out).train
+    if any((out / STEPS_FOLDER).glob("diverged-*")):
+        return  # set aside by the run itself, which told the user to begin again
+    updates = recorded_updates(out)
+    if updates >= train.steps or (train.checkpoint_every is not None and updates > train.checkpoint_every):
+        raise DataError(
+            f"the run in {out} had come to step {updates} and has no checkpoint to go on from; put {out / STEPS_FOLDER} back, "
+            f"or remove {out / METRICS_FILE} to begin again at step 0"
+        )
 
 
 def prepare(out: Path, config: RunConfig) -> None:
