@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 from anabranch.data import train_bpe
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import SamplingConfig, convert, generate, load_config, load_model, save_model
-from anabranch.lm.gguf import half_split
+from anabranch.lm.gguf import GgufFile, half_split
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn import Attention, Rotary
 from anabranch.nn.quantize import QuantizedLinear, dequantize
@@ -253,6 +253,16 @@ def test_smollm2_answers(smollm2, question, answer):
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
     config = SamplingConfig(max_tokens=40, temperature=0, stop=tokenizer.stop_ids)
     assert answer in tokenizer.decode(generate(model, [tokenizer.encode(prompt)], config)[0])
+
+
+@pytest.mark.slow
+def test_the_template_of_smollm2_says_what_it_is_trained_on(smollm2):
+    tokenizer = GgufFile(smollm2).tokenizer()
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == system + asked
+    brief = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(brief) == "<|im_start|>system\nBe brief.<|im_end|>\n" + asked
 
 
 @pytest.mark.slow

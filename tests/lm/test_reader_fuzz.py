@@ -228,7 +228,6 @@ def test_a_header_longer_than_its_file_is_not_read(tmp_path):
     [
         "{{ 1 / 0 }}",
         "{{ 'x' * 10**12 }}",
-        "{{ 9 ** 9 ** 9 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for m in",
         "{{ raise_exception('no') }}",

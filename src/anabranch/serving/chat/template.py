@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anabranch.data.chat import render_template, template_variables
+from anabranch.data.templates import render_template, template_variables
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError, TokenizerError
 from anabranch.serving.chat.tools import call_text, check_tools, system_text

@@ -21,6 +21,11 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    @property
+    def has_template(self) -> bool:
+        """Whether `render` asks another process, and may have to wait for it."""
+        return self.tokenizer.chat_template is not None
+
     def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
         """The prompt of a conversation. Raises ApiError (400) for one that the model's template refuses."""
         offered = tools.offered if tools is not None else ()

@@ -1,0 +1,50 @@
+"""A model's chat template that takes long holds up nobody but who asks for it."""
+
+import threading
+
+import pytest
+import tokenizers
+
+from anabranch.data.bpe import train_bpe
+from anabranch.data.tokenizer import HuggingFaceTokenizer
+from anabranch.serving.http.reading import Reader
+from serving_thread import serving, until
+
+
+class Waiting(Reader):
+    """Reads when it is told to."""
+
+    def __init__(self, template):
+        backend = tokenizers.Tokenizer.from_str(train_bpe(["abc"], 257)._backend.to_str())
+        super().__init__(HuggingFaceTokenizer(backend, eos_id=0, chat_template=template))
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+
+    def render(self, messages, tools, *, is_open=True):
+        self.is_asked.set()
+        assert self.may_answer.wait(5)
+        return super().render(messages, tools, is_open=is_open)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_others_are_answered_while_a_template_is_rendered(path):
+    reader, made = Waiting("{{ messages[0].content }}"), []
+    messages = [{"role": "user", "content": "abc"}]
+    with serving(reader=reader) as server:
+        body = {"model": "fake", "messages": messages}
+        thread = threading.Thread(target=lambda: made.append(server.ask(path, body)))
+        thread.start()
+        try:
+            until(reader.is_asked.is_set)
+            assert server.ask("/health/live")[0] == 200
+            assert not made
+        finally:
+            reader.may_answer.set()
+            thread.join(10)
+        assert made[0][0] == 200
+
+
+def test_a_template_without_end_is_an_error_of_the_request():
+    with serving(reader=Reader(Waiting("{{ 'x'.ljust(2000000000) }}").tokenizer)) as server:
+        status, _, body = server.chat()
+        assert status == 400
+        assert "asked for more than 1 GiB of memory" in body["error"]["message"]
