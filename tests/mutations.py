@@ -13,6 +13,7 @@ be equivalent (a faster path with the same result); `EQUIVALENT` names those tha
 import argparse
 import ast
 import copy
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -20,7 +21,6 @@ import importlib.util
 import itertools
 import json
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -33,8 +33,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "anabranch"
 FOLDERS = ("routing", "nn", "experts")
 
-# module, source of the changed node, what it became: why no test can tell.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+# Modules whose tests go by another name than theirs.
+NEAR = {
+    "nn.operator": ("nn/test_operator.py", "nn/test_grouped.py", "nn/test_pool.py", "nn/test_derivatives.py"),
+    "nn.sums": ("nn/test_sums.py", "nn/test_pool.py"),
+    "nn.streams": ("experts/test_parscale.py",),
+    "nn.weighted": ("nn/test_rows.py", "nn/test_derivatives.py", "experts/test_versatile.py"),
+    "nn.norm": ("nn/test_norm.py", "nn/test_derivatives.py", "nn/test_rows.py"),
+    "nn.kernels.attention": ("nn/test_attention.py", "nn/test_causal.py"),
+    "nn.kernels.expert_mlp": ("nn/test_grouped.py", "nn/test_pool.py", "nn/test_door.py"),
+    "nn.kernels.paged": ("nn/test_door.py", "nn/test_fuzz.py"),
+    "nn.kernels.rows": ("nn/test_rows.py", "nn/test_norm.py", "nn/test_rotary.py", "nn/test_door.py"),
+    "experts.rmoe_measure": ("experts/test_rmoe.py",),
+}
+
+# (module, its line, source of the changed node, what it became): why no test can tell.
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {}
 
 _SWAPPED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -54,18 +68,19 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one module: which node of its tree, and that node's source before and after."""
+    """One change of one module: which node of its tree, the text of the line where it begins, the node's source before and after."""
 
     module: str
     node: int
     line: int
+    text: str
     before: str
     after: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, str, str, str]:
         """What names it, also when lines move."""
-        return self.module, self.before, self.after
+        return self.module, self.text, self.before, self.after
 
     def tree(self) -> ast.Module:
         """The module with the change made."""
@@ -81,6 +96,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
     """All mutants of a module, in the order of its lines."""
     tree = ast.parse(source)
     words = set(map(id, _words(tree)))
+    lines = source.splitlines()
     found = []
     for number, node in enumerate(ast.walk(tree)):
         if id(node) in words or not _can_change(node):
@@ -88,7 +104,8 @@ def mutants(module: str, source: str) -> list[Mutant]:
         changed = copy.deepcopy(node)
         _apply(changed)
         ast.fix_missing_locations(changed)
-        found.append(Mutant(module, number, node.lineno, _short(ast.unparse(node)), _short(ast.unparse(changed))))
+        text = lines[node.lineno - 1].strip()
+        found.append(Mutant(module, number, node.lineno, text, _written(node), _written(changed)))
     return sorted(found, key=lambda mutant: mutant.line)
 
 
@@ -149,8 +166,10 @@ def _words(tree: ast.Module) -> Iterator[ast.AST]:
             yield from ast.walk(place) if place is not None else ()
 
 
-def _short(text: str) -> str:
-    return " ".join(text.split())[:110]
+def _written(node: ast.AST) -> str:
+    """On one line; of a condition, not what depends on it."""
+    text = f"if {ast.unparse(node.test)}" if isinstance(node, ast.If | ast.IfExp) else ast.unparse(node)
+    return " ".join(text.split())
 
 
 class _Changed(importlib.machinery.SourceFileLoader):
@@ -185,7 +204,8 @@ def tests_of(module: str) -> list[tuple[str, ...]]:
     """Tests that are run one after another until one fails: of the module by its name, then of its folder and the contract."""
     folder, *rest = module.split(".")
     tests = ROOT / "tests"
-    near = {path for name in rest for path in (tests / folder).glob(f"test_{name.strip('_')}*.py")}
+    named = {path for name in rest for path in (tests / folder).glob(f"test_{name.strip('_')}*.py")}
+    near = {tests / path for path in NEAR[module]} if module in NEAR else named
     far = {*(tests / folder).rglob("test_*.py"), tests / "test_contract.py"} - near
     return [tuple(sorted(map(str, group))) for group in (near, far) if group]
 
@@ -274,10 +294,18 @@ def _run_tests(mutant: Mutant | None, tests: tuple[str, ...], clock: _Clock, tim
 
 
 def sample_of(modules: list[str], sample: int, seed: int) -> list[Mutant]:
-    """``sample`` mutants of these modules (0: all), those known to be equivalent left out."""
+    """``sample`` mutants of these modules (0: all), those known to be equivalent left out.
+
+    Each has a place of its own in the order that they are drawn in, so a change of one line changes the sample by what it changed.
+    """
     found = [mutant for module in modules for mutant in mutants(module, path_of(module).read_text("utf-8"))]
     found = [mutant for mutant in found if mutant.key not in EQUIVALENT]
-    return found if not sample else random.Random(seed).sample(found, min(sample, len(found)))
+    if not sample:
+        return found
+    # Equal changes of one line (or of equal lines) differ by which of them they are.
+    numbers: dict[tuple[str, ...], itertools.count] = {}
+    places = {mutant: (seed, mutant.key, next(numbers.setdefault(mutant.key, itertools.count()))) for mutant in found}
+    return sorted(found, key=lambda mutant: hashlib.sha256(repr(places[mutant]).encode()).digest())[:sample]
 
 
 def modules_of(folders: tuple[str, ...] = FOLDERS) -> list[str]:

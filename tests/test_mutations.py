@@ -61,6 +61,32 @@ def test_the_changed_module_is_what_the_mutant_says(tmp_path, monkeypatch):
     assert results == {"x / 2": 3.0, "3": 18}
 
 
+def test_a_sample_changes_by_what_a_change_changed(tmp_path, monkeypatch):
+    """Another line, or another module, puts no others in the place of those drawn before, but for its own."""
+    monkeypatch.setattr(mutations, "PACKAGE", tmp_path)
+    file = tmp_path / "toy.py"
+    body = [f"x{number} = y{number} + {number}\n" for number in range(50)]
+    file.write_text("".join(body))
+    before = [mutant.key for mutant in mutations.sample_of(["toy"], 30, 7)]
+    assert len(set(before)) == 30
+    file.write_text("".join(["new = old * 1000\n", *body[:20], *body[21:]]))
+    after = [mutant.key for mutant in mutations.sample_of(["toy"], 30, 7)]
+    gone = {key for key in before if key[1] == body[20].strip()}
+    assert [key for key in after if "new" not in key[1]][: len(before) - len(gone) - 2] == [
+        key for key in before if key not in gone
+    ][: len(before) - len(gone) - 2]
+    file.write_text("x = (1 + 1) + (1 + 1)\n")
+    assert len({mutant.node for mutant in mutations.sample_of(["toy"], 100, 7)}) == 7  # four numbers and three sums
+
+
+def test_equivalents_are_of_lines_that_are_there():
+    modules = {key[0] for key in mutations.EQUIVALENT}
+    there = {
+        mutant.key for module in modules for mutant in mutants(module, mutations.path_of(module).read_text("utf-8"))
+    }
+    assert set(mutations.EQUIVALENT) <= there
+
+
 def find(module, before):
     source = mutations.path_of(module).read_text("utf-8")
     return next(mutant for mutant in mutants(module, source) if mutant.before == before)
@@ -73,7 +99,7 @@ def test_a_mutant_is_noticed_and_an_unchanged_module_is_not(monkeypatch):
     judge = Judge()
     assert not judge.survives(find("routing.bias", "self.count_EX += load_E"))
     # A change where nothing is: the first line of a docstring's module stays as it is.
-    unchanged = Mutant("routing.bias", 0, 1, "", "")
+    unchanged = Mutant("routing.bias", 0, 1, "", "", "")
     monkeypatch.setattr(mutations, "_apply", lambda node: None)
     assert judge.survives(unchanged)
 

@@ -83,15 +83,16 @@ def one_pass(layer, router, x_ND):
 
 @pytest.mark.parametrize("norm", ["each", "once", "reference"])
 @pytest.mark.parametrize("residual", ["inner", "outer", "init", "none", "gated"])
-def test_three_passes_written_out(residual, norm):
+@pytest.mark.parametrize("passes", [2, 3])
+def test_passes_written_out(passes, residual, norm):
     """Two experts, one chosen per pass, in float64: every residual form and every place of the norm."""
     router = Router.Config(select=TopK.Config(top_k=1))
-    config = chain(num_experts=2, iterations=3, residual=residual, norm=norm, router=router)
+    config = chain(num_experts=2, iterations=passes, residual=residual, norm=norm, router=router)
     block = model_of(config, init_std=0.5).double().eval().blocks[0]
     layer, h_ND = block.feed_forward, items().double()
     if residual == "gated":
         with torch.no_grad():
-            layer.scale.copy_(torch.tensor([0.5, -2.0]))
+            layer.scale.copy_(torch.tensor([0.5, -2.0])[: passes - 1])
 
     def normed(x_ND):
         return block.feed_forward_norm(x_ND) if norm == "each" else x_ND
@@ -105,7 +106,7 @@ def test_three_passes_written_out(residual, norm):
         elif residual == "init":
             x_ND = start_ND + made_ND
         elif residual == "gated":
-            x_ND = start_ND + (layer.scale[t] if t < 2 else 1.0) * made_ND
+            x_ND = start_ND + (layer.scale[t] if t < passes - 1 else 1.0) * made_ND
         else:
             x_ND = made_ND
     y_ND = x_ND + start_ND if residual == "outer" else x_ND
@@ -174,6 +175,16 @@ def test_flops_equal_what_hooks_count():
     model(tokens())
     context = next(model.config.contexts())
     assert sum(seen) == 18 * config.count(context).flops
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "iterations", "reached"), [(8, 2, 1, 2), (8, 2, 3, 6), (5, 2, 3, 5), (4, 4, 2, 4)]
+)
+def test_active_parameters_are_those_of_experts_that_an_item_can_reach(num_experts, top_k, iterations, reached):
+    router = Router.Config(select=TopK.Config(top_k=top_k))
+    config = model_of(chain(num_experts=num_experts, iterations=iterations, router=router)).config
+    count = config.feed_forward.count(next(config.contexts()))
+    assert count.parameters - count.active == (num_experts - reached) * 3 * 16 * 8
 
 
 def test_a_trace_has_every_pass():

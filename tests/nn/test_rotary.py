@@ -122,6 +122,21 @@ def test_frequencies_are_not_saved_and_never_rounded():
     assert torch.equal(cos, rotary(torch.tensor([[5000]]), torch.float32)[0].bfloat16())
 
 
+def test_a_move_takes_the_frequencies_along():
+    assert build().to("meta").frequency.is_meta
+
+
+def test_angles_have_gradients_where_they_ask_for_them():
+    """Angles that are learned: their gradient is that of the plain product."""
+    x_BHLD = torch.randn(1, 2, 3, 8, requires_grad=True)
+    angle = torch.randn(1, 1, 3, 4).repeat(1, 1, 1, 2).requires_grad_()
+    weight = torch.randn(1, 2, 3, 8)
+    ours = torch.autograd.grad((rotate(x_BHLD, (angle.cos(), angle.sin())) * weight).sum(), (x_BHLD, angle))
+    turned = torch.cat((-x_BHLD[..., 4:], x_BHLD[..., :4]), dim=-1)
+    plain = torch.autograd.grad(((x_BHLD * angle.cos() + turned * angle.sin()) * weight).sum(), (x_BHLD, angle))
+    torch.testing.assert_close(ours, plain)
+
+
 def test_frequencies_survive_a_build_without_memory():
     with torch.device("meta"):
         rotary = build(8)

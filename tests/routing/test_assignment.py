@@ -197,6 +197,9 @@ def test_audit_of_an_unbalanced_and_of_an_optimal_bias():
     plain = balance_audit(score_TE, 2)
     assert plain.achieved > plain.optimum  # unbalanced routing takes more than its share of the best
     assert plain.max_violation == pytest.approx(loads(score_TE, 2, 0.0).max() / 64 - 1)
+    away_E = loads(score_TE, 2, 0.0) / 64 - 1
+    assert plain.min_violation == pytest.approx(away_E.min())
+    assert plain.mean_violation == pytest.approx(abs(away_E).mean())
     assert plain.min_violation < 0 < plain.mean_violation
     assert plain.duality_gap > 0.01
     assert np.isnan(plain.correlation)

@@ -129,6 +129,8 @@ def test_combine_stays_in_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y_ND = combine(rows_RD, plan, routing.weight_NK)
     assert torch.equal(y_ND, combine(rows_RD, plan, routing.weight_NK))
+    exact_ND = combine(rows_RD.double(), plan, routing.weight_NK.double())
+    torch.testing.assert_close(y_ND.double(), exact_ND, rtol=1e-6, atol=1e-6)
 
 
 def test_non_contiguous_items():
