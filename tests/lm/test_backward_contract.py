@@ -74,19 +74,114 @@ class Hoarding(Broken, kind="hoarding"):
         return Hoard.apply(place, y_BLD, scale)
 
 
-class FreesItself(Broken, kind="freesitself"):
-    """Forgets after one pass what a second one needs."""
+class Marked(torch.autograd.Function):
+    """A tensor whose gradient ``seen`` may change, which is all that a backward pass written by hand could do with it."""
+
+    @staticmethod
+    def forward(ctx, tensor, seen):
+        ctx.seen = seen
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.seen(gradient), None
+
+
+def at_the_end(call):
+    """``call()`` when the backward pass that is under way has ended, unless an exception ends it."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+class Tidies(Broken, kind="tidies"):
+    """Lets go of what it holds at the end of a backward pass, which an exception takes from it."""
 
     def change(self, y_BLD):
-        y_BLD = y_BLD * 1.0
+        held = []
+
+        def seen(gradient):
+            held.append(gradient)
+            at_the_end(held.clear)
+            return sum(held)
+
+        return Marked.apply(y_BLD, seen)
+
+
+class FreesItself(Broken, kind="freesitself"):
+    """Forgets after one whole pass what a second one needs."""
+
+    def change(self, y_BLD):
         passes = []
 
         def count(gradient):
-            passes.append(1)
-            return gradient if len(passes) == 1 else gradient * 0
+            at_the_end(lambda: passes.append(1))
+            return gradient
 
-        y_BLD.register_hook(count)
-        return y_BLD
+        scale = Marked.apply(self.w2.weight.mean(), count)
+        return Marked.apply(y_BLD + 0 * scale, lambda gradient: gradient * (not passes))
+
+
+class Withholds(Broken, kind="withholds"):
+    """Gives its parameter no gradient in a second pass."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def change(self, y_BLD):
+        passes = []
+
+        def seen(gradient):
+            passes.append(1)
+            return gradient
+
+        scale = Marked.apply(self.scale, lambda gradient: gradient if len(passes) == 1 else None)
+        return Marked.apply(y_BLD * scale, seen)
+
+
+class Remembers(Broken, kind="remembers"):
+    """Takes every pass over a graph for a repetition of the first."""
+
+    def change(self, y_BLD):
+        first = []
+
+        def seen(gradient):
+            first.append(gradient.clone())
+            return first[0].clone()
+
+        return Marked.apply(y_BLD, seen)
+
+
+class Recomputing(Broken):
+    """A base for what is wrong only where a forward pass is repeated within a backward pass, and not in the first of those."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.repeats = 0
+
+    def change(self, y_BLD):
+        if torch._C._current_graph_task_id() == -1:
+            self.repeats = 0
+        else:
+            self.repeats += 1
+            self.repeated()
+        return (y_BLD * max(1, self.repeats)).tanh()
+
+    def repeated(self):
+        """A forward pass came again."""
+
+
+class RepeatsOnce(Recomputing, kind="repeatsonce"):
+    """Is something else when it is recomputed a second time."""
+
+
+class TidiesRepeats(Recomputing, kind="tidiesrepeats"):
+    """The same, unless the pass for which it was recomputed had a proper end."""
+
+    def repeated(self):
+        at_the_end(self.tidy)
+
+    def tidy(self):
+        self.repeats = 0
 
 
 class Square(torch.autograd.Function):
@@ -142,15 +237,16 @@ class Supported(Broken, kind="supported"):
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    for design in Broken.__subclasses__():
+    designs = {*Broken.__subclasses__(), *Recomputing.__subclasses__()} - {Recomputing}
+    for design in designs:
         monkeypatch.setitem(BUILTIN["feed_forward"], design.kind, f"{__name__}:{design.__name__}")
     yield
     resolve.cache_clear()
 
 
-def check(design, contract):
+def check(design, contract, **changes):
     attention = Attention.Config(num_heads=4, num_kv_heads=2)
-    sizes = {"vocab_size": 61, "dim": 32, "num_layers": 2, "max_positions": 64, "init_std": 0.2}
+    sizes = {"vocab_size": 61, "dim": 32, "num_layers": 2, "max_positions": 64, "init_std": 0.2, **changes}
     config = Decoder.Config(attention=attention, feed_forward=design.Config(), **sizes)
     contract(config.build(), torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(1)))
 
@@ -159,11 +255,22 @@ def check(design, contract):
     ("design", "message"),
     [
         (Hoarding, "after the embedding's gradient alone was asked for the gradient of .* is another"),
-        (FreesItself, "after the embedding's gradient alone was asked for the gradient of .* is another"),
+        (Withholds, "after the embedding's gradient alone was asked for other parameters have gradients: .*scale"),
+        (Tidies, "after a backward pass that an exception ended the gradient of .* is another"),
+        (FreesItself, "after two backward passes over one graph the gradient of .* is another"),
+        (
+            Remembers,
+            "of two losses, one backward pass each instead of one for their sum, the gradient of .* is another",
+        ),
+        (
+            RepeatsOnce,
+            "with recompute, after the embedding's gradient alone was asked for the gradient of .* is another",
+        ),
+        (TidiesRepeats, "with recompute, after a backward pass that an exception ended the gradient of .* is another"),
     ],
 )
 def test_broken_passes(design, message):
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(AssertionError, match=f"^{message}"):
         check(design, check_gradients)
 
 
@@ -172,10 +279,11 @@ def test_broken_passes(design, message):
     [
         (Once, "it has no second derivatives, and the error does not say what to do: .*once_differentiable"),
         (Forgotten, "the second derivative along the gradient is .*; by differences it is"),
+        (RepeatsOnce, "with recompute, the second derivative is .*; it is .* without"),
     ],
 )
 def test_broken_second_derivatives(design, message):
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(AssertionError, match=f"^{message}"):
         check(design, check_second_derivatives)
 
 
