@@ -149,9 +149,9 @@ def parallel_streams(**changes):
 
 
 def test_two_processes():
-    """A pool that layers share, parameters without a part in every step, and one that is a single number."""
+    """A pool that layers share, parameters without a part in every step, random draws, and a parameter that is a single number."""
     chosen = dict(variants())
-    models = {name: small(chosen[name]) for name in ("rexmoe_pool", "cosine_top_p")}
+    models = {name: small(chosen[name]) for name in ("rexmoe_pool", "cosine_top_p", "jitter")}
     check_parallel({**models, "switchable": small(streams=parallel_streams(switchable=(2,)))})
 
 
