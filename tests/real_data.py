@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.files import DATA_FOLDER, data_folder
+from anabranch.places import DATA_FOLDER, data_folder
 
 
 def real_data(name: str) -> Path:

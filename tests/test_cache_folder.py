@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from anabranch import files
+from anabranch import places
 from anabranch.errors import DataError
-from anabranch.files import cache_folder, cache_places, expanded
+from anabranch.places import cache_folder, cache_places, expanded
 
-SOURCE = Path(files.__file__).parent
+SOURCE = Path(places.__file__).parent
 NO_SUCH_USER = 54321
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -73,7 +73,7 @@ def test_without_a_home_there_is_a_private_folder(homeless, caplog):
 def test_a_home_that_is_none(unset, monkeypatch, home):
     (unset / "home" / "file").write_text("no folder")
     monkeypatch.setenv("HOME", home.replace("FILE", str(unset / "home" / "file")))
-    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != Path("/"))
+    monkeypatch.setattr(places.os, "access", lambda path, mode: Path(path) != Path("/"))
     assert cache_folder() == unset / "temporary" / f"anabranch-{os.geteuid()}"
 
 
@@ -117,7 +117,7 @@ def test_a_home_that_nobody_knows():
 def test_nobody_has_a_rule_of_his_own():
     rules = ("XDG_CACHE_HOME", "Path.home(")
     texts = {str(path.relative_to(SOURCE)): path.read_text() for path in SOURCE.rglob("*.py")}
-    assert [name for name, text in texts.items() if any(rule in text for rule in rules)] == ["files.py"]
+    assert [name for name, text in texts.items() if any(rule in text for rule in rules)] == ["places.py"]
 
 
 @pytest.fixture
@@ -133,10 +133,10 @@ def place():
 def test_a_user_whom_the_system_does_not_know(home, place):
     """As in a container that runs under any uid: the kernels of graphs and models find a place, or do without."""
     script = (
-        "import os, pwd, tempfile; from anabranch import files, graph\n"
+        "import os, pwd, tempfile; from anabranch import places, graph\n"
         f"os.setgroups([]); os.setgid({NO_SUCH_USER}); os.setuid({NO_SUCH_USER})\n"
         "os.environ.pop('NUMBA_CACHE_DIR', None); graph._keep_compiled()\n"
-        "print(files.cache_folder(), os.environ['NUMBA_CACHE_DIR'])"
+        "print(places.cache_folder(), os.environ['NUMBA_CACHE_DIR'])"
     )
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(place), "PYTHONPATH": str(SOURCE.parent)}
     environment |= {} if home is None else {"HOME": home}

@@ -1,6 +1,7 @@
 """Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,19 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from anabranch import files
+from anabranch import files, locks
 from anabranch.errors import CapacityError, ConfigError, DataError
-from anabranch.files import (
-    atomic_file,
-    atomic_folder,
-    atomic_write,
-    atomic_write_json,
-    atomic_write_text,
-    data_file,
-    data_folder,
-    is_locked,
-    locked,
-)
+from anabranch.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, atomic_write_text
+from anabranch.locks import is_locked, locked
+from anabranch.places import data_file, data_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -384,7 +379,7 @@ def test_a_lock_is_held_by_one_and_freed_at_the_end(tmp_path):
 
 
 def test_whoever_opened_a_lock_file_that_is_gone_makes_another(tmp_path, monkeypatch):
-    path, real = tmp_path / ".one.lock", files._try_lock
+    path, real = tmp_path / ".one.lock", locks._try_lock
 
     def meanwhile(handle, **options):
         found = real(handle, **options)
@@ -393,15 +388,38 @@ def test_whoever_opened_a_lock_file_that_is_gone_makes_another(tmp_path, monkeyp
         return found
 
     path.write_text("old")
-    monkeypatch.setattr(files, "_try_lock", meanwhile)
+    monkeypatch.setattr(locks, "_try_lock", meanwhile)
     with locked(path) as mine:
         assert mine
         assert is_locked(path)
 
 
+def test_a_lock_is_waited_for_as_long_as_was_said(tmp_path):
+    path, told = tmp_path / ".one.lock", []
+    with locked(path):
+        begin = time.monotonic()
+        with locked(path, wait_s=0.2, on_wait=lambda: told.append("waiting")) as second:
+            assert not second
+        assert time.monotonic() - begin >= 0.2
+    assert told == ["waiting"]
+    holding, freed = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(path):
+            holding.set()
+            freed.wait(5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert holding.wait(5)
+    with locked(path, wait_s=math.inf, on_wait=freed.set) as mine:
+        assert mine
+    other.join()
+
+
 HOLD = """
 import sys, time
-from anabranch.files import locked
+from anabranch.locks import locked
 with locked(sys.argv[1]) as alone:
     print(alone, flush=True)
     time.sleep(60)

@@ -1,10 +1,9 @@
-"""Writing files so that none is ever half there: write beside, fsync, rename. Where the cache lies. Locks between processes."""
+"""Writing files so that none is ever half there: write beside, fsync, rename. Reading JSON, TOML and digests without surprises."""
 
 import ctypes
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,49 +12,14 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, CapacityError, DataError
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger(__name__)
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-
-
-DATA_FOLDER = "ANABRANCH_DATA"  # the environment variable that names it
-
-
-def data_folder() -> Path | None:
-    """The folder of data that is not part of the package, which ``ANABRANCH_DATA`` names; None where that is not set."""
-    folder = os.environ.get(DATA_FOLDER)
-    return expanded(folder) if folder else None
-
-
-def data_file(name: str, source: str = "") -> Path:
-    """The file ``name`` (such as ``graphs/ppi.labels.gz``) of `data_folder`.
-
-    Args:
-        name: its path in the folder.
-        source: where it can be had, for the message.
-
-    Raises DataError if the folder is not named or has no such file.
-    """
-    folder, where = data_folder(), f" ({source})" if source else ""
-    if folder is None:
-        raise DataError(f"set {DATA_FOLDER} to the folder that holds {name}{where}; it is not part of the package")
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"there is no {path}; {DATA_FOLDER} must name the folder that holds {name}{where}")
-    return path
 
 
 @contextmanager
@@ -66,7 +30,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     `torch.save` hides why it failed unless it is given an open file: ``with open(temporary, "wb") as file: ...``.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         # Whoever may write in /dev would have /dev/null replaced by a file, for all programs of the machine.
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise DataError(f"cannot write {path}: it is a device or a pipe, not a file; choose another name")
@@ -142,7 +106,7 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
     Raises as `atomic_file`, and DataError if an existing folder holds anything else.
     """
     path = Path(path).resolve()  # through a link, to where the data lies
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
             raise DataError(
@@ -204,7 +168,8 @@ def _swap(first: Path, second: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Tell what went wrong in writing ``path``: raises CapacityError for a full disk, DataError for any other error of the system."""
     try:
         yield
     except AnabranchError:
@@ -217,69 +182,6 @@ def _explained(path: Path) -> Iterator[None]:
         culprit = str(error.filename or "")
         where = f" ({culprit})" if culprit and culprit != str(path) and f".{path.name}." not in culprit else ""
         raise DataError(f"cannot write {path}: {error.strerror or error}{where}") from error
-
-
-@contextmanager
-def locked(path: str | Path) -> Iterator[bool]:
-    """Hold the lock file ``path`` (hidden, named ``.NAME.lock``) meanwhile; yields False, at once, if another process has it.
-
-    The system frees the lock when a process dies, however it dies; what is left of the file then means nothing. The folder must be
-    there. Where there are no locks (Windows, some network file systems) everybody gets it. Raises DataError if the file cannot be made.
-    """
-    handle = None if fcntl is None else _lock(Path(path))
-    if fcntl is None or handle is not None:
-        try:
-            yield True
-        finally:
-            if handle is not None:
-                # While it is still held: whoever opened the file before sees that it is no longer there, and makes another.
-                Path(path).unlink(missing_ok=True)
-                os.close(handle)
-    else:
-        yield False
-
-
-def is_locked(path: str | Path) -> bool:
-    """Whether a process holds the lock file ``path`` now."""
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(handle, shared=True)
-    finally:
-        os.close(handle)
-
-
-def _lock(path: Path) -> int | None:
-    """An open handle of the lock file with its lock, or None if another process has it."""
-    while True:
-        with _explained(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if not _try_lock(handle):
-                os.close(handle)
-                return None
-            # The holder before may have removed the file after we opened it: a lock on what nobody else can find is none.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _try_lock(handle: int, *, shared: bool = False) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-            raise
-    return True
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -308,71 +210,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: tokenised corpora, compiled kernels, embedded texts. It may be deleted.
-
-    The first of `cache_places`, which a folder that the user names always is. Where there is no home directory, or it cannot
-    be written: a folder of this user alone among the system's temporary files, which the log says once. Raises DataError
-    where even that cannot be had.
-    """
-    places = cache_places()
-    if places and (os.environ.get("ANABRANCH_CACHE") or can_write(places[0])):
-        return places[0]
-    try:
-        return _private_folder(tempfile.gettempdir())
-    except OSError as error:
-        raise DataError(
-            f"no folder can be written for the cache: {error.strerror or error}; set ANABRANCH_CACHE to a folder of yours"
-        ) from None
-
-
-def cache_places() -> tuple[Path, ...]:
-    """The folder of the cache by its rule, whether or not it can be written; empty where there is no home directory.
-
-    ``$ANABRANCH_CACHE`` if that is set, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``.
-    """
-    named = os.environ.get("ANABRANCH_CACHE")
-    if named:
-        return (expanded(named),)
-    # A relative folder of caches is void by its specification, and a relative home would be another one in every folder.
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    if shared.is_absolute():
-        return (shared / "anabranch",)
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user whom the system does not know, as in many containers
-        return ()
-    return (home / ".cache" / "anabranch",) if home.is_absolute() else ()
-
-
-def expanded(path: str | Path) -> Path:
-    """``path`` with ``~`` replaced by the home directory it stands for. Raises DataError if nobody knows that."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise DataError(f"{path} begins with a home directory that is not known here; write the whole path") from None
-
-
-def can_write(folder: Path) -> bool:
-    """Whether files can be put into ``folder``, which is made first if it is absent."""
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-@cache
-def _private_folder(temporary: str) -> Path:
-    """A folder in ``temporary`` that this user alone can write: libraries that are loaded lie there."""
-    user = os.geteuid()
-    folder = Path(temporary) / f"anabranch-{user}"
-    with suppress(FileExistsError):  # whatever it is; what it must be is asked next
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
-        folder = Path(tempfile.mkdtemp(prefix=f"anabranch-{user}-", dir=temporary))
-    log.warning(
-        "no home directory that can be written; what is cached goes to %s (or where ANABRANCH_CACHE says)", folder
-    )
-    return folder

@@ -52,7 +52,7 @@ def doctor(
 def examine() -> dict[str, Any]:
     """Everything that ``--json`` prints."""
     from anabranch import machine, native
-    from anabranch.files import cache_folder
+    from anabranch.places import cache_folder
 
     status, limits = native.status(), machine.cgroup_limits()
     return {

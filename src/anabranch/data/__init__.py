@@ -28,7 +28,7 @@ from anabranch.data.tokenizer import (
     load_tokenizer,
 )
 from anabranch.data.windows import Windows
-from anabranch.files import cache_folder
+from anabranch.places import cache_folder
 
 __all__ = [
     "Batch",

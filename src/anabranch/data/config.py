@@ -17,7 +17,8 @@ from anabranch.data.stream import Lane, TokenStream
 from anabranch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from anabranch.data.windows import StoredRun, TextRun, Windows
 from anabranch.errors import DataError, TokenizerError
-from anabranch.files import atomic_folder, atomic_write_text, cache_folder
+from anabranch.files import atomic_folder, atomic_write_text
+from anabranch.places import cache_folder
 
 log = logging.getLogger(__name__)
 

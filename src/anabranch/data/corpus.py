@@ -26,7 +26,7 @@ from anabranch.data.reading import (
     stable_hash,
 )
 from anabranch.errors import DataError
-from anabranch.files import expanded
+from anabranch.places import expanded
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from anabranch.config import Field, configclass
 from anabranch.data.corpus import Corpus, Document, Files
 from anabranch.data.reading import stable_hash
 from anabranch.errors import ConfigError, DataError
-from anabranch.files import DATA_FOLDER, data_folder
+from anabranch.places import DATA_FOLDER, data_folder
 
 
 @dataclass(frozen=True)

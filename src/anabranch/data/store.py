@@ -7,10 +7,10 @@ Documents of one label lie together, each followed by end of text where the toke
 """
 # Shapes: T tokens of a split, V vocabulary
 
-import fcntl
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +25,9 @@ from anabranch.data.reading import digest_file, stable_hash
 from anabranch.data.split import TRAIN, VALIDATION, labels_cut_inside, split, stretches
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import DataError
-from anabranch.files import atomic_folder, atomic_write_json, cache_folder
+from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.locks import locked
+from anabranch.places import cache_folder, make_cache
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +82,14 @@ class TokenStore:
             store = cls._open(folder, tokenizer)
             if store is not None:
                 return store
-            with _locked(folder):
-                try:
+            try:
+                with _locked(folder):
                     if cls._open(folder, tokenizer) is None:  # no other process has made it meanwhile
                         _build(folder, corpus, tokenizer, validation_fraction)
-                except DataError:
-                    # Whoever deletes the cache may do so while an entry is made.
-                    if folder.parent.is_dir() or attempt == _ATTEMPTS:
-                        raise
+            except DataError:
+                # Whoever deletes the cache may do so while an entry is made, or waited for.
+                if folder.parent.is_dir() or attempt == _ATTEMPTS:
+                    raise
         store = cls._open(folder, tokenizer)
         if store is None:
             raise _damaged(folder)
@@ -164,15 +166,8 @@ def _digest_of(index: dict[str, Any]) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = (folder.parent / f"{folder.name}.lock").open("w")
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache {folder.parent}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
-        ) from None
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # let go when the handle closes, even if the process is killed
+    make_cache(folder.parent)
+    with locked(folder.parent / f".{folder.name}.lock", wait_s=math.inf):
         yield
 
 

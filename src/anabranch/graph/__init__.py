@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anabranch.extras import lazy
-from anabranch.files import cache_folder, can_write
+from anabranch.places import cache_folder, can_write
 
 if TYPE_CHECKING:
     from anabranch.graph.datasets import load_dataset

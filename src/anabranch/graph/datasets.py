@@ -27,8 +27,8 @@ import numpy as np
 
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.extras import require
-from anabranch.files import data_file
 from anabranch.graph.store import Graph
+from anabranch.places import data_file
 
 
 @dataclass(frozen=True)

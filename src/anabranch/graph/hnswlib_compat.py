@@ -12,17 +12,17 @@ What differs, on purpose:
 - labels end at 2**63 - 1; vectors that are not finite are refused; a query of a wrong dimension is an error, not a read beyond its end
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anabranch import machine
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import HNSW, layout
-from anabranch.graph.hnsw.lock import Workers, default_threads
+from anabranch.graph.hnsw.lock import Workers
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
 
@@ -44,7 +44,7 @@ class _Base:
         if space not in SPACES:
             raise RuntimeError("Space name must be one of l2, ip, or cosine.")
         self._space, self._dim = space, int(dim)
-        self.num_threads = os.cpu_count() or 1
+        self.num_threads = machine.usable_cores()
 
     @property
     def space(self) -> str:
@@ -79,7 +79,7 @@ class _Base:
 
     def _threads(self, num_threads: int, rows: int) -> int:
         threads = num_threads if num_threads > 0 else self.num_threads
-        threads = min(threads, default_threads()) if threads > 0 else default_threads()
+        threads = min(threads, machine.affinity()) if threads > 0 else machine.affinity()
         return 1 if rows <= 4 * threads else threads  # not worth it, as there
 
 

@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from anabranch.errors import BackendError, DataError
-from anabranch.files import atomic_file, cache_folder, locked
+from anabranch.errors import BackendError
+from anabranch.files import atomic_file
+from anabranch.locks import locked
 from anabranch.native.compiler import Compiler, find_compiler
 from anabranch.native.isa import NATIVE, Isa
 from anabranch.native.sources import SOURCES, flags_for, library_name
 from anabranch.native.stored import Failure, Library, opened, read_failure, read_library, record, record_failure
+from anabranch.places import cache_folder, make_cache
 
 __all__ = ["build", "compile_kernels"]
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.1  # between two looks whether the other process is done
 _WAIT_S = 600.0  # for the other process, which may have been stopped or hang; compiling takes a minute or two
-_FORGOTTEN_S = 3600.0  # after which nobody works on a file any more
+_STALE_S = 3600.0  # after which nobody works on a file any more
 # What a compiler says when the machine, not the source, was the reason; the next process may have more luck.
-_PASSING = re.compile(
+_TRANSIENT = re.compile(
     r"killed|no space left|quota exceeded|cannot allocate|out of memory|memory exhausted|temporarily unavailable|too many open files",
     re.IGNORECASE,
 )
@@ -54,7 +55,7 @@ def build(*, again: bool = False) -> Library:
         try:
             return compile_kernels(NATIVE, folder, compiler)
         except BackendError as error:
-            if not _PASSING.search(str(error)):
+            if not _TRANSIENT.search(str(error)):
                 record_failure(folder, NATIVE, Failure(compiler.name, str(error)))
             raise
 
@@ -88,33 +89,24 @@ def why_not_loaded(library: Library) -> str | None:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Hold the lock on building into ``folder``, which is made first. Raises BackendError if another process keeps it too long."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache {folder}: {error.strerror}; set ANABRANCH_CACHE to a folder of yours"
-        ) from None
-    is_told, begin = False, time.monotonic()
-    while True:
-        with locked(folder / f".{library_name(NATIVE)}.lock") as alone:
-            if alone:
-                _clear(folder)
-                yield
-                return
-        if not is_told:
-            log.warning("another process compiles the CPU kernels; waiting for it")
-            is_told = True
-        if time.monotonic() - begin > _WAIT_S:
+    make_cache(folder)
+    with locked(
+        folder / f".{library_name(NATIVE)}.lock",
+        wait_s=_WAIT_S,
+        on_wait=lambda: log.warning("another process compiles the CPU kernels; waiting for it"),
+    ) as alone:
+        if not alone:
             raise BackendError(
                 f"another process has been compiling the kernels into {folder} for over {_WAIT_S:.0f} s; end it if it hangs"
             )
-        time.sleep(_POLL_S)
+        _clear(folder)
+        yield
 
 
 def _clear(folder: Path) -> None:
     """Remove what builders that were killed long ago have left."""
     for path in folder.glob(f".{library_name(NATIVE)}.*"):
         with suppress(OSError):  # another machine that shares the folder may have been quicker
-            if path.suffix == ".lock" or time.time() - path.stat().st_mtime < _FORGOTTEN_S:
+            if path.suffix == ".lock" or time.time() - path.stat().st_mtime < _STALE_S:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()

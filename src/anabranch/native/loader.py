@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 
 from anabranch.errors import AnabranchError
-from anabranch.files import cache_folder
 from anabranch.native.builder import build
 from anabranch.native.compiler import find_compiler
 from anabranch.native.isa import NATIVE
 from anabranch.native.stored import Library, find, opened, read_failure
+from anabranch.places import cache_folder
 
 __all__ = ["Status", "is_switched_off", "load", "status"]
 

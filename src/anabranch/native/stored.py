@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anabranch.errors import AnabranchError
-from anabranch.files import atomic_write_json, cache_folder, cache_places, parse_json, sha256_of
+from anabranch.files import atomic_write_json, parse_json, sha256_of
 from anabranch.native.isa import NATIVE, Isa, best_level
 from anabranch.native.sources import library_name
+from anabranch.places import cache_folder, cache_places
 
 __all__ = [
     "SHIPPED",

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.config import Config, Field, configclass, to_dict
-from anabranch.files import data_folder
+from anabranch.places import data_folder
 from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.studies.elasticmoe_ways import WAYS, PeakMemory, Server, load_closed
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study

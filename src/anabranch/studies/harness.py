@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.files import atomic_write_json, locked
+from anabranch.files import atomic_write_json
+from anabranch.locks import locked
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
 from anabranch.studies.records import Metrics, Place, recorded_seeds
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from anabranch import machine
 from anabranch.config import Config, configclass
-from anabranch.files import data_file
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
 from anabranch.nn.attention import Attention
+from anabranch.places import data_file
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.llm import LLM
@@ -247,7 +248,7 @@ def run_async(config: Async, seed: int, progress: Progress) -> Metrics:
 
 def run_overlap(config: Overlap, seed: int) -> Metrics:
     """``ratio``: time of one after the other, each on all cores, over that side by side; medians over rounds that take turns."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine.affinity()
     with tempfile.TemporaryDirectory(prefix="anabranch-overlap-") as folder, torch.inference_mode(), threads(cores):
         other = _OTHERS[config.what](config.size_mb << 20, Path(folder), seed)
         product = _products(config.rows, seed)

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.files import data_file
 from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import literals
+from anabranch.places import data_file
 
 TOKEN = re.compile(r"[^\s|;&()<>'\"`{}=,]+|[|;&<>]")
 FENCE = re.compile(r"```(?:\w+\n|\n)?(.*?)(?:```|$)", re.S)

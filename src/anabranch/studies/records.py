@@ -95,7 +95,7 @@ class Place:
     def _reason(self, record: dict[str, Any]) -> str | None:
         if record.get("revision") != self.revision:
             return f"is of revision {record.get('revision')} of the study, which is now {self.revision}"
-        found = differences(completed(record["config"], self.config), self.config)
+        found = changes(record["config"], self.config)
         if found:
             name, (old, new) = next(iter(found.items()))
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -114,13 +114,13 @@ def recorded_seeds(folder: Path, arm: str) -> list[int]:
     return sorted(int(name.removeprefix(start)) for name in names if name.removeprefix(start).isdecimal())
 
 
-def is_same(recorded: Any, current: Any) -> bool:
-    """Whether a run recorded with one config (its JSON form) counts for another.
+def changes(recorded: Any, current: Any) -> dict[str, tuple[Any, Any]]:
+    """What keeps a run recorded with one config (its JSON form) from counting for another: see `differences`.
 
     A field that came later counts as recorded at its default, which is taken to change nothing (raise `Study.revision` where it
     does), so that a new option does not undo hours of runs. All else must be equal.
     """
-    return not differences(completed(recorded, current), current)
+    return differences(completed(recorded, current), current)
 
 
 def _short(value: Any) -> str:

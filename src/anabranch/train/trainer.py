@@ -43,7 +43,7 @@ from anabranch.train.metrics import MetricsLog
 from anabranch.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, whole
 from anabranch.train.parallel import Workers
 from anabranch.train.result import Event, TrainResult
-from anabranch.train.run import check_free, check_new, find_checkpoint, held, prepare
+from anabranch.train.run import check_free, check_new, find_checkpoint, prepare, run_lock
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Trainer:
         if not self.workers.is_first:
             yield
             return
-        with held(self.out):
+        with run_lock(self.out):
             if not self._resumes:
                 check_new(self.out)
             elif checkpoints(self.out)[-1:] != ([self._checkpoint] if self._checkpoint else []):

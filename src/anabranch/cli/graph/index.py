@@ -133,13 +133,12 @@ def _names_of(source: str, count: int, quiet: bool) -> np.ndarray:
 def _index_walks(
     source: str, out: Path, walks: int, alpha: float, threads: int | None, seed: int, quiet: bool, as_json: bool
 ) -> None:
-    import os
-
+    from anabranch import machine
     from anabranch.cli.graph.inputs import example_node, open_graph
     from anabranch.graph import PowerWalk
 
     graph = open_graph(source, quiet=quiet).graph
-    made = PowerWalk(alpha, walks, seed=seed, workers=threads or os.cpu_count() or 1)
+    made = PowerWalk(alpha, walks, seed=seed, workers=threads or machine.usable_cores())
     started = time.perf_counter()
     with Progress(graph.num_nodes, "node", quiet=quiet) as progress:
         made.build(graph, out=out, progress=Rate(progress, "nodes"))

@@ -67,6 +67,7 @@ def serve(
     Example: anabranch graph serve index.anb graph.anb --port 8080
     """  # fmt: skip
     check_extra()
+    from anabranch import machine
     from anabranch.graph.serve import Limits, Sources, run
 
     if watch is not None and not 0 < watch < float("inf"):
@@ -74,7 +75,7 @@ def serve(
     if not 0 <= drain < float("inf"):
         raise InputError(f"--drain is {drain}; it must be a number of seconds, 0 or more")
     limits = Limits(
-        body_bytes=max_body, batch=max_batch, k=max_k, concurrency=concurrency or os.cpu_count() or 1, waiting=waiting,
+        body_bytes=max_body, batch=max_batch, k=max_k, concurrency=concurrency or machine.usable_cores(), waiting=waiting,
         timeout_s=timeout,
     )  # fmt: skip
     if not quiet:

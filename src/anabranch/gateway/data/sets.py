@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anabranch.files import data_file
 from anabranch.gateway.data.csv import Columns, load_csv
 from anabranch.gateway.data.guard import deduplicated
 from anabranch.gateway.data.jsonl import load_jsonl
@@ -14,6 +13,7 @@ from anabranch.gateway.data.prices import pool_of, read_prices
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Pool
+from anabranch.places import data_file
 
 
 @dataclass(frozen=True, kw_only=True)

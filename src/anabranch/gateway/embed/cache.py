@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.config import to_dict
-from anabranch.files import atomic_write, cache_folder, parse_json
+from anabranch.files import atomic_write, parse_json
 from anabranch.gateway.embed.embedder import Embedder
+from anabranch.places import cache_folder
 
 AT_ONCE = 1024  # texts between two words of progress
 

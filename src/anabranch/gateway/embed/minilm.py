@@ -19,9 +19,10 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_folder, cache_folder, sha256_of
+from anabranch.files import atomic_folder, sha256_of
 from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.strategy import Arrays, Facts
+from anabranch.places import cache_folder
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"

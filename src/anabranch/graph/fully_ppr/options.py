@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from anabranch import machine
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.fully_ppr.devices import num_walks
 from anabranch.graph.ppr.rules import check_alpha, check_dangling, check_tol
@@ -112,7 +113,7 @@ class Options:
     @property
     def num_workers(self) -> int:
         """Threads."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or machine.usable_cores()
 
     def choose_method(self, graph: Graph, engine: str) -> str:
         """What "auto" is: walks where they are asked for or on Spark, exact where that is less work than an index, else decompose."""

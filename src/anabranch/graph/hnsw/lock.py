@@ -1,6 +1,5 @@
 """Many readers or one writer; and pieces of work for threads whose kernels run without the interpreter's lock."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
+
+from anabranch import machine
 
 PIECES = 4  # per thread, so that threads finish together
 
@@ -54,7 +55,7 @@ class Workers:
     """Threads for as long as it is entered; with one thread, work is done where it is asked for."""
 
     def __init__(self, num_threads: int | None) -> None:
-        self.num_threads = num_threads or default_threads()
+        self.num_threads = num_threads or machine.affinity()
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -78,8 +79,3 @@ class Workers:
         ends = [total * piece // pieces for piece in range(pieces + 1)]
         for task in [self._pool.submit(work, *pair) for pair in pairwise(ends)]:
             task.result()
-
-
-def default_threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

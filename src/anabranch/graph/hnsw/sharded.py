@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from anabranch import machine
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.index import HNSW
-from anabranch.graph.hnsw.lock import default_threads
 
 KIND = "sharded hnsw index"
 
@@ -134,7 +134,7 @@ class ShardedHNSW:
         return made
 
     def _all(self, work: Callable[[HNSW], Any]) -> list[Any]:
-        threads = min(self.num_threads or default_threads(), self.num_shards)
+        threads = min(self.num_threads or machine.affinity(), self.num_shards)
         if threads == 1:
             return [work(shard) for shard in self.shards]
         with ThreadPoolExecutor(threads) as pool:
