@@ -30,7 +30,7 @@ def embed_cached(
     Args:
         embedder: whose config and learned state name its part of the cache.
         texts: any number, repeats too.
-        folder: of the cache; None takes `anabranch.files.cache_folder`.
+        folder: of the cache; None takes `anabranch.places.cache_folder`.
         progress: told how far it is.
 
     Returns: float32 ``[N, D]``.
