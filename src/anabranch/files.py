@@ -103,7 +103,7 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
         replacing: a regular expression of the names that an existing folder may hold, since all of it is lost. Default: none, so that
             only an empty folder is replaced.
 
-    Raises as `atomic_file`, and DataError if an existing folder holds anything else.
+    Raises as `atomic_file`, and DataError if an existing folder holds anything else, or is or holds the working directory.
     """
     path = Path(path).resolve()  # through a link, to where the data lies
     with explained(path):
@@ -112,6 +112,7 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
             raise DataError(
                 f"cannot write {path}: it is a file, and a folder is to take its place; choose another name"
             )
+        check_not_here(path)
         check_holds_only(path, replacing)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -131,6 +132,22 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after a swap: what was there before
+
+
+def check_not_here(folder: str | Path) -> None:
+    """Raise DataError if ``folder`` is or holds the working directory, which nothing can take the place of: see `atomic_folder`.
+
+    A process, and the shell that started it, would stand in a folder that is gone.
+    """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return
+    if Path(folder).resolve() in (here, *here.parents):
+        raise DataError(
+            f"cannot write {folder}: it is, or holds, the working directory, and a new folder is to take its place; "
+            "choose a new folder, or go elsewhere first"
+        )
 
 
 def check_holds_only(folder: Path, replacing: str) -> None:

@@ -198,6 +198,7 @@ def test_converting_onto_what_is_there(trained, here, work):
         assert (code, out, err.count("\n")) == (2, "", 1)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     (work / "settings/thesis.txt").write_text("years of work")
+    (work / "settings/gone").symlink_to("nowhere")
     code, _, _ = here("convert", folder, work / "settings", "--to", "huggingface", "--force")
     assert code == 0
     assert (work / "settings/thesis.txt").read_text() == "years of work"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from anabranch import files
 from anabranch.data import ByteTokenizer, load_tokenizer
 from anabranch.data.bpe import train_bpe
-from anabranch.errors import AnabranchError, CheckpointError, ConfigError, TokenizerError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError, TokenizerError
 from anabranch.lm import Decoder, convert, export_huggingface, load_model, save_model
 from anabranch.lm.folder import RECORD, verify
 from anabranch.nn import Attention, SwiGLU
@@ -307,6 +307,30 @@ def test_a_training_run_is_never_written_into(tmp_path, native):
     # A name that is no step's is nothing to the run around it.
     convert(native, steps[0].with_name("step-best"))
     assert load_model(tmp_path / "run/checkpoints/step-best")[1] is not None
+
+
+@pytest.mark.parametrize("name", [".", "..", "../.."])
+def test_the_working_directory_is_not_replaced_under_who_stands_in_it(tmp_path, native, monkeypatch, name):
+    here = tmp_path / "a/b/c"
+    here.mkdir(parents=True)
+    before = contents(tmp_path)
+    monkeypatch.chdir(here)
+    with pytest.raises(DataError, match=r"working directory.*; choose a new folder, or go elsewhere first"):
+        convert(native, name, force=True)
+    with pytest.raises(DataError, match="working directory"):
+        save_model(name, tiny())
+    assert here.samefile(".")
+    assert contents(tmp_path) == before
+    convert(native, "d")
+    assert load_model("d")[1] is not None
+
+
+def test_models_that_would_be_loaded_instead_of_the_new_one_are_no_place_for_it(tmp_path, native):
+    shutil.copytree(native, tmp_path / "run/checkpoints/step-00000001")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="is the folder of a training run"):
+        convert(native, tmp_path / "run", force=True)
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_that_changes_meanwhile_is_left_alone(tmp_path, native, monkeypatch):

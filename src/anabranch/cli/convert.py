@@ -74,7 +74,7 @@ def convert(
         quantize=None if quantize is None else quantize.value, group=group, force=force,
     )  # fmt: skip
     counts = load_config(target).count()
-    num_bytes = sum(file.stat().st_size for file in Path(target).iterdir())
+    num_bytes = sum(map(_size, Path(target).iterdir()))
     kinds = list((quantization_of(Path(target)) or {"modules": {}})["modules"].values())
     quantized = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     if as_json:
@@ -86,3 +86,11 @@ def convert(
         bits = " and ".join(f"{count} layer{'s' * (count != 1)} in {kind}" for kind, count in quantized.items())
         fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits and f', {bits}'}")
         wrote(f"{target}   {size(num_bytes)}", f"anabranch {'serve' if quantized else 'info'} {target}")
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for what cannot be followed: with --force the folder may hold links that lead nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

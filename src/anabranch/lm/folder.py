@@ -19,7 +19,7 @@ from typing import Any
 
 import anabranch
 from anabranch.errors import CheckpointError
-from anabranch.files import atomic_folder, atomic_write_text, parse_json, sha256_of
+from anabranch.files import atomic_folder, atomic_write_text, check_not_here, parse_json, sha256_of
 
 __all__ = [
     "FORMAT",
@@ -112,9 +112,10 @@ def check_replaceable(folder: Path, *, force: bool = False, advice: str = "choos
     """What lies in ``folder``, which a model may replace: nothing, or a model that we saved and nothing else.
 
     ``force`` lets it hold other files too. Raises CheckpointError, with ``advice``, for any other folder, and always for a training run
-    and its checkpoints.
+    and its checkpoints; DataError for the working directory, and what holds it.
     """
     _check_no_run(folder)
+    check_not_here(folder)
     entries = _entries(folder)
     foreign = _foreign(folder, entries) if entries and not force else None
     if foreign is not None:
@@ -129,7 +130,7 @@ def _check_no_run(folder: Path) -> None:
     place = folder.resolve()
     if (place / TRAINER_FILE).exists():
         what = f"is a checkpoint of a training run (it holds {TRAINER_FILE})"
-    elif _has_steps(place) or _config(place).keys() >= {"model", "data", "train"}:
+    elif _holds_model_of_run(place) or _config(place).keys() >= {"model", "data", "train"}:
         what = "is the folder of a training run"
     elif any(step_of(parent.name) is not None and (parent / TRAINER_FILE).exists() for parent in place.parents):
         what = "lies inside a checkpoint of a training run, which is removed in time"
@@ -138,6 +139,11 @@ def _check_no_run(folder: Path) -> None:
     else:
         return
     raise CheckpointError(f"{folder} {what}, so no model is saved there; choose a new folder")
+
+
+def _holds_model_of_run(place: Path) -> bool:
+    """Whether `anabranch.lm.checkpoint.find_model` would look past a model in ``place`` itself."""
+    return any((path / name).exists() for path in run_steps(place) for name in (TRAINER_FILE, "config.json"))
 
 
 def _has_steps(run: Path) -> bool:
