@@ -1,3 +1,4 @@
+import mmap
 import os
 import pickle
 import shutil
@@ -156,6 +157,37 @@ def test_an_open_store_needs_the_cache_no_more(texts):
     shutil.rmtree(cache_folder())
     assert store.tokens("train").tolist() == opened(texts).tokens("train").tolist()
     assert store.tokens("validation").tolist() == opened(texts).tokens("validation").tolist()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: os.truncate(file, 0), lambda file: file.write_bytes(b"\0" * file.stat().st_size)]
+)
+def test_nothing_that_is_done_to_the_files_of_the_cache_reaches_an_open_store(texts, damage):
+    store = opened(texts)
+    expected = {side: store.tokens(side).tolist() for side in ("train", "validation")}
+    assert not any(is_mapped(store.tokens(side)) for side in expected)  # else the system ends this process now
+    for side in expected:
+        damage(store.folder / f"{side}.bin")
+    assert {side: store.tokens(side).tolist() for side in expected} == expected
+
+
+def test_large_files_are_mapped_and_outlive_being_deleted_or_replaced(texts, monkeypatch):
+    expected = opened(texts).tokens("train").tolist()
+    monkeypatch.setattr("anabranch.data.store._MOST_HELD", 0)
+    store = opened(texts)
+    assert is_mapped(store.tokens("train"))
+    (store.folder / "other").write_bytes(b"\0" * 8)
+    (store.folder / "other").replace(store.folder / "train.bin")
+    shutil.rmtree(store.folder)
+    assert store.tokens("train").tolist() == expected
+
+
+def is_mapped(array):
+    while array is not None:
+        if isinstance(array, mmap.mmap | np.memmap):
+            return True
+        array = getattr(array, "base", None)
+    return False
 
 
 def test_a_pickled_store_says_that_its_cache_is_gone(texts):

@@ -1,4 +1,4 @@
-"""Tokenise once: a corpus becomes memory-mapped arrays in a cache folder, found again by the content of corpus and tokenizer.
+"""Tokenise once: a corpus becomes arrays in a cache folder, found again by the content of corpus and tokenizer.
 
 A cache entry is a folder: for each split ``SPLIT.bin`` (uint16, or uint32 for vocabularies over 65,536), for tokenizers whose
 byte counts depend on the text ``SPLIT.lengths.bin`` (uint32), and ``index.json``, which says where each label's tokens lie. It holds
@@ -36,6 +36,7 @@ INDEX = "index.json"
 SPLITS = (TRAIN, VALIDATION)
 _ATTEMPTS = 3  # to make an entry that somebody deletes as soon as it is there
 _BATCH_CHARACTERS = 1 << 20
+_MOST_HELD = 256 << 20  # bytes of a file that are held in memory by every process that reads it, rather than mapped
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class Segment:
 
 
 class TokenStore:
-    """The tokens of a corpus, read from a cache entry. Cheap to pickle and to fork: the arrays are mapped, not held.
+    """The tokens of a corpus, read from a cache entry. Cheap to pickle and to fork.
 
-    All is mapped and checked against its digests at once, so what happens to the cache later (it may be deleted at any time) is
-    nothing to a store that is open.
+    All is checked against its digests at once. Files of up to 256 MiB are held in memory, so what happens to the cache later is nothing
+    to a store that is open. Larger ones are mapped: they may be deleted or replaced at any time, as we do, but not be written in place by
+    others. Who cuts one short ends the process that reads it (SIGBUS), and training goes on from its last checkpoint.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         entry = _read_entry(folder)
         if entry is None:
             raise _damaged(folder)
-        index, self._maps = entry
+        index, self._arrays = entry
         self.folder = folder
         self._tokenizer = tokenizer
         self.segments = {name: tuple(Segment(**entry) for entry in index["splits"][name]) for name in SPLITS}
@@ -104,15 +106,15 @@ class TokenStore:
             return None
 
     def tokens(self, split: str) -> NDArray[Any]:
-        """All tokens of ``split``, ``[T]``, uint16 or uint32, mapped from disk."""
-        return self._maps[f"{split}.bin"]
+        """All tokens of ``split``, ``[T]``, uint16 or uint32; read-only."""
+        return self._arrays[f"{split}.bin"]
 
     def byte_lengths(self, split: str, start: int, end: int) -> NDArray[np.int64]:
         """Bytes of text under each of the tokens ``start`` to ``end`` (excluded) of ``split``."""
         table_V = self._tokenizer.byte_length_V
         if table_V is not None:
             return table_V[self.tokens(split)[start:end]]
-        return self._maps[f"{split}.lengths.bin"][start:end].astype(np.int64)
+        return self._arrays[f"{split}.lengths.bin"][start:end].astype(np.int64)
 
     def content(self, split: str) -> str:
         """Names the tokens of ``split`` and what they are labelled, wherever the text was read from."""
@@ -120,13 +122,13 @@ class TokenStore:
         return f"{self._dtype} {self._digests[split]} {json.dumps(segments)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}  # the other process maps the files itself
+        return self.__dict__ | {"_arrays": None}  # the other process reads the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         entry = _read_entry(state["folder"])
         if entry is None or any(entry[0]["digests"][f"{side}.bin"] != state["_digests"][side] for side in SPLITS):
             raise _damaged(state["folder"])
-        self.__dict__ |= state | {"_maps": entry[1]}
+        self.__dict__ |= state | {"_arrays": entry[1]}
 
 
 def _damaged(folder: Path) -> DataError:
@@ -134,21 +136,24 @@ def _damaged(folder: Path) -> DataError:
 
 
 def _read_entry(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
-    """Index and mapped arrays of a cache entry; None if it is absent, of another format, or not, to the bit, what was written."""
+    """Index and arrays of a cache entry; None if it is absent, of another format, or not, to the bit, what was written."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT or index.pop("digest") != _digest_of(index):
             return None
-        maps = {name: _map(folder / name, _dtype(name, index)) for name in index["digests"]}
+        arrays = {name: _array(folder / name, _dtype(name, index)) for name in index["digests"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    # What was mapped is what is checked: a file that is exchanged meanwhile is another one.
-    return (index, maps) if all(_digest(maps[name]) == found for name, found in index["digests"].items()) else None
+    # What was read or mapped is what is checked: a file that is exchanged meanwhile is another one.
+    return (index, arrays) if all(_digest(arrays[name]) == found for name, found in index["digests"].items()) else None
 
 
-def _map(file: Path, dtype: str) -> NDArray[Any]:
+def _array(file: Path, dtype: str) -> NDArray[Any]:
+    """The numbers in a file: held where it is small, mapped where it is large. Raises ValueError for a part of one at the end."""
+    if file.stat().st_size <= _MOST_HELD:
+        return np.frombuffer(file.read_bytes(), dtype)
     # A plain view of the map: slicing np.memmap itself costs several times more.
-    return np.asarray(np.memmap(file, dtype=dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r"))
 
 
 def _dtype(name: str, index: dict[str, Any]) -> str:
