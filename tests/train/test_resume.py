@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anabranch.data import Files
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import load_model
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
@@ -246,6 +247,27 @@ def test_moved_data_is_known_by_its_content(tmp_path, make_run, text_file):
     moved.write_text("something else " * 200)
     with pytest.raises(DataError, match="cannot resume the data: fingerprint was"):
         Trainer(with_paths(moved), tmp_path / "run", resume=True)
+
+
+def test_another_held_out_text_is_told(tmp_path, make_run, text_file):
+    text = tmp_path / "text.txt"
+    text.write_bytes(text_file.read_bytes())
+
+    def run(steps):
+        corpus = Files.Config(paths=(str(text),))
+        config = make_run(steps=steps)
+        return config.replace(data=config.data.replace(corpus=corpus))
+
+    stored = Trainer(run(1), tmp_path / "run").fit().checkpoint / "trainer.json"
+    text.write_bytes(text_file.read_bytes()[:-40] + b"#" * 40)  # the end of a text validates
+    with pytest.raises(DataError, match=r"cannot resume the data: the held-out text .* not that of before"):
+        Trainer(run(2), tmp_path / "run", resume=True)
+    # Checkpoints of before it was stored are resumed as they were.
+    state = json.loads(stored.read_text())
+    del state["data"]
+    stored.write_text(json.dumps(state))
+    (stored.parent / "SHA256SUMS").unlink()
+    assert Trainer(run(2), tmp_path / "run", resume=True).fit().step == 2
 
 
 def test_damaged_checkpoints_are_named(tmp_path, make_run):

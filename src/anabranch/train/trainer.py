@@ -205,6 +205,12 @@ class Trainer:
         state, tensors = read_checkpoint(path)
         load_optimizer_tensors(self.model, self.optimizer, tensors)
         self.stream.load_state_dict(state["stream"])
+        # The stream has told of other training text; checkpoints of before the whole was stored say no more.
+        if state.get("data", self.data.fingerprint()) != self.data.fingerprint():
+            raise DataError(
+                f"cannot resume the data: the held-out text (or what its parts are called) is not that of before, so evaluations of {path} "
+                "and later ones could not be compared; bring the text back, or start a new run"
+            )
         self._progress = _Progress(**state["progress"])
 
     @contextmanager
@@ -429,6 +435,7 @@ class Trainer:
                 "step": self._progress.step,
                 "progress": vars(self._progress),
                 "stream": self.stream.state_dict(),
+                "data": self.data.fingerprint(),
                 "run": to_dict(self.config),
             }
             write_checkpoint(
