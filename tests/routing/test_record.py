@@ -1,5 +1,8 @@
 """Recording from outside: what is noted equals what the routers returned, and nothing stays behind."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +128,33 @@ def test_cached_decoding_goes_on_with_the_same_sequences():
     assert (decided.token_N == decided.position_N + 7).all()
 
 
+def test_what_the_caller_calls_a_repetition_is_not_recorded_again():
+    model, mask_N = Tower(num_layers=1), torch.tensor([True, True, True, False])
+    with record_routing(model) as recorder:
+        recorder.domain = ["code"] * 4
+        model(items(4), RoutingContext(state={"repeated_N": torch.tensor([True, False, False, False])}))
+        model(
+            items(4),
+            RoutingContext(state={"repeated_N": torch.tensor([False, True, False, False])}, item_mask_N=mask_N),
+        )
+        model(items(4), RoutingContext(state={"repeated_N": torch.ones(4, dtype=torch.bool)}))
+    assert recorder.trace().decisions(0).item_N.tolist() == [1, 2, 3, 4, 6]
+
+
+def test_threads_that_share_a_model_are_recorded_one_after_the_other():
+    model, inside = Tower(num_layers=1), threading.Lock()
+
+    def read(router, routing):
+        assert inside.acquire(blocking=False), "two decisions are noted at once"
+        time.sleep(0.002)
+        inside.release()
+        return routing
+
+    with record_routing(model, read=read) as recorder, ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: model(items(), RoutingContext()), range(8)))
+    assert recorder.trace().decisions(0).item_N.tolist() == [*range(8 * 6)]
+
+
 def test_a_domain_for_each_sequence():
     model, mask_N = Tower(num_layers=1), torch.tensor([True] * 5 + [False])
     with record_routing(model) as recorder:
@@ -141,7 +171,10 @@ def test_a_domain_for_each_sequence():
 
 def test_nothing_stays_behind():
     model = Tower()
-    with record_routing(model) as recorder:
+    with (
+        pytest.warns(UserWarning, match="heard none of the 2 routers of this Tower"),
+        record_routing(model) as recorder,
+    ):
         assert all(router._forward_hooks for router in model.routers)
     with pytest.raises(ZeroDivisionError), record_routing(model):
         raise ZeroDivisionError

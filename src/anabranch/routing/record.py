@@ -8,6 +8,8 @@ pass (activation recompute) are not recorded again.
 # Shapes: N items, K places per item, R rows, B sequences, L positions
 
 import itertools
+import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -172,6 +174,8 @@ class Recorder:
         self._numbers: dict[tuple[nn.Module, int], _Numbers] = {}
         self._told: dict[Hashable, str | None] = {}  # the domain of each sequence that has a name
         self._turns = {module: _Turns() for module in layers}
+        self._was_called = False
+        self._lock = threading.Lock()  # engines in threads may share a model
 
     def trace(self) -> RoutingTrace:
         """What was recorded. A recording to a file is read back from it, once its block has ended."""
@@ -183,9 +187,14 @@ class Recorder:
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # in a backward pass, so this forward pass is a repetition
             return
+        with self._lock:
+            self._was_called = True
+            self._add(module, args, kwargs, output)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         routing = self._read(module, output)
         context = argument_of(RoutingContext, args, kwargs) or self._outside(routing.num_items)
-        keep_N = _real(context)
+        keep_N = _kept(context, routing.num_items)
         turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
         names = _names(context, routing.num_items)
         item_N, position_N = self._places((module, turn), routing.num_items, context, names)
@@ -284,7 +293,11 @@ def record_routing(
     Which item a row belongs to is taken from ``context.state``: ``item_N``, ``position_N`` and ``token_N``, each ``[N]``, or from
     ``context.position_BL`` and ``context.token_BL`` of a language model. Otherwise items are counted from 0, in sequences of
     ``context.sequence_length`` if that is known; with ``context.sequences`` (cached generation, serving) a sequence keeps its number
-    when others leave the batch, and the domain of its first pass. Padding (``context.item_mask_N``) is not recorded.
+    when others leave the batch, and the domain of its first pass. Padding (``context.item_mask_N``) is not recorded, nor is what
+    ``context.state`` calls a repetition (``repeated_N``, bool: an engine computes a request again that it preempted).
+
+    An engine in this process is recorded as any other use of its model, in whatever thread it runs. Hooks do not reach copies of the
+    model: an engine in a process of its own and an elastic group tell where tokens go per request (``Request.record_routing``).
 
     Args:
         model: whose routers to record.
@@ -297,7 +310,7 @@ def record_routing(
     Rows carry the router's ``layer``. Where two routers claim one layer (or have none), or a router routes several times in a forward
     pass (`Router.passes`), layers are numbered in the model's order and names tell them apart.
 
-    Raises ConfigError if there is nothing to record.
+    Raises ConfigError if there is nothing to record. Warns (UserWarning) if no router was called in a block that ended well.
     """
     routers = find_routers(model) if routers is None else routers
     if not routers:
@@ -314,6 +327,17 @@ def record_routing(
             handle = module.register_forward_hook(recorder._note, with_kwargs=True)
             stack.callback(handle.remove)
         yield recorder
+        if not recorder._was_called:
+            warnings.warn(_silence(model, len(layers)), stacklevel=3)
+
+
+def _silence(model: nn.Module, num_routers: int) -> str:
+    """What to say of a recording in which nothing was heard."""
+    return (
+        f"record_routing heard none of the {num_routers} routers of this {type(model).__name__}, so the trace is empty. Was another copy "
+        "of the model called? An engine in a process of its own and an elastic group have copies; there ask for routes per request, "
+        "with record_routing=True"
+    )
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -398,6 +422,14 @@ def _names(context: RoutingContext, num_items: int) -> list[Hashable] | None:
     if _given(context, "position", num_items) is None:  # a sequence that goes on must say where
         return None
     return [(sequence, stream) for stream in range(streams) for sequence in sequences]
+
+
+def _kept(context: RoutingContext, num_items: int) -> np.ndarray | slice:
+    """The items to record: those that are real, and no repetition."""
+    real_N, repeated_N = _real(context), _given(context, "repeated", num_items)
+    if repeated_N is None:
+        return real_N
+    return ~repeated_N if isinstance(real_N, slice) else real_N & ~repeated_N
 
 
 def _real(context: RoutingContext) -> np.ndarray | slice:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,26 @@ def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_ker
     engine.restore()
 
 
-def test_a_trace_of_regrouped_batches_is_that_of_their_sequences() -> None:
+def test_who_begins_to_listen_between_two_batches_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(3)
+    greedy, seen, steps = SamplingConfig(max_tokens=7, temperature=0.0), [], []
+    expected = generate(model, asked, greedy)
+    with offload(model, None) as engine:
+        begin = engine.begin
+
+        def begun(*given: Any) -> None:
+            steps.append(given)
+            if len(steps) == 6:
+                model.blocks[0].register_forward_hook(lambda *_: seen.append(len(steps)))
+            begin(*given)
+
+        monkeypatch.setattr(engine, "begin", begun)
+        assert DualBatch(engine, batch_size=2).generate(asked, greedy) == expected
+    assert seen == [*range(6, len(steps) + 1)]
+
+
+@pytest.mark.parametrize("use_kernel", [True, False])
+def test_a_trace_of_regrouped_batches_is_that_of_their_sequences(use_kernel: bool) -> None:
     model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(5)
     greedy = SamplingConfig(max_tokens=7, temperature=0.0)
     greedy = greedy.replace(stop=(generate(model, asked, greedy)[0][3],))
@@ -145,10 +165,11 @@ def test_a_trace_of_regrouped_batches_is_that_of_their_sequences() -> None:
         generate(model, asked, greedy)
     expected = Routes.from_trace(recorder.trace())
     with offload(model, None) as engine:
-        pipeline = DualBatch(engine, batch_size=2, scheduler=TokenScheduler(), use_kernel=False)
+        pipeline = DualBatch(engine, batch_size=2, scheduler=TokenScheduler(), use_kernel=use_kernel)
+        pipeline.generate(asked[:2], greedy)  # packs what it compiles, before anyone listens
         with record_routing(model) as recorder:
             pipeline.generate(asked, greedy)
-            DualBatch(engine, batch_size=2, use_kernel=False).generate(asked[:1], greedy)
+            DualBatch(engine, batch_size=2, use_kernel=use_kernel).generate(asked[:1], greedy)
     found = Routes.from_trace(recorder.trace())
 
     def sequences(routes: Routes) -> list[tuple[bytes, ...]]:

@@ -19,7 +19,7 @@ from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
-from anabranch.serving.fast import FastDecoder
+from anabranch.serving.fast import FastDecoder, Watch
 from anabranch.serving.sampling import Sampler
 
 
@@ -50,6 +50,9 @@ class ModelRunner:
         use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
 
+    While hooks listen inside the model (`record_routing` around an engine), steps go through its modules one by one, as with
+    ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are told each position once.
+
     Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
     """
 
@@ -79,10 +82,11 @@ class ModelRunner:
         if use_kernel and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
-        self.tap = RoutingTap(model)
+        self.tap, self.watch = RoutingTap(model), Watch(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
         self._tops: dict[str, int] = {}  # of requests that want their prompts scored, see `Sampling.prompt_logprobs`
         self._names: dict[str, object] = {}  # of requests, for whoever records where they go: an id may come again
+        self._told: dict[str, int] = {}  # positions of each request that hooks have seen
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
         with torch.no_grad():
             self._prefix = [] if model.streams is None else [
@@ -111,9 +115,12 @@ class ModelRunner:
             Chunk(id="warm-up", tokens=(0,) * (length - 1), start=0, blocks=(0,), samples=False),
             Chunk(id="warm-up", tokens=(0,), start=length - 1, blocks=(0,), samples=True),
         ]
+        # Nobody's request, so not for traces.
+        self._told["warm-up"] = length
         with torch.inference_mode():
             for chunk in chunks:
                 self._logits([chunk], list(chunk.tokens))
+        self._forget("warm-up")
 
     def close(self) -> None:
         """Tell the hooks that the engine ends."""
@@ -123,10 +130,7 @@ class ModelRunner:
     def _set_up(self, batch: Batch) -> None:
         for id in batch.gone:
             self.sampler.forget(id)
-            self._last.pop(id, None)
-            self._names.pop(id, None)
-            self._recorded.discard(id)
-            self._tops.pop(id, None)
+            self._forget(id)
         for request in batch.new:
             self.sampler.add(request)
             if request.record_routing:
@@ -136,6 +140,13 @@ class ModelRunner:
         self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
         self.pool.copy(batch.copies)
         self.pool.swap_in(batch.swaps_in)
+
+    def _forget(self, id: str) -> None:
+        self._last.pop(id, None)
+        self._names.pop(id, None)
+        self._told.pop(id, None)
+        self._recorded.discard(id)
+        self._tops.pop(id, None)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         rows, routes = _last_rows(chunks), self._routes(chunks)
@@ -161,10 +172,16 @@ class ModelRunner:
 
     def _head(self, x_RD: Tensor) -> Tensor:
         """logits_RV of hidden states."""
-        if self.fast is not None:
-            return self.fast.logits(x_RD)
+        # A listener may have come or gone since the layers ran, so hidden states are of either path.
+        fast = self._compiled()
+        if fast is not None:
+            return fast.logits(x_RD.float())
         with steady(self.model) if self.deterministic else nullcontext():
-            return self.model.logits(x_RD[None])[0]
+            return self.model.logits(x_RD[None].to(self.model.embedding.weight.dtype))[0]
+
+    def _compiled(self) -> FastDecoder | None:
+        """The compiled step where there is one, and nobody listens whom it would run past."""
+        return None if self.fast is None or self.watch.is_watched else self.fast
 
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -172,8 +189,9 @@ class ModelRunner:
         """x_RD of ``rows``; fills in ``routes``."""
         if not routes:
             return self._hidden(chunks, tokens, rows)
-        if self.fast is not None:
-            return self._fast_hidden(chunks, tokens, rows, routes)
+        fast = self._compiled()
+        if fast is not None:
+            return self._fast_hidden(fast, chunks, tokens, rows, routes)
         with self.tap.listen(list(routes), len(tokens)) as found:
             x_RD = self._hidden(chunks, tokens, rows)
         for route, noted in zip(routes.values(), found, strict=True):
@@ -182,8 +200,9 @@ class ModelRunner:
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """x_RD of ``rows`` of the step, after the last norm."""
-        if self.fast is not None:
-            return self._fast_hidden(chunks, tokens, rows, {})
+        fast = self._compiled()
+        if fast is not None:
+            return self._fast_hidden(fast, chunks, tokens, rows, {})
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
@@ -194,12 +213,16 @@ class ModelRunner:
             return (x_PRD if model.streams is None or not rows else model.streams.merge(x_PRD, context))[0]
 
     def _fast_hidden(
-        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
+        self,
+        fast: FastDecoder,
+        chunks: Sequence[Chunk],
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        routes: Mapping[int, Route],
     ) -> Tensor:
         """`_hidden` by the compiled step; fills in ``routes``."""
-        assert self.fast is not None, "callers look"
         layout = StepLayout(chunks, self.pool.block_tokens)
-        x_TD, route_ATK = self.fast.hidden(
+        x_TD, route_ATK = fast.hidden(
             torch.tensor(tokens, dtype=torch.int64),
             torch.from_numpy(layout.position_T),
             layout.sequence_N4,
@@ -221,11 +244,21 @@ class ModelRunner:
             num_streams=streams,
             sequences=names,
             is_measured=False,
+            state=self._repeats(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
             cache=PagedStore(self.pool, layout, self._prefix, use_kernel=self.use_kernel),
             token_BL=token_1T.expand(streams, -1),
         )
+
+    def _repeats(self, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+        """What recorders are told of positions that hooks have seen before, in requests that are computed again."""
+        repeated: list[bool] = []
+        for chunk in chunks:
+            told, end = self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens)
+            repeated += [position < told for position in range(chunk.start, end)]
+            self._told[chunk.id] = max(told, end)
+        return {"repeated_N": torch.tensor(repeated).repeat(self.pool.shape.streams)} if any(repeated) else {}
 
 
 def _last_rows(chunks: Sequence[Chunk]) -> list[int]:

@@ -25,7 +25,7 @@ from anabranch.serving.expertflow.expertflow import OffloadEngine
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.predictors.base import Row
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
-from anabranch.serving.fast import FastDecoder
+from anabranch.serving.fast import FastDecoder, Watch
 
 BLOCK_TOKENS = 16  # positions that lie together
 _SERIAL = count()  # of sequences in this process
@@ -116,7 +116,7 @@ class DualBatch:
         engine: from `offload`.
         batch_size: T, sequences of a batch.
         scheduler: None leaves tokens in the batches they are in.
-        use_kernel: run the model by the compiled step where `FastDecoder` knows it.
+        use_kernel: run the model by the compiled step where `FastDecoder` knows it, and nobody listens inside the model.
 
     Attributes:
         objective_before, objective_after: experts that the batches of all units load, as they were and regrouped, by prediction.
@@ -137,6 +137,7 @@ class DualBatch:
         self.engine, self.batch_size, self.scheduler = engine, batch_size, scheduler
         self.use_kernel = use_kernel
         self._fast: FastDecoder | None = None
+        self._watch = Watch(engine.model)
         self.objective_before = self.objective_after = 0
 
     @torch.inference_mode()
@@ -250,7 +251,7 @@ class DualBatch:
         new = token_BL.shape[1]
         store.select(batch, new)
         position_BL = store.length_R[list(batch)][:, None] + torch.arange(new)
-        if self._fast is not None:
+        if self._fast is not None and not self._watch.is_watched:
             x_TD, _ = self._fast.hidden(token_BL.flatten(), position_BL.flatten(), *store.layout(new))
             store.advance(new)
             return self._fast.logits(x_TD[new - 1 :: new])

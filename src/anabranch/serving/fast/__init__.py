@@ -5,5 +5,6 @@ from anabranch.extras import require
 require("lm", by=__name__)
 
 from anabranch.serving.fast.decoder import FastDecoder
+from anabranch.serving.fast.watch import Watch
 
-__all__ = ["FastDecoder"]
+__all__ = ["FastDecoder", "Watch"]

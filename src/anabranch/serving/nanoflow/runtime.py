@@ -45,7 +45,7 @@ class NanoRunner(ModelRunner):
         tile: rows that cuts are multiples of.
         options: of `ModelRunner`.
 
-    Models of parallel streams, deterministic runners, and steps that record routing run whole.
+    Models of parallel streams, deterministic runners, and steps that record routing or are watched by hooks run whole.
     """
 
     def __init__(
@@ -69,14 +69,13 @@ class NanoRunner(ModelRunner):
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
-        is_whole = self.deterministic or self.model.streams is not None or is_recorded
+        is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
         if is_whole or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)
         self.executor.run(step.schedule, step.work, len(self.model.blocks))
         self.num_cut += 1
-        x_RW = step.normed(rows)
-        return x_RW if self.fast is None else x_RW.float()  # its head reads no other
+        return step.normed(rows)
 
 
 def default_executor(device: torch.device) -> Executor:
