@@ -14,7 +14,6 @@ import datetime
 import difflib
 import json
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from anabranch.bounds import Repeats, Seed, Size, check_number, shown
 from anabranch.errors import ConfigError
+from anabranch.files import MOST_NESTED, parse_toml
 from anabranch.registry import kinds, resolve
 
 __all__ = [
@@ -294,8 +294,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if raw.strip() in ("none", "null", "None"):
         return path.strip(), None
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except (ValueError, RecursionError):  # no TOML, an integer of thousands of digits, brackets without end
+        value = parse_toml(f"value = {raw}")["value"]
+    except ValueError:
         return path.strip(), raw.strip()
     # Configs hold what JSON holds: 2024-05-01 and 12:30 stay the text they are.
     return path.strip(), raw.strip() if isinstance(value, datetime.date | datetime.time) else value
@@ -312,7 +312,12 @@ def override(config: T, assignments: dict[str, Any]) -> T:
     """
     data = to_dict(config)
     for path, value in assignments.items():
-        data = _assign(type(config), data, _names(path), value, path)
+        names = _names(path)
+        if len(names) > MOST_NESTED:
+            raise ConfigError(
+                f"cannot set {shown(path)}: that is {len(names):,} names; a path has at most {MOST_NESTED}"
+            )
+        data = _assign(type(config), data, names, value, path)
     # A JSON round trip proves that whatever was set can be saved beside a checkpoint; dates of TOML are the text they are.
     return from_dict(type(config), json.loads(json.dumps(data, default=str)))
 

@@ -21,6 +21,7 @@ from anabranch.errors import AnabranchError, CapacityError, DataError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
+MOST_NESTED = 100  # lists and tables in each other, in a config
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -63,11 +64,32 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The table that TOML ``text`` spells. Raises ValueError alone, whatever is wrong: also for brackets without end."""
+    """The table that TOML ``text`` spells: every config is read by it.
+
+    Raises ValueError alone, whatever is wrong: also for brackets without end, and for values that lie deeper than `MOST_NESTED`, which
+    the names of a table (``a.a.a...``) reach without any bracket.
+    """
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    check_nesting(table)
+    return table
+
+
+def check_nesting(value: Any) -> None:
+    """Raises ValueError if lists and tables lie deeper in each other than `MOST_NESTED`: whoever walks over them recurses."""
+    level = [value]
+    for _ in range(MOST_NESTED + 1):
+        level = [
+            part
+            for whole in level
+            if isinstance(whole, dict | list)
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested too deeply: more than {MOST_NESTED} lists and tables in each other")
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -1,6 +1,7 @@
 """Every mistake of a user's: one line on stderr, exit code 2, nothing on stdout, no traceback."""
 
 import json
+import re
 import resource
 import shutil
 
@@ -115,6 +116,34 @@ def test_unreadable_text(trained, here, work):
 def test_config_that_is_not_toml(here, work):
     (work / "bad.toml").write_text("model = [")
     assert "bad.toml is not TOML" in one_line(here("train", "--out", "x", "--config", "bad.toml"))
+
+
+DEEP = {
+    "names": ".".join("a" * 3000) + ".b = 1",
+    "names of a header": "[" + ".".join("a" * 3000) + "]\nb = 1",
+    "tables": "x = " + "{a = " * 3000 + "1" + "}" * 3000,
+    "lists": "a = " + "[" * 50_000,
+    "lists that end": "a = " + "[" * 200 + "]" * 200,
+    "long integer": "a = " + "9" * 5000,
+}
+
+
+@pytest.mark.parametrize("door", ["train --out x", "serve trained", "compare bad.toml --out x", "gateway serve"])
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in DEEP.items()])
+def test_config_that_is_deep_or_has_a_long_integer_is_not_toml(here, work, door, text):
+    (work / "bad.toml").write_text(text)
+    arguments = door.split() if "bad.toml" in door else [*door.split(), "--config", "bad.toml"]
+    message = one_line(here(*arguments))
+    assert re.match(
+        r"bad\.toml(:1)?(:| is) not TOML: (it is nested too deeply|exceeds the limit .*digits)", message, re.I
+    )
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in DEEP.items()])
+def test_assignments_that_are_deep_or_have_a_long_integer_are_told(here, text):
+    name, _, value = text.partition(" = ")
+    message = one_line(here("train", "--out", "x", "--set", f"model.{name}={value}".replace("\n", "")))
+    assert re.match(r"cannot set '?model\.", message)
 
 
 def test_config_with_an_unknown_field(here, work):

@@ -1,13 +1,13 @@
 """TOML and YAML with the line of every field: ``{"models.0.price": 12}``, so that a complaint can say where to look."""
 
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError
 from anabranch.extras import require
+from anabranch.files import check_nesting, parse_toml
 
 Lines = dict[str, int]
 FORMATS = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "yaml"}  # JSON is YAML
@@ -27,17 +27,16 @@ def parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
 
 def _parse_toml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = parse_toml(text)
+    except ValueError as error:
         message = str(error)
         at = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
-        line = int(at[1]) if at and at[1] else text.count("\n") + 1
-        message = message[: at.start()] if at else message
-        raise ConfigError(f"{path}:{line}: not TOML: {message[:1].lower()}{message[1:]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not TOML: nested too deep") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        where = str(path)
+        if at is not None:  # but for brackets without end, and an integer of thousands of digits
+            last = text.count("\n") + 1
+            where += f":{at[1] or last}"
+            message = message[: at.start()]
+        raise ConfigError(f"{where}: not TOML: {message[:1].lower()}{message[1:]}") from None
     return data, _TomlLines(text).lines
 
 
@@ -96,7 +95,7 @@ class _TomlLines:
         while match := _KEY.match(self.text, self.at):
             self.at = match.end()
             if match["basic"] is not None:
-                yield tomllib.loads(f'key = "{match["basic"]}"')["key"]
+                yield parse_toml(f'key = "{match["basic"]}"')["key"]
             else:
                 yield match["literal"] if match["literal"] is not None else match["bare"]
             if not self.text.startswith(".", self.at):
@@ -145,6 +144,7 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         node = loader.get_single_node()
         lines = Lines()
         data = {} if node is None else _YamlReader(loader, lines, path).value(node, "")
+        check_nesting(data)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
