@@ -23,6 +23,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 MOST_NESTED = 100  # lists and tables in each other, in a config
 
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Fill the yielded temporary file, which lies beside ``path``; on a clean exit it is renamed into place.
