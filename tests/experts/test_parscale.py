@@ -604,14 +604,24 @@ def test_streams_are_cheap_at_batch_1_and_not_when_multiplying_is_the_limit():
 
 def test_hardware_is_measured_and_named():
     found = measure_hardware(size=64)
-    assert found.bandwidth > 0
-    assert found.flops > 0
+    # Of any machine: a byte takes more than a femtosecond and less than a microsecond, so does a product.
+    assert 1e6 < found.bandwidth < 1e15
+    assert 1e6 < found.flops < 1e15
     with pytest.raises(ConfigError, match=r"hardware is 'abacus'; known: laptop, a100, h100"):
         cost_model(config_of(), hardware="abacus")
     with pytest.raises(ConfigError, match="batch is 0"):
         cost_model(config_of(), batch=0, hardware=HARDWARE["h100"])
     with pytest.raises(ConfigError, match="the config has no streams"):
         cost_model(config_of(), num_streams=2)
+
+
+def test_a_network_makes_keys_and_values_of_its_own():
+    """The first half of what W_2 gives is the keys, the second the values."""
+    prefix = model_of(parscale(prefix="mlp")).streams.prefix
+    for layer, (key_PHMD, value_PHMD) in zip(prefix.layers, prefix(), strict=True):
+        keys, values = layer(prefix.embedding_PC).chunk(2, dim=-1)
+        assert torch.equal(key_PHMD.flatten(1), keys)
+        assert torch.equal(value_PHMD.flatten(1), values)
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------------------

@@ -342,6 +342,15 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
             torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=2e-3, msg=f"{name} {key}")
 
 
+@pytest.mark.parametrize(("cell", "gates"), [("gru", 3), ("rnn", 1), ("lstm", 4)])
+def test_a_cell_begins_uniform_as_torchs_does(cell, gates):
+    score = SCORE(state_dim=64, cell=cell).build(16, 4, generator=torch.Generator().manual_seed(0))
+    for weight in (score.recurrence.weight_ih, score.recurrence.weight_hh):
+        assert weight.shape == (gates * 64, 64)
+        assert 0.98 / 8 < weight.abs().max().item() <= 1 / 8  # 1 / sqrt(64)
+        assert weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+
+
 # ---- conversion ---------------------------------------------------------------------------------------------------------------
 
 

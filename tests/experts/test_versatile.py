@@ -351,6 +351,14 @@ def counted_flops(layer, norm, x_BLD, context):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize(("top_k", "expert_dim", "used"), [(1, None, 6), (2, None, 12), (4, None, 24), (4, 12, 24)])
+def test_without_a_depth_path_a_token_uses_the_slices_it_is_sent_to(top_k, expert_dim, used):
+    router = Router.Config(select=TopK.Config(top_k=top_k))
+    config = versatile(expert_dim=expert_dim, fusion="width_only", router=router)
+    count = config.count(BuildContext(16))
+    assert count.parameters - count.active == 3 * 16 * (24 - used)
+
+
 @pytest.mark.parametrize("fusion", ["difficulty", "average", "depth_only", "width_only"])
 def test_flops_are_the_formula(fusion):
     """By PyTorch's counter: heads, matrices, and the small product that spreads gates over hidden units (2 N F per token)."""

@@ -173,3 +173,15 @@ def test_older_processors(flags, tmp_path, monkeypatch):
         y = packed.linear(x)
         assert torch.allclose(y, reference(packed, x), atol=5e-3, rtol=1e-4)
         assert torch.equal(y[7:8], packed.linear(x[7:8]))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_one_matrix_of_integers_is_packed_like_a_pool_of_one(kind):
+    number = torch.randint(0, 16, (21, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scale, least = normal(21, 2).half(), normal(21, 2, seed=1).half()
+    for minima in (least, None):
+        one = Packed.of_integers(number, scale, minima, kind)
+        pool = Packed.of_integers(number[None], scale[None], None if minima is None else minima[None], kind)
+        assert torch.equal(one.data, pool.data)
+        assert (one.num_experts, one.rows, one.depth, one.group) == (1, 21, 64, 32)
+    assert Packed.pack(normal(3, 40, 64), kind).num_experts == 3

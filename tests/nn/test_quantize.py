@@ -137,3 +137,27 @@ def test_a_pool_is_its_dequantised_self(weight_on):
     found = model["pool"](x_ND, routing, weight_on=weight_on)
     dequantize(model)
     assert torch.allclose(found, model["pool"](x_ND, routing, weight_on=weight_on), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "expected"), [("int8", None, 96), ("int4", None, 32), ("int8", 32, 32), ("int4", 96, 96)]
+)
+def test_groups_that_share_a_scale(bits, group, expected):
+    """int8 has one scale a row and int4 one for 32 weights, if nothing else is asked for."""
+    model = nn.Sequential(nn.Linear(96, 16))
+    quantize(model, bits, group=group)
+    assert model[0].packed.group == expected
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@torch.no_grad()
+def test_without_kernels_each_type_of_activations_has_its_form(bits, monkeypatch):
+    monkeypatch.setattr(native, "can", lambda packed, x: False)
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize(model, bits)
+    x = torch.randn(5, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        expected = nn.functional.linear(x.to(dtype).float(), model[0].packed.unpack()[0], model[0].bias.float())
+        found = model(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
 from anabranch.errors import AnabranchError, ConfigError, DataError
-from anabranch.routing.assignment import balance_audit, choose, dual_value, preference_violations, price_solve
+from anabranch.routing.assignment import (
+    balance_audit,
+    broken_preferences,
+    choose,
+    dual_value,
+    preference_violations,
+    price_solve,
+)
 
 
 def scores(seed, num_tokens=64, num_destinations=8, skew=1.0):
@@ -152,6 +159,12 @@ def test_a_broken_preference_is_seen():
     assert wrong.tolist() == [[False, True], [True, False]]
     # Not a step of fixed scores: of these biases the first is preferred though the second rose more.
     assert preference_violations(np.array([[0.0, 0.1]]), 1, [0, 0], [0.2, 0.0]) == 0
+
+
+def test_what_moved_as_much_breaks_no_preference():
+    old_TE, new_TE = np.array([[True, False]]), np.array([[False, True]])
+    moves = [broken_preferences(old_TE, new_TE, np.array(moved_E)) for moved_E in ([0.1, 0.1], [0.1, 0.2], [0.2, 0.1])]
+    assert moves == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
