@@ -354,7 +354,7 @@ def counted_flops(layer, norm, x_BLD, context):
 @pytest.mark.parametrize(("top_k", "expert_dim", "used"), [(1, None, 6), (2, None, 12), (4, None, 24), (4, 12, 24)])
 def test_without_a_depth_path_a_token_uses_the_slices_it_is_sent_to(top_k, expert_dim, used):
     router = Router.Config(select=TopK.Config(top_k=top_k))
-    config = versatile(expert_dim=expert_dim, fusion="width_only", router=router)
+    config = versatile(expert_dim=expert_dim, overlap=expert_dim is not None, fusion="width_only", router=router)
     count = config.count(BuildContext(16))
     assert count.parameters - count.active == 3 * 16 * (24 - used)
 
