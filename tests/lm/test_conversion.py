@@ -211,14 +211,24 @@ def test_what_is_ours_alone_is_replaced(tmp_path, native, foreign):
     assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_native_folder_of_before_the_record_is_ours(tmp_path, native):
+def test_a_folder_without_a_record_is_replaced_by_force_only(tmp_path, native):
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "config.json").write_text('{"format": "anabranch"}')
+    (named / "model.safetensors").write_bytes(b"months of work")
     (native / RECORD).unlink()
-    save_model(native, tiny())
-    assert (native / RECORD).is_file()
-    (native / RECORD).unlink()
-    (native / "LICENSE").write_text("mine")
-    with pytest.raises(CheckpointError, match="it holds LICENSE"):
-        save_model(native, tiny())
+    save_model(tmp_path / "new", tiny())
+    for folder in (named, native):
+        before = contents(folder)
+        with pytest.raises(CheckpointError, match=r"it holds config.json, and no SHA256SUMS that lists it.*--force"):
+            convert(tmp_path / "new", folder)
+        with pytest.raises(
+            CheckpointError, match=r"no SHA256SUMS that lists it\), so it is not replaced; choose a new"
+        ):
+            save_model(folder, tiny())
+        assert contents(folder) == before
+        convert(tmp_path / "new", folder, force=True)
+        assert (folder / RECORD).is_file()
 
 
 def test_force_sets_aside_what_would_be_read_as_a_part_of_the_new_model(tmp_path, native):

@@ -1,6 +1,6 @@
 """Text for language models: tokenizers, corpora, and streams of batches that are the same every time.
 
-data = DataConfig(sequence_length=256).build()      # the standard library as bytes, tokenised once, memory-mapped
+data = DataConfig(sequence_length=256).build()      # the standard library as bytes, tokenised once
 stream = data.train(seed=0)
 batch = stream.next_batch(32)                       # batch.token_BL, batch.target_BL, batch.domain_B
 stream.load_state_dict(stream.state_dict())         # resumes in the middle of an epoch, at once

@@ -4,8 +4,8 @@
         ...                                     # write files into temporary
 
 The last file written is ``SHA256SUMS``, a digest of every other one (``sha256sum -c SHA256SUMS`` checks it too). A folder is ours if its
-config.json says so, and only ours if each file in it is as its record says; such a folder is replaced as a whole, any other only with
-``force``, which keeps every file that the new model has no file for.
+config.json says so, and only ours if each file in it is as its record says; such a folder is replaced as a whole, any other (one without
+a record is one) only with ``force``, which keeps every file that the new model has no file for.
 """
 
 import os
@@ -49,8 +49,8 @@ STEPS_FOLDER = "checkpoints"  # of a run, with a folder for each step
 MARK = {"anabranch_version": anabranch.__version__}
 _MOST_ENTRIES = 10_000
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# What a native folder of before the record may hold.
-_UNRECORDED = re.compile(rf"config\.json|{_WEIGHTS.pattern}|tokenizer(_config)?\.json")
+# What every model's folder may hold, whoever wrote it.
+_USUAL = re.compile(rf"config\.json|{_WEIGHTS.pattern}|tokenizer(_config)?\.json")
 # What makes up a model in the eyes of the programs that read Hugging Face folders, beside config.json and weights.
 _PARTS = re.compile(
     r"generation_config\.json|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
@@ -173,23 +173,24 @@ def _foreign(folder: Path, entries: Entries) -> str | None:
     """What lies in ``folder`` that we did not write, or not so; None where there is no such thing."""
     recorded = _record(folder)
     table = _config(folder)
-    is_native = table.get("format") == FORMAT
-    if not is_native and (recorded is None or not MARK.keys() <= table.keys()):
-        return min(entries, key=lambda name: (bool(_UNRECORDED.fullmatch(name)), name))
+    if table.get("format") != FORMAT and not MARK.keys() <= table.keys():
+        return _first_named(entries)
+    if recorded is None:
+        name = _first_named(entries)
+        return f"{name}, and no {RECORD} that lists it" if _USUAL.fullmatch(name) else name
     for name in sorted(entries):
         path = folder / name
         if name.endswith("/"):
-            if not any(other.startswith(name) for other in recorded or ()):
+            if not any(other.startswith(name) for other in recorded):
                 return name
-        elif name != RECORD and (path.is_symlink() or not _is_own(path, name, recorded)):
-            return f"{name}, which is not as it was saved" if name in (recorded or ()) else name
+        elif name != RECORD and (path.is_symlink() or sha256_of(path) != recorded.get(name)):
+            return f"{name}, which is not as it was saved" if name in recorded else name
     return None
 
 
-def _is_own(path: Path, name: str, recorded: dict[str, str] | None) -> bool:
-    if recorded is None:
-        return _UNRECORDED.fullmatch(name) is not None
-    return name in recorded and sha256_of(path) == recorded[name]
+def _first_named(entries: Entries) -> str:
+    """What an error says that a folder holds: something that no model has, if there is such a thing."""
+    return min(entries, key=lambda name: (bool(_USUAL.fullmatch(name)), name))
 
 
 def _config(folder: Path) -> dict[str, Any]:
