@@ -58,7 +58,7 @@ _PARTS = re.compile(
     r"|.*\.jinja|chat_template\.json"
 )
 _TEMPLATES = "additional_chat_templates"
-_PAPERS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
+_DOCUMENTS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
 Entries = dict[str, tuple[int, int, int]]
@@ -228,7 +228,7 @@ def carry(source: Path, target: Path) -> None:
     That is what loaders read (tokenizer, chat templates, generation_config.json) and papers (README, LICENSE), to the byte.
     """
     for entry in sorted(source.iterdir()):
-        if entry.is_file() and (_PARTS.fullmatch(entry.name) or _PAPERS.fullmatch(entry.name)):
+        if entry.is_file() and (_PARTS.fullmatch(entry.name) or _DOCUMENTS.fullmatch(entry.name)):
             shutil.copyfile(entry, target / entry.name)
     for entry in sorted((source / _TEMPLATES).glob("*.jinja")):
         (target / _TEMPLATES).mkdir(exist_ok=True)

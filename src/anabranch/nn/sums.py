@@ -64,7 +64,7 @@ def gather_gradients(w13_EFD: Tensor, w2_EDF: Tensor) -> tuple[GradientSums, Ten
 
 
 class _Gathered(torch.autograd.Function):
-    """The weights. In a backward pass this comes when all calls have."""
+    """The weights as they are. Its backward pass runs after those of all calls, and returns the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, sums: GradientSums, w13_EFD: Tensor, w2_EDF: Tensor) -> Pair:

@@ -26,6 +26,7 @@ from anabranch.files import atomic_file
 from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
 from anabranch.routing.router import Router
+from anabranch.routing.sequences import SequenceNumbers, items_to_record, real_items, said_of_items, sequence_names
 from anabranch.routing.trace import (
     METADATA_KEY,
     PARQUET_OPTIONS,
@@ -171,7 +172,7 @@ class Recorder:
         self.mask: Tensor | None = None
         self._sink, self._layers, self._read = sink, layers, read
         # By router and how many times it had routed in a forward pass, so that all of them number alike.
-        self._numbers: dict[tuple[nn.Module, int], _Numbers] = {}
+        self._numbers: dict[tuple[nn.Module, int], SequenceNumbers] = {}
         self._told: dict[Hashable, str | None] = {}  # the domain of each sequence that has a name
         self._turns = {module: _Turns() for module in layers}
         self._was_called = False
@@ -194,9 +195,9 @@ class Recorder:
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         routing = self._read(module, output)
         context = argument_of(RoutingContext, args, kwargs) or self._outside(routing.num_items)
-        keep_N = _kept(context, routing.num_items)
+        keep_N = items_to_record(context, routing.num_items)
         turn = next(context.once(self._turns[module], itertools.count)) if _passes(module) > 1 else 0
-        names = _names(context, routing.num_items)
+        names = sequence_names(context, routing.num_items)
         item_N, position_N = self._places((module, turn), routing.num_items, context, names)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
@@ -234,15 +235,15 @@ class Recorder:
         """Item id and position of each of the N items: as the context says, else counted from the start of the recording."""
         length = context.sequence_length or 1  # no sequences: every item is one of its own
         count_N = np.arange(num_items)
-        position_N = _given(context, "position", num_items)
-        item_N = _given(context, "item", num_items)
+        position_N = said_of_items(context, "position", num_items)
+        item_N = said_of_items(context, "item", num_items)
         if item_N is None:
-            numbers = self._numbers.setdefault(key, _Numbers())
+            numbers = self._numbers.setdefault(key, SequenceNumbers())
             if names is not None:
                 item_N = numbers.of(names).repeat(length)
             else:
                 # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
-                goes_on = position_N is not None and num_items > 0 and not (position_N[_real(context)] == 0).any()
+                goes_on = position_N is not None and num_items > 0 and not (position_N[real_items(context)] == 0).any()
                 item_N = numbers.counted(-(-num_items // length), goes_on) + count_N // length
         return item_N, count_N % length if position_N is None else position_N
 
@@ -266,7 +267,7 @@ class Recorder:
 
     def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
         if self.tokens is None:
-            return _given(context, "token", num_items)
+            return said_of_items(context, "token", num_items)
         token_N = _numpy(torch.as_tensor(self.tokens)).reshape(-1)
         if token_N.size != num_items:
             raise DataError(
@@ -362,28 +363,6 @@ def _passes(module: nn.Module) -> int:
     return getattr(module, "passes", 1)
 
 
-class _Numbers:
-    """Numbers the sequences that one router sees, from 0."""
-
-    def __init__(self) -> None:
-        self._named: dict[Hashable, int] = {}
-        self._first = self._end = 0  # of the last pass without names, and one past all
-
-    def of(self, names: Sequence[Hashable]) -> np.ndarray:
-        """Of sequences that have names, ``[S]``; a name keeps its number."""
-        for name in names:
-            if name not in self._named:
-                self._named[name] = self._end
-                self._end += 1
-        return np.array([self._named[name] for name in names], np.int64)
-
-    def counted(self, num_sequences: int, goes_on: bool) -> int:
-        """The first of sequences without names: those of the pass before if it ``goes_on``, else new ones."""
-        self._first = self._first if goes_on else self._end
-        self._end = max(self._end, self._first + num_sequences)
-        return self._first
-
-
 class _Turns:
     """Owner, in a context's memo, of the count of one router's turns in a forward pass."""
 
@@ -405,35 +384,6 @@ def _is_routing(module: nn.Module, output: Any) -> Routing:
             f"record_routing"
         )
     return Routing(index[0].long(), weight[0], score[0])
-
-
-def _given(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
-    """What a context says about each item, if it speaks of these N (a layer may route only some of the tokens)."""
-    value = context.state.get(f"{what}_N")
-    value = getattr(context, f"{what}_BL", None) if value is None else value
-    return None if value is None or value.numel() != num_items else _numpy(value).reshape(-1)
-
-
-def _names(context: RoutingContext, num_items: int) -> list[Hashable] | None:
-    """A name of each row, where the context says it of these N (a layer may route only some of the tokens)."""
-    sequences, streams, length = context.sequences, context.num_streams, context.sequence_length or 1
-    if not sequences or num_items != streams * len(sequences) * length:
-        return None
-    if _given(context, "position", num_items) is None:  # a sequence that goes on must say where
-        return None
-    return [(sequence, stream) for stream in range(streams) for sequence in sequences]
-
-
-def _kept(context: RoutingContext, num_items: int) -> np.ndarray | slice:
-    """The items to record: those that are real, and no repetition."""
-    real_N, repeated_N = _real(context), _given(context, "repeated", num_items)
-    if repeated_N is None:
-        return real_N
-    return ~repeated_N if isinstance(real_N, slice) else real_N & ~repeated_N
-
-
-def _real(context: RoutingContext) -> np.ndarray | slice:
-    return slice(None) if context.item_mask_N is None else _numpy(context.item_mask_N)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

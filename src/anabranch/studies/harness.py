@@ -23,7 +23,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.locks import locked
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
-from anabranch.studies.records import Metrics, Place, recorded_seeds
+from anabranch.studies.records import Metrics, RunRecord, recorded_seeds
 
 Progress = Callable[[str], None]
 
@@ -254,8 +254,8 @@ def read_records(study: Study, folder: Path) -> tuple[Results, list[tuple[str, i
     return Results(runs), outdated
 
 
-def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) -> Place:
-    return Place(folder / study.name, study.name, arm.name, seed, study.revision, arm.config, inputs)
+def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) -> RunRecord:
+    return RunRecord(folder / study.name, study.name, arm.name, seed, study.revision, arm.config, inputs)
 
 
 def fitted(study: Study, folder: str | Path) -> list[dict[str, Any]]:
@@ -307,7 +307,7 @@ def _inputs(study: Study, arms: Sequence[Arm]) -> dict[str, str | None]:
     return {arm.name: None if study.inputs is None else study.inputs(arm.config) for arm in arms}
 
 
-def _run_one(study: Study, place: Place, label: str, progress: Progress) -> None:
+def _run_one(study: Study, place: RunRecord, label: str, progress: Progress) -> None:
     reason = place.why_not()
     progress(f"{label}: started" if reason is None else f"{label}: run again, since the run there {reason}")
     started, cpu_started = time.perf_counter(), time.process_time()

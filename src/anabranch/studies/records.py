@@ -20,7 +20,7 @@ _SHOWN = 60  # characters of a value in a reason
 
 
 @dataclass(frozen=True)
-class Place:
+class RunRecord:
     """Where the record of one run lies, and what it must say.
 
     Attributes:

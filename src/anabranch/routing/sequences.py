@@ -1,0 +1,62 @@
+"""Which sequence each item of a forward pass belongs to: what the context says of it, and numbers that sequences keep."""
+# Shapes: N items, S sequences
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from anabranch.routing.context import RoutingContext
+
+__all__ = ["SequenceNumbers", "items_to_record", "real_items", "said_of_items", "sequence_names"]
+
+
+class SequenceNumbers:
+    """Numbers the sequences that one router sees, from 0."""
+
+    def __init__(self) -> None:
+        self._named: dict[Hashable, int] = {}
+        self._first = self._end = 0  # of the last pass without names, and one past all
+
+    def of(self, names: Sequence[Hashable]) -> np.ndarray:
+        """Of sequences that have names, ``[S]``; a name keeps its number."""
+        for name in names:
+            if name not in self._named:
+                self._named[name] = self._end
+                self._end += 1
+        return np.array([self._named[name] for name in names], np.int64)
+
+    def counted(self, num_sequences: int, goes_on: bool) -> int:
+        """The first of sequences without names: those of the pass before if it ``goes_on``, else new ones."""
+        self._first = self._first if goes_on else self._end
+        self._end = max(self._end, self._first + num_sequences)
+        return self._first
+
+
+def said_of_items(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
+    """What a context says about each item, if it speaks of these N (a layer may route only some of the tokens)."""
+    value = context.state.get(f"{what}_N")
+    value = getattr(context, f"{what}_BL", None) if value is None else value
+    return None if value is None or value.numel() != num_items else value.detach().cpu().numpy().reshape(-1)
+
+
+def sequence_names(context: RoutingContext, num_items: int) -> list[Hashable] | None:
+    """A name of each row, where the context says it of these N (a layer may route only some of the tokens)."""
+    sequences, streams, length = context.sequences, context.num_streams, context.sequence_length or 1
+    if not sequences or num_items != streams * len(sequences) * length:
+        return None
+    if said_of_items(context, "position", num_items) is None:  # a sequence that goes on must say where
+        return None
+    return [(sequence, stream) for stream in range(streams) for sequence in sequences]
+
+
+def items_to_record(context: RoutingContext, num_items: int) -> np.ndarray | slice:
+    """The items to record: those that are real, and no repetition."""
+    real_N, repeated_N = real_items(context), said_of_items(context, "repeated", num_items)
+    if repeated_N is None:
+        return real_N
+    return ~repeated_N if isinstance(real_N, slice) else real_N & ~repeated_N
+
+
+def real_items(context: RoutingContext) -> np.ndarray | slice:
+    """The items that are no padding: a mask ``[N]``, or a slice of all."""
+    return slice(None) if context.item_mask_N is None else context.item_mask_N.detach().cpu().numpy()
