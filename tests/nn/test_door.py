@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import anabranch
 import anabranch.nn.kernels.memory
@@ -182,6 +183,8 @@ class Odd(torch.Tensor):
 WRONG = {
     "meta": lambda value: value.to("meta"),
     "dtype": lambda value: value.to(torch.float64),
+    "sign": torch._neg_view,
+    "dual": lambda value: forward_ad.make_dual(value, value),
     "class": lambda value: value.as_subclass(Odd),
     "memory": given_back,
     "nothing": lambda value: None,
@@ -203,6 +206,9 @@ def wrongs(operand):
     found = dict(WRONG_ARRAY if "array" in operand.flags else WRONG)
     if operand.optional:
         found.pop("nothing")
+    if operand.dtype in ("bool", "uint8", "int32", "int64"):
+        found.pop("dual", None)  # only floats have tangents, and only what has a sign a negative view
+        found.pop("sign", None)
     if operand.sizes and operand.sizes[0].endswith(".."):
         found.pop("axes")
     if "array" in operand.flags and operand.sizes != ("1",):
@@ -210,8 +216,16 @@ def wrongs(operand):
     return found
 
 
+@pytest.fixture
+def level():
+    """A level of forward differentiation, in which there are dual tensors."""
+    with forward_ad.dual_level():
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch, at the first dual tensor
 @pytest.mark.parametrize("symbol", sorted(KERNELS))
-def test_a_kernel_takes_what_it_says_and_nothing_else(symbol):
+def test_a_kernel_takes_what_it_says_and_nothing_else(symbol, level):
     kernel = KERNELS[symbol]
     recorder, call, values = prepared(kernel)
     call(*values)
@@ -310,7 +324,7 @@ def test_a_read_only_array_is_not_written_to():
 def test_addresses_for_structures():
     x = torch.zeros(4, 6)
     assert address(x, "float32", 4, None) == address(x) == x.data_ptr()
-    for wrong in (x.T, x.to("meta"), x.double(), x[0], given_back(x)):
+    for wrong in (x.T, torch._neg_view(x), x.as_subclass(Odd), x.to("meta"), x.double(), x[0], given_back(x)):
         with pytest.raises(InputError, match="a kernel was given"):
             address(wrong, ("float32", "bfloat16"), None, 6)
     y = np.zeros((3, 4), np.int64)

@@ -52,7 +52,7 @@ def norm_of(x, weight_D):
 )  # 2100: above what one thread does alone
 def test_norm_and_its_gradients(shape, dtype):
     x, weight_D = normal(*shape, dtype=dtype), normal(shape[-1], seed=1, dtype=dtype)
-    assert rows.can_norm(x)
+    assert rows.can_norm(x, weight_D)
     check(norm_of, plain_norm, (x, weight_D), normal(*shape, seed=2))
 
 
@@ -89,7 +89,7 @@ def test_rotation_and_its_gradient(shape, sequences, dtype):
     position_BL = torch.randint(0, 500, (sequences, shape[2]), generator=torch.Generator().manual_seed(0))
     cos, sin = Rotary.Config().build(shape[-1])(position_BL, dtype)
     x = normal(*shape, dtype=dtype)
-    assert rows.can_turn(x, cos)
+    assert rows.can_turn(x, cos, sin)
     y, _ = check(
         lambda x: rotate(x, (cos, sin)),
         lambda x: plain_rotation(x, cos.double(), sin.double()),
@@ -124,7 +124,7 @@ def test_weighted_sum_and_its_gradients(shape, count, dtype):
 def test_weighted_sum_without_a_kernel_is_the_same():
     parts = [normal(5, 24, seed=c) for c in range(3)]  # 24 is no multiple of 16
     weight_NC = normal(5, 3, seed=9)
-    assert not rows.can_sum(parts)
+    assert not rows.can_sum(parts, weight_NC)
     check(lambda weight, *parts: weighted_sum(parts, weight), plain_sum, (weight_NC, *parts), normal(5, 24, seed=10))
 
 
@@ -159,5 +159,6 @@ def test_threads_change_nothing():
     ],
 )
 def test_what_the_kernels_leave_to_torch(x):
-    assert not rows.can_norm(x)
-    assert RMSNorm(x.shape[-1]).to(x)(x).shape == x.shape
+    norm = RMSNorm(x.shape[-1]).to(x)
+    assert not rows.can_norm(x, norm.weight)
+    assert norm(x).shape == x.shape

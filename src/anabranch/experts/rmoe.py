@@ -34,7 +34,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
 from anabranch.routing.context import argument_of
-from anabranch.routing.score import cast, full_precision, wide
+from anabranch.routing.score import autocast_dtype, cast, full_precision, wide
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +175,11 @@ class RecurrentScore(Score, kind="recurrent"):
         Raises AnabranchError if a router that is not the model's first gets no state, or one that does not fit the items.
         """
         x_ND = wide(x_ND)
-        mixed = self.config.cell_dtype == "autocast" and torch.is_autocast_enabled(x_ND.device.type)
+        half = autocast_dtype(x_ND.device.type) if self.config.cell_dtype == "autocast" else None
         projector = self.recurrence.projector if self.projector is None else self.projector
         with full_precision(x_ND.device.type):
             x_NP = F.linear(x_ND, cast(projector, x_ND.dtype))  # type: ignore[arg-type]
-            state = self._next(x_NP, self._before(x_NP, context), mixed)
+            state = self._next(x_NP, self._before(x_NP, context), half)
             if self.config.passing:
                 context.carry |= dict(zip(("routing_state", "routing_memory"), state, strict=False))
             logit_NE = self._gate(state[0])
@@ -190,10 +190,9 @@ class RecurrentScore(Score, kind="recurrent"):
             context.carry["routing_logits"] = logit_NE
         return logit_NE
 
-    def _next(self, x_NP: Tensor, before: tuple[Tensor, ...], mixed: bool) -> tuple[Tensor, ...]:
-        if not mixed:
+    def _next(self, x_NP: Tensor, before: tuple[Tensor, ...], half: torch.dtype | None) -> tuple[Tensor, ...]:
+        if half is None:
             return self.recurrence(x_NP, before)
-        half = torch.get_autocast_dtype(x_NP.device.type)
         state = self.recurrence(x_NP.to(half), tuple(value.to(half) for value in before))
         return tuple(value.to(x_NP.dtype) for value in state)
 

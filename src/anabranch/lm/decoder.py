@@ -29,6 +29,7 @@ from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
 from anabranch.routing import Score, Select
+from anabranch.routing.score import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -306,9 +307,7 @@ class Decoder(Part, nn.Module):
         return Prefix(self.streams.prefixes()) if self.streams is not None and wanted[1] else None
 
     def _dtype(self, device: torch.device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.embedding.weight.dtype
+        return autocast_dtype(device.type) or self.embedding.weight.dtype
 
 
 def _positions(

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anabranch.errors import InputError
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients, with_plain_gradients
 from anabranch.nn.kernels import attention as native
+from anabranch.nn.kernels.door import is_transformed
 
 __all__ = ["attention", "causal_attention"]
 
@@ -19,13 +21,13 @@ SHORT = 16  # queries; for fewer, launching is what costs
 def causal_attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
     """y_BHLD: query l sees the first M + l + 1 of the S keys. Key heads are shared by H / G query heads each.
 
-    Compiled kernels on a CPU in float32, `scaled_dot_product_attention` elsewhere.
+    Compiled kernels on a CPU in float32, `scaled_dot_product_attention` elsewhere. Raises InputError for more queries than keys.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and query_BHLD.shape[2] >= SHORT
-        and native.can(query_BHLD, key_BGSD, value_BGSD)
-    ):
+    if query_BHLD.shape[2] > key_BGSD.shape[2]:
+        raise InputError(
+            f"causal_attention was given {query_BHLD.shape[2]} queries and {key_BGSD.shape[2]} keys; every query has a key of its own"
+        )
+    if query_BHLD.shape[2] >= SHORT and native.can(query_BHLD, key_BGSD, value_BGSD):
         return _Causal.apply(query_BHLD, key_BGSD, value_BGSD)
     return _causal(query_BHLD, key_BGSD, value_BGSD)
 
@@ -51,6 +53,8 @@ def attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, **option
         with sdpa_kernel(SDPBackend.MATH):  # the one of them that torch differentiates twice
             return F.scaled_dot_product_attention(query, key, value, **options)
 
+    if not torch.compiler.is_compiling() and is_transformed():  # the quick ones have no tangents
+        return plain(query_BHLD, key_BGSD, value_BGSD)
     y_BHLD = F.scaled_dot_product_attention(query_BHLD, key_BGSD, value_BGSD, **options)
     return with_plain_gradients(plain, y_BHLD, (query_BHLD, key_BGSD, value_BGSD))
 

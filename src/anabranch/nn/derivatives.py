@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["asks_for_plain", "plain_gradients", "with_plain_gradients"]
+from anabranch.nn.kernels.door import PLAIN, takes
+
+__all__ = ["asks_for_graph", "asks_for_plain", "plain_gradients", "with_plain_gradients"]
 
 
 def asks_for_plain(gradient: Tensor) -> bool:
-    """Whether a backward pass that gets this gradient must answer with `plain_gradients`."""
+    """Whether a backward pass that gets this gradient must answer with `plain_gradients`: also of one that no kernel could read."""
+    return asks_for_graph(gradient) or type(gradient) not in PLAIN or gradient.is_neg()
+
+
+def asks_for_graph(gradient: Tensor) -> bool:
+    """The same of an operator that torch's compilers trace, and that takes any kind of tensor."""
     is_batch = torch._C._functorch.is_legacy_batchedtensor(gradient) or torch._C._functorch.is_batchedtensor(gradient)
     return torch.is_grad_enabled() or is_batch
 
@@ -43,7 +50,7 @@ def plain_gradients(
 
 def with_plain_gradients(plain: Callable[..., Tensor], y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """``y``, which an operator of torch that has no second derivative made of ``inputs``; with those of ``plain(*inputs)``, its equal."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not y.requires_grad:
+    if not takes() or not torch.is_grad_enabled() or not y.requires_grad:
         return y
     return _WithPlainGradients.apply(plain, y, *inputs)
 

@@ -23,6 +23,7 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, plan_dispatch
+from anabranch.routing.score import autocast_dtype
 
 __all__ = ["ExpertParallel", "owned_parameters"]
 
@@ -75,9 +76,7 @@ class ExpertParallel(nn.Module):
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed, wherever they are."""
         plan = plan_dispatch(routing)
-        device = x_ND.device.type
-        if torch.is_autocast_enabled(device):
-            x_ND = x_ND.to(torch.get_autocast_dtype(device))  # before it travels
+        x_ND = x_ND.to(autocast_dtype(x_ND.device.type) or x_ND.dtype)  # before it travels
         place_R = plan.place_R[: int(plan.offset_E[-1])]
         rows_RD = x_ND[place_R // plan.num_places]
         if weight_on == "input":

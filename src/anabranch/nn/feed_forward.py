@@ -11,6 +11,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.grouped import dense_mlp
+from anabranch.nn.kernels.door import takes
 from anabranch.nn.kernels.expert_mlp import why_not
 
 
@@ -73,7 +74,7 @@ def swiglu_of(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> Tensor:
 
 def is_fused(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> bool:
     """Whether the compiled kernels do it: in training on a CPU, unless a matrix was replaced or is watched by hooks."""
-    if x_BLD.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x_BLD.device.type != "cpu" or not torch.is_grad_enabled() or not takes():
         return False
     if any(type(part) is not nn.Linear or part.bias is not None or part._forward_hooks for part in (w13, w2)):
         return False

@@ -27,7 +27,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.operator import expert_operator, plain_experts, swiglu
 from anabranch.nn.sums import GradientSums
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
-from anabranch.routing.score import full_precision
+from anabranch.routing.score import autocast_dtype, full_precision
 
 __all__ = ["BACKENDS", "dense_mlp", "expert_mlp", "reference_expert_mlp"]
 
@@ -68,8 +68,8 @@ def expert_mlp(
         BackendError: ``native`` was asked for and cannot be had; the message says why.
     """
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
-    device = "cpu" if x_ND.is_meta else x_ND.device.type  # autocast knows no meta device
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+    device = x_ND.device.type
+    dtype = autocast_dtype(device) or x_ND.dtype
     aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
     if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and aligned:
         backend = "grouped_mm"  # a GPU wants one launch for all experts

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
+from anabranch.nn.kernels.door import takes
 from anabranch.routing.score import cast, wide
 
 
@@ -22,13 +23,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        if torch.is_grad_enabled():
-            if native.can_norm(x):
-                return _CompiledRMSNorm.apply(x, self.weight, self.eps)
-            if x.device.type == "cpu" and not torch.compiler.is_compiling():
-                return _RMSNorm.apply(x, self.weight, self.eps)
-        elif native.can_norm(x):
-            return native.norm(x, self.weight, self.eps, keep=False)[1]
+        is_compiled = native.can_norm(x, self.weight)
+        if not torch.is_grad_enabled():
+            return (
+                native.norm(x, self.weight, self.eps, keep=False)[1] if is_compiled else _norm(x, self.weight, self.eps)
+            )
+        if is_compiled:
+            return _CompiledRMSNorm.apply(x, self.weight, self.eps)
+        if x.device.type == "cpu" and takes():
+            return _RMSNorm.apply(x, self.weight, self.eps)
         return _norm(x, self.weight, self.eps)
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import BackendError
-from anabranch.nn.derivatives import asks_for_plain, plain_gradients
+from anabranch.nn.derivatives import asks_for_graph, asks_for_plain, plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
+from anabranch.nn.kernels.door import is_transformed, why_refused
 from anabranch.nn.sums import GradientSums
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
 from anabranch.routing.score import full_precision
@@ -36,6 +37,11 @@ def expert_operator(
     sums: GradientSums | None = None,
 ) -> Tensor:
     """y_ND in ``dtype``, by back end ``native``, ``torch`` or the better of them (``auto``); arguments as in `expert_mlp`."""
+    if not torch.compiler.is_compiling() and is_transformed():
+        if backend == "native":
+            raise BackendError(f"{why_refused(x=x_ND)}; use backend 'auto'")
+        plan = DispatchPlan(place_R, offset_E, *weight_NK.shape)
+        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
     arguments = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
     if not learns and type(x_ND) is Tensor and not x_ND.is_meta and not torch.compiler.is_compiling():
         return _forward(*arguments, False)[0]  # what the operator does, without the cost of dispatching it
@@ -44,11 +50,14 @@ def expert_operator(
     return _expert_mlp(*arguments, learns and not recompute)[0]
 
 
-def _resolve(backend: str, x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, num_rows: int) -> str:
+def _resolve(
+    backend: str, x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, place_R: Tensor, **others: Tensor
+) -> str:
     """``native`` or ``torch``. Called inside the operator, so that a compiled graph does not freeze the choice."""
+    num_rows = place_R.shape[0]
     if backend == "torch" or num_rows == 0:
         return "torch"
-    obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype)
+    obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype, place=place_R, **others)
     if backend == "native" and obstacle:
         raise BackendError(f"{obstacle}; use backend 'auto'")
     if backend == "auto" and not obstacle and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
@@ -101,7 +110,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F for the backward pass; both in ``dtype``, the dtype to compute in."""
-    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R.shape[0]) == "native":
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, offset=offset_E, weight=weight_NK) == "native":
         return native.forward(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, keep)
     num_items, num_places = weight_NK.shape
     ends = offset_E.tolist()
@@ -143,7 +152,8 @@ def _gradients(
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, w13, w2; empty where not needed. With ``sums``, those of w13 and w2 are added to them."""
-    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R.shape[0]) == "native":
+    others = {"offset": offset_E, "weight": weight_NK, "dy": dy_ND}
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, **others) == "native":
         saved = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z_R2F)
         return native.backward(dy_ND, *saved, on_input, dtype, need_x, need_w13, need_w2, sums=sums)
     num_items, num_places = weight_NK.shape
@@ -223,7 +233,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy_ND, _):
-    if asks_for_plain(dy_ND):
+    if asks_for_graph(dy_ND):
         return _plain_backward(ctx.saved_tensors, ctx.options, ctx.needs_input_grad, dy_ND)
     need_x, _, _, need_weight, need_w13, need_w2, *_ = ctx.needs_input_grad
     gradients = _expert_mlp_backward(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, need_w13, need_w2)
@@ -244,7 +254,7 @@ def _plain_backward(saved, options, needed, dy_ND):
         return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
 
     need_x, _, _, *others, _, _, _, _ = needed
-    with full_precision("cpu" if x_ND.is_meta else x_ND.device.type):
+    with full_precision(x_ND.device.type):
         dx, *rest = plain_gradients(plain, (x_ND, weight_NK, w13_EFD, w2_EDF), dy_ND, (need_x, *others))
     return dx, None, None, *rest, None, None, None, None
 

@@ -145,7 +145,7 @@ class Packed:
         """y_CN = x W^T + bias in the dtype of x, of a stack of one. Compiled on a CPU, else with the weights unpacked."""
         from anabranch.nn.kernels import packed as native  # the kernels know this class
 
-        if native.can(self, x_CK):
+        if native.can(self, x_CK, bias_N):
             return native.linear(self, x_CK, bias_N)
         bias = None if bias_N is None else bias_N.to(x_CK.dtype)
         return F.linear(x_CK, self.unpack(x_CK.dtype)[0], bias)

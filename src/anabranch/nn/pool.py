@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.kernels.door import takes
 from anabranch.nn.sums import GradientSums, gather_gradients
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
@@ -130,7 +131,7 @@ class ExpertPool(nn.Module):
     def _weights(self, context: RoutingContext | None) -> tuple[GradientSums | None, Tensor, Tensor]:
         """The weights; those of a shared pool once per forward pass, with a place where their gradients gather."""
         learns = torch.is_grad_enabled() and self.w13.requires_grad and self.w2.requires_grad
-        if not self.is_shared or context is None or not learns or torch.compiler.is_compiling():
+        if not self.is_shared or context is None or not learns or not takes():
             return None, self.w13, self.w2
         return context.once(self, lambda: gather_gradients(self.w13, self.w2))
 

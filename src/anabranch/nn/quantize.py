@@ -69,7 +69,7 @@ class QuantizedLinear(nn.Module):
         """``[..., K]`` to ``[..., N]`` in the dtype of ``x``."""
         x_CK = x.reshape(-1, x.shape[-1])
         packed = self.packed
-        if native.can(packed, x_CK):
+        if native.can(packed, x_CK, self.bias):
             y_CN = native.linear(packed, x_CK, self.bias)
         else:
             y_CN = self._plain(packed, x_CK)

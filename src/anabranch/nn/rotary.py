@@ -12,6 +12,7 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.derivatives import asks_for_plain
 from anabranch.nn.kernels import rows as native
+from anabranch.nn.kernels.door import takes
 
 
 class Rotary(Part, nn.Module):
@@ -83,10 +84,10 @@ def _frequencies(config: Any, head_dim: int) -> Tensor:
 def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle."""
     cos, sin = rotary
-    if not torch.is_grad_enabled() and native.can_turn(x_BHLD, cos):
+    if not torch.is_grad_enabled() and native.can_turn(x_BHLD, cos, sin):
         return native.turn(x_BHLD, cos, sin, 1.0)
     # A compiler makes one pass of it by itself.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
+    if not takes() or not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
         return _rotate(x_BHLD, cos, sin)
     return _Rotate.apply(x_BHLD, cos, sin)
 
@@ -114,7 +115,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    if native.can_turn(x_BHLD, cos):
+    if native.can_turn(x_BHLD, cos, sin):
         return native.turn(x_BHLD, cos, sin, sign)
     half = x_BHLD.shape[-1] // 2
     left, right = x_BHLD[..., :half], x_BHLD[..., half:]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anabranch.errors import InputError
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
 
@@ -19,8 +20,15 @@ def weighted_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> Tensor:
     Args:
         parts: C tensors [N, D] of one dtype.
         weight_NC: column c weighs ``parts[c]``.
+
+    Raises InputError where there are no parts, or not a column for each.
     """
-    if native.can_sum(parts):
+    if not parts or weight_NC.shape[-1] != len(parts):
+        raise InputError(
+            f"weighted_sum was given {len(parts)} parts and weights {list(weight_NC.shape)}; it takes at least one part, and a column "
+            "of weights for each"
+        )
+    if native.can_sum(parts, weight_NC):
         return _Sum.apply(weight_NC.to(torch.float32).contiguous(), *(part.contiguous() for part in parts))
     return _sum(weight_NC, *parts)
 

@@ -164,7 +164,14 @@ class CosineScore(Score, kind="cosine"):
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Autocast off. Where it is off already, as in most decoding, the switch itself would cost as much as the work inside."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this type of device; None where it is off, and on meta, which it does not know."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def wide(x_ND: Tensor) -> Tensor:

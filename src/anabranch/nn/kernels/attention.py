@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.door import Kernel, takes
 from anabranch.nn.kernels.expert_mlp import STEP
 
 __all__ = ["backward", "can", "forward"]
@@ -35,10 +35,12 @@ BACKWARD = Kernel(
 def can(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> bool:
     """Whether the kernels take this: float32 on a CPU, heads of a multiple of 16, not too long."""
     tensors = (query_BHLD, key_BGSD, value_BGSD)
-    if any(not part.is_cpu or part.dtype != torch.float32 for part in tensors):
+    if any(part.dtype != torch.float32 for part in tensors) or not takes(*tensors):
         return False
-    width, keys = query_BHLD.shape[-1], key_BGSD.shape[2]
-    return width % STEP == 0 and width <= MOST_WIDTH and 0 < keys <= MOST_KEYS and load() is not None
+    (heads, queries, width), (key_heads, keys) = query_BHLD.shape[1:], key_BGSD.shape[1:3]
+    if width == 0 or width % STEP or width > MOST_WIDTH or key_heads == 0 or heads % key_heads:
+        return False
+    return 0 < keys <= MOST_KEYS and queries <= keys and load() is not None
 
 
 def forward(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:

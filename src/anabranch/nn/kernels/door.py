@@ -12,7 +12,8 @@ A `Kernel` is declared once, beside the function that calls it, by the parameter
 What Python gives are the operands and the numbers (all ``name: kind``), in this order. Sizes, codes of types, strides and the number of
 threads follow from them, so they cannot disagree with what they are sizes of. Each operand is looked at before its address is taken:
 a plain tensor on the CPU, of this dtype, of this shape, in one piece, of memory that is there. Otherwise InputError says what came and what
-is taken. A kernel for which there is not enough memory raises CapacityError, one that finds an index out of range InputError.
+is taken. Who has another way asks `takes` before. A kernel for which there is not enough memory raises CapacityError, one that finds an
+index out of range InputError.
 
 Operands, ``name: dtype[sizes]`` and after that:
 
@@ -38,10 +39,21 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from anabranch.errors import BackendError, CapacityError, InputError
 
-__all__ = ["KERNELS", "Kernel", "Library", "address", "array_address", "is_dense"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Library",
+    "address",
+    "array_address",
+    "is_dense",
+    "is_transformed",
+    "takes",
+    "why_refused",
+]
 
 KERNELS: "dict[str, Kernel]" = {}  # every one that is declared, by the name of its C function
 
@@ -58,6 +70,43 @@ DTYPES: Final = {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "bool", "uint8", "int32", "int64")
 }  # of tensors; arrays have them by the same names
 OPERAND = re.compile(r"(\w+): (\w+)\[([^]]*)\](\?)?((?: rows| out| array)*)(?: \* (\w+))?")
+
+
+def takes(*values: Tensor) -> bool:
+    """Whether a kernel can read these now, whatever their dtypes and shapes: plain tensors on the CPU, and no graph is made of them.
+
+    A subclass may lie elsewhere, a negative view lies with the other sign, and the tangents of dual tensors and the batches of
+    ``torch.func`` lie beside what a kernel reads. All that, torch computes by itself. Operands of which only the first is on the CPU are
+    an error, which the door tells better than torch: they are let through to it.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    for value in values:
+        if type(value) not in PLAIN or value.is_neg():
+            return False
+    return not values or values[0].is_cpu
+
+
+def why_refused(**values: Tensor) -> str | None:
+    """Why `takes` says no to these, each by its name; None if it says yes."""
+    for name, value in values.items():
+        if not value.is_cpu:
+            return f"the native kernels run on the CPU, and {name} is on {value.device}"
+        if type(value) not in PLAIN or value.is_neg():
+            return f"the native kernels take plain tensors, and {name} is {_said(value)}"
+    return None if takes() else "the native kernels are not differentiated forward, batched by torch.func or compiled"
+
+
+def is_transformed() -> bool:
+    """Whether torch carries more than values through operators now: tangents (forward mode), or the levels of ``torch.func``."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    """Whether it carries more than its values; asked where `is_transformed`."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
 
 
 class Library:
@@ -209,8 +258,10 @@ class _Writer:
         self.names: dict[str, Any] = {
             "PLAIN": PLAIN, "LEAST": LEAST_ADDRESS, "Tensor": Tensor, "ndarray": np.ndarray,
             "pointer": ctypes.c_void_p, "threads": torch.get_num_threads, "is_dense": is_dense, "lies_otherwise": _lies_otherwise,
+            "is_transformed": is_transformed, "is_wrapped": _is_wrapped,
         }  # fmt: skip
-        self.lines: list[str] = []
+        reads = any("array" not in one.flags for one in kernel.operands)
+        self.lines = ["transformed = is_transformed()"] if reads else []
         self.sizes: set[str] = set()  # known so far
         self.binding: set[int] = set()  # operands that all of their sizes come from
 
@@ -340,7 +391,7 @@ class _Writer:
             wrong.append(f"not {name}.flags.c_contiguous")
             wrong += [f"not {name}.flags.writeable"] if "out" in operand.flags else []
             return " or ".join(wrong)
-        wrong.append(f"not {name}.is_cpu")
+        wrong.append(f"not {name}.is_cpu or {name}.is_neg() or transformed and is_wrapped({name})")
         if operand.sizes[0].endswith(".."):
             if number in self.binding:
                 wrong.append(f"not ({name}.is_contiguous() or is_dense({name}))")
@@ -385,7 +436,7 @@ def address(value: Tensor, dtype: str | Sequence[str] | None = None, *sizes: int
     if not _is_exactly(value, dtype, sizes):
         names = () if dtype is None else (dtype,) if isinstance(dtype, str) else dtype
         fits = dtype is None or (_has_shape(value.shape, sizes) and any(value.dtype is DTYPES[name] for name in names))
-        if not fits or type(value) not in PLAIN or not value.is_cpu or not value.is_contiguous():
+        if not fits or not _is_readable(value):
             what = f"{' or '.join(names)} {_in_words(sizes)}, " if names else "what is "
             raise InputError(f"a kernel was given {_said(value)}; it takes {what}in one piece, on the CPU")
     place = value.data_ptr()
@@ -396,8 +447,14 @@ def address(value: Tensor, dtype: str | Sequence[str] | None = None, *sizes: int
 
 def _is_exactly(value: Tensor, dtype: str | Sequence[str] | None, sizes: tuple[int | None, ...]) -> bool:
     """The quick answer for what steps pass: one dtype, all sizes known."""
-    is_plain = type(value) in PLAIN and value.is_cpu and value.is_contiguous()
-    return is_plain and isinstance(dtype, str) and value.dtype is DTYPES[dtype] and value.shape == sizes
+    return _is_readable(value) and isinstance(dtype, str) and value.dtype is DTYPES[dtype] and value.shape == sizes
+
+
+def _is_readable(value: Tensor) -> bool:
+    """Whether all of its values stand where it lies, in one piece."""
+    if type(value) not in PLAIN or not value.is_cpu or not value.is_contiguous() or value.is_neg():
+        return False
+    return not is_transformed() or not _is_wrapped(value)
 
 
 def array_address(value: np.ndarray, dtype: str, *sizes: int | None) -> int:
@@ -427,6 +484,9 @@ def _said(value: Any) -> str:
     """What came, in words."""
     if isinstance(value, Tensor):
         kind = "" if type(value) in PLAIN else f"a {type(value).__name__} of "
+        kind += "a negative view of " if value.is_neg() else ""
+        if is_transformed() and _is_wrapped(value):
+            return f"{kind}{str(value.dtype).removeprefix('torch.')} {list(value.shape)} that torch differentiates forward or batches"
         gone = type(value) in PLAIN and value.is_cpu and value.numel() and value.data_ptr() < LEAST_ADDRESS
         lies = "" if value.is_meta or value.is_contiguous() else f" with strides {list(value.stride())}"
         dtype = str(value.dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import DTYPES, Kernel
+from anabranch.nn.kernels.door import DTYPES, Kernel, takes, why_refused
 from anabranch.nn.kernels.memory import empty_gradient
 from anabranch.routing.score import cast
 
@@ -39,11 +39,10 @@ BACKWARD = Kernel(
 )
 
 
-def why_not(x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take this, or None if they can."""
-    for name, part in (("x", x_ND), ("w13", w13_EFD), ("w2", w2_EDF)):
-        if not part.is_cpu:
-            return f"the native kernels run on the CPU, and {name} is on {part.device}"
+def why_not(x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, **others: Tensor) -> str | None:
+    """Why the kernels cannot take this, or None if they can. ``others`` are the plan and so on, by their names."""
+    if not takes(x_ND, w13_EFD, w2_EDF, *others.values()):
+        return why_refused(x=x_ND, w13=w13_EFD, w2=w2_EDF, **others)
     if w13_EFD.dtype != w2_EDF.dtype or (dtype, w13_EFD.dtype) not in _PAIRS:
         return f"the native kernels compute in float32 or bfloat16; here in {dtype} with weights in {w13_EFD.dtype}"
     for name, width in (("dim", x_ND.shape[1]), ("hidden_dim", w2_EDF.shape[2])):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anabranch.errors import InputError
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel, address
+from anabranch.nn.kernels.door import Kernel, address, takes
 from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
@@ -70,9 +70,9 @@ def matrix_of_rows(weight_ENK: Tensor) -> Matrix:
     return Matrix(start, rows, depth, depth, WIDE * row_bytes, kind, rows * row_bytes)
 
 
-def can(packed: Packed, x_CK: Tensor) -> bool:
+def can(packed: Packed, x_CK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether the kernels take this: on a CPU, without a gradient."""
-    if not x_CK.is_cpu or not packed.data.is_cpu or torch.compiler.is_compiling():
+    if not takes(packed.data, x_CK) or (bias_N is not None and not takes(bias_N)):
         return False
     if x_CK.dtype not in (torch.float32, torch.bfloat16) or (torch.is_grad_enabled() and x_CK.requires_grad):
         return False

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.door import Kernel, takes
 
 __all__ = ["attend", "can"]
 
@@ -28,7 +28,7 @@ ATTENTION = Kernel(
 def can(key_PSGD: Tensor) -> bool:
     """Whether the kernel takes a pool of such keys and values: float32 or bfloat16, in one piece, on a CPU with a compiler."""
     return (
-        key_PSGD.is_cpu
+        takes(key_PSGD)
         and key_PSGD.dtype in (torch.float32, torch.bfloat16)
         and key_PSGD.is_contiguous()
         and key_PSGD.shape[-1] <= MOST_WIDTH

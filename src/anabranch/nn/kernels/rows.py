@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel, is_dense
+from anabranch.nn.kernels.door import Kernel, is_dense, takes
 from anabranch.routing.score import cast
 
 __all__ = ["can_norm", "can_sum", "can_turn", "norm", "norm_gradients", "sum_gradients", "turn", "weighted_sum"]
@@ -52,25 +52,29 @@ SUM_BACKWARD = Kernel(
 )
 
 
-def _can(x: Tensor) -> bool:
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or type(x) is not Tensor:
-        return False
-    return not torch.compiler.is_compiling() and load() is not None
+def _can(x: Tensor, *others: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16) and takes(x, *others) and load() is not None
 
 
-def can_norm(x: Tensor) -> bool:
-    """Whether the kernels take these rows: their width is a multiple of 16, and no graph is being made of them."""
-    return x.shape[-1] % STEP == 0 and x.numel() > 0 and _can(x)
+def _is_rows(x: Tensor) -> bool:
+    return x.dim() > 0 and x.shape[-1] % STEP == 0 and x.numel() > 0
 
 
-def can_turn(x_BHLD: Tensor, cos: Tensor) -> bool:
+def can_norm(x: Tensor, weight_D: Tensor) -> bool:
+    """Whether the kernels take these rows: their width is a multiple of 16, and the door `takes` both."""
+    return _is_rows(x) and _can(x, weight_D)
+
+
+def can_turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernels take these heads: their halves are multiples of 16 wide, and the angles are of their type."""
-    return x_BHLD.shape[-1] % (2 * STEP) == 0 and x_BHLD.numel() > 0 and cos.dtype == x_BHLD.dtype and _can(x_BHLD)
+    if x_BHLD.shape[-1] % (2 * STEP) or x_BHLD.numel() == 0 or not cos.dtype == sin.dtype == x_BHLD.dtype:
+        return False
+    return _can(x_BHLD, cos, sin)
 
 
-def can_sum(parts: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these [N, D]: as rows for `norm`, all of one type."""
-    return all(part.dtype == parts[0].dtype and can_norm(part) for part in parts)
+def can_sum(parts: Sequence[Tensor], weight_NC: Tensor) -> bool:
+    """Whether the kernels take these [N, D]: as rows for `norm`, all of one type, and their weights."""
+    return all(part.dtype == parts[0].dtype and _is_rows(part) for part in parts) and _can(*parts, weight_NC)
 
 
 def norm(x: Tensor, weight_D: Tensor, eps: float, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.kernels import paged as native
+from anabranch.nn.kernels.door import takes
 from anabranch.serving.engine.layout import StepLayout
 
 Pairs = Sequence[tuple[int, int]]
@@ -166,7 +167,7 @@ class PagedStore:
         """y_BHLD; B is the streams P, L the rows T of the step."""
         prefix = self.prefix[layer] if self.prefix else None
         key_PSGD, value_PSGD = self.pool.key[layer], self.pool.value[layer]
-        if self.use_kernel:
+        if self.use_kernel and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(
                 query_BHLD, key_BGLD, value_BGLD, key_PSGD, value_PSGD, layout.sequence_N4, layout.table_U,

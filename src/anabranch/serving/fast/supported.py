@@ -1,6 +1,7 @@
 """Which models the compiled step knows: `why_not` says what stands in the way."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from anabranch.lm.decoder import Block, Decoder
 from anabranch.nn import MoE, RMSNorm, SwiGLU
 from anabranch.nn.attention import Attention
 from anabranch.nn.kernels import load
+from anabranch.nn.kernels.door import takes, why_refused
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
@@ -25,6 +27,9 @@ def why_not(model: Decoder) -> str | None:
     """Why the compiled step cannot run this model, or None if it can."""
     if any(tensor.device.type != "cpu" for tensor in model.parameters()):
         return "the model is not on the CPU"
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not takes(tensor):
+            return why_refused(**{name: tensor})
     if model.streams is not None:
         return "the model runs as parallel streams"
     if type(model).hidden is not Decoder.hidden:
