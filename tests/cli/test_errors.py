@@ -85,6 +85,8 @@ def test_mistakes(here, work, arguments, message):
     [
         ("eval trained --data nowhere.txt", "no corpus at nowhere.txt"),
         ("eval trained --dtype floot32", "--dtype is 'floot32'; did you mean float32?"),
+        ("generate trained -p a --device meta", "device 'meta' is not available: it holds no numbers"),
+        ("chat trained --message a --device nowhere", "device 'nowhere' is not available: "),
         ("eval trained --device cuda:77", "device 'cuda:77' is not available"),
         ("generate trained --prompt x --top-p 3", "top_p is 3.0; it must be less than or equal to 1"),
         ("generate trained --prompt=", "--prompt is empty; give at least one character"),

@@ -87,6 +87,9 @@ def test_what_is_known_is_listed(capsys):
     assert "mixtral-8x7b" in json.loads(out_of(capsys, "--json"))["models"]
 
 
+FIGURES = {"compute": "1T", "bandwidth": "2T", "memory": "80G"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -98,6 +101,22 @@ def test_what_is_known_is_listed(capsys):
         (("llama-2-70b", "--hardware", "a100", "--devices", "1"), "137,950,658,560 of weights"),
         (("llama-3-8b", "--hardware", "none.json"), "cannot read none.json"),
         (("no/such/model", "--hardware", "a100"), "no model at"),
+        *(
+            (
+                (
+                    "llama-3-8b",
+                    "--hardware",
+                    ",".join(f"{name}={number}" for name, number in {**FIGURES, part: figure}.items()),
+                ),
+                part,
+            )
+            for part in ("compute", "bandwidth", "memory", "network")
+            for figure in ("1e400T", "1e300P", "1e-320", "inf", "nan", "0" if part != "network" else "-1")
+        ),
+        *((("llama-3-8b", "--hardware", "a100", "--prompt", number), "prompt") for number in ("inf", "nan", "1e300")),
+        *((("llama-3-8b", "--hardware", "a100", "--output", number), "output") for number in ("inf", "nan", "1e300")),
+        (("llama-3-8b", "--hardware", "a100", "--batch", "9" * 400), "dense_batch"),
+        (("llama-3-8b", "--hardware", "a100", "--devices", "9" * 400), "num_devices"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):

@@ -468,6 +468,18 @@ def test_metis_by_hand(tmp_path):
     assert read_graph(text_file(tmp_path, "2 1\n2\n1\n", "g.metis"), directed=True).is_directed
 
 
+@pytest.mark.parametrize("kind", [b"csr", b"csc"])
+@pytest.mark.parametrize(
+    ("indptr", "indices"),
+    [([0, 5, 2, -1], [9, 9, 9]), ([0, 1, 0, 3], [0, 1, 2]), ([0, 1, 2, 4], [0, 1, 2]), ([1, 1, 2, 3], [0, 1, 2]), ([0, 1, 2, 3], [0, 1, 3]),
+     ([0, 1, 2, 3], [0, -1, 2])],
+)  # fmt: skip
+def test_npz_of_a_damaged_matrix_is_told(tmp_path, kind, indptr, indices):
+    np.savez(tmp_path / "g.npz", indptr=indptr, indices=indices, data=np.ones(3), shape=[3, 3], format=kind)
+    with pytest.raises(DataError, match=r"g\.npz"):
+        read_graph(tmp_path / "g.npz")
+
+
 def test_npz_of_scipy_and_of_others(tmp_path):
     matrix = csr_array([[0, 2.0, 0], [0, 0, 1], [0, 0, 3]])
     expected = Graph.from_scipy(matrix)

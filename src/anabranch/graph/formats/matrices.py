@@ -90,6 +90,8 @@ def of_matrix(path: Path, matrix: Any, rules: Rules) -> Graph:
         return Graph.from_scipy(matrix, rules.directed, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative)
     except InputError as error:
         raise DataError(f"{path}: {error}") from error
+    except (ValueError, IndexError, OverflowError, TypeError) as error:  # scipy's, of parts that do not fit each other
+        raise DataError(f"{path} holds a damaged matrix: {error}") from error
 
 
 def _sparse_of(file: Mapping[str, np.ndarray], names: list[str]) -> list[Found]:
@@ -107,6 +109,7 @@ def _sparse_of(file: Mapping[str, np.ndarray], names: list[str]) -> list[Found]:
         if make is None:
             raise InputError(f"the matrix is stored as {kind!r}; csr, csc and coo are read")
         parts = (file[f"{prefix}data"], file[f"{prefix}indices"], file[f"{prefix}indptr"])
+        _check_compressed(parts[1], parts[2])
         matrix = make(parts, shape=tuple(int(side) for side in file[f"{prefix}shape"]))
         matrix.check_format(full_check=True)
         found.append(Found(prefix.rstrip("_") or "matrix", matrix))
@@ -114,6 +117,12 @@ def _sparse_of(file: Mapping[str, np.ndarray], names: list[str]) -> list[Found]:
         shape = tuple(int(side) for side in file["shape"])
         found.append(Found("matrix", coo_array((file["data"], (file["row"], file["col"])), shape=shape)))
     return found
+
+
+def _check_compressed(indices: np.ndarray, indptr: np.ndarray) -> None:
+    """What scipy leaves unchecked: it drops entries beyond the last of ``indptr``, and later meets them. Raises InputError."""
+    if len(indptr) == 0 or indptr[0] != 0 or (indptr[1:] < indptr[:-1]).any() or indptr[-1] > len(indices):
+        raise InputError(f"indptr must rise from 0 to at most the number of entries, {len(indices):,}")
 
 
 def _lists_of(path: Path, file: Mapping[str, np.ndarray], names: list[str]) -> dict[str, Any] | None:

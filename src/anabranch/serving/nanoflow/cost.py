@@ -13,6 +13,7 @@ a device sends to the N - 1 others, as the paper's table 2 counts it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from anabranch.bounds import shown
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.nanoflow.hardware import Hardware
 from anabranch.serving.nanoflow.shape import FeedForwardShape, ModelShape
@@ -20,6 +21,7 @@ from anabranch.serving.nanoflow.shape import FeedForwardShape, ModelShape
 Resource = Literal["compute", "memory", "network"]
 RESOURCES: tuple[Resource, ...] = ("compute", "memory", "network")
 TILE = 128  # tokens; nano-batches are multiples of it
+_MOST_TOKENS = 10**12
 MAX_UTILISATION = 0.98  # of what memory the weights leave, for keys and values
 
 # Which operation is of which kind; collectives are of the network.
@@ -41,9 +43,10 @@ class Workload:
     dense_batch: int = 2048
 
     def __post_init__(self) -> None:
-        if self.prompt < 1 or self.output < 1 or self.dense_batch < 1:
+        if not all(1 <= given <= _MOST_TOKENS for given in (self.prompt, self.output, self.dense_batch)):
             raise ConfigError(
-                f"prompt, output and dense_batch are {self.prompt}, {self.output} and {self.dense_batch}; use at least 1"
+                f"prompt, output and dense_batch are {shown(self.prompt)}, {shown(self.output)} and {shown(self.dense_batch)}; "
+                f"use 1 to {_MOST_TOKENS:,}"
             )
 
     @property

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json, parse_json
+
+_MOST, _MOST_DEVICES = 1e30, 1e6  # figures whose products stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,8 @@ class Efficiency:
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"efficiency.{name} is {getattr(self, name)}; it must be above 0 and at most 1")
         for name in ("launch_s", "collective_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"efficiency.{name} is {getattr(self, name)}; it must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"efficiency.{name} is {getattr(self, name)}; it must be at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +77,19 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "compute"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} of {self.name} is {getattr(self, name)}; it must be above 0")
-        if self.num_devices < 1:
-            raise ConfigError(f"num_devices of {self.name} is {self.num_devices}; it must be at least 1")
+            self._check(name, 1, _MOST)
+        if self.network_bandwidth != 0:
+            self._check("network_bandwidth", 1, _MOST)
+        if self.sustained_compute is not None:
+            self._check("sustained_compute", 1, _MOST)
+        self._check("num_devices", 1, _MOST_DEVICES)
         if self.num_devices > 1 and self.network_bandwidth <= 0:
             raise ConfigError(f"{self.name} has {self.num_devices} devices, but network_bandwidth is 0")
+
+    def _check(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        if not least <= value <= most:
+            raise ConfigError(f"{name} of {self.name} is {shown(value)}; it must be {least:g} to {most:g}")
 
     @property
     def best_compute(self) -> float:
