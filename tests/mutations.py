@@ -6,8 +6,9 @@
 A mutant is a module with one small change: a comparison or a sum turned round, ``+=`` made ``=``, a condition negated, a constant
 moved by one, a statement left out. It is run against the tests of its module first, then against those of its folder; a mutant that
 passes both is a survivor: a line that no test pins. Each runs in a process forked from one that has the libraries loaded, with the
-changed module put in by an import hook, so nothing on disk is touched. Quick tests run first: most mutants fail many. A survivor may
-be equivalent (a faster path with the same result); `EQUIVALENT` names those that were looked at.
+changed module put in by an import hook (in Python processes that tests start, too), so nothing on disk is touched. Quick tests run
+first: most mutants fail many. What is compiled (`anabranch/native`) is not changed. A survivor may be equivalent (a faster path with
+the same result); `EQUIVALENT` names those that were looked at.
 """
 
 import argparse
@@ -156,7 +157,8 @@ def _words(tree: ast.Module) -> Iterator[ast.AST]:
         places = [getattr(parent, field, None) for field in ("annotation", "returns")]
         called = ast.unparse(parent.func) if isinstance(parent, ast.Call) else ""
         spoken = isinstance(parent, ast.FunctionDef) and parent.name in ("__repr__", "__str__", "extra_repr")
-        checked = isinstance(parent, ast.keyword) and parent.arg == "strict"  # of a zip over what is equally long
+        # A zip over what is equally long; a value that nobody sets.
+        checked = isinstance(parent, ast.keyword) and parent.arg in ("strict", "frozen")
         is_words = isinstance(parent, ast.Raise | ast.JoinedStr) or called.startswith(
             ("log.", "logger.", "warnings.", "Field")
         )
@@ -193,6 +195,24 @@ class _Finder:
         if name != self.name:
             return None
         return importlib.util.spec_from_file_location(name, self.path, loader=_Changed(name, self.path, self.tree))
+
+
+def install(mutant: Mutant) -> None:
+    """From now on its module is imported changed."""
+    sys.meta_path.insert(0, _Finder(mutant))
+
+
+def _hand_on(mutant: Mutant) -> None:
+    """Python processes that tests start get the mutant as well, see mutated/sitecustomize.py."""
+    os.environ["ANABRANCH_MUTANT"] = f"{mutant.module}:{mutant.node}"
+    paths = [str(ROOT / "tests" / "mutated"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+def named(text: str) -> Mutant:
+    """The mutant that `_hand_on` wrote down."""
+    module, _, node = text.partition(":")
+    return next(one for one in mutants(module, path_of(module).read_text("utf-8")) if one.node == int(node))
 
 
 def path_of(module: str) -> Path:
@@ -280,7 +300,8 @@ def _run_tests(mutant: Mutant | None, tests: tuple[str, ...], clock: _Clock, tim
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
         if mutant is not None:
-            sys.meta_path.insert(0, _Finder(mutant))
+            install(mutant)
+            _hand_on(mutant)
         import pytest
 
         options = "-x -q -p no:cacheprovider -p no:xdist --hypothesis-seed=0".split()

@@ -105,6 +105,14 @@ def test_a_mutant_is_noticed_and_an_unchanged_module_is_not(monkeypatch):
 
 
 @pytest.mark.slow
+def test_processes_that_tests_start_are_changed_too(monkeypatch):
+    """What happens between ranks is seen in processes of their own alone."""
+    tests = (str(mutations.ROOT / "tests" / "nn" / "test_expert_parallel.py"),)
+    monkeypatch.setattr(mutations, "tests_of", lambda module: [tests])
+    assert not Judge().survives(find("nn.expert_parallel", "place_R // plan.num_places"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_sample_of_mutants_is_noticed():
     """A fixed sample of routing, nn and experts; survivors of larger ones were looked at (`EQUIVALENT`)."""

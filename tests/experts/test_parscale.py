@@ -695,6 +695,18 @@ def test_streams_are_what_transformers_gives_for_a_past_of_prefixes(tmp_path):
         torch.testing.assert_close(model.logits(merged), model(token_BL).logits_BLV, atol=1e-4, rtol=1e-4)
 
 
+def test_a_tied_head_that_is_stored_is_not_in_the_way(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = model_of(parscale(3), tie_embeddings=True)
+    export_parscale(tmp_path / "qwen", model)
+    stored = load_file(tmp_path / "qwen" / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "qwen" / "model.safetensors", metadata={"format": "pt"})
+    again, _ = load_parscale(tmp_path / "qwen")
+    torch.testing.assert_close(again.eval()(tokens()).logits_BLV, model.eval()(tokens()).logits_BLV, **TOLERANCE)
+
+
 def test_what_qwen2_lacks_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"Qwen2-ParScale has no .*several gates"):
         export_parscale(tmp_path / "out", model_of(parscale(3, switchable=(2,))))

@@ -62,6 +62,14 @@ class TestKernels:
         torch.set_num_threads(before)
         assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
+    def test_what_comes_out_lies_as_what_went_in(self):
+        """The query, whose heads lie between its positions, is not copied into another order."""
+        query, key, value, dy = tensors(2, 4, 2, 37, 5, 16)
+        y, log_sum = native.forward(query.detach(), key.detach(), value.detach())
+        assert y.stride() == query.stride() != query.contiguous().stride()
+        found = native.backward(dy, query.detach(), key.detach(), value.detach(), y, log_sum)
+        assert [part.stride() for part in found] == [part.stride() for part in (query, key, value)]
+
     def test_large_scores_do_not_overflow(self):
         query, key, value, _ = tensors(1, 1, 1, 32, 0, 16)
         y = causal_attention(query * 1e4, key, value)

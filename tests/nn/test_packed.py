@@ -185,3 +185,10 @@ def test_one_matrix_of_integers_is_packed_like_a_pool_of_one(kind):
         assert torch.equal(one.data, pool.data)
         assert (one.num_experts, one.rows, one.depth, one.group) == (1, 21, 64, 32)
     assert Packed.pack(normal(3, 40, 64), kind).num_experts == 3
+
+
+def test_minima_that_have_no_place_in_fp16_are_refused():
+    weight = normal(3, 64)
+    weight[1] = -1e6  # no step, so the scale is fine
+    with pytest.raises(ConfigError, match="not finite, or too large for fp16 scales"):
+        Packed.pack(weight, "int4", group=32)

@@ -186,6 +186,12 @@ def test_long_sequences_take_wide_keys():
         (lambda: simulate(np.zeros((1, 3, 1), int), 2, "lru", window=4), ConfigError, "no other policy has one"),
         (lambda: simulate(np.zeros((3, 1), int), 2, "lru"), DataError, r"\[sequences, tokens, places\]"),
         (lambda: simulate(np.full((1, 3, 1), 2), 2, "lru"), DataError, "destinations 2 to 2; with 2 they are 0 to 1"),
+        (lambda: simulate(np.array([[[0], [2]]]), 2, "lru"), DataError, "destinations 0 to 2; with 2 they are 0 to 1"),
+        (
+            lambda: simulate(np.array([[[0], [-2]]]), 2, "lru"),
+            DataError,
+            "destinations -2 to 0; with 2 they are 0 to 1",
+        ),
         (
             lambda: simulate(np.array([[[0, 1], [1, 1]]]), 2, "lru"),
             DataError,

@@ -1,5 +1,6 @@
 """SRP and SCH: equal to the definitions by brute force, and to values that follow from chance."""
 
+import dataclasses
 import itertools
 import logging
 
@@ -217,6 +218,9 @@ def test_the_cache_of_a_whole_model_has_keys_of_its_own_for_each_layer():
     short = next(lrc.routes(index[:1], num_destinations=4))
     with pytest.raises(DataError, match="layers routed different sequences"):
         lrc.sch([first, short], 4, level="model")
+    shorter = dataclasses.replace(second, length_S=second.length_S - [0, 1])  # of the same shape
+    with pytest.raises(DataError, match="layers routed different sequences"):
+        lrc.sch([first, shorter], 4, level="model")
     assert second.layer == 1
 
 

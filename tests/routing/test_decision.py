@@ -51,3 +51,8 @@ def test_count_takes_non_contiguous_and_empty_input():
     index_KN = torch.tensor([[0, 1, 1], [2, UNUSED, 2]])
     assert count_destinations(index_KN.T, 3).tolist() == [1, 2, 2]
     assert count_destinations(index_KN[:, :0], 3).tolist() == [0, 0, 0]
+
+
+def test_unused_is_minus_one():
+    """What files of traces hold, and other programs compare with."""
+    assert UNUSED == -1

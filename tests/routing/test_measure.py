@@ -170,6 +170,14 @@ def test_chance_level_of_mutual_information():
     mean = np.mean([measure.mutual_information(load) for load in drawn])
     assert mean == pytest.approx(measure.mutual_information_bias(drawn[0]), rel=0.05)
     assert measure.mutual_information_bias([[1, 0], [3, 0]]) == 0
+    assert measure.mutual_information_bias([[1, 3], [0, 0]]) == 0
+    assert measure.mutual_information_bias([[1, 2], [3, 2]]) == pytest.approx(1 / (2 * 8 * np.log(2)))
+
+
+def test_no_entropy_is_zero_and_not_minus_zero():
+    assert [str(float(value)) for value in (measure.load_entropy([5, 0]), measure.load_entropy([0, 1, 0]))] == [
+        "0.0"
+    ] * 2
 
 
 def test_vocabulary_specialisation():

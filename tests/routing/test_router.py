@@ -195,6 +195,7 @@ def test_finite_check_names_the_layer():
     with pytest.raises(AnabranchError, match="router of layer 5 has NaN or infinite logits; lower the learning rate"):
         router(x_ND, RoutingContext())
     router(torch.randn(4, 6), RoutingContext())
+    build()(x_ND, RoutingContext())  # nobody asked: looking would make a GPU wait
 
 
 def test_top_k_beyond_the_destinations():
