@@ -46,7 +46,7 @@ class Workload:
         if not all(1 <= given <= _MOST_TOKENS for given in (self.prompt, self.output, self.dense_batch)):
             raise ConfigError(
                 f"prompt, output and dense_batch are {shown(self.prompt)}, {shown(self.output)} and {shown(self.dense_batch)}; "
-                f"use 1 to {_MOST_TOKENS:,}"
+                f"use at least 1 and at most {_MOST_TOKENS:,}"
             )
 
     @property
