@@ -145,6 +145,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         lines = Lines()
         data = {} if node is None else _YamlReader(loader, lines, path).value(node, "")
         check_nesting(data)
+    except ConfigError:  # the reader's own, which says where; it is a ValueError too
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
