@@ -475,3 +475,23 @@ def test_a_table_of_vectors_is_checked(tmp_path):
 def test_shipped_graphs_are_read_by_name(facts):
     assert facts("info", "karate")["labels"] == 2
     assert facts("info", "lesmis")["nodes"] == load_dataset("lesmis").graph.num_nodes
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info e.csv --out ./e.csv", "embed e.csv --out e.csv", "embed e.csv --out link.csv", "ppr e.csv --all --out e.csv",
+        "ppr e.csv a --out e.csv", "ppr e.csv --seeds s.csv --out s.csv", "index e.csv --out e.csv", "index e.csv --walks 2 --out e.csv",
+        "rank c.csv jazz --out c.csv",
+    ],
+)  # fmt: skip
+def test_no_command_writes_over_what_it_reads(command, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    texts = {"e.csv": "from,to,weight\na,b,1\nb,c,1\n", "s.csv": "node,weight\na,1\n", "c.csv": "node,term,item\nu,jazz,i\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "link.csv").symlink_to("e.csv")
+    code, _, err = here("graph", *command.split())
+    assert code == 2
+    assert "is read, and would be lost if it were written; name another file" in err
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts

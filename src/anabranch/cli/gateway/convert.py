@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, check_apart
 from anabranch.cli.output import print_json, say, wrote
 
 
@@ -23,12 +23,10 @@ def convert(
     """
     import yaml
 
-    from anabranch.errors import InputError
     from anabranch.files import atomic_write_text
     from anabranch.gateway.config import import_litellm
 
-    if out.exists() and out.resolve() == file.resolve():
-        raise InputError(f"--out is {out}, the file that is read; name another")
+    check_apart([out], [file])
     imported = import_litellm(file)
     text = yaml.safe_dump(_changed(imported.config), sort_keys=False, allow_unicode=True)
     atomic_write_text(out, f"# made from {file.name} by anabranch gateway import\n{text}")

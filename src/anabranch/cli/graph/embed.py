@@ -11,7 +11,7 @@ import typer
 from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
+from anabranch.cli.options import AsJson, Quiet, Seed, check_apart, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import InputError
@@ -75,6 +75,7 @@ def embed(
         raise InputError(f"--method is {method!r}; use one of {', '.join(METHODS)}")
     check_written(out)
     check_picture(picture)
+    check_apart([out, picture], [source, labels])
     if not 0 < train < 1:
         raise InputError(f"--train is {train}; it must be a share between 0 and 1")
     opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)

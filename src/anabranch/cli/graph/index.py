@@ -10,7 +10,7 @@ import typer
 
 from anabranch.cli.graph.options import Threads, check_extra
 from anabranch.cli.graph.waiting import Rate
-from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.options import AsJson, Quiet, Seed, check_apart
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
@@ -66,6 +66,7 @@ def index(
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
     """  # fmt: skip
     check_extra()
+    check_apart([out], [vectors, names])
     if walks is not None:
         _index_walks(vectors, out, walks, alpha, threads, seed, quiet, as_json)
         return

@@ -10,7 +10,7 @@ import typer
 from anabranch.cli.graph.inputs import Opened, example_node, is_own, open_graph
 from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.options import AsJson, Quiet, check_apart
 from anabranch.cli.output import fact, print_json, size, table, wrote
 
 DATA_SETS = {
@@ -58,6 +58,7 @@ def info(
     if kind not in (None, "graph"):
         _show_file(source, kind, as_json)
         return
+    check_apart([out, picture], [source])
     opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     with waiting("looking at it", quiet):
         facts = opened.graph.describe()

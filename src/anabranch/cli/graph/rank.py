@@ -10,7 +10,7 @@ import typer
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.options import AsJson, Quiet, check_apart
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import InputError
 
@@ -60,6 +60,7 @@ def rank(
     """  # fmt: skip
     check_extra()
     check_ending(out)
+    check_apart([out, save], [clicks, test])
     names = _columns(columns)
     if save is not None and save.suffix != OWN:
         raise InputError(f"--save is {str(save)!r}; its name must end in {OWN}")

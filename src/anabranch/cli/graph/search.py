@@ -11,7 +11,7 @@ import typer
 from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, check_apart
 from anabranch.cli.output import fact, print_json, quantity, table, wrote
 from anabranch.errors import InputError
 
@@ -68,6 +68,7 @@ def search(
     check_extra()
     check_ending(out)
     check_picture(curve)
+    check_apart([out, curve], [index, queries])
     from anabranch.graph import HNSW
     from anabranch.graph.names import read_names
 
