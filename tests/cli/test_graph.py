@@ -487,7 +487,11 @@ def test_shipped_graphs_are_read_by_name(facts):
 )  # fmt: skip
 def test_no_command_writes_over_what_it_reads(command, tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
-    texts = {"e.csv": "from,to,weight\na,b,1\nb,c,1\n", "s.csv": "node,weight\na,1\n", "c.csv": "node,term,item\nu,jazz,i\n"}
+    texts = {
+        "e.csv": "from,to,weight\na,b,1\nb,c,1\n",
+        "s.csv": "node,weight\na,1\n",
+        "c.csv": "node,term,item\nu,jazz,i\n",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "link.csv").symlink_to("e.csv")

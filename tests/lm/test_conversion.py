@@ -197,6 +197,28 @@ def test_a_folder_that_is_not_ours_alone_is_replaced_by_force_only(tmp_path, nat
         assert name in written or kept in (after.get(name), after.get(f"{name}.old")), name
 
 
+def test_force_loses_no_file_that_is_not_as_we_saved_it(tmp_path, native):
+    target = tmp_path / "own"
+    target.mkdir()
+    theirs = {
+        "config.json": '{"theme": "dark"}',
+        "model.safetensors": "months of work",
+        "thesis.txt": "x",
+        "tokenizer.json": "mine",
+    }
+    for name, text in theirs.items():
+        (target / name).write_text(text)
+    convert(native, target, force=True)
+    kept = {name: "" if name == "thesis.txt" else ".old" for name in theirs}
+    assert {name: (target / f"{name}{kept[name]}").read_text() for name in theirs} == theirs
+    (target / "config.json").write_text((target / "config.json").read_text() + "\n")  # edited since
+    edited = (target / "config.json").read_bytes()
+    convert(native, target, force=True)
+    assert (target / "config.json.old1").read_bytes() == edited
+    # What we saved and nobody has changed is replaced.
+    assert not (target / "model.safetensors.old1").exists()
+
+
 def test_what_is_ours_alone_is_replaced(tmp_path, native, foreign):
     for to in ("native", "huggingface", "native"):
         convert(foreign, tmp_path / "out", to)

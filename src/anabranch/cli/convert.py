@@ -52,7 +52,7 @@ def convert(
         typer.Option(
             "--force",
             metavar=FLAG,
-            help="Write into a folder that holds other files: those of a new file's name are replaced, all others stay.",
+            help="Write into a folder that holds other files: they stay, those of a new file's name as NAME.old.",
         ),
     ] = False,
     quiet: Quiet = False,

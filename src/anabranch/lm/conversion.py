@@ -43,8 +43,8 @@ def convert(
             rounded to ``dtype`` first, as when a model is quantised while it is loaded in that type. None keeps what is there.
         group: with ``quantize``, weights that share a scale.
         max_shard_bytes: larger models are split into files of at most this size.
-        force: let ``dst`` hold other files. Those that have the name of a new one are replaced, all others stay; of these, files that
-            would be read as parts of the new model are renamed ``NAME.old``. The folder of a training run, and a ``dst`` that shares
+        force: let ``dst`` hold other files, which stay there; those that have the name of a new one, or would be read as parts of the
+            new model, are renamed ``NAME.old``. The folder of a training run, and a ``dst`` that shares
             files with ``src``, are refused nevertheless.
 
     Raises:

@@ -236,17 +236,23 @@ def carry(source: Path, target: Path) -> None:
 
 
 def _keep(old: Path, new: Path, entries: Entries) -> None:
-    """Put into ``new`` what lies in ``old`` and has no file of its name there: links to the same data, nothing is copied."""
+    """Put into ``new`` what lies in ``old`` and is not as we saved it: links to the same data, nothing is copied.
+
+    Where ``new`` has a file of its name, or a loader would read it as a part of the new model, it goes on as ``NAME.old``.
+    """
+    recorded = _record(old) or {}
     folders = [name for name in entries if name.endswith("/")]
     for name in folders:
         (new / name).mkdir(exist_ok=True)
     for name in entries.keys() - set(folders):
-        place = new / name
-        if place.is_dir() or (_is_read(name) and not place.exists()):
+        path, place = old / name, new / name
+        is_saved = name == RECORD or (not path.is_symlink() and name in recorded and sha256_of(path) == recorded[name])
+        if place.exists() and not place.is_dir() and is_saved:
+            continue
+        if place.exists() or _is_read(name):
             names = (f"{name}.old{number or ''}" for number in range(_MOST_ENTRIES))
             place = new / next(free for free in names if free not in entries and not (new / free).exists())
-        if not place.exists():
-            _link(old / name, place)
+        _link(path, place)
     for name in reversed(folders):
         shutil.copystat(old / name, new / name)
 
