@@ -8,7 +8,7 @@ moved by one, a statement left out. It is run against the tests of its module fi
 passes both is a survivor: a line that no test pins. Each runs in a process forked from one that has the libraries loaded, with the
 changed module put in by an import hook (in Python processes that tests start, too), so nothing on disk is touched. Quick tests run
 first: most mutants fail many. What is compiled (`anabranch/native`) is not changed. A survivor may be equivalent (a faster path with
-the same result); `EQUIVALENT` names those that were looked at.
+the same result); equivalent_mutants.json names those that were looked at, by their line, and says why no test can tell.
 """
 
 import argparse
@@ -48,8 +48,10 @@ NEAR = {
     "experts.rmoe_measure": ("experts/test_rmoe.py",),
 }
 
-# (module, its line, source of the changed node, what it became): why no test can tell.
-EQUIVALENT: dict[tuple[str, str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    (one["module"], one["line"], one["before"], one["after"]): one["why"]
+    for one in json.loads(Path(__file__).with_name("equivalent_mutants.json").read_text("utf-8"))
+}
 
 _SWAPPED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

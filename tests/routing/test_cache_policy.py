@@ -173,9 +173,10 @@ def test_many_sequences_are_simulated_in_batches(monkeypatch):
 
 
 def test_long_sequences_take_wide_keys():
-    """Priorities beyond 31 bits: 40,000 tokens of LFU need 16 bits of count and 16 of time."""
-    index_STK = np.tile(np.arange(2), 20_000).reshape(1, -1, 1)
-    assert simulate(index_STK, 2, "lfu", cold="miss").hits_SC[0].tolist() == [0, 40_000 - 2]
+    """Priorities beyond 31 bits: 33,007 tokens of LFU need 16 bits of count and 16 of time. What is used most stays."""
+    index_STK = np.array([0] * 33_000 + [1, 2] * 3 + [0]).reshape(1, -1, 1)
+    # Room for 2: 1 and 2 take turns in what 0 leaves. Room for 3: each misses once.
+    assert simulate(index_STK, 3, "lfu", cold="miss").hits_SC[0, 1:].tolist() == [33_000, 33_004]
 
 
 @pytest.mark.parametrize(
