@@ -1,10 +1,19 @@
-"""Every registered part keeps the contract of its family, with its defaults and with the options that change most."""
+"""Every registered part keeps the contract of its family, with its defaults and with the options that change most.
+
+Defaults are in defaults.json. A change there changes what every config that does not name the field means: say so in the changelog.
+To write it anew: ``PYTHONPATH=tests python -c "import test_contract; test_contract.write_defaults()"``.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 
+from anabranch.config import to_dict
+from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 from anabranch.nn import Attention, SwiGLU
-from anabranch.registry import kinds, resolve
+from anabranch.registry import BUILTIN, kinds, resolve
 from anabranch.routing import (
     BiasBalancer,
     CosineScore,
@@ -25,6 +34,32 @@ from anabranch.testing import (
     check_select,
     check_streams,
 )
+
+DEFAULTS = Path(__file__).with_name("defaults.json")
+
+
+def every_default():
+    """{family.kind: its fields} of every part that is built in and can be made of nothing but defaults."""
+    found = {}
+    for family in BUILTIN:
+        for kind in sorted(BUILTIN[family]):
+            config_class = getattr(resolve(family, kind), "Config", None)
+            try:
+                found[f"{family}.{kind}"] = to_dict(config_class())
+            except (ConfigError, TypeError):
+                continue  # something must be given, or it has no settings
+    return json.loads(json.dumps(found))
+
+
+def write_defaults():
+    DEFAULTS.write_text(json.dumps(every_default(), indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def test_defaults_stay_what_they_are():
+    found, expected = every_default(), json.loads(DEFAULTS.read_text("utf-8"))
+    assert found.keys() == expected.keys()
+    for name, fields in expected.items():
+        assert found[name] == fields, name
 
 
 def defaults(family):

@@ -268,3 +268,16 @@ def test_bad_place_to_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         built([[0, 1]]).write(tmp_path / "file" / "t.parquet")
+
+
+def test_columns_that_may_be_empty():
+    assert [field.name for field in SCHEMA if field.nullable] == ["token", "domain"]
+
+
+def test_a_builder_that_was_emptied_begins_anew():
+    builder = TraceBuilder()
+    builder.add(LAYER, [[0, 1]], [[0.5, 0.5]], item_N=[0])
+    assert builder.num_rows == 2
+    assert builder.take().num_rows == 2
+    assert builder.num_rows == 0
+    assert builder.take().num_rows == 0
