@@ -92,6 +92,21 @@ def test_balanced_devices_cost_alpha_and_balanced_importance_nothing():
     assert emitted(ImportanceLoss.Config().build(8), balanced()).item() == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("config", LOSSES, ids=NAMES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_item_costs_what_it_costs_several_times_or_among_padding(config, top_k):
+    """Losses are means over items, of one alone as of many."""
+    logit_NE = logits(1)
+    several = observe(logit_NE.repeat(3, 1), top_k)
+    expected = emitted(config.build(8), several, sequence_length=1)
+    assert expected > 0
+    torch.testing.assert_close(emitted(config.build(8), observe(logit_NE, top_k), sequence_length=1), expected)
+    mask_N = torch.tensor([False, True, False])
+    padded = observe(torch.cat((logits(1, seed=1), logit_NE, logits(1, seed=2))), top_k, mask_N=mask_N)
+    found = emitted(config.build(8), padded, sequence_length=1, item_mask_N=mask_N)
+    torch.testing.assert_close(found, expected)
+
+
 def naive_switch(seen, items, num_open):
     """E sum_e f_e P_e over some items."""
     counts = [0] * seen.routing.num_destinations

@@ -138,3 +138,13 @@ def test_jitter_is_reproducible_from_the_global_seed():
 def test_messages(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("config", [LinearScore.Config(), CosineScore.Config(), CosineScore.Config(projected_dim=3)])
+def test_sizes_are_known_before_building(config):
+    built = config.build(6, 10)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    assert config.num_parameters(6, 10) == count
+    assert config.num_flops(6, 10) == 2 * count
+    assert config.num_shared(6) == 0
+    assert config.settled(10).build(6, 20).state_dict().keys() == built.state_dict().keys()
