@@ -187,8 +187,10 @@ def test_one_matrix_of_integers_is_packed_like_a_pool_of_one(kind):
     assert Packed.pack(normal(3, 40, 64), kind).num_experts == 3
 
 
-def test_minima_that_have_no_place_in_fp16_are_refused():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_minima_that_have_no_place_in_fp16_are_refused(symmetric):
+    """An eighth of 100,000 is a fine scale, eight of them are no minimum."""
     weight = normal(3, 64)
-    weight[1] = -7e4  # in fifteen steps, so the scale is fine
+    weight[1] = -1e5
     with pytest.raises(ConfigError, match="not finite, or too large for fp16 scales"):
-        Packed.pack(weight, "int4", group=32)
+        Packed.pack(weight, "int4", group=32, symmetric=symmetric)
