@@ -115,9 +115,9 @@ def test_processes_that_tests_start_are_changed_too(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_sample_of_mutants_is_noticed():
-    """A fixed sample of routing, nn and experts; survivors of larger ones were looked at (`EQUIVALENT`)."""
+    """Of routing, nn and experts; all of these are noticed, and one more line may come that is not."""
     done = subprocess.run(
-        [sys.executable, mutations.__file__, "--sample", "40", "--seed", "7", "--allow", "3"],
+        [sys.executable, mutations.__file__, "--sample", "40", "--seed", "7", "--allow", "1"],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -161,3 +161,9 @@ def test_without_kernels_each_type_of_activations_has_its_form(bits, monkeypatch
         found = model(x.to(dtype))
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("group", [0, 16, 48])
+def test_a_group_is_a_multiple_of_what_kernels_take_at_once(group):
+    with pytest.raises(ConfigError, match=f"group is {group}; it must be a multiple of 32"):
+        quantize(nn.Sequential(nn.Linear(96, 16)), "int4", group=group)

@@ -583,3 +583,10 @@ def test_messages(make, message):
 def test_a_bias_of_another_length_does_not_load():
     with pytest.raises(RuntimeError, match="expert_bias"):
         BiasBalancer.Config().build(8).load_state_dict(BiasBalancer.Config().build(4).state_dict())
+
+
+def test_a_move_takes_the_counters_along_and_a_cast_leaves_them():
+    for config in (SwitchLoss.Config(scope="global_batch"), BiasBalancer.Config()):
+        counters = config.build(4).bfloat16()
+        assert {buffer.dtype for buffer in counters.buffers()} == {torch.float32}
+        assert all(buffer.is_meta for buffer in counters.to("meta").buffers())
