@@ -137,8 +137,15 @@ def test_export_goes_page_by_page(run, tmp_path, monkeypatch):
     assert parquet.read_table(tmp_path / "l.parquet")["request_id"].to_pylist() == ["r0", "r1", "r2"]
 
 
-def test_prune_and_backup(facts, tmp_path):
+def test_prune_and_backup(facts, here, store, tmp_path):
     assert facts("ledger", "backup", tmp_path / "copy.db") == {"wrote": str(tmp_path / "copy.db")}
+    assert facts("ledger", "backup", tmp_path / "copy.db") == {
+        "wrote": str(tmp_path / "copy.db")
+    }  # a copy may be renewed
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = here("gateway", "ledger", "backup", tmp_path / "thesis.txt", "--store", store)
+    assert (code, "thesis.txt is no SQLite store, and would be lost" in err) == (2, True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert facts("ledger", "prune", "1d") == {"deleted": 0}
     time.sleep(1.1)
     assert facts("ledger", "prune", "1s") == {"deleted": 3}

@@ -154,6 +154,10 @@ def test_a_profile_that_was_saved_is_read(tmp_path, capsys):
     )
     again = json.loads(out_of(capsys, "llama-3-8b", "--hardware", str(path), "--json"))
     assert again == first
+    before = path.read_bytes()
+    assert main(["plan", "llama-3-8b", "--hardware", str(path), "--devices", "4", "--save-hardware", str(path)]) == 2
+    assert "mine.json is read, and would be lost if it were written" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_this_machine_is_measured(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,21 @@ def test_force_loses_no_file_that_is_not_as_we_saved_it(tmp_path, native):
     assert (target / "config.json.old1").read_bytes() == edited
     # What we saved and nobody has changed is replaced.
     assert not (target / "model.safetensors.old1").exists()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_list_of_digests_that_is_not_ours_lets_nothing_be_lost(tmp_path, native, listed):
+    target = tmp_path / "own"
+    target.mkdir()
+    theirs = {"config.json": '{"model_type": "llama"}', "model.safetensors": "months of work"}
+    for name, text in theirs.items():
+        (target / name).write_text(text)
+    lines = [f"{sha256(text.encode()).hexdigest()}  {name}" for name, text in theirs.items()]
+    theirs[RECORD] = "\n".join(lines) if listed else "# made with b2sum\nabc  notes.txt"
+    (target / RECORD).write_text(theirs[RECORD])
+    convert(native, target, force=True)
+    assert {name: (target / f"{name}.old").read_text() for name in theirs} == theirs
+    load_model(target)
 
 
 def test_what_is_ours_alone_is_replaced(tmp_path, native, foreign):

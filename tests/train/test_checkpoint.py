@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anabranch.errors import AnabranchError, CheckpointError, ConfigError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError
 from anabranch.lm import load_model
 from anabranch.lm.checkpoint import find_model
 from anabranch.lm.folder import RECORD
@@ -155,6 +155,11 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints_and_goes_on_from_them(tm
     result = Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True).fit()
     assert (result.status, result.step) == ("finished", 12)
     assert names(tmp_path) == ["step-00000011", "step-00000012"]
+    # That it diverged once does not let it begin again in silence when its later checkpoints are lost.
+    for path in checkpoints(tmp_path):
+        shutil.rmtree(path)
+    with pytest.raises(DataError, match="had come to step 12 and has no checkpoint to go on from"):
+        Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, check_apart
 from anabranch.cli.output import fact, print_json, say, size, table
 from anabranch.errors import ConfigError
 from anabranch.files import parse_json
@@ -95,6 +95,7 @@ def plan(
         return
     if dtype not in BYTES:
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(BYTES)}")
+    check_apart([out, save_hardware, gantt], [model, hardware, table_file])
     shape = _shape(model, BYTES[dtype])
     device = read_hardware(hardware, dtype)
     count = devices or (fitting_devices(shape, device) if device.network_bandwidth else 1)

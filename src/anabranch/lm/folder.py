@@ -173,7 +173,7 @@ def _foreign(folder: Path, entries: Entries) -> str | None:
     """What lies in ``folder`` that we did not write, or not so; None where there is no such thing."""
     recorded = _record(folder)
     table = _config(folder)
-    if table.get("format") != FORMAT and not MARK.keys() <= table.keys():
+    if not _is_marked(table):
         return _first_named(entries)
     if recorded is None:
         name = _first_named(entries)
@@ -240,13 +240,15 @@ def _keep(old: Path, new: Path, entries: Entries) -> None:
 
     Where ``new`` has a file of its name, or a loader would read it as a part of the new model, it goes on as ``NAME.old``.
     """
-    recorded = _record(old) or {}
+    recorded = _saved_by_us(old)
     folders = [name for name in entries if name.endswith("/")]
     for name in folders:
         (new / name).mkdir(exist_ok=True)
     for name in entries.keys() - set(folders):
         path, place = old / name, new / name
-        is_saved = name == RECORD or (not path.is_symlink() and name in recorded and sha256_of(path) == recorded[name])
+        is_saved = not path.is_symlink() and (
+            (name == RECORD and bool(recorded)) or (name in recorded and sha256_of(path) == recorded[name])
+        )
         if place.exists() and not place.is_dir() and is_saved:
             continue
         if place.exists() or _is_read(name):
@@ -255,6 +257,21 @@ def _keep(old: Path, new: Path, entries: Entries) -> None:
         _link(path, place)
     for name in reversed(folders):
         shutil.copystat(old / name, new / name)
+
+
+def _saved_by_us(folder: Path) -> dict[str, str]:
+    """Digests by name of what we saved in ``folder``; empty where it is not ours, whose list of digests may be anybody's."""
+    if not _is_marked(_config(folder)):
+        return {}
+    try:
+        return _record(folder) or {}
+    except CheckpointError:
+        return {}
+
+
+def _is_marked(table: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model that we wrote."""
+    return table.get("format") == FORMAT or MARK.keys() <= table.keys()
 
 
 def _is_read(name: str) -> bool:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.lm.folder import STEPS_FOLDER
+from anabranch.lm.folder import STEPS_FOLDER, step_of
 from anabranch.locks import is_locked, locked
 from anabranch.train.checkpoint import checkpoints, remove_leftovers
 from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
@@ -94,9 +94,10 @@ def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
 def _check_never_saved(out: Path) -> None:
     """Raise DataError if a run without checkpoints has trained for so long that it must have had one."""
     train = read_run_config(out).train
-    if any((out / STEPS_FOLDER).glob("diverged-*")):
-        return  # set aside by the run itself, which told the user to begin again
     updates = recorded_updates(out)
+    aside = [step_of(path.name.removeprefix("diverged-")) for path in (out / STEPS_FOLDER).glob("diverged-*")]
+    if updates <= max((step for step in aside if step is not None), default=-1):
+        return  # all of them were set aside by the run itself, which told the user to begin again
     if updates >= train.steps or (train.checkpoint_every is not None and updates > train.checkpoint_every):
         raise DataError(
             f"the run in {out} had come to step {updates} and has no checkpoint to go on from; put {out / STEPS_FOLDER} back, "

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the ledger, and take it elsewhere.")
 PAGE = 5000
+# What a SQLite database begins with.
+SQLITE = b"SQLite format 3\x00"
 Since = Annotated[
     str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
 ]
@@ -186,11 +188,18 @@ def backup(
 
     Example: anabranch gateway ledger backup gateway-copy.db
     """
+    if out.is_file() and out.stat().st_size and not _is_sqlite(out):
+        raise InputError(f"{out} is no SQLite store, and would be lost if a copy took its place; name another file")
     with_store(store, lambda opened: opened.backup(out))
     if as_json:
         print_json({"wrote": str(out)})
     else:
         fact("wrote", str(out))
+
+
+def _is_sqlite(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(SQLITE)) == SQLITE
 
 
 def _query(
