@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from anabranch import native
+
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -21,6 +23,12 @@ def pytest_collection_modifyitems(items):
         parameters = getattr(item, "callspec", None)
         if parameters is not None and any(isinstance(x, str) and x == "cuda" for x in parameters.params.values()):
             item.add_marker(pytest.mark.cuda)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels():
+    """Loads the compiled kernels from the user's cache before any test has a cache of its own, where they would be compiled anew."""
+    native.load()
 
 
 @pytest.fixture(autouse=True)
