@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +22,17 @@ EITHER = f"{MEMORY}|{TIME}"
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the limits of POSIX")
 
 
-def renderer():
-    return templates._RENDERERS[os.getpid()]
+def process():
+    """Of the worker that answers next."""
+    return templates._RENDERERS[os.getpid()]._free[-1].process
+
+
+@pytest.fixture
+def new_workers():
+    """None has started, and none that starts here is kept."""
+    templates._close()
+    yield
+    templates._close()
 
 
 @pytest.mark.parametrize(
@@ -100,20 +110,142 @@ def test_threads_get_their_own_answers():
 
 def test_a_process_that_another_ended_is_begun_anew():
     render_template("")
-    process = renderer()._process
-    process.kill()
-    process.wait()
+    ended = process()
+    ended.kill()
+    ended.wait()
     assert render_template("{{ 1 }}") == "1"
-    assert renderer()._process.pid != process.pid
+    assert process().pid != ended.pid
+
+
+def test_a_request_whose_process_another_ends_is_asked_once_more(monkeypatch):
+    render_template("")
+    ended = process()
+    # Dead, but not yet known to be.
+    ended.kill()
+    monkeypatch.setattr(ended, "poll", lambda: None)
+    assert render_template("{{ 1 }}") == "1"
+    assert process() is not ended
 
 
 def test_one_that_does_not_answer_is_not_waited_for(monkeypatch):
     render_template("")
-    os.kill(renderer()._process.pid, signal.SIGSTOP)
+    os.kill(process().pid, signal.SIGSTOP)
     monkeypatch.setattr(templates, "_WAIT_S", 0.1)
-    with pytest.raises(TokenizerError, match=r"its process was ended \(code -9\), after 0.1 s"):
+    with pytest.raises(TokenizerError, match=r"its process had no answer after 0.1 s"):
         render_template("{{ 1 }}")
     monkeypatch.undo()
+    assert render_template("{{ 1 }}") == "1"
+
+
+def test_what_is_printed_as_python_starts_is_no_answer(tmp_path, monkeypatch, new_workers):
+    (tmp_path / "sitecustomize.py").write_text("""print('{"answer": "another"}', flush=True)""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [render_template("{{ n }}", n=n) for n in range(5)] == list("01234")
+
+
+@pytest.mark.parametrize(
+    "line", [b'0 {"answer": "another"}\n', b"%s nothing\n", b"%s {}\n", b'%s {"answer": 1}\n', b"\n"]
+)
+def test_what_is_no_answer_to_the_request_is_never_returned(line, monkeypatch):
+    render_template("")
+    ended = process()
+    worker = templates._RENDERERS[os.getpid()]._free[-1]
+
+    class Answers:
+        def readline(self):
+            return line.replace(b"%s", b"%d" % number)
+
+        def close(self):
+            pass
+
+    number = 10**9
+    monkeypatch.setattr(templates, "_NUMBERS", iter([number, *range(10)]))
+    with worker._pipes[1]:
+        worker._pipes = worker._pipes[0], Answers()
+    with pytest.raises(TokenizerError, match=r"^the process that renders chat templates gave what is no answer"):
+        render_template("{{ 1 }}")
+    assert ended.poll() is not None
+    assert render_template("{{ 2 }}") == "2"
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.05])
+def test_an_answer_that_nobody_waits_for_is_not_that_to_the_next_request(seconds):
+    class Late(BaseException):
+        pass
+
+    def late(*_):
+        raise Late
+
+    render_template("")
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with pytest.raises(Late):
+            render_template("{% for i in range(9999) %}{% for j in range(200) %}{% endfor %}{% endfor %}first")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert render_template("second") == "second"
+
+
+def test_a_template_without_end_holds_up_no_other():
+    render_template("")
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(render_template, LOOPS)
+        assert [render_template("{{ n }}", n=n) for n in range(3)] == list("012")
+        assert not endless.done()
+        with pytest.raises(TokenizerError, match=TIME):
+            endless.result()
+
+
+def test_who_gets_no_process_in_time_is_told_that_they_are_busy_and_the_others_come_in_order(monkeypatch):
+    renderer = templates._Renderer()
+    taken = [renderer._take(0) for _ in renderer.workers]
+    assert 2 <= len(taken) <= 4
+    monkeypatch.setattr(templates, "_WAIT_S", 0.05)
+    with pytest.raises(
+        TokenizerError, match=r"^busy: none of the \d processes that render chat templates was free in 0.05 s$"
+    ):
+        renderer.ask(b"{}")
+    order = []
+
+    def wait(number):
+        worker = renderer._take(time.monotonic() + 60)
+        order.append(number)
+        renderer._give(worker)
+
+    with ThreadPoolExecutor(3) as pool:
+        for number in range(3):
+            pool.submit(wait, number)
+            while len(renderer._waiting) <= number:
+                time.sleep(0.001)
+        renderer._give(taken.pop())
+    assert order == [0, 1, 2]
+    assert len(renderer._free) == 1
+
+
+def test_the_limit_of_time_holds_where_its_signal_is_blocked(new_workers):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(TokenizerError, match=TIME):
+            render_template(LOOPS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("python", [None, "", "/no/such/python", sys.executable + "\0", "/bin/false"])
+def test_a_python_that_cannot_be_started_is_told_in_a_line(python, monkeypatch, new_workers):
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(
+        TokenizerError, match=r"^the process that renders chat templates (cannot be started|ended as).*$"
+    ):
+        render_template("")
+    monkeypatch.undo()
+    assert render_template("{{ 1 }}") == "1"
+
+
+def test_folders_of_modules_that_are_no_text_are_passed_over_as_python_does(monkeypatch, new_workers):
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/"), None, b"/"])
     assert render_template("{{ 1 }}") == "1"
 
 
@@ -133,7 +265,7 @@ if pid == 0:
     templates._close()
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
-print(templates._RENDERERS[os.getpid()]._process.pid)
+print(templates._RENDERERS[os.getpid()]._free[-1].process.pid)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

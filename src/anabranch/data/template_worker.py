@@ -3,7 +3,8 @@
 A template comes with a model, and is a program: it may loop for ever or ask for all memory, in more ways than a list could name.
 So it runs where that ends this process alone. Run as a file, by its path, so that it waits for jinja2 only.
 
-A line of JSON in (``template``, and ``values`` or none to be told its variables) is a line of JSON out (``answer`` or ``error``).
+A line in is a number and JSON (``template``, and ``values`` or none to be told its variables); the line out is the same number and JSON
+(``answer`` or ``error``). They go through the two file descriptors that the command line names: anything may print to the standard ones.
 """
 
 import contextlib
@@ -27,14 +28,19 @@ _MOST_ERROR = 1000
 
 def main() -> None:
     """Answer requests until there are no more."""
+    # The mask of the thread that started this process is ours too, and would hold back the signal that ends it.
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    requests, answers = open(int(sys.argv[1]), "rb"), open(int(sys.argv[2]), "wb")  # for its whole life
     _compiled("")  # imports jinja2, before its time is counted
     _limit_memory()
     try:
-        for line in sys.stdin.buffer:
+        for line in requests:
+            number, _, request = line.partition(b" ")
             with _limited_time():
-                text = json.dumps(_answer(line))
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+                text = json.dumps(_answer(request))
+            answers.write(b"%s %s\n" % (number, text.encode()))
+            answers.flush()
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 

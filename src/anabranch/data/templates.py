@@ -2,32 +2,40 @@
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from anabranch.data import template_worker
 from anabranch.errors import TokenizerError
 from anabranch.extras import require
 
-_WAIT_S = 20.0  # at most for an answer, computed or not: the last net, where the machine is busy or has no timers
-_START_S = 120.0  # likewise for a new process
+# At most for an answer, from when it is asked for: the last net, where the machine is busy or has no timers.
+_WAIT_S = 20.0
+_START_S = 120.0  # at most for a new process, which does not count as waiting
+_WORKERS = min(4, max(2, os.cpu_count() or 2))
+_NUMBERS = itertools.count(1)  # of requests; an answer repeats the one it is for
 
 
 def render_template(template: str, **values: Any) -> str:
     """The text of a Jinja chat template.
 
-    It is rendered in a process of its own, with a second of computing, a gigabyte of memory, and a million characters beyond eight for each
-    of the request's (`template_worker`), so that a template that loops for ever ends there.
+    It is rendered in another process, one of two to four that take requests in turn, with a second of computing, a gigabyte of memory, and
+    a million characters beyond eight for each of the request's (`template_worker`), so that a template that loops for ever ends there.
 
-    Raises TokenizerError if it cannot be read, refuses the values, or passes a limit; MissingExtraError without jinja2.
+    Raises TokenizerError if it cannot be read, refuses the values, passes a limit, or if no process can be started or is free within 20 s;
+    MissingExtraError without jinja2.
     """
     try:
         return _ask(template, values)
@@ -53,82 +61,219 @@ def _ask(template: str, values: Mapping[str, Any] | None) -> Any:
         request = json.dumps({"template": template, "values": values})
     except (TypeError, ValueError, RecursionError) as error:
         raise _RefusedError(f"they are no JSON: {error}") from None
-    # By process: a fork of this one has the other end of the same pipe, and the answers must not be mixed.
+    # By process: a fork of this one has the other ends of the same pipes, and the answers must not be mixed.
     return _RENDERERS.setdefault(os.getpid(), _Renderer()).ask(request.encode())
 
 
 class _Renderer:
-    """The worker's process: started when it is first needed, kept for the next template, begun anew after a limit has ended it."""
+    """A few workers; who finds none free waits, and is served in the order of coming."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.workers = [_Worker() for _ in range(_WORKERS)]
+        # The last to be free is the next to work: it has started, and has compiled the template.
+        self._free = list(self.workers)
+        self._waiting: deque[Future[_Worker]] = deque()
 
     def ask(self, request: bytes) -> Any:
-        """The answer to a line of JSON. Raises _RefusedError."""
+        """The answer to a request in JSON. Raises _RefusedError, and TokenizerError if there is no worker for it."""
+        deadline = time.monotonic() + _WAIT_S
+        worker = self._take(deadline)
+        try:
+            return worker.ask(request, deadline)
+        finally:
+            self._give(worker)
+
+    def close(self) -> None:
+        """End the workers. Idempotent."""
+        for worker in self.workers:
+            worker.close()
+
+    def _take(self, deadline: float) -> "_Worker":
+        turn: Future[_Worker] = Future()
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self.close()
+            if self._free:
+                return self._free.pop()
+            self._waiting.append(turn)
+        try:
+            return turn.result(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            with self._lock:
+                is_waiting = turn in self._waiting
+                if is_waiting:
+                    self._waiting.remove(turn)
+            if not is_waiting:
+                self._give(turn.result())
+            if isinstance(error, TimeoutError):
+                message = f"busy: none of the {len(self.workers)} processes that render chat templates was free in {_WAIT_S:g} s"
+                raise TokenizerError(message) from None
+            raise
+
+    def _give(self, worker: "_Worker") -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set_result(worker)
+            else:
+                self._free.append(worker)
+
+
+class _Worker:
+    """A process that renders: started when it is first needed, kept for the next template, begun anew after it has ended."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self._pipes: tuple[IO[bytes], IO[bytes]] | None = None
+
+    def ask(self, request: bytes, deadline: float) -> Any:
+        """The answer, by a time of `time.monotonic`. Raises _RefusedError; TokenizerError where the process cannot do its work."""
+        for is_again in (False, True):
+            if self.process is None or self.process.poll() is not None:
+                began = time.monotonic()
                 self._start()
-            line = self._exchange(request, _WAIT_S)
-            if not line:
-                raise _RefusedError(self._why_it_ended())
-        found = json.loads(line)
+                deadline += time.monotonic() - began
+            found = self._exchange(request, deadline)
+            if found is not None:
+                break
+            why = self._limit_passed(deadline)
+            code = self.close()
+            if why is not None:
+                raise _RefusedError(why)
+            if is_again:
+                raise _RefusedError(f"its process was ended twice by another (code {code})")
+        assert found is not None
         if "error" in found:
             raise _RefusedError(found["error"])
         return found["answer"]
 
-    def close(self) -> None:
-        """End the process, which has nothing to lose. Idempotent."""
-        process, self._process = self._process, None
+    def close(self) -> int | None:
+        """End the process, which has nothing to lose; its code. Idempotent."""
+        process, self.process = self.process, None
+        pipes, self._pipes = self._pipes, None
+        code = None
         if process is not None:
             process.kill()
-            process.wait()
+            code = process.wait()
+        for pipe in pipes or ():
             with contextlib.suppress(OSError):  # half a request that it did not read
-                process.communicate()
+                pipe.close()
+        return code
 
     def _start(self) -> None:
         require("jinja2", by="a chat template")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # A session of its own: an interrupt at the terminal is not for it. -P: its folder has our modules, not the program's.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(template_worker.__file__))], env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        greeting = json.dumps({"template": "", "values": {}}).encode()
-        if not self._exchange(greeting, _START_S):
-            raise _RefusedError(f"the process that renders it did not start: {self._why_it_ended()}")
-
-    def _exchange(self, request: bytes, seconds: float) -> bytes:
-        """The line that answers another; an empty one if the process has ended, as it has after ``seconds``."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with _killed_after(process, seconds), contextlib.suppress(BrokenPipeError):
-            process.stdin.write(request + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if line.endswith(b"\n"):
-                return line
-        return b""
-
-    def _why_it_ended(self) -> str:
-        process = self._process
-        assert process is not None
-        process.kill()
-        code = process.wait()
         self.close()
+        try:
+            self.process, self._pipes = _started()
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"the process that renders chat templates cannot be started: {error}") from None
+        greeting = json.dumps({"template": "", "values": {}}).encode()
+        if self._exchange(greeting, time.monotonic() + _START_S) is None:
+            code = self.close()
+            raise TokenizerError(
+                f"the process that renders chat templates ended as it started ({sys.executable}, code {code})"
+            )
+
+    def _exchange(self, request: bytes, deadline: float) -> dict[str, Any] | None:
+        """What is answered; None if the process has ended, as it has at the deadline.
+
+        Raises TokenizerError for what is no answer to this request. Whatever is raised ends the process, and with it an answer that nobody
+        has read, which would be taken for that to the next request.
+        """
+        assert self.process is not None
+        assert self._pipes is not None
+        requests, answers = self._pipes
+        number = b"%d" % next(_NUMBERS)
+        try:
+            with _killed_at(self.process, deadline), contextlib.suppress(BrokenPipeError):
+                requests.write(b"%s %s\n" % (number, request))
+                requests.flush()
+                line = answers.readline()
+                if line.endswith(b"\n"):
+                    return _answer_to(number, line)
+        except BaseException:
+            self.close()
+            raise
+        return None
+
+    def _limit_passed(self, deadline: float) -> str | None:
+        """The limit for which the process has ended, if one is."""
+        assert self.process is not None
+        if time.monotonic() >= deadline:
+            return f"its process had no answer after {_WAIT_S:g} s"
+        self.process.kill()  # which leaves the code of one that has ended as it is
+        code = self.process.wait()
         if code == template_worker.OUT_OF_MEMORY:
             return f"it asked for more than {template_worker.MEMORY >> 30} GiB of memory"
         if code == -getattr(signal, "SIGPROF", 0):
             return f"it took more than {template_worker.SECONDS:g} s of computing"
-        return f"its process was ended (code {code}), after {_WAIT_S:g} s or by another"
+        return None
+
+
+def _started() -> tuple["subprocess.Popen[bytes]", tuple[IO[bytes], IO[bytes]]]:
+    """A new process, with a pipe for requests and one for answers. Raises OSError and ValueError.
+
+    The pipes are for nothing else: what is printed as Python starts there, by a ``sitecustomize`` or a ``.pth`` file, is no answer. Windows
+    has only the standard ones, where such a line is found out by its lack of a number.
+    """
+    if not sys.executable:
+        raise ValueError(f"sys.executable is {sys.executable!r}; it must be the path of Python")
+    # Python itself passes over entries that are no text.
+    folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    # -P: the worker's folder has our modules, not the program's.
+    command = [sys.executable, "-P", str(Path(template_worker.__file__))]
+    if sys.platform == "win32":
+        process = subprocess.Popen(
+            [*command, "0", "1"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        return process, (process.stdin, process.stdout)
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        ends = []
+        for our_mode in ("wb", "rb"):
+            read, write = os.pipe()
+            our, their = (write, read) if our_mode == "wb" else (read, write)
+            theirs.callback(os.close, their)
+            ends.append((ours.enter_context(open(our, our_mode)), _beyond_standard(their, theirs)))
+        (requests, their_requests), (answers, their_answers) = ends
+        # A session of its own: an interrupt at the terminal is not for it.
+        process = subprocess.Popen(
+            [*command, str(their_requests), str(their_answers)], env=environment, start_new_session=True,
+            pass_fds=(their_requests, their_answers),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        ours.pop_all()
+    return process, (requests, answers)
+
+
+def _beyond_standard(end: int, closing: contextlib.ExitStack) -> int:
+    """The end of a pipe under a number of its own, where the program has closed its standard input or output and they are given again."""
+    import fcntl
+
+    if end > 2:
+        return end
+    copy: int = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3)
+    closing.callback(os.close, copy)
+    return copy
+
+
+def _answer_to(number: bytes, line: bytes) -> dict[str, Any]:
+    repeated, _, text = line.partition(b" ")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    is_answer = isinstance(found, dict) and (
+        isinstance(found.get("error"), str) or isinstance(found.get("answer"), str | list)
+    )
+    if repeated != number or not is_answer:
+        raise TokenizerError("the process that renders chat templates gave what is no answer to the request")
+    return dict(found)
 
 
 @contextlib.contextmanager
-def _killed_after(process: "subprocess.Popen[bytes]", seconds: float) -> Iterator[None]:
-    timer = threading.Timer(seconds, process.kill)
+def _killed_at(process: "subprocess.Popen[bytes]", deadline: float) -> Iterator[None]:
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
     timer.daemon = True
     timer.start()
     try:

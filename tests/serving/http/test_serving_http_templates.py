@@ -1,6 +1,8 @@
 """A model's chat template that takes long holds up nobody but who asks for it."""
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -18,9 +20,11 @@ class Waiting(Reader):
         backend = tokenizers.Tokenizer.from_str(train_bpe(["abc"], 257)._backend.to_str())
         super().__init__(HuggingFaceTokenizer(backend, eos_id=0, chat_template=template))
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.asked = []
 
     def render(self, messages, tools, *, is_open=True):
         self.is_asked.set()
+        self.asked.append(messages)
         assert self.may_answer.wait(5)
         return super().render(messages, tools, is_open=is_open)
 
@@ -41,6 +45,23 @@ def test_others_are_answered_while_a_template_is_rendered(path):
             reader.may_answer.set()
             thread.join(10)
         assert made[0][0] == 200
+
+
+def test_what_renders_nothing_never_waits_behind_templates():
+    reader = Waiting("{{ messages[0].content }}")
+    # As many as asyncio has threads for everything else.
+    count = min(32, (os.cpu_count() or 1) + 4)
+    with serving(reader=reader) as server, ThreadPoolExecutor(count) as pool:
+        chats = [pool.submit(server.chat) for _ in range(count)]
+        try:
+            until(lambda: len(reader.asked) == count)
+            long = "abc" * 10_000
+            status, _, body = server.ask("/v1/completions", {"model": "fake", "prompt": long, "max_tokens": 1})
+            assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+            assert not any(chat.done() for chat in chats)
+        finally:
+            reader.may_answer.set()
+        assert [chat.result()[0] for chat in chats] == [200] * count
 
 
 def test_a_template_without_end_is_an_error_of_the_request():

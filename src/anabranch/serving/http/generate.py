@@ -18,7 +18,7 @@ from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, event, sen
 from anabranch.web.answers import SAFE
 from anabranch.web.api_error import ApiError
 
-# Reading more than this would hold up the others, so it is done in a thread, as is waiting for a template.
+# Reading more than this would hold up the others, so it is done in a thread.
 LONG_CHARACTERS = 20_000
 MOST_HEADER = 900  # characters of x-route-experts
 _READ: dict[str, Callable[..., Asked]] = {"chat": read_chat, "completions": read_completion}
@@ -80,7 +80,9 @@ class Generate:
         check_model(body, [self._frontend.name])
         limit = self._frontend.config.limits.most_n
         length = call.request.content_length
-        if length is None or length > LONG_CHARACTERS or reader.has_template:
+        if kind == "chat" and reader.has_template:
+            asked = await reader.apart(_READ[kind], body, reader, info, limit)
+        elif length is None or length > LONG_CHARACTERS:
             asked = await asyncio.to_thread(_READ[kind], body, reader, info, limit)
         else:
             asked = _READ[kind](body, reader, info, limit)

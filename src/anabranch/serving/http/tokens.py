@@ -1,6 +1,5 @@
 """Routes that do not generate: tokens of a text, text of tokens, vectors."""
 
-import asyncio
 import base64
 import struct
 from typing import Any, Protocol, runtime_checkable
@@ -54,7 +53,7 @@ class Tokens:
         text = body.get("prompt")
         if text is None:
             is_open = body.get("add_generation_prompt") is not False
-            text = await asyncio.to_thread(reader.render, read_messages(body["messages"]), None, is_open=is_open)
+            text = await reader.apart(reader.render, read_messages(body["messages"]), None, is_open=is_open)
         tokens = reader.encode(text) if text else ()
         made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
         if body.get("return_token_strs"):
