@@ -291,6 +291,7 @@ def made_world(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_study_runs_on_made_data(made_world):
     study = find("ic_cache")()
     names = [

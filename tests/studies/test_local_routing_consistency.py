@@ -97,6 +97,7 @@ def test_measures_of_a_trace_worked_by_hand():
     assert found["activation_spread"] == pytest.approx(100 * np.std([0.5, 0.5, 0.0]))
 
 
+@pytest.mark.slow
 def test_runs_end_to_end(tmp_path, monkeypatch):
     import anabranch.studies.training as training
 

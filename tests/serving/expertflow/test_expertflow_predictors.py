@@ -225,6 +225,7 @@ def test_new_weights_are_used_from_then_on() -> None:
         predictor.fit(made_routes())
 
 
+@pytest.mark.slow
 def test_the_network_learns_routes_that_follow_from_tokens(tmp_path: Path) -> None:
     routes = made_routes(24)
     settings = Settings(dim=32, feed_forward=64, depth=1, window=4, max_input=8, steps=250, batch=16, length=24)
