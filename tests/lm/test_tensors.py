@@ -137,3 +137,12 @@ def test_json_as_deep_as_the_sea(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"cannot read .*index.json: "):
         open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("offsets", [5, None, "0", [0], [0, 4, 8], [0, True]])
+def test_offsets_of_another_form_are_told(tmp_path, offsets):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="its entry 'a' is .*; it must have dtype, shape, data_offsets"):
+        read_header(path)

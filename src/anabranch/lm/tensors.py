@@ -232,7 +232,8 @@ def _check_entry(name: str, entry: Any, room: int) -> None:
     fields: list[Any] = [entry.get(key) for key in _ENTRY] if isinstance(entry, dict) else [None, None, None]
     dtype, shape, offsets = fields
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if not isinstance(dtype, str) or len(offsets or ()) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+    is_whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
+    if not is_whole or len(offsets) != 2:
         raise ValueError(f"its entry {shown(name)} is {shown(entry)}; it must have {', '.join(_ENTRY)}")
     begin, end = offsets
     if not begin <= end <= room:
