@@ -144,5 +144,5 @@ def test_offsets_of_another_form_are_told(tmp_path, offsets):
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match="its entry 'a' is .*; it must have dtype, shape, data_offsets"):
+    with pytest.raises(CheckpointError, match=r"its entry 'a' is .*; it must have dtype, shape, data_offsets"):
         read_header(path)
