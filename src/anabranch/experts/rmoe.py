@@ -32,9 +32,9 @@ from anabranch.config import Field, Size, configclass
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
+from anabranch.precision import autocast_dtype, cast, full_precision, wide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
 from anabranch.routing.context import argument_of
-from anabranch.routing.score import autocast_dtype, cast, full_precision, wide
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
+from anabranch.precision import autocast_dtype
 from anabranch.routing import Score, Select
-from anabranch.routing.score import autocast_dtype
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.pool import ExpertPool
+from anabranch.precision import autocast_dtype
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, plan_dispatch
-from anabranch.routing.score import autocast_dtype
 
 __all__ = ["ExpertParallel", "owned_parameters"]
 

@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.errors import ConfigError
 from anabranch.nn.operator import expert_operator, plain_experts, swiglu
 from anabranch.nn.sums import GradientSums
+from anabranch.precision import autocast_dtype, full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
-from anabranch.routing.score import autocast_dtype, full_precision
 
 __all__ = ["BACKENDS", "dense_mlp", "expert_mlp", "reference_expert_mlp"]
 

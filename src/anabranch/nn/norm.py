@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
 from anabranch.nn.kernels.door import takes
-from anabranch.routing.score import cast, wide
+from anabranch.precision import cast, wide
 
 
 class RMSNorm(nn.Module):

@@ -13,8 +13,8 @@ from anabranch.nn.derivatives import asks_for_graph, asks_for_plain, plain_gradi
 from anabranch.nn.kernels import expert_mlp as native
 from anabranch.nn.kernels.door import is_transformed, why_refused
 from anabranch.nn.sums import GradientSums
+from anabranch.precision import full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
-from anabranch.routing.score import full_precision
 
 __all__ = ["expert_operator", "plain_experts", "swiglu"]
 

@@ -7,7 +7,6 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
+from anabranch.precision import cast, full_precision, wide
 from anabranch.routing.context import RoutingContext
 
 Activation = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -160,25 +160,3 @@ class CosineScore(Score, kind="cosine"):
             x_NP = F.normalize(F.linear(x_ND, self.projection.to(x_ND.dtype)), dim=-1)
             cosine_NE = F.linear(x_NP, F.normalize(self.weight.to(x_ND.dtype), dim=-1))
         return cosine_NE / self.log_temperature.exp().clamp_min(0.01)
-
-
-def full_precision(device: str) -> AbstractContextManager[Any]:
-    """Autocast off. Where it is off already, as in most decoding, the switch itself would cost as much as the work inside."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on this type of device; None where it is off, and on meta, which it does not know."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def wide(x_ND: Tensor) -> Tensor:
-    """Items in the precision that scores are made in: fp32, or fp64 for fp64 items."""
-    return x_ND if x_ND.dtype in (torch.float32, torch.float64) else x_ND.float()
-
-
-def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value.to(dtype)``, at no cost where there is nothing to do: asking torch takes longer than looking."""
-    return value if value.dtype == dtype else value.to(dtype)

@@ -28,6 +28,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.weighted import weighted_sum
+from anabranch.precision import full_precision
 from anabranch.routing import (
     LinearScore,
     Recorder,
@@ -39,7 +40,6 @@ from anabranch.routing import (
 )
 from anabranch.routing.balance import masked_mean
 from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
-from anabranch.routing.score import full_precision
 
 MANY = 256  # items for which virtual experts are cut from the weights
 

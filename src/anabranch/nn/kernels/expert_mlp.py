@@ -7,7 +7,7 @@ from torch import Tensor
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.door import DTYPES, Kernel, takes, why_refused
 from anabranch.nn.kernels.memory import empty_gradient
-from anabranch.routing.score import cast
+from anabranch.precision import cast
 
 __all__ = ["backward", "forward", "why_not"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.door import Kernel, is_dense, takes
-from anabranch.routing.score import cast
+from anabranch.precision import cast
 
 __all__ = ["can_norm", "can_sum", "can_turn", "norm", "norm_gradients", "sum_gradients", "turn", "weighted_sum"]
 
