@@ -169,6 +169,20 @@ def test_a_domain_for_each_sequence():
     ] * 2 + ["books"]
 
 
+def test_a_router_that_is_visited_twice_in_a_pass_sees_the_same_items_again():
+    model = Tower(num_layers=2)
+    first, last = model.routers
+    with record_routing(model) as recorder:
+        for seed in range(2):
+            context = RoutingContext(sequence_length=3)
+            for router in (first, last, first):
+                router(items(seed=seed), context)
+    numbers = [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
+    trace = recorder.trace()
+    assert trace.decisions(0).item_N.tolist() == [*numbers[0] * 2, *numbers[1] * 2]
+    assert trace.decisions(2).item_N.tolist() == [*numbers[0], *numbers[1]]
+
+
 def test_nothing_stays_behind():
     model = Tower()
     with (

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from anabranch.errors import DataError
 from anabranch.routing.decision import Routing
-from anabranch.routing.record import TraceBuilder, TraceWriter
 from anabranch.routing.trace import SCHEMA, RoutingTrace, TraceLayer, concat
+from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
 
 LAYER = TraceLayer(layer=3, name="layers.3.router", num_destinations=4, top_k=2)
 

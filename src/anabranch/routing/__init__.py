@@ -27,11 +27,12 @@ from anabranch.routing.dispatch import (
     plan_dispatch,
     unpad_rows,
 )
-from anabranch.routing.record import Recorder, TraceBuilder, TraceWriter, record_routing
+from anabranch.routing.record import Recorder, record_routing
 from anabranch.routing.router import Candidates, Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
 from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold, TopK, TopP
 from anabranch.routing.trace import Decisions, RoutingTrace, TraceLayer
+from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
 
 __all__ = [
     "UNUSED",

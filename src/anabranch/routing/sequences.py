@@ -1,4 +1,7 @@
-"""Which sequence each item of a forward pass belongs to: what the context says of it, and numbers that sequences keep."""
+"""Which item each row of a forward pass is: what the context says of it, and numbers that sequences keep.
+
+What is recorded (`record_routing`) is found again (`replay_routing`) because both number items by `ItemNumbers`.
+"""
 # Shapes: N items, S sequences
 
 from collections.abc import Hashable, Sequence
@@ -7,7 +10,7 @@ import numpy as np
 
 from anabranch.routing.context import RoutingContext
 
-__all__ = ["SequenceNumbers", "items_to_record", "real_items", "said_of_items", "sequence_names"]
+__all__ = ["ItemNumbers", "SequenceNumbers", "items_to_record", "real_items", "said_of_items", "sequence_names"]
 
 
 class SequenceNumbers:
@@ -30,6 +33,33 @@ class SequenceNumbers:
         self._first = self._first if goes_on else self._end
         self._end = max(self._end, self._first + num_sequences)
         return self._first
+
+
+class ItemNumbers:
+    """Numbers the items that the routers of a model see, forward pass after forward pass.
+
+    Each router has numbers of its own, and so has each time that it is visited in one forward pass: all of them number alike.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, SequenceNumbers] = {}
+
+    def of(self, visit: Hashable, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
+        """(item_N, position_N) of the next N items of ``visit``: as the context says, else counted from the start."""
+        length = context.sequence_length or 1  # no sequences: every item is one of its own
+        count_N = np.arange(num_items)
+        position_N = said_of_items(context, "position", num_items)
+        item_N = said_of_items(context, "item", num_items)
+        if item_N is None:
+            names = sequence_names(context, num_items)
+            numbers = self._numbers.setdefault(visit, SequenceNumbers())
+            if names is not None:
+                item_N = numbers.of(names).repeat(length)
+            else:
+                # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
+                goes_on = position_N is not None and num_items > 0 and not (position_N[real_items(context)] == 0).any()
+                item_N = numbers.counted(-(-num_items // length), goes_on) + count_N // length
+        return item_N, count_N % length if position_N is None else position_N
 
 
 def said_of_items(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:

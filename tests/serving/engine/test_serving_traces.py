@@ -13,7 +13,7 @@ from anabranch.lm import SamplingConfig, generate
 from anabranch.nn import kernels
 from anabranch.registry import BUILTIN
 from anabranch.routing import record_routing
-from anabranch.routing.record import find_routers
+from anabranch.routing.discovery import find_routers
 from anabranch.serving import LLM, Request, Sampling, ServingConfig
 from anabranch.serving.engine import Engine, LocalEngine, ModelRunner
 from anabranch.serving.fast import FastDecoder

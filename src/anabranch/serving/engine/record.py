@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from anabranch.routing.decision import Routing
-from anabranch.routing.record import find_routers, layer_numbers
+from anabranch.routing.discovery import find_routers, layer_numbers
 from anabranch.routing.router import Router
 
 Route = dict[int, tuple[int, ...]]

@@ -1,0 +1,135 @@
+"""How a `RoutingTrace` is made of decisions as they come: `TraceBuilder` keeps them in memory, `TraceWriter` streams them to a file."""
+# Shapes: N items, K places per item, R rows
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from anabranch.files import atomic_file
+from anabranch.routing.trace import (
+    METADATA_KEY,
+    PARQUET_OPTIONS,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    UNKNOWN,
+    RoutingTrace,
+    TraceLayer,
+    layers_to_json,
+    merge_layers,
+)
+
+
+class TraceBuilder:
+    """Collects decisions in memory, as whatever routes makes them."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, TraceLayer] = {}
+        self.num_rows = 0
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self._domains: dict[str, int] = {}
+
+    def add(
+        self,
+        layer: TraceLayer,
+        index_NK: Any,
+        weight_NK: Any,
+        *,
+        item_N: Any,
+        position_N: Any = 0,
+        token_N: Any = UNKNOWN,
+        domain: str | Sequence[str | None] | None = None,
+    ) -> None:
+        """Add N decisions of one layer. ``position_N``, ``token_N`` and ``domain`` may be one value for all.
+
+        Raises DataError if ``layer`` was added before as something else.
+        """
+        self.layers[layer.layer] = merge_layers(self.layers.get(layer.layer), layer)
+        index_NK = np.asarray(index_NK)
+        used_NK = index_NK >= 0
+        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
+        row_R, rank_R = np.nonzero(used_NK)
+        domains = [domain] if domain is None or isinstance(domain, str) else domain
+        code_N = [UNKNOWN if name is None else self._domains.setdefault(name, len(self._domains)) for name in domains]
+        every = (len(index_NK),)
+        columns = (
+            np.broadcast_to(item_N, every)[row_R],
+            np.broadcast_to(position_N, every)[row_R],
+            np.full(len(row_R), layer.layer),
+            rank_R,
+            index_NK[row_R, rank_R],
+            np.asarray(weight_NK)[row_R, rank_R],
+            np.broadcast_to(token_N, every)[row_R],
+        )
+        types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
+        part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
+        self._parts.append((*part, np.broadcast_to(np.array(code_N, np.int32), every)[row_R]))
+        self.num_rows += len(row_R)
+
+    def trace(self) -> RoutingTrace:
+        """What was added so far."""
+        return RoutingTrace(self._table(), self.layers.values())
+
+    def take(self) -> pa.Table:
+        """What was added so far, as a table, which is then forgotten."""
+        table = self._table()
+        self._parts, self.num_rows = [], 0
+        return table
+
+    def _table(self) -> pa.Table:
+        if not self._parts:
+            return SCHEMA.empty_table()
+        *columns, token, code = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        domain = pa.DictionaryArray.from_arrays(
+            pa.array(code, mask=code == UNKNOWN), pa.array(list(self._domains), pa.string())
+        )
+        return pa.Table.from_arrays(
+            [*map(pa.array, columns), pa.array(token, mask=token == UNKNOWN), domain], schema=SCHEMA
+        )
+
+
+class TraceWriter:
+    """Streams decisions to a file in row groups, so that a long recording needs little memory.
+
+    A context manager; the file appears when it is left without an error, and not at all otherwise.
+
+        with TraceWriter("trace.parquet") as writer:
+            writer.add(layer, index_NK, weight_NK, item_N=item_N)
+    """
+
+    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self.path = Path(path)
+        self._rows_per_group = rows_per_group
+        self._builder = TraceBuilder()
+
+    def __enter__(self) -> Self:
+        self._place = atomic_file(self.path)
+        self._file = pq.ParquetWriter(self._place.__enter__(), SCHEMA, **PARQUET_OPTIONS)
+        return self
+
+    def add(self, layer: TraceLayer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:
+        """Add N decisions of one layer, see `TraceBuilder.add`."""
+        self._builder.add(layer, index_NK, weight_NK, **columns)
+        if self._builder.num_rows >= self._rows_per_group:
+            self._file.write_table(self._builder.take())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self._file.close()
+            # Not the caller's error: an OSError of the caller would be taken for a failure to write here.
+            with suppress(_Abandoned):
+                self._place.__exit__(_Abandoned, _Abandoned(), None)
+            return
+        layers = tuple(sorted(self._builder.layers.values(), key=lambda layer: layer.layer))
+        self._file.write_table(self._builder.take())
+        self._file.add_key_value_metadata({METADATA_KEY: layers_to_json(layers)})
+        self._file.close()
+        self._place.__exit__(None, None, None)
+
+
+class _Abandoned(Exception):  # noqa: N818
+    """Tells `atomic_file` to drop the file."""
