@@ -46,6 +46,10 @@ test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short b
 sanitize: $(VENV)/.installed-dev ## run the kernels' tests and their fuzz with the address and undefined-behaviour sanitizers
 	$(ONE_THREAD) $(BIN)/python tests/sanitize.py $(ARGS)
 
+.PHONY: same
+same: $(VENV)/.installed-dev ## train all presets by this work tree and by BASE (default main): the same to the bit?
+	$(BIN)/python tests/side_by_side.py $(or $(BASE),main)
+
 .PHONY: check
 check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, whether they build, and both compilers
 	$(BIN)/ruff check .

@@ -36,6 +36,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Whoever computes on more threads sets them back: where processes share two cores, all later tests would take fifty times as long."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"this test leaves torch on {left} threads"
+
+
 @pytest.fixture
 def by_keyword(monkeypatch):
     """Makes every router be called with named arguments from then on, as a design may."""
