@@ -156,6 +156,11 @@ def test_defaults_are_those_of_the_interface():
     assert FastRP(20, dtype="float64").fit_transform(drawn()).dtype == np.float64
 
 
+def test_the_threads_of_torch_stay_as_they_are():
+    FastRP(dim=8).fit_transform(load_dataset("karate").graph)
+    assert torch.get_num_threads() == 1
+
+
 def test_the_default_sparsity_is_the_square_root_of_nodes_as_a_power_of_2():
     # 40 nodes: sqrt is 6.3, 2^round(2.66) = 8
     graph = drawn()

@@ -43,6 +43,7 @@ from anabranch.graph.fastrp.start import (
 from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, Threads, TorchProducts, threads
 from anabranch.graph.projection import BLOCK, keys_of
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
+from anabranch.machine import usable_cores
 
 if TYPE_CHECKING:
     from anabranch.graph.fastrp.tuning import Tuning
@@ -100,7 +101,7 @@ class FastRP(Estimator):
         backend: ``numba``, ``scipy`` (one thread) or ``torch``; the same numbers up to rounding.
         device: of torch.
         chunk: columns computed at a time, rounded up to a multiple of 32; None for about 64 MB of scratch. Changes no bit of the result.
-        threads: None for numba's number. Changes no bit of the result.
+        threads: None for the usable cores, or fewer where NUMBA_NUM_THREADS says so. Changes no bit of the result.
         keep_powers: let `fit` keep N_1 ... N_q, which `transform` needs.
 
     Attributes:
@@ -381,7 +382,8 @@ class FastRP(Estimator):
 
     @property
     def _num_threads(self) -> int:
-        return self.threads or nb.get_num_threads()
+        # Asking numba would start its own threads, and with them set how many torch uses in this process.
+        return self.threads or min(usable_cores(), nb.config.NUMBA_NUM_THREADS)
 
     def _weight(self, order: int) -> float:
         return self.self_weight if order == 0 else self.weights[order - 1]
