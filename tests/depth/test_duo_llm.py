@@ -12,14 +12,17 @@ from anabranch.depth.duo_llm import (
     Routed,
     RouteSpace,
     duo_layers,
+    learned_router,
     oracle,
     take,
+    with_router,
 )
 from anabranch.errors import ConfigError, DataError
 from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext, ForwardContext
+from anabranch.routing import Override, override_routing
 from duo import all_one, decoder, losses, tokens
 
 SAME = 1e-6  # the same sums in another order
@@ -95,6 +98,39 @@ def test_a_route_may_be_a_name_a_tensor_or_a_callable():
         assert torch.equal(model(token_BL, state=given).logits_BLV, expected)
         assert torch.equal(model(token_BL).logits_BLV, Routed(model, "big")(token_BL).logits_BLV)
         assert not torch.equal(expected, Routed(model, "big")(token_BL).logits_BLV)
+
+
+def test_overrides_go_before_any_route_and_select_only_for_the_learned_router():
+    model, token_BL = decoder(num_layers=2).eval(), tokens(2, 5)
+    first = "blocks.0.feed_forward.router"
+    with torch.no_grad():
+        expected = model(token_BL, state=take(torch.stack((torch.zeros(2, 5), torch.ones(2, 5)), -1).long())).logits_BLV
+        with override_routing(model, {first: Override(index_NK=[0])}):
+            assert torch.equal(model(token_BL, state=take("big")).logits_BLV, expected)
+        learned = with_router(model, learned_router()).eval()
+        for layer in (0, 1):
+            open_NE = [True, False] if layer == 0 else [False, True]
+            with override_routing(learned, {layer: Override(open_NE=open_NE), 1 - layer: Override(index_NK=[1])}):
+                given = [0, 1] if layer == 0 else [1, 1]
+                route = torch.tensor(given).expand(2, 5, 2)
+                assert torch.equal(model(token_BL, state=take(route)).logits_BLV, learned(token_BL).logits_BLV)
+        with (
+            override_routing(learned, {0: Override(open_NE=[True, False])}),
+            pytest.raises(ConfigError, match="not selected by the learned router"),
+        ):
+            learned(token_BL, state=take("big"))
+
+
+def test_a_forced_option_is_not_taught_to_the_router():
+    model, token_BL = with_router(decoder(num_layers=2), learned_router()), tokens(2, 5)
+    state = take("big", supervision=torch.ones(2))
+    only_N = torch.arange(10) < 5
+    taught = model(token_BL, token_BL, state=state).auxiliary["focal"]
+    with override_routing(model, {0: Override(index_NK=[1]), 1: Override(index_NK=[1])}):
+        assert model(token_BL, token_BL, state=state).auxiliary["focal"] == 0
+    with override_routing(model, {layer: Override(index_NK=[1], only_N=only_N) for layer in (0, 1)}):
+        half = model(token_BL, token_BL, state=state).auxiliary["focal"]
+    assert 0 < half != taught
 
 
 def test_flops_of_a_route_follow_the_formula():

@@ -136,6 +136,7 @@ class RecurrentScore(Score, kind="recurrent"):
             std = self.init_std if self.init == "normal" else 1 / math.sqrt(dim)
             return nn.Parameter(nn.init.normal_(torch.empty(self.state_dim, dim), std=std, generator=generator))
 
+    hands_on = True
     recurrence: Recurrence
 
     def __init__(

@@ -27,6 +27,8 @@ from anabranch.routing.dispatch import (
     plan_dispatch,
     unpad_rows,
 )
+from anabranch.routing.layer_overrides import override_routing
+from anabranch.routing.override import Override
 from anabranch.routing.record import Recorder, record_routing
 from anabranch.routing.router import Candidates, Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
@@ -47,6 +49,7 @@ __all__ = [
     "GroupTopK",
     "ImportanceLoss",
     "LinearScore",
+    "Override",
     "PoolLoss",
     "Recorder",
     "Router",
@@ -72,6 +75,7 @@ __all__ = [
     "export_history",
     "import_correction_bias",
     "limit_capacity",
+    "override_routing",
     "pad_rows",
     "plan_dispatch",
     "record_routing",

@@ -8,9 +8,13 @@ is counted twice.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from anabranch.routing.override import Overrides
 
 T = TypeVar("T")
 
@@ -49,6 +53,8 @@ class RoutingContext:
             write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
         state: what a caller gives to designs and recorders, by a name of its own.
         memo: see `once`.
+        routing: what overrides the decisions of routers, asked in this order; see `anabranch.routing.override`. One list for the whole
+            pass: forks have it too.
     """
 
     item_mask_N: Tensor | None = None
@@ -64,6 +70,7 @@ class RoutingContext:
     carry: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     memo: dict[int, Any] = field(default_factory=dict)
+    routing: list["Overrides"] = field(default_factory=list)
 
     def emit_loss(self, name: str, loss: Tensor) -> None:
         """Add a loss of one layer. The training loss takes the mean over layers of each name."""
@@ -81,6 +88,16 @@ class RoutingContext:
         if id(owner) not in self.memo:
             self.memo[id(owner)] = make()
         return self.memo[id(owner)]
+
+    def visit(self, owner: object) -> int:
+        """How often ``owner`` called this before in this forward pass; the same again where the backward pass repeats the call.
+
+        The count is carried from layer to layer as a tensor, since recomputation begins with what was carried to it.
+        """
+        name = f"visits.{id(owner)}"
+        count = int(self.carry.get(name, 0))
+        self.carry[name] = torch.tensor(count + 1)
+        return count
 
     def emit_part(self, owner: LossOverLayers, part: tuple[Tensor, ...]) -> None:
         """Add one layer's part of a loss that ``owner`` makes of several layers' parts."""

@@ -22,13 +22,20 @@ class RouterLayer:
 
     Attributes:
         number: of the layer.
-        name: of the router in the model, with ``.pass0`` and so on behind it where it routes several times in a forward pass.
+        router_name: of the router in the model.
         router: the module.
+        turn: which of its passes in a forward pass.
     """
 
     number: int
-    name: str
+    router_name: str
     router: nn.Module
+    turn: int = 0
+
+    @property
+    def name(self) -> str:
+        """The router's, with ``.pass0`` and so on behind it where it routes several times in a forward pass."""
+        return self.router_name if passes_of(self.router) == 1 else f"{self.router_name}.pass{self.turn}"
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,9 +59,8 @@ def layer_numbers(routers: Mapping[str, nn.Module]) -> dict[str, int]:
 def router_layers(routers: Mapping[str, nn.Module]) -> Iterator[RouterLayer]:
     """The layers of a trace of these routers, in order."""
     for (name, module), number in zip(routers.items(), layer_numbers(routers).values(), strict=True):
-        passes = passes_of(module)
-        for turn in range(passes):
-            yield RouterLayer(number + turn, name if passes == 1 else f"{name}.pass{turn}", module)
+        for turn in range(passes_of(module)):
+            yield RouterLayer(number + turn, name, module, turn)
 
 
 def passes_of(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 # Shapes: N items, E destinations, K places per item, D width
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,8 @@ from anabranch.config import Part, configclass
 from anabranch.errors import AnabranchError
 from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
-from anabranch.routing.decision import Routing
+from anabranch.routing.decision import UNUSED, Routing
+from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
 
@@ -98,7 +100,17 @@ class Router(Part, nn.Module):
         self.passes = 1
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        """Route N items of width D. Padding items (``context.item_mask_N``) go nowhere."""
+        """Route N items of width D, as ``context.routing`` overrides it. Padding items (``context.item_mask_N``) go nowhere."""
+        overrides: Sequence[Override] = ()
+        if context.routing:
+            overrides = overrides_of(self, self.num_destinations, x_ND.shape[0], context)
+            forced = [override for override in overrides if override.index_NK is not None]
+            if forced and forced[-1].is_whole and (forced[-1].of_all_routers or not self.score.hands_on):
+                return forced[-1].routing(x_ND, self.num_destinations, context.item_mask_N)
+        return self.decide(x_ND, context, overrides)
+
+    def decide(self, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()) -> Routing:
+        """The decision by score and select, with ``overrides``; balancers watch it in training."""
         logit_NE = self.score.project(x_ND, context)
         if self.config.check_finite and not torch.isfinite(logit_NE).all():
             raise AnabranchError(f"router of layer {self.layer} has NaN or infinite logits; lower the learning rate")
@@ -109,16 +121,38 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
-        may_NE = open_NE
+        bias_NE, may_NE = self._bias_E(), open_NE
+        for override in overrides:
+            bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)
+        seen_open_NE = may_NE
         if context.item_mask_N is not None:  # nothing is open to a padding item
             real_N1 = context.item_mask_N.unsqueeze(-1)
-            may_NE = real_N1 if open_NE is None else open_NE & real_N1
-        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=self._bias_E(), open_NE=may_NE)
+            may_NE = real_N1 if may_NE is None else may_NE & real_N1
+        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=bias_NE, open_NE=may_NE)
+
+        def weigh(index_NK: Tensor) -> Tensor:
+            if open_NE is not None:
+                open_NK = open_NE.expand_as(score_NE).gather(1, index_NK.clamp_min(0))
+                index_NK = index_NK.masked_fill(~open_NK, UNUSED)
+            return self.select.weigh(index_NK, score_NE, masked_NE).weight_NK
+
+        for override in overrides:
+            routing = override.force(routing, weigh, context.item_mask_N)
         if context.training:
-            seen = Observation(logit_NE, routing, open_NE)
-            for part in (*self.balance, *self.pool_balance):
-                part(seen, context)
+            self._balance(Observation(logit_NE, routing, seen_open_NE), context, overrides)
         return routing
+
+    def _balance(self, seen: Observation, context: RoutingContext, overrides: Sequence[Override]) -> None:
+        """Let balancers watch what is the router's own."""
+        hidden = hidden_items(overrides, seen.logit_NE.device)
+        if hidden is True:
+            return
+        if isinstance(hidden, Tensor):
+            own_N = ~hidden if context.item_mask_N is None else ~hidden & context.item_mask_N
+            seen = replace(seen, routing=seen.routing.drop(hidden.unsqueeze(-1)))
+            context = replace(context, item_mask_N=own_N)  # it collects into the same lists
+        for part in (*self.balance, *self.pool_balance):
+            part(seen, context)
 
     def _bias_E(self) -> Tensor | None:
         total_E: Tensor | None = None

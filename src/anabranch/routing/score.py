@@ -64,6 +64,7 @@ class Score(Part, nn.Module, family="score"):
             return 2 * self.num_parameters(dim, num_destinations)
 
     is_causal: ClassVar[bool] = True
+    hands_on: ClassVar[bool] = False  # True: `project` leaves something in ``context.carry`` that a later score needs
 
     def __init__(self, config: Any) -> None:
         super().__init__()

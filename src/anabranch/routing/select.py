@@ -84,13 +84,19 @@ class Select(Part, nn.Module, family="select"):
         if open_NE is not None:
             value_NE = value_NE.masked_fill(~open_NE, -torch.inf)
         index_NK = self.choose(value_NE)
-        return self._weigh(index_NK, score_NE, logit_NE)
+        return self.weigh(index_NK, score_NE, logit_NE)
+
+    @property
+    def num_places(self) -> int | None:
+        """K, the places of its routings; None where that is not known beforehand."""
+        return None
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """index_NK from selection values; minus infinity must not be chosen."""
         raise NotImplementedError  # abstract
 
-    def _weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+    def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+        """The routing to ``index_NK``, weighed by the scores as the config says; places of -1 weigh 0."""
         if _is_tiny(score_NE) and int(index_NK.min()) >= 0:  # one look instead of a mask of all that follows
             return self._weigh_all(index_NK, score_NE, logit_NE)
         unused_NK = index_NK < 0
@@ -107,7 +113,7 @@ class Select(Part, nn.Module, family="select"):
         return Routing(index_NK, weight_NK, score_NE)
 
     def _weigh_all(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
-        """`_weigh` where every place is used."""
+        """`weigh` where every place is used."""
         if self.config.normalize == "softmax":
             weight_NK = (score_NE if logit_NE is None else logit_NE).gather(-1, index_NK).softmax(-1)
         else:
@@ -142,6 +148,11 @@ class TopK(Select, kind="top_k"):
         def check(self, num_destinations: int) -> None:
             """At most all."""
             _check_at_most("top_k", self.top_k, num_destinations)
+
+    @property
+    def num_places(self) -> int:
+        """K."""
+        return self.config.top_k
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest."""
@@ -184,6 +195,11 @@ class GroupTopK(Select, kind="group_top_k"):
                     f"top_k is {self.top_k}, but top_groups={self.top_groups} groups of {size} hold only {size * self.top_groups}"
                 )
 
+    @property
+    def num_places(self) -> int:
+        """K."""
+        return self.config.top_k
+
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest of the open groups."""
         num_groups = self.config.num_groups
@@ -215,9 +231,14 @@ class TopP(Select, kind="top_p"):
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
+    @property
+    def num_places(self) -> int:
+        """At most so many are used."""
+        return self.config.max_k or self.num_destinations
+
     def choose(self, value_NE: Tensor) -> Tensor:
         """The shortest prefix of the sorted values that reaches ``top_p``."""
-        index_NK = stable_top_k(value_NE, self.config.max_k or self.num_destinations)
+        index_NK = stable_top_k(value_NE, self.num_places)
         value_NK = value_NE.gather(-1, index_NK)
         share_NK = value_NK.masked_fill(value_NK == -torch.inf, 0.0)
         before_NK = share_NK.cumsum(-1) - share_NK
@@ -238,9 +259,14 @@ class Threshold(Select, kind="threshold"):
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
+    @property
+    def num_places(self) -> int:
+        """At most so many are used."""
+        return self.config.max_k or self.num_destinations
+
     def choose(self, value_NE: Tensor) -> Tensor:
         """All values over the threshold."""
-        index_NK = stable_top_k(value_NE, self.config.max_k or self.num_destinations)
+        index_NK = stable_top_k(value_NE, self.num_places)
         low_NK = value_NE.gather(-1, index_NK) < self.config.threshold
         low_NK[:, 0] = False
         return _only_open(value_NE, index_NK).masked_fill(low_NK, UNUSED)
@@ -260,6 +286,11 @@ class ExpertChoice(Select, kind="expert_choice"):
         capacity_factor: float = Field(default=2.0, gt=0)
 
     is_causal: ClassVar[bool] = False
+
+    @property
+    def num_places(self) -> int:
+        """E, a place for each destination."""
+        return self.num_destinations
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """index_NE: destination e stands in place e where it took the item."""

@@ -6,7 +6,7 @@ Which one is said per forward pass, in the forward context's state: ``model(toke
 """
 # Shapes: B batch, L positions, N = B L items, E options, Y layers, K places per item, D width
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,9 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.precision import wide
 from anabranch.routing import UNUSED, Balancer, Router, Routing, RoutingContext, combine, dispatch, plan_dispatch
+from anabranch.routing.override import Override, hidden_items
 
 OPTIONS = ("small", "big", "skip")
 SMALL, BIG, SKIP = range(3)
@@ -60,10 +62,11 @@ class DuoRouter(Router):
         self.default = config.default
         self.place, self.num_layers = context.routed_layer, context.num_routed_layers
 
-    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        """Route N items; see `take`.
+    def decide(self, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()) -> Routing:
+        """Route N items; see `take`. ``overrides`` change what that says.
 
-        Raises ConfigError for an option this model was built without, a learned router that it does not have, or a tensor of another shape.
+        Raises ConfigError for an option this model was built without, a learned router that it does not have, a tensor of another shape,
+        or a bias or closed destinations where nothing is selected.
         """
         route = context.state.get(ROUTE)
         if callable(route):
@@ -73,12 +76,14 @@ class DuoRouter(Router):
         if route is None:
             route = "router" if self.learned else "random" if context.training else self.default
         if isinstance(route, Tensor):
-            return self._given(route.reshape(-1).long(), x_ND, context)
-        if route == "router" and self.learned:
-            return super().forward(x_ND, context)
-        if route == "random":
-            return self._given(self.prior.project(x_ND, context).argmax(-1), x_ND, context)
-        return self._given(x_ND.new_full(x_ND.shape[:1], self._option(route), dtype=torch.int64), x_ND, context)
+            index_N = route.reshape(-1).long()
+        elif route == "router" and self.learned:
+            return super().decide(x_ND, context, overrides)
+        elif route == "random":
+            index_N = self.prior.project(x_ND, context).argmax(-1)
+        else:
+            index_N = x_ND.new_full(x_ND.shape[:1], self._option(route), dtype=torch.int64)
+        return self._given(index_N, x_ND, context, overrides)
 
     def _option(self, route: Any) -> int:
         names = OPTIONS[: self.num_destinations]
@@ -105,15 +110,27 @@ class DuoRouter(Router):
                 raise ConfigError(f"route has option {wrong}; use 0 to {self.num_destinations - 1}{hint}")
         return route_BLY[..., self.place]
 
-    def _given(self, index_N: Tensor, x_ND: Tensor, context: RoutingContext) -> Routing:
-        score_NE = F.one_hot(index_N, self.num_destinations).float()
+    def _given(
+        self, index_N: Tensor, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()
+    ) -> Routing:
+        if any(override.bias_NE is not None or override.open_NE is not None for override in overrides):
+            raise ConfigError(
+                "an override has a bias or closes options, but the route of this pass is given or drawn, not selected by the learned "
+                "router; force options with index_NK"
+            )
+        score_NE = F.one_hot(index_N, self.num_destinations).to(wide(x_ND).dtype)
         if context.item_mask_N is not None:
             index_N = index_N.masked_fill(~context.item_mask_N, UNUSED)
+        index_N1 = index_N.unsqueeze(1)
+        routing = Routing(index_N1, (index_N1 >= 0).to(score_NE.dtype), score_NE)
+        for override in overrides:
+            routing = override.force(routing, lambda index_NK: (index_NK >= 0).to(score_NE.dtype), context.item_mask_N)
         if context.training and self.learned and SUPERVISION in context.state:
             logit_NE = self.score.project(x_ND, context)
-            context.emit_loss("focal", focal_loss(logit_NE, index_N, weight_E=context.state[SUPERVISION]))
-        index_N1 = index_N.unsqueeze(1)
-        return Routing(index_N1, (index_N1 >= 0).float(), score_NE)
+            hidden = torch.as_tensor(hidden_items(overrides, index_N.device), device=index_N.device)
+            label_N = index_N.masked_fill(hidden, UNUSED) if overrides else index_N
+            context.emit_loss("focal", focal_loss(logit_NE, label_N, weight_E=context.state[SUPERVISION]))
+        return routing
 
 
 class DuoFFN(FeedForward, kind="duo"):

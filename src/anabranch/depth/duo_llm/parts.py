@@ -87,8 +87,9 @@ class Mixture(Select, kind="mixture"):
         index_NK = stable_top_k(value_NE, value_NE.shape[1] if self.training else 1)
         return index_NK.masked_fill(value_NE.gather(1, index_NK) == -torch.inf, UNUSED)
 
-    def _weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
-        routing = super()._weigh(index_NK, score_NE, logit_NE)
+    def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+        """By their scores in training, else 1."""
+        routing = super().weigh(index_NK, score_NE, logit_NE)
         if not self.training:
             return replace(routing, weight_NK=routing.used_NK.to(score_NE) * self.config.scale)
         if self.config.straight_through:

@@ -1,0 +1,92 @@
+"""`override_routing`: the decisions of a model changed from outside, layer by layer.
+
+    no_first = Override(open_NE=[False, True, True, True])
+    with override_routing(model, {0: no_first, "blocks.1.feed_forward.router": Override(index_NK=[3])}):
+        model(token_BL)
+
+Hooks do it, as with `record_routing`: a model whose decisions are its own runs the code it always runs, and inside the block compiled
+code runs eagerly. A forward pass that begins in the block is changed to its end: also where a backward pass repeats parts of it later.
+"""
+# Shapes: N items
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from anabranch.errors import ConfigError
+from anabranch.routing.context import RoutingContext, argument_of
+from anabranch.routing.discovery import RouterLayer, find_routers, passes_of, router_layers
+from anabranch.routing.override import Override, Overrides
+from anabranch.routing.router import Router
+
+
+class LayerOverrides:
+    """The same overrides in every forward pass, of some layers: for ``context.routing``.
+
+    Args:
+        model: whose layers they are.
+        layers: overrides by the layer's number or by its name, as traces of ``model`` have them. The name of a router that routes several
+            times in a pass, without ``.pass0`` behind it, stands for all its passes.
+
+    Raises ConfigError for a layer that the model does not have, and for a model without a `Router`.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[int | str, Override]) -> None:
+        self._found: dict[nn.Module, dict[int, Override]] = {}
+        known = own_layers(model)
+        for key, override in layers.items():
+            meant = [layer for layer in known if key in (layer.number, layer.name, layer.router_name)]
+            if not meant:
+                names = ", ".join(f"{layer.number} ({layer.name})" for layer in known)
+                raise ConfigError(f"the model has no routed layer {key!r}; it has {names}")
+            for layer in meant:
+                self._found.setdefault(layer.router, {})[layer.turn] = override
+
+    def of(self, router: nn.Module, visit: int, num_items: int, context: RoutingContext) -> Override | None:
+        """See `Overrides`."""
+        return self._found.get(router, {}).get(visit % passes_of(router))
+
+
+@contextmanager
+def override_routing(model: nn.Module, layers: Mapping[int | str, Override] | Overrides) -> Iterator[None]:
+    """Change the decisions of ``model`` inside the block.
+
+    Args:
+        model: whose routers to override. Copies of it are not reached, see `record_routing`.
+        layers: overrides by layer, see `LayerOverrides`; or an object that says them for each pass, see `Overrides`.
+
+    Blocks may be nested: biases add up, what any of them closes is closed, and of several forced decisions the inner one holds.
+    Raises ConfigError as `LayerOverrides` does, and in the block as `Override.check_fit`.
+    """
+    source = LayerOverrides(model, layers) if isinstance(layers, Mapping) else layers
+    with overriding({layer.router for layer in own_layers(model)}, source):
+        yield
+
+
+@contextmanager
+def overriding(routers: Iterable[nn.Module], source: Overrides) -> Iterator[None]:
+    """Every forward pass that reaches one of ``routers`` in the block carries ``source``."""
+
+    def join(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = argument_of(RoutingContext, args, kwargs)
+        # The list is one for the whole pass, and what recomputes parts of it later has it too.
+        if context is not None and not any(other is source for other in context.routing):
+            context.routing.append(source)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for router in routers:
+            handle = router.register_forward_pre_hook(join, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def own_layers(model: nn.Module) -> list[RouterLayer]:
+    """The layers of ``model`` that a `Router` decides in, as traces have them. Raises ConfigError if there is none."""
+    routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
+    if not routers:
+        raise ConfigError(f"{type(model).__name__} has no Router, so there is no decision to override")
+    return list(router_layers(routers))
