@@ -12,7 +12,8 @@ import pytest
 from anabranch.cli.runs import build_config
 from anabranch.data.corpus import corpus_at
 from anabranch.gateway.data import load, read_prices
-from anabranch.routing.trace import METADATA_KEY, SCHEMA, RoutingTrace, TraceLayer, layers_to_json
+from anabranch.routing.trace import RoutingTrace
+from anabranch.routing.trace_schema import METADATA_KEY, TraceLayer, layers_to_json, schema_with
 from damage import altered, as_json, damaged, each, little_room, refuse_or_read
 
 CASES = [pytest.param(40, id="few"), pytest.param(1500, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
@@ -90,30 +91,34 @@ TRACE = pa.Table.from_pylist(
             "weight": 0.5,
             "token": i,
             "domain": "a",
+            "scores": [0.5, 0.5, 0.0, 0.0] if k == 0 else None,
+            "propensity": 0.5 if i % 2 else None,
         }
         for layer in range(2)
         for i in range(16)
         for k in range(2)
     ],
-    schema=SCHEMA,
+    schema=schema_with(["scores", "propensity"]),
 )
 LAYERS = [TraceLayer(layer=layer, name=f"l{layer}", num_destinations=4, top_k=2) for layer in range(2)]
 
 
 def altered_trace(random):
     """A trace with a column that is missing, of another type or out of range, or other metadata."""
-    table, about, name = TRACE, layers_to_json(LAYERS).encode(), random.choice(SCHEMA.names)
-    kind, place = random.randrange(4), SCHEMA.get_field_index(name)
+    table, about, name = TRACE, layers_to_json(LAYERS).encode(), random.choice(TRACE.column_names)
+    kind, place = random.randrange(4), TRACE.column_names.index(name)
     if kind == 0:
         about = as_json(altered(json.loads(about), random), random)
     elif kind == 1:
         table = table.drop_columns([name])
     elif kind == 2:
-        item = random.choice(["x", 1.5, None, [1], True])
+        item = random.choice(["x", 1.5, None, [1], True, [], [None] * 4, [0.5] * 4])
         table = table.set_column(place, name, pa.array([item] * len(table)))
     elif name not in ("weight", "domain"):
         item = random.choice([0, -1, -2, 5, 2**15 - 1])
-        table = table.set_column(place, SCHEMA.field(place), pa.array([item] * len(table), SCHEMA.field(place).type))
+        field = TRACE.schema.field(place)
+        item = [item] * random.randrange(6) if name == "scores" else item
+        table = table.set_column(place, field, pa.array([item] * len(table), field.type))
     return parquet(table.replace_schema_metadata({METADATA_KEY: about}))
 
 

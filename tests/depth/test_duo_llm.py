@@ -22,7 +22,7 @@ from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext, ForwardContext
-from anabranch.routing import Override, override_routing
+from anabranch.routing import Override, override_routing, record_routing
 from duo import all_one, decoder, losses, tokens
 
 SAME = 1e-6  # the same sums in another order
@@ -119,6 +119,24 @@ def test_overrides_go_before_any_route_and_select_only_for_the_learned_router():
             pytest.raises(ConfigError, match="not selected by the learned router"),
         ):
             learned(token_BL, state=take("big"))
+
+
+def test_a_drawn_option_says_with_what_probability_it_was_drawn():
+    model, token_BL = decoder(num_layers=2, p_big=0.25).eval(), tokens(3, 7)
+    only_N = torch.arange(21) < 7
+    with (
+        record_routing(model, scores=True) as recorder,
+        override_routing(model, {1: Override(index_NK=[1], only_N=only_N)}),
+    ):
+        model(token_BL, state=take("random"))
+        model(token_BL, state=take("big"))
+    for layer in (0, 1):
+        decisions = recorder.trace().decisions(layer)
+        propensity_N, index_N = decisions.propensity_NK[:, 0], torch.from_numpy(decisions.index_NK[:, 0].copy())
+        drawn_N = torch.arange(42) < 21  # the second pass was given
+        drawn_N[:7] &= layer == 0  # and of the first what was forced
+        expected_N = torch.where(drawn_N, torch.tensor([0.75, 0.25])[index_N.long()], torch.nan)
+        torch.testing.assert_close(torch.from_numpy(propensity_N), expected_N, equal_nan=True)
 
 
 def test_a_forced_option_is_not_taught_to_the_router():

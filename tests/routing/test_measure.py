@@ -9,8 +9,9 @@ from hypothesis.extra.numpy import arrays
 
 from anabranch.errors import ConfigError
 from anabranch.routing import measure
-from anabranch.routing.trace import Decisions, TraceLayer
+from anabranch.routing.trace import Decisions
 from anabranch.routing.trace_builder import TraceBuilder
+from anabranch.routing.trace_schema import TraceLayer
 from real_data import needs_data, real_data
 
 

@@ -169,6 +169,25 @@ def test_a_domain_for_each_sequence():
     ] * 2 + ["books"]
 
 
+def test_scores_are_kept_where_asked(tmp_path):
+    model, x_ND = Tower(num_layers=1), items()
+    mask_N = torch.tensor([True, False, True, True, True, True])
+    with record_routing(model, scores=True) as kept, record_routing(model, path=tmp_path / "t", scores=True):
+        for _ in range(2):
+            model(x_ND, RoutingContext(item_mask_N=mask_N))
+    expected = model.routers[0](x_ND, RoutingContext(item_mask_N=mask_N))
+    for trace in (kept.trace(), RoutingTrace.read(tmp_path / "t")):
+        assert torch.equal(trace.routing(0).score_NE, expected.score_NE[mask_N].repeat(2, 1))
+        assert trace.table["propensity"].null_count == len(trace)  # nothing was drawn
+
+
+def test_weights_of_double_precision_are_known_to_be_rounded():
+    model = Tower(num_layers=1).double()
+    with record_routing(model) as recorder:
+        model(items().double(), RoutingContext())
+    assert recorder.trace().layers[0].weight_dtype == "float64"
+
+
 def test_a_router_that_is_visited_twice_in_a_pass_sees_the_same_items_again():
     model = Tower(num_layers=2)
     first, last = model.routers

@@ -11,8 +11,9 @@ from hypothesis.extra.numpy import arrays
 
 from anabranch.errors import DataError
 from anabranch.routing.decision import Routing
-from anabranch.routing.trace import SCHEMA, RoutingTrace, TraceLayer, concat
+from anabranch.routing.trace import RoutingTrace, concat
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
+from anabranch.routing.trace_schema import SCHEMA, TraceLayer
 
 LAYER = TraceLayer(layer=3, name="layers.3.router", num_destinations=4, top_k=2)
 
@@ -272,6 +273,97 @@ def test_bad_place_to_write(tmp_path):
 
 def test_columns_that_may_be_empty():
     assert [field.name for field in SCHEMA if field.nullable] == ["token", "domain"]
+
+
+def scored(scores=True):
+    """Two items by hand: the second goes to one destination alone, in its second place, and was not drawn."""
+    builder = TraceBuilder(scores=scores)
+    builder.add(
+        LAYER,
+        [[2, 0], [-1, 1]],
+        [[0.75, 0.25], [0.0, 0.5]],
+        item_N=[7, 8],
+        score_NE=[[0.25, 0.0, 0.75, 0.0], [0.5, 0.5, 0.0, 0.0]],
+        propensity_NK=[[0.875, 0.5], [np.nan, np.nan]],
+    )
+    return builder.trace()
+
+
+def test_scores_and_propensities_by_hand(tmp_path):
+    trace = scored()
+    rows = trace.table.to_pydict()
+    assert rows["scores"] == [[0.25, 0.0, 0.75, 0.0], None, [0.5, 0.5, 0.0, 0.0]]
+    assert rows["propensity"] == [0.875, 0.5, None]
+    trace.write(tmp_path / "t.parquet")
+    with TraceWriter(tmp_path / "streamed.parquet", rows_per_group=1, scores=True) as writer:
+        for part, item in enumerate((7, 8)):
+            decided = trace.decisions(3)
+            writer.add(
+                LAYER,
+                decided.index_NK[[part]],
+                decided.weight_NK[[part]],
+                item_N=[item],
+                score_NE=decided.score_NE[[part]],
+                propensity_NK=decided.propensity_NK[[part]],
+            )
+    for again in (trace, *(RoutingTrace.read(tmp_path / name) for name in ("t.parquet", "streamed.parquet"))):
+        assert again.table.equals(trace.table)
+        decided, routing = again.decisions(3), again.routing(3)
+        assert decided.score_NE.tolist() == [[0.25, 0.0, 0.75, 0.0], [0.5, 0.5, 0.0, 0.0]]
+        assert np.array_equal(decided.propensity_NK, np.float32([[0.875, 0.5], [np.nan, np.nan]]), equal_nan=True)
+        assert routing.score_NE.tolist() == decided.score_NE.tolist()
+        assert routing.propensity_NK[0].tolist() == [0.875, 0.5]
+        assert np.isnan(again.column("propensity", 3)).tolist() == [False, False, True]
+
+
+def test_a_trace_without_scores_is_what_it_always_was(tmp_path):
+    """Older versions read it: neither a column nor a word of the metadata is new."""
+    trace = scored(scores=False)
+    assert trace.table.schema.equals(SCHEMA)
+    assert trace.table.schema.metadata == {
+        b"anabranch.trace": b'{"version": 1, "layers": [{"layer": 3, "name": "layers.3.router", "num_destinations": 4, "top_k": 2, '
+        b'"pool": "layers.3.router", "own_start": 0, "pool_size": 4}]}'
+    }
+    decided = trace.decisions(3)
+    assert decided.score_NE is None
+    assert decided.propensity_NK is None
+    assert trace.routing(3).score_NE.tolist() == [[0.25, 0.0, 0.75, 0.0], [0.0, 0.5, 0.0, 0.0]]
+    with pytest.raises(DataError, match="the trace has no column 'propensity' of one value per row; it has item, "):
+        trace.column("propensity", 3)
+
+
+def test_traces_with_and_without_scores_are_joined():
+    both = concat([scored(scores=False), scored()], renumber=True)
+    assert np.isnan(both.decisions(3).score_NE[:2]).all()
+    assert both.decisions(3).score_NE[2:].tolist() == scored().decisions(3).score_NE.tolist()
+    assert both.routing(3).score_NE[:2].tolist() == scored(scores=False).routing(3).score_NE.tolist()
+
+
+def test_weights_that_were_rounded_say_so(tmp_path):
+    layer = TraceLayer(layer=3, name="x", num_destinations=4, top_k=1, weight_dtype="float64")
+    trace = concat(
+        [built([[1]], layer=TraceLayer(layer=3, name="x", num_destinations=4, top_k=1)), built([[0]], layer=layer)]
+    )
+    trace.write(tmp_path / "t.parquet")
+    assert RoutingTrace.read(tmp_path / "t.parquet").layers == (layer,)
+
+
+def test_messages_about_scores():
+    with pytest.raises(DataError, match=r"scores of layer 3 have shape \[1, 2\]; it has 4 destinations"):
+        TraceBuilder(scores=True).add(LAYER, [[0]], [[1.0]], item_N=[0], score_NE=[[1.0, 2.0]])
+    table = scored().table
+    for name, values, message in (
+        ("scores", [[1.0] * 4, None, [1.0] * 3], "layer 3 has 3 scores of one item; it has 4 destinations"),
+        ("scores", [[1.0] * 4, None, [1.0, 1.0, 1.0, None]], "a score is missing among those of one item"),
+        ("propensity", [0.5, 1.5, None], "a propensity is 1.5; probabilities are 0 to 1"),
+    ):
+        place = table.schema.get_field_index(name)
+        wrong = table.set_column(place, table.schema.field(place), pa.array([*values], table.schema.field(place).type))
+        with pytest.raises(DataError, match=message):
+            RoutingTrace(wrong, [LAYER])
+    swapped = table.select([*SCHEMA.names, "propensity", "scores"])
+    with pytest.raises(DataError, match=r"not item, .*\(scores, propensity may follow\)"):
+        RoutingTrace(swapped, [LAYER])
 
 
 def test_a_builder_that_was_emptied_begins_anew():

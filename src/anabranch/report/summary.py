@@ -10,7 +10,8 @@ import numpy as np
 from anabranch.errors import DataError
 from anabranch.report.caching import CacheFacts, cache_facts
 from anabranch.routing import measure
-from anabranch.routing.trace import Decisions, RoutingTrace, TraceLayer
+from anabranch.routing.trace import Decisions, RoutingTrace
+from anabranch.routing.trace_schema import TraceLayer
 
 SEGMENT = 16  # tokens, the length arXiv 2505.16056 reports by default
 NAN = math.nan

@@ -33,8 +33,9 @@ from anabranch.routing.record import Recorder, record_routing
 from anabranch.routing.router import Candidates, Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
 from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold, TopK, TopP
-from anabranch.routing.trace import Decisions, RoutingTrace, TraceLayer
+from anabranch.routing.trace import Decisions, RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
+from anabranch.routing.trace_schema import TraceLayer
 
 __all__ = [
     "UNUSED",

@@ -18,11 +18,14 @@ class Routing:
         index_NK: int64, the destinations of each item, in [0, E) or -1.
         weight_NK: the weight of each destination's output; 0 where the index is -1.
         score_NE: the scores the choice was made from, before any selection bias; used by balancers, measures, learning.
+        propensity_NK: probability with which each destination was drawn, NaN where it was not drawn; None where nothing was: a choice
+            that follows from the scores has no propensity.
     """
 
     index_NK: Tensor
     weight_NK: Tensor
     score_NE: Tensor
+    propensity_NK: Tensor | None = None
 
     @property
     def num_items(self) -> int:

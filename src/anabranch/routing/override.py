@@ -143,7 +143,10 @@ class Override:
             only_N1, _widen(index_NK, num_places, UNUSED), _widen(routing.index_NK, num_places, UNUSED)
         )
         weight_NK = torch.where(only_N1, _widen(weight_NK, num_places, 0), _widen(routing.weight_NK, num_places, 0))
-        return replace(routing, index_NK=index_NK, weight_NK=weight_NK)
+        drawn_NK = routing.propensity_NK
+        if drawn_NK is not None:
+            drawn_NK = _widen(drawn_NK, num_places, torch.nan).masked_fill(only_N1, torch.nan)
+        return replace(routing, index_NK=index_NK, weight_NK=weight_NK, propensity_NK=drawn_NK)
 
     def _only_N1(self, like: Tensor) -> Tensor:
         assert self.only_N is not None

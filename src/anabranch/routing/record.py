@@ -24,8 +24,9 @@ from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
 from anabranch.routing.discovery import Read, RouterLayer, find_routers, passes_of, read_routing, router_layers
 from anabranch.routing.sequences import ItemNumbers, items_to_record, said_of_items, sequence_names
-from anabranch.routing.trace import RoutingTrace, TraceLayer
+from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
+from anabranch.routing.trace_schema import TraceLayer
 
 
 class Recorder:
@@ -38,11 +39,13 @@ class Recorder:
         mask: bool ``[N]`` or ``[B, L]``, False for padding of the next forward pass, where a model does not say it; or None.
     """
 
-    def __init__(self, sink: TraceBuilder | TraceWriter, routers: Mapping[str, nn.Module], read: Read) -> None:
+    def __init__(
+        self, sink: TraceBuilder | TraceWriter, routers: Mapping[str, nn.Module], read: Read, *, scores: bool = False
+    ) -> None:
         self.domain: str | Sequence[str | None] | None = None
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
-        self._sink, self._read = sink, read
+        self._sink, self._read, self._scores = sink, read, scores
         self._layers: dict[nn.Module, list[RouterLayer]] = {}
         for layer in router_layers(routers):
             self._layers.setdefault(layer.router, []).append(layer)
@@ -81,6 +84,7 @@ class Recorder:
             position_N=position_N[keep_N],
             token_N=-1 if token_N is None else token_N[keep_N],
             domain=self._domain_N(routing.num_items, keep_N, context),
+            **(_scored(routing, keep_N) if self._scores else {}),
         )
 
     def _outside(self, num_items: int) -> RoutingContext:
@@ -128,6 +132,7 @@ def record_routing(
     path: str | Path | None = None,
     routers: Mapping[str, nn.Module] | None = None,
     read: Read | None = None,
+    scores: bool = False,
 ) -> Iterator[Recorder]:
     """Record the decisions of ``model`` inside the block.
 
@@ -152,6 +157,8 @@ def record_routing(
             none, what transformers' mixtures of experts route with (modules of a class ``...TopKRouter``).
         read: makes a `Routing` from a router and what its forward returned. Default: it is one already, or a tuple of logits, weights
             and indices as transformers' routers return it.
+        scores: also keep the scores of all destinations, E floats for each decision, and with what probability a destination was drawn
+            where a router draws (`Routing.propensity_NK`).
 
     Rows carry the router's ``layer``. Where two routers claim one layer (or have none), or a router routes several times in a forward
     pass (`Router.passes`), layers are numbered in the model's order and names tell them apart.
@@ -164,8 +171,8 @@ def record_routing(
             f"{type(model).__name__} has no Router to record; name the modules that route with routers={{...}}"
         )
     with ExitStack() as stack:
-        sink = TraceBuilder() if path is None else stack.enter_context(TraceWriter(path))
-        recorder = Recorder(sink, routers, read or read_routing)
+        sink = TraceBuilder(scores=scores) if path is None else stack.enter_context(TraceWriter(path, scores=scores))
+        recorder = Recorder(sink, routers, read or read_routing, scores=scores)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in routers.values():
             handle = module.register_forward_hook(recorder._note, with_kwargs=True)
@@ -197,7 +204,16 @@ def _described(layer: RouterLayer, routing: Routing) -> TraceLayer:
         top_k=routing.num_places,
         pool=getattr(layer.router, "pool", None) or "",
         own_start=getattr(layer.router, "own_start", 0),
+        weight_dtype="float64" if routing.weight_NK.dtype == torch.float64 else "float32",
     )
+
+
+def _scored(routing: Routing, keep_N: np.ndarray | slice) -> dict[str, np.ndarray]:
+    """The optional columns of some of the items."""
+    found = {"score_NE": _numpy(routing.score_NE.float())[keep_N]}
+    if routing.propensity_NK is not None:
+        found["propensity_NK"] = _numpy(routing.propensity_NK.float())[keep_N]
+    return found
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

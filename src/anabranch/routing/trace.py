@@ -5,7 +5,8 @@ one schema; measures, cache simulators, predictors and reports read it. The sche
 
 A *decision* is the rows of one item at one layer: they stand together, in order of rank, so a trace gives back the `Routing`
 it came from. Unused places (capacity, threshold) are not stored; an item with no used place at all keeps one row of rank 0
-and destination -1, so that what was dropped can be counted. Padding items leave no rows.
+and destination -1, so that what was dropped can be counted. Padding items leave no rows. A trace may have columns of scores and of
+propensities (`anabranch.routing.trace_schema.OPTIONAL`); one without them is as it always was.
 
     with record_routing(model) as recorder:        # anabranch.routing.record
         model(token_BL)
@@ -14,72 +15,34 @@ and destination -1, so that what was dropped can be counted. Padding items leave
 """
 # Shapes: R rows, N decisions of a layer, K places per item, E destinations, L layers
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from anabranch.bounds import shown
 from anabranch.errors import DataError
-from anabranch.files import atomic_write, parse_json
+from anabranch.files import atomic_write
 from anabranch.routing.decision import UNUSED, Routing
-
-VERSION = 1
-METADATA_KEY = b"anabranch.trace"
-SCHEMA = pa.schema(
-    [
-        pa.field("item", pa.int64(), nullable=False),  # id of the sequence, request, query, ...
-        pa.field("position", pa.int32(), nullable=False),  # place of the token in it; 0 where there is no order
-        pa.field("layer", pa.int16(), nullable=False),  # key of a `TraceLayer` in the metadata
-        pa.field("rank", pa.int16(), nullable=False),  # which of the K choices
-        pa.field("destination", pa.int32(), nullable=False),  # slot in the layer's pool, -1 if nothing was chosen
-        pa.field("weight", pa.float32(), nullable=False),  # weight of the destination's output
-        pa.field("token", pa.int32()),  # id of the token routed
-        pa.field("domain", pa.dictionary(pa.int32(), pa.string())),  # where the item comes from ("code", "books", ...)
-    ]
+from anabranch.routing.trace_schema import (
+    METADATA_KEY,
+    PARQUET_OPTIONS,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    UNKNOWN,
+    TraceLayer,
+    check_schema,
+    check_values,
+    layers_from_json,
+    layers_to_json,
+    merge_layers,
+    schema_with,
 )
-ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
-_MOST_OF_LAYER = 2**24  # destinations; measures count each
-UNKNOWN = -1  # token or domain code that is not known
-PARQUET_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "use_dictionary": [field.name for field in SCHEMA if field.name != "weight"],
-    "use_byte_stream_split": ["weight"],  # floats pack better byte by byte
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceLayer:
-    """What one layer of a trace chooses from.
-
-    Attributes:
-        layer: the number that rows carry.
-        name: for people, e.g. the router's path in the model.
-        num_destinations: E, what the layer can choose from.
-        top_k: K, the most places of a decision.
-        pool: name of the pool that ``destination`` counts in. Layers with one pool share its destinations (ReXMoE); empty
-            means a pool of its own.
-        own_start: first pool slot owned by this layer.
-        pool_size: slots in the pool; 0 means ``num_destinations``.
-    """
-
-    layer: int
-    name: str
-    num_destinations: int
-    top_k: int
-    pool: str = ""
-    own_start: int = 0
-    pool_size: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pool", self.pool or self.name)
-        object.__setattr__(self, "pool_size", self.pool_size or self.num_destinations)
 
 
 @dataclass(frozen=True)
@@ -93,6 +56,8 @@ class Decisions:
         position_N: int32.
         token_N: int32; -1 where unknown.
         domain_N: int32, number of the domain in `RoutingTrace.domains`; -1 where unknown.
+        score_NE: float32, scores of all destinations before any selection bias, NaN where unknown; None if the trace has no scores.
+        propensity_NK: float32, probability with which a destination was drawn, NaN where it was not; None if the trace has none.
     """
 
     index_NK: np.ndarray
@@ -101,6 +66,8 @@ class Decisions:
     position_N: np.ndarray
     token_N: np.ndarray
     domain_N: np.ndarray
+    score_NE: np.ndarray | None = None
+    propensity_NK: np.ndarray | None = None
 
 
 class RoutingTrace:
@@ -111,12 +78,12 @@ class RoutingTrace:
 
     def __init__(self, table: pa.Table, layers: Iterable[TraceLayer]) -> None:
         self.layers = tuple(sorted(layers, key=lambda layer: layer.layer))
-        _check_schema(table.schema)
+        check_schema(table.schema)
         self.table = table.replace_schema_metadata({METADATA_KEY: layers_to_json(self.layers)}).unify_dictionaries()
         self._by_number = {layer.layer: layer for layer in self.layers}
         self._columns: dict[str, np.ndarray] = {}
         self._order_R: np.ndarray | None = None
-        _check_values(self.table, self._by_number)
+        check_values(self.table, self._by_number)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -142,8 +109,8 @@ class RoutingTrace:
             raise DataError(f"there is no routing trace at {path}")
         try:
             with pq.ParquetFile(path) as file:
-                known = _from_json((file.metadata.metadata or {}).get(METADATA_KEY), path)
-                _check_schema(file.schema_arrow, path)
+                known = layers_from_json((file.metadata.metadata or {}).get(METADATA_KEY), path)
+                check_schema(file.schema_arrow, path)
             wanted = None if layers is None else _pick(known, layers, path)
             filters = None if wanted is None else [("layer", "in", [layer.layer for layer in wanted])]
             return cls(pq.read_table(path, filters=filters), known if wanted is None else wanted)
@@ -181,8 +148,15 @@ class RoutingTrace:
     # rows
 
     def column(self, name: str, layer: int) -> np.ndarray:
-        """One column of one layer's rows, in recorded order. Unknown tokens and domains are -1; domains are numbers."""
+        """One column of one layer's rows, in recorded order. Unknown tokens and domains are -1; domains are numbers.
+
+        A propensity that there is none of is NaN. Raises DataError for a column that the trace does not have; scores are in `decisions`.
+        """
         self.layer(layer)
+        if name == "scores" or name not in self.table.column_names:
+            raise DataError(
+                f"the trace has no column {name!r} of one value per row; it has {', '.join(self.table.column_names)}"
+            )
         return self._column(name)[self._rows(layer)]
 
     def decisions(self, layer: int) -> Decisions:
@@ -198,7 +172,24 @@ class RoutingTrace:
         weight_NK = np.zeros(shape, np.float32)
         weight_NK[row_R, rank_R] = self.column("weight", layer)
         token_N, domain_N = (self.column(name, layer)[first_R] for name in ("token", "domain"))
-        return Decisions(index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N)
+        propensity_NK = None
+        if "propensity" in self.table.column_names:
+            propensity_NK = np.full(shape, np.nan, np.float32)
+            propensity_NK[row_R, rank_R] = self.column("propensity", layer)
+        return Decisions(
+            index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N,
+            self._scores(layer, self._rows(layer)[first_R]), propensity_NK,
+        )  # fmt: skip
+
+    def _scores(self, layer: int, rows: np.ndarray) -> np.ndarray | None:
+        """score_NE of the decisions that begin at these rows of the table."""
+        if "scores" not in self.table.column_names:
+            return None
+        scores = self.table["scores"].take(pa.array(rows))
+        known_N = scores.is_valid().to_numpy()
+        score_NE = np.full((len(rows), self.layer(layer).num_destinations), np.nan, np.float32)
+        score_NE[known_N] = pc.list_flatten(scores).to_numpy().reshape(-1, score_NE.shape[1])
+        return score_NE
 
     def __iter__(self) -> Iterator[tuple[TraceLayer, Decisions]]:
         """Each layer with its decisions, one layer in memory at a time."""
@@ -208,15 +199,18 @@ class RoutingTrace:
     def routing(self, layer: int) -> Routing:
         """The `Routing` of a layer: index and weight exactly as recorded.
 
-        Scores of destinations that were not chosen are not recorded: ``score_NE`` holds the weights of the chosen ones and 0
-        elsewhere, and takes N E floats.
+        Where no scores are recorded ``score_NE`` holds the weights of the chosen destinations and 0 elsewhere. It takes N E floats.
         """
         decisions = self.decisions(layer)
         index_NK = torch.from_numpy(decisions.index_NK.astype(np.int64))
         weight_NK = torch.from_numpy(decisions.weight_NK)
         score_NE = torch.zeros(index_NK.shape[0], self.layer(layer).num_destinations)
         score_NE.scatter_add_(1, index_NK.clamp_min(0), weight_NK)  # unused places add their weight, 0
-        return Routing(index_NK, weight_NK, score_NE)
+        if decisions.score_NE is not None:
+            known_NE = torch.from_numpy(decisions.score_NE)
+            score_NE = torch.where(known_NE.isnan(), score_NE, known_NE)
+        propensity_NK = None if decisions.propensity_NK is None else torch.from_numpy(decisions.propensity_NK)
+        return Routing(index_NK, weight_NK, score_NE, propensity_NK)
 
     def load_E(self, layer: int, domain: str | None = None) -> np.ndarray:
         """int64 [E]: how many decisions name each destination, of one domain or of all."""
@@ -283,71 +277,9 @@ def concat(traces: Iterable[RoutingTrace], *, renumber: bool = False) -> Routing
             table = table.set_column(0, SCHEMA.field("item"), pa.array(item_R))
             next_item = int(item_R.max()) + 1
         tables.append(table)
-    return RoutingTrace(pa.concat_tables(tables or [SCHEMA.empty_table()]), layers.values())
-
-
-def _check_schema(schema: pa.Schema, path: Path | None = None) -> None:
-    where = f"{path}: " if path else ""
-    for field in SCHEMA:
-        if field.name not in schema.names:
-            raise DataError(
-                f"{where}a routing trace needs a column {field.name!r}; this table has {', '.join(schema.names)}"
-            )
-        found = schema.field(field.name).type
-        if found != field.type:
-            raise DataError(f"{where}column {field.name!r} of a routing trace is {field.type}, not {found}")
-    if schema.names != SCHEMA.names:
-        raise DataError(
-            f"{where}columns of a routing trace are {', '.join(SCHEMA.names)}, not {', '.join(schema.names)}"
-        )
-
-
-def _check_values(table: pa.Table, layers: dict[int, TraceLayer]) -> None:
-    limits = table.group_by("layer").aggregate([("destination", "min_max"), ("rank", "min_max")]).to_pylist()
-    for row in limits:
-        layer = layers.get(row["layer"])
-        if layer is None:
-            raise DataError(
-                f"rows name layer {row['layer']}, but the trace describes {', '.join(map(str, layers)) or 'none'}"
-            )
-        for name, low, end in (("destination", UNUSED, layer.num_destinations), ("rank", 0, layer.top_k)):
-            seen = row[f"{name}_min_max"]
-            if seen["min"] < low or seen["max"] >= end:
-                wrong = seen["min"] if seen["min"] < low else seen["max"]
-                raise DataError(f"layer {layer.layer} has {name} {wrong}; {low} to {end - 1} are allowed")
-
-
-def layers_to_json(layers: Iterable[TraceLayer]) -> str:
-    """The metadata of a trace file."""
-    return json.dumps({"version": VERSION, "layers": [asdict(layer) for layer in layers]})
-
-
-def _from_json(text: bytes | None, path: Path) -> tuple[TraceLayer, ...]:
-    if text is None:
-        raise DataError(
-            f"{path} is a Parquet file but no routing trace (it lacks the metadata {METADATA_KEY.decode()!r})"
-        )
-    try:
-        data = parse_json(text)
-        if data["version"] != VERSION:
-            raise DataError(
-                f"{path} is a routing trace of version {data['version']!r}; this program reads version {VERSION}"
-            )
-        for layer in data["layers"]:
-            _check_layer(layer)
-        return tuple(TraceLayer(**layer) for layer in data["layers"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} has damaged trace metadata: {error!r}") from error
-
-
-def _check_layer(layer: dict[str, Any]) -> None:
-    """Raise ValueError unless the fields of a layer are of the right kind, and numbers that the columns can hold."""
-    for name, value in layer.items():
-        if name in ("name", "pool"):
-            if not isinstance(value, str):
-                raise ValueError(f"{name} of a layer is {shown(value)}; it must be text")
-        elif type(value) is not int or not 0 <= value < _MOST_OF_LAYER:
-            raise ValueError(f"{name} of a layer is {shown(value)}; it must be a whole number below {_MOST_OF_LAYER}")
+    names = {name for table in tables for name in table.column_names}
+    joined = pa.concat_tables(tables or [SCHEMA.empty_table()], promote_options="default")
+    return RoutingTrace(joined.select(schema_with(names).names), layers.values())
 
 
 def _pick(known: Iterable[TraceLayer], wanted: Iterable[int], path: Path) -> tuple[TraceLayer, ...]:
@@ -359,15 +291,6 @@ def _pick(known: Iterable[TraceLayer], wanted: Iterable[int], path: Path) -> tup
     return tuple(by_number[number] for number in wanted)
 
 
-def merge_layers(before: TraceLayer | None, layer: TraceLayer) -> TraceLayer:
-    """The one layer that both describe; the number of places may vary from batch to batch."""
-    if before is None or before == layer:
-        return layer
-    merged = replace(before, top_k=max(before.top_k, layer.top_k))
-    if merged != replace(layer, top_k=merged.top_k):
-        raise DataError(f"layer {layer.layer} is described in two ways: {before} and {layer}")
-    return merged
-
-
 def _no_nulls(column: pa.Array) -> np.ndarray:
-    return (column.fill_null(UNKNOWN) if column.null_count else column).to_numpy(zero_copy_only=False)
+    unknown = np.nan if pa.types.is_floating(column.type) else UNKNOWN
+    return (column.fill_null(unknown) if column.null_count else column).to_numpy(zero_copy_only=False)

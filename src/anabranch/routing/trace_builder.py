@@ -10,26 +10,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from anabranch.errors import DataError
 from anabranch.files import atomic_file
-from anabranch.routing.trace import (
+from anabranch.routing.trace import RoutingTrace
+from anabranch.routing.trace_schema import (
     METADATA_KEY,
+    OPTIONAL,
     PARQUET_OPTIONS,
     ROWS_PER_GROUP,
     SCHEMA,
     UNKNOWN,
-    RoutingTrace,
     TraceLayer,
     layers_to_json,
     merge_layers,
+    schema_with,
 )
 
 
 class TraceBuilder:
-    """Collects decisions in memory, as whatever routes makes them."""
+    """Collects decisions in memory, as whatever routes makes them.
 
-    def __init__(self) -> None:
+    Args:
+        scores: keep scores and propensities too, in columns of their own. Scores are E floats for each decision.
+    """
+
+    def __init__(self, *, scores: bool = False) -> None:
         self.layers: dict[int, TraceLayer] = {}
         self.num_rows = 0
+        self.schema = schema_with([field.name for field in OPTIONAL] if scores else ())
+        self._scores = _Scores() if scores else None
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._domains: dict[str, int] = {}
 
@@ -43,10 +52,15 @@ class TraceBuilder:
         position_N: Any = 0,
         token_N: Any = UNKNOWN,
         domain: str | Sequence[str | None] | None = None,
+        score_NE: Any = None,
+        propensity_NK: Any = None,
     ) -> None:
         """Add N decisions of one layer. ``position_N``, ``token_N`` and ``domain`` may be one value for all.
 
-        Raises DataError if ``layer`` was added before as something else.
+        ``score_NE`` and ``propensity_NK`` (NaN where nothing was drawn) may be None for unknown, and are left out unless the builder keeps
+        ``scores``.
+
+        Raises DataError if ``layer`` was added before as something else, or the scores are not of E destinations.
         """
         self.layers[layer.layer] = merge_layers(self.layers.get(layer.layer), layer)
         index_NK = np.asarray(index_NK)
@@ -68,6 +82,8 @@ class TraceBuilder:
         types = [field.type.to_pandas_dtype() for field in SCHEMA if field.name != "domain"]
         part = [column.astype(dtype, copy=False) for column, dtype in zip(columns, types, strict=True)]
         self._parts.append((*part, np.broadcast_to(np.array(code_N, np.int32), every)[row_R]))
+        if self._scores is not None:
+            self._scores.add(layer, row_R, rank_R, score_NE, propensity_NK)
         self.num_rows += len(row_R)
 
     def trace(self) -> RoutingTrace:
@@ -78,18 +94,56 @@ class TraceBuilder:
         """What was added so far, as a table, which is then forgotten."""
         table = self._table()
         self._parts, self.num_rows = [], 0
+        if self._scores is not None:
+            self._scores = _Scores()
         return table
 
     def _table(self) -> pa.Table:
         if not self._parts:
-            return SCHEMA.empty_table()
+            return self.schema.empty_table()
         *columns, token, code = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         domain = pa.DictionaryArray.from_arrays(
             pa.array(code, mask=code == UNKNOWN), pa.array(list(self._domains), pa.string())
         )
+        optional = [] if self._scores is None else self._scores.columns()
         return pa.Table.from_arrays(
-            [*map(pa.array, columns), pa.array(token, mask=token == UNKNOWN), domain], schema=SCHEMA
+            [*map(pa.array, columns), pa.array(token, mask=token == UNKNOWN), domain, *optional], schema=self.schema
         )
+
+
+class _Scores:
+    """The optional columns of a builder's rows, as they come."""
+
+    def __init__(self) -> None:
+        self._score: list[np.ndarray] = []
+        self._length: list[np.ndarray] = []  # scores of each row, 0 where it has none
+        self._propensity: list[np.ndarray] = []
+
+    def add(self, layer: TraceLayer, row_R: np.ndarray, rank_R: np.ndarray, score_NE: Any, propensity_NK: Any) -> None:
+        """Of rows that are place ``rank_R`` of items ``row_R``."""
+        length_R = np.zeros(len(row_R), np.int64)
+        if score_NE is not None:
+            score_NE = np.asarray(score_NE, np.float32)
+            if score_NE.shape[1:] != (layer.num_destinations,):
+                raise DataError(
+                    f"scores of layer {layer.layer} have shape {list(score_NE.shape)}; it has {layer.num_destinations} destinations"
+                )
+            first_R = np.diff(row_R, prepend=-1) != 0
+            length_R[first_R] = layer.num_destinations
+            self._score.append(score_NE[row_R[first_R]].reshape(-1))
+        self._length.append(length_R)
+        drawn_R = np.full(len(row_R), np.nan, np.float32)
+        if propensity_NK is not None:
+            drawn_R = np.asarray(propensity_NK, np.float32)[row_R, rank_R]
+        self._propensity.append(drawn_R)
+
+    def columns(self) -> list[pa.Array]:
+        """In the order of `OPTIONAL`."""
+        length_R, drawn_R = np.concatenate(self._length), np.concatenate(self._propensity)
+        score = np.concatenate(self._score) if self._score else np.zeros(0, np.float32)
+        end_R = np.concatenate([[0], np.cumsum(length_R)]).astype(np.int32)
+        scores = pa.ListArray.from_arrays(pa.array(end_R), pa.array(score), mask=pa.array(length_R == 0))
+        return [scores, pa.array(drawn_R, mask=np.isnan(drawn_R))]
 
 
 class TraceWriter:
@@ -101,14 +155,14 @@ class TraceWriter:
             writer.add(layer, index_NK, weight_NK, item_N=item_N)
     """
 
-    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP) -> None:
+    def __init__(self, path: str | Path, *, rows_per_group: int = ROWS_PER_GROUP, scores: bool = False) -> None:
         self.path = Path(path)
         self._rows_per_group = rows_per_group
-        self._builder = TraceBuilder()
+        self._builder = TraceBuilder(scores=scores)
 
     def __enter__(self) -> Self:
         self._place = atomic_file(self.path)
-        self._file = pq.ParquetWriter(self._place.__enter__(), SCHEMA, **PARQUET_OPTIONS)
+        self._file = pq.ParquetWriter(self._place.__enter__(), self._builder.schema, **PARQUET_OPTIONS)
         return self
 
     def add(self, layer: TraceLayer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:

@@ -73,6 +73,7 @@ class DuoRouter(Router):
             route = route(self.layer, x_ND, context)
         elif isinstance(route, Tensor):
             route = self._column(route, x_ND.shape[0])
+        propensity_N = None
         if route is None:
             route = "router" if self.learned else "random" if context.training else self.default
         if isinstance(route, Tensor):
@@ -81,9 +82,10 @@ class DuoRouter(Router):
             return super().decide(x_ND, context, overrides)
         elif route == "random":
             index_N = self.prior.project(x_ND, context).argmax(-1)
+            propensity_N = self.prior.log_p_E.exp()[index_N]
         else:
             index_N = x_ND.new_full(x_ND.shape[:1], self._option(route), dtype=torch.int64)
-        return self._given(index_N, x_ND, context, overrides)
+        return self._given(index_N, x_ND, context, overrides, propensity_N)
 
     def _option(self, route: Any) -> int:
         names = OPTIONS[: self.num_destinations]
@@ -111,8 +113,14 @@ class DuoRouter(Router):
         return route_BLY[..., self.place]
 
     def _given(
-        self, index_N: Tensor, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()
+        self,
+        index_N: Tensor,
+        x_ND: Tensor,
+        context: RoutingContext,
+        overrides: Sequence[Override],
+        propensity_N: Tensor | None,
     ) -> Routing:
+        """The routing that takes these options."""
         if any(override.bias_NE is not None or override.open_NE is not None for override in overrides):
             raise ConfigError(
                 "an override has a bias or closes options, but the route of this pass is given or drawn, not selected by the learned "
@@ -122,7 +130,8 @@ class DuoRouter(Router):
         if context.item_mask_N is not None:
             index_N = index_N.masked_fill(~context.item_mask_N, UNUSED)
         index_N1 = index_N.unsqueeze(1)
-        routing = Routing(index_N1, (index_N1 >= 0).to(score_NE.dtype), score_NE)
+        propensity_N1 = None if propensity_N is None else propensity_N.unsqueeze(1)
+        routing = Routing(index_N1, (index_N1 >= 0).to(score_NE.dtype), score_NE, propensity_N1)
         for override in overrides:
             routing = override.force(routing, lambda index_NK: (index_NK >= 0).to(score_NE.dtype), context.item_mask_N)
         if context.training and self.learned and SUPERVISION in context.state:

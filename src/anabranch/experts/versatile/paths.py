@@ -117,7 +117,8 @@ class LoopGate(nn.Module):
         else:
             soft_NT = logit_NT.softmax(-1)
         index_N1 = soft_NT.argmax(-1, keepdim=True)
-        return Routing(index_N1, soft_NT.gather(-1, index_N1), soft_NT)
+        drawn_N1 = logit_NT.detach().softmax(-1).gather(-1, index_N1) if context.training else None
+        return Routing(index_N1, soft_NT.gather(-1, index_N1), soft_NT, drawn_N1)
 
 
 def record_difficulty(model: nn.Module, *, path: str | Path | None = None) -> AbstractContextManager[Recorder]:
