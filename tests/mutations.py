@@ -49,6 +49,7 @@ NEAR = {
     "routing.discovery": ("routing/test_record.py",),
     "routing.sequences": ("routing/test_record.py", "lm/test_generate_traces.py"),
     "routing.trace_builder": ("routing/test_trace.py", "routing/test_record.py"),
+    "routing.trace_schema": ("routing/test_trace.py",),
     "routing.layer_overrides": ("routing/test_override.py",),
     "routing.record": ("routing/test_record.py", "lm/test_generate_traces.py"),
 }

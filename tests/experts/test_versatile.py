@@ -41,6 +41,19 @@ def layer_of(config, dim=16, seed=0):
     return layer.eval()
 
 
+def test_a_drawn_number_of_loops_says_its_probability_at_any_temperature():
+    gate = layer_of(versatile()).paths.loops
+    gate.score.weight.data.mul_(0.1)
+    gate.temperature.value.fill_(0.5)
+    x_ND = torch.randn(20_000, 16)
+    plain = gate(x_ND, RoutingContext())
+    assert plain.propensity_NK is None
+    drawn = gate(x_ND, RoutingContext(training=True))
+    torch.testing.assert_close(drawn.propensity_NK, plain.score_NE.gather(1, drawn.index_NK))
+    # The mean of 1 / p over draws is the number of options: what weighing by propensities rests on.
+    assert abs(float((1 / drawn.propensity_NK).mean()) - 3) < 0.15
+
+
 def norm_of(dim=16):
     norm = RMSNorm(dim)
     with torch.no_grad():
