@@ -57,11 +57,12 @@ PUBLIC = {
     """,
     "anabranch.testing": """
         DEVICES check_balancer check_feed_forward check_parallel check_pool check_provider check_router check_routing
-        check_score check_select check_strategy check_streams
+        check_score check_select check_strategy check_streams check_task
     """,
     "anabranch.train": """
-        Constant Cosine Evaluation Event RunConfig Schedule TrainConfig TrainResult Trainer WarmupStableDecay
-        checkpoints evaluate read_metrics read_run_config
+        Constant Cosine DecoderTask Evaluation Event Examples LanguageModel Losses RunConfig Schedule StepHooks Stream
+        Task TaskContext TaskRunConfig TextTask TrainConfig TrainResult Trainer WarmupStableDecay
+        checkpoints evaluate follow_steps read_metrics read_run_config read_task_run_config
     """,
 }
 

@@ -127,6 +127,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "wsd": "anabranch.train.schedule:WarmupStableDecay",
         "constant": "anabranch.train.schedule:Constant",
     },
+    "task": {
+        "language_model": "anabranch.train.language_model:LanguageModel",
+        "text": "anabranch.train.language_model:TextTask",
+    },
 }
 
 

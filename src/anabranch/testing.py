@@ -43,7 +43,9 @@ from anabranch.routing import (
     record_routing,
 )
 from anabranch.routing.balance import LoadCounter, Observation
+from anabranch.train.hooks import StepHooks
 from anabranch.train.parallel_contract import check_parallel
+from anabranch.train.task_contract import check_task
 
 __all__ = [
     "DEVICES",
@@ -58,6 +60,7 @@ __all__ = [
     "check_select",
     "check_strategy",
     "check_streams",
+    "check_task",
 ]
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -178,8 +181,9 @@ def check_balancer(config: Balancer.Config, *, num_destinations: int = 16) -> No
                 _is((gradient_NE[~item_mask_N] == 0).all(), "padding has a gradient")  # type: ignore[index]
             if open_NE is not None:
                 _is((gradient_NE[:, ~open_E] == 0).all(), "a closed destination has a gradient")  # type: ignore[index]
+    hooks = StepHooks(balancer, 3)
     for step in range(3):
-        _run_step_hooks(balancer, step, step / 3)
+        hooks.run_after(step)
     bias_E = balancer.bias_E
     if bias_E is not None:
         _is(bias_E.shape == (num_destinations,) and torch.isfinite(bias_E).all(), "bias_E is not [E] and finite")
@@ -506,14 +510,16 @@ def _check_learning(model: Decoder, token_BL: Tensor) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     num_steps = 12
+    hooks = StepHooks(model, num_steps)
     for step in range(num_steps):
+        hooks.run_before(step)
         loss = model(token_BL, token_BL.roll(-1, 1)).loss
         _is(torch.isfinite(loss), f"the loss is {loss} after {step} steps")
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        _run_step_hooks(model, step + 1, (step + 1) / num_steps)
+        hooks.run_after(step + 1)
     _is(
         losses[-1] < 0.8 * losses[0],
         f"the loss of one batch over and over goes from {losses[0]:.3f} to {losses[-1]:.3f}",
@@ -577,13 +583,6 @@ def _no_counting(model: nn.Module) -> Iterator[None]:
     yield
     for load_E, after_E in zip(before, _loads(model), strict=True):
         _is(torch.equal(load_E, after_E), "an evaluation is counted in a load")
-
-
-def _run_step_hooks(model: nn.Module, step: int, fraction: float) -> None:
-    for module in model.modules():
-        on_step: Any = getattr(module, "on_step", None)
-        if on_step is not None:
-            on_step(step, fraction)
 
 
 def _routers(model: nn.Module) -> list[Router]:

@@ -166,15 +166,15 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints_and_goes_on_from_them(tm
 def test_an_update_that_ruins_the_weights_evicts_nothing(tmp_path, make_run, keep):
     settings = {"steps": 12, "checkpoint_every": 1, "keep_checkpoints": keep, "eval_every": None, "max_skipped": 2}
     trainer = Trainer(make_run(**settings), tmp_path)
-    update = trainer._update
+    apply = trainer._stepper.apply
 
-    def ruin(norm):
-        update(norm)
+    def ruin(norm, step):
+        apply(norm, step)
         if trainer._progress.step == 3:
             with torch.no_grad():
                 trainer.model.embedding.weight.fill_(float("inf"))
 
-    trainer._update = ruin
+    trainer._stepper.apply = ruin
     with pytest.raises(AnabranchError, match=r"from step-00000003"):
         trainer.fit()
     assert names(tmp_path) == ["step-00000002", "step-00000003"][-keep:]
@@ -194,15 +194,15 @@ def test_a_run_that_never_learned_starts_again(tmp_path, make_run):
 def test_the_last_checkpoint_evicts_nothing_when_its_evaluation_is_not_finite(tmp_path, make_run):
     settings = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": None}
     trainer = Trainer(make_run(**settings), tmp_path)
-    update = trainer._update
+    apply = trainer._stepper.apply
 
-    def ruin(norm):
-        update(norm)
+    def ruin(norm, step):
+        apply(norm, step)
         if trainer._progress.step == 2:
             with torch.no_grad():
                 trainer.model.norm.weight.fill_(float("nan"))
 
-    trainer._update = ruin
+    trainer._stepper.apply = ruin
     trainer.fit()
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 

@@ -105,8 +105,8 @@ def fail_on(call, owner, name, error):
 # Where it fails, in which call, and how many steps are then finished.
 OUTSIDE = {
     "data": (lambda trainer: fail_on(10, trainer.stream, "next_batch", IndexError("a cache entry")), 4),
-    "forward, in a second micro-batch": (lambda trainer: fail_on(10, trainer, "_call", MemoryError()), 4),
-    "gradient norm": (lambda trainer: fail_on(5, trainer, "_gradient_norm", RuntimeError("out of memory")), 4),
+    "forward, in a second micro-batch": (lambda trainer: fail_on(10, trainer._stepper, "call", MemoryError()), 4),
+    "gradient norm": (lambda trainer: fail_on(5, trainer._stepper, "gradient_norm", RuntimeError("out of memory")), 4),
     "metrics": (lambda trainer: fail_on(6, trainer, "_write", OSError(28, "No space left on device")), 5),
     "evaluation": (lambda trainer: fail_on(1, trainer, "_evaluate", RuntimeError("out of memory")), 3),
     "display": (lambda trainer: fail_on(6, trainer, "_on_event", BrokenPipeError(32, "Broken pipe")), 4),
@@ -130,10 +130,11 @@ def test_an_error_from_outside_loses_no_finished_step(tmp_path, make_run, where,
     assert_same_state(tmp_path / "straight", tmp_path / "failed")
 
 
-@pytest.mark.parametrize("name", ["step", "_run_hooks", "_count_skipped"])
+@pytest.mark.parametrize("name", ["step", "run_after", "_count_skipped"])
 def test_a_state_in_the_midst_of_an_update_is_not_saved(tmp_path, make_run, name):
     trainer = Trainer(make_run(checkpoint_every=2), tmp_path)
-    fail_on(4, trainer.optimizer if name == "step" else trainer, name, RuntimeError("in the midst"))
+    owner = {"step": trainer.optimizer, "run_after": trainer._hooks}.get(name, trainer)
+    fail_on(4, owner, name, RuntimeError("in the midst"))
     with pytest.raises(RuntimeError, match="in the midst"):
         trainer.fit()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]

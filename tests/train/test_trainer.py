@@ -308,7 +308,7 @@ class Call:
 def test_step_hooks_see_every_step_and_the_start(tmp_path, make_run):
     trainer = Trainer(make_run(steps=4), tmp_path)
     calls = []
-    trainer._hooks.append(lambda step, fraction: calls.append(Call(step, fraction)))
+    trainer._hooks.after.append(lambda step, fraction: calls.append(Call(step, fraction)))
     trainer.fit()
     assert calls == [Call(0, 0.0), Call(1, 0.25), Call(2, 0.5), Call(3, 0.75), Call(4, 1.0)]
 

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: ``OUT/checkpoints/step-00000100/``, a model folder with the trainer's state beside the model.
+"""Checkpoints of a run: ``OUT/checkpoints/step-00000100/``, what the task keeps with the trainer's state beside it.
 
-    config.json, model.safetensors, tokenizer.json, ...   a model folder, see `anabranch.lm.checkpoint`
+    config.json, ...                                       of the task: for a language model a model folder, see `anabranch.lm.checkpoint`
     optimizer.safetensors                                  AdamW's moments by parameter name
     trainer.json                                           step, place in the data, counts, and the run's config
     SHA256SUMS                                             a digest of every other file, checked when it is loaded or resumed
@@ -12,6 +12,7 @@ evaluation was finite. No random state is stored: what is random in step n is a 
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError
 from anabranch.files import atomic_folder, atomic_write_json
-from anabranch.lm.checkpoint import write_model
-from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import (
     OPTIMIZER_FILE,
     RECORD,
@@ -55,20 +53,15 @@ def checkpoints(out: str | Path) -> list[Path]:
 
 
 def write_checkpoint(
-    out: Path,
-    state: dict[str, Any],
-    model: Decoder,
-    tokenizer: Tokenizer,
-    model_tensors: dict[str, Tensor],
-    optimizer_tensors: dict[str, Tensor],
+    out: Path, state: dict[str, Any], write_task: Callable[[Path], None], optimizer_tensors: dict[str, Tensor]
 ) -> Path:
-    """Write a checkpoint whole. ``state["step"]`` names it.
+    """Write a checkpoint whole. ``state["step"]`` names it; ``write_task`` writes the task's files into a folder.
 
     Raises CapacityError if the disk is full, DataError if the place cannot be written; older checkpoints are then untouched.
     """
     path = checkpoint_path(out, state["step"])
     with atomic_folder(path, replacing=".*") as temporary:
-        write_model(temporary, model, tokenizer, state=model_tensors)
+        write_task(temporary)
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()}
         save_file(ready, temporary / OPTIMIZER_FILE)
         atomic_write_json(temporary / TRAINER_FILE, {"schema": SCHEMA, **state})
@@ -137,8 +130,11 @@ def _check_state(state: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"progress.{name} in {path} is {value!r}; it must be a number of at least 0")
     if progress["evaluation"] is not None and not isinstance(progress["evaluation"], dict):
         raise CheckpointError(f"progress.evaluation in {path} is not what a trainer stores; it is damaged")
-    if not isinstance(stream, dict) or not isinstance(stream.get("position"), int) or stream["position"] < 0:
+    position = stream.get("position", 0) if isinstance(stream, dict) else None
+    if not isinstance(position, int) or position < 0:
         raise CheckpointError(f"stream in {path} is not what a trainer stores; it is damaged")
+    if not isinstance(state.get("task", {}), dict):
+        raise CheckpointError(f"task in {path} is not what a trainer stores; it is damaged")
 
 
 def remove_leftovers(out: Path) -> None:

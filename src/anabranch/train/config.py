@@ -1,7 +1,11 @@
-"""What a training run is made of: `TrainConfig`, and `RunConfig` with the model and the data beside it."""
+"""What a training run is made of: `TrainConfig`, and a task beside it.
 
+A `RunConfig` trains a language model and says its model and data; a `TaskRunConfig` trains any task.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from anabranch.config import Config, Field, Seed, Size, configclass, differences, from_dict, to_dict
 from anabranch.data.config import DataConfig
@@ -9,9 +13,22 @@ from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import read_json
+from anabranch.train.language_model import LanguageModel
 from anabranch.train.schedule import Cosine, Schedule
+from anabranch.train.task import Task
 
-__all__ = ["CONFIG_FILE", "RunConfig", "TrainConfig", "differences", "read_run_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "RunConfig",
+    "TaskRunConfig",
+    "TrainConfig",
+    "differences",
+    "read_run_config",
+    "read_same_run",
+    "read_task_run_config",
+]
+
+T = TypeVar("T")
 
 SCHEMA = 1
 CONFIG_FILE = "config.json"
@@ -23,7 +40,7 @@ class TrainConfig(Config):
 
     Attributes:
         steps: optimizer steps.
-        batch_size: sequences per step, over all micro-batches and ranks.
+        batch_size: items (sequences of text) per step, over all micro-batches and ranks.
         accumulation: micro-batches per step; more of them need less memory.
         learning_rate: the peak.
         schedule: how the learning rate moves, ``cosine``, ``wsd`` or ``constant``.
@@ -38,8 +55,8 @@ class TrainConfig(Config):
         compile: run the model through torch.compile.
         recompute: recompute each block's activations in the backward pass, to save memory.
         parallel: ``none``; under torchrun ``ddp`` (replicas) or ``fsdp`` (weights and optimizer sharded, FSDP2).
-        eval_every: steps between evaluations on the validation split; None for one at the end.
-        eval_tokens: about how many tokens an evaluation takes, spread over the split; None for all.
+        eval_every: steps between evaluations; None for one at the end.
+        eval_tokens: about how many tokens of text an evaluation takes, spread over the held-out split; None for all.
         checkpoint_every: steps between checkpoints; None for one at the end.
         keep_checkpoints: newest ones that are kept; one more until the newest has proved good, so that a run that diverges keeps good ones.
         log_every: steps between lines of metrics.
@@ -82,24 +99,77 @@ class TrainConfig(Config):
             raise ConfigError(f"betas is {self.betas}; both must be at least 0 and below 1")
 
 
-@configclass
-class RunConfig(Config):
-    """A whole run: ``model``, ``data``, ``train``. Saved as ``config.json`` of the run's folder."""
-
-    model: Decoder.Config = Field(default_factory=Decoder.Config)
-    data: DataConfig = Field(default_factory=DataConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+class _Run(Config):
+    """What both kinds of runs do."""
 
     def save(self, out: str | Path) -> None:
         """Write ``config.json`` into the run's folder."""
         atomic_write_json(Path(out) / CONFIG_FILE, {"schema": SCHEMA, **to_dict(self)})
 
 
-def read_run_config(out: str | Path) -> RunConfig:
-    """The config of a run, equal to the one that was saved.
+@configclass
+class RunConfig(_Run):
+    """A run that trains a language model: ``model``, ``data``, ``train``. Saved as ``config.json`` of the run's folder."""
 
-    Raises DataError if ``out`` holds no run, CheckpointError if its config is damaged or of a newer version.
+    model: Decoder.Config = Field(default_factory=Decoder.Config)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @property
+    def task(self) -> LanguageModel.Config:
+        """The task of this run."""
+        return LanguageModel.Config(model=self.model, data=self.data)
+
+
+@configclass
+class TaskRunConfig(_Run):
+    """A run that trains any task: ``task``, ``train``. Saved as ``config.json`` of the run's folder."""
+
+    task: Task.Config
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+
+def read_run_config(out: str | Path) -> RunConfig:
+    """The config of a language model's run, equal to the one that was saved.
+
+    Raises DataError if ``out`` holds no run or one of another task, CheckpointError if its config is damaged or of a newer version.
     """
+    table = _read(out)
+    if "task" in table:
+        raise DataError(f"{out} holds a run of {_kind(table)}; read it with read_task_run_config")
+    return _parsed(out, lambda: from_dict(RunConfig, table))
+
+
+def read_task_run_config(out: str | Path, task: Any = Task) -> TaskRunConfig:
+    """The config of a run of any task but a language model's, equal to the one that was saved.
+
+    Args:
+        out: the run's folder.
+        task: its class; needed only where that has no registered name.
+
+    Raises DataError if ``out`` holds no run of this task, CheckpointError if its config is damaged or of a newer version.
+    """
+    table = _read(out)
+    if "task" not in table:
+        raise DataError(f"{out} holds a language model's run; read it with read_run_config")
+    kind = task.kind if task is not Task else None
+    if kind is not None and _kind(table) != f"the task {kind!r}":
+        raise DataError(f"{out} holds a run of {_kind(table)}, not of the task {kind!r}; choose another folder")
+    return _parsed(
+        out,
+        lambda: TaskRunConfig(
+            task=from_dict(task.Config, table["task"], "task"),
+            train=from_dict(TrainConfig, table.get("train", {}), "train"),
+        ),
+    )
+
+
+def read_same_run(out: str | Path, config: RunConfig | TaskRunConfig) -> RunConfig | TaskRunConfig:
+    """The config of the run in ``out``, as `read_run_config` or `read_task_run_config`: as is fit for what ``config`` trains."""
+    return read_run_config(out) if isinstance(config, RunConfig) else read_task_run_config(out, config.task.owner)
+
+
+def _read(out: str | Path) -> dict[str, Any]:
     path = Path(out) / CONFIG_FILE
     if not path.is_file():
         raise DataError(f"no training run in {out} (looked for {CONFIG_FILE})")
@@ -107,7 +177,17 @@ def read_run_config(out: str | Path) -> RunConfig:
     schema = table.pop("schema", None)
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise CheckpointError(f"schema in {path} is {schema!r}; this version reads 1 to {SCHEMA}")
+    return table
+
+
+def _parsed(out: str | Path, parse: Callable[[], T]) -> T:
     try:
-        return from_dict(RunConfig, table)
+        return parse()
     except ConfigError as error:
-        raise CheckpointError(f"{path} does not describe a run: {error}") from None
+        raise CheckpointError(f"{Path(out) / CONFIG_FILE} does not describe a run: {error}") from None
+
+
+def _kind(table: dict[str, Any]) -> str:
+    """The task of a stored run, in words."""
+    task = table["task"]
+    return f"the task {task['kind']!r}" if isinstance(task, dict) and "kind" in task else "a task without a name"

@@ -81,7 +81,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     total_3M = torch.zeros(3, len(windows.domains), dtype=torch.float64, device=device)  # nats, tokens, bytes
-    with _eval_mode(model), autocast(device, precision):
+    with evaluation_mode(model), autocast(device, precision):
         for batch, counts in _batches(windows, device, equal_passes):
             logits_BLV = model(batch.token_BL).logits_BLV
             if counts:
@@ -139,7 +139,8 @@ def _evaluation(total_3: Tensor) -> Evaluation:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without gradients, and with ``model`` as it is when it is used; afterwards it is as before."""
     was_training = model.training
     model.eval()
     try:

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 import inspect
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.errors import BackendError, ConfigError
-from anabranch.lm.decoder import Decoder
-from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.train.config import TrainConfig
 
@@ -66,8 +64,8 @@ class Workers:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def wrap(self, model: Decoder) -> nn.Module:
-        """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards."""
+    def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> nn.Module:
+        """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards, gathered by ``parts``."""
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -78,7 +76,7 @@ class Workers:
             )
             return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
         if self.parallel == "fsdp":
-            shard(model, self.device)
+            shard(model, parts, self.device)
         return model
 
     def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
@@ -118,22 +116,19 @@ class Workers:
             dist.destroy_process_group()
 
 
-def shard(model: Decoder, device: torch.device) -> None:
-    """FSDP2. A unit is a block; a pool that blocks share is a unit of its own, gathered when a block uses it."""
+def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
+    """FSDP2. Each of ``parts`` (a block, a pool that blocks share) is gathered when it is used, the rest of ``model`` for a whole pass."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in model.shared.values():
-        if isinstance(module, ExpertPool):
-            fully_shard(module, mesh=mesh)
-    for block in model.blocks:
+    for part in parts:
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
-        block.register_forward_pre_hook(_show, with_kwargs=True)
-        fully_shard(block, mesh=mesh)
-        block.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
+        part.register_forward_pre_hook(_show, with_kwargs=True)
+        fully_shard(part, mesh=mesh)
+        part.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
     fully_shard(model, mesh=mesh)
 
 
 class _Hidden:
-    """Holds a context while FSDP looks at the arguments of a block."""
+    """Holds a context while FSDP looks at the arguments of a part."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -142,11 +137,11 @@ class _Hidden:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _hide(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _hide(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return _replaced(lambda value: _Hidden(value) if isinstance(value, RoutingContext) else value, args, kwargs)
 
 
-def _show(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _show(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return _replaced(lambda value: value.value if isinstance(value, _Hidden) else value, args, kwargs)
 
 

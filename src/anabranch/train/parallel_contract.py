@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import sync_loads
 from anabranch.train.config import TrainConfig
+from anabranch.train.hooks import StepHooks
+from anabranch.train.language_model import decoder_parts
 from anabranch.train.optimizer import whole
 from anabranch.train.parallel import Workers
 
@@ -136,7 +138,7 @@ def _learned_by_one(config: Decoder.Config, *, parts: int, seed: int = 0) -> _Le
 def _learned_by_ranks(config: Decoder.Config, way: Any) -> _Learned:
     workers = Workers(TrainConfig(parallel=way, device="cpu"))
     model = config.build(seed=0).train()
-    wrapped = workers.wrap(model)
+    wrapped = workers.wrap(model, decoder_parts(model))
     token_BL = _batch(config).chunk(workers.size)[workers.rank]
 
     def run(step: int) -> float:
@@ -156,24 +158,21 @@ def _seed(step: int, part: int, seed: int = 0) -> None:
 def _learned(model: Decoder, run: Callable[[int], float]) -> _Learned:
     """Some steps as the trainer does them, but without updates, so that one difference does not grow into many."""
     learned = _Learned()
-    _run_hooks(model, 0)
+    hooks = StepHooks(model, STEPS)
+    hooks.run_after(0)
     for number in range(STEPS):
+        # What a hook draws is the same in all processes.
+        _seed(number, 0)
+        hooks.run_before(number)
         learned.losses.append(run(number))
         learned.gradients.append(
             {name: whole(one.grad).clone() for name, one in model.named_parameters() if one.grad is not None}
         )
         model.zero_grad(set_to_none=True)
         sync_loads(model)
-        _run_hooks(model, number + 1)
+        hooks.run_after(number + 1)
     learned.buffers = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
     return learned
-
-
-def _run_hooks(model: nn.Module, step: int) -> None:
-    for module in model.modules():
-        hook: Any = getattr(module, "on_step", None)
-        if callable(hook):
-            hook(step, step / STEPS)
 
 
 def _batch(config: Decoder.Config) -> Tensor:

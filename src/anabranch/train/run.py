@@ -8,7 +8,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.lm.folder import STEPS_FOLDER, step_of
 from anabranch.locks import is_locked, locked
 from anabranch.train.checkpoint import checkpoints, remove_leftovers
-from anabranch.train.config import CONFIG_FILE, RunConfig, differences, read_run_config
+from anabranch.train.config import CONFIG_FILE, RunConfig, TaskRunConfig, TrainConfig, differences, read_same_run
 from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
 # What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
@@ -68,16 +68,17 @@ def check_new(out: Path) -> None:
         raise DataError(f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder")
 
 
-def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
+def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None:
     """The newest complete checkpoint of the run in ``out``; None if it was stopped before the first.
 
     Raises DataError if there is no run, or its checkpoints are gone, ConfigError if ``config`` changes what a resumed run may not change.
     """
     if not (out / CONFIG_FILE).is_file():
         raise DataError(f"no training run in {out} to resume; leave out --resume to start one")
+    held = read_same_run(out, config)
     changed = {
         path: values
-        for path, values in differences(read_run_config(out), config).items()
+        for path, values in differences(held, config).items()
         if path not in _CHANGEABLE
         and path.rpartition(".")[2] != "paths"  # moved data is recognised by its content
         and not (path == "train.learning_rate" and values[1] < values[0])  # the way out of a run that diverged
@@ -87,13 +88,12 @@ def find_checkpoint(out: Path, config: RunConfig) -> Path | None:
         raise ConfigError(f"cannot resume {out} with another config: {shown}; change it back, or start a new run")
     found = checkpoints(out)
     if not found:
-        _check_never_saved(out)
+        _check_never_saved(out, held.train)
     return found[-1] if found else None
 
 
-def _check_never_saved(out: Path) -> None:
+def _check_never_saved(out: Path, train: TrainConfig) -> None:
     """Raise DataError if a run without checkpoints has trained for so long that it must have had one."""
-    train = read_run_config(out).train
     updates = recorded_updates(out)
     aside = [step_of(path.name.removeprefix("diverged-")) for path in (out / STEPS_FOLDER).glob("diverged-*")]
     if updates <= max((step for step in aside if step is not None), default=-1):
@@ -105,7 +105,7 @@ def _check_never_saved(out: Path) -> None:
         )
 
 
-def prepare(out: Path, config: RunConfig) -> None:
+def prepare(out: Path, config: RunConfig | TaskRunConfig) -> None:
     """Make the folder, clear what a killed process left, and save the config."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)

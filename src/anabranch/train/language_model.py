@@ -1,0 +1,150 @@
+"""Language modelling as a task: `LanguageModel` trains a decoder on text, `TextTask` any module that is called like one."""
+# Shapes: B sequences, L positions
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from anabranch.config import Field, configclass
+from anabranch.data import Batch, DataConfig, Tokenizer
+from anabranch.data.stream import TokenStream
+from anabranch.data.windows import Windows
+from anabranch.errors import ConfigError
+from anabranch.lm.checkpoint import load_weights, write_model
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.pool import ExpertPool
+from anabranch.train.evaluate import evaluate
+from anabranch.train.task import Losses, Task, TaskContext
+
+__all__ = ["DecoderTask", "LanguageModel", "TextTask", "decoder_parts"]
+
+
+class DecoderTask(Task):
+    """A task whose model is a `Decoder`: built, saved and loaded as a model folder. Its config has a field ``model``.
+
+    Attributes:
+        tokenizer: saved beside the model; None for none.
+    """
+
+    tokenizer: Tokenizer | None = None
+
+    def build_model(self, context: TaskContext) -> nn.Module:
+        """A fresh decoder, or the one that was given. Raises ConfigError if that has another config."""
+        if self.model is None:
+            return self.config.model.build(seed=context.settings.seed)
+        if getattr(self.model, "config", None) != self.config.model:
+            raise ConfigError(
+                "the given model has another config than config.model; pass config.replace(model=model.config)"
+            )
+        return self.model
+
+    def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
+        """See `decoder_parts`."""
+        return decoder_parts(model)
+
+    def save(self, folder: Path, model: Any, tensors: Mapping[str, Tensor]) -> None:
+        """A model folder, see `anabranch.lm.save_model`."""
+        write_model(folder, model, self.tokenizer, state=tensors)
+
+    def load(self, folder: Path, model: Any) -> None:
+        """The weights of a model folder."""
+        load_weights(model, folder)
+
+
+class TextTask(Task, kind="text"):
+    """The next token of text, learned by a module that is given and called like a `Decoder`.
+
+    ``model(token_BL, target_BL)`` gives a `DecoderOutput` with losses, ``model(token_BL)`` one with logits. Evaluations are in nats per
+    token and bits per byte.
+
+    Args:
+        config: says the data.
+        model: the module.
+        tokenizer: that of ``model``; takes the place of the configured one.
+
+    Attributes:
+        data: the text, tokenised.
+
+    Raises DataError if the text is missing or empty, TokenizerError if the tokenizer is, ConfigError if it has more tokens than the model.
+    """
+
+    headline: ClassVar[str] = "nats_per_token"
+    unit: ClassVar[str] = "tokens"
+    material: ClassVar[str] = "text"
+
+    @configclass
+    class Config(Task.Config):
+        """Attributes: ``data``, the text, how it is tokenised and cut."""
+
+        data: DataConfig = Field(default_factory=DataConfig)
+
+    def __init__(self, config: Any, *, model: nn.Module | None = None, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config, model=model)
+        self.data = config.data.build(tokenizer)
+        self.tokenizer = self.data.tokenizer
+        self._check_vocabulary(getattr(getattr(model, "config", None), "vocab_size", None))
+
+    def _check_vocabulary(self, size: int | None) -> None:
+        if size is not None and self.tokenizer.vocab_size > size:
+            raise ConfigError(
+                f"model.vocab_size is {size}, but the tokenizer has {self.tokenizer.vocab_size} tokens; "
+                f"set model.vocab_size={self.tokenizer.vocab_size}"
+            )
+
+    def training_data(self, context: TaskContext) -> TokenStream:
+        """Sequences of the training split."""
+        return self.data.train(seed=context.settings.seed, rank=context.rank, world_size=context.world_size)
+
+    def validation_data(self, context: TaskContext) -> Windows | None:
+        """This process's windows of the held-out split, None if nothing is held out."""
+        if self.config.data.validation_fraction == 0:
+            return None
+        tokens, length = context.settings.eval_tokens, self.config.data.sequence_length
+        return self.data.validation(
+            batch_size=context.batch_size,
+            num_windows=None if tokens is None else max(1, tokens // length),
+            rank=context.rank,
+            world_size=context.world_size,
+        )
+
+    def units_per_item(self, context: TaskContext) -> int:
+        """Tokens of a sequence."""
+        return self.config.data.sequence_length
+
+    def fingerprint(self) -> str:
+        """Of both splits and the tokenizer, by content."""
+        return self.data.fingerprint()
+
+    def step(self, model: nn.Module, batch: Batch, context: TaskContext) -> Losses:
+        """Cross-entropy, and what layers add to it."""
+        output = model(batch.token_BL, batch.target_BL)
+        return Losses(output.loss, {"cross_entropy": output.cross_entropy, **output.auxiliary}, output.metrics)
+
+    def evaluate(self, model: nn.Module, data: Windows, context: TaskContext) -> dict[str, Any]:
+        """See `Evaluation`."""
+        settings = context.settings
+        is_sharded = settings.parallel == "fsdp"
+        return evaluate(model, data, precision=settings.precision, equal_passes=is_sharded).to_dict()
+
+
+class LanguageModel(DecoderTask, TextTask, kind="language_model"):
+    """The next token of text, learned by a `Decoder`. What a `RunConfig` trains.
+
+    Arguments as of `TextTask`; a ``model`` that is given must have the configured shape.
+    """
+
+    @configclass
+    class Config(TextTask.Config):
+        """Attributes: ``data``, the text; ``model``, the decoder's shape."""
+
+        model: Decoder.Config = Field(default_factory=Decoder.Config)
+
+    def _check_vocabulary(self, size: int | None) -> None:
+        super()._check_vocabulary(self.config.model.vocab_size)
+
+
+def decoder_parts(model: Any) -> list[nn.Module]:
+    """What of a decoder is gathered on its own where weights are in shards: a pool that blocks share, and each block."""
+    return [*(module for module in model.shared.values() if isinstance(module, ExpertPool)), *model.blocks]

@@ -1,0 +1,153 @@
+"""One optimizer step: forward and backward over its micro-batches, clipping, AdamW."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.routing import discard_loads
+from anabranch.train.evaluate import autocast
+from anabranch.train.hooks import StepHooks
+from anabranch.train.optimizer import whole
+from anabranch.train.parallel import Workers
+from anabranch.train.task import Losses, Stream, Task, TaskContext, moved
+
+__all__ = ["Gradient", "Stepper"]
+
+# Stands in the place of a rank where torch's generators are seeded for hooks, which draw the same in all processes.
+_ALL = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the passes over the batch of a step gave.
+
+    Attributes:
+        total: the loss, a mean of this process.
+        terms: what it is the sum of, likewise.
+        metrics: what else is logged, likewise.
+        norm: of the whole gradient, before clipping.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether weights can move by it."""
+        return math.isfinite(self.norm)
+
+
+class Stepper:
+    """Makes the steps of a training.
+
+    Args:
+        task: gives the losses.
+        model: what learns.
+        wrapped: the same as it is called in training: replicas, shards.
+        optimizer: of the parameters that learn.
+        workers: the processes.
+        hooks: called before each step.
+        context: of the run; its settings are these steps'.
+
+    Attributes:
+        call: ``wrapped``, compiled if the settings say so.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        workers: Workers,
+        hooks: StepHooks,
+        context: TaskContext,
+    ) -> None:
+        self.task, self.model, self.wrapped, self.optimizer, self.workers, self.hooks = (
+            task,
+            model,
+            wrapped,
+            optimizer,
+            workers,
+            hooks,
+        )
+        self._settings = context.settings
+        self._schedule = self._settings.schedule.build()
+        self.call: Any = torch.compile(wrapped, dynamic=False) if self._settings.compile else wrapped
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradient(self, stream: Stream, context: TaskContext) -> Gradient:
+        """Forward and backward over the micro-batches of a step; gradients are then in the parameters.
+
+        Every micro-batch has equally many items, so the mean of their means is the mean of all. Raises ConfigError for losses without a
+        gradient.
+        """
+        parts = self._settings.accumulation
+        if self.hooks.before:
+            self._seed(context.step, _ALL)
+            self.hooks.run_before(context.step)
+        self._seed(context.step, context.rank)
+        total: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for number in range(parts):
+            batch = moved(stream.next_batch(context.batch_size), context.device)
+            with self.workers.micro_batch(self.wrapped, is_last=number == parts - 1):
+                with autocast(context.device, self._settings.precision):
+                    losses = self.task.step(self.call, batch, context)
+                self._check(losses)
+                (losses.total / parts).backward()
+            _add_share(total, {"total": losses.total}, parts)
+            _add_share(terms, losses.terms, parts)
+            _add_share(metrics, losses.metrics, parts)
+        return Gradient(total["total"], terms, metrics, self.gradient_norm())
+
+    def update(self, gradient: Gradient, step: int) -> None:
+        """Move the weights after ``step`` finished steps; if the gradient is not finite, forget what was counted instead."""
+        if gradient.is_finite:
+            self.apply(gradient.norm, step)
+        else:
+            discard_loads(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def apply(self, norm: float, step: int) -> None:
+        """Clip, set the learning rate, and let the optimizer move the weights."""
+        clip = self._settings.clip
+        if clip is not None and norm > clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+
+    def learning_rate(self, step: int) -> float:
+        """Of the update after ``step`` finished ones."""
+        return self._settings.learning_rate * self._schedule.factor(step, self._settings.steps)
+
+    def gradient_norm(self) -> float:
+        """Of all parameters together, in all processes."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return float(whole(torch.nn.utils.get_total_norm(gradients)))
+
+    def _seed(self, step: int, rank: int) -> None:
+        """What is random in a step (jitter, masks per token) is a function of (seed, step, rank): resuming needs no state."""
+        sequence = np.random.SeedSequence([self._settings.seed, step, rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def _check(self, losses: Losses) -> None:
+        if not losses.total.requires_grad:
+            raise ConfigError(
+                f"the loss of {type(self.task).__name__} depends on no parameter that learns; see which of them do in Task.learns"
+            )
+
+
+def _add_share(total: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:
+    for name, value in values.items():
+        total[name] = total.get(name, 0.0) + value.detach() / parts
