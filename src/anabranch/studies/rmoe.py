@@ -137,7 +137,7 @@ def measure(trainer: Trainer) -> Metrics:
         [token_BL for token_BL in windows if token_BL.shape[1] == length]
     )  # not the rest of a short text
     facts = measure_gates(trainer.model, token_BL)
-    alike = [expert_similarity(block.feed_forward.experts) for block in trainer.model.blocks]  # type: ignore[union-attr, arg-type]
+    alike = [expert_similarity(block.feed_forward.experts) for block in trainer.model.blocks]
     keys, values = (sum(parts) / len(parts) for parts in zip(*alike, strict=True))
     return {
         "information": facts.information,

@@ -64,7 +64,9 @@ class Trainer:
         on_event: Callable[[Event], None] | None = None,
         **given: Any,
     ) -> None:
-        self.config, self.out = config, Path(out)
+        # What config, model and data are is the task's business, so no type can be told here.
+        self.config: Any = config
+        self.out = Path(out)
         self._settings = config.train
         self._on_event = on_event
         check_free(self.out)
