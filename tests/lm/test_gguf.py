@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -82,6 +83,33 @@ def test_linear_scaling(tmp_path):
     loaded, _ = load_model(write(tmp_path / "m.gguf", model, extra=extra))
     assert loaded.config.rotary == model.config.rotary
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def factor_of_llama_cpp(fields):
+    """What llama.cpp divides positions by (llama-model.cpp, load_hparams; llama-context.cpp): a naive copy of its order of keys."""
+    factor = fields.get("scaling.factor")
+    if factor is None:
+        factor = fields.get("scale_linear", 0.0)
+    return 1.0 if factor == 0 or fields.get("scaling.type", "linear") == "none" else factor
+
+
+SAID = {"scaling.type": ["none", "linear"], "scaling.factor": [0.0, 1.0, 4.0], "scale_linear": [0.0, 2.0]}
+ROPES = [
+    {key: value for key, value in zip(SAID, values, strict=True) if value is not None}
+    for values in itertools.product(*([None, *values] for values in SAID.values()))
+]
+
+
+@pytest.mark.parametrize("fields", ROPES, ids=str)
+def test_positions_are_scaled_as_llama_cpp_scales_them(tmp_path, fields):
+    def extra(writer):
+        for key, value in fields.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.rope.{key}", value)
+
+    write(tmp_path / "m.gguf", tiny(64), extra=extra)
+    rotary, factor = load_config(tmp_path / "m.gguf").rotary, factor_of_llama_cpp(fields)
+    assert (rotary.factor if rotary.scaling == "linear" else 1.0) == factor
+    assert rotary.scaling == ("none" if factor == 1 else "linear")
 
 
 def divisors(theta, factor, head_dim):
@@ -201,6 +229,19 @@ def test_conversion(tmp_path):
                 writer.add_rope_scaling_factor(2.0),
             ),
             "rope_scaling.rope_type in .* is 'yarn'",
+        ),
+        (
+            "llama",
+            lambda writer: (
+                writer.add_float32("llama.rope.scale_linear", 2.0),
+                writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            ),
+            r"divides rotary frequencies by rope_freqs.weight and by 2.0 \('linear'\); one of the two is supported",
+        ),
+        (
+            "llama",
+            lambda writer: writer.add_rope_scaling_attn_factors(1.5),
+            "llama.rope.scaling.attn_factor in .* is 1.5, which is not supported; supported: 1.0",
         ),
         (
             "llama",

@@ -207,12 +207,22 @@ class GgufFile:
         }
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        kind, factor = self.get("llama.rope.scaling.type"), self.real("llama.rope.scaling.factor", default=1.0)
-        if _ROPE_FACTORS in self._tensors:
-            return self._llama3(head_dim)
-        if kind in (None, "none") or factor == 1:
-            return None
-        return {"rope_type": kind, "factor": factor}
+        """As llama.cpp reads it (llama-model.cpp, load_hparams): a kind that is not said is linear, ``scale_linear`` the older factor."""
+        kind = "linear" if (said := self.get("llama.rope.scaling.type")) is None else said
+        named = "llama.rope.scaling.factor" in self._fields
+        factor = self.real(f"llama.rope.{'scaling.factor' if named else 'scale_linear'}", default=1.0)
+        is_scaled = kind != "none" and factor != 1
+        if (magnitude := self.real("llama.rope.scaling.attn_factor", default=1.0)) != 1:
+            raise CheckpointError(
+                f"llama.rope.scaling.attn_factor in {self.path} is {magnitude}, which is not supported; supported: 1.0"
+            )
+        if _ROPE_FACTORS not in self._tensors:
+            return {"rope_type": kind, "factor": factor} if is_scaled else None
+        if is_scaled:
+            raise CheckpointError(
+                f"{self.path} divides rotary frequencies by {_ROPE_FACTORS} and by {factor} ({shown(kind)}); one of the two is supported"
+            )
+        return self._llama3(head_dim)
 
     def _llama3(self, head_dim: int) -> dict[str, Any]:
         """Llama 3.1's scaling from the table of divisors that it became. Its other constants are the same in all releases."""
