@@ -31,6 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Names that mark the end of a text where a folder does not say which token does, most specific first.
 _MOST_TOKENS = 10_000_000  # ids; the largest vocabularies have a million
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a config.json
 _SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})  # steps of its decoders
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 

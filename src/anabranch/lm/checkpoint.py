@@ -27,6 +27,7 @@ from anabranch.files import atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import FORMAT, MARK, OPTIMIZER_FILE, TRAINER_FILE, model_folder, run_steps, verify
+from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
     FLOATS,
@@ -37,6 +38,7 @@ from anabranch.lm.tensors import (
     build_empty,
     check_amount,
     fill,
+    has_weights,
     open_tensors,
     overwrite,
     read_json,
@@ -91,12 +93,14 @@ def write_model(
     *,
     state: Mapping[str, Tensor] | None = None,
     family: str | None = None,
+    ids: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`save_model` into a folder that is being filled, with other files beside it, inside `anabranch.files.atomic_folder`.
 
     ``state`` gives the tensors by name where the model's own are only shards of them (FSDP). ``family`` notes the Hugging Face
-    family that the model came from, which `convert` goes back to.
+    family that the model came from, which `convert` goes back to; ``ids`` the special ids of its config.json, where the tokenizer has
+    none or others.
     """
     quantization = describe(model)
     tensors = stored_state(model)
@@ -112,6 +116,7 @@ def write_model(
         **({"family": family} if family else {}),
         **({"quantization": quantization} if quantization else {}),
         **({} if tokenizer is None else tokenizer.special_ids),
+        **(ids or {}),
         "model": to_dict(model.config),
     }
     atomic_write_json(folder / "config.json", config)
@@ -147,14 +152,17 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> Decoder.Config:
-    """The config of a model without its weights. ``path`` and errors as for `load_model`."""
+    """The config of a model without its weights, which need not be there. ``path`` and errors as for `load_model`."""
     found = find_model(path)
     if found.is_file():
         return gguf.read_gguf_config(found)
     table = read_json(found / "config.json")
-    if is_foreign(table):
-        return formats.read_config(table, found / "config.json")
-    return _native_config(found, table)
+    if not is_foreign(table):
+        return _native_config(found, table)
+    config = formats.read_config(table, found / "config.json")
+    if config.tie_embeddings and has_weights(found):
+        return formats.tied_as_stored(config, open_tensors(found), found / "config.json")
+    return config
 
 
 def load_model(
@@ -164,7 +172,8 @@ def load_model(
 
     Args:
         path: a folder saved by `save_model`, a training run (its newest checkpoint), a Hugging Face folder, or a GGUF file.
-        dtype: of the weights, a floating-point type; None keeps the stored one (float32 for GGUF).
+        dtype: of the weights, a floating-point type; None keeps the stored one (float32 for GGUF). Where several are stored, norms and
+            routers keep theirs, and all else is of the embedding's.
         device: where the model shall be; None for the CPU.
 
     Raises:
@@ -173,6 +182,16 @@ def load_model(
         ConfigError: weights cannot be of this ``dtype``.
         BackendError: there is no such device, or an optional package is missing.
     """
+    model, tokenizer = load_stored(path, dtype=dtype, device=device)
+    if describe(model) is None:
+        fit_types(model)
+    return model, tokenizer
+
+
+def load_stored(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Decoder, Tokenizer | None]:
+    """`load_model`, but with ``dtype`` None every weight is in the type that it is stored in, even if these cannot compute together."""
     check_dtype_device(dtype, device)
     found = find_model(path)
     if found.is_file():

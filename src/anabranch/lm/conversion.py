@@ -1,13 +1,14 @@
 """`convert`: a model from any format to another, in as many bits as it had or in fewer."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from anabranch.data.tokenizer import SPECIAL_IDS
 from anabranch.errors import ConfigError
 from anabranch.lm import formats
-from anabranch.lm.checkpoint import check_exportable, find_model, is_foreign, load_model, write_model
+from anabranch.lm.checkpoint import check_exportable, find_model, is_foreign, load_stored, write_model
 from anabranch.lm.folder import carry, check_apart, check_replaceable, model_folder
 from anabranch.lm.quantized import load_quantized
 from anabranch.lm.tensors import MAX_SHARD_BYTES, read_json
@@ -59,19 +60,33 @@ def convert(
     before = check_replaceable(target, force=force, advice="choose a new folder, or keep what is there with --force")
     table = read_json(found / "config.json") if found.is_dir() else {}
     origin = table.get("model_type") if is_foreign(table) else table.get("family")
+    # What we made ourselves has only the ids of its tokenizer.
+    ids = None if origin is None else _special_ids(table)
     if quantize is None:
-        model, tokenizer = load_model(found, dtype=dtype)
+        model, tokenizer = load_stored(found, dtype=dtype)
     else:
         model, tokenizer = load_quantized(found, quantize, dtype=dtype, group=group)
     if to == "huggingface":
         check_exportable(model)
     with model_folder(target, before=before, force=force) as temporary:
         if to == "native":
-            write_model(temporary, model, tokenizer, family=origin, max_shard_bytes=max_shard_bytes)
+            write_model(temporary, model, tokenizer, family=origin, ids=ids, max_shard_bytes=max_shard_bytes)
         else:
-            formats.export(temporary, model, tokenizer, family=family, prefer=origin, max_shard_bytes=max_shard_bytes)
+            formats.export(
+                temporary, model, tokenizer, family=family, prefer=origin, ids=ids, max_shard_bytes=max_shard_bytes
+            )
         if found.is_dir():
             carry(found, temporary)
+
+
+def _special_ids(table: dict[str, Any]) -> dict[str, Any]:
+    """The ids of begin, end and padding in a config.json, as they stand there: one, a list or null; none of another form."""
+    found = {name: table[name] for name in SPECIAL_IDS if name in table}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is None or all(type(one) is int for one in (value if isinstance(value, list) else [value]))
+    }
 
 
 def _check(to: str, quantize: str | None, group: int | None) -> None:

@@ -4,7 +4,9 @@ A *layout* says how the tensors of a file make up ours: for each of our tensors 
 it imports, read backwards it exports; formats differ in their layouts alone.
 """
 
+import functools
 import json
+import logging
 import math
 import os
 import struct
@@ -22,6 +24,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
 from anabranch.files import parse_json
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
 _REMAP_BYTES = 256_000_000
@@ -190,18 +194,38 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def open_tensors(folder: Path) -> TensorSource:
-    """The weights of a model folder: ``model.safetensors``, else ``pytorch_model.bin``, whole or in shards with an index.
+_WEIGHT_FILES: dict[str, type[SafetensorsFiles | PickleFiles]] = {
+    "model.safetensors": SafetensorsFiles,
+    "pytorch_model.bin": PickleFiles,
+}
 
-    Of shards the index alone says which file holds a tensor. Raises CheckpointError if there are none or they cannot be read.
+
+def has_weights(folder: Path) -> bool:
+    """Whether `open_tensors` would find something to read."""
+    return any((folder / f"{name}{end}").is_file() for name in _WEIGHT_FILES for end in ("", ".index.json"))
+
+
+def open_tensors(folder: Path) -> TensorSource:
+    """The weights of a model folder: ``model.safetensors``, else its shards by their index, else ``pytorch_model.bin``, else its shards.
+
+    That is the order of transformers, whose ``save_pretrained`` leaves files of before where they are; a file that hides an index is
+    told in a warning. Of shards the index alone says which file holds a tensor. Raises CheckpointError if there are none or they cannot
+    be read.
     """
-    for name, reader in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", PickleFiles)):
-        file = folder / f"{name}.index.json"
-        if file.is_file():
-            index = _read_index(file)
+    for name, reader in _WEIGHT_FILES.items():
+        whole, listed = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            if listed.is_file():
+                logger.warning(
+                    "%s holds %s and %s: the first is read, as transformers does; remove the older of the two",
+                    folder,
+                    name,
+                    listed.name,
+                )
+            return reader([whole])
+        if listed.is_file():
+            index = _read_index(listed)
             return reader(sorted(set(index.values())), index)
-        if (folder / name).is_file():
-            return reader([folder / name])
     raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
 
 
@@ -380,7 +404,8 @@ def fill(
         source: the stored tensors.
         layout: how they make up the model's.
         where: the file or folder, for messages.
-        dtype: of all parameters; None keeps how the first piece of each is stored. Buffers keep their own.
+        dtype: of all parameters; None keeps that of each as stored, for one of several pieces the smallest that holds them all.
+            Buffers keep their own.
         device: where the model shall be; default the CPU.
         ignore: names in ``source`` that the model does not need.
         hint: what would help, put after the message if the tensors do not fit.
@@ -392,14 +417,19 @@ def fill(
     check(state, source, layout, where=where, ignore=ignore, hint=hint)
     new: dict[int, Tensor] = {}
     for name, tensor in state.items():
-        stored = dtype or source.dtype(layout[name][0].name)
-        kind = stored if isinstance(tensor, nn.Parameter) and isinstance(stored, torch.dtype) else tensor.dtype
+        kind = (dtype or _stored_type(source, layout[name])) if isinstance(tensor, nn.Parameter) else tensor.dtype
         value = torch.empty(tensor.shape, dtype=kind, device=device)
         _copy(value, source, layout[name])
         new[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     every_name = model.state_dict(keep_vars=True)
     model.load_state_dict({name: new[id(tensor)] for name, tensor in every_name.items()}, assign=True)
     model.to(device)  # what is left: buffers that are not stored
+
+
+def _stored_type(source: TensorSource, pieces: Sequence[Piece]) -> torch.dtype:
+    """The smallest type that loses nothing of any piece. They are floating-point numbers, see `check`."""
+    kinds = [kind for piece in pieces if isinstance(kind := source.dtype(piece.name), torch.dtype)]
+    return functools.reduce(torch.promote_types, kinds)
 
 
 @torch.no_grad()

@@ -120,6 +120,7 @@ def test_a_sentencepiece_tokenizer_is_left_out_with_a_warning(folder, caplog):
 
 
 def test_corrupt_index(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(CheckpointError, match="has no weight_map from tensor to file"):
         load_model(folder)

@@ -18,7 +18,18 @@ from anabranch.experts.parscale.recipe import fold
 from anabranch.experts.parscale.streams import ParScale
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import MARK, model_folder
-from anabranch.lm.formats.common import Foreign, Pieces, mixture, read_attention, read_body, write_body
+from anabranch.lm.formats.common import (
+    Foreign,
+    Pieces,
+    mixture,
+    place_embedding,
+    read_attention,
+    read_body,
+    spare,
+    tied_as_stored,
+    write_body,
+)
+from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.tensors import Piece, build_empty, fill, open_tensors, read_json, state_once, write_tensors
 from anabranch.nn import SwiGLU
 
@@ -66,13 +77,12 @@ def load_parscale(
     kind = foreign["model_type"]
     if kind not in _TYPES:
         foreign.refuse("model_type", kind, " or ".join(repr(name) for name in _TYPES))
-    config = _read(foreign)
-    model: Decoder = build_empty(config)
     source = open_tensors(folder)
-    spare = [name for name in source.names if name.endswith(".rotary_emb.inv_freq")]
-    if config.tie_embeddings:
-        spare.append("lm_head.weight")
-    fill(model, source, _layout(config), where=folder, dtype=dtype, device=device, ignore=spare)
+    config = tied_as_stored(_read(foreign), source, folder / "config.json")
+    model: Decoder = build_empty(config)
+    layout = place_embedding(_layout(config), config, source.names)
+    fill(model, source, layout, where=folder, dtype=dtype, device=device, ignore=spare(source.names, config))
+    fit_types(model)
     return model, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 

@@ -11,11 +11,11 @@ import torch
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.formats.common import Foreign
+from anabranch.lm.formats.common import Foreign, place_embedding, spare, tied_as_stored
 from anabranch.lm.formats.export import FAMILIES, choose, export
 from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
-__all__ = ["FAMILIES", "choose", "export", "load", "read_config"]
+__all__ = ["FAMILIES", "choose", "export", "load", "prepare", "read_config", "tied_as_stored"]
 
 
 def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
@@ -52,27 +52,22 @@ def load(
 ) -> Decoder:
     """The model of the foreign config ``table``, which lies at ``path``, with the tensors of ``source``.
 
-    ``dtype`` None takes that of the stored embedding. Raises CheckpointError as `read_config`, and if tensors do not fit.
+    ``dtype`` None keeps that of each stored tensor. Raises CheckpointError as `read_config`, and if tensors do not fit.
     """
-    model, layout, kind, ignore = prepare(source, table, path, dtype=dtype)
+    model, layout, _, ignore = prepare(source, table, path, dtype=dtype)
     where = path.parent if path.suffix == ".json" else path
-    fill(model, source, layout, where=where, dtype=kind, device=device, ignore=ignore)
+    fill(model, source, layout, where=where, dtype=dtype, device=device, ignore=ignore)
     return model
 
 
 def prepare(
     source: TensorSource, table: dict[str, Any], path: Path, *, dtype: torch.dtype | None = None
 ) -> tuple[Decoder, Layout, torch.dtype | None, list[str]]:
-    """(empty model, layout, type of its weights, names to ignore) of what `load` loads."""
-    config = read_config(table, path)
+    """(empty model, layout, ``dtype`` or that of the stored embedding, names to ignore) of what `load` loads."""
+    config = tied_as_stored(read_config(table, path), source, path)
     check_amount(config.count(1).parameters, source, path)
-    layout = FAMILIES[table["model_type"]].sanitize(config, source.names)
+    layout = place_embedding(FAMILIES[table["model_type"]].sanitize(config, source.names), config, source.names)
     embedding = layout["embedding.weight"][0].name
     stored = source.dtype(embedding) if embedding in source.names else torch.float32
     kind = dtype or (stored if isinstance(stored, torch.dtype) else None)
-    return build_empty(config), layout, kind, [name for name in source.names if _is_spare(name, config)]
-
-
-def _is_spare(name: str, config: Decoder.Config) -> bool:
-    """Tables that older versions of transformers stored, and a head that is the embedding."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+    return build_empty(config), layout, kind, spare(source.names, config)

@@ -10,18 +10,24 @@ A family is a module with
 """
 # Shapes: E experts, D width, F hidden
 
-from collections.abc import Collection, Iterable
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from anabranch.bounds import MOST_LAYERS, shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import Piece
+from anabranch.lm.tensors import Piece, TensorSource
 from anabranch.nn import Attention, MoE, Rotary, SwiGLU
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
 
+logger = logging.getLogger(__name__)
+
 Pieces = dict[str, list[Piece]]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Foreign:
@@ -68,6 +74,8 @@ def read_body(foreign: Foreign, attention: Attention.Config, *, default_theta: f
     """The fields of `Decoder.Config` that all families have, but for the feed-forward."""
     foreign.require("hidden_act", ("silu", "swish"))
     foreign.require("mlp_bias", (False,))
+    # Where transformers 5 looks for weights that do not lie under their usual names.
+    foreign.require("transformers_weights", ("model.safetensors", "model.safetensors.index.json"))
     if foreign.get("quantization_config"):
         method = foreign.get("quantization_config").get("quant_method", "unknown")
         foreign.refuse("quantization_config.quant_method", method, "weights that are not quantised")
@@ -183,6 +191,36 @@ def with_dense_layers(
     return Decoder.Config(**body, feed_forward=moe, dense_feed_forward=dense, dense_layers=layers)
 
 
+def tied_as_stored(config: Decoder.Config, source: TensorSource, where: Path) -> Decoder.Config:
+    """``config`` with a head of its own, with a warning, where one is stored that is not the embedding. So transformers 5 reads it too."""
+    if not config.tie_embeddings or not {EMBEDDING, HEAD} <= set(source.names):
+        return config
+    if source.shape(EMBEDDING) == source.shape(HEAD):
+        embedding, head = source.read(EMBEDDING), source.read(HEAD)
+        if torch.equal(head.to(embedding.dtype), embedding):
+            return config
+    logger.warning(
+        "%s says tie_word_embeddings, but %s and %s differ, so the model has both; set it to false to be clear",
+        where,
+        EMBEDDING,
+        HEAD,
+    )
+    return config.replace(tie_embeddings=False)
+
+
+def place_embedding(pieces: Mapping[str, list[Piece]], config: Decoder.Config, names: Collection[str]) -> Pieces:
+    """``pieces`` with the embedding of a tied model where it is: safetensors' ``save_model`` keeps it under the name of the head alone."""
+    if config.tie_embeddings and EMBEDDING not in names and HEAD in names:
+        return {**pieces, "embedding.weight": [Piece(HEAD)]}
+    return dict(pieces)
+
+
+def spare(names: Collection[str], config: Decoder.Config) -> list[str]:
+    """Names that a model has no need of: tables that older versions of transformers stored, and a head that is the embedding."""
+    is_doubled = config.tie_embeddings and EMBEDDING in names
+    return [name for name in names if name.endswith(".rotary_emb.inv_freq") or (is_doubled and name == HEAD)]
+
+
 def write_body(config: Decoder.Config) -> dict[str, Any]:
     """The fields that `read_body` and `read_attention` read."""
     attention = config.attention
@@ -236,9 +274,9 @@ def write_moe(config: Decoder.Config) -> dict[str, Any]:
 
 def body(config: Decoder.Config) -> Pieces:
     """Embedding, head, norms and attention under the names of Llama."""
-    pieces = {"embedding.weight": [Piece("model.embed_tokens.weight")], "norm.weight": [Piece("model.norm.weight")]}
+    pieces = {"embedding.weight": [Piece(EMBEDDING)], "norm.weight": [Piece("model.norm.weight")]}
     if not config.tie_embeddings:
-        pieces["head.weight"] = [Piece("lm_head.weight")]
+        pieces["head.weight"] = [Piece(HEAD)]
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         pieces[f"{ours}.attention_norm.weight"] = [Piece(f"{theirs}.input_layernorm.weight")]

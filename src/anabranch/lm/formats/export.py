@@ -5,12 +5,12 @@ what the family lacks, and the error says so.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from anabranch.config import to_dict
-from anabranch.data.tokenizer import Tokenizer
+from anabranch.data.tokenizer import SPECIAL_IDS, Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import MARK
@@ -32,6 +32,7 @@ def export(
     *,
     family: str | None = None,
     prefer: str | None = None,
+    ids: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write ``model`` into ``folder`` as transformers reads it: config.json, weights with one tensor per expert, tokenizer.
@@ -42,6 +43,8 @@ def export(
         tokenizer: saved beside it.
         family: a Hugging Face ``model_type``; None takes the first that can express the model.
         prefer: the ``model_type`` to try first then.
+        ids: ``bos_token_id``, ``eos_token_id`` (one or several) and ``pad_token_id`` as the source of the model has them; None takes
+            those of the tokenizer.
         max_shard_bytes: larger models are split into files of at most this size.
 
     Raises:
@@ -63,7 +66,7 @@ def export(
     write_tensors(folder, tensors, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
-    _write_configs(folder, chosen, model, tokenizer)
+    _write_configs(folder, chosen, model, tokenizer, ids)
 
 
 def choose(model: Decoder, family: str | None = None, prefer: str | None = None) -> tuple[Any, Decoder]:
@@ -182,8 +185,12 @@ def _objection(lacking: dict[str, list[str]], family: str | None) -> str:
     return f"no Hugging Face family has all of this model; the closest, {closest}, lacks {some(close[closest])}"
 
 
-def _write_configs(folder: Path, family: Any, model: Decoder, tokenizer: Tokenizer | None) -> None:
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+def _write_configs(
+    folder: Path, family: Any, model: Decoder, tokenizer: Tokenizer | None, ids: Mapping[str, Any] | None
+) -> None:
+    named = {} if tokenizer is None else tokenizer.special_ids
+    # A key that a foreign config.json has not got stays away: the class of transformers has a default for it, null has none.
+    tokens = {**(dict.fromkeys(SPECIAL_IDS) if ids is None else {}), **named, **(ids or {})}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     head = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE, "torch_dtype": dtype}
     _write_json(folder / "config.json", {**head, **family.write(model.config), **tokens, **MARK})
