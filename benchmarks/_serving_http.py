@@ -23,12 +23,12 @@ def save_small_moe(folder: Path) -> str:
     """A mixture of experts of random weights and bytes as tokens: large enough to be busy, small enough to start at once."""
     from anabranch.data import ByteTokenizer
     from anabranch.lm import Decoder, save_model
-    from anabranch.nn import Attention, MoE
+    from anabranch.nn import MoE, SelfAttention
     from anabranch.routing import Router, TopK
 
     feed_forward = MoE.Config(num_experts=8, hidden_dim=64, router=Router.Config(select=TopK.Config(top_k=2)))
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=4, attention=Attention.Config(num_heads=4, num_kv_heads=2), feed_forward=feed_forward,
+        vocab_size=257, dim=64, num_layers=4, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2), feed_forward=feed_forward,
         init_std=0.3, max_positions=2048,
     )  # fmt: skip
     path = folder / "small-moe"

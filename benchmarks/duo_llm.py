@@ -18,7 +18,7 @@ from torch import Tensor
 from _harness import arguments, compare, finish, start
 from anabranch.depth.duo_llm import BIG, DuoFFN, RouteSpace, duo_layers, oracle, take
 from anabranch.lm import Decoder
-from anabranch.nn import Attention
+from anabranch.nn import SelfAttention
 from anabranch.nn.context import ForwardContext
 
 VOCAB = 257
@@ -32,7 +32,7 @@ def duo_model(layers: int, dim: int) -> Decoder:
         vocab_size=VOCAB,
         dim=dim,
         num_layers=layers,
-        attention=Attention.Config(num_heads=4),
+        attention=SelfAttention.Config(num_heads=4),
         feed_forward=DuoFFN.Config(big=4 * dim, small=dim // 4),
     ).build(seed=0)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from _harness import arguments, compare, finish, start
 from anabranch.experts.parscale import ParScale, add_streams, fold
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, SwiGLU
+from anabranch.nn import SelfAttention, SwiGLU
 
 LAYERS, DIM, HIDDEN, VOCAB, PAST, ROOM = 8, 1024, 2816, 4096, 128, 160  # 101 M weights in blocks: more than caches hold
 TOLERANCE = 1e-3  # largest difference of fp32 logits
@@ -28,7 +28,7 @@ def plain_model() -> Decoder:
         vocab_size=VOCAB,
         dim=DIM,
         num_layers=LAYERS,
-        attention=Attention.Config(num_heads=16, num_kv_heads=4),
+        attention=SelfAttention.Config(num_heads=16, num_kv_heads=4),
         feed_forward=SwiGLU.Config(hidden_dim=HIDDEN),
     ).build(seed=0)
 

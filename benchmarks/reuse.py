@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from _harness import arguments, compare, finish, start
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm import Decoder, export_huggingface
-from anabranch.nn import Attention
+from anabranch.nn import SelfAttention
 from anabranch.routing import Router, TopK
 
 LAYERS, DIM, EXPERTS, TOP_K, HIDDEN, REUSE = 4, 256, 16, 4, 128, 4
@@ -35,7 +35,7 @@ def our_model(reuse: int, psr: bool = False) -> Decoder:
         router=Router.Config(select=TopK.Config(top_k=TOP_K), balance=()),
     )
     # q and k norms over the full width, as OLMoE has them
-    attention = Attention.Config(num_heads=4, qk_norm="full")
+    attention = SelfAttention.Config(num_heads=4, qk_norm="full")
     return Decoder.Config(
         vocab_size=512, dim=DIM, num_layers=LAYERS, attention=attention, feed_forward=feed_forward
     ).build(seed=0)

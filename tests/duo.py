@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from anabranch.depth.duo_llm import DuoFFN, take
 from anabranch.lm import Decoder
-from anabranch.nn import Attention
+from anabranch.nn import SelfAttention
 
 VOCAB = 31
 
@@ -16,7 +16,7 @@ def decoder(num_layers=3, *, seed=0, dim=16, **options):
         vocab_size=VOCAB,
         dim=dim,
         num_layers=num_layers,
-        attention=Attention.Config(num_heads=2),
+        attention=SelfAttention.Config(num_heads=2),
         feed_forward=feed_forward,
         max_positions=64,
         init_std=0.3,  # routes that differ

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from anabranch.lm import Decoder
 from anabranch.lm.checkpoint import save_model
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, TopK
 
@@ -16,7 +16,7 @@ def moe_config(experts: int = 6, layers: int = 2, dim: int = 32, hidden: int = 4
         vocab_size=61,
         dim=dim,
         num_layers=layers,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=MoE.Config(num_experts=experts, hidden_dim=hidden, router=router),
         max_positions=128,
         init_std=0.3,  # logits far enough apart that the order of a sum decides nothing

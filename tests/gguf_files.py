@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, Rotary, SwiGLU
+from anabranch.nn import Rotary, SelfAttention, SwiGLU
 
 gguf = pytest.importorskip("gguf")
 
@@ -26,7 +26,7 @@ def tiny(vocab_size, **changes):
         "vocab_size": vocab_size,
         "dim": DIM,
         "num_layers": 2,
-        "attention": Attention.Config(num_heads=HEADS, num_kv_heads=STORES),
+        "attention": SelfAttention.Config(num_heads=HEADS, num_kv_heads=STORES),
         "feed_forward": SwiGLU.Config(hidden_dim=HIDDEN),
         "rotary": Rotary.Config(theta=5e4),
         "max_positions": 128,

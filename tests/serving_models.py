@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, save_model
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import Router, TopK
 from server_process import Served, started
 
@@ -20,7 +20,7 @@ def small_moe() -> Decoder:
         vocab_size=257,
         dim=16,
         num_layers=LAYERS,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=MoE.Config(num_experts=EXPERTS, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=2))),
         init_std=0.3,
         max_positions=2048,

@@ -12,7 +12,7 @@ import pytest
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, SwiGLU
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.registry import BUILTIN, kinds, resolve
 from anabranch.routing import (
     BiasBalancer,
@@ -171,7 +171,7 @@ def small(feed_forward=DENSE, streams=None):
         vocab_size=61,
         dim=16,
         num_layers=getattr(feed_forward, "reuse", 1) + 1,
-        attention=Attention.Config(num_heads=2),
+        attention=SelfAttention.Config(num_heads=2),
         feed_forward=feed_forward,
         streams=streams,
         init_std=0.2,  # far from even scores, so rounding does not decide who is chosen

@@ -44,7 +44,8 @@ PUBLIC = {
         load_model load_weights save_model stream upcycle write_model
     """,
     "anabranch.nn": """
-        Attention BuildContext Count ExpertPool FeedForward ForwardContext MoE RMSNorm Rotary SwiGLU
+        Attention Block BuildContext Count Dense ExpertPool FeedForward ForwardContext Linear MoE PreNorm RMSNorm Rotary SelfAttention
+        SwiGLU
     """,
     "anabranch.report": """
         CacheFacts LayerFacts PoolFacts Summary explain summarize write_report

@@ -59,16 +59,22 @@ class Config:
 
 
 class Part:
-    """Base of what a config builds. ``family`` is the seam it fits, ``kind`` its short name there (see `registry`)."""
+    """Base of what a config builds. ``family`` is the seam it fits, ``kind`` its short name there (see `registry`).
+
+    ``default`` of an interface is the kind that is meant where a config names none.
+    """
 
     family: ClassVar[str | None] = None
     kind: ClassVar[str | None] = None
+    default_kind: ClassVar[str | None] = None
     Config: ClassVar[Any] = Config
 
-    def __init_subclass__(cls, *, family: str | None = None, kind: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, *, family: str | None = None, kind: str | None = None, default: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         if family is not None:
-            cls.family = family
+            cls.family, cls.default_kind = family, default
         cls.kind = kind
         if "Config" not in vars(cls):  # no fields of its own: it still needs a class that builds it and not its base
             names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
@@ -219,6 +225,8 @@ def _class_of(cls: Any, data: dict[str, Any], path: str) -> Any:
     """The config class of ``data`` where ``cls`` is asked for: that of its kind, or ``cls`` if it names none."""
     owner, kind = cls.owner, data.get("kind")
     family = getattr(owner, "family", None)
+    if kind is None and family is not None and owner.kind is None:
+        kind = owner.default_kind
     if kind is None:
         if family is not None and "family" in vars(owner) and owner.kind is None:  # an interface, nothing to build
             raise ConfigError(f"{path or _label(cls)} needs a kind of {family}; known: {', '.join(kinds(family))}")

@@ -24,7 +24,7 @@ from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
@@ -235,7 +235,7 @@ def language_model(
             vocab_size=vocab_size,
             dim=dim,
             num_layers=num_layers,
-            attention=Attention.Config(num_heads=num_heads),
+            attention=SelfAttention.Config(num_heads=num_heads),
             feed_forward=feed_forward,
             max_positions=4 * sequence_length,
         ),

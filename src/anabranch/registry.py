@@ -48,7 +48,13 @@ BUILTIN: dict[str, dict[str, str]] = {
         "chain": "anabranch.experts.chain:Chain",
     },
     "attention": {
-        "attention": "anabranch.nn.attention:Attention",
+        "attention": "anabranch.nn.attention:SelfAttention",
+    },
+    "block": {
+        "pre_norm": "anabranch.nn.block:PreNorm",
+    },
+    "linear": {
+        "dense": "anabranch.nn.linear:Dense",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

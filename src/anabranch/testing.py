@@ -29,7 +29,7 @@ from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.providers.contract import check_provider
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
-from anabranch.nn import Attention, ExpertPool, FeedForward, SwiGLU
+from anabranch.nn import ExpertPool, FeedForward, SelfAttention, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
     UNUSED,
@@ -299,7 +299,7 @@ def check_feed_forward(
         vocab_size=VOCAB_SIZE,
         dim=dim,
         num_layers=num_layers,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=config,
         max_positions=64,
         init_std=0.2,  # far from even scores, so rounding does not decide who is chosen
@@ -323,7 +323,7 @@ def check_streams(
         vocab_size=VOCAB_SIZE,
         dim=dim,
         num_layers=num_layers,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=SwiGLU.Config(hidden_dim=2 * dim),
         max_positions=64,
         init_std=0.2,

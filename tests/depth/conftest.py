@@ -5,7 +5,7 @@ import pytest
 from anabranch.data import DataConfig, Files
 from anabranch.depth.duo_llm import DuoFFN
 from anabranch.lm import Decoder
-from anabranch.nn import Attention
+from anabranch.nn import SelfAttention
 from anabranch.train import RunConfig, TrainConfig
 
 
@@ -21,7 +21,7 @@ def duo_run(tmp_path, monkeypatch):
         settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "eval_tokens": 128, "device": "cpu"}
         layers = DuoFFN.Config(big=24, small=4)
         model = model or Decoder.Config(
-            dim=16, num_layers=3, attention=Attention.Config(num_heads=2), feed_forward=layers
+            dim=16, num_layers=3, attention=SelfAttention.Config(num_heads=2), feed_forward=layers
         )
         return RunConfig(
             model=model,

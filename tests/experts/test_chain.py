@@ -12,7 +12,7 @@ from anabranch.experts.chain import Chain, between_passes, combinations, from_mo
 from anabranch.experts.rexmoe import ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
-from anabranch.nn import Attention, ForwardContext, MoE
+from anabranch.nn import ForwardContext, MoE, SelfAttention
 from anabranch.routing import (
     BiasBalancer,
     Router,
@@ -30,7 +30,11 @@ SIZES = {"num_experts": 4, "hidden_dim": 8}
 
 def model_of(feed_forward, *, num_layers=2, seed=0, **changes):
     config = Decoder.Config(
-        vocab_size=31, dim=16, num_layers=num_layers, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+        vocab_size=31,
+        dim=16,
+        num_layers=num_layers,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=feed_forward,
     )
     return config.replace(**changes).build(seed=seed)
 

@@ -34,7 +34,7 @@ from anabranch.experts.parscale import (
     wrap,
 )
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
-from anabranch.nn import Attention, MoE, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.rotary import rotate
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, record_routing
 from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
@@ -54,7 +54,7 @@ def config_of(streams=None, **changes):
         vocab_size=VOCAB,
         dim=DIM,
         num_layers=LAYERS,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=SwiGLU.Config(hidden_dim=24),
         init_std=0.2,
         max_positions=64,
@@ -491,7 +491,7 @@ def test_parameters_are_the_published_ones(dim):
         vocab_size=1,
         dim=dim,
         num_layers=36,
-        attention=Attention.Config(num_heads=16, num_kv_heads=2, qkv_bias=True),
+        attention=SelfAttention.Config(num_heads=16, num_kv_heads=2, qkv_bias=True),
         feed_forward=SwiGLU.Config(hidden_dim=hidden_dim),
         tie_embeddings=True,
     )
@@ -591,7 +591,7 @@ def test_cost_by_hand():
 
 
 def test_streams_are_cheap_at_batch_1_and_not_when_multiplying_is_the_limit():
-    config = Decoder.Config(dim=2048, num_layers=24, attention=Attention.Config(num_heads=16, num_kv_heads=2))
+    config = Decoder.Config(dim=2048, num_layers=24, attention=SelfAttention.Config(num_heads=16, num_kv_heads=2))
     config = config.replace(
         feed_forward=SwiGLU.Config(hidden_dim=8192), streams=ParScale.Config(num_streams=8, prefix="direct")
     )

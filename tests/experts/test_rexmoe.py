@@ -21,7 +21,7 @@ from anabranch.experts.rexmoe import (
     from_vanilla,
 )
 from anabranch.lm import Decoder, SamplingConfig, generate
-from anabranch.nn import Attention, ForwardContext, MoE, SwiGLU
+from anabranch.nn import ForwardContext, MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, CosineScore, LinearScore, Router, RoutingContext, SwitchLoss, TopK
 
 PSR = ProgressiveScaling.Config
@@ -30,7 +30,11 @@ FP32_TOLERANCE = 1e-5  # a few roundings of sums over tens of terms of size 1
 
 def model_of(feed_forward, *, num_layers=4, seed=0, **changes):
     config = Decoder.Config(
-        vocab_size=31, dim=16, num_layers=num_layers, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+        vocab_size=31,
+        dim=16,
+        num_layers=num_layers,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=feed_forward,
     )
     return config.replace(**changes).build(seed=seed)
 

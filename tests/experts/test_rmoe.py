@@ -16,7 +16,7 @@ from anabranch.experts.chain import Chain
 from anabranch.experts.rmoe import RecurrentScore, to_recurrent
 from anabranch.experts.rmoe_measure import expert_similarity, gate_facts, measure_gates
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, load_weights, save_model, upcycle
-from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn import ExpertPool, MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, Routing, RoutingContext, SwitchLoss, TopK
 from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
 from ranks import run_ranks
@@ -30,7 +30,11 @@ def model_of(score=None, *, num_layers=3, seed=0, feed_forward=None, **changes):
         num_experts=4, hidden_dim=8, router=Router.Config(score=score or SCORE(state_dim=6))
     )
     config = Decoder.Config(
-        vocab_size=31, dim=16, num_layers=num_layers, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+        vocab_size=31,
+        dim=16,
+        num_layers=num_layers,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=feed_forward,
     )
     return config.replace(**changes).build(seed=seed)
 
@@ -187,7 +191,7 @@ def test_parameter_count_is_the_papers():
     def count(score, layers=24):
         moe = MoE.Config(num_experts=16, hidden_dim=8, router=Router.Config(score=score))
         return Decoder.Config(
-            dim=1280, num_layers=layers, attention=Attention.Config(num_heads=20), feed_forward=moe
+            dim=1280, num_layers=layers, attention=SelfAttention.Config(num_heads=20), feed_forward=moe
         ).count()
 
     linear, ours = count(Router.Config().score), count(SCORE())

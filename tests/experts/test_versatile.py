@@ -17,7 +17,7 @@ from anabranch.data import DataConfig, Files
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model
-from anabranch.nn import Attention, BuildContext, ForwardContext, RMSNorm, SwiGLU
+from anabranch.nn import BuildContext, ForwardContext, RMSNorm, SelfAttention, SwiGLU
 from anabranch.nn.quantize import quantize
 from anabranch.routing import BiasBalancer, Router, RoutingContext, SwitchLoss, TopK, record_routing
 from anabranch.routing.relax import Temperature
@@ -73,7 +73,7 @@ def layer_context(training=False, mask_N=None):
 
 def model_of(feed_forward, **changes):
     config = Decoder.Config(
-        vocab_size=31, dim=16, num_layers=2, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+        vocab_size=31, dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=2), feed_forward=feed_forward
     )
     return config.replace(init_std=0.2, **changes).build(seed=0)
 
@@ -561,7 +561,9 @@ def test_errors_name_the_field_and_the_value(changes, message):
 
 def test_a_quantised_layer_runs_all_loops_too():
     """Nothing is cut from its weights, which are no matrices of floats."""
-    model = model_of(versatile(hidden_dim=32, num_experts=8), dim=32, attention=Attention.Config(num_heads=2)).eval()
+    model = model_of(
+        versatile(hidden_dim=32, num_experts=8), dim=32, attention=SelfAttention.Config(num_heads=2)
+    ).eval()
     quantize(model, "int8")
     token_BL = tokens(4, 64)
     whole = model(token_BL).logits_BLV  # with gradients on, no early exit

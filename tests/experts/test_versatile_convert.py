@@ -20,7 +20,7 @@ from anabranch.experts.versatile import (
     unpatch,
 )
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, ForwardContext, MoE, RMSNorm, SwiGLU
+from anabranch.nn import ForwardContext, MoE, RMSNorm, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK, record_routing
 from anabranch.routing.relax import Temperature
 
@@ -38,7 +38,7 @@ def dense(hidden_dim=24, **changes):
         dim=16,
         num_layers=2,
         init_std=0.2,
-        attention=Attention.Config(num_heads=2),
+        attention=SelfAttention.Config(num_heads=2),
         feed_forward=SwiGLU.Config(hidden_dim=hidden_dim),
     )
     return config.replace(**changes).build(seed=0)

@@ -10,7 +10,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import BackendError
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives
-from anabranch.nn import Attention, SwiGLU
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.registry import BUILTIN, resolve
 
 
@@ -245,7 +245,7 @@ def _registered(monkeypatch):
 
 
 def check(design, contract, **changes):
-    attention = Attention.Config(num_heads=4, num_kv_heads=2)
+    attention = SelfAttention.Config(num_heads=4, num_kv_heads=2)
     sizes = {"vocab_size": 61, "dim": 32, "num_layers": 2, "max_positions": 64, "init_std": 0.2, **changes}
     config = Decoder.Config(attention=attention, feed_forward=design.Config(), **sizes)
     contract(config.build(), torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(1)))

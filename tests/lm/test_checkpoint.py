@@ -12,7 +12,7 @@ from anabranch.files import atomic_folder
 from anabranch.lm import Decoder, load_config, load_model, load_weights, save_model, write_model
 from anabranch.lm.checkpoint import find_model
 from anabranch.lm.tensors import build_empty, open_tensors
-from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn import ExpertPool, MoE, SelfAttention, SwiGLU
 from anabranch.nn.rotary import Rotary
 from anabranch.registry import BUILTIN
 from anabranch.routing import CosineScore, Router, SwitchLoss
@@ -26,7 +26,7 @@ def tiny(**changes):
         "vocab_size": 257,
         "dim": 16,
         "num_layers": 2,
-        "attention": Attention.Config(num_heads=2, num_kv_heads=1, qk_norm="head"),
+        "attention": SelfAttention.Config(num_heads=2, num_kv_heads=1, qk_norm="head"),
         "feed_forward": MoE.Config(num_experts=4, hidden_dim=8, shared_experts=1, router=BIASED),
         "rotary": Rotary.Config(scaling="linear", factor=2.0),
         "max_positions": 64,

@@ -21,13 +21,13 @@ from anabranch.data.bpe import train_bpe
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError, TokenizerError
 from anabranch.lm import Decoder, convert, export_huggingface, load_model, save_model
 from anabranch.lm.folder import RECORD, verify
-from anabranch.nn import Attention, SwiGLU
+from anabranch.nn import SelfAttention, SwiGLU
 
 CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
 def tiny(**changes):
-    fields = {"vocab_size": 300, "dim": 16, "num_layers": 1, "attention": Attention.Config(num_heads=2)}
+    fields = {"vocab_size": 300, "dim": 16, "num_layers": 1, "attention": SelfAttention.Config(num_heads=2)}
     return Decoder.Config(**{**fields, "feed_forward": SwiGLU.Config(hidden_dim=8), **changes}).build(seed=1)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from anabranch.config import configclass, from_dict, to_dict
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, FeedForward, MoE, Rotary, SwiGLU
+from anabranch.nn import FeedForward, MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.nn.context import Count
 from anabranch.routing import BiasBalancer, ExpertChoice, LinearScore, Router, SwitchLoss, TopK, ZLoss
 from anabranch.routing.balance import LoadCounter
@@ -25,7 +25,7 @@ def config(**fields):
             "vocab_size": 31,
             "dim": 16,
             "num_layers": 3,
-            "attention": Attention.Config(num_heads=4, num_kv_heads=2),
+            "attention": SelfAttention.Config(num_heads=4, num_kv_heads=2),
             "feed_forward": MoE.Config(num_experts=4, hidden_dim=8, router=ROUTER),
             "dense_layers": (0,),
             "dense_feed_forward": SwiGLU.Config(hidden_dim=24),
@@ -358,7 +358,7 @@ class _Relay(FeedForward, kind="relay"):
 
 def test_what_layers_carry_upwards_survives_activation_recompute():
     model = Decoder.Config(
-        vocab_size=11, dim=8, num_layers=3, attention=Attention.Config(num_heads=2), feed_forward=_Relay.Config()
+        vocab_size=11, dim=8, num_layers=3, attention=SelfAttention.Config(num_heads=2), feed_forward=_Relay.Config()
     ).build()
     token_BL = torch.arange(10).view(2, 5)
     plain = model(token_BL, token_BL).loss

@@ -4,7 +4,7 @@ import torch
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, SamplingConfig, generate, stream
 from anabranch.lm.generate import sample
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
 
 VOCAB_SIZE = 31
@@ -21,7 +21,7 @@ def model():
         vocab_size=VOCAB_SIZE,
         dim=16,
         num_layers=2,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=MoE.Config(num_experts=4, hidden_dim=8, router=router),
         init_std=0.3,
     ).build(seed=0)

@@ -9,7 +9,7 @@ from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder, SamplingConfig, generate, stream
 from anabranch.lm.cache import KeyValueCache
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import LinearScore, Router, TopK, record_routing
 
 PROMPTS = [[7], [1, 2, 3, 4, 5, 6], [8, 9, 10], [11, 12]]
@@ -22,7 +22,7 @@ def make(layer=MoE, streams=None):
         vocab_size=31,
         dim=16,
         num_layers=2,
-        attention=Attention.Config(num_heads=4),
+        attention=SelfAttention.Config(num_heads=4),
         feed_forward=layer.Config(num_experts=4, hidden_dim=8, router=ROUTER),
         streams=streams,
         init_std=0.3,

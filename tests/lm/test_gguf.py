@@ -17,7 +17,7 @@ from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import SamplingConfig, convert, generate, load_config, load_model, save_model
 from anabranch.lm.gguf import GgufFile, half_split
 from anabranch.lm.quantized import load_quantized
-from anabranch.nn import Attention, Rotary
+from anabranch.nn import Rotary, SelfAttention
 from anabranch.nn.quantize import QuantizedLinear, dequantize
 from gguf_files import DIM, HEADS, STORES, TEXT, bpe, interleaved, tiny, write
 
@@ -43,7 +43,7 @@ def test_rows_of_two_heads_by_hand():
     [
         {},
         {"tie_embeddings": True},
-        {"attention": Attention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)},
+        {"attention": SelfAttention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)},
     ],
 )
 def test_a_float_file_gives_the_same_model(tmp_path, changes):
@@ -324,7 +324,7 @@ def test_smollm2_has_the_logits_and_the_tokens_of_transformers(smollm2):
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_blocks_stay_as_they_are_stored(kind, is_tied, tmp_path):
-    attention = Attention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)
+    attention = SelfAttention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)
     model = tiny(64, attention=attention, tie_embeddings=is_tied)
     path = write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind])
     plain, _ = load_model(path)

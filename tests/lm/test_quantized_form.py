@@ -22,7 +22,7 @@ from anabranch.lm import (
     save_model,
 )
 from anabranch.lm.quantized import load_quantized
-from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn import Dense, ExpertPool, MoE, SelfAttention, SwiGLU
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize, replace
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.elasticmoe.layout import layout_of
@@ -31,7 +31,7 @@ from anabranch.serving.expertflow import load_offloaded
 
 def decoder(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=2, attention=Attention.Config(num_heads=2, qkv_bias=True),
+        vocab_size=257, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
         feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), init_std=0.2, max_positions=128, **fields,
     )  # fmt: skip
     model = config.build(seed=3).eval()
@@ -155,7 +155,7 @@ def test_a_model_quantised_in_memory_is_saved_as_it_is(tmp_path):
     save_model(tmp_path / "q", model)
     found, _ = load_model(tmp_path / "q")
     same(found, model)
-    assert type(found.head) is type(found.blocks[0].attention.qkv) is nn.Linear
+    assert type(found.head) is type(found.blocks[0].attention.qkv) is Dense
 
 
 def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):

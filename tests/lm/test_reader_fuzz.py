@@ -14,7 +14,7 @@ from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, export_huggingface, load_config, load_model, save_model
 from anabranch.lm.gguf import GgufFile
 from anabranch.lm.tensors import read_header
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import Router, TopK
 from damage import VALUES, altered, as_json, damaged, each, little_room, refuse_or_read
 from gguf_files import bpe, tiny, write
@@ -31,7 +31,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 def model(qk_norm="none", feed_forward=None):
     moe = MoE.Config(num_experts=4, hidden_dim=8, router=Router.Config(select=TopK.Config(normalize="sum")))
-    attention = Attention.Config(num_heads=2, qk_norm=qk_norm)
+    attention = SelfAttention.Config(num_heads=2, qk_norm=qk_norm)
     sizes = {"vocab_size": 257, "dim": 16, "num_layers": 2, "max_positions": 64}
     return Decoder.Config(**sizes, attention=attention, feed_forward=feed_forward or moe).build(seed=0)
 

@@ -4,7 +4,7 @@ import torch
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, average, upcycle
-from anabranch.nn import Attention, MoE, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, SwitchLoss, TopK, TopP
 
 TOLERANCE = 1e-5  # fp32, sums in another order
@@ -16,7 +16,7 @@ def dense(**changes):
         "vocab_size": 31,
         "dim": 16,
         "num_layers": 3,
-        "attention": Attention.Config(num_heads=2),
+        "attention": SelfAttention.Config(num_heads=2),
         "feed_forward": SwiGLU.Config(hidden_dim=HIDDEN),
         "init_std": 0.3,
     }
@@ -192,7 +192,7 @@ def test_the_average_is_the_mean_of_the_experts_with_the_shared_ones_beside_it()
         vocab_size=31,
         dim=16,
         num_layers=2,
-        attention=Attention.Config(num_heads=2),
+        attention=SelfAttention.Config(num_heads=2),
         feed_forward=moe(num_experts=3, hidden_dim=5, shared_experts=2),
         init_std=0.3,
     ).build()

@@ -5,7 +5,7 @@ import torch
 
 from anabranch.errors import ConfigError
 from anabranch.lm import KeyValueCache
-from anabranch.nn import Attention, BuildContext, ForwardContext, Rotary
+from anabranch.nn import BuildContext, ForwardContext, Rotary, SelfAttention
 from anabranch.nn.rotary import rotate
 
 DIM = 12
@@ -13,7 +13,7 @@ DIM = 12
 
 def build(dim=DIM, **fields):
     context = BuildContext(dim, init_std=0.5, residual_std=0.5, generator=torch.Generator().manual_seed(0))
-    attention = Attention.Config(**{"num_heads": 2, **fields}).build(context)
+    attention = SelfAttention.Config(**{"num_heads": 2, **fields}).build(context)
     for module in (attention.q_norm, attention.k_norm):
         if hasattr(module, "weight"):
             torch.nn.init.uniform_(module.weight, 0.5, 2.0, generator=context.generator)
@@ -154,13 +154,16 @@ def test_bf16_autocast_is_close():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Attention.Config(num_heads=4, num_kv_heads=3), "num_kv_heads is 3, which does not divide num_heads=4"),
+        (
+            lambda: SelfAttention.Config(num_heads=4, num_kv_heads=3),
+            "num_kv_heads is 3, which does not divide num_heads=4",
+        ),
         (lambda: build(dim=10, num_heads=4), "dim 10 is not a multiple of num_heads=4; set head_dim"),
         (lambda: build(dim=12, num_heads=4), "head_dim is 3; rotary positions need an even number"),
         (lambda: build(head_dim=5), "head_dim is 5; rotary positions need an even number"),
-        (lambda: Attention.Config(qk_norm="layer"), "qk_norm is 'layer'; it must be 'none', 'head' or 'full'"),
-        (lambda: Attention.Config(clip_qkv=0.0), "clip_qkv is 0.0; it must be greater than 0"),
-        (lambda: Attention.Config(num_heads=0), "num_heads is 0; it must be greater than or equal to 1"),
+        (lambda: SelfAttention.Config(qk_norm="layer"), "qk_norm is 'layer'; it must be 'none', 'head' or 'full'"),
+        (lambda: SelfAttention.Config(clip_qkv=0.0), "clip_qkv is 0.0; it must be greater than 0"),
+        (lambda: SelfAttention.Config(num_heads=0), "num_heads is 0; it must be greater than or equal to 1"),
     ],
 )
 def test_messages(make, message):
@@ -171,7 +174,7 @@ def test_messages(make, message):
 def test_entries_in_front_are_seen_by_all():
     """Causal attention behind a prefix, without a mask, is attention with one."""
     torch.manual_seed(1)
-    attention = Attention.Config(num_heads=2, num_kv_heads=1).build(BuildContext(16))
+    attention = SelfAttention.Config(num_heads=2, num_kv_heads=1).build(BuildContext(16))
     x_BLW = torch.randn(2, 5, 16, requires_grad=True)
     front = torch.randn(2, 2, 1, 3, 8)  # keys and values of 3 entries
 

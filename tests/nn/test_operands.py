@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from anabranch.errors import BackendError, InputError
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, MoE, RMSNorm, SwiGLU, kernels
+from anabranch.nn import MoE, RMSNorm, SelfAttention, SwiGLU, kernels
 from anabranch.nn.causal import causal_attention
 from anabranch.nn.grouped import dense_mlp, expert_mlp
 from anabranch.nn.kernels import door
@@ -154,7 +154,7 @@ def test_on_meta_there_are_shapes_alone(name):
 @pytest.mark.parametrize("feed_forward", [MoE.Config(num_experts=4, hidden_dim=32), SwiGLU.Config(hidden_dim=32)])
 def test_a_whole_model_of_such_parameters(feed_forward):
     config = Decoder.Config(
-        vocab_size=64, dim=32, num_layers=2, attention=Attention.Config(num_heads=2), feed_forward=feed_forward
+        vocab_size=64, dim=32, num_layers=2, attention=SelfAttention.Config(num_heads=2), feed_forward=feed_forward
     )
     token_BL = torch.arange(20)[None]
     model = config.build(seed=0).eval()

@@ -7,7 +7,7 @@ from torch import nn
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm.decoder import Decoder
-from anabranch.nn import Attention, ExpertPool, MoE, SwiGLU
+from anabranch.nn import Dense, ExpertPool, MoE, SelfAttention, SwiGLU
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
 from anabranch.routing import Router, TopK
@@ -16,7 +16,7 @@ from anabranch.routing.context import RoutingContext
 
 def decoder(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=64, dim=64, num_layers=2, attention=Attention.Config(num_heads=2, qkv_bias=True),
+        vocab_size=64, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
         feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), **fields,
     )  # fmt: skip
     model = config.build(seed=3).eval()
@@ -73,10 +73,10 @@ def test_what_stays():
     ]  # the others have 40 inputs, no multiple of 32
     assert sorted(replaced) == ["blocks.0.feed_forward.shared.w13", *(f"blocks.1.{part}" for part in parts)]
     assert type(block.feed_forward.experts) is ExpertPool
-    assert type(block.feed_forward.shared.w2) is nn.Linear
-    assert type(block.feed_forward.shared_gate) is nn.Linear
+    assert type(block.feed_forward.shared.w2) is Dense
+    assert type(block.feed_forward.shared_gate) is Dense
     assert type(block.feed_forward.router.score.weight) is nn.Parameter
-    assert type(model.head) is nn.Linear
+    assert type(model.head) is Dense
 
 
 def test_a_group_that_does_not_divide_becomes_smaller():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError, DataError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder
-from anabranch.nn import Attention
+from anabranch.nn import SelfAttention
 from anabranch.routing import Router, TopK, TraceBuilder, TraceLayer, measure, record_routing
 from anabranch.routing import consistency as lrc
 from real_data import needs_data, real_data
@@ -243,7 +243,7 @@ def test_layers_that_share_a_pool_share_what_is_held(policy):
 
 def test_a_trace_of_a_model_tells_which_layers_share_a_pool():
     layer = ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=2, router=Router.Config(select=TopK.Config(top_k=1)))
-    attention = Attention.Config(num_heads=2)
+    attention = SelfAttention.Config(num_heads=2)
     model = Decoder.Config(vocab_size=31, dim=16, num_layers=4, attention=attention, feed_forward=layer).build(seed=0)
     with torch.no_grad(), record_routing(model.eval()) as recorder:
         model(torch.randint(31, (3, 20)))

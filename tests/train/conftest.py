@@ -6,7 +6,7 @@ import pytest
 from anabranch.data import DataConfig, Files
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, SwiGLU
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, ZLoss
 from anabranch.train import RunConfig, TrainConfig
 
@@ -55,13 +55,13 @@ def rexmoe_model(*balance, scope="step") -> Decoder.Config:
         router=Router.Config(balance=balance or (SwitchLoss.Config(), ZLoss.Config(), BiasBalancer.Config())),
         psr=ProgressiveScaling.Config(start=0.2, end=0.8, scope=scope),
     )
-    return Decoder.Config(dim=16, num_layers=4, attention=Attention.Config(num_heads=2), feed_forward=layer)
+    return Decoder.Config(dim=16, num_layers=4, attention=SelfAttention.Config(num_heads=2), feed_forward=layer)
 
 
 @pytest.fixture
 def dense_model() -> Decoder.Config:
     return Decoder.Config(
-        dim=16, num_layers=2, attention=Attention.Config(num_heads=2), feed_forward=SwiGLU.Config(hidden_dim=24)
+        dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=2), feed_forward=SwiGLU.Config(hidden_dim=24)
     )
 
 

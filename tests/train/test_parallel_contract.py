@@ -10,7 +10,7 @@ from torch import nn
 
 from anabranch.config import configclass
 from anabranch.lm import Decoder
-from anabranch.nn import Attention, Count, FeedForward
+from anabranch.nn import Count, FeedForward, SelfAttention
 from anabranch.registry import resolve
 from anabranch.routing import LinearScore, Router
 from anabranch.testing import check_parallel
@@ -102,7 +102,7 @@ def model(layer):
 
 
 def decoder(feed_forward):
-    attention = Attention.Config(num_heads=2)
+    attention = SelfAttention.Config(num_heads=2)
     return Decoder.Config(
         vocab_size=31, dim=8, num_layers=1, attention=attention, feed_forward=feed_forward, init_std=0.2
     )

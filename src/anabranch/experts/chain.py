@@ -82,10 +82,9 @@ class Chain(ReXMoE, kind="chain"):
             """One pass as the layer under it counts, and C - 1 more over the same weights, each with a router."""
             once, router = ReXMoE.Config.count(self, context), self.count_router(context, is_first=False)
             more, expert = self.iterations - 1, 3 * context.dim * self.hidden_dim
-            always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate
             active = min(self.iterations * self.places, self.num_destinations(context)) - self.places
             weights = (self.num_routers - 1) * router.parameters + more * (self.residual == "gated")
-            work = more * (2 * self.places * expert + 2 * always + router.flops)
+            work = more * (2 * self.places * expert + self.count_shared(context).flops + router.flops)
             return once + Count(weights, weights + active * expert, work)
 
         def expand_decoder(self, model: Decoder) -> Decoder:

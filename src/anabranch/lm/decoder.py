@@ -10,7 +10,7 @@ records through this one file.
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import Attention, SelfAttention
+from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.linear import Linear, Projection, build_linear, check_patterns, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
@@ -51,22 +53,6 @@ class DecoderOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Block(nn.Module):
-    """One layer: pre-norm attention and pre-norm feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: Any, context: BuildContext) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(context.dim, config.norm_eps)
-        self.attention: Attention = config.attention.build(context)
-        self.feed_forward_norm = RMSNorm(context.dim, config.norm_eps)
-        self.feed_forward: FeedForward = config.feed_forward_of(context.layer).build(context)
-
-    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
-        """x_BLD of the next layer."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context)
-        return self.feed_forward.add_to(x_BLD, self.feed_forward_norm, context)
-
-
 class Decoder(Part, nn.Module):
     """The model. ``seed`` fixes the initial weights."""
 
@@ -78,10 +64,13 @@ class Decoder(Part, nn.Module):
             vocab_size: V.
             dim: D.
             num_layers: blocks.
+            block: what a layer is; pre-norm attention and feed-forward unless a design says otherwise.
             attention: attention of every block.
             feed_forward: feed-forward of every block that is not in ``dense_layers``.
             dense_feed_forward: feed-forward of the blocks in ``dense_layers``.
             dense_layers: indices of blocks that stay dense (DeepSeekMoE keeps the first, Qwen2-MoE may alternate).
+            linears: linear layers that are not plain, by patterns of their names (``blocks.*.attention.q``; * spans dots); the first that
+                fits counts. Parts are q, k, v, o of attention, gate, up, down of feed-forward layers, and head.
             rotary: rotary positions.
             norm_eps: epsilon of all norms.
             tie_embeddings: the head is the transposed embedding.
@@ -94,10 +83,12 @@ class Decoder(Part, nn.Module):
         vocab_size: Size = Field(default=257, ge=1)
         dim: Size = Field(default=128, ge=2)
         num_layers: int = Field(default=4, ge=1, le=MOST_LAYERS)
-        attention: Attention.Config = Attention.Config()
+        block: Block.Config = PreNorm.Config()
+        attention: Attention.Config = SelfAttention.Config()
         feed_forward: FeedForward.Config = SwiGLU.Config()
         dense_feed_forward: FeedForward.Config | None = None
         dense_layers: tuple[int, ...] = ()
+        linears: dict[str, Linear.Config] = Field(default_factory=dict)
         rotary: Rotary.Config = Rotary.Config()
         norm_eps: float = Field(default=1e-5, gt=0)
         tie_embeddings: bool = False
@@ -120,16 +111,28 @@ class Decoder(Part, nn.Module):
             dense = self.dense_feed_forward
             return dense if layer in self.dense_layers and dense is not None else self.feed_forward
 
+        def head(self, context: BuildContext) -> Projection:
+            """The linear layer to the vocabulary, where the embedding is not it."""
+            return replace(context, path="").projection("head", self.dim, self.vocab_size)
+
         def contexts(self, **values: Any) -> Iterator[BuildContext]:
             """One build context, moved from block to block; ``values`` are its other fields."""
             routed = [layer for layer in range(self.num_layers) if self.feed_forward_of(layer).is_routed]
             scale = 1 / math.sqrt(2 * self.num_layers) if self.depth_scaled_init else 1.0
             context = BuildContext(
-                self.dim, self.num_layers, init_std=self.init_std, residual_std=self.init_std * scale, **values
+                self.dim,
+                self.num_layers,
+                init_std=self.init_std,
+                residual_std=self.init_std * scale,
+                linears=self.linears,
+                attention=self.attention,
+                norm_eps=self.norm_eps,
+                **values,
             )
             context.num_routed_layers = len(routed)
             for layer in range(self.num_layers):
-                context.layer = layer
+                context.layer, context.path = layer, f"blocks.{layer}"
+                context.feed_forward = self.feed_forward_of(layer)
                 context.routed_layer = bisect_left(routed, layer)
                 yield context
 
@@ -141,14 +144,11 @@ class Decoder(Part, nn.Module):
             """
             length = sequence_length or self.max_positions
             table = self.vocab_size * self.dim
-            total = Count(self.dim + table * (not self.tie_embeddings), self.dim + table, 2 * table) + Count(
-                table, 0, 0
-            )
+            total = Count(table + self.dim, self.dim, 0)
             layers = Count()
             for context in self.contexts():
-                layers += self.attention.count(context, length)
-                layers += self.feed_forward_of(context.layer).count(context)
-                layers += Count(2 * self.dim, 2 * self.dim, 0)
+                layers += self.block.count(context, length)
+            total += Count(0, table, 2 * table) if self.tie_embeddings else count_linear(self.head(context), context)
             if self.streams is not None:
                 layers = self.streams.count(layers, self.dim, self.num_layers, self.attention)
             return total + layers
@@ -162,13 +162,14 @@ class Decoder(Part, nn.Module):
         self.shared = nn.ModuleDict()
         self.blocks = nn.ModuleList()
         for context in config.contexts(seed=seed, generator=generator, shared=self.shared):
-            self.blocks.append(Block(config, context))
+            self.blocks.append(config.block.build(context))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rotary: Rotary = config.rotary.build(config.attention.width(config.dim))
         nn.init.normal_(self.embedding.weight, std=config.init_std, generator=generator)
-        self.head: nn.Linear | None = None
+        self.head: Any = None
         if not config.tie_embeddings:
-            self.head = context.linear(config.dim, config.vocab_size)
+            self.head = build_linear(config.head(context), context)
+        check_patterns(config.linears, context.projections)
         self.streams: Streams | None = None
         self.is_frozen = config.streams is not None and bool(config.streams.freezes_model)
         if config.streams is not None:

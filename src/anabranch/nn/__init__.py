@@ -4,9 +4,11 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import Attention, SelfAttention
+from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.linear import Dense, Linear
 from anabranch.nn.moe import MoE
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.pool import ExpertPool
@@ -14,13 +16,18 @@ from anabranch.nn.rotary import Rotary
 
 __all__ = [
     "Attention",
+    "Block",
     "BuildContext",
     "Count",
+    "Dense",
     "ExpertPool",
     "FeedForward",
     "ForwardContext",
+    "Linear",
     "MoE",
+    "PreNorm",
     "RMSNorm",
     "Rotary",
+    "SelfAttention",
     "SwiGLU",
 ]

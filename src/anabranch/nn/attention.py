@@ -1,6 +1,10 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions and the variants open checkpoints use."""
+"""Attention: the interface of what mixes positions, and grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245).
+
+The latter has rotary positions and the variants that open checkpoints use.
+"""
 # Shapes: B batch, L positions, H heads, G key-value heads, D head width, W model width
 
+import warnings
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,15 +14,54 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.causal import attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
 
 
-class Attention(Part, nn.Module, family="attention", kind="attention"):
-    """Causal self-attention; one fused projection makes queries, keys and values."""
+class Attention(Part, nn.Module, family="attention", default="attention"):
+    """Interface: ``(x_BLW, context) -> y_BLW``, where positions may see each other.
+
+    A design is a subclass whose config has ``build(context)``, ``width(dim)`` and ``count(context, sequence_length)``. Keys and values of
+    earlier positions are in ``context.cache``.
+    """
 
     @configclass
     class Config(BaseConfig):
+        """Base of attention configs."""
+
+        def __new__(cls, **values: Any) -> "Attention.Config":
+            """Fields given to the interface itself mean `SelfAttention`, as in versions before 0.2."""
+            if cls is Attention.Config and values:
+                warnings.warn(
+                    "write SelfAttention.Config(...); Attention is the interface", DeprecationWarning, stacklevel=2
+                )
+                return object.__new__(SelfAttention.Config)
+            return object.__new__(cls)
+
+        @property
+        def kv_heads(self) -> int:
+            """Heads whose keys and values are kept of every position."""
+            raise NotImplementedError  # abstract
+
+        def width(self, dim: int) -> int:
+            """Width of a head in a model of width ``dim``: what rotary positions turn. Raises ConfigError where it cannot be."""
+            raise NotImplementedError  # abstract
+
+        def count(self, context: BuildContext, sequence_length: int) -> Count:
+            """Sizes; attention itself is counted over the mean causal context, half of ``sequence_length``."""
+            raise NotImplementedError  # abstract
+
+    def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
+        """Same shape as ``x_BLW``."""
+        raise NotImplementedError  # abstract
+
+
+class SelfAttention(Attention, kind="attention"):
+    """Causal self-attention; one fused projection makes queries, keys and values."""
+
+    @configclass
+    class Config(Attention.Config):
         """The variants.
 
         Attributes:
@@ -65,12 +108,28 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
             """Sizes; attention itself is counted over the mean causal context, half of ``sequence_length``."""
             head_dim = self.width(context.dim)
             query, store = self.num_heads * head_dim, self.kv_heads * head_dim
-            matrices = Count.dense(context.dim * (query + 2 * store) + query * context.dim)
-            vectors = (query + 2 * store) * self.qkv_bias + context.dim * self.out_bias
-            vectors += {"none": 0, "head": 2 * head_dim, "full": query + store}[self.qk_norm]
-            return matrices + Count(vectors, vectors, 2 * 2 * query * sequence_length // 2)
+            norms = {"none": 0, "head": 2 * head_dim, "full": query + store}[self.qk_norm]
+            matrices = [count_linear(projection, context) for projection in self.projections(context)]
+            return sum(matrices, start=Count(norms, norms, 2 * 2 * query * sequence_length // 2))
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
+        def projections(self, context: BuildContext) -> tuple[Projection, Projection]:
+            """(``q``, ``k`` and ``v`` in one, ``o``)."""
+            head_dim = self.width(context.dim)
+            query, store = self.num_heads * head_dim, self.kv_heads * head_dim
+            return (
+                context.projection(
+                    "qkv",
+                    context.dim,
+                    query + 2 * store,
+                    bias=self.qkv_bias,
+                    parts={"q": query, "k": store, "v": store},
+                ),
+                context.projection(
+                    "out", query, context.dim, bias=self.out_bias, residual=True, parts={"o": context.dim}
+                ),
+            )
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config = config
         self.layer = context.layer
@@ -78,8 +137,7 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         query, store = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.split = (query, store, store)
-        self.qkv = context.linear(context.dim, query + 2 * store, bias=config.qkv_bias)
-        self.out = context.linear(query, context.dim, bias=config.out_bias, residual=True)
+        self.qkv, self.out = (build_linear(projection, context) for projection in config.projections(context))
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm != "none":
@@ -89,11 +147,11 @@ class Attention(Part, nn.Module, family="attention", kind="attention"):
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
         query, key, value = self.project(x_BLW, context)
-        return self.out(self._attend(query, key, value, context).transpose(1, 2).flatten(2))
+        return call_linear(self.out, self._attend(query, key, value, context).transpose(1, 2).flatten(2), context)
 
     def project(self, x_BLW: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """(query_BHLD, key_BGLD, value_BGLD), with positions."""
-        query, key, value = self.qkv(x_BLW).split(self.split, dim=-1)
+        query, key, value = call_linear(self.qkv, x_BLW, context).split(self.split, dim=-1)
         if self.config.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         if self.config.clip_qkv is not None:

@@ -1,17 +1,25 @@
 """The two contexts: what a layer is told when it is built, and what travels down the layers of a forward pass."""
 # Shapes: B batch, L positions, N = B L items, H heads, D width
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from anabranch.nn.count import Count
+from anabranch.nn.linear import Linear, Projection, build_linear
 from anabranch.routing.context import RoutingContext
 
+if TYPE_CHECKING:
+    from anabranch.nn.attention import Attention
+    from anabranch.nn.feed_forward import FeedForward
+
 M = TypeVar("M", bound=nn.Module)
+
+__all__ = ["AttendingStore", "BuildContext", "Count", "ForwardContext", "KeyValueStore", "hide", "recomputed"]
 
 
 @dataclass
@@ -29,6 +37,12 @@ class BuildContext:
         seed: the model's seed, for what must be reproducible apart from the initial weights (candidate masks).
         generator: draws the initial weights.
         shared: modules that several layers use; the model registers them once, layers keep plain references.
+        path: name of the module being built, as in the state dict, ``blocks.3.attention``; see `at`.
+        linears: which linear layers are not plain, by patterns of their names, see `anabranch.nn.linear`.
+        projections: names of the parts of all linear layers built so far.
+        attention: attention of the block being built; None where a part is built outside a model.
+        feed_forward: feed-forward of the block being built, likewise.
+        norm_eps: epsilon of the block's norms.
     """
 
     dim: int
@@ -41,6 +55,16 @@ class BuildContext:
     seed: int = 0
     generator: torch.Generator | None = None
     shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    path: str = ""
+    linears: Mapping[str, Linear.Config] = field(default_factory=dict)
+    projections: list[str] = field(default_factory=list)
+    attention: "Attention.Config | None" = None
+    feed_forward: "FeedForward.Config | None" = None
+    norm_eps: float = 1e-5
+
+    def at(self, name: str) -> Self:
+        """The same for a module ``name`` of the one being built."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
     def share(self, name: str, make: Callable[[], M]) -> M:
         """The shared module ``name``, made by the first layer that asks."""
@@ -48,13 +72,34 @@ class BuildContext:
             self.shared[name] = make()
         return self.shared[name]  # type: ignore[return-value]
 
-    def linear(self, in_dim: int, out_dim: int, *, bias: bool = False, residual: bool = False) -> nn.Linear:
-        """A linear layer with initial weights N(0, std) truncated at 3 std, bias zero."""
-        layer = nn.Linear(in_dim, out_dim, bias=bias)
-        self.init(layer.weight, residual=residual)
-        if bias:
-            nn.init.zeros_(layer.bias)
-        return layer
+    def projection(
+        self,
+        name: str,
+        in_dim: int,
+        out_dim: int,
+        *,
+        bias: bool = False,
+        residual: bool = False,
+        parts: Mapping[str, int] | None = None,
+    ) -> Projection:
+        """Linear layer ``name`` of the module being built; its only part has the same name unless ``parts`` are given."""
+        name = f"{self.path}.{name}" if self.path else name
+        parts = {name.rpartition(".")[2]: out_dim} if parts is None else parts
+        return Projection(name, in_dim, out_dim, bias, residual, parts)
+
+    def linear(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        bias: bool = False,
+        residual: bool = False,
+        name: str | None = None,
+        parts: Mapping[str, int] | None = None,
+    ) -> Any:
+        """A linear layer, called with ``(x, context)``; see `anabranch.nn.linear`. One without a ``name`` is always `Dense`."""
+        made = self.projection(name or "", in_dim, out_dim, bias=bias, residual=residual, parts=parts)
+        return build_linear(made if name else replace(made, parts={}), self)
 
     def init(self, weight: Tensor, *, residual: bool = False) -> None:
         """Fill ``weight`` in place from N(0, std) truncated at 3 std."""
@@ -117,26 +162,3 @@ def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: For
     y_BLD, context.carry, *collected = checkpoint(forked, x_BLD, dict(context.carry), use_reentrant=False)
     context.merge(*collected)
     return y_BLD
-
-
-@dataclass(frozen=True)
-class Count:
-    """Sizes of a part, known before it is built.
-
-    Attributes:
-        parameters: all parameters.
-        active: parameters a token uses.
-        flops: forward floating-point operations per token (a multiply-add counts 2).
-    """
-
-    parameters: int = 0
-    active: int = 0
-    flops: int = 0
-
-    def __add__(self, other: "Count") -> "Count":
-        return Count(self.parameters + other.parameters, self.active + other.active, self.flops + other.flops)
-
-    @classmethod
-    def dense(cls, parameters: int) -> "Count":
-        """Weights of matrices that every token goes through."""
-        return cls(parameters, parameters, 2 * parameters)

@@ -1,7 +1,7 @@
 """Feed-forward blocks: the interface every design fits, and SwiGLU (Shazeer 2020, arXiv 2002.05202), the dense one."""
 # Shapes: B batch, L positions, D width, F hidden
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.grouped import dense_mlp
 from anabranch.nn.kernels.door import takes
 from anabranch.nn.kernels.expert_mlp import why_not
+from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
 
 
 class FeedForward(Part, nn.Module, family="feed_forward"):
@@ -51,32 +52,44 @@ class SwiGLU(FeedForward, kind="swiglu"):
 
         def count(self, context: BuildContext) -> Count:
             """3 D F weights."""
-            return Count.dense(3 * context.dim * self.hidden_dim)
+            return sum((count_linear(projection, context) for projection in self.projections(context)), start=Count())
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
+        def projections(self, context: BuildContext) -> tuple[Projection, Projection]:
+            """(``gate`` and ``up`` in one, ``down``)."""
+            return swiglu_projections(context, self.hidden_dim)
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.w13 = context.linear(context.dim, 2 * config.hidden_dim)
-        self.w2 = context.linear(config.hidden_dim, context.dim, residual=True)
+        self.w13, self.w2 = (build_linear(projection, context) for projection in config.projections(context))
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """y_BLD."""
-        return swiglu_of(self.w13, self.w2, x_BLD)
+        return swiglu_of(self.w13, self.w2, x_BLD, context)
 
 
-def swiglu_of(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> Tensor:
+def swiglu_projections(context: BuildContext, hidden_dim: int) -> tuple[Projection, Projection]:
+    """The linear layers of a SwiGLU of F = ``hidden_dim``: (``gate`` and ``up`` in one, ``down``)."""
+    up = {"gate": hidden_dim, "up": hidden_dim}
+    return (
+        context.projection("w13", context.dim, 2 * hidden_dim, parts=up),
+        context.projection("w2", hidden_dim, context.dim, residual=True, parts={"down": context.dim}),
+    )
+
+
+def swiglu_of(w13: nn.Module, w2: nn.Module, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
     """w2(silu(gate) * up) with gate and up from ``w13``; in one kernel where that computes it all (`is_fused`)."""
     if is_fused(w13, w2, x_BLD):
         return dense_mlp(x_BLD.reshape(-1, x_BLD.shape[-1]), w13.weight, w2.weight).view_as(x_BLD)  # type: ignore[arg-type]
-    gate, up = w13(x_BLD).chunk(2, dim=-1)
-    return w2(F.silu(gate) * up)
+    gate, up = call_linear(w13, x_BLD, context).chunk(2, dim=-1)
+    return call_linear(w2, F.silu(gate) * up, context)
 
 
 def is_fused(w13: nn.Module, w2: nn.Module, x_BLD: Tensor) -> bool:
     """Whether the compiled kernels do it: in training on a CPU, unless a matrix was replaced or is watched by hooks."""
     if x_BLD.device.type != "cpu" or not torch.is_grad_enabled() or not takes():
         return False
-    if any(type(part) is not nn.Linear or part.bias is not None or part._forward_hooks for part in (w13, w2)):
+    if not all(is_plain(part) and part.bias is None for part in (w13, w2)):
         return False
     w13_EFD, w2_EDF = (part.weight.unsqueeze(0) for part in (w13, w2))  # type: ignore[operator]
     return why_not(x_BLD.reshape(-1, x_BLD.shape[-1]), w13_EFD, w2_EDF, x_BLD.dtype) is None

@@ -12,6 +12,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
+from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing import Balancer, Candidates, Router, Routing, capacity_of, limit_capacity
 
@@ -89,8 +90,18 @@ class MoE(FeedForward, kind="moe"):
             self.router.check(self.num_destinations(context))
             expert = 3 * context.dim * self.hidden_dim
             routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
-            always = 3 * context.dim * self.shared_width + context.dim * self.shared_gate
-            return routed + Count.dense(always) + self.count_router(context, context.routed_layer == 0)
+            return routed + self.count_shared(context) + self.count_router(context, context.routed_layer == 0)
+
+        def count_shared(self, context: BuildContext) -> Count:
+            """The shared experts, and their gate."""
+            if not self.shared_experts:
+                return Count()
+            shared = SwiGLU.Config(hidden_dim=self.shared_width).count(context.at("shared"))
+            return shared + count_linear(self.gate_projection(context), context) if self.shared_gate else shared
+
+        def gate_projection(self, context: BuildContext) -> Projection:
+            """The linear layer of ``shared_gate``."""
+            return context.projection("shared_gate", context.dim, 1)
 
         def count_router(self, context: BuildContext, is_first: bool) -> Count:
             """One router; what routers of a model share (`Score.join`) counts for the first of them."""
@@ -130,10 +141,10 @@ class MoE(FeedForward, kind="moe"):
         else:
             hide(self, "experts", pool)
         self.shared: SwiGLU | None = None
-        self.shared_gate: nn.Linear | None = None
+        self.shared_gate: Any = None
         if config.shared_experts:
-            self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context)
-            self.shared_gate = context.linear(context.dim, 1) if config.shared_gate else None
+            self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context.at("shared"))
+            self.shared_gate = build_linear(config.gate_projection(context), context) if config.shared_gate else None
         self.more_routers = nn.ModuleList(make_router() for _ in range(1, config.num_routers))
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
@@ -148,9 +159,9 @@ class MoE(FeedForward, kind="moe"):
             routing = self._limit(routing, context)
         y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on, context=context)
         if self.shared is not None:
-            shared_ND = self.shared(x_ND)
+            shared_ND = self.shared(x_ND, context)
             if self.shared_gate is not None:
-                shared_ND = shared_ND * self.shared_gate(x_ND).sigmoid()
+                shared_ND = shared_ND * call_linear(self.shared_gate, x_ND, context).sigmoid()
             y_ND = y_ND + shared_ND
         return y_ND.view_as(x_BLD)
 

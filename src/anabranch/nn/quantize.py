@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
         """N."""
         return self._like.rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``[..., K]`` to ``[..., N]`` in the dtype of ``x``."""
         x_CK = x.reshape(-1, x.shape[-1])
         packed = self.packed

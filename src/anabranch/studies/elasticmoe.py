@@ -159,14 +159,14 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
 def written(case: Case, seed: int, folder: Path) -> Path:
     """A model folder with random weights."""
     from anabranch.lm import Decoder, save_model
-    from anabranch.nn.attention import Attention
+    from anabranch.nn.attention import SelfAttention
     from anabranch.nn.moe import MoE
 
     config = Decoder.Config(
         vocab_size=512,
         dim=case.dim,
         num_layers=case.layers,
-        attention=Attention.Config(num_heads=8, num_kv_heads=4),
+        attention=SelfAttention.Config(num_heads=8, num_kv_heads=4),
         feed_forward=MoE.Config(num_experts=case.experts, hidden_dim=case.hidden),
         max_positions=1024,
     )

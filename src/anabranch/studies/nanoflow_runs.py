@@ -18,7 +18,7 @@ from anabranch import machine
 from anabranch.config import Config, configclass
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.places import data_file
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.request import Request, Sampling
@@ -59,7 +59,7 @@ class Model(Config):
 
     def decoder(self) -> Decoder:
         """Random weights."""
-        attention = Attention.Config(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        attention = SelfAttention.Config(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         return Decoder.Config(
             vocab_size=self.vocab_size,
             dim=self.dim,

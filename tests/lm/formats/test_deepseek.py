@@ -16,7 +16,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
 from anabranch.lm import Decoder, convert, export_huggingface, load_model
-from anabranch.nn import Attention, MoE, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
 
 TOLERANCE = 1e-4
@@ -221,7 +221,7 @@ def test_a_model_of_ours_is_exported_on_request(normalize, tmp_path):
         vocab_size=61,
         dim=32,
         num_layers=4,
-        attention=Attention.Config(num_heads=4, num_kv_heads=2),
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=MoE.Config(
             num_experts=5,
             hidden_dim=12,

@@ -13,10 +13,10 @@ from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, checkpoint, convert, export_huggingface, load_config, load_model, save_model
-from anabranch.nn import Attention, MoE, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, TopK, TopP
 
-OLMOE = Attention.Config(num_heads=2, qk_norm="full")
+OLMOE = SelfAttention.Config(num_heads=2, qk_norm="full")
 
 
 def tiny(**changes):
@@ -181,7 +181,10 @@ def routed(**changes):
         ),
         ({"attention": OLMOE.replace(head_dim=10)}, "the closest, olmoe, lacks attention.head_dim=10$"),
         (
-            {"attention": Attention.Config(num_heads=2, qkv_bias=True), "feed_forward": SwiGLU.Config(hidden_dim=8)},
+            {
+                "attention": SelfAttention.Config(num_heads=2, qkv_bias=True),
+                "feed_forward": SwiGLU.Config(hidden_dim=8),
+            },
             "no Hugging Face family has attention.out_bias=False",
         ),
         (

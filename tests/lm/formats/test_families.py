@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, save_model
-from anabranch.nn import Attention, MoE, Rotary, SwiGLU
+from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
 
 TOLERANCE = 1e-4  # fp32 logits of order 1, summed in another order
@@ -140,7 +140,7 @@ def ours_like(**changes):
         "vocab_size": VOCAB,
         "dim": 32,
         "num_layers": 3,
-        "attention": Attention.Config(num_heads=4, num_kv_heads=2, head_dim=10),
+        "attention": SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=10),
         "feed_forward": MoE.Config(num_experts=6, hidden_dim=24),
         "init_std": 0.3,
         "max_positions": 64,
@@ -152,14 +152,14 @@ def router(top_k, normalize="none"):
     return Router.Config(select=TopK.Config(top_k=top_k, normalize=normalize))
 
 
-FULL = Attention.Config(num_heads=4, qk_norm="full", clip_qkv=2.0)
-HEAD = Attention.Config(num_heads=2, head_dim=24, qk_norm="head", qkv_bias=True, out_bias=True)
+FULL = SelfAttention.Config(num_heads=4, qk_norm="full", clip_qkv=2.0)
+HEAD = SelfAttention.Config(num_heads=2, head_dim=24, qk_norm="head", qkv_bias=True, out_bias=True)
 DENSE = SwiGLU.Config(hidden_dim=40)
 
 OURS = {
     "dense": (
         "llama",
-        {"feed_forward": DENSE, "rotary": Rotary.Config(theta=3e3), "attention": Attention.Config(num_heads=2)},
+        {"feed_forward": DENSE, "rotary": Rotary.Config(theta=3e3), "attention": SelfAttention.Config(num_heads=2)},
     ),
     "dense tied, llama3": (
         "llama",
@@ -191,7 +191,7 @@ OURS = {
     "gated shared expert": (
         "qwen2_moe",
         {
-            "attention": Attention.Config(num_heads=4, qkv_bias=True),
+            "attention": SelfAttention.Config(num_heads=4, qkv_bias=True),
             "feed_forward": MoE.Config(num_experts=4, hidden_dim=24, shared_experts=2, shared_gate=True),
         },
     ),

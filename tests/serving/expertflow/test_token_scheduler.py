@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm import SamplingConfig, generate
-from anabranch.nn import Attention, kernels
+from anabranch.nn import SelfAttention, kernels
 from anabranch.routing import record_routing
 from anabranch.serving.expertflow import Layout, Routes, find_pools, offload
 from anabranch.serving.expertflow.dual_batch import DualBatch, RowStore
@@ -115,7 +115,7 @@ def test_bad_routes_are_refused() -> None:
 @pytest.mark.parametrize("is_on", [True, False])
 @pytest.mark.parametrize("use_kernel", [True, False])
 def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_kernel: bool) -> None:
-    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(number)
+    model, asked = make_model(attention=SelfAttention.Config(num_heads=2)), prompts(number)
     assert not use_kernel or kernels.load() is None or FastDecoder.supports(model) is None
     greedy = SamplingConfig(max_tokens=7, temperature=0.0)
     free = generate(model, asked, greedy)
@@ -139,7 +139,7 @@ def test_tokens_do_not_depend_on_the_scheduler(number: int, is_on: bool, use_ker
 
 
 def test_who_begins_to_listen_between_two_batches_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(3)
+    model, asked = make_model(attention=SelfAttention.Config(num_heads=2)), prompts(3)
     greedy, seen, steps = SamplingConfig(max_tokens=7, temperature=0.0), [], []
     expected = generate(model, asked, greedy)
     with offload(model, None) as engine:
@@ -158,7 +158,7 @@ def test_who_begins_to_listen_between_two_batches_is_heard(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("use_kernel", [True, False])
 def test_a_trace_of_regrouped_batches_is_that_of_their_sequences(use_kernel: bool) -> None:
-    model, asked = make_model(attention=Attention.Config(num_heads=2)), prompts(5)
+    model, asked = make_model(attention=SelfAttention.Config(num_heads=2)), prompts(5)
     greedy = SamplingConfig(max_tokens=7, temperature=0.0)
     greedy = greedy.replace(stop=(generate(model, asked, greedy)[0][3],))
     with record_routing(model) as recorder:

@@ -14,7 +14,7 @@ from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
-from anabranch.nn import Attention, MoE, SwiGLU, kernels
+from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.nn.quantize import quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
@@ -47,12 +47,15 @@ OTHERS = Router.Config(
     balance=(BiasBalancer.Config(),),
 )
 MODELS = {
-    "plain": {"attention": Attention.Config(num_heads=4)},
-    "grouped, tied": {"attention": Attention.Config(num_heads=6, num_kv_heads=2, head_dim=32), "tie_embeddings": True},
-    "biases, norms of heads": {
-        "attention": Attention.Config(num_heads=4, num_kv_heads=2, qk_norm="head", qkv_bias=True, out_bias=True)
+    "plain": {"attention": SelfAttention.Config(num_heads=4)},
+    "grouped, tied": {
+        "attention": SelfAttention.Config(num_heads=6, num_kv_heads=2, head_dim=32),
+        "tie_embeddings": True,
     },
-    "norms of all, clipped": {"attention": Attention.Config(num_heads=4, qk_norm="full", clip_qkv=0.8)},
+    "biases, norms of heads": {
+        "attention": SelfAttention.Config(num_heads=4, num_kv_heads=2, qk_norm="head", qkv_bias=True, out_bias=True)
+    },
+    "norms of all, clipped": {"attention": SelfAttention.Config(num_heads=4, qk_norm="full", clip_qkv=0.8)},
     "mixture": {"feed_forward": moe()},
     "mixture, sigmoid": {
         "feed_forward": moe("sigmoid", "sum", 2.5, 3, (BiasBalancer.Config(),), shared_experts=2, shared_gate=True),
@@ -349,7 +352,7 @@ def test_tokens_loop_as_often_as_their_gate_says():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"attention": Attention.Config(num_heads=8)}, "heads are 8 wide"),
+        ({"attention": SelfAttention.Config(num_heads=8)}, "heads are 8 wide"),
         ({"feed_forward": SwiGLU.Config(hidden_dim=40)}, "40 inputs"),
         ({"feed_forward": moe(weight_on="input")}, "inputs"),
         ({"feed_forward": moe(score=CosineScore.Config())}, "scores by CosineScore"),
@@ -370,7 +373,9 @@ def test_what_is_not_supported(fields, reason):
 
 def test_candidates_that_stay_closed_when_serving():
     layer = moe(kind=ReXMoE, psr=ProgressiveScaling.Config(evaluate="current"))
-    model = Decoder.Config(dim=64, num_layers=2, attention=Attention.Config(num_heads=4), feed_forward=layer).build()
+    model = Decoder.Config(
+        dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=4), feed_forward=layer
+    ).build()
     assert "candidates change" in FastDecoder.supports(model.eval())
 
 

@@ -17,7 +17,7 @@ import pytest
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, save_model
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.serving.http.openapi import describe
 from serving_models import saved_moe, serve_process
 from serving_thread import until
@@ -49,7 +49,7 @@ def in_background(function, *arguments):
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_model_saved_in_fewer_bits_is_served_as_one_quantised_at_load(bits, tmp_path, capsys):
     # Wider than the small mixture: its layers of 16 cannot be packed.
-    attention, experts = Attention.Config(num_heads=2), MoE.Config(num_experts=4, hidden_dim=32)
+    attention, experts = SelfAttention.Config(num_heads=2), MoE.Config(num_experts=4, hidden_dim=32)
     config = Decoder.Config(
         vocab_size=257, dim=64, num_layers=2, attention=attention, feed_forward=experts, init_std=0.2, max_positions=256
     )

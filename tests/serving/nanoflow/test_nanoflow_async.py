@@ -7,7 +7,7 @@ import pytest
 
 from anabranch.lm import Decoder
 from anabranch.nn import MoE
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.routing import Router, TopK
 from anabranch.serving.core.offload import LruTier, PeakMemory
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
@@ -29,7 +29,7 @@ def model_of(kind):
         vocab_size=VOCAB,
         dim=16,
         num_layers=2,
-        attention=Attention.Config(num_heads=2, num_kv_heads=1),
+        attention=SelfAttention.Config(num_heads=2, num_kv_heads=1),
         max_positions=64,
     )
     return (config.replace(feed_forward=moe) if kind == "moe" else config.replace()).build(seed=7)

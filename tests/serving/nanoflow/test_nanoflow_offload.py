@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm import Decoder
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.serving.core.offload import LruTier, PeakMemory
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
@@ -202,7 +202,7 @@ def run(model, requests, *, num_blocks, tier=None, pool=None, is_async=False, ma
 
 
 def small_model():
-    attention = Attention.Config(num_heads=2, num_kv_heads=1)
+    attention = SelfAttention.Config(num_heads=2, num_kv_heads=1)
     return Decoder.Config(vocab_size=61, dim=16, num_layers=2, attention=attention, max_positions=96).build(seed=4)
 
 

@@ -10,7 +10,7 @@ from anabranch import presets
 from anabranch.errors import BackendError, InputError
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SwiGLU
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.runner import ModelRunner
@@ -35,7 +35,7 @@ def decoder(feed_forward=None, **attention):
         vocab_size=VOCAB,
         dim=32,
         num_layers=3,
-        attention=Attention.Config(**attention),
+        attention=SelfAttention.Config(**attention),
         feed_forward=feed_forward or SwiGLU.Config(hidden_dim=48),
         max_positions=256,
     ).build(seed=1)

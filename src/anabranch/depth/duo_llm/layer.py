@@ -206,8 +206,8 @@ class DuoFFN(FeedForward, kind="duo"):
     def __init__(self, config: Any, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.big: SwiGLU = SwiGLU.Config(hidden_dim=config.big).build(context)
-        self.small: SwiGLU = SwiGLU.Config(hidden_dim=config.small).build(context)
+        self.big: SwiGLU = SwiGLU.Config(hidden_dim=config.big).build(context.at("big"))
+        self.small: SwiGLU = SwiGLU.Config(hidden_dim=config.small).build(context.at("small"))
         own, shared = _split_balance(config, context)
         if config.router is not None:
             config = config.replace(router=config.router.replace(balance=own))

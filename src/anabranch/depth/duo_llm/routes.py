@@ -16,7 +16,8 @@ from torch import Tensor
 
 from anabranch.depth.duo_llm.layer import BIG, OPTIONS, DuoFFN, duo_layers
 from anabranch.errors import ConfigError
-from anabranch.lm.decoder import Block, Decoder
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.block import PreNorm
 from anabranch.nn.context import ForwardContext
 
 MAX_EXACT_LAYERS = 20
@@ -144,7 +145,7 @@ def parse_options(model: Decoder, options: Sequence[str]) -> tuple[int, ...]:
     return tuple(OPTIONS.index(name) for name in options)
 
 
-def blocks_of(model: Decoder) -> list[Block]:
+def blocks_of(model: Decoder) -> list[PreNorm]:
     """The blocks of a decoder, typed."""
     return list(model.blocks)  # type: ignore[arg-type]
 

@@ -25,6 +25,7 @@ from anabranch.lm.formats.common import (
     place_embedding,
     read_attention,
     read_body,
+    self_attention,
     spare,
     tied_as_stored,
     write_body,
@@ -52,7 +53,7 @@ def export_parscale(folder: str | Path, model: Decoder, tokenizer: Tokenizer | N
     config = model.config
     state = state_once(model)
     tensors = {piece.name: state[name][piece.where] for name, pieces in _layout(config).items() for piece in pieces}
-    if not config.attention.qkv_bias:  # Qwen2 always has these
+    if not self_attention(config).qkv_bias:  # Qwen2 always has these
         for layer in range(config.num_layers):
             for name in ("q_proj", "k_proj", "v_proj"):
                 weight = tensors[f"model.layers.{layer}.self_attn.{name}.weight"]
@@ -141,7 +142,7 @@ def _write(config: Decoder.Config, dtype: str) -> dict[str, Any]:
 
 def _check(config: Decoder.Config) -> None:
     """Raise CheckpointError for what Qwen2 has not."""
-    attention, streams = config.attention, config.streams
+    attention, streams = self_attention(config), config.streams
     lacking = {
         f"feed_forward.kind={config.feed_forward.owner.kind!r}": type(config.feed_forward) is not SwiGLU.Config
         or bool(config.dense_layers),

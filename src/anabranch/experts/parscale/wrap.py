@@ -18,7 +18,7 @@ from anabranch.experts.parscale.streams import ParScale
 from anabranch.extras import require
 from anabranch.lm.cache import Prefix, rows_of_streams
 from anabranch.lm.decoder import DecoderOutput
-from anabranch.nn import Attention, BuildContext
+from anabranch.nn import BuildContext, SelfAttention
 from anabranch.routing import RoutingContext
 
 __all__ = ["WrappedModel", "wrap"]
@@ -53,7 +53,7 @@ class WrappedModel(nn.Module):
             self.model.requires_grad_(False)
         theirs: Any = self.model.config
         weight = self.embedding.weight
-        attention = Attention.Config(
+        attention = SelfAttention.Config(
             num_heads=theirs.num_attention_heads,
             num_kv_heads=getattr(theirs, "num_key_value_heads", None),
             head_dim=getattr(theirs, "head_dim", None),

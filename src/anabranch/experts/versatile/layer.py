@@ -25,8 +25,9 @@ from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of
+from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of, swiglu_projections
 from anabranch.nn.grouped import BACKENDS
+from anabranch.nn.linear import build_linear, is_plain
 from anabranch.routing import Router, SwitchLoss, TopK
 from anabranch.routing.relax import Temperature
 
@@ -180,8 +181,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
     def __init__(self, config: Any, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.w13 = context.linear(context.dim, 2 * config.hidden_dim)
-        self.w2 = context.linear(config.hidden_dim, context.dim, residual=True)
+        projections = swiglu_projections(context, config.hidden_dim)
+        self.w13, self.w2 = (build_linear(projection, context) for projection in projections)
         self.paths = Paths(config, context.dim, config.hidden_dim, layer=context.layer, generator=context.generator)
 
     @classmethod
@@ -201,7 +202,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The plain feed-forward: what one loop adds to the stream, given the normalised stream."""
-        return swiglu_of(self.w13, self.w2, x_BLD)
+        return swiglu_of(self.w13, self.w2, x_BLD, context)
 
     def hidden(self, h_BLD: Tensor) -> Tensor:
         """a_BLF, the activated hidden units."""
@@ -215,7 +216,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
     def branch(self, norm: nn.Module) -> Branch:
         """This feed-forward behind ``norm``, as the paths see it."""
         dim, hidden_dim = self.w2.out_features, self.w2.in_features
-        can_cut = isinstance(self.w13, nn.Linear) and isinstance(self.w2, nn.Linear)  # not quantised
+        can_cut = is_plain(self.w13) and is_plain(self.w2)  # not quantised
         weights = self._weights if can_cut else None
         return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=weights, whole=self)
 

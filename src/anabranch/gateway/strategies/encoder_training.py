@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.nn import Attention, BuildContext, ForwardContext, RMSNorm, Rotary, SwiGLU
+from anabranch.nn import BuildContext, ForwardContext, RMSNorm, Rotary, SelfAttention, SwiGLU
 
 
 class _Block(nn.Module):
     def __init__(self, config: Any, context: BuildContext) -> None:
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(config.dim), RMSNorm(config.dim)
-        self.attention = Attention.Config(num_heads=config.num_heads).build(context)
+        self.attention = SelfAttention.Config(num_heads=config.num_heads).build(context)
         self.feed_forward = SwiGLU.Config(hidden_dim=config.hidden_dim).build(context)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
@@ -77,7 +77,7 @@ class Network(nn.Module):
                 "norm1": block.norm1, "qkv": block.attention.qkv, "out": block.attention.out,  # type: ignore[union-attr]
                 "norm2": block.norm2, "w13": block.feed_forward.w13, "w2": block.feed_forward.w2,  # type: ignore[union-attr]
             }  # fmt: skip
-            found |= {f"{layer}.{name}": part.weight for name, part in parts.items()}  # type: ignore[union-attr, misc]
+            found |= {f"{layer}.{name}": part.weight for name, part in parts.items()}  # type: ignore[union-attr]
         return {name: value.detach().numpy().copy() for name, value in found.items()}
 
 

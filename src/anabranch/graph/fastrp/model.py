@@ -383,7 +383,7 @@ class FastRP(Estimator):
     @property
     def _num_threads(self) -> int:
         # Asking numba would start its own threads, and with them set how many torch uses in this process.
-        return self.threads or min(usable_cores(), nb.config.NUMBA_NUM_THREADS)
+        return self.threads or min(usable_cores(), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
     def _weight(self, order: int) -> float:
         return self.self_weight if order == 0 else self.weights[order - 1]

@@ -21,7 +21,7 @@ from anabranch.bounds import MOST_LAYERS, shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import Piece, TensorSource
-from anabranch.nn import Attention, MoE, Rotary, SwiGLU
+from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Foreign:
             self.refuse(name, value, " or ".join(repr(one) for one in allowed))
 
 
-def read_body(foreign: Foreign, attention: Attention.Config, *, default_theta: float = 10000.0) -> dict[str, Any]:
+def read_body(foreign: Foreign, attention: SelfAttention.Config, *, default_theta: float = 10000.0) -> dict[str, Any]:
     """The fields of `Decoder.Config` that all families have, but for the feed-forward."""
     foreign.require("hidden_act", ("silu", "swish"))
     foreign.require("mlp_bias", (False,))
@@ -102,9 +102,9 @@ def read_attention(
     out_bias: bool = False,
     head_dim: int | None = None,
     default_eps: float = 1e-6,
-) -> Attention.Config:
+) -> SelfAttention.Config:
     """The attention config; what differs between families is passed in."""
-    return Attention.Config(
+    return SelfAttention.Config(
         num_heads=foreign["num_attention_heads"],
         num_kv_heads=foreign.get("num_key_value_heads"),
         head_dim=head_dim,
@@ -223,7 +223,7 @@ def spare(names: Collection[str], config: Decoder.Config) -> list[str]:
 
 def write_body(config: Decoder.Config) -> dict[str, Any]:
     """The fields that `read_body` and `read_attention` read."""
-    attention = config.attention
+    attention = self_attention(config)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -285,8 +285,15 @@ def body(config: Decoder.Config) -> Pieces:
     return pieces
 
 
+def self_attention(config: Decoder.Config) -> SelfAttention.Config:
+    """The attention of a model that a family of Hugging Face can be. Raises CheckpointError if it is of another kind."""
+    if not isinstance(config.attention, SelfAttention.Config):
+        raise CheckpointError(f"no Hugging Face family has attention of kind {config.attention.owner.kind!r}")
+    return config.attention
+
+
 def _attention(config: Decoder.Config, ours: str, theirs: str) -> Pieces:
-    attention = config.attention
+    attention = self_attention(config)
     head_dim = attention.width(config.dim)
     query, store = attention.num_heads * head_dim, attention.kv_heads * head_dim
     rows = {

@@ -15,6 +15,7 @@ from anabranch.lm.formats.common import (
     read_attention,
     read_body,
     read_moe,
+    self_attention,
     with_dense_layers,
     write_body,
     write_moe,
@@ -70,7 +71,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         "scoring_func": "softmax",
         "aux_loss_alpha": fields["router_aux_loss_coef"],
         "seq_aux": any(getattr(part, "scope", "") == "sequence" for part in moe.router.balance),
-        "attention_bias": config.attention.qkv_bias,
+        "attention_bias": self_attention(config).qkv_bias,
     }
 
 

@@ -15,9 +15,9 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import MARK
 from anabranch.lm.formats import deepseek, llama, mixtral, olmoe, qwen2_moe, qwen3_moe
-from anabranch.lm.formats.common import Foreign
+from anabranch.lm.formats.common import Foreign, self_attention
 from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
-from anabranch.nn import Attention, MoE, SwiGLU
+from anabranch.nn import MoE, PreNorm, SelfAttention, SwiGLU
 
 # In order of preference. transformers has no class for DeepSeekMoE's first version, so that comes last.
 FAMILIES: dict[str, Any] = {
@@ -115,9 +115,9 @@ def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
     """The (path, value) pairs that decide what a model computes, alike for configs that compute the same."""
     table = to_dict(config)
     attention, rotary = table["attention"], table["rotary"]
-    attention["num_kv_heads"] = config.attention.kv_heads
+    attention["num_kv_heads"] = self_attention(config).kv_heads
     attention["head_dim"] = config.attention.width(config.dim)
-    if config.attention.qk_norm == "none":
+    if self_attention(config).qk_norm == "none":
         del attention["norm_eps"]
     used = {"none": ("theta",), "linear": ("theta", "factor")}.get(config.rotary.scaling, tuple(rotary))
     table["rotary"] = {name: rotary[name] for name in ("scaling", *used)}
@@ -161,7 +161,8 @@ def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _check_kinds(config: Decoder.Config) -> None:
     """Only plain parts can be compared with a family's."""
     fields: list[tuple[str, Any, tuple[type, ...]]] = [
-        ("attention", config.attention, (Attention.Config,)),
+        ("block", config.block, (PreNorm.Config,)),
+        ("attention", config.attention, (SelfAttention.Config,)),
         ("feed_forward", config.feed_forward, (SwiGLU.Config, MoE.Config)),
     ]
     if config.dense_layers:

@@ -4,7 +4,16 @@ from collections.abc import Collection
 from typing import Any
 
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.formats.common import Foreign, Pieces, mixture, read_attention, read_body, write_body, write_head_dim
+from anabranch.lm.formats.common import (
+    Foreign,
+    Pieces,
+    mixture,
+    read_attention,
+    read_body,
+    self_attention,
+    write_body,
+    write_head_dim,
+)
 from anabranch.nn import SwiGLU
 
 MODEL_TYPE = "llama"
@@ -27,7 +36,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_body(config),
         **write_head_dim(config),
         "intermediate_size": feed_forward.hidden_dim,
-        "attention_bias": config.attention.qkv_bias,
+        "attention_bias": self_attention(config).qkv_bias,
         "mlp_bias": False,
     }
 

@@ -11,6 +11,7 @@ from anabranch.lm.formats.common import (
     read_attention,
     read_body,
     read_moe,
+    self_attention,
     write_body,
     write_moe,
 )
@@ -42,8 +43,8 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_moe(config),
         "num_experts": moe.num_experts,
         "intermediate_size": moe.hidden_dim,
-        "attention_bias": config.attention.qkv_bias,
-        "clip_qkv": config.attention.clip_qkv,
+        "attention_bias": self_attention(config).qkv_bias,
+        "clip_qkv": self_attention(config).clip_qkv,
     }
 
 

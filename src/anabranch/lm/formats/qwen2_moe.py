@@ -17,6 +17,7 @@ from anabranch.lm.formats.common import (
     read_attention,
     read_body,
     read_moe,
+    self_attention,
     with_dense_layers,
     write_body,
     write_head_dim,
@@ -60,7 +61,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_moe(config),
         **write_layers(config),
         "shared_expert_intermediate_size": moe.shared_width,
-        "qkv_bias": config.attention.qkv_bias,
+        "qkv_bias": self_attention(config).qkv_bias,
     }
 
 

@@ -11,6 +11,7 @@ from anabranch.lm.formats.common import (
     read_attention,
     read_body,
     read_moe,
+    self_attention,
     with_dense_layers,
     write_body,
     write_head_dim,
@@ -45,7 +46,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_head_dim(config),
         **write_moe(config),
         **write_layers(config),
-        "attention_bias": config.attention.qkv_bias,
+        "attention_bias": self_attention(config).qkv_bias,
     }
 
 

@@ -23,7 +23,7 @@ from anabranch.errors import AnabranchError
 from anabranch.lm.checkpoint import load_config
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, TopK
 from anabranch.serving.core.batch import Batch, Sampled
@@ -370,7 +370,7 @@ def rehearse() -> None:
     torch.set_num_threads(1)
     layer = MoE.Config(num_experts=2, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=1)))
     config = Decoder.Config(
-        vocab_size=8, dim=8, num_layers=1, attention=Attention.Config(num_heads=1), feed_forward=layer
+        vocab_size=8, dim=8, num_layers=1, attention=SelfAttention.Config(num_heads=1), feed_forward=layer
     )
     build_empty(config)
     ModelRunner(config.build(), num_blocks=1).warm_up()

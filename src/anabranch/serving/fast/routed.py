@@ -17,6 +17,7 @@ from anabranch.experts.versatile import VersatileFFN
 from anabranch.nn import MoE, SwiGLU
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.door import address
+from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.routing.router import Router
 from anabranch.routing.score import LinearScore
@@ -47,7 +48,7 @@ def why_not_routed(layer: Any) -> str | None:
         return f"passes have residual {config.residual!r} and norm {config.norm!r}; the kernels know 'inner' and 'each'"
     if config.weight_on != "output":
         return "routing weights act on the experts' inputs"
-    if type(layer.shared) not in (SwiGLU, type(None)) or type(layer.shared_gate) not in (nn.Linear, type(None)):
+    if type(layer.shared) not in (SwiGLU, type(None)) or not (layer.shared_gate is None or is_plain(layer.shared_gate)):
         return "the shared experts were replaced"
     return next((why for router in passes_of(layer) if (why := _of_router(router))), None)
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anabranch.lm.decoder import Block, Decoder
+from anabranch.lm.decoder import Decoder
 from anabranch.nn import MoE, RMSNorm, SwiGLU
-from anabranch.nn.attention import Attention
+from anabranch.nn.attention import SelfAttention
+from anabranch.nn.block import PreNorm
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.door import takes, why_refused
+from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
@@ -60,9 +62,9 @@ def products(block: Any) -> Iterator[nn.Module]:
 
 
 def _of_block(block: nn.Module) -> str | None:
-    if type(block) is not Block:
+    if type(block) is not PreNorm:
         return f"a {type(block).__name__} is not a plain block"
-    if type(block.attention) is not Attention:
+    if type(block.attention) is not SelfAttention:
         return f"attention is a {type(block.attention).__name__}"
     attention: Any = block.attention
     norms = [block.attention_norm, block.feed_forward_norm]
@@ -92,9 +94,9 @@ def _of_slots(layer: Any) -> str | None:
 def _of_product(module: Any) -> str | None:
     if type(module) in (QuantizedLinear, QuantizedPool):
         return None
-    if type(module) not in (nn.Linear, ExpertPool):
+    if not isinstance(module, ExpertPool) and not is_plain(module):
         return f"a {type(module).__name__} stands where a linear layer or a pool should"
-    weights = (module.weight,) if type(module) is nn.Linear else (module.w13, module.w2)
+    weights = (module.w13, module.w2) if isinstance(module, ExpertPool) else (module.weight,)
     return next((why for weight in weights if (why := _of_weight(weight))), None)
 
 

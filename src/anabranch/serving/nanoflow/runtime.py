@@ -17,6 +17,7 @@ from torch import Tensor
 from anabranch.errors import InputError
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.linear import call_linear
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedStore
@@ -188,16 +189,20 @@ class _Step:
             y_1HTD = self.stores[op.start, op.end].attend(layer, *(part[:, :, rows].contiguous() for part in self.qkv))
             self.y_1TW[:, rows] = y_1HTD.transpose(1, 2).flatten(2)
         elif op.op == "o":
-            self.x_1TW[:, rows] += block.attention.out(self.y_1TW[:, rows])
+            self.x_1TW[:, rows] += call_linear(
+                block.attention.out, self.y_1TW[:, rows], self.contexts[op.start, op.end]
+            )
         elif op.op == "up_gate":
-            self._up_gate(block, rows)
+            self._up_gate(block, rows, self.contexts[op.start, op.end])
         else:
             self._down(block, rows, self.contexts[op.start, op.end])
 
-    def _up_gate(self, block: Any, rows: slice) -> None:
+    def _up_gate(self, block: Any, rows: slice, context: ForwardContext) -> None:
         if not _is_plain(block.feed_forward):
             return  # experts and other designs are one piece, done with ``down``
-        gate, up = block.feed_forward.w13(block.feed_forward_norm(self.x_1TW[:, rows])).chunk(2, dim=-1)
+        gate, up = call_linear(block.feed_forward.w13, block.feed_forward_norm(self.x_1TW[:, rows]), context).chunk(
+            2, dim=-1
+        )
         hidden = F.silu(gate) * up
         buffer = self._hidden(hidden.shape[-1], hidden)
         buffer[:, rows] = hidden
@@ -206,7 +211,7 @@ class _Step:
         feed_forward = block.feed_forward
         if _is_plain(feed_forward):
             hidden = self._hidden(block.feed_forward.config.hidden_dim, self.x_1TW)
-            self.x_1TW[:, rows] += feed_forward.w2(hidden[:, rows])
+            self.x_1TW[:, rows] += call_linear(feed_forward.w2, hidden[:, rows], context)
         else:
             self.x_1TW[:, rows] = feed_forward.add_to(self.x_1TW[:, rows], block.feed_forward_norm, context)
 

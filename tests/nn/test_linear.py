@@ -1,0 +1,177 @@
+"""Linear layers as parts: patterns, fused matrices, what replaces a part, what stands beside one, and layers that route."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from anabranch.config import configclass, from_dict, to_dict
+from anabranch.errors import ConfigError
+from anabranch.lm import Decoder
+from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention, SwiGLU
+from anabranch.nn.linear import Added, Split, check_patterns, is_plain
+from anabranch.nn.quantize import quantize
+
+
+class Scaled(Linear):
+    """A matrix times a number, which says by which name it was built."""
+
+    @configclass
+    class Config(Linear.Config):
+        scale: float = 2.0
+
+        def count(self, projection, context):
+            return Count.dense(projection.in_dim * projection.out_dim) + Count(1, 1, 1)
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        self.config, self.name = config, projection.name
+        self.dense = Dense.Config().build(projection, context)
+        self.scale = nn.Parameter(torch.tensor(config.scale))
+
+    def forward(self, x, context=None):
+        return self.dense(x, context) * self.scale
+
+
+class LowRank(Linear):
+    """What stands beside a matrix: B A x, with B zero at first."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+        rank: int = 2
+
+        def count(self, projection, context):
+            return Count.dense(self.rank * (projection.in_dim + projection.out_dim))
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        self.a = nn.Parameter(torch.randn(config.rank, projection.in_dim))
+        self.b = nn.Parameter(torch.zeros(projection.out_dim, config.rank))
+        self.seen: list[Any] = []
+
+    def forward(self, x, context=None):
+        self.seen.append(context)
+        return x @ self.a.T @ self.b.T
+
+
+def decoder(linears, **options):
+    values = {"vocab_size": 50, "dim": 32, "num_layers": 2, "feed_forward": SwiGLU.Config(hidden_dim=48)}
+    attention = SelfAttention.Config(num_heads=4, num_kv_heads=2)
+    return Decoder.Config(**{**values, "attention": attention, **options}, linears=linears)
+
+
+def test_one_part_of_a_fused_matrix_is_replaced_and_the_others_stay():
+    context = BuildContext(32, linears={"*.v": Scaled.Config(scale=3.0)}).at("attention")
+    made = context.linear(32, 20, name="qkv", parts={"q": 12, "k": 4, "v": 4})
+    assert type(made) is Split
+    assert [type(part) for part in made.parts.values()] == [Dense, Dense, Scaled]
+    x = torch.randn(3, 32)
+    parts: Any = made.parts
+    wanted = torch.cat([x @ parts.q.weight.T, x @ parts.k.weight.T, 3 * (x @ parts.v.dense.weight.T)], dim=-1)
+    torch.testing.assert_close(made(x, None), wanted)
+    assert parts.v.name == "attention.v"
+
+
+def test_what_stands_beside_a_part_is_added_to_its_rows():
+    context = BuildContext(8, linears={"w13": LowRank.Config(), "up": LowRank.Config()})
+    made: Any = context.linear(8, 6, name="w13", parts={"gate": 2, "up": 4})
+    assert type(made) is Added
+    assert list(made.beside) == ["up"]
+    layer = made.beside["up"]
+    nn.init.normal_(layer.b)
+    x, given = torch.randn(5, 8), object()
+    wanted = x @ made.matrix.weight.T
+    wanted[:, 2:] += x @ layer.a.T @ layer.b.T
+    torch.testing.assert_close(made(x, given), wanted)
+    assert layer.seen == [given]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.*.attention.q", ["blocks.0.attention.q", "blocks.1.attention.q"]),
+        ("blocks.1.*", [f"blocks.1.{name}" for name in ("attention.k", "attention.o", "attention.q", "attention.v",
+                                                       "feed_forward.down", "feed_forward.gate", "feed_forward.up")]),
+        ("*.gate", ["blocks.0.feed_forward.gate", "blocks.1.feed_forward.gate"]),
+        ("head", ["head"]),
+    ],
+)  # fmt: skip
+def test_patterns_name_parts(pattern, names):
+    model = decoder({pattern: Scaled.Config()}).build()
+    assert sorted(module.name for module in model.modules() if isinstance(module, Scaled)) == names
+
+
+def test_shared_experts_of_a_mixture_have_names_too():
+    feed_forward = MoE.Config(num_experts=4, hidden_dim=16, shared_experts=1, shared_gate=True)
+    model = decoder({"*.shared.up": Scaled.Config(), "*.shared_gate": Scaled.Config()}, feed_forward=feed_forward)
+    found = [module.name for module in model.build().modules() if isinstance(module, Scaled)]
+    assert found == [f"blocks.{layer}.feed_forward.{name}" for layer in (0, 1) for name in ("shared.up", "shared_gate")]
+
+
+def test_the_first_pattern_that_fits_counts():
+    model = decoder({"*.q": Scaled.Config(scale=1.0), "*.attention.*": Scaled.Config(scale=5.0)}).build()
+    scales = {module.name: module.config.scale for module in model.modules() if isinstance(module, Scaled)}
+    assert scales["blocks.0.attention.q"] == 1.0
+    assert scales["blocks.0.attention.k"] == 5.0
+
+
+def test_a_pattern_that_fits_nothing_is_an_error():
+    with pytest.raises(
+        ConfigError, match=r"linears has 'blocks\.0\.attention\.qq', .* did you mean 'blocks\.0\.attention\.q'"
+    ):
+        decoder({"blocks.0.attention.qq": Scaled.Config()}).build()
+    with pytest.raises(ConfigError, match="one of q, k"):
+        check_patterns({"zzzzzz": None}, ["a.q", "b.k"])
+
+
+@pytest.mark.parametrize("linears", [
+    {}, {"*.q": Scaled.Config()}, {"*": Scaled.Config()}, {"*.v": LowRank.Config(), "*.q": Scaled.Config()}, {"head": LowRank.Config()},
+])  # fmt: skip
+def test_counts_are_those_of_what_is_built(linears):
+    config = decoder(linears)
+    assert config.count().parameters == sum(parameter.numel() for parameter in config.build().parameters())
+
+
+def test_layers_beside_the_matrices_change_nothing_at_first_and_get_the_context():
+    plain, added = decoder({}).build(seed=1), decoder({"*": LowRank.Config()}).build(seed=1)
+    state = {name.replace(".matrix.", "."): value for name, value in added.state_dict().items()}
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    token = torch.randint(50, (2, 7))
+    torch.testing.assert_close(added(token).logits_BLV, plain(token).logits_BLV)
+    contexts = [module.seen for module in added.modules() if isinstance(module, LowRank)]
+    assert all(len(seen) == 1 and seen[0].token_BL is token for seen in contexts[:-1])
+
+
+def test_a_model_with_replaced_layers_learns_generates_and_is_quantised():
+    model = decoder({"*.v": Scaled.Config(), "*.down": LowRank.Config()}, dim=64).build()
+    token = torch.randint(50, (2, 9))
+    model(token, token).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    cache = model.new_cache(9)
+    with torch.no_grad():
+        whole = model(token).logits_BLV
+        steps = [model(token[:, at : at + 1], cache=cache).logits_BLV for at in range(9)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+        quantize(model, "int8")
+        torch.testing.assert_close(model(token).logits_BLV, whole, atol=0.05, rtol=0.1)
+
+
+def test_configs_read_back_equal_and_a_kind_is_not_needed_where_there_is_a_default():
+    config = decoder({"*.q": Dense.Config()})
+    assert from_dict(Decoder.Config, to_dict(config)) == config
+    assert from_dict(Decoder.Config, {"attention": {"num_heads": 2}}).attention == SelfAttention.Config(num_heads=2)
+    older = to_dict(config)
+    del older["linears"], older["block"]
+    assert from_dict(Decoder.Config, older) == config.replace(linears={})
+
+
+def test_what_is_plain():
+    context = BuildContext(8)
+    layer = context.linear(8, 8)
+    assert is_plain(layer)
+    assert is_plain(nn.Linear(2, 2))
+    assert not is_plain(LowRank.Config().build(context.projection("a", 8, 8), context))
+    layer.register_forward_hook(lambda *_: None)
+    assert not is_plain(layer)
