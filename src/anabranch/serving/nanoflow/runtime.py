@@ -167,7 +167,7 @@ class _Step:
         self.hidden: dict[int, Tensor] = {}
         ops = self.schedule.graph.ops
         self.contexts = {
-            (op.start, op.end): _rows(self.context, op.start, op.end) for op in ops if op.op in ("kqv", "down")
+            (op.start, op.end): _rows(self.context, op.start, op.end) for op in ops if not op.op.endswith("attention")
         }
         self.stores = {(op.start, op.end): self._store(op) for op in ops if op.op.endswith("attention")}
 
