@@ -2,6 +2,7 @@ import mmap
 import os
 import pickle
 import shutil
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_byte_counts_are_exact_for_every_tokenizer(name, tmp_path):
         assert length.sum() == segment.size_bytes
         total += segment.size_bytes
     assert total == 30 * len(text.encode())
+
+
+@by_name
+def test_content_tells_apart_whatever_is_measured_otherwise(name, tmp_path):
+    """Whoever normalises gives NFC and NFD the same tokens, with other bytes under them."""
+    stores = {}
+    for form in ("NFC", "NFD"):
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "a.txt").write_text(unicodedata.normalize(form, "Zoë, naïve Å the cat\n" * 20))
+        stores[form] = opened(tmp_path / form, ALL[name], fraction=0.0, label="t")
+    one, two = stores["NFC"], stores["NFD"]
+    same_tokens = one.tokens("train").tolist() == two.tokens("train").tolist()
+    assert (one.content("train", byte_lengths=False) == two.content("train", byte_lengths=False)) is same_tokens
+    assert same_tokens is (name in ("qwen", "bert"))
+    assert one.segments["train"][0].size_bytes != two.segments["train"][0].size_bytes
+    assert one.content("train") != two.content("train")
+    # Where nothing is normalised tokens say it all, and what was named before is named alike.
+    alike = one.content("train") == one.content("train", byte_lengths=False)
+    assert alike is (name in LOSSLESS)
 
 
 def test_long_documents_in_stretches_are_tokenised_as_in_one_piece(tmp_path):

@@ -5,17 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from anabranch.data import Files
+from anabranch.data import Files, HuggingFaceTokenizer
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import load_model
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
 from anabranch.train.checkpoint import read_checkpoint
 from anabranch.train.run import LOCK
+from tokenizers_of_every_make import like_qwen
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -269,6 +271,37 @@ def test_another_held_out_text_is_told(tmp_path, make_run, text_file):
     stored.write_text(json.dumps(state))
     (stored.parent / "SHA256SUMS").unlink()
     assert Trainer(run(2), tmp_path / "run", resume=True).fit().step == 2
+
+
+def test_the_same_tokens_of_other_bytes_are_other_held_out_text(tmp_path, make_run, dense_model):
+    """A tokenizer that normalises gives NFD the tokens of NFC; bits per byte are others."""
+    like_qwen().save(tmp_path / "tokenizer")
+    text = tmp_path / "text.txt"
+
+    def run(steps):
+        config = make_run(dense_model.replace(vocab_size=300), steps=steps)
+        tokenizer = HuggingFaceTokenizer.Config(path=str(tmp_path / "tokenizer"))
+        return config.replace(data=config.data.replace(corpus=Files.Config(paths=(str(text),)), tokenizer=tokenizer))
+
+    def write(form):
+        text.write_text(unicodedata.normalize(form, "Zoë, naïve Å the cat\n" * 200))
+
+    write("NFC")
+    stored = Trainer(run(1), tmp_path / "run").fit().checkpoint / "trainer.json"
+    state = json.loads(stored.read_text())
+    write("NFD")
+    with pytest.raises(DataError, match=r"the held-out text .* is not that of before"):
+        Trainer(run(2), tmp_path / "run", resume=True)
+    # Earlier checkpoints did not say how many: they are held to the tokens, and the next one says it.
+    state["data"] = run(1).data.build().fingerprint(byte_lengths=False)
+    stored.write_text(json.dumps(state))
+    (stored.parent / "SHA256SUMS").unlink()
+    after = Trainer(run(2), tmp_path / "run", resume=True).fit()
+    assert after.step == 2
+    assert json.loads((after.checkpoint / "trainer.json").read_text())["data"] == run(1).data.build().fingerprint()
+    write("NFC")
+    with pytest.raises(DataError, match="the held-out text"):
+        Trainer(run(3), tmp_path / "run", resume=True)
 
 
 def test_damaged_checkpoints_are_named(tmp_path, make_run):

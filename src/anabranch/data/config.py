@@ -63,10 +63,15 @@ class Data:
         names = [domain or segment.label for domain, _, store in self._stores for segment in _all_segments(store)]
         self.domains = tuple(dict.fromkeys(names))
 
-    def fingerprint(self) -> str:
-        """Names the tokens of both splits, their domains and weights, and the tokenizer: by content, wherever they were read from."""
+    def fingerprint(self, *, byte_lengths: bool = True) -> str:
+        """Names the tokens of both splits and the bytes under them, their domains and weights, and the tokenizer.
+
+        By content, wherever they were read from. ``byte_lengths=False``: without the bytes under the tokens, as earlier
+        checkpoints name their data; the same wherever the tokens alone say how many bytes they stand for (bytes, byte-level BPE).
+        """
         stores = [
-            [name, weight, store.content(TRAIN), store.content(VALIDATION)] for name, weight, store in self._stores
+            [name, weight, *(store.content(split, byte_lengths=byte_lengths) for split in (TRAIN, VALIDATION))]
+            for name, weight, store in self._stores
         ]
         return f"{stable_hash(json.dumps([self.tokenizer.fingerprint, stores])):016x}"
 
@@ -78,7 +83,9 @@ class Data:
             )
             for name, weight, store in self._stores
         ]
-        fingerprint = stable_hash(json.dumps([[store.content(TRAIN), weight] for _, weight, store in self._stores]))
+        # What is trained on are tokens; the bytes under them count where something is measured: see `fingerprint`.
+        content = [[store.content(TRAIN, byte_lengths=False), weight] for _, weight, store in self._stores]
+        fingerprint = stable_hash(json.dumps(content))
         return TokenStream(
             lanes,
             self.domains,

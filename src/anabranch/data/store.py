@@ -67,7 +67,7 @@ class TokenStore:
         self._tokenizer = tokenizer
         self.segments = {name: tuple(Segment(**entry) for entry in index["splits"][name]) for name in SPLITS}
         self._dtype = index["dtype"]
-        self._digests = {side: index["digests"][f"{side}.bin"] for side in SPLITS}
+        self._digests = index["digests"]
 
     @classmethod
     def open(
@@ -116,17 +116,24 @@ class TokenStore:
             return table_V[self.tokens(split)[start:end]]
         return self._arrays[f"{split}.lengths.bin"][start:end].astype(np.int64)
 
-    def content(self, split: str) -> str:
-        """Names the tokens of ``split`` and what they are labelled, wherever the text was read from."""
+    def content(self, split: str, *, byte_lengths: bool = True) -> str:
+        """Names the tokens of ``split``, what they are labelled and the bytes under each, wherever the text was read from.
+
+        Where a tokenizer normalises, other text may give the same tokens with other bytes under them, and so other bits per byte.
+        ``byte_lengths=False`` leaves those out: what a model is trained on.
+        """
         segments = [[segment.label, segment.start, segment.length] for segment in self.segments[split]]
-        return f"{self._dtype} {self._digests[split]} {json.dumps(segments)}"
+        named = f"{self._dtype} {self._digests[f'{split}.bin']} {json.dumps(segments)}"
+        # No file of lengths: the tokens alone say how many bytes they stand for.
+        lengths = self._digests.get(f"{split}.lengths.bin") if byte_lengths else None
+        return named if lengths is None else f"{named} {lengths}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_arrays": None}  # the other process reads the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         entry = _read_entry(state["folder"])
-        if entry is None or any(entry[0]["digests"][f"{side}.bin"] != state["_digests"][side] for side in SPLITS):
+        if entry is None or entry[0]["digests"] != state["_digests"]:
             raise _damaged(state["folder"])
         self.__dict__ |= state | {"_arrays": entry[1]}
 

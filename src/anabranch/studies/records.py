@@ -103,7 +103,7 @@ class RunRecord:
         if self.inputs is not None and "inputs" not in record:
             return "was written by an older version, which did not note what text it read"
         if self.inputs is not None and record["inputs"] != self.inputs:
-            return "read other text: the files have changed since"
+            return "read other text: the files have changed since, or an older version noted less of them"
         return None
 
 

@@ -86,14 +86,19 @@ class Keeper:
                     f"{name} in {path / TRAINER_FILE} is not what a trainer stores ({error}); "
                     f"remove {path} to go on from the checkpoint before"
                 ) from None
-        # The stream has told of other training data; checkpoints of before the whole was stored say no more.
+        self._check_data(state, path)
+        self.progress = Progress(**state["progress"])
+
+    def _check_data(self, state: dict[str, Any], path: Path) -> None:
+        """The stream has told of other training data; checkpoints of before the whole was stored say no more."""
         fingerprint, material = self.task.fingerprint(), self.task.material
-        if fingerprint is not None and state.get("data", fingerprint) != fingerprint:
+        if fingerprint is None or "data" not in state:
+            return
+        if state["data"] not in (fingerprint, *self.task.earlier_fingerprints()):
             raise DataError(
-                f"cannot resume the data: the held-out {material} (or what its parts are called) is not that of before, so "
+                f"cannot resume the data: the held-out {material} (or what is said of its parts) is not that of before, so "
                 f"evaluations of {path} and later ones could not be compared; bring the {material} back, or start a new run"
             )
-        self.progress = Progress(**state["progress"])
 
     def save(self, stream: Stream) -> Path | None:
         """Write a checkpoint of this step, unless there is one (None)."""

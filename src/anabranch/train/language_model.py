@@ -114,8 +114,12 @@ class TextTask(Task, kind="text"):
         return self.config.data.sequence_length
 
     def fingerprint(self) -> str:
-        """Of both splits and the tokenizer, by content."""
+        """Of both splits, the bytes under their tokens and the tokenizer, by content."""
         return self.data.fingerprint()
+
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """Without the bytes under the tokens: all that checkpoints said before."""
+        return (self.data.fingerprint(byte_lengths=False),)
 
     def step(self, model: nn.Module, batch: Batch, context: TaskContext) -> Losses:
         """Cross-entropy, and what layers add to it."""

@@ -179,6 +179,10 @@ class Task(Part, family="task"):
         """Names the data by content, that of the evaluation too: a run is not resumed with other data. None: not known."""
         return None
 
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What earlier versions called the same data, which may tell less of it apart: their checkpoints are resumed, held to that."""
+        return ()
+
     # How
 
     def step(self, model: nn.Module, batch: Any, context: TaskContext) -> Losses:
