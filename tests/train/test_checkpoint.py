@@ -207,6 +207,31 @@ def test_the_last_checkpoint_evicts_nothing_when_its_evaluation_is_not_finite(tm
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
+def test_an_old_divergence_at_a_later_step_hides_no_lost_checkpoints(tmp_path, make_run):
+    settings = {"steps": 8, "checkpoint_every": 2, "eval_every": None, "max_skipped": 2}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    trainer.fit()
+    set_aside(tmp_path, 1)
+    assert names(tmp_path) == []
+    # The run set all of them aside itself, so it may begin again; that it then comes less far does not matter.
+    again = Trainer(make_run(**{**settings, "steps": 4}, learning_rate=1e-3), tmp_path, resume=True)
+    assert again.fit().step == 4
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    for path in checkpoints(tmp_path):
+        shutil.rmtree(path)
+    with pytest.raises(DataError, match="had come to step 4 and has no checkpoint to go on from"):
+        Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True)
+
+
+def test_what_diverged_before_keeps_its_place(run):
+    shutil.copytree(checkpoints(run)[-1], run / "checkpoints/diverged-step-00000002")
+    (run / "checkpoints/diverged-step-00000002/trainer.json").write_text("of before")
+    (run / "checkpoints/diverged-step-00000002.2").symlink_to("nowhere")
+    assert [path.name for path in set_aside(run, 2)] == ["diverged-step-00000002.3"]
+    assert (run / "checkpoints/diverged-step-00000002/trainer.json").read_text() == "of before"
+    assert read_checkpoint(run / "checkpoints/diverged-step-00000002.3")[0]["step"] == 2
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_what_a_user_keeps_among_the_checkpoints_is_never_taken_for_one(run, make_run, keep):
     held = ("step-best", "step-00000002-good", "step-2", "step-000000002", "step-99999999.old", "diverged-step-best")

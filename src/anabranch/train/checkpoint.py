@@ -9,7 +9,9 @@ A folder appears whole or not at all. An old one is removed only when a newer on
 evaluation was finite. No random state is stored: what is random in step n is a function of (seed, n).
 """
 
+import itertools
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anabranch.errors import CheckpointError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, atomic_write_text
 from anabranch.lm.folder import (
     OPTIMIZER_FILE,
     RECORD,
@@ -38,6 +40,8 @@ from anabranch.lm.tensors import read_json
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+# A file beside the checkpoints: all of them were set aside because they had diverged, so their absence is no loss.
+BEGIN_AGAIN = "diverged.txt"
 # What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `_remove`.
 _LEFTOVER = re.compile(r"\.(step-\d+)\.(old|[a-z0-9_]{8})")
 
@@ -76,15 +80,25 @@ def prune(out: Path, keep: int) -> None:
 
 
 def set_aside(out: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of ``step`` and later ``diverged-step-...``, so that a run goes on from the one before; their new places."""
-    moved = []
-    for path in checkpoints(out):
-        if _step(path) >= step:
-            place = path.with_name(f"diverged-{path.name}")
-            if place.exists():
-                shutil.rmtree(place)
-            moved.append(path.replace(place))
+    """Rename the checkpoints of ``step`` and later ``diverged-step-...``, so that a run goes on from the one before; their new places.
+
+    A name that is taken, by what diverged before, is numbered: ``diverged-step-00000004.2``. Where no checkpoint is left, the file
+    `BEGIN_AGAIN` says so until the run is begun again.
+    """
+    moved = [path.replace(_free_place(path)) for path in checkpoints(out) if _step(path) >= step]
+    if not checkpoints(out):
+        atomic_write_text(
+            out / STEPS_FOLDER / BEGIN_AGAIN,
+            "The run diverged and has no checkpoint from before that: --resume begins again at step 0.\n",
+        )
     return moved
+
+
+def _free_place(path: Path) -> Path:
+    """Where a checkpoint that diverged goes; nothing lies there."""
+    name = f"diverged-{path.name}"
+    names = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
+    return next(place for free in names if not os.path.lexists(place := path.with_name(free)))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.lm.folder import STEPS_FOLDER, step_of
+from anabranch.lm.folder import STEPS_FOLDER
 from anabranch.locks import is_locked, locked
-from anabranch.train.checkpoint import checkpoints, remove_leftovers
+from anabranch.train.checkpoint import BEGIN_AGAIN, checkpoints, remove_leftovers
 from anabranch.train.config import CONFIG_FILE, RunConfig, TaskRunConfig, TrainConfig, differences, read_same_run
 from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
@@ -95,9 +95,8 @@ def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None
 def _check_never_saved(out: Path, train: TrainConfig) -> None:
     """Raise DataError if a run without checkpoints has trained for so long that it must have had one."""
     updates = recorded_updates(out)
-    aside = [step_of(path.name.removeprefix("diverged-")) for path in (out / STEPS_FOLDER).glob("diverged-*")]
-    if updates <= max((step for step in aside if step is not None), default=-1):
-        return  # all of them were set aside by the run itself, which told the user to begin again
+    if (out / STEPS_FOLDER / BEGIN_AGAIN).exists():
+        return  # the run itself set aside all there was, and told the user to begin again
     if updates >= train.steps or (train.checkpoint_every is not None and updates > train.checkpoint_every):
         raise DataError(
             f"the run in {out} had come to step {updates} and has no checkpoint to go on from; put {out / STEPS_FOLDER} back, "
@@ -109,4 +108,6 @@ def prepare(out: Path, config: RunConfig | TaskRunConfig) -> None:
     """Make the folder, clear what a killed process left, and save the config."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
+    # What is trained from here on has diverged no more, and its checkpoints may be lost like any other's.
+    (out / STEPS_FOLDER / BEGIN_AGAIN).unlink(missing_ok=True)
     config.save(out)
