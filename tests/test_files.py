@@ -1,5 +1,6 @@
 """Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,13 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from anabranch import files, locks
-from anabranch.errors import CapacityError, ConfigError, DataError
-from anabranch.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, atomic_write_text
+from anabranch.errors import CapacityError, ConfigError, DataError, InputError
+from anabranch.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, atomic_write_text, check_apart
 from anabranch.locks import is_locked, locked
 from anabranch.places import data_file, data_folder
 
@@ -93,6 +94,59 @@ def test_new_files_have_the_rights_the_user_asked_for(tmp_path):
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o750
+
+
+def test_a_file_that_is_replaced_keeps_who_may_read_it_and_a_secret_is_nobody_elses(tmp_path):
+    (tmp_path / "a").write_text("secret")
+    (tmp_path / "a").chmod(0o600)
+    atomic_write_text(tmp_path / "a", "another")
+    with atomic_file(tmp_path / "b", mode=0o640) as temporary:
+        temporary.write_text("x")
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"] == [0o600, 0o640]
+
+
+NAMES = st.sampled_from(
+    ["a", "b", "d/a", "d/b", "d", "d/e/a", "link", "hard", "folder", "folder/a", "new", "d/new", "./a", "d/../a", "\0"]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(out=NAMES, source=NAMES)
+def test_what_is_written_is_apart_from_what_is_read(tmp_path_factory, out, source):
+    place = tmp_path_factory.mktemp("apart")
+    (place / "d/e").mkdir(parents=True)
+    for name in ("a", "b", "d/a", "d/b", "d/e/a"):
+        (place / name).write_text(name)
+    (place / "link").symlink_to("d/a")
+    (place / "folder").symlink_to("d")
+    os.link(place / "d/a", place / "hard")
+    # By hand: what each name is, and what lies in it; a hard link is its file, and lies in no folder but its own.
+    files = {
+        "a": "a",
+        "b": "b",
+        "d/a": "x",
+        "d/b": "y",
+        "d/e/a": "z",
+        "link": "x",
+        "hard": "x",
+        "folder/a": "x",
+        "./a": "a",
+        "d/../a": "a",
+    }
+    holds = {"d": {"x", "y", "z"}, "folder": {"x", "y", "z"}}
+    written, read = ({files[name]} if name in files else holds.get(name, set()) for name in (out, source))
+    is_lost = (
+        bool(written & read) and not (out == "hard" and source in holds) and not (source == "hard" and out in holds)
+    )
+    with pytest.raises(InputError, match="would be lost") if is_lost else contextlib.nullcontext():
+        check_apart([place / out], [place / source])
+
+
+def test_two_outputs_are_not_written_into_one_place(tmp_path):
+    check_apart([tmp_path / "a", None, tmp_path / "b"], [None, "a name", tmp_path / "c"])
+    with pytest.raises(InputError, match="is to be written twice"):
+        check_apart([tmp_path / "a", tmp_path / "d/../a"], [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), ConfigError("wrong")])

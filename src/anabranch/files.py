@@ -11,22 +11,74 @@ import stat
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import AnabranchError, CapacityError, DataError
+from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
+# What SQLite keeps beside a database while it is in use, and reads again after a program was killed.
+SQLITE_LOGS = ("-wal", "-shm", "-journal")
+
 MOST_NESTED = 100  # lists and tables in each other, in a config
 
 
+def check_apart(written: Iterable[str | Path | None], read: Iterable[str | Path | None]) -> None:
+    """Before the work: that nothing which is read is lost to what is written, and nothing is written twice. None stands for neither.
+
+    Args:
+        written: files and folders that are to be made; who writes some files into a folder names these.
+        read: files, folders with all that is in them, and names that are no paths. SQLite's logs beside a database are read with it.
+
+    Raises InputError if one to be written is there and is one that is read, by whatever name, lies in one, or is a folder around one; and
+    for two outputs in one place.
+    """
+    outputs = [Path(path) for path in written if path is not None]
+    sources = [Path(path) for path in read if path is not None]
+    for number, out in enumerate(outputs):
+        for source in sources:
+            logs = [Path(f"{source}{ending}") for ending in SQLITE_LOGS]
+            if os.path.lexists(out) and any(is_within(out, place) for place in (source, *logs)):
+                where = "" if _is_same(out, source) else f" with {source}"
+                raise InputError(f"{out} is read{where}, and would be lost if it were written; name another file")
+            if out.is_dir() and os.path.lexists(source) and is_within(source, out):
+                raise InputError(f"{source}, which is read, would be lost if {out} were written; name another folder")
+        if any(_real(out) == _real(other) for other in outputs[:number]):
+            raise InputError(f"{out} is to be written twice; name another file for one of the two")
+
+
+def is_within(inner: Path, outer: Path) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it. Compares what is there, not names: links and mounts have several."""
+    place = _real(inner)
+    return any(_is_same(parent, outer) for parent in (place, *place.parents))
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):
+        return False
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return path
+
+
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
     """Fill the yielded temporary file, which lies beside ``path``; on a clean exit it is renamed into place.
+
+    Args:
+        path: the place. A file there is replaced.
+        mode: who may read and write the file, such as 0o600 for what is secret; the temporary file is its owner's alone. None keeps that
+            of the file that is replaced, or leaves it to the user's umask.
 
     Raises CapacityError if the disk is full and DataError if the place cannot be written; ``path`` then is as it was.
     `torch.save` hides why it failed unless it is given an open file: ``with open(temporary, "wb") as file: ...``.
@@ -43,11 +95,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             _fsync(temporary)
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(_mode_of(path) if mode is None else mode)
             temporary.replace(path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _mode_of(path: Path) -> int:
+    """Of the file that lies there, or of a new one."""
+    return stat.S_IMODE(path.stat().st_mode) & 0o777 if path.is_file() else 0o666 & ~_umask()
 
 
 def sha256_of(path: str | Path) -> str:

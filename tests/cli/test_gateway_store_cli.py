@@ -144,7 +144,7 @@ def test_prune_and_backup(facts, here, store, tmp_path):
     }  # a copy may be renewed
     (tmp_path / "thesis.txt").write_text("years of work")
     code, _, err = here("gateway", "ledger", "backup", tmp_path / "thesis.txt", "--store", store)
-    assert (code, "thesis.txt is no SQLite store, and would be lost" in err) == (2, True)
+    assert (code, "thesis.txt is no SQLite store of a gateway, and would be lost" in err) == (2, True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert facts("ledger", "prune", "1d") == {"deleted": 0}
     time.sleep(1.1)

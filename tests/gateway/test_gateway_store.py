@@ -1,12 +1,15 @@
 """The store: one contract for SQLite and PostgreSQL. Budgets to the nano-dollar, one ledger row per request, keys, questions."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
+import os
 import random
 import sqlite3
+import stat
 from datetime import UTC, datetime
 
 import pytest
@@ -678,6 +681,63 @@ def test_backup_is_a_store_of_its_own(tmp_path):
 
     run(main())
     assert not list(tmp_path.glob("*-replica-*"))
+
+
+@pytest.mark.parametrize("other", ["g.db", "symbolic.db", "hard.db", "g.db-wal"])
+def test_a_store_that_is_at_work_is_never_replaced_by_its_backup(other, tmp_path):
+    async def main():
+        async with open_store(str(tmp_path / "g.db")) as store:
+            await store.create_key(user="before")
+            (tmp_path / "symbolic.db").symlink_to("g.db")
+            os.link(tmp_path / "g.db", tmp_path / "hard.db")
+            with pytest.raises(InputError, match="is read.*, and would be lost if it were written; name another file"):
+                await store.backup(tmp_path / other)
+            await store.create_key(user="after")
+        async with open_store(str(tmp_path / "g.db")) as store:
+            assert [key.user for key in await store.keys()] == ["before", "after"]
+
+    run(main())
+
+
+def test_a_backup_takes_the_place_of_a_store_that_nobody_uses_and_of_nothing_else(tmp_path):
+    bookmarks, copy = tmp_path / "bookmarks.sqlite", tmp_path / "copy.db"
+    with contextlib.closing(sqlite3.connect(bookmarks)) as other:
+        other.execute("CREATE TABLE bookmarks (url)")
+        other.execute("PRAGMA user_version = 1")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    kept = bookmarks.read_bytes()
+
+    async def main():
+        async with open_store(str(tmp_path / "g.db")) as store:
+            for place in (bookmarks, tmp_path / "thesis.txt"):
+                with pytest.raises(DataError, match="is no SQLite store of a gateway, and would be lost"):
+                    await store.backup(place)
+            await store.backup(copy)
+            await store.create_key(user="after")
+            async with open_store(str(copy)):
+                with pytest.raises(DataError, match=r"copy.db is a database in use, .*\(copy.db-wal lies beside it\)"):
+                    await store.backup(copy)
+            await store.backup(copy)
+        async with open_store(str(copy)) as other:
+            assert [key.user for key in await other.keys()] == ["after"]
+
+    run(main())
+    assert bookmarks.read_bytes() == kept
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "bookmarks.sqlite-"))]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_a_backup_is_for_the_eyes_of_those_who_may_read_the_store(mode, tmp_path):
+    async def main():
+        async with open_store(str(tmp_path / "g.db")) as store:
+            (tmp_path / "g.db").chmod(mode)
+            for _ in range(2):
+                await store.backup(tmp_path / "copy.db")
+                assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == mode
+                (tmp_path / "copy.db").chmod(0o644)
+
+    run(main())
 
 
 def test_postgres_is_backed_up_otherwise(databases):

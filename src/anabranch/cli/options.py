@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.bounds import MOST_SEED
-from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
+from anabranch.errors import ConfigError, DataError, TokenizerError
 from anabranch.files import parse_toml
 
 if TYPE_CHECKING:  # torch takes a second to load; --help does without
@@ -123,18 +122,3 @@ def read_seeds(text: str) -> list[int]:
     if not seeds:
         raise ConfigError(f"--seeds is {text!r}, which names none; write them as 0,1,2 or 0-4")
     return list(dict.fromkeys(seeds))
-
-
-def check_apart(written: Iterable[Path | None], read: Iterable[str | Path | None]) -> None:
-    """Before the work. Raises InputError if a file that a command is to write is one that it reads, by whatever name."""
-    sources = [Path(path) for path in read if path is not None]
-    for out in written:
-        if out is not None and any(_is_same_file(out, source) for source in sources):
-            raise InputError(f"{out} is read, and would be lost if it were written; name another file")
-
-
-def _is_same_file(first: Path, second: Path) -> bool:
-    try:
-        return first.samefile(second)
-    except (OSError, ValueError):
-        return False

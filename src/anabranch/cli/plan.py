@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, check_apart
+from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, say, size, table
 from anabranch.errors import ConfigError
-from anabranch.files import parse_json
+from anabranch.files import check_apart, parse_json
 
 if TYPE_CHECKING:
     from anabranch.serving.nanoflow.cost import Estimate
@@ -95,7 +95,7 @@ def plan(
         return
     if dtype not in BYTES:
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(BYTES)}")
-    check_apart([out, save_hardware, gantt], [model, hardware, table_file])
+    check_apart([out, save_hardware, gantt], [*_read_of(model), hardware, table_file])
     shape = _shape(model, BYTES[dtype])
     device = read_hardware(hardware, dtype)
     count = devices or (fitting_devices(shape, device) if device.network_bandwidth else 1)
@@ -121,6 +121,14 @@ def plan(
     for path in (save_hardware, out, gantt):
         if path is not None:
             fact("wrote", str(path))
+
+
+def _read_of(model: str) -> list[Path]:
+    if not Path(model).is_dir():
+        return [Path(model)]
+    from anabranch.lm.folder import files_of
+
+    return files_of(model)
 
 
 def describe(found: Estimate) -> dict[str, Any]:

@@ -11,10 +11,14 @@ from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import DataError
 from anabranch.extras import require
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.report import Summary
     from anabranch.routing import RoutingTrace
+
+
+_TRACE = "trace.parquet"
 
 
 def report(
@@ -41,11 +45,15 @@ def report(
     """
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
+    from anabranch.report.write import report_files
     from anabranch.routing import RoutingTrace
 
-    if Path(source).is_file() and Path(source).suffix == ".parquet":
+    is_trace = Path(source).suffix == ".parquet"
+    own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
+    check_apart(own, [data, *([source] if is_trace else _read_of(source, data))])
+    if Path(source).is_file() and is_trace:
         trace, text = RoutingTrace.read(source), source
-    elif Path(source).suffix == ".parquet":
+    elif is_trace:
         raise DataError(f"there is no routing trace at {source}")
     else:
         trace, text = _record(source, out, data, tokens, sequence_length, dtype, device, quiet)
@@ -59,8 +67,19 @@ def report(
     _print_layers(summary)
     for sentence in explain(summary):
         fact("", sentence)
-    names = [name for name in ("trace.parquet", "summary.json") if (Path(out) / name).exists()]
+    names = [name for name in (_TRACE, "summary.json") if (Path(out) / name).exists()]
     wrote(f"{out}/{{report.html, *.png, {', '.join(names)}}}", f"open {page} in a browser")
+
+
+def _read_of(model: str, data: str | None) -> list[str | Path]:
+    """The files of a model and, where no text is named, of the text it was trained on."""
+    from anabranch.cli.corpora import run_of
+    from anabranch.data import Files
+    from anabranch.lm.folder import files_of
+
+    run = run_of(model) if data is None else None
+    corpus = None if run is None else run.data.corpus
+    return [*files_of(model), *(corpus.paths if isinstance(corpus, Files.Config) else ())]
 
 
 def _record(
@@ -86,7 +105,7 @@ def _record(
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
     place = network.embedding.weight.device
-    path = Path(out) / "trace.parquet"
+    path = Path(out) / _TRACE
     windows: Any = None
     with record_routing(network, path=path) as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)

@@ -19,11 +19,12 @@ from typing import Any
 
 import anabranch
 from anabranch.errors import CheckpointError
-from anabranch.files import atomic_folder, atomic_write_text, check_not_here, parse_json, sha256_of
+from anabranch.files import atomic_folder, atomic_write_text, check_not_here, is_within, parse_json, sha256_of
 
 __all__ = [
     "FORMAT",
     "MARK",
+    "METRICS_FILE",
     "OPTIMIZER_FILE",
     "RECORD",
     "STEPS_FOLDER",
@@ -31,6 +32,7 @@ __all__ = [
     "carry",
     "check_apart",
     "check_replaceable",
+    "files_of",
     "model_folder",
     "run_steps",
     "seal",
@@ -44,11 +46,14 @@ RECORD = "SHA256SUMS"
 # What makes a model folder a checkpoint of a training run, see `anabranch.train.checkpoint`.
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+METRICS_FILE = "metrics.jsonl"  # of a run
 STEPS_FOLDER = "checkpoints"  # of a run, with a folder for each step
 # In the config.json of what we write, native or not.
 MARK = {"anabranch_version": anabranch.__version__}
 _MOST_ENTRIES = 10_000
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# Of programs whose folders we read, and our own.
+_WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|gguf|pth?)(\.index\.json)?")
 # What every model's folder may hold, whoever wrote it.
 _USUAL = re.compile(rf"config\.json|{_WEIGHTS.pattern}|tokenizer(_config)?\.json")
 # What makes up a model in the eyes of the programs that read Hugging Face folders, beside config.json and weights.
@@ -79,6 +84,25 @@ def run_steps(run: Path) -> list[Path]:
     """The folders of a training run's checkpoints, in the order of their steps. No other name is one of them."""
     found = ((step_of(path.name), path) for path in run.glob(f"{STEPS_FOLDER}/step-*"))
     return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def files_of(model: str | Path) -> list[Path]:
+    """What belongs to a model, and to the training run around it, of all that lies in its folders: what no program may write over.
+
+    ``model`` itself where it is no folder, be it a file or a name.
+    """
+    place = Path(model)
+    if not place.is_dir():
+        return [place]
+    run = place.parent.parent if place.parent.name == STEPS_FOLDER else place
+    folders = dict.fromkeys([place, run, *run_steps(run)])
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and _is_of_model(path)]
+
+
+def _is_of_model(path: Path) -> bool:
+    patterns = (_USUAL, _PARTS, _DOCUMENTS, _WEIGHT_FILES)
+    own = (RECORD, TRAINER_FILE, METRICS_FILE)
+    return path.name in own or any(pattern.fullmatch(path.name) for pattern in patterns)
 
 
 @contextmanager
@@ -207,19 +231,13 @@ def check_apart(source: Path, target: Path) -> None:
     problem = None
     if target.exists() and source.samefile(target):
         problem = f"{target} is the model that is to be converted"
-    elif _is_within(target, source) or _is_within(source, target):
+    elif is_within(target, source) or is_within(source, target):
         problem = f"{target} and the model that is to be converted, {source}, lie one inside the other"
     for entry in source.iterdir() if source.is_dir() and problem is None else ():
-        if entry.is_symlink() and _is_within(entry, target):
+        if entry.is_symlink() and is_within(entry, target):
             problem = f"{entry} is a link into {target}, which would be replaced"
     if problem is not None:
         raise CheckpointError(f"{problem}; choose a new folder beside it")
-
-
-def _is_within(inner: Path, outer: Path) -> bool:
-    """Whether ``inner`` is ``outer`` or lies in it. Compares what is there, not names: links and mounts have several."""
-    place = inner.resolve()
-    return outer.exists() and any(parent.exists() and parent.samefile(outer) for parent in (place, *place.parents))
 
 
 def carry(source: Path, target: Path) -> None:

@@ -62,6 +62,11 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
 ]
 
 
+def report_files(folder: str | Path) -> list[Path]:
+    """What `write_report` writes into ``folder``, or removes if it is of an earlier report."""
+    return [Path(folder) / name for name in ("report.html", "summary.json", *(f"{one[0]}.png" for one in _SECTIONS))]
+
+
 def write_report(
     trace: RoutingTrace, folder: str | Path, *, title: str, extra: Mapping[str, Any] | None = None
 ) -> Path:

@@ -14,10 +14,11 @@ from typing import Any
 from anabranch.errors import CapacityError, DataError
 from anabranch.extras import require
 from anabranch.files import atomic_write_text, is_full, parse_json
+from anabranch.lm.folder import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["METRICS_FILE", "MetricsLog", "read_metrics", "recorded_updates"]
 
 
 class MetricsLog:

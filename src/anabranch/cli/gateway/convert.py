@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, check_apart
+from anabranch.cli.options import AsJson
 from anabranch.cli.output import print_json, say, wrote
+from anabranch.files import check_apart
 
 
 def convert(

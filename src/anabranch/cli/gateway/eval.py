@@ -27,6 +27,7 @@ from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import DataError
 from anabranch.extras import require
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
@@ -82,6 +83,7 @@ def evaluate(
     check_ending(picture, "--picture", (".png", ".svg"))
     check_ending(html, "--html", (".html",))
     check_ending(markdown, "--markdown", (".md",))
+    check_apart([html, picture, markdown], [data, test, prices, router])
     if html is not None or picture is not None:
         require("plots", by=f"drawing {html or picture}")
     with waiting(f"reading {data}", quiet):

@@ -23,6 +23,7 @@ from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed
 from anabranch.cli.output import print_json, say, size, table, wrote
 from anabranch.errors import InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
@@ -60,6 +61,7 @@ def fit(
     from anabranch.gateway.referee.evaluate import digest
     from anabranch.gateway.saving import FittedRouter, check_router_folder, save_folder
 
+    check_apart([out], [data, prices])
     check_router_folder(out)
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)

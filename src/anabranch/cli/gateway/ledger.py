@@ -14,14 +14,13 @@ from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, amount, mom
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, table
 from anabranch.errors import InputError
+from anabranch.files import atomic_file, check_apart
 
 if TYPE_CHECKING:
     from anabranch.gateway.store import LedgerRow, Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the ledger, and take it elsewhere.")
 PAGE = 5000
-# What a SQLite database begins with.
-SQLITE = b"SQLite format 3\x00"
 Since = Annotated[
     str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
 ]
@@ -129,11 +128,12 @@ def export(
 
     Example: anabranch gateway ledger export --since 2026-11-01 --out november.parquet
     """
-    from anabranch.files import atomic_file
+    from anabranch.gateway.store.store import store_file
 
     writers = {".csv": _write_csv, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise InputError(f"--out is {str(out)!r}; it must end in {' or '.join(writers)}")
+    check_apart([out], [store_file(store)])
     query = _query(since, until, key, user, team, tag, model, status)
 
     async def pages(opened: Store) -> AsyncIterator[list[LedgerRow]]:
@@ -188,18 +188,14 @@ def backup(
 
     Example: anabranch gateway ledger backup gateway-copy.db
     """
-    if out.is_file() and out.stat().st_size and not _is_sqlite(out):
-        raise InputError(f"{out} is no SQLite store, and would be lost if a copy took its place; name another file")
+    from anabranch.gateway.store.store import store_file
+
+    check_apart([out], [store_file(store)])
     with_store(store, lambda opened: opened.backup(out))
     if as_json:
         print_json({"wrote": str(out)})
     else:
         fact("wrote", str(out))
-
-
-def _is_sqlite(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(SQLITE)) == SQLITE
 
 
 def _query(

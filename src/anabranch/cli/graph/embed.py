@@ -11,10 +11,11 @@ import typer
 from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, Seed, check_apart, read_assignments
+from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,10 +10,11 @@ import typer
 
 from anabranch.cli.graph.options import Threads, check_extra
 from anabranch.cli.graph.waiting import Rate
-from anabranch.cli.options import AsJson, Quiet, Seed, check_apart
+from anabranch.cli.options import AsJson, Quiet, Seed
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +67,9 @@ def index(
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
     """  # fmt: skip
     check_extra()
-    check_apart([out], [vectors, names])
+    from anabranch.graph.names import names_path
+
+    check_apart([out, names_path(out)], [vectors, names])
     if walks is not None:
         _index_walks(vectors, out, walks, alpha, threads, seed, quiet, as_json)
         return
@@ -74,7 +77,7 @@ def index(
 
     from anabranch.cli.graph.vectors import read_vectors
     from anabranch.graph import HNSW
-    from anabranch.graph.names import Names, names_path, write_names
+    from anabranch.graph.names import Names, write_names
 
     found = read_vectors(vectors)
     count, dim = found.array.shape

@@ -10,8 +10,9 @@ import typer
 from anabranch.cli.graph.inputs import Opened, example_node, is_own, open_graph
 from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, check_apart
+from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, size, table, wrote
+from anabranch.files import check_apart
 
 DATA_SETS = {
     "karate": "34 members of a club and who met whom, 2 labels (needs networkx)",

@@ -12,10 +12,11 @@ from anabranch.cli.graph.inputs import Opened, open_graph, read_table, weighted_
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, Top
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, check_apart
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import duration, fact, print_json, size, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +85,8 @@ def ppr(
 
     Example: anabranch graph ppr lesmis Valjean Javert=2
     """  # fmt: skip
-    check_apart([out], [source, seeds, index])
+    parts = out.with_name(f"{out.name}.parts") if out is not None and every else None
+    check_apart([out, parts], [source, seeds, index])
     if every:
         if index is not None:
             raise InputError("--index answers for seeds; --all does not need it")

@@ -10,9 +10,10 @@ import typer
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, check_apart
+from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.graph import GRank

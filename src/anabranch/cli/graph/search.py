@@ -11,9 +11,10 @@ import typer
 from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, check_apart
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, quantity, table, wrote
 from anabranch.errors import InputError
+from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     import numpy as np

@@ -55,9 +55,8 @@ def write_key(path: str | Path, key: str) -> None:
     """Encrypt ``key`` with the passphrase in the environment and write it, readable by its owner only."""
     salt = os.urandom(_SALT_BYTES)
     token = _cipher(salt).encrypt(_checked(key.strip(), "the key").encode())
-    with atomic_file(path) as temporary:
+    with atomic_file(path, mode=0o600) as temporary:
         temporary.write_bytes(_MAGIC + base64.b64encode(salt) + b"\n" + token + b"\n")
-    Path(path).chmod(0o600)
 
 
 def _decrypt(path: Path) -> str:

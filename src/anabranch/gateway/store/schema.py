@@ -38,6 +38,9 @@ MIGRATIONS: list[Sequence[str]] = [
     ),
 ]
 
+# What is in every store, of whatever version.
+TABLES = frozenset(("keys", "budgets", "replicas", "reservations", "ledger", "decisions", "feedback"))
+
 KEYS = (
     "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
 )  # fmt: skip

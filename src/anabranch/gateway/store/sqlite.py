@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import stat
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anabranch.errors import DataError
-from anabranch.files import atomic_file
+from anabranch.files import SQLITE_LOGS, atomic_file, check_apart
 from anabranch.gateway.store.database import BusyError, Row
-from anabranch.gateway.store.schema import MIGRATIONS
+from anabranch.gateway.store.schema import MIGRATIONS, TABLES
 
 try:
     import fcntl
@@ -125,6 +126,31 @@ class SqliteConnection:
     def close(self) -> None:
         """See `Connection`."""
         self._raw.close()
+
+
+def _check_replaceable(path: Path, source: Path) -> None:
+    """Raise InputError or DataError if something would be lost were a copy of ``source`` to take the place of ``path``."""
+    check_apart([path], [source])
+    logs = (Path(f"{path}{ending}") for ending in SQLITE_LOGS)
+    log = next((log for log in logs if log.exists()), None)
+    if log is not None:
+        raise DataError(
+            f"{path} is a database in use, or was when its program was killed ({log.name} lies beside it); name another file"
+        )
+    if not path.is_file() or not path.stat().st_size:
+        return
+    # Nobody uses it, and looking at it is to leave nothing beside it either.
+    reader = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    try:
+        tables = {row[0] for row in reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError:
+        tables = set()
+    finally:
+        reader.close()
+    if not tables >= TABLES:
+        raise DataError(
+            f"{path} is no SQLite store of a gateway, and would be lost if a copy took its place; name another file"
+        )
 
 
 class SqliteDatabase:
@@ -248,12 +274,18 @@ class SqliteDatabase:
             self._held = None
 
     def backup(self, path: str | Path) -> None:
-        """A compact copy of one moment, while others go on writing."""
-        with atomic_file(path) as temporary:
-            temporary.unlink()
+        """A compact copy of one moment, while others go on writing, for the eyes of those who may read the store.
+
+        Raises InputError if ``path`` is the store, and DataError if it is something else than a store that nobody uses: a program that has
+        a database open goes on writing its log, which does not fit another file.
+        """
+        path = Path(path)
+        _check_replaceable(path, self.path)
+        with atomic_file(path, mode=stat.S_IMODE(self.path.stat().st_mode)) as temporary:
             connection = self.connect()
             try:
                 connection.run("VACUUM INTO :path", path=str(temporary))
+                _check_replaceable(path, self.path)
             except BusyError as error:
                 raise DataError(f"cannot back up {self.path} to {path}: {error}") from None
             finally:

@@ -73,6 +73,14 @@ def open_store(url: str, *, serves: bool = True, clock: Callable[[], float] = ti
         raise
 
 
+def store_file(url: str) -> Path | None:
+    """The file of a store, see `open_store`; None for one on a server."""
+    if "://" not in url:
+        return Path(url)
+    parts = urlsplit(url)
+    return Path(parts.path[1:]) if parts.scheme == "sqlite" else None
+
+
 def _database(url: str) -> Database:
     if url.startswith(("postgresql://", "postgres://", "postgresql+")):
         from anabranch.gateway.store.postgres import PostgresDatabase

@@ -1,0 +1,116 @@
+"""No command writes over what it reads, nor over what it has just written: every output against every input and every other output."""
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from anabranch.cli.main import app
+
+# By command: its arguments, with what is read and what is written by name. An output's ending is one that the command takes.
+COMMANDS = {
+    "gateway import": ("{file} --out {OUT}", {"file": "a.yaml"}, {"OUT": "o.yaml"}),
+    "gateway eval": (
+        "{data} --test {test} --prices {prices} --router {router} --html {HTML} --picture {PICTURE} --markdown {MARKDOWN}",
+        {"data": "d.jsonl", "test": "t.jsonl", "prices": "p.json", "router": "routers/knn.safetensors"},
+        {"HTML": "o.html", "PICTURE": "o.svg", "MARKDOWN": "o.md"},
+    ),
+    "gateway fit": (
+        "{data} --prices {prices} --out {OUT}", {"data": "routers/d.jsonl", "prices": "routers/p.json"}, {"OUT": "routers"}
+    ),
+    "gateway ledger export": ("--store {store} --out {OUT}", {"store": "store.csv"}, {"OUT": "o.csv"}),
+    "gateway ledger backup": ("--store {store} {OUT}", {"store": "g.db"}, {"OUT": "o.db"}),
+    "graph info": ("{source} --out {OUT} --picture {PICTURE}", {"source": "e.csv"}, {"OUT": "o.csv", "PICTURE": "o.svg"}),
+    "graph ppr": (
+        "{source} --seeds {seeds} --index {index} --out {OUT}",
+        {"source": "e.csv", "seeds": "s.csv", "index": "i.anb"},
+        {"OUT": "o.csv"},
+    ),
+    "graph embed": (
+        "{source} --labels {labels} --out {OUT} --map {PICTURE}",
+        {"source": "e.csv", "labels": "l.csv"},
+        {"OUT": "o.npy", "PICTURE": "o.svg"},
+    ),
+    "graph index": ("{vectors} --names {names} --out {OUT}", {"vectors": "v.npy", "names": "e.csv"}, {"OUT": "o.anb"}),
+    "graph search": (
+        "{index} --queries {queries} --curve {CURVE} --out {OUT}",
+        {"index": "i.anb", "queries": "q.npy"},
+        {"CURVE": "o.svg", "OUT": "o.csv"},
+    ),
+    "graph rank": (
+        "{clicks} jazz --test {test} --out {OUT} --save {SAVE}",
+        {"clicks": "c.csv", "test": "t.csv"},
+        {"OUT": "o.csv", "SAVE": "o.anb"},
+    ),
+    "plan": (
+        "{model} --hardware {hardware} --shares {shares} --out {OUT} --save-hardware {SAVE} --gantt {GANTT}",
+        {"model": "m/config.json", "hardware": "h.json", "shares": "s.json"},
+        {"OUT": "o.json", "SAVE": "h2.json", "GANTT": "g.json"},
+    ),
+    "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
+}  # fmt: skip
+# Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
+READ = {
+    "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "eval data", "train config_file", "serve config_file", "gateway serve config", "gateway serve store", "gateway replay router",
+    "gateway replay prices", "gateway route router",
+}  # fmt: skip
+FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder
+
+
+def _commands(command, name=()):
+    if hasattr(command, "commands"):
+        for key, child in command.commands.items():
+            yield from _commands(child, (*name, key))
+    else:
+        yield " ".join(name), command
+
+
+def test_every_option_that_names_a_place_is_gone_over():
+    for name, command in _commands(typer.main.get_command(app)):
+        places = {one.name for one in command.params if getattr(one, "metavar", None) in ("FILE", "DIR", "DST")}
+        if name in READ or not places:
+            continue
+        text = COMMANDS.get(name, ("",))[0].lower()
+        known = {"picture": "{picture}", "table_file": "{shares}", "save_hardware": "{save}"}
+        missed = {one for one in places if known.get(one, f"{{{one}}}") not in text and f"{name} {one}" not in READ}
+        assert not missed, f"{name}: what it does with {missed} belongs into COMMANDS"
+
+
+CASES = [
+    (name, output, other)
+    for name, (_, inputs, outputs) in COMMANDS.items()
+    for output in outputs
+    for other in [*inputs, *(one for one in outputs if one != output and outputs[one][-4:] == outputs[output][-4:])]
+]
+
+
+def _text_of(place):
+    return {str(path): path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(("name", "output", "other"), CASES)
+def test_no_output_takes_the_place_of_an_input_or_of_another_output(name, output, other, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    arguments, inputs, outputs = COMMANDS[name]
+    for place in inputs.values():
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).write_text("years of work")
+    places = {**{key: Path(FOLDERS.get(key, place)) for key, place in inputs.items()}, **outputs}
+    if other in outputs:
+        ending = Path(outputs[output]).suffix
+        places[other] = f"one{ending}"
+        places[output] = f"{tmp_path}/./one{ending}"
+    elif name == "report":
+        # Its files have their own names: the input is the one that has such a name.
+        Path("rep").mkdir()
+        Path("rep/report.html").symlink_to(tmp_path / inputs[other])
+    elif Path(outputs[output]).suffix:
+        Path(outputs[output]).symlink_to(inputs[other])
+    if name == "report":
+        places["OUT"] = "rep"
+    before = _text_of(".")
+    code, out, err = here(*name.split(), *(word.format(**places) for word in arguments.split()))
+    assert "would be lost" in err or "is to be written twice" in err
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert _text_of(".") == before
