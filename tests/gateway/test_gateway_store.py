@@ -690,7 +690,7 @@ def test_a_store_that_is_at_work_is_never_replaced_by_its_backup(other, tmp_path
             await store.create_key(user="before")
             (tmp_path / "symbolic.db").symlink_to("g.db")
             os.link(tmp_path / "g.db", tmp_path / "hard.db")
-            with pytest.raises(InputError, match="is read.*, and would be lost if it were written; name another file"):
+            with pytest.raises(InputError, match=r"is read.*, and would be lost if it were written; name another file"):
                 await store.backup(tmp_path / other)
             await store.create_key(user="after")
         async with open_store(str(tmp_path / "g.db")) as store:
