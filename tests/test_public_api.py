@@ -15,7 +15,7 @@ PUBLIC = {
         ImportanceLoss LinearScore Override PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter ZLoss capacity_of combine count_destinations discard_loads dispatch
         export_correction_bias export_history import_correction_bias
-        limit_capacity override_routing pad_rows plan_dispatch record_routing sync_loads unpad_rows
+        limit_capacity override_routing pad_rows plan_dispatch record_routing replay_routing sync_loads unpad_rows
     """,
     "anabranch.data": """
         Batch BpeTokenizer ByteTokenizer Corpus Data DataConfig Document Domain Files HuggingFaceTokenizer Lane

@@ -46,7 +46,7 @@ class Always:
     def __init__(self, override):
         self.override, self.visits = override, []
 
-    def of(self, router, visit, num_items, context):
+    def of(self, router, visit, x_ND, context):
         self.visits.append(visit)
         return self.override
 

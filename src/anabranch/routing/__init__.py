@@ -30,6 +30,7 @@ from anabranch.routing.dispatch import (
 from anabranch.routing.layer_overrides import override_routing
 from anabranch.routing.override import Override
 from anabranch.routing.record import Recorder, record_routing
+from anabranch.routing.replay import replay_routing
 from anabranch.routing.router import Candidates, Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
 from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold, TopK, TopP
@@ -80,6 +81,7 @@ __all__ = [
     "pad_rows",
     "plan_dispatch",
     "record_routing",
+    "replay_routing",
     "sync_loads",
     "unpad_rows",
 ]

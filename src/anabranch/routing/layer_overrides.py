@@ -7,14 +7,14 @@
 Hooks do it, as with `record_routing`: a model whose decisions are its own runs the code it always runs, and inside the block compiled
 code runs eagerly. A forward pass that begins in the block is changed to its end: also where a backward pass repeats parts of it later.
 """
-# Shapes: N items
+# Shapes: N items, D width
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext, argument_of
@@ -45,7 +45,7 @@ class LayerOverrides:
             for layer in meant:
                 self._found.setdefault(layer.router, {})[layer.turn] = override
 
-    def of(self, router: nn.Module, visit: int, num_items: int, context: RoutingContext) -> Override | None:
+    def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
         return self._found.get(router, {}).get(visit % passes_of(router))
 

@@ -156,7 +156,7 @@ class Override:
 class Overrides(Protocol):
     """What a forward context carries: something that says how the decisions of each router are changed."""
 
-    def of(self, router: nn.Module, visit: int, num_items: int, context: RoutingContext) -> Override | None:
+    def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """The override of the next N items of ``router``, None for none.
 
         ``visit`` is how often it routed in this forward pass before. A recomputation in the backward pass asks again, with the same
@@ -164,16 +164,16 @@ class Overrides(Protocol):
         """
 
 
-def overrides_of(router: nn.Module, num_destinations: int, num_items: int, context: RoutingContext) -> list[Override]:
+def overrides_of(router: nn.Module, num_destinations: int, x_ND: Tensor, context: RoutingContext) -> list[Override]:
     """What ``context`` changes in the next N decisions of ``router``, in order.
 
     Raises ConfigError for one that is not of N items and E destinations.
     """
     visit = context.visit(router)
-    found = [source.of(router, visit, num_items, context) for source in context.routing]
+    found = [source.of(router, visit, x_ND, context) for source in context.routing]
     overrides = [override for override in found if override is not None]
     for override in overrides:
-        override.check_fit(num_items, num_destinations, f"the router of layer {getattr(router, 'layer', '?')}")
+        override.check_fit(len(x_ND), num_destinations, f"the router of layer {getattr(router, 'layer', '?')}")
     return overrides
 
 

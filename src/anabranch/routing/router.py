@@ -99,11 +99,16 @@ class Router(Part, nn.Module):
         self.candidates = candidates
         self.passes = 1
 
+    @property
+    def num_places(self) -> int | None:
+        """K, the places of its routings; None where that is not known beforehand."""
+        return self.select.num_places
+
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
         """Route N items of width D, as ``context.routing`` overrides it. Padding items (``context.item_mask_N``) go nowhere."""
         overrides: Sequence[Override] = ()
         if context.routing:
-            overrides = overrides_of(self, self.num_destinations, x_ND.shape[0], context)
+            overrides = overrides_of(self, self.num_destinations, x_ND, context)
             forced = [override for override in overrides if override.index_NK is not None]
             if forced and forced[-1].is_whole and (forced[-1].of_all_routers or not self.score.hands_on):
                 return forced[-1].routing(x_ND, self.num_destinations, context.item_mask_N)

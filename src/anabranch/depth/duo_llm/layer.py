@@ -62,6 +62,11 @@ class DuoRouter(Router):
         self.default = config.default
         self.place, self.num_layers = context.routed_layer, context.num_routed_layers
 
+    @property
+    def num_places(self) -> None:
+        """One for a route that is given, and as the learned router has them."""
+        return None
+
     def decide(self, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()) -> Routing:
         """Route N items; see `take`. ``overrides`` change what that says.
 

@@ -1,0 +1,210 @@
+"""`replay_routing`: the decisions of a `RoutingTrace` taken again, item by item.
+
+    with record_routing(model) as recorder:
+        rollout = generate(model, prompts)
+    with replay_routing(model, recorder.trace(), weights="own"):
+        loss = model(token_BL, target_BL).loss        # the experts of the rollout, weighed by the router that learns
+
+Items are numbered as `record_routing` numbers them, so the same passes find the same decisions; other passes do where they say which items
+they have (``item_N`` and ``position_N`` in ``context.state``) or come to the same numbers: a training pass over whole sequences is sequence
+0, 1, ... from position 0 on, as batched generation was. With the recorded weights no router runs, and the same tokens give the same outputs
+to the bit. With ``weights="own"`` only the destinations are replayed, which is what training on rollouts needs (an engine and a trainer
+round differently, and near-ties between experts then go other ways): weights are made of the router's own scores, with their gradient.
+"""
+# Shapes: N items, K places per item, R decisions of a layer
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import AnabranchError, ConfigError, DataError
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import UNUSED
+from anabranch.routing.discovery import RouterLayer, passes_of
+from anabranch.routing.layer_overrides import overriding, own_layers
+from anabranch.routing.override import Override
+from anabranch.routing.sequences import ItemNumbers, real_items
+from anabranch.routing.trace import RoutingTrace
+from anabranch.routing.trace_schema import TraceLayer
+
+Weights = Literal["recorded", "own"]
+
+
+@contextmanager
+def replay_routing(
+    model: nn.Module, trace: RoutingTrace, *, weights: Weights = "recorded", learn: bool = False
+) -> Iterator["Replay"]:
+    """Decide inside the block as ``trace`` says.
+
+    Args:
+        model: one with the routers that were recorded. Names may have more in front on either side (a wrapper's).
+        trace: of its layers; one that was skipped all the time may be missing.
+        weights: ``recorded``, and no router runs; or ``own``: the router's scores weigh the recorded destinations, as its select does.
+        learn: balancers see the decisions, in losses and loads. Routers run for that.
+
+    A decision that was recorded several times for one item and position is taken in that order, and from the first again when all were
+    taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
+    so an epoch over counted items needs a block of its own.
+
+    Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of places, and
+    in the block for a layer or an item that was not recorded, and for weights that were recorded in another precision than this pass has.
+    """
+    replay = Replay(model, trace, weights=weights, learn=learn)
+    with overriding(replay.routers, replay):
+        yield replay
+
+
+class Replay:
+    """What `replay_routing` puts into forward passes: an `Overrides` for ``context.routing``. Arguments and errors are the same.
+
+    Attributes:
+        routers: those of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, trace: RoutingTrace, *, weights: Weights = "recorded", learn: bool = False
+    ) -> None:
+        if weights not in ("recorded", "own"):
+            raise ConfigError(f"weights is {weights!r}; use recorded or own")
+        layers = own_layers(model)
+        _check_layers(layers, trace)
+        self.routers = list(dict.fromkeys(layer.router for layer in layers))
+        self._weights, self._learn = weights, learn
+        known = {layer.layer for layer in trace.layers}
+        self._recorded = {
+            (layer.router, layer.turn): _Recorded(trace, layer.number) for layer in layers if layer.number in known
+        }
+        self._numbers = ItemNumbers()
+        self._owners: dict[tuple[nn.Module, int], object] = {}
+        self._lock = threading.Lock()  # engines in threads may share a model
+
+    def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
+        """See `Overrides`."""
+        if router not in self.routers:
+            return None
+        with self._lock:
+            owner = self._owners.setdefault((router, visit), object())
+            return context.once(owner, lambda: self._find(router, visit, x_ND, context))
+
+    def _find(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override:
+        """The recorded decisions of the next N items."""
+        if torch._C._current_graph_task_id() != -1:
+            raise AnabranchError(
+                "a backward pass repeats a router whose context does not tell which visit this is; recompute in context.fork(carry), with "
+                "the carry that the layer was given"
+            )
+        recorded, num_items = self._recorded.get((router, visit % passes_of(router))), len(x_ND)
+        if recorded is None:
+            raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
+        item_N, position_N = self._numbers.of((router, visit), num_items, context)
+        real_N = real_items(context)
+        row_N = recorded.rows(item_N[real_N], position_N[real_N])
+        index_NK = np.full((num_items, recorded.layer.top_k), UNUSED, np.int64)
+        index_NK[real_N] = recorded.decisions.index_NK[row_N]
+        weight_NK = None
+        if self._weights == "recorded":
+            recorded.check_precision(x_ND.dtype)
+            weight_NK = np.zeros(index_NK.shape, np.float32)
+            weight_NK[real_N] = recorded.decisions.weight_NK[row_N]
+        return Override(
+            index_NK=torch.from_numpy(index_NK),
+            weight_NK=None if weight_NK is None else torch.from_numpy(weight_NK),
+            learn=self._learn,
+            of_all_routers=True,
+        )
+
+
+class _Recorded:
+    """The decisions of one layer, found by item and position."""
+
+    def __init__(self, trace: RoutingTrace, number: int) -> None:
+        self.layer, self.decisions = trace.layer(number), trace.decisions(number)
+        self._item, numbered_R = np.unique(self.decisions.item_N, return_inverse=True)
+        self._stride = int(self.decisions.position_N.max(initial=0)) + 1
+        key_R = numbered_R * self._stride + self.decisions.position_N
+        self._order_R = np.argsort(
+            key_R, kind="stable"
+        )  # decisions of one key in the order in which they were recorded
+        self._key_R = key_R[self._order_R]
+        self._taken_R = np.zeros(len(key_R), np.int64)  # how often a key was asked for, at the first of its decisions
+
+    def rows(self, item_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
+        """Which decision is the next of each item. Raises DataError if one was not recorded."""
+        place_N = np.searchsorted(self._item, item_N).clip(max=max(len(self._item) - 1, 0))
+        key_N = place_N * self._stride + position_N
+        first_N = np.searchsorted(self._key_R, key_N, "left")
+        count_N = np.searchsorted(self._key_R, key_N, "right") - first_N
+        if len(self._item):
+            known_N = (self._item[place_N] == item_N) & (position_N >= 0) & (position_N < self._stride) & (count_N > 0)
+        else:
+            known_N = np.zeros(len(item_N), bool)
+        if not known_N.all():
+            wrong = int(np.flatnonzero(~known_N)[0])
+            raise DataError(
+                f"the trace has no decision of item {item_N[wrong]} at position {position_N[wrong]} in layer {self.layer.layer} "
+                f"({self.layer.name}); of this pass's {len(item_N)} items it lacks {int((~known_N).sum())}. Items that context.state does "
+                "not name are counted from the start of the block"
+            )
+        before_N = self._taken_R[first_N] + _rank_among_equals(first_N)
+        np.add.at(self._taken_R, first_N, 1)
+        return self._order_R[first_N + before_N % count_N]
+
+    def check_precision(self, dtype: torch.dtype) -> None:
+        """Raise DataError unless weights of a pass of this type are kept exactly."""
+        needed = "float64" if dtype == torch.float64 else "float32"
+        if needed != self.layer.weight_dtype or needed == "float64":
+            raise DataError(
+                f"weights of layer {self.layer.layer} ({self.layer.name}) were recorded of {self.layer.weight_dtype} and kept as float32, "
+                f"but this pass has weights of {needed}; replay the destinations alone, with weights='own'"
+            )
+
+
+def _rank_among_equals(value_N: np.ndarray) -> np.ndarray:
+    """How many of the same value stand before each."""
+    order_N = np.argsort(value_N, kind="stable")
+    sorted_N = value_N[order_N]
+    rank_N = np.empty(len(value_N), np.int64)
+    rank_N[order_N] = np.arange(len(value_N)) - np.searchsorted(sorted_N, sorted_N, "left")
+    return rank_N
+
+
+def _check_layers(layers: list[RouterLayer], trace: RoutingTrace) -> None:
+    """Raise DataError unless the trace is of these layers, or of those of them that were not skipped."""
+    ours = {layer.number: layer for layer in layers}
+    if not trace.layers:
+        raise DataError("the trace has no layer, so there is no decision to replay")
+    for recorded in trace.layers:
+        if recorded.layer not in ours:
+            raise DataError(f"the trace has a layer {recorded.layer}, the model routes in {', '.join(map(str, ours))}")
+    for recorded in trace.layers:
+        _check_layer(ours[recorded.layer], recorded)
+
+
+def _check_layer(layer: RouterLayer, recorded: TraceLayer) -> None:
+    if not _is_one_name(layer.name, recorded.name):
+        raise DataError(
+            f"layer {layer.number} is {layer.name} in the model, but {recorded.name} in the trace; it must be a trace of this model"
+        )
+    router = layer.router
+    facts = {
+        "num_destinations": (router.num_destinations, recorded.num_destinations),
+        "top_k": (router.num_places, recorded.top_k),
+        "pool": (router.pool, recorded.pool),
+        "own_start": (router.own_start, recorded.own_start),
+    }
+    for name, (here, there) in facts.items():
+        if here is not None and here != there:
+            raise DataError(
+                f"{name} of layer {layer.number} ({layer.name}) is {here} in the model, but {there} in the trace"
+            )
+
+
+def _is_one_name(ours: str, theirs: str) -> bool:
+    """Whether two names are of one module, with a wrapper's prefix in front of one of them."""
+    ours, theirs = (name.replace("_orig_mod.", "") for name in (ours, theirs))  # torch.compile's
+    return ours == theirs or ours.endswith(f".{theirs}") or theirs.endswith(f".{ours}")
