@@ -319,6 +319,22 @@ def test_override_starts_a_part_that_is_none():
     assert override(Kitchen(third=Tea.Config()), {"third": None}).third is None
 
 
+@configclass
+class Told(Config):
+    either: Literal["none", "all"] = "all"
+    number: Literal["none"] | float = 1.0
+    nothing: Literal["none", "all"] | None = "all"
+    name: str = "a"
+
+
+@pytest.mark.parametrize("said", ["none", "null", "None"])
+def test_none_is_the_choice_of_that_name_where_nothing_is_no_choice(said):
+    for field, expected in (("either", "none"), ("number", "none"), ("nothing", None)):
+        assert getattr(override(Told(), dict([parse_assignment(f"{field}={said}")])), field) == expected
+    assert "name is None; it must be" in error_of(override, Told(), dict([parse_assignment(f"name={said}")]))
+    assert override(Told(), dict([parse_assignment(f'name="{said}"')])).name == said
+
+
 def test_override_of_a_part_config_itself():
     assert override(Tea.Config(leaves=4, strength=2.0), {"kind": "coffee"}) == Coffee.Config(strength=2.0)
 

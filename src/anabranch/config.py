@@ -294,6 +294,7 @@ def _fits(hint: Any, value: Any) -> bool:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Split ``path=value``; the value is read as TOML, and as a plain string where it is not TOML.
 
+    ``none`` and ``null`` are None, which `override` takes for the choice ``none`` of a field that has it and cannot be None.
     Raises ConfigError if there is no ``=`` or no path.
     """
     path, separator, raw = text.partition("=")
@@ -349,7 +350,7 @@ def quoted(name: str) -> str:
 def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str, seen: str = "") -> Any:
     """JSON ``node`` of type ``hint``, which lies at ``seen``, with what ``names``, the end of ``path``, leads to set to ``value``."""
     if not names:
-        return value
+        return _none_of(hint) if value is None else value
     name, *rest = names
     here = f"{seen}.{quoted(name)}" if seen else quoted(name)
     hint = _within(hint, node)
@@ -375,6 +376,15 @@ def _assign(hint: Any, node: Any, names: list[str], value: Any, path: str, seen:
         item = _assign(_item_hints(hint, node)[place], node[place], rest, value, path, here)
         return [*node[:place], item, *node[place + 1 :]]
     raise ConfigError(f"cannot set {path}: {seen} is {shown(node)}, which has no fields; set {seen} itself")
+
+
+def _none_of(hint: Any) -> str | None:
+    """What ``none`` means for a field of type ``hint``: nothing, or the choice of that name where nothing is no choice."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    chosen = any(
+        typing.get_origin(member) is typing.Literal and "none" in typing.get_args(member) for member in members
+    )
+    return "none" if chosen and type(None) not in members else None
 
 
 def _within(hint: Any, node: Any) -> Any:

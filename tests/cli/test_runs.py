@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch import presets
 from anabranch.cli.runs import build_config, check_preset, flatten
 from anabranch.config import from_dict, override, parse_assignment, to_dict
 from anabranch.data import Corpus, Domain, Files, Mixture, Stdlib, Table
@@ -126,3 +127,25 @@ def test_a_preset_beside_resume_must_be_of_the_design(tmp_path):
         ConfigError, match=r"holds a run whose layers are 'rexmoe', and those of preset 'dense' are 'swiglu'"
     ):
         check_preset("dense", demo(), tmp_path)
+
+
+def leaves(value, path=""):
+    """(dotted path, value) of all scalars in the JSON form of a config."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield path, value
+        return
+    for name, item in pairs:
+        yield from leaves(item, f"{path}.{name}" if path else str(name))
+
+
+@pytest.mark.parametrize("preset", presets.names())
+def test_every_value_of_a_preset_can_be_set_to_what_it_is(preset):
+    config = presets.find(preset)("tiny")
+    given = [
+        f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+        for path, value in leaves(to_dict(config))
+        if path.rpartition(".")[2] != "kind"
+    ]
+    assert "train.parallel=none" in given
+    assert override(config, dict(map(parse_assignment, given))) == config
