@@ -13,7 +13,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from anabranch.errors import MissingExtraError
 
 NAME = "anabranch"
+_BASE = ""  # stands for what every command needs, where extras stand by their names
 # For those who work on the project, and the sum of all: no message offers them.
 INTERNAL = ("all", "bench", "dev", "docs")
 # What is imported, where it is not called as the package is (its name with _ for -).
@@ -35,8 +36,53 @@ _MODULES = {
     "scikit-learn": "sklearn",
     "scikit-network": "sknetwork",
 }
-_REQUIREMENT = re.compile(r"^\s*(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?[^;]*(?:;(?P<marker>.*))?$", re.DOTALL)
+_REQUIREMENT = re.compile(
+    r"^\s*(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<needs>[^;]*)(?:;(?P<marker>.*))?$", re.DOTALL
+)
 _EXTRA_MARKER = re.compile(r"""(?:\s*and\s*)?\bextra\s*==\s*['"](?P<extra>[^'"]+)['"]""")
+
+
+_BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What the project needs of one package of an index.
+
+    Attributes:
+        name: as pip knows it.
+        needs: the versions, as a requirement says it: ``>=2.2,<3``.
+    """
+
+    name: str
+    needs: str
+
+    @property
+    def version(self) -> str | None:
+        """What is installed; None where nothing is, or does not say. Imports nothing."""
+        try:
+            return metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    @property
+    def fits(self) -> bool:
+        """Whether ``version`` is one of those needed; one that is not known counts as such."""
+        version = self.version
+        if version is None:
+            return True
+        return all((_release(version) < _release(bound)) == (sign == "<") for sign, bound in _BOUND.findall(self.needs))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}, needs {self.needs}"
+
+
+def _release(version: str) -> list[int]:
+    """``2.10.0+cu128`` as [2, 10]: zeros at the end say nothing, and marks of a build or a trial version are left out."""
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -47,15 +93,22 @@ class Extra:
         name: as in ``pip install 'anabranch[NAME]'``.
         modules: what it brings, by the names that are imported; those of other extras that it includes are among them, those
             that are for some platforms only are not, since the code does without.
+        packages: the same, as pip knows them.
     """
 
     name: str
     modules: tuple[str, ...]
+    packages: tuple[Package, ...] = field(default=(), compare=False)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Those of ``modules`` that cannot be imported here. Looks anew at each call, and imports nothing."""
         return tuple(module for module in self.modules if not is_installed(module))
+
+    @property
+    def outdated(self) -> tuple[Package, ...]:
+        """Those of ``packages`` that are here in a version that is not among those needed."""
+        return tuple(package for package in self.packages if not package.fits)
 
 
 def is_installed(module: str) -> bool:
@@ -70,8 +123,22 @@ def is_installed(module: str) -> bool:
 
 def extras() -> dict[str, Extra]:
     """Every extra by its name, in alphabetical order."""
+    wanted = {name: lines for name, lines in _requirements().items() if name != _BASE}
+    made = {}
+    for name in sorted(wanted):
+        brought = _brought(name, wanted)
+        made[name] = Extra(name, tuple(sorted(brought)), tuple(brought[module] for module in sorted(brought)))
+    return made
+
+
+def packages() -> dict[str, Package]:
+    """What every command needs and what an extra for users brings, by the names that are imported."""
     wanted = _requirements()
-    return {name: Extra(name, tuple(sorted(_brought(name, wanted)))) for name in sorted(wanted)}
+    found: dict[str, Package] = {}
+    for name in wanted:
+        if name not in INTERNAL:
+            found |= _brought(name, wanted)
+    return found
 
 
 def require(*wanted: str, by: str, of: str = "") -> None:
@@ -167,27 +234,27 @@ def _missing(by: str, modules: list[str], sources: list[str]) -> MissingExtraErr
 
 @cache
 def _requirements() -> dict[str, tuple[str, ...]]:
-    """The requirements of each extra, without what belongs to the extra's marker."""
+    """The requirements of each extra, without what belongs to the extra's marker, and of the base under `_BASE`."""
     source = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if source.is_file():
         project = tomllib.loads(source.read_text(encoding="utf-8")).get("project", {})
         if project.get("name") == NAME:
-            return {name: tuple(lines) for name, lines in project["optional-dependencies"].items()}
+            extras = {name: tuple(lines) for name, lines in project["optional-dependencies"].items()}
+            return {_BASE: tuple(project["dependencies"]), **extras}
     try:
         found = metadata.metadata(NAME)
     except metadata.PackageNotFoundError:  # a copy of the folder alone: nothing says what it may use
         return {}
-    made: dict[str, list[str]] = {name: [] for name in found.get_all("Provides-Extra") or []}
+    made: dict[str, list[str]] = {name: [] for name in (_BASE, *(found.get_all("Provides-Extra") or []))}
     for line in found.get_all("Requires-Dist") or []:
         marker = _EXTRA_MARKER.search(line)
-        if marker:
-            made[marker["extra"]].append(_EXTRA_MARKER.sub("", line).strip().rstrip(";"))
+        made[marker["extra"] if marker else _BASE].append(_EXTRA_MARKER.sub("", line).strip().rstrip(";"))
     return {name: tuple(lines) for name, lines in made.items()}
 
 
-def _brought(name: str, wanted: Mapping[str, Iterable[str]]) -> set[str]:
-    """Modules of an extra and of those that it includes."""
-    found: set[str] = set()
+def _brought(name: str, wanted: Mapping[str, Iterable[str]]) -> dict[str, Package]:
+    """Packages of an extra and of those that it includes, by the module that is imported."""
+    found: dict[str, Package] = {}
     for line in wanted[name]:
         parsed = _REQUIREMENT.match(line)
         assert parsed is not None, f"requirement {line!r}"
@@ -195,7 +262,7 @@ def _brought(name: str, wanted: Mapping[str, Iterable[str]]) -> set[str]:
             for other in (parsed["extras"] or "").split(","):
                 found |= _brought(other.strip(), wanted)
         elif not (parsed["marker"] or "").strip():
-            found.add(module_of(parsed["name"]))
+            found[module_of(parsed["name"])] = Package(parsed["name"], parsed["needs"].strip())
     return found
 
 

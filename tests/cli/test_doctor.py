@@ -4,14 +4,17 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 from anabranch import native
 from anabranch.cli import doctor
+from anabranch.extras import Package
 from anabranch.native import builder, sources
 
 # As on a base install: whatever an extra brings cannot be imported.
@@ -63,7 +66,7 @@ def test_on_a_base_install(environment, work):
 
 def test_what_is_installed_counts_as_installed(here):
     found = json.loads(here("doctor", "--json")[1])
-    assert found["extras"]["graph"] == {"installed": True, "missing": []}
+    assert found["extras"]["graph"] == {"installed": True, "missing": [], "outdated": []}
     assert found["gpu"]["torch"]["version"] is not None
 
 
@@ -71,7 +74,7 @@ def test_text(here):
     code, out, err = here("doctor")
     assert (code, err) == (0, "")
     labels = [line.partition(" ")[0] for line in out.partition("\n\n")[0].splitlines()]
-    expected = ["anabranch", "processor", "instructions", "compiler", "kernels", "threads", "memory", "GPU", "cache"]
+    expected = "anabranch processor instructions compiler kernels threads memory torch packages GPU cache".split()
     assert [label for label in labels if label] == expected
     assert "kernels       none: ANABRANCH_NO_KERNELS is set" in out or "not used: ANABRANCH_NO_KERNELS" in out
 
@@ -180,6 +183,62 @@ def test_a_torch_that_is_broken(monkeypatch):
     monkeypatch.setattr("anabranch.extras.is_installed", lambda name: True)
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
     assert "torch cannot be imported" in doctor._torch()["reason"]
+
+
+BROKEN = {
+    "raise ImportError('libtorch_cpu.so: undefined symbol: abc')": "libtorch_cpu.so: undefined symbol: abc",
+    "raise OSError('libcudart.so.12: cannot open shared object file')": "libcudart.so.12: cannot open shared object file",
+    "import a_part_that_is_not_there": "No module named 'a_part_that_is_not_there'",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+def test_a_torch_that_is_there_and_cannot_be_imported_is_told_by_every_command(cli, environment, tmp_path, code):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(code)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    broken = {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+    done = cli("info", env=broken)
+    assert (done.returncode, done.stdout) == (2, "")
+    start = f"error: torch is installed, but cannot be imported: {BROKEN[code]}; install torch again, anabranch doctor shows"
+    assert done.stderr.startswith(start)
+    if code.startswith("raise OSError"):
+        assert f"torch         cannot be imported: {BROKEN[code]}\n" in cli("doctor", env=broken).stdout
+
+
+def test_versions_are_told_and_those_that_are_too_old(here, monkeypatch):
+    versions = {"torch": "2.4.1+cu121", "numpy": "1.26", "pandas": "3.0.0"}
+
+    def version(name):
+        if name == "gguf":
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name, "999")
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = json.loads(here("doctor", "--json")[1])
+    assert found["packages"]["torch"] == {"version": "2.4.1+cu121", "needs": ">=2.10", "fits": False}
+    assert found["packages"]["numpy"] == {"version": "1.26", "needs": ">=1.26", "fits": True}
+    assert found["packages"]["gguf"]["version"] is None
+    assert not found["packages"]["pandas"]["fits"]  # >=2.2,<3
+    assert found["extras"]["lm"]["outdated"] == ["torch 2.4.1+cu121, needs >=2.10"]
+    assert not found["extras"]["serve"]["installed"]
+    page = here("doctor")[1]
+    assert re.search(
+        r"^lm +has torch 2.4.1\+cu121, needs >=2.10 +pip install -U 'anabranch\[lm\]'$", page, re.MULTILINE
+    )
+    assert "packages      numpy 1.26, torch 2.4.1+cu121, safetensors 999" in page
+
+
+@pytest.mark.parametrize(
+    ("version", "needs", "fits"),
+    [
+        ("2.10.0", ">=2.10", True), ("2.9.9", ">=2.10", False), ("2.10", ">=2.10.0", True), ("2.10.0+cu128", ">=2.10", True),
+        ("2.11.0a0+git1", ">=2.10", True), ("10", ">=9.1", True), ("3", ">=2.2,<3", False), ("2.3.0", ">=2.2, <3", True), ("1", "", True),
+    ],
+)  # fmt: skip
+def test_versions_are_compared_by_their_numbers(monkeypatch, version, needs, fits):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert Package("x", needs).fits == fits
 
 
 def test_limits_are_told():

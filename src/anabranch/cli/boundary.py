@@ -17,6 +17,7 @@ import typer
 
 from anabranch.cli.output import let_go, say
 from anabranch.errors import AnabranchError
+from anabranch.extras import packages
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
 DEBUG = "ANABRANCH_DEBUG"
@@ -84,8 +85,32 @@ def sentence(error: BaseException) -> str:
         needed = re.search(r"(?:allocate|allocating)\D*([\d.]+ ?\w*)", text)
         what = f" ({needed[1].strip()} more were asked for)" if needed else ""
         return f"out of memory{what}; use a smaller batch, sequence length or model"
+    broken = _broken_package(error)
+    if broken:
+        return f"{broken} is installed, but cannot be imported: {text}{_advice(broken)}"
     name = type(error).__name__ if type(error).__module__ == "builtins" else _full_name(type(error))
     return f"a fault inside anabranch, please report it: {name}: {text or 'no message'} (--debug or {DEBUG}=1 shows the trace)"
+
+
+def _broken_package(error: BaseException) -> str | None:
+    """The package of others that could not be imported, where that is what went wrong; None for anything else."""
+    named = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    # Code of a module that runs while it is imported: a library that does not load is an OSError there, or worse.
+    running = [
+        frame.f_globals.get("__name__", "").partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    known = packages()
+    return next((module for module in (*running, named) if module in known), None)
+
+
+def _advice(module: str) -> str:
+    package = packages()[module]
+    wanted = (
+        "" if package.fits else f"; it is version {package.version}, and anabranch needs {package.name}{package.needs}"
+    )
+    return f"{wanted}; install {package.name} again, anabranch doctor shows what is here"
 
 
 def _full_name(kind: type) -> str:

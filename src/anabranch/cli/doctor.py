@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # What speed hangs on, in the order they appeared.
 _TELLING = "avx2 fma f16c avx512f avx512bw avx512_vnni avx_vnni avx512_bf16 amx_bf16 asimd bf16 sve i8mm".split()
+_REPORTED = ("numpy", "torch", "safetensors", "tokenizers", "transformers")
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
 _SMI_SECONDS = 20
 
@@ -72,6 +73,7 @@ def examine() -> dict[str, Any]:
         "memory": asdict(machine.memory()),
         "cgroup": asdict(limits),
         "cache": str(_or_reason(cache_folder)),
+        "packages": _packages(),
         "extras": _extras(),
         "gpu": _gpu(),
     }
@@ -127,8 +129,25 @@ def _kernels(status: Status) -> dict[str, Any]:
 def _extras() -> dict[str, Any]:
     from anabranch.extras import INTERNAL, extras
 
-    found = {name: extra.missing for name, extra in extras().items() if name not in INTERNAL}
-    return {name: {"installed": not missing, "missing": list(missing)} for name, missing in found.items()}
+    return {
+        name: {
+            "installed": not extra.missing and not extra.outdated,
+            "missing": list(extra.missing),
+            "outdated": [str(package) for package in extra.outdated],
+        }
+        for name, extra in extras().items()
+        if name not in INTERNAL
+    }
+
+
+def _packages() -> dict[str, Any]:
+    """Versions of what is used where it is here, and those that it must be of."""
+    from anabranch.extras import packages
+
+    return {
+        package.name: {"version": package.version, "needs": package.needs, "fits": package.fits}
+        for package in packages().values()
+    }
 
 
 def _gpu() -> dict[str, Any]:
@@ -167,8 +186,9 @@ def _torch() -> dict[str, Any] | None:
         return None
     try:
         import torch
-    except (ImportError, OSError) as error:
-        return {"version": None, "cuda": None, "cuda_available": False, "reason": f"torch cannot be imported: {error}"}
+    except Exception as error:  # whatever a broken installation leads to
+        reason = f"torch cannot be imported: {' '.join(str(error).split())}"
+        return {"version": None, "cuda": None, "cuda_available": False, "reason": reason}
     available = torch.cuda.is_available()
     devices = [
         torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count() if available else 0)
@@ -204,6 +224,8 @@ def _print(found: dict[str, Any]) -> None:
             ("kernels", _say_kernels(found["kernels"])),
             ("threads", _say_threads(found["threads"], found["cgroup"])),
             ("memory", _say_memory(found["memory"], found["cgroup"])),
+            ("torch", _say_torch(found["gpu"]["torch"])),
+            ("packages", _say_packages(found["packages"])),
             ("GPU", _say_gpu(found["gpu"])),
             ("cache", found["cache"]),
         ]
@@ -211,7 +233,7 @@ def _print(found: dict[str, Any]) -> None:
     rows = [
         [name, "installed", ""]
         if extra["installed"]
-        else [name, f"misses {', '.join(extra['missing'])}", f"pip install 'anabranch[{name}]'"]
+        else [name, _say_lack(extra), f"pip install {'-U ' * bool(extra['outdated'])}'anabranch[{name}]'"]
         for name, extra in found["extras"].items()
     ]
     if rows:
@@ -249,6 +271,25 @@ def _say_memory(memory: dict[str, Any], cgroup: dict[str, Any]) -> str:
     if cgroup["memory_bytes"] is not None:
         text += f"; cgroup v{cgroup['version']} allows {size(cgroup['memory_bytes'])}"
     return text + (f"; {size(memory['available_bytes'])} free" if memory["available_bytes"] is not None else "")
+
+
+def _say_lack(extra: dict[str, Any]) -> str:
+    missing = f"misses {', '.join(extra['missing'])}" if extra["missing"] else ""
+    return "; ".join(filter(None, [missing, f"has {'; '.join(extra['outdated'])}" if extra["outdated"] else ""]))
+
+
+def _say_torch(torch: dict[str, Any] | None) -> str:
+    if torch is None:
+        return "not installed"
+    if torch["version"] is None:
+        return torch["reason"].removeprefix("torch ")
+    return f"{torch['version']}, for {'CPUs only' if torch['cuda'] is None else 'CUDA ' + torch['cuda']}"
+
+
+def _say_packages(packages: dict[str, Any]) -> str:
+    """Those that a report of a fault should name."""
+    named = {name: packages[name]["version"] for name in _REPORTED if name in packages}
+    return ", ".join(f"{name} {version}" for name, version in named.items() if version is not None) or "none"
 
 
 def _say_gpu(gpu: dict[str, Any]) -> str:
