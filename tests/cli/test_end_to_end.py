@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from anabranch.cli.output import fact, say
 from anabranch.cli.progress import Progress
-from anabranch.data import ByteTokenizer
-from anabranch.lm import SamplingConfig, generate, load_model
+from anabranch.data import ByteTokenizer, train_bpe
+from anabranch.data.tokenizer import HuggingFaceTokenizer
+from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_model
+from anabranch.nn import Attention, SwiGLU
+from anabranch.serving import LLM
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
 
@@ -89,6 +93,23 @@ def test_generate_gives_what_the_library_gives(trained, here):
     (expected,) = generate(model, [tokenizer.encode("def ")], sampling)
     assert found["token_ids"] == expected
     assert found["text"] == tokenizer.decode(expected)
+
+
+def test_a_prompt_begins_as_the_models_own_tokenizer_begins_it(here, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(train_bpe(["def add"], 257)._backend.to_str())
+    backend.add_special_tokens(["<s>"])
+    begin = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    backend.post_processor = begin
+    attention, feed_forward = Attention.Config(num_heads=2), SwiGLU.Config(hidden_dim=8)
+    config = Decoder.Config(vocab_size=258, dim=16, num_layers=1, attention=attention, feed_forward=feed_forward)
+    tokenizer = HuggingFaceTokenizer(backend, bos_id=257, eos_id=256)
+    export_huggingface(tmp_path / "model", config.build(seed=0), tokenizer)
+    code, out, _ = here("generate", tmp_path / "model", "--prompt", "def", "--max-tokens", 1, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert (made["prompt"], made["prompt_token_ids"]) == ("def", [257, *tokenizer.encode("def")])
+    [answer] = LLM(tmp_path / "model", num_blocks=8).generate(["def"])
+    assert list(answer.prompt) == made["prompt_token_ids"]
 
 
 def test_generate_streams_the_prompt_and_its_continuation(trained, here):

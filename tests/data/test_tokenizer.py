@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -254,3 +254,62 @@ def test_ids_are_numpy_int64():
     for tokenizer in ALL.values():
         [(ids_L, length_L)] = tokenizer.encode_with_byte_lengths(["the"])
         assert ids_L.dtype == length_L.dtype == np.int64
+
+
+# Prompts
+
+
+def framed(front, back):
+    """A byte-level tokenizer with a post-processor that puts tokens around a text; its own beginning is <bos>."""
+    backend = tokenizers.Tokenizer.from_str(train_bpe(SAMPLE, 300)._backend.to_str())
+    backend.add_special_tokens(["<bos>", "<sep>"])
+    names = {name: backend.token_to_id(name) for name in ("<bos>", "<sep>", "<|endoftext|>")}
+    if front or back:
+        single = [*front, "$A", *back]
+        special = [(name, names[name]) for name in {*front, *back}]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    ids = {"bos_id": names["<bos>"], "eos_id": names["<|endoftext|>"]}
+    return HuggingFaceTokenizer(backend, **ids)
+
+
+FRAMES = {
+    "nothing": lambda: framed([], []),
+    "a beginning": lambda: framed(["<bos>"], []),
+    "both": lambda: framed(["<bos>", "<sep>"], ["<|endoftext|>"]),
+    "an end": lambda: framed([], ["<sep>"]),
+    "no post-processor": like_llama,
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_prompt_has_around_it_what_transformers_puts_there(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = FRAMES[name]()
+    tokenizer.save(tmp_path)
+    reference, again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+
+    @settings(max_examples=20, deadline=None)
+    @given(unicode_text | st.sampled_from(["", "a<|endoftext|>b", "<sep>x", " <bos>"]))
+    def check(text):
+        assert tokenizer.encode_prompt(text) == again.encode_prompt(text) == reference(text)["input_ids"]
+        assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+
+    check()
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_what_begins_as_prompts_begin_is_left_alone():
+    tokenizer = FRAMES["both"]()
+    bos, sep = (tokenizer._backend.token_to_id(name) for name in ("<bos>", "<sep>"))
+    assert tokenizer.encode_prompt("<bos><sep>a") == [bos, sep, *tokenizer.encode("a")]
+    assert tokenizer.encode_prompt("<bos>a") == [bos, sep, bos, *tokenizer.encode("a"), tokenizer.eos_id]
+
+
+def test_a_template_of_the_models_writes_its_own_beginning():
+    tokenizer = FRAMES["a beginning"]()
+    messages = [{"role": "user", "content": "hi"}]
+    plain = tokenizer.apply_chat_template(messages)
+    assert tokenizer.encode_chat(plain) == [tokenizer.bos_id, *tokenizer.encode(plain)]
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    text = tokenizer.apply_chat_template(messages)
+    assert tokenizer.encode_chat(text) == [tokenizer.bos_id, *tokenizer.encode("hi")]

@@ -194,6 +194,25 @@ def test_where_text_is_cut(tmp_path, cut, words):
     assert [tokenizer.decode([index]) for index in tokenizer.encode(text)] == words
 
 
+@pytest.mark.parametrize(
+    ("cut", "said", "begins"), [("gpt-2", {}, False), ("llama-bpe", {}, True), ("gpt-2", {"bos": True}, True),
+    ("llama-bpe", {"bos": False}, False), ("gpt-2", {"bos": True, "eos": True}, True)],
+)  # fmt: skip
+def test_prompts_begin_as_llama_cpp_begins_them(tmp_path, cut, said, begins):
+    def extra(writer):
+        writer.add_tokenizer_pre(cut)
+        writer.add_bos_token_id(3)
+        for name, value in said.items():
+            writer.add_bool(f"tokenizer.ggml.add_{name}_token", value)
+
+    reference = bpe(REFERENCES["gpt-2"])
+    convert(write(tmp_path / "m.gguf", tiny(512), reference, extra=extra), tmp_path / "native")
+    for path in ("m.gguf", "native"):
+        _, tokenizer = load_model(tmp_path / path)
+        end = [tokenizer.eos_id] if said.get("eos") else []
+        assert tokenizer.encode_prompt("a b") == [*([3] if begins else []), *tokenizer.encode("a b"), *end]
+
+
 def test_other_tokenizers_are_left_out_with_a_warning(tmp_path, caplog):
     path = write(tmp_path / "m.gguf", tiny(64), extra=lambda writer: writer.add_tokenizer_model("llama"))
     assert load_model(path)[1] is None

@@ -92,7 +92,7 @@ class Conversation:
         from anabranch.lm import SamplingConfig, stream
 
         self.messages.append({"role": "user", "content": text})
-        prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(self.messages))
+        prompt = self._tokenizer.encode_chat(self._tokenizer.apply_chat_template(self.messages))
         room = self._model.config.max_positions - len(prompt)
         if room < 1:
             most = self._model.config.max_positions

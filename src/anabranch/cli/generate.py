@@ -43,7 +43,7 @@ def generate(
         stop=tokenizer.stop_ids,
         seed=seed,
     )
-    prompt_ids = tokenizer.encode(text)
+    prompt_ids = tokenizer.encode_prompt(text)
     show = visible if sys.stdout.isatty() else str  # a file gets what the model said, a terminal what it can bear
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     if not as_json:

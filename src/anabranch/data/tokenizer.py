@@ -92,6 +92,17 @@ class Tokenizer(Part, family="tokenizer"):
         """
         raise NotImplementedError
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on from: `encode` with what the post-processor of its tokenizer.json puts around (``bos``).
+
+        A text that has the same in front already is left alone. Data is encoded without, see `encode`.
+        """
+        return self.encode(text)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of what `apply_chat_template` gave. A template of the model's writes all it needs; plain lines are a text like any other."""
+        return self.encode(text) if self.chat_template is not None else self.encode_prompt(text)
+
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """`encode` for many texts, on all cores where the tokenizer can."""
         return [self.encode(text, parse_special=parse_special) for text in texts]
@@ -123,7 +134,7 @@ class Tokenizer(Part, family="tokenizer"):
         raise NotImplementedError
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for a conversation, given as ``[{"role": "user", "content": "..."}, ...]``; `encode` it with defaults.
+        """The prompt for a conversation, given as ``[{"role": "user", "content": "..."}, ...]``; `encode_chat` makes ids of it.
 
         Uses the folder's own Jinja template, else ChatML where the vocabulary has its tokens, else plain ``User:`` lines.
         Raises TokenizerError for a message without role or content, or one that the template refuses.
@@ -304,6 +315,16 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """See `Tokenizer`."""
         return self.encode_batch([text], parse_special=parse_special)[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        ids = self.encode(text)
+        framed = self._backend.encode(utf8(text).decode("utf-8"), add_special_tokens=True)
+        # What the post-processor added; special tokens that are written in the text are not marked.
+        num_front = framed.special_tokens_mask.index(0) if ids else 0
+        front = framed.ids[:num_front]
+        is_there = bool(front) and ids[:num_front] == front
+        return ids if is_there else framed.ids
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """See `Tokenizer`."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from anabranch.bounds import MOST_LAYERS, MOST_SIZE, shown
@@ -277,6 +277,9 @@ class GgufFile:
             if kind in (_CONTROL, _USER_DEFINED)
         }
         backend.add_tokens(list(added.values()))
+        frame = self._frame(tokens, cut)
+        if frame is not None:
+            backend.post_processor = frame
         return HuggingFaceTokenizer(
             backend,
             bos_id=self._token_id("bos"),
@@ -285,6 +288,20 @@ class GgufFile:
             chat_template=template if isinstance(template := self.get("tokenizer.chat_template"), str) else None,
             ends=[index for name in ("eot", "eom") if (index := self._token_id(name)) is not None],
         )
+
+    def _frame(self, tokens: list[str], cut: str) -> processors.TemplateProcessing | None:
+        """What puts tokens around prompts. llama.cpp begins those of Llama 3 where a file does not say (llama-vocab.cpp)."""
+        adds = {"bos": cut == "llama-bpe", "eos": False}
+        for name, default in adds.items():
+            adds[name] = self._fields.get(field := f"tokenizer.ggml.add_{name}_token", default)
+            if not isinstance(adds[name], bool):
+                raise CheckpointError(f"{field} in {self.path} is {shown(adds[name])}; it must be true or false")
+        ids = {name: index for name in adds if adds[name] and (index := self._token_id(name)) is not None}
+        if not ids or max(ids.values()) >= len(tokens):
+            return None
+        single = [*(["bos"] if "bos" in ids else []), "$A", *(["eos"] if "eos" in ids else [])]
+        special = [{"id": name, "ids": [index], "tokens": [tokens[index]]} for name, index in ids.items()]
+        return processors.TemplateProcessing(single=single, special_tokens=special)
 
     def _token_id(self, name: str) -> int | None:
         field = f"tokenizer.ggml.{name}_token_id"

@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
+import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from anabranch.data import ByteTokenizer
+from anabranch.data import ByteTokenizer, train_bpe
+from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.request import Finish, Output, TokenLogprob
 from anabranch.serving.engine.engine import Engine
@@ -221,6 +224,34 @@ def test_offsets_count_characters_and_special_tokens():
     tokens = [*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]
     assert reader.offsets(tokens, reader.decode(tokens)) == [0, 1, 1 + len(name)]
     assert reader.offsets([tokenizer.eos_id], "") == [0]
+
+
+def begun():
+    """A tokenizer that puts a beginning, <bos>, before prompts."""
+    backend = tokenizers.Tokenizer.from_str(train_bpe(["how are you"], 257)._backend.to_str())
+    backend.add_special_tokens(["<bos>"])
+    bos = backend.token_to_id("<bos>")
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return HuggingFaceTokenizer(backend, bos_id=bos, eos_id=256, chat_template="{{ messages[0].content }}")
+
+
+def test_a_beginning_that_is_put_before_a_text_takes_no_room_in_it():
+    tokenizer = begun()
+    reader, bos = Reader(tokenizer), tokenizer.bos_id
+    assert reader.encode("ab") == (bos, *tokenizer.encode("ab"))
+    assert reader.encode_chat("ab") == tuple(tokenizer.encode("ab"))
+    assert reader.encode("") == (bos,)
+    assert reader.offsets(reader.encode("ab"), "ab") == [0, 0, 1]
+    assert reader.offsets(reader.encode("<bos>ab"), "<bos>ab") == [0, 5, 6]
+
+
+def test_raw_prompts_have_a_beginning_and_conversations_what_their_template_writes():
+    said = {"messages": [{"role": "user", "content": "ab"}]}
+    with serving(reader=Reader(begun())) as server:
+        chat = server.ask("/tokenize", said)[2]["tokens"]
+        assert server.ask("/tokenize", {"prompt": "ab"})[2]["tokens"] == [begun().bos_id, *chat]
+        assert server.complete(prompt="ab", max_tokens=1)[2]["usage"]["prompt_tokens"] == 3
+        assert server.chat(max_tokens=1, **said)[2]["usage"]["prompt_tokens"] == 2
 
 
 def test_scores_wait_until_all_are_there():

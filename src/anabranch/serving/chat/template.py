@@ -26,7 +26,7 @@ def render(
     add_generation_prompt: bool = True,
     **values: Any,
 ) -> str:
-    """The prompt; encode it with the tokenizer's defaults, which parse special tokens.
+    """The prompt; `Tokenizer.encode_chat` makes ids of it.
 
     Args:
         tokenizer: the model's; without a template of its own ChatML where the vocabulary has its tokens, else plain ``User:`` lines.

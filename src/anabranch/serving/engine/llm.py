@@ -109,7 +109,7 @@ class LLM:
             return tuple(prompt)
         if self.tokenizer is None:
             raise InputError("a prompt is text, but the model has no tokenizer; give token ids")
-        return tuple(self.tokenizer.encode(prompt))
+        return tuple(self.tokenizer.encode_prompt(prompt))
 
     def close(self) -> None:
         """Free what the engine holds."""

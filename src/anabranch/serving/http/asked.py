@@ -94,7 +94,7 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     tools = read_tools(body)
     grammar = _grammar(body, tools)
     text = reader.render(read_messages(body["messages"]), tools)
-    prompt = reader.encode(text)
+    prompt = reader.encode_chat(text)
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None

@@ -46,12 +46,18 @@ class Reader:
             raise wrong("messages", str(error)) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids; the empty text is the beginning of one, where the model has a token for it."""
-        ids = tuple(self.tokenizer.encode(text))
+        """Token ids of a text to go on from; the empty text is the beginning of one, where the model has a token for it."""
+        return self._begun(self.tokenizer.encode_prompt(text))
+
+    def encode_chat(self, text: str) -> tuple[int, ...]:
+        """Token ids of what `render` gave."""
+        return self._begun(self.tokenizer.encode_chat(text))
+
+    def _begun(self, ids: list[int]) -> tuple[int, ...]:
         if not ids:
             start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
             return () if start is None else (start,)
-        return ids
+        return tuple(ids)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text, special tokens included."""
@@ -62,9 +68,10 @@ class Reader:
         decoder, at, made = Detokenizer(self.tokenizer), 0, []
         for token in tokens:
             made.append(min(at, len(text)))
-            # Special tokens have no bytes, but are there in a text that is told with them.
+            # Special tokens have no bytes, but are there in a text that is told with them; one that was put before it is not.
             is_special = self.tokenizer.token_bytes(token) == b""
-            at += len(self.token_text(token)[0] if is_special else decoder.push(token))
+            piece = self.token_text(token)[0] if is_special else decoder.push(token)
+            at += len(piece) if not is_special or text.startswith(piece, at) else 0
         return made
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:

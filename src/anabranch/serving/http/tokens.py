@@ -50,11 +50,12 @@ class Tokens:
         body = await self._body(call, _TOKENIZE, is_model_needed=False)
         if (body.get("prompt") is None) == (body.get("messages") is None):
             raise wrong("prompt", "give prompt or messages, one of the two")
-        text = body.get("prompt")
+        text, encode = body.get("prompt"), reader.encode
         if text is None:
             is_open = body.get("add_generation_prompt") is not False
             text = await reader.apart(reader.render, read_messages(body["messages"]), None, is_open=is_open)
-        tokens = reader.encode(text) if text else ()
+            encode = reader.encode_chat
+        tokens = encode(text) if text else ()
         made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
         if body.get("return_token_strs"):
             made["token_strs"] = [reader.token_text(token)[0] for token in tokens]
