@@ -136,6 +136,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "task": {
         "language_model": "anabranch.train.language_model:LanguageModel",
         "text": "anabranch.train.language_model:TextTask",
+        "labelled_routes": "anabranch.depth.duo_llm:LabelledRoutes",
     },
 }
 

@@ -17,8 +17,10 @@ from anabranch.depth.duo_llm import (
     SMALL,
     BudgetLoss,
     DuoFFN,
+    LabelledRoutes,
     Mixture,
     RouteLabels,
+    TemperedScore,
     analyze,
     big_by_position,
     calibrate_budget,
@@ -46,8 +48,8 @@ from anabranch.lm import SamplingConfig, generate, load_model, save_model
 from anabranch.nn import MoE
 from anabranch.routing import RoutingContext, record_routing
 from anabranch.routing.balance import Observation
-from anabranch.testing import check_feed_forward
-from anabranch.train import Trainer, evaluate
+from anabranch.testing import check_feed_forward, check_task
+from anabranch.train import Constant, Examples, TaskRunConfig, Trainer, evaluate, read_metrics
 from duo import all_one, decoder, losses, tokens
 
 # The parts of the router
@@ -284,7 +286,7 @@ def test_freezing_big_trains_small_on_what_big_left(duo_run, tmp_path):
         train_duo(run, tmp_path / "x", recipe="magic")
 
 
-def test_a_router_learns_the_labels_of_an_oracle(duo_run):
+def test_a_router_learns_the_labels_of_an_oracle(duo_run, tmp_path):
     model, ids_BL = decoder(2), tokens(6, 9)
     # Labels that a router can reproduce: what another router chose.
     route_BLY = chosen(with_router(model, seed=5), ids_BL[:, :-1])
@@ -293,12 +295,82 @@ def test_a_router_learns_the_labels_of_an_oracle(duo_run):
     run = duo_run(steps=60, batch_size=6, learning_rate=0.1)
     before = chosen(with_router(model, seed=run.train.seed), ids_BL[:, :-1])
     assert (before == route_BLY).double().mean() < 0.8
-    routed = train_router(model, run, "unused", supervision="oracle", labels=labels)
+    routed = train_router(model, run, tmp_path / "run", supervision="oracle", labels=labels)
     assert (chosen(routed, ids_BL[:, :-1]) == route_BLY).double().mean() > 0.97
     for name, value in model.state_dict().items():
         assert torch.equal(value, routed.state_dict()[name]), name
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["agreement"] == (chosen(routed, ids_BL[:, :-1]) == route_BLY).double().mean()
     with pytest.raises(ConfigError, match="needs labels"):
-        train_router(model, run, "unused", supervision="oracle")
+        train_router(model, run, tmp_path / "unused", supervision="oracle")
+
+
+def labelled(model, seed=0):
+    """Random labels for a few sequences."""
+    draw = torch.Generator().manual_seed(seed)
+    return RouteLabels(tokens(6, 9), torch.randint(2, (6, 8, len(duo_layers(model))), generator=draw), None, "exact")
+
+
+def test_learning_labels_is_a_task_that_keeps_the_contract(duo_run):
+    model = with_router(decoder(2))
+    run = TaskRunConfig(task=LabelledRoutes.Config(model=model.config), train=duo_run().train)
+    check_task(run, ranks=False, model=model, labels=labelled(model))
+
+
+@pytest.mark.slow  # starts two processes
+def test_two_processes_learn_labels_as_one_does(duo_run):
+    model = with_router(decoder(2))
+    run = TaskRunConfig(task=LabelledRoutes.Config(model=model.config), train=duo_run(clip=None).train)
+    check_task(run, model=model, labels=labelled(model))
+
+
+def states_of_routers(model, token_BL, route_BLY):
+    """(router, what it sees) of every duo layer where this route is taken."""
+    seen = []
+    handles = [
+        layer.router.register_forward_hook(lambda module, args, y: seen.append((module, args[0])))
+        for layer in duo_layers(model)
+    ]
+    model(token_BL, state=take(route_BLY))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_learning_labels_is_a_loop_written_out(duo_run, tmp_path):
+    """Focal loss with the labels' class weights over shuffled sequences, and nothing else moves a router."""
+    model, labels = decoder(2), labelled(decoder(2))
+    run = duo_run(steps=3, batch_size=4, weight_decay=0.0, clip=None, schedule=Constant.Config(warmup=0))
+    trained = train_router(model, run, tmp_path / "run", supervision="oracle", labels=labels)
+    twin = with_router(model, seed=run.train.seed).train()
+    learning = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    stream = Examples(labels.ids_BL, labels.route_BLY, seed=run.train.seed)
+    weight_E = class_weights(labels.route_BLY, 2)
+    for step in range(3):
+        for module in twin.modules():
+            if isinstance(module, TemperedScore):
+                module.temperature.on_step(step, step / 3)
+        ids_BL, route_BLY = stream.next_batch(4)
+        captured = states_of_routers(twin, ids_BL[:, :-1], route_BLY)
+        loss = 0.0
+        for place, (router, x_ND) in enumerate(captured):
+            logit_NE = x_ND.detach() @ router.score.weight.T / router.score.temperature.value
+            loss = loss + focal_loss(logit_NE, route_BLY[..., place].reshape(-1), weight_E=weight_E) / len(captured)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in twin.state_dict().items():
+        if "temperature" not in name:
+            torch.testing.assert_close(trained.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_labels_of_another_oracle_are_not_gone_on_with(duo_run, tmp_path):
+    model, run = decoder(2), duo_run(steps=2)
+    options = {"supervision": "oracle", "resume": True}
+    train_router(model, run, tmp_path / "run", labels=labelled(model), **options)
+    with pytest.raises(DataError, match="cannot resume the examples: fingerprint was"):
+        train_router(model, duo_run(steps=3), tmp_path / "run", labels=labelled(model, seed=1), **options)
 
 
 def test_checkpoints_and_generation(tmp_path):

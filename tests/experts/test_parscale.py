@@ -37,7 +37,8 @@ from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_mod
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.rotary import rotate
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, record_routing
-from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
+from anabranch.testing import check_task
+from anabranch.train import RunConfig, TaskRunConfig, TextTask, TrainConfig, Trainer, read_metrics
 from anabranch.train.optimizer import make_optimizer
 from ranks import run_ranks
 
@@ -737,6 +738,16 @@ def llama():
 
 
 @pytest.fixture
+def llama_of_bytes():
+    """A tiny Llama whose tokens are bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes))
+
+
+@pytest.fixture
 def both(llama):
     """The same streams around transformers' model and in ours."""
     options = {"prefix_len": 4, "embedding_dim": 5, "mlp_dim": 6}
@@ -780,6 +791,28 @@ def test_wrapped_with_one_stream_is_the_model(both, llama):
         torch.testing.assert_close(wrapped(tokens()).logits_BLV, llama[0](tokens()).logits, **TOLERANCE)
     with pytest.raises(ConfigError, match="the cache is for 3 streams, the model runs 1"):
         wrapped(tokens(), cache=cache)
+
+
+@pytest.mark.parametrize("train", ["all", "adapter"])
+def test_a_wrapped_model_trains_by_the_trainer_and_resumes_to_the_bit(llama_of_bytes, run_config, train):
+    run = TaskRunConfig(task=TextTask.Config(data=run_config.data), train=run_config.train.replace(learning_rate=1e-2))
+    check_task(run, ranks=False, model=wrap(llama_of_bytes, 2, train=train, prefix_len=2))
+
+
+def test_an_adapter_trained_around_a_model_is_all_that_moves(llama_of_bytes, run_config, tmp_path):
+    wrapped = wrap(llama_of_bytes, 2, train="adapter", prefix_len=2)
+    before = copy.deepcopy(wrapped.state_dict())
+    run = TaskRunConfig(task=TextTask.Config(data=run_config.data), train=run_config.train)
+    result = Trainer(run, tmp_path / "run", model=wrapped).fit()
+    for name, value in wrapped.state_dict().items():
+        if not name.startswith("streams."):
+            assert torch.equal(value, before[name]), name
+    from safetensors.torch import load_file
+
+    moments = load_file(result.checkpoint / "optimizer.safetensors")
+    assert {name.partition(".")[0] for name in moments} == {"streams"}
+    assert math.isfinite(result.bits_per_byte)
+    assert result.headline == result.nats_per_token
 
 
 def test_a_wrapped_adapter_leaves_the_model_alone(llama):

@@ -3,12 +3,17 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
+from anabranch.data import DataConfig, Files
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile import (
+    PatchedModel,
     VersatileFFN,
     VersatileMLP,
     collect_routing,
@@ -23,6 +28,8 @@ from anabranch.lm import Decoder
 from anabranch.nn import ForwardContext, MoE, RMSNorm, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK, record_routing
 from anabranch.routing.relax import Temperature
+from anabranch.testing import check_task
+from anabranch.train import Constant, TaskRunConfig, TextTask, TrainConfig, Trainer, read_metrics
 
 FP32_TOLERANCE = 1e-5
 SMALL = {"num_experts": 4, "max_loops": 3}
@@ -300,6 +307,80 @@ def test_steps_of_an_optimizer_lower_the_temperature():
     assert value.item() == 1.0
     follow_steps(optimizer, model, 10, start=4)
     assert value.item() == 0.25
+
+
+@pytest.fixture
+def text_task(tmp_path, monkeypatch):
+    """A run of `TextTask` on a little text."""
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("some words that repeat themselves, over and over\n" * 40)
+    data = DataConfig(corpus=Files.Config(paths=(str(tmp_path / "text.txt"),)), sequence_length=16)
+    return TaskRunConfig(
+        task=TextTask.Config(data=data), train=TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, eval_tokens=64)
+    )
+
+
+def patched_llama():
+    return PatchedModel(patch_model(transformers_model("llama", vocab_size=257), **SMALL))
+
+
+def test_a_patched_model_trains_by_the_trainer_and_resumes_to_the_bit(text_task):
+    check_task(text_task, ranks=False, model=patched_llama())
+
+
+def test_a_patched_model_learns_what_a_loop_with_followed_steps_does(text_task, tmp_path):
+    settings = {
+        "weight_decay": 0.0,
+        "clip": None,
+        "schedule": Constant.Config(warmup=0),
+        "device": "cpu",
+        "log_every": 1,
+    }
+    run = text_task.replace(train=text_task.train.replace(**settings))
+    trainer = Trainer(run, tmp_path / "run", model=patched_llama())
+    result = trainer.fit()
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert all(record["auxiliary"].keys() == {"load_balancing"} for record in records)
+    assert all(1 <= record["mean_loops"] <= 3 for record in records)
+    assert len(records[0]["max_violation_by_layer"]) == 2
+    assert (
+        result.bits_per_byte
+        == trainer.task.evaluate(trainer.model, trainer._held_out, trainer._context)["bits_per_byte"]
+    )
+
+    model, stream = patched_llama().model.train(), run.task.data.build().train(seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    follow_steps(optimizer, model, 4)
+    for step in range(4):
+        # The same random numbers as in the trainer's step: a function of seed, step and rank.
+        torch.manual_seed(int(np.random.SeedSequence([0, step, 0]).generate_state(1, np.uint64)[0]))
+        batch = stream.next_batch(4)
+        with collect_routing() as context:
+            logits_BLV = model(batch.token_BL, use_cache=False).logits
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), batch.target_BL.flatten())
+        assert float(loss.detach()) == pytest.approx(records[step]["cross_entropy"], rel=1e-4)
+        (loss + sum(context.mean_losses().values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    temperatures = [
+        layer.mlp.paths.loops.temperature.value.item()
+        for layer in (*model.model.layers, *trainer.model.model.model.layers)
+    ]
+    assert len(set(temperatures)) == 1
+    assert temperatures[0] != patched_llama().model.model.layers[0].mlp.paths.loops.temperature.value.item()
+
+
+def test_what_is_trained_is_what_unpatch_gives_back(text_task, tmp_path):
+    wrapped = patched_llama()
+    path = Trainer(text_task, tmp_path / "run", model=wrapped).fit().checkpoint
+    stored = load_file(path / "model.safetensors")
+    assert (path / "tokenizer.json").is_file()
+    plain = unpatch(wrapped.model)
+    assert torch.equal(plain.model.layers[0].mlp.gate_proj.weight, stored["model.model.layers.0.mlp.gate_proj.weight"])
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no patched block; patch_model makes them"):
+        PatchedModel(plain)
+    with pytest.raises(ConfigError, match="the tokenizer has 257 tokens"):
+        Trainer(text_task, tmp_path / "other", model=PatchedModel(patch_model(transformers_model("llama"), **SMALL)))
 
 
 def test_traces_know_sequences_and_positions():

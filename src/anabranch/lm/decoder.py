@@ -31,7 +31,7 @@ from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
 from anabranch.precision import autocast_dtype
-from anabranch.routing import Score, Select
+from anabranch.routing import RoutingContext, Score, Select
 
 
 @dataclass(frozen=True)
@@ -205,21 +205,7 @@ class Decoder(Part, nn.Module):
             x_BLD = self.streams.merge(x_BLD, context)
         logits_BLV = self.logits(x_BLD)
         context.commit()
-        if target_BL is None:
-            return DecoderOutput(logits_BLV, metrics=context.mean_metrics())
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum"
-        )
-        cross_entropy = total / (target_BL != -100).sum().clamp_min(
-            1
-        )  # zero, not nan, where nothing is to be predicted
-        auxiliary = context.mean_losses()
-        return DecoderOutput(
-            loss=sum(auxiliary.values(), start=cross_entropy),
-            cross_entropy=cross_entropy.detach(),
-            auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
-            metrics=context.mean_metrics(),
-        )
+        return output_of(logits_BLV, target_BL, context)
 
     def context(
         self,
@@ -309,6 +295,22 @@ class Decoder(Part, nn.Module):
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return autocast_dtype(device.type) or self.embedding.weight.dtype
+
+
+def output_of(logits_BLV: Tensor, target_BL: Tensor | None, context: RoutingContext) -> DecoderOutput:
+    """What a forward pass gives: logits, or where there is a target its losses and those that layers emitted into ``context``."""
+    if target_BL is None:
+        return DecoderOutput(logits_BLV, metrics=context.mean_metrics())
+    total = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum")
+    # Zero, not nan, where nothing is to be predicted.
+    cross_entropy = total / (target_BL != -100).sum().clamp_min(1)
+    auxiliary = context.mean_losses()
+    return DecoderOutput(
+        loss=sum(auxiliary.values(), start=cross_entropy),
+        cross_entropy=cross_entropy.detach(),
+        auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
+        metrics=context.mean_metrics(),
+    )
 
 
 def _positions(

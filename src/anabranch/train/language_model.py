@@ -109,6 +109,11 @@ class TextTask(Task, kind="text"):
             world_size=context.world_size,
         )
 
+    def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """All tensors, the task's config, and the tokenizer."""
+        super().save(folder, model, tensors)
+        self.tokenizer.save(folder)
+
     def units_per_item(self, context: TaskContext) -> int:
         """Tokens of a sequence."""
         return self.config.data.sequence_length

@@ -141,7 +141,8 @@ def _train_rank(rank: int, run: Run, folder: str, given: dict[str, Any]) -> None
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
-    trainer = Trainer(run, Path(folder) / "ranks", **given)
+    # What another process sends is memory that both have, and each is to move its own weights.
+    trainer = Trainer(run, Path(folder) / "ranks", **copy.deepcopy(given))
     trainer.fit()
     state = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     save_file(state, Path(folder) / f"rank-{rank}.safetensors")

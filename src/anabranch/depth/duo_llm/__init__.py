@@ -32,6 +32,7 @@ from anabranch.depth.duo_llm.router import (
     with_router,
 )
 from anabranch.depth.duo_llm.routes import RouteSpace, Walk
+from anabranch.depth.duo_llm.supervised import LabelledRoutes
 
 __all__ = [
     "BIG",
@@ -41,6 +42,7 @@ __all__ = [
     "BudgetLoss",
     "DuoFFN",
     "DuoRouter",
+    "LabelledRoutes",
     "Mixture",
     "OracleReport",
     "OracleResult",

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.depth.duo_llm.labels import RouteLabels
-from anabranch.depth.duo_llm.layer import BIG, SKIP, SMALL, DuoFFN, duo_layers, take
-from anabranch.depth.duo_llm.parts import BudgetLoss, Mixture, TemperedScore, class_weights
+from anabranch.depth.duo_llm.layer import BIG, SKIP, SMALL, DuoFFN, duo_layers
+from anabranch.depth.duo_llm.parts import BudgetLoss, Mixture, TemperedScore
 from anabranch.depth.duo_llm.results import evaluating
+from anabranch.depth.duo_llm.supervised import ROUTERS, LabelledRoutes
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import Router, record_routing
-from anabranch.train import Event, RunConfig, Trainer
+from anabranch.train import Event, RunConfig, TaskRunConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def with_router(model: Decoder, router: Router.Config | None = None, *, seed: in
     state = made.state_dict()
     made.load_state_dict({**state, **{name: value for name, value in model.state_dict().items() if name in state}})
     if freeze:
-        freeze_all_but(made, ".router.")
+        freeze_all_but(made, ROUTERS)
     return made.train(model.training)
 
 
@@ -123,8 +124,8 @@ def train_router(
 
     Args:
         model: a trained duo model; it is copied.
-        run: data and settings; its model is replaced.
-        out: folder of the run (budget supervision; oracle supervision needs none and writes nothing).
+        run: data and settings; its model is replaced, and so is its data where there are labels.
+        out: folder of the run.
         router: default `learned_router`.
         supervision: ``budget``, cross-entropy and the budget loss (the paper's); ``oracle``, focal loss on ``labels``, with the labelled
             route executed so that each router sees the states its label leads to.
@@ -141,24 +142,8 @@ def train_router(
         raise ConfigError(f"supervision is {supervision!r}; use budget or oracle")
     if labels is None:
         raise ConfigError("supervision='oracle' needs labels; make them with RouteLabels.of(ids_BL, oracle_result)")
-    return _fit_labels(routed, labels, run)
-
-
-def _fit_labels(model: Decoder, labels: RouteLabels, run: RunConfig) -> Decoder:
-    """Focal loss with class weights of the labels; batches are drawn with replacement from the labelled sequences."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.train.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(run.train.seed)
-    weight_E = class_weights(labels.route_BLY, duo_layers(model)[0].config.num_options).to(model.embedding.weight)
-    model.train()
-    for _ in range(run.train.steps):
-        row_B = torch.randint(labels.ids_BL.shape[0], (run.train.batch_size,), generator=generator)
-        ids_BL, route_BLY = labels.ids_BL[row_B], labels.route_BLY[row_B]
-        output = model(ids_BL[:, :-1], ids_BL[:, 1:], state=take(route_BLY, supervision=weight_E))
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()  # the frozen base gives no gradient, and the given route none to routers: focal loss is all that acts
-        optimizer.step()
-    return model
+    task = TaskRunConfig(task=LabelledRoutes.Config(model=routed.config), train=run.train)
+    return _fit(task, Path(out), routed, resume, on_event, labels=labels)
 
 
 def option_shares(model: Decoder, token_BL: Tensor, *, chunk: int = 16) -> Tensor:
@@ -210,12 +195,20 @@ def calibrate_budget(
     return measured(nearest)
 
 
-def _fit(run: RunConfig, out: Path, model: Decoder | None, resume: bool, on_event: OnEvent | None) -> Decoder:
+def _fit(
+    run: RunConfig | TaskRunConfig,
+    out: Path,
+    model: Decoder | None,
+    resume: bool,
+    on_event: OnEvent | None,
+    **given: Any,
+) -> Decoder:
     has_run = resume and out.is_dir() and any(out.iterdir())
-    trainer = Trainer(run, out, resume=has_run, on_event=on_event, model=model)
+    trainer = Trainer(run, out, resume=has_run, on_event=on_event, model=model, **given)
     if trainer.fit().status != "finished":
         raise KeyboardInterrupt
-    return trainer.model
+    trained: Decoder = trainer.model
+    return trained
 
 
 def _stage(run: RunConfig, *, p_big: float, steps: int) -> RunConfig:

@@ -2,6 +2,7 @@
 
 wrapped = wrap(llama, 4, train="adapter")
 wrapped(token_BL, target_BL).loss.backward()
+Trainer(TaskRunConfig(task=TextTask.Config(data=...)), "runs/wrapped", model=wrapped, tokenizer=...).fit()
 anabranch.lm.generate(wrapped, [[1, 2, 3]])          # it has what generation needs of a model
 """
 # Shapes: B sequences, P streams, L positions, W model width, V vocabulary
@@ -10,14 +11,13 @@ import inspect
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.experts.parscale.streams import ParScale
 from anabranch.extras import require
 from anabranch.lm.cache import Prefix, rows_of_streams
-from anabranch.lm.decoder import DecoderOutput
+from anabranch.lm.decoder import DecoderOutput, output_of
 from anabranch.nn import BuildContext, SelfAttention
 from anabranch.routing import RoutingContext
 
@@ -90,10 +90,7 @@ class WrappedModel(nn.Module):
         x_BLW = output.last_hidden_state[:, -1:] if last_only else output.last_hidden_state
         context = RoutingContext(training=self.training)
         logits_BLV = self.model.get_output_embeddings()(self.streams.merge(x_BLW, context))
-        if target_BL is None:
-            return DecoderOutput(logits_BLV)
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100)
-        return DecoderOutput(loss=loss, cross_entropy=loss.detach(), metrics=context.mean_metrics())
+        return output_of(logits_BLV, target_BL, context)
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -3,18 +3,20 @@
 from anabranch.experts.versatile.convert import (
     VersatileMLP,
     collect_routing,
-    follow_steps,
     from_dense,
     patch_model,
     to_dense,
     unpatch,
 )
 from anabranch.experts.versatile.layer import VersatileFFN
+from anabranch.experts.versatile.patched import PatchedModel
 from anabranch.experts.versatile.paths import Branch, LoopGate, Paths, record_difficulty
+from anabranch.train import follow_steps
 
 __all__ = [
     "Branch",
     "LoopGate",
+    "PatchedModel",
     "Paths",
     "VersatileFFN",
     "VersatileMLP",

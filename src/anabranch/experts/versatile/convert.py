@@ -24,7 +24,7 @@ from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.nn.feed_forward import SwiGLU
-from anabranch.routing import RoutingContext, sync_loads
+from anabranch.routing import RoutingContext
 from anabranch.routing.context import argument_of
 
 PAIRS = (("up_proj", "down_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h"))
@@ -247,33 +247,6 @@ def collect_routing(*, attention_mask: Tensor | None = None) -> Iterator[Routing
     finally:
         _collecting.reset(token)
     context.commit()
-
-
-def follow_steps(optimizer: torch.optim.Optimizer, model: nn.Module, num_steps: int, *, start: int = 0) -> Any:
-    """Run the model's step hooks (the temperature, adaptive balancers) after every step of ``optimizer``, as our `Trainer` does by itself.
-
-    Args:
-        optimizer: its steps are counted.
-        model: whose modules have ``on_step``.
-        num_steps: of the whole training.
-        start: steps that were finished before, when a training is resumed.
-
-    Returns:
-        A handle whose ``remove()`` ends it.
-    """
-    done = start
-    hooks: list[Any] = [module.on_step for module in model.modules() if callable(getattr(module, "on_step", None))]
-
-    def run(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        sync_loads(model)
-        for hook in hooks:
-            hook(done, done / max(num_steps, 1))
-
-    for hook in hooks:
-        hook(start, start / max(num_steps, 1))
-    return optimizer.register_step_post_hook(run)
 
 
 def _take_apart(name: str, block: nn.Module) -> _Parts:
