@@ -91,7 +91,17 @@ def test_compare_prints_a_row_per_design(here, work, tiny, data, monkeypatch):
     assert found["baseline"] == "moe"
     assert [row["design"] for row in found["rows"]] == ["moe", "dense"]
     assert found["rows"][1]["difference"]["interval"] is not None
+    assert found["notes"] == []
+    [alike] = found["runs"]
+    assert alike["runs"] == {"moe": [0, 1], "dense": [0, 1]}
+    # A run of another version counts, and is named.
+    path = work / "compared" / "compare" / "dense-seed1.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.0"}}))
     code, out, _ = here(*arguments)
+    told = " ".join(out.split())
+    assert "note" in told
+    assert f"other versions than here, torch 1.0 (here {record['versions']['torch']}): dense seed 1" in told
     assert "difference" in out
     assert out.splitlines()[-1].startswith("next")
     assert (work / "compared" / "compare-costs.png").read_bytes().startswith(b"\x89PNG")

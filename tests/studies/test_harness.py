@@ -75,10 +75,16 @@ def test_result_file_has_exactly_the_promised_form(tmp_path):
     outcome = run_study(make(), tmp_path)
     written = json.loads(outcome.path.read_text())
     assert outcome.path == tmp_path / "made_up.json"
-    assert list(written) == ["name", "seeds", "claims", "config", "versions"]
+    assert list(written) == ["name", "seeds", "claims", "config", "versions", "runs", "notes", "judged_with"]
     assert written["seeds"] == [0, 1]
     assert written["config"] == {"steps": 3, "arms": {"plain": "the baseline", "better": "ours"}}
     assert written["versions"].keys() >= {"python", "torch", "anabranch"}
+    assert written["versions"] == written["judged_with"]
+    assert written["notes"] == []
+    [alike] = written["runs"]
+    assert alike["versions"] == written["versions"]
+    assert alike["inputs"] is None
+    assert alike["runs"] == {"plain": [0, 1], "better": [0, 1]}
     assert written["claims"] == [
         {
             "claim": "better is better",
@@ -131,7 +137,8 @@ def test_another_config_or_revision_is_run_again_and_replaces(tmp_path):
     assert [(arm, seed) for arm, seed, _ in outcome.outdated] == [("plain", 1)]
 
 
-def test_what_a_run_reads_beside_its_config_is_part_of_its_key(tmp_path):
+@pytest.mark.parametrize("noted_only", [True, False])
+def test_what_a_run_reads_beside_its_config_is_part_of_its_key(tmp_path, noted_only):
     runs = []
 
     def counting(config, seed, progress):
@@ -139,14 +146,153 @@ def test_what_a_run_reads_beside_its_config_is_part_of_its_key(tmp_path):
         return measured(config, seed, progress)
 
     run_study(make(counting, seeds=(0,)), tmp_path)
+    if not noted_only:  # else the older record does not count by itself
+        for path in (tmp_path / "made_up").glob("*-seed0.json"):
+            path.unlink()
     told = []
     for text in ("one", "one", "two"):
-        run_study(make(counting, seeds=(0,), inputs=lambda config, text=text: text), tmp_path, progress=told.append)
-    # Once without a digest, once with the first (the record of an older version does not count), once with the second.
+        study = make(counting, seeds=(0,), inputs=lambda config, text=text: text, noted_only=noted_only)
+        run_study(study, tmp_path, progress=told.append)
+    # Once without a digest, once with the first, once with the second.
     assert runs == [("plain", 0), ("better", 0)] * 3
-    assert any("written by an older version, which did not note what text it read" in text for text in told)
+    assert (
+        any("written by an older version, which did not note what text it read" in text for text in told) is noted_only
+    )
     assert any("read other text: the files have changed since" in text for text in told)
-    assert len(list((tmp_path / "made_up" / "earlier").glob("*.json"))) == 4
+    assert len(list((tmp_path / "made_up" / "earlier").glob("*.json"))) == (4 if noted_only else 2)
+
+
+def edit(path, **changes):
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+
+
+@configclass
+class Reader(Config):
+    """Reads a file, on a device."""
+
+    kind: str
+    path: str
+
+    def content_digest(self):
+        path = Path(self.path)
+        if not path.is_file():
+            raise DataError(f"no file {self.path}")
+        return path.read_text()
+
+    def device_kind(self):
+        return "cpu"
+
+
+@configclass
+class Deep(Config):
+    """So that what reads stands somewhere within."""
+
+    inner: tuple[Reader, ...]
+
+
+def reading(tmp_path, run=None, **changes):
+    def arm(name):
+        return Arm(name, "", Deep(inner=(Reader(kind=name, path=str(tmp_path / "text")),) * 2))
+
+    def measure(config, seed, progress):
+        return measured({"kind": config.inner[0].kind}, seed, progress)
+
+    return make(run or measure, arms=(arm("plain"), arm("better")), **changes)
+
+
+def test_a_study_cannot_forget_what_its_runs_read(tmp_path):
+    """Nothing is said of it: whatever part of a config reads is found."""
+    (tmp_path / "text").write_text("one")
+    run_study(reading(tmp_path), tmp_path)
+    record = json.loads((tmp_path / "made_up" / "plain-seed1.json").read_text())
+    assert (record["inputs"], record["device"]) == ("one", "cpu")
+    (tmp_path / "text").write_text("two")
+    told = []
+    outcome = run_study(reading(tmp_path), tmp_path, seeds=[0], progress=told.append)
+    assert sum("read other text" in text for text in told) == 2
+    assert [(arm, seed) for arm, seed, _ in outcome.outdated] == [("plain", 1), ("better", 1)]
+    # Without the file runs can be judged; that they were not compared with it is said.
+    (tmp_path / "text").unlink()
+    outcome = summarize(reading(tmp_path), tmp_path)
+    assert outcome.outdated == []
+    [note] = outcome.notes
+    assert (
+        note
+        == f"text not compared with that of here (no file {tmp_path / 'text'}): plain seeds 0, 1; better seeds 0, 1"
+    )
+
+
+def test_text_that_changes_in_the_middle_of_a_study(tmp_path):
+    (tmp_path / "text").write_text("one")
+
+    def changing(config, seed, progress):
+        if (config.inner[0].kind, seed) == ("better", 0):
+            (tmp_path / "text").write_text("two")
+        return {"loss": 1.0}
+
+    with pytest.raises(
+        DataError, match="what better seed 0 reads has changed since the first of these runs was started"
+    ):
+        run_study(reading(tmp_path, changing), tmp_path)
+    assert [path.name for path in (tmp_path / "made_up").glob("*-seed*.json")] == ["plain-seed0.json"]
+
+
+def test_runs_that_do_not_say_what_they_read_count_and_are_named(tmp_path):
+    (tmp_path / "text").write_text("one")
+    run_study(reading(tmp_path), tmp_path)
+    for name in ("plain-seed0", "plain-seed1", "better-seed0"):
+        edit(tmp_path / "made_up" / f"{name}.json", inputs=None)
+    outcome = run_study(reading(tmp_path), tmp_path)
+    assert outcome.outdated == []
+    assert outcome.results.seeds == [0, 1]
+    assert outcome.notes == [
+        "written before runs noted what text they read: plain seeds 0, 1; better seed 0",
+        "seed 1: runs that note their text are paired with runs that do not; they may have read other text",
+    ]
+    assert json.loads(outcome.path.read_text())["notes"] == outcome.notes
+
+
+def test_another_device_is_another_run(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("one")
+    moved = reading(tmp_path)
+    run_study(moved, tmp_path)
+    monkeypatch.setattr(Reader, "device_kind", lambda self: "cuda")
+    with pytest.raises(DataError, match="ran on cpu, and would now run on cuda"):
+        summarize(moved, tmp_path)
+    # Older records do not say where: a build of PyTorch for CPUs is known, any other counts.
+    edit(tmp_path / "made_up" / "plain-seed0.json", device=None, versions={"torch": "2.9.0+cpu"})
+    edit(tmp_path / "made_up" / "plain-seed1.json", device=None, versions={"torch": "2.9.0+cu128"})
+    results, outdated = read_records(moved, tmp_path)
+    assert results.runs.keys() == {"plain"}
+    assert list(results.runs["plain"]) == [1]
+    assert len(outdated) == 3
+
+
+def test_versions_that_moved_are_told_run_by_run(tmp_path):
+    """They do not make another run, but nobody pairs them unawares."""
+    run_study(make(), tmp_path)
+    here = json.loads((tmp_path / "made_up.json").read_text())["versions"]
+    edit(tmp_path / "made_up" / "plain-seed0.json", versions={**here, "torch": "1.0", "python": "3.8"})
+    edit(tmp_path / "made_up" / "better-seed1.json", versions=None)
+    told = []
+    outcome = run_study(make(), tmp_path, progress=told.append)
+    assert sum("done before" in text for text in told) == 4
+    first, second = outcome.notes
+    assert first == (
+        f"other versions than here, python 3.8 (here {here['python']}), torch 1.0 (here {here['torch']}): plain seed 0"
+    )
+    assert second.startswith("other versions than here, python not noted (here")
+    assert second.endswith(": better seed 1")
+    written = json.loads(outcome.path.read_text())
+    assert written["notes"] == outcome.notes
+    assert written["versions"]["torch"] == f"1.0 and {here['torch']} and not noted"
+    assert [group["runs"] for group in written["runs"]] == [
+        {"plain": [0]},
+        {"plain": [1], "better": [0]},
+        {"better": [1]},
+    ]
+    assert written["judged_with"] == here
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"metrics": 1, "config": {}}', '{"metrics": {}}', "[" * 99999])
@@ -276,8 +422,9 @@ def test_which_config_counts_as_the_same(recorded, current, same):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", studies.names())
-def test_what_is_recorded_counts(name):
+def test_what_is_recorded_counts(name, monkeypatch):
     """A field that comes later must not undo what was recorded: either its default changes nothing, or the revision is raised."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # what is recorded ran without
     study, folder = studies.find(name)(full=True), Path(__file__).parents[2] / "studies" / "results"
     results, outdated = read_records(study, folder)
     assert outdated == []

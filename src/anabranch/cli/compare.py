@@ -71,6 +71,8 @@ def compare(
                 "baseline": next(iter(configs)),
                 "config": dict(outcome.study.settings),
                 "rows": [row.to_dict() for row in rows],
+                "runs": outcome.to_dict()["runs"],
+                "notes": outcome.notes,
             }
         )
         return

@@ -142,11 +142,13 @@ def _print(outcome: Outcome, folder: Path) -> None:
 
 
 def print_left_out(outcome: Outcome) -> None:
-    """One line per run that is not in the numbers although it was asked for or recorded."""
+    """One line per run that is not in the numbers although it was asked for or recorded, and what of the others is not alike."""
     for arm, seed in outcome.missing:
         fact("open", f"{arm} seed {seed} is under way in another process")
     for arm, seed, reason in outcome.outdated:
         fact("ignored", f"{arm} seed {seed}: the run recorded there {reason}")
+    for note in outcome.notes:
+        fact("note", note)
 
 
 def print_arms(outcome: Outcome) -> None:

@@ -42,6 +42,10 @@ class DataConfig(Config):
         """
         return Data(self, tokenizer)
 
+    def content_digest(self) -> str:
+        """`Data.fingerprint` of what lies there now. Raises as `build`."""
+        return self.build().fingerprint()
+
 
 class Data:
     """A tokenised corpus.

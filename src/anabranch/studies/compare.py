@@ -5,7 +5,6 @@ may differ: the rest of the configs must be equal, and a finished run counts onl
 is the baseline of the differences. There is no claim to judge: an interval that contains 0 decides nothing.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +78,6 @@ def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
             )
     check_held_out(designs[baseline])
 
-    @functools.cache
-    def fingerprint() -> str:
-        return designs[baseline].data.build().fingerprint()
-
-    def text(config: RunConfig) -> str:
-        return fingerprint()  # one for all: their data is equal
-
     def draw(results: Results, path: Path) -> None:
         draw_arms(results, path, baseline=baseline, title="Designs at one budget")
         draw_costs(results, path.with_name(f"{path.name}-costs"), title="What designs reach and what they cost")
@@ -95,12 +87,12 @@ def comparison(designs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Study:
         title=f"{', '.join(designs)} at one budget",
         settings=_budget(designs[baseline]),
         arms=[Arm(name, "", config) for name, config in designs.items()],
-        run=lambda config, seed, progress: train_and_measure(config, seed, progress, text=text(config)),
+        run=lambda config, seed, progress: train_and_measure(config, seed, progress),
         judge=lambda results: [],
         columns=COLUMNS,
         draw=draw,
         seeds=tuple(seeds),
-        inputs=text,
+        noted_only=True,
     )
 
 

@@ -4,15 +4,12 @@ A study gives its arms (configs), ``run`` (one arm, one seed -> numbers) and ``j
 is missing and writes each (arm, seed) as a small JSON as soon as it is finished, so that a study may be stopped at any time, goes
 on where it was, and grows over sessions. Two processes may work on one study: a pair that one has under way is left to it.
 
-    FOLDER/NAME.json                    claims with verdicts (`Claim`), config, versions
+    FOLDER/NAME.json                    claims with verdicts (`Claim`), config, where the runs come from
     FOLDER/NAME/summary.json            one row per arm: mean and interval of every number
     FOLDER/NAME/ARM-seed0.json          one run
     FOLDER/NAME.png, NAME.svg           the picture
 """
 
-import contextlib
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +20,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.locks import locked
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
+from anabranch.studies.provenance import Digests, Origin, device_kind, groups, joined_versions, notes, readers, versions
 from anabranch.studies.records import Metrics, RunRecord, recorded_seeds
 
 Progress = Callable[[str], None]
@@ -133,8 +131,10 @@ class Study:
         default_arms: names of those that run if none are asked for; None for all.
         revision: raised when the code under the arms changes what comes out, so that older runs do not count.
         fit: what ``--fit`` shows, one row of numbers per law that is fitted; None for a study of no law.
-        inputs: config of an arm -> digest of what its run reads beside the config (text, say), by content. A run counts for the
-            same digest only. None: nothing is noted of it.
+        inputs: config of an arm -> digest of what its run reads beside the config (text, say), by content; None: what the parts of
+            the config say they read, see `anabranch.studies.provenance`. A run counts for the same digest only.
+        noted_only: whether records do not count that say nothing of what they read, as those of older versions. Otherwise they count,
+            and are named in the result.
     """
 
     name: str
@@ -149,7 +149,8 @@ class Study:
     revision: int = 1
     seeds: Sequence[int] = (0, 1, 2)
     fit: Callable[[Results], list[dict[str, Any]]] | None = None
-    inputs: Callable[[Any], str] | None = None
+    inputs: Callable[[Any], str | None] | None = None
+    noted_only: bool = False
 
 
 @dataclass
@@ -163,6 +164,7 @@ class Outcome:
         path: the result file.
         missing: pairs that have not run (not asked for, or under way elsewhere).
         outdated: arm, seed and reason of each record that lies there and does not count.
+        origins: where the numbers of each run that counts come from.
     """
 
     study: Study
@@ -171,16 +173,25 @@ class Outcome:
     path: Path
     missing: list[tuple[str, int]] = field(default_factory=list)
     outdated: list[tuple[str, int, str]] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """In what the runs of one table are not alike, or not like this process, and which runs: see `anabranch.studies.provenance`."""
+        return notes(self.origins, versions())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the result file."""
+        """The content of the result file: ``versions`` are those that the runs were made with, ``judged_with`` those of this process."""
         config = {**self.study.settings, "arms": {arm.name: arm.about for arm in self.study.arms}}
         return {
             "name": self.study.name,
             "seeds": self.results.seeds,
             "claims": [_rounded(asdict(claim)) for claim in self.claims],
             "config": config,
-            "versions": versions(),
+            "versions": joined_versions(self.origins),
+            "runs": groups(self.origins),
+            "notes": self.notes,
+            "judged_with": versions(),
         }
 
 
@@ -198,7 +209,8 @@ def run_study(
     """
     folder = Path(folder)
     chosen = pick_arms(study, arms)
-    inputs = _inputs(study, chosen)
+    digests = Digests(study.inputs)
+    inputs = {arm.name: digests.of(arm.config) for arm in chosen}
     pairs = [(arm, seed) for seed in (study.seeds if seeds is None else seeds) for arm in chosen]
     missing = []
     for number, (arm, seed) in enumerate(pairs, start=1):
@@ -220,11 +232,12 @@ def run_study(
 def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
     """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
     folder = Path(folder)
-    results, outdated = read_records(study, folder)
+    results, outdated, origins = _read(study, folder)
     if not results.runs:
         told = "".join(f"; that of {arm} seed {seed} {reason}" for arm, seed, reason in outdated[:1])
         raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first{told}")
-    outcome = Outcome(study, results, study.judge(results), folder / f"{study.name}.json", list(missing), outdated)
+    path = folder / f"{study.name}.json"
+    outcome = Outcome(study, results, study.judge(results), path, list(missing), outdated, origins)
     atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
     if study.draw is not None:
         study.draw(results, folder / study.name)
@@ -239,23 +252,47 @@ def read_results(study: Study, folder: str | Path) -> Results:
 
 def read_records(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str]]]:
     """The finished runs that count, and arm, seed and reason of those that do not."""
+    results, outdated, _ = _read(study, folder)
+    return results, outdated
+
+
+def _read(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str]], list[Origin]]:
+    """As `read_records`, and where the numbers of the runs that count come from."""
     runs: dict[str, dict[int, Metrics]] = {arm.name: {} for arm in study.arms}
-    outdated = []
-    found = {arm.name: recorded_seeds(folder / study.name, arm.name) for arm in study.arms}
-    inputs = _inputs(study, [arm for arm in study.arms if found[arm.name]])
+    outdated, origins = [], []
+    digests = Digests(study.inputs)
     for arm in study.arms:
-        for seed in found[arm.name]:
-            place = _place(study, arm, seed, folder, inputs[arm.name])
+        is_reader = study.inputs is not None or bool(readers(arm.config))
+        for seed in recorded_seeds(folder / study.name, arm.name):
+            place, unchecked = _place(study, arm, seed, folder, None), None
+            if place.origin()["inputs"] is not None:
+                try:
+                    place = _place(study, arm, seed, folder, digests.of(arm.config))
+                except (
+                    DataError
+                ) as error:  # what was read is not on this machine: its numbers can be judged all the same
+                    unchecked = str(error)
             metrics = place.read()
             if metrics is not None:
                 runs[arm.name][seed] = metrics
+                origins.append(Origin(arm.name, seed, reads=is_reader, unchecked=unchecked, **place.origin()))
             elif (reason := place.why_not()) is not None:
                 outdated.append((arm.name, seed, reason))
-    return Results(runs), outdated
+    return Results(runs), outdated, origins
 
 
 def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) -> RunRecord:
-    return RunRecord(folder / study.name, study.name, arm.name, seed, study.revision, arm.config, inputs)
+    return RunRecord(
+        folder=folder / study.name,
+        study=study.name,
+        arm=arm.name,
+        seed=seed,
+        revision=study.revision,
+        config=arm.config,
+        inputs=inputs,
+        device=device_kind(arm.config),
+        noted_only=study.noted_only,
+    )
 
 
 def fitted(study: Study, folder: str | Path) -> list[dict[str, Any]]:
@@ -293,28 +330,25 @@ def pick_arms(study: Study, names: Sequence[str] | None) -> list[Arm]:
     return list(study.arms) if names is None else [known[name] for name in names]
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("anabranch", "torch", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _inputs(study: Study, arms: Sequence[Arm]) -> dict[str, str | None]:
-    """What each arm reads beside its config, as a digest; None where the study names nothing."""
-    return {arm.name: None if study.inputs is None else study.inputs(arm.config) for arm in arms}
-
-
 def _run_one(study: Study, place: RunRecord, label: str, progress: Progress) -> None:
     reason = place.why_not()
     progress(f"{label}: started" if reason is None else f"{label}: run again, since the run there {reason}")
+    _check_inputs(study, place)
     started, cpu_started = time.perf_counter(), time.process_time()
     metrics = study.run(place.config, place.seed, lambda text: progress(f"{label}: {text}"))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    _check_inputs(study, place)
     kept = place.write(metrics, seconds=round(seconds, 1), cpu_seconds=round(cpu_seconds, 1), versions=versions())
     progress(f"{label}: finished in {seconds:.0f} s" + (f"; the run before is kept in {kept}" if kept else ""))
+
+
+def _check_inputs(study: Study, place: RunRecord) -> None:
+    """What lies there before a run and after it is what it read. Raises DataError if it is not what was there when the study began."""
+    if place.inputs is not None and Digests(study.inputs).of(place.config) != place.inputs:
+        raise DataError(
+            f"what {place.arm} seed {place.seed} reads has changed since the first of these runs was started; "
+            "run the same command again: what was made of the files before is made anew"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Records of runs: one JSON a run, and whether it counts for what is asked now.
 
-A record counts if nothing that decides its numbers has changed: the study's revision, the whole config of the arm, and what the run
-read beside its config, by content. One that does not count is run again, and kept in ``earlier/`` beside the new one.
+A record counts if nothing that decides its numbers has changed: the study's revision, the whole config of the arm, what the run
+read beside its config, by content, and the kind of device it ran on. One that does not count is run again, and kept in ``earlier/``
+beside the new one. Versions of libraries are noted and told, and decide nothing: see docs/evidence.md.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from typing import Any
 from anabranch.config import completed, differences, to_dict
 from anabranch.errors import DataError
 from anabranch.files import atomic_write_json, parse_json
+from anabranch.studies.provenance import recorded_device
 
 Metrics = dict[str, Any]
 EARLIER = "earlier"
@@ -28,7 +30,9 @@ class RunRecord:
         study, arm, seed: which run.
         revision: of the study.
         config: of the arm, what `to_dict` takes.
-        inputs: digest of what the run reads beside its config; None if nothing is noted of it.
+        inputs: digest of what the run reads beside its config; None if it reads nothing, or what it read is not to be compared.
+        device: kind of device that it runs on; None if nothing chooses one.
+        noted_only: whether a record that notes nothing of what it read does not count.
     """
 
     folder: Path
@@ -38,6 +42,8 @@ class RunRecord:
     revision: int
     config: Any
     inputs: str | None = None
+    device: str | None = None
+    noted_only: bool = False
 
     @property
     def path(self) -> Path:
@@ -54,6 +60,15 @@ class RunRecord:
         record = self._record()
         return None if record is None or self._reason(record) is not None else record["metrics"]
 
+    def origin(self) -> dict[str, Any]:
+        """What the record notes of where its numbers come from: ``versions``, ``device``, ``inputs``; absent or None if not noted."""
+        record = self._record() or {}
+        return {
+            "versions": record.get("versions") or {},
+            "device": recorded_device(record),
+            "inputs": record.get("inputs"),
+        }
+
     def why_not(self) -> str | None:
         """Why the record does not count, as the end of a sentence; None if it counts, or there is none."""
         record = self._record()
@@ -62,7 +77,8 @@ class RunRecord:
     def write(self, metrics: Metrics, **facts: Any) -> Path | None:
         """Write the record; ``facts`` are further fields. One that lies there is moved to the path that is returned."""
         record: dict[str, Any] = {"study": self.study, "arm": self.arm, "seed": self.seed, "revision": self.revision}
-        record |= {} if self.inputs is None else {"inputs": self.inputs}
+        noted = {"inputs": self.inputs, "device": self.device}
+        record |= {name: value for name, value in noted.items() if value is not None}
         kept = self._set_aside()
         atomic_write_json(self.path, {**record, "metrics": metrics, **facts, "config": to_dict(self.config)})
         return kept
@@ -100,8 +116,11 @@ class RunRecord:
             name, (old, new) = next(iter(found.items()))
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             return f"is of another config: {name or 'it'} was {_short(old)} and is now {_short(new)}{more}"
-        if self.inputs is not None and "inputs" not in record:
-            return "was written by an older version, which did not note what text it read"
+        device = recorded_device(record)
+        if None not in (device, self.device) and device != self.device:
+            return f"ran on {device}, and would now run on {self.device}"
+        if "inputs" not in record:
+            return "was written by an older version, which did not note what text it read" if self.noted_only else None
         if self.inputs is not None and record["inputs"] != self.inputs:
             return "read other text: the files have changed since, or an older version noted less of them"
         return None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anabranch.errors import ConfigError, DataError
+from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 from anabranch.routing import Router, RoutingTrace, record_routing
 from anabranch.routing.consistency import srp
@@ -46,7 +46,6 @@ def train_and_measure(
     *,
     model: Decoder | None = None,
     also: Callable[[Trainer], Metrics] | None = None,
-    text: str | None = None,
 ) -> Metrics:
     """Train ``config`` with ``seed`` (weights, data order, masks) in a folder that is then removed, and measure the model.
 
@@ -56,9 +55,9 @@ def train_and_measure(
     layers own; ``srp`` (local routing consistency over 16 tokens, mean over layers); ``same_expert_rate`` at neighbouring layers of a pool
     and its ``same_expert_chance``; sizes; ``tokens_per_second`` by the clock and ``tokens_per_cpu_second``; ``peak_memory_bytes`` of the
     process; ``warnings`` that the library logged. ``model`` is trained on instead of a fresh one; ``also`` measures more of the trained
-    model; ``text`` is the `Data.fingerprint` that the text must have.
+    model.
 
-    Raises ConfigError, before it trains, where no text is held out to measure on; DataError where the text is another one.
+    Raises ConfigError, before it trains, where no text is held out to measure on.
     """
     check_held_out(config)
     counts = config.model.count(config.data.sequence_length)
@@ -73,12 +72,6 @@ def train_and_measure(
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder, _warnings() as warned:
         observer = _Observer(progress)
         trainer = Trainer(config.replace(train=settings), Path(folder) / "run", on_event=observer, model=model)
-        if text is not None and trainer.data.fingerprint() != text:
-            trainer.close()
-            raise DataError(
-                f"{config.data.corpus.build().describe()} has changed since the first of these runs was started; "
-                "run the same command again: what was trained on the text before is trained anew"
-            )
         observer.trainer = trainer
         result = trainer.fit()
         if result.status != "finished":

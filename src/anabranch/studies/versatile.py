@@ -200,8 +200,9 @@ def run(config: Continued, seed: int, progress: Progress) -> Metrics:
 
 
 def base_model(config: RunConfig, seed: int, progress: Progress) -> Decoder:
-    """The dense model of a seed, trained once and kept in the cache folder."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+    """The dense model of a seed, trained once and kept in the cache folder, found by its config, device and text."""
+    key = [to_dict(config), config.train.device_kind(), config.data.content_digest()]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = cache_folder() / "studies" / f"versatile-{digest}-seed{seed}"
     if not (place / "config.json").is_file():
         settings = config.train.replace(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from anabranch.config import Config, Field, Seed, Size, configclass, differences, from_dict, to_dict
 from anabranch.data.config import DataConfig
 from anabranch.errors import CheckpointError, ConfigError, DataError
@@ -97,6 +99,12 @@ class TrainConfig(Config):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}; both must be at least 0 and below 1")
+
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``: what ``device`` means on this machine."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device.partition(":")[0]
 
 
 class _Run(Config):
