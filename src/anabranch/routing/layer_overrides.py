@@ -9,7 +9,7 @@ code runs eagerly. A forward pass that begins in the block is changed to its end
 """
 # Shapes: N items, D width
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,19 +35,26 @@ class LayerOverrides:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[int | str, Override]) -> None:
-        self._found: dict[nn.Module, dict[int, Override]] = {}
-        known = own_layers(model)
-        for key, override in layers.items():
-            meant = [layer for layer in known if key in (layer.number, layer.name, layer.router_name)]
-            if not meant:
-                names = ", ".join(f"{layer.number} ({layer.name})" for layer in known)
-                raise ConfigError(f"the model has no routed layer {key!r}; it has {names}")
-            for layer in meant:
-                self._found.setdefault(layer.router, {})[layer.turn] = override
+        self._found = find_overrides(own_layers(model), layers)
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
         return self._found.get(router, {}).get(visit % passes_of(router))
+
+
+def find_overrides(
+    known: Sequence[RouterLayer], layers: Mapping[int | str, Override]
+) -> dict[nn.Module, dict[int, Override]]:
+    """{router: {pass: override}} of overrides by number or name, see `LayerOverrides`."""
+    found: dict[nn.Module, dict[int, Override]] = {}
+    for key, override in layers.items():
+        meant = [layer for layer in known if key in (layer.number, layer.name, layer.router_name)]
+        if not meant:
+            names = ", ".join(f"{layer.number} ({layer.name})" for layer in known)
+            raise ConfigError(f"the model has no routed layer {key!r}; it has {names}")
+        for layer in meant:
+            found.setdefault(layer.router, {})[layer.turn] = override
+    return found
 
 
 @contextmanager

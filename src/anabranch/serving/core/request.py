@@ -89,7 +89,8 @@ class Request:
         key: whose it is (an API key's name), for fairness.
         arrival: when it came, seconds of `time.monotonic`.
         cache_salt: requests share prefixes only with those of the same salt.
-        options: what changes the keys and values or the route (adapter, allowed experts, depth): part of the prefix cache's key.
+        options: what changes the keys and values or the route (adapter, allowed experts, depth): part of the prefix cache's key. Who is
+            overridden by a hook names there what the hook does, as ``("routing", name)``; see `OverrideHook`.
         record_routing: tell which experts each token went to, see `Output.routing`.
     """
 

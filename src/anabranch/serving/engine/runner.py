@@ -11,10 +11,12 @@ from torch import Tensor
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import ForwardContext
+from anabranch.routing.override import Overrides
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
-from anabranch.serving.core.hooks import StepHook
+from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.overrides import RequestOverrides
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
@@ -44,14 +46,15 @@ class ModelRunner:
         num_blocks: size of the key-value pool.
         block_tokens: tokens per block, the scheduler's.
         sampler: chooses tokens; None for one that knows neither the tokenizer nor the ends of text.
-        hooks: see every step.
+        hooks: see every step; those with ``override`` change single requests, see `OverrideHook`.
         host_blocks: blocks of main memory to swap to.
         pool: memory made elsewhere, instead of ``num_blocks``.
         use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
 
-    While hooks listen inside the model (`record_routing` around an engine), steps go through its modules one by one, as with
-    ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are told each position once.
+    While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
+    through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
+    told each position once.
 
     Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
     """
@@ -78,8 +81,11 @@ class ModelRunner:
         )
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
+        overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
+        self._overrides = RequestOverrides(model, overriding) if overriding else None
+        self._routing: list[Overrides] = []  # what the step under way overrides
         self.fast: FastDecoder | None = None  # whose rows never depend on each other
-        if use_kernel and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
+        if use_kernel and not overriding and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap, self.watch = RoutingTap(model), Watch(model)
@@ -102,7 +108,12 @@ class ModelRunner:
         ]
         for hook in self.hooks:
             hook.before_step(batch, tokens)
+        refused: dict[str, Sampled] = {}
+        if self._overrides is not None:
+            self._routing, refused = self._overrides.of(batch, tokens)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
+        sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
+        self._routing = []
         self._last.update((result.id, result.token) for result in sampled if result.token != PENDING)
         for hook in self.hooks:
             hook.after_step(batch, sampled)
@@ -133,6 +144,8 @@ class ModelRunner:
             self._forget(id)
         for request in batch.new:
             self.sampler.add(request)
+            if self._overrides is not None:
+                self._overrides.add(request)
             if request.record_routing:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
@@ -147,6 +160,8 @@ class ModelRunner:
         self._told.pop(id, None)
         self._recorded.discard(id)
         self._tops.pop(id, None)
+        if self._overrides is not None:
+            self._overrides.forget(id)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         rows, routes = _last_rows(chunks), self._routes(chunks)
@@ -244,6 +259,7 @@ class ModelRunner:
             num_streams=streams,
             sequences=names,
             is_measured=False,
+            routing=list(self._routing),
             state=self._repeats(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,

@@ -79,5 +79,5 @@ def _by_tiles(func: Callable[..., Any], rows: Sequence[Tensor]) -> Any:
 def _tile(rows: Tensor, start: int) -> Tensor:
     tile = rows[start : start + TILE]
     if len(tile) == TILE:
-        return tile
+        return tile.contiguous()  # half of a wider tensor is not, and its rows would each be vectors with a rest
     return torch.cat((tile, tile.new_zeros(TILE - len(tile), *tile.shape[1:])))
