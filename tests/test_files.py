@@ -290,6 +290,40 @@ def test_error_inside_keeps_its_kind(tmp_path):
     assert names(tmp_path) == []
 
 
+FILL = """
+import sys, time
+from anabranch.files import atomic_folder
+with atomic_folder(sys.argv[1]) as temporary:
+    (temporary / "half").write_text("x")
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_is_at_work_on_is_not(tmp_path):
+    place = tmp_path / "model[1]"
+    theirs = (".model[1].settings", ".model[1].unfinished-notes", ".model1.unfinished-abcdefgh")
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    workers = [
+        subprocess.Popen([sys.executable, "-c", FILL, str(place)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        left, held = (Path(worker.stdout.readline().strip()) for worker in workers)
+        workers[0].kill()
+        workers[0].wait()
+        assert (left / "half").exists()
+        with atomic_folder(place) as temporary:
+            (temporary / "a").write_text("x")
+        assert {path.name for path in tmp_path.iterdir()} == {*theirs, held.name, place.name}
+        assert (held / "half").exists()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+
+
 # Full disks
 
 

@@ -12,15 +12,21 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
+_UNFINISHED = "unfinished-"  # in the names of folders that are to take the place of others
 # What SQLite keeps beside a database while it is in use, and reads again after a program was killed.
 SQLITE_LOGS = ("-wal", "-shm", "-journal")
 
@@ -172,16 +178,19 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, replacing: str = "", check_old: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Fill the yielded temporary folder; on a clean exit it takes the place of ``path``, otherwise it is removed.
 
     An existing ``path`` is exchanged for the new one in one step on Linux, so that a process killed at any moment leaves
-    one of the two there; elsewhere it is moved aside for an instant.
+    one of the two there; elsewhere it is moved aside for an instant. What a killed process left beside ``path`` is removed.
 
     Args:
         path: the place.
         replacing: a regular expression of the names that an existing folder may hold, since all of it is lost. Default: none, so that
             only an empty folder is replaced.
+        check_old: asked with what was in the place, once nothing can be added to it under its name. What it raises puts it back there.
 
     Raises as `atomic_file`, and DataError if an existing folder holds anything else, or is or holds the working directory.
     """
@@ -194,7 +203,9 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
             )
         check_not_here(path)
         check_holds_only(path, replacing)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_leftovers(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_UNFINISHED}", dir=path.parent))
+        held = [_held(temporary)]
         try:
             yield temporary
             check_holds_only(path, replacing)
@@ -203,15 +214,51 @@ def atomic_folder(path: str | Path, *, replacing: str = "") -> Iterator[Path]:
                 if not file.is_symlink() and (file.is_file() or file.is_dir()):
                     _fsync(file)
             temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o777 & ~_umask())
-            put = _swap if path.exists() else Path.replace
+            is_there = path.exists()
+            if is_there:
+                held.append(_held(path))
+            put = _swap if is_there else Path.replace
             put(temporary, path)
             try:
+                if is_there:
+                    # What appeared since the last look, or is still being written, would be lost with the rest.
+                    check_holds_only(temporary, replacing, name=path)
+                    if check_old is not None:
+                        check_old(temporary)
                 _fsync(path.parent)
             except BaseException:
-                put(*((temporary, path) if put is _swap else (path, temporary)))
+                put(*((temporary, path) if is_there else (path, temporary)))
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after a swap: what was there before
+            for handle in held:
+                if handle is not None:
+                    os.close(handle)
+
+
+def _held(folder: Path) -> int | None:
+    """A handle on a folder that is being filled or emptied, whose lock says so to others; None where there are no such locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the folders in which killed processes were making another ``path``, or were removing an old one."""
+    if fcntl is None:
+        return
+    pattern = re.compile(re.escape(f".{path.name}.{_UNFINISHED}") + "[a-z0-9_]{8}")
+    for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+        with suppress(OSError):  # one at work holds it, or another was quicker to remove it
+            handle = os.open(path.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent / name, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def check_not_here(folder: str | Path) -> None:
@@ -230,13 +277,18 @@ def check_not_here(folder: str | Path) -> None:
         )
 
 
-def check_holds_only(folder: Path, replacing: str) -> None:
-    """Raise DataError if ``folder`` holds a name that does not match the regular expression ``replacing``; see `atomic_folder`."""
+def check_holds_only(folder: Path, replacing: str, *, name: Path | None = None) -> None:
+    """Raise DataError if ``folder`` holds a name that does not match the regular expression ``replacing``; see `atomic_folder`.
+
+    ``name`` is what the error calls the folder. Default: its path.
+    """
     if not folder.is_dir():
         return
     foreign = sorted(name for name in os.listdir(folder) if not re.fullmatch(replacing, name, re.DOTALL))
     if foreign:
-        raise DataError(f"{folder} holds {foreign[0]}, which would be lost if it were replaced; choose a new folder")
+        raise DataError(
+            f"{name or folder} holds {foreign[0]}, which would be lost if it were replaced; choose a new folder"
+        )
 
 
 def _exchange(first: Path, second: Path) -> bool:

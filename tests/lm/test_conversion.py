@@ -5,6 +5,9 @@ import io
 import json
 import os
 import shutil
+import signal
+import stat
+import subprocess
 import tempfile
 from hashlib import sha256
 from pathlib import Path
@@ -235,6 +238,83 @@ def test_a_list_of_digests_that_is_not_ours_lets_nothing_be_lost(tmp_path, nativ
     load_model(target)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("notes.txt", "years of work"), ("README.md", "# mine"), ("config.json", None)]
+)
+def test_digests_that_somebody_made_anew_let_nothing_be_lost(tmp_path, native, name, text):
+    place = native / name
+    place.write_text(place.read_text() + "\n" if text is None else text)
+    text = place.read_text()
+    names = sorted(path.name for path in native.iterdir() if path.name != RECORD)
+    made = subprocess.run(["sha256sum", *names], cwd=native, capture_output=True, check=True, text=True).stdout
+    (native / RECORD).write_text(made)
+    load_model(native)
+    save_model(tmp_path / "new", tiny())
+    before = contents(native)
+    for wrong in (lambda: convert(tmp_path / "new", native), lambda: save_model(native, tiny())):
+        with pytest.raises(
+            CheckpointError, match=r"is not a saved model \(it holds a SHA256SUMS that we did not write\)"
+        ):
+            wrong()
+    assert contents(native) == before
+    convert(tmp_path / "new", native, force=True)
+    assert text in [path.read_text() for path in (place, native / f"{name}.old") if path.exists()]
+    assert (native / f"{RECORD}.old").read_text() == made
+
+
+def test_our_own_digests_are_checked_by_the_usual_program_too(native):
+    assert (native / RECORD).read_text().startswith("# anabranch ")
+    done = subprocess.run(["sha256sum", "--strict", "-c", RECORD], cwd=native, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("name", ["notes", "config.json", "model.safetensors", RECORD, "tokenizer.json"])
+def test_a_pipe_in_a_folder_holds_up_nobody(tmp_path, native, name, force, monkeypatch):
+    save_model(tmp_path / "new", tiny())
+    (native / name).unlink(missing_ok=True)
+    os.mkfifo(native / name)
+    # What would open the pipe waits for its other end for ever.
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(20)
+    try:
+        if force:
+            convert(tmp_path / "new", native, force=True)
+            assert any(
+                stat.S_ISFIFO(path.stat().st_mode) for path in (native / name, native / f"{name}.old") if path.exists()
+            )
+        else:
+            with pytest.raises(CheckpointError, match="is not a saved model .it holds "):
+                convert(tmp_path / "new", native)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_what_nobody_recorded_is_not_read(tmp_path, native, monkeypatch):
+    (native / "data.bin").write_text("3 GB")
+    monkeypatch.setattr("anabranch.lm.folder.sha256_of", lambda path: pytest.fail(f"reads {path}"))
+    with pytest.raises(CheckpointError, match=r"is not a saved model \(it holds data.bin\)"):
+        save_model(native, tiny())
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", RECORD, "model.safetensors", "tokenizer.json", "generation_config.json"]
+)
+def test_a_folder_with_the_name_of_a_new_file_goes_on_too(tmp_path, native, name):
+    target = tmp_path / "own"
+    (target / name / "deep").mkdir(parents=True)
+    (target / f"{name}.old").mkdir()
+    for place in ("a.txt", "deep/config.json"):
+        (target / name / place).write_text(place)
+    convert(native, target, force=True)
+    kept = name if name == "generation_config.json" else f"{name}.old1"
+    assert {place: (target / kept / place).read_text() for place in ("a.txt", "deep/config.json")} == {
+        "a.txt": "a.txt", "deep/config.json": "deep/config.json",
+    }  # fmt: skip
+    load_model(target)
+
+
 def test_what_is_ours_alone_is_replaced(tmp_path, native, foreign):
     for to in ("native", "huggingface", "native"):
         convert(foreign, tmp_path / "out", to)
@@ -393,6 +473,48 @@ def test_a_folder_that_changes_meanwhile_is_left_alone(tmp_path, native, monkeyp
         save_model(tmp_path / "out", tiny(), Slow())
     assert (tmp_path / "out/notes.txt").read_text() == "written while it worked"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "out"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("what", ["new", "changed"])
+def test_a_file_that_appears_at_any_moment_before_the_exchange_is_kept(
+    tmp_path, native, monkeypatch, what, force, in_one_step
+):
+    target = tmp_path / "out"
+    save_model(target, tiny())
+    name = "notes.txt" if what == "new" else "config.json"
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    was = {"fsync": files._fsync, "swap": files._swap}
+    calls = []
+
+    def later(number):
+        """Whoever works on it writes into the folder at this moment, and not before the last look at it."""
+
+        def act(which, *arguments):
+            calls.append(which)
+            if len(calls) == number:
+                (target / name).write_text("written meanwhile")
+            return was[which](*arguments)
+
+        monkeypatch.setattr(files, "_fsync", lambda *arguments: act("fsync", *arguments))
+        monkeypatch.setattr(files, "_swap", lambda *arguments: act("swap", *arguments))
+
+    later(None)
+    convert(native, target, force=force)
+    moments = calls.index("swap") + 1
+    for number in (moments, moments - 1, moments - 2):
+        calls.clear()
+        later(number)
+        before = contents(target) | {name: (b"written meanwhile", 0o100644)}
+        with pytest.raises(CheckpointError, match=f"{target} has changed while a model was made for it"):
+            convert(native, target, force=force)
+        assert contents(target) == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "out"]
+        later(None)
+        shutil.rmtree(target)
+        convert(native, target)
 
 
 def test_a_huge_folder_is_no_models(tmp_path, native, monkeypatch):

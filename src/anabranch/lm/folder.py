@@ -8,6 +8,7 @@ config.json says so, and only ours if each file in it is as its record says; suc
 a record is one) only with ``force``, which keeps every file that the new model has no file for.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -121,13 +122,17 @@ def model_folder(path: str | Path, *, before: Entries | None = None, force: bool
     place = Path(path)
     if before is None:
         before = check_replaceable(place, force=force)
-    with atomic_folder(place, replacing=".*") as temporary:
-        yield temporary
-        seal(temporary)
-        if _entries(place) != before:
+
+    def check_same(folder: Path) -> None:
+        if _entries(folder) != before:
             raise CheckpointError(
                 f"{place} has changed while a model was made for it, so it is not replaced; try again"
             )
+
+    with atomic_folder(place, replacing=".*", check_old=check_same) as temporary:
+        yield temporary
+        seal(temporary)
+        check_same(place)
         if force:
             _keep(place.resolve(), temporary, before)
 
@@ -202,14 +207,24 @@ def _foreign(folder: Path, entries: Entries) -> str | None:
     if recorded is None:
         name = _first_named(entries)
         return f"{name}, and no {RECORD} that lists it" if _USUAL.fullmatch(name) else name
-    for name in sorted(entries):
-        path = folder / name
-        if name.endswith("/"):
-            if not any(other.startswith(name) for other in recorded):
-                return name
-        elif name != RECORD and (path.is_symlink() or sha256_of(path) != recorded.get(name)):
-            return f"{name}, which is not as it was saved" if name in recorded else name
-    return None
+    if not _is_ours(folder):
+        return f"a {RECORD} that we did not write"
+    files = [name for name in sorted(entries) if not name.endswith("/")]
+    for name in sorted(entries.keys() - set(files)):
+        if not any(other.startswith(name) for other in recorded):
+            return name
+    # Names first: a file that nobody recorded may be large, or a pipe that never ends.
+    unknown = next((name for name in files if name != RECORD and name not in recorded), None)
+    if unknown is not None:
+        return unknown
+    changed = next((name for name in files if name != RECORD and not _is_as_saved(folder, name, recorded)), None)
+    return None if changed is None else f"{changed}, which is not as it was saved"
+
+
+def _is_as_saved(folder: Path, name: str, recorded: dict[str, str]) -> bool:
+    """Whether a file is in the record, and a file of its own with the content that was saved."""
+    path = folder / name
+    return name in recorded and stat.S_ISREG(path.lstat().st_mode) and sha256_of(path) == recorded[name]
 
 
 def _first_named(entries: Entries) -> str:
@@ -219,8 +234,11 @@ def _first_named(entries: Entries) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of any folder; empty where it is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
     try:
-        table = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
@@ -259,27 +277,47 @@ def _keep(old: Path, new: Path, entries: Entries) -> None:
     Where ``new`` has a file of its name, or a loader would read it as a part of the new model, it goes on as ``NAME.old``.
     """
     recorded = _saved_by_us(old)
-    folders = [name for name in entries if name.endswith("/")]
-    for name in folders:
-        (new / name).mkdir(exist_ok=True)
-    for name in entries.keys() - set(folders):
-        path, place = old / name, new / name
-        is_saved = not path.is_symlink() and (
-            (name == RECORD and bool(recorded)) or (name in recorded and sha256_of(path) == recorded[name])
-        )
+    # Where each folder goes; those around a folder come before it.
+    places = {"": new}
+    for name in sorted(name for name in entries if name.endswith("/")):
+        place = _place_of(name, places)
+        if place.exists() and not place.is_dir():
+            place = _renamed(place, old / name)
+        place.mkdir(exist_ok=True)
+        places[name] = place
+    for name in sorted(name for name in entries if not name.endswith("/")):
+        path, place = old / name, _place_of(name, places)
+        is_saved = bool(recorded) if name == RECORD else _is_as_saved(old, name, recorded)
         if place.exists() and not place.is_dir() and is_saved:
             continue
         if place.exists() or _is_read(name):
-            names = (f"{name}.old{number or ''}" for number in range(_MOST_ENTRIES))
-            place = new / next(free for free in names if free not in entries and not (new / free).exists())
+            place = _renamed(place, path)
         _link(path, place)
-    for name in reversed(folders):
-        shutil.copystat(old / name, new / name)
+    for name in sorted(places.keys() - {""}, reverse=True):
+        shutil.copystat(old / name, places[name])
+
+
+def _place_of(name: str, places: dict[str, Path]) -> Path:
+    """Where something goes whose folder goes to one of ``places``."""
+    folder, slash, last = name.rstrip("/").rpartition("/")
+    return places[folder + slash] / last
+
+
+def _renamed(place: Path, path: Path) -> Path:
+    """``place`` with the ending ``.old``: a name that nothing in its folder has, nor has beside ``path``, whose neighbours follow."""
+    names = (f"{place.name}.old{number or ''}" for number in range(_MOST_ENTRIES))
+    return place.with_name(
+        next(
+            name
+            for name in names
+            if not os.path.lexists(place.with_name(name)) and not os.path.lexists(path.with_name(name))
+        )
+    )
 
 
 def _saved_by_us(folder: Path) -> dict[str, str]:
     """Digests by name of what we saved in ``folder``; empty where it is not ours, whose list of digests may be anybody's."""
-    if not _is_marked(_config(folder)):
+    if not _is_marked(_config(folder)) or not _is_ours(folder):
         return {}
     try:
         return _record(folder) or {}
@@ -310,10 +348,28 @@ def _link(path: Path, place: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the record of what is in ``folder``: the last file that is written."""
+    """Write the record of what is in ``folder``: the last file that is written.
+
+    Its first line, which ``sha256sum -c`` passes over, has the digest of the others: by it we know our list from one made later.
+    """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names if name != RECORD]
-    atomic_write_text(folder / RECORD, "".join(lines))
+    lines = "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names if name != RECORD)
+    atomic_write_text(folder / RECORD, _first_line(lines) + lines)
+
+
+def _first_line(lines: str) -> str:
+    return f"# anabranch {hashlib.sha256(lines.encode()).hexdigest()}\n"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the list of digests in ``folder`` is as `seal` wrote it."""
+    path = folder / RECORD
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, ValueError):
+        return False
+    first, _, lines = text.partition("\n")
+    return f"{first}\n" == _first_line(lines)
 
 
 def verify(folder: Path, *, needed: Iterable[str] = (), skip: Iterable[str] = ()) -> bool:
@@ -346,7 +402,7 @@ def _record(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     found = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines]

@@ -43,7 +43,7 @@ SCHEMA = 1
 # A file beside the checkpoints: all of them were set aside because they had diverged, so their absence is no loss.
 BEGIN_AGAIN = "diverged.txt"
 # What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `_remove`.
-_LEFTOVER = re.compile(r"\.(step-\d+)\.(old|[a-z0-9_]{8})")
+_LEFTOVER = re.compile(r"\.(step-\d+)\.(old|(unfinished-)?[a-z0-9_]{8})")
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
