@@ -284,7 +284,7 @@ def test_a_pipe_in_a_folder_holds_up_nobody(tmp_path, native, name, force, monke
                 stat.S_ISFIFO(path.stat().st_mode) for path in (native / name, native / f"{name}.old") if path.exists()
             )
         else:
-            with pytest.raises(CheckpointError, match="is not a saved model .it holds "):
+            with pytest.raises(CheckpointError, match=r"is not a saved model .it holds "):
                 convert(tmp_path / "new", native)
     finally:
         signal.alarm(0)
