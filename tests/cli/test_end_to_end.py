@@ -247,6 +247,64 @@ def test_resume_ends_where_an_uninterrupted_run_does(trained, cli, work, tiny, d
     assert found["sample"] == expected["sample"]
 
 
+@pytest.fixture
+def train(here, tiny, data):
+    """Run ``train`` with arguments and what ``--json`` printed, or the error."""
+
+    def run(*arguments):
+        code, out, err = here("train", *arguments, "--steps", 12, "--json", "--quiet", *tiny, *data)
+        return json.loads(out) if code == 0 else err
+
+    return run
+
+
+def test_one_line_starts_a_run_and_goes_on_with_it(train, work):
+    line = ["--out", "queued", "--seed", 3]
+    first = train("demo", "--resume", "auto", *line)
+    assert first["step"] == 12
+    kept, last = (work / "queued/checkpoints" / name for name in ("step-00000010", "step-00000012"))
+    before = kept.stat().st_ino
+    shutil.rmtree(last)  # as if the machine went away behind step 10
+    again = train("demo", "--resume=auto", *line)
+    assert (again["step"], again["bits_per_byte"]) == (12, first["bits_per_byte"])
+    assert kept.stat().st_ino == before
+    assert "train.seed was 3 and is now 4" in train("demo", "--resume", "auto", *line, "--seed", 4)
+    assert "cannot resume queued with another config" in train("--resume=auto", *line, "--size", "small")
+    assert "holds a run whose layers are 'rexmoe'" in train("dense", "--resume=auto", *line)
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run_and_no_other(train, work, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    line = ["demo", "--out", "elastic"]
+    assert train(*line)["step"] == 12
+    refused = "elastic already holds a run (config.json); resume it with --resume"
+    assert refused in train(*line)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(*line)["step"] == 12
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    assert refused in train(*line)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process(cli, work, environment, tiny, data):
+    psutil = pytest.importorskip("psutil")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--max-restarts", "1", "-m"]
+    line = ["anabranch", "train", "demo", "--out", "killed", "--steps", "400", "--json", "--quiet", *tiny, *data]
+    with open(work / "killed.json", "w") as out:
+        process = subprocess.Popen(
+            [*start, *line], cwd=work, env=environment, stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    while not list((work / "killed").glob("checkpoints/step-*/trainer.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    [worker] = psutil.Process(process.pid).children()
+    worker.kill()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert json.loads((work / "killed.json").read_text())["step"] == 400
+
+
 def test_interrupt_saves_and_resume_finishes(cli, work, environment, tiny, data):
     command = [sys.executable, "-m", "anabranch.cli.main", "train", "demo", "--out", "stopped", "--steps", "4000"]
     process = subprocess.Popen(

@@ -40,7 +40,7 @@ def shown():
     for name, command in commands(group).items():
         lines += ["", f"$ anabranch {name}", inspect.cleandoc(command.help), ""]
         for parameter in command.params:
-            if "--help" in parameter.opts:
+            if "--help" in parameter.opts or parameter.hidden:
                 continue
             every = [*parameter.opts, *parameter.secondary_opts]
             names = "/".join(every) if parameter.param_type_name == "option" else ""

@@ -26,7 +26,7 @@ from anabranch.cli.plan import plan
 from anabranch.cli.report import report
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
-from anabranch.cli.train import train
+from anabranch.cli.train import TrainCommand, train
 from anabranch.extras import explain
 
 app = typer.Typer(
@@ -76,7 +76,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 _GROUPS = {"graph": graph, "gateway": gateway}
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)

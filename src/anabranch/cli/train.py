@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, sample, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
 
 INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit codes, as shells give them
 SAMPLE_TOKENS = 160
+_AUTO = "--resume-auto"
+
+
+class TrainCommand(TyperCommand):
+    """The command, whose flag ``--resume`` may be followed by ``auto``: a queue or torchrun starts the same line again and again."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        spelled: list[str] = []
+        for argument in args:
+            if argument == "auto" and spelled[-1:] == ["--resume"]:
+                spelled[-1] = _AUTO
+            else:
+                spelled.append(_AUTO if argument == "--resume=auto" else argument)
+        return super().parse_args(ctx, spelled)
 
 
 def train(
@@ -38,8 +54,13 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, with the config it was started with."),
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Go on with the run in DIR, with the config it was started with; auto: if there is one, else start it.",
+        ),
     ] = False,
+    resume_auto: Annotated[bool, typer.Option(_AUTO, hidden=True, help="What --resume auto means.")] = False,
     assignments: Assignments = None,
     config_file: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="TOML file with any fields of the config.")
@@ -54,16 +75,22 @@ def train(
     Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
     """
     require("lm", by="anabranch train")
+    from anabranch.cli.runs import build_config
     from anabranch.train import Trainer
+    from anabranch.train.run import holds_run, is_restart
 
     settings = read_assignments(assignments)
     settings |= {} if steps is None else {"train.steps": steps}
     settings |= {} if seed is None else {"train.seed": seed}
-    name, config = _config(out, resume, preset, config_file, size_dial, settings)
+    goes_on = resume or (holds_run(out) and (resume_auto or is_restart(out)))
+    if goes_on and config_file is None and (resume or size_dial is None):
+        name, config = _held_config(out, preset, size_dial, settings)
+    else:
+        name, config = build_config(preset, config_file, size_dial, settings)
     first = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process talks
     observer = _Observer(config, quiet=quiet or not first)
     with observer.progress:
-        trainer = Trainer(config, out, resume=resume, on_event=observer)
+        trainer = Trainer(config, out, resume=goes_on, on_event=observer)
         if first and not quiet:
             observer.introduce(name, trainer)
         result = trainer.fit()
@@ -73,28 +100,22 @@ def train(
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 
 
-def _config(
-    out: Path,
-    resume: bool,
-    preset: str | None,
-    config_file: Path | None,
-    size_dial: str | None,
-    settings: dict[str, Any],
+def _held_config(
+    out: Path, preset: str | None, size_dial: str | None, settings: dict[str, Any]
 ) -> tuple[str, RunConfig]:
-    from anabranch.cli.runs import build_config, check_preset
+    """Name and config of the run that is in ``out``, with what is set anew."""
+    from anabranch.cli.runs import check_preset
     from anabranch.config import override
     from anabranch.train import read_run_config
 
-    if resume and config_file is None:
-        if size_dial is not None:
-            raise ConfigError(
-                f"--size is {size_dial!r}, but a resumed run keeps the size it was started with; leave it out"
-            )
-        held = read_run_config(out)
-        if preset is not None:
-            check_preset(preset, held, out)
-        return preset or out.name, override(held, settings)
-    return build_config(preset, config_file, size_dial, settings)
+    if size_dial is not None:
+        raise ConfigError(
+            f"--size is {size_dial!r}, but a resumed run keeps the size it was started with; leave it out"
+        )
+    held = read_run_config(out)
+    if preset is not None:
+        check_preset(preset, held, out)
+    return preset or out.name, override(held, settings)
 
 
 class _Observer:

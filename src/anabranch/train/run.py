@@ -1,10 +1,13 @@
 """The folder of a run: started anew, or resumed with a config that may differ only in what does not change the training."""
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anabranch.errors import ConfigError, DataError
+from anabranch.files import atomic_write_text
 from anabranch.lm.folder import STEPS_FOLDER
 from anabranch.locks import is_locked, locked
 from anabranch.train.checkpoint import BEGIN_AGAIN, checkpoints, remove_leftovers
@@ -33,6 +36,7 @@ _CHANGEABLE = frozenset(
 
 
 LOCK = ".run.lock"  # held by who trains
+_JOB = ".run.torchrun"  # which torchrun trains, where one does
 _WAIT_S = 0.15  # for the lock; who only looks whether it is free has it for an instant
 
 
@@ -68,13 +72,35 @@ def check_new(out: Path) -> None:
         raise DataError(f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder")
 
 
+def holds_run(out: Path) -> bool:
+    """Whether there is a run in ``out`` that can be resumed."""
+    return (out / CONFIG_FILE).is_file()
+
+
+def is_restart(out: Path) -> bool:
+    """Whether torchrun started this process anew after it, the same torchrun, had begun the run in ``out`` (``--max-restarts``)."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    try:
+        return (out / _JOB).read_text(encoding="utf-8") == _torchrun()
+    except (OSError, ValueError):
+        return False
+
+
+def _torchrun() -> str | None:
+    """What tells one torchrun from all others; None where none started this process."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv-id all are called none.
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+
+
 def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None:
     """The newest complete checkpoint of the run in ``out``; None if it was stopped before the first.
 
     Raises DataError if there is no run, or its checkpoints are gone, ConfigError if ``config`` changes what a resumed run may not change.
     """
-    if not (out / CONFIG_FILE).is_file():
-        raise DataError(f"no training run in {out} to resume; leave out --resume to start one")
+    if not holds_run(out):
+        raise DataError(f"no training run in {out} to resume; leave out --resume to start one, or say --resume auto")
     held = read_same_run(out, config)
     changed = {
         path: values
@@ -110,4 +136,8 @@ def prepare(out: Path, config: RunConfig | TaskRunConfig) -> None:
     remove_leftovers(out)
     # What is trained from here on has diverged no more, and its checkpoints may be lost like any other's.
     (out / STEPS_FOLDER / BEGIN_AGAIN).unlink(missing_ok=True)
+    (out / _JOB).unlink(missing_ok=True)
+    job = _torchrun()
+    if job is not None:
+        atomic_write_text(out / _JOB, job)
     config.save(out)
