@@ -1,13 +1,15 @@
 """The contract checks find what they are for: each broken part here fails the check that should catch it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anabranch.config import Field, configclass
+from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.nn import Count, ExpertPool, FeedForward, SwiGLU
+from anabranch.nn import Count, ExpertPool, FeedForward, MoE, SwiGLU
 from anabranch.nn.context import hide
 from anabranch.registry import BUILTIN, resolve
 from anabranch.routing import Balancer, LinearScore, Router, Routing, Select, SwitchLoss, TopK
@@ -198,9 +200,36 @@ class AlwaysTraining(Router):
         return super().forward(x_ND, context)
 
 
+class Stubborn(Router):
+    """Asks nobody what overrides it."""
+
+    def forward(self, x_ND, context):
+        return self.decide(x_ND, context)
+
+
+class NotForced(Router):
+    """Hears of biases and closed destinations alone."""
+
+    def decide(self, x_ND, context, overrides=()):
+        return super().decide(x_ND, context, [one for one in overrides if one.index_NK is None])
+
+
+class LearnsFromOthers(Router):
+    """Shows its balancers everything."""
+
+    def decide(self, x_ND, context, overrides=()):
+        return super().decide(x_ND, context, [replace(one, learn=True) for one in overrides])
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
-    [(RoutesPadding, "a padding item is routed"), (AlwaysTraining, "a balancer emits outside training")],
+    [
+        (RoutesPadding, "a padding item is routed"),
+        (AlwaysTraining, "a balancer emits outside training"),
+        (Stubborn, "a balancer sees overridden decisions"),
+        (NotForced, "a balancer sees overridden decisions"),
+        (LearnsFromOthers, "a balancer sees overridden decisions"),
+    ],
 )
 def test_broken_routers(router, message):
     with pytest.raises(AssertionError, match=message):
@@ -212,6 +241,15 @@ class LeakyPool(ExpertPool):
 
     def forward(self, x_ND, routing, *, weight_on="output"):
         return super().forward(x_ND, routing, weight_on=weight_on) + 1e-2 * self.w2.sum()
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [(Stubborn, "a destination that an override closes was chosen"), (NotForced, "a forced destination was not taken")],
+)
+def test_routers_that_are_not_overridden(router, message):
+    with pytest.raises(AssertionError, match=message):
+        check_router(router.Config(balance=()).build(6, 8), dim=6)
 
 
 def test_a_broken_pool():
@@ -305,10 +343,39 @@ class GraphBreak(Broken, kind="graphbreak"):
         return super().forward(x_BLD, context)
 
 
+class BrokenMoE(MoE):
+    """A base for broken mixtures, small."""
+
+    @configclass
+    class Config(MoE.Config):
+        """A small layer."""
+
+        num_experts: Repeats = Field(default=6, ge=1)
+        hidden_dim: Size = Field(default=16, ge=1)
+
+
+class AsksTwice(BrokenMoE, kind="askstwice"):
+    """Asks its router's score beside the router."""
+
+    def run(self, router, x_BLD, context):
+        logit_NE = router.score.project(x_BLD.flatten(0, -2), context)
+        return super().run(router, x_BLD, context) * logit_NE.logsumexp(-1).view(x_BLD.shape[:-1]).unsqueeze(-1)
+
+
+class Undecided(BrokenMoE, kind="undecided"):
+    """Works with more of a decision than destinations and weights."""
+
+    def run(self, router, x_BLD, context):
+        x_ND = x_BLD.flatten(0, -2)
+        routing = router(x_ND, context)
+        y_ND = self.experts(x_ND, routing, context=context) * routing.score_NE.square().sum(-1, keepdim=True)
+        return y_ND.view_as(x_BLD)
+
+
 @pytest.fixture
 def registered(monkeypatch):
     """What a package does with entry points: without a name a design cannot be read back from a checkpoint."""
-    for design in Broken.__subclasses__():
+    for design in (*Broken.__subclasses__(), *BrokenMoE.__subclasses__()):
         monkeypatch.setitem(BUILTIN["feed_forward"], design.kind, f"{__name__}:{design.__name__}")
     yield
     resolve.cache_clear()
@@ -328,6 +395,16 @@ def registered(monkeypatch):
     ],
 )
 def test_broken_feed_forwards(design, message):
+    with pytest.raises(AssertionError, match=message):
+        check_feed_forward(design.Config(), num_layers=2, compile_backend="eager")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("design", "message"),
+    [(AsksTwice, "a router runs though all is replayed"), (Undecided, "a replayed trace gives other logits")],
+)
+def test_mixtures_that_cannot_be_replayed(design, message):
     with pytest.raises(AssertionError, match=message):
         check_feed_forward(design.Config(), num_layers=2, compile_backend="eager")
 

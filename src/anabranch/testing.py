@@ -15,6 +15,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.extras import require
@@ -34,6 +35,7 @@ from anabranch.nn.streams import Streams
 from anabranch.routing import (
     UNUSED,
     Balancer,
+    Override,
     Router,
     Routing,
     RoutingContext,
@@ -224,6 +226,7 @@ def check_router(router: Router, *, dim: int, device: str = "cpu") -> None:
     padded = router(x_ND, RoutingContext(item_mask_N=mask_N))
     check_routing(padded)
     _is((padded.index_NK[~mask_N] == UNUSED).all(), "a padding item is routed")
+    _check_overrides(router, x_ND, mask_N)
     context = RoutingContext(training=True, sequence_length=4, item_mask_N=mask_N)
     routing = router(x_ND, context)
     context.commit()
@@ -236,6 +239,40 @@ def check_router(router: Router, *, dim: int, device: str = "cpu") -> None:
     (routing.weight_NK.square().sum() + sum(losses.values())).backward()
     _check_gradients(router)
     _check_copies(router, lambda module: module(x_ND, RoutingContext()).weight_NK)
+
+
+@dataclass(frozen=True)
+class _Says:
+    """The same override for every router."""
+
+    override: Override
+
+    def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override:
+        return self.override
+
+
+def _check_overrides(router: Router, x_ND: Tensor, mask_N: Tensor) -> None:
+    """What is closed is not chosen, what is forced is, and balancers see neither."""
+    num_destinations = router.num_destinations
+    index_NK = torch.arange(NUM_ITEMS).unsqueeze(-1) % num_destinations
+    closed_E = torch.arange(num_destinations) % 2 == 1
+
+    def run(**changes: Any) -> Routing:
+        said = _Says(Override(**changes))
+        context = RoutingContext(training=True, sequence_length=4, item_mask_N=mask_N, routing=[said])
+        routing = router(x_ND, context)
+        check_routing(routing)
+        _is(not (context.losses or context.loads or context.parts), "a balancer sees overridden decisions")
+        return routing
+
+    routing = run(open_NE=~closed_E)
+    chosen_NK = closed_E.to(x_ND.device)[routing.index_NK.clamp_min(0)] & routing.used_NK
+    _is(not chosen_NK.any(), "a destination that an override closes was chosen")
+    run(bias_NE=torch.linspace(-100, 100, num_destinations))
+    for changes in ({}, {"weight_NK": torch.full((NUM_ITEMS, 1), 0.5)}):
+        routing = run(index_NK=index_NK, **changes)
+        expected_NK = index_NK.to(x_ND.device).masked_fill(~mask_N.unsqueeze(-1), UNUSED)
+        _is(torch.equal(routing.index_NK, expected_NK), "a forced destination was not taken")
 
 
 def check_pool(pool: ExpertPool, *, device: str = "cpu") -> None:

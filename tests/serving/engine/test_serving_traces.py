@@ -1,6 +1,7 @@
 """`record_routing` around an engine: whatever path its steps take, the trace is that of `generate`, each position once."""
 
 import asyncio
+import copy
 import itertools
 from functools import partial
 
@@ -12,7 +13,7 @@ from anabranch.experts.versatile import record_difficulty
 from anabranch.lm import SamplingConfig, generate
 from anabranch.nn import kernels
 from anabranch.registry import BUILTIN
-from anabranch.routing import record_routing
+from anabranch.routing import Router, record_routing, replay_routing
 from anabranch.routing.discovery import find_routers
 from anabranch.serving import LLM, Request, Sampling, ServingConfig
 from anabranch.serving.engine import Engine, LocalEngine, ModelRunner
@@ -88,6 +89,26 @@ def test_the_trace_is_that_of_generate(name, path, scheduling):
     assert llm.engine.scheduler.stats().counters["preemptions"] > 0
     llm.close()
     assert sequences(recorder.trace()) == by_generate(model, prompts)
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+@pytest.mark.parametrize("name", ["moe", "chain"])
+def test_what_an_engine_did_is_replayed_by_an_engine_and_by_generation(name, scheduling):
+    """Requests come in the order of the recording; batches, chunks and preemptions may be others, and routers that know nothing."""
+    model, prompts = small(name)
+    with record_routing(model) as recorder:
+        expected = [tuple(row) for row in generate(model, prompts, SamplingConfig(temperature=0.0, max_tokens=6))]
+    blind = copy.deepcopy(model)
+    for module in blind.modules():
+        if isinstance(module, Router):
+            torch.nn.init.normal_(module.score.weight)
+    for config in (SCARCE, PLENTY):
+        llm = LLM(blind, scheduling=scheduling, prefix_cache=False, **config)
+        free = [answer.tokens for answer in llm.generate(prompts, GREEDY)]
+        with replay_routing(blind, recorder.trace()):
+            assert [answer.tokens for answer in llm.generate(prompts, GREEDY)] == expected != free
+        assert [answer.tokens for answer in llm.generate(prompts, GREEDY)] == free  # the compiled step again
+        llm.close()
 
 
 @pytest.mark.parametrize("path", PATHS)
