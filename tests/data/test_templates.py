@@ -1,9 +1,11 @@
 """Chat templates are programs of strangers: none may hang or exhaust the process that renders it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,28 +202,135 @@ def test_a_template_without_end_holds_up_no_other():
 
 def test_who_gets_no_process_in_time_is_told_that_they_are_busy_and_the_others_come_in_order(monkeypatch):
     renderer = templates._Renderer()
-    taken = [renderer._take(0) for _ in renderer.workers]
+    renderer._note("quick", 0.0)
+    taken = [renderer._take("quick", 1, 0) for _ in renderer.workers]
     assert 2 <= len(taken) <= 4
     monkeypatch.setattr(templates, "_WAIT_S", 0.05)
     with pytest.raises(
         TokenizerError, match=r"^busy: none of the \d processes that render chat templates was free in 0.05 s$"
     ):
-        renderer.ask(b"{}")
+        renderer.ask("quick", b"{}")
+    assert order_of(renderer, taken.pop(), [("quick", 1)] * 3) == [0, 1, 2]
+    assert len(renderer._free) == 1
+
+
+def order_of(renderer, worker, requests):
+    """The order in which requests (source, bytes) get the only free worker, where they come one after another before it is free."""
     order = []
 
-    def wait(number):
-        worker = renderer._take(time.monotonic() + 60)
+    def wait(number, source, size):
+        got = renderer._take(source, size, time.monotonic() + 60)
         order.append(number)
-        renderer._give(worker)
+        renderer._give(got)
 
-    with ThreadPoolExecutor(3) as pool:
-        for number in range(3):
-            pool.submit(wait, number)
+    with ThreadPoolExecutor(len(requests)) as pool:
+        for number, (source, size) in enumerate(requests):
+            pool.submit(wait, number, source, size)
             while len(renderer._waiting) <= number:
                 time.sleep(0.001)
-        renderer._give(taken.pop())
-    assert order == [0, 1, 2]
-    assert len(renderer._free) == 1
+        renderer._give(worker)
+    return order
+
+
+def test_templates_take_turns_whoever_asks_most():
+    renderer = templates._Renderer()
+    for source in "abc":
+        renderer._note(source, 0.0)
+    taken = [renderer._take("c", 1, 0) for _ in renderer.workers]
+    assert order_of(renderer, taken.pop(), [("a", 1)] * 4 + [("b", 1)] * 2) == [0, 4, 1, 5, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["quick", "slow"])
+def test_one_process_is_kept_for_short_requests_of_quick_templates(source):
+    renderer = templates._Renderer()
+    renderer._note("quick", 0.0)
+    renderer._note("slow", 1.0)
+    large = 200_000 if source == "quick" else 1
+    slow = [renderer._take(source, large, 0) for _ in range(len(renderer.workers) - 1)]
+    for asked in (("slow", 1), ("quick", 200_000), ("new", 200_000)):
+        with pytest.raises(TokenizerError, match=r"^busy"):
+            renderer._take(*asked, 0)
+    # A new one may be quick, but comes after those that are.
+    kept = renderer._take("new", 1, 0)
+    with pytest.raises(TokenizerError, match=r"^busy"):
+        renderer._take("quick", 1, 0)
+    assert order_of(renderer, kept, [("another", 1), ("quick", 1), ("quick", 1)]) == [1, 2, 0]
+    # One that was quick and is no more.
+    renderer._note("quick", 1.0)
+    with pytest.raises(TokenizerError, match=r"^busy"):
+        renderer._take("quick", 1, 0)
+    for worker in slow:
+        renderer._give(worker)
+    assert not renderer._slow
+    assert len(renderer._free) == len(renderer.workers)
+
+
+def test_times_of_templates_are_not_remembered_without_end():
+    renderer = templates._Renderer()
+    for number in range(templates._MOST_SOURCES + 5):
+        renderer._note(str(number), 0.0)
+        renderer._give(renderer._take(str(number), 1, 0))
+    assert len(renderer._seconds) == templates._MOST_SOURCES
+    assert len(renderer._served) == 1
+
+
+@pytest.mark.slow
+def test_sixty_slow_templates_hold_up_no_quick_one(new_workers):
+    assert render_template("{{ quick }}", quick=1) == "1"
+    with ThreadPoolExecutor(60) as pool:
+        slow = [pool.submit(render_template, LOOPS) for _ in range(60)]
+        began = time.monotonic()
+        assert [render_template("{{ quick }}", quick=number) for number in range(12)] == [str(n) for n in range(12)]
+        assert time.monotonic() - began < 10
+        for future in slow:
+            future.cancel()
+            if not future.cancelled():
+                assert re.search(f"{TIME}|busy", str(future.exception()))
+
+
+def test_who_gets_a_process_at_the_last_moment_has_the_whole_time_for_the_answer(monkeypatch, new_workers):
+    assert render_template("{{ 1 }}") == "1"
+    renderer, pid = templates._RENDERERS[os.getpid()], process().pid
+    taken = [renderer._take("{{ 1 }}", 1, 0) for _ in renderer.workers]
+    monkeypatch.setattr(templates, "_WAIT_S", 1.0)
+    loop = "{% for i in range(9999) %}{% for j in range(250) %}{% endfor %}{% endfor %}done"
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(render_template, loop)
+        time.sleep(0.95)
+        renderer._give(taken.pop(0))
+        assert answer.result() == "done"
+    for worker in taken:
+        renderer._give(worker)
+    assert pid in [worker.process.pid for worker in renderer.workers if worker.process]
+
+
+def test_a_thread_that_cannot_be_started_is_told_in_a_line(monkeypatch):
+    assert render_template("{{ 1 }}") == "1"
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(
+        TokenizerError, match=r"^the process that renders chat templates cannot be watched: can't start"
+    ):
+        render_template("{{ 2 }}")
+    monkeypatch.undo()
+    assert render_template("{{ 3 }}") == "3"
+
+
+def test_limits_are_told_also_where_the_system_forgets_how_processes_end(new_workers):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert render_template("{{ 1 }}") == "1"
+        with pytest.raises(
+            TokenizerError, match=r"it took more than 1 s of computing or 1 GiB of memory \(which of them"
+        ):
+            render_template(LOOPS)
+        assert render_template("{{ 2 }}") == "2"
+        templates._close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_the_limit_of_time_holds_where_its_signal_is_blocked(new_workers):

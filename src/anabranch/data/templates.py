@@ -4,15 +4,16 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,11 @@ from anabranch.data import template_worker
 from anabranch.errors import TokenizerError
 from anabranch.extras import require
 
-# At most for an answer, from when it is asked for: the last net, where the machine is busy or has no timers.
+# At most for a process that is free, and then at most for its answer: the last net, where the machine is busy or has no timers.
 _WAIT_S = 20.0
+# What is rendered in less is quick; the templates of real models take a tenth of it. What is longer than so many bytes may not be.
+_QUICK_S, _SHORT = 0.2, 100_000
+_MOST_SOURCES = 1000  # whose times are remembered
 _START_S = 120.0  # at most for a new process, which does not count as waiting
 _WORKERS = min(4, max(2, os.cpu_count() or 2))
 _NUMBERS = itertools.count(1)  # of requests; an answer repeats the one it is for
@@ -31,8 +35,9 @@ _NUMBERS = itertools.count(1)  # of requests; an answer repeats the one it is fo
 def render_template(template: str, **values: Any) -> str:
     """The text of a Jinja chat template.
 
-    It is rendered in another process, one of two to four that take requests in turn, with a second of computing, a gigabyte of memory, and
-    a million characters beyond eight for each of the request's (`template_worker`), so that a template that loops for ever ends there.
+    It is rendered in another process, with a second of computing, a gigabyte of memory, and a million characters beyond eight for each of
+    the request's (`template_worker`), so that a template that loops for ever ends there. There are two to four of them, for which templates
+    take turns; one is kept for templates that have been quick.
 
     Raises TokenizerError if it cannot be read, refuses the values, passes a limit, or if no process can be started or is free within 20 s;
     MissingExtraError without jinja2.
@@ -62,26 +67,44 @@ def _ask(template: str, values: Mapping[str, Any] | None) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise _RefusedError(f"they are no JSON: {error}") from None
     # By process: a fork of this one has the other ends of the same pipes, and the answers must not be mixed.
-    return _RENDERERS.setdefault(os.getpid(), _Renderer()).ask(request.encode())
+    return _RENDERERS.setdefault(os.getpid(), _Renderer()).ask(template, request.encode())
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A request that wants a process; ``number`` is when it came."""
+
+    source: str
+    is_large: bool
+    number: int
+    worker: "Future[_Worker]" = field(default_factory=Future)
 
 
 class _Renderer:
-    """A few workers; who finds none free waits, and is served in the order of coming."""
+    """A few workers, and who is next where none is free: sources take turns, each in the order of coming.
+
+    One worker is kept for short requests of templates that were quick when they were last rendered, and for one of a new template while
+    there is none: however many slow ones there are, and whoever sends them, they hold up each other alone.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.workers = [_Worker() for _ in range(_WORKERS)]
         # The last to be free is the next to work: it has started, and has compiled the template.
         self._free = list(self.workers)
-        self._waiting: deque[Future[_Worker]] = deque()
+        self._waiting: list[_Turn] = []
+        self._numbers = itertools.count()
+        self._served: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self._slow: set[_Worker] = set()
 
-    def ask(self, request: bytes) -> Any:
+    def ask(self, source: str, request: bytes) -> Any:
         """The answer to a request in JSON. Raises _RefusedError, and TokenizerError if there is no worker for it."""
-        deadline = time.monotonic() + _WAIT_S
-        worker = self._take(deadline)
+        worker = self._take(source, len(request), time.monotonic() + _WAIT_S)
         try:
-            return worker.ask(request, deadline)
+            return worker.ask(request, _WAIT_S)
         finally:
+            self._note(source, worker.seconds)
             self._give(worker)
 
     def close(self) -> None:
@@ -89,32 +112,61 @@ class _Renderer:
         for worker in self.workers:
             worker.close()
 
-    def _take(self, deadline: float) -> "_Worker":
-        turn: Future[_Worker] = Future()
+    def _take(self, source: str, size: int, deadline: float) -> "_Worker":
         with self._lock:
-            if self._free:
-                return self._free.pop()
+            turn = _Turn(source, size > _SHORT, next(self._numbers))
             self._waiting.append(turn)
+            self._assign()
         try:
-            return turn.result(max(0.0, deadline - time.monotonic()))
+            return turn.worker.result(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             with self._lock:
                 is_waiting = turn in self._waiting
                 if is_waiting:
                     self._waiting.remove(turn)
             if not is_waiting:
-                self._give(turn.result())
+                self._give(turn.worker.result())
             if isinstance(error, TimeoutError):
                 message = f"busy: none of the {len(self.workers)} processes that render chat templates was free in {_WAIT_S:g} s"
                 raise TokenizerError(message) from None
             raise
 
+    def _note(self, source: str, seconds: float) -> None:
+        """How long the last request with a template took."""
+        with self._lock:
+            self._seconds.pop(source, None)
+            self._seconds[source] = seconds
+            if len(self._seconds) > _MOST_SOURCES:
+                del self._seconds[next(iter(self._seconds))]
+
     def _give(self, worker: "_Worker") -> None:
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set_result(worker)
-            else:
-                self._free.append(worker)
+            self._slow.discard(worker)
+            self._free.append(worker)
+            self._assign()
+
+    def _assign(self) -> None:
+        """Give the free workers to those whose turn it is."""
+        while self._free:
+            able = self._waiting
+            # The last one free is the one that is kept.
+            if len(self._slow) >= len(self.workers) - 1:
+                able = [turn for turn in self._waiting if self._is_quick(turn)]
+                able = able or [turn for turn in self._waiting if self._is_quick(turn, unknown_s=0.0)]
+            if not able:
+                return
+            turn = min(able, key=lambda turn: (max(turn.number, self._served.get(turn.source, -1)), turn.number))
+            self._waiting.remove(turn)
+            waiting = {turn.source for turn in self._waiting}
+            self._served = {source: number for source, number in self._served.items() if source in waiting}
+            self._served[turn.source] = next(self._numbers)
+            worker = self._free.pop()
+            if not self._is_quick(turn):
+                self._slow.add(worker)
+            turn.worker.set_result(worker)
+
+    def _is_quick(self, turn: _Turn, unknown_s: float = math.inf) -> bool:
+        return not turn.is_large and self._seconds.get(turn.source, unknown_s) <= _QUICK_S
 
 
 class _Worker:
@@ -123,18 +175,20 @@ class _Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self._pipes: tuple[IO[bytes], IO[bytes]] | None = None
+        self.seconds = math.inf  # that the last request took, apart from starting the process
 
-    def ask(self, request: bytes, deadline: float) -> Any:
-        """The answer, by a time of `time.monotonic`. Raises _RefusedError; TokenizerError where the process cannot do its work."""
+    def ask(self, request: bytes, wait_s: float) -> Any:
+        """The answer, in at most so many seconds. Raises _RefusedError; TokenizerError where the process cannot do its work."""
+        self.seconds = math.inf
         for is_again in (False, True):
             if self.process is None or self.process.poll() is not None:
-                began = time.monotonic()
                 self._start()
-                deadline += time.monotonic() - began
-            found = self._exchange(request, deadline)
+            began = time.monotonic()
+            found = self._exchange(request, began + wait_s)
             if found is not None:
+                self.seconds = time.monotonic() - began
                 break
-            why = self._limit_passed(deadline)
+            why = self._limit_passed(began, wait_s)
             code = self.close()
             if why is not None:
                 raise _RefusedError(why)
@@ -194,17 +248,22 @@ class _Worker:
             raise
         return None
 
-    def _limit_passed(self, deadline: float) -> str | None:
-        """The limit for which the process has ended, if one is."""
+    def _limit_passed(self, began: float, wait_s: float) -> str | None:
+        """The limit for which the process has ended, if one is; it was asked at the time ``began``."""
         assert self.process is not None
-        if time.monotonic() >= deadline:
-            return f"its process had no answer after {_WAIT_S:g} s"
+        seconds = time.monotonic() - began
+        if seconds >= wait_s:
+            return f"its process had no answer after {wait_s:g} s"
         self.process.kill()  # which leaves the code of one that has ended as it is
         code = self.process.wait()
         if code == template_worker.OUT_OF_MEMORY:
             return f"it asked for more than {template_worker.MEMORY >> 30} GiB of memory"
         if code == -getattr(signal, "SIGPROF", 0):
             return f"it took more than {template_worker.SECONDS:g} s of computing"
+        # Where a program ignores SIGCHLD the system forgets how its processes end, and they all seem to have ended well.
+        if code == 0 and seconds >= template_worker.SECONDS:
+            limits = f"{template_worker.SECONDS:g} s of computing or {template_worker.MEMORY >> 30} GiB of memory"
+            return f"it took more than {limits} (which of them is not known where SIGCHLD is ignored)"
         return None
 
 
@@ -275,7 +334,10 @@ def _answer_to(number: bytes, line: bytes) -> dict[str, Any]:
 def _killed_at(process: "subprocess.Popen[bytes]", deadline: float) -> Iterator[None]:
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:  # no more threads for this user
+        raise TokenizerError(f"the process that renders chat templates cannot be watched: {error}") from None
     try:
         yield
     finally:
