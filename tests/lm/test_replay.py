@@ -8,7 +8,7 @@ from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, SamplingConfig, generate
-from anabranch.nn import Attention, MoE
+from anabranch.nn import MoE, SelfAttention
 from anabranch.registry import resolve
 from anabranch.routing import LinearScore, Router, RoutingTrace, TopK, record_routing, replay_routing
 
@@ -22,7 +22,7 @@ def make(layer=MoE, streams=None, seed=0, router=ROUTER, **options):
         vocab_size=31,
         dim=16,
         num_layers=2,
-        attention=Attention.Config(num_heads=4),
+        attention=SelfAttention.Config(num_heads=4),
         feed_forward=layer.Config(num_experts=4, hidden_dim=8, router=router, **options),
         streams=streams,
         init_std=0.3,
