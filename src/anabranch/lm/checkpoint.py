@@ -26,7 +26,16 @@ from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.folder import FORMAT, MARK, OPTIMIZER_FILE, TRAINER_FILE, model_folder, run_steps, verify
+from anabranch.lm.folder import (
+    FORMAT,
+    MARK,
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
+    check_no_adapter,
+    model_folder,
+    run_steps,
+    verify,
+)
 from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
 from anabranch.lm.tensors import (
@@ -125,7 +134,7 @@ def write_model(
 def find_model(path: str | Path) -> Path:
     """The model folder or GGUF file that ``path`` means: itself, or the newest checkpoint of a training run.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if there is none, or an adapter that would make it another.
     """
     path = Path(path)
     if path.is_file():
@@ -142,6 +151,7 @@ def find_model(path: str | Path) -> Path:
     steps = [step for step in run_steps(path) if (step / "config.json").is_file()]
     if steps:
         return steps[-1]
+    check_no_adapter(path)
     if (path / "config.json").is_file():
         return path
     gguf = sorted(path.glob("*.gguf"))

@@ -32,6 +32,7 @@ __all__ = [
     "TRAINER_FILE",
     "carry",
     "check_apart",
+    "check_no_adapter",
     "check_replaceable",
     "files_of",
     "model_folder",
@@ -64,6 +65,7 @@ _PARTS = re.compile(
     r"|.*\.jinja|chat_template\.json"
 )
 _TEMPLATES = "additional_chat_templates"
+_ADAPTER = "adapter_config.json"  # of the package peft; transformers applies it, and the model is another
 _DOCUMENTS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
@@ -104,6 +106,15 @@ def _is_of_model(path: Path) -> bool:
     patterns = (_USUAL, _PARTS, _DOCUMENTS, _WEIGHT_FILES)
     own = (RECORD, TRAINER_FILE, METRICS_FILE)
     return path.name in own or any(pattern.fullmatch(path.name) for pattern in patterns)
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise CheckpointError if ``folder`` holds an adapter, with which the model beside it is another than its weights say."""
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({_ADAPTER}), which is not applied here; merge it (merge_and_unload of peft) and save the "
+            "model, or move that file elsewhere to take the model without it"
+        )
 
 
 @contextmanager
@@ -332,7 +343,7 @@ def _is_marked(table: dict[str, Any]) -> bool:
 
 def _is_read(name: str) -> bool:
     """Whether a loader takes a file of this name for a part of the model; the old model's must not be taken for the new one's."""
-    parts = (_PARTS, _WEIGHTS, re.compile(r"adapter_config\.json|" + re.escape(_TEMPLATES) + r"/.*"))
+    parts = (_PARTS, _WEIGHTS, re.compile(rf"{re.escape(_ADAPTER)}|{re.escape(_TEMPLATES)}/.*"))
     return any(pattern.fullmatch(name) for pattern in parts)
 
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file, save_model
 
 from anabranch.data import train_bpe
 from anabranch.errors import CheckpointError
+from anabranch.experts.parscale import load_parscale
 from anabranch.lm import SamplingConfig, convert, export_huggingface, generate, load_config, load_model
+from anabranch.lm.checkpoint import open_model
 
 VOCAB = 24
 
@@ -251,3 +253,24 @@ def test_every_end_of_a_tokenizer_is_in_the_config(tmp_path):
     tokenizer._ends = [3, 4]
     export_huggingface(tmp_path / "b", model, tokenizer)
     assert read_by_transformers(tmp_path / "b").config.eos_token_id == [tokenizer.eos_id, 3, 4]
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_beside_a_model_is_refused(tmp_path, has_model):
+    if has_model:
+        theirs(0).save_pretrained(tmp_path / "a")
+    else:
+        (tmp_path / "a").mkdir()
+    (tmp_path / "a/adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    for read in (load_model, load_config, open_model, load_parscale, lambda path: convert(path, tmp_path / "b")):
+        with pytest.raises(
+            CheckpointError, match=r"a holds an adapter \(adapter_config.json\), which is not applied here; merge"
+        ):
+            read(tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+    if has_model:
+        (tmp_path / "a/adapter_config.json").rename(tmp_path / "elsewhere.json")
+        assert_alike(tmp_path / "a")

@@ -17,7 +17,7 @@ from anabranch.errors import CheckpointError
 from anabranch.experts.parscale.recipe import fold
 from anabranch.experts.parscale.streams import ParScale
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.folder import MARK, model_folder
+from anabranch.lm.folder import MARK, check_no_adapter, model_folder
 from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
@@ -71,9 +71,10 @@ def load_parscale(
 ) -> tuple[Decoder, Tokenizer | None]:
     """A Qwen2 or Qwen2-ParScale folder as a model of ours; arguments as `anabranch.lm.load_model`.
 
-    Raises CheckpointError for another kind of model, or if prefixes or gate are missing (they would not be initialised).
+    Raises CheckpointError for another kind of model or an adapter beside it, or if prefixes or gate are missing (they would not be initialised).
     """
     folder = Path(folder)
+    check_no_adapter(folder)
     foreign = Foreign(read_json(folder / "config.json"), folder / "config.json")
     kind = foreign["model_type"]
     if kind not in _TYPES:
