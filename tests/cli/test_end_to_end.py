@@ -16,8 +16,8 @@ from anabranch.cli.output import fact, say
 from anabranch.cli.progress import Progress
 from anabranch.data import ByteTokenizer, train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
-from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_model
-from anabranch.nn import Attention, SwiGLU
+from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.serving import LLM
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
@@ -100,7 +100,7 @@ def test_a_prompt_begins_as_the_models_own_tokenizer_begins_it(here, tmp_path):
     backend.add_special_tokens(["<s>"])
     begin = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
     backend.post_processor = begin
-    attention, feed_forward = Attention.Config(num_heads=2), SwiGLU.Config(hidden_dim=8)
+    attention, feed_forward = SelfAttention.Config(num_heads=2), SwiGLU.Config(hidden_dim=8)
     config = Decoder.Config(vocab_size=258, dim=16, num_layers=1, attention=attention, feed_forward=feed_forward)
     tokenizer = HuggingFaceTokenizer(backend, bos_id=257, eos_id=256)
     export_huggingface(tmp_path / "model", config.build(seed=0), tokenizer)
@@ -461,3 +461,33 @@ def test_a_display_that_fails_is_let_go(monkeypatch):
         progress.set_total(11)
     say("text")
     fact("label", "text", to=sys.stderr)
+
+
+def test_info_tells_a_model_that_is_cut_off(trained, here, work):
+    shutil.copytree(max((trained[0] / "checkpoints").glob("step-*")), work / "cut")
+    file = work / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, out, err = here("info", work / "cut")
+    assert (code, out) == (2, "")
+    assert "cut/model.safetensors" in err
+    assert "truncated or corrupt" in err
+    file.unlink()  # a config alone is enough for counting
+    assert here("info", work / "cut")[0] == 0
+
+
+def test_what_a_converted_model_is_measured_on_is_said(trained, here, work, text_file):
+    here("convert", trained[0], work / "moved", "--to", "native")
+    command = ["eval", work / "moved", "--data", text_file]
+    length = min(load_config(work / "moved").max_positions, 1024)
+    start = f"note: {work / 'moved'} is no training run: windows of {length} tokens of {text_file}; choose"
+    assert start in here(*command)[2]
+    assert "note" not in here(*command, "--sequence-length", 32)[2]
+    assert "note" not in here("eval", trained[0], "--tokens", 256)[2]
+
+
+def test_a_report_has_no_place_in_a_file(here, text_file):
+    code, _, err = here("report", "no model at all", "--out", text_file)
+    assert (code, err) == (
+        2,
+        f"error: --out is {text_file}, which is a file, and a report is a folder; choose another name\n",
+    )

@@ -1,10 +1,16 @@
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.cli.options import read_seeds
-from anabranch.cli.output import duration, print_json, quantity, size, table, visible
+from anabranch.cli.output import duration, print_json, quantity, shell_word, size, table, visible
 from anabranch.cli.runs import build_config, flatten
 from anabranch.errors import ConfigError
 
@@ -108,3 +114,23 @@ def test_saved_config_of_a_run_is_a_config_file_too(tmp_path):
 
 def test_nothing_of_a_model_steers_the_terminal():
     assert visible("a\tb\nc\x1b[31m\r\x07\x9bé") == "a\tb\nc�[31m���é"
+
+
+WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        WORDS | st.sampled_from(["a\nb", "it's\n\\n", "-", "", "$HOME", "\x1b[1m", "\udcff"]), min_size=1, max_size=20
+    )
+)
+def test_a_word_of_a_command_line_is_read_by_a_shell_as_it_was(words):
+    line = " ".join(map(shell_word, words))
+    assert "\n" not in line
+    assert not re.search(r"[\x00-\x1f\x7f]", line)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True
+    )
+    assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words)

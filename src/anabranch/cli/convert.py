@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Dtype, Quiet, read_dtype
-from anabranch.cli.output import fact, print_json, quantity, size, wrote
+from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.extras import require
 
 
@@ -85,7 +85,7 @@ def convert(
     elif not quiet:
         bits = " and ".join(f"{count} layer{'s' * (count != 1)} in {kind}" for kind, count in quantized.items())
         fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits and f', {bits}'}")
-        wrote(f"{target}   {size(num_bytes)}", f"anabranch {'serve' if quantized else 'info'} {target}")
+        wrote(f"{target}   {size(num_bytes)}", f"anabranch {'serve' if quantized else 'info'} {shell_word(target)}")
 
 
 def _size(path: Path) -> int:

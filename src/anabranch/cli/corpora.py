@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anabranch.cli.output import say
 from anabranch.cli.progress import Progress
 from anabranch.data import Batch, DataConfig, Document, Stdlib, Tokenizer, Windows, corpus_at, corpus_windows
 from anabranch.data.split import VALIDATION, labels_cut_inside, split
@@ -27,6 +28,14 @@ def run_of(model: str) -> RunConfig | None:
 def default_length(run: RunConfig | None, max_positions: int) -> int:
     """Tokens of a window: as in training, else what the model reads, up to 1024."""
     return run.data.sequence_length if run else min(max_positions, DEFAULT_LENGTH)
+
+
+def say_defaults(model: str, text: str, length: int, *, run: RunConfig | None, is_chosen: bool) -> None:
+    """Say on what a model is measured that is no training run, such as a converted one, where not all of it was chosen."""
+    if run is None and not is_chosen:
+        say(
+            f"note: {model} is no training run: windows of {length} tokens of {text}; choose with --data and --sequence-length"
+        )
 
 
 def windows_of(

@@ -31,7 +31,7 @@ def evaluate(
     Windows of L tokens follow each other without overlap; every token but the first is predicted once.
     """
     require("lm", by="anabranch eval")
-    from anabranch.cli.corpora import Tracked, default_length, run_of, windows_of
+    from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
     from anabranch.train import evaluate as measure
 
     network, tokenizer = load(model, dtype, device)
@@ -40,6 +40,7 @@ def evaluate(
     if length > network.config.max_positions:
         say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
     windows, name = windows_of(data, run, tokenizer, length, tokens)
+    say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
     result = measure(network, Tracked(windows, quiet))
     if as_json:
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length})

@@ -78,6 +78,7 @@ def _config(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
     from anabranch import presets
     from anabranch.errors import CheckpointError
     from anabranch.lm import load_config
+    from anabranch.lm.checkpoint import check_weights
 
     if not Path(model).exists():
         if model in presets.names():
@@ -88,6 +89,7 @@ def _config(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
     from anabranch.cli.corpora import run_of
 
     config = load_config(model)
+    check_weights(model)
     run = run_of(model)
     return config, run.data.sequence_length if run else min(config.max_positions, READ_AT_ONCE)
 

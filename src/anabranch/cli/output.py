@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -62,6 +63,15 @@ def sample(text: str) -> None:
 def visible(text: str) -> str:
     """``text`` without what would steer a terminal: control characters but line ends and tabs become U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def shell_word(text: object) -> str:
+    """``text`` as one word of a command line, in one line, as bash and zsh read it."""
+    word = str(text)
+    if not _CONTROL.search(word) and "\n" not in word and "\t" not in word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t")
+    return "$'" + _CONTROL.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in os.fsencode(found[0])), escaped) + "'"
 
 
 def wrote(where: str, next_command: str) -> None:

@@ -48,6 +48,8 @@ def report(
     from anabranch.report.write import report_files
     from anabranch.routing import RoutingTrace
 
+    if Path(out).exists() and not Path(out).is_dir():
+        raise DataError(f"--out is {out}, which is a file, and a report is a folder; choose another name")
     is_trace = Path(source).suffix == ".parquet"
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
     check_apart(own, [data, *([source] if is_trace else _read_of(source, data))])
@@ -95,7 +97,7 @@ def _record(
     """Run text through a model; the trace, which is also written, and the name of the text."""
     import torch
 
-    from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of
+    from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
     from anabranch.routing import RoutingTrace, record_routing
 
     network, tokenizer = load(source, dtype, device)
@@ -109,6 +111,7 @@ def _record(
     windows: Any = None
     with record_routing(network, path=path) as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)
+        say_defaults(source, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
         for batch in Tracked(windows, quiet):
             recorder.domain = list(domain_names(windows, batch))
             network(batch.token_BL.to(place), last_only=True)

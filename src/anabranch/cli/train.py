@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
-from anabranch.cli.output import duration, fact, print_json, quantity, sample, size, wrote
+from anabranch.cli.output import duration, fact, print_json, quantity, sample, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -203,13 +203,13 @@ def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResul
         f"{quantity(result.tokens_per_second)} tokens/s, {size(result.peak_memory_bytes)} memory",
     )
     if result.status == "interrupted":
-        wrote(f"{result.checkpoint}", f"anabranch train --out {out} --resume")
+        wrote(f"{result.checkpoint}", f"anabranch train --out {shell_word(out)} --resume")
         return
     if drawn.problem is not None:
-        wrote(f"{result.checkpoint}", f"anabranch eval {out}")
+        wrote(f"{result.checkpoint}", f"anabranch eval {shell_word(out)}")
         return
     sample(drawn.prompt + drawn.text)
-    wrote(f"{result.checkpoint}", f"anabranch generate {out} --prompt {drawn.prompt!r}")
+    wrote(f"{result.checkpoint}", f"anabranch generate {shell_word(out)} --prompt {shell_word(drawn.prompt)}")
 
 
 @dataclass(frozen=True)

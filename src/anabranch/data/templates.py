@@ -57,6 +57,10 @@ def template_variables(template: str) -> frozenset[str]:
         raise TokenizerError(f"the tokenizer's chat template cannot be read: {error}") from None
 
 
+class TemplatesBusyError(TokenizerError):
+    """No process was free to render a template in time: nobody's fault who asks, and worth asking again."""
+
+
 class _RefusedError(Exception):
     """What the template, or a limit, said."""
 
@@ -128,7 +132,7 @@ class _Renderer:
                 self._give(turn.worker.result())
             if isinstance(error, TimeoutError):
                 message = f"busy: none of the {len(self.workers)} processes that render chat templates was free in {_WAIT_S:g} s"
-                raise TokenizerError(message) from None
+                raise TemplatesBusyError(message) from None
             raise
 
     def _note(self, source: str, seconds: float) -> None:

@@ -45,6 +45,7 @@ from anabranch.lm.tensors import (
     Piece,
     TensorSource,
     build_empty,
+    check,
     check_amount,
     fill,
     has_weights,
@@ -173,6 +174,29 @@ def load_config(path: str | Path) -> Decoder.Config:
     if config.tie_embeddings and has_weights(found):
         return formats.tied_as_stored(config, open_tensors(found), found / "config.json")
     return config
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise CheckpointError if a model's weights are cut off or do not fit its config, as far as that shows without reading them.
+
+    ``path`` as for `load_model`. A folder without weights passes. The tensors of a GGUF file are looked at when its config is read.
+    """
+    found = find_model(path)
+    if found.is_file():
+        gguf.read_gguf_config(found)
+        return
+    if not has_weights(found):
+        return
+    table, source = read_json(found / "config.json"), open_tensors(found)
+    ignore: Sequence[str] = ()
+    if is_foreign(table):
+        model, layout, _, ignore = formats.prepare(source, table, found / "config.json")
+    elif quantization_of(found) is not None:
+        return
+    else:
+        model = build_empty(_native_config(found, table))
+        layout = identity(model)
+    check(state_once(model), source, layout, where=found, ignore=ignore)
 
 
 def load_model(

@@ -9,12 +9,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DeepseekV2Config, LlamaConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
+from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder, convert, export_huggingface, load_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
@@ -194,7 +196,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_of_the_published_model_in_both_directions(case, tmp_path):
+def test_logits_of_the_published_model_in_both_directions(case, tmp_path, caplog):
     fields = BASE | CASES[case]
     weights = random_weights(fields)
     (tmp_path / "in").mkdir()
@@ -210,6 +212,15 @@ def test_logits_of_the_published_model_in_both_directions(case, tmp_path):
         assert written["model_type"] == "llama"
         return
     assert written["model_type"] == "deepseek"
+    assert "transformers has no class for model_type deepseek: it reads this folder only with" in caplog.text
+    if "; family qwen2_moe (--family) writes the same model" in caplog.text:
+        convert(tmp_path / "in", tmp_path / "qwen", "huggingface", family="qwen2_moe")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "qwen").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens()).logits, expected, rtol=0, atol=TOLERANCE)
+    else:
+        with pytest.raises(CheckpointError, match="qwen2_moe has no "):
+            convert(tmp_path / "in", tmp_path / "qwen", "huggingface", family="qwen2_moe")
     given = load_file(tmp_path / "out/model.safetensors")
     assert given.keys() == weights.keys()
     torch.testing.assert_close(reference(BASE | written, given), expected, rtol=0, atol=TOLERANCE)

@@ -237,7 +237,11 @@ def rexmoe(reuse, **changes):
     return tiny(num_layers=4, feed_forward=ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=reuse, **changes))
 
 
-def test_rexmoe_keeps_one_copy_natively_and_is_expanded_for_others(tmp_path):
+def count_of(config):
+    return config.count().parameters
+
+
+def test_rexmoe_keeps_one_copy_natively_and_is_expanded_for_others(tmp_path, caplog):
     transformers = pytest.importorskip("transformers")
     model = rexmoe(2).build(seed=4).eval()
     with torch.no_grad():
@@ -252,6 +256,10 @@ def test_rexmoe_keeps_one_copy_natively_and_is_expanded_for_others(tmp_path):
         again = load_model(tmp_path / "native")[0].eval()
         torch.testing.assert_close(again(token_BL).logits_BLV, expected, rtol=0, atol=0)
         convert(tmp_path / "native", tmp_path / "out", "huggingface")
+        few, many = (count_of(load_config(tmp_path / name)) for name in ("native", "out"))
+        assert (
+            f"each gets its own copy ({few:,} parameters become {many:,}), and nothing shares them again" in caplog.text
+        )
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert (theirs.config.model_type, theirs.config.num_experts) == ("olmoe", 8)
         torch.testing.assert_close(theirs(token_BL).logits, expected, rtol=1e-4, atol=1e-4)

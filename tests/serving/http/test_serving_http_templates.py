@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tokenizers
 
+from anabranch.data import templates
 from anabranch.data.bpe import train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.serving.http.reading import Reader
@@ -62,6 +63,16 @@ def test_what_renders_nothing_never_waits_behind_templates():
         finally:
             reader.may_answer.set()
         assert [chat.result()[0] for chat in chats] == [200] * count
+
+
+def test_templates_that_wait_too_long_for_a_process_are_no_fault_of_the_request(monkeypatch):
+    monkeypatch.setattr(templates, "_WAIT_S", 0.05)
+    renderer = templates._RENDERERS.setdefault(os.getpid(), templates._Renderer())
+    monkeypatch.setattr(renderer, "_free", [])
+    with serving(reader=Reader(Waiting("{{ messages[0].content }} {{ 7 }}").tokenizer)) as server:
+        status, headers, body = server.chat()
+    assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "busy", "1")
+    assert "none of the" in body["error"]["message"]
 
 
 def test_a_template_without_end_is_an_error_of_the_request():

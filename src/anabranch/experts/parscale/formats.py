@@ -71,7 +71,7 @@ def load_parscale(
 ) -> tuple[Decoder, Tokenizer | None]:
     """A Qwen2 or Qwen2-ParScale folder as a model of ours; arguments as `anabranch.lm.load_model`.
 
-    Raises CheckpointError for another kind of model or an adapter beside it, or if prefixes or gate are missing (they would not be initialised).
+    Raises CheckpointError for another kind of model, an adapter beside it, or missing prefixes or gate (they would not be initialised).
     """
     folder = Path(folder)
     check_no_adapter(folder)

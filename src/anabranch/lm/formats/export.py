@@ -5,9 +5,12 @@ what the family lacks, and the error says so.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from anabranch.config import to_dict
 from anabranch.data.tokenizer import SPECIAL_IDS, Tokenizer
@@ -18,6 +21,8 @@ from anabranch.lm.formats import deepseek, llama, mixtral, olmoe, qwen2_moe, qwe
 from anabranch.lm.formats.common import Foreign, self_attention
 from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
 from anabranch.nn import MoE, PreNorm, SelfAttention, SwiGLU
+
+logger = logging.getLogger(__name__)
 
 # In order of preference. transformers has no class for DeepSeekMoE's first version, so that comes last.
 FAMILIES: dict[str, Any] = {
@@ -53,8 +58,18 @@ def export(
     """
     expand = getattr(model.config.feed_forward, "expand_decoder", None)
     if expand is not None:
-        model = expand(model)
+        shared, model = sum(map(Tensor.numel, model.parameters())), expand(model)
+        alone = sum(map(Tensor.numel, model.parameters()))
+        if alone > shared:
+            logger.warning(
+                "layers of the model share experts, which Hugging Face's do not: each gets its own copy (%s parameters become %s), "
+                "and nothing shares them again when it is read back",
+                f"{shared:,}",
+                f"{alone:,}",
+            )
     chosen, model = choose(model, family, prefer)
+    if chosen is deepseek:
+        _say_what_transformers_lacks(model)
     layout = chosen.sanitize(model.config, ())
     state = state_once(model)
     homeless = [name for name in state if name not in layout]
@@ -67,6 +82,20 @@ def export(
     if tokenizer is not None:
         tokenizer.save(folder)
     _write_configs(folder, chosen, model, tokenizer, ids)
+
+
+def _say_what_transformers_lacks(model: Decoder) -> None:
+    """That it reads the first version of DeepSeekMoE only with code that is not ours to write, and which family it reads without."""
+    try:
+        choose(model, qwen2_moe.MODEL_TYPE)
+        instead = f"; family {qwen2_moe.MODEL_TYPE} (--family) writes the same model as one that it has a class for"
+    except CheckpointError:
+        instead = ""
+    logger.warning(
+        "transformers has no class for model_type deepseek: it reads this folder only with the modeling_deepseek.py, "
+        "configuration_deepseek.py and auto_map of a DeepSeek model, which are not written%s",
+        instead,
+    )
 
 
 def choose(model: Decoder, family: str | None = None, prefer: str | None = None) -> tuple[Any, Decoder]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anabranch.data.templates import render_template, template_variables
+from anabranch.data.templates import TemplatesBusyError, render_template, template_variables
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError, TokenizerError
 from anabranch.serving.chat.tools import call_text, check_tools, system_text
@@ -35,7 +35,7 @@ def render(
         add_generation_prompt: end with the beginning of the assistant's turn.
         values: more for the template (``enable_thinking``).
 
-    Raises InputError for a message that is malformed, or that the template refuses.
+    Raises InputError for a message that is malformed, or that the template refuses, TemplatesBusyError if no process was free to render.
     """
     if not messages:
         raise InputError("messages is empty; give at least one")
@@ -50,6 +50,8 @@ def render(
         special = {f"{name}_token": text for name, text in tokenizer.special_names.items()}
         own = {"messages": said, "tools": list(tools) or None, "add_generation_prompt": add_generation_prompt}
         return render_template(template, **{**special, **values, **own})
+    except TemplatesBusyError:
+        raise
     except TokenizerError as error:
         raise InputError(f"messages: {error}") from None
 
@@ -60,6 +62,8 @@ def takes_tools(tokenizer: Tokenizer) -> bool:
         return False
     try:
         return "tools" in template_variables(tokenizer.chat_template)
+    except TemplatesBusyError:
+        raise
     except TokenizerError as error:
         raise InputError(str(error)) from None
 

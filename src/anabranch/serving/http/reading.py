@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from anabranch.data import Tokenizer
+from anabranch.data.templates import TemplatesBusyError
 from anabranch.errors import InputError
 from anabranch.serving.chat import render
 from anabranch.serving.core.text import Detokenizer
 from anabranch.serving.http.messages import Tools
-from anabranch.web.api_error import wrong
+from anabranch.web.api_error import ApiError, wrong
 
 T = TypeVar("T")
 _THREADS = 32  # that wait for templates at a time
@@ -38,12 +39,14 @@ class Reader:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
-        """The prompt of a conversation. Raises ApiError (400) for one that the model's template refuses."""
+        """The prompt of a conversation. Raises ApiError: 400 for one that the template refuses, 503 where none can be rendered now."""
         offered = tools.offered if tools is not None else ()
         try:
             return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open)
         except InputError as error:
             raise wrong("messages", str(error)) from None
+        except TemplatesBusyError as error:
+            raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text to go on from; the empty text is the beginning of one, where the model has a token for it."""
