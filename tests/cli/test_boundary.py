@@ -213,6 +213,54 @@ def test_letters_that_a_terminal_does_not_have_are_escaped(shell):
     assert "Traceback" not in err
 
 
+AT_IMPORT = """
+import os, signal, sys
+
+class Finder:
+    done = False
+
+    @classmethod
+    def find_spec(cls, name, *_):
+        if name == os.environ["AT"] and not cls.done:
+            cls.done = True
+            for _ in range(int(os.environ["TIMES"])):
+                os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("anabranch.cli.main", ["--version"]),
+        ("typer", ["--version"]),
+        ("anabranch.files", ["info"]),
+        ("numpy", ["graph", "info", "lesmis"]),
+        ("numpy.linalg", ["graph", "info", "lesmis"]),
+        pytest.param("torch", ["info", "moe"], marks=pytest.mark.slow),
+        pytest.param("torch.nn", ["info", "moe"], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_modules_are_imported_is_one_line(environment, tmp_path, name, arguments, times):
+    (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "anabranch", *arguments], capture_output=True, text=True, timeout=60,
+        env={**environment, "PYTHONPATH": path, "AT": name, "TIMES": str(times)},
+    )  # fmt: skip
+    # Python ends itself by the signal, which shells show as 130 too, if an interrupt has gone through an exec of somebody's.
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr == "interrupted\n"
+
+
+def test_a_background_job_that_ignores_interrupts_goes_on_ignoring_them(shell):
+    script = "import os, sys; from anabranch.cli import entry; os.kill(os.getpid(), 2); sys.exit(entry.main())"
+    code, _ = shell("trap '' INT; $PYTHON -c \"$SCRIPT\" --version", PYTHON=sys.executable, SCRIPT=script)
+    assert code == 0
+
+
 def test_ctrl_c_is_one_line(environment):
     script = (
         "import sys, time; import anabranch.cli.info as info; from anabranch.cli.main import main\n"

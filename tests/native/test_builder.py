@@ -248,13 +248,25 @@ def test_the_last_words_of_a_compiler_are_kept(compiler):
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("said", ["fatal error: Killed signal terminated program cc1plus", "No space left on device"])
+@pytest.mark.parametrize("said", [
+    "fatal error: Killed signal terminated program cc1plus", "No space left on device",
+    "fatal error: Terminated signal terminated program cc1plus", "fatal error: Interrupt signal terminated program cc1plus",
+    "clang: error: unable to execute command: Terminated",
+])  # fmt: skip
 def test_what_was_the_machine_s_fault_is_tried_again(compiler, said):
     compiler(f"echo '{said}' >&2; exit 1")
     with pytest.raises(BackendError, match=said):
         native.build()
     compiler()
     assert native.build() == native.find()
+
+
+@pytest.mark.parametrize("said", ["error: unterminated #ifdef", "error: missing terminating character: interrupted_by"])
+def test_what_is_wrong_with_the_sources_is_not_tried_again(compiler, said):
+    compiler(f"echo '{said}' >&2; exit 1")
+    for reason in (said, r"\(before; .*doctor --build"):
+        with pytest.raises(BackendError, match=reason):
+            native.build()
 
 
 def test_racing_builders_compile_once(compiler, caplog):

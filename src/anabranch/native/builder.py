@@ -25,7 +25,8 @@ _WAIT_S = 600.0  # for the other process, which may have been stopped or hang; c
 _STALE_S = 3600.0  # after which nobody works on a file any more
 # What a compiler says when the machine, not the source, was the reason; the next process may have more luck.
 _TRANSIENT = re.compile(
-    r"killed|no space left|quota exceeded|cannot allocate|out of memory|memory exhausted|temporarily unavailable|too many open files",
+    r"killed|no space left|quota exceeded|cannot allocate|out of memory|memory exhausted|temporarily unavailable|too many open files"
+    r"|\b(terminated|interrupt|hangup) signal|: (terminated|interrupt|hangup)\b",
     re.IGNORECASE,
 )
 
