@@ -202,6 +202,40 @@ def test_a_router_that_is_visited_twice_in_a_pass_sees_the_same_items_again():
     assert trace.decisions(2).item_N.tolist() == [*numbers[0], *numbers[1]]
 
 
+def test_a_router_that_was_skipped_numbers_its_items_as_the_others_do():
+    model = Tower(num_layers=2)
+    first, last = model.routers
+    with record_routing(model) as recorder:
+        for path in ((first,), (last, first), (last,)):
+            context = RoutingContext(sequence_length=3)
+            for router in path:
+                router(items(), context)
+    trace = recorder.trace()
+    assert trace.decisions(0).item_N.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert trace.decisions(2).item_N.tolist() == [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3
+
+
+@dataclass(kw_only=True)
+class RowsContext(RoutingContext):
+    """Of some sequences of a batch."""
+
+    rows: list[int]
+
+
+def test_sequences_of_a_batch_that_go_on_alone_keep_their_numbers():
+    model = Tower(num_layers=2)
+    first, last = model.routers
+    with record_routing(model) as recorder:
+        for _ in range(2):
+            whole = RoutingContext(sequence_length=2)
+            first(items(6), whole)
+            for rows in ([2, 0], [1]):
+                last(items(2 * len(rows)), RowsContext(rows=rows, sequence_length=2, memo=whole.memo))
+    trace = recorder.trace()
+    assert trace.decisions(0).item_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert trace.decisions(2).item_N.tolist() == [2, 2, 0, 0, 1, 1, 5, 5, 3, 3, 4, 4]
+
+
 def test_nothing_stays_behind():
     model = Tower()
     with (

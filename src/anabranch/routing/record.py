@@ -50,6 +50,7 @@ class Recorder:
         for layer in router_layers(routers):
             self._layers.setdefault(layer.router, []).append(layer)
         self._numbers = ItemNumbers()
+        self._foreign: dict[nn.Module, ItemNumbers] = {}
         self._told: dict[Hashable, str | None] = {}  # the domain of each sequence that has a name
         self._visits = {module: _Visits() for module in self._layers}
         self._was_called = False
@@ -71,10 +72,15 @@ class Recorder:
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         routing = self._read(module, output)
-        context = argument_of(RoutingContext, args, kwargs) or self._outside(routing.num_items)
+        numbers, context = self._numbers, argument_of(RoutingContext, args, kwargs)
+        if (
+            context is None
+        ):  # nothing tells which calls of routers are of one forward pass, so each router counts for itself
+            numbers = self._foreign.setdefault(module, ItemNumbers())
+            context = self._outside(routing.num_items)
         keep_N = items_to_record(context, routing.num_items)
         visit = next(context.once(self._visits[module], itertools.count))
-        item_N, position_N = self._numbers.of((module, visit), routing.num_items, context)
+        item_N, position_N = numbers.of(routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
             _described(self._layers[module][visit % passes_of(module)], routing),

@@ -101,7 +101,7 @@ class Replay:
         recorded, num_items = self._recorded.get((router, visit % passes_of(router))), len(x_ND)
         if recorded is None:
             raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
-        item_N, position_N = self._numbers.of((router, visit), num_items, context)
+        item_N, position_N = self._numbers.of(num_items, context)
         real_N = real_items(context)
         row_N = recorded.rows(item_N[real_N], position_N[real_N])
         index_NK = np.full((num_items, recorded.layer.top_k), UNUSED, np.int64)

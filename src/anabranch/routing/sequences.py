@@ -14,7 +14,7 @@ __all__ = ["ItemNumbers", "SequenceNumbers", "items_to_record", "real_items", "s
 
 
 class SequenceNumbers:
-    """Numbers the sequences that one router sees, from 0."""
+    """Numbers the sequences of forward passes, from 0."""
 
     def __init__(self) -> None:
         self._named: dict[Hashable, int] = {}
@@ -28,38 +28,46 @@ class SequenceNumbers:
                 self._end += 1
         return np.array([self._named[name] for name in names], np.int64)
 
-    def counted(self, num_sequences: int, goes_on: bool) -> int:
-        """The first of sequences without names: those of the pass before if it ``goes_on``, else new ones."""
+    def begin(self, goes_on: bool) -> int:
+        """The first sequence of a pass without names: that of the pass before if it ``goes_on``, else a new one."""
         self._first = self._first if goes_on else self._end
-        self._end = max(self._end, self._first + num_sequences)
         return self._first
+
+    def count(self, last: int) -> None:
+        """There is a sequence ``last``, so new ones come behind it."""
+        self._end = max(self._end, last + 1)
 
 
 class ItemNumbers:
-    """Numbers the items that the routers of a model see, forward pass after forward pass.
-
-    Each router has numbers of its own, and so has each time that it is visited in one forward pass: all of them number alike.
-    """
+    """Numbers the items of forward passes, alike for all routers of a model, whichever of them a pass visits, and how often."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Hashable, SequenceNumbers] = {}
+        self._numbers = SequenceNumbers()
 
-    def of(self, visit: Hashable, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
-        """(item_N, position_N) of the next N items of ``visit``: as the context says, else counted from the start."""
+    def of(self, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
+        """(item_N, position_N) of N items of the pass of ``context``: as it says, else counted from the start."""
         length = context.sequence_length or 1  # no sequences: every item is one of its own
         count_N = np.arange(num_items)
         position_N = said_of_items(context, "position", num_items)
         item_N = said_of_items(context, "item", num_items)
         if item_N is None:
             names = sequence_names(context, num_items)
-            numbers = self._numbers.setdefault(visit, SequenceNumbers())
             if names is not None:
-                item_N = numbers.of(names).repeat(length)
+                item_N = self._numbers.of(names).repeat(length)
             else:
                 # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
                 goes_on = position_N is not None and num_items > 0 and not (position_N[real_items(context)] == 0).any()
-                item_N = numbers.counted(-(-num_items // length), goes_on) + count_N // length
+                item_N = context.once(self, lambda: self._numbers.begin(goes_on)) + _rows(context, num_items, length)
+                self._numbers.count(int(item_N.max(initial=-1)))
         return item_N, count_N % length if position_N is None else position_N
+
+
+def _rows(context: RoutingContext, num_items: int, length: int) -> np.ndarray:
+    """The row in the batch of each item; a context of some rows only (``rows`` of a language model's) says which they are."""
+    rows = getattr(context, "rows", None)
+    if rows is not None and len(rows) * length == num_items:
+        return np.repeat(np.array(rows, np.int64), length)
+    return np.arange(num_items) // length
 
 
 def said_of_items(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
