@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "anabranch"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
 COMMAND_LINE = "command-line.md"
+MARGIN, NOT_BY_INTERVAL = "\\*", "\u2020"  # beside a difference, beside a verdict
 FENCE_WORDS = re.compile(
     r"^( *```\w+)[ ]+[\w-]+[ ]*$", re.MULTILINE
 )  # ```python no-run: for our tests, no language of any renderer's
@@ -153,7 +154,41 @@ def study_table(recorded: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, recorded["seeds"]))
     versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
     again = f"Repeat it with `anabranch study {recorded['name']} --full`."
-    return _table(columns, recorded["claims"]) + f"\nSeeds {seeds}. {versions}. {again}\n"
+    rows = [
+        claim
+        | {"difference": _marked(claim["difference"], MARGIN if claim.get("margin") else "")}
+        | {"verdict": _marked(claim["verdict"], NOT_BY_INTERVAL if is_judged_otherwise(claim) else "")}
+        for claim in recorded["claims"]
+    ]
+    told = [
+        f"{MARGIN} Not ours - baseline. {claim['claim'][:1].upper()}{claim['claim'][1:]}: {claim['margin']}."
+        for claim in recorded["claims"]
+        if claim.get("margin")
+    ]
+    if any(map(is_judged_otherwise, recorded["claims"])):
+        told.append(
+            f"{NOT_BY_INTERVAL} The interval contains zero, and the verdict goes by another rule of the study, such as a limit."
+        )
+    idle = arms_not_run(recorded)
+    if idle:
+        told.append(f"Arms that have not run: {', '.join(idle)}.")
+    return _table(columns, rows) + "".join(f"\n{line}\n" for line in [*told, f"Seeds {seeds}. {versions}. {again}"])
+
+
+def is_judged_otherwise(claim: dict[str, Any]) -> bool:
+    """Whether a verdict was given although the interval contains zero: it is of a rule about each seed, or of another limit than zero."""
+    interval = claim["interval"]
+    return bool(interval) and interval[0] <= 0 <= interval[1] and claim["verdict"] in ("holds", "does not hold")
+
+
+def arms_not_run(recorded: dict[str, Any]) -> list[str]:
+    """Arms that were planned and of which no run counts."""
+    ran = {arm for group in recorded["runs"] for arm in group["runs"]}
+    return [arm for arm in recorded["config"]["arms"] if arm not in ran]
+
+
+def _marked(value: Any, mark: str) -> Any:
+    return f"{_cell(value)} {mark}" if mark else value
 
 
 def benchmark_table(recorded: dict[str, Any]) -> str:
@@ -187,7 +222,7 @@ def _cell(value: Any) -> str:
 
 
 README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
-VERDICTS = ("holds", "does not hold", "not resolved")
+VERDICTS = ("holds", "does not hold", "not resolved", "not run")
 
 
 def readme_with_figures(text: str) -> str:

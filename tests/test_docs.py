@@ -303,13 +303,40 @@ def test_study_table_by_hand():
         "interval": [-0.02, -0.0049],
         "verdict": "holds",
     }
-    recorded = {"name": "demo", "seeds": [0, 1], "claims": [claim], "config": {}, "versions": {"torch": "2.13"}}
+    beside = {
+        "config": {"arms": {"a": "", "b": "", "c": ""}},
+        "runs": [{"runs": {"a": [0]}}],
+        "versions": {"torch": "2.13"},
+    }
+    recorded = {"name": "demo", "seeds": [0, 1], "claims": [claim], **beside}
     assert hooks.study_table(recorded) == (
         "| Claim | Paper | Baseline | Ours | Difference | 95% interval | Verdict |\n"
         "| :-- | :-- | --: | --: | --: | :-- | :-- |\n"
         "| reuse lowers loss \\| bits | -0.5% | 2.512 | 2.5 | -0.01234 | -0.02 to -0.0049 | holds |\n"
+        "\nArms that have not run: b, c.\n"
         "\nSeeds 0, 1. torch 2.13. Repeat it with `anabranch study demo --full`.\n"
     )
+    # What the page says of intervals is said of the verdicts that do not keep to it, and a margin is no difference.
+    other = claim | {"interval": [-0.02, 0.01], "margin": "limit - ours"}
+    shown = hooks.study_table({**recorded, "claims": [other]})
+    assert "| -0.01234 \\* | -0.02 to 0.01 | holds \u2020 |" in shown
+    assert "\n\\* Not ours - baseline. Reuse lowers loss | bits: limit - ours.\n" in shown
+    assert "\n\u2020 The interval contains zero" in shown
+    assert "\u2020" not in hooks.study_table({**recorded, "claims": [{**other, "verdict": "not resolved"}]})
+
+
+def test_every_verdict_over_zero_is_marked():
+    for path in (ROOT / "studies" / "results").glob("*.json"):
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        over = [
+            claim
+            for claim in recorded["claims"]
+            if claim["interval"] and claim["interval"][0] <= 0 <= claim["interval"][1]
+        ]
+        decided = [claim for claim in over if claim["verdict"] != "not resolved"]
+        assert hooks.study_table(recorded).count("holds \u2020") + hooks.study_table(recorded).count(
+            "hold \u2020"
+        ) == len(decided)
 
 
 def test_benchmark_table_by_hand():
@@ -365,7 +392,7 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
-    assert "| s | 1 | 0 | 0 |" in shown
+    assert "| s | 1 | 0 | 0 | 0 |" in shown
     assert "| b | p | 3 | 0.5 | 1.5 | 3 |" in shown
     assert "formula" not in shown
     assert "stale" not in shown

@@ -20,6 +20,9 @@ from anabranch.studies.alf_lb import (
 )
 from anabranch.studies.harness import Results, run_study
 from anabranch.train import RunConfig
+from claims import run_only
+
+judge = run_only(judge)
 
 
 def trained(bits, violation):

@@ -21,6 +21,9 @@ from anabranch.studies.composition_of_experts import (
 )
 from anabranch.studies.expert_serving import Serving, tiny, traces
 from anabranch.studies.harness import Results, run_study
+from claims import run_only
+
+judge = run_only(judge)
 
 MADE = Case(policy="", data="made", instances=5)
 

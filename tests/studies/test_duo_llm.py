@@ -9,6 +9,9 @@ from anabranch.depth.duo_llm import DuoFFN
 from anabranch.studies import find, names
 from anabranch.studies.duo_llm import Contestant, Size, arms, draw, judge, make
 from anabranch.studies.harness import Results, run_study
+from claims import run_only
+
+judge = run_only(judge)
 
 
 def duo(seeds=3, **changes):

@@ -7,6 +7,9 @@ from anabranch.errors import DataError
 from anabranch.serving.expertflow import Routes
 from anabranch.studies.expertflow import BATCHES, SIZES, Decoded, Size, judge, make
 from anabranch.studies.harness import Results
+from claims import run_only
+
+judge = run_only(judge)
 
 SIZE = Size(prompt=2, decoded=3)
 LENGTH, LAYERS, EXPERTS = 6, 2, 8

@@ -26,6 +26,9 @@ from anabranch.studies.fully_ppr import (
     with_weights,
 )
 from anabranch.studies.harness import Results, run_study
+from claims import run_only
+
+judge = run_only(judge)
 
 
 def verdicts(runs):

@@ -383,7 +383,7 @@ def test_broken_record_is_named(tmp_path):
 
 def test_claim_of_an_arm_that_did_not_run():
     results = Results({"plain": {0: {"loss": 1.0}}})
-    assert judged(results) == [Claim("better is better", "-0.4", None, None, None, None, "not resolved")]
+    assert judged(results) == [Claim("better is better", "-0.4", None, None, None, None, "not run")]
 
 
 def test_values_leave_out_what_was_not_measured():

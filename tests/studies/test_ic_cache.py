@@ -23,6 +23,7 @@ from anabranch.studies.nl2bash import (
     token_f1,
 )
 from anabranch.studies.small_model import Reply, SmallModel
+from claims import run_only
 from real_data import needs_data
 
 # Measures
@@ -214,7 +215,7 @@ def shard(**each):
 
 
 def verdicts(runs):
-    return {claim.claim: claim for claim in ic_cache.judge(Results(runs))}
+    return {claim.claim: claim for claim in run_only(ic_cache.judge)(Results(runs))}
 
 
 def test_claims_on_answers_are_paired_over_requests():

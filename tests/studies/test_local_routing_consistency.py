@@ -10,6 +10,9 @@ from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
 from anabranch.studies.local_routing_consistency import Size, arms, draw, judge, make, measure_consistency
 from anabranch.train import RunConfig
+from claims import run_only
+
+judge = run_only(judge)
 
 
 def runs(srp, **others):

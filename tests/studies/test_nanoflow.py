@@ -7,6 +7,9 @@ from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
 from anabranch.studies.nanoflow import LARGE, SMALL, Size, arms, draw, judge, make
 from anabranch.studies.nanoflow_runs import Model, table_of
+from claims import run_only
+
+judge = run_only(judge)
 
 TINY = Size(
     model=Model(num_layers=2, dim=32, hidden_dim=48, num_heads=2, num_kv_heads=1, vocab_size=64),

@@ -20,6 +20,9 @@ from anabranch.studies.routing_survey import (
     online,
     part,
 )
+from claims import run_only
+
+judge = run_only(judge)
 
 
 def runs(scores, codes=None, name="llmrouter", **others):

@@ -126,7 +126,7 @@ def _print(outcome: Outcome, folder: Path) -> None:
                 claim.verdict,
                 _number(claim.baseline),
                 _number(claim.ours),
-                _number(claim.difference, "+.4f"),
+                _number(claim.difference, "+.4f") + ("*" if claim.margin else ""),
                 "-" if claim.interval is None else f"{claim.interval[0]:+.4f} to {claim.interval[1]:+.4f}",
             ]
             for claim in outcome.claims
@@ -134,6 +134,9 @@ def _print(outcome: Outcome, folder: Path) -> None:
         text_columns=2,
     )
     print()
+    for claim in outcome.claims:
+        if claim.margin:
+            fact("*", f"{claim.claim}: {claim.margin}")
     print_left_out(outcome)
     wrote(
         f"{folder}/{study.name}{{.json, .png, .svg}} and one file a run in {folder / study.name}/",

@@ -318,7 +318,7 @@ def judge(results: Results) -> list[Claim]:
             for rule in OURS
         ],
     ]
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def _limited(
@@ -326,7 +326,7 @@ def _limited(
 ) -> Claim:
     values = [value for arm in arms for value in results.values(arm, metric).values()]
     if not values:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     seeds = min(len(results.values(arm, metric)) for arm in arms if results.values(arm, metric))
     worst = max(values, key=lambda value: -value if holds(limit + 1, limit) else value)
     verdict: Verdict = (
@@ -349,7 +349,7 @@ def _balances(results: Results, rule: str) -> Claim:
     paper = "MaxVio 0.04 (1B and 3B)" if rule == "sign" else "not given"
     name = f"{rule}: balances (MaxVio below {BALANCED})"
     if not violation.count:
-        return Claim(name, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(name, paper)
     off = Estimate(violation.mean - BALANCED, violation.half_width, violation.count)
     return Claim(name, paper, BALANCED, violation.mean, off.mean, off.interval, verdict_below(off))
 

@@ -380,7 +380,7 @@ def judge(results: Results) -> list[Claim]:
         _programs(results),
         *(claim for trace in TRACES for claim in _served(results, trace)),
     ]  # fmt: skip
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def at_least(
@@ -399,7 +399,8 @@ def at_least(
 
 def _within(results: Results, arm: str, most: float, margin: float, paper: str) -> Claim:
     active = results.mean(arm, "active").mean
-    told = f"{arm}, {active:.1f} billion active of at most {most:g}"
+    measured = f"{active:.1f} billion active of" if np.isfinite(active) else "billions active:"
+    told = f"{arm}, {measured} at most {most:g}"
     return at_least(results, "score", arm, "best-single", margin, told, paper, also=active <= most)
 
 
@@ -410,7 +411,7 @@ def _every_budget(results: Results, other: str) -> Claim:
     )
     told = "the map chosen on train, at its worst budget"
     if not names:
-        return Claim(told, "no number", None, None, None, None, "not resolved")
+        return Claim.not_run(f"{told} (at least {other} - 0.003)", "no number")
     worst = min(names, key=lambda name: results.compare(name, "host-chosen", other).mean)
     told = f"{told} ({worst.removeprefix('score_')} billion)"
     return at_least(results, worst, "host-chosen", other, -0.003, told, "no number")
@@ -420,7 +421,7 @@ def _programs(results: Results) -> Claim:
     agreed, seconds = results.values("milp", "agreed"), results.values("milp", "milp_s")
     told = "the integer program equals enumeration, and solves 40 by 30 within 2 s (share that agrees)"
     if not agreed:
-        return Claim(told, "solved so", None, None, None, None, "not resolved")
+        return Claim.not_run(told, "solved so")
     verdict = every_seed([agreed[seed] == 1.0 and seconds[seed] <= 2.0 for seed in agreed])
     mean = float(np.mean(list(agreed.values())))
     return Claim(told, "solved so", 1.0, mean, mean - 1.0, None, verdict)

@@ -329,19 +329,28 @@ def judge(results: Results) -> list[Claim]:
         below("transfer_middle", "twin_fixed_middle", "control: routes of another model beat the best fixed route"),
         below("consistent_middle", "fixed_middle", "control: routes that can be executed beat the best fixed route"),
     ]
-    return [claim for claim in claims if claim.difference is not None]
+    return claims
 
 
-def _claim(claim: str, paper: str, baseline: float, ours: float, difference: Estimate, verdict: Verdict) -> Claim:
+def _claim(
+    claim: str,
+    paper: str,
+    baseline: float,
+    ours: float,
+    difference: Estimate,
+    verdict: Verdict,
+    margin: str | None = None,
+) -> Claim:
     if not difference.count:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
-    return Claim(claim, paper, baseline, ours, difference.mean, difference.interval, verdict)
+        return Claim.not_run(claim, paper)
+    return Claim(claim, paper, baseline, ours, difference.mean, difference.interval, verdict, margin)
 
 
 def _at_least(results: Results, metric: str, limit: float, claim: str, paper: str) -> Claim:
     values = list(results.values("duo", metric).values())
     shortfall = estimate([limit - value for value in values])
-    return _claim(claim, paper, limit, estimate(values).mean, shortfall, verdict_below(shortfall))
+    mean, margin = estimate(values).mean, "limit - ours: what it falls short by"
+    return _claim(claim, paper, limit, mean, shortfall, verdict_below(shortfall), margin)
 
 
 def _lowest_in_the_middle(results: Results) -> Claim:
@@ -354,7 +363,10 @@ def _lowest_in_the_middle(results: Results) -> Claim:
         verdict = "holds" if all(inside) else "not resolved" if any(inside) else "does not hold"
     layers = [(len(curve) - 1) / 2 for curve in curves.values()]
     means = estimate(layers).mean, estimate(list(budgets.values())).mean
-    return _claim("the oracle is best with about half the layers big", "6 of 12", *means, estimate(away), verdict)
+    margin = "distance of the best budget from half the layers, over an eighth of them"
+    return _claim(
+        "the oracle is best with about half the layers big", "6 of 12", *means, estimate(away), verdict, margin
+    )
 
 
 def _router(results: Results) -> Claim:

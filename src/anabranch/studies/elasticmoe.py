@@ -448,7 +448,7 @@ def judge(results: Results) -> list[Claim]:
         claim = f"attainment per device-second is above that of {other}"
         paper = "SLO held to 8.7 requests/s"
         claims.append(_above(results, "attainment_per_device_minute", "slo-ours", f"slo-{other}", claim, paper))
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def _bound(results: Results, metric: str, ours: str, baseline: str, factor: float, claim: str, paper: str) -> Claim:
@@ -474,7 +474,7 @@ def _within(results: Results, metric: str, other: str, factor: float, claim: str
 def _claim(mine: dict[int, float], theirs: dict[int, float], below: Estimate, claim: str, paper: str) -> Claim:
     common = sorted(mine.keys() & theirs.keys())
     if not common:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     ours, baseline = (sum(each[seed] for seed in common) / len(common) for each in (mine, theirs))
     shown = paired_difference(mine, theirs)
     return Claim(claim, paper, baseline, ours, shown.mean, shown.interval, verdict_below(below))
@@ -484,6 +484,8 @@ def _none(results: Results, metric: str, ours: str, baseline: str, claim: str, p
     mine, theirs = results.values(ours, metric), results.values(baseline, metric)
     common = sorted(mine.keys() & theirs.keys())
     made = _claim(mine, theirs, paired_difference(mine, theirs), claim, paper)
+    if not common:
+        return made
     verdict = every_seed([mine[seed] == 0 < theirs[seed] for seed in common])
     return Claim(made.claim, made.paper, made.baseline, made.ours, made.difference, made.interval, verdict)
 

@@ -249,13 +249,13 @@ def judge(results: Results) -> list[Claim]:
         _slope(results),
         *_against_walks(results),
     ]
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def _at_least(results: Results, metric: str, published: float, claim: str, paper: str) -> Claim:
     values = results.values("fastrp", metric)
     if not values:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     mean = results.mean("fastrp", metric).mean
     verdict = every_seed([value >= published - NEAR for value in values.values()])
     return Claim(f"{claim} (to {NEAR})", paper, published, mean, mean - published, None, verdict)
@@ -289,7 +289,7 @@ def _slope(results: Results) -> Claim:
     values = list(results.values("scaling", "slope").values())
     name, paper = f"time grows near-linearly (slope {SLOPE[0]} to {SLOPE[1]})", "O(q M D)"
     if not values:
-        return Claim(name, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(name, paper)
     verdict = every_seed([SLOPE[0] <= value <= SLOPE[1] for value in values])
     mean = float(np.mean(values))
     return Claim(name, paper, 1.0, mean, mean - 1.0, None, verdict)

@@ -26,7 +26,7 @@ most 0.65 of the rounds on the graph without the hub, and the gamma that is chos
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         arms=list(arms(size).values()),
         seeds=(0, 1, 2) if full else (0, 1),
         run=run,
-        judge=judge,
+        judge=partial(judge, planned=tuple(arms(size))),
         columns=COLUMNS,
         draw=draw,
     )
@@ -410,10 +410,10 @@ def throughput(schedule: Schedule, memory: float, overhead: float) -> float:
 # Judging
 
 
-def judge(results: Results) -> list[Claim]:
-    """The claims; see the rule in the module's docstring."""
+def judge(results: Results, planned: Collection[str] | None = None) -> list[Claim]:
+    """The claims about the arms that are ``planned`` (None: those that have run); see the rule in the module's docstring."""
     claims = []
-    for arm in results.runs:
+    for arm in results.runs if planned is None else planned:
         name = arm.partition("-")[2]
         if arm.startswith("all-"):
             claims += _all_claims(results, arm, name)
@@ -475,6 +475,8 @@ def _claim(
 
 def _judged(results: Results, arm: str, metric: str, bar: float, seen: list[bool], claim: str, paper: str) -> Claim:
     """A claim with its bar as baseline; holds if so in every seed of at least two, does not hold otherwise."""
+    if not seen:
+        return Claim.not_run(claim, paper)
     verdict = every_seed(seen)
     if len(seen) >= 2 and not all(seen):
         verdict = "does not hold"

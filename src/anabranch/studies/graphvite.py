@@ -228,43 +228,38 @@ def judge(results: Results) -> list[Claim]:
         _most(results, "memory", "peak_share", 1, "parts in memory keep to the limit", "not in the paper"),
         _least(results, "link", "auc", AUC, "hidden edges are found, AUC at least .89", ".8999 (README)"),
     ]
-    return [claim for claim in found if claim is not None]
+    return found
 
 
 def _bound(
     results: Results, arm: str, metric: str, limit: float, claim: str, paper: str, holds: Callable[[float], bool]
-) -> Claim | None:
+) -> Claim:
     values = list(results.values(arm, metric).values())
     if not values:
-        return None
+        return Claim.not_run(claim, paper)
     mean = results.mean(arm, metric)
     off = Estimate(mean.mean - limit, mean.half_width, mean.count)
     return Claim(claim, paper, limit, mean.mean, off.mean, off.interval, every_seed([holds(value) for value in values]))
 
 
-def _least(results: Results, arm: str, metric: str, limit: float, claim: str, paper: str) -> Claim | None:
+def _least(results: Results, arm: str, metric: str, limit: float, claim: str, paper: str) -> Claim:
     return _bound(results, arm, metric, limit, claim, paper, lambda value: value >= limit)
 
 
-def _most(results: Results, arm: str, metric: str, limit: float, claim: str, paper: str) -> Claim | None:
+def _most(results: Results, arm: str, metric: str, limit: float, claim: str, paper: str) -> Claim:
     return _bound(results, arm, metric, limit, claim, paper, lambda value: value <= limit)
 
 
-def _near(results: Results, arm: str, claim: str) -> Claim | None:
+def _near(results: Results, arm: str, claim: str) -> Claim:
     ours, whole = results.values(arm, "micro_f1"), results.values("parts-1", "micro_f1")
     seeds = sorted(ours.keys() & whole.keys())
-    if not seeds:
-        return None
     verdict = every_seed([ours[seed] >= whole[seed] - POINT for seed in seeds])
     return results.claim(
         "micro_f1", ours=arm, baseline="parts-1", claim=claim, paper="figure", verdict=lambda _: verdict
     )
 
 
-def _gain(results: Results, arm: str, baseline: str, limit: float, claim: str, paper: str) -> Claim | None:
-    if not results.values(arm, "micro_f1").keys() & results.values(baseline, "micro_f1").keys():
-        return None
-
+def _gain(results: Results, arm: str, baseline: str, limit: float, claim: str, paper: str) -> Claim:
     def verdict(difference: Estimate) -> Verdict:
         return verdict_below(Estimate(-difference.mean, difference.half_width, difference.count), -limit)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
@@ -43,16 +43,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """One judged claim, as it stands in the result file.
+    """One claim of a study, as it stands in the result file: judged, or planned and not run.
 
     Attributes:
         claim: in our words.
         paper: the paper's number for it.
-        baseline: mean of the baseline; None where it has not run.
-        ours: mean of ours over the same seeds.
-        difference: mean of the paired differences ours - baseline.
+        baseline: mean of the baseline, or the limit that stands in the claim; None where it has not run.
+        ours: mean of ours over the same seeds, or the worst of them where the claim is about each.
+        difference: what the verdict is about: mean of the paired differences ours - baseline, or, where ``margin`` says so, another margin.
         interval: its 95% interval ``[low, high]``; None with fewer than two seeds.
-        verdict: by a rule fixed before the runs.
+        verdict: by a rule fixed before the runs; "not run" where there is nothing to judge.
+        margin: what ``difference`` is where it is not ours - baseline; None where it is.
     """
 
     claim: str
@@ -62,6 +63,12 @@ class Claim:
     difference: float | None
     interval: list[float] | None
     verdict: Verdict
+    margin: str | None = None
+
+    @classmethod
+    def not_run(cls, claim: str, paper: str) -> Self:
+        """A claim whose arms have not run, or not with one seed together."""
+        return cls(claim, paper, None, None, None, None, "not run")
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Results:
         common = sorted(ours_by_seed.keys() & baseline_by_seed.keys())
         difference = paired_difference(ours_by_seed, baseline_by_seed)
         if not common:
-            return Claim(claim, paper, None, None, None, None, "not resolved")
+            return Claim.not_run(claim, paper)
         return Claim(
             claim,
             paper,

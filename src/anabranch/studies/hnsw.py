@@ -353,7 +353,7 @@ def judge(results: Results) -> list[Claim]:
         _growth(results, f"scaling-d{dim}", f"distances grow logarithmically, {dim} dimensions") for dim in (8, 32)
     ]
     claims += [_difference(results, *row) for row in DIFFERENCES]
-    return [claim for claim in claims if claim is not None]
+    return claims
 
 
 def _pairs(results: Results, metric: str, ours: str, baseline: str) -> list[tuple[float, float]]:
@@ -363,21 +363,19 @@ def _pairs(results: Results, metric: str, ours: str, baseline: str) -> list[tupl
 
 def _difference(
     results: Results, metric: str, ours: str, baseline: str, sign: int, least: float, claim: str, paper: str
-) -> Claim | None:
+) -> Claim:
     seen = [sign * (mine - theirs) >= least for mine, theirs in _pairs(results, metric, ours, baseline)]
-    if not seen:
-        return None
     verdict = every_seed(seen)
     return results.claim(metric, ours=ours, baseline=baseline, claim=claim, paper=paper, verdict=lambda _: verdict)
 
 
-def _parity(results: Results, ours: str, baseline: str, claim: str) -> Claim | None:
+def _parity(results: Results, ours: str, baseline: str, claim: str) -> Claim:
     """The ef at which ours is farthest behind stands in the table."""
     worst: dict[int, list[float]] = {
         ef: [mine - theirs for mine, theirs in _pairs(results, f"recall_{ef}", ours, baseline)] for ef in EFS
     }
     if not all(worst.values()):
-        return None
+        return Claim.not_run(claim, "the same algorithm")
     verdict = every_seed([all(gains[row] >= -AS_GOOD for gains in worst.values()) for row in range(len(worst[EFS[0]]))])
     ef = min(worst, key=lambda ef: min(worst[ef]))
     return results.claim(
@@ -390,10 +388,10 @@ def _parity(results: Results, ours: str, baseline: str, claim: str) -> Claim | N
     )
 
 
-def _growth(results: Results, arm: str, claim: str) -> Claim | None:
+def _growth(results: Results, arm: str, claim: str) -> Claim:
     grown, vectors = results.values(arm, "growth"), results.values(arm, "growth_of_vectors")
     if not grown:
-        return None
+        return Claim.not_run(claim, "O(log N)")
     mean, most = results.mean(arm, "growth"), next(iter(vectors.values()))
     interval = mean.interval
     return Claim(

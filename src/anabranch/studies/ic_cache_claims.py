@@ -14,9 +14,9 @@ WEAK = 0.22  # the largest correlation of similarity with use that the paper fou
 
 
 def claims(results: Results, policies: Collection[str], loads: Sequence[float]) -> list[Claim]:
-    """All claims whose arms have run."""
+    """All claims; those whose arms have not run say so."""
     made = [*_of_answers(results), *_correlations(results), *_load(results, policies, loads), *_pool(results)]
-    return [claim for claim in made if claim.ours is not None]
+    return made
 
 
 def _of_answers(results: Results) -> list[Claim]:
@@ -145,7 +145,7 @@ def _answers(
     """Ours > ``times`` the baseline + ``above``, over requests; of those whose nearest similarity ``keep`` takes."""
     pair_R2 = _paired(results, metric, ours, baseline, keep)
     if len(pair_R2) < 2:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     mean = pair_R2.mean(0)
     low, high = bootstrap(pair_R2[:, 0] - times * pair_R2[:, 1] - above)
     interval = list(bootstrap(pair_R2[:, 0] - pair_R2[:, 1]))
@@ -156,7 +156,7 @@ def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Cl
     """The share of opposite answers is above half, or at most a fifth."""
     values = [value for shard in results.seeds for value in _each(results, arm, "wrong_way", shard)]
     if len(values) < 2:
-        return Claim(claim, "open issue 694 of GPTCache", None, None, None, None, "not resolved")
+        return Claim.not_run(claim, "open issue 694 of GPTCache")
     limit = 0.2 if above is None else above
     low, high = bootstrap(np.array(values, np.float64))
     verdict = _verdict(limit - high, limit - low) if above is None else _verdict(low - limit, high - limit)
@@ -165,24 +165,17 @@ def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Cl
 
 
 def _correlations(results: Results) -> list[Claim]:
-    made = []
     found = results.mean("labels", "similarity_correlation")
+    claim, paper = f"similarity tells little of use (correlation at most {WEAK})", "0.04 to 0.22"
+    made = [Claim.not_run(claim, paper)]
     if found.count:
         interval = None if found.interval is None else [found.low - WEAK, found.high - WEAK]
-        claim = f"similarity tells little of use (correlation at most {WEAK})"
         verdict = verdict_below(found, WEAK)
-        made.append(Claim(claim, "0.04 to 0.22", WEAK, found.mean, found.mean - WEAK, interval, verdict))
+        made = [Claim(claim, paper, WEAK, found.mean, found.mean - WEAK, interval, verdict)]
     for kind, name in (("logistic", "logistic"), ("mlp", "MLP"), ("cross_encoder", "cross-encoder")):
         ours, theirs = (results.values("proxy", f"{which}_correlation") for which in (kind, "similarity"))
-        if ours:
-            made.append(
-                _means(
-                    f"the {name} proxy tells more of use than similarity (correlation)",
-                    "better, no number",
-                    ours,
-                    theirs,
-                )
-            )
+        claim, paper = f"the {name} proxy tells more of use than similarity (correlation)", "better, no number"
+        made.append(_means(claim, paper, ours, theirs) if ours else Claim.not_run(claim, paper))
     return made
 
 
@@ -204,13 +197,11 @@ class _Loads:
     def __init__(self, results: Results, policies: Collection[str], loads: Sequence[float]) -> None:
         self.runs = {name: runs for name in policies if (runs := results.runs.get(f"load-{name}"))}
         self.loads = loads
-        self.seeds = sorted(set.intersection(*(set(runs) for runs in self.runs.values()))) if self.runs else []
+        is_complete = {"ours", "ours-no-load", "large"} <= self.runs.keys()
+        self.seeds = sorted(set.intersection(*(set(runs) for runs in self.runs.values()))) if is_complete else []
 
     def at(self, name: str, metric: str, rho: float, seed: int) -> float:
         return float(self.runs[name][seed][f"{metric}@{rho:g}"])
-
-    def mean(self, name: str, metric: str, rho: float) -> float:
-        return float(np.mean([self.at(name, metric, rho, seed) for seed in self.seeds]))
 
     def is_dominated(self, rho: float, seed: int) -> bool:
         """Whether a policy that is no bandit has at least the quality at no more latency, and one of them clearly better."""
@@ -236,20 +227,28 @@ class _Loads:
         self, claim: str, paper: str, metric: str, rho: float, baseline: str, seen: Callable[[int], bool]
     ) -> Claim:
         """Ours against a baseline at one load; holds if ``seen`` in every seed."""
-        ours, theirs = self.mean("ours", metric, rho), self.mean(baseline, metric, rho)
-        return Claim(claim, paper, theirs, ours, ours - theirs, None, every_seed([seen(seed) for seed in self.seeds]))
+        ours, theirs = ([self.at(name, metric, rho, seed) for seed in self.seeds] for name in ("ours", baseline))
+        return self.judged(claim, paper, theirs, ours, [seen(seed) for seed in self.seeds])
+
+    def judged(
+        self, claim: str, paper: str, theirs: Sequence[float], ours: Sequence[float], seen: Sequence[bool]
+    ) -> Claim:
+        """By seed; holds if ``seen`` in every one."""
+        if not self.seeds:
+            return Claim.not_run(claim, paper)
+        baseline, mean = float(np.mean(theirs)), float(np.mean(ours))
+        return Claim(claim, paper, baseline, mean, mean - baseline, None, every_seed(seen))
 
 
 def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -> list[Claim]:
     found = _Loads(results, policies, loads)
-    if not {"ours", "ours-no-load", "large"} <= set(found.runs) or not found.seeds:
-        return []
     at, seeds = found.at, found.seeds
     dominated = [[found.is_dominated(rho, seed) for rho in loads] for seed in seeds]
-    share = float(np.mean(dominated))
-    free = every_seed([not any(row) for row in dominated])
     made = [
-        Claim("no other policy dominates at any load (share of loads)", "Pareto front (figure)", 0.0, share, share, None, free),
+        found.judged(
+            "no other policy dominates at any load (share of loads)", "Pareto front (figure)", [0.0] * len(seeds),
+            [float(np.mean(row)) for row in dominated], [not any(row) for row in dominated],
+        ),
         found.claim(
             f"P99 at {OVER} of large capacity is at most {BOUNDED:g} large service times", "-69 to -71% P99", "p99", OVER, "large",
             lambda seed: at("ours", "p99", OVER, seed) <= BOUNDED,
@@ -266,10 +265,9 @@ def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -
     for lost, label in ((0.01, "equal quality (to a point)"), (0.1, "a quality at most 10 points lower")):
         ours = [found.sustained("ours", lost, seed) for seed in seeds]
         theirs = [found.sustained("large", lost, seed) for seed in seeds]
-        means = float(np.mean(theirs)), float(np.mean(ours))
-        verdict = every_seed([mine >= FASTER * their for mine, their in zip(ours, theirs, strict=True)])
+        seen = [mine >= FASTER * their for mine, their in zip(ours, theirs, strict=True)]
         name = f"{FASTER} times the sustained load of always-large at {label}"
-        made.append(Claim(name, "1.4 to 5.9 times", *means, means[1] - means[0], None, verdict))
+        made.append(found.judged(name, "1.4 to 5.9 times", theirs, ours, seen))
     return made
 
 

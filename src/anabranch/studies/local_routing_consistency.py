@@ -235,7 +235,7 @@ def judge(results: Results) -> list[Claim]:
         _near_belady(results),
         _domain_experts(results),
     ]
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def _verdict(holds: list[bool], needed: float = 1.0) -> Verdict:
@@ -257,7 +257,7 @@ def _predicts_lru(results: Results) -> Claim:
             found.append(value)
     name, paper = "E2: SCH predicts the hits of LRU (correlation at least 0.8)", "0.90 over 20 models (m = 16)"
     if not found:
-        return Claim(name, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(name, paper)
     least = min(found)
     verdict = _verdict([value >= CORRELATES for value in found])
     return Claim(name, paper, CORRELATES, least, least - CORRELATES, None, verdict)
@@ -267,7 +267,7 @@ def _near_belady(results: Results) -> Claim:
     values = [value for arm in results.runs for value in results.values(arm, "sch_of_belady").values()]
     name, paper = "E2: SCH is at least 85% of Belady at rho = 2", "91% (toy baseline)"
     if not values:
-        return Claim(name, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(name, paper)
     least = min(values)
     verdict = _verdict([value >= NEAR_BELADY for value in values]) if len(results.seeds) > 1 else "not resolved"
     return Claim(name, paper, NEAR_BELADY, least, least - NEAR_BELADY, None, verdict)
@@ -279,7 +279,7 @@ def _domain_experts(results: Results) -> Claim:
     name, paper = "E3: experts of a domain are the consistent ones, more than those of words", "figure, no number"
     seeds = sorted(domain.keys() & words.keys())
     if not seeds:
-        return Claim(name, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(name, paper)
     mean, mean_words = (float(np.mean([values[seed] for seed in seeds])) for values in (domain, words))
     verdict = _verdict([domain[seed] > max(words[seed], 0.0) for seed in seeds], needed=2 / 3)
     return Claim(name, paper, mean_words, mean, mean - mean_words, None, verdict)

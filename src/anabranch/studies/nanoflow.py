@@ -162,7 +162,7 @@ def judge(results: Results) -> list[Claim]:
         ),
         _limited(results.values("nano-only", "ratio"), 1.0, "E4: nano-batches alone are slower", "0.87", is_most=True),
     ]
-    return [claim for claim in claims if claim.ours is not None]
+    return claims
 
 
 def _lower(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
@@ -172,7 +172,7 @@ def _lower(values: dict[int, float], others: dict[int, float]) -> dict[int, floa
 def _limited(values: dict[int, float], limit: float, claim: str, paper: str, *, is_most: bool = False) -> Claim:
     """At least (or, with ``is_most``, less than) ``limit`` in every seed; the worst stands in the claim, the limit as its baseline."""
     if not values:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     worst = max(values.values()) if is_most else min(values.values())
     holds = worst < limit if is_most else worst >= limit
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if holds else "does not hold"
@@ -182,7 +182,7 @@ def _limited(values: dict[int, float], limit: float, claim: str, paper: str, *, 
 def _within(values: dict[int, float], low: float, high: float, claim: str, paper: str) -> Claim:
     """Between the two in every seed; the one farthest from their middle stands in the claim."""
     if not values:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     worst = max(values.values(), key=lambda value: abs(value - (low + high) / 2))
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if low <= worst <= high else "does not hold"
     return Claim(claim, paper, low, worst, worst - low, [low, high], verdict)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["holds", "does not hold", "not resolved"]
+Verdict = Literal["holds", "does not hold", "not resolved", "not run"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,24 @@ def verdict_below(difference: Estimate, limit: float = 0.0) -> Verdict:
 
 
 def every_seed(seen: Sequence[bool]) -> Verdict:
-    """The verdict on what was so or not in each seed: holds if in all of at least two, does not hold if in none."""
+    """The verdict on what was so or not in each seed: holds if in all of at least two, does not hold if in none.
+
+    For what must be so in each run, such as a limit or equal bits. For the sign of a difference between two trained models see `same_sign`.
+    """
     if len(seen) < 2 or (any(seen) and not all(seen)):
         return "not resolved"
     return "holds" if seen[0] else "does not hold"
+
+
+SIGNS_NEEDED = 5  # fewer than five alike come about by chance more often than once in sixteen
+
+
+def same_sign(differences: Sequence[float]) -> Verdict:
+    """The verdict on a direction that noise could have given: holds if in all of at least five seeds, does not hold if in none.
+
+    Where there is no difference two seeds agree every other time, five once in sixteen; `every_seed` is for what has to be so in each run.
+    """
+    return every_seed([value > 0 for value in differences]) if len(differences) >= SIGNS_NEEDED else "not resolved"
 
 
 def t_quantile(probability: float, degrees: int) -> float:

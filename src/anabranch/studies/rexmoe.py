@@ -188,7 +188,7 @@ def judge(results: Results) -> list[Claim]:
         _balance(results, "psr4", "reuse4"),
         _collapse(results),
     ]
-    return [claim for claim in claims if claim.difference is not None]
+    return claims
 
 
 def _balance(results: Results, ours: str, baseline: str) -> Claim:

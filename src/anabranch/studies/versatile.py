@@ -326,7 +326,7 @@ def judge(results: Results) -> list[Claim]:
         ),
         _correlation(results),
     ]
-    return [claim for claim in claims if claim.difference is not None]
+    return claims
 
 
 def _near_four_loops(results: Results) -> Claim:
@@ -351,7 +351,7 @@ def _correlation(results: Results) -> Claim:
     found = results.mean("versatile", "loops_vs_loss")
     claim, paper = "tokens with more loops are harder for the dense model", "shown by examples, no number"
     if not found.count:
-        return Claim(claim, paper, None, None, None, None, "not resolved")
+        return Claim.not_run(claim, paper)
     verdict = verdict_below(Estimate(-found.mean, found.half_width, found.count))
     return Claim(claim, paper, 0.0, found.mean, found.mean, found.interval, verdict)
 
