@@ -69,6 +69,25 @@ def test_eval_is_the_mean_over_consecutive_windows(trained, here, text_file):
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(TEXT) - 1), rel=1e-5)
 
 
+def test_eval_runs_blocks_in_any_order_cached_or_not(here, trained):
+    def nats(*options):
+        code, out, error = here(
+            "eval", trained[0], "--json", "--quiet", "--sequence-length", 32, "--tokens", 256, *options
+        )
+        assert code == 0, error
+        return json.loads(out)
+
+    plain, twice, without = nats(), nats("--path", "0,1,1"), nats("--path", "0")
+    assert (plain["path"], plain["cached"], twice["path"]) == (None, False, [0, 1, 1])
+    values = [found["nats_per_token"] for found in (plain, twice, without)]
+    assert len(set(values)) == 3
+    for options, value in zip(((), ("--path", "0,1,1"), ("--path", "0")), values, strict=True):
+        assert nats("--cached", *options)["nats_per_token"] == pytest.approx(value, abs=1e-5)
+    assert nats("--path", "0,1")["nats_per_token"] == values[0]
+    assert "block 7; the model has blocks 0 to 1" in here("eval", trained[0], "--path", "0,7")[2]
+    assert "write block numbers with commas" in here("eval", trained[0], "--path", "0;1")[2]
+
+
 def test_eval_of_a_run_reads_its_own_held_out_text(trained, here):
     folder, _ = trained
     code, out, _ = here("eval", folder)

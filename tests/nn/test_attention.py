@@ -179,8 +179,9 @@ def test_entries_in_front_are_seen_by_all():
     front = torch.randn(2, 2, 1, 3, 8)  # keys and values of 3 entries
 
     class Front:
-        def append(self, layer, key_BHLD, value_BHLD):
-            return torch.cat((front[0], key_BHLD), 2), torch.cat((front[1], value_BHLD), 2)
+        def append(self, layer, key_BHLD, value_BHLD, *, visit, rows):
+            assert (layer, visit, rows) == (0, 0, None)
+            return torch.cat((front[0], key_BHLD), 2), torch.cat((front[1], value_BHLD), 2), None
 
     rotary = Rotary.Config().build(8)(torch.arange(5).expand(2, 5), torch.float32)
     mask = torch.cat((torch.ones(5, 3), torch.ones(5, 5).tril()), 1).bool()[None, None]

@@ -6,7 +6,11 @@ import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, say, table
+from anabranch.errors import ConfigError
 from anabranch.extras import require
+
+# Tokens that --cached gives the model at a time: some one by one would do as well, and take as long as generating them.
+PIECE = 64
 
 
 def evaluate(
@@ -21,6 +25,16 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Stop after about so many, spread over the text.")
     ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS",
+            help="Run these blocks, in this order, e.g. 0,1,2,2,3: skip some, repeat some. Default: each once.",
+        ),
+    ] = None,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Feed the text in pieces, with a key-value cache, as in generation.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -32,6 +46,7 @@ def evaluate(
     """
     require("lm", by="anabranch eval")
     from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
+    from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
     network, tokenizer = load(model, dtype, device)
@@ -41,12 +56,16 @@ def evaluate(
         say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
     windows, name = windows_of(data, run, tokenizer, length, tokens)
     say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
-    result = measure(network, Tracked(windows, quiet))
+    measured = OnPath(network, None if path is None else read_path(path), chunk=PIECE if cached else None)
+    result = measure(measured, Tracked(windows, quiet))
     if as_json:
-        print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length})
+        how = {"path": None if measured.path is None else list(measured.path), "cached": cached}
+        print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})
         return
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
+    if measured.path is not None:
+        fact("path", ", ".join(map(str, measured.path)) or "no block at all")
     fact("data", f"{name}   windows of {length} tokens")
     rows = [(part, found) for part, found in result.by_domain.items()] + [("all", result)]
     table(
@@ -56,3 +75,11 @@ def evaluate(
             for part, found in rows
         ],
     )
+
+
+def read_path(text: str) -> list[int]:
+    """Block numbers with commas between them. Raises ConfigError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise ConfigError(f"--path is {text!r}; write block numbers with commas between them, e.g. 0,1,2,2,3") from None

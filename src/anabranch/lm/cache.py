@@ -1,13 +1,14 @@
-"""The key-value cache of a decoder: one buffer per layer, filled from the left."""
+"""The key-value cache of a decoder: one buffer per visit of a layer, filled from the left."""
 # Shapes: B batch, L positions, H key-value heads, D head width, P streams, M prefix entries
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anabranch.errors import CapacityError
+from anabranch.errors import CapacityError, ConfigError, InputError
 
 
 class Prefix:
@@ -24,10 +25,14 @@ class Prefix:
         """M, 0 where there is none."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
-    def append(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, None]:
         """The prefix of ``layer``, then what is given; B is P times the sequences."""
+        if rows is not None:
+            _check_streams(rows, len(self.layers[layer][0]))
         key_BHMD, value_BHMD = self.rows(layer, key_BHLD)
-        return torch.cat((key_BHMD, key_BHLD), dim=2), torch.cat((value_BHMD, value_BHLD), dim=2)
+        return torch.cat((key_BHMD, key_BHLD), dim=2), torch.cat((value_BHMD, value_BHLD), dim=2), None
 
     def rows(self, layer: int, like_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """(key_BHMD, value_BHMD): the prefix of each row of a stream-major batch, in the dtype of what it goes with."""
@@ -36,13 +41,40 @@ class Prefix:
         return _repeated(key_PHMD, copies), _repeated(value_PHMD, copies)
 
 
+def _check_streams(rows: Sequence[int], num_streams: int) -> None:
+    """Raise ConfigError unless each sequence comes with all its streams, one stream after another."""
+    count, rest = divmod(len(rows), num_streams)
+    apart = rows[count] - rows[0] if num_streams > 1 and count else 0
+    if rest or list(rows) != [row + stream * apart for stream in range(num_streams) for row in rows[:count]]:
+        raise ConfigError(
+            "the streams of a sequence go through the blocks together, since each has a prefix of its own"
+        )
+
+
 def _repeated(part_PHMD: Tensor, copies: int) -> Tensor:
     """Each stream's entries for each of its rows."""
     return part_PHMD[:, None].expand(-1, copies, -1, -1, -1).flatten(0, 1)
 
 
+@dataclass
+class _Slot:
+    """What one visit of a layer left behind.
+
+    Attributes:
+        key_BHSD: of S places.
+        value_BHSD: likewise.
+        length: places from the left that were filled or passed over.
+        filled_BS: bool, where sequences or positions were passed over; None as long as none was.
+    """
+
+    key_BHSD: Tensor
+    value_BHSD: Tensor
+    length: int
+    filled_BS: Tensor | None = None
+
+
 class KeyValueCache:
-    """Keys and values of up to ``max_length`` positions of a batch.
+    """Keys and values of up to ``max_length`` positions of a batch, apart for each visit of a layer (see `anabranch.nn.visits`).
 
     Layers ``append`` during a forward pass; the decoder calls ``advance`` after it. Buffers are made at the first append, in the
     dtype and on the device of what is stored. ``valid_BL`` marks real positions when prompts were padded. With ``num_streams`` P it
@@ -59,46 +91,80 @@ class KeyValueCache:
             str, object
         ] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
         self._sequences: list[object] = []
-        self._key: list[Tensor | None] = [None] * num_layers
-        self._value: list[Tensor | None] = [None] * num_layers
+        self.num_layers = num_layers
+        self._slots: dict[tuple[int, int], _Slot] = {}
 
-    def append(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of ``layer``; return all so far.
+    def append(
+        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new positions of one visit of ``layer``, by the ``rows`` of the cache (None: all); see `KeyValueStore`.
 
-        Raises CapacityError if they exceed ``max_length``.
+        Raises CapacityError if they exceed ``max_length``, InputError if a layer that the cache has none of, or some rows of a batch
+        that it has not seen whole.
         """
         start, end = self.length, self.length + key_BHLD.shape[2]
         if end > self.max_length:
             raise CapacityError(f"the cache holds {self.max_length} positions, but {end} are needed")
-        if self._key[layer] is None:
-            self._make_buffers(layer, key_BHLD, value_BHLD)
+        if not 0 <= layer < self.num_layers:
+            raise InputError(f"layer is {layer}; the cache is of a model of {self.num_layers} layers")
+        slot = self._slots.get((layer, visit))
+        if slot is None:
+            slot = self._slots[layer, visit] = self._new_slot(layer, key_BHLD, value_BHLD, rows)
         start, end = start + self.num_prefix, end + self.num_prefix
-        return (
-            self._store(self._key, layer, key_BHLD, start, end),
-            self._store(self._value, layer, value_BHLD, start, end),
-        )
+        if rows is None and slot.filled_BS is None and slot.length >= start:
+            slot.key_BHSD[:, :, start:end] = key_BHLD
+            slot.value_BHSD[:, :, start:end] = value_BHLD
+            slot.length = end
+            return slot.key_BHSD[:, :, :end], slot.value_BHSD[:, :, :end], None
+        return self._fill_some(slot, key_BHLD, value_BHLD, rows, start, end)
 
-    def _make_buffers(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> None:
-        size = self.num_prefix + self.max_length
-        for buffers, new_BHLD in ((self._key, key_BHLD), (self._value, value_BHLD)):
-            batch, heads, _, width = new_BHLD.shape
-            buffers[layer] = new_BHLD.new_empty(batch, heads, size, width)
+    def _new_slot(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None) -> _Slot:
+        size, batch = self.num_prefix + self.max_length, key_BHLD.shape[0]
+        if rows is not None:
+            batch = self._num_rows()
+            if not batch:
+                raise InputError("some sequences come to a block before the cache knows how many there are")
+        key_BHSD, value_BHSD = (
+            new.new_empty(batch, new.shape[1], size, new.shape[3]) for new in (key_BHLD, value_BHLD)
+        )
         if self.prefix is not None and self.num_prefix:
-            key_BHMD, value_BHMD = self.prefix.rows(layer, key_BHLD)
-            self._store(self._key, layer, key_BHMD, 0, self.num_prefix)
-            self._store(self._value, layer, value_BHMD, 0, self.num_prefix)
+            key_BHSD[:, :, : self.num_prefix], value_BHSD[:, :, : self.num_prefix] = self.prefix.rows(layer, key_BHSD)
+        return _Slot(key_BHSD, value_BHSD, self.num_prefix)
 
     @staticmethod
-    def _store(buffers: list[Tensor | None], layer: int, new_BHLD: Tensor, start: int, end: int) -> Tensor:
-        buffer = buffers[layer]
-        assert buffer is not None
-        buffer[:, :, start:end] = new_BHLD
-        return buffer[:, :, :end]
+    def _fill_some(
+        slot: _Slot, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None, start: int, end: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`append` where positions or sequences were passed over, or are now."""
+        if slot.filled_BS is None:
+            slot.filled_BS = torch.zeros(
+                slot.key_BHSD.shape[0], slot.key_BHSD.shape[2], dtype=torch.bool, device=slot.key_BHSD.device
+            )
+            slot.filled_BS[:, : slot.length] = True
+        # Nobody looks at places that were passed over, but what lies there takes part in sums, times zero: it must be finite.
+        if slot.length < end:
+            slot.key_BHSD[:, :, slot.length : end] = 0
+            slot.value_BHSD[:, :, slot.length : end] = 0
+            slot.length = end
+        row_R = slice(None) if rows is None else torch.as_tensor(rows, device=slot.key_BHSD.device)
+        slot.key_BHSD[row_R, :, start:end] = key_BHLD.to(slot.key_BHSD.dtype)
+        slot.value_BHSD[row_R, :, start:end] = value_BHLD.to(slot.value_BHSD.dtype)
+        slot.filled_BS[row_R, start:end] = True
+        return slot.key_BHSD[row_R, :, :end], slot.value_BHSD[row_R, :, :end], slot.filled_BS[row_R, :end]
 
     @property
     def num_prefix(self) -> int:
         """Entries in front of every row, which are no positions."""
         return 0 if self.prefix is None else len(self.prefix)
+
+    def begin(self) -> None:
+        """Forget what a forward pass that failed has stored behind the last position."""
+        end = self.length + self.num_prefix
+        for slot in self._slots.values():
+            if slot.length > end:
+                slot.length = end
+                if slot.filled_BS is not None:
+                    slot.filled_BS[:, end:] = False
 
     def advance(self, num_positions: int) -> None:
         """Count positions that every layer has stored."""
@@ -115,14 +181,16 @@ class KeyValueCache:
 
         Copies of a sequence go on under names of their own.
         """
+        batch = self._num_rows() // self.num_streams
         self._keep_names(row_B)
         for value in self.state.values():
             if hasattr(value, "keep_rows"):
                 value.keep_rows(row_B)
         if self.num_streams > 1:
-            row_B = rows_of_streams(row_B, self.num_streams, self._num_rows() // self.num_streams)
-        self._key = [None if buffer is None else buffer[row_B] for buffer in self._key]
-        self._value = [None if buffer is None else buffer[row_B] for buffer in self._value]
+            row_B = rows_of_streams(row_B, self.num_streams, batch)
+        for slot in self._slots.values():
+            slot.key_BHSD, slot.value_BHSD = slot.key_BHSD[row_B], slot.value_BHSD[row_B]
+            slot.filled_BS = None if slot.filled_BS is None else slot.filled_BS[row_B]
         if self.valid_BL is not None:
             self.valid_BL = self.valid_BL[row_B]
 
@@ -135,13 +203,12 @@ class KeyValueCache:
             seen.add(row)
 
     def _num_rows(self) -> int:
-        return next((len(buffer) for buffer in self._key if buffer is not None), 0)
+        return len(self._sequences) * self.num_streams or next((len(one.key_BHSD) for one in self._slots.values()), 0)
 
     @property
     def size_bytes(self) -> int:
         """Memory of the buffers made so far."""
-        buffers = [buffer for buffer in self._key + self._value if buffer is not None]
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        return sum(slot.key_BHSD.nbytes + slot.value_BHSD.nbytes for slot in self._slots.values())
 
 
 def rows_of_streams(row_B: Tensor, num_streams: int, batch: int) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from anabranch.nn.linear import Linear, Projection, build_linear, check_patterns
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
+from anabranch.nn.visits import Path, check_path, on_rows, steps_of
 from anabranch.precision import autocast_dtype
 from anabranch.routing import RoutingContext, Score, Select
 
@@ -186,6 +188,7 @@ class Decoder(Part, nn.Module):
         token_mask_BL: Tensor | None = None,
         last_only: bool = False,
         state: dict[str, Any] | None = None,
+        path: Path | None = None,
     ) -> DecoderOutput:
         """Logits, or the training loss when ``target_BL`` is given (entries of -100 are ignored).
 
@@ -196,8 +199,12 @@ class Decoder(Part, nn.Module):
             token_mask_BL: bool, False for padding, which must stand on the left.
             last_only: logits of the last position alone.
             state: given to the forward context, for designs and recorders.
+            path: the blocks to run, in order, e.g. ``(0, 1, 2, 2, 3)``: some may be left out, some run again; or a path for each
+                sequence. None runs each block once.
+
+        Raises ConfigError for a block that there is not, or another number of paths than sequences.
         """
-        context = self.context(token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state)
+        context = self.context(token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state, path=path)
         x_BLD = self.hidden(token_BL, context)
         if last_only:
             x_BLD = x_BLD[:, -1:]
@@ -214,9 +221,13 @@ class Decoder(Part, nn.Module):
         cache: KeyValueCache | None = None,
         token_mask_BL: Tensor | None = None,
         state: dict[str, Any] | None = None,
+        path: Path | None = None,
     ) -> ForwardContext:
         """The forward context of a batch: positions, rotary angles, masks. P streams are P times as many sequences, see `Streams`."""
         store, num_prefix = self._store(cache), 0
+        path = None if path is None else check_path(path, len(self.blocks), len(token_BL))
+        if cache is not None:
+            cache.begin()
         # Recording runs eagerly; compiled code would be compiled anew for every name.
         is_named = cache is not None and not torch.compiler.is_compiling()
         sequences = cache.sequences(len(token_BL)) if cache is not None and is_named else None
@@ -242,6 +253,7 @@ class Decoder(Part, nn.Module):
             is_causal=is_causal,
             cache=store,
             token_BL=token_BL,
+            path=path,
         )
 
     def hidden(self, token_BL: Tensor, context: ForwardContext, *, keep_L: Tensor | None = None) -> Tensor:
@@ -249,14 +261,21 @@ class Decoder(Part, nn.Module):
         x_BLD = self.embedding(token_BL)
         if self.streams is not None:
             x_BLD = self.streams.expand(x_BLD)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x_BLD = recomputed(block, x_BLD, context)
-            else:
-                x_BLD = block(x_BLD, context)
+        if context.path is None:
+            for block in self.blocks:
+                x_BLD = self._run(block, x_BLD, context)
+        else:
+            for layer, rows in steps_of(context.path, context.num_streams, len(token_BL)):
+                run = partial(self._run, self.blocks[layer])
+                x_BLD = run(x_BLD, context) if rows is None else on_rows(run, x_BLD, context, rows)
         if isinstance(context.cache, KeyValueCache):
             context.cache.advance(token_BL.shape[1])
         return self.norm(x_BLD if keep_L is None else x_BLD[:, keep_L])
+
+    def _run(self, block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(block, x_BLD, context)
+        return block(x_BLD, context)
 
     def logits(self, x_BLD: Tensor) -> Tensor:
         """Scores over the vocabulary."""

@@ -7,6 +7,7 @@ The latter has rotary positions and the variants that open checkpoints use.
 import warnings
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
@@ -164,14 +165,49 @@ class SelfAttention(Attention, kind="attention"):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """y_BHLD. Stores what is new where there is a store."""
-        store = context.cache
-        if store is not None:
-            if hasattr(store, "attend"):
-                return store.attend(self.layer, query, key, value)
-            key, value = store.append(self.layer, key, value)
-        if context.is_causal and context.attention_mask is None:
-            return causal_attention(query, key, value)
-        return attention(query, key, value, attn_mask=context.attention_mask)
+        visits = context.visits.next(self.layer, query.shape[0])
+        if context.cache is None:
+            return _among(query, key, value, context.attention_mask, None, context.is_causal)
+        if len(visits) == 1:
+            return self._stored(query, key, value, context, *visits[0])
+        made = torch.empty_like(query)
+        for visit, rows in visits:
+            made[rows] = self._stored(query[rows], key[rows], value[rows], context, visit, rows).to(made.dtype)
+        return made
+
+    def _stored(
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, visit: int, rows: list[int] | None
+    ) -> Tensor:
+        """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
+        store: Any = context.cache
+        if hasattr(store, "attend"):
+            if visit or rows is not None or context.rows is not None:
+                raise ConfigError(
+                    f"the key-value store of this pass keeps one visit of each block by all sequences, and layer {self.layer} is "
+                    "visited again or by some of them"
+                )
+            return store.attend(self.layer, query, key, value)
+        here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
+        key, value, seen = store.append(self.layer, key, value, visit=visit, rows=here)
+        mask = context.attention_mask
+        if mask is not None and rows is not None and mask.shape[0] > 1:
+            mask = mask[rows]
+        return _among(query, key, value, mask, seen, context.is_causal)
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _among(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen_BL: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False)."""
+    if seen_BL is not None:
+        length, past = query.shape[2], key.shape[2] - query.shape[2]
+        if mask is None:
+            ones = torch.ones(length, past + length, dtype=torch.bool, device=query.device)
+            mask = ones.tril(past) if is_causal else ones
+        mask = mask & seen_BL[:, None, None, :]
+    if is_causal and mask is None:
+        return causal_attention(query, key, value)
+    return attention(query, key, value, attn_mask=mask)

@@ -1,7 +1,7 @@
 """The two contexts: what a layer is told when it is built, and what travels down the layers of a forward pass."""
 # Shapes: B batch, L positions, N = B L items, H heads, D width
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.nn.count import Count
 from anabranch.nn.linear import Linear, Projection, build_linear
+from anabranch.nn.visits import Path, Visits
 from anabranch.routing.context import RoutingContext
 
 if TYPE_CHECKING:
@@ -118,12 +119,21 @@ def hide(module: nn.Module, name: str, value: Any) -> None:
 class KeyValueStore(Protocol):
     """What attention needs of a key-value cache (see `anabranch.lm.cache`)."""
 
-    def append(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of a layer; return all stored so far, new ones included."""
+    def append(
+        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the new positions of one visit of a layer, by the sequences ``rows`` of the cache (None: all).
+
+        Returns keys and values of this visit so far, new ones included, and a bool mask ``[B, L_all]``, False where a position did not
+        come by here; None if all did.
+        """
 
 
 class AttendingStore(Protocol):
-    """A store that attends itself, since what it keeps is not one tensor per batch (blocks of many sequences, other machines)."""
+    """A store that attends itself, since what it keeps is not one tensor per batch (blocks of many sequences, other machines).
+
+    It keeps one visit of each layer, by all sequences.
+    """
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
         """y_BHLD: store the new positions of a layer, then let each query see what it may."""
@@ -142,6 +152,9 @@ class ForwardContext(RoutingContext):
         cache: keys and values of earlier positions, or of a prefix before all of them; None when there is none. One with ``attend``
             does the attention itself, and the mask and ``is_causal`` say nothing.
         token_BL: the input tokens (hash routers, traces).
+        path: blocks that the model runs instead of each once: in order, or so for each sequence; None for each once.
+        visits: how often each layer's attention has run.
+        rows: which sequences of the cache this pass is of, see `on_rows`; None means all, in their order.
     """
 
     position_BL: Tensor
@@ -150,15 +163,22 @@ class ForwardContext(RoutingContext):
     is_causal: bool = True
     cache: KeyValueStore | AttendingStore | None = None
     token_BL: Tensor | None = None
+    path: Path | None = None
+    visits: Visits = field(default_factory=Visits)
+    rows: list[int] | None = None
 
 
 def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: ForwardContext) -> Tensor:
     """``run(x_BLD, context)`` without keeping its activations. What it emits and carries on comes out as well, so it is counted once."""
 
-    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
-        local = context.fork(carry)
-        return run(x_BLD, local), local.carry, *local.collected()
+    before = context.visits.copy()
 
-    y_BLD, context.carry, *collected = checkpoint(forked, x_BLD, dict(context.carry), use_reentrant=False)
+    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
+        local = replace(context.fork(carry), visits=before.copy())
+        return run(x_BLD, local), local.carry, local.visits, *local.collected()
+
+    y_BLD, context.carry, context.visits, *collected = checkpoint(
+        forked, x_BLD, dict(context.carry), use_reentrant=False
+    )
     context.merge(*collected)
     return y_BLD

@@ -5,6 +5,8 @@ earlier tokens left on their chosen routes, and its own, which the attention mas
 """
 # Shapes: B sequences, L positions, R prefixes, H heads, D width, Y duo layers
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,14 @@ class _Past:
         self.chosen: list[tuple[Tensor, Tensor] | None] = [None] * num_blocks
         self.tried: list[tuple[Tensor, Tensor] | None] = [None] * num_blocks
 
-    def append(self, layer: int, key_BHRD: Tensor, value_BHRD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, key_BHRD: Tensor, value_BHRD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, None]:
         self.tried[layer] = key_BHRD, value_BHRD
         past = self.chosen[layer]
         if past is None:
-            return key_BHRD, value_BHRD
-        return torch.cat((past[0], key_BHRD), dim=2), torch.cat((past[1], value_BHRD), dim=2)
+            return key_BHRD, value_BHRD, None
+        return torch.cat((past[0], key_BHRD), dim=2), torch.cat((past[1], value_BHRD), dim=2), None
 
     def choose(self, layer: int, place_B: Tensor) -> None:
         """Keep the prefix ``place_B`` of each sequence."""

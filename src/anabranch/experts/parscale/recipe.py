@@ -104,9 +104,11 @@ class _Remembering(KeyValueCache):
         super().__init__(num_layers, max_length)
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def append(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        stored = super().append(layer, key_BHLD, value_BHLD)
-        self.layers.append(stored)
+    def append(
+        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        stored = super().append(layer, key_BHLD, value_BHLD, **options)
+        self.layers.append(stored[:2])
         return stored
 
 

@@ -1,0 +1,172 @@
+"""Visits: a block may run several times in one forward pass, not at all, or for some sequences of the batch only.
+
+Attention keeps keys and values of each visit apart: what the second run of a block sees of earlier positions is what *second runs* of it
+left behind. So decoding with a cache gives what one pass over the whole sequence gives, whatever the order of the blocks.
+"""
+# Shapes: B sequences, R of them, L positions, N = B L items, D width
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anabranch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anabranch.nn.context import ForwardContext
+
+Path = Sequence[int] | Sequence[Sequence[int]]
+
+__all__ = ["Path", "Visits", "check_path", "on_rows", "steps_of"]
+
+
+class Visits:
+    """How often attention of each layer has run in this forward pass, sequence by sequence."""
+
+    def __init__(self, counts: dict[int, int | list[int]] | None = None) -> None:
+        # One number where all sequences have come as often, which is nearly always.
+        self._counts = counts or {}
+
+    def next(self, layer: int, batch: int) -> list[tuple[int, list[int] | None]]:
+        """Count one more visit of B sequences to a layer: (number of the visit, from 0, and whose it is; None for all) pairs."""
+        count = self._counts.get(layer, 0)
+        if isinstance(count, int):
+            self._counts[layer] = count + 1
+            return [(count, None)]
+        self._counts[layer] = [one + 1 for one in count]
+        if len(set(count)) == 1:
+            return [(count[0], None)]
+        return [(visit, [row for row in range(batch) if count[row] == visit]) for visit in sorted(set(count))]
+
+    def copy(self) -> "Visits":
+        """A copy that counts on its own."""
+        return Visits(dict(self._counts))
+
+    def of_rows(self, rows: Sequence[int]) -> "Visits":
+        """Those of some sequences of the batch."""
+        return Visits(
+            {
+                layer: count if isinstance(count, int) else [count[row] for row in rows]
+                for layer, count in self._counts.items()
+            }
+        )
+
+    def take_back(self, part: "Visits", rows: Sequence[int], batch: int) -> None:
+        """Take over what `of_rows` has counted since."""
+        for layer, counted in part._counts.items():
+            before = self._counts.get(layer, 0)
+            if counted == before:
+                continue
+            counts = [before] * batch if isinstance(before, int) else list(before)
+            for place, row in enumerate(rows):
+                counts[row] = counted if isinstance(counted, int) else counted[place]
+            self._counts[layer] = counts
+
+
+def on_rows(
+    run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: "ForwardContext", rows: Sequence[int]
+) -> Tensor:
+    """x_BLD where ``run(x_RLD, context)`` has gone over some sequences of the batch; the others are as they were.
+
+    What ``run`` emits and carries on counts for these sequences. Keys and values go to their places in the cache.
+
+    Args:
+        run: a block, or anything called like one.
+        x_BLD: all sequences.
+        context: of all sequences.
+        rows: numbers of sequences, each at most once. None at all leaves everything as it is.
+    """
+    batch, length = x_BLD.shape[:2]
+    if len(rows) == batch and list(rows) == list(range(batch)):
+        return run(x_BLD, context)
+    if not rows:
+        return x_BLD
+    row_R = torch.tensor(rows, device=x_BLD.device)
+    part = _part(context, row_R, rows, batch, length)
+    y_RLD = run(x_BLD[row_R], part)
+    context.visits.take_back(part.visits, rows, batch)
+    for name, value in part.carry.items():
+        before = context.carry.get(name)
+        if value is not before:
+            context.carry[name] = _put_back(before, value, row_R, batch, length)
+    context.merge(*part.collected())
+    return x_BLD.index_copy(0, row_R, y_RLD.to(x_BLD.dtype))
+
+
+def _part(context: "ForwardContext", row_R: Tensor, rows: Sequence[int], batch: int, length: int) -> "ForwardContext":
+    """The context of some rows."""
+
+    def items(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.shape[:1] == (batch * length,):
+            return value.unflatten(0, (batch, length))[row_R].flatten(0, 1)
+        return value[row_R] if isinstance(value, Tensor) and value.shape[:2] == (batch, length) else value
+
+    def sequences(value_B: Any) -> Any:
+        return value_B[row_R] if isinstance(value_B, Tensor) and value_B.shape[0] == batch > 1 else value_B
+
+    num_streams, names = _names(context, rows, batch)
+    part = context.fork({name: items(value) for name, value in context.carry.items()})
+    return replace(
+        part,
+        item_mask_N=items(context.item_mask_N),
+        num_streams=num_streams,
+        sequences=names,
+        state={name: items(value) for name, value in context.state.items()},
+        position_BL=context.position_BL[row_R],
+        rotary=tuple(sequences(angles) for angles in context.rotary),
+        attention_mask=sequences(context.attention_mask),
+        token_BL=sequences(context.token_BL),
+        visits=context.visits.of_rows(rows),
+        rows=list(rows) if context.rows is None else [context.rows[row] for row in rows],
+    )
+
+
+def _names(context: "ForwardContext", rows: Sequence[int], batch: int) -> tuple[int, list[Hashable] | None]:
+    """(streams, names of the sequences) of some rows: as they were where each sequence comes with all its streams, else unnamed."""
+    streams = context.num_streams
+    own = rows[: len(rows) // streams]
+    if list(rows) != [row + stream * (batch // streams) for stream in range(streams) for row in own]:
+        return 1, None
+    return streams, None if context.sequences is None else [context.sequences[row] for row in own]
+
+
+def _put_back(before: Tensor | None, value: Tensor, row_R: Tensor, batch: int, length: int) -> Tensor:
+    """What a layer carries on, of all items; zeros for sequences that have none yet."""
+    if value.shape[:1] != (len(row_R) * length,):
+        return value
+    whole = value.new_zeros(batch, length, *value.shape[1:])
+    if before is not None:
+        whole = before.unflatten(0, (batch, length)).to(value.dtype)
+    return whole.index_copy(0, row_R, value.unflatten(0, (len(row_R), length))).flatten(0, 1)
+
+
+def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """``path`` in tuples; one for all if all sequences have the same.
+
+    Raises ConfigError for a block that there is not, or another number of paths than sequences.
+    """
+    rows: Sequence[Any] = path if any(isinstance(one, Sequence) for one in path) else [path]
+    for row in rows:
+        for block in row:
+            if not isinstance(block, int) or not 0 <= block < num_blocks:
+                raise ConfigError(f"path has block {block!r}; the model has blocks 0 to {num_blocks - 1}")
+    paths = [tuple(row) for row in rows]
+    if rows is path and len(paths) != batch:
+        raise ConfigError(f"there are {len(paths)} paths for {batch} sequences; give one for all, or one each")
+    return paths[0] if len(set(paths)) == 1 else tuple(paths)
+
+
+def steps_of(path: Path, num_streams: int, batch: int) -> Iterator[tuple[int, list[int] | None]]:
+    """(block, the rows that run it; None for all) in order. B sequences have P streams each, one stream after another."""
+    if not any(isinstance(one, Sequence) for one in path):
+        yield from ((block, None) for block in path)  # type: ignore[misc]
+        return
+    for place in range(max(map(len, path))):  # type: ignore[arg-type]
+        here: dict[int, list[int]] = {}
+        for row, blocks in enumerate(path):
+            if place < len(blocks):  # type: ignore[arg-type]
+                here.setdefault(blocks[place], []).append(row)  # type: ignore[index]
+        for block, rows in here.items():
+            yield block, [row + stream * batch for stream in range(num_streams) for row in rows]
