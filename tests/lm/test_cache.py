@@ -13,7 +13,7 @@ def fill(cache, num_positions, batch=2, seed=0, layers=2):
     for layer in range(layers):
         generator = torch.Generator().manual_seed(seed + layer)
         key, value = (torch.randn(batch, 3, num_positions, 4, generator=generator) for _ in "kv")
-        made.append((key, value, *cache.append(layer, key, value)))
+        made.append((key, value, *cache.append(layer, key, value)[:2]))
     cache.advance(num_positions)
     return made
 
@@ -50,7 +50,7 @@ def test_rows_can_leave():
     (key, _, *_), _ = fill(cache, 2)
     cache.keep_rows(torch.tensor([False, True]))
     new = torch.randn(1, 3, 1, 4)
-    stored, _ = cache.append(0, new, new)
+    stored, *_ = cache.append(0, new, new)
     assert torch.equal(stored, torch.cat((key[1:], new), dim=2))
     assert cache.valid_BL.tolist() == [[True, True]]
 
@@ -131,14 +131,15 @@ def test_each_row_begins_with_the_prefix_of_its_stream():
     cache = KeyValueCache(1, 3, num_streams=2, prefix=prefix)
     new = torch.arange(10.0, 14.0).view(4, 1, 1, 1)  # two streams of two sequences
     for store in (prefix, cache):
-        key, value = store.append(0, new, new.double())
+        key, value, seen = store.append(0, new, new.double())
+        assert seen is None
         assert key.flatten(1).tolist() == [[1, 10], [1, 11], [2, 12], [2, 13]]
         assert value.flatten(1).tolist() == [[3, 10], [3, 11], [4, 12], [4, 13]]
         assert value.dtype == torch.float64
     cache.advance(1)
     assert (cache.length, cache.num_prefix, len(prefix)) == (1, 1, 1)
     cache.keep_rows(torch.tensor([1]))
-    key, _ = cache.append(0, new[:2], new[:2].double())
+    key, *_ = cache.append(0, new[:2], new[:2].double())
     assert key.flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
 
 

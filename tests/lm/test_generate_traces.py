@@ -133,5 +133,5 @@ def test_names_follow_their_rows(data):
             sequence_of.setdefault(name, sequence_of[before[row]])
             assert name is before[row] or name not in before
         assert {before[row] for row in origin} <= set(now)
-        kept = cache._key[0][:, 0, 0, 0].long().tolist()
+        kept = cache._slots[0, 0].key_BHSD[:, 0, 0, 0].long().tolist()
         assert kept == [sequence_of[name] for name in now]

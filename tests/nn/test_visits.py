@@ -11,7 +11,7 @@ from anabranch.experts.parscale import ParScale
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
-from anabranch.nn.visits import Visits, check_path, on_rows, steps_of
+from anabranch.nn.visits import check_path, next_visits, on_rows, steps_of, take_back, visits_of_rows
 from anabranch.routing import Router, record_routing
 
 BLOCKS, VOCAB = 4, 40
@@ -210,14 +210,14 @@ def test_routers_of_repeated_blocks_are_recorded_for_each_sequence():
 
 
 def test_visits_by_hand():
-    visits = Visits()
-    assert visits.next(0, 3) == [(0, None)]
-    part = visits.of_rows([0, 2])
-    assert part.next(0, 2) == [(1, None)]
-    visits.take_back(part, [0, 2], 3)
-    assert visits.next(0, 3) == [(1, [1]), (2, [0, 2])]
-    assert visits.next(0, 3) == [(2, [1]), (3, [0, 2])]
-    assert visits.next(1, 3) == [(0, None)]
+    visits = {}
+    assert next_visits(visits, 0, 3) == [(0, None)]
+    part = visits_of_rows(visits, [0, 2])
+    assert next_visits(part, 0, 2) == [(1, None)]
+    take_back(visits, part, [0, 2], 3)
+    assert next_visits(visits, 0, 3) == [(1, [1]), (2, [0, 2])]
+    assert next_visits(visits, 0, 3) == [(2, [1]), (3, [0, 2])]
+    assert next_visits(visits, 1, 3) == [(0, None)]
 
 
 def test_steps_group_the_rows_of_equal_blocks():

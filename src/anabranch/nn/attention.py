@@ -18,6 +18,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
+from anabranch.nn.visits import next_visits
 
 
 class Attention(Part, nn.Module, family="attention", default="attention"):
@@ -165,7 +166,7 @@ class SelfAttention(Attention, kind="attention"):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """y_BHLD. Stores what is new where there is a store."""
-        visits = context.visits.next(self.layer, query.shape[0])
+        visits = next_visits(context.visits, self.layer, query.shape[0])
         if context.cache is None:
             return _among(query, key, value, context.attention_mask, None, context.is_causal)
         if len(visits) == 1:

@@ -164,21 +164,27 @@ class ForwardContext(RoutingContext):
     cache: KeyValueStore | AttendingStore | None = None
     token_BL: Tensor | None = None
     path: Path | None = None
-    visits: Visits = field(default_factory=Visits)
+    visits: Visits = field(default_factory=dict)
     rows: list[int] | None = None
 
+    def fork(self, carry: dict[str, Tensor] | None = None) -> Self:
+        """See `RoutingContext.fork`; visits are counted on from here, on its own."""
+        return replace(super().fork(carry), visits=dict(self.visits))
 
-def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: ForwardContext) -> Tensor:
+    def take_over(self, fork: RoutingContext) -> None:
+        """See `RoutingContext.take_over`."""
+        super().take_over(fork)
+        self.visits = fork.visits if isinstance(fork, ForwardContext) else self.visits
+
+
+def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: RoutingContext) -> Tensor:
     """``run(x_BLD, context)`` without keeping its activations. What it emits and carries on comes out as well, so it is counted once."""
+    before = context.fork()
 
-    before = context.visits.copy()
+    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Tensor, RoutingContext]:
+        local = before.fork(carry)
+        return run(x_BLD, local), local
 
-    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Any, ...]:
-        local = replace(context.fork(carry), visits=before.copy())
-        return run(x_BLD, local), local.carry, local.visits, *local.collected()
-
-    y_BLD, context.carry, context.visits, *collected = checkpoint(
-        forked, x_BLD, dict(context.carry), use_reentrant=False
-    )
-    context.merge(*collected)
+    y_BLD, local = checkpoint(forked, x_BLD, dict(context.carry), use_reentrant=False)
+    context.take_over(local)
     return y_BLD

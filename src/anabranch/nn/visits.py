@@ -19,50 +19,42 @@ if TYPE_CHECKING:
 
 Path = Sequence[int] | Sequence[Sequence[int]]
 
-__all__ = ["Path", "Visits", "check_path", "on_rows", "steps_of"]
+# How often attention of each layer has run in a forward pass: one number where all sequences have come as often, which is nearly always.
+Visits = dict[int, int | list[int]]
+
+__all__ = ["Path", "Visits", "check_path", "next_visits", "on_rows", "steps_of", "take_back", "visits_of_rows"]
 
 
-class Visits:
-    """How often attention of each layer has run in this forward pass, sequence by sequence."""
+def next_visits(visits: Visits, layer: int, batch: int) -> list[tuple[int, list[int] | None]]:
+    """Count one more visit of B sequences to a layer.
 
-    def __init__(self, counts: dict[int, int | list[int]] | None = None) -> None:
-        # One number where all sequences have come as often, which is nearly always.
-        self._counts = counts or {}
+    Returns pairs of the number of the visit, from 0, and whose it is; None for all.
+    """
+    count = visits.get(layer, 0)
+    if isinstance(count, int):
+        visits[layer] = count + 1
+        return [(count, None)]
+    visits[layer] = [one + 1 for one in count]
+    if len(set(count)) == 1:
+        return [(count[0], None)]
+    return [(visit, [row for row in range(batch) if count[row] == visit]) for visit in sorted(set(count))]
 
-    def next(self, layer: int, batch: int) -> list[tuple[int, list[int] | None]]:
-        """Count one more visit of B sequences to a layer: (number of the visit, from 0, and whose it is; None for all) pairs."""
-        count = self._counts.get(layer, 0)
-        if isinstance(count, int):
-            self._counts[layer] = count + 1
-            return [(count, None)]
-        self._counts[layer] = [one + 1 for one in count]
-        if len(set(count)) == 1:
-            return [(count[0], None)]
-        return [(visit, [row for row in range(batch) if count[row] == visit]) for visit in sorted(set(count))]
 
-    def copy(self) -> "Visits":
-        """A copy that counts on its own."""
-        return Visits(dict(self._counts))
+def visits_of_rows(visits: Visits, rows: Sequence[int]) -> Visits:
+    """Those of some sequences of the batch."""
+    return {layer: count if isinstance(count, int) else [count[row] for row in rows] for layer, count in visits.items()}
 
-    def of_rows(self, rows: Sequence[int]) -> "Visits":
-        """Those of some sequences of the batch."""
-        return Visits(
-            {
-                layer: count if isinstance(count, int) else [count[row] for row in rows]
-                for layer, count in self._counts.items()
-            }
-        )
 
-    def take_back(self, part: "Visits", rows: Sequence[int], batch: int) -> None:
-        """Take over what `of_rows` has counted since."""
-        for layer, counted in part._counts.items():
-            before = self._counts.get(layer, 0)
-            if counted == before:
-                continue
-            counts = [before] * batch if isinstance(before, int) else list(before)
-            for place, row in enumerate(rows):
-                counts[row] = counted if isinstance(counted, int) else counted[place]
-            self._counts[layer] = counts
+def take_back(visits: Visits, part: Visits, rows: Sequence[int], batch: int) -> None:
+    """Take over what has been counted in `visits_of_rows` since."""
+    for layer, counted in part.items():
+        before = visits.get(layer, 0)
+        if counted == before:
+            continue
+        counts = [before] * batch if isinstance(before, int) else list(before)
+        for place, row in enumerate(rows):
+            counts[row] = counted if isinstance(counted, int) else counted[place]
+        visits[layer] = counts
 
 
 def on_rows(
@@ -86,7 +78,7 @@ def on_rows(
     row_R = torch.tensor(rows, device=x_BLD.device)
     part = _part(context, row_R, rows, batch, length)
     y_RLD = run(x_BLD[row_R], part)
-    context.visits.take_back(part.visits, rows, batch)
+    take_back(context.visits, part.visits, rows, batch)
     for name, value in part.carry.items():
         before = context.carry.get(name)
         if value is not before:
@@ -118,7 +110,7 @@ def _part(context: "ForwardContext", row_R: Tensor, rows: Sequence[int], batch: 
         rotary=tuple(sequences(angles) for angles in context.rotary),
         attention_mask=sequences(context.attention_mask),
         token_BL=sequences(context.token_BL),
-        visits=context.visits.of_rows(rows),
+        visits=visits_of_rows(context.visits, rows),
         rows=list(rows) if context.rows is None else [context.rows[row] for row in rows],
     )
 

@@ -124,6 +124,11 @@ class RoutingContext:
         self.loads.extend(loads)
         self.parts.extend(parts)
 
+    def take_over(self, fork: "RoutingContext") -> None:
+        """Go on from where a fork is: with what it carries, and all that it `collected`."""
+        self.carry = fork.carry
+        self.merge(*fork.collected())
+
     def commit(self) -> None:
         """Hand the loads to their balancers. Call once per forward pass, outside recomputed code."""
         for sink, load_E, open_E in self.loads:
