@@ -4,11 +4,14 @@
 """
 # Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up)
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anabranch.errors import BackendError
+from anabranch.bounds import shown
+from anabranch.errors import BackendError, InputError
 from anabranch.nn.derivatives import asks_for_graph, asks_for_plain, plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
 from anabranch.nn.kernels.door import is_transformed, why_refused
@@ -88,7 +91,7 @@ def plain_experts(
     rows_RD = dispatch(x_ND, plan)
     if on_input:
         rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
-    ends = [0, *plan.offset_E.tolist(), rows_RD.shape[0]]
+    ends = [0, *_ends(plan.offset_E, rows_RD.shape[0]), rows_RD.shape[0]]
     parts = [
         F.linear(swiglu(F.linear(rows_RD[start:end], w13_e)), w2_e)
         for start, end, w13_e, w2_e in zip(ends[:-2], ends[1:-1], w13_EFD.unbind(0), w2_EDF.unbind(0), strict=True)
@@ -113,7 +116,7 @@ def _forward(
     if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, offset=offset_E, weight=weight_NK) == "native":
         return native.forward(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, keep)
     num_items, num_places = weight_NK.shape
-    ends = offset_E.tolist()
+    ends = _ends(offset_E, len(place_R))
     place_R = place_R[: ends[-1]]
     rows_RD = _gather_rows(x_ND.to(dtype), place_R, weight_NK if on_input else None, num_places)
     z_R2F = rows_RD.new_empty((num_items * num_places if keep else ends[-1], w13_EFD.shape[1]))
@@ -157,7 +160,7 @@ def _gradients(
         saved = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z_R2F)
         return native.backward(dy_ND, *saved, on_input, dtype, need_x, need_w13, need_w2, sums=sums)
     num_items, num_places = weight_NK.shape
-    ends = offset_E.tolist()
+    ends = _ends(offset_E, len(place_R))
     place_R = place_R[: ends[-1]]
     weight_R1 = weight_NK.reshape(-1)[place_R].unsqueeze(-1)
     wide = torch.promote_types(dtype, torch.float32)
@@ -285,6 +288,16 @@ class _Gathering(torch.autograd.Function):
         if sums is not None:
             sums.pair, pair = tuple(pair), (None, None)
         return None, dx if need_x else None, None, None, dweight if need_weight else None, *pair, *(None,) * 4
+
+
+def _ends(offset_E: Tensor, num_rows: int) -> list[int]:
+    """The end row of each expert. Raises InputError, as kernels do, unless they rise from 0 to ``num_rows`` at most."""
+    ends: list[int] = offset_E.tolist()
+    if any(start > end for start, end in itertools.pairwise([0, *ends, num_rows])):
+        raise InputError(
+            f"offset_E is {shown(ends)}; it must not fall, and lie between 0 and {num_rows}, the rows of the plan"
+        )
+    return ends
 
 
 def _active(ends: list[int]) -> list[tuple[int, int, int]]:
