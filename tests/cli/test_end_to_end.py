@@ -18,6 +18,7 @@ from anabranch.data import ByteTokenizer, train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model
 from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.report.write import check_place
 from anabranch.serving import LLM
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
@@ -189,6 +190,11 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert code == 0
     assert "MaxVio" in text
     assert (work / "again" / "report.html").is_file()
+    # What an earlier report wrote is replaced, a trace too whose report was not finished.
+    for left in ("*", "trace.parquet"):
+        for file in set((work / "report").iterdir()) - set((work / "report").glob(left)):
+            file.unlink()
+        check_place(work / "report", trace=work / "report/trace.parquet")
 
 
 def test_chat_answers_one_message(trained, here):
@@ -506,7 +512,14 @@ def test_what_a_converted_model_is_measured_on_is_said(trained, here, work, text
 
 def test_a_report_has_no_place_in_a_file(here, text_file):
     code, _, err = here("report", "no model at all", "--out", text_file)
-    assert (code, err) == (
-        2,
-        f"error: --out is {text_file}, which is a file, and a report is a folder; choose another name\n",
-    )
+    assert (code, err) == (2, f"error: {text_file} is a file, and a report is a folder; choose another name\n")
+
+
+@pytest.mark.parametrize("name", ["load.png", "report.html", "summary.json", "trace.parquet"])
+def test_a_report_replaces_nothing_that_is_of_no_report(here, work, name):
+    (work / f"own-{name}").mkdir()
+    mine = work / f"own-{name}" / name
+    mine.write_text('{"title": "mine"}')
+    code, _, err = here("report", "no model at all", "--out", mine.parent)
+    expected = f"error: {mine} is there and of no report, so it is not replaced; choose another folder\n"
+    assert (code, err, mine.read_text()) == (2, expected, '{"title": "mine"}')

@@ -45,14 +45,13 @@ def report(
     """
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
-    from anabranch.report.write import report_files
+    from anabranch.report.write import check_place, report_files
     from anabranch.routing import RoutingTrace
 
-    if Path(out).exists() and not Path(out).is_dir():
-        raise DataError(f"--out is {out}, which is a file, and a report is a folder; choose another name")
     is_trace = Path(source).suffix == ".parquet"
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
     check_apart(own, [data, *([source] if is_trace else _read_of(source, data))])
+    check_place(out, trace=None if is_trace else Path(out) / _TRACE)
     if Path(source).is_file() and is_trace:
         trace, text = RoutingTrace.read(source), source
     elif is_trace:
