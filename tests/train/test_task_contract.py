@@ -76,5 +76,5 @@ def test_broken_tasks_are_found(task, message):
 
 @pytest.mark.slow  # starts two processes
 def test_processes_that_share_nothing_are_found():
-    with pytest.raises(AssertionError, match="the loss of step 1 in two processes"):
+    with pytest.raises(AssertionError, match="the loss of step 1 in two processes under ddp"):
         check_task(TaskRunConfig(task=Alone.Config(), train=SETTINGS))

@@ -23,7 +23,8 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.metrics import read_metrics
-from anabranch.train.parallel_contract import PATIENCE, RANKS
+from anabranch.train.optimizer import whole
+from anabranch.train.parallel_contract import PATIENCE, RANKS, WAYS
 from anabranch.train.result import Event
 from anabranch.train.trainer import Trainer
 
@@ -41,7 +42,7 @@ def check_task(run: Run, *, is_random: bool = False, ranks: bool = True, **given
     """A task keeps what the trainer relies on, in a few steps on the CPU.
 
     Losses are finite and the sum of their terms; what does not learn stays as it is; the evaluation has its headline; a run that is
-    interrupted and resumed ends as one that is not, to the bit; two processes with replicas learn what one does.
+    interrupted and resumed ends as one that is not, to the bit; two processes, with replicas or shards, learn what one does.
 
     Args:
         run: a small one; an even ``batch_size``. How long and where it trains is replaced.
@@ -121,19 +122,18 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
 
 def _check_ranks(run: Run, place: Path, is_random: bool, given: dict[str, Any]) -> None:
     try:
-        spawn(_train_rank, args=(run.replace(train=run.train.replace(parallel="ddp")), str(place), given), nprocs=RANKS)
+        spawn(_train_rank, args=(run, str(place), given), nprocs=RANKS)
     except ProcessException as error:
         raise AssertionError(f"with two processes: {error}") from error
-    first, second = (load_file(place / f"rank-{rank}.safetensors") for rank in range(RANKS))
-    difference = _difference(first, second)
-    _is(difference is None, f"two processes have learned different things: {difference}")
-    if not is_random:
-        one = _losses(place / "straight")
-        two = _losses(place / "ranks")
-        for step, (ours, theirs) in enumerate(zip(two, one, strict=True)):
+    for way in WAYS:
+        first, second = (load_file(place / f"{way}-{rank}.safetensors") for rank in range(RANKS))
+        difference = _difference(first, second)
+        _is(difference is None, f"under {way} two processes have learned different things: {difference}")
+        pairs = zip(_losses(place / way), _losses(place / "straight"), strict=True)
+        for step, (ours, theirs) in enumerate([] if is_random else pairs, start=1):
             _is(
                 math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=TOLERANCE),
-                f"the loss of step {step + 1} in two processes is {ours}, that of one {theirs}",
+                f"the loss of step {step} in two processes under {way} is {ours}, that of one {theirs}",
             )
 
 
@@ -141,11 +141,14 @@ def _train_rank(rank: int, run: Run, folder: str, given: dict[str, Any]) -> None
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
-    # What another process sends is memory that both have, and each is to move its own weights.
-    trainer = Trainer(run, Path(folder) / "ranks", **copy.deepcopy(given))
-    trainer.fit()
-    state = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    save_file(state, Path(folder) / f"rank-{rank}.safetensors")
+    for way in WAYS:
+        # What another process sends is memory that both have, and each is to move its own weights.
+        own = copy.deepcopy(given)
+        trainer = Trainer(run.replace(train=run.train.replace(parallel=way)), Path(folder) / way, **own)
+        trainer.fit()
+        parameters = trainer.model.named_parameters()
+        state = {name: whole(parameter.detach()).clone() for name, parameter in parameters}
+        save_file(state, Path(folder) / f"{way}-{rank}.safetensors")
     # Threads of gloo may still let go of tensors; see `Workers.close`.
     time.sleep(0.2)
     dist.destroy_process_group()
