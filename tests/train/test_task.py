@@ -342,9 +342,7 @@ def test_a_run_is_resumed_by_its_own_task_and_data_alone(tmp_path, make_run):
     Trainer(make_run(steps=1), tmp_path / "text").fit()
     with pytest.raises(CheckpointError, match="weight"):  # both tasks have no name; their weights do not fit
         Trainer(digits_run(Line.Config(), steps=2), tmp_path / "digits", resume=True)
-    with pytest.raises(
-        DataError, match="digits holds a run of a task without a name; read it with read_task_run_config"
-    ):
+    with pytest.raises(DataError, match="digits holds a run of a task without a name, which goes on in Python"):
         Trainer(make_run(steps=2), tmp_path / "digits", resume=True)
     with pytest.raises(DataError, match="text holds a language model's run; read it with read_run_config"):
         Trainer(digits_run(steps=2), tmp_path / "text", resume=True)
@@ -357,6 +355,24 @@ def test_a_run_is_resumed_by_its_own_task_and_data_alone(tmp_path, make_run):
 
     with pytest.raises(DataError, match="cannot resume the examples: fingerprint was"):
         Trainer(digits_run(Fewer.Config(), steps=2), tmp_path / "digits", resume=True)
+
+
+class Named(Line, kind="named-in-no-registry"):
+    """A task whose kind nobody has registered."""
+
+
+def test_a_kind_that_is_not_registered_is_no_reason_not_to_go_on(tmp_path):
+    run = digits_run(Named.Config(penalty=0.25), steps=1)
+    Trainer(run, tmp_path).fit()
+    longer = run.replace(train=run.train.replace(steps=2))
+    assert Trainer(longer, tmp_path, resume=True).fit().step == 2
+    assert read_task_run_config(tmp_path, Named) == longer
+    with pytest.raises(CheckpointError, match="no task of kind 'named-in-no-registry'"):
+        read_task_run_config(tmp_path)
+    with pytest.raises(DataError, match="a run of the task 'named-in-no-registry', not of the task 'language_model'"):
+        read_task_run_config(tmp_path, LanguageModel)
+    with pytest.raises(ConfigError, match=r"task\.penalty was 0\.25 and is now 0\.5"):
+        Trainer(longer.replace(task=Named.Config()), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("part", ["stream", "task"])
@@ -385,9 +401,7 @@ def test_a_run_config_is_the_language_models_task_written_short(tmp_path, make_r
     (one, _), (two, _) = (load_model(tmp_path / name) for name in ("long", "short"))
     assert all(torch.equal(one.state_dict()[name], value) for name, value in two.state_dict().items())
     assert read_task_run_config(tmp_path / "long") == long
-    with pytest.raises(
-        DataError, match="long holds a run of the task 'language_model'; read it with read_task_run_config"
-    ):
+    with pytest.raises(DataError, match="long holds a run of the task 'language_model', which goes on in Python"):
         read_run_config(tmp_path / "long")
 
 

@@ -144,7 +144,9 @@ def read_run_config(out: str | Path) -> RunConfig:
     """
     table = _read(out)
     if "task" in table:
-        raise DataError(f"{out} holds a run of {_kind(table)}; read it with read_task_run_config")
+        raise DataError(
+            f"{out} holds a run of {_kind(table)}, which goes on in Python: read_task_run_config reads its config"
+        )
     return _parsed(out, lambda: from_dict(RunConfig, table))
 
 
