@@ -83,8 +83,8 @@ def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
 
     Args:
         path: the place. A file there is replaced.
-        mode: who may read and write the file, such as 0o600 for what is secret; the temporary file is its owner's alone. None keeps that
-            of the file that is replaced, or leaves it to the user's umask.
+        mode: who may read and write the file at most, such as 0o600, or the mode of the secret that it is a copy of. Beyond that it is
+            as the file that is replaced, or as the user's umask has it. Until it is whole the file is its owner's alone.
 
     Raises CapacityError if the disk is full and DataError if the place cannot be written; ``path`` then is as it was.
     `torch.save` hides why it failed unless it is given an open file: ``with open(temporary, "wb") as file: ...``.
@@ -101,16 +101,21 @@ def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
         try:
             yield temporary
             _fsync(temporary)
-            temporary.chmod(_mode_of(path) if mode is None else mode)
+            temporary.chmod(_mode_of(path) & (0o777 if mode is None else mode))
             temporary.replace(path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
+def mode_of(path: str | Path) -> int:
+    """Who may read and write a file, as bits: the ``mode`` of `atomic_file` for a copy of it."""
+    return stat.S_IMODE(Path(path).stat().st_mode)
+
+
 def _mode_of(path: Path) -> int:
     """Of the file that lies there, or of a new one."""
-    return stat.S_IMODE(path.stat().st_mode) & 0o777 if path.is_file() else 0o666 & ~_umask()
+    return mode_of(path) & 0o777 if path.is_file() else 0o666 & ~_umask()
 
 
 def sha256_of(path: str | Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from anabranch import files
 from anabranch.cli.main import app
 
 # By command: its arguments, with what is read and what is written by name. An output's ending is one that the command takes.
@@ -114,3 +115,22 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(name, output
     assert "would be lost" in err or "is to be written twice" in err
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert _text_of(".") == before
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_what_is_made_of_a_secret_is_as_secret(mode, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    text = "model_list: [{model_name: a, litellm_params: {model: openai/a, api_key: sk-secret}}]\n"
+    Path("config.yaml").write_text(text)
+    assert here("gateway", "keys", "create", "--store", "g.db")[0] == 0
+    for source in ("config.yaml", "g.db"):
+        Path(source).chmod(mode)
+    for made in (
+        "import config.yaml --out o.yaml",
+        "ledger export --store g.db --out o.csv",
+        "ledger backup --store g.db o.db",
+    ):
+        assert here("gateway", *made.split())[0] == 0
+    assert {name: files.mode_of(name) for name in ("o.yaml", "o.csv", "o.db")} == dict.fromkeys(
+        ("o.yaml", "o.csv", "o.db"), mode
+    )

@@ -10,7 +10,7 @@ import typer
 
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import print_json, say, wrote
-from anabranch.files import check_apart
+from anabranch.files import atomic_file, check_apart, mode_of
 
 
 def convert(
@@ -24,13 +24,14 @@ def convert(
     """
     import yaml
 
-    from anabranch.files import atomic_write_text
     from anabranch.gateway.config import import_litellm
 
     check_apart([out], [file])
     imported = import_litellm(file)
     text = yaml.safe_dump(_changed(imported.config), sort_keys=False, allow_unicode=True)
-    atomic_write_text(out, f"# made from {file.name} by anabranch gateway import\n{text}")
+    # It may hold keys, as what it is made from may.
+    with atomic_file(out, mode=mode_of(file)) as temporary:
+        temporary.write_text(f"# made from {file.name} by anabranch gateway import\n{text}", encoding="utf-8")
     if as_json:
         names = [model.name for model in imported.config.models]
         print_json({"out": str(out), "models": names, "left": list(imported.left)})

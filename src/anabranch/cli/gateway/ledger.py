@@ -14,7 +14,7 @@ from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, amount, mom
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, table
 from anabranch.errors import InputError
-from anabranch.files import atomic_file, check_apart
+from anabranch.files import atomic_file, check_apart, mode_of
 
 if TYPE_CHECKING:
     from anabranch.gateway.store import LedgerRow, Store
@@ -133,7 +133,8 @@ def export(
     writers = {".csv": _write_csv, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise InputError(f"--out is {str(out)!r}; it must end in {' or '.join(writers)}")
-    check_apart([out], [store_file(store)])
+    file = store_file(store)
+    check_apart([out], [file])
     query = _query(since, until, key, user, team, tag, model, status)
 
     async def pages(opened: Store) -> AsyncIterator[list[LedgerRow]]:
@@ -144,7 +145,7 @@ def export(
             last = rows[-1].seq
 
     async def work(opened: Store) -> int:
-        with atomic_file(out) as temporary:
+        with atomic_file(out, mode=None if file is None else mode_of(file)) as temporary:
             return await writers[out.suffix](temporary, pages(opened))
 
     count = with_store(store, work)

@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import stat
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anabranch.errors import DataError
-from anabranch.files import SQLITE_LOGS, atomic_file, check_apart
+from anabranch.files import SQLITE_LOGS, atomic_file, check_apart, mode_of
 from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS, TABLES
 
@@ -281,7 +280,7 @@ class SqliteDatabase:
         """
         path = Path(path)
         _check_replaceable(path, self.path)
-        with atomic_file(path, mode=stat.S_IMODE(self.path.stat().st_mode)) as temporary:
+        with atomic_file(path, mode=mode_of(self.path)) as temporary:
             connection = self.connect()
             try:
                 connection.run("VACUUM INTO :path", path=str(temporary))
