@@ -31,7 +31,7 @@ def run(name: str, folder: Path) -> dict[str, list]:
     torch.set_num_threads(1)
     preset = PRESETS[name]("tiny")
     data = from_dict(
-        DataConfig, {"corpus": {"kind": "files", "paths": [str(_text(folder))]}, "sequence_length": 64, "validation_fraction": 0.2}
+        DataConfig, {"corpus": {"kind": "files", "paths": [str(write_text(folder))]}, "sequence_length": 64, "validation_fraction": 0.2}
     )  # fmt: skip
     train = preset.train.replace(
         steps=STEPS, batch_size=4, log_every=1, device="cpu", eval_every=None, eval_tokens=None, checkpoint_every=None
@@ -50,7 +50,7 @@ def run(name: str, folder: Path) -> dict[str, list]:
     }
 
 
-def _text(folder: Path) -> Path:
+def write_text(folder: Path) -> Path:
     """The paragraphs of the licence, a file each, so that some are held out."""
     texts = folder / "text"
     texts.mkdir(exist_ok=True)
