@@ -95,9 +95,22 @@ class BiasedScore(LinearScore):
         self.bias = nn.Parameter(torch.zeros(num_destinations))
 
 
+class SilentState(LinearScore):
+    """Hands on its logits and does not say so."""
+
+    def project(self, x_ND, context):
+        context.carry["logits"] = super().project(x_ND, context)
+        return context.carry["logits"]
+
+
 @pytest.mark.parametrize(
     ("score", "message"),
-    [(HalfScore, "autocast"), (BatchScore, "permuted items"), (BiasedScore, "num_parameters says 128, there are 136")],
+    [
+        (SilentState, "but hands_on is False"),
+        (HalfScore, "autocast"),
+        (BatchScore, "permuted items"),
+        (BiasedScore, "num_parameters says 128, there are 136"),
+    ],
 )
 def test_broken_scores(score, message):
     with pytest.raises(AssertionError, match=message):
@@ -121,9 +134,20 @@ class FirstCome(Select):
         return index_N1
 
 
+class OnePlaceMore(TopK):
+    """Has a place more than it says."""
+
+    def choose(self, value_NE):
+        return F.pad(super().choose(value_NE), (0, 1), value=-1)
+
+
 @pytest.mark.parametrize(
     ("select", "message"),
-    [(ForgetfulTopK, "a closed destination was chosen"), (FirstCome, "permuting items does not permute choices")],
+    [
+        (OnePlaceMore, "num_places is 2, but there are 3"),
+        (ForgetfulTopK, "a closed destination was chosen"),
+        (FirstCome, "permuting items does not permute choices"),
+    ],
 )
 def test_broken_selectors(select, message):
     with pytest.raises(AssertionError, match=message):

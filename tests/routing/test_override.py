@@ -311,6 +311,18 @@ def test_layers_by_number_and_by_name_and_nothing_stays_behind():
         assert model(x_ND, RoutingContext())[0] == [3, 0]
 
 
+def test_a_block_in_which_no_router_was_called_says_so():
+    model = Tower()
+    with (
+        pytest.warns(UserWarning, match="none of the 2 routers of this Tower was called") as told,
+        override_routing(model, {}),
+    ):
+        pass
+    assert told[0].filename == __file__
+    with pytest.raises(ZeroDivisionError), override_routing(model, {}):
+        raise ZeroDivisionError
+
+
 def test_messages():
     for values, message in (
         ({}, "an override changes nothing; give it index_NK, bias_NE or open_NE"),

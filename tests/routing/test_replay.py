@@ -207,19 +207,14 @@ def test_half_precision_is_replayed_and_double_only_in_its_destinations():
             pytest.raises(DataError, match=f"recorded of {recorded} .* has weights of float64"),
         ):
             model(items().double(), RoutingContext())
+    other = Tower()
     with (
-        replay_routing(Tower(), recorder.trace()),
+        replay_routing(other, recorder.trace()),
         pytest.raises(DataError, match=r"of float64 .* has weights of float32"),
     ):
-        replayed_alone(recorder.trace())
+        other(items(), RoutingContext())
     with replay_routing(model.double(), recorder.trace(), weights="own"):
         assert torch.equal(model(items().double(), RoutingContext()), expected)
-
-
-def replayed_alone(trace):
-    model = Tower()
-    with replay_routing(model, trace):
-        model(items(), RoutingContext())
 
 
 def test_a_wrapper_in_front_of_the_names_is_no_other_model():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from anabranch.errors import DataError
+from anabranch.errors import CapacityError, DataError
 from anabranch.routing.decision import Routing
 from anabranch.routing.trace import RoutingTrace, concat
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
@@ -346,6 +346,22 @@ def test_weights_that_were_rounded_say_so(tmp_path):
     )
     trace.write(tmp_path / "t.parquet")
     assert RoutingTrace.read(tmp_path / "t.parquet").layers == (layer,)
+
+
+def test_scores_are_written_before_they_take_more_memory_than_rows_may(tmp_path):
+    layer = TraceLayer(layer=0, name="x", num_destinations=32, top_k=1)
+    with TraceWriter(tmp_path / "t.parquet", rows_per_group=10, scores=True) as writer:
+        for item in range(4):
+            writer.add(layer, [[3]], [[1.0]], item_N=[item], score_NE=np.full((1, 32), item))
+    groups = pq.ParquetFile(tmp_path / "t.parquet").metadata
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)][:2] == [2, 2]
+    assert RoutingTrace.read(tmp_path / "t.parquet").decisions(0).score_NE.mean(1).tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_more_scores_than_a_table_holds_are_told(monkeypatch):
+    monkeypatch.setattr("anabranch.routing.trace_builder.MOST_SCORES", 8)
+    with pytest.raises(CapacityError, match=r"there are 8 scores, and a table in memory holds 8; record to a file"):
+        scored()
 
 
 def test_messages_about_scores():

@@ -9,7 +9,8 @@ code runs eagerly. A forward pass that begins in the block is changed to its end
 """
 # Shapes: N items, D width
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -66,18 +67,27 @@ def override_routing(model: nn.Module, layers: Mapping[int | str, Override] | Ov
         layers: overrides by layer, see `LayerOverrides`; or an object that says them for each pass, see `Overrides`.
 
     Blocks may be nested: biases add up, what any of them closes is closed, and of several forced decisions the inner one holds.
-    Raises ConfigError as `LayerOverrides` does, and in the block as `Override.check_fit`.
+
+    Around an engine it overrides all requests, and what the prefix cache keeps is not told apart: use one with ``prefix_cache=False``, or
+    a hook for single requests (`anabranch.serving.core.hooks.OverrideHook`).
+
+    Raises ConfigError as `LayerOverrides` does, and in the block as `Override.check_fit`. Warns (UserWarning) if no router was called in a
+    block that ended well.
     """
     source = LayerOverrides(model, layers) if isinstance(layers, Mapping) else layers
-    with overriding({layer.router for layer in own_layers(model)}, source):
+    with overriding(model, source):
         yield
 
 
 @contextmanager
-def overriding(routers: Iterable[nn.Module], source: Overrides) -> Iterator[None]:
-    """Every forward pass that reaches one of ``routers`` in the block carries ``source``."""
+def overriding(model: nn.Module, source: Overrides) -> Iterator[None]:
+    """Every forward pass that reaches a router of ``model`` in the block carries ``source``. Warns (UserWarning) if none did."""
+    routers = {layer.router: None for layer in own_layers(model)}  # each once, in order
+    was_called = False
 
     def join(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal was_called
+        was_called = True
         context = argument_of(RoutingContext, args, kwargs)
         # The list is one for the whole pass, and what recomputes parts of it later has it too.
         if context is not None and not any(other is source for other in context.routing):
@@ -89,6 +99,12 @@ def overriding(routers: Iterable[nn.Module], source: Overrides) -> Iterator[None
             handle = router.register_forward_pre_hook(join, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+        if not was_called:
+            warnings.warn(
+                f"none of the {len(routers)} routers of this {type(model).__name__} was called, so nothing was overridden. Was it another "
+                "copy of the model? An engine in a process of its own and an elastic group have copies",
+                stacklevel=5,
+            )
 
 
 def own_layers(model: nn.Module) -> list[RouterLayer]:

@@ -53,18 +53,15 @@ def replay_routing(
 
     Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of places, and
     in the block for a layer or an item that was not recorded, and for weights that were recorded in another precision than this pass has.
+    Warnings and engines: see `override_routing`.
     """
     replay = Replay(model, trace, weights=weights, learn=learn)
-    with overriding(replay.routers, replay):
+    with overriding(model, replay):
         yield replay
 
 
 class Replay:
-    """What `replay_routing` puts into forward passes: an `Overrides` for ``context.routing``. Arguments and errors are the same.
-
-    Attributes:
-        routers: those of the model.
-    """
+    """What `replay_routing` puts into forward passes: an `Overrides` for ``context.routing``. Arguments and errors are the same."""
 
     def __init__(
         self, model: nn.Module, trace: RoutingTrace, *, weights: Weights = "recorded", learn: bool = False
@@ -73,7 +70,7 @@ class Replay:
             raise ConfigError(f"weights is {weights!r}; use recorded or own")
         layers = own_layers(model)
         _check_layers(layers, trace)
-        self.routers = list(dict.fromkeys(layer.router for layer in layers))
+        self._routers = {layer.router for layer in layers}
         self._weights, self._learn = weights, learn
         known = {layer.layer for layer in trace.layers}
         self._recorded = {
@@ -85,7 +82,7 @@ class Replay:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        if router not in self.routers:
+        if router not in self._routers:
             return None
         with self._lock:
             owner = self._owners.setdefault((router, visit), object())

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anabranch.errors import DataError
+from anabranch.errors import CapacityError, DataError
 from anabranch.files import atomic_file
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import (
@@ -25,6 +25,8 @@ from anabranch.routing.trace_schema import (
     merge_layers,
     schema_with,
 )
+
+MOST_SCORES = 2**31  # offsets of Arrow's lists are int32
 
 
 class TraceBuilder:
@@ -86,8 +88,13 @@ class TraceBuilder:
             self._scores.add(layer, row_R, rank_R, score_NE, propensity_NK)
         self.num_rows += len(row_R)
 
+    @property
+    def num_scores(self) -> int:
+        """Scores that were added so far."""
+        return 0 if self._scores is None else self._scores.count
+
     def trace(self) -> RoutingTrace:
-        """What was added so far."""
+        """What was added so far. Raises CapacityError for more scores than a table holds (2^31), which a file may hold."""
         return RoutingTrace(self._table(), self.layers.values())
 
     def take(self) -> pa.Table:
@@ -115,6 +122,7 @@ class _Scores:
     """The optional columns of a builder's rows, as they come."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._score: list[np.ndarray] = []
         self._length: list[np.ndarray] = []  # scores of each row, 0 where it has none
         self._propensity: list[np.ndarray] = []
@@ -131,6 +139,7 @@ class _Scores:
             first_R = np.diff(row_R, prepend=-1) != 0
             length_R[first_R] = layer.num_destinations
             self._score.append(score_NE[row_R[first_R]].reshape(-1))
+            self.count += self._score[-1].size
         self._length.append(length_R)
         drawn_R = np.full(len(row_R), np.nan, np.float32)
         if propensity_NK is not None:
@@ -139,6 +148,10 @@ class _Scores:
 
     def columns(self) -> list[pa.Array]:
         """In the order of `OPTIONAL`."""
+        if self.count >= MOST_SCORES:
+            raise CapacityError(
+                f"there are {self.count:,} scores, and a table in memory holds {MOST_SCORES:,}; record to a file (path=...)"
+            )
         length_R, drawn_R = np.concatenate(self._length), np.concatenate(self._propensity)
         score = np.concatenate(self._score) if self._score else np.zeros(0, np.float32)
         end_R = np.concatenate([[0], np.cumsum(length_R)]).astype(np.int32)
@@ -168,7 +181,8 @@ class TraceWriter:
     def add(self, layer: TraceLayer, index_NK: Any, weight_NK: Any, **columns: Any) -> None:
         """Add N decisions of one layer, see `TraceBuilder.add`."""
         self._builder.add(layer, index_NK, weight_NK, **columns)
-        if self._builder.num_rows >= self._rows_per_group:
+        # A row without scores takes as much memory as eight scores.
+        if self._builder.num_rows + self._builder.num_scores // 8 >= self._rows_per_group:
             self._file.write_table(self._builder.take())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
