@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,6 +273,16 @@ def test_hooks_draw_the_same_when_a_step_is_done_again(tmp_path):
     assert_same_end(tmp_path / "straight", tmp_path / "resumed")
 
 
+def test_hooks_draw_the_same_in_all_processes_and_steps_do_not(tmp_path):
+    trainer = Trainer(line_run(), tmp_path)
+    drawn = []
+    for rank in (0, 1):
+        trainer._stepper.gradient(trainer.stream, replace(trainer._context, rank=rank))
+        drawn.append((trainer.task.called[-1][3], trainer.task.drawn))
+    assert drawn[0][0] == drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
+
+
 def test_a_model_that_is_given_is_where_training_starts(tmp_path):
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, 7.0)
@@ -312,7 +323,11 @@ class Broken(Line):
         }.get(self.config.how, lambda: Losses.of(error=error.mean()))()
 
     def evaluate(self, model, data, context):
-        return {"length": 1.0}
+        return {
+            "tensor": {"distance": torch.ones(())},
+            "another": {"distance": 1.0, "length": torch.ones(())},
+            "own": {"distance": 1.0, "step": 3},
+        }.get(self.config.how, {"length": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -324,7 +339,10 @@ class Broken(Line):
         ("taken", "a step gave 'loss', which the trainer logs itself; choose another name"),
         ("metric", "a step gave 'step', which the trainer logs itself"),
         ("none", "a step gave no losses"),
-        ("", "Broken.evaluate gave length, and not its headline 'distance'"),
+        ("", r"Broken\.evaluate gave length, and no number 'distance', which is its headline"),
+        ("tensor", r"Broken\.evaluate gave distance, and no number 'distance'"),
+        ("another", r"Broken\.evaluate gave what JSON does not hold \(.*Tensor.*\); make numbers of tensors"),
+        ("own", r"Broken\.evaluate gave 'step', which the trainer logs itself"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_told_early(tmp_path, how, message):

@@ -7,6 +7,7 @@ A step is made by `anabranch.train.step`, its files are kept by `anabranch.train
 A design takes part by step hooks on any of its modules, see `anabranch.train.hooks`. No design edits this file.
 """
 
+import json
 import logging
 import math
 import time
@@ -309,11 +310,7 @@ class Trainer:
         context = replace(self._context, step=self._progress.step)
         with evaluation_mode(self.model), autocast(self.workers.device, self._settings.precision):
             measured = self.task.evaluate(self.model, moved(self._held_out, context.device), context)
-        if self.task.headline not in measured:
-            given = ", ".join(measured) or "nothing"
-            raise ConfigError(
-                f"{type(self.task).__name__}.evaluate gave {given}, and not its headline {self.task.headline!r}"
-            )
+        _check_measured(measured, self.task)
         record = {"step": self._progress.step, "kind": "validation", **measured}
         self._progress.evaluation = record | self._meter.read(training=False)
         self._write(self._progress.evaluation)
@@ -348,6 +345,22 @@ class Trainer:
             checkpoint=self._keeper.newest,
             routing={name: record[name] for name in MEASURES if name in record},
         )
+
+
+def _check_measured(measured: dict[str, Any], task: Task) -> None:
+    """Raise ConfigError for an evaluation that cannot be logged, or lacks the headline."""
+    name = f"{type(task).__name__}.evaluate"
+    headline = measured.get(task.headline)
+    if not isinstance(headline, int | float):
+        given = ", ".join(measured) or "nothing"
+        raise ConfigError(f"{name} gave {given}, and no number {task.headline!r}, which is its headline")
+    taken = sorted({"step", "kind"} & measured.keys())
+    if taken:
+        raise ConfigError(f"{name} gave {taken[0]!r}, which the trainer logs itself; choose another name")
+    try:
+        json.dumps(measured)
+    except TypeError as error:
+        raise ConfigError(f"{name} gave what JSON does not hold ({error}); make numbers of tensors") from None
 
 
 def _is_due(step: int, every: int | None) -> bool:
