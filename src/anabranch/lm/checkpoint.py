@@ -246,7 +246,8 @@ class OpenedModel:
         model: with parameters on the meta device.
         source, layout: the stored tensors and how they make up the model's.
         ignore: stored names that the model does not need.
-        dtype: of all parameters; None keeps that of each.
+        dtype: of all parameters: what was asked for, or that of the stored embedding, since others may not compute with it; None, for
+            a model in few bits, keeps that of each.
         where: the folder.
         tokenizer: None if the folder has none.
         quantization: which layers are stored in few bits, see `anabranch.lm.quantized_form`; the layout does not tell of these.
@@ -279,6 +280,8 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         check_amount(config.count(1).parameters, source, found)
         model, kind, ignore = build_empty(config), dtype, []
         layout = identity(model)
+        if quantization_of(found) is None:
+            kind = formats.type_of_embedding(source, layout, dtype)
     return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
 
 

@@ -17,6 +17,7 @@ from anabranch.errors import CheckpointError
 from anabranch.experts.parscale import load_parscale
 from anabranch.lm import SamplingConfig, convert, export_huggingface, generate, load_config, load_model
 from anabranch.lm.checkpoint import open_model
+from anabranch.serving.expertflow import load_offloaded
 
 VOCAB = 24
 
@@ -274,3 +275,13 @@ def test_an_adapter_beside_a_model_is_refused(tmp_path, has_model):
     if has_model:
         (tmp_path / "a/adapter_config.json").rename(tmp_path / "elsewhere.json")
         assert_alike(tmp_path / "a")
+
+
+@pytest.mark.parametrize("source", ["a", "native"])
+def test_a_mixture_of_types_computes_with_experts_in_files_too(tmp_path, source):
+    mixture(tmp_path / "a", {"lm_head.weight": torch.float32, "w1.weight": torch.float16, "w3.weight": torch.float16})
+    convert(tmp_path / "a", tmp_path / "native")
+    whole, _ = load_model(tmp_path / source)
+    offloaded, _, engine = load_offloaded(tmp_path / source, None)
+    with engine:
+        torch.testing.assert_close(logits(offloaded), logits(whole), rtol=0.05, atol=0.05)

@@ -15,7 +15,7 @@ from anabranch.lm.formats.common import Foreign, place_embedding, spare, tied_as
 from anabranch.lm.formats.export import FAMILIES, choose, export
 from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
-__all__ = ["FAMILIES", "choose", "export", "load", "prepare", "read_config", "tied_as_stored"]
+__all__ = ["FAMILIES", "choose", "export", "load", "prepare", "read_config", "tied_as_stored", "type_of_embedding"]
 
 
 def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
@@ -67,7 +67,11 @@ def prepare(
     config = tied_as_stored(read_config(table, path), source, path)
     check_amount(config.count(1).parameters, source, path)
     layout = place_embedding(FAMILIES[table["model_type"]].sanitize(config, source.names), config, source.names)
+    return build_empty(config), layout, type_of_embedding(source, layout, dtype), spare(source.names, config)
+
+
+def type_of_embedding(source: TensorSource, layout: Layout, dtype: torch.dtype | None) -> torch.dtype | None:
+    """``dtype``, where that is None the type of the stored embedding; None for one that torch has not."""
     embedding = layout["embedding.weight"][0].name
     stored = source.dtype(embedding) if embedding in source.names else torch.float32
-    kind = dtype or (stored if isinstance(stored, torch.dtype) else None)
-    return build_empty(config), layout, kind, spare(source.names, config)
+    return dtype or (stored if isinstance(stored, torch.dtype) else None)
