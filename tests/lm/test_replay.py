@@ -113,12 +113,11 @@ def test_shuffled_rollouts_are_found_by_the_items_they_say_they_are():
             model(token_BL)
 
 
-def test_longer_passes_than_were_recorded_are_told():
+@pytest.mark.parametrize("batch", [1, 3])
+def test_longer_passes_than_were_recorded_are_told(batch):
     model = make()
     with record_routing(model) as recorder:
-        model(torch.tensor([[1, 2, 3]]))
-    with (
-        replay_routing(model, recorder.trace()),
-        pytest.raises(DataError, match=r"item 0 at position 3 .* 4 items it lacks 1"),
-    ):
-        model(torch.tensor([[1, 2, 3, 4]]))
+        model(torch.tensor([[1, 2, 3]] * batch))
+    missing = rf"item 0 at position 3 .* {4 * batch} items it lacks {batch}\."
+    with replay_routing(model, recorder.trace()), pytest.raises(DataError, match=missing):
+        model(torch.tensor([[1, 2, 3, 4]] * batch))

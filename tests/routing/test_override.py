@@ -234,6 +234,14 @@ def test_balancers_see_the_items_that_are_left():
     assert loads(context) == [[1, 1, 0, 0]]
 
 
+def test_balancers_see_no_item_that_any_override_is_for():
+    first = Override(index_NK=[3, 0], only_N=[True, False, False])
+    second = Override(bias_NE=[0.0] * 4, only_N=[False, True, False])
+    asked = Override(bias_NE=[0.0] * 4, only_N=[False, False, True], learn=True)
+    *_, context = decide(first, second, asked, made=router(balance=BALANCE), training=True)
+    assert loads(context) == [[1, 1, 0, 0]]
+
+
 def test_a_bias_comes_beside_the_routers_own():
     made = router(balance=(BiasBalancer.Config(),))
     made.balance[0].expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.3]))
