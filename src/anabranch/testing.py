@@ -30,6 +30,7 @@ from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.providers.contract import check_provider
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
+from anabranch.lm.replay_contract import check_replay, check_replayed_training
 from anabranch.nn import ExpertPool, FeedForward, SelfAttention, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
@@ -43,7 +44,6 @@ from anabranch.routing import (
     Select,
     TopK,
     record_routing,
-    replay_routing,
 )
 from anabranch.routing.balance import LoadCounter, Observation
 from anabranch.train.hooks import StepHooks
@@ -394,8 +394,8 @@ def _check_model(model_config: Decoder.Config, device: str, compile_backend: str
         check_second_derivatives,
         _check_state,
         _check_record,
-        _check_replay,
-        _check_replayed_training,
+        check_replay,
+        check_replayed_training,
         _check_half_precision,
     ):
         check(copy.deepcopy(model), token_BL)
@@ -517,82 +517,6 @@ def _check_record(model: Decoder, token_BL: Tensor) -> None:
         check_routing(routing)
     rows = sum(int(routing.used_NK.sum(-1).clamp_min(1)[mask_BL.flatten()].sum()) for routing in seen)
     _is(trace.table.num_rows == rows, f"the trace has {trace.table.num_rows} rows for {rows} decisions")
-
-
-def _check_replay(model: Decoder, token_BL: Tensor) -> None:
-    """The same passes with a replayed trace give the same to the bit, whole, padded and cached, and no router runs."""
-    if not _routers(model):
-        return
-    model.eval()
-    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
-    mask_BL[0, :4] = False
-
-    def run() -> list[Tensor]:
-        found = [model(token_BL, token_mask_BL=mask_BL).logits_BLV, model(token_BL.flip(1)).logits_BLV]
-        if model.is_causal:
-            cache, length = model.new_cache(token_BL.shape[1]), token_BL.shape[1]
-            for start, end in ((0, 5), (5, 6), (6, length)):
-                found.append(model(token_BL[:, start:end], cache=cache).logits_BLV)
-        return found
-
-    with torch.no_grad():
-        with record_routing(model) as recorder:
-            expected = run()
-        trace = recorder.trace()
-        with replay_routing(model, trace), record_routing(model) as again, _no_scores(model):
-            replayed = run()
-        for ours_BLV, expected_BLV in zip(replayed, expected, strict=True):
-            _is(torch.equal(ours_BLV, expected_BLV), "a replayed trace gives other logits")
-        _is(again.trace().table.equals(trace.table), "what is replayed is recorded as something else")
-
-
-def _check_replayed_training(model: Decoder, token_BL: Tensor) -> None:
-    """Replayed, a training pass has the same cross-entropy to the bit; with weights of its own it learns as if it had chosen."""
-    if not _routers(model):
-        return
-    model.train()
-    model.recompute = True
-
-    def run() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        torch.manual_seed(0)
-        model.zero_grad()
-        output = model(token_BL, token_BL.roll(-1, 1))
-        gradients = {}
-        output.loss.backward()
-        for name, parameter in model.named_parameters():
-            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        return output.cross_entropy, output.loss.detach(), gradients
-
-    with record_routing(model) as recorder:
-        cross_entropy, loss, gradients = run()
-    before = _loads(model)
-    with replay_routing(model, recorder.trace()), _no_scores(model):
-        replayed, *_ = run()
-    _is(torch.equal(replayed, cross_entropy), f"replayed, the cross-entropy of {cross_entropy} is {replayed}")
-    for load_E, after_E in zip(before, _loads(model), strict=True):
-        _is(torch.equal(load_E, after_E), "a replayed decision is counted in a load")
-    with replay_routing(model, recorder.trace(), weights="own", learn=True):
-        _, again, own_gradients = run()
-    _is(torch.equal(again, loss), f"replayed with its own weights, the loss of {loss} is {again}")
-    for name, gradient in gradients.items():
-        _close(own_gradients[name], gradient, f"replayed with its own weights, the gradient of {name}")
-
-
-@contextmanager
-def _no_scores(model: nn.Module) -> Iterator[None]:
-    """No router may ask its score."""
-
-    def refuse(*given: Any) -> Tensor:
-        raise AssertionError("a router runs though all is replayed")
-
-    scores = [router.score for router in _routers(model)]
-    for score in scores:
-        score.project = refuse  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        for score in scores:
-            del score.project
 
 
 def _check_half_precision(model: Decoder, token_BL: Tensor) -> None:

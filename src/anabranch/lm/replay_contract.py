@@ -1,0 +1,113 @@
+"""The contract of replay: a trace that is replayed gives the passes that it was recorded in, to the bit, and no router runs.
+
+`anabranch.testing` checks it for every feed-forward design and every kind of streams. Each check raises AssertionError that says what
+is broken; a model without a router passes.
+"""
+# Shapes: B batch, L positions, V vocabulary
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.lm.decoder import Decoder
+from anabranch.routing import Router, record_routing, replay_routing
+from anabranch.routing.balance import LoadCounter
+
+__all__ = ["check_replay", "check_replayed_training"]
+
+TOLERANCE = 1e-4  # gradients are summed in another order
+
+
+def check_replay(model: Decoder, token_BL: Tensor) -> None:
+    """Evaluation, padded, in another order, and cached."""
+    if not _routers(model):
+        return
+    model.eval()
+    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
+    mask_BL[0, :4] = False
+
+    def run() -> list[Tensor]:
+        found = [model(token_BL, token_mask_BL=mask_BL).logits_BLV, model(token_BL.flip(1)).logits_BLV]
+        if model.is_causal:
+            cache, length = model.new_cache(token_BL.shape[1]), token_BL.shape[1]
+            for start, end in ((0, 5), (5, 6), (6, length)):
+                found.append(model(token_BL[:, start:end], cache=cache).logits_BLV)
+        return found
+
+    with torch.no_grad():
+        with record_routing(model) as recorder:
+            expected = run()
+        trace = recorder.trace()
+        with replay_routing(model, trace), record_routing(model) as again, _no_scores(model):
+            replayed = run()
+    for ours_BLV, expected_BLV in zip(replayed, expected, strict=True):
+        _is(torch.equal(ours_BLV, expected_BLV), "a replayed trace gives other logits")
+    _is(again.trace().table.equals(trace.table), "what is replayed is recorded as something else")
+
+
+def check_replayed_training(model: Decoder, token_BL: Tensor) -> None:
+    """Replayed, a training pass has the same cross-entropy to the bit; with weights of its own it learns as if it had chosen."""
+    if not _routers(model):
+        return
+    model.train()
+    model.recompute = True
+    with record_routing(model) as recorder:
+        cross_entropy, loss, gradients = _trained(model, token_BL)
+    before = _loads(model)
+    with replay_routing(model, recorder.trace()), _no_scores(model):
+        replayed, *_ = _trained(model, token_BL)
+    _is(torch.equal(replayed, cross_entropy), f"replayed, the cross-entropy of {cross_entropy} is {replayed}")
+    for load_E, after_E in zip(before, _loads(model), strict=True):
+        _is(torch.equal(load_E, after_E), "a replayed decision is counted in a load")
+    with replay_routing(model, recorder.trace(), weights="own", learn=True):
+        _, again, own_gradients = _trained(model, token_BL)
+    _is(torch.equal(again, loss), f"replayed with its own weights, the loss of {loss} is {again}")
+    for name, gradient in gradients.items():
+        is_close = torch.allclose(own_gradients[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
+        _is(is_close, f"replayed with its own weights, the gradient of {name} differs")
+
+
+def _trained(model: Decoder, token_BL: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(cross-entropy, loss, gradients) of a training pass; randomness is from one seed."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    output = model(token_BL, token_BL.roll(-1, 1))
+    output.loss.backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+    return output.cross_entropy, output.loss.detach(), gradients
+
+
+@contextmanager
+def _no_scores(model: nn.Module) -> Iterator[None]:
+    """No router may ask its score."""
+
+    def refuse(*given: Any) -> Tensor:
+        raise AssertionError("a router runs though all is replayed")
+
+    scores = [router.score for router in _routers(model)]
+    for score in scores:
+        score.project = refuse  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for score in scores:
+            del score.project
+
+
+def _routers(model: nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def _loads(model: nn.Module) -> list[Tensor]:
+    return [module.load_E.clone() for module in model.modules() if isinstance(module, LoadCounter)]
+
+
+def _is(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
