@@ -46,6 +46,7 @@ NEAR = {
     "nn.kernels.paged": ("nn/test_door.py", "nn/test_fuzz.py"),
     "nn.kernels.rows": ("nn/test_rows.py", "nn/test_norm.py", "nn/test_rotary.py", "nn/test_door.py"),
     "experts.rmoe_measure": ("experts/test_rmoe.py",),
+    "routing.conversion": ("lm/formats/test_errors.py",),
     "routing.discovery": ("routing/test_record.py",),
     "routing.sequences": ("routing/test_record.py", "lm/test_generate_traces.py"),
     "routing.trace_builder": ("routing/test_trace.py", "routing/test_record.py"),

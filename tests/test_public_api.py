@@ -13,7 +13,7 @@ PUBLIC = {
     "anabranch.routing": """
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK
         ImportanceLoss LinearScore Override PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
-        TopK TopP TraceBuilder TraceLayer TraceWriter ZLoss capacity_of combine count_destinations discard_loads dispatch
+        TopK TopP TraceBuilder TraceLayer TraceWriter WeightField ZLoss capacity_of combine count_destinations discard_loads dispatch
         export_correction_bias export_history import_correction_bias
         limit_capacity override_routing pad_rows plan_dispatch record_routing replay_routing sync_loads unpad_rows
     """,

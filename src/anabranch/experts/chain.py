@@ -40,7 +40,7 @@ from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.moe import MoE
-from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer
+from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
 from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,12 @@ class Chain(ReXMoE, kind="chain"):
             weights = (self.num_routers - 1) * router.parameters + more * (self.residual == "gated")
             work = more * (2 * self.places * expert + self.count_shared(context).flops + router.flops)
             return once + Count(weights, weights + active * expert, work)
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """A plain model becomes a chain."""
+            advice = "to make a chain of a plain model load the checkpoint as it is and use experts.chain.from_moe"
+            chain = WeightField("iterations", self.iterations, advice, plain=1)
+            return (*((chain,) if self.iterations > 1 else ()), *ReXMoE.Config.conversions(self))
 
         def expand_decoder(self, model: Decoder) -> Decoder:
             """The model itself: no plain one computes the same."""

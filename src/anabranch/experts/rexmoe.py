@@ -34,7 +34,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.moe import MoE, make_pool
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, Router, RoutingContext
+from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, Router, RoutingContext, WeightField
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,18 @@ class ReXMoE(MoE, kind="rexmoe"):
             """As the plain layer, with a router of r_g N rows; a pooled expert counts for the layer that owns it."""
             vector = context.dim * self.depth_embedding
             return MoE.Config.count(self, context) + Count(vector, vector, 0)
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """A pool of more layers, or of fewer, is of other weights."""
+            grown, unshared = "experts.rexmoe.from_vanilla", "to huggingface"
+            pool = WeightField(
+                "reuse",
+                self.reuse,
+                f"grow a plain model with {grown}, or convert the checkpoint {unshared}, which unshares its experts",
+                plain=1,
+                hint=f"to change the reuse factor use {grown} on a plain model, or convert {unshared} for a plain export",
+            )
+            return (*MoE.Config.conversions(self), pool)
 
         def expand_decoder(self, model: Decoder) -> Decoder:
             """The plain model that computes the same, see `export_expanded`."""

@@ -33,7 +33,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import hide
 from anabranch.precision import autocast_dtype, cast, full_precision, wide
-from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score
+from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score, WeightField
 from anabranch.routing.context import argument_of
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,11 @@ class RecurrentScore(Score, kind="recurrent"):
         def __post_init__(self) -> None:
             if self.detach_state and not self.passing and not self.logit_residual:
                 raise ConfigError("detach_state is True, but nothing is handed on; set passing or logit_residual")
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """Linear routers become recurrent ones."""
+            advice = "to go from linear routers to recurrent ones load the checkpoint as it is and use experts.rmoe.to_recurrent"
+            return (WeightField("router", self.owner.kind, advice, path="router.score.kind"),)
 
         def num_cell(self) -> int:
             """Parameters of the cell: two matrices and two biases per gate (gru: 6 p^2 + 6 p)."""

@@ -55,6 +55,7 @@ from anabranch.lm.tensors import (
     state_once,
     write_tensors,
 )
+from anabranch.routing.conversion import first_difference
 
 __all__ = [
     "export_huggingface",
@@ -320,22 +321,6 @@ def export_huggingface(
         formats.export(temporary, model, tokenizer, family=family, max_shard_bytes=max_shard_bytes)
 
 
-# Where models that look alike differ in their weights, and what leads from one to the other.
-CONVERSIONS = {
-    "reuse": "grow a plain model with experts.rexmoe.from_vanilla, or convert the checkpoint to huggingface, which unshares its experts",
-    "router": "to go from linear routers to recurrent ones load the checkpoint as it is and use experts.rmoe.to_recurrent",
-    "iterations": "to make a chain of a plain model load the checkpoint as it is and use experts.chain.from_moe",
-}
-
-
-def _trait(config: Decoder.Config, name: str) -> Any:
-    layer: Any = config.feed_forward
-    if name == "router":
-        router = getattr(layer, "router", None)  # None too where a design has none yet (duo)
-        return None if router is None else router.score.owner.kind
-    return getattr(layer, name, 1)
-
-
 def load_weights(model: Decoder, path: str | Path) -> None:
     """Copy the weights of a native folder (or of a run's newest checkpoint) into ``model``, in place.
 
@@ -345,10 +330,10 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     stored = _native_config(found, read_json(found / "config.json"))
     if quantization_of(found) is not None:
         raise CheckpointError(f"{found} is saved in fewer bits; take the weights of the model it was made from")
-    for name, advice in CONVERSIONS.items():
-        ours, theirs = (_trait(config, name) for config in (model.config, stored))
-        if ours != theirs:
-            raise CheckpointError(f"{found} has {name}={theirs}, the model {name}={ours}; {advice}")
+    difference = first_difference(*(config.feed_forward.conversions() for config in (model.config, stored)))
+    if difference is not None:
+        name, ours, theirs, advice = difference
+        raise CheckpointError(f"{found} has {name}={theirs}, the model {name}={ours}{'; ' if advice else ''}{advice}")
     check_whole(found)
     overwrite(model, open_tensors(found), identity(model), where=found)
 
@@ -421,18 +406,8 @@ def _native_config(folder: Path, table: dict[str, Any]) -> Decoder.Config:
 
 
 def _hint(config: Decoder.Config) -> str:
-    """What to do about tensors that do not fit a design that shares them; most likely its config was edited by hand."""
-    reuse, router, iterations = (_trait(config, name) for name in CONVERSIONS)
-    if router == "recurrent":
-        return f"the config says router.score.kind='recurrent': {CONVERSIONS['router']}"
-    if iterations != 1:
-        return f"the config says iterations={iterations}: {CONVERSIONS['iterations']}"
-    if not hasattr(config.feed_forward, "reuse"):
-        return ""
-    return (
-        f"the config says reuse={reuse}: to change the reuse factor use experts.rexmoe.from_vanilla on a plain model, "
-        "or convert to huggingface for a plain export"
-    )
+    """What to do about tensors that do not fit; most likely the config was edited by hand."""
+    return next((part.what_to_do for part in config.feed_forward.conversions() if part.what_to_do), "")
 
 
 def check_dtype_device(dtype: torch.dtype | None, device: torch.device | str | None) -> None:

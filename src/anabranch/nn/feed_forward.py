@@ -1,7 +1,7 @@
 """Feed-forward blocks: the interface every design fits, and SwiGLU (Shazeer 2020, arXiv 2002.05202), the dense one."""
 # Shapes: B batch, L positions, D width, F hidden
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from anabranch.nn.grouped import dense_mlp
 from anabranch.nn.kernels.door import takes
 from anabranch.nn.kernels.expert_mlp import why_not
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
+from anabranch.routing.conversion import WeightField
 
 
 class FeedForward(Part, nn.Module, family="feed_forward"):
@@ -24,6 +25,14 @@ class FeedForward(Part, nn.Module, family="feed_forward"):
         """Base of feed-forward configs. ``is_routed`` says whether the layer counts as a routed one."""
 
         is_routed: ClassVar[bool] = False
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """Fields in which models that look like one of this design differ in their weights, and what converts them."""
+            return ()
+
+        def expand_decoder(self, model: Any) -> Any:
+            """The model of other formats' layers that computes what ``model``, a decoder of this design, does; itself if there is none."""
+            return model
 
         def count(self, context: BuildContext) -> Count:
             """Sizes of this layer."""

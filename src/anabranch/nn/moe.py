@@ -14,7 +14,7 @@ from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, Candidates, Router, Routing, capacity_of, limit_capacity
+from anabranch.routing import Balancer, Candidates, Router, Routing, WeightField, capacity_of, limit_capacity
 
 
 class MoE(FeedForward, kind="moe"):
@@ -70,6 +70,10 @@ class MoE(FeedForward, kind="moe"):
             """Most routed experts per token."""
             select = self.router.select
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """Those of the router's score."""
+            return self.router.score.conversions()
 
         @property
         def num_routers(self) -> int:

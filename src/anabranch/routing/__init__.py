@@ -16,6 +16,7 @@ from anabranch.routing.balance import (
 )
 from anabranch.routing.bias import BiasBalancer, export_correction_bias, export_history, import_correction_bias
 from anabranch.routing.context import RoutingContext
+from anabranch.routing.conversion import WeightField
 from anabranch.routing.decision import UNUSED, Routing, count_destinations
 from anabranch.routing.dispatch import (
     DispatchPlan,
@@ -67,6 +68,7 @@ __all__ = [
     "TraceBuilder",
     "TraceLayer",
     "TraceWriter",
+    "WeightField",
     "ZLoss",
     "capacity_of",
     "combine",

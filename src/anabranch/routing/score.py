@@ -17,6 +17,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.precision import cast, full_precision, wide
 from anabranch.routing.context import RoutingContext
+from anabranch.routing.conversion import WeightField
 
 Activation = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -54,6 +55,10 @@ class Score(Part, nn.Module, family="score"):
         def settled(self, num_destinations: int) -> Self:
             """The same with sizes that would follow from ``num_destinations`` written out, for a router that is to grow."""
             return self
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """What weights of another kind of score need; see `WeightField`."""
+            return (WeightField("router", self.owner.kind, path="router.score.kind"),)
 
         def num_shared(self, dim: int) -> int:
             """Those of them that all layers of a model have in common, see `Score.join`."""

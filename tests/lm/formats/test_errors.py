@@ -3,18 +3,19 @@
 import json
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anabranch.config import configclass
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import ReXMoE
-from anabranch.lm import Decoder, checkpoint, convert, export_huggingface, load_config, load_model, save_model
+from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, load_weights, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
-from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, TopK, TopP
+from anabranch.registry import BUILTIN, kinds, resolve
+from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, TopK, TopP, WeightField
 
 OLMOE = SelfAttention.Config(num_heads=2, qk_norm="full")
 
@@ -266,15 +267,55 @@ def test_rexmoe_keeps_one_copy_natively_and_is_expanded_for_others(tmp_path, cap
 
 
 def test_every_function_that_an_error_points_to_exists():
-    names = set(re.findall(r"\b(?:experts|adapters|depth)(?:\.\w+){2,}", Path(checkpoint.__file__).read_text()))
-    assert {"experts.rexmoe.from_vanilla", "experts.chain.from_moe"} <= names
+    configs = [resolve(family, kind).Config() for family in ("feed_forward", "score") for kind in kinds(family)]
+    said = [f"{part.advice} {part.hint}" for config in configs for part in config.conversions()]
+    names = set(re.findall(r"\b(?:experts|adapters|depth)(?:\.\w+){2,}", " ".join(said)))
+    assert names == {"experts.rexmoe.from_vanilla", "experts.chain.from_moe", "experts.rmoe.to_recurrent"}
     for name in names:
         assert callable(pkgutil.resolve_name(f"anabranch.{name}"))
 
 
-def test_another_reuse_factor(tmp_path):
-    from anabranch.lm import load_weights
+class Folded(SwiGLU, kind="folded"):
+    """A design that no loader knows, which says itself what its weights depend on."""
 
+    @configclass
+    class Config(SwiGLU.Config):
+        folds: int = 2
+
+        def conversions(self):
+            return (WeightField("folds", self.folds, "unfold it by hand", plain=1),)
+
+        def expand_decoder(self, model):
+            plain = model.config.replace(feed_forward=SwiGLU.Config(hidden_dim=self.hidden_dim)).build()
+            plain.load_state_dict(model.state_dict())
+            return plain
+
+
+def test_a_design_says_itself_what_converts_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILTIN["feed_forward"], "folded", f"{__name__}:Folded")
+    ours, plain = (
+        tiny(feed_forward=kind(hidden_dim=8), attention=SelfAttention.Config(num_heads=2))
+        for kind in (Folded.Config, SwiGLU.Config)
+    )
+    save_model(tmp_path / "plain", plain.build())
+    with pytest.raises(CheckpointError, match=r"plain has folds=1, the model folds=2; unfold it by hand$"):
+        load_weights(ours.build(), tmp_path / "plain")
+    save_model(tmp_path / "ours", ours.build())
+    with pytest.raises(CheckpointError, match=r"ours has folds=2, the model folds=1; unfold it by hand$"):
+        load_weights(plain.build(), tmp_path / "ours")
+    export_huggingface(tmp_path / "theirs", ours.build())
+    assert load_config(tmp_path / "theirs").feed_forward == SwiGLU.Config(hidden_dim=8)
+
+
+def test_kinds_of_scores_that_nothing_converts_are_told(tmp_path):
+    save_model(
+        tmp_path / "cosine", tiny(feed_forward=MoE.Config(router=Router.Config(score=CosineScore.Config()))).build()
+    )
+    with pytest.raises(CheckpointError, match=r"cosine has router=cosine, the model router=linear$"):
+        load_weights(tiny(feed_forward=MoE.Config()).build(), tmp_path / "cosine")
+
+
+def test_another_reuse_factor(tmp_path):
     save_model(tmp_path / "m", rexmoe(2).build())
     with pytest.raises(
         CheckpointError, match=r"m has reuse=2, the model reuse=4; grow a plain model with experts.rexmoe.from_vanilla"

@@ -28,7 +28,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of, swiglu_projections
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import build_linear, is_plain
-from anabranch.routing import Router, SwitchLoss, TopK
+from anabranch.routing import Router, SwitchLoss, TopK, WeightField
 from anabranch.routing.relax import Temperature
 
 PAPER_ROUTER = Router.Config(select=TopK.Config(top_k=2, normalize="softmax"), balance=(SwitchLoss.Config(alpha=5e-5),))
@@ -101,6 +101,10 @@ class VersatileFFN(FeedForward, kind="versatile"):
             """Most virtual experts per token."""
             select = self.router.select
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
+
+        def conversions(self) -> tuple[WeightField, ...]:
+            """Those of the score of virtual experts."""
+            return self.router.score.conversions()
 
         def slice_width(self, hidden_dim: int) -> int:
             """d_e in a feed-forward of ``hidden_dim`` units."""

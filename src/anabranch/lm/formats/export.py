@@ -56,17 +56,15 @@ def export(
         CheckpointError: no family, or not the one asked for, can express the model.
         ConfigError: there is no such family.
     """
-    expand = getattr(model.config.feed_forward, "expand_decoder", None)
-    if expand is not None:
-        shared, model = sum(map(Tensor.numel, model.parameters())), expand(model)
-        alone = sum(map(Tensor.numel, model.parameters()))
-        if alone > shared:
-            logger.warning(
-                "layers of the model share experts, which Hugging Face's do not: each gets its own copy (%s parameters become %s), "
-                "and nothing shares them again when it is read back",
-                f"{shared:,}",
-                f"{alone:,}",
-            )
+    shared, model = sum(map(Tensor.numel, model.parameters())), model.config.feed_forward.expand_decoder(model)
+    alone = sum(map(Tensor.numel, model.parameters()))
+    if alone > shared:
+        logger.warning(
+            "layers of the model share experts, which Hugging Face's do not: each gets its own copy (%s parameters become %s), "
+            "and nothing shares them again when it is read back",
+            f"{shared:,}",
+            f"{alone:,}",
+        )
     chosen, model = choose(model, family, prefer)
     if chosen is deepseek:
         _say_what_transformers_lacks(model)
