@@ -523,3 +523,25 @@ def test_a_report_replaces_nothing_that_is_of_no_report(here, work, name):
     code, _, err = here("report", "no model at all", "--out", mine.parent)
     expected = f"error: {mine} is there and of no report, so it is not replaced; choose another folder\n"
     assert (code, err, mine.read_text()) == (2, expected, '{"title": "mine"}')
+
+
+def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, tmp_path, tiny, data):
+    sizes = [option for option in tiny if not option.startswith("--set=model.")]
+    small = [*tiny, "--steps", 2, "--quiet", "--json", *data]
+    assert here("train", "moe", "--out", tmp_path / "plain", *small)[0] == 0
+    from_plain = ["--from", tmp_path / "plain", "--steps", 2, "--quiet", *sizes, *data]
+    code, out, _ = here("train", "rexmoe", "--out", tmp_path / "grown", "--json", *from_plain)
+    assert code == 0
+    assert json.loads(out)["step"] == 2
+    held = json.loads((tmp_path / "grown/config.json").read_text())
+    assert held["start"] == {"model": str(tmp_path / "plain"), "recipe": ["from_vanilla"], "learns": None}
+    assert (held["model"]["dim"], held["model"]["feed_forward"]["kind"]) == (32, "rexmoe")
+    code, out, _ = here("train", "--out", tmp_path / "grown", "--resume", "--steps", 3, "--quiet", "--json")
+    assert (code, json.loads(out)["step"]) == (0, 3)
+    code, _, err = here("train", "--out", tmp_path / "grown", "--resume", "--from", "elsewhere")
+    assert code == 2
+    assert "--from is 'elsewhere', but the run in" in err
+    code, _, err = here("train", "versatile", "--out", tmp_path / "none", *from_plain)
+    assert code == 2
+    assert "from_dense starts from a dense model of 'swiglu' layers" in err
+    assert not (tmp_path / "none").exists()

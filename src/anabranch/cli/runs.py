@@ -32,6 +32,12 @@ def build_config(
     return name, override(config, {**flatten(table), **assignments})
 
 
+def set_fields(config_file: Path | None, assignments: Mapping[str, Any]) -> dict[str, Any]:
+    """What file and command line set, by dotted path."""
+    table = read_toml(config_file) if config_file else {}
+    return {name: value for name, value in flatten(table).items() if name not in ("preset", "size")} | dict(assignments)
+
+
 def check_preset(name: str, config: RunConfig, out: Path) -> None:
     """Raise ConfigError if there is no preset of this name, or the run in ``out`` is of another design."""
     wanted, held = (found.model.feed_forward.owner.kind for found in (presets.find(name)("tiny"), config))

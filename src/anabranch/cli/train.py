@@ -52,6 +52,14 @@ def train(
     size_dial: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="Of the preset: tiny, small or base. Default: tiny.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Start from the weights of a model, which the design of the preset turns into its own.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -72,12 +80,15 @@ def train(
 
     Without more, a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume goes on.
 
+    With --from a trained model becomes the preset's design: a dense one versatile or a mixture, a mixture one with reuse.
+
     Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
     """
     require("lm", by="anabranch train")
-    from anabranch.cli.runs import build_config
+    from anabranch.cli.runs import build_config, set_fields
     from anabranch.train import Trainer
-    from anabranch.train.run import holds_run, is_restart
+    from anabranch.train.run import check_free, check_new, holds_run, is_restart
+    from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
 
     settings = read_assignments(assignments)
     settings |= {} if steps is None else {"train.steps": steps}
@@ -87,10 +98,21 @@ def train(
         name, config = _held_config(out, preset, size_dial, settings)
     else:
         name, config = build_config(preset, config_file, size_dial, settings)
+    given: dict[str, Any] = {}
+    if goes_on:
+        _check_source(source, config, out)
+        given = resumed_parts(config, out)
+    elif source is not None:
+        check_free(out)
+        check_new(out)
+        fields = set_fields(config_file, settings)
+        config, given = start_run(config, source, out, fields)
     first = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process talks
     observer = _Observer(config, quiet=quiet or not first)
     with observer.progress:
-        trainer = Trainer(config, out, resume=goes_on, on_event=observer)
+        trainer = Trainer(config, out, resume=goes_on, on_event=observer, **given)
+        if first and config.start is not None and not goes_on:
+            keep_tokenizer(config, given["tokenizer"], out)
         if first and not quiet:
             observer.introduce(name, trainer)
         result = trainer.fit()
@@ -118,6 +140,14 @@ def _held_config(
     return preset or out.name, override(held, settings)
 
 
+def _check_source(source: str | None, config: RunConfig, out: Path) -> None:
+    """Raise ConfigError if the run in ``out`` started from something else than is named now."""
+    held = None if config.start is None else config.start.model
+    if source is not None and str(Path(source).absolute()) != held:
+        began = "random weights" if held is None else held
+        raise ConfigError(f"--from is {source!r}, but the run in {out} started from {began}; leave it out to go on")
+
+
 class _Observer:
     """Shows a training as it goes on."""
 
@@ -131,6 +161,8 @@ class _Observer:
 
         config = trainer.config
         counts = config.model.count(config.data.sequence_length)
+        if config.start is not None:
+            fact("from", " ".join([config.start.model, *config.start.recipe]), to=sys.stderr)
         kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
         fact(
             "model",

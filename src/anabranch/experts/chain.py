@@ -38,6 +38,7 @@ from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
@@ -310,3 +311,16 @@ def between_passes(trace: RoutingTrace) -> list[PassFacts]:
                 )
             )
     return found
+
+
+not_chosen(Chain.Config, "residual", "norm", "reuse", "psr")
+
+
+@recipe(
+    "from_moe",
+    makes=lambda config: type(config.feed_forward) is Chain.Config,
+    takes=lambda config: type(config.feed_forward) in (MoE.Config, ReXMoE.Config),
+    needs="a model of 'moe' or 'rexmoe' layers",
+)
+def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    return from_moe(model, **fields_beyond(config.feed_forward, ReXMoE.Config, without=("residual", "norm")))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.moe import MoE, make_pool
 from anabranch.nn.pool import ExpertPool
@@ -444,3 +445,13 @@ def check_pipeline_split(config: Any, starts: Sequence[int]) -> None:
                     f"a pipeline stage starts at layer {start}, inside the group of layers {group[0]} to {group[-1]} that share "
                     f"experts; start it at {group[0]} or {group[-1] + 1}"
                 )
+
+
+@recipe(
+    "from_vanilla",
+    makes=lambda config: type(config.feed_forward) is ReXMoE.Config,
+    takes=lambda config: type(config.feed_forward) is MoE.Config,
+    needs="a model of plain 'moe' layers",
+)
+def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    return from_vanilla(model, seed=material.seed, **fields_beyond(config.feed_forward, MoE.Config))

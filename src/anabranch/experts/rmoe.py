@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import hide
 from anabranch.precision import autocast_dtype, cast, full_precision, wide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score, WeightField
@@ -342,3 +343,20 @@ def _seen(model: Decoder, token_BL: Tensor) -> Iterator[tuple[list[Routing], dic
         for handle in handles:
             handle.remove()
     yield decided, inputs
+
+
+def _score_of(config: Decoder.Config) -> Score.Config | None:
+    router = getattr(config.feed_forward, "router", None)
+    return None if router is None else router.score
+
+
+@recipe(
+    "to_recurrent",
+    makes=lambda config: isinstance(_score_of(config), RecurrentScore.Config),
+    takes=lambda config: isinstance(_score_of(config), LinearScore.Config),
+    needs="a model with linear routers",
+)
+def _from_linear(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    score = _score_of(config)
+    assert score is not None
+    return to_recurrent(model, material.sample(), seed=material.seed, **fields_beyond(score, Score.Config)).model

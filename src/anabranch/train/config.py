@@ -22,6 +22,7 @@ from anabranch.train.task import Task
 __all__ = [
     "CONFIG_FILE",
     "RunConfig",
+    "Start",
     "TaskRunConfig",
     "TrainConfig",
     "differences",
@@ -116,17 +117,38 @@ class _Run(Config):
 
 
 @configclass
+class Start(Config):
+    """Where a run's first weights come from, see `anabranch.train.start`.
+
+    Attributes:
+        model: the folder or file of the model.
+        recipe: how it became this run's design: names as in `anabranch.lm.recipes`; empty where it had it.
+        learns: only parameters whose name contains this learn; None for all.
+    """
+
+    model: str = Field(min_length=1)
+    recipe: tuple[str, ...] = ()
+    learns: str | None = None
+
+
+@configclass
 class RunConfig(_Run):
-    """A run that trains a language model: ``model``, ``data``, ``train``. Saved as ``config.json`` of the run's folder."""
+    """A run that trains a language model: ``model``, ``data``, ``train``, and what it starts from (``start``, None for random weights).
+
+    Saved as ``config.json`` of the run's folder.
+    """
 
     model: Decoder.Config = Field(default_factory=Decoder.Config)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    start: Start | None = None
 
     @property
     def task(self) -> LanguageModel.Config:
         """The task of this run."""
-        return LanguageModel.Config(model=self.model, data=self.data)
+        return LanguageModel.Config(
+            model=self.model, data=self.data, learns=None if self.start is None else self.start.learns
+        )
 
 
 @configclass

@@ -146,9 +146,21 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
 
     @configclass
     class Config(TextTask.Config):
-        """Attributes: ``data``, the text; ``model``, the decoder's shape."""
+        """The text and the model.
+
+        Attributes:
+            data: the text.
+            model: the decoder's shape.
+            learns: only parameters whose name contains this learn; None for all that require a gradient.
+        """
 
         model: Decoder.Config = Field(default_factory=Decoder.Config)
+        learns: str | None = None
+
+    def learns(self, name: str, parameter: nn.Parameter) -> bool:
+        """As configured."""
+        part = self.config.learns
+        return super().learns(name, parameter) if part is None else part in name
 
     def _check_vocabulary(self, size: int | None) -> None:
         super()._check_vocabulary(self.config.model.vocab_size)

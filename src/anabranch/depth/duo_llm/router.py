@@ -21,6 +21,7 @@ from anabranch.depth.duo_llm.results import evaluating
 from anabranch.depth.duo_llm.supervised import ROUTERS, LabelledRoutes
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, not_chosen, recipe
 from anabranch.routing import Router, record_routing
 from anabranch.train import Event, RunConfig, TaskRunConfig, Trainer
 
@@ -220,3 +221,22 @@ def _stage(run: RunConfig, *, p_big: float, steps: int) -> RunConfig:
 def _check_duo(run: RunConfig) -> None:
     if not isinstance(run.model.feed_forward, DuoFFN.Config):
         raise ConfigError(f"train_duo needs a 'duo' feed-forward, the run has {run.model.feed_forward.owner.kind!r}")
+
+
+not_chosen(DuoFFN.Config, "big", "small")
+
+
+def _router_of(config: Decoder.Config) -> Router.Config | None:
+    layer = config.feed_forward
+    return layer.router if isinstance(layer, DuoFFN.Config) else None
+
+
+@recipe(
+    "with_router",
+    makes=lambda config: _router_of(config) is not None,
+    takes=lambda config: isinstance(config.feed_forward, DuoFFN.Config) and _router_of(config) is None,
+    needs="a trained 'duo' model without routers",
+    learns=ROUTERS,
+)
+def _with_routers(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    return with_router(model, _router_of(config), seed=material.seed)

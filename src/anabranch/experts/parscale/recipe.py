@@ -16,6 +16,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.parscale.streams import ParScale, PrefixTable
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.lm.tensors import build_empty
 from anabranch.nn.context import BuildContext
 
@@ -187,3 +188,17 @@ def _built(model: Decoder, config: ParScale.Config | None, streams: dict[str, Te
     made: Decoder = build_empty(model.config.replace(streams=config))
     made.load_state_dict(state | {name: value.to(weight.dtype) for name, value in streams.items()}, assign=True)
     return made.to(weight.device).train(model.training)
+
+
+@recipe(
+    "add_streams",
+    makes=lambda config: isinstance(config.streams, ParScale.Config),
+    takes=lambda config: config.streams is None,
+    needs="a model without streams",
+)
+def _to_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    streams = config.streams
+    assert isinstance(streams, ParScale.Config)
+    init: Literal["mlp", "normal"] = "mlp" if streams.prefix == "mlp" else "normal"
+    options = fields_beyond(streams, without=("prefix",))
+    return add_streams(model, init=init, seed=material.seed, **options)

@@ -22,6 +22,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile.layer import VersatileFFN
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import hide
 from anabranch.nn.feed_forward import SwiGLU
 from anabranch.routing import RoutingContext
@@ -297,3 +298,13 @@ def _pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+@recipe(
+    "from_dense",
+    makes=lambda config: type(config.feed_forward) is VersatileFFN.Config,
+    takes=lambda config: type(config.feed_forward) is SwiGLU.Config,
+    needs="a dense model of 'swiglu' layers",
+)
+def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    return from_dense(model, seed=material.seed, **fields_beyond(config.feed_forward, SwiGLU.Config))
