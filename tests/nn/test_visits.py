@@ -12,7 +12,7 @@ from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.visits import check_path, next_visits, on_rows, steps_of, take_back, visits_of_rows
-from anabranch.routing import Router, record_routing
+from anabranch.routing import Router, record_routing, replay_routing
 
 BLOCKS, VOCAB = 4, 40
 
@@ -207,6 +207,24 @@ def test_routers_of_repeated_blocks_are_recorded_for_each_sequence():
     trace = recorder.trace()
     rows = {layer.name: len(trace.decisions(layer.layer).index_NK) for layer in trace.layers}
     assert sum(rows.values()) == 3 * token_BL.numel()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_decisions_of_paths_are_replayed_to_the_bit(cached):
+    token_BL, paths = torch.randint(VOCAB, (3, 6)), [[0, 1, 1, 2], [2, 3], [0, 1, 3, 3]]
+
+    def run(model):
+        return decoded(model, token_BL, paths, [3, 1, 2]) if cached else model(token_BL, path=paths).logits_BLV
+
+    model = DESIGNS["moe"]()
+    with record_routing(model) as recorder:
+        wanted = run(model)
+    for block in model.blocks:
+        nn.init.zeros_(block.feed_forward.router.score.weight)
+    assert not torch.equal(run(model), wanted)
+    with replay_routing(model, recorder.trace()):
+        assert torch.equal(run(model), wanted)
 
 
 def test_visits_by_hand():

@@ -1,0 +1,44 @@
+"""Contract checks that ship: what every part that fits a seam must do, ours and anyone's.
+
+    from anabranch.testing import check_feed_forward
+
+    def test_contract():
+        check_feed_forward(MyLayer.Config(num_experts=8))
+
+Each check builds the part, puts it through its paces on tiny inputs, and raises AssertionError that says what is broken.
+Tolerances: 1e-4 where the same numbers are summed in another order, 2e-2 (of the loss) for bf16.
+"""
+
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
+import torch
+
+from anabranch.gateway.contract import check_strategy
+from anabranch.gateway.providers.contract import check_provider
+from anabranch.testing.model import check_block, check_feed_forward, check_linear, check_streams
+from anabranch.testing.pool import check_pool
+from anabranch.testing.routing import check_balancer, check_router, check_routing, check_score, check_select
+from anabranch.train.parallel_contract import check_parallel
+from anabranch.train.task_contract import check_task
+
+__all__ = [
+    "DEVICES",
+    "check_balancer",
+    "check_block",
+    "check_feed_forward",
+    "check_linear",
+    "check_parallel",
+    "check_pool",
+    "check_provider",
+    "check_router",
+    "check_routing",
+    "check_score",
+    "check_select",
+    "check_strategy",
+    "check_streams",
+    "check_task",
+]
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
