@@ -28,7 +28,9 @@ from anabranch.routing import (
 from anabranch.testing import (
     DEVICES,
     check_balancer,
+    check_block,
     check_feed_forward,
+    check_linear,
     check_parallel,
     check_score,
     check_select,
@@ -87,6 +89,16 @@ def test_balancer(config):
 @pytest.mark.parametrize("config", defaults("feed_forward"))
 def test_feed_forward(config, device):
     check_feed_forward(config, device=device)
+
+
+@pytest.mark.parametrize("config", defaults("block"))
+def test_block(config):
+    check_block(config)
+
+
+@pytest.mark.parametrize("config", defaults("linear"))
+def test_linear(config):
+    check_linear(config)
 
 
 @pytest.mark.parametrize("config", defaults("streams"))
