@@ -40,6 +40,7 @@ from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
+from anabranch.nn.description import FeedForwardForm
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
 from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
@@ -135,6 +136,14 @@ class Chain(ReXMoE, kind="chain"):
         if config.residual == "none" and config.iterations > 1:
             return update_BLD
         return x_BLD + update_BLD
+
+    def describe(self) -> FeedForwardForm | str:
+        """C passes, where each adds to the stream and has the norm."""
+        config, routers = self.config, self.routers
+        if config.iterations > 1 and (config.residual, config.norm) != ("inner", "each"):
+            return f"passes have residual {config.residual!r} and norm {config.norm!r}, not 'inner' and 'each'"
+        in_order = [routers[number % len(routers)] for number in range(config.iterations)]
+        return self.as_passes(in_order, self.depth_embedding)
 
     def _update(self, start_BLD: Tensor, norm: Callable[[Tensor], Tensor], context: ForwardContext) -> Tensor:
         """y - x_0, or y where no residual goes around the layer."""

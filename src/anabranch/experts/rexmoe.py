@@ -33,6 +33,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.description import FeedForwardForm
 from anabranch.nn.moe import MoE, make_pool
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, Router, RoutingContext, WeightField
@@ -105,7 +106,7 @@ class ProgressiveScaling(Candidates, kind="psr"):
         self.config = config
         self.num_own, self.reuse, self.own_start = num_own, reuse, own_start
         self.layer, self.seed, self.min_open = layer, seed, min_open
-        self.stage = config.stage
+        self.stage, self.only_in_training = config.stage, config.evaluate == "full"
         self.register_buffer("open_E", torch.ones(num_own * reuse, dtype=torch.bool))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.on_step(0, 0.0)
@@ -251,6 +252,10 @@ class ReXMoE(MoE, kind="rexmoe"):
         )
         self.config = config
         self.depth_embedding = nn.Parameter(torch.zeros(context.dim)) if config.depth_embedding else None
+
+    def describe(self) -> FeedForwardForm | str:
+        """One pass, of an input that the depth embedding shifts."""
+        return self.as_passes([self.router], self.depth_embedding)
 
     def run(self, router: Router, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """y_BLD, as ``router`` sends the tokens."""

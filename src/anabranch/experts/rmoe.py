@@ -36,6 +36,7 @@ from anabranch.nn.context import hide
 from anabranch.precision import autocast_dtype, cast, full_precision, wide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score, WeightField
 from anabranch.routing.context import argument_of
+from anabranch.routing.description import CellForm, ScoreForm
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,16 @@ class RecurrentScore(Score, kind="recurrent"):
                 )
         del self.recurrence
         hide(self, "recurrence", shared)
+
+    def describe(self) -> ScoreForm | str:
+        """A gru behind a linear gate; other cells and gates have no record."""
+        config, cell = self.config, self.recurrence
+        if (config.cell, config.gate, config.logit_residual) != ("gru", "linear", 0.0):
+            return "a recurrent router is not a gru behind a linear gate"
+        projector = cell.projector if self.projector is None else self.projector
+        assert projector is not None, "one of them has it"
+        form = CellForm(projector, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh, config.passing)
+        return ScoreForm(self.weight, config.activation, form)
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE = G h.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.description import Dense, FeedForwardForm
 from anabranch.nn.grouped import dense_mlp
 from anabranch.nn.kernels.door import takes
 from anabranch.nn.kernels.expert_mlp import why_not
@@ -49,6 +50,10 @@ class FeedForward(Part, nn.Module, family="feed_forward"):
         """
         return x_BLD + self(norm(x_BLD), context)
 
+    def describe(self) -> FeedForwardForm | str:
+        """What `add_to` computes outside of training, for fast paths; or why no record says it. Each class says it for itself."""
+        return f"the feed-forward is a {type(self).__name__}"
+
 
 class SwiGLU(FeedForward, kind="swiglu"):
     """W2 (silu(W1 x) * W3 x). W1 (gate) and W3 (up) are one matrix ``[2F, D]``, gate rows first."""
@@ -75,6 +80,10 @@ class SwiGLU(FeedForward, kind="swiglu"):
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """y_BLD."""
         return swiglu_of(self.w13, self.w2, x_BLD, context)
+
+    def describe(self) -> FeedForwardForm | str:
+        """Itself."""
+        return Dense(self.w13, self.w2)
 
 
 def swiglu_projections(context: BuildContext, hidden_dim: int) -> tuple[Projection, Projection]:

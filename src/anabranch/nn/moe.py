@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
+from anabranch.nn.description import FeedForwardForm, Passes
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
@@ -150,6 +151,16 @@ class MoE(FeedForward, kind="moe"):
             self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context.at("shared"))
             self.shared_gate = build_linear(config.gate_projection(context), context) if config.shared_gate else None
         self.more_routers = nn.ModuleList(make_router() for _ in range(1, config.num_routers))
+
+    def describe(self) -> FeedForwardForm | str:
+        """One pass."""
+        return self.as_passes([self.router])
+
+    def as_passes(self, routers: Sequence[Router], shift_D: Tensor | None = None) -> FeedForwardForm | str:
+        """The layer run once for each of ``routers``, with ``shift_D`` added to what it sees."""
+        if self.config.weight_on != "output":
+            return "routing weights act on the experts' inputs"
+        return Passes(tuple(routers), self.experts, self.shared, self.shared_gate, shift_D)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """y_BLD."""

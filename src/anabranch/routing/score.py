@@ -18,6 +18,7 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.precision import cast, full_precision, wide
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.conversion import WeightField
+from anabranch.routing.description import ScoreForm
 
 Activation = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -85,6 +86,10 @@ class Score(Part, nn.Module, family="score"):
         """logit_NE."""
         raise NotImplementedError  # abstract
 
+    def describe(self) -> ScoreForm | str:
+        """What it computes outside of training, for fast paths; or why no record says it."""
+        return f"a router scores by {type(self).__name__}"
+
     def activate(self, logit_NE: Tensor) -> Tensor:
         """score_NE."""
         return activate(logit_NE, self.config.activation)
@@ -113,6 +118,10 @@ class LinearScore(Score, kind="linear"):
             nn.init.normal_(self.weight, std=config.init_std, generator=generator)
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+
+    def describe(self) -> ScoreForm | str:
+        """W x."""
+        return ScoreForm(self.weight, self.config.activation)
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE = x W^T."""

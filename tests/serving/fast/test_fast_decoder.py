@@ -371,6 +371,50 @@ def test_what_is_not_supported(fields, reason):
         FastDecoder(model, torch.empty(1, 8, 1, 8), torch.empty(1, 8, 1, 8), block_tokens=4)
 
 
+class Twice(MoE, kind="twice"):
+    """A design that the compiled step has never heard of: the layer run twice by one router."""
+
+    def add_to(self, x_BLD, norm, context):
+        for _ in range(2):
+            x_BLD = x_BLD + self(norm(x_BLD), context)
+        return x_BLD
+
+    def describe(self):
+        return self.as_passes([self.router, self.router])
+
+
+class Silent(Twice, kind="silent"):
+    """Computes something else and does not say so."""
+
+    def add_to(self, x_BLD, norm, context):
+        return x_BLD - self(norm(x_BLD), context)
+
+
+class Halved(LinearScore, kind="halved"):
+    """Computes something else and does not say so."""
+
+    def project(self, x_ND, context):
+        return super().project(x_ND, context) / 2
+
+
+def test_a_design_takes_part_by_what_it_says_of_itself():
+    model = Decoder.Config(vocab_size=100, dim=64, num_layers=2, init_std=0.2, feed_forward=moe(kind=Twice)).build()
+    given, store = prompts(9, 3), Sequences(model.eval())
+    logits, routes = store.run(list(enumerate(given)), with_routes=True)
+    assert store.fast.routed == [0, 0, 1, 1]
+    assert len(routes) == 4
+    assert torch.allclose(logits, torch.cat([ordinary(model, tokens) for tokens in given]), atol=1e-4)
+
+
+def test_what_a_class_inherits_does_not_describe_it():
+    for layer, reason in (
+        (moe(kind=Silent), "the feed-forward is a Silent"),
+        (moe(score=Halved.Config()), "a router scores by Halved"),
+    ):
+        model = Decoder.Config(dim=64, num_layers=1, feed_forward=layer).build().eval()
+        assert FastDecoder.supports(model) == f"layer 0: {reason}"
+
+
 def test_candidates_that_stay_closed_when_serving():
     layer = moe(kind=ReXMoE, psr=ProgressiveScaling.Config(evaluate="current"))
     model = Decoder.Config(

@@ -25,6 +25,7 @@ from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.description import FeedForwardForm, Loops
 from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of, swiglu_projections
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import build_linear, is_plain
@@ -203,6 +204,18 @@ class VersatileFFN(FeedForward, kind="versatile"):
         made.config, made.w13, made.w2 = config, ffn.w13, ffn.w2
         made.paths = Paths(config, ffn.w13.in_features, config.hidden_dim, layer=layer).to(weight)
         return made.train(ffn.training)
+
+    def describe(self) -> FeedForwardForm | str:
+        """Slices and loops, mixed by difficulty."""
+        config, paths = self.config, self.paths
+        said = (config.fusion, config.gate, config.norm)
+        if said != ("difficulty", "hard", "shared") or paths.router is None or paths.loops is None:
+            return (
+                f"paths have fusion {config.fusion!r}, gate {config.gate!r} and norm {config.norm!r}, not 'difficulty', 'hard' and "
+                "'shared'"
+            )
+        gate = paths.loops.score.weight
+        return Loops(self.w13, self.w2, paths.router, paths.starts, paths.width, gate, config.width_threshold)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The plain feed-forward: what one loop adds to the stream, given the normalised stream."""

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
-from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm.decoder import Decoder
-from anabranch.nn import MoE
+from anabranch.nn.description import FeedForwardForm, Loops, Passes
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.door import address, array_address
 from anabranch.nn.kernels.packed import Matrix
@@ -39,7 +38,7 @@ from anabranch.serving.fast.layout import (
     check_sizes,
     floats,
 )
-from anabranch.serving.fast.routed import loops, passes_of, recurrence, state_width
+from anabranch.serving.fast.routed import form_of, loops, recurrence, score_of
 from anabranch.serving.fast.supported import products, why_not
 
 __all__ = ["FastDecoder"]
@@ -64,7 +63,7 @@ class FastDecoder:
         block_tokens: positions per block.
 
     Attributes:
-        routed: the layer of each routing, in order; one that routes several times (`Chain`) is there as often.
+        routed: the layer of each routing, in order; one that routes several times is there as often.
 
     Raises:
         ConfigError: a model that is not supported, or stores of another shape.
@@ -84,7 +83,7 @@ class FastDecoder:
         self._keep: list[Tensor] = []  # what the structures point at
         self._packed = _pack(model)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
-        self._recurrent: dict[nn.Parameter, Packed] = {}
+        self._recurrent: dict[Tensor, Packed] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._offloaded: dict[int, OffloadedPool] = {}  # by number of the routing
         self.routed: list[int] = []
@@ -98,9 +97,9 @@ class FastDecoder:
         self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
             len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
-            max(_hidden(block.feed_forward) for block in model.blocks), block_tokens, 0,
+            max(_hidden(form_of(block.feed_forward)) for block in model.blocks), block_tokens, 0,
             max((router.num_destinations for router in routers), default=0), self._most_top_k,
-            max(map(state_width, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
+            max(map(_state_dim, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
             config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
             QK_NORM.index(config.attention.qk_norm), 0,
             floats(model.norm.weight, self._keep, config.dim), blocks,
@@ -214,7 +213,7 @@ class FastDecoder:
     def _blocks(self, number: int, routers: list[Router]) -> Iterator[CBlock]:
         """One layer: attention and feed-forward, then the passes without attention; its routers are added to ``routers``."""
         block: Any = self.model.blocks[number]
-        attention, layer, keep = block.attention, block.feed_forward, self._keep
+        attention, form, keep = block.attention, form_of(block.feed_forward), self._keep
         norms = (
             (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
         )
@@ -227,52 +226,59 @@ class FastDecoder:
             *(floats(norm, keep, size) for norm, size in zip(norms, normed, strict=True)), None, None,
             self._matrix(attention.qkv), self._matrix(attention.out),
         )  # fmt: skip
-        if not isinstance(layer, MoE):
-            first.w13, first.w2 = self._matrix(layer.w13), self._matrix(layer.w2)
-            if isinstance(layer, VersatileFFN):
-                first.loops = loops(layer, keep)
-                first.experts = self._router(passes_of(layer)[0], number, routers)
+        if not isinstance(form, Passes):
+            first.w13, first.w2 = self._matrix(form.w13), self._matrix(form.w2)
+            if isinstance(form, Loops):
+                first.loops = loops(form, keep)
+                first.experts = self._router(form.router, number, routers)
             yield first
             return
-        for turn, router in enumerate(passes_of(layer)):
+        for turn, router in enumerate(form.routers):
             made = first if turn == 0 else CBlock(feed_forward_norm=first.feed_forward_norm)
             made.experts = self._router(router, number, routers)
-            self._add_experts(made.experts, layer)
+            self._add_experts(made.experts, form)
             yield made
 
     def _router(self, router: Any, number: int, routers: list[Router]) -> CExperts:
         """A router of layer ``number``, with no experts yet; it is added to ``routers``."""
         keep, select, count = self._keep, router.select.config, router.num_destinations
-        depth = state_width(router) or self.model.config.dim
+        score = score_of(router)
+        depth = _state_dim(router) or self.model.config.dim
         self.routed.append(number)
         routers.append(router)
         return CExperts(
-            router=floats(router.score.weight, keep, count, depth), bias=floats(router._bias_E(), keep, count),
-            recurrence=recurrence(router, keep, self._recurrent), count=count, top_k=select.top_k,
-            activation=ACTIVATIONS.index(router.score.config.activation), normalize=NORMALIZE.index(select.normalize),
+            router=floats(score.weight, keep, count, depth), bias=floats(router._bias_E(), keep, count),
+            recurrence=recurrence(score, keep, self._recurrent), count=count, top_k=select.top_k,
+            activation=ACTIVATIONS.index(score.activation), normalize=NORMALIZE.index(select.normalize),
             scale=select.scale, number=len(routers) - 1,
         )  # fmt: skip
 
-    def _add_experts(self, made: CExperts, layer: Any) -> None:
-        """What ``made`` routes to: the pool of ``layer``, its shared experts, and what is added to its input."""
-        pool = layer.experts
+    def _add_experts(self, made: CExperts, form: Passes) -> None:
+        """What ``made`` routes to: the pool of ``form``, its shared experts, and what is added to its input."""
+        pool = form.experts
         if isinstance(pool, OffloadedPool):
             self._offloaded[made.number] = pool
             made.w13, made.w2 = native.matrix_of_rows(pool.w13_SFD), native.matrix_of_rows(pool.w2_SDF)
         else:
             made.w13, made.w2 = self._matrix(pool), self._matrix(pool, 1)
-        if layer.shared is not None:
-            made.shared13, made.shared2 = self._matrix(layer.shared.w13), self._matrix(layer.shared.w2)
+        if form.shared is not None:
+            made.shared13, made.shared2 = self._matrix(form.shared.w13), self._matrix(form.shared.w2)
         dim = self.model.config.dim
-        made.gate = floats(None if layer.shared_gate is None else layer.shared_gate.weight, self._keep, 1, dim)
-        made.shift = floats(getattr(layer, "depth_embedding", None), self._keep, dim)
+        made.gate = floats(None if form.shared_gate is None else form.shared_gate.weight, self._keep, 1, dim)
+        made.shift = floats(form.shift_D, self._keep, dim)
 
 
-def _hidden(layer: Any) -> int:
+def _hidden(form: FeedForwardForm) -> int:
     """Widest hidden layer of a feed-forward."""
-    if not isinstance(layer, MoE):
-        return layer.w2.in_features
-    return max(layer.experts.hidden_dim, 0 if layer.shared is None else layer.shared.w2.in_features)
+    if not isinstance(form, Passes):
+        return form.w2.in_features
+    return max(form.experts.hidden_dim, 0 if form.shared is None else form.shared.w2.in_features)
+
+
+def _state_dim(router: Any) -> int:
+    """P, 0 for a router without a state."""
+    cell = score_of(router).cell
+    return 0 if cell is None else cell.state_dim
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from anabranch.lm.decoder import Decoder
-from anabranch.nn import MoE, RMSNorm, SwiGLU
+from anabranch.nn import RMSNorm
 from anabranch.nn.attention import SelfAttention
 from anabranch.nn.block import PreNorm
+from anabranch.nn.description import Passes
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.door import takes, why_refused
 from anabranch.nn.linear import is_plain
@@ -18,7 +19,7 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import KIND_OF
-from anabranch.serving.fast.routed import why_not_routed
+from anabranch.serving.fast.routed import form_of, why_not_run
 
 __all__ = ["products", "why_not"]
 
@@ -51,14 +52,14 @@ def why_not(model: Decoder) -> str | None:
 def products(block: Any) -> Iterator[nn.Module]:
     """The modules of a supported block that multiply by large matrices of their own: linear layers and pools."""
     yield from (block.attention.qkv, block.attention.out)
-    layer = block.feed_forward
-    if not isinstance(layer, MoE):
-        yield from (layer.w13, layer.w2)
+    form = form_of(block.feed_forward)
+    if not isinstance(form, Passes):
+        yield from (form.w13, form.w2)
         return
-    if not isinstance(layer.experts, OffloadedPool):
-        yield layer.experts
-    if layer.shared is not None:
-        yield from (layer.shared.w13, layer.shared.w2)
+    if not isinstance(form.experts, OffloadedPool):
+        yield form.experts
+    if form.shared is not None:
+        yield from (form.shared.w13, form.shared.w2)
 
 
 def _of_block(block: nn.Module) -> str | None:
@@ -76,18 +77,15 @@ def _of_block(block: nn.Module) -> str | None:
         return f"heads are {attention.head_dim} wide; the kernels take multiples of {STEP} up to {MOST_WIDTH}"
     if attention.num_heads // attention.num_kv_heads > MOST_GROUP:
         return f"more than {MOST_GROUP} query heads share a key head"
-    reason = _of_feed_forward(block.feed_forward) or _of_slots(block.feed_forward)
+    reason = why_not_run(block.feed_forward) or _of_slots(block.feed_forward)
     return reason or next((why for module in products(block) if (why := _of_product(module))), None)
 
 
-def _of_feed_forward(layer: nn.Module) -> str | None:
-    return None if type(layer) is SwiGLU else why_not_routed(layer)
-
-
 def _of_slots(layer: Any) -> str | None:
-    pool = getattr(layer, "experts", None)
-    if not isinstance(pool, OffloadedPool):
+    form = form_of(layer)
+    if not isinstance(form, Passes) or not isinstance(form.experts, OffloadedPool):
         return None
+    pool = form.experts
     return next((why for weight in (pool.w13_SFD, pool.w2_SDF) if (why := _of_weight(weight))), None)
 
 
