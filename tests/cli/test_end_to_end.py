@@ -190,6 +190,27 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert code == 0
     assert "MaxVio" in text
     assert (work / "again" / "report.html").is_file()
+    asked = [
+        "report",
+        work / "report/trace.parquet",
+        "--out",
+        work / "again",
+        "--window",
+        4,
+        "--window",
+        16,
+        "--cache",
+        1,
+    ]
+    code, out, _ = here(*asked, "--json")
+    assert code == 0
+    assert [(facts["window"], facts["caches"]) for facts in json.loads(out)["windows"]] == [(4, [1]), (16, [1])]
+    code, text, _ = here(*asked)
+    assert code == 0
+    assert re.search(r"window +SRP +cache +SCH +PLEC +LRU +LFU +fixed +Belady", text)
+    code, _, err = here(*asked, "--window", 99999)
+    assert code == 2
+    assert "--window is 99999, but the longest sequence has" in err
     # What an earlier report wrote is replaced, a trace too whose report was not finished.
     for left in ("*", "trace.parquet"):
         for file in set((work / "report").iterdir()) - set((work / "report").glob(left)):

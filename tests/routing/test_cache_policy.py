@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing.cache_policy import hit_rates, simulate
 
-POLICIES = ["lru", "lfu", "belady", "segment"]
+POLICIES = ["lru", "lfu", "belady", "segment", "plec"]
+LOOKING = ("segment", "plec")
 
 
 def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
@@ -27,6 +28,13 @@ def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
         later = [at for at, other in enumerate(order) if other == x and at > now]
         return later[0] if later else len(order) + x
 
+    def worth(y, token, now):
+        if policy == "plec":
+            known = sum(map(len, tokens[: token + window]))
+            later = next_access(y, now)
+            return (1, -later) if later < known else (0, last[y])
+        return (ahead[y], last[y]) if policy == "segment" else priority[y]
+
     priority = {}
     for token, blocks in enumerate(layered):
         before, touched, named = set(resident), len(seen), set()
@@ -41,7 +49,7 @@ def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
                     seen.add(x)
             for x in block:
                 if x not in resident and len(resident) == capacity:
-                    victim = min(resident, key=lambda y: (ahead[y], last[y]) if policy == "segment" else priority[y])
+                    victim = min(resident, key=lambda y: worth(y, token, serial))
                     del resident[victim]
                 resident[x] = None
                 ahead[x] -= 1
@@ -52,6 +60,7 @@ def naive(tokens, num_destinations, policy, capacity, window=None, cold="free"):
                     "lfu": (count[x], serial),
                     "belady": (-next_access(x, serial),),
                     "segment": (),
+                    "plec": (),
                 }[policy]
                 serial += 1
             named.update(block)
@@ -83,7 +92,7 @@ def traces(draw, ragged=True):
 @given(traces(), st.sampled_from(POLICIES), st.sampled_from(["free", "miss"]), st.integers(1, 6))
 def test_one_pass_equals_every_capacity_by_itself(trace, policy, cold, window):
     num_destinations, top_k, sequences = trace
-    window = window if policy == "segment" else None
+    window = window if policy in LOOKING else None
     found = simulate(padded(sequences, top_k), num_destinations, policy, window=window, cold=cold)
     for row, tokens in enumerate(sequences):
         for capacity in range(1, num_destinations + 1):
@@ -105,7 +114,7 @@ def layered_traces(draw):
 @given(layered_traces(), st.sampled_from(POLICIES), st.sampled_from(["free", "miss"]), st.integers(1, 6))
 def test_layers_may_name_what_earlier_ones_of_a_token_named(trace, policy, cold, window):
     num_destinations, sizes, sequences = trace
-    window = window if policy == "segment" else None
+    window = window if policy in LOOKING else None
     of_layers = [[[token[layer] for token in tokens] for tokens in sequences] for layer in range(len(sizes))]
     index_STK = np.concatenate([padded(of, size) for of, size in zip(of_layers, sizes, strict=True)], -1)
     found = simulate(index_STK, num_destinations, policy, window=window, cold=cold, blocks=sizes)
@@ -129,7 +138,7 @@ def test_rates_grow_with_capacity_up_to_all(trace, window):
     num_destinations, top_k, sequences = trace
     for policy in POLICIES:
         found = simulate(
-            padded(sequences, top_k), num_destinations, policy, window=window if policy == "segment" else None
+            padded(sequences, top_k), num_destinations, policy, window=window if policy in LOOKING else None
         )
         assert (np.diff(found.hits_SC, axis=1) >= 0).all()
         assert (found.hits_SC[:, -1] == found.accesses_S).all()  # everything fits: cold accesses are free
@@ -140,7 +149,7 @@ def test_nothing_beats_belady_where_a_token_makes_one_access(num_destinations, s
     index_STK = np.random.default_rng(seed).integers(num_destinations, size=(3, 40, 1))
     best = simulate(index_STK, num_destinations, "belady").hits_SC
     for policy in ("lru", "lfu", "segment"):
-        found = simulate(index_STK, num_destinations, policy, window=window if policy == "segment" else None)
+        found = simulate(index_STK, num_destinations, policy, window=window if policy in LOOKING else None)
         assert (best >= found.hits_SC).all()
 
 
@@ -183,7 +192,11 @@ def test_long_sequences_take_wide_keys():
     ("make", "error", "message"),
     [
         (lambda: simulate(np.zeros((1, 3, 1), int), 2, "fifo"), ConfigError, "no cache policy 'fifo'; known: lru, lfu"),
-        (lambda: simulate(np.zeros((1, 3, 1), int), 2, "segment"), ConfigError, "window is None; 'segment' needs one"),
+        (
+            lambda: simulate(np.zeros((1, 3, 1), int), 2, "segment"),
+            ConfigError,
+            "window is None; 'segment' and 'plec' need one",
+        ),
         (lambda: simulate(np.zeros((1, 3, 1), int), 2, "lru", window=4), ConfigError, "no other policy has one"),
         (lambda: simulate(np.zeros((3, 1), int), 2, "lru"), DataError, r"\[sequences, tokens, places\]"),
         (lambda: simulate(np.full((1, 3, 1), 2), 2, "lru"), DataError, "destinations 2 to 2; with 2 they are 0 to 1"),
@@ -203,3 +216,19 @@ def test_long_sequences_take_wide_keys():
 def test_messages(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@given(traces(), st.sampled_from(["free", "miss"]))
+def test_who_sees_all_to_come_does_as_belady(trace, cold):
+    num_destinations, top_k, sequences = trace
+    index_STK = padded(sequences, top_k)
+    found = simulate(index_STK, num_destinations, "plec", window=index_STK.shape[1], cold=cold)
+    assert np.array_equal(found.hits_SC, simulate(index_STK, num_destinations, "belady", cold=cold).hits_SC)
+
+
+def test_what_is_foreseen_is_kept_and_what_is_not_goes_by_its_last_use():
+    index_STK = np.array([[[0], [1], [2], [0], [1]]])
+    # Of two slots: token 2 must drop 0 or 1. Seeing token 3 it keeps 0, without it keeps the later, 1.
+    rates = [simulate(index_STK, 3, "plec", window=window, cold="miss").hits_SC[0].tolist() for window in (1, 2)]
+    assert rates == [[0, 0, 2], [0, 1, 2]]
+    assert hit_rates(index_STK, 3, ["plec", "lru"], "miss", window=2)["plec"].tolist() == [0, 0.2, 0.4]

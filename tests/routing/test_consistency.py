@@ -224,10 +224,10 @@ def test_the_cache_of_a_whole_model_has_keys_of_its_own_for_each_layer():
     assert second.layer == 1
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "belady", "segment"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady", "segment", "plec"])
 def test_layers_that_share_a_pool_share_what_is_held(policy):
     """Two layers that pick one slot: the second always finds what the first has loaded, of one pool."""
-    window = 4 if policy == "segment" else None
+    window = 4 if policy in ("segment", "plec") else None
     slots = np.repeat(drawn(0, 2, 60, 11, 1), 2, axis=2)
     of_pool = lrc.hit_rates(lrc.routes(slots, pools=["a", "a"]), policy, window=window, level="model", cold="miss")
     assert of_pool.hits[0].hits_SC.shape[1] == 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.report import Summary
+    from anabranch.report.windows import WindowFacts
     from anabranch.routing import RoutingTrace
 
 
@@ -34,6 +36,16 @@ def report(
     sequence_length: Annotated[
         int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
     ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="W", min=1, help="Also measure local routing consistency at windows of W tokens (repeatable)."
+        ),
+    ] = None,
+    cache: Annotated[
+        list[float] | None,
+        typer.Option(metavar="C", help="And caches of C times the active experts of a layer (repeatable). Default: 2."),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -45,6 +57,7 @@ def report(
     """
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
+    from anabranch.report.windows import window_facts
     from anabranch.report.write import check_place, report_files
     from anabranch.routing import RoutingTrace
 
@@ -58,14 +71,17 @@ def report(
         raise DataError(f"there is no routing trace at {source}")
     else:
         trace, text = _record(source, out, data, tokens, sequence_length, dtype, device, quiet)
+    found = window_facts(trace, window or [16], cache or [2.0]) if window or cache else []
     page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
     summary = summarize(trace)
     if as_json:
-        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict()})
+        windows = {"windows": [asdict(facts) for facts in found]} if found else {}
+        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict(), **windows})
         return
     fact("model", source)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
     _print_layers(summary)
+    _print_windows(found)
     for sentence in explain(summary):
         fact("", sentence)
     names = [name for name in (_TRACE, "summary.json") if (Path(out) / name).exists()]
@@ -115,6 +131,25 @@ def _record(
             recorder.domain = list(domain_names(windows, batch))
             network(batch.token_BL.to(place), last_only=True)
     return RoutingTrace.read(path), name
+
+
+def _print_windows(found: list[WindowFacts]) -> None:
+    """SRP of the model, and mean hits over layers of each cache."""
+    if not found:
+        return
+    shown = ("segment", "plec", "lru", "lfu", "fixed", "belady")
+    rows = [
+        [f"{facts.window}", f"{facts.srp:.3f}", f"{cache:g}", *(f"{facts.hits[policy][at]:.3f}" for policy in shown)]
+        for facts in found
+        for at, cache in enumerate(facts.caches)
+    ]
+    table(["window", "SRP", "cache", "SCH", "PLEC", "LRU", "LFU", "fixed", "Belady"], rows, text_columns=0)
+    for facts in found:
+        if facts.near_belady is None:
+            words = "SCH stays below 90% of Belady at every size"
+        else:
+            words = f"SCH is 90% of Belady from a cache of {facts.near_belady:g} times the active experts on"
+        fact("", f"window of {facts.window} tokens: {words}")
 
 
 def _print_layers(summary: Summary) -> None:

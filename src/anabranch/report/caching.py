@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.routing import consistency as lrc
-from anabranch.routing.cache_policy import Policy, simulate
+from anabranch.routing.cache_policy import LOOKING, Policy, simulate
 from anabranch.routing.trace import RoutingTrace
 
 WINDOWS = (4, 16, 64)  # tokens
@@ -50,8 +50,7 @@ class CacheFacts:
 
 def cache_facts(trace: RoutingTrace) -> CacheFacts | None:
     """The facts, or None where no layer has a choice or no sequence has 16 tokens."""
-    top_k = {layer.layer: layer.top_k for layer in trace.layers}
-    layers = [of for of in lrc.routes(trace) if top_k[of.layer] < of.num_destinations]
+    layers, top_k = layers_with_choice(trace)
     layers = [of for of in layers if of.length_S.max(initial=0) >= MAIN]
     if not layers:
         return None
@@ -60,7 +59,7 @@ def cache_facts(trace: RoutingTrace) -> CacheFacts | None:
     rate = float(of_model[MAIN].activation_rate)
     largest = min(of.num_destinations / top_k[of.layer] for of in layers)
     ratios = np.unique(np.append(np.arange(1, min(largest, 8), 0.25), min(largest, 8)))
-    hits: dict[str, list[float]] = {policy: _hits(layers, top_k, policy, ratios) for policy in CACHES}
+    hits: dict[str, list[float]] = {policy: mean_hits(layers, top_k, policy, ratios, MAIN) for policy in CACHES}
     best = lrc.recommended_capacity(np.array(hits["segment"]), np.array(hits["belady"]), 1) - 1  # places of `ratios`
     value = float(of_model[MAIN].value)
     return CacheFacts(
@@ -78,14 +77,22 @@ def cache_facts(trace: RoutingTrace) -> CacheFacts | None:
     )
 
 
-def _hits(layers: list[lrc.Routes], top_k: dict[int, int], policy: Policy, ratios: np.ndarray) -> list[float]:
-    """Mean over layers of the hit rate at each ratio, on sequences spread over the trace."""
+def layers_with_choice(trace: RoutingTrace) -> tuple[list[lrc.Routes], dict[int, int]]:
+    """The layers that do not take all their destinations, and K of every layer."""
+    top_k = {layer.layer: layer.top_k for layer in trace.layers}
+    return [of for of in lrc.routes(trace) if top_k[of.layer] < of.num_destinations], top_k
+
+
+def mean_hits(
+    layers: list[lrc.Routes], top_k: dict[int, int], policy: Policy, ratios: np.ndarray, window: int | None = None
+) -> list[float]:
+    """Mean over layers of the hit rate at each ratio, on sequences spread over the trace; ``window`` is of policies that have one."""
     rates_LX = []
     for of in layers:
         pick_S = np.unique(np.linspace(0, len(of.length_S) - 1, min(SEQUENCES, len(of.length_S))).astype(int))
         index_STK = of.index_STK[pick_S]
         found = simulate(
-            index_STK, of.num_destinations, policy, window=MAIN if policy == "segment" else None, cold="miss"
+            index_STK, of.num_destinations, policy, window=window if policy in LOOKING else None, cold="miss"
         )
         capacity_X = np.clip((ratios * top_k[of.layer] + 1e-9).astype(int), 1, of.num_destinations)
         rates_LX.append(found.rate_C[capacity_X - 1])

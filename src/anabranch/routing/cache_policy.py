@@ -18,9 +18,10 @@ import numpy as np
 
 from anabranch.errors import ConfigError, DataError
 
-Policy = Literal["lru", "lfu", "belady", "fixed", "segment"]
+Policy = Literal["lru", "lfu", "belady", "fixed", "segment", "plec"]
 Cold = Literal["free", "miss"]
-POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed", "segment")
+POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed", "segment", "plec")
+LOOKING: tuple[Policy, ...] = ("segment", "plec")  # need a window of tokens that they know
 CELLS = 1 << 15  # of a stack; what a core's second cache holds
 FREE, ABSENT, NOTHING = (
     -1,
@@ -66,6 +67,8 @@ def simulate(
         belady    negative time of the next access
         segment   number of accesses in this and the following ``window`` - 1 tokens that are not served yet, then time of the last
                   access (the oracle of SCH, arXiv 2505.16056)
+        plec      belady's in this and the following ``window`` - 1 tokens, and below all of these the time of the last access: what
+                  ExpertFlow's PLEC keeps if its predictions are right, with loads on demand
 
     ``fixed`` holds the most used destinations of each sequence, without replacement.
 
@@ -73,7 +76,7 @@ def simulate(
         index_STK: destinations in [0, E), -1 where a place is unused (padding, too).
         num_destinations: E.
         policy: see above.
-        window: m of ``segment``, in tokens.
+        window: m of ``segment``, and how far ``plec`` sees, in tokens.
         cold: whether the first access of a destination counts as a hit while the cache has slots never used (``free``, the paper's:
             loading into an empty slot evicts nothing), or as a miss (what a real system sees).
         blocks: places of each of the layers that a token meets one after the other, K in all; None for one layer. Layers may name the
@@ -83,8 +86,10 @@ def simulate(
     """
     if policy not in POLICIES:
         raise ConfigError(f"no cache policy {policy!r}; known: {', '.join(POLICIES)}")
-    if (policy == "segment") != (window is not None) or (window is not None and window < 1):
-        raise ConfigError(f"window is {window}; 'segment' needs one of at least 1 token, and no other policy has one")
+    if (policy in LOOKING) != (window is not None) or (window is not None and window < 1):
+        raise ConfigError(
+            f"window is {window}; 'segment' and 'plec' need one of at least 1 token, and no other policy has one"
+        )
     index_STK = np.asarray(index_STK)
     ends = np.cumsum([*blocks]) if blocks is not None else np.array([index_STK.shape[-1]])
     if ends[-1] != index_STK.shape[-1]:
@@ -109,9 +114,15 @@ def hit_rates(
     num_destinations: int,
     policies: Sequence[Policy] = ("lru", "lfu", "belady", "fixed"),
     cold: Cold = "free",
+    window: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """``[C]``: the hit rate of each policy at capacities 1 to E, all sequences together."""
-    return {policy: simulate(index_STK, num_destinations, policy, cold=cold).rate_C for policy in policies}
+    """``[C]``: the hit rate of each policy at capacities 1 to E, all sequences together. ``window`` is of those that have one."""
+    return {
+        policy: simulate(
+            index_STK, num_destinations, policy, window=window if policy in LOOKING else None, cold=cold
+        ).rate_C
+        for policy in policies
+    }
 
 
 def check_routes(index_STK: np.ndarray, num_destinations: int) -> np.ndarray:
@@ -158,13 +169,14 @@ class _Stack:
         self.again_TKB = self._repetitions()
         # A token may name a destination once in each block.
         most = {"segment": min(window, num_tokens), "lfu": num_tokens}.get(policy, 0) * len(self.blocks)
-        size = max(((most + 1) << self.bits), num_tokens * top_k + num_destinations + 2)
+        times = (2 if policy == "plec" else 1) * num_tokens * top_k
+        size = max(((most + 1) << self.bits), times + num_destinations + 3)
         self.dtype = np.int32 if size < 1 << 31 else np.int64
         self.stack_EB = np.full((num_destinations, num_columns), FREE, self.dtype)
         self.key_EB = np.full((num_destinations, num_columns), ABSENT, self.dtype)
         self.count_EB = np.zeros((num_destinations, num_columns), self.dtype)
         self.column_B = np.arange(num_columns)
-        self.next_TKB = self._next_accesses(num_destinations) if policy == "belady" else None
+        self.next_TKB = self._next_accesses(num_destinations) if policy in ("belady", "plec") else None
         self._new_EB = np.empty_like(self.stack_EB)
         spare = [np.empty_like(self.stack_EB) for _ in range(2)]
         self._scratch = [spare[turn % 2] for turn in range((num_destinations - 1).bit_length())]
@@ -174,8 +186,8 @@ class _Stack:
         hits_EB = np.zeros(self.stack_EB.shape, np.int64)
         seen_B = np.zeros(len(self.column_B), np.int64)  # destinations that were accessed so far
         if self.policy == "segment":
-            for token_KB in self.index_TKB[: self.window]:
-                self._announce(token_KB)
+            for first in range(min(self.window, len(self.index_TKB))):
+                self._let_in(first)
         for token, token_KB in enumerate(self.index_TKB):
             again_KB = None if self.again_TKB is None else self.again_TKB[token]
             for x_B in token_KB if again_KB is None else np.where(again_KB, -1, token_KB):
@@ -186,8 +198,8 @@ class _Stack:
                         self._look_up(np.where(again_KB[place], token_KB[place], -1), hits_EB, seen_B, cold)
                 for place in block:
                     self._enter(token, place, token_KB[place])
-            if self.policy == "segment" and token + self.window < len(self.index_TKB):
-                self._announce(self.index_TKB[token + self.window])
+            if self.policy in LOOKING and token + self.window < len(self.index_TKB):
+                self._let_in(token + self.window)
         return hits_EB
 
     def _repetitions(self) -> np.ndarray | None:
@@ -243,14 +255,41 @@ class _Stack:
         """Priorities after the access."""
         top_k = self.index_TKB.shape[1]
         time = token * top_k + place + 1
-        if self.next_TKB is not None:
+        if self.next_TKB is not None and self.policy == "belady":
             return self.last - self.next_TKB[token, place]
+        if self.next_TKB is not None:
+            next_B = self.next_TKB[token, place]
+            known_B = next_B <= min(token + self.window, len(self.index_TKB)) * top_k
+            return np.where(known_B, self._ahead(next_B), time).astype(self.dtype)
         if self.policy == "lru":
             return np.full(x_B.shape, time, self.dtype)
         count_B = self.count_EB[x_B, self.column_B] + (1 if self.policy == "lfu" else -1)
         used_B = x_B >= 0
         self.count_EB[x_B[used_B], self.column_B[used_B]] = count_B[used_B]
         return (count_B << self.bits) | time
+
+    def _ahead(self, next_B: np.ndarray | int) -> np.ndarray | int:
+        """Priority of what is known to be accessed next at a serial number: above every time, the sooner the higher."""
+        return self.index_TKB.shape[0] * self.index_TKB.shape[1] + 1 + self.last - next_B
+
+    def _let_in(self, token: int) -> None:
+        """A token comes into the window."""
+        if self.policy == "segment":
+            self._announce(self.index_TKB[token])
+        else:
+            self._foresee(token)
+
+    def _foresee(self, token: int) -> None:
+        """What stood by its last access, and is accessed by this token, stands by that from now on."""
+        _, top_k, num_columns = self.index_TKB.shape
+        for place, x_B in enumerate(self.index_TKB[token]):
+            key_B = self._key_B(x_B)
+            is_new_B = (key_B >= 0) & (key_B <= self.index_TKB.shape[0] * top_k)
+            column = self.column_B[is_new_B]
+            at, found = np.divmod(np.flatnonzero((self.stack_EB == key_B) & is_new_B), num_columns)
+            priority = self._ahead(token * top_k + place + 1)
+            self.stack_EB[at, found] = priority
+            self.key_EB[x_B[is_new_B], column] = priority
 
     def _announce(self, x_KB: np.ndarray) -> None:
         """A token comes into the window: one access more of each of its destinations is known."""

@@ -361,7 +361,7 @@ def hit_rates(
     level: Literal["layer", "model"] = "layer",
     cold: Cold = "free",
 ) -> HitRates:
-    """Hits of a cache policy at every capacity, see `anabranch.routing.cache_policy.simulate`.
+    """Hits of a cache policy at every capacity, see `anabranch.routing.cache_policy.simulate` (``segment`` and ``plec`` need ``window``).
 
     ``level="model"`` is one cache for the experts of all layers, in the order in which a token meets them; a slot of a pool that layers
     share is one expert. Every layer must then have routed the same sequences. Raises DataError where it has not.

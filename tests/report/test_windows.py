@@ -1,0 +1,66 @@
+"""Windows and caches that are asked for: the same numbers as the measures themselves give."""
+
+import numpy as np
+import pytest
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.report.windows import window_facts
+from anabranch.routing import TraceBuilder, TraceLayer, consistency
+
+
+def trace_of(index_STLK, num_destinations):
+    builder = TraceBuilder()
+    sequences, tokens, layers, places = index_STLK.shape
+    for layer in range(layers):
+        builder.add(
+            TraceLayer(layer=layer, name=f"layer {layer}", num_destinations=num_destinations, top_k=places),
+            index_STLK[:, :, layer].reshape(-1, places),
+            np.full((sequences * tokens, places), 1 / places, np.float32),
+            item_N=np.repeat(np.arange(sequences), tokens),
+            position_N=np.tile(np.arange(tokens), sequences),
+        )
+    return builder.trace()
+
+
+@pytest.fixture(scope="module")
+def index_STLK():
+    draw = np.random.default_rng(0)
+    return draw.random((6, 40, 2, 8)).argsort(-1)[..., :2]
+
+
+def test_numbers_are_those_of_the_measures(index_STLK):
+    trace = trace_of(index_STLK, 8)
+    four, sixteen = window_facts(trace, [4, 16], [1, 2.5])
+    for facts, window in ((four, 4), (sixteen, 16)):
+        assert facts.window == window
+        assert facts.srp == pytest.approx(consistency.srp(trace, window, "model").value)
+        assert list(facts.srp_by_layer.values()) == pytest.approx(consistency.srp(trace, window).value.tolist())
+        for policy in ("lru", "lfu", "belady", "fixed", "segment", "plec"):
+            of = consistency.hit_rates(
+                trace, policy, window=window if policy in ("segment", "plec") else None, cold="miss"
+            )
+            expected = [of.at_ratio(ratio).mean() for ratio in (1, 2.5)]
+            assert facts.hits[policy] == pytest.approx(expected), policy
+        ratios = np.arange(1, 4.01, 0.25)
+        sch = np.array([consistency.sch(trace, window, cold="miss").at_ratio(ratio).mean() for ratio in ratios])
+        best = np.array([consistency.hit_rates(trace, "belady", cold="miss").at_ratio(r).mean() for r in ratios])
+        assert facts.near_belady == ratios[np.argmax(sch >= 0.9 * best)]
+
+
+@pytest.mark.parametrize(
+    ("windows", "caches", "error", "message"),
+    [
+        ([41], [2], DataError, "--window is 41, but the longest sequence has 40 tokens; use 1 to 40"),
+        ([0], [2], ConfigError, "--window is 0; it must be above 0"),
+        ([4], [-1.0], ConfigError, r"--cache is -1\.0; it must be above 0"),
+        ([4], [float("nan")], ConfigError, "--cache is nan; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(index_STLK, windows, caches, error, message):
+    with pytest.raises(error, match=message):
+        window_facts(trace_of(index_STLK, 8), windows, caches)
+
+
+def test_layers_without_a_choice_have_no_consistency(index_STLK):
+    with pytest.raises(DataError, match="no layer of the trace has a choice"):
+        window_facts(trace_of(index_STLK % 2 * 0 + np.arange(2), 2), [4], [1])
