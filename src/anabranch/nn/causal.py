@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from anabranch.errors import InputError
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients, with_plain_gradients
 from anabranch.nn.kernels import attention as native
-from anabranch.nn.kernels.door import is_transformed
+from anabranch.nn.kernels.operands import is_transformed
 
 __all__ = ["attention", "causal_attention"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.nn.kernels.door import PLAIN, takes
+from anabranch.nn.kernels.operands import PLAIN, takes
 
 __all__ = ["asks_for_graph", "asks_for_plain", "plain_gradients", "with_plain_gradients"]
 

@@ -12,8 +12,8 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import Dense, FeedForwardForm
 from anabranch.nn.grouped import dense_mlp
-from anabranch.nn.kernels.door import takes
 from anabranch.nn.kernels.expert_mlp import why_not
+from anabranch.nn.kernels.operands import takes
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
 from anabranch.routing.conversion import WeightField
 

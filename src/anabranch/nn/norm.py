@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels import rows as native
-from anabranch.nn.kernels.door import takes
+from anabranch.nn.kernels.operands import takes
 from anabranch.precision import cast, wide
 
 

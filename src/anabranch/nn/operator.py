@@ -14,7 +14,7 @@ from anabranch.bounds import shown
 from anabranch.errors import BackendError, InputError
 from anabranch.nn.derivatives import asks_for_graph, asks_for_plain, plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
-from anabranch.nn.kernels.door import is_transformed, why_refused
+from anabranch.nn.kernels.operands import is_transformed, why_refused
 from anabranch.nn.sums import GradientSums
 from anabranch.precision import full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
-from anabranch.nn.kernels.door import takes
+from anabranch.nn.kernels.operands import takes
 from anabranch.nn.sums import GradientSums, gather_gradients
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing

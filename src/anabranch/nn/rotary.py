@@ -12,7 +12,7 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.derivatives import asks_for_plain
 from anabranch.nn.kernels import rows as native
-from anabranch.nn.kernels.door import takes
+from anabranch.nn.kernels.operands import takes
 
 
 class Rotary(Part, nn.Module):

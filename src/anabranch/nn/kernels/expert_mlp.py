@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import DTYPES, Kernel, takes, why_refused
+from anabranch.nn.kernels.door import Kernel
 from anabranch.nn.kernels.memory import empty_gradient
+from anabranch.nn.kernels.operands import DTYPES, takes, why_refused
 from anabranch.precision import cast
 
 __all__ = ["backward", "forward", "why_not"]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from anabranch.errors import InputError
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel, address, takes
+from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.operands import address, takes
 from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel, takes
+from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.operands import takes
 
 __all__ = ["attend", "can"]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel, is_dense, takes
+from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.operands import is_dense, takes
 from anabranch.precision import cast
 
 __all__ = ["can_norm", "can_sum", "can_turn", "norm", "norm_gradients", "sum_gradients", "turn", "weighted_sum"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.kernels import paged as native
-from anabranch.nn.kernels.door import takes
+from anabranch.nn.kernels.operands import takes
 from anabranch.serving.engine.layout import StepLayout
 
 Pairs = Sequence[tuple[int, int]]

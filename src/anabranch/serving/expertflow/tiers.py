@@ -28,7 +28,7 @@ from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
 from anabranch.lm.quantized_form import weights_of
-from anabranch.nn.kernels.door import address
+from anabranch.nn.kernels.operands import address
 from anabranch.nn.kernels.transfers import MEMORY
 from anabranch.nn.kernels.transfers import Piece as Copy
 from anabranch.serving.expertflow.direct import DirectFile

@@ -20,7 +20,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.description import FeedForwardForm, Loops, Passes
 from anabranch.nn.kernels import packed as native
-from anabranch.nn.kernels.door import address, array_address
+from anabranch.nn.kernels.operands import address, array_address
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool

@@ -9,7 +9,7 @@ from torch import Tensor
 from anabranch.nn import SwiGLU
 from anabranch.nn.description import Dense, FeedForwardForm, Loops, Passes
 from anabranch.nn.kernels import packed as native
-from anabranch.nn.kernels.door import address
+from anabranch.nn.kernels.operands import address
 from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.routing.description import ScoreForm, described

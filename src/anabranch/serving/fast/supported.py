@@ -12,7 +12,7 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.nn.block import PreNorm
 from anabranch.nn.description import Passes
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import takes, why_refused
+from anabranch.nn.kernels.operands import takes, why_refused
 from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.nn import kernels
-from anabranch.nn.kernels.door import Kernel, address, array_address
+from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.operands import address, array_address
 from anabranch.nn.kernels.packed import Matrix, matrix
 from anabranch.nn.packed import WIDE, Packed
 from anabranch.serving.expertflow.predictors.network import PathNetwork
