@@ -67,7 +67,7 @@ def written(kernel: "Kernel") -> tuple[str, dict[str, Any]]:
 class _Writer:
     """Writes the function that checks the operands of a kernel and calls it."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
         self.names: dict[str, Any] = {
             "PLAIN": PLAIN, "LEAST": LEAST_ADDRESS, "Tensor": Tensor, "ndarray": np.ndarray,
