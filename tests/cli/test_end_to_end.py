@@ -19,6 +19,7 @@ from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.report.write import check_place
+from anabranch.routing import RoutingTrace
 from anabranch.serving import LLM
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
@@ -566,3 +567,19 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert code == 2
     assert "from_dense starts from a dense model of 'swiglu' layers" in err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_an_audit_of_balance_on_a_model_and_on_its_trace(here, tmp_path, tiny, data):
+    line = ["train", "moe-lossfree", "--out", tmp_path / "run", "--steps", 3, "--quiet", *tiny, *data]
+    assert here(*line)[0] == 0
+    asked = ["--tokens", 512, "--quiet", "--balance-audit", "--json"]
+    code, out, _ = here("report", tmp_path / "run", "--out", tmp_path / "report", *asked)
+    assert code == 0
+    of_model = json.loads(out)["balance_audit"]
+    assert [facts["has_bias"] for facts in of_model] == [True, True]
+    trace = tmp_path / "report/trace.parquet"
+    code, text, _ = here("report", trace, "--out", tmp_path / "again", "--balance-audit")
+    assert code == 0
+    assert "optimum" in text
+    assert RoutingTrace.read(trace).decisions(0).score_NE is not None

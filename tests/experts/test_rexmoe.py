@@ -322,7 +322,7 @@ def test_pool_bias_is_one_per_group_and_sees_the_loads_of_all_its_layers():
     load_E = bias.load_E.clone()
     bias.on_step(1, 0.1)
     torch.testing.assert_close(bias.expert_bias, 0.1 * (load_E.mean() - load_E) / load_E.mean())
-    assert model.blocks[0].feed_forward.router._bias_E() is not None
+    assert model.blocks[0].feed_forward.router.bias_E is not None
 
 
 # ---- ownership ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.report import Summary
+    from anabranch.report.audit import LayerAudit
     from anabranch.report.windows import WindowFacts
     from anabranch.routing import RoutingTrace
 
@@ -46,6 +47,10 @@ def report(
         list[float] | None,
         typer.Option(metavar="C", help="And caches of C times the active experts of a layer (repeatable). Default: 2."),
     ] = None,
+    balance_audit: Annotated[
+        bool,
+        typer.Option("--balance-audit", help="Also compare choices with the best balanced ones of the same scores."),
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -57,6 +62,7 @@ def report(
     """
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
+    from anabranch.report.audit import audit_trace
     from anabranch.report.windows import window_facts
     from anabranch.report.write import check_place, report_files
     from anabranch.routing import RoutingTrace
@@ -65,23 +71,27 @@ def report(
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
     check_apart(own, [data, *([source] if is_trace else _read_of(source, data))])
     check_place(out, trace=None if is_trace else Path(out) / _TRACE)
+    bias: dict[int, Any] = {}
     if Path(source).is_file() and is_trace:
         trace, text = RoutingTrace.read(source), source
     elif is_trace:
         raise DataError(f"there is no routing trace at {source}")
     else:
-        trace, text = _record(source, out, data, tokens, sequence_length, dtype, device, quiet)
+        trace, text, bias = _record(source, out, data, tokens, sequence_length, dtype, device, quiet, balance_audit)
     found = window_facts(trace, window or [16], cache or [2.0]) if window or cache else []
+    audits = audit_trace(trace, bias) if balance_audit else []
     page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
     summary = summarize(trace)
     if as_json:
+        audit = {"balance_audit": [asdict(facts) for facts in audits]} if audits else {}
         windows = {"windows": [asdict(facts) for facts in found]} if found else {}
-        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict(), **windows})
+        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict(), **windows, **audit})
         return
     fact("model", source)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
     _print_layers(summary)
     _print_windows(found)
+    _print_audits(audits)
     for sentence in explain(summary):
         fact("", sentence)
     names = [name for name in (_TRACE, "summary.json") if (Path(out) / name).exists()]
@@ -108,8 +118,9 @@ def _record(
     dtype: str | None,
     device: str | None,
     quiet: bool,
-) -> tuple[RoutingTrace, str]:
-    """Run text through a model; the trace, which is also written, and the name of the text."""
+    scores: bool,
+) -> tuple[RoutingTrace, str, dict[int, Any]]:
+    """Run text through a model; the trace, which is also written, the name of the text, and the bias of the layers that have one."""
     import torch
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
@@ -124,13 +135,44 @@ def _record(
     place = network.embedding.weight.device
     path = Path(out) / _TRACE
     windows: Any = None
-    with record_routing(network, path=path) as recorder, torch.inference_mode():
+    with record_routing(network, path=path, scores=scores) as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)
         say_defaults(source, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
         for batch in Tracked(windows, quiet):
             recorder.domain = list(domain_names(windows, batch))
             network(batch.token_BL.to(place), last_only=True)
-    return RoutingTrace.read(path), name
+    trace = RoutingTrace.read(path)
+    routers = dict(network.named_modules())
+    held = {layer.layer: getattr(routers.get(layer.name), "bias_E", None) for layer in trace.layers}
+    return trace, name, {layer: bias.float().cpu().numpy() for layer, bias in held.items() if bias is not None}
+
+
+def _print_audits(audits: list[LayerAudit]) -> None:
+    """Balance and score beside the optimum, by layer."""
+    if not audits:
+        return
+    rows = [
+        [
+            f"{facts.layer}",
+            f"{facts.tokens:,}",
+            f"{facts.max_violation:.3f}",
+            f"{facts.unbiased_max_violation:.3f}",
+            f"{facts.achieved / facts.optimum:.4f}",
+            f"{facts.duality_gap:.4f}" if facts.has_bias else "-",
+            "-" if facts.correlation is None else f"{facts.correlation:.3f}",
+        ]
+        for facts in audits
+    ]
+    columns = [
+        "layer",
+        "tokens",
+        "MaxVio",
+        "without\na bias",
+        "score over\noptimum",
+        "gap of\nthe bias",
+        "correlation\nwith prices",
+    ]
+    table(columns, rows, text_columns=0)
 
 
 def _print_windows(found: list[WindowFacts]) -> None:

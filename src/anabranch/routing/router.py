@@ -127,7 +127,7 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
-        bias_NE, may_NE = self._bias_E(), open_NE
+        bias_NE, may_NE = self.bias_E, open_NE
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)
         seen_open_NE = may_NE
@@ -160,7 +160,9 @@ class Router(Part, nn.Module):
         for part in (*self.balance, *self.pool_balance):
             part(seen, context)
 
-    def _bias_E(self) -> Tensor | None:
+    @property
+    def bias_E(self) -> Tensor | None:
+        """float ``[E]``: what is added to scores to select, of all balancers together; None without such a balancer."""
         total_E: Tensor | None = None
         for part in (*self.balance, *self.pool_balance):
             bias_E = part.bias_E

@@ -247,7 +247,7 @@ class FastDecoder:
         self.routed.append(number)
         routers.append(router)
         return CExperts(
-            router=floats(score.weight, keep, count, depth), bias=floats(router._bias_E(), keep, count),
+            router=floats(score.weight, keep, count, depth), bias=floats(router.bias_E, keep, count),
             recurrence=recurrence(score, keep, self._recurrent), count=count, top_k=select.top_k,
             activation=ACTIVATIONS.index(score.activation), normalize=NORMALIZE.index(select.normalize),
             scale=select.scale, number=len(routers) - 1,

@@ -1,0 +1,81 @@
+"""How balanced a model's choices are beside the best balanced assignment of the same scores (ALF-LB, arXiv 2512.03915)."""
+# Shapes: T tokens, E destinations, K per token
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from anabranch.errors import DataError
+from anabranch.routing.assignment import balance_audit
+from anabranch.routing.trace import RoutingTrace
+
+TOKENS = 8192  # of a layer, spread over the trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAudit:
+    """The audit of one layer.
+
+    Attributes:
+        layer: its number. ``tokens``: how many were audited.
+        achieved: score of the recorded choices. ``optimum``: of the best balanced assignment of the same scores.
+        max_violation: MaxVio of the recorded choices. ``unbiased_max_violation``: of the K best scores of each token, without a bias.
+        duality_gap: of the router's bias, 0 for an optimal one; of no bias where ``has_bias`` is False.
+        correlation: of the bias with optimal prices; None without a bias, or a constant one.
+        has_bias: whether the router's bias is known.
+    """
+
+    layer: int
+    tokens: int
+    achieved: float
+    optimum: float
+    max_violation: float
+    unbiased_max_violation: float
+    duality_gap: float
+    correlation: float | None
+    has_bias: bool
+
+
+def audit_trace(trace: RoutingTrace, bias: Mapping[int, np.ndarray] | None = None) -> list[LayerAudit]:
+    """Audit every layer of a trace that has a choice and fixed K.
+
+    Args:
+        trace: with scores (``record_routing(model, scores=True)``).
+        bias: float ``[E]`` of the layers whose router adds one to select; a trace does not hold it.
+
+    Raises DataError for a trace without scores or with a score that is no number, for layers whose tokens take varying numbers of
+    destinations, and where no layer has a choice.
+    """
+    layers = [layer for layer in trace.layers if layer.top_k < layer.num_destinations]
+    if not layers:
+        raise DataError("no layer has a choice between destinations, so there is no balance to audit")
+    return [_audit(trace, layer.layer, (bias or {}).get(layer.layer)) for layer in layers]
+
+
+def _audit(trace: RoutingTrace, layer: int, bias_E: np.ndarray | None) -> LayerAudit:
+    decisions = trace.decisions(layer)
+    if decisions.score_NE is None:
+        raise DataError("the trace has no scores, and an audit needs those of all destinations; record it with scores")
+    count = len(decisions.index_NK)
+    pick_T = np.unique(np.linspace(0, count - 1, min(TOKENS, count)).astype(int))
+    index_TK, score_TE = decisions.index_NK[pick_T], decisions.score_NE[pick_T]
+    if (index_TK < 0).any():
+        raise DataError(
+            f"layer {layer} takes a number of destinations that varies from token to token; the audit is of a fixed number"
+        )
+    top_k, num_destinations = index_TK.shape[1], score_TE.shape[1]
+    found = balance_audit(score_TE, top_k, bias_E, name=str(layer))
+    plain = found if bias_E is None else balance_audit(score_TE, top_k, name=str(layer))
+    load_E = np.bincount(index_TK.reshape(-1), minlength=num_destinations)
+    return LayerAudit(
+        layer=layer,
+        tokens=len(pick_T),
+        achieved=float(np.take_along_axis(score_TE.astype(np.float64), index_TK, 1).sum()),
+        optimum=found.optimum,
+        max_violation=float(load_E.max() / load_E.mean() - 1),
+        unbiased_max_violation=plain.max_violation,
+        duality_gap=found.duality_gap,
+        correlation=None if np.isnan(found.correlation) else found.correlation,
+        has_bias=bias_E is not None,
+    )

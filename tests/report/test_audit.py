@@ -1,0 +1,56 @@
+"""The audit of a trace is the audit of its scores, and looks at the choices that were made."""
+
+import numpy as np
+import pytest
+
+from anabranch.errors import DataError
+from anabranch.report.audit import audit_trace
+from anabranch.routing import TraceBuilder, TraceLayer
+from anabranch.routing.assignment import balance_audit
+
+
+def trace_of(index_NK, score_NE, num_destinations):
+    builder = TraceBuilder(scores=score_NE is not None)
+    layer = TraceLayer(layer=0, name="router", num_destinations=num_destinations, top_k=index_NK.shape[1])
+    weight_NK = np.full(index_NK.shape, 0.5, np.float32)
+    scored = {} if score_NE is None else {"score_NE": score_NE}
+    builder.add(layer, index_NK, weight_NK, item_N=np.arange(len(index_NK)), **scored)
+    return builder.trace()
+
+
+def test_by_hand():
+    # Both tokens like 0 more; the best balanced assignment gives it to the one that loses more without.
+    score_NE = np.array([[0.9, 0.1], [0.8, 0.6]], np.float32)
+    (found,) = audit_trace(trace_of(np.array([[0], [0]]), score_NE, 2))
+    assert (found.tokens, found.max_violation, found.unbiased_max_violation) == (2, 1.0, 1.0)
+    assert (found.achieved, found.optimum) == pytest.approx((1.7, 1.5))
+    assert (found.has_bias, found.correlation) == (False, None)
+    (balanced,) = audit_trace(trace_of(np.array([[0], [1]]), score_NE, 2), {0: np.array([0.0, 0.3])})
+    assert (balanced.max_violation, balanced.unbiased_max_violation) == (0.0, 1.0)
+    assert balanced.achieved == pytest.approx(balanced.optimum)
+    assert balanced.duality_gap == pytest.approx(0, abs=1e-6)
+    assert balanced.correlation == pytest.approx(1.0)
+
+
+def test_it_is_the_audit_of_the_scores():
+    draw = np.random.default_rng(0)
+    score_NE = draw.random((256, 8)).astype(np.float32) + np.linspace(0, 0.4, 8, dtype=np.float32)
+    bias_E = draw.normal(size=8) / 10
+    index_NK = np.argsort(-(score_NE + bias_E), 1)[:, :2]
+    (found,) = audit_trace(trace_of(index_NK, score_NE, 8), {0: bias_E})
+    expected = balance_audit(score_NE, 2, bias_E)
+    assert found.optimum == expected.optimum
+    assert found.max_violation == pytest.approx(expected.max_violation)
+    assert found.achieved == pytest.approx(expected.achieved)
+    assert found.correlation == expected.correlation
+    assert found.duality_gap == expected.duality_gap
+
+
+def test_what_cannot_be_audited_is_refused():
+    score_NE = np.ones((2, 3), np.float32)
+    with pytest.raises(DataError, match="the trace has no scores"):
+        audit_trace(trace_of(np.array([[0], [1]]), None, 3))
+    with pytest.raises(DataError, match="layer 0 takes a number of destinations that varies"):
+        audit_trace(trace_of(np.array([[0, 1], [1, -1]]), score_NE, 3))
+    with pytest.raises(DataError, match="no layer has a choice"):
+        audit_trace(trace_of(np.array([[0, 1]]), np.ones((1, 2), np.float32), 2))
