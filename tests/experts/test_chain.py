@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.chain import Chain, between_passes, combinations, from_moe, match_compute
-from anabranch.experts.rexmoe import ReXMoE, export_expanded
+from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
 from anabranch.nn import ForwardContext, MoE, SelfAttention
@@ -364,3 +364,19 @@ def test_over_one_layers_pool_it_is_rexmoe_to_the_bit():
     pooled, single = model_of(ReXMoE.Config(**SIZES, psr=None)), model_of(chain(reuse=2, iterations=1))
     token_BL = tokens()
     assert torch.equal(pooled(token_BL).logits_BLV, single(token_BL).logits_BLV)
+
+
+def test_names_in_saved_models_are_those_of_before():
+    layer = Chain.Config(num_experts=4, hidden_dim=8, reuse=2, psr=ProgressiveScaling.Config(), iterations=3)
+    names = Decoder.Config(vocab_size=9, dim=16, num_layers=2, feed_forward=layer).build().state_dict()
+    routers = ("router", "more_routers.0", "more_routers.1")
+    assert [name for name in names if ".feed_forward." in name or name.startswith("shared.")] == [
+        "shared.experts_0.w13",
+        "shared.experts_0.w2",
+        *(
+            f"blocks.{block}.feed_forward.{router}.{part}"
+            for block in range(2)
+            for router in routers
+            for part in ("score.weight", "candidates.open_E", "candidates.step")
+        ),
+    ]

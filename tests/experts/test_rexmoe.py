@@ -462,7 +462,7 @@ def test_dense_layers_do_not_count_in_groups():
     assert pools[2] is None
     assert pools[1] is pools[3] is model.shared["experts_0"]
     assert pools[4] is model.shared["experts_1"]
-    assert [model.blocks[layer].feed_forward.router.own_start for layer in (1, 3, 4)] == [0, 4, 0]
+    assert [model.blocks[layer].feed_forward.router.destinations.own_start for layer in (1, 3, 4)] == [0, 4, 0]
 
 
 def test_one_layer_model():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anabranch.config import configclass
 from anabranch.data import ByteTokenizer
 from anabranch.errors import BackendError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder
@@ -13,6 +14,7 @@ from anabranch.lm import Decoder, load_config, load_model, load_weights, save_mo
 from anabranch.lm.checkpoint import find_model
 from anabranch.lm.tensors import build_empty, open_tensors
 from anabranch.nn import ExpertPool, MoE, SelfAttention, SwiGLU
+from anabranch.nn.pool_policy import PoolAccess, PoolPolicy
 from anabranch.nn.rotary import Rotary
 from anabranch.registry import BUILTIN
 from anabranch.routing import CosineScore, Router, SwitchLoss
@@ -93,13 +95,24 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     torch.testing.assert_close(logits(load_model(tmp_path / "m")[0].eval()), logits(model), rtol=0, atol=0)
 
 
+class OnePool(PoolPolicy):
+    def build(self, config, context):
+        pool = context.share("pool", lambda: ExpertPool(4, context.dim, 8, generator=context.generator))
+        return PoolAccess(config.router, pool.num_experts, experts=pool)
+
+
 class Sharing(MoE, kind="sharing"):
     """One pool for all layers, owned by the model (what ReXMoE does), and a parameter that stands under two names."""
 
+    @configclass
+    class Config(MoE.Config):
+        @property
+        def pool_policy(self):
+            return OnePool()
+
     def __init__(self, config, context):
-        pool = context.share("pool", lambda: ExpertPool(4, context.dim, 8, generator=context.generator))
-        super().__init__(config, context, pool=pool)
-        self.again = torch.nn.ParameterList([pool.w2])
+        super().__init__(config, context)
+        self.again = torch.nn.ParameterList([self.experts.w2])
 
 
 def test_shared_tensors_are_stored_once_and_shared_after_loading(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, ExpertPool, ForwardContext, MoE
+from anabranch.nn.pool_policy import PoolAccess, PoolPolicy
 from anabranch.routing import (
     UNUSED,
     BiasBalancer,
@@ -21,6 +23,7 @@ from anabranch.routing import (
     TopP,
     ZLoss,
 )
+from anabranch.routing.destinations import Destinations
 
 DIM = 6
 SCORE = LinearScore.Config(init_std=0.5)
@@ -233,11 +236,23 @@ def test_a_large_capacity_drops_nothing():
 
 def test_a_pool_that_is_given_is_used_and_not_registered():
     pool = ExpertPool(8, DIM, 4)
-    config = MoE.Config(num_experts=8, hidden_dim=4)
-    layer = config.build(BuildContext(DIM), pool=pool, pool_name="pool", own_start=4)
+    destinations = Destinations("pool", own_start=4)
+
+    class Given(PoolPolicy):
+        def build(self, config, context):
+            return PoolAccess(config.router, pool.num_experts, destinations, pool)
+
+    class Picking(MoE):
+        @configclass
+        class Config(MoE.Config):
+            @property
+            def pool_policy(self):
+                return Given()
+
+    layer = Picking.Config(num_experts=8, hidden_dim=4).build(BuildContext(DIM))
     assert layer.experts is pool
     assert not any(name.startswith("experts") for name in layer.state_dict())
-    assert (layer.router.pool, layer.router.own_start) == ("pool", 4)
+    assert layer.router.destinations is destinations
 
 
 def test_the_router_knows_its_layer():

@@ -19,6 +19,7 @@ from anabranch.routing import (
     TopK,
     override_routing,
 )
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.layer_overrides import LayerOverrides
 from anabranch.testing import check_routing
 
@@ -173,7 +174,7 @@ class Closed(Candidates):
 
 @pytest.mark.parametrize("normalize", ["none", "sum", "softmax"])
 def test_forced_where_candidates_are_closed_weighs_nothing_of_its_own(normalize):
-    made = router(normalize=normalize, candidates=Closed())
+    made = router(normalize=normalize, destinations=Destinations(candidates=Closed()))
     x_ND = torch.tensor(SCORES, requires_grad=True)
     weight_NK = made(x_ND, RoutingContext(routing=[Always(Override(index_NK=[3, 0]))])).weight_NK
     assert (weight_NK[:, 0] == 0).all()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.record import record_routing
 from anabranch.routing.router import Router
 from anabranch.routing.select import TopK
@@ -291,7 +292,7 @@ def test_bf16_weights_are_kept_exactly():
 
 
 def test_streamed_recording_equals_the_one_in_memory(tmp_path):
-    model = Tower(pool="group0", own_start=2)
+    model = Tower(destinations=Destinations("group0", own_start=2))
     with record_routing(model) as kept, record_routing(model, path=tmp_path / "t.parquet") as streamed:
         for seed in range(3):
             kept.domain = streamed.domain = f"domain {seed % 2}"

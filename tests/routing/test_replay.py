@@ -23,6 +23,7 @@ from anabranch.routing import (
     record_routing,
     replay_routing,
 )
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.replay import _Recorded
 
 D, E, K = 6, 5, 2
@@ -230,7 +231,7 @@ def test_a_wrapper_in_front_of_the_names_is_no_other_model():
 
 
 def test_messages():
-    model = Tower(pool="group", own_start=1)
+    model = Tower(destinations=Destinations("group", own_start=1))
     with record_routing(model) as recorder:
         model(items(), RoutingContext(sequence_length=3))
     trace = recorder.trace()
@@ -238,10 +239,10 @@ def test_messages():
         (Tower(num_layers=1), "the trace has a layer 1, the model routes in 0"),
         (Tower(top_k=1), r"top_k of layer 0 \(routers.0\) is 1 in the model, but 2 in the trace"),
         (
-            Tower(pool="other", own_start=1),
+            Tower(destinations=Destinations("other", own_start=1)),
             r"pool of layer 0 \(routers.0\) is other in the model, but group in the trace",
         ),
-        (Tower(pool="group"), r"own_start of layer 0 \(routers.0\) is 0 in the model, but 1"),
+        (Tower(destinations=Destinations("group")), r"own_start of layer 0 \(routers.0\) is 0 in the model, but 1"),
     ):
         with pytest.raises(DataError, match=message), replay_routing(other, trace):
             pass

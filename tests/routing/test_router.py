@@ -22,6 +22,7 @@ from anabranch.routing import (
     TopP,
     ZLoss,
 )
+from anabranch.routing.destinations import Destinations
 from anabranch.testing import check_router
 
 WIDE = LinearScore.Config(init_std=0.5)
@@ -30,7 +31,7 @@ WIDE = LinearScore.Config(init_std=0.5)
 def build(dim=6, num_destinations=8, seed=0, candidates=None, **fields):
     config = Router.Config(**{"score": WIDE, **fields})
     generator = torch.Generator().manual_seed(seed)
-    return config.build(dim, num_destinations, candidates=candidates, generator=generator)
+    return config.build(dim, num_destinations, destinations=Destinations(candidates=candidates), generator=generator)
 
 
 class Fixed(Candidates):

@@ -36,12 +36,14 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import ConfigError
+from anabranch.experts.group_pool import GroupPool
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.description import FeedForwardForm
 from anabranch.nn.moe import MoE
+from anabranch.nn.pool_policy import build_router
 from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
 from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
 
@@ -80,6 +82,11 @@ class Chain(ReXMoE, kind="chain"):
             """C, or one that all passes share."""
             return self.iterations if self.independent_gates else 1
 
+        @property
+        def pool_policy(self) -> GroupPool:
+            """As of `ReXMoE`, used by every pass."""
+            return GroupPool(self.reuse, self.psr, self.pool_balance, self.pool_bias, calls=self.iterations)
+
         def count(self, context: BuildContext) -> Count:
             """One pass as the layer under it counts, and C - 1 more over the same weights, each with a router."""
             once, router = ReXMoE.Config.count(self, context), self.count_router(context, is_first=False)
@@ -99,14 +106,19 @@ class Chain(ReXMoE, kind="chain"):
             """The model itself: no plain one computes the same."""
             return model
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
+    config: Config
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__(config, context)
+        first = self.router
+        self.more_routers = nn.ModuleList(
+            build_router(first.config, first.num_destinations, first.destinations, context)
+            for _ in range(1, config.num_routers)
+        )
         self.scale: nn.Parameter | None = None
         if config.iterations == 1:
             return
-        self.experts.is_shared = True  # several passes use it: their gradients add up in place
         for router in self.routers:
-            router.pool = router.pool or f"layer_{context.layer}"
             router.passes = config.iterations // config.num_routers
         if config.residual == "gated":
             self.scale = nn.Parameter(torch.zeros(config.iterations - 1))

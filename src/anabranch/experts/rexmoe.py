@@ -17,11 +17,9 @@ A depth embedding, a loss and a bias over the whole pool are options from later 
 """
 # Shapes: N items or own experts (paper), S = r_g N slots of a pool, E destinations, D width, B batch, L positions
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -30,15 +28,13 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.experts.group_pool import GroupPool
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import FeedForwardForm
-from anabranch.nn.moe import MoE, make_pool
-from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss, Router, RoutingContext, WeightField
-
-logger = logging.getLogger(__name__)
+from anabranch.nn.moe import MoE
+from anabranch.routing import BiasBalancer, Candidates, Router, RoutingContext, WeightField
 
 
 class ProgressiveScaling(Candidates, kind="psr"):
@@ -160,16 +156,6 @@ class ProgressiveScaling(Candidates, kind="psr"):
         return rank_NS.argsort(-1).argsort(-1) < self.open_E.sum()
 
 
-@dataclass(frozen=True)
-class Group:
-    """The group of one layer: its number, how many layers it has, which of them this one is, and its first own slot."""
-
-    number: int
-    size: int
-    member: int
-    own_start: int
-
-
 class ReXMoE(MoE, kind="rexmoe"):
     """A mixture-of-experts layer whose router chooses among the experts of its whole group.
 
@@ -199,23 +185,10 @@ class ReXMoE(MoE, kind="rexmoe"):
             if self.reuse == 1 and self.psr and self.psr.mode == "stepwise" and self.psr.as_reuse is None:
                 raise ConfigError("psr.mode 'stepwise' needs reuse of at least 2, reuse is 1")
 
-        def group(self, context: BuildContext) -> Group:
-            """The group of the layer that ``context`` builds.
-
-            Raises ConfigError if ``reuse`` exceeds the routed layers of the model.
-            """
-            if self.reuse > context.num_routed_layers:
-                raise ConfigError(
-                    f"reuse is {self.reuse}, but the model has {context.num_routed_layers} routed layers; "
-                    f"use 1 to {context.num_routed_layers}"
-                )
-            number, member = divmod(context.routed_layer, self.reuse)
-            size = min(self.reuse, context.num_routed_layers - number * self.reuse)
-            return Group(number, size, member, member * self.num_experts)
-
-        def num_destinations(self, context: BuildContext) -> int:
-            """r_g N."""
-            return self.group(context).size * self.num_experts
+        @property
+        def pool_policy(self) -> GroupPool:
+            """The experts of the layer's group."""
+            return GroupPool(self.reuse, self.psr, self.pool_balance, self.pool_bias)
 
         def count(self, context: BuildContext) -> Count:
             """As the plain layer, with a router of r_g N rows; a pooled expert counts for the layer that owns it."""
@@ -238,19 +211,10 @@ class ReXMoE(MoE, kind="rexmoe"):
             """The plain model that computes the same, see `export_expanded`."""
             return export_expanded(model)
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
-        group = config.group(context)
-        balance, pool_balance = _split_balance(config, context, group)
-        super().__init__(
-            config.replace(router=config.router.replace(balance=balance)),
-            context,
-            pool=_pool(config, context, group),
-            pool_name=f"experts_{group.number}" if config.reuse > 1 else None,
-            own_start=group.own_start,
-            candidates=_candidates(config, context, group),
-            pool_balance=pool_balance,
-        )
-        self.config = config
+    config: Config
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
+        super().__init__(config, context)
         self.depth_embedding = nn.Parameter(torch.zeros(context.dim)) if config.depth_embedding else None
 
     def describe(self) -> FeedForwardForm | str:
@@ -262,51 +226,6 @@ class ReXMoE(MoE, kind="rexmoe"):
         if self.depth_embedding is not None:
             x_BLD = x_BLD + self.depth_embedding.to(x_BLD.dtype)
         return super().run(router, x_BLD, context)
-
-
-def _pool(config: Any, context: BuildContext, group: Group) -> ExpertPool | None:
-    """The group's shared pool; None for a group of its own, whose layer owns its experts as the plain one does."""
-    if config.reuse == 1:
-        return None
-    if config.reuse > 4 and context.routed_layer == 0:
-        logger.warning(
-            "reuse is %d; above 4 many experts may go idle (arXiv 2510.17483), watch idle_fraction", config.reuse
-        )
-    num_experts = group.size * config.num_experts
-    make = functools.partial(make_pool, config, context, num_experts, is_shared=group.size > 1)
-    return context.share(f"experts_{group.number}", make)
-
-
-def _candidates(config: Any, context: BuildContext, group: Group) -> ProgressiveScaling | None:
-    if config.psr is None or (group.size == 1 and config.psr.as_reuse is None):
-        return None
-    return config.psr.build(
-        config.num_experts,
-        group.size,
-        own_start=group.own_start,
-        layer=context.layer,
-        seed=context.seed,
-        min_open=getattr(config.router.select, "top_k", 1),
-    )
-
-
-def _split_balance(
-    config: Any, context: BuildContext, group: Group
-) -> tuple[tuple[Balancer.Config, ...], tuple[Balancer, ...]]:
-    """(balancers of the layer, balancers of the pool)."""
-    own, pooled = list(config.router.balance), []
-    if config.reuse == 1:
-        return tuple(own), ()
-    num_slots = group.size * config.num_experts
-    if config.pool_bias:
-        biases = [part for part in own if isinstance(part, BiasBalancer.Config)]
-        own = [part for part in own if part not in biases]
-        for number, part in enumerate(biases):
-            pooled.append(context.share(f"bias_{group.number}_{number}", functools.partial(part.build, num_slots)))
-    if config.pool_balance:
-        loss = PoolLoss.Config(alpha=config.pool_balance)
-        pooled.append(context.share(f"balance_{group.number}", functools.partial(loss.build, num_slots)))
-    return tuple(own), tuple(pooled)
 
 
 def from_vanilla(

@@ -1,11 +1,10 @@
 """The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
 # Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
@@ -14,8 +13,8 @@ from anabranch.nn.description import FeedForwardForm, Passes
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
-from anabranch.nn.pool import ExpertPool
-from anabranch.routing import Balancer, Candidates, Router, Routing, WeightField, capacity_of, limit_capacity
+from anabranch.nn.pool_policy import PoolPolicy, build_router, make_pool
+from anabranch.routing import Router, Routing, WeightField, capacity_of, limit_capacity
 
 
 class MoE(FeedForward, kind="moe"):
@@ -77,9 +76,9 @@ class MoE(FeedForward, kind="moe"):
             return self.router.score.conversions()
 
         @property
-        def num_routers(self) -> int:
-            """Routers of the layer; more than one where a design runs the layer several times (`Chain`)."""
-            return 1
+        def pool_policy(self) -> PoolPolicy:
+            """Which experts the layer may pick: its own."""
+            return PoolPolicy()
 
         @property
         def shared_width(self) -> int:
@@ -88,7 +87,7 @@ class MoE(FeedForward, kind="moe"):
 
         def num_destinations(self, context: BuildContext) -> int:
             """How many experts the router chooses from."""
-            return self.num_experts
+            return self.pool_policy.num_slots(self.num_experts, context)
 
         def count(self, context: BuildContext) -> Count:
             """Routed experts, of which K are active; shared experts; router."""
@@ -115,42 +114,22 @@ class MoE(FeedForward, kind="moe"):
             parameters -= 0 if is_first else score.num_shared(context.dim)
             return Count(parameters, parameters, score.num_flops(context.dim, num_destinations))
 
-    def __init__(
-        self,
-        config: Any,
-        context: BuildContext,
-        *,
-        pool: ExpertPool | None = None,
-        pool_name: str | None = None,
-        own_start: int = 0,
-        candidates: Candidates | None = None,
-        pool_balance: Sequence[Balancer] = (),
-    ) -> None:
+    config: Config
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        make_router = functools.partial(
-            config.router.build,
-            context.dim,
-            config.num_destinations(context),
-            layer=context.layer,
-            pool=pool_name,
-            own_start=own_start,
-            candidates=candidates,
-            pool_balance=pool_balance,
-            generator=context.generator,
-            share=context.share,
-        )
-        self.router: Router = make_router()
-        if pool is None:
-            self.experts = make_pool(config, context, config.num_experts)
+        access = config.pool_policy.build(config, context)
+        self.router = build_router(access.router, access.num_slots, access.destinations, context)
+        if access.experts is None:
+            self.experts = make_pool(config, context, config.num_experts, is_shared=access.is_shared)
         else:
-            hide(self, "experts", pool)
+            hide(self, "experts", access.experts)
         self.shared: SwiGLU | None = None
         self.shared_gate: Any = None
         if config.shared_experts:
             self.shared = SwiGLU.Config(hidden_dim=config.shared_width).build(context.at("shared"))
             self.shared_gate = build_linear(config.gate_projection(context), context) if config.shared_gate else None
-        self.more_routers = nn.ModuleList(make_router() for _ in range(1, config.num_routers))
 
     def describe(self) -> FeedForwardForm | str:
         """One pass."""
@@ -171,7 +150,7 @@ class MoE(FeedForward, kind="moe"):
         x_ND = x_BLD.flatten(0, -2)
         routing = router(x_ND, context)
         if self.config.capacity_factor is not None and context.training:
-            routing = self._limit(routing, context)
+            routing = self._limit(routing, self.config.capacity_factor, context)
         y_ND = self.experts(x_ND, routing, weight_on=self.config.weight_on, context=context)
         if self.shared is not None:
             shared_ND = self.shared(x_ND, context)
@@ -180,27 +159,12 @@ class MoE(FeedForward, kind="moe"):
             y_ND = y_ND + shared_ND
         return y_ND.view_as(x_BLD)
 
-    def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
+    def _limit(self, routing: Routing, factor: float, context: ForwardContext) -> Routing:
         config = self.config
-        capacity = capacity_of(routing.num_items, routing.num_places, routing.num_destinations, config.capacity_factor)
+        capacity = capacity_of(routing.num_items, routing.num_places, routing.num_destinations, factor)
         limited = limit_capacity(
             routing, capacity, order=config.capacity_order, renormalize=config.capacity_renormalize
         )
         wanted = routing.used_NK.sum()
         context.emit_metric("drop_ratio", (wanted - limited.used_NK.sum()) / wanted.clamp_min(1))
         return limited
-
-
-def make_pool(config: Any, context: BuildContext, num_experts: int, *, is_shared: bool = False) -> ExpertPool:
-    """The pool of ``num_experts`` experts as ``config`` describes them."""
-    return ExpertPool(
-        num_experts,
-        context.dim,
-        config.hidden_dim,
-        init_std=context.init_std,
-        w2_scale=context.residual_std / context.init_std,
-        generator=context.generator,
-        recompute=config.recompute,
-        backend=config.backend,
-        is_shared=is_shared,
-    )

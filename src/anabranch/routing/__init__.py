@@ -18,6 +18,7 @@ from anabranch.routing.bias import BiasBalancer, export_correction_bias, export_
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.conversion import WeightField
 from anabranch.routing.decision import UNUSED, Routing, count_destinations
+from anabranch.routing.destinations import Candidates
 from anabranch.routing.dispatch import (
     DispatchPlan,
     capacity_of,
@@ -32,7 +33,7 @@ from anabranch.routing.layer_overrides import override_routing
 from anabranch.routing.override import Override
 from anabranch.routing.record import Recorder, record_routing
 from anabranch.routing.replay import replay_routing
-from anabranch.routing.router import Candidates, Router
+from anabranch.routing.router import Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
 from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold, TopK, TopP
 from anabranch.routing.trace import Decisions, RoutingTrace

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.discovery import Read, RouterLayer, find_routers, passes_of, read_routing, router_layers
+from anabranch.routing.router import Router
 from anabranch.routing.sequences import ItemNumbers, items_to_record, said_of_items, sequence_names
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
@@ -203,13 +205,14 @@ class _Visits:
 
 def _described(layer: RouterLayer, routing: Routing) -> TraceLayer:
     """What a trace says of a layer that gave ``routing``."""
+    destinations = layer.router.destinations if isinstance(layer.router, Router) else Destinations()
     return TraceLayer(
         layer=layer.number,
         name=layer.name,
         num_destinations=routing.num_destinations,
         top_k=routing.num_places,
-        pool=getattr(layer.router, "pool", None) or "",
-        own_start=getattr(layer.router, "own_start", 0),
+        pool=destinations.pool or "",
+        own_start=destinations.own_start,
         weight_dtype="float64" if routing.weight_NK.dtype == torch.float64 else "float32",
     )
 

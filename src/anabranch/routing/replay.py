@@ -16,7 +16,7 @@ round differently, and near-ties between experts then go other ways): weights ar
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -188,11 +188,12 @@ def _check_layer(layer: RouterLayer, recorded: TraceLayer) -> None:
             f"layer {layer.number} is {layer.name} in the model, but {recorded.name} in the trace; it must be a trace of this model"
         )
     router = layer.router
+    destinations: Any = router.destinations
     facts = {
         "num_destinations": (router.num_destinations, recorded.num_destinations),
         "top_k": (router.num_places, recorded.top_k),
-        "pool": (router.pool, recorded.pool),
-        "own_start": (router.own_start, recorded.own_start),
+        "pool": (destinations.pool, recorded.pool),
+        "own_start": (destinations.own_start, recorded.own_start),
     }
     for name, (here, there) in facts.items():
         if here is not None and here != there:

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,10 @@ from anabranch.errors import AnabranchError
 from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
-
-
-class Candidates(Part, nn.Module, family="candidates"):
-    """Interface of what closes destinations for a while (a schedule, a group limit that is learned, ...).
-
-    ``stage`` says where the mask acts: ``pre_softmax`` sets closed logits to minus infinity, ``post_softmax`` sets closed scores to zero,
-    so closed destinations stay in the softmax's denominator.
-    """
-
-    @configclass
-    class Config(BaseConfig):
-        """Base of candidate configs."""
-
-    stage: Literal["pre_softmax", "post_softmax"]
-    only_in_training: bool = False  # whether all destinations are open outside of training
-
-    def open_NE(self, num_items: int, context: RoutingContext) -> Tensor | None:
-        """bool ``[E]`` or ``[N, E]``, True where a destination may be chosen; None if all may."""
-        raise NotImplementedError  # abstract
 
 
 class Router(Part, nn.Module):
@@ -43,9 +25,7 @@ class Router(Part, nn.Module):
 
     Attributes:
         layer: index of the layer it routes for, written into traces.
-        pool: name of the expert pool that the destinations index, if layers share one.
-        own_start: first destination in the pool that belongs to this layer.
-        pool_balance: balancers that all layers of the pool share.
+        destinations: what they are, beside how many: whose, and which are open.
         passes: how often it routes in one forward pass of the model (a layer that loops over one router), for traces.
     """
 
@@ -75,29 +55,27 @@ class Router(Part, nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         dim: int,
         num_destinations: int,
         *,
         layer: int = 0,
-        pool: str | None = None,
-        own_start: int = 0,
-        candidates: Candidates | None = None,
-        pool_balance: Sequence[Balancer] = (),
+        destinations: Destinations | None = None,
         generator: torch.Generator | None = None,
         share: Callable[[str, Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.num_destinations = num_destinations
-        self.layer, self.pool, self.own_start = layer, pool, own_start
+        self.layer = layer
+        # It has balancers of several routers, which are not registered here: whoever they belong to has them.
+        self.destinations = destinations or Destinations()
         self.score: Score = config.score.build(dim, num_destinations, generator=generator)
         if share is not None:
             self.score.join(share, layer)
         self.select: Select = config.select.build(num_destinations)
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
-        self.pool_balance = tuple(pool_balance)  # a tuple, so not registered: these belong to the pool, not to a layer
-        self.candidates = candidates
+        self.candidates = self.destinations.candidates
         self.passes = 1
 
     @property
@@ -157,14 +135,14 @@ class Router(Part, nn.Module):
             own_N = ~hidden if context.item_mask_N is None else ~hidden & context.item_mask_N
             seen = replace(seen, routing=seen.routing.drop(hidden.unsqueeze(-1)))
             context = replace(context, item_mask_N=own_N)  # it collects into the same lists
-        for part in (*self.balance, *self.pool_balance):
+        for part in (*self.balance, *self.destinations.balance):
             part(seen, context)
 
     @property
     def bias_E(self) -> Tensor | None:
         """float ``[E]``: what is added to scores to select, of all balancers together; None without such a balancer."""
         total_E: Tensor | None = None
-        for part in (*self.balance, *self.pool_balance):
+        for part in (*self.balance, *self.destinations.balance):
             bias_E = part.bias_E
             if isinstance(bias_E, Tensor):
                 total_E = bias_E if total_E is None else total_E + bias_E

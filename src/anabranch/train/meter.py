@@ -81,8 +81,9 @@ class LoadMeter:
     def _pool_loads(self, loads: Iterable[np.ndarray]) -> list[np.ndarray]:
         pools: dict[str, np.ndarray] = {}
         for router, load in zip(self._routers, loads, strict=True):
-            if router.pool is not None:
-                pools[router.pool] = pools.get(router.pool, 0) + load
+            pool = router.destinations.pool
+            if pool is not None:
+                pools[pool] = pools.get(pool, 0) + load
         return list(pools.values())
 
 

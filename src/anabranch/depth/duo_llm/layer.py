@@ -22,6 +22,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.precision import wide
 from anabranch.routing import UNUSED, Balancer, Router, Routing, RoutingContext, combine, dispatch, plan_dispatch
+from anabranch.routing.destinations import Destinations
 from anabranch.routing.override import Override, hidden_items
 
 OPTIONS = ("small", "big", "skip")
@@ -216,7 +217,7 @@ class DuoFFN(FeedForward, kind="duo"):
         own, shared = _split_balance(config, context)
         if config.router is not None:
             config = config.replace(router=config.router.replace(balance=own))
-        self.router = DuoRouter(config, context, pool_balance=shared, generator=context.generator)
+        self.router = DuoRouter(config, context, destinations=Destinations(balance=shared), generator=context.generator)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """y_BLD."""
