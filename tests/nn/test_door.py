@@ -24,10 +24,11 @@ import anabranch.serving.fast.decoder
 from anabranch.errors import AnabranchError, BackendError, CapacityError, InputError
 from anabranch.native.sources import SOURCES
 from anabranch.nn import RMSNorm, kernels
-from anabranch.nn.kernels import attention, door, expert_mlp, paged, rows
+from anabranch.nn.kernels import attention, expert_mlp, paged, rows
 from anabranch.nn.kernels import packed as products
 from anabranch.nn.kernels.door import KERNELS, Kernel
 from anabranch.nn.kernels.operands import DTYPES, address, array_address
+from anabranch.nn.kernels.signature import Operand
 from anabranch.nn.packed import Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.rotary import rotate
@@ -140,7 +141,7 @@ def prepared(kernel):
 
 
 def value_of(kernel, part):
-    operand = door._Operand.of(part)
+    operand = Operand.of(part)
     if operand is not None:
         made = [made_for(kernel, operand) for _ in range(SIZES[operand.table] if operand.table else 1)]
         return made if operand.table else made[0]

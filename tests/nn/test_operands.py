@@ -9,7 +9,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import MoE, RMSNorm, SelfAttention, SwiGLU, kernels
 from anabranch.nn.causal import causal_attention
 from anabranch.nn.grouped import dense_mlp, expert_mlp
-from anabranch.nn.kernels import door
+from anabranch.nn.kernels.operands import takes
 from anabranch.nn.packed import Packed
 from anabranch.nn.rotary import rotate
 from anabranch.nn.weighted import weighted_sum
@@ -74,7 +74,7 @@ each_operand = pytest.mark.parametrize(("name", "place"), CASES)
 def test_an_odd_operand_gives_what_a_plain_one_gives(name, place, odd, grad):
     function, values = FUNCTIONS[name]
     given = [ODD[odd](value.clone()) if at == place else value.clone() for at, value in enumerate(values)]
-    assert not door.takes(*given)
+    assert not takes(*given)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(function(*given).as_subclass(torch.Tensor), function(*values), rtol=1e-4, atol=1e-4)
 
