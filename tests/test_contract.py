@@ -18,6 +18,7 @@ from anabranch.routing import (
     BiasBalancer,
     CosineScore,
     GroupTopK,
+    HashScore,
     LinearScore,
     Router,
     SwitchLoss,
@@ -112,6 +113,7 @@ def variants():
     moe = resolve("feed_forward", "moe").Config
     small = {"num_experts": 8, "hidden_dim": 16}
     bias = (BiasBalancer.Config(rate=0.01), SwitchLoss.Config(scope="sequence"))
+    yield "hash", moe(router=Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=2)), **small)
     yield (
         "deepseek_v3",
         moe(

@@ -16,6 +16,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "score": {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
+        "hash": "anabranch.routing.hash_score:HashScore",
         "recurrent": "anabranch.experts.rmoe:RecurrentScore",
         "tempered": "anabranch.depth.duo_llm:TemperedScore",
     },

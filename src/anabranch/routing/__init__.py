@@ -29,6 +29,7 @@ from anabranch.routing.dispatch import (
     plan_dispatch,
     unpad_rows,
 )
+from anabranch.routing.hash_score import HashScore
 from anabranch.routing.layer_overrides import override_routing
 from anabranch.routing.override import Override
 from anabranch.routing.record import Recorder, record_routing
@@ -51,6 +52,7 @@ __all__ = [
     "DispatchPlan",
     "ExpertChoice",
     "GroupTopK",
+    "HashScore",
     "ImportanceLoss",
     "LinearScore",
     "Override",

@@ -61,27 +61,35 @@ def check_score(config: Score.Config, *, dim: int = 16, num_destinations: int = 
     counted, real = config.num_parameters(dim, num_destinations), num_parameters(score)
     expect(counted == real, f"num_parameters says {counted}, there are {real}")
     x_ND = torch.randn(NUM_ITEMS, dim, generator=generator)
-    context = RoutingContext()
+    token_N = torch.arange(NUM_ITEMS)
+
+    def saying(token_N: Tensor) -> RoutingContext:
+        return RoutingContext(state={"token_N": token_N})
+
+    context = saying(token_N)
     logit_NE = score.project(x_ND, context)
     expect(score.hands_on or not context.carry, "project leaves something in context.carry, but hands_on is False")
     expect(logit_NE.shape == (NUM_ITEMS, num_destinations), f"logits have shape {list(logit_NE.shape)}, not [N, E]")
     expect(logit_NE.dtype == torch.float32, f"logits of fp32 items are {logit_NE.dtype}")
-    expect(score.project(x_ND[:0], RoutingContext()).shape == (0, num_destinations), "no items do not give no logits")
+    expect(
+        score.project(x_ND[:0], saying(token_N[:0])).shape == (0, num_destinations), "no items do not give no logits"
+    )
     order_N = torch.randperm(NUM_ITEMS, generator=generator)
     if score.is_causal:
-        expect_close(score.project(x_ND[order_N], RoutingContext()), logit_NE[order_N], "logits of permuted items")
+        expect_close(score.project(x_ND[order_N], saying(order_N)), logit_NE[order_N], "logits of permuted items")
     with torch.autocast("cpu", torch.bfloat16):
-        expect_close(score.project(x_ND, RoutingContext()), logit_NE, "logits under autocast (they must stay fp32)")
+        expect_close(score.project(x_ND, saying(token_N)), logit_NE, "logits under autocast (they must stay fp32)")
         expect(
-            score.project(x_ND.bfloat16(), RoutingContext()).dtype == torch.float32, "logits of bf16 items are not fp32"
+            score.project(x_ND.bfloat16(), saying(token_N)).dtype == torch.float32, "logits of bf16 items are not fp32"
         )
     score_NE = score.activate(logit_NE)
     expect((score_NE >= 0).all() and torch.isfinite(score_NE).all(), "a score is negative or not finite")
     closed_NE = logit_NE.masked_fill(torch.arange(num_destinations) == 1, -torch.inf)
     expect((score.activate(closed_NE)[:, 1] == 0).all(), "a logit of minus infinity does not score 0")
-    (score_NE * torch.randn(NUM_ITEMS, num_destinations, generator=generator)).sum().backward()
+    if real:
+        (score_NE * torch.randn(NUM_ITEMS, num_destinations, generator=generator)).sum().backward()
     check_has_gradients(score)
-    check_copies(score, lambda module: module.project(x_ND, RoutingContext()))
+    check_copies(score, lambda module: module.project(x_ND, saying(token_N)))
 
 
 def check_select(config: Select.Config, *, num_destinations: int = 16) -> None:
