@@ -95,7 +95,7 @@ class ProgressiveScaling(Candidates, kind="psr"):
     step: Tensor
 
     def __init__(
-        self, config: Any, num_own: int, reuse: int, *, own_start: int, layer: int, seed: int, min_open: int = 1
+        self, config: Config, num_own: int, reuse: int, *, own_start: int, layer: int, seed: int, min_open: int = 1
     ) -> None:
         """A schedule for one layer: ``num_own`` experts of its own in a pool of ``reuse`` layers, at least ``min_open`` open."""
         super().__init__()
@@ -266,7 +266,7 @@ def from_vanilla(
             state[name] = value
     if reuse > 1:
         _fill_pools(state, source, layers, reuse)
-        _fill_routers(state, source, layers, config, foreign_rows)
+        _fill_routers(state, source, layers, layer, foreign_rows)
     grown.load_state_dict(state)
     return grown.train(model.training)
 
@@ -284,10 +284,10 @@ def _fill_pools(state: dict[str, Tensor], source: dict[str, Tensor], layers: lis
 
 
 def _fill_routers(
-    state: dict[str, Tensor], source: dict[str, Tensor], layers: list[int], config: Any, foreign_rows: str
+    state: dict[str, Tensor], source: dict[str, Tensor], layers: list[int], config: ReXMoE.Config, foreign_rows: str
 ) -> None:
     """Rows of own experts from the layer's router, rows of foreign ones as asked. Other tensors of one row per expert (a bias) too."""
-    num_own, reuse = config.feed_forward.num_experts, config.feed_forward.reuse
+    num_own, reuse = config.num_experts, config.reuse
     for position, layer in enumerate(layers):
         members = layers[position // reuse * reuse : position // reuse * reuse + reuse]
         prefix = f"blocks.{layer}.feed_forward.router."
@@ -339,7 +339,9 @@ def export_expanded(model: Decoder) -> Decoder:
     return expanded.train(model.training)
 
 
-def _copy_pool_bias(state: dict[str, Tensor], source: dict[str, Tensor], layer: int, group: int, config: Any) -> None:
+def _copy_pool_bias(
+    state: dict[str, Tensor], source: dict[str, Tensor], layer: int, group: int, config: ReXMoE.Config
+) -> None:
     """With ``pool_bias`` the bias balancers stand in the pool; a plain layer has its own copy."""
     if not config.pool_bias or config.reuse == 1:
         return
@@ -350,7 +352,7 @@ def _copy_pool_bias(state: dict[str, Tensor], source: dict[str, Tensor], layer: 
         ]
 
 
-def check_pipeline_split(config: Any, starts: Sequence[int]) -> None:
+def check_pipeline_split(config: Decoder.Config, starts: Sequence[int]) -> None:
     """Check that no pipeline stage begins inside a group.
 
     Args:
@@ -360,7 +362,8 @@ def check_pipeline_split(config: Any, starts: Sequence[int]) -> None:
     Raises ConfigError that names the stage border and the layers where it may stand.
     """
     routed = [layer for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed]
-    reuse = config.feed_forward.reuse
+    layer: Any = config.feed_forward
+    reuse = layer.reuse
     groups = [routed[first : first + reuse] for first in range(0, len(routed), reuse)]
     for start in starts:
         for group in groups:

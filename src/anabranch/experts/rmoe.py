@@ -143,11 +143,12 @@ class RecurrentScore(Score, kind="recurrent"):
             std = self.init_std if self.init == "normal" else 1 / math.sqrt(dim)
             return nn.Parameter(nn.init.normal_(torch.empty(self.state_dim, dim), std=std, generator=generator))
 
+    config: Config
     hands_on = True
     recurrence: Recurrence
 
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
         self.layer, self.is_first = 0, True

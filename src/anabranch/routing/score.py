@@ -7,7 +7,7 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,9 @@ class Score(Part, nn.Module, family="score"):
     is_causal: ClassVar[bool] = True
     hands_on: ClassVar[bool] = False  # True: `project` leaves something in ``context.carry`` that a later score needs
 
-    def __init__(self, config: Any) -> None:
+    config: Config
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
 
@@ -109,8 +111,10 @@ class LinearScore(Score, kind="linear"):
         init: Literal["normal", "kaiming_uniform"] = "normal"
         jitter: float = Field(default=0.0, ge=0, lt=1)
 
+    config: Config
+
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(num_destinations, dim))
@@ -157,8 +161,10 @@ class CosineScore(Score, kind="cosine"):
             """The projection, the embeddings, the temperature."""
             return self.num_projected(num_destinations) * (dim + num_destinations) + 1
 
+    config: Config
+
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
         projected_dim = config.num_projected(num_destinations)
