@@ -25,7 +25,8 @@ def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
     """
     kind = table.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"model_type in {path} is {shown(kind)}; supported: {', '.join(FAMILIES)}")
+        why = " (multi-head latent attention is not built)" if kind in ("deepseek_v2", "deepseek_v3") else ""
+        raise CheckpointError(f"model_type in {path} is {shown(kind)}{why}; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind].read(Foreign(table, path))
     except ConfigError as error:
