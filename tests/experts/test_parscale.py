@@ -368,6 +368,49 @@ def test_fewer_streams_use_the_first_prefixes_and_their_own_gate():
         assert torch.equal(model(tokens()).logits_BLV, four)
 
 
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_the_number_of_streams_is_saved_with_the_model(tmp_path, chosen):
+    model = model_of(parscale(4, switchable=(2,)))
+    set_streams(model, chosen)
+    save_model(tmp_path / "m", model)
+    again, _ = load_model(tmp_path / "m")
+    assert again.streams.num_streams == chosen
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens()).logits_BLV, model(tokens()).logits_BLV)
+        set_streams(again, 4)
+        save_model(tmp_path / "m", again)
+    assert load_config(tmp_path / "m") == model.config
+
+
+def test_a_call_says_how_many_streams_and_nothing_stays():
+    model, prompts = model_of(parscale(4, switchable=(2,))), tokens().tolist()
+    config = SamplingConfig(max_tokens=5, temperature=0)
+    with torch.no_grad():
+        asked = {number: model(tokens(), num_streams=number).logits_BLV for number in (1, 2, 4)}
+    written = {number: generate(model, prompts, config, num_streams=number) for number in (1, 2, 4)}
+    assert model.streams.num_streams == 4
+    for number in (4, 2, 1):
+        set_streams(model, number)
+        with torch.no_grad():
+            assert torch.equal(model(tokens()).logits_BLV, asked[number])
+        assert generate(model, prompts, config) == written[number]
+    with torch.no_grad():
+        assert torch.equal(model(tokens(), num_streams=4).logits_BLV, asked[4])
+    assert not torch.equal(asked[2], asked[4])
+
+
+def test_numbers_of_streams_that_there_are_not():
+    model = model_of(parscale(4, switchable=(2,)))
+    with pytest.raises(ConfigError, match=r"^num_streams is 3, but the model has gates for 1, 2, 4; list it in switchable"):
+        model(tokens(), num_streams=3)
+    with pytest.raises(ConfigError, match=r"^num_streams is 3, but the model has gates for 1, 2, 4"):
+        parscale(4, switchable=(2,), in_use=3)
+    with pytest.raises(ConfigError, match=r"^num_streams is 2, but the model has no streams; leave it out$"):
+        model_of(None)(tokens(), num_streams=2)
+    with pytest.raises(ConfigError, match=r"^the cache is for 2 streams .* the model runs 4"):
+        model(tokens(), cache=model.new_cache(64, num_streams=2))
+
+
 def test_training_takes_turns_and_evaluation_does_not():
     model = model_of(parscale(4, switchable=(2, 3)))
     seen = []

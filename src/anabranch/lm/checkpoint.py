@@ -128,7 +128,7 @@ def write_model(
         **({"quantization": quantization} if quantization else {}),
         **({} if tokenizer is None else tokenizer.special_ids),
         **(ids or {}),
-        "model": to_dict(model.config),
+        "model": to_dict(model.config_in_use),
     }
     atomic_write_json(folder / "config.json", config)
 

@@ -189,6 +189,7 @@ class Decoder(Part, nn.Module):
         last_only: bool = False,
         state: dict[str, Any] | None = None,
         path: Path | None = None,
+        num_streams: int | None = None,
     ) -> DecoderOutput:
         """Logits, or the training loss when ``target_BL`` is given (entries of -100 are ignored).
 
@@ -201,10 +202,13 @@ class Decoder(Part, nn.Module):
             state: given to the forward context, for designs and recorders.
             path: the blocks to run, in order, e.g. ``(0, 1, 2, 2, 3)``: some may be left out, some run again; or a path for each
                 sequence. None runs each block once.
+            num_streams: P of this pass, of a model with streams; None for the number in use.
 
-        Raises ConfigError for a block that there is not, or another number of paths than sequences.
+        Raises ConfigError for a block that there is not, another number of paths than sequences, or a P that the model has no gate for.
         """
-        context = self.context(token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state, path=path)
+        context = self.context(
+            token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state, path=path, num_streams=num_streams
+        )
         x_BLD = self.hidden(token_BL, context)
         if last_only:
             x_BLD = x_BLD[:, -1:]
@@ -222,9 +226,11 @@ class Decoder(Part, nn.Module):
         token_mask_BL: Tensor | None = None,
         state: dict[str, Any] | None = None,
         path: Path | None = None,
+        num_streams: int | None = None,
     ) -> ForwardContext:
         """The forward context of a batch: positions, rotary angles, masks. P streams are P times as many sequences, see `Streams`."""
-        store, num_prefix = self._store(cache), 0
+        num_streams, num_prefix = self._streams_of(num_streams)
+        store = self._store(cache, num_streams, num_prefix)
         path = None if path is None else check_path(path, len(self.blocks), len(token_BL))
         if cache is not None:
             cache.begin()
@@ -232,9 +238,8 @@ class Decoder(Part, nn.Module):
         is_named = cache is not None and not torch.compiler.is_compiling()
         sequences = cache.sequences(len(token_BL)) if cache is not None and is_named else None
         if self.streams is not None:
-            num_prefix = self.streams.num_prefix
-            token_BL = self.streams.expand(token_BL)
-            token_mask_BL = None if token_mask_BL is None else self.streams.expand(token_mask_BL)
+            token_BL = self.streams.expand(token_BL, num_streams)
+            token_mask_BL = None if token_mask_BL is None else self.streams.expand(token_mask_BL, num_streams)
         batch, length = token_BL.shape
         device = token_BL.device
         mask, is_causal = attention_mask(cache, token_mask_BL, length, device, num_prefix)
@@ -242,7 +247,7 @@ class Decoder(Part, nn.Module):
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
             sequence_length=length,
-            num_streams=1 if self.streams is None else self.streams.num_streams,
+            num_streams=num_streams,
             sequences=sequences,
             is_measured=cache is None,
             training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
@@ -260,7 +265,7 @@ class Decoder(Part, nn.Module):
         """x_BLD after the last norm, of all streams if there are several; of the positions ``keep_L`` alone where given."""
         x_BLD = self.embedding(token_BL)
         if self.streams is not None:
-            x_BLD = self.streams.expand(x_BLD)
+            x_BLD = self.streams.expand(x_BLD, context.num_streams)
         if context.path is None:
             for block in self.blocks:
                 x_BLD = self._run(block, x_BLD, context)
@@ -286,22 +291,40 @@ class Decoder(Part, nn.Module):
         """Whether no output depends on later tokens; expert-choice routing makes it so."""
         return all(module.is_causal for module in self.modules() if isinstance(module, Score | Select))
 
-    def new_cache(self, max_length: int) -> KeyValueCache:
-        """An empty cache for up to ``max_length`` positions.
+    def new_cache(self, max_length: int, num_streams: int | None = None) -> KeyValueCache:
+        """An empty cache for up to ``max_length`` positions, of passes with ``num_streams`` streams (None: those in use).
 
-        Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
+        Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them, or for a P without a gate.
         """
         if not self.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
+        num_streams, _ = self._streams_of(num_streams)
         if self.streams is None:
             return KeyValueCache(self.config.num_layers, max_length)
         with torch.no_grad():
-            prefix = Prefix(self.streams.prefixes())
-        return KeyValueCache(self.config.num_layers, max_length, num_streams=self.streams.num_streams, prefix=prefix)
+            prefix = Prefix(self.streams.prefixes(num_streams))
+        return KeyValueCache(self.config.num_layers, max_length, num_streams=num_streams, prefix=prefix)
 
-    def _store(self, cache: KeyValueCache | None) -> KeyValueCache | Prefix | None:
+    @property
+    def config_in_use(self) -> Any:
+        """The config to save: ``config``, with the number of streams as it was chosen since."""
+        return self.config if self.streams is None else self.config.replace(streams=self.streams.config_in_use)
+
+    def _streams_of(self, num_streams: int | None) -> tuple[int, int]:
+        """(P, M) of a pass that asks for ``num_streams``. Raises ConfigError for a number that cannot be."""
+        if self.streams is None:
+            if num_streams not in (None, 1):
+                raise ConfigError(f"num_streams is {num_streams}, but the model has no streams; leave it out")
+            return 1, 0
+        if num_streams is None:
+            num_streams = self.streams.num_streams
+        else:
+            self.streams.check(num_streams)
+        return num_streams, self.streams.num_prefix_of(num_streams)
+
+    def _store(self, cache: KeyValueCache | None, num_streams: int, num_prefix: int) -> KeyValueCache | Prefix | None:
         """What attention keeps keys and values in. Raises ConfigError for a cache of another number of streams."""
-        wanted = (1, 0) if self.streams is None else (self.streams.num_streams, self.streams.num_prefix)
+        wanted = (num_streams, num_prefix)
         if cache is not None:
             given = (cache.num_streams, cache.num_prefix)
             if given != wanted:
@@ -310,7 +333,7 @@ class Decoder(Part, nn.Module):
                     f"{wanted[1]}; make a new one with model.new_cache"
                 )
             return cache
-        return Prefix(self.streams.prefixes()) if self.streams is not None and wanted[1] else None
+        return Prefix(self.streams.prefixes(num_streams)) if self.streams is not None and num_prefix else None
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return autocast_dtype(device.type) or self.embedding.weight.dtype

@@ -43,20 +43,32 @@ class Step:
     tokens: list[int]
 
 
-def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> list[list[int]]:
-    """Continue each prompt; returns the new tokens of each.
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig | None = None,
+    *,
+    num_streams: int | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; returns the new tokens of each. ``num_streams`` as of `Decoder.forward`.
 
-    Raises ConfigError for an empty prompt or a prompt with ids outside the vocabulary.
+    Raises ConfigError for an empty prompt, a prompt with ids outside the vocabulary, or streams that the model does not have.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, config):
+    for step in stream(model, prompts, config, num_streams=num_streams):
         for row, token in zip(step.rows, step.tokens, strict=True):
             results[row].append(token)
     return results
 
 
 @torch.inference_mode()
-def stream(model: Decoder, prompts: Sequence[Sequence[int]], config: SamplingConfig | None = None) -> Iterator[Step]:
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig | None = None,
+    *,
+    num_streams: int | None = None,
+) -> Iterator[Step]:
     """Like `generate`, but yields each step as it is made. Sequences that stop leave the batch."""
     config = config or SamplingConfig()
     _check(model, prompts)
@@ -66,10 +78,12 @@ def stream(model: Decoder, prompts: Sequence[Sequence[int]], config: SamplingCon
     model.eval()
     try:
         token_BL, mask_BL = _pad_left(prompts, device)
-        cache = model.new_cache(token_BL.shape[1] + config.max_tokens)
+        # Said only where it is asked for: models that are not ours have no such argument.
+        chosen: dict[str, int] = {} if num_streams is None else {"num_streams": num_streams}
+        cache = model.new_cache(token_BL.shape[1] + config.max_tokens, **chosen)
         rows = list(range(len(prompts)))
         for _ in range(config.max_tokens if prompts else 0):
-            logits_BV = model(token_BL, cache=cache, token_mask_BL=mask_BL, last_only=True).logits_BLV[:, -1]
+            logits_BV = model(token_BL, cache=cache, token_mask_BL=mask_BL, last_only=True, **chosen).logits_BLV[:, -1]
             next_B = sample(logits_BV, config, generator)
             going = [token not in config.stop for token in next_B.tolist()]
             if not all(going):

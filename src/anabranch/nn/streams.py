@@ -34,23 +34,31 @@ class Streams(Part, nn.Module, family="streams"):
 
     @property
     def num_streams(self) -> int:
-        """P, that of the next forward pass."""
+        """P of a forward pass that does not say it."""
         raise NotImplementedError  # abstract
 
     @property
-    def num_prefix(self) -> int:
-        """M, the entries that stand in front of every sequence's keys and values."""
+    def config_in_use(self) -> Any:
+        """The config to save: that of the weights, with P as it was chosen since."""
+        return self.config
+
+    def check(self, num_streams: int) -> None:
+        """Raise ConfigError for a P that no forward pass can have."""
         raise NotImplementedError  # abstract
 
-    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
+    def num_prefix_of(self, num_streams: int) -> int:
+        """M, the entries that stand in front of every sequence's keys and values where there are so many streams."""
+        raise NotImplementedError  # abstract
+
+    def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(key_PHMD, value_PHMD) of each layer; they are not rotated and take no position. Empty if M is 0."""
         raise NotImplementedError  # abstract
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor, num_streams: int | None = None) -> Tensor:
         """``x`` ``[B, ...]`` once for every stream: ``[P B, ...]``; ``x`` itself for one stream."""
-        num_streams = self.num_streams
+        num_streams = self.num_streams if num_streams is None else num_streams
         return x if num_streams == 1 else x.repeat(num_streams, *[1] * (x.dim() - 1))
 
     def merge(self, x_BLW: Tensor, context: RoutingContext) -> Tensor:
-        """``[B, L, W]`` from the ``[P B, L, W]`` of all streams."""
+        """``[B, L, W]`` from the ``[P B, L, W]`` of all streams; P is ``context.num_streams``."""
         raise NotImplementedError  # abstract

@@ -137,4 +137,4 @@ def _with_streams(config: Decoder.Config, num_streams: int | None) -> Decoder.Co
         if num_streams == 1:
             return config
         raise ConfigError(f"num_streams is {num_streams}, but the config has no streams; set its streams first")
-    return config.replace(streams=config.streams.replace(num_streams=num_streams))
+    return config.replace(streams=config.streams.replace(num_streams=num_streams, in_use=None))

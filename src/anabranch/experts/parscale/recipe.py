@@ -114,7 +114,9 @@ class _Remembering(KeyValueCache):
 
 
 def set_streams(model: Decoder, num_streams: int) -> None:
-    """Run ``model`` with this many of its streams: 1 is the plain model, others are listed in ``switchable``.
+    """Run ``model`` with this many of its streams from now on: 1 is the plain model, others are listed in ``switchable``.
+
+    It is saved with the model. A single call chooses by ``model(token_BL, num_streams=2)`` or ``generate(..., num_streams=2)``.
 
     Raises ConfigError for a model without streams, or a number that has no gate.
     """
@@ -140,7 +142,7 @@ def fold(model: Decoder, num_streams: int | None = None) -> Decoder:
         streams.check(num_streams)
         if num_streams == 1:
             return remove_streams(model)
-        config = config.replace(num_streams=num_streams, switchable=())
+        config = config.replace(num_streams=num_streams, switchable=(), in_use=None)
     folded = _with_streams(model, config, 0)
     ours = _streams(folded)
     assert isinstance(ours.prefix, PrefixTable)

@@ -36,6 +36,7 @@ class ParScale(Streams, kind="parscale"):
             mlp_dim: hidden width of that network.
             prefix_std: standard deviation of the initial prefix where it is ``direct``.
             prefix_alone: keep prefix and parameters with one stream too (a control; the paper's P = 1 is the plain model).
+            in_use: streams of a forward pass that does not say how many, 1 or a number with a gate; None for ``num_streams``.
         """
 
         num_streams: Repeats = Field(default=4, ge=1)
@@ -48,6 +49,7 @@ class ParScale(Streams, kind="parscale"):
         mlp_dim: Size = Field(default=512, ge=1)
         prefix_std: float = Field(default=0.02, gt=0)
         prefix_alone: bool = False
+        in_use: Repeats | None = Field(default=None, ge=1)
 
         def __post_init__(self) -> None:
             wrong = [number for number in self.switchable if not 2 <= number < self.num_streams]
@@ -56,6 +58,7 @@ class ParScale(Streams, kind="parscale"):
                     f"switchable has {wrong[0]}, but num_streams is {self.num_streams}; use numbers from 2 to "
                     f"{self.num_streams - 1} (1, the plain model, can always be chosen)"
                 )
+            self.check_gate(self.in_use or self.num_streams)
 
         @property
         def freezes_model(self) -> bool:
@@ -66,6 +69,15 @@ class ParScale(Streams, kind="parscale"):
         def has_prefix(self) -> bool:
             """Whether there are prefixes at all."""
             return self.prefix_len > 0 and (self.num_streams > 1 or self.prefix_alone)
+
+        def check_gate(self, num_streams: int) -> None:
+            """Raise ConfigError for a number of streams that has no gate."""
+            known = sorted({1, *self.gated})
+            if num_streams not in known:
+                raise ConfigError(
+                    f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, known))}; list it in switchable "
+                    "and train"
+                )
 
         @property
         def gated(self) -> list[int]:
@@ -94,7 +106,7 @@ class ParScale(Streams, kind="parscale"):
     def __init__(self, config: Any, context: BuildContext, attention: Any) -> None:
         super().__init__()
         self.config = config
-        self.chosen = self._of_step = config.num_streams
+        self.chosen, self._of_step = config.in_use or config.num_streams, config.num_streams
         self.prefix: PrefixMLP | PrefixTable | None = None
         if config.has_prefix:
             shape = (attention.kv_heads, config.prefix_len, attention.width(context.dim))
@@ -110,24 +122,27 @@ class ParScale(Streams, kind="parscale"):
 
     @property
     def num_streams(self) -> int:
-        """P of the next forward pass: as chosen, or in training with ``switchable`` that of the step."""
+        """P of a forward pass that does not say it: as chosen, or in training with ``switchable`` that of the step."""
         return self._of_step if self.training and self.config.switchable else self.chosen
 
     @property
-    def num_prefix(self) -> int:
+    def config_in_use(self) -> Any:
+        """The config, with the number that `set_streams` chose."""
+        chosen = None if self.chosen == self.config.num_streams else self.chosen
+        return self.config if chosen == self.config.in_use else self.config.replace(in_use=chosen)
+
+    def num_prefix_of(self, num_streams: int) -> int:
         """M; none where one stream is the plain model."""
-        return self.config.prefix_len if self.prefix is not None and self._is_special() else 0
+        is_special = num_streams > 1 or self.config.prefix_alone
+        return self.config.prefix_len if self.prefix is not None and is_special else 0
 
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a training step leaves parameters out: gates of other numbers of streams."""
         return bool(self.config.switchable)
 
-    def _is_special(self) -> bool:
-        return self.num_streams > 1 or self.config.prefix_alone
-
     def set_streams(self, num_streams: int) -> None:
-        """Run with this many streams from now on (training with ``switchable`` takes turns all the same).
+        """Run with this many streams where a call does not say it, also when saved and loaded (training with ``switchable`` takes turns).
 
         Raises ConfigError for a number that has no gate.
         """
@@ -136,28 +151,23 @@ class ParScale(Streams, kind="parscale"):
 
     def check(self, num_streams: int) -> None:
         """Raise ConfigError for a number of streams that has no gate."""
-        known = [1, *self.config.gated]
-        if num_streams not in known:
-            raise ConfigError(
-                f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, known))}; list it in switchable and train"
-            )
+        self.config.check_gate(num_streams)
 
     def on_step(self, step: int, fraction: float) -> None:
         """Take turns among the numbers of streams."""
         if self.config.switchable:
             self._of_step = self.config.gated[step % len(self.config.gated)]
 
-    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """(key_PHMD, value_PHMD) of each layer, of the streams in use."""
-        if self.prefix is None or self.num_prefix == 0:
+    def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """(key_PHMD, value_PHMD) of each layer, of so many streams; None for those in use."""
+        count = self.num_streams if num_streams is None else num_streams
+        if self.prefix is None or self.num_prefix_of(count) == 0:
             return []
-        return [
-            (key_PHMD[: self.num_streams], value_PHMD[: self.num_streams]) for key_PHMD, value_PHMD in self.prefix()
-        ]
+        return [(key_PHMD[:count], value_PHMD[:count]) for key_PHMD, value_PHMD in self.prefix()]
 
     def merge(self, x_BLW: Tensor, context: RoutingContext) -> Tensor:
         """H = sum over streams of w_p H_p, w from the gate; ``x_BLW`` itself with one stream."""
-        streams = self.num_streams
+        streams = context.num_streams
         if streams == 1:
             return x_BLW
         x_PBLW = x_BLW.unflatten(0, (streams, x_BLW.shape[0] // streams))

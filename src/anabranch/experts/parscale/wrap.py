@@ -88,7 +88,7 @@ class WrappedModel(nn.Module):
             tokens, attention_mask=seen_BL.long(), position_ids=position_BL, **{self._past_name: past.cache}
         )
         x_BLW = output.last_hidden_state[:, -1:] if last_only else output.last_hidden_state
-        context = RoutingContext(training=self.training)
+        context = RoutingContext(training=self.training, num_streams=past.num_streams)
         logits_BLV = self.model.get_output_embeddings()(self.streams.merge(x_BLW, context))
         return output_of(logits_BLV, target_BL, context)
 
