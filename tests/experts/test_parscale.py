@@ -33,7 +33,7 @@ from anabranch.experts.parscale import (
     set_streams,
     wrap,
 )
-from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
+from anabranch.lm import Decoder, SamplingConfig, generate, load_config, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.rotary import rotate
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, record_routing
@@ -401,7 +401,9 @@ def test_a_call_says_how_many_streams_and_nothing_stays():
 
 def test_numbers_of_streams_that_there_are_not():
     model = model_of(parscale(4, switchable=(2,)))
-    with pytest.raises(ConfigError, match=r"^num_streams is 3, but the model has gates for 1, 2, 4; list it in switchable"):
+    with pytest.raises(
+        ConfigError, match=r"^num_streams is 3, but the model has gates for 1, 2, 4; list it in switchable"
+    ):
         model(tokens(), num_streams=3)
     with pytest.raises(ConfigError, match=r"^num_streams is 3, but the model has gates for 1, 2, 4"):
         parscale(4, switchable=(2,), in_use=3)
