@@ -50,6 +50,11 @@ class Streams(Part, nn.Module, family="streams"):
         """M, the entries that stand in front of every sequence's keys and values where there are so many streams."""
         raise NotImplementedError  # abstract
 
+    @property
+    def num_prefix(self) -> int:
+        """M of a forward pass that does not say its P."""
+        return self.num_prefix_of(self.num_streams)
+
     def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(key_PHMD, value_PHMD) of each layer; they are not rotated and take no position. Empty if M is 0."""
         raise NotImplementedError  # abstract
