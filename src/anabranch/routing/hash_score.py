@@ -45,6 +45,8 @@ class HashScore(Score, kind="hash"):
             """None that floats take."""
             return 0
 
+    config: Config
+
     def __init__(
         self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
