@@ -16,6 +16,7 @@ from anabranch.studies.compare import compare, comparison, make_rows
 from anabranch.studies.harness import Results
 from anabranch.studies.records import changes
 from anabranch.train import RunConfig, TrainConfig
+from anabranch.train.config import Start
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def places():
     """All places outside the design, found by walking whole configs: fields that come later are among them."""
     for number, corpus in enumerate(CORPORA):
         config = RunConfig(data=DataConfig(corpus=corpus, tokenizer=BpeTokenizer.Config()))
-        for section in {*vars(config)} - {"model"}:
+        for section in SECTIONS:
             for path, value in walk(json.loads(json.dumps(to_dict(getattr(config, section))))):
                 of_mixture = path == ("corpus", "max_bytes") and isinstance(
                     corpus, Mixture.Config
@@ -231,7 +232,7 @@ PLACES = list(places())
 
 def test_every_place_outside_the_design_has_another_value():
     """So the property below says something of each of them."""
-    assert {section for _, section, _, _ in PLACES} == {*vars(RunConfig())} - {"model"} == {*SECTIONS}
+    assert {section for _, section, _, _ in PLACES} == {*vars(RunConfig())} - {"model", "start"} == {*SECTIONS}
     assert [path for _, path, others in map(alternatives, range(len(PLACES))) if not others] == []
 
 
@@ -247,6 +248,16 @@ def test_whatever_changes_outside_the_design_makes_runs_incomparable(place, choi
     # A run of one is none of the other.
     assert changes(json.loads(json.dumps(to_dict(one))), two)
     assert not changes(json.loads(json.dumps(to_dict(one))), one)
+
+
+def test_runs_that_start_from_other_weights_are_not_compared_with_those_that_do_not():
+    fresh = RunConfig()
+    started = fresh.replace(start=Start(model="elsewhere"))
+    with pytest.raises(ConfigError, match="all but the model must be equal") as raised:
+        comparison({"one": fresh, "two": started}, (0,))
+    assert "start" in str(raised.value)
+    assert changes(json.loads(json.dumps(to_dict(fresh))), started)
+    assert changes(json.loads(json.dumps(to_dict(started))), started.replace(start=Start(model="elsewhere still")))
 
 
 def test_rows_of_made_up_numbers():
