@@ -16,7 +16,8 @@ from anabranch.cli.output import fact, say
 from anabranch.cli.progress import Progress
 from anabranch.data import ByteTokenizer, train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
-from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model
+from anabranch.experts.parscale import ParScale
+from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.report.write import check_place
 from anabranch.routing import RoutingTrace
@@ -69,6 +70,25 @@ def test_eval_is_the_mean_over_consecutive_windows(trained, here, text_file):
     assert found["bytes"] == len(TEXT) - 1
     assert found["nats_per_token"] == pytest.approx(nats / count, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(TEXT) - 1), rel=1e-5)
+
+
+def test_the_number_of_streams_is_said_by_command(here, work):
+    streams = ParScale.Config(num_streams=2, prefix_len=2, embedding_dim=8, mlp_dim=8)
+    model = Decoder.Config(vocab_size=257, dim=16, num_layers=1, streams=streams, init_std=0.3).build()
+    save_model(model, work / "streams", ByteTokenizer.Config().build())
+    (work / "streams.txt").write_text("some words of text")
+    measure = ("eval", "streams", "--data", "streams.txt", "--sequence-length", 8, "--json", "--quiet")
+    say = ("generate", "streams", "-p", "ab", "--temperature", 0, "--max-tokens", 6, "--json")
+    found = []
+    for options in ((), ("--streams", 1), ("--streams", 2)):
+        code, out, error = here(*measure, *options)
+        assert code == 0, error
+        assert json.loads(here(*measure, "--cached", *options)[1])["nats_per_token"] == pytest.approx(
+            json.loads(out)["nats_per_token"], abs=1e-5
+        )
+        found.append((json.loads(out)["nats_per_token"], json.loads(here(*say, *options)[1])["token_ids"]))
+    assert found[0] == found[2] != found[1]
+    assert "num_streams is 3" in here(*measure, "--streams", 3)[2]
 
 
 def test_eval_runs_blocks_in_any_order_cached_or_not(here, trained):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, load
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Streams, load
 from anabranch.cli.output import fact, print_json, quantity, say, table
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -35,6 +35,7 @@ def evaluate(
     cached: Annotated[
         bool, typer.Option("--cached", help="Feed the text in pieces, with a key-value cache, as in generation.")
     ] = False,
+    streams: Streams = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -56,7 +57,9 @@ def evaluate(
         say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
     windows, name = windows_of(data, run, tokenizer, length, tokens)
     say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
-    measured = OnPath(network, None if path is None else read_path(path), chunk=PIECE if cached else None)
+    measured = OnPath(
+        network, None if path is None else read_path(path), chunk=PIECE if cached else None, num_streams=streams
+    )
     result = measure(measured, Tracked(windows, quiet))
     if as_json:
         how = {"path": None if measured.path is None else list(measured.path), "cached": cached}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -20,6 +20,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample among the K likeliest.")] = None,
     top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 1.0,
     seed: Seed = 0,
+    streams: Streams = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -48,7 +49,7 @@ def generate(
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     if not as_json:
         print(text, end="", flush=True)
-    for step in stream(network, [prompt_ids], sampling):
+    for step in stream(network, [prompt_ids], sampling, num_streams=streams):
         ids += step.tokens
         if not as_json:
             print(show(decoder.push(step.tokens[0])), end="", flush=True)

@@ -25,6 +25,15 @@ Model = Annotated[
 FLAG = " "  # shown as the value of an option that takes none
 AsJson = Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print one JSON object on stdout and nothing else.")]
 Seed = Annotated[int, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Seed: the same one gives the same result.")]
+Streams = Annotated[
+    int | None,
+    typer.Option(
+        "--streams",
+        metavar="P",
+        min=1,
+        help="Parallel streams, of a model that has them (ParScale). Default: as it was saved.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16. Default: as stored."),

@@ -20,23 +20,31 @@ class OnPath(nn.Module):
         model: is not copied.
         path: the blocks to run, in order.
         chunk: give the model so many positions at a time, with a key-value cache; None gives it the whole sequence at once.
+        num_streams: of every pass, see `Decoder.forward`.
 
     Raises:
         ConfigError: a block that the model does not have.
     """
 
-    def __init__(self, model: Decoder, path: Sequence[int] | None = None, *, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        path: Sequence[int] | None = None,
+        *,
+        chunk: int | None = None,
+        num_streams: int | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.num_streams = model, chunk, num_streams
         self.path = None if path is None else check_path(path, len(model.blocks), 1)
 
     def forward(self, token_BL: Tensor, target_BL: Tensor | None = None, **options: Any) -> DecoderOutput:
         """As the decoder's. A target needs ``chunk`` None."""
         if self.chunk is None or target_BL is not None:
-            return self.model(token_BL, target_BL, path=self.path, **options)
-        cache = self.model.new_cache(token_BL.shape[1])
+            return self.model(token_BL, target_BL, path=self.path, num_streams=self.num_streams, **options)
+        cache = self.model.new_cache(token_BL.shape[1], self.num_streams)
         parts = [
-            self.model(part_BL, cache=cache, path=self.path, **options).logits_BLV
+            self.model(part_BL, cache=cache, path=self.path, num_streams=self.num_streams, **options).logits_BLV
             for part_BL in token_BL.split(self.chunk, dim=1)
         ]
         return DecoderOutput(torch.cat(parts, dim=1))
