@@ -75,7 +75,7 @@ def test_eval_is_the_mean_over_consecutive_windows(trained, here, text_file):
 def test_the_number_of_streams_is_said_by_command(here, work):
     streams = ParScale.Config(num_streams=2, prefix_len=2, embedding_dim=8, mlp_dim=8)
     model = Decoder.Config(vocab_size=257, dim=16, num_layers=1, streams=streams, init_std=0.3).build()
-    save_model(model, work / "streams", ByteTokenizer.Config().build())
+    save_model(work / "streams", model, ByteTokenizer.Config().build())
     (work / "streams.txt").write_text("some words of text")
     measure = ("eval", "streams", "--data", "streams.txt", "--sequence-length", 8, "--json", "--quiet")
     say = ("generate", "streams", "-p", "ab", "--temperature", 0, "--max-tokens", 6, "--json")
