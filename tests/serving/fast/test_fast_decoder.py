@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from anabranch.config import configclass
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import ParScale
@@ -14,7 +15,8 @@ from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
-from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
+from anabranch.nn import BuildContext, Dense, MoE, SelfAttention, SwiGLU, kernels
+from anabranch.nn.linear import Projection
 from anabranch.nn.quantize import quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
@@ -431,6 +433,39 @@ def test_a_watched_or_foreign_model_is_not_supported():
     handle.remove()
     model.blocks[0].attention.out = torch.nn.Identity()
     assert "layer 0: a Identity" in FastDecoder.supports(model)
+
+
+class Doubled(Dense):
+    """Twice the matrix: not its weight alone."""
+
+    @configclass
+    class Config(Dense.Config):
+        pass
+
+    def forward(self, x, context=None):
+        return 2 * super().forward(x, context)
+
+
+class DoubledBeside(Doubled):
+    @configclass
+    class Config(Doubled.Config):
+        is_added = True
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledBeside])
+def test_a_head_that_is_not_one_matrix_is_run_by_the_model(kind):
+    def made(**fields):
+        return Decoder.Config(
+            vocab_size=100, dim=64, num_layers=2, init_std=0.2, attention=SelfAttention.Config(num_heads=4), **fields
+        ).build(seed=1)
+
+    replaced, put = made(linears={"head": kind.Config()}).eval(), made().eval()
+    put.head = kind.Config().build(Projection("head", 64, 100), BuildContext(64, init_std=0.2))
+    given = prompts(9, 3)
+    for model in (replaced, put):
+        assert FastDecoder.supports(model) is None
+        logits, _ = Sequences(model).run(list(enumerate(given)))
+        assert torch.allclose(logits, torch.cat([ordinary(model, tokens) for tokens in given]), atol=1e-4)
 
 
 def test_stores_of_another_shape():

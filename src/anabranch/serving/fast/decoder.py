@@ -22,7 +22,9 @@ from anabranch.nn.description import FeedForwardForm, Loops, Passes
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.operands import address, array_address
 from anabranch.nn.kernels.packed import Matrix
+from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.router import Router
 from anabranch.serving.expertflow.pool import OffloadedPool
@@ -308,12 +310,17 @@ def _pack(model: Decoder) -> Mapping[nn.Module, Sequence[Packed]]:
 
 
 def _packed_of(module: Any) -> list[Packed]:
-    """Quantised weights as they are, others packed; none for a head that cannot be."""
+    """Quantised weights as they are, others packed; none for a head that cannot be, which the model runs itself."""
     if isinstance(module, QuantizedLinear):
         return [module.packed]
     if isinstance(module, QuantizedPool):
         return list(module.packed)
-    weights = (module.weight,) if hasattr(module, "weight") else (module.w13, module.w2)
+    if isinstance(module, ExpertPool):
+        weights = (module.w13, module.w2)
+    elif is_plain(module) or type(module) is nn.Embedding:
+        weights = (module.weight,)
+    else:
+        return []
     if any(weight.dtype not in KIND_OF or weight.shape[-1] % SHARE for weight in weights):
         return []
     return [Packed.pack(weight, KIND_OF[weight.dtype]) for weight in weights]
