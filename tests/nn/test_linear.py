@@ -167,6 +167,47 @@ def test_configs_read_back_equal_and_a_kind_is_not_needed_where_there_is_a_defau
     assert from_dict(Decoder.Config, older) == config.replace(linears={})
 
 
+def test_what_is_made_of_a_plain_layer_is_not_quantised_as_one():
+    class Tripled(Dense):
+        def forward(self, x, context=None):
+            return 3 * super().forward(x, context)
+
+    class Config(Dense.Config):
+        def build(self, projection, context):
+            return Tripled(self, projection, context)
+
+    model = decoder({"*.v": Config()}, dim=64).build().eval()
+    token = torch.randint(50, (2, 9))
+    with torch.no_grad():
+        whole = model(token).logits_BLV
+        quantize(model, "int8")
+        torch.testing.assert_close(model(token).logits_BLV, whole, atol=0.05, rtol=0.1)
+    assert sum(isinstance(module, Tripled) for module in model.modules()) == 2
+
+
+def test_the_head_gets_the_context():
+    model = decoder({"head": LowRank.Config()}).build()
+    token = torch.randint(50, (2, 7))
+    model(token)
+    assert model.head.beside["head"].seen[0].token_BL is token
+
+
+@pytest.mark.parametrize("watch", ["forward", "backward hook", "backward pre hook"])
+def test_a_watched_layer_is_called(watch):
+    model, seen = decoder({}).build(), []
+    layer = model.blocks[0].feed_forward.w2
+    if watch == "forward":
+        before = layer.forward
+        layer.forward = lambda x, *rest: seen.append(1) or before(x)
+    elif watch == "backward hook":
+        layer.register_full_backward_hook(lambda *_: seen.append(1))
+    else:
+        layer.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    token = torch.randint(50, (2, 7))
+    model(token, token).loss.backward()
+    assert seen
+
+
 def test_what_is_plain():
     context = BuildContext(8)
     layer = context.linear(8, 8)

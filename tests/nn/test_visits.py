@@ -74,8 +74,6 @@ def test_a_path_runs_its_blocks_in_order():
 @torch.no_grad()
 def test_repeated_and_skipped_blocks_are_decoded_as_they_are_computed_at_once(name, path, chunks, seed):
     model = MODELS[name]
-    # A recurrent router has its state from the first block.
-    path = [0, *path] if name == "recurrent" else path
     token_BL = torch.randint(VOCAB, (2, sum(chunks)), generator=torch.Generator().manual_seed(seed))
     whole = model(token_BL, path=path).logits_BLV
     torch.testing.assert_close(decoded(model, token_BL, path, chunks), whole, atol=1e-5, rtol=1e-5)
@@ -90,7 +88,6 @@ def test_repeated_and_skipped_blocks_are_decoded_as_they_are_computed_at_once(na
 @torch.no_grad()
 def test_sequences_of_different_depth_do_not_feel_each_other(name, paths, chunks, seed):
     model = MODELS[name]
-    paths = [[0, *path] for path in paths] if name == "recurrent" else paths
     token_BL = torch.randint(VOCAB, (3, sum(chunks)), generator=torch.Generator().manual_seed(seed))
     alone = torch.cat([model(token_BL[row : row + 1], path=path).logits_BLV for row, path in enumerate(paths)])
     torch.testing.assert_close(model(token_BL, path=paths).logits_BLV, alone, atol=1e-5, rtol=1e-5)
@@ -154,6 +151,33 @@ def test_a_pass_that_failed_leaves_nothing_in_the_cache():
     torch.testing.assert_close(rest[0], whole[0, 3:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["a block", "the head"])
+@torch.no_grad()
+def test_a_pass_that_failed_may_be_tried_again_with_padding_or_fewer_sequences(where):
+    model, token_BL = decoder(), torch.randint(VOCAB, (2, 6))
+    mask_BL = torch.ones(2, 6, dtype=torch.bool)
+    mask_BL[0, :2] = False
+    part = model.blocks[2] if where == "a block" else model.head
+
+    def failing(**options):
+        hook = part.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**options)
+        hook.remove()
+
+    cache = model.new_cache(6)
+    failing(token_BL=token_BL, token_mask_BL=mask_BL, cache=cache)
+    assert cache.length == 0
+    again = model(token_BL, token_mask_BL=mask_BL, cache=cache).logits_BLV
+    torch.testing.assert_close(again[0, 2:], model(token_BL[:1, 2:]).logits_BLV[0], atol=1e-5, rtol=1e-5)
+    cache = model.new_cache(6)
+    failing(token_BL=token_BL, cache=cache)
+    one = [model(token_BL[:1, :4], cache=cache).logits_BLV]
+    failing(token_BL=token_BL[:1, 4:], cache=cache)
+    one.append(model(token_BL[:1, 4:], cache=cache).logits_BLV)
+    torch.testing.assert_close(torch.cat(one, dim=1), model(token_BL[:1]).logits_BLV, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_of_paths_are_those_of_each_alone_also_recomputed():
     model = decoder().train()
     token_BL, paths = torch.randint(VOCAB, (2, 6)), [[0, 1, 1], [2, 0]]
@@ -209,17 +233,23 @@ def test_routers_of_repeated_blocks_are_recorded_for_each_sequence():
     assert sum(rows.values()) == 3 * token_BL.numel()
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("recorded", ["at once", "cached"])
+@pytest.mark.parametrize("replayed", ["at once", "cached"])
 @torch.no_grad()
-def test_decisions_of_paths_are_replayed_to_the_bit(cached):
+def test_decisions_of_paths_are_replayed_to_the_bit(recorded, replayed):
     token_BL, paths = torch.randint(VOCAB, (3, 6)), [[0, 1, 1, 2], [2, 3], [0, 1, 3, 3]]
 
-    def run(model):
-        return decoded(model, token_BL, paths, [3, 1, 2]) if cached else model(token_BL, path=paths).logits_BLV
+    def run(model, how=replayed):
+        return decoded(model, token_BL, paths, [3, 1, 2]) if how == "cached" else model(token_BL, path=paths).logits_BLV
 
     model = DESIGNS["moe"]()
     with record_routing(model) as recorder:
-        wanted = run(model)
+        run(model, recorded)
+    wanted = run(model)
+    if recorded != replayed:
+        with replay_routing(model, recorder.trace()):
+            torch.testing.assert_close(run(model), wanted, atol=1e-5, rtol=1e-5)
+        return
     for block in model.blocks:
         nn.init.zeros_(block.feed_forward.router.score.weight)
     assert not torch.equal(run(model), wanted)

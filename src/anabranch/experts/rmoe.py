@@ -234,7 +234,8 @@ class RecurrentScore(Score, kind="recurrent"):
         """What the router before handed on; None where there is none, for the first router."""
         value = context.carry.get(name)
         if value is None:
-            if self.is_first:
+            # A path of blocks may leave the first one out: its first router starts from nothing.
+            if self.is_first or getattr(context, "path", None) is not None:
                 return None
             raise AnabranchError(
                 f"the recurrent router of layer {self.layer} got no {name} from the routed layer before; only the first "

@@ -157,14 +157,21 @@ class KeyValueCache:
         """Entries in front of every row, which are no positions."""
         return 0 if self.prefix is None else len(self.prefix)
 
-    def begin(self) -> None:
-        """Forget what a forward pass that failed has stored behind the last position."""
+    def begin(self, length: int | None = None) -> None:
+        """Forget what a forward pass that failed has left behind the first ``length`` positions (None: those that were counted)."""
+        self.length = self.length if length is None else length
+        if self.length == 0:
+            # Another batch may come.
+            self._slots, self._sequences, self.valid_BL = {}, [], None
+            return
         end = self.length + self.num_prefix
         for slot in self._slots.values():
             if slot.length > end:
                 slot.length = end
                 if slot.filled_BS is not None:
                     slot.filled_BS[:, end:] = False
+        if self.valid_BL is not None:
+            self.valid_BL = self.valid_BL[:, : self.length]
 
     def advance(self, num_positions: int) -> None:
         """Count positions that every layer has stored."""

@@ -27,7 +27,7 @@ from anabranch.nn.attention import Attention, SelfAttention
 from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
-from anabranch.nn.linear import Linear, Projection, build_linear, check_patterns, count_linear
+from anabranch.nn.linear import Linear, Projection, build_linear, call_linear, check_patterns, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
@@ -209,12 +209,19 @@ class Decoder(Part, nn.Module):
         context = self.context(
             token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state, path=path, num_streams=num_streams
         )
-        x_BLD = self.hidden(token_BL, context)
-        if last_only:
-            x_BLD = x_BLD[:, -1:]
-        if self.streams is not None:
-            x_BLD = self.streams.merge(x_BLD, context)
-        logits_BLV = self.logits(x_BLD)
+        before = 0 if cache is None else cache.length
+        try:
+            x_BLD = self.hidden(token_BL, context)
+            if last_only:
+                x_BLD = x_BLD[:, -1:]
+            if self.streams is not None:
+                x_BLD = self.streams.merge(x_BLD, context)
+            logits_BLV = self.logits(x_BLD, context)
+        except BaseException:
+            # The same pass may be tried again: positions that have no logits were not seen.
+            if cache is not None:
+                cache.begin(before)
+            raise
         context.commit()
         return output_of(logits_BLV, target_BL, context)
 
@@ -282,9 +289,11 @@ class Decoder(Part, nn.Module):
             return recomputed(block, x_BLD, context)
         return block(x_BLD, context)
 
-    def logits(self, x_BLD: Tensor) -> Tensor:
+    def logits(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Scores over the vocabulary."""
-        return self.head(x_BLD) if self.head is not None else F.linear(x_BLD, self.embedding.weight)
+        if self.head is None:
+            return F.linear(x_BLD, self.embedding.weight)
+        return call_linear(self.head, x_BLD, context)
 
     @property
     def is_causal(self) -> bool:

@@ -203,4 +203,6 @@ def check_patterns(patterns: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is one dense matrix and nothing else, which compiled paths may read instead of calling it."""
-    return type(layer) in (Dense, nn.Linear) and not layer._forward_hooks and not layer._forward_pre_hooks
+    if type(layer) not in (Dense, nn.Linear) or "forward" in vars(layer):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

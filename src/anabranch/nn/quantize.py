@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.kernels import packed as native
+from anabranch.nn.linear import Dense
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
@@ -209,7 +210,9 @@ def quantize(
     check_bits(bits, group)
     replaced = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | ExpertPool) or any(name.startswith(part) for part in skip):
+        # A class made of a linear layer computes something of its own, which its matrix alone does not say.
+        is_known = type(module) in (Dense, nn.Linear) or isinstance(module, ExpertPool)
+        if not is_known or any(name.startswith(part) for part in skip):
             continue
         own, own_group = (head, None) if name == "head" else (bits, group)
         made = None if own is None else _quantized(module, own, own_group, symmetric)

@@ -105,6 +105,7 @@ def _part(context: "ForwardContext", row_R: Tensor, rows: Sequence[int], batch: 
         item_mask_N=items(context.item_mask_N),
         num_streams=num_streams,
         sequences=names,
+        all_sequences=context.all_sequences or context.sequences,
         state={name: items(value) for name, value in context.state.items()},
         position_BL=context.position_BL[row_R],
         rotary=tuple(sequences(angles) for angles in context.rotary),

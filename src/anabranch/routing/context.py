@@ -43,6 +43,7 @@ class RoutingContext:
         num_streams: the items are this many times the same sequences, one stream after another.
         sequences: a name of the sequence in each row of ``sequence_length`` items of a stream, its own as long as it goes on and
             whatever row it is in; None if nobody says.
+        all_sequences: the names of all sequences of the pass, where this context is of some of them; None where it is of all.
         training: balancers emit losses and loads only then.
         is_measured: whether anyone reads metrics; not while tokens are generated, where making them would cost as much as a layer.
         losses: emitted losses by name, one entry per layer that emitted it.
@@ -61,6 +62,7 @@ class RoutingContext:
     sequence_length: int | None = None
     num_streams: int = 1
     sequences: Sequence[Hashable] | None = None
+    all_sequences: Sequence[Hashable] | None = None
     training: bool = False
     is_measured: bool = True
     losses: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -53,6 +53,9 @@ class ItemNumbers:
         if item_N is None:
             names = sequence_names(context, num_items)
             if names is not None:
+                # By their rows in the batch, whichever of them the first router sees.
+                whole = context.all_sequences or ()
+                self._numbers.of([(name, stream) for stream in range(context.num_streams) for name in whole])
                 item_N = self._numbers.of(names).repeat(length)
             else:
                 # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
