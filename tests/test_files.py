@@ -543,3 +543,20 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
             atomic_write_text(place, "text")
     assert (tmp_path / "pipe").is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_new_folder_that_another_process_took_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    held, taken = files._held, []
+
+    def after_the_sweep(folder):
+        if not taken:
+            taken.append(folder)
+            files._remove_leftovers(tmp_path / "f")
+            assert not folder.exists()
+        return held(folder)
+
+    monkeypatch.setattr(files, "_held", after_the_sweep)
+    with atomic_folder(tmp_path / "f") as temporary:
+        assert temporary != taken[0]
+        (temporary / "a").write_text("x")
+    assert names(tmp_path) == ["f", "f/a"]

@@ -209,8 +209,8 @@ def atomic_folder(
         check_not_here(path)
         check_holds_only(path, replacing)
         _remove_leftovers(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_UNFINISHED}", dir=path.parent))
-        held = [_held(temporary)]
+        temporary, handle = _unfinished(path)
+        held = [handle]
         try:
             yield temporary
             check_holds_only(path, replacing)
@@ -239,6 +239,19 @@ def atomic_folder(
             for handle in held:
                 if handle is not None:
                     os.close(handle)
+
+
+def _unfinished(path: Path) -> tuple[Path, int | None]:
+    """A new folder in which another ``path`` is made, and a handle that holds it, see `_held`."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_UNFINISHED}", dir=path.parent))
+        # Whoever removes leftovers may take it for one before it is held.
+        with suppress(FileNotFoundError):
+            handle = _held(temporary)
+            if temporary.exists():
+                return temporary, handle
+            if handle is not None:
+                os.close(handle)
 
 
 def _held(folder: Path) -> int | None:

@@ -301,8 +301,15 @@ def test_a_prompt_has_around_it_what_transformers_puts_there(name, tmp_path):
 def test_what_begins_as_prompts_begin_is_left_alone():
     tokenizer = FRAMES["both"]()
     bos, sep = (tokenizer._backend.token_to_id(name) for name in ("<bos>", "<sep>"))
-    assert tokenizer.encode_prompt("<bos><sep>a") == [bos, sep, *tokenizer.encode("a")]
+    assert tokenizer.encode_prompt("<bos><sep>a") == [bos, sep, *tokenizer.encode("a"), tokenizer.eos_id]
     assert tokenizer.encode_prompt("<bos>a") == [bos, sep, bos, *tokenizer.encode("a"), tokenizer.eos_id]
+
+
+def test_nothing_ends_a_chat_before_the_answer():
+    tokenizer = FRAMES["both"]()
+    bos, sep = (tokenizer._backend.token_to_id(name) for name in ("<bos>", "<sep>"))
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert tokenizer.encode_chat(plain) == [bos, sep, *tokenizer.encode(plain)]
 
 
 def test_a_template_of_the_models_writes_its_own_beginning():

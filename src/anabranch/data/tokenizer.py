@@ -318,13 +318,25 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
 
     def encode_prompt(self, text: str) -> list[int]:
         """See `Tokenizer`."""
+        front, ids, back = self._framed(text)
+        return [*front, *ids, *back]
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        if self.chat_template is not None:
+            return self.encode(text)
+        # What stands behind a text would end it before the answer.
+        front, ids, _ = self._framed(text)
+        return [*front, *ids]
+
+    def _framed(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """(what the post-processor puts in front, the text, what it puts behind); nothing in front of a text that begins so already."""
         ids = self.encode(text)
         framed = self._backend.encode(utf8(text).decode("utf-8"), add_special_tokens=True)
         # What the post-processor added; special tokens that are written in the text are not marked.
-        num_front = framed.special_tokens_mask.index(0) if ids else 0
-        front = framed.ids[:num_front]
-        is_there = bool(front) and ids[:num_front] == front
-        return ids if is_there else framed.ids
+        num_front = framed.special_tokens_mask.index(0) if ids else len(framed.ids)
+        front, back = framed.ids[:num_front], framed.ids[num_front + len(ids) :]
+        return ([] if front and ids[:num_front] == front else front), ids, back
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """See `Tokenizer`."""
