@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from anabranch.config import configclass, from_dict, to_dict
+from anabranch.depth.duo_llm import DuoFFN
 from anabranch.errors import ConfigError
+from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
 from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention, SwiGLU
 from anabranch.nn.linear import Added, Split, check_patterns, is_plain
 from anabranch.nn.quantize import quantize
+from anabranch.registry import kinds, resolve
 
 
 class Scaled(Linear):
@@ -132,6 +135,69 @@ def test_a_pattern_that_fits_nothing_is_an_error():
 def test_counts_are_those_of_what_is_built(linears):
     config = decoder(linears)
     assert config.count().parameters == sum(parameter.numel() for parameter in config.build().parameters())
+
+
+VERSATILE = [{"fusion": fusion, "width_compute": way, "norm": norm} for fusion in ("difficulty", "width_only", "depth_only")
+             for way in ("auto", "masked", "grouped") for norm in ("shared", "separate")]  # fmt: skip
+DESIGNS = [
+    *(resolve("feed_forward", kind).Config() for kind in kinds("feed_forward")),
+    *(VersatileFFN.Config(hidden_dim=32, num_experts=4, **options) for options in VERSATILE),
+    MoE.Config(num_experts=4, hidden_dim=16, shared_experts=1, shared_gate=True),
+    DuoFFN.Config(big=48, small=16, compute="dense"),
+]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.owner.kind)
+@pytest.mark.parametrize("layer", [Scaled.Config(scale=1.0), LowRank.Config()])
+def test_every_design_runs_on_replaced_layers_and_counts_them(design, layer):
+    """A matrix times one is the matrix, and what adds zero adds nothing: the outputs are those of the plain model."""
+    plain = decoder({}, feed_forward=design).build(seed=1)
+    config = decoder({"*": layer}, feed_forward=design)
+    made = config.build(seed=1)
+    assert config.count().parameters == sum(parameter.numel() for parameter in made.parameters())
+    token = torch.arange(14).view(2, 7)
+    _copy(plain, made)
+    for mode in (False, True):
+        torch.manual_seed(0)
+        wanted = plain.train(mode)(token).logits_BLV
+        torch.manual_seed(0)
+        torch.testing.assert_close(made.train(mode)(token).logits_BLV, wanted, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval()(token).logits_BLV, plain.eval()(token).logits_BLV, atol=1e-5, rtol=1e-4)
+    made.train()(token, token).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("fusion", "down", "others"), [("difficulty", 4, 3), ("depth_only", 3, 3), ("width_only", 1, 1)]
+)
+def test_flops_of_what_stands_beside_a_looped_layer(fusion, down, others):
+    """3 loops; the width path masks the first one's units, or without loops all, since experts cannot be cut from sums of layers."""
+    design = VersatileFFN.Config(hidden_dim=24, num_experts=4, max_loops=3, fusion=fusion)
+    context = BuildContext(16, linears={"down": LowRank.Config(rank=2)})
+    # gate and up are 2 x 16 x 24 weights, down 16 x 24, and 2 x (16 + 24) beside it; a weight is 2 FLOPs
+    assert design.count(context).flops == 2 * (others * 768 + down * (384 + 80) + design.heads(16))
+
+
+def test_sizes_of_a_pair_of_layers():
+    """The big one, 3 x 16 x 24 weights and 2 x (16 + 24) beside the last matrix, is what a token uses; the small one is 3 x 16 x 8."""
+    count = DuoFFN.Config(big=24, small=8).count(BuildContext(16, linears={"big.down": LowRank.Config(rank=2)}))
+    assert count == Count(1152 + 80 + 384, 1152 + 80, 2 * (1152 + 80))
+
+
+def _copy(plain: nn.Module, made: nn.Module) -> None:
+    """The weights of ``plain`` in a model whose linear layers were replaced."""
+    for name, module in made.named_modules():
+        if not isinstance(module, (Split, Added)) or name.endswith(".matrix"):
+            continue
+        weight = plain.get_submodule(name).weight.data
+        if isinstance(module, Added):
+            module.matrix.weight.data.copy_(weight)
+            continue
+        parts = list(module.parts.values())
+        for part, rows in zip(parts, weight.split([part.dense.weight.shape[0] for part in parts]), strict=True):
+            part.dense.weight.data.copy_(rows)
+    state = plain.state_dict()
+    made.load_state_dict({name: state[name] for name in made.state_dict() if name in state}, strict=False)
 
 
 def test_layers_beside_the_matrices_change_nothing_at_first_and_get_the_context():

@@ -202,12 +202,14 @@ class DuoFFN(FeedForward, kind="duo"):
 
         def count(self, context: BuildContext) -> Count:
             """Both modules; active is the big one, which is what a token uses at most."""
-            big, small = 3 * context.dim * self.big, 3 * context.dim * self.small
+            big, small = (
+                SwiGLU.Config(hidden_dim=getattr(self, name)).count(context.at(name)) for name in ("big", "small")
+            )
             router = 0
             if self.router is not None:
                 self.router.check(self.num_options)
                 router = self.router.score.num_parameters(context.dim, self.num_options)
-            return Count(big + small, big, 2 * big) + Count.dense(router)
+            return Count(big.parameters + small.parameters, big.active, big.flops) + Count.dense(router)
 
     def __init__(self, config: Any, context: BuildContext) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import FeedForwardForm, Loops
 from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of, swiglu_projections
 from anabranch.nn.grouped import BACKENDS
-from anabranch.nn.linear import build_linear, is_plain
+from anabranch.nn.linear import build_linear, count_linear, is_plain
 from anabranch.routing import Router, SwitchLoss, TopK, WeightField
 from anabranch.routing.relax import Temperature
 
@@ -140,17 +140,19 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
         def count(self, context: BuildContext) -> Count:
             """3 D d_h weights, heads of D (N + L_max), and the FLOPs of training, where every token takes every loop."""
-            paths = self.heads(context.dim)
-            dense = 3 * context.dim * self.hidden_dim
-            norm = context.dim * (self.norm == "separate" and self.fusion != "depth_only")
-            width = self.width_flops(context.dim)
-            if self.width_compute == "auto":  # training takes the cheaper way
-                width = min(width, self._grouped_flops(context.dim))
-            flops = 2 * (dense * self.loops + paths) + width
-            used = (
-                dense if self.loops else min(3 * context.dim * self.slice_width(self.hidden_dim) * self.places, dense)
-            )
-            return Count(dense + paths + norm, used + paths + norm, flops)
+            projections, dim = swiglu_projections(context, self.hidden_dim), context.dim
+            into, out = (count_linear(projection, context) for projection in projections)
+            whole, heads = into + out, self.heads(dim)
+            can_cut = not any(projection.chosen(context.linears) for projection in projections)
+            grouped = self._grouped_flops(dim) if can_cut else None
+            width = self._width_flops(into.flops, out.flops, grouped)
+            if self.width_compute == "auto" and grouped is not None:  # training takes the cheaper way
+                width = min(width, grouped)
+            used = whole.active
+            if can_cut and not self.loops:
+                used = min(3 * dim * self.slice_width(self.hidden_dim) * self.places, used)
+            more = heads + dim * (self.norm == "separate" and self.fusion != "depth_only")
+            return Count(whole.parameters + more, used + more, whole.flops * self.loops + 2 * heads + width)
 
         @property
         def loops(self) -> int:
@@ -164,14 +166,16 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
         def width_flops(self, dim: int) -> int:
             """FLOPs that the width path adds to a token: k d_e hidden units through three matrices, or all through the last one."""
+            matrix = 2 * dim * self.hidden_dim
+            return self._width_flops(2 * matrix, matrix, self._grouped_flops(dim))
+
+        def _width_flops(self, into: int, out: int, grouped: int | None) -> int:
+            """The same from the FLOPs into and out of the hidden units; ``grouped`` is None where experts cannot be cut out."""
             if self.fusion == "depth_only":
                 return 0
-            shares = self.loops and self.norm == "shared" and self.width_compute != "grouped"
-            if shares:
-                return 2 * dim * self.hidden_dim
-            if self.width_compute == "masked":
-                return 6 * dim * self.hidden_dim
-            return self._grouped_flops(dim)
+            if self.loops and self.norm == "shared" and self.width_compute != "grouped":
+                return out
+            return into + out if self.width_compute == "masked" or grouped is None else grouped
 
         def _grouped_flops(self, dim: int) -> int:
             return 6 * dim * self.slice_width(self.hidden_dim) * self.places
@@ -185,7 +189,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def __init__(self, config: Any, context: BuildContext) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, context.dim
         projections = swiglu_projections(context, config.hidden_dim)
         self.w13, self.w2 = (build_linear(projection, context) for projection in projections)
         self.paths = Paths(config, context.dim, config.hidden_dim, layer=context.layer, generator=context.generator)
@@ -201,8 +205,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
         config = cls.Config(**{"hidden_dim": ffn.w2.in_features, **options})
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.config, made.w13, made.w2 = config, ffn.w13, ffn.w2
-        made.paths = Paths(config, ffn.w13.in_features, config.hidden_dim, layer=layer).to(weight)
+        made.config, made.dim, made.w13, made.w2 = config, ffn.w13.in_features, ffn.w13, ffn.w2
+        made.paths = Paths(config, made.dim, config.hidden_dim, layer=layer).to(weight)
         return made.train(ffn.training)
 
     def describe(self) -> FeedForwardForm | str:
@@ -232,10 +236,9 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def branch(self, norm: nn.Module) -> Branch:
         """This feed-forward behind ``norm``, as the paths see it."""
-        dim, hidden_dim = self.w2.out_features, self.w2.in_features
-        can_cut = is_plain(self.w13) and is_plain(self.w2)  # not quantised
+        can_cut = is_plain(self.w13) and is_plain(self.w2)  # not quantised, not replaced
         weights = self._weights if can_cut else None
-        return Branch(norm, self.hidden, self.w2, dim, hidden_dim, weights=weights, whole=self)
+        return Branch(norm, self.hidden, self.w2, self.dim, self.config.hidden_dim, weights=weights, whole=self)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate_FD, up_FD = self.w13.weight.chunk(2)

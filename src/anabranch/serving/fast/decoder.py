@@ -315,6 +315,7 @@ def _packed_of(module: Any) -> list[Packed]:
         return [module.packed]
     if isinstance(module, QuantizedPool):
         return list(module.packed)
+    weights: tuple[Tensor, ...]
     if isinstance(module, ExpertPool):
         weights = (module.w13, module.w2)
     elif is_plain(module) or type(module) is nn.Embedding:
