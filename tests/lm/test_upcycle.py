@@ -1,10 +1,15 @@
+import re
+
 import pytest
 import torch
 
+from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, average, upcycle
-from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.lm.recipes import start_from
+from anabranch.nn import Dense, MoE, SelfAttention, SwiGLU
+from anabranch.nn.quantize import quantize
 from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, SwitchLoss, TopK, TopP
 
 TOLERANCE = 1e-5  # fp32, sums in another order
@@ -244,3 +249,59 @@ def test_balance_of_an_upcycled_model_counts():
     assert isinstance(made.blocks[0].feed_forward.router.balance[0].config, SwitchLoss.Config)
     token_BL = torch.arange(30).view(2, 15)
     assert made(token_BL, token_BL).auxiliary["load_balancing"] > 0
+
+
+class Beside(Dense):
+    """A matrix beside the one that stays."""
+
+    @configclass
+    class Config(Dense.Config):
+        is_added = True
+
+
+@pytest.mark.parametrize("kind", [Dense, Beside])
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [
+        ("*.down", "0.feed_forward.down"),
+        ("*.up", "0.feed_forward.up"),
+        ("*", "0.feed_forward.gate"),
+        ("blocks.2.*", "2.feed_forward.gate"),
+    ],
+)
+def test_replaced_matrices_do_not_become_experts(kind, pattern, part):
+    model = dense(linears={pattern: kind.Config()})
+    message = re.escape(f"linears has {pattern!r}, which replaces or adds to blocks.{part}")
+    with pytest.raises(ConfigError, match=message):
+        upcycle(model, moe())
+    with pytest.raises(ConfigError, match=message):
+        start_from(model, model.config.replace(feed_forward=moe(), linears={}), seed=0, sample=lambda: None)
+
+
+@pytest.mark.parametrize("kind", [Dense, Beside])
+@pytest.mark.parametrize("pattern", ["*.q", "head", "blocks.1.*"])
+def test_replaced_matrices_elsewhere_stay(kind, pattern):
+    model = dense(linears={pattern: kind.Config()})
+    sparse = upcycle(model, moe(), dense_layers=(1,))
+    assert_same(sparse, model)
+    assert_same(average(sparse), model)
+
+
+@pytest.mark.parametrize("kind", [Dense, Beside])
+def test_replaced_matrices_are_not_averaged_nor_averages_put_where_they_belong(kind):
+    shared = {"feed_forward": moe(shared_experts=1)}
+    with pytest.raises(ConfigError, match=r"linears has '\*\.up', .* blocks\.0\.feed_forward\.shared\.up, and"):
+        average(dense(linears={"*.up": kind.Config()}, **shared))
+    left = {"feed_forward": moe(), "dense_layers": (1,), "dense_feed_forward": SwiGLU.Config(hidden_dim=HIDDEN)}
+    with pytest.raises(ConfigError, match=r"linears has '\*\.up', .* blocks\.0\.feed_forward\.up, and"):
+        average(dense(linears={"*.up": kind.Config()}, **left))
+
+
+@pytest.mark.parametrize(
+    ("convert", "fields"), [(lambda model: upcycle(model, moe(32, 64)), {}), (average, {"feed_forward": moe()})]
+)
+def test_quantised_weights_are_not_converted(convert, fields):
+    model = dense(**{"dim": 64, "feed_forward": SwiGLU.Config(hidden_dim=64), **fields})
+    quantize(model, "int8")
+    with pytest.raises(ConfigError, match="is quantised, and only plain matrices become others; dequantize"):
+        convert(model)

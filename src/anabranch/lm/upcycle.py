@@ -15,7 +15,8 @@ All of this takes weights on the experts' output; on their input (`MoE.Config.we
 """
 # Shapes: E experts, G slices of a feed-forward, C = E / G copies of it, K experts per token, D width, F hidden of an expert
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 from anabranch.nn import BuildContext, MoE, SwiGLU
+from anabranch.nn.linear import Added, Split
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.score import activate
 
 __all__ = ["average", "upcycle"]
@@ -53,19 +56,21 @@ def upcycle(
         seed: of the router, of ``noise`` and of ``reinit``.
 
     Raises:
-        ConfigError: the model is not dense, or ``moe`` does not fit it.
+        ConfigError: the model is not dense, ``moe`` does not fit it, or a matrix that must become experts is replaced or quantised.
     """
     slices = _check(model, moe, noise, reinit)
     dense = (
         {"dense_feed_forward": model.config.feed_forward, "dense_layers": tuple(dense_layers)} if dense_layers else {}
     )
     config = model.config.replace(feed_forward=moe, **dense)
+    layers = [layer for layer in range(config.num_layers) if layer not in config.dense_layers]
+    _check_matrices(model, layers)
+    made = build_empty(config)
+    _check_matrices(made, layers)
     generator = torch.Generator().manual_seed(seed)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     scale = slices / _total_weight(moe)
-    for layer in range(config.num_layers):
-        if layer in config.dense_layers:
-            continue
+    for layer in layers:
         prefix = f"blocks.{layer}.feed_forward."
         w13_FD, w2_DF = state.pop(f"{prefix}w13.weight"), state.pop(f"{prefix}w2.weight")
         w13_EFD, w2_EDF = _slice(w13_FD, w2_DF, slices)
@@ -76,7 +81,7 @@ def upcycle(
         state |= {
             f"{prefix}{name}": value.to(w13_FD) for name, value in _fresh(config, layer, slices, generator).items()
         }
-    return _built(config, state, model)
+    return _filled(made, state, model)
 
 
 @torch.no_grad()
@@ -88,7 +93,8 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
         slices: G, if experts are slices of copies, as `upcycle` arranges them; 1 if each is whole.
 
     Raises:
-        ConfigError: the layers are not plain, their shared experts have a gate, or ``slices`` does not divide the experts.
+        ConfigError: the layers are not plain, or replaced or quantised in part, their shared experts have a gate, or ``slices`` does
+            not divide the experts.
     """
     moe: Any = model.config.feed_forward
     _check_plain(moe)
@@ -97,11 +103,13 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
     if slices < 1 or moe.num_experts % slices:
         raise ConfigError(f"slices is {slices}, which does not divide num_experts={moe.num_experts}")
     config = model.config.replace(feed_forward=SwiGLU.Config(hidden_dim=slices * moe.hidden_dim + moe.shared_width))
+    layers = [layer for layer in range(config.num_layers) if layer not in config.dense_layers]
+    _check_matrices(model, layers)
+    made = build_empty(config)
+    _check_matrices(made, layers)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     scale = _total_weight(moe) / slices
-    for layer in range(config.num_layers):
-        if layer in config.dense_layers:
-            continue
+    for layer in layers:
         prefix = f"blocks.{layer}.feed_forward."
         parts = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
         w13_GFD = parts[f"{prefix}experts.w13"].unflatten(0, (-1, slices)).mean(0)
@@ -113,7 +121,7 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
             gates, ups, downs = [*gates, gate], [*ups, up], [*downs, parts[f"{prefix}shared.w2.weight"]]
         state[f"{prefix}w13.weight"] = torch.cat([*gates, *ups])
         state[f"{prefix}w2.weight"] = torch.cat(downs, dim=1)
-    return _built(config, state, model)
+    return _filled(made, state, model)
 
 
 def _check(model: Decoder, moe: MoE.Config, noise: float, reinit: float) -> int:
@@ -148,6 +156,31 @@ def _check_plain(moe: Any) -> None:
         raise ConfigError(
             f"router.score is of kind {moe.router.score.owner.kind!r}, whose layers share parts; use 'linear' and convert the result"
         )
+
+
+def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
+    """Raise ConfigError unless weights are plain and the feed-forwards of ``layers`` whole matrices; with the pattern that replaces one."""
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantizedLinear, QuantizedPool)):
+            raise ConfigError(f"{name} is quantised, and only plain matrices become others; dequantize(model) first")
+    for layer in layers:
+        prefix = f"blocks.{layer}.feed_forward"
+        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+            if isinstance(module, (Split, Added)):
+                raise ConfigError(
+                    f"{_replaced(model, name, module)}, and only plain matrices become others; start from a model whose linears leave "
+                    f"{prefix} as it is"
+                )
+
+
+def _replaced(model: Decoder, name: str, module: Split | Added) -> str:
+    """Which pattern made ``module`` what it is."""
+    above = name.rpartition(".")[0]
+    for part in module.beside if isinstance(module, Added) else module.parts:
+        for pattern in model.config.linears:
+            if fnmatchcase(f"{above}.{part}", pattern):
+                return f"linears has {pattern!r}, which replaces or adds to {above}.{part}"
+    return f"{name} is not one matrix"
 
 
 def _total_weight(moe: MoE.Config) -> float:
@@ -203,7 +236,6 @@ def _fresh(config: Decoder.Config, layer: int, slices: int, generator: torch.Gen
     return state
 
 
-def _built(config: Decoder.Config, state: dict[str, Tensor], like: Decoder) -> Decoder:
-    made = build_empty(config)
+def _filled(made: Decoder, state: dict[str, Tensor], like: Decoder) -> Decoder:
     made.load_state_dict(state, assign=True)
     return made.to(like.embedding.weight.device).train(like.training)
