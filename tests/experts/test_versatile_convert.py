@@ -25,7 +25,7 @@ from anabranch.experts.versatile import (
     unpatch,
 )
 from anabranch.lm import Decoder
-from anabranch.nn import ForwardContext, MoE, RMSNorm, SelfAttention, SwiGLU
+from anabranch.nn import BuildContext, Dense, ForwardContext, MoE, RMSNorm, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK, record_routing
 from anabranch.routing.relax import Temperature
 from anabranch.testing import check_task
@@ -440,6 +440,12 @@ def quantised():
         (
             lambda: from_dense(dense(), num_experts=5, slices="contiguous"),
             "does not divide hidden_dim=24 into contiguous slices",
+        ),
+        (
+            lambda: VersatileFFN.from_ffn(
+                SwiGLU.Config(hidden_dim=8).build(BuildContext(8, linears={"down": Dense.Config()}))
+            ),
+            "from_ffn needs a SwiGLU of plain matrices, w2 is a Split",
         ),
         (lambda: VersatileFFN.from_ffn(nn.GELU()), "from_ffn needs a SwiGLU, this is GELU"),
         (lambda: patch_model(nn.Sequential()), "Sequential has no block with an 'mlp'"),

@@ -196,11 +196,17 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     @classmethod
     def from_ffn(cls, ffn: SwiGLU, *, layer: int = 0, **options: Any) -> Self:
-        """A versatile feed-forward on the weights of ``ffn`` itself; nothing is copied. ``options`` are fields of the config."""
+        """A versatile feed-forward on the weights of ``ffn`` itself; nothing is copied. ``options`` are fields of the config.
+
+        Raises ConfigError if it is no SwiGLU, or one of its matrices is replaced or quantised.
+        """
         if not isinstance(ffn, SwiGLU):
             raise ConfigError(
                 f"from_ffn needs a SwiGLU, this is {type(ffn).__name__}; patch_model wraps those of transformers"
             )
+        for name, matrix in (("w13", ffn.w13), ("w2", ffn.w2)):
+            if not isinstance(matrix, nn.Linear):
+                raise ConfigError(f"from_ffn needs a SwiGLU of plain matrices, {name} is a {type(matrix).__name__}")
         weight = ffn.w13.weight
         config = cls.Config(**{"hidden_dim": ffn.w2.in_features, **options})
         made = cls.__new__(cls)
