@@ -571,11 +571,13 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     sizes = [option for option in tiny if not option.startswith("--set=model.")]
     small = [*tiny, "--steps", 2, "--quiet", "--json", *data]
     assert here("train", "moe", "--out", tmp_path / "plain", *small)[0] == 0
-    from_plain = ["--from", tmp_path / "plain", "--steps", 2, "--quiet", *sizes, *data]
-    code, out, _ = here("train", "rexmoe", "--out", tmp_path / "grown", "--json", *from_plain)
+    from_plain = ["--from", tmp_path / "plain", "--steps", 2, *sizes, *data]
+    code, out, err = here("train", "rexmoe", "--out", tmp_path / "grown", "--json", *from_plain)
     assert code == 0
+    assert re.search(r"^kept +of the model: .*dim 32, not 128; ", err, re.MULTILINE)
     assert json.loads(out)["step"] == 2
     held = json.loads((tmp_path / "grown/config.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", held["start"].pop("digest"))
     assert held["start"] == {"model": str(tmp_path / "plain"), "recipe": ["from_vanilla"], "learns": None}
     assert (held["model"]["dim"], held["model"]["feed_forward"]["kind"]) == (32, "rexmoe")
     code, out, _ = here("train", "--out", tmp_path / "grown", "--resume", "--steps", 3, "--quiet", "--json")

@@ -10,6 +10,7 @@ from anabranch.config import override
 from anabranch.data import ByteTokenizer, Files, train_bpe
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.lm import Decoder, load_model, save_model
+from anabranch.lm.recipes import kept_fields
 from anabranch.nn import SwiGLU
 from anabranch.train import RunConfig, Trainer, read_run_config
 from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
@@ -190,3 +191,135 @@ def test_configs_of_before_have_no_start(tmp_path, text):
     longer = config.replace(train=config.train.replace(steps=3))
     assert read_run_config(tmp_path / "run") == config
     assert Trainer(longer, tmp_path / "run", resume=True).fit().step == 3
+
+
+# Fields of the feed-forward of a small mixture that change what its weights mean, or cannot be had without other weights.
+MEANT = [
+    ("router.score.activation", "sigmoid", "softmax"),
+    ("router.select.top_k", 1, 2),
+    ("router.select.normalize", "none", "sum"),
+    ("router.select.scale", 2.0, 1.0),
+    ("shared_experts", 1, 0),
+    ("weight_on", "input", "output"),
+]
+
+
+@pytest.mark.parametrize("target", ["moe", "rexmoe-open", "rmoe"])
+@pytest.mark.parametrize(("name", "value", "held"), MEANT)
+def test_a_router_that_means_something_else_is_refused(tmp_path, text, target, name, value, held):
+    saved("moe", tmp_path / "model")
+    path = f"model.feed_forward.{name}"
+    wanted = small(target, text, **{path: value})
+    said = (
+        f"{path} is {held!r} in the model and {value!r} in the design that is wanted; --set {path}={held}, start from"
+    )
+    with pytest.raises(ConfigError) as raised:
+        start_run(wanted, tmp_path / "model", tmp_path / "run")
+    assert str(raised.value).startswith(said)
+    start_run(override(wanted, {path: held}), tmp_path / "model", tmp_path / "run")
+
+
+def test_a_chain_begins_as_a_mixture_chooses_and_a_chain_as_a_chain(tmp_path, text):
+    saved("moe", tmp_path / "moe")
+    config, _ = start_run(small("chain", text), tmp_path / "moe", tmp_path / "run")
+    assert config.model.feed_forward.router.select.top_k == 2
+    saved("chain", tmp_path / "chain")
+    with pytest.raises(ConfigError, match=r"select\.top_k is 1 in the model and 2 in the design"):
+        start_run(small("chain", text, **{"model.feed_forward.router.select.top_k": 2}), tmp_path / "chain", tmp_path)
+
+
+def test_all_that_stands_in_the_way_is_said_at_once(tmp_path, text):
+    saved("moe", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"activation is .*'softmax'") as raised:
+        start_run(
+            small("moe-lossfree", text, **{"model.feed_forward.router.select.top_k": 3}), tmp_path / "model", tmp_path
+        )
+    sets = (
+        "--set model.feed_forward.router.score.activation=softmax --set model.feed_forward.router.select.top_k=2, start"
+    )
+    assert sets in str(raised.value)
+
+
+def test_balancers_and_capacity_are_those_of_the_design(tmp_path, text):
+    model = saved("moe", tmp_path / "model")
+    layer = "model.feed_forward."
+    settings = {
+        f"{layer}router.score.activation": "softmax",
+        f"{layer}capacity_factor": 1.5,
+        f"{layer}capacity_order": "score",
+        f"{layer}recompute": True,
+    }
+    wanted = small("moe-lossfree", text, **settings)
+    config, given = start_run(wanted, tmp_path / "model", tmp_path / "run", settings)
+    ours, theirs = config.model.feed_forward, wanted.model.feed_forward
+    assert [part.owner.kind for part in ours.router.balance] == ["bias"]
+    assert ours == theirs
+    token_BL = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(given["model"].eval()(token_BL).logits_BLV, model(token_BL).logits_BLV)
+    assert Trainer(config, tmp_path / "run", **given).fit().status == "finished"
+    assert "expert_bias" in " ".join(given["model"].state_dict())
+    # The run's own weights have a bias now, without which they would choose other experts.
+    settings = {f"{layer}router.balance": [{"kind": "switch"}]}
+    with pytest.raises(ConfigError, match=r"router\.balance is \['bias'\] in the model and \['switch'\] in the design"):
+        start_run(small("moe", text, **settings), tmp_path / "run", tmp_path / "next")
+    # Another rate leaves the bias itself alone.
+    rate = {f"{layer}router.score.activation": "softmax", f"{layer}router.balance": [{"kind": "bias", "rate": 0.5}]}
+    config, again = start_run(small("moe-lossfree", text, **rate), tmp_path / "run", tmp_path / "next")
+    assert config.model.feed_forward.router.balance[0].rate == 0.5
+    name = "blocks.0.feed_forward.router.balance.0.expert_bias"
+    assert given["model"].state_dict()[name].any()
+    assert torch.equal(again["model"].state_dict()[name], given["model"].state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "value"),
+    [
+        ("versatile", "model.feed_forward.num_experts", 4),
+        ("versatile", "model.feed_forward.router.select.top_k", 3),
+        ("parscale", "model.streams.num_streams", 2),
+    ],
+)
+def test_a_design_of_other_settings_is_never_dropped_in_silence(tmp_path, text, source, path, value):
+    saved(source, tmp_path / "model")
+    with pytest.raises(ConfigError, match=path.replace(".", r"\.") + f" is .* in the model and {value} in the design"):
+        start_run(small(source, text, **{path: value}), tmp_path / "model", tmp_path / "run")
+
+
+def test_a_duo_with_routers_takes_another_budget_but_no_other_router(tmp_path, text):
+    saved("duo", tmp_path / "model", **{"feed_forward.router": ROUTER})
+    path = "model.feed_forward.router"
+    other = ROUTER | {"balance": [{"kind": "budget", "destination": 1, "budget": 0.25}]}
+    config, _ = start_run(small("duo", text, **{path: other}), tmp_path / "model", tmp_path / "run")
+    assert config.model.feed_forward.router.balance[0].budget == 0.25
+    other = ROUTER | {"select": {"kind": "top_k", "top_k": 1}}
+    with pytest.raises(ConfigError, match=r"router\.select is 'mixture' in the model and 'top_k' in the design"):
+        start_run(small("duo", text, **{path: other}), tmp_path / "model", tmp_path / "run")
+    with pytest.raises(ConfigError, match="routers are 'tempered' cannot start one of None routers"):
+        start_run(small("duo", text), tmp_path / "model", tmp_path / "run")
+
+
+def test_what_is_the_models_is_said(tmp_path, text):
+    saved("moe", tmp_path / "model", **{"feed_forward.hidden_dim": 48, "attention.num_heads": 2})
+    wanted = small("rexmoe", text)
+    config, _ = start_run(wanted, tmp_path / "model", tmp_path / "run")
+    kept = {found.path: (found.wanted, found.held) for found in kept_fields(wanted.model, config.model)}
+    assert kept == {
+        "model.dim": (128, 32),
+        "model.num_layers": (4, 2),
+        "model.attention.num_heads": (4, 2),
+        "model.feed_forward.hidden_dim": (128, 48),
+    }
+    assert kept_fields(config.model, config.model) == ()
+
+
+def test_a_run_without_a_checkpoint_does_not_start_from_weights_of_later(tmp_path, text):
+    model = saved("dense", tmp_path / "model")
+    config, _ = start_run(small("versatile", text), tmp_path / "model", tmp_path / "run")
+    with torch.no_grad():
+        model.blocks[1].feed_forward.w2.weight[0, 0] += 1e-3
+    save_model(tmp_path / "model", model, ByteTokenizer())
+    with pytest.raises(ConfigError, match=r"another model than when the run in .* began; start a new run"):
+        resumed_parts(config, tmp_path / "run")
+    # Runs of before know no digest: they go on as they did.
+    before = config.replace(start=config.start.replace(digest=None))
+    assert resumed_parts(before, tmp_path / "run")["model"].config == config.model

@@ -18,6 +18,7 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
+    from anabranch.lm import Decoder
     from anabranch.train import Event, RunConfig, Trainer, TrainResult
 
 INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit codes, as shells give them
@@ -98,6 +99,7 @@ def train(
         name, config = _held_config(out, preset, size_dial, settings)
     else:
         name, config = build_config(preset, config_file, size_dial, settings)
+    wanted = config.model
     given: dict[str, Any] = {}
     if goes_on:
         _check_source(source, config, out)
@@ -114,7 +116,7 @@ def train(
         if first and config.start is not None and not goes_on:
             keep_tokenizer(config, given["tokenizer"], out)
         if first and not quiet:
-            observer.introduce(name, trainer)
+            observer.introduce(name, trainer, wanted)
         result = trainer.fit()
     if first:
         _conclude(name, config, trainer, result, out, as_json=as_json)
@@ -155,14 +157,22 @@ class _Observer:
         self.progress = Progress(config.train.steps, "step", quiet=quiet)
         self._losses: list[float] = []
 
-    def introduce(self, name: str, trainer: Trainer) -> None:
-        """What is about to be trained, on what."""
+    def introduce(self, name: str, trainer: Trainer, wanted: Decoder.Config) -> None:
+        """What is about to be trained, on what; and where the model it starts from is not as ``wanted``."""
         from anabranch.cli.runs import describe_model
+        from anabranch.lm.differences import shown
+        from anabranch.lm.recipes import kept_fields
 
         config = trainer.config
         counts = config.model.count(config.data.sequence_length)
         if config.start is not None:
             fact("from", " ".join([config.start.model, *config.start.recipe]), to=sys.stderr)
+            kept = kept_fields(wanted, config.model)
+            if kept:
+                said = (
+                    f"{each.path.removeprefix('model.')} {shown(each.held)}, not {shown(each.wanted)}" for each in kept
+                )
+                fact("kept", f"of the model: {'; '.join(said)}", to=sys.stderr)
         kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
         fact(
             "model",

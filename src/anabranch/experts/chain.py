@@ -342,6 +342,8 @@ not_chosen(Chain.Config, "residual", "norm", "reuse", "psr")
     makes=lambda config: type(config.feed_forward) is Chain.Config,
     takes=lambda config: type(config.feed_forward) in (MoE.Config, ReXMoE.Config),
     needs="a model of 'moe' or 'rexmoe' layers",
+    # The chain begins as the trained model, which chooses and weighs as it does.
+    keeps=("router.select",),
 )
 def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
     return from_moe(model, **fields_beyond(config.feed_forward, ReXMoE.Config, without=("residual", "norm")))

@@ -14,11 +14,12 @@ from torch import Tensor
 from anabranch.config import Config, to_dict
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.differences import Difference, differences, shown
 from anabranch.lm.upcycle import upcycle
 from anabranch.nn import MoE, SwiGLU
-from anabranch.routing import LinearScore
+from anabranch.routing import LinearScore, Router
 
-__all__ = ["Material", "Started", "fields_beyond", "not_chosen", "recipe", "start_from"]
+__all__ = ["Material", "Started", "fields_beyond", "kept_fields", "not_chosen", "recipe", "start_from"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Recipe:
     takes: Callable[[Decoder.Config], bool]
     convert: Convert
     learns: str | None
+    keeps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class Started:
 _RECIPES: dict[str, _Recipe] = {}
 # Fields that are the trained model's or the recipe's, whatever the wanted design says.
 _NOT_CHOSEN: dict[type[Config], tuple[str, ...]] = {}
+_LAYER = "model.feed_forward"
+# Sizes are the trained model's, and what weights are drawn from says nothing about weights that are there.
+_SIZES = ("num_experts", "hidden_dim", "shared_hidden_dim")
+_INITIAL = ("router.score.init", "router.score.init_std")
+# These say how to train and compute, not what the weights mean: they are the wanted design's.
+_OF_ROUTER = ("balance", "check_finite")
+_OF_LAYER = ("capacity_factor", "capacity_order", "capacity_renormalize", "recompute", "backend")
 
 
 def recipe(
@@ -75,6 +84,7 @@ def recipe(
     takes: Callable[[Decoder.Config], bool],
     needs: str,
     learns: str | None = None,
+    keeps: tuple[str, ...] = (),
 ) -> Callable[[Convert], Convert]:
     """Register ``convert(model, config, material) -> Decoder``, which turns a trained model into the design of ``config``.
 
@@ -84,6 +94,7 @@ def recipe(
         takes: whether it can begin with a model of this config.
         needs: what it begins with, in words, for who has something else.
         learns: only parameters whose name contains this shall learn; None for all.
+        keeps: fields of the feed-forward that it takes from the trained model, such as ``router.select``.
 
     Raises ConfigError (when used) if another recipe has this name.
     """
@@ -91,7 +102,7 @@ def recipe(
     def register(convert: Convert) -> Convert:
         if name in _RECIPES:
             raise ConfigError(f"a recipe {name!r} is registered already; choose another name")
-        _RECIPES[name] = _Recipe(name, needs, makes, takes, convert, learns)
+        _RECIPES[name] = _Recipe(name, needs, makes, takes, convert, learns, keeps)
         return convert
 
     return register
@@ -112,7 +123,8 @@ def start_from(model: Decoder, config: Decoder.Config, *, seed: int, sample: Cal
     """A model of the design of ``config`` that begins where ``model`` is.
 
     The design is the kind of feed-forward, its router and its streams with their own fields; all else (width, depth, vocabulary, the
-    number and width of experts) is the model's. Without a design of its own (SwiGLU under streams) the model's feed-forward stays.
+    number and width of experts) is the model's, and `kept_fields` says where ``config`` has it otherwise. Without a design of its own
+    (SwiGLU under streams) the model's feed-forward stays. Balancers, capacity, ``recompute`` and ``backend`` are the wanted ones.
 
     Args:
         model: trained; it may share its weights with the result.
@@ -121,20 +133,37 @@ def start_from(model: Decoder, config: Decoder.Config, *, seed: int, sample: Cal
 
     Raises ConfigError where no recipe leads from the model to the design, or the model has the design with other settings.
     """
-    material, used, learns = Material(seed, sample), [], None
+    material, used, first = Material(seed, sample), [], model.config
     wanted = [found for found in _RECIPES.values() if found.makes(config)]
     for found in wanted:
         if found.takes(model.config):
-            model, learns = found.convert(model, config, material), found.learns or learns
-            used.append(found.name)
-    _check_design(model.config, config, wanted)
-    return Started(model, tuple(used), learns)
+            model = found.convert(model, config, material)
+            used.append(found)
+    _check_kinds(model.config, config, wanted)
+    keeps_layer = _keeps_layer(config)
+    if not keeps_layer:
+        _check_layer(model.config.feed_forward, config.feed_forward, used)
+        model = _trained_as(model, config.feed_forward)
+    if first.streams is not None:
+        _refuse(list(differences(config.streams, model.config.streams, "model.streams")))
+    learns = next((found.learns for found in reversed(used) if found.learns), None)
+    return Started(model, tuple(found.name for found in used), learns)
 
 
-def _check_design(made: Decoder.Config, config: Decoder.Config, wanted: list[_Recipe]) -> None:
+def kept_fields(config: Decoder.Config, made: Decoder.Config) -> tuple[Difference, ...]:
+    """What is the trained model's in a started model's config ``made``, although the wanted ``config`` says otherwise."""
+    passed = ["model.streams", *(f"{_LAYER}.{name}" for name in _INITIAL)]
+    return tuple(found for found in differences(config, made, "model") if not found.is_within(*passed))
+
+
+def _keeps_layer(config: Decoder.Config) -> bool:
+    return config.streams is not None and type(config.feed_forward) is SwiGLU.Config
+
+
+def _check_kinds(made: Decoder.Config, config: Decoder.Config, wanted: list[_Recipe]) -> None:
     ways = "; ".join(f"{found.name} starts from {found.needs}" for found in wanted) or "no recipe leads there"
     ours, theirs = config.feed_forward, made.feed_forward
-    keeps = config.streams is not None and type(ours) is SwiGLU.Config
+    keeps = _keeps_layer(config)
     if type(ours) is not type(theirs) and not keeps:
         raise ConfigError(
             f"a model of {theirs.owner.kind!r} layers cannot start one of {ours.owner.kind!r} layers: {ways}"
@@ -144,15 +173,49 @@ def _check_design(made: Decoder.Config, config: Decoder.Config, wanted: list[_Re
         raise ConfigError(f"a model whose routers are {scores[0]!r} cannot start one of {scores[1]!r} routers: {ways}")
     if type(config.streams) is not type(made.streams):
         raise ConfigError(f"the model has streams ({made.streams}), and the design wanted has {config.streams}: {ways}")
-    if keeps:
+
+
+def _check_layer(theirs: Any, ours: Any, used: list[_Recipe]) -> None:
+    sizes = _SIZES if isinstance(ours, MoE.Config) else ("hidden_dim",)
+    passed = [*sizes, *_INITIAL, *_OF_LAYER, *(f"router.{name}" for name in _OF_ROUTER)]
+    passed += _NOT_CHOSEN.get(type(ours), ())
+    passed += [name for found in used for name in found.keeps]
+    paths = [f"{_LAYER}.{name}" for name in passed]
+    _refuse([found for found in differences(ours, theirs, _LAYER) if not found.is_within(*paths)])
+
+
+def _refuse(found: list[Difference]) -> None:
+    if not found:
         return
-    for name, value in fields_beyond(ours, MoE.Config, SwiGLU.Config).items():
-        held = getattr(theirs, name)
-        if to_dict(held) != to_dict(value) and name not in _NOT_CHOSEN.get(type(ours), ()):
-            raise ConfigError(
-                f"{name} is {held!r} in the model and {value!r} in the design that is wanted; set "
-                f"model.feed_forward.{name} to what the model has, or start from another model"
-            )
+    said = "; ".join(
+        f"{each.path} is {shown(each.held)} in the model and {shown(each.wanted)} in the design" for each in found
+    )
+    plain = all(isinstance(each.held, bool | int | float | str) for each in found)
+    sets = " ".join(f"--set {each.path}={_written(each.held)}" for each in found)
+    way = sets if plain else f"set {', '.join(each.path for each in found)} to what the model has"
+    raise ConfigError(f"{said} that is wanted; {way}, start from another model, or train from random weights")
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _trained_as(model: Decoder, ours: Any) -> Decoder:
+    """``model`` with the balancers, capacity and computation of the layer ``ours``; balancers that are new begin as untrained."""
+    theirs: Any = model.config.feed_forward
+    changed = {name: getattr(ours, name) for name in _OF_LAYER if hasattr(ours, name)}
+    if isinstance(getattr(ours, "router", None), Router.Config) and isinstance(theirs.router, Router.Config):
+        changed["router"] = theirs.router.replace(**{name: getattr(ours.router, name) for name in _OF_ROUTER})
+    layer = theirs.replace(**changed) if changed else theirs
+    if to_dict(layer) == to_dict(theirs):
+        return model
+    made = Decoder(model.config.replace(feed_forward=layer))
+    state, fresh = model.state_dict(), made.state_dict()
+    if state.keys() - fresh.keys():
+        # A bias chooses experts as weights do, so without it the model would compute something else.
+        _refuse([Difference(f"{_LAYER}.router.balance", ours.router.balance, theirs.router.balance)])
+    made.load_state_dict(fresh | state, assign=True)
+    return made.to(model.embedding.weight.device).train(model.training)
 
 
 def _score_kind(layer: Any) -> str | None:

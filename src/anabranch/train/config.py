@@ -124,11 +124,13 @@ class Start(Config):
         model: the folder or file of the model.
         recipe: how it became this run's design: names as in `anabranch.lm.recipes`; empty where it had it.
         learns: only parameters whose name contains this learn; None for all.
+        digest: sha256 of the model's weights; None in runs of before it was kept.
     """
 
     model: str = Field(min_length=1)
     recipe: tuple[str, ...] = ()
     learns: str | None = None
+    digest: str | None = None
 
 
 @configclass

@@ -7,6 +7,7 @@ The design of ``config.model`` decides which recipe leads there, see `anabranch.
 tokenizer is kept in the run's folder, so a run that has saved a checkpoint needs the model no more.
 """
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from anabranch.config import override, to_dict
 from anabranch.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from anabranch.errors import ConfigError, TokenizerError
+from anabranch.lm import Decoder
 from anabranch.lm.checkpoint import load_model
 from anabranch.lm.recipes import start_from
 from anabranch.train.checkpoint import checkpoints
@@ -53,8 +55,10 @@ def start_run(
         length = config.data.sequence_length
         return torch.cat([batch.token_BL for batch in itertools.islice(stream, max(1, _SAMPLED // length))])
 
+    # Before the start, which may share or change the weights.
+    digest = _digest(model)
     started = start_from(model, config.model, seed=config.train.seed, sample=sample)
-    start = Start(model=str(Path(source).absolute()), recipe=started.recipe, learns=started.learns)
+    start = Start(model=str(Path(source).absolute()), recipe=started.recipe, learns=started.learns, digest=digest)
     made = config.replace(model=started.model.config, data=data, start=start)
     _check_settings(made, settings or {}, source)
     return made, {"model": started.model, "tokenizer": tokenizer}
@@ -69,7 +73,8 @@ def resumed_parts(config: RunConfig, out: str | Path) -> dict[str, Any]:
         return {}
     if not checkpoints(Path(out)):
         made, given = start_run(config, config.start.model, out)
-        if made.model != config.model:
+        before, now = config.start.digest, made.start and made.start.digest
+        if made.model != config.model or before not in (None, now):
             raise ConfigError(
                 f"{config.start.model} is another model than when the run in {out} began; start a new run"
             )
@@ -82,6 +87,15 @@ def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer, out: str | Path) -> 
     """Write the tokenizer into the run's folder, where the config says it is (that of bytes needs no file)."""
     if isinstance(config.data.tokenizer, HuggingFaceTokenizer.Config):
         tokenizer.save(Path(out) / TOKENIZER_FOLDER)
+
+
+def _digest(model: Decoder) -> str:
+    """sha256 of names and values of all weights."""
+    hashed = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def _tokenizer_config(tokenizer: Tokenizer, out: str | Path) -> Tokenizer.Config:
