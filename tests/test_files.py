@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -115,6 +115,7 @@ NAMES = st.sampled_from(
 
 
 @settings(deadline=None, max_examples=60)
+@example(out="d/new", source="d")
 @given(out=NAMES, source=NAMES)
 def test_what_is_written_is_apart_from_what_is_read(tmp_path_factory, out, source):
     place = tmp_path_factory.mktemp("apart")
@@ -139,11 +140,38 @@ def test_what_is_written_is_apart_from_what_is_read(tmp_path_factory, out, sourc
     }
     holds = {"d": {"x", "y", "z"}, "folder": {"x", "y", "z"}}
     written, read = ({files[name]} if name in files else holds.get(name, set()) for name in (out, source))
+    # What is not there yet can be no more written into a folder that is read than what is there.
+    if out == "d/new":
+        written = {"n"}
+    read = read | ({"n"} if source in holds else set())
     is_lost = (
         bool(written & read) and not (out == "hard" and source in holds) and not (source == "hard" and out in holds)
     )
     with pytest.raises(InputError, match="would be lost") if is_lost else contextlib.nullcontext():
         check_apart([place / out], [place / source])
+
+
+def test_whether_an_output_is_there_changes_no_answer(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "g.db").write_text("")
+    for name, source in (
+        ("texts/o", "texts"),
+        ("texts/new/o", "texts"),
+        ("g.db-wal", "g.db"),
+        ("o", "texts"),
+        ("o", "g.db"),
+    ):
+        out, answers = tmp_path / name, []
+        for _ in range(2):
+            try:
+                answers.append(check_apart([out], [tmp_path / source]))
+            except InputError as error:
+                answers.append(str(error))
+            out.parent.mkdir(exist_ok=True)
+            out.write_text("")
+        assert answers[0] == answers[1]
+        assert (answers[0] is None) == (name == "o")
+        out.unlink()
 
 
 def test_two_outputs_are_not_written_into_one_place(tmp_path):

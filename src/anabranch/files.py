@@ -40,15 +40,15 @@ def check_apart(written: Iterable[str | Path | None], read: Iterable[str | Path 
         written: files and folders that are to be made; who writes some files into a folder names these.
         read: files, folders with all that is in them, and names that are no paths. SQLite's logs beside a database are read with it.
 
-    Raises InputError if one to be written is there and is one that is read, by whatever name, lies in one, or is a folder around one; and
-    for two outputs in one place.
+    Raises InputError if one to be written is one that is read, by whatever name, lies in one, or is a folder around one; and for two
+    outputs in one place. Whether an output is there already makes no difference, so that a command that works once works again.
     """
     outputs = [Path(path) for path in written if path is not None]
     sources = [Path(path) for path in read if path is not None]
     for number, out in enumerate(outputs):
         for source in sources:
-            logs = [Path(f"{source}{ending}") for ending in SQLITE_LOGS]
-            if os.path.lexists(out) and any(is_within(out, place) for place in (source, *logs)):
+            logs = [Path(f"{source}{ending}") for ending in SQLITE_LOGS if source.is_file()]
+            if is_within(out, source) or any(_is_same(out, log) or _real(out) == _real(log) for log in logs):
                 where = "" if _is_same(out, source) else f" with {source}"
                 raise InputError(f"{out} is read{where}, and would be lost if it were written; name another file")
             if out.is_dir() and os.path.lexists(source) and is_within(source, out):

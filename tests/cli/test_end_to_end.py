@@ -199,6 +199,29 @@ def test_convert_there_and_back_evaluates_the_same(trained, here, work, text_fil
     assert losses[2] == losses[1]
 
 
+@pytest.mark.slow
+def test_the_same_report_is_made_again_where_its_text_lies(trained, here, work):
+    place = work / "project"
+    shutil.copytree(trained[0], place / "run")
+    shutil.copytree(work / "text", place / "text")
+    (place / "one.py").write_text(TEXT)
+    config = json.loads((place / "run/config.json").read_text())
+    config["data"]["corpus"] = {"kind": "files", "paths": [str(place)], "pattern": "*.py"}
+    (place / "run/config.json").write_text(json.dumps(config))
+    line = ["report", place / "run", "--tokens", 256, "--quiet", "--json"]
+    for out, data in (("rep", []), ("all", ["--data", place])):
+        for _ in range(2):
+            code, _, err = here(*line, "--out", place / out, *data)
+            assert code == 0, err
+    (place / "rep/load.png").unlink()
+    (place / "rep/load.png").hardlink_to(place / "one.py")
+    named = place / "all/summary.json"
+    for out, data in (("rep", []), ("rep", ["--data", place]), ("all", ["--data", named])):
+        code, _, err = here(*line, "--out", place / out, *data)
+        assert (code, "would be lost" in err) == (2, True), err
+    assert (place / "one.py").read_text() == TEXT
+
+
 def test_report_of_a_model_and_of_its_trace(trained, here, work):
     folder, _ = trained
     code, out, _ = here("report", folder, "--out", work / "report", "--tokens", 2048, "--json", "--quiet")
@@ -346,11 +369,39 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run_and_no_other(train, work
     line = ["demo", "--out", "elastic"]
     assert train(*line)["step"] == 12
     refused = "elastic already holds a run (config.json); resume it with --resume"
-    assert refused in train(*line)
+    assert refused in (told := train(*line))
+    assert "--resume auto" in told
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(*line)["step"] == 12
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
     assert refused in train(*line)
+
+
+def test_every_node_of_a_torchrun_without_a_name_knows_its_run(tmp_path, monkeypatch):
+    from anabranch.train import run
+
+    def started(restart, node, agent, port):
+        at = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "first", "MASTER_PORT": port}
+        for name, value in {**at, "TORCHELASTIC_RESTART_COUNT": restart, "GROUP_RANK": node}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(run.os, "getppid", lambda: agent)
+
+    started(0, 0, 7, 29500)
+    run.prepare(tmp_path, run.RunConfig())
+    # By hand: restarts, node, agent, port. The first node's agent lives through restarts; another's has another number.
+    for case, known in {
+        (1, 0, 7, 29500): True, (1, 1, 9, 29500): True,
+        (1, 0, 8, 29500): False, (1, 1, 9, 29501): False, (0, 0, 7, 29500): False, (0, 1, 9, 29500): False,
+    }.items():  # fmt: skip
+        started(*case)
+        assert run.is_restart(tmp_path) is known, case
+    started(1, 1, 9, "")
+    assert not run.is_restart(tmp_path)
+    # As a version before wrote it.
+    (tmp_path / ".run.torchrun").write_text((tmp_path / ".run.torchrun").read_text().partition("\n")[0])
+    assert not run.is_restart(tmp_path)
+    started(1, 0, 7, 29500)
+    assert run.is_restart(tmp_path)
 
 
 @pytest.mark.slow

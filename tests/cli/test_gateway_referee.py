@@ -53,6 +53,17 @@ def told(found):
     return json.loads(out)
 
 
+def test_a_line_that_writes_beside_the_routers_works_again(run, place):
+    line = "eval other.jsonl --router routers --markdown routers/e.md --html routers/e.html --picture routers/e.svg --json --quiet"
+    for _ in range(2):
+        told(run(*line.split()))
+    (place / "routers/lost.md").symlink_to("knn.safetensors")
+    code, _, err = run(*"eval other.jsonl --router routers --markdown routers/lost.md".split())
+    assert (code, "would be lost" in err) == (2, True)
+    for made in ("e.md", "e.html", "e.svg", "lost.md"):
+        (place / "routers" / made).unlink()
+
+
 def test_fit_then_eval_judges_on_what_was_held_out(run):
     found = told(
         run("fit", "data.jsonl", "--out", "made", "--strategy", "ridge", "--strategy", "knn", "--json", "--quiet")

@@ -69,7 +69,7 @@ def report(
 
     is_trace = Path(source).suffix == ".parquet"
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
-    check_apart(own, [data, *([source] if is_trace else _read_of(source, data))])
+    check_apart(own, [source] if is_trace else _read_of(source, data, own))
     check_place(out, trace=None if is_trace else Path(out) / _TRACE)
     bias: dict[int, Any] = {}
     if Path(source).is_file() and is_trace:
@@ -98,15 +98,30 @@ def report(
     wrote(f"{out}/{{report.html, *.png, {', '.join(names)}}}", f"open {page} in a browser")
 
 
-def _read_of(model: str, data: str | None) -> list[str | Path]:
-    """The files of a model and, where no text is named, of the text it was trained on."""
+def _read_of(model: str, data: str | None, own: list[Path]) -> list[str | Path]:
+    """The files of a model, and those of its text, or of the text it was trained on, that lie where the report writes.
+
+    What a folder of texts holds at the place of the report is left to `check_place`: an earlier report's files are replaced.
+    """
     from anabranch.cli.corpora import run_of
-    from anabranch.data import Files
+    from anabranch.data import corpus_at
     from anabranch.lm.folder import files_of
+    from anabranch.places import expanded
 
     run = run_of(model) if data is None else None
-    corpus = None if run is None else run.data.corpus
-    return [*files_of(model), *(corpus.paths if isinstance(corpus, Files.Config) else ())]
+    read: list[str | Path] = [*files_of(model)]
+    held = [path for path in own if path.exists()]
+    if not held or (data is None and run is None):
+        return read
+    corpus = corpus_at(data) if data is not None else run.data.corpus if run is not None else None
+    named = {expanded(path) for path in getattr(corpus, "paths", ())}
+    places = {(found.st_dev, found.st_ino) for found in (path.stat() for path in held)}
+    for file in corpus.build().sources() if corpus is not None else ():
+        found = file.stat()
+        is_listed_there = file not in named and not file.is_symlink() and file.parent.samefile(own[0].parent)
+        if (found.st_dev, found.st_ino) in places and not is_listed_there:
+            read.append(file)
+    return read
 
 
 def _record(

@@ -116,6 +116,17 @@ def check_router_folder(folder: str | Path) -> None:
         raise DataError(f"{folder} has no {MANIFEST}, so it is not a folder of routers to replace; choose a new folder")
 
 
+def files_of(router: str | Path) -> list[Path]:
+    """What belongs to fitted routers of all that lies in their folder: what no program may write over.
+
+    ``router`` itself if it is no folder.
+    """
+    place = Path(router)
+    if not place.is_dir():
+        return [place]
+    return [path for path in sorted(place.iterdir()) if re.fullmatch(_OURS, path.name)]
+
+
 def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:
     """Write routers, by name, and what they were fitted on. An older folder of routers is replaced in one step.
 

@@ -37,6 +37,7 @@ _CHANGEABLE = frozenset(
 
 LOCK = ".run.lock"  # held by who trains
 _JOB = ".run.torchrun"  # which torchrun trains, where one does
+_UNNAMED = "none"  # the id of every torchrun without --rdzv-id
 _WAIT_S = 0.15  # for the lock; who only looks whether it is free has it for an instant
 
 
@@ -69,7 +70,10 @@ def check_new(out: Path) -> None:
         raise DataError(f"{out} is a file, and the run needs a folder; choose another name")
     held = [name for name in (CONFIG_FILE, METRICS_FILE, STEPS_FOLDER) if (out / name).exists()]
     if held:
-        raise DataError(f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder")
+        raise DataError(
+            f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder; --resume auto is for a line "
+            "that is to start a run or go on with it, such as one that torchrun starts anew"
+        )
 
 
 def holds_run(out: Path) -> bool:
@@ -78,20 +82,36 @@ def holds_run(out: Path) -> bool:
 
 
 def is_restart(out: Path) -> bool:
-    """Whether torchrun started this process anew after it, the same torchrun, had begun the run in ``out`` (``--max-restarts``)."""
+    """Whether torchrun started this process anew after it, the same torchrun, had begun the run in ``out`` (``--max-restarts``).
+
+    Where torchrun has no name of its own, the first node knows its agent, and the others where the processes meet. Other torchruns may
+    meet there later, but their first node refuses, and nobody trains without it.
+    """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     try:
-        return (out / _JOB).read_text(encoding="utf-8") == _torchrun()
+        held = (out / _JOB).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
+    if os.environ.get("TORCHELASTIC_RUN_ID") != _UNNAMED:
+        return held == _torchrun()
+    agent, _, meeting = held.partition("\n")
+    return agent == _agent() if os.environ.get("GROUP_RANK", "0") == "0" else meeting == _meeting() != ""
 
 
 def _torchrun() -> str | None:
     """What tells one torchrun from all others; None where none started this process."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv-id all are called none.
-    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+    return f"{_agent()}\n{_meeting()}" if name == _UNNAMED else name
+
+
+def _agent() -> str:
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def _meeting() -> str:
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"{address}:{port}" if address and port else ""
 
 
 def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None:

@@ -83,7 +83,7 @@ def evaluate(
     check_ending(picture, "--picture", (".png", ".svg"))
     check_ending(html, "--html", (".html",))
     check_ending(markdown, "--markdown", (".md",))
-    check_apart([html, picture, markdown], [data, test, prices, router])
+    check_apart([html, picture, markdown], [data, test, prices, *_read_of(router)])
     if html is not None or picture is not None:
         require("plots", by=f"drawing {html or picture}")
     with waiting(f"reading {data}", quiet):
@@ -103,6 +103,14 @@ def evaluate(
         print_json({**report.to_dict(), "wrote": written})
         return
     _print(report, written)
+
+
+def _read_of(router: Path | None) -> list[Path]:
+    if router is None or not router.is_dir():
+        return [] if router is None else [router]
+    from anabranch.gateway.saving import files_of
+
+    return files_of(router)
 
 
 def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tuple[Recorded, Recorded]:
