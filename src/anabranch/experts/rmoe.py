@@ -51,7 +51,7 @@ class Recurrence(nn.Module):
     r, z, n (gru) or i, f, g, o (lstm).
     """
 
-    def __init__(self, config: Any, dim: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: "RecurrentScore.Config", dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config, self.dim = config, dim
         state_dim, bound = config.state_dim, 1 / math.sqrt(config.state_dim)

@@ -102,7 +102,7 @@ class Dense(Linear, nn.Linear, kind="dense"):
             bias = projection.out_dim * projection.bias
             return Count.dense(projection.in_dim * projection.out_dim) + Count(bias, bias, 0)
 
-    def __init__(self, config: Any, projection: Projection, context: "BuildContext") -> None:
+    def __init__(self, config: Config, projection: Projection, context: "BuildContext") -> None:
         nn.Linear.__init__(self, projection.in_dim, projection.out_dim, bias=projection.bias)
         context.init(self.weight, residual=projection.residual)
         if projection.bias:

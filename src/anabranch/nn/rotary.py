@@ -45,7 +45,7 @@ class Rotary(Part, nn.Module):
                     f"high_freq_factor is {self.high_freq_factor}; it must be greater than low_freq_factor={self.low_freq_factor}"
                 )
 
-    def __init__(self, config: Any, head_dim: int) -> None:
+    def __init__(self, config: Config, head_dim: int) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("frequency", _frequencies(config, head_dim), persistent=False)
@@ -67,7 +67,7 @@ class Rotary(Part, nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _frequencies(config: Any, head_dim: int) -> Tensor:
+def _frequencies(config: Rotary.Config, head_dim: int) -> Tensor:
     # On the CPU even under a meta device: this buffer is not in checkpoints, so nothing would fill it later.
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequency = 1.0 / config.theta**exponent

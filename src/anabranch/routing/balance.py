@@ -58,7 +58,9 @@ class Balancer(Part, nn.Module, family="balance"):
         def check(self, num_destinations: int) -> None:
             """Raise ConfigError if this cannot balance ``num_destinations``."""
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
+    config: Config
+
+    def __init__(self, config: Config, num_destinations: int) -> None:
         super().__init__()
         config.check(num_destinations)
         self.config = config
@@ -82,7 +84,7 @@ class LoadCounter(Balancer):
 
     load_E: Tensor
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
+    def __init__(self, config: Balancer.Config, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
         self.register_buffer("load_E", torch.zeros(num_destinations), persistent=False)
 
@@ -147,6 +149,8 @@ class SwitchLoss(LoadCounter, kind="switch"):
         alpha: float = Field(default=1e-2, ge=0)
         scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
 
+    config: Config
+
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``load_balancing``."""
         probability_NE = seen.probability_NE()
@@ -193,6 +197,8 @@ class PoolLoss(Balancer, kind="pool"):
 
         alpha: float = Field(default=1e-2, ge=0)
 
+    config: Config
+
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit this layer's part."""
         probability_E = masked_mean(seen.probability_NE(), context.item_mask_N)
@@ -216,6 +222,8 @@ class ZLoss(Balancer, kind="z_loss"):
 
         beta: float = Field(default=1e-3, ge=0)
 
+    config: Config
+
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``z_loss``."""
         logit_NE = seen.logit_NE
@@ -233,6 +241,8 @@ class ImportanceLoss(Balancer, kind="importance"):
         """Attributes: ``alpha`` (default 0.01)."""
 
         alpha: float = Field(default=1e-2, ge=0)
+
+    config: Config
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``importance``."""
@@ -264,6 +274,8 @@ class DeviceLoss(Balancer, kind="device"):
                 raise ConfigError(
                     f"num_devices is {self.num_devices}, which does not divide {num_destinations} destinations"
                 )
+
+    config: Config
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``device_balancing``."""

@@ -10,7 +10,7 @@ come from. How far a router is from that assignment: `anabranch.routing.assignme
 import sys
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -68,10 +68,11 @@ class BiasBalancer(LoadCounter, kind="bias"):
         clip: float | None = Field(default=None, gt=0)
         history: int = Field(default=0, ge=0)
 
+    config: Config
     expert_bias: Tensor
     open_E: Tensor
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
+    def __init__(self, config: Config, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
         self.rate: float = RATES[config.rule] if config.rate is None else config.rate
         self.register_buffer("expert_bias", torch.zeros(num_destinations))

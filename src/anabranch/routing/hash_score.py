@@ -1,8 +1,6 @@
 """Hash layers (Roller et al. 2021, arXiv 2106.04426): which destinations a token takes follows from its id, and nothing is learned."""
 # Shapes: N items, E destinations, D width
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ class HashScore(Score, kind="hash"):
     config: Config
 
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
         self.num_destinations = num_destinations

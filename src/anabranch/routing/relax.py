@@ -8,8 +8,6 @@ Jang et al. 2017, arXiv 1611.01144; Maddison et al. 2017, arXiv 1611.00712; the 
 """
 # Shapes: N items, E destinations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +68,7 @@ class Temperature(Part, nn.Module):
 
     value: Tensor
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("value", torch.tensor(float(config.start)))

@@ -6,7 +6,7 @@ arXiv 2408.15664, step 1). Ties go to the lowest index. A place that finds no op
 # Shapes: N items, E destinations, K places per item, G groups of destinations, C items per destination
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,10 @@ class Select(Part, nn.Module, family="select"):
         def check(self, num_destinations: int) -> None:
             """Raise ConfigError if this cannot choose among ``num_destinations``."""
 
+    config: Config
     is_causal: ClassVar[bool] = True  # False: an item's routing depends on later items, so not for language models
 
-    def __init__(self, config: Any, num_destinations: int) -> None:
+    def __init__(self, config: Config, num_destinations: int) -> None:
         super().__init__()
         config.check(num_destinations)
         self.config = config
@@ -149,6 +150,8 @@ class TopK(Select, kind="top_k"):
             """At most all."""
             _check_at_most("top_k", self.top_k, num_destinations)
 
+    config: Config
+
     @property
     def num_places(self) -> int:
         """K."""
@@ -195,6 +198,8 @@ class GroupTopK(Select, kind="group_top_k"):
                     f"top_k is {self.top_k}, but top_groups={self.top_groups} groups of {size} hold only {size * self.top_groups}"
                 )
 
+    config: Config
+
     @property
     def num_places(self) -> int:
         """K."""
@@ -231,6 +236,8 @@ class TopP(Select, kind="top_p"):
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
+    config: Config
+
     @property
     def num_places(self) -> int:
         """At most so many are used."""
@@ -259,6 +266,8 @@ class Threshold(Select, kind="threshold"):
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
+    config: Config
+
     @property
     def num_places(self) -> int:
         """At most so many are used."""
@@ -285,6 +294,7 @@ class ExpertChoice(Select, kind="expert_choice"):
 
         capacity_factor: float = Field(default=2.0, gt=0)
 
+    config: Config
     is_causal: ClassVar[bool] = False
 
     @property

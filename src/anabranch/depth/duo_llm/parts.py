@@ -82,6 +82,8 @@ class Mixture(Select, kind="mixture"):
 
         straight_through: bool = False
 
+    config: Config
+
     def choose(self, value_NE: Tensor) -> Tensor:
         """All open options, or the best of them."""
         index_NK = stable_top_k(value_NE, value_NE.shape[1] if self.training else 1)
@@ -123,6 +125,8 @@ class BudgetLoss(Balancer, kind="budget"):
                 raise ConfigError(
                     f"destination is {self.destination}, but there are {num_destinations}; use 0 to {num_destinations - 1}"
                 )
+
+    config: Config
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit this layer's part: the share of each sequence, and whether it has a real token."""

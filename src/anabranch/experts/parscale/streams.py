@@ -103,7 +103,7 @@ class ParScale(Streams, kind="parscale"):
                 streams * (layers.flops + met) + (2 * (gate + streams * dim) if streams > 1 else 0),
             )
 
-    def __init__(self, config: Any, context: BuildContext, attention: Any) -> None:
+    def __init__(self, config: Config, context: BuildContext, attention: Any) -> None:
         super().__init__()
         self.config = config
         self.chosen, self._of_step = config.in_use or config.num_streams, config.num_streams
@@ -189,7 +189,7 @@ class ParScale(Streams, kind="parscale"):
 class PrefixTable(nn.Module):
     """Prefixes as parameters, from N(0, prefix_std): ``key[l]`` and ``value[l]``, each ``[P, H, M, D]``."""
 
-    def __init__(self, config: Any, context: BuildContext, shape: tuple[int, int, int]) -> None:
+    def __init__(self, config: ParScale.Config, context: BuildContext, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.key, self.value = nn.ParameterList(), nn.ParameterList()
         for _ in range(context.num_layers):
@@ -205,7 +205,7 @@ class PrefixTable(nn.Module):
 class PrefixMLP(nn.Module):
     """Prefixes made by one network per layer from an embedding e_p of each stream: W_2 tanh(W_1 e_p + b_1) + b_2."""
 
-    def __init__(self, config: Any, context: BuildContext, shape: tuple[int, int, int]) -> None:
+    def __init__(self, config: ParScale.Config, context: BuildContext, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.shape = shape
         heads, length, width = shape

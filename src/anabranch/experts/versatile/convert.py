@@ -87,7 +87,9 @@ class VersatileMLP(nn.Module):
     ``forward`` takes the residual stream H and returns Y - H. The balance loss and loads go to `collect_routing`.
     """
 
-    def __init__(self, parts: "_Parts", config: Any, *, layer: int, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, parts: "_Parts", config: VersatileFFN.Config, *, layer: int, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         for name, child in parts.mlp.named_children():
             self.add_module(name, child)

@@ -187,7 +187,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
             """
             return 6 * dim * self.hidden_dim * mean_loops + self.width_flops(dim) * width_share
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config, self.dim = config, context.dim
         projections = swiglu_projections(context, config.hidden_dim)

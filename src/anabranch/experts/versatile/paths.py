@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from anabranch.routing import (
 )
 from anabranch.routing.balance import masked_mean
 from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
+
+if TYPE_CHECKING:
+    from anabranch.experts.versatile.layer import VersatileFFN
 
 MANY = 256  # items for which virtual experts are cut from the weights
 
@@ -103,7 +106,9 @@ class LoopGate(nn.Module):
     training, the plain softmax outside (which is how samples are distributed at any temperature).
     """
 
-    def __init__(self, config: Any, dim: int, *, layer: int = 0, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, config: "VersatileFFN.Config", dim: int, *, layer: int = 0, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.score: LinearScore = LinearScore.Config().build(dim, config.max_loops, generator=generator)
@@ -168,7 +173,13 @@ class Paths(nn.Module):
     count_T: Tensor
 
     def __init__(
-        self, config: Any, dim: int, hidden_dim: int, *, layer: int = 0, generator: torch.Generator | None = None
+        self,
+        config: "VersatileFFN.Config",
+        dim: int,
+        hidden_dim: int,
+        *,
+        layer: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.config = config
