@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from anabranch.errors import ConfigError
 from anabranch.routing import CosineScore, LinearScore, RoutingContext
 from anabranch.routing.score import activate
+from anabranch.routing.shared import shared_parameters
 
 EVAL = RoutingContext()
 TRAIN = RoutingContext(training=True)
@@ -146,5 +147,5 @@ def test_sizes_are_known_before_building(config):
     count = sum(parameter.numel() for parameter in built.parameters())
     assert config.num_parameters(6, 10) == count
     assert config.num_flops(6, 10) == 2 * count
-    assert config.num_shared(6) == 0
+    assert shared_parameters(config, 6) == 0
     assert config.settled(10).build(6, 20).state_dict().keys() == built.state_dict().keys()

@@ -46,6 +46,7 @@ from anabranch.nn.moe import MoE
 from anabranch.nn.pool_policy import build_router
 from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
 from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
+from anabranch.routing.shared import shared_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def from_moe(model: Decoder, iterations: int = 2, **options: Any) -> Decoder:
     Raises ConfigError if the layers are of another kind, or their routers keep a state, which passes would move.
     """
     layer = _plain(model.config, "from_moe")
-    if layer.router.score.num_shared(1):
+    if shared_parameters(layer.router.score, 1):
         raise ConfigError("from_moe cannot keep the logits of recurrent routers, whose state moves on in every pass")
     changes = {"norm": "once", **options, "iterations": iterations, "residual": "gated"}
     config = model.config.replace(feed_forward=_as_chain(layer, **changes))

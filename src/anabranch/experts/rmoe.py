@@ -19,7 +19,7 @@ rmoe`.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from anabranch.precision import autocast_dtype, cast, full_precision, wide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score, WeightField
 from anabranch.routing.context import argument_of
 from anabranch.routing.description import CellForm, ScoreForm
+from anabranch.routing.shared import Share
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class RecurrentScore(Score, kind="recurrent"):
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
         self.recurrence = Recurrence(config, dim, generator)
 
-    def join(self, share: Callable[[str, Callable[[], nn.Module]], nn.Module], layer: int) -> None:
+    def join(self, share: Share, layer: int) -> None:
         """Use the model's cell instead of our own; the first router gives its own to the model.
 
         Raises ConfigError if routers of one model have different cells.

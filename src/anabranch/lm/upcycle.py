@@ -29,6 +29,7 @@ from anabranch.nn import BuildContext, MoE, SwiGLU
 from anabranch.nn.linear import Added, Split
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.score import activate
+from anabranch.routing.shared import shared_parameters
 
 __all__ = ["average", "upcycle"]
 
@@ -152,7 +153,7 @@ def _check_plain(moe: Any) -> None:
         raise ConfigError(
             f"feed_forward is of kind {moe.owner.kind!r}; it must be a plain 'moe' (from which others can be made)"
         )
-    if moe.router.score.num_shared(1):
+    if shared_parameters(moe.router.score, 1):
         raise ConfigError(
             f"router.score is of kind {moe.router.score.owner.kind!r}, whose layers share parts; use 'linear' and convert the result"
         )

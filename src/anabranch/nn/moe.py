@@ -15,6 +15,7 @@ from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.pool_policy import PoolPolicy, build_router, make_pool
 from anabranch.routing import Router, Routing, WeightField, capacity_of, limit_capacity
+from anabranch.routing.shared import shared_parameters
 
 
 class MoE(FeedForward, kind="moe"):
@@ -108,10 +109,10 @@ class MoE(FeedForward, kind="moe"):
             return context.projection("shared_gate", context.dim, 1)
 
         def count_router(self, context: BuildContext, is_first: bool) -> Count:
-            """One router; what routers of a model share (`Score.join`) counts for the first of them."""
+            """One router; what routers of a model share counts for the first of them."""
             score, num_destinations = self.router.score, self.num_destinations(context)
             parameters = score.num_parameters(context.dim, num_destinations)
-            parameters -= 0 if is_first else score.num_shared(context.dim)
+            parameters -= 0 if is_first else shared_parameters(score, context.dim)
             return Count(parameters, parameters, score.num_flops(context.dim, num_destinations))
 
     config: Config

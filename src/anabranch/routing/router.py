@@ -1,9 +1,9 @@
 """`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
 # Shapes: N items, E destinations, K places per item, D width
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from anabranch.routing.destinations import Destinations
 from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
+from anabranch.routing.shared import Share, join_model
 
 
 class Router(Part, nn.Module):
@@ -62,7 +63,7 @@ class Router(Part, nn.Module):
         layer: int = 0,
         destinations: Destinations | None = None,
         generator: torch.Generator | None = None,
-        share: Callable[[str, Callable[[], Any]], Any] | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -72,7 +73,7 @@ class Router(Part, nn.Module):
         self.destinations = destinations or Destinations()
         self.score: Score = config.score.build(dim, num_destinations, generator=generator)
         if share is not None:
-            self.score.join(share, layer)
+            join_model(self.score, share, layer)
         self.select: Select = config.select.build(num_destinations)
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
         self.candidates = self.destinations.candidates

@@ -6,7 +6,6 @@ Both run in fp32 whatever the autocast state: near-ties between experts must not
 # Shapes: N items, E destinations, D width, P projected width
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -61,10 +60,6 @@ class Score(Part, nn.Module, family="score"):
             """What weights of another kind of score need; see `WeightField`."""
             return (WeightField("router", self.owner.kind, path="router.score.kind"),)
 
-        def num_shared(self, dim: int) -> int:
-            """Those of them that all layers of a model have in common, see `Score.join`."""
-            return 0
-
         def num_flops(self, dim: int, num_destinations: int) -> int:
             """Forward floating-point operations per item; two per parameter unless a kind says otherwise."""
             return 2 * self.num_parameters(dim, num_destinations)
@@ -77,12 +72,6 @@ class Score(Part, nn.Module, family="score"):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-
-    def join(self, share: Callable[[str, Callable[[], nn.Module]], nn.Module], layer: int) -> None:
-        """Take a place in a model, once, in the order in which routers route: a score may share modules with those of other layers.
-
-        ``share(name, make)`` is that of the build context. Most scores stand alone and do nothing.
-        """
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE."""
