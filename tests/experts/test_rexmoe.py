@@ -1,7 +1,6 @@
 """ReXMoE: exact identities, the schedule by hand, masks, sharing, warm start, export, edges and errors."""
 
 import copy
-import logging
 import pickle
 from dataclasses import fields
 
@@ -16,7 +15,6 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import (
     ProgressiveScaling,
     ReXMoE,
-    check_pipeline_split,
     export_expanded,
     from_vanilla,
 )
@@ -522,7 +520,6 @@ def test_bf16_autocast_keeps_scores_in_fp32():
         (lambda: PSR(start=0.5, end=1.5), "psr.end is 1.5; with unit 'fraction' it must be at most 1"),
         (lambda: PSR(scope="token", mask="nested"), "psr.mask 'nested' is one order per layer"),
         (lambda: rexmoe(reuse=1, psr=PSR(mode="stepwise")), "psr.mode 'stepwise' needs reuse of at least 2"),
-        (lambda: check_pipeline_split(model_of(rexmoe()).config, [0, 3]), "inside the group of layers 2 to 3"),
         (lambda: from_vanilla(model_of(rexmoe()), reuse=2), "from_vanilla needs a model of plain 'moe' layers"),
         (lambda: export_expanded(model_of(rexmoe(depth_embedding=True))), "a depth embedding cannot be expressed"),
         (lambda: export_expanded(model_of(rexmoe(), num_layers=5)), "not a multiple of reuse=2"),
@@ -533,19 +530,6 @@ def test_errors_name_the_field_and_the_value(make, message):
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         make()
     assert message in str(caught.value)
-
-
-def test_pipeline_stages_may_start_between_groups():
-    check_pipeline_split(model_of(rexmoe()).config, [0, 2])
-
-
-def test_large_reuse_warns(caplog):
-    with caplog.at_level(logging.WARNING):
-        model_of(rexmoe(reuse=4), num_layers=5)
-        assert not caplog.records
-        model_of(rexmoe(reuse=5), num_layers=6)
-    (record,) = caplog.records  # once per model
-    assert "above 4 many experts may go idle" in record.getMessage()
 
 
 def test_config_has_every_field_of_the_plain_layer():

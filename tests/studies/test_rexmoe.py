@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from anabranch.config import from_dict, to_dict
 from anabranch.experts.rexmoe import ReXMoE
+from anabranch.routing import LinearScore
 from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
 from anabranch.studies.rexmoe import MAIN, Size, arms, draw, judge, make
@@ -178,7 +180,18 @@ def test_runs_end_to_end_and_measures(tiny, tmp_path):
     assert [point[2] is None for point in metrics["curve"]] == [False, False, False, True, True, True]
     assert outcome.results.runs["vanilla"][0]["foreign_share"] == 0
     assert all(point[2] is None for point in outcome.results.runs["vanilla"][0]["curve"])
-    assert outcome.results.runs["collapse"][0]["warned"] == 0  # r = 4: it is warned of above 4 only
+    assert outcome.results.runs["collapse"][0]["warned"] == 0
+
+
+def test_an_arm_that_leaves_experts_idle_is_recorded_as_warned_of(tiny, tmp_path, monkeypatch):
+    project = LinearScore.project
+    monkeypatch.setattr(LinearScore, "project", lambda self, x_ND, context: 0 * project(self, x_ND, context))
+    settings = {"batch_size": 8, "steps": 12, "log_every": 1}
+    arms = [replace(arm, config=arm.config.replace(train=arm.config.train.replace(**settings))) for arm in tiny.arms]
+    outcome = run_study(replace(tiny, arms=arms), tmp_path / "results", arms=["collapse"], seeds=[0])
+    (metrics,) = outcome.results.runs["collapse"].values()
+    assert metrics["warned"] == 1
+    assert metrics["idle_fraction"] == 14 / 16
 
 
 def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):

@@ -2,7 +2,6 @@
 # Shapes: r layers of a group, N experts of a layer
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,6 @@ from anabranch.routing.destinations import Destinations
 
 if TYPE_CHECKING:
     from anabranch.experts.rexmoe import ProgressiveScaling
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,6 @@ class GroupPool(PoolPolicy):
         own, pooled = self._split_balance(config, context, group)
         experts, name = None, f"layer_{context.layer}" if self.calls > 1 else None
         if self.reuse > 1:
-            if self.reuse > 4 and context.routed_layer == 0:
-                logger.warning(
-                    "reuse is %d; above 4 many experts may go idle (arXiv 2510.17483), watch idle_fraction", self.reuse
-                )
             name = f"experts_{group.number}"
             experts = context.share(name, functools.partial(make_pool, config, context, num_slots, is_shared=is_shared))
         destinations = Destinations(name, group.own_start, self._candidates(config, context, group), pooled)

@@ -18,7 +18,6 @@ A depth embedding, a loss and a bias over the whole pool are options from later 
 # Shapes: N items or own experts (paper), S = r_g N slots of a pool, E destinations, D width, B batch, L positions
 
 import math
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -167,7 +166,7 @@ class ReXMoE(MoE, kind="rexmoe"):
         """`MoE.Config` and:
 
         Attributes:
-            reuse: r, layers per group; 1 is the plain layer. Above 4 the paper sees collapse, so a warning is logged.
+            reuse: r, layers per group; 1 is the plain layer. Above 4 the paper sees experts go idle; training warns where it happens.
             psr: the schedule of candidates, None for a pool that is open from the start.
             depth_embedding: add a learned vector per layer (zero at first) to the input, so shared experts can tell layers apart.
             pool_balance: alpha of the balance loss over the whole pool (`PoolLoss`), 0 for none.
@@ -350,28 +349,6 @@ def _copy_pool_bias(
         state[f"blocks.{layer}.feed_forward.router.balance.{place}.expert_bias"] = source[
             f"shared.bias_{group}_{number}.expert_bias"
         ]
-
-
-def check_pipeline_split(config: Decoder.Config, starts: Sequence[int]) -> None:
-    """Check that no pipeline stage begins inside a group.
-
-    Args:
-        config: a `Decoder.Config` with ReXMoE layers.
-        starts: the first layer of each stage.
-
-    Raises ConfigError that names the stage border and the layers where it may stand.
-    """
-    routed = [layer for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed]
-    layer: Any = config.feed_forward
-    reuse = layer.reuse
-    groups = [routed[first : first + reuse] for first in range(0, len(routed), reuse)]
-    for start in starts:
-        for group in groups:
-            if group[0] < start <= group[-1]:
-                raise ConfigError(
-                    f"a pipeline stage starts at layer {start}, inside the group of layers {group[0]} to {group[-1]} that share "
-                    f"experts; start it at {group[0]} or {group[-1] + 1}"
-                )
 
 
 @recipe(

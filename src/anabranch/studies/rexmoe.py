@@ -151,9 +151,9 @@ def _arm(size: Size, name: str, about: str, feed_forward: MoE.Config) -> Arm:
 
 
 def run(config: RunConfig, seed: int, progress: Progress) -> Metrics:
-    """Train and measure one arm; ``warned`` is 1 if the library warned of idle experts."""
+    """Train and measure one arm; ``warned`` is 1 if training warned that experts stay idle (`anabranch.train.idle`)."""
     metrics = train_and_measure(config, seed, progress)
-    return {**metrics, "warned": float(any("idle" in warning for warning in metrics["warnings"]))}
+    return {**metrics, "warned": float(any(" are idle " in warning for warning in metrics["warnings"]))}
 
 
 def judge(results: Results) -> list[Claim]:

@@ -1,7 +1,8 @@
 """`LoadMeter`: how evenly a model routes, counted while it trains or is evaluated."""
 # Shapes: E destinations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -39,32 +40,15 @@ class LoadMeter:
             counter.load_E.zero_()
 
     def read(self, *, training: bool) -> dict[str, Any]:
-        """Measures of what was counted since `reset`, over all ranks; empty for a model that does not route.
+        """The `Counted.measures` of what was counted since `reset`, over all ranks; empty for a model that does not route."""
+        return self.count(training=training).measures()
 
-        ``max_violation``: MaxVio (arXiv 2408.15664), mean over layers, and ``max_violation_by_layer``. ``idle_fraction``: destinations
-        with less than a tenth of the mean load. ``pool_max_violation``: the largest MaxVio of a pool that layers share.
-        ``candidates_open``: open destinations of each layer, if any layer has a schedule of them. In training, closed
-        destinations do not count as idle.
-        """
+    def count(self, *, training: bool) -> "Counted":
+        """What was counted since `reset`, over all ranks, which must all ask. In training, closed destinations do not count as idle."""
         if not self._routers:
-            return {}
-        loads = self._loads()
+            return Counted((), (), ())
         masks = [_open(router, training) for router in self._routers]
-        seen = [load if mask is None or mask.ndim > 1 else load[mask] for load, mask in zip(loads, masks, strict=True)]
-        by_layer = [float(max_violation(load)) for load in seen]
-        result: dict[str, Any] = {
-            "max_violation": float(np.mean(by_layer)),
-            "max_violation_by_layer": by_layer,
-            "idle_fraction": float(np.mean([idle_fraction(load) for load in seen])),
-        }
-        pools = self._pool_loads(loads)
-        if pools:
-            result["pool_max_violation"] = max(float(max_violation(load)) for load in pools)
-        if any(router.candidates is not None for router in self._routers):
-            result["candidates_open"] = [
-                load.size if mask is None else int(mask.sum()) for load, mask in zip(loads, masks, strict=True)
-            ]
-        return result
+        return Counted(self._routers, self._loads(), masks)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -78,13 +62,72 @@ class LoadMeter:
         sizes = [router.num_destinations for router in self._routers]
         return [load.numpy() for load in flat.cpu().split(sizes)]
 
-    def _pool_loads(self, loads: Iterable[np.ndarray]) -> list[np.ndarray]:
-        pools: dict[str, np.ndarray] = {}
-        for router, load in zip(self._routers, loads, strict=True):
+
+@dataclass(frozen=True)
+class Counted:
+    """Loads of routers.
+
+    Attributes:
+        routers: of the model, in its order.
+        loads: int64 ``[E]`` of each.
+        masks: which of its destinations were open: bool ``[E]``, or ``[1, E]`` where each item had a mask of its own; None for all.
+    """
+
+    routers: Sequence[Router]
+    loads: Sequence[np.ndarray]
+    masks: Sequence[np.ndarray | None]
+
+    def measures(self) -> dict[str, Any]:
+        """JSON-ready; empty without routers.
+
+        ``max_violation``: MaxVio (arXiv 2408.15664), mean over layers, and ``max_violation_by_layer``. ``idle_fraction``: destinations
+        with less than a tenth of the mean load. ``pool_max_violation``: the largest MaxVio of a pool that layers share.
+        ``candidates_open``: open destinations of each layer, if any layer has a schedule of them.
+        """
+        if not self.routers:
+            return {}
+        pairs = list(zip(self.loads, self.masks, strict=True))
+        seen = [load if mask is None or mask.ndim > 1 else load[mask] for load, mask in pairs]
+        by_layer = [float(max_violation(load)) for load in seen]
+        result: dict[str, Any] = {
+            "max_violation": float(np.mean(by_layer)),
+            "max_violation_by_layer": by_layer,
+            "idle_fraction": float(np.mean([idle_fraction(load) for load in seen])),
+        }
+        pools = [
+            sum(self.loads[at] for at in members) for pool, members in self._holders().items() if pool[0] == "pool"
+        ]
+        if pools:
+            result["pool_max_violation"] = max(float(max_violation(load)) for load in pools)
+        if any(router.candidates is not None for router in self.routers):
+            result["candidates_open"] = [load.size if mask is None else int(mask.sum()) for load, mask in pairs]
+        return result
+
+    def loads_while_open(self) -> dict[str, np.ndarray]:
+        """What each expert got for each layer that might pick it, by the layers that hold these experts together; closed ones are left out.
+
+        Experts of a pool that layers share are busy if one of the layers uses them.
+        """
+        found = {}
+        for members in self._holders().values():
+            load_E = np.sum([self.loads[at] for at in members], 0)
+            open_E = np.sum([_openness(self.masks[at], load_E.size) for at in members], 0)
+            layers = sorted({self.routers[at].layer for at in members})
+            name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+            found[name] = load_E[open_E > 0] / open_E[open_E > 0]
+        return found
+
+    def _holders(self) -> dict[tuple[str, Any], list[int]]:
+        """Places of the routers of each pool, and of each router that shares none."""
+        holders: dict[tuple[str, Any], list[int]] = {}
+        for place, router in enumerate(self.routers):
             pool = router.destinations.pool
-            if pool is not None:
-                pools[pool] = pools.get(pool, 0) + load
-        return list(pools.values())
+            holders.setdefault(("router", place) if pool is None else ("pool", pool), []).append(place)
+        return holders
+
+
+def _openness(mask: np.ndarray | None, size: int) -> np.ndarray:
+    return np.ones(size) if mask is None or mask.ndim > 1 else mask.astype(float)
 
 
 class _Counter:

@@ -27,6 +27,7 @@ from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.hooks import StepHooks
+from anabranch.train.idle import IdleWatch
 from anabranch.train.interrupt import Interrupts
 from anabranch.train.keeper import Keeper
 from anabranch.train.meter import MEASURES, LoadMeter
@@ -83,6 +84,7 @@ class Trainer:
         self.model: Any = self._model(found)
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
         self._meter = LoadMeter(self.model)
+        self._idle = IdleWatch()
         self.optimizer = make_optimizer(self.model, config.train)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         self._stepper = Stepper(
@@ -283,6 +285,9 @@ class Trainer:
         losses = self._over_processes({"loss": gradient.total, **gradient.terms})
         metrics = self._over_processes(gradient.metrics)
         main = next(iter(gradient.terms))
+        counted = self._meter.count(training=True)
+        if self.workers.is_first:
+            self._idle.see(self._progress.step, counted.loads_while_open())
         return {
             "step": self._progress.step,
             "kind": "train",
@@ -294,7 +299,7 @@ class Trainer:
             "gradient_norm": gradient.norm,
             "skipped_steps": self._progress.skipped,
             self.task.unit: self._progress.step * self._step_units,
-            **self._meter.read(training=True),
+            **counted.measures(),
         }
 
     def _over_processes(self, values: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,95 @@
+"""Experts that stay idle are told once, from the loads that training measures."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from anabranch.experts.rexmoe import ReXMoE
+from anabranch.lm import Decoder
+from anabranch.nn import SelfAttention
+from anabranch.routing import LinearScore
+from anabranch.train import Trainer
+from anabranch.train.idle import ENOUGH, IN_A_ROW, IdleWatch
+from anabranch.train.meter import Counted, LoadMeter
+
+COLLAPSED = np.array([400, 400, 390, 0, 3, 300, 310, 350])
+
+
+def told(caplog, steps):
+    """What a watch says of the loads of ``steps``, each by name."""
+    watch = IdleWatch()
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        for step, loads in enumerate(steps, start=1):
+            watch.see(step, loads)
+    return caplog.messages
+
+
+def test_a_quarter_idle_in_ten_logged_steps_is_told_once_for_each_layer(caplog):
+    even = np.full(8, 300)
+    messages = told(caplog, [{"layer 0": even, "layers 1 to 2": COLLAPSED}] * (IN_A_ROW + 5))
+    assert messages == [
+        "step 10: 2 of 8 experts of layers 1 to 2 are idle (under a tenth of the mean load in 10 logged steps in a row); the "
+        "routing may have collapsed: balance it more, or share experts among fewer layers"
+    ]
+
+
+def test_a_step_in_which_they_work_begins_the_count_anew(caplog):
+    steps = [{"layer 0": COLLAPSED}] * (IN_A_ROW - 1) + [{"layer 0": np.full(8, 300)}]
+    assert told(caplog, steps * 3) == []
+
+
+@pytest.mark.parametrize(
+    "load_E",
+    [
+        np.array([400, 400, 390, 0, 310, 300, 310, 350]),
+        np.array([2 * ENOUGH - 1, 0]),
+        np.array([1000]),
+        np.zeros(8),
+    ],
+    ids=["one of eight", "too few items", "one expert", "no items"],
+)
+def test_what_is_no_collapse_is_not_told(caplog, load_E):
+    assert told(caplog, [{"layer 0": load_E}] * 30) == []
+
+
+def model_of(**fields):
+    layer = ReXMoE.Config(**{"num_experts": 4, "hidden_dim": 8, "reuse": 2, "psr": None, **fields})
+    attention = SelfAttention.Config(num_heads=2)
+    return Decoder.Config(dim=16, num_layers=3, attention=attention, feed_forward=layer)
+
+
+def test_experts_of_a_pool_are_busy_if_one_of_its_layers_uses_them_while_they_are_open():
+    routers = [module for module in Decoder(model_of()).modules() if getattr(module, "is_router", False)]
+    loads = [np.array([8, 0, 0, 0, 4, 4, 4, 4]), np.array([0, 8, 8, 0, 0, 0, 0, 8]), np.array([1, 2, 3, 4])]
+    half = np.array([True, False, True, False] * 2)
+    found = Counted(routers, loads, [half, None, None]).loads_while_open()
+    assert found.keys() == {"layers 0 to 1", "layer 2"}
+    assert found["layers 0 to 1"].tolist() == [4, 8, 4, 0, 2, 4, 2, 12]
+    assert found["layer 2"].tolist() == [1, 2, 3, 4]
+    closed = Counted(routers[:1], loads[:1], [half]).loads_while_open()
+    assert closed["layer 0"].tolist() == [8, 0, 4, 4]
+
+
+def test_training_tells_of_routers_that_always_choose_the_same(make_run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+    config = make_run(model_of(), steps=12, batch_size=16)
+    even = Trainer(config, tmp_path / "even")
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        even.fit()
+    assert caplog.messages == []
+    project = LinearScore.project
+    monkeypatch.setattr(LinearScore, "project", lambda self, x_ND, context: 0 * project(self, x_ND, context))
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        Trainer(config, tmp_path / "collapsed").fit()
+    assert [message[:48] for message in caplog.messages] == [
+        "step 10: 6 of 8 experts of layers 0 to 1 are idl",
+        "step 10: 2 of 4 experts of layer 2 are idle (und",
+    ]
+
+
+def test_a_model_without_routers_has_no_idle_experts(dense_model):
+    meter = LoadMeter(Decoder(dense_model))
+    counted = meter.count(training=True)
+    assert counted.loads_while_open() == {}
+    assert counted.measures() == {}
