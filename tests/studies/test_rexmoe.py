@@ -186,6 +186,7 @@ def test_runs_end_to_end_and_measures(tiny, tmp_path):
 def test_an_arm_that_leaves_experts_idle_is_recorded_as_warned_of(tiny, tmp_path, monkeypatch):
     project = LinearScore.project
     monkeypatch.setattr(LinearScore, "project", lambda self, x_ND, context: 0 * project(self, x_ND, context))
+    monkeypatch.setattr("anabranch.train.idle.LASTING", 9)
     settings = {"batch_size": 8, "steps": 12, "log_every": 1}
     arms = [replace(arm, config=arm.config.replace(train=arm.config.train.replace(**settings))) for arm in tiny.arms]
     outcome = run_study(replace(tiny, arms=arms), tmp_path / "results", arms=["collapse"], seeds=[0])

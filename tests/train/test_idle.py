@@ -10,7 +10,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention
 from anabranch.routing import LinearScore
 from anabranch.train import Trainer
-from anabranch.train.idle import ENOUGH, IN_A_ROW, IdleWatch
+from anabranch.train.idle import ENOUGH, LASTING, IdleWatch
 from anabranch.train.meter import Counted, LoadMeter
 
 COLLAPSED = np.array([400, 400, 390, 0, 3, 300, 310, 350])
@@ -25,17 +25,27 @@ def told(caplog, steps):
     return caplog.messages
 
 
-def test_a_quarter_idle_in_ten_logged_steps_is_told_once_for_each_layer(caplog):
+def test_a_quarter_idle_for_a_hundred_steps_is_told_once_for_each_layer(caplog):
     even = np.full(8, 300)
-    messages = told(caplog, [{"layer 0": even, "layers 1 to 2": COLLAPSED}] * (IN_A_ROW + 5))
+    messages = told(caplog, [{"layer 0": even, "layers 1 to 2": COLLAPSED}] * (LASTING + 5))
     assert messages == [
-        "step 10: 2 of 8 experts of layers 1 to 2 are idle (under a tenth of the mean load in 10 logged steps in a row); the "
-        "routing may have collapsed: balance it more, or share experts among fewer layers"
+        "2 of 8 experts of layers 1 to 2 are idle (under a tenth of the mean load, from step 1 to 101); the routing may have collapsed: "
+        "balance it more, or share experts among fewer layers"
     ]
 
 
-def test_a_step_in_which_they_work_begins_the_count_anew(caplog):
-    steps = [{"layer 0": COLLAPSED}] * (IN_A_ROW - 1) + [{"layer 0": np.full(8, 300)}]
+@pytest.mark.parametrize(("every", "at"), [(10, 110), (60, 180), (500, 1500)])
+def test_logged_steps_may_be_far_apart(caplog, every, at):
+    watch = IdleWatch()
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        for step in range(every, 2000, every):
+            watch.see(step, {"layer 0": COLLAPSED})
+    (message,) = caplog.messages
+    assert f"from step {every} to {at})" in message
+
+
+def test_a_step_in_which_they_work_begins_the_stretch_anew(caplog):
+    steps = [{"layer 0": COLLAPSED}] * LASTING + [{"layer 0": np.full(8, 300)}]
     assert told(caplog, steps * 3) == []
 
 
@@ -50,7 +60,7 @@ def test_a_step_in_which_they_work_begins_the_count_anew(caplog):
     ids=["one of eight", "too few items", "one expert", "no items"],
 )
 def test_what_is_no_collapse_is_not_told(caplog, load_E):
-    assert told(caplog, [{"layer 0": load_E}] * 30) == []
+    assert told(caplog, [{"layer 0": load_E}] * (2 * LASTING)) == []
 
 
 def model_of(**fields):
@@ -73,6 +83,7 @@ def test_experts_of_a_pool_are_busy_if_one_of_its_layers_uses_them_while_they_ar
 
 def test_training_tells_of_routers_that_always_choose_the_same(make_run, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+    monkeypatch.setattr("anabranch.train.idle.LASTING", 9)
     config = make_run(model_of(), steps=12, batch_size=16)
     even = Trainer(config, tmp_path / "even")
     with caplog.at_level(logging.WARNING, "anabranch"):
@@ -82,9 +93,9 @@ def test_training_tells_of_routers_that_always_choose_the_same(make_run, tmp_pat
     monkeypatch.setattr(LinearScore, "project", lambda self, x_ND, context: 0 * project(self, x_ND, context))
     with caplog.at_level(logging.WARNING, "anabranch"):
         Trainer(config, tmp_path / "collapsed").fit()
-    assert [message[:48] for message in caplog.messages] == [
-        "step 10: 6 of 8 experts of layers 0 to 1 are idl",
-        "step 10: 2 of 4 experts of layer 2 are idle (und",
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "6 of 8 experts of layers 0 to 1 are idle (under a tenth of the mean load, from step 1 to 10)",
+        "2 of 4 experts of layer 2 are idle (under a tenth of the mean load, from step 1 to 10)",
     ]
 
 

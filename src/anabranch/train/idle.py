@@ -10,12 +10,13 @@ from anabranch.routing.measure import idle_fraction
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ENOUGH", "IDLE_SHARE", "IN_A_ROW", "IdleWatch"]
+__all__ = ["ENOUGH", "IDLE_SHARE", "LASTING", "SEEN", "IdleWatch"]
 
 # A quarter of the experts: what balance leaves idle for a moment is less, what collapsed in the ReXMoE paper (arXiv 2510.17483) is more.
 IDLE_SHARE = 0.25
-# Logged steps. Routers that were drawn at random need some tens of steps to spread their load, so it must last.
-IN_A_ROW = 10
+# Steps, and logged steps among them. Routers that were drawn at random need some tens of steps to spread their load.
+LASTING = 100
+SEEN = 3
 # Items that an expert gets on average in a step; with fewer, chance alone leaves some idle.
 ENOUGH = 20
 
@@ -23,12 +24,12 @@ ENOUGH = 20
 class IdleWatch:
     """Warns once of each layer, or group of layers with one pool, in which `IDLE_SHARE` of the experts stay idle.
 
-    Idle is an expert with less than a tenth of the mean load in a logged step. It must be so in `IN_A_ROW` logged steps that follow each
-    other; steps with fewer than `ENOUGH` items for each expert say nothing.
+    Idle is an expert with less than a tenth of the mean load in a logged step. It must be so in all logged steps, at least `SEEN`, of a
+    stretch of `LASTING` steps; steps with fewer than `ENOUGH` items for each expert say nothing.
     """
 
     def __init__(self) -> None:
-        self._in_a_row: dict[str, int] = {}
+        self._idle_since: dict[str, list[int]] = {}
         self._is_told: set[str] = set()
 
     def see(self, step: int, loads: Mapping[str, np.ndarray]) -> None:
@@ -37,15 +38,18 @@ class IdleWatch:
             if name in self._is_told or load_E.size < 2 or load_E.mean() < ENOUGH:
                 continue
             share = float(idle_fraction(load_E))
-            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if share >= IDLE_SHARE else 0
-            if self._in_a_row[name] >= IN_A_ROW:
+            steps = self._idle_since.setdefault(name, [])
+            if share < IDLE_SHARE:
+                steps.clear()
+                continue
+            steps.append(step)
+            if len(steps) >= SEEN and step - steps[0] >= LASTING:
                 self._is_told.add(name)
-                log.warning(
-                    "step %d: %d of %d experts of %s are idle (under a tenth of the mean load in %d logged steps in a row); the "
-                    "routing may have collapsed: balance it more, or share experts among fewer layers",
-                    step,
-                    round(share * load_E.size),
-                    load_E.size,
-                    name,
-                    IN_A_ROW,
-                )
+                self._tell(name, steps, round(share * load_E.size), load_E.size)
+
+    def _tell(self, name: str, steps: list[int], count: int, size: int) -> None:
+        log.warning(
+            "%d of %d experts of %s are idle (under a tenth of the mean load, from step %d to %d); the routing may have collapsed: balance "
+            "it more, or share experts among fewer layers",
+            count, size, name, steps[0], steps[-1],
+        )  # fmt: skip
