@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from anabranch.data import ByteTokenizer
+from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import Router, TopK
@@ -28,13 +29,29 @@ def small_moe() -> Decoder:
     return config.build(seed=0).eval()
 
 
+def small_streams() -> Decoder:
+    """The same as three parallel streams, or two; told apart so far that their greedy tokens differ."""
+    streams = ParScale.Config(num_streams=3, switchable=(2,), prefix_len=5, prefix="direct", prefix_std=1.0)
+    return small_moe().config.replace(streams=streams).build(seed=0).eval()
+
+
 @functools.cache
 def saved_moe() -> str:
     """Folder of it; it lasts as long as this process."""
+    return _saved("small-moe", small_moe())
+
+
+@functools.cache
+def saved_streams() -> str:
+    """Folder of the parallel streams."""
+    return _saved("small-streams", small_streams())
+
+
+def _saved(name: str, model: Decoder) -> str:
     folder = tempfile.TemporaryDirectory()
     _KEPT.append(folder)
-    path = Path(folder.name) / "small-moe"
-    save_model(path, small_moe(), ByteTokenizer())
+    path = Path(folder.name) / name
+    save_model(path, model, ByteTokenizer())
     return str(path)
 
 

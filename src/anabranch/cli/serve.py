@@ -56,6 +56,15 @@ def serve(
             help="Who may call (http.api_keys). May be repeated. Default: everybody who can connect.",
         ),
     ] = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            "--streams",
+            metavar="P",
+            min=1,
+            help="Parallel streams of requests that do not say num_streams, of a model that has them (engine.num_streams).",
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
@@ -82,7 +91,7 @@ def serve(
     require("serve", by="anabranch serve")
     given = {
         "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
-        "devices": devices,
+        "devices": devices, "engine.num_streams": streams,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}

@@ -113,6 +113,11 @@ class Decoder(Part, nn.Module):
             dense = self.dense_feed_forward
             return dense if layer in self.dense_layers and dense is not None else self.feed_forward
 
+        @property
+        def stream_choices(self) -> tuple[int, ...]:
+            """The numbers of streams that a forward pass can have, ascending."""
+            return (1,) if self.streams is None else self.streams.choices
+
         def head(self, context: BuildContext) -> Projection:
             """The linear layer to the vocabulary, where the embedding is not it."""
             return replace(context, path="").projection("head", self.dim, self.vocab_size)
@@ -236,7 +241,7 @@ class Decoder(Part, nn.Module):
         num_streams: int | None = None,
     ) -> ForwardContext:
         """The forward context of a batch: positions, rotary angles, masks. P streams are P times as many sequences, see `Streams`."""
-        num_streams, num_prefix = self._streams_of(num_streams)
+        num_streams, num_prefix = self.streams_of(num_streams)
         store = self._store(cache, num_streams, num_prefix)
         path = None if path is None else check_path(path, len(self.blocks), len(token_BL))
         if cache is not None:
@@ -307,7 +312,7 @@ class Decoder(Part, nn.Module):
         """
         if not self.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
-        num_streams, _ = self._streams_of(num_streams)
+        num_streams, _ = self.streams_of(num_streams)
         if self.streams is None:
             return KeyValueCache(self.config.num_layers, max_length)
         with torch.no_grad():
@@ -319,7 +324,7 @@ class Decoder(Part, nn.Module):
         """The config to save: ``config``, with the number of streams as it was chosen since."""
         return self.config if self.streams is None else self.config.replace(streams=self.streams.config_in_use)
 
-    def _streams_of(self, num_streams: int | None) -> tuple[int, int]:
+    def streams_of(self, num_streams: int | None) -> tuple[int, int]:
         """(P, M) of a pass that asks for ``num_streams``. Raises ConfigError for a number that cannot be."""
         if self.streams is None:
             if num_streams not in (None, 1):

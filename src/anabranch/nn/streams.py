@@ -28,6 +28,11 @@ class Streams(Part, nn.Module, family="streams"):
         num_streams: Repeats = 1
         freezes_model: ClassVar[Any] = False
 
+        @property
+        def choices(self) -> tuple[int, ...]:
+            """Every P that a forward pass can have, ascending."""
+            raise NotImplementedError  # abstract
+
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
             """Sizes of ``layers``, all blocks of the model, when they run as streams, with what the streams add."""
             raise NotImplementedError  # abstract

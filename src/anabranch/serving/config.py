@@ -53,6 +53,7 @@ class ServingConfig(Config):
         deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
         seed: of requests that bring none; None draws it.
+        num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
     """
 
     model: str = ""
@@ -78,6 +79,7 @@ class ServingConfig(Config):
     deterministic: bool = False
     process: bool = True
     seed: Seed | None = None
+    num_streams: Repeats | None = Field(default=None, ge=1)
 
     @property
     def is_async(self) -> bool:

@@ -72,12 +72,16 @@ class ParScale(Streams, kind="parscale"):
 
         def check_gate(self, num_streams: int) -> None:
             """Raise ConfigError for a number of streams that has no gate."""
-            known = sorted({1, *self.gated})
-            if num_streams not in known:
+            if num_streams not in self.choices:
                 raise ConfigError(
-                    f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, known))}; list it in switchable "
-                    "and train"
+                    f"num_streams is {num_streams}, but the model has gates for {', '.join(map(str, self.choices))}; list it in "
+                    "switchable and train"
                 )
+
+        @property
+        def choices(self) -> tuple[int, ...]:
+            """One, the plain model, and the numbers that have a gate."""
+            return tuple(sorted({1, *self.gated}))
 
         @property
         def gated(self) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from anabranch.errors import InputError
 from anabranch.serving.core.request import Output, Request
 
 
@@ -19,6 +20,8 @@ class EngineInfo:
         num_blocks: blocks it has.
         stop_tokens: the model's own end-of-text tokens.
         routed_layers: {layer: number of destinations} of layers that route; empty for a dense model.
+        num_streams: parallel streams of a request that does not say it.
+        stream_choices: the numbers of streams that a request may ask for, ascending.
     """
 
     model: str
@@ -28,6 +31,17 @@ class EngineInfo:
     num_blocks: int
     stop_tokens: tuple[int, ...] = ()
     routed_layers: dict[int, int] = field(default_factory=dict)
+    num_streams: int = 1
+    stream_choices: tuple[int, ...] = (1,)
+
+    def check_streams(self, num_streams: int | None) -> None:
+        """Raises InputError for a number of parallel streams that a request cannot have."""
+        if num_streams in (None, *self.stream_choices):
+            return
+        if self.stream_choices == (1,):
+            raise InputError(f"num_streams is {num_streams}, but the model has no parallel streams; leave it out")
+        known = ", ".join(map(str, self.stream_choices))
+        raise InputError(f"num_streams is {num_streams}; the model runs with {known}")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -30,9 +30,11 @@ class RequestOverride:
     Attributes:
         routing: overrides by the layer's number or name, as traces of the model have them. Their N items are the tokens of the request's
             chunk; what has no row per item holds for all of them.
+        num_streams: parallel streams, instead of the request's own; None leaves those.
     """
 
     routing: "Mapping[int | str, Override]" = field(default_factory=dict)
+    num_streams: int | None = None
 
 
 @runtime_checkable

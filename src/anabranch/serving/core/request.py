@@ -92,6 +92,7 @@ class Request:
         options: what changes the keys and values or the route (adapter, allowed experts, depth): part of the prefix cache's key. Who is
             overridden by a hook names there what the hook does, as ``("routing", name)``; see `OverrideHook`.
         record_routing: tell which experts each token went to, see `Output.routing`.
+        num_streams: parallel streams, of a model that has them; None for the engine's number.
     """
 
     id: str
@@ -103,6 +104,7 @@ class Request:
     cache_salt: str = ""
     options: tuple[tuple[str, str], ...] = ()
     record_routing: bool = False
+    num_streams: int | None = None
 
     def check_room(self, max_positions: int) -> None:
         """Raises InputError unless the prompt has tokens and fits in ``max_positions``, with a new token if one is asked for."""

@@ -21,7 +21,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Sequence
 
-from anabranch.config import Config, Field, Size, configclass
+from anabranch.config import Config, Field, Repeats, Size, configclass
 from anabranch.errors import InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
@@ -56,6 +56,8 @@ class SchedulerConfig(Config):
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `Turns`.
+        num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
+            keys and values with one that says it.
     """
 
     num_blocks: Size = Field(ge=1)
@@ -69,6 +71,7 @@ class SchedulerConfig(Config):
     stop_tokens: tuple[int, ...] = ()
     quantum: int = Field(default=512, ge=1)
     max_decodes: int | None = Field(default=None, ge=1)
+    num_streams: Repeats | None = Field(default=None, ge=1)
 
     def build(
         self, *, tier: KVTier | None = None, memory: Memory | None = None, order: Order | None = None
@@ -106,7 +109,13 @@ class Scheduler:
         if order is not None and config.max_decodes is None:
             raise InputError("order groups what decodes into two steps; it needs max_decodes")
         self.config, self._memory, self._clock = config, memory, clock
-        self._tables = BlockTables(config.num_blocks, config.block_tokens, has_prefixes=config.prefix_cache, tier=tier)
+        self._tables = BlockTables(
+            config.num_blocks,
+            config.block_tokens,
+            has_prefixes=config.prefix_cache,
+            tier=tier,
+            num_streams=config.num_streams,
+        )
         self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
         self._turns = None if config.max_decodes is None else Turns(config.max_decodes, order)
         # A step takes a token of each running request at least, and a request must fit alone.

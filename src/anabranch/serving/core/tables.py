@@ -4,6 +4,7 @@ from collections.abc import Container
 
 from anabranch.serving.core.blocks import BlockPool
 from anabranch.serving.core.prefix import PrefixCache
+from anabranch.serving.core.request import Request
 from anabranch.serving.core.state import RequestState
 from anabranch.serving.core.tier import KVTier
 
@@ -15,6 +16,7 @@ class BlockTables:
         num_blocks, block_tokens: see `BlockPool`.
         has_prefixes: use what is cached.
         tier: where blocks go that have no room on the device.
+        num_streams: of requests that do not say it; see `SchedulerConfig`.
 
     Attributes:
         pool, prefixes: the blocks there are, and what is found again.
@@ -23,13 +25,21 @@ class BlockTables:
         loads: (slot, block) that it has to bring back.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int, *, has_prefixes: bool, tier: KVTier | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        *,
+        has_prefixes: bool,
+        tier: KVTier | None = None,
+        num_streams: int | None = None,
+    ) -> None:
         self.pool = BlockPool(num_blocks, block_tokens, self._on_evicted)
         self.prefixes = PrefixCache(self.pool)
         self.num_held = 0
         self.saves: dict[int, int] = {}
         self.loads: list[tuple[int, int]] = []
-        self._has_prefixes, self._tier = has_prefixes, tier
+        self._has_prefixes, self._tier, self._num_streams = has_prefixes, tier, num_streams
         self._coming: dict[bytes, RequestState] = {}  # prefixes that are being computed, and by whom
         self._held: dict[int, list[list[int]]] = {}  # blocks to free, by the step that has to run before
 
@@ -40,7 +50,7 @@ class BlockTables:
         if not self._has_prefixes:
             return []
         if not state.root:
-            state.root = self.prefixes.root(state.request.cache_salt, state.request.options)
+            state.root = self.prefixes.root(state.request.cache_salt, self._options(state.request))
         # All keys, also of blocks that it computes anew: others may wait for them.
         self.prefixes.extend(state.keys, state.root, state.tokens, len(state.tokens) - 1)
         usable = state.keys[: state.num_reusable // self.pool.block_tokens]
@@ -125,6 +135,12 @@ class BlockTables:
         if self._tier is not None:
             self._tier.reset()
         return self.prefixes.reset()
+
+    def _options(self, request: Request) -> tuple[tuple[str, str], ...]:
+        """All that keys and values depend on beside the tokens."""
+        if request.num_streams in (None, self._num_streams):
+            return request.options
+        return *request.options, ("num_streams", str(request.num_streams))
 
     def _bring_back(self, state: RequestState, tier: KVTier) -> None:
         """Blocks for what the tier has of a request's prefix behind what the pool has."""

@@ -33,6 +33,7 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         pace_s=config.pace_s,
         pace_token_s=config.pace_token_s,
     )
+    built = build_empty(model).eval()
     info = EngineInfo(
         model=folder.name,
         vocab_size=model.vocab_size,
@@ -41,8 +42,10 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         num_blocks=config.num_blocks,
         stop_tokens=stops,
         routed_layers=dict(enumerate(layout.num_experts)),
+        num_streams=built.streams_of(None)[0],
+        stream_choices=model.stream_choices,
     )
-    size = config.num_blocks * config.block_tokens * PagedShape.of(build_empty(model)).bytes_per_token
+    size = config.num_blocks * config.block_tokens * PagedShape.of(built).bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)
 
 

@@ -85,8 +85,11 @@ class Engine:
             host_blocks=host_blocks,
             pool=pool,
             deterministic=config.deterministic,
+            num_streams=config.num_streams,
         )
-        limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens)
+        limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens).replace(
+            num_streams=runner.num_streams
+        )
         scheduler = limits.build(tier=tier, memory=memory)
         engine = cls(
             info=EngineInfo(
@@ -97,6 +100,8 @@ class Engine:
                 num_blocks=num_blocks,
                 stop_tokens=stop_tokens,
                 routed_layers=runner.tap.layers,
+                num_streams=runner.num_streams,
+                stream_choices=model.config.stream_choices,
             ),
             scheduler=scheduler,
             runner=runner,
@@ -117,6 +122,7 @@ class Engine:
         """Raise InputError for a request that this model can never run."""
         if max(request.prompt, default=0) >= self.info.vocab_size:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
+        self.info.check_streams(request.num_streams)
         sampler = self.runner.sampler
         if isinstance(sampler, Sampler):
             sampler.check(request.sampling)

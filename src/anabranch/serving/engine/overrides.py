@@ -11,7 +11,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED
-from anabranch.routing.discovery import passes_of
+from anabranch.routing.discovery import find_routers, passes_of
 from anabranch.routing.layer_overrides import find_overrides, own_layers
 from anabranch.routing.override import Override, Overrides
 from anabranch.routing.router import Router
@@ -21,6 +21,9 @@ from anabranch.serving.core.request import Request
 
 OPTION = "routing"  # of `Request.options`
 
+# Overrides of requests by id: of each hook that says some, by router and pass.
+Said = dict[str, list[Mapping[nn.Module, Mapping[int, Override]]]]
+
 
 class RequestOverrides:
     """Asks the hooks of an engine what they override, step by step.
@@ -29,13 +32,15 @@ class RequestOverrides:
         model: the engine's.
         hooks: those of its hooks that override requests; there must be one.
 
-    Raises ConfigError for a model that does not route.
+    Raises ConfigError for a model of which nothing can be overridden: it neither routes nor runs with several numbers of streams.
     """
 
     def __init__(self, model: Decoder, hooks: Sequence[OverrideHook]) -> None:
-        self._hooks, self._layers = tuple(hooks), own_layers(model)
-        self._streams = 1 if model.streams is None else model.streams.num_streams
+        self._hooks, self._model = tuple(hooks), model
+        has_choice = len(model.config.stream_choices) > 1
+        self._layers = [] if has_choice and not find_routers(model) else own_layers(model)
         self._apart: set[str] = set()  # requests that share keys and values only with those of the same option
+        self._streams: dict[str, int | None] = {}  # what was said of each request in its first step
 
     def add(self, request: Request) -> None:
         """Note a request that appears."""
@@ -45,26 +50,51 @@ class RequestOverrides:
     def forget(self, id: str) -> None:
         """Drop what is kept of a request."""
         self._apart.discard(id)
+        self._streams.pop(id, None)
 
-    def of(self, batch: Batch, tokens: Sequence[int]) -> tuple[list[Overrides], dict[str, Sampled]]:
-        """What the step's forward pass carries, and the errors of requests that cannot have what was said of them, by id."""
-        found: list[Overrides] = []
+    def of(self, batch: Batch, tokens: Sequence[int]) -> tuple[Said, dict[str, Sampled]]:
+        """How the requests of the step are routed, and the errors of those that cannot have what was said of them, by id."""
+        found: Said = {}
         refused: dict[str, Sampled] = {}
-        for hook in self._hooks:
-            said, start = hook.override(batch, tokens), 0
-            for chunk in batch.chunks:
-                rows = slice(start, start + len(chunk.tokens))
-                start = rows.stop
-                if chunk.id not in said:
-                    continue
-                try:
-                    layers = self._checked(chunk, said[chunk.id])
-                except ConfigError as error:
-                    # The next step may be formed already, with the token that this chunk was to sample: it needs one.
-                    refused[chunk.id] = Sampled(id=chunk.id, token=0 if chunk.samples else PENDING, error=str(error))
-                else:
-                    found.append(_RowOverrides(layers, rows, batch.num_tokens, self._streams))
+        said = [hook.override(batch, tokens) for hook in self._hooks]
+        for chunk in batch.chunks:
+            own = [each[chunk.id] for each in said if chunk.id in each]
+            try:
+                self._note_streams(chunk, own)
+                found[chunk.id] = [self._checked(chunk, each) for each in own]
+            except ConfigError as error:
+                # The next step may be formed already, with the token that this chunk was to sample: it needs one.
+                refused[chunk.id] = Sampled(id=chunk.id, token=0 if chunk.samples else PENDING, error=str(error))
         return found, refused
+
+    def streams_of(self, batch: Batch) -> dict[str, int]:
+        """The number of streams of those requests of the step for which hooks say it."""
+        told = {chunk.id: self._streams.get(chunk.id) for chunk in batch.chunks}
+        return {id: number for id, number in told.items() if number is not None}
+
+    @staticmethod
+    def placed(said: Said, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:
+        """What the forward pass of some chunks carries, which has so many streams."""
+        found: list[Overrides] = []
+        start, num_rows = 0, sum(len(chunk.tokens) for chunk in chunks)
+        for chunk in chunks:
+            rows = slice(start, start + len(chunk.tokens))
+            start = rows.stop
+            found += [_RowOverrides(layers, rows, num_rows, num_streams) for layers in said.get(chunk.id, ())]
+        return found
+
+    def _note_streams(self, chunk: Chunk, said: Sequence[RequestOverride]) -> None:
+        """Keep how many streams a request has. Raises ConfigError for a number that the model or the request cannot have."""
+        numbers = [each.num_streams for each in said if each.num_streams is not None]
+        for number in numbers:
+            self._model.streams_of(number)
+        first = numbers[0] if numbers else None
+        told = {self._streams.setdefault(chunk.id, first), first, *numbers}
+        if len(told) > 1:
+            both = " and ".join(sorted("the engine's" if number is None else str(number) for number in told))
+            raise ConfigError(
+                f"request {chunk.id!r} is to run with {both} number of parallel streams; say one for all its steps"
+            )
 
     def _checked(self, chunk: Chunk, said: RequestOverride) -> Mapping[nn.Module, Mapping[int, Override]]:
         """The overrides of one request by router and pass. Raises ConfigError where they do not fit, or would leak into other requests."""

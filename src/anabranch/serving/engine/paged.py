@@ -20,7 +20,10 @@ Pairs = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class PagedShape:
-    """What one model keeps per position: ``heads`` keys and values of ``width`` numbers in each of ``layers``, for each of ``streams``."""
+    """What one model keeps per position: ``heads`` keys and values of ``width`` numbers in each of ``layers``, for each of ``streams``.
+
+    Streams are as many as a request may have: one with fewer leaves the rest of its blocks alone.
+    """
 
     layers: int
     heads: int
@@ -36,7 +39,7 @@ class PagedShape:
             layers=model.config.num_layers,
             heads=attention.kv_heads,
             width=attention.width(model.config.dim),
-            streams=1 if model.streams is None else model.streams.num_streams,
+            streams=max(model.config.stream_choices),
             dtype=model.embedding.weight.dtype,
         )
 
@@ -164,9 +167,10 @@ class PagedStore:
         self.use_kernel = use_kernel and native.can(pool.key)
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
-        """y_BHLD; B is the streams P, L the rows T of the step."""
+        """y_BHLD; B is the streams P of the pass, L its rows T."""
         prefix = self.prefix[layer] if self.prefix else None
-        key_PSGD, value_PSGD = self.pool.key[layer], self.pool.value[layer]
+        streams = len(query_BHLD)
+        key_PSGD, value_PSGD = self.pool.key[layer, :streams], self.pool.value[layer, :streams]
         if self.use_kernel and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(

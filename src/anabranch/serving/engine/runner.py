@@ -16,8 +16,9 @@ from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
-from anabranch.serving.engine.overrides import RequestOverrides
+from anabranch.serving.engine.overrides import RequestOverrides, Said
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
+from anabranch.serving.engine.passes import passes_of
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
@@ -51,12 +52,14 @@ class ModelRunner:
         pool: memory made elsewhere, instead of ``num_blocks``.
         use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
+        num_streams: parallel streams of requests that do not say it; None for the model's number in use.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
     told each position once.
 
-    Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them.
+    Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them, and for a number of streams that the
+    model cannot run with.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class ModelRunner:
         pool: PagedPool | None = None,
         use_kernel: bool = True,
         deterministic: bool = False,
+        num_streams: int | None = None,
     ) -> None:
         if not model.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
         self.model = model.eval()
         self.device = model.embedding.weight.device
+        self.num_streams, _ = model.streams_of(num_streams)
         self.pool = pool or PagedPool(
             PagedShape.of(model), num_blocks, block_tokens=block_tokens, device=self.device, host_blocks=host_blocks
         )
@@ -83,7 +88,8 @@ class ModelRunner:
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
         self._overrides = RequestOverrides(model, overriding) if overriding else None
-        self._routing: list[Overrides] = []  # what the step under way overrides
+        self._said: Said = {}  # what hooks say of the step under way
+        self._routing: list[Overrides] = []  # and of the pass under way
         self.fast: FastDecoder | None = None  # whose rows never depend on each other
         if use_kernel and not overriding and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
@@ -94,10 +100,8 @@ class ModelRunner:
         self._names: dict[str, object] = {}  # of requests, for whoever records where they go: an id may come again
         self._told: dict[str, int] = {}  # positions of each request that hooks have seen
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
-        with torch.no_grad():
-            self._prefix = [] if model.streams is None else [
-                (key.detach(), value.detach()) for key, value in model.streams.prefixes()
-            ]  # fmt: skip
+        self._streams: dict[str, int] = {}  # of requests whose number of streams is not the engine's
+        self._prefixes = {number: _prefixes(model, number) for number in model.config.stream_choices}
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
@@ -110,10 +114,11 @@ class ModelRunner:
             hook.before_step(batch, tokens)
         refused: dict[str, Sampled] = {}
         if self._overrides is not None:
-            self._routing, refused = self._overrides.of(batch, tokens)
+            self._said, refused = self._overrides.of(batch, tokens)
+            self._streams |= self._overrides.streams_of(batch)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
         sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
-        self._routing = []
+        self._said, self._routing = {}, []
         self._last.update((result.id, result.token) for result in sampled if result.token != PENDING)
         for hook in self.hooks:
             hook.after_step(batch, sampled)
@@ -146,6 +151,8 @@ class ModelRunner:
             self.sampler.add(request)
             if self._overrides is not None:
                 self._overrides.add(request)
+            if request.num_streams not in (None, self.num_streams):
+                self._streams[request.id] = request.num_streams
             if request.record_routing:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
@@ -160,6 +167,7 @@ class ModelRunner:
         self._told.pop(id, None)
         self._recorded.discard(id)
         self._tops.pop(id, None)
+        self._streams.pop(id, None)
         if self._overrides is not None:
             self._overrides.forget(id)
 
@@ -202,6 +210,29 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
         """x_RD of ``rows``; fills in ``routes``."""
+        if not self._streams:
+            return self._hidden_alike(chunks, tokens, rows, routes)
+        x_RD: Tensor | None = None
+        for part in passes_of(chunks, tokens, self._streams_of):
+            wanted = [number for number, row in enumerate(rows) if row in part.place]
+            own = {part.place[row]: route for row, route in routes.items() if row in part.place}
+            x_WD = self._hidden_alike(part.chunks, part.tokens, [part.place[rows[number]] for number in wanted], own)
+            if x_RD is None:
+                x_RD = x_WD.new_empty(len(rows), x_WD.shape[-1])
+            x_RD[wanted] = x_WD.to(x_RD.dtype)
+        assert x_RD is not None, "a step has chunks"
+        return x_RD
+
+    def _streams_of(self, chunk: Chunk) -> int:
+        """Parallel streams of a request."""
+        return self._streams.get(chunk.id, self.num_streams)
+
+    def _hidden_alike(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
+    ) -> Tensor:
+        """`_hidden_of` chunks of one number of streams."""
+        if self._overrides is not None:
+            self._routing = self._overrides.placed(self._said, chunks, self._streams_of(chunks[0]))
         if not routes:
             return self._hidden(chunks, tokens, rows)
         fast = self._compiled()
@@ -254,7 +285,7 @@ class ModelRunner:
         names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
-        streams = self.pool.shape.streams
+        streams = self._streams_of(chunks[0])
         return ForwardContext(
             num_streams=streams,
             sequences=names,
@@ -263,7 +294,7 @@ class ModelRunner:
             state=self._repeats(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
-            cache=PagedStore(self.pool, layout, self._prefix, use_kernel=self.use_kernel),
+            cache=PagedStore(self.pool, layout, self._prefixes[streams], use_kernel=self.use_kernel),
             token_BL=token_1T.expand(streams, -1),
         )
 
@@ -274,7 +305,15 @@ class ModelRunner:
             told, end = self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens)
             repeated += [position < told for position in range(chunk.start, end)]
             self._told[chunk.id] = max(told, end)
-        return {"repeated_N": torch.tensor(repeated).repeat(self.pool.shape.streams)} if any(repeated) else {}
+        return {"repeated_N": torch.tensor(repeated).repeat(self._streams_of(chunks[0]))} if any(repeated) else {}
+
+
+@torch.no_grad()
+def _prefixes(model: Decoder, num_streams: int) -> list[tuple[Tensor, Tensor]]:
+    """(key_PGMD, value_PGMD) of each layer, in front of all sequences of so many streams."""
+    if model.streams is None:
+        return []
+    return [(key.detach(), value.detach()) for key, value in model.streams.prefixes(num_streams)]
 
 
 def _last_rows(chunks: Sequence[Chunk]) -> list[int]:

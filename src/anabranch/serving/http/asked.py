@@ -38,7 +38,7 @@ class Asked:
         is_echo: put the prompt before the answer.
         tools: what may be called.
         is_routing: tell which experts each token went to.
-        priority, cache_salt, user: see `Request`.
+        priority, cache_salt, user, num_streams: see `Request`.
         unknown: fields that nobody knows.
     """
 
@@ -57,6 +57,7 @@ class Asked:
     is_routing: bool = False
     priority: int = 0
     cache_salt: str = ""
+    num_streams: int | None = None
     unknown: tuple[str, ...] = ()
 
     @property
@@ -146,6 +147,10 @@ def _shared(
         if not stream:
             raise wrong("stream_options", "stream_options needs stream to be true")
         fields.only(options, "stream_options", {"include_usage": fields.BOOL, "include_obfuscation": fields.BOOL})
+    try:
+        info.check_streams(body.get("num_streams"))
+    except InputError as error:
+        raise wrong("num_streams", str(error)) from None
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
@@ -160,6 +165,7 @@ def _shared(
         "is_routing": bool(body.get("routing")),
         "priority": body.get("priority") or 0,
         "cache_salt": body.get("cache_salt") or "",
+        "num_streams": body.get("num_streams"),
     }
 
 

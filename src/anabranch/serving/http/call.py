@@ -15,7 +15,7 @@ from anabranch.web.ids import new_id
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN = re.compile(r"[^\x20-\x7e]")
-EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-experts, x-warning, retry-after"
+EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
 
 
 class Call:

@@ -81,6 +81,7 @@ SHARED: dict[str, Check] = {
     "user": text(512),
     "metadata": (_is_metadata, "an object of at most 16 texts"),
     "routing": BOOL,
+    "num_streams": integer(1, 2**31 - 1),
 }
 CHAT: dict[str, Check] = {
     **SHARED,

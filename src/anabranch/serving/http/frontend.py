@@ -166,7 +166,7 @@ class Frontend:
         prompt, choice = asked.prompts[at // asked.n], at % asked.n
         return Request(
             id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), priority=asked.priority, key=key,
-            arrival=time.monotonic(), cache_salt=asked.cache_salt, record_routing=asked.is_routing,
+            arrival=time.monotonic(), cache_salt=asked.cache_salt, record_routing=asked.is_routing, num_streams=asked.num_streams,
         )  # fmt: skip
 
     def _become(self, state: State) -> None:

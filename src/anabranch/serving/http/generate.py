@@ -55,6 +55,8 @@ class Generate:
                     "x-route-model": _header(frontend.name),
                     "x-route-layers": str(len(info.routed_layers)),
                 }
+                if info.stream_choices != (1,):
+                    call.headers["x-route-streams"] = str(asked.num_streams or info.num_streams)
                 if asked.is_stream:
                     return await self._stream(call, shape, buffer, deadline_s)
                 return await self._whole(call, shape, buffer, deadline_s)
@@ -90,6 +92,8 @@ class Generate:
         if self._frontend.config.log_prompts:
             call.facts["prompts"] = [reader.decode(prompt) for prompt in asked.prompts]
         call.facts |= {"stream": asked.is_stream, "n": asked.n, "prompt_tokens": asked.prompt_tokens}
+        if info.stream_choices != (1,):
+            call.facts["num_streams"] = asked.num_streams or info.num_streams
         return asked
 
     async def _whole(

@@ -54,6 +54,7 @@ def _shared(most_n: int) -> dict[str, Any]:
         "user": _maybe("string", maxLength=512),
         "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
         "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
+        "num_streams": {**_whole(1), "description": "parallel streams, of a model that has them (ParScale)"},
     }
 
 

