@@ -45,6 +45,7 @@ test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short b
 .PHONY: sanitize
 sanitize: $(VENV)/.installed-dev ## run the kernels' tests and their fuzz with the address and undefined-behaviour sanitizers
 	$(ONE_THREAD) $(BIN)/python tests/sanitize.py $(ARGS)
+	$(ONE_THREAD) $(BIN)/python tests/sanitize.py --tiles $(ARGS)
 
 .PHONY: same
 same: $(VENV)/.installed-dev ## train all presets by this work tree and by BASE (default main): the same to the bit?

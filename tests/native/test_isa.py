@@ -15,6 +15,7 @@ from anabranch.native.sources import library_name
 HASWELL = "avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2 popcnt"
 SKYLAKE_X = f"{HASWELL} avx512f avx512bw avx512cd avx512dq avx512vl"
 ZEN_4 = f"{SKYLAKE_X} avx512_bf16 avx512_vnni avx512_vbmi"
+SAPPHIRE_RAPIDS = f"{ZEN_4} amx_tile amx_bf16 amx_int8"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ ZEN_4 = f"{SKYLAKE_X} avx512_bf16 avx512_vnni avx512_vbmi"
         (HASWELL.replace("fma", ""), "x86_64", "x86-64"),
         (SKYLAKE_X, "x86_64", "x86-64-v4"),
         (ZEN_4, "x86_64", "x86-64-v4-bf16"),
+        (SAPPHIRE_RAPIDS, "x86_64", "x86-64-v4-amx"),
         ("asimd", "aarch64", "armv8-a"),
     ],
 )
@@ -42,14 +44,14 @@ def test_an_unknown_family_of_processors(features):
 
 def test_what_a_library_is_called(features, small, monkeypatch):
     features(HASWELL)
-    name, portable = library_name(NATIVE), library_name(LEVELS[2])
+    name, portable = library_name(NATIVE), library_name(LEVELS[3])
     assert name.startswith("kernels-native-")
     assert portable.startswith("kernels-x86-64-v3-")
     monkeypatch.setenv("CXX", "/another/compiler")
     assert library_name(NATIVE) == name  # where a library lies, no compiler is asked
     features(ZEN_4)
     assert library_name(NATIVE) != name
-    assert library_name(LEVELS[2]) == portable  # one for all processors of its level
+    assert library_name(LEVELS[3]) == portable  # one for all processors of its level
     features(HASWELL)
     assert library_name(NATIVE) == name
     monkeypatch.setattr("anabranch.native.sources.FLAGS", ("-O2",))

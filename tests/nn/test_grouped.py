@@ -247,19 +247,23 @@ class TestNative:
         ours = run(expert_mlp, x, routing, w13, w2, weight_on=weight_on, recompute=recompute, backend="native")
         assert_near(ours, reference, RELATIVE[dtype])
 
-    @pytest.mark.parametrize("rows", range(1, 27))
-    def test_every_number_of_rows(self, rows):
-        case = make(n=rows, e=1, k=1, d=48, f=16, unused=0.0)
-        assert_near(run(expert_mlp, *case, backend="native"), run(reference_expert_mlp, *case), 1e-5)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("rows", [*range(1, 27), *range(31, 35), 48, 49])
+    def test_every_number_of_rows(self, rows, dtype):
+        x, routing, w13, w2 = make(n=rows, e=1, k=1, d=48, f=16, unused=0.0, dtype=dtype)
+        wide = Routing(routing.index_NK, routing.weight_NK.double(), routing.score_NE)
+        reference = run(reference_expert_mlp, x.double(), wide, w13.double(), w2.double())
+        assert_near(run(expert_mlp, x, routing, w13, w2, backend="native"), reference, RELATIVE[dtype])
 
     def test_extreme_pre_activations_saturate(self):
         x, routing, w13, w2 = make()
         ours = run(expert_mlp, 1e3 * x, routing, w13, w2, backend="native")
         assert_near(ours, run(reference_expert_mlp, 1e3 * x, routing, w13, w2), 1e-5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-    def test_not_finite_comes_out_where_it_went_in(self, bad):
-        x, routing, w13, w2 = make(n=40, unused=0.0)
+    def test_not_finite_comes_out_where_it_went_in(self, bad, dtype):
+        x, routing, w13, w2 = make(n=40, unused=0.0, dtype=dtype)
         x[3, 0] = bad
         y = expert_mlp(x, plan_dispatch(routing), routing.weight_NK, w13, w2, backend="native")
         assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [3]

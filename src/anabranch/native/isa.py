@@ -38,6 +38,12 @@ _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 # What a wheel carries, best first.
 LEVELS = (
     Isa(
+        "x86-64-v4-amx",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        "x86_64",
+        _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"},
+    ),
+    Isa(
         "x86-64-v4-bf16",
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
         "x86_64",

@@ -21,8 +21,6 @@ from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
 
 __all__ = ["expert_operator", "plain_experts", "swiglu"]
 
-MANY_PRODUCTS = 350_000_000  # of numbers, per expert and matrix
-
 
 def expert_operator(
     x_ND: Tensor,
@@ -63,18 +61,7 @@ def _resolve(
     obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype, place=place_R, **others)
     if backend == "native" and obstacle:
         raise BackendError(f"{obstacle}; use backend 'auto'")
-    if backend == "auto" and not obstacle and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return "torch" if _fills_matrix_units(num_rows, *w2_EDF.shape) else "native"
     return "torch" if obstacle else "native"
-
-
-def _fills_matrix_units(num_rows: int, num_experts: int, dim: int, hidden_dim: int) -> bool:
-    """Whether the library's matmul, which multiplies bf16 tiles in matrix units (AMX), beats our vector kernels.
-
-    It makes code for every new number of rows, some 2 ms that large matrices pay for; one expert sees the same number in every step.
-    """
-    rows = num_rows // num_experts
-    return rows >= 16 if num_experts == 1 else rows * dim * hidden_dim >= MANY_PRODUCTS
 
 
 def swiglu(z_R2F: Tensor) -> Tensor:

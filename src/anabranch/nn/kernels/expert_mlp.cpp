@@ -20,7 +20,7 @@ namespace {
 template <class P, class W, class First, class Emit>
 void multiply_by_rows(Scratch& scratch, const Rows<P>& a, int rows, int length, const W* w, int panels, int columns,
                       First first, Emit emit) {
-  alignas(64) float out[MR * NR];
+  alignas(64) float out[SUM_ROWS * NR];
   auto* panel = scratch.get<typename P::elem>(PANEL, (int64_t)length / P::pack * NR);
   auto* spare = scratch.get<typename P::elem>(SPARE, (int64_t)length * VL);
   for (int j = 0; j < panels; ++j) {
@@ -61,12 +61,11 @@ void multiply(Scratch& scratch, const Rows<P>& a, int rows, int depth, const W* 
       for (int j = 0; j < columns; j += NR) emit(0, rows, j, std::min(2, (columns - j) / VL), sum + j, columns);
       return;
     }
-  alignas(64) float out[MR * NR];
+  alignas(64) float out[SUM_ROWS * NR];
   auto* panel = scratch.get<typename P::elem>(PANEL, (int64_t)depth / P::pack * NR);
   for (int j = 0; j < columns; j += NR) {
     int vectors = std::min(2, (columns - j) / VL);
-    pack_rows<P>(depth, vectors * VL, NR, panel, [&](int k) { return w + (int64_t)k * columns + j; },
-                 [](int) { return 1.f; });
+    pack_rows<P>(depth, vectors * VL, NR, panel, [&](int k) { return w + (int64_t)k * columns + j; }, Unscaled());
     product(a, rows, depth / P::pack, panel, j, vectors, out, emit);
   }
 }
@@ -93,48 +92,100 @@ inline void write(bf16* p, const float* out, int vectors, bool around) {
   for (int v = 0; v < vectors; ++v) store(p + v * VL, load(out + v * VL));
 }
 
-// to[M][columns first..last] (+)= sum over rows of left(row)[M] right(row)[columns]: the gradient of one expert's matrix.
-template <class P, class W, class Left, class Right, class Scale>
-void accumulate(Scratch& scratch, int rows, int M, int columns, int first, int last, W* to, bool add, bool around, Left left,
-                Right right, Scale scale) {
-  alignas(64) float out[MR * NR];
-  auto finish = [&](int64_t i, int64_t j, float* row, int vectors) {
+// The gradient of one expert's matrix, [M][columns], that sums over rows are written or added to.
+template <class W>
+struct Gradient {
+  W* to;
+  int M, columns;
+  bool add, around;
+
+  void finish(int64_t i, int64_t j, float* row, int vectors) const {
     W* place = to + i * columns + j;
     for (int v = 0; v < vectors && add; ++v) store(row + v * VL, load(row + v * VL) + load(place + v * VL));
     write(place, row, vectors, around);
-  };
-  int steps = (rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS, step_rows = ((rows + steps - 1) / steps + 1) / 2 * 2;
-  around = around && !add && (uintptr_t)to % 64 == 0 && columns % NR == 0 && first % NR == 0;
-  auto* a = scratch.get<typename P::elem>(LEFT, (int64_t)step_rows * M);
-  auto* panel = scratch.get<typename P::elem>(PANEL, (int64_t)step_rows * std::max(NR, rows <= FEW ? last - first : 0));
+  }
+};
+
+// Few rows: whole rows of the gradient are written, as they lie.
+template <class P, class W, class Left, class Right, class Scale>
+void accumulate_few(Scratch& scratch, const Gradient<W>& gradient, int rows, int first, int last, Left left, Right right, Scale scale) {
+  alignas(64) float out[MR * NR];
+  int M = gradient.M, depth = (rows + P::pack - 1) / P::pack;
+  auto* a = scratch.get<typename P::elem>(LEFT, (int64_t)depth * M);
+  auto* panel = scratch.get<typename P::elem>(PANEL, (int64_t)depth * (last - first));
+  pack_rows<P>(rows, M, M, a, left, Unscaled());
+  pack_rows<P>(rows, last - first, last - first, panel, [&](int k) { return right(k) + first; }, scale);
+  for (int i = 0; i < M; i += MR)
+    for (int j = first; j < last; j += NR) {
+      int m = std::min(MR, M - i), vectors = std::min(2, (last - j) / VL);
+      tile_any<P, 1>(m, vectors, a + i, M, panel + j - first, last - first, depth, out, NR, false);
+      for (int r = 0; r < m; ++r) gradient.finish(i + r, j, out + r * NR, vectors);
+    }
+}
+
+// The left operand of a gradient: columns of rows that are summed over, as the machine's matmul reads them.
+template <class P>
+class Columns {
+ public:
+  Columns(Scratch& scratch, int rows, int M)
+      : M(M), pairs((rows + 1) / 2 + 2 * TILE_PAIRS), data(scratch.get<typename P::elem>(LEFT, takes_tiles<P>() ? pairs * M : (int64_t)rows * M)) {}
+
+  template <class Row>
+  void pack(int count, Row row) {
+    depth = (count + P::pack - 1) / P::pack;
+    if constexpr (P::pack == 2)
+      if (takes_tiles<P>()) return pack_rows_turned<P>(count, M, pairs, data, row);
+    pack_rows<P>(count, M, M, data, row, Unscaled());
+  }
+
+  static int height() { return takes_tiles<P>() ? (int)PAIRED_ROWS : MR; }
+
+  // out[m][NR] = the m columns from i on times a panel, whose pairs end in zeros up to whole tiles.
+  void times(int i, int m, const typename P::elem* panel, int vectors, float* out) const {
+#ifdef ANABRANCH_TILES
+    if constexpr (P::pack == 2)
+      if (takes_tiles<P>())
+        return multiply_tiles({data + i * pairs, 4 * pairs, m > TILE}, tiled(panel, vectors), (depth + TILE_PAIRS - 1) / TILE_PAIRS, tiled(out), false);
+#endif
+    tile_any<P, 1>(m, vectors, data + i, M, panel, NR, depth, out, NR, false);
+  }
+
+ private:
+  int M;
+  int64_t pairs;  // between columns for tiles; what is more than whole tiles keeps them out of each other's cache sets
+  typename P::elem* data;
+  int depth = 0;
+};
+
+// to[M][columns first..last] (+)= sum over rows of left(row)[M] right(row)[columns]: the gradient of one expert's matrix.
+template <class P, class W, class Left, class Right, class Scale>
+void accumulate(Scratch& scratch, Gradient<W> gradient, int rows, int first, int last, Left left, Right right, Scale scale) {
+  gradient.around = gradient.around && !gradient.add && (uintptr_t)gradient.to % 64 == 0 && gradient.columns % NR == 0 && first % NR == 0;
+  if (rows <= FEW) return accumulate_few<P>(scratch, gradient, rows, first, last, left, right, scale);
+  alignas(64) float out[SUM_ROWS * NR];
+  const int M = gradient.M, steps = (rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS, step_rows = ((rows + steps - 1) / steps + 1) / 2 * 2;
+  Columns<P> columns(scratch, step_rows, M);
+  const int64_t panel_elements = (int64_t)(step_rows / P::pack + TILE_PAIRS) * NR;
+  auto* panel = scratch.get<typename P::elem>(PANEL, panel_elements);
   auto* sum = scratch.get<float>(SUM, steps > 1 ? (int64_t)M * (last - first) : 0);
   for (int step = 0; step < steps; ++step) {
-    int begin = step * step_rows, count = std::min(step_rows, rows - begin), depth = (count + P::pack - 1) / P::pack;
-    pack_rows<P>(count, M, M, a, [&](int k) { return left(begin + k); }, [](int) { return 1.f; });
-    if (rows <= FEW) {  // write whole rows of the gradient, as they lie
-      pack_rows<P>(count, last - first, last - first, panel, [&](int k) { return right(k) + first; }, scale);
-      for (int i = 0; i < M; i += MR)
-        for (int j = first; j < last; j += NR) {
-          int m = std::min(MR, M - i), vectors = std::min(2, (last - j) / VL);
-          tile_any<P, 1>(m, vectors, a + i, M, panel + j - first, last - first, depth, out, NR, false);
-          for (int r = 0; r < m; ++r) finish(i + r, j, out + r * NR, vectors);
-        }
-      return;
-    }
+    const int begin = step * step_rows, count = std::min(step_rows, rows - begin);
+    columns.pack(count, [&](int k) { return left(begin + k); });
+    if (takes_tiles<P>()) memset((void*)panel, 0, panel_elements * sizeof *panel);
     for (int j = first; j < last; j += NR) {
       int vectors = std::min(2, (last - j) / VL);
       pack_rows<P>(count, vectors * VL, NR, panel, [&](int k) { return right(begin + k) + j; },
                    [&](int k) { return scale(begin + k); });
-      for (int i = 0; i < M; i += MR) {
-        int m = std::min(MR, M - i);
-        tile_any<P, 1>(m, vectors, a + i, M, panel, NR, depth, out, NR, false);
+      for (int i = 0; i < M; i += columns.height()) {
+        int m = std::min(columns.height(), M - i);
+        columns.times(i, m, panel, vectors, out);
         for (int r = 0; r < m; ++r) {
           float *row = out + r * NR, *partial = sum + (int64_t)(i + r) * (last - first) + (j - first);
           for (int v = 0; v < vectors && step > 0; ++v) store(row + v * VL, load(row + v * VL) + load(partial + v * VL));
           if (step + 1 < steps)
             memcpy(partial, row, vectors * VL * sizeof(float));
           else
-            finish(i + r, j, row, vectors);
+            gradient.finish(i + r, j, row, vectors);
         }
       }
     }
@@ -358,14 +409,14 @@ struct Experts : Layer {
     bool around = E * D * F * 3 * (int64_t)sizeof(W) > LARGE;
     if (first_matrix)
       accumulate<P>(
-          scratch, t.rows, 2 * F, D, from, to, dw13 + t.expert * 2 * F * D, add, around,
+          scratch, Gradient<W>{dw13 + t.expert * 2 * F * D, (int)(2 * F), (int)D, add, around}, t.rows, from, to,
           [&](int k) { return dz + (int64_t)(t.begin + k) * 2 * F; }, [&](int k) { return x + item(t.begin + k) * D; },
           [&](int k) { return on_input ? weight_of(t.begin + k) : 1.f; });
     else
       accumulate<P>(
-          scratch, t.rows, D, F, from, to, dw2 + t.expert * D * F, add, around,
+          scratch, Gradient<W>{dw2 + t.expert * D * F, (int)D, (int)F, add, around}, t.rows, from, to,
           [&](int k) { return dy + item(t.begin + k) * D; }, [&](int k) { return act + (int64_t)(t.begin + k) * F; },
-          [](int) { return 1.f; });
+          Unscaled());
   }
 
   using Big = std::conditional_t<sizeof(X) == 2, Half, Plain>;
@@ -382,6 +433,7 @@ struct Experts : Layer {
 #pragma omp parallel num_threads(threads)
     {
       static thread_local Scratch scratch;
+      Tiles tiles;
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i)
         failure.guard([&] {
@@ -414,6 +466,7 @@ struct Experts : Layer {
 #pragma omp parallel num_threads(threads)
     {
       static thread_local Scratch scratch;
+      Tiles tiles;
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i)
         failure.guard([&] {

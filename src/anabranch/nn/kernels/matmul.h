@@ -20,6 +20,8 @@
 #include <immintrin.h>
 #endif
 
+#include "tiles.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -35,6 +37,7 @@ constexpr int LDA = LANE_K + 16;  // their stride; the 16 keep rows out of each 
 constexpr int FEW = 8;            // up to so many rows, weights are not packed but read where they lie
 constexpr int STRIP = 8;         // rows of weights read at a time then
 constexpr int GRADIENT_ROWS = 512;  // rows of one accumulation step of a weight gradient
+constexpr int SUM_ROWS = PAIRED_ROWS;  // of the sums that a product holds at a time, at most
 constexpr int64_t LARGE = 8 << 20;  // bytes; larger buffers get huge pages and are written around the cache
 
 using vec = float __attribute__((vector_size(4 * VL)));
@@ -226,7 +229,8 @@ inline void tile_any(int m, int vectors, const typename P::elem* a, int64_t sk, 
 
 // ---- packing the right operand: panel[depth][NR] ----
 
-inline void transpose(const uint32_t* source, int64_t ld, int64_t depth, uint32_t* panel) {  // VL rows to columns
+// VL rows to columns, of a panel or of anything else whose rows are `stride` apart.
+inline void transpose(const uint32_t* source, int64_t ld, int64_t depth, uint32_t* panel, int64_t stride = NR) {
   for (int c = 0; c < VL; c += 4)
     for (int64_t k = 0; k < depth; k += 4) {
       const uint32_t* p = source + c * ld + k;
@@ -235,7 +239,7 @@ inline void transpose(const uint32_t* source, int64_t ld, int64_t depth, uint32_
       quad de0 = shuffled<quad, 0, 4, 1, 5>(d, e), de1 = shuffled<quad, 2, 6, 3, 7>(d, e);
       quad column[4] = {shuffled<quad, 0, 1, 4, 5>(ab0, de0), shuffled<quad, 2, 3, 6, 7>(ab0, de0),
                         shuffled<quad, 0, 1, 4, 5>(ab1, de1), shuffled<quad, 2, 3, 6, 7>(ab1, de1)};
-      for (int i = 0; i < 4; ++i) memcpy(panel + (k + i) * NR + c, &column[i], 16);
+      for (int i = 0; i < 4; ++i) memcpy(panel + (k + i) * stride + c, &column[i], 16);
     }
 }
 
@@ -256,23 +260,80 @@ void pack_rows_as_columns(const W* w, int64_t length, typename P::elem* panel, t
   }
 }
 
-// `count` rows, summed over rows: row(k) points at the first of `columns` numbers, scaled by scale(k).
+struct Unscaled {
+  constexpr float operator()(int) const { return 1.f; }
+};
+
+// VL numbers of rows k and k + 1, as a matmul sums them: row(k) points at the first, scaled by scale(k); nothing stands behind `count`.
+template <class P, class Row, class Scale>
+inline vec summed_rows(int k, int count, int column, Row row, Scale scale) {
+  bool both = P::pack == 2 && k + 1 < count;
+  auto low = row(k) + column, high = both ? row(k + 1) + column : low;
+  if constexpr (P::pack == 2 && sizeof *low == 2 && std::is_same_v<Scale, Unscaled>) {
+    uvec bits = __builtin_convertvector(read<hvec>(low), uvec);
+    return as<vec>(both ? bits | __builtin_convertvector(read<hvec>(high), uvec) << 16 : bits);
+  }
+  return P::pair(load(low) * scale(k), both ? load(high) * scale(k + 1) : vec{});
+}
+
+// `count` rows of `columns` numbers, summed over rows.
 template <class P, class Row, class Scale>
 inline void pack_rows(int count, int columns, int stride, typename P::elem* panel, Row row, Scale scale) {
   for (int k = 0; k < count; k += P::pack) {
-    bool both = P::pack == 2 && k + 1 < count;
-    auto low = row(k), high = both ? row(k + 1) : low;
-    float s0 = scale(k), s1 = both ? scale(k + 1) : 0.f;
     float* out = (float*)panel + (int64_t)(k / P::pack) * stride;
-    for (int c = 0; c < columns; c += VL) store(out + c, P::pair(load(low + c) * s0, both ? load(high + c) * s1 : vec{}));
+    for (int c = 0; c < columns; c += VL) store(out + c, summed_rows<P>(k, count, c, row, scale));
   }
+}
+
+// The same for a left operand of matrix units: [column][pair], `stride` apart, with zeros up to whole tiles.
+template <class P, class Row>
+inline void pack_rows_turned(int count, int columns, int64_t stride, typename P::elem* to, Row row) {
+  alignas(64) uint32_t block[TILE_PAIRS * VL];
+  for (int k = 0; k < count; k += 2 * TILE_PAIRS)
+    for (int c = 0; c < columns; c += VL) {
+      for (int pair = 0; pair < TILE_PAIRS; ++pair)
+        store((float*)block + pair * VL, k + 2 * pair < count ? summed_rows<P>(k + 2 * pair, count, c, row, Unscaled()) : vec{});
+      transpose(block, VL, VL, (uint32_t*)to + c * stride + k / 2, stride);
+    }
 }
 
 // ---- matmuls of a block of rows; emit(first row, rows, first column, vectors, out, stride of out) takes each tile ----
 
+#ifdef ANABRANCH_TILES
+// The right's two vectors of columns as matrix units take them.
+inline TiledRight tiled(const uint32_t* panel, int vectors) { return {panel, vectors == 2 ? panel + TILE : nullptr, 4 * NR}; }
+inline TiledSums tiled(float* out) { return {out, out + TILE, 4 * NR}; }
+
+template <class P, class Emit>
+void product_in_tiles(const Rows<P>& a, int rows, int depth, const uint32_t* panel, int column, int vectors, float* out, Emit& emit) {
+  static_assert(VL == TILE);
+  for (int i = 0; i < rows; i += PAIRED_ROWS) {
+    int m = std::min<int>(PAIRED_ROWS, rows - i);
+    for (int k = 0; k < depth; k += LANE_K) {
+      int pairs = std::min(LANE_K, depth - k), whole = pairs / TILE_PAIRS * TILE_PAIRS, lane = k / LANE_K;
+      const uint32_t* right = panel + (int64_t)k * NR;
+      if (whole) multiply_tiles({a.at(i, lane), 4 * LDA, m > TILE}, tiled(right, vectors), whole / TILE_PAIRS, tiled(out), k > 0);
+      for (int r = 0; whole < pairs && r < m; r += MR)
+        tile_any<P, LDA>(std::min(MR, m - r), vectors, a.at(i + r, lane) + whole, 1, right + whole * NR, NR, pairs - whole,
+                         out + r * NR, NR, k + whole > 0);
+    }
+    emit(i, m, column, vectors, out, NR);
+  }
+}
+#endif
+
+template <class P>
+inline bool takes_tiles() {
+  return P::pack == 2 && may_use_tiles();
+}
+
 template <class P, class Emit>
 inline void product(const Rows<P>& a, int rows, int depth, const typename P::elem* panel, int column, int vectors,
                     float* out, Emit& emit) {
+#ifdef ANABRANCH_TILES
+  if constexpr (P::pack == 2)
+    if (takes_tiles<P>()) return product_in_tiles(a, rows, depth, panel, column, vectors, out, emit);
+#endif
   for (int i = 0; i < rows; i += MR) {
     int m = std::min(MR, rows - i);
     for (int k = 0; k < depth; k += LANE_K)
@@ -327,6 +388,7 @@ struct Scratch {  // one thread's memory; grows, and is kept between calls
   template <class P>
   Rows<P> rows(int slot, int count, int columns) {
     int lanes = (columns + LANE_K * P::pack - 1) / (LANE_K * P::pack);
+    if (takes_tiles<P>()) count = (int)((count + PAIRED_ROWS - 1) / PAIRED_ROWS * PAIRED_ROWS);
     return {get<typename P::elem>(slot, (int64_t)lanes * count * LDA), count};
   }
 };

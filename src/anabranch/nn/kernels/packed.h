@@ -20,12 +20,7 @@
 #pragma once
 
 #include "matmul.h"
-
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#define ANABRANCH_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
@@ -292,87 +287,24 @@ inline Product product_of(std::integer_sequence<int, M...>, int64_t kind, int m)
   return of_kind[kind][m - 1];
 }
 
-// ---- AMX tiles for halves ----
-
-#ifdef ANABRANCH_AMX
-inline bool may_use_tiles() {  // Linux lends the tile registers to processes that ask
-  static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return granted;
-}
-
-// The tiles' shape while it lives; what was set before, by a library that shares the thread, comes back.
-struct Tiles {
-  alignas(64) uint8_t before[64] = {};
-  Tiles() {
-    if (!may_use_tiles()) return;
-    _tile_storeconfig(before);
-    alignas(64) uint8_t wanted[64] = {1};
-    for (int t = 0; t < 8; ++t) {
-      ((uint16_t*)(wanted + 16))[t] = 64;
-      wanted[48 + t] = 16;
-    }
-    _tile_loadconfig(wanted);
-  }
-  ~Tiles() {
-    if (!may_use_tiles()) return;
-    if (before[0])
-      _tile_loadconfig(before);
-    else
-      _tile_release();
-  }
-};
-
-// out[2][32][16]: up to 32 rows (what lies behind them must be readable) times up to two panels.
-inline void product_tiles(const Matrix& w, const char* panel, bool two_panels, const char* rows, int64_t row_bytes, bool many, float* out) {
-  const char* second = panel + (two_panels ? w.panel_bytes : 0);
-  const char* below = rows + (many ? 16 * row_bytes : 0);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < w.depth / 32; ++k) {
-    _tile_loadd(4, rows + k * 64, row_bytes);
-    _tile_loadd(6, panel + k * 1024, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (two_panels) {
-      _tile_loadd(7, second + k * 1024, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (many) {
-      _tile_loadd(5, below + k * 64, row_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if (two_panels) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, out, 64);
-  _tile_stored(1, out + 32 * WIDE, 64);
-  if (many) {
-    _tile_stored(2, out + 16 * WIDE, 64);
-    _tile_stored(3, out + 48 * WIDE, 64);
-  }
-}
-#else
-inline bool may_use_tiles() { return false; }
-struct Tiles {
-  Tiles() {}
-};
-#endif
-
-constexpr int64_t SPARE_ROWS = 32;  // readable rows behind the last one of activations
+constexpr int64_t SPARE_ROWS = PAIRED_ROWS;  // readable rows behind the last one of activations
 
 // emit(row, panel, out[16]) for `count` rows from `first` on and the panels from `begin` to `end`.
 template <class Emit>
 void multiply(const Matrix& w, const Activations& a, int64_t first, int64_t count, int64_t begin, int64_t end, Emit emit) {
-  alignas(64) float out[2 * 32 * WIDE];
-#ifdef ANABRANCH_AMX
+  alignas(64) float out[2 * PAIRED_ROWS * WIDE];
+#ifdef ANABRANCH_TILES
   if (w.kind == HALF && may_use_tiles()) {
+    float* beside = out + PAIRED_ROWS * WIDE;
     for (int64_t j = begin; j < end; j += 2) {
       bool two = j + 1 < end;
-      for (int64_t i = 0; i < count; i += 32) {
-        int64_t m = std::min<int64_t>(32, count - i);
-        product_tiles(w, w.data + j * w.panel_bytes, two, a.row(first + i), a.row_bytes, m > 16, out);
+      const char* panel = w.data + j * w.panel_bytes;
+      TiledRight right{panel, two ? panel + w.panel_bytes : nullptr, 4 * WIDE};
+      for (int64_t i = 0; i < count; i += PAIRED_ROWS) {
+        int64_t m = std::min(PAIRED_ROWS, count - i);
+        multiply_tiles({a.row(first + i), a.row_bytes, m > TILE}, right, w.depth / (2 * TILE_PAIRS), {out, beside, 4 * WIDE}, false);
         for (int64_t r = 0; r < m; ++r) emit(first + i + r, j, out + r * WIDE);
-        for (int64_t r = 0; two && r < m; ++r) emit(first + i + r, j + 1, out + (32 + r) * WIDE);
+        for (int64_t r = 0; two && r < m; ++r) emit(first + i + r, j + 1, beside + r * WIDE);
       }
     }
     return;
