@@ -414,14 +414,12 @@ def test_numbers_of_streams_that_there_are_not():
 
 
 def test_training_takes_turns_and_evaluation_does_not():
-    model = model_of(parscale(4, switchable=(2, 3)))
-    seen = []
-    for step in range(6):
-        model.streams.on_step(step, step / 6)
-        seen.append((model.train().streams.num_streams, model.eval().streams.num_streams))
-    assert seen == [(2, 4), (3, 4), (4, 4), (2, 4), (3, 4), (4, 4)]
-    model.train().streams.on_step(0, 0.0)
-    model(tokens(), tokens()).loss.backward()
+    model = model_of(parscale(4, switchable=(2, 3))).train()
+    assert [model.streams.config.of_step(step) for step in range(6)] == [2, 3, 4, 2, 3, 4]
+    assert parscale(4).of_step(0) is None
+    number = model.streams.config.of_step(0)
+    model(tokens(), tokens(), num_streams=number).loss.backward()
+    assert model.streams.num_streams == 4
     given = {name for name, parameter in model.streams.gates.named_parameters() if parameter.grad is not None}
     assert given == {"2.0.weight", "2.0.bias", "2.2.weight", "2.2.bias"}
 
@@ -838,10 +836,25 @@ def test_wrapped_with_one_stream_is_the_model(both, llama):
         wrapped(tokens(), cache=cache)
 
 
-@pytest.mark.parametrize("train", ["all", "adapter"])
-def test_a_wrapped_model_trains_by_the_trainer_and_resumes_to_the_bit(llama_of_bytes, run_config, train):
+@pytest.mark.parametrize(("train", "streams"), [("all", 2), ("adapter", 2), ("adapter", 3)])
+def test_a_wrapped_model_trains_by_the_trainer_and_resumes_to_the_bit(llama_of_bytes, run_config, train, streams):
     run = TaskRunConfig(task=TextTask.Config(data=run_config.data), train=run_config.train.replace(learning_rate=1e-2))
-    check_task(run, ranks=False, model=wrap(llama_of_bytes, 2, train=train, prefix_len=2))
+    options = {"prefix_len": 2, "switchable": tuple(range(2, streams))}
+    check_task(run, ranks=False, model=wrap(llama_of_bytes, streams, train=train, **options))
+
+
+def test_a_call_of_a_wrapped_model_says_how_many_streams(llama):
+    wrapped = wrap(copy.deepcopy(llama[0]), 3, prefix_len=4, switchable=(2,)).eval()
+    greedy = SamplingConfig(max_tokens=5, temperature=0)
+    with torch.no_grad():
+        asked = {number: wrapped(tokens(), num_streams=number).logits_BLV for number in (1, 2, 3)}
+        written = {number: generate(wrapped, [[1, 2, 3]], greedy, num_streams=number) for number in (1, 2, 3)}
+        for number in (1, 2, 3):
+            wrapped.streams.set_streams(number)
+            assert torch.equal(wrapped(tokens()).logits_BLV, asked[number])
+            assert generate(wrapped, [[1, 2, 3]], greedy) == written[number]
+    with pytest.raises(ConfigError, match="num_streams is 4, but the model has gates for 1, 2, 3"):
+        wrapped(tokens(), num_streams=4)
 
 
 def test_an_adapter_trained_around_a_model_is_all_that_moves(llama_of_bytes, run_config, tmp_path):
@@ -934,6 +947,27 @@ def test_a_stopped_run_goes_on_to_the_bit(run_config, tmp_path, streams):
     whole, parts = load_model(tmp_path / "whole")[0], load_model(tmp_path / "parts")[0]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
+
+
+def test_the_trainer_says_which_number_is_in_turn(run_config, tmp_path):
+    config = run_config.replace(model=run_config.model.replace(streams=parscale(3, switchable=(2,), in_use=1)))
+    model, said = config.model.build(seed=0), []
+    model.register_forward_pre_hook(
+        lambda model, given, options: said.append((model.training, options.get("num_streams"))), with_kwargs=True
+    )
+    before = {name: value for name, value in vars(model.streams).items() if isinstance(value, int)}
+    Trainer(config, tmp_path / "run", model=model).fit()
+    assert [number for training, number in said if training] == [2, 3, 2, 3]
+    assert {number for training, number in said if not training} == {None}  # evaluations use what was chosen
+    assert {name: vars(model.streams)[name] for name in before} == {**before, "training": True}
+
+
+def test_compiled_passes_of_several_numbers():
+    model = model_of(parscale(3, switchable=(2,)), num_layers=1).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for number in (2, 3):
+        wanted = model(tokens(), tokens(), num_streams=number).loss
+        torch.testing.assert_close(compiled(tokens(), tokens(), num_streams=number).loss, wanted)
 
 
 def test_two_stages_and_an_adapter_run(run_config, tmp_path):

@@ -334,6 +334,8 @@ class Decoder(Part, nn.Module):
             num_streams = self.streams.num_streams
         else:
             self.streams.check(num_streams)
+            # Where compiled code sees several numbers they become symbols; it must know the number, as it decides which gate runs.
+            num_streams = next(number for number in self.config.stream_choices if number == num_streams)
         return num_streams, self.streams.num_prefix_of(num_streams)
 
     def _store(self, cache: KeyValueCache | None, num_streams: int, num_prefix: int) -> KeyValueCache | Prefix | None:

@@ -33,6 +33,10 @@ class Streams(Part, nn.Module, family="streams"):
             """Every P that a forward pass can have, ascending."""
             raise NotImplementedError  # abstract
 
+        def of_step(self, step: int) -> int | None:
+            """P of a training step, after ``step`` finished ones; None where training does not change it."""
+            return None
+
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
             """Sizes of ``layers``, all blocks of the model, when they run as streams, with what the streams add."""
             raise NotImplementedError  # abstract

@@ -15,6 +15,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import load_weights, write_model
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.pool import ExpertPool
+from anabranch.nn.streams import Streams
 from anabranch.train.evaluate import evaluate
 from anabranch.train.task import Losses, Task, TaskContext
 
@@ -128,8 +129,19 @@ class TextTask(Task, kind="text"):
 
     def step(self, model: nn.Module, batch: Batch, context: TaskContext) -> Losses:
         """Cross-entropy, and what layers add to it."""
-        output = model(batch.token_BL, batch.target_BL)
+        output = model(batch.token_BL, batch.target_BL, **self._options_of(context.step))
         return Losses(output.loss, {"cross_entropy": output.cross_entropy, **output.auxiliary}, output.metrics)
+
+    def _options_of(self, step: int) -> dict[str, Any]:
+        """What the forward passes of a step are given beside the batch: how many parallel streams, where that changes by step."""
+        streams = self._streams()
+        number = None if streams is None else streams.of_step(step)
+        return {} if number is None else {"num_streams": number}
+
+    def _streams(self) -> Streams.Config | None:
+        """Parallel streams of the model."""
+        streams: Any = getattr(self.model, "streams", None)
+        return streams.config if isinstance(streams, Streams) else None
 
     def evaluate(self, model: nn.Module, data: Windows, context: TaskContext) -> dict[str, Any]:
         """See `Evaluation`."""
@@ -161,6 +173,9 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
         """As configured."""
         part = self.config.learns
         return super().learns(name, parameter) if part is None else part in name
+
+    def _streams(self) -> Streams.Config | None:
+        return self.config.model.streams
 
     def _check_vocabulary(self, size: int | None) -> None:
         super()._check_vocabulary(self.config.model.vocab_size)

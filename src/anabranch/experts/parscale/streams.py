@@ -26,7 +26,7 @@ class ParScale(Streams, kind="parscale"):
         Attributes:
             num_streams: P.
             switchable: other numbers of streams, each with a gate of its own, that `set_streams` may choose later; they use the first
-                prefixes. Training takes turns, step by step.
+                prefixes. Training takes turns, step by step, see `of_step`.
             prefix_len: m, entries in front of each layer's keys and values; with 0 the streams are copies of each other (a control).
             smoothing: eps; every stream weighs at least eps / P.
             train: ``all`` parameters learn, or as an ``adapter`` the prefixes and gates alone.
@@ -88,6 +88,10 @@ class ParScale(Streams, kind="parscale"):
             """The numbers of streams that have a gate, ascending."""
             return sorted(number for number in {*self.switchable, self.num_streams} if number > 1)
 
+        def of_step(self, step: int) -> int | None:
+            """The numbers that have a gate take turns, in ascending order; None where there is but one."""
+            return self.gated[step % len(self.gated)] if self.switchable else None
+
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
             """Blocks run P times; prefixes and gates add parameters, and each query meets m more keys per layer and stream."""
             streams, head_dim = self.num_streams, attention.width(dim)
@@ -110,7 +114,7 @@ class ParScale(Streams, kind="parscale"):
     def __init__(self, config: Config, context: BuildContext, attention: Any) -> None:
         super().__init__()
         self.config = config
-        self.chosen, self._of_step = config.in_use or config.num_streams, config.num_streams
+        self.chosen = config.in_use or config.num_streams
         self.prefix: PrefixMLP | PrefixTable | None = None
         if config.has_prefix:
             shape = (attention.kv_heads, config.prefix_len, attention.width(context.dim))
@@ -126,8 +130,8 @@ class ParScale(Streams, kind="parscale"):
 
     @property
     def num_streams(self) -> int:
-        """P of a forward pass that does not say it: as chosen, or in training with ``switchable`` that of the step."""
-        return self._of_step if self.training and self.config.switchable else self.chosen
+        """P of a forward pass that does not say it."""
+        return self.chosen
 
     @property
     def config_in_use(self) -> Any:
@@ -146,7 +150,7 @@ class ParScale(Streams, kind="parscale"):
         return bool(self.config.switchable)
 
     def set_streams(self, num_streams: int) -> None:
-        """Run with this many streams where a call does not say it, also when saved and loaded (training with ``switchable`` takes turns).
+        """Run with this many streams where a call does not say it, also when saved and loaded.
 
         Raises ConfigError for a number that has no gate.
         """
@@ -156,11 +160,6 @@ class ParScale(Streams, kind="parscale"):
     def check(self, num_streams: int) -> None:
         """Raise ConfigError for a number of streams that has no gate."""
         self.config.check_gate(num_streams)
-
-    def on_step(self, step: int, fraction: float) -> None:
-        """Take turns among the numbers of streams."""
-        if self.config.switchable:
-            self._of_step = self.config.gated[step % len(self.config.gated)]
 
     def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(key_PHMD, value_PHMD) of each layer, of so many streams; None for those in use."""

@@ -70,18 +70,19 @@ class WrappedModel(nn.Module):
         cache: "Past | None" = None,
         token_mask_BL: Tensor | None = None,
         last_only: bool = False,
+        num_streams: int | None = None,
     ) -> DecoderOutput:
         """Logits, or the loss when ``target_BL`` is given; arguments as for `Decoder.forward`."""
-        past = cache if cache is not None else Past(self.streams.prefixes(), self.streams.num_streams)
-        if past.num_streams != self.streams.num_streams:
+        number = self._number(num_streams)
+        past = cache if cache is not None else Past(self.streams.prefixes(number), number)
+        if past.num_streams != number:
             raise ConfigError(
-                f"the cache is for {past.num_streams} streams, the model runs {self.streams.num_streams}; make a new one with "
-                "model.new_cache"
+                f"the cache is for {past.num_streams} streams, the model runs {number}; make a new one with model.new_cache"
             )
-        tokens = self.streams.expand(token_BL)
+        tokens = self.streams.expand(token_BL, number)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if token_mask_BL is not None:
-            mask = self.streams.expand(token_mask_BL)
+            mask = self.streams.expand(token_mask_BL, number)
         seen_BL = past.extend(mask, self.embedding.weight)
         position_BL = (seen_BL[:, past.num_prefix :].long().cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
         output = self.model.get_decoder()(
@@ -97,10 +98,18 @@ class WrappedModel(nn.Module):
         """The model's input embedding."""
         return self.model.get_input_embeddings()
 
-    def new_cache(self, max_length: int) -> "Past":
-        """An empty cache; it grows as needed, so ``max_length`` is for the caller's convenience."""
+    def new_cache(self, max_length: int, num_streams: int | None = None) -> "Past":
+        """An empty cache for passes of so many streams; it grows as needed, so ``max_length`` is for the caller's convenience."""
+        number = self._number(num_streams)
         with torch.no_grad():
-            return Past(self.streams.prefixes(), self.streams.num_streams)
+            return Past(self.streams.prefixes(number), number)
+
+    def _number(self, num_streams: int | None) -> int:
+        """P of a pass. Raises ConfigError for a number that has no gate."""
+        if num_streams is None:
+            return self.streams.num_streams
+        self.streams.check(num_streams)
+        return num_streams
 
 
 class Past:
