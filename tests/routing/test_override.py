@@ -291,11 +291,14 @@ class Tower(nn.Module):
     def __init__(self):
         super().__init__()
         self.routers = nn.ModuleList(router(layer=2 * n) for n in range(2))
-        self.routers[1].passes = 2
+
+    @property
+    def routing_order(self):
+        first, last = self.routers
+        return first, last, last
 
     def forward(self, x_ND, context):
-        first, last = self.routers
-        return [made(x_ND, context).index_NK[0].tolist() for made in (first, last, last)]
+        return [made(x_ND, context).index_NK[0].tolist() for made in self.routing_order]
 
 
 def test_layers_by_number_and_by_name_and_nothing_stays_behind():

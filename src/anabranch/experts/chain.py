@@ -31,18 +31,18 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.group_pool import GroupPool
-from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.experts.rexmoe import ProgressiveScaling, ReusedExperts, ReXMoE, at_depth
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
-from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
-from anabranch.nn.description import FeedForwardForm
+from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.description import FeedForwardForm, passes_as
 from anabranch.nn.moe import MoE
+from anabranch.nn.pass_loop import PassLoop, Residual
 from anabranch.nn.pool_policy import build_router
 from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
 from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
@@ -51,15 +51,16 @@ from anabranch.routing.shared import shared_parameters
 logger = logging.getLogger(__name__)
 
 
-class Chain(ReXMoE, kind="chain"):
-    """A mixture-of-experts layer that runs C times over one pool, each pass with a router (and its balancers) of its own.
+class Chain(MoE, kind="chain"):
+    """A mixture-of-experts layer that runs C times over one pool.
 
-    With ``iterations=1`` this is `MoE` to the bit, or `ReXMoE` where ``reuse`` is set.
+    It is made of parts: the experts of `MoE`, whose pool may be that of a group of layers (`GroupPool`), and the loop over them
+    (`PassLoop`). With ``iterations=1`` this is `MoE` to the bit, or `ReXMoE` where ``reuse`` is set.
     """
 
     @configclass
-    class Config(ReXMoE.Config):
-        """`ReXMoE.Config`, whose pool is one layer's unless ``reuse`` is set, and:
+    class Config(ReusedExperts, MoE.Config):
+        """`MoE.Config` and `ReusedExperts`, whose pool is one layer's unless ``reuse`` is set, and:
 
         Attributes:
             iterations: C, passes. The paper finds more than 2 of little use.
@@ -74,9 +75,18 @@ class Chain(ReXMoE, kind="chain"):
         psr: ProgressiveScaling.Config | None = None
         iterations: Repeats = Field(default=2, ge=1)
         independent_gates: bool = True
-        residual: Literal["inner", "outer", "init", "none", "gated"] = "inner"
+        residual: Residual = "inner"
         norm: Literal["each", "once", "reference"] = "each"
         recompute_passes: bool = False
+
+        def __post_init__(self) -> None:
+            MoE.Config.__post_init__(self)
+            self.check_schedule()
+
+        @property
+        def loop(self) -> PassLoop:
+            """The passes."""
+            return PassLoop(self.iterations, self.residual, recompute=self.recompute_passes)
 
         @property
         def num_routers(self) -> int:
@@ -85,53 +95,52 @@ class Chain(ReXMoE, kind="chain"):
 
         @property
         def pool_policy(self) -> GroupPool:
-            """As of `ReXMoE`, used by every pass."""
-            return GroupPool(self.reuse, self.psr, self.pool_balance, self.pool_bias, calls=self.iterations)
+            """The experts of the layer's group, used by every pass."""
+            return self.group_pool(calls=self.iterations)
 
         def count(self, context: BuildContext) -> Count:
-            """One pass as the layer under it counts, and C - 1 more over the same weights, each with a router."""
-            once, router = ReXMoE.Config.count(self, context), self.count_router(context, is_first=False)
+            """One pass as the plain layer counts, and C - 1 more over the same weights, each with a router."""
+            once, router = MoE.Config.count(self, context), self.count_router(context, is_first=False)
             more, expert = self.iterations - 1, 3 * context.dim * self.hidden_dim
             active = min(self.iterations * self.places, self.num_destinations(context)) - self.places
-            weights = (self.num_routers - 1) * router.parameters + more * (self.residual == "gated")
+            weights = (self.num_routers - 1) * router.parameters + self.loop.num_scales
             work = more * (2 * self.places * expert + self.count_shared(context).flops + router.flops)
-            return once + Count(weights, weights + active * expert, work)
+            return once + self.count_depth(context.dim) + Count(weights, weights + active * expert, work)
 
         def conversions(self) -> tuple[WeightField, ...]:
-            """A plain model becomes a chain."""
+            """Those of the router's score and of the pool; and a plain model becomes a chain."""
             advice = "to make a chain of a plain model load the checkpoint as it is and use experts.chain.from_moe"
             chain = WeightField("iterations", self.iterations, advice, plain=1)
-            return (*((chain,) if self.iterations > 1 else ()), *ReXMoE.Config.conversions(self))
-
-        def expand_decoder(self, model: Decoder) -> Decoder:
-            """The model itself: no plain one computes the same."""
-            return model
+            of_loop = (chain,) if self.iterations > 1 else ()
+            return (*of_loop, *MoE.Config.conversions(self), *self.pool_conversions())
 
     config: Config
 
     def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__(config, context)
+        self.depth_embedding = config.new_depth(context.dim)
         first = self.router
+        # Routers of later passes keep the name that saved models know them by.
         self.more_routers = nn.ModuleList(
             build_router(first.config, first.num_destinations, first.destinations, context)
             for _ in range(1, config.num_routers)
         )
-        self.scale: nn.Parameter | None = None
-        if config.iterations == 1:
-            return
-        for router in self.routers:
-            router.passes = config.iterations // config.num_routers
-        if config.residual == "gated":
-            self.scale = nn.Parameter(torch.zeros(config.iterations - 1))
-        if config.residual == "none" and context.routed_layer == 0:
+        self.loop = config.loop
+        self.scale = self.loop.new_scale()
+        if not self.loop.goes_around and context.routed_layer == 0:
             logger.warning(
                 "residual is 'none' with %d iterations: nothing of a layer's input goes past it", config.iterations
             )
 
     @property
     def routers(self) -> list[Router]:
-        """Those of the passes, in order; one for all if gates are tied."""
+        """All there are: one for each pass, in order, or one for all if gates are tied."""
         return [self.router, *self.more_routers]
+
+    @property
+    def routing_order(self) -> list[Router]:
+        """The router of each pass."""
+        return self.loop.in_order(self.routers)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """What all passes add to x_BLD, with no norm between them."""
@@ -146,46 +155,23 @@ class Chain(ReXMoE, kind="chain"):
             normed_BLD = norm(x_BLD)
             update_BLD = self(normed_BLD, context)
             x_BLD = normed_BLD if config.norm == "reference" else x_BLD
-        if config.residual == "none" and config.iterations > 1:
-            return update_BLD
-        return x_BLD + update_BLD
+        return x_BLD + update_BLD if self.loop.goes_around else update_BLD
 
     def describe(self) -> FeedForwardForm | str:
         """C passes, where each adds to the stream and has the norm."""
-        config, routers = self.config, self.routers
+        config = self.config
         if config.iterations > 1 and (config.residual, config.norm) != ("inner", "each"):
             return f"passes have residual {config.residual!r} and norm {config.norm!r}, not 'inner' and 'each'"
-        in_order = [routers[number % len(routers)] for number in range(config.iterations)]
-        return self.as_passes(in_order, self.depth_embedding)
+        return passes_as(MoE.describe(self), routers=tuple(self.routing_order), shift_D=self.depth_embedding)
 
     def _update(self, start_BLD: Tensor, norm: Callable[[Tensor], Tensor], context: ForwardContext) -> Tensor:
-        """y - x_0, or y where no residual goes around the layer."""
-        config, routers = self.config, self.routers
-        x_BLD, sum_BLD = start_BLD, None
-        for number in range(config.iterations):
-            router = routers[number % len(routers)]
-            made_BLD = self._pass(router, norm, x_BLD, context)
-            if config.residual == "inner":
-                sum_BLD = made_BLD if sum_BLD is None else sum_BLD + made_BLD
-            if number == config.iterations - 1:
-                break
-            if config.residual == "inner":
-                x_BLD = x_BLD + made_BLD
-            elif config.residual == "init":
-                x_BLD = start_BLD + made_BLD
-            elif config.residual == "gated":
-                x_BLD = start_BLD + self.scale[number].to(made_BLD.dtype) * made_BLD  # type: ignore[index]
-            else:
-                x_BLD = made_BLD
-        return made_BLD if sum_BLD is None else sum_BLD
+        """What the loop makes of ``start_BLD``, with ``norm`` before every pass; see `PassLoop.run`."""
+        routers = self.routing_order
 
-    def _pass(self, router: Router, norm: Callable[[Tensor], Tensor], x_BLD: Tensor, context: ForwardContext) -> Tensor:
-        def run(x_BLD: Tensor, context: ForwardContext) -> Tensor:
-            return self.run(router, norm(x_BLD), context)
+        def one_pass(number: int, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+            return self.run(routers[number], at_depth(norm(x_BLD), self.depth_embedding), context)
 
-        if self.config.recompute_passes and torch.is_grad_enabled():
-            return recomputed(run, x_BLD, context)
-        return run(x_BLD, context)
+        return self.loop.run(one_pass, start_BLD, context, self.scale)
 
 
 @dataclass(frozen=True)

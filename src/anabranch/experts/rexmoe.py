@@ -25,15 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Repeats, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.group_pool import GroupPool
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.description import FeedForwardForm
+from anabranch.nn.description import FeedForwardForm, passes_as
 from anabranch.nn.moe import MoE
-from anabranch.routing import BiasBalancer, Candidates, Router, RoutingContext, WeightField
+from anabranch.routing import BiasBalancer, Candidates, RoutingContext, WeightField
 
 
 class ProgressiveScaling(Candidates, kind="psr"):
@@ -155,6 +156,60 @@ class ProgressiveScaling(Candidates, kind="psr"):
         return rank_NS.argsort(-1).argsort(-1) < self.open_E.sum()
 
 
+@configclass
+class ReusedExperts(BaseConfig):
+    """The fields of a layer that reuses the experts of its neighbours, beside those of a mixture of experts.
+
+    Attributes:
+        reuse: r, layers per group; 1 is the plain layer. Above 4 the paper sees experts go idle; training warns where it happens.
+        psr: the schedule of candidates, None for a pool that is open from the start.
+        depth_embedding: add a learned vector per layer (zero at first) to the input, so shared experts can tell layers apart.
+        pool_balance: alpha of the balance loss over the whole pool (`PoolLoss`), 0 for none.
+        pool_bias: the bias balancers of ``router.balance`` are one per pool, not one per layer.
+    """
+
+    reuse: Repeats = Field(default=2, ge=1)
+    psr: ProgressiveScaling.Config | None = ProgressiveScaling.Config()
+    depth_embedding: bool = False
+    pool_balance: float = Field(default=0.0, ge=0)
+    pool_bias: bool = False
+
+    def check_schedule(self) -> None:
+        """Raise ConfigError for a schedule of candidates that has no pool to grow."""
+        if self.reuse == 1 and self.psr and self.psr.mode == "stepwise" and self.psr.as_reuse is None:
+            raise ConfigError("psr.mode 'stepwise' needs reuse of at least 2, reuse is 1")
+
+    def group_pool(self, calls: int = 1) -> GroupPool:
+        """The experts of the layer's group, used ``calls`` times in a forward pass."""
+        return GroupPool(self.reuse, self.psr, self.pool_balance, self.pool_bias, calls=calls)
+
+    def pool_conversions(self) -> tuple[WeightField, ...]:
+        """A pool of more layers, or of fewer, is of other weights."""
+        grown, unshared = "experts.rexmoe.from_vanilla", "to huggingface"
+        pool = WeightField(
+            "reuse",
+            self.reuse,
+            f"grow a plain model with {grown}, or convert the checkpoint {unshared}, which unshares its experts",
+            plain=1,
+            hint=f"to change the reuse factor use {grown} on a plain model, or convert {unshared} for a plain export",
+        )
+        return (pool,)
+
+    def count_depth(self, dim: int) -> Count:
+        """The depth embedding."""
+        vector = dim * self.depth_embedding
+        return Count(vector, vector, 0)
+
+    def new_depth(self, dim: int) -> nn.Parameter | None:
+        """The depth embedding of a layer as it begins, ``[D]``; None without one."""
+        return nn.Parameter(torch.zeros(dim)) if self.depth_embedding else None
+
+
+def at_depth(x_BLD: Tensor, depth_D: Tensor | None) -> Tensor:
+    """What shared experts see of a layer's input: with the depth embedding added, if there is one."""
+    return x_BLD if depth_D is None else x_BLD + depth_D.to(x_BLD.dtype)
+
+
 class ReXMoE(MoE, kind="rexmoe"):
     """A mixture-of-experts layer whose router chooses among the experts of its whole group.
 
@@ -162,49 +217,25 @@ class ReXMoE(MoE, kind="rexmoe"):
     """
 
     @configclass
-    class Config(MoE.Config):
-        """`MoE.Config` and:
-
-        Attributes:
-            reuse: r, layers per group; 1 is the plain layer. Above 4 the paper sees experts go idle; training warns where it happens.
-            psr: the schedule of candidates, None for a pool that is open from the start.
-            depth_embedding: add a learned vector per layer (zero at first) to the input, so shared experts can tell layers apart.
-            pool_balance: alpha of the balance loss over the whole pool (`PoolLoss`), 0 for none.
-            pool_bias: the bias balancers of ``router.balance`` are one per pool, not one per layer.
-        """
-
-        reuse: Repeats = Field(default=2, ge=1)
-        psr: ProgressiveScaling.Config | None = ProgressiveScaling.Config()
-        depth_embedding: bool = False
-        pool_balance: float = Field(default=0.0, ge=0)
-        pool_bias: bool = False
+    class Config(ReusedExperts, MoE.Config):
+        """`MoE.Config` and `ReusedExperts`."""
 
         def __post_init__(self) -> None:
             MoE.Config.__post_init__(self)
-            if self.reuse == 1 and self.psr and self.psr.mode == "stepwise" and self.psr.as_reuse is None:
-                raise ConfigError("psr.mode 'stepwise' needs reuse of at least 2, reuse is 1")
+            self.check_schedule()
 
         @property
         def pool_policy(self) -> GroupPool:
             """The experts of the layer's group."""
-            return GroupPool(self.reuse, self.psr, self.pool_balance, self.pool_bias)
+            return self.group_pool()
 
         def count(self, context: BuildContext) -> Count:
             """As the plain layer, with a router of r_g N rows; a pooled expert counts for the layer that owns it."""
-            vector = context.dim * self.depth_embedding
-            return MoE.Config.count(self, context) + Count(vector, vector, 0)
+            return MoE.Config.count(self, context) + self.count_depth(context.dim)
 
         def conversions(self) -> tuple[WeightField, ...]:
-            """A pool of more layers, or of fewer, is of other weights."""
-            grown, unshared = "experts.rexmoe.from_vanilla", "to huggingface"
-            pool = WeightField(
-                "reuse",
-                self.reuse,
-                f"grow a plain model with {grown}, or convert the checkpoint {unshared}, which unshares its experts",
-                plain=1,
-                hint=f"to change the reuse factor use {grown} on a plain model, or convert {unshared} for a plain export",
-            )
-            return (*MoE.Config.conversions(self), pool)
+            """Those of the router's score, and of the pool."""
+            return (*MoE.Config.conversions(self), *self.pool_conversions())
 
         def expand_decoder(self, model: Decoder) -> Decoder:
             """The plain model that computes the same, see `export_expanded`."""
@@ -214,17 +245,15 @@ class ReXMoE(MoE, kind="rexmoe"):
 
     def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__(config, context)
-        self.depth_embedding = nn.Parameter(torch.zeros(context.dim)) if config.depth_embedding else None
+        self.depth_embedding = config.new_depth(context.dim)
 
     def describe(self) -> FeedForwardForm | str:
-        """One pass, of an input that the depth embedding shifts."""
-        return self.as_passes([self.router], self.depth_embedding)
+        """The plain layer, of an input that the depth embedding shifts."""
+        return passes_as(MoE.describe(self), shift_D=self.depth_embedding)
 
-    def run(self, router: Router, x_BLD: Tensor, context: ForwardContext) -> Tensor:
-        """y_BLD, as ``router`` sends the tokens."""
-        if self.depth_embedding is not None:
-            x_BLD = x_BLD + self.depth_embedding.to(x_BLD.dtype)
-        return super().run(router, x_BLD, context)
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """y_BLD."""
+        return self.run(self.router, at_depth(x_BLD, self.depth_embedding), context)
 
 
 def from_vanilla(

@@ -8,14 +8,14 @@ Outside of training, with x the residual stream and norm the block's:
 """
 # Shapes: D width, T most loops
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from anabranch.routing.router import Router
 
-__all__ = ["Dense", "FeedForwardForm", "Loops", "Passes"]
+__all__ = ["Dense", "FeedForwardForm", "Loops", "Passes", "passes_as"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,8 @@ class Loops:
 
 
 FeedForwardForm = Dense | Passes | Loops
+
+
+def passes_as(form: FeedForwardForm | str, **changes: Any) -> FeedForwardForm | str:
+    """What a layer under another says of itself, with some fields of `Passes` changed; where it gives a reason, the reason."""
+    return replace(form, **changes) if isinstance(form, Passes) else form

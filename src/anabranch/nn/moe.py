@@ -1,7 +1,6 @@
 """The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
 # Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -133,14 +132,10 @@ class MoE(FeedForward, kind="moe"):
             self.shared_gate = build_linear(config.gate_projection(context), context) if config.shared_gate else None
 
     def describe(self) -> FeedForwardForm | str:
-        """One pass."""
-        return self.as_passes([self.router])
-
-    def as_passes(self, routers: Sequence[Router], shift_D: Tensor | None = None) -> FeedForwardForm | str:
-        """The layer run once for each of ``routers``, with ``shift_D`` added to what it sees."""
+        """The experts, once."""
         if self.config.weight_on != "output":
             return "routing weights act on the experts' inputs"
-        return Passes(tuple(routers), self.experts, self.shared, self.shared_gate, shift_D)
+        return Passes((self.router,), self.experts, self.shared, self.shared_gate)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """y_BLD."""

@@ -1,10 +1,12 @@
 """The routers of a model: which there are, what traces call them, and how the decisions of foreign ones are read."""
 # Shapes: N items, E destinations, K places per item
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,7 +15,19 @@ from anabranch.routing.decision import Routing
 from anabranch.routing.router import Router
 
 Read = Callable[[nn.Module, Any], Routing]
-FOREIGN = "TopKRouter"  # how transformers names the classes of its routers
+# How transformers names the classes of its routers.
+FOREIGN = "TopKRouter"
+
+
+class RoutesInPasses(Protocol):
+    """What a module declares whose routers do not each route once in a forward pass (a layer that loops over one router).
+
+    Traces, overrides and meters ask for it by the name of its only member, so whatever has that is one.
+    """
+
+    @property
+    def routing_order(self) -> Sequence[nn.Module]:
+        """Its routers as they route in one forward pass; one stands as often as it routes."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +39,19 @@ class RouterLayer:
         router_name: of the router in the model.
         router: the module.
         turn: which of its passes in a forward pass.
+        turns: how many of them there are.
     """
 
     number: int
     router_name: str
     router: nn.Module
     turn: int = 0
+    turns: int = 1
 
     @property
     def name(self) -> str:
         """The router's, with ``.pass0`` and so on behind it where it routes several times in a forward pass."""
-        return self.router_name if passes_of(self.router) == 1 else f"{self.router_name}.pass{self.turn}"
+        return self.router_name if self.turns == 1 else f"{self.router_name}.pass{self.turn}"
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,26 +62,43 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def layer_numbers(routers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The layer number of each router in traces, that of its first pass where it routes several times; see `record_routing`."""
+def router_layers(model: nn.Module, routers: Mapping[str, nn.Module] | None = None) -> list[RouterLayer]:
+    """The layers of a trace of ``model``, in order. ``routers`` by name are all that it is about; default `find_routers`.
+
+    Numbers are those that routers have (``layer``), or, where two have one or a router routes several times, the order of the layers.
+    """
+    routers = find_routers(model) if routers is None else routers
     claimed = [getattr(module, "layer", None) for module in routers.values()]
-    distinct = [number for number in claimed if isinstance(number, int)]
-    passes = [passes_of(module) for module in routers.values()]
-    if len(set(distinct)) != sum(passes):
-        distinct = [0, *accumulate(passes[:-1])]
-    return dict(zip(routers, distinct, strict=True))
+    numbers = [number for number in claimed if isinstance(number, int)]
+    often = _turns(model)
+    turns = [often.get(module) or _passes_of(module) for module in routers.values()]
+    if len(set(numbers)) != sum(turns):
+        numbers = [0, *accumulate(turns[:-1])]
+    return [
+        RouterLayer(number + turn, name, module, turn, count)
+        for (name, module), number, count in zip(routers.items(), numbers, turns, strict=True)
+        for turn in range(count)
+    ]
 
 
-def router_layers(routers: Mapping[str, nn.Module]) -> Iterator[RouterLayer]:
-    """The layers of a trace of these routers, in order."""
-    for (name, module), number in zip(routers.items(), layer_numbers(routers).values(), strict=True):
-        for turn in range(passes_of(module)):
-            yield RouterLayer(number + turn, name, module, turn)
+def _turns(model: nn.Module) -> dict[nn.Module, int]:
+    """How often each router that a module of ``model`` says it of routes in a forward pass."""
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        found.update(Counter(getattr(module, "routing_order", ())))
+    return found
 
 
-def passes_of(module: nn.Module) -> int:
-    """How often a router routes in one forward pass."""
-    return getattr(module, "passes", 1)
+def _passes_of(router: nn.Module) -> int:
+    """How often a router routes as said on itself, the way of before."""
+    passes = getattr(router, "passes", 1)
+    if passes != 1:
+        warnings.warn(
+            "a router's `passes` is read for one more version; let the layer that runs it say so by `routing_order`",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return passes
 
 
 def read_routing(module: nn.Module, output: Any) -> Routing:

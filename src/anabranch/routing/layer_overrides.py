@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext, argument_of
-from anabranch.routing.discovery import RouterLayer, find_routers, passes_of, router_layers
+from anabranch.routing.discovery import RouterLayer, find_routers, router_layers
 from anabranch.routing.override import Override, Overrides
 from anabranch.routing.router import Router
 
@@ -40,21 +40,22 @@ class LayerOverrides:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        return self._found.get(router, {}).get(visit % passes_of(router))
+        turns = self._found.get(router)
+        return turns[visit % len(turns)] if turns else None
 
 
 def find_overrides(
     known: Sequence[RouterLayer], layers: Mapping[int | str, Override]
-) -> dict[nn.Module, dict[int, Override]]:
-    """{router: {pass: override}} of overrides by number or name, see `LayerOverrides`."""
-    found: dict[nn.Module, dict[int, Override]] = {}
+) -> dict[nn.Module, list[Override | None]]:
+    """{router: the override of each of its passes} of overrides by number or name, see `LayerOverrides`."""
+    found: dict[nn.Module, list[Override | None]] = {}
     for key, override in layers.items():
         meant = [layer for layer in known if key in (layer.number, layer.name, layer.router_name)]
         if not meant:
             names = ", ".join(f"{layer.number} ({layer.name})" for layer in known)
             raise ConfigError(f"the model has no routed layer {key!r}; it has {names}")
         for layer in meant:
-            found.setdefault(layer.router, {})[layer.turn] = override
+            found.setdefault(layer.router, [None] * layer.turns)[layer.turn] = override
     return found
 
 
@@ -112,4 +113,4 @@ def own_layers(model: nn.Module) -> list[RouterLayer]:
     routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
     if not routers:
         raise ConfigError(f"{type(model).__name__} has no Router, so there is no decision to override")
-    return list(router_layers(routers))
+    return router_layers(model, routers)

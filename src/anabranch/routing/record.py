@@ -23,7 +23,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
 from anabranch.routing.destinations import Destinations
-from anabranch.routing.discovery import Read, RouterLayer, find_routers, passes_of, read_routing, router_layers
+from anabranch.routing.discovery import Read, RouterLayer, find_routers, read_routing, router_layers
 from anabranch.routing.router import Router
 from anabranch.routing.sequences import ItemNumbers, items_to_record, said_of_items, sequence_names
 from anabranch.routing.trace import RoutingTrace
@@ -42,14 +42,14 @@ class Recorder:
     """
 
     def __init__(
-        self, sink: TraceBuilder | TraceWriter, routers: Mapping[str, nn.Module], read: Read, *, scores: bool = False
+        self, sink: TraceBuilder | TraceWriter, layers: Sequence[RouterLayer], read: Read, *, scores: bool = False
     ) -> None:
         self.domain: str | Sequence[str | None] | None = None
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
         self._sink, self._read, self._scores = sink, read, scores
         self._layers: dict[nn.Module, list[RouterLayer]] = {}
-        for layer in router_layers(routers):
+        for layer in layers:
             self._layers.setdefault(layer.router, []).append(layer)
         self._numbers = ItemNumbers()
         self._foreign: dict[nn.Module, ItemNumbers] = {}
@@ -81,11 +81,11 @@ class Recorder:
             numbers = self._foreign.setdefault(module, ItemNumbers())
             context = self._outside(routing.num_items)
         keep_N = items_to_record(context, routing.num_items)
-        visit = next(context.once(self._visits[module], itertools.count))
+        visit, layers = next(context.once(self._visits[module], itertools.count)), self._layers[module]
         item_N, position_N = numbers.of(routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
         self._sink.add(
-            _described(self._layers[module][visit % passes_of(module)], routing),
+            _described(layers[visit % len(layers)], routing),
             _numpy(routing.index_NK)[keep_N],
             _numpy(routing.weight_NK.float())[keep_N],
             item_N=item_N[keep_N],
@@ -169,7 +169,7 @@ def record_routing(
             where a router draws (`Routing.propensity_NK`).
 
     Rows carry the router's ``layer``. Where two routers claim one layer (or have none), or a router routes several times in a forward
-    pass (`Router.passes`), layers are numbered in the model's order and names tell them apart.
+    pass (`anabranch.routing.discovery.RoutesInPasses`), layers are numbered in the model's order and names tell them apart.
 
     Raises ConfigError if there is nothing to record. Warns (UserWarning) if no router was called in a block that ended well.
     """
@@ -180,7 +180,7 @@ def record_routing(
         )
     with ExitStack() as stack:
         sink = TraceBuilder(scores=scores) if path is None else stack.enter_context(TraceWriter(path, scores=scores))
-        recorder = Recorder(sink, routers, read or read_routing, scores=scores)
+        recorder = Recorder(sink, router_layers(model, routers), read or read_routing, scores=scores)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in routers.values():
             handle = module.register_forward_hook(recorder._note, with_kwargs=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED
-from anabranch.routing.discovery import RouterLayer, passes_of
+from anabranch.routing.discovery import RouterLayer
 from anabranch.routing.layer_overrides import overriding, own_layers
 from anabranch.routing.override import Override
 from anabranch.routing.sequences import ItemNumbers, real_items
@@ -70,7 +70,7 @@ class Replay:
             raise ConfigError(f"weights is {weights!r}; use recorded or own")
         layers = own_layers(model)
         _check_layers(layers, trace)
-        self._routers = {layer.router for layer in layers}
+        self._turns = {layer.router: layer.turns for layer in layers}
         self._weights, self._learn = weights, learn
         known = {layer.layer for layer in trace.layers}
         self._recorded = {
@@ -82,7 +82,7 @@ class Replay:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        if router not in self._routers:
+        if router not in self._turns:
             return None
         with self._lock:
             owner = self._owners.setdefault((router, visit), object())
@@ -95,7 +95,7 @@ class Replay:
                 "a backward pass repeats a router whose context does not tell which visit this is; recompute in context.fork(carry), with "
                 "the carry that the layer was given"
             )
-        recorded, num_items = self._recorded.get((router, visit % passes_of(router))), len(x_ND)
+        recorded, num_items = self._recorded.get((router, visit % self._turns[router])), len(x_ND)
         if recorded is None:
             raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
         item_N, position_N = self._numbers.of(num_items, context)

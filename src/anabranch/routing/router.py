@@ -27,7 +27,6 @@ class Router(Part, nn.Module):
     Attributes:
         layer: index of the layer it routes for, written into traces.
         destinations: what they are, beside how many: whose, and which are open.
-        passes: how often it routes in one forward pass of the model (a layer that loops over one router), for traces.
     """
 
     @configclass
@@ -77,7 +76,6 @@ class Router(Part, nn.Module):
         self.select: Select = config.select.build(num_destinations)
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
         self.candidates = self.destinations.candidates
-        self.passes = 1
 
     @property
     def num_places(self) -> int | None:

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from collections import Counter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from anabranch.routing import (
     record_routing,
 )
 from anabranch.routing.balance import LoadCounter
+from anabranch.routing.discovery import router_layers
 from anabranch.testing.routing import check_routing
 from anabranch.testing.shared import (
     VOCAB_SIZE,
@@ -207,8 +209,9 @@ def _check_padding(model: Decoder, token_BL: Tensor) -> None:
         expect((routing.index_NK[~mask_BL.flatten()] == UNUSED).all(), "a padding token is routed")
     model.train()
     seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
+    turns = Counter(layer.router for layer in router_layers(model))
     for router in routers_of(model):
-        routings, seen = seen[: router.passes], seen[router.passes :]
+        routings, seen = seen[: turns[router]], seen[turns[router] :]
         load_E = sum(routing.load_E() for routing in routings)
         for part in router.balance:
             if isinstance(part, LoadCounter) and part.load_E.any():
@@ -268,7 +271,7 @@ def _check_record(model: Decoder, token_BL: Tensor) -> None:
             logits_BLV = model(token_BL, token_mask_BL=mask_BL).logits_BLV
     expect(torch.equal(logits_BLV, expected_BLV), "recording changes the output")
     seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
-    passes = sum(router.passes for router in routers)
+    passes = len(router_layers(model))
     expect(len(seen) == passes, f"{len(routers)} routers in {passes} passes gave {len(seen)} routings")
     trace = recorder.trace()
     expect(

@@ -16,6 +16,7 @@ from anabranch.experts.versatile import VersatileFFN, record_difficulty
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import BuildContext, Dense, MoE, SelfAttention, SwiGLU, kernels
+from anabranch.nn.description import passes_as
 from anabranch.nn.linear import Projection
 from anabranch.nn.quantize import quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
@@ -382,7 +383,7 @@ class Twice(MoE, kind="twice"):
         return x_BLD
 
     def describe(self):
-        return self.as_passes([self.router, self.router])
+        return passes_as(MoE.describe(self), routers=(self.router, self.router))
 
 
 class Silent(Twice, kind="silent"):

@@ -11,7 +11,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED
-from anabranch.routing.discovery import find_routers, passes_of
+from anabranch.routing.discovery import find_routers
 from anabranch.routing.layer_overrides import find_overrides, own_layers
 from anabranch.routing.override import Override, Overrides
 from anabranch.routing.router import Router
@@ -22,7 +22,7 @@ from anabranch.serving.core.request import Request
 OPTION = "routing"  # of `Request.options`
 
 # Overrides of requests by id: of each hook that says some, by router and pass.
-Said = dict[str, list[Mapping[nn.Module, Mapping[int, Override]]]]
+Said = dict[str, list[Mapping[nn.Module, Sequence[Override | None]]]]
 
 
 class RequestOverrides:
@@ -96,7 +96,7 @@ class RequestOverrides:
                 f"request {chunk.id!r} is to run with {both} number of parallel streams; say one for all its steps"
             )
 
-    def _checked(self, chunk: Chunk, said: RequestOverride) -> Mapping[nn.Module, Mapping[int, Override]]:
+    def _checked(self, chunk: Chunk, said: RequestOverride) -> Mapping[nn.Module, Sequence[Override | None]]:
         """The overrides of one request by router and pass. Raises ConfigError where they do not fit, or would leak into other requests."""
         if chunk.id not in self._apart:
             raise ConfigError(
@@ -106,7 +106,7 @@ class RequestOverrides:
         layers = find_overrides(self._layers, said.routing)
         for router, turns in layers.items():
             assert isinstance(router, Router), "own_layers are layers of routers"
-            for override in turns.values():
+            for override in filter(None, turns):
                 override.check_fit(len(chunk.tokens), router.num_destinations, f"the router of layer {router.layer}")
         return layers
 
@@ -115,13 +115,14 @@ class _RowOverrides:
     """The overrides of one request in one step: of some of its rows, in every stream."""
 
     def __init__(
-        self, layers: Mapping[nn.Module, Mapping[int, Override]], rows: slice, num_rows: int, streams: int
+        self, layers: Mapping[nn.Module, Sequence[Override | None]], rows: slice, num_rows: int, streams: int
     ) -> None:
         self._layers, self._rows, self._num_rows, self._streams = layers, rows, num_rows, streams
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        override = self._layers.get(router, {}).get(visit % passes_of(router))
+        turns = self._layers.get(router)
+        override = turns[visit % len(turns)] if turns else None
         if override is None:
             return None
         if len(x_ND) != self._num_rows * self._streams:

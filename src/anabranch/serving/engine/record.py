@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from anabranch.routing.decision import Routing
-from anabranch.routing.discovery import find_routers, layer_numbers
+from anabranch.routing.discovery import find_routers, router_layers
 from anabranch.routing.router import Router
 
 Route = dict[int, tuple[int, ...]]
@@ -23,13 +23,9 @@ class RoutingTap:
 
     def __init__(self, model: nn.Module) -> None:
         routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
-        numbers = layer_numbers(routers)
-        self._routers: dict[nn.Module, int] = {module: numbers[name] for name, module in routers.items()}
-        self.layers = {
-            number + turn: module.num_destinations
-            for module, number in zip(routers.values(), numbers.values(), strict=True)
-            for turn in range(module.passes)
-        }
+        layers = router_layers(model, routers)
+        self._routers: dict[nn.Module, int] = {layer.router: layer.number for layer in layers if layer.turn == 0}
+        self.layers = {layer.number: routers[layer.router_name].num_destinations for layer in layers}
 
     @contextmanager
     def listen(self, rows: Sequence[int], num_rows: int) -> Iterator[list[Route]]:
