@@ -10,6 +10,7 @@
     ├── DataError         a corpus, dataset or trace is missing, unreadable or malformed
     ├── CheckpointError   a model folder or file is missing, corrupt, or of another shape or version
     ├── TokenizerError    a tokenizer cannot be read or does not fit the model
+    ├── NotFiniteError    a computation gave NaN where nothing can go on from it
     ├── CapacityError     memory, disk or device room does not suffice
     └── BackendError      an optional package, device or compiled kernel is not there
         └── MissingExtraError   a package of an extra is not installed (also an ImportError)
@@ -106,6 +107,10 @@ class CheckpointError(AnabranchError):
 
 class TokenizerError(AnabranchError):
     """A tokenizer cannot be read or does not fit the model."""
+
+
+class NotFiniteError(AnabranchError):
+    """A computation gave NaN where nothing can go on from it; the message names the layer."""
 
 
 class CapacityError(AnabranchError):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from anabranch.config import configclass, from_dict, to_dict
-from anabranch.errors import AnabranchError, ConfigError
+from anabranch.errors import ConfigError, NotFiniteError
 from anabranch.routing import (
     UNUSED,
     BiasBalancer,
@@ -193,10 +193,37 @@ def test_finite_check_names_the_layer():
     router.layer = 5
     x_ND = torch.randn(4, 6)
     x_ND[2, 0] = torch.nan
-    with pytest.raises(AnabranchError, match="router of layer 5 has NaN or infinite logits; lower the learning rate"):
+    with pytest.raises(NotFiniteError, match="router of layer 5 has NaN or infinite logits; lower the learning rate"):
         router(x_ND, RoutingContext())
     router(torch.randn(4, 6), RoutingContext())
-    build()(x_ND, RoutingContext())  # nobody asked: looking would make a GPU wait
+    x_ND[2, 0] = 1e38
+    build(score=LinearScore.Config(activation="sigmoid"))(
+        x_ND, RoutingContext()
+    )  # nobody asked: these scores are 0 and 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_scores_that_are_no_numbers_name_the_layer(activation, training):
+    router = build(score=LinearScore.Config(activation=activation))
+    router.layer = 5
+    x_ND = torch.randn(4, 6)
+    x_ND[[0, 2], 0] = torch.nan
+    message = "the router of layer 5 has NaN scores for 2 of 4 items: what comes into the layer, or the router's weights, are not finite"
+    with pytest.raises(NotFiniteError, match=message):
+        router(x_ND, RoutingContext(training=training))
+    real_N = torch.tensor([False, True, False, True])  # padding may hold anything
+    routing = router(x_ND, RoutingContext(training=training, item_mask_N=real_N))
+    assert routing.used_NK.any(1).equal(real_N)
+    with pytest.raises(NotFiniteError, match="for 1 of 4 items"):
+        router(x_ND, RoutingContext(training=training, item_mask_N=torch.tensor([False, True, True, True])))
+
+
+def test_a_compiled_router_looks_at_no_scores():
+    router, x_ND = build(balance=()), torch.randn(4, 6)
+    x_ND[2, 0] = torch.nan
+    compiled = torch.compile(lambda x_ND: router(x_ND, RoutingContext()).score_NE, backend="eager", fullgraph=True)
+    assert compiled(x_ND)[2].isnan().all()
 
 
 def test_top_k_beyond_the_destinations():

@@ -162,6 +162,48 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints_and_goes_on_from_them(tm
         Trainer(make_run(**settings, learning_rate=1e-3), tmp_path, resume=True)
 
 
+def spoil_router(trainer, at, layer):
+    """What comes into a router holds a NaN once ``at`` steps are finished."""
+    router = trainer.model.blocks[layer].feed_forward.router
+
+    def spoil(module, args):
+        x_ND, *others = args
+        if trainer._progress.step < at:
+            return args
+        return torch.where(torch.arange(len(x_ND)).unsqueeze(-1) == 3, torch.nan, x_ND), *others
+
+    router.register_forward_pre_hook(spoil)
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_scores_that_are_no_numbers_end_a_run_by_their_layer_and_save_nothing(
+    tmp_path, make_run, compiled, monkeypatch
+):
+    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+    settings = {"steps": 12, "checkpoint_every": 1, "eval_every": None, "compile": compiled}
+    trainer = Trainer(make_run(**settings), tmp_path)
+    spoil_router(trainer, 4, 2)
+    told = (
+        "routers have NaN scores, that of layer 2 first"
+        if compiled
+        else "the router of layer 2 has NaN scores for 1 of 64 items"
+    )
+    ends = "resume with a lower train.learning_rate, which goes on from step-00000003"
+    with pytest.raises(AnabranchError, match=f"training stopped at step {5 if compiled else 4}: {told}.*; {ends}"):
+        trainer.fit()
+    assert names(tmp_path)[-1] == "step-00000003"
+    assert Trainer(make_run(**settings), tmp_path, resume=True).fit().status == "finished"
+
+
+def test_scores_that_are_no_numbers_in_an_evaluation_end_a_run_too(tmp_path, make_run):
+    trainer = Trainer(make_run(steps=4, checkpoint_every=1, eval_every=2), tmp_path)
+    spoil_router(trainer, 2, 0)
+    with pytest.raises(AnabranchError, match=r"training stopped at step 2: the router of layer 0 has NaN scores"):
+        trainer.fit()
+    assert names(tmp_path) == ["step-00000001"]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_an_update_that_ruins_the_weights_evicts_nothing(tmp_path, make_run, keep):
     settings = {"steps": 12, "checkpoint_every": 1, "keep_checkpoints": keep, "eval_every": None, "max_skipped": 2}

@@ -83,3 +83,19 @@ def test_routers_may_be_called_with_named_arguments(routed_model, by_keyword):
     by_keyword()
     model(TOKENS, TOKENS)
     assert meter.read(training=True) == expected
+
+
+def test_nan_scores_are_counted_where_a_router_does_not_look_itself(routed_model, monkeypatch):
+    """As on a GPU, in a compiled graph, or among several processes."""
+    for place in ("routing.router", "train.meter"):
+        monkeypatch.setattr(f"anabranch.{place}.is_seen_at_once", lambda score_NE: False)
+    model = Decoder(routed_model).train()
+    meter = LoadMeter(model)
+    model(TOKENS, TOKENS)
+    assert meter.layers_with_nan() == []
+    with torch.no_grad():
+        model.blocks[2].feed_forward.router.score.weight[0, 0] = torch.nan
+    model(TOKENS, TOKENS)
+    assert meter.layers_with_nan() == [2, 3]
+    meter.reset()
+    assert meter.layers_with_nan() == []

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
-from anabranch.errors import AnabranchError
+from anabranch.errors import NotFiniteError
 from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing
 from anabranch.routing.destinations import Destinations
+from anabranch.routing.nan import is_seen_at_once, refuse_nan
 from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
@@ -37,7 +38,8 @@ class Router(Part, nn.Module):
             score: how logits and scores are made (default: linear, softmax).
             select: how destinations are chosen and weighted (default: top 2).
             balance: what keeps loads even (default: Switch loss 1e-2 and z-loss 1e-3, the OLMoE setting).
-            check_finite: raise if a logit is NaN or infinite; costs a synchronisation, so off by default.
+            check_finite: raise if a logit is NaN or infinite, wherever it is computed; on a GPU that makes the CPU wait. Scores that are
+                NaN raise by default where looking costs next to nothing, see `anabranch.routing.nan`.
         """
 
         score: Score.Config = LinearScore.Config()
@@ -93,10 +95,13 @@ class Router(Part, nn.Module):
         return self.decide(x_ND, context, overrides)
 
     def decide(self, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()) -> Routing:
-        """The decision by score and select, with ``overrides``; balancers watch it in training."""
+        """The decision by score and select, with ``overrides``; balancers watch it in training.
+
+        Raises NotFiniteError for scores that are NaN, see `anabranch.routing.nan`.
+        """
         logit_NE = self.score.project(x_ND, context)
         if self.config.check_finite and not torch.isfinite(logit_NE).all():
-            raise AnabranchError(f"router of layer {self.layer} has NaN or infinite logits; lower the learning rate")
+            raise NotFiniteError(f"router of layer {self.layer} has NaN or infinite logits; lower the learning rate")
         open_NE = None if self.candidates is None else self.candidates.open_NE(x_ND.shape[0], context)
         masked_NE = logit_NE
         if open_NE is not None and self.candidates.stage == "pre_softmax":  # type: ignore[union-attr]
@@ -104,6 +109,8 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
+        if is_seen_at_once(score_NE):
+            refuse_nan(score_NE, context.item_mask_N, self.layer)
         bias_NE, may_NE = self.bias_E, open_NE
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)

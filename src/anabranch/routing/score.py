@@ -28,9 +28,9 @@ def activate(logit_NE: Tensor, activation: Activation) -> Tensor:
         return logit_NE.softmax(-1)
     if activation == "sigmoid":
         return logit_NE.sigmoid()
-    # The root's slope at 0 is infinite, where far logits arrive: above 1e-30 it is finite, and closed ones stay at 0.
+    # The root's slope at 0 is infinite, where far logits arrive: above 1e-30 it is finite, and closed ones stay at 0. NaN stays NaN.
     soft_NE = F.softplus(logit_NE)
-    return torch.where(soft_NE > 1e-30, soft_NE.clamp_min(1e-30).sqrt(), 0.0)
+    return torch.where(soft_NE <= 1e-30, 0.0, soft_NE.clamp_min(1e-30).sqrt())
 
 
 class Score(Part, nn.Module, family="score"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anabranch.routing import Router, Routing, RoutingContext
 from anabranch.routing.context import argument_of
 from anabranch.routing.measure import idle_fraction, max_violation
+from anabranch.routing.nan import count_nan, is_seen_at_once
 
 # What `LoadMeter.read` may give.
 MEASURES = ("max_violation", "max_violation_by_layer", "idle_fraction", "pool_max_violation", "candidates_open")
@@ -38,6 +39,16 @@ class LoadMeter:
         """Forget what was counted."""
         for counter in self._counters:
             counter.load_E.zero_()
+            counter.nan.count.zero_()
+
+    def layers_with_nan(self) -> list[int]:
+        """Layers whose routers had NaN scores since `reset` in any process, which must all ask; see `anabranch.routing.nan`."""
+        if not self._counters:
+            return []
+        count = torch.stack([counter.nan.count for counter in self._counters])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(count)
+        return [router.layer for router, found in zip(self._routers, count.tolist(), strict=True) if found]
 
     def read(self, *, training: bool) -> dict[str, Any]:
         """The `Counted.measures` of what was counted since `reset`, over all ranks; empty for a model that does not route."""
@@ -134,9 +145,20 @@ class _Counter:
     def __init__(self, router: Router) -> None:
         device = next(chain(router.parameters(), router.buffers())).device  # a router need not learn
         self.load_E = torch.zeros(router.num_destinations, dtype=torch.int64, device=device)
+        self.nan = _NaNCounter(device)
 
     def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
         self.load_E += load_E
+
+
+class _NaNCounter:
+    """Items with NaN scores; takes their number as a load."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
+        self.count += load_E
 
 
 def _emit(
@@ -145,6 +167,8 @@ def _emit(
     context = argument_of(RoutingContext, args, kwargs)
     assert context is not None, "a router is called with a context"
     context.emit_load(counter, routing.load_E())
+    if not is_seen_at_once(routing.score_NE):
+        context.emit_load(counter.nan, count_nan(routing.score_NE, context.item_mask_N))
 
 
 def _open(router: Router, training: bool) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.errors import AnabranchError, ConfigError, DataError
+from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
 from anabranch.train.checkpoint import checkpoints
@@ -192,11 +192,15 @@ class Trainer:
         """Save what was learned up to the last finished step if training fails for a reason that lies outside it.
 
         Data, disk, display or memory can fail at any moment; none of that is in weights and moments. A failure in the midst of an
-        update, or a gradient that stays infinite, is, and then the last checkpoint stays the newest. With several processes the others
-        wait in an exchange for the one that failed, so nothing can be saved.
+        update, a gradient that stays infinite, or a NaN in the midst of the model, is, and then the last checkpoint stays the newest. With
+        several processes the others wait in an exchange for the one that failed, so nothing can be saved.
         """
         try:
             yield
+        except NotFiniteError as error:
+            if self.workers.size > 1:
+                raise
+            raise self._diverged(str(error)) from error
         except Exception as error:
             if self._is_whole and self.workers.size == 1 and self._progress.step > 0:
                 self._save_after(error)
@@ -265,11 +269,14 @@ class Trainer:
         progress = self._progress
         progress.skipped += not gradient.is_finite
         progress.skipped_in_a_row = 0 if gradient.is_finite else progress.skipped_in_a_row + 1
+        if not gradient.is_finite and (layers := self._meter.layers_with_nan()):
+            raise self._diverged(f"routers have NaN scores, that of layer {layers[0]} first")
         if progress.skipped_in_a_row >= self._settings.max_skipped:
-            raise AnabranchError(
-                f"training stopped at step {progress.step}: the gradient was not finite {progress.skipped_in_a_row} times in a "
-                f"row (loss {float(gradient.total)}); {self._keeper.way_back()}"
-            )
+            times = f"{progress.skipped_in_a_row} times in a row (loss {float(gradient.total)})"
+            raise self._diverged(f"the gradient was not finite {times}")
+
+    def _diverged(self, why: str) -> AnabranchError:
+        return AnabranchError(f"training stopped at step {self._progress.step}: {why}; {self._keeper.way_back()}")
 
     # Measuring and saving
 

@@ -1,0 +1,40 @@
+"""Scores that are not numbers: a router that goes on with them sends items anywhere, and nobody sees from where it came."""
+# Shapes: N items, E destinations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anabranch.errors import NotFiniteError
+
+__all__ = ["count_nan", "is_seen_at_once", "refuse_nan"]
+
+
+def is_seen_at_once(score_NE: Tensor) -> bool:
+    """Whether looking at scores makes nobody wait: on the CPU, outside compiled graphs, in one process.
+
+    Elsewhere `anabranch.train.meter.LoadMeter` counts them, and training looks where a gradient is not finite.
+    """
+    is_here = score_NE.is_cpu and not torch.compiler.is_compiling()
+    return is_here and (not dist.is_initialized() or dist.get_world_size() == 1)
+
+
+def refuse_nan(score_NE: Tensor, item_mask_N: Tensor | None, layer: int) -> None:
+    """Raise NotFiniteError, which names ``layer``, if a real item has a score that is NaN. Padding may hold anything."""
+    # One sum tells it for all: a sum with a NaN is one. Where none is, this is all the work.
+    if not math.isnan(score_NE.sum().item()):
+        return
+    count = int(count_nan(score_NE, item_mask_N))
+    if count:
+        raise NotFiniteError(
+            f"the router of layer {layer} has NaN scores for {count} of {score_NE.shape[0]} items: what comes into the layer, or the "
+            "router's weights, are not finite"
+        )
+
+
+def count_nan(score_NE: Tensor, item_mask_N: Tensor | None) -> Tensor:
+    """int64: the real items that have a NaN score."""
+    is_nan_N = score_NE.detach().isnan().any(-1)
+    return (is_nan_N if item_mask_N is None else is_nan_N & item_mask_N).sum()
