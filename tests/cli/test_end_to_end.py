@@ -222,6 +222,20 @@ def test_the_same_report_is_made_again_where_its_text_lies(trained, here, work):
     assert (place / "one.py").read_text() == TEXT
 
 
+def test_report_of_a_chain_says_how_passes_follow_each_other(here, work):
+    trace = Path(__file__).parents[1] / "experts/saved/chain-tied.parquet"
+    code, text, _ = here("report", trace, "--out", work / "chain")
+    assert code == 0
+    assert re.search(r"passes +again +by chance +combinations", text)
+    assert re.search(r"\n *3 to 4 +100\.0% +100\.0%", text)
+    code, out, _ = here("report", trace, "--out", work / "chain", "--json")
+    found = json.loads(out)["passes"]
+    assert code == 0
+    assert [(facts["first_layer"], facts["second_layer"]) for facts in found] == [(0, 1), (1, 2), (3, 4), (4, 5)]
+    assert found[0]["coactivation_EE"] == [[10, 10], [10, 10]]
+    assert (work / "chain/passes.png").is_file()
+
+
 def test_report_of_a_model_and_of_its_trace(trained, here, work):
     folder, _ = trained
     code, out, _ = here("report", folder, "--out", work / "report", "--tokens", 2048, "--json", "--quiet")

@@ -250,6 +250,87 @@ def by_wider():
     return builder.trace()
 
 
+def in_passes(*, pooled=False, same=0.5, length=64, seed=0):
+    """Two layers of two passes over four experts, top 1: a token's second choice is its first again in a share ``same`` of cases."""
+    generator = np.random.default_rng(seed)
+    builder = TraceBuilder()
+    index_NK = np.zeros((length, 1), int)
+    for number in range(4):
+        again = generator.random((length, 1)) < same
+        first = number % 2 == 0
+        index_NK = generator.integers(0, 4, (length, 1)) if first else np.where(again, index_NK, (index_NK + 1) % 4)
+        layer = TraceLayer(
+            layer=number,
+            name=f"blocks.{number // 2}.router.pass{number % 2}",
+            num_destinations=4,
+            top_k=1,
+            pool="group" if pooled else f"layer_{number // 2}",
+            own_start=2 * (number // 2) if pooled else 0,
+        )
+        builder.add(
+            layer,
+            index_NK,
+            np.ones((length, 1)),
+            item_N=np.arange(length) // 8,
+            position_N=np.arange(length) % 8,
+        )
+    return builder.trace()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_passes_of_a_layer_are_reported_as_passes(pooled, tmp_path):
+    trace = in_passes(pooled=pooled)
+    summary = summarize(trace)
+    assert [(facts.first_layer, facts.second_layer) for facts in summary.passes] == [(0, 1), (2, 3)]
+    path = write_report(trace, tmp_path, title="chain")
+    assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert {"Between passes", "From pass to pass"} <= set(page.headings)
+    text = " ".join(explain(summary))
+    reuse = np.median([facts.reuse for facts in summary.passes])
+    assert (
+        f"Layers route in passes: {reuse:.0%} of a pass's choices were choices of the pass before (25% by chance)"
+        in text
+    )
+    assert "tokens take 8 different combinations" in text
+    # Only layers of one pool that own different experts share them.
+    assert ("Layers share experts" in text) is pooled
+    (first, _) = json.loads((tmp_path / "summary.json").read_text())["passes"]
+    assert (
+        first["coactivation_EE"]
+        == measure.coactivation(trace.decisions(0).index_NK, 4, trace.decisions(1).index_NK, 4).tolist()
+    )
+    assert first["reuse"] == summary.passes[0].reuse
+
+
+def test_passes_that_tell_nothing_of_each_other_are_said_to():
+    generator = np.random.default_rng(3)
+    builder = TraceBuilder()
+    for number in range(2):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=4, top_k=1, pool="layer_0")
+        builder.add(layer, generator.integers(0, 4, (200, 1)), np.ones((200, 1)), item_N=np.arange(200))
+    assert "no more than luck would show" in " ".join(explain(summarize(builder.trace())))
+
+
+def test_passes_in_which_nothing_was_sent_anywhere(tmp_path):
+    builder = TraceBuilder()
+    for number in range(2):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=4, top_k=1, pool="layer_0")
+        builder.add(layer, [[-1]] * 3, [[0.0]] * 3, item_N=[0, 1, 2])
+    path = write_report(builder.trace(), tmp_path, title="nothing")
+    assert not (tmp_path / "passes.png").exists()
+    assert "route in passes" not in " ".join(explain(summarize(builder.trace())))
+    assert "nan" not in path.read_text().split("<body>")[1]
+
+
+def test_no_passes_no_words_and_an_earlier_picture_goes(tmp_path):
+    (tmp_path / "passes.png").write_bytes(b"of an earlier report")
+    path = write_report(made(pool=3), tmp_path, title="pool")
+    assert not (tmp_path / "passes.png").exists()
+    assert "Between passes" not in Page(path.read_text(encoding="utf-8")).headings
+    assert summarize(made(pool=3)).passes == []
+
+
 @pytest.mark.slow
 def test_a_large_model(tmp_path):
     trace = made(num_layers=64, num_destinations=512, top_k=8, num_sequences=4)

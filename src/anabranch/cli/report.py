@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,6 +91,7 @@ def report(
     fact("model", source)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
     _print_layers(summary)
+    _print_passes(summary)
     _print_windows(found)
     _print_audits(audits)
     for sentence in explain(summary):
@@ -207,6 +209,23 @@ def _print_windows(found: list[WindowFacts]) -> None:
         else:
             words = f"SCH is 90% of Belady from a cache of {facts.near_belady:g} times the active experts on"
         fact("", f"window of {facts.window} tokens: {words}")
+
+
+def _print_passes(summary: Summary) -> None:
+    """How passes follow each other, in models whose layers route several times."""
+    if not summary.passes:
+        return
+    rows = [
+        [
+            f"{facts.first_layer} to {facts.second_layer}",
+            *("-" if math.isnan(share) else f"{share:.1%}" for share in (facts.reuse, facts.chance)),
+            f"{facts.combinations_seen:,}",
+            *("-" if math.isnan(bits) else f"{bits:.3f}" for bits in (facts.information_bits, facts.noise_bits)),
+        ]
+        for facts in summary.passes
+    ]
+    columns = ["passes", "same expert\nagain", "by chance", "combinations", "told of the\nnext (bits)", "by luck"]
+    table(columns, rows, text_columns=0)
 
 
 def _print_layers(summary: Summary) -> None:

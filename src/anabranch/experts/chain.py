@@ -23,14 +23,12 @@ Departures: the released block normalises once, iterates, and drops the stream i
 """
 # Shapes: B batch, L positions, D width, N items or experts (paper), K experts per pass, C passes, E experts
 
-import itertools
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, configclass
@@ -44,8 +42,9 @@ from anabranch.nn.description import FeedForwardForm, passes_as
 from anabranch.nn.moe import MoE
 from anabranch.nn.pass_loop import PassLoop, Residual
 from anabranch.nn.pool_policy import build_router
-from anabranch.routing import Router, RoutingTrace, TopK, TraceLayer, WeightField
-from anabranch.routing.measure import aligned, chance_reuse, coactivation, reuse_rate
+from anabranch.routing import Router, TopK, WeightField
+from anabranch.routing.passes import PassFacts as PassFacts
+from anabranch.routing.passes import between_passes as between_passes
 from anabranch.routing.shared import shared_parameters
 
 logger = logging.getLogger(__name__)
@@ -275,50 +274,6 @@ def combinations(num_experts: int, top_k: int, iterations: int = 1) -> int:
     64 experts: 4 in each of two passes over 8 at once is 91.2 times as many (the paper says 823).
     """
     return math.comb(num_experts, top_k) ** iterations
-
-
-@dataclass(frozen=True)
-class PassFacts:
-    """How one pass follows another in a recorded layer.
-
-    Attributes:
-        first, second: their layers in the trace.
-        coactivation_EE: int64, tokens that chose i in the first and j in the second.
-        reuse: share of the second's choices that were choices of the first (hits of a cache that holds what the pass before used).
-        chance: the same where choices are independent, K / E.
-        combinations_seen: different pairs of sets of experts that tokens took.
-    """
-
-    first: str
-    second: str
-    coactivation_EE: np.ndarray
-    reuse: float
-    chance: float
-    combinations_seen: int
-
-
-def between_passes(trace: RoutingTrace) -> list[PassFacts]:
-    """Consecutive passes of every chain in ``trace``, as `record_routing` names them."""
-    layers: dict[str, list[TraceLayer]] = {}
-    for layer in trace.layers:
-        block = layer.name.partition(".more_routers.")[0].partition(".router")[0]
-        layers.setdefault(block, []).append(layer)
-    found = []
-    for passes in layers.values():
-        for first, second in itertools.pairwise(passes):
-            before_NK, after_NK = aligned(trace.decisions(first.layer), trace.decisions(second.layer))
-            chosen_NX = np.concatenate([np.sort(before_NK, axis=1), np.sort(after_NK, axis=1)], axis=1)
-            found.append(
-                PassFacts(
-                    first=first.name,
-                    second=second.name,
-                    coactivation_EE=coactivation(before_NK, first.num_destinations, after_NK, second.num_destinations),
-                    reuse=reuse_rate(after_NK, before_NK),
-                    chance=chance_reuse(second.top_k, second.num_destinations),
-                    combinations_seen=len(np.unique(chosen_NX, axis=0)),
-                )
-            )
-    return found
 
 
 not_chosen(Chain.Config, "residual", "norm", "reuse", "psr")

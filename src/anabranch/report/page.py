@@ -35,7 +35,7 @@ def page(
         tiles=_tiles(summary),
         text="".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         sections="".join(_section(section) for section in sections),
-        tables=_pools(summary) + _layers(summary),
+        tables=_pools(summary) + _passes(summary) + _layers(summary),
         version=escape(__version__),
     )
 
@@ -163,6 +163,29 @@ def _pools(summary: Summary) -> str:
         rows,
         text_columns={0, 1},
     )
+
+
+def _passes(summary: Summary) -> str:
+    if not summary.passes:
+        return ""
+    head = ["pass", "next", "same expert again", "by chance", "combinations", "I(pass; next) (bits)", "by luck (bits)"]
+    rows = [
+        [
+            f"{facts.first_layer}: {facts.first}",
+            f"{facts.second_layer}: {facts.second}",
+            _share(facts.reuse),
+            _share(facts.chance),
+            f"{facts.combinations_seen:,}",
+            _number(facts.information_bits, 3),
+            _number(facts.noise_bits, 3),
+        ]
+        for facts in summary.passes
+    ]
+    note = (
+        "What the same tokens chose in two passes of one layer that follow each other. Combinations are the different pairs of sets of "
+        "experts that tokens took."
+    )
+    return _table("Between passes", note, head, rows, text_columns={0, 1})
 
 
 def _table(heading: str, note: str, head: list[str], rows: list[list[str]], text_columns: set[int]) -> str:

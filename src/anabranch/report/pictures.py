@@ -116,6 +116,26 @@ def coactivation(trace: RoutingTrace) -> Figure | None:
     return made
 
 
+def passes(summary: Summary) -> Figure | None:
+    """Which experts follow which from a pass to the next, more and less often than loads explain, in the first, middle and last layer."""
+    able = [facts for facts in summary.passes if min(facts.coactivation_EE.shape) > 1 and facts.coactivation_EE.any()]
+    if not able:
+        return None
+    shown = [able[place] for place in sorted({0, len(able) // 2, len(able) - 1})]
+    width, height = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6)}[len(shown)]
+    with figure(width, height, ncols=len(shown), squeeze=False) as (made, (row,)):
+        made.suptitle("Experts from one pass to the next", x=0.01, ha="left", weight="bold", size=10.5)
+        for axes, facts in zip(row, shown, strict=True):
+            image = _octaves(axes, facts.lift_EE, aspect="equal")
+            axes.set_title(f"layers {facts.first_layer} and {facts.second_layer}", weight="normal")
+            axes.set(xlabel="expert of the next pass")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        row[0].set_ylabel("expert of a pass")
+        _octave_bar(made, image, list(row), "pairs / chance", shrink=0.8)
+    return made
+
+
 def specialisation(trace: RoutingTrace, summary: Summary) -> Figure | None:
     """How far each domain is from the average in every layer, and which experts it prefers in the layer where that is most."""
     layers = [layer for layer in summary.layers if layer.domain_distance]

@@ -10,6 +10,7 @@ import numpy as np
 from anabranch.errors import DataError
 from anabranch.report.caching import CacheFacts, cache_facts
 from anabranch.routing import measure
+from anabranch.routing.passes import PassFacts, between_passes
 from anabranch.routing.trace import Decisions, RoutingTrace
 from anabranch.routing.trace_schema import TraceLayer
 
@@ -90,13 +91,24 @@ class PoolFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The facts of a trace."""
+    """The facts of a trace.
+
+    Attributes:
+        rows: choices.
+        items: sequences or requests.
+        domains: names.
+        layers: every layer of the trace.
+        pools: those that several layers share.
+        passes: how one pass follows another, where layers of the model route several times.
+        caches: what caches of experts would hit; None where tokens have no order.
+    """
 
     rows: int
     items: int
     domains: list[str]
     layers: list[LayerFacts]
     pools: list[PoolFacts] = field(default_factory=list)
+    passes: list[PassFacts] = field(default_factory=list)
     caches: CacheFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +142,15 @@ def summarize(trace: RoutingTrace) -> Summary:
     pools = [_pool_facts(trace, name, layers) for name, members in trace.pools.items() if len(members) > 1]
     items = len(np.unique(trace.table["item"].to_numpy()))
     caches = cache_facts(trace)
-    return Summary(rows=len(trace), items=items, domains=trace.domains, layers=layers, pools=pools, caches=caches)
+    return Summary(
+        rows=len(trace),
+        items=items,
+        domains=trace.domains,
+        layers=layers,
+        pools=pools,
+        passes=between_passes(trace),
+        caches=caches,
+    )
 
 
 def _layer_facts(
@@ -203,4 +223,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return None if isinstance(value, float) and math.isnan(value) else value

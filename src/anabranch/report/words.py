@@ -2,15 +2,18 @@
 
 import math
 
+import numpy as np
+
 from anabranch.report.caching import MAIN
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 
 
 def explain(summary: Summary) -> list[str]:
-    """Sentences, one topic each: balance, shared pools, domains, reuse, and how far the numbers can be trusted."""
+    """Sentences, one topic each: balance, shared pools, passes, domains, reuse, and how far the numbers can be trusted."""
     topics = [
         _balance(summary),
         _pools(summary),
+        _passes(summary),
         _domains(summary),
         _reuse(summary),
         _caches(summary),
@@ -42,9 +45,12 @@ def _balance(summary: Summary) -> str:
 
 
 def _pools(summary: Summary) -> str:
-    if not summary.pools:
+    # A pool that only the passes of one layer use is no one else's.
+    owned = {layer.pool for layer in summary.layers if layer.foreign_chance > 0}
+    shared = [pool for pool in summary.pools if pool.name in owned]
+    if not shared:
         return ""
-    pool = max(summary.pools, key=lambda pool: pool.max_violation)
+    pool = max(shared, key=lambda pool: pool.max_violation)
     foreign, chance = summary.typical("foreign_share"), summary.typical("foreign_chance")
     again, again_chance = summary.typical("layer_reuse"), summary.typical("layer_reuse_chance")
     text = (
@@ -56,6 +62,23 @@ def _pools(summary: Summary) -> str:
         return text
     again_text = f"{percent(again)} of choices ({percent(again_chance)} by chance)"
     return f"{text} A layer picks an expert that the layer before it also picked in {again_text}."
+
+
+def _passes(summary: Summary) -> str:
+    known = [facts for facts in summary.passes if not math.isnan(facts.reuse)]
+    if not known:
+        return ""
+    reuse, chance, seen, told = (
+        float(np.median([getattr(facts, name) for facts in known]))
+        for name in ("reuse", "chance", "combinations_seen", "information_bits")
+    )
+    luck = all(facts.information_bits < 2 * facts.noise_bits for facts in known)
+    tells = "no more than luck would show" if luck else f"{told:.2g} bits"
+    return (
+        f"Layers route in passes: {percent(reuse)} of a pass's choices were choices of the pass before ({percent(chance)} by chance). "
+        f"Knowing one choice tells {tells} about one of the next pass. In a typical layer tokens take {seen:,.0f} different combinations "
+        f"of experts in two passes."
+    )
 
 
 def _domains(summary: Summary) -> str:

@@ -43,6 +43,13 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
         lambda trace, summary: pictures.coactivation(trace),
     ),
     (
+        "passes",
+        "From pass to pass",
+        "Layers that route several times: which expert of the next pass (across) the tokens of an expert (down) go to, more (orange) or "
+        "less often (blue) than the loads of the two explain. The diagonal is the same expert again.",
+        lambda trace, summary: pictures.passes(summary),
+    ),
+    (
         "specialisation",
         "Specialisation by domain",
         "How far the experts used for each domain are from those used overall (total variation: the share of choices that would have to go "

@@ -1,0 +1,88 @@
+"""Passes of one layer in a trace: which layers they are, and how one follows another."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.experts import chain
+from anabranch.routing import TraceBuilder, TraceLayer
+from anabranch.routing.passes import between_passes, passes_of_layers
+
+
+def traced(*layers, num_items=3, num_destinations=4):
+    """A trace of layers (pool, own_start), where every item goes to expert 0."""
+    builder = TraceBuilder()
+    for number, (pool, own_start) in enumerate(layers):
+        layer = TraceLayer(
+            layer=number, name=f"r{number}", num_destinations=num_destinations, top_k=1, pool=pool, own_start=own_start
+        )
+        builder.add(layer, [[0]] * num_items, [[1.0]] * num_items, item_N=range(num_items))
+    return builder.trace()
+
+
+@pytest.mark.parametrize(
+    ("layers", "passes"),
+    [
+        ([("", 0), ("", 0)], []),  # each its own pool
+        ([("group", 0), ("group", 2)], []),  # neighbours that share a pool
+        ([("layer_0", 0), ("layer_0", 0), ("layer_1", 0), ("layer_1", 0)], [[0, 1], [2, 3]]),
+        ([("group", 0), ("group", 0), ("group", 2), ("group", 2)], [[0, 1], [2, 3]]),
+        ([("", 0), ("layer_1", 0), ("layer_1", 0), ("layer_1", 0)], [[1, 2, 3]]),
+    ],
+)
+def test_passes_are_known_by_the_slots_that_they_own(layers, passes):
+    trace = traced(*layers)
+    assert [[layer.layer for layer in found] for found in passes_of_layers(trace)] == passes
+    pairs = [(first, second) for found in passes for first, second in itertools.pairwise(found)]
+    assert [(facts.first_layer, facts.second_layer) for facts in between_passes(trace)] == pairs
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(0, 9))
+def test_facts_equal_loops(top_k, other_k, num_items, seed):
+    generator, num_destinations = np.random.default_rng(seed), 4
+    chosen = [
+        np.stack([generator.permutation(num_destinations)[:count] for _ in range(num_items)])
+        for count in (top_k, other_k)
+    ]
+    builder = TraceBuilder()
+    for number, index_NK in enumerate(chosen):
+        layer = TraceLayer(
+            layer=number, name=f"pass{number}", num_destinations=num_destinations, top_k=index_NK.shape[1], pool="p"
+        )
+        builder.add(layer, index_NK, np.ones(index_NK.shape), item_N=np.arange(num_items))
+    (facts,) = between_passes(builder.trace())
+    count_EE = np.zeros((num_destinations, num_destinations), int)
+    for before_K, after_K in zip(*chosen, strict=True):
+        for i in before_K:
+            for j in after_K:
+                count_EE[i, j] += 1
+    assert np.array_equal(facts.coactivation_EE, count_EE)
+    again = [len(set(before) & set(after)) for before, after in zip(*chosen, strict=True)]
+    assert facts.reuse == pytest.approx(sum(again) / chosen[1].size)
+    assert facts.chance == other_k / num_destinations
+    pairs = {
+        (frozenset(before), frozenset(after)) for before, after in zip(*map(np.ndarray.tolist, chosen), strict=True)
+    }
+    assert facts.combinations_seen == len(pairs)
+
+
+def test_lift_and_information_by_hand():
+    """Two tokens in three go from 0 to 1, the third from 2 to 3: what the first pass chose says all about the next."""
+    builder = TraceBuilder()
+    for number, index in ((0, [[0], [0], [2]]), (1, [[1], [1], [3]])):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=4, top_k=1, pool="p")
+        builder.add(layer, index, [[1.0]] * 3, item_N=[0, 1, 2])
+    (facts,) = between_passes(builder.trace())
+    assert facts.reuse == 0
+    assert facts.combinations_seen == 2
+    assert facts.information_bits == pytest.approx(np.log2(3) - 2 / 3)  # the entropy of (2/3, 1/3)
+    assert facts.lift_EE[0, 1] == pytest.approx((2 + 1) / (4 / 3 + 1))
+    assert facts.lift_EE[0, 3] == pytest.approx(1 / (2 / 3 + 1))
+    assert facts.lift_EE[1, 1] == 1
+
+
+def test_the_page_of_chain_names_the_same():
+    assert chain.between_passes is between_passes
