@@ -133,6 +133,7 @@ def variants():
     yield "capacity", moe(capacity_factor=0.8, capacity_order="score", capacity_renormalize=True, **small)
     yield "recompute", moe(recompute=True, **small)
     yield "all_experts", moe(router=Router.Config(select=TopK.Config(top_k=8, normalize="softmax")), **small)
+    yield "gelu_experts", moe(activation="gelu", recompute=True, **small)
     yield "jitter", moe(router=Router.Config(score=LinearScore.Config(jitter=0.1)), **small)
     yield "one_expert", moe(num_experts=1, hidden_dim=16, router=Router.Config(select=TopK.Config(top_k=1)))
     rexmoe = resolve("feed_forward", "rexmoe").Config

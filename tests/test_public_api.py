@@ -44,7 +44,7 @@ PUBLIC = {
         load_model load_weights save_model stream upcycle write_model
     """,
     "anabranch.nn": """
-        Attention Block BuildContext Count Dense ExpertPool FeedForward ForwardContext Linear MoE PreNorm RMSNorm Rotary SelfAttention
+        Attention Block BuildContext Count Dense ExpertPool FeedForward ForwardContext Linear MLP MoE PreNorm RMSNorm Rotary SelfAttention
         SwiGLU
     """,
     "anabranch.report": """

@@ -42,6 +42,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "feed_forward": {
         "swiglu": "anabranch.nn.feed_forward:SwiGLU",
+        "mlp": "anabranch.nn.feed_forward:MLP",
         "moe": "anabranch.nn.moe:MoE",
         "rexmoe": "anabranch.experts.rexmoe:ReXMoE",
         "versatile": "anabranch.experts.versatile:VersatileFFN",

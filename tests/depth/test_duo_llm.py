@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from anabranch.config import configclass
 from anabranch.depth.duo_llm import (
     BIG,
     SKIP,
@@ -20,9 +21,9 @@ from anabranch.depth.duo_llm import (
 from anabranch.errors import ConfigError, DataError
 from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder
-from anabranch.nn import SwiGLU
+from anabranch.nn import Count, Linear, SwiGLU
 from anabranch.nn.context import BuildContext, ForwardContext
-from anabranch.routing import Override, override_routing, record_routing
+from anabranch.routing import Override, Router, TopK, override_routing, record_routing
 from duo import all_one, decoder, losses, tokens
 
 SAME = 1e-6  # the same sums in another order
@@ -48,11 +49,117 @@ def test_each_token_gets_its_module_and_skip_adds_nothing(compute):
     torch.testing.assert_close(y_BLD[0, 2], layer.small(x_BLD[0, 2]))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
+def test_sizes_of_a_layer_by_its_activation(activation):
+    """Matrices of 16 x 24 and of 16 x 8: two each, or three with a gate."""
+    config, matrices = DuoFFN.Config(big=24, small=8, activation=activation), 2 if activation == "gelu" else 3
+    count = config.count(BuildContext(dim=16))
+    assert count.parameters == matrices * 16 * 32
+    assert count.flops == 2 * matrices * 16 * 24 == config.flops(16, big=1.0)
+    layer = config.build(BuildContext(dim=16))
+    assert sum(parameter.numel() for parameter in layer.parameters()) == count.parameters
+
+
+def test_modules_with_gelu():
+    layer = DuoFFN.Config(big=8, small=2, activation="gelu").build(BuildContext(dim=4, init_std=1.0))
+    x_BLD = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    route = torch.tensor([[[BIG], [SMALL]]])
+    y_BLD = layer(x_BLD, ForwardContext(position_BL=route[..., 0], rotary=(x_BLD, x_BLD), state=take(route)))
+    for place, module in ((0, layer.big), (1, layer.small)):
+        z_F = module.w13.weight @ x_BLD[0, place]
+        wanted = module.w2.weight @ (0.5 * z_F * (1 + torch.erf(z_F / math.sqrt(2))))
+        torch.testing.assert_close(y_BLD[0, place], wanted)
+
+
+class ByPosition(Linear):
+    """What is added depends on the position and on what a router of its own picks, from the context of the rows."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+
+        def count(self, projection, context):
+            return Count.dense(2 * projection.in_dim + 3 * projection.out_dim)
+
+    def __init__(self, config, projection, context):
+        torch.nn.Module.__init__(self)
+        router = Router.Config(select=TopK.Config(top_k=1))
+        self.router = router.build(projection.in_dim, 2, layer=context.layer, generator=context.generator)
+        self.rows = torch.nn.Parameter(torch.randn(3, projection.out_dim, generator=context.generator))
+
+    def forward(self, x, context):
+        assert context.position_BL.numel() == x.shape[:-1].numel()
+        routing = self.router(x.flatten(0, -2), context)
+        picked = self.rows[routing.index_NK[:, 0].clamp_min(0)] * routing.weight_NK.to(x.dtype)
+        at = context.position_BL.reshape(-1, 1).to(x.dtype)
+        return (picked + 0.1 * at * self.rows[2]).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_inside_a_module_are_told_which_tokens_they_see(padded):
+    """Gathered rows carry their positions, routers inside them are recorded by item, and all is as if every token had been computed."""
+    results = []
+    mask_BL = torch.ones_like(tokens(), dtype=torch.bool)
+    mask_BL[0, :3] = not padded
+    for compute in ("gather", "dense"):
+        config = decoder(allow_skip=True, compute=compute).config.replace(linears={"*.big.*": ByPosition.Config()})
+        model, token_BL = config.build(seed=0).double(), tokens()
+        route = routes_of(model, *token_BL.shape, options=3)
+        with record_routing(model) as recorder:
+            output = model(token_BL, token_BL.roll(-1, 1), token_mask_BL=mask_BL, state=take(route))
+        output.loss.backward()
+        trace = recorder.trace()
+        inner = {
+            name: decided
+            for layer in trace.layers
+            if "big" in (name := layer.name)
+            for decided in [trace.decisions(layer.layer)]
+        }
+        chosen = {
+            (name, item, position): expert
+            for name, one in inner.items()
+            for item, position, (expert,) in zip(one.item_N, one.position_N, one.index_NK, strict=True)
+            if expert >= 0
+        }
+        for layer in trace.layers:  # who took the big module of a layer is who was routed inside it
+            if layer.name.endswith("feed_forward.router"):
+                decided = trace.decisions(layer.layer)
+                big = {
+                    (i, p)
+                    for i, p, (e,) in zip(decided.item_N, decided.position_N, decided.index_NK, strict=True)
+                    if e == BIG
+                }
+                inside = {
+                    (item, position)
+                    for name, item, position in chosen
+                    if name == layer.name.replace("router", "big.w2.beside.down.router")
+                }
+                assert inside == big
+        results.append((output.loss.detach(), {name: p.grad for name, p in model.named_parameters()}, chosen))
+    (loss, gradients, chosen), (other, others, other_chosen) = results
+    assert chosen == other_chosen
+    torch.testing.assert_close(loss, other, rtol=SAME, atol=SAME)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=SAME, atol=SAME)
+
+
+def test_oracles_give_layers_inside_a_module_the_context():
+    config = decoder(num_layers=2).config.replace(linears={"*.big.down": ByPosition.Config()})
+    model, ids = config.build(seed=0), tokens()
+    best = oracle(model, ids, budget=2)
+    with torch.no_grad():
+        wanted = losses(model, ids, "big")
+    torch.testing.assert_close(best.loss_GBL[0], wanted, atol=1e-5, rtol=1e-5)
+    consistent = oracle(model, ids, budget=2, mode="self_consistent")
+    torch.testing.assert_close(consistent.loss_GBL[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("route_seed", range(3))
-def test_gathering_equals_masking_in_values_and_gradients(route_seed):
+def test_gathering_equals_masking_in_values_and_gradients(route_seed, activation):
     results = []
     for compute in ("gather", "dense"):
-        model = decoder(allow_skip=True, compute=compute).double()
+        model = decoder(allow_skip=True, compute=compute, activation=activation).double()
         token_BL = tokens()
         route = routes_of(model, *token_BL.shape, seed=route_seed, options=3)
         output = model(token_BL, token_BL.roll(-1, 1), state=take(route))

@@ -189,7 +189,12 @@ def _copy(plain: nn.Module, made: nn.Module) -> None:
     for name, module in made.named_modules():
         if not isinstance(module, (Split, Added)) or name.endswith(".matrix"):
             continue
-        weight = plain.get_submodule(name).weight.data
+        if ".layers." in name:  # of one expert
+            pool, _, place = name.partition(".layers.")
+            matrix, _, expert = place.partition(".")
+            weight = getattr(plain.get_submodule(pool), matrix).data[int(expert)]
+        else:
+            weight = plain.get_submodule(name).weight.data
         if isinstance(module, Added):
             module.matrix.weight.data.copy_(weight)
             continue

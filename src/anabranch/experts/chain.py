@@ -100,11 +100,11 @@ class Chain(MoE, kind="chain"):
         def count(self, context: BuildContext) -> Count:
             """One pass as the plain layer counts, and C - 1 more over the same weights, each with a router."""
             once, router = MoE.Config.count(self, context), self.count_router(context, is_first=False)
-            more, expert = self.iterations - 1, 3 * context.dim * self.hidden_dim
+            more, expert = self.iterations - 1, self.count_routed(context, places=1)
             active = min(self.iterations * self.places, self.num_destinations(context)) - self.places
             weights = (self.num_routers - 1) * router.parameters + self.loop.num_scales
-            work = more * (2 * self.places * expert + self.count_shared(context).flops + router.flops)
-            return once + self.count_depth(context.dim) + Count(weights, weights + active * expert, work)
+            work = more * (self.places * expert.flops + self.count_shared(context).flops + router.flops)
+            return once + self.count_depth(context.dim) + Count(weights, weights + active * expert.active, work)
 
         def conversions(self) -> tuple[WeightField, ...]:
             """Those of the router's score and of the pool; and a plain model becomes a chain."""

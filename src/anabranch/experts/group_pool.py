@@ -2,7 +2,7 @@
 # Shapes: r layers of a group, N experts of a layer
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from anabranch.errors import ConfigError
@@ -61,6 +61,15 @@ class GroupPool(PoolPolicy):
     def num_slots(self, num_experts: int, context: BuildContext) -> int:
         """r_g N."""
         return self.group(num_experts, context).size * num_experts
+
+    def place(self, num_experts: int, context: BuildContext) -> tuple[BuildContext, range]:
+        """The group's pool, which the model owns, and the layer's experts in it."""
+        if self.reuse == 1:
+            return super().place(num_experts, context)
+        group = self.group(num_experts, context)
+        return replace(context, path=f"shared.experts_{group.number}"), range(
+            group.own_start, group.own_start + num_experts
+        )
 
     def build(self, config: MoE.Config, context: BuildContext) -> PoolAccess:
         """The group's pool with its balancers, and the layer's candidates."""

@@ -34,6 +34,7 @@ from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import FeedForwardForm, passes_as
 from anabranch.nn.moe import MoE
+from anabranch.nn.pool import check_stacked
 from anabranch.routing import BiasBalancer, Candidates, RoutingContext, WeightField
 
 
@@ -293,6 +294,7 @@ def from_vanilla(
         if name in state and state[name].shape == value.shape:
             state[name] = value
     if reuse > 1:
+        check_stacked(model)
         _fill_pools(state, source, layers, reuse)
         _fill_routers(state, source, layers, layer, foreign_rows)
     grown.load_state_dict(state)
@@ -350,6 +352,7 @@ def export_expanded(model: Decoder) -> Decoder:
             f"{len(layers)} routed layers are not a multiple of reuse={config.reuse}: the last group has fewer experts, "
             "which a plain model with one expert count cannot express"
         )
+    check_stacked(model)
     values = {field.name: getattr(config, field.name) for field in fields(MoE.Config)}
     plain = MoE.Config(**{**values, "num_experts": config.num_experts * config.reuse})
     expanded = Decoder(model.config.replace(feed_forward=plain)).to(model.embedding.weight)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.lm.decoder import Decoder
-from anabranch.nn.pool import ExpertPool
+from anabranch.nn.activation import activation_of
+from anabranch.nn.pool import ExpertPool, check_stacked
 from anabranch.routing import Router, Routing
 from anabranch.routing.measure import mutual_information
 
@@ -146,8 +147,12 @@ def _off_diagonal(value_LL: np.ndarray) -> float:
 
 
 def expert_similarity(pool: ExpertPool) -> tuple[float, float]:
-    """Mean cosine between experts of their mean key row (the gate of w13) and of their mean value row (of w2), over pairs of experts."""
-    gate_EFD, _ = pool.w13.detach().float().chunk(2, dim=1)
+    """Mean cosine between experts of their mean key row (the gate of w13, or all of it without one) and of their mean value row (of w2).
+
+    Over pairs of experts. Raises ConfigError for experts with layers of their own.
+    """
+    check_stacked(pool)
+    gate_EFD, *_ = pool.w13.detach().float().chunk(len(activation_of(pool.activation).parts), dim=1)
     return _mean_cosine(gate_EFD.mean(1)), _mean_cosine(pool.w2.detach().float().mean(2))
 
 

@@ -72,7 +72,8 @@ class Decoder(Part, nn.Module):
             dense_feed_forward: feed-forward of the blocks in ``dense_layers``.
             dense_layers: indices of blocks that stay dense (DeepSeekMoE keeps the first, Qwen2-MoE may alternate).
             linears: linear layers that are not plain, by patterns of their names (``blocks.*.attention.q``; * spans dots); the first that
-                fits counts. Parts are q, k, v, o of attention, gate, up, down of feed-forward layers, and head.
+                fits counts. Parts are q, k, v, o of attention, gate, up, down of feed-forward layers and of each expert (``experts.5.up``),
+                and head.
             rotary: rotary positions.
             norm_eps: epsilon of all norms.
             tie_embeddings: the head is the transposed embedding.

@@ -155,7 +155,8 @@ def _made(
     if name == "head" and module is None:  # a head that was the embedding until it was quantised
         embedding = cast(nn.Embedding, model.embedding)
         module = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-    if kind not in SCHEMES or not isinstance(module, nn.Linear | ExpertPool):
+    is_odd = isinstance(module, ExpertPool) and not module.is_plain
+    if kind not in SCHEMES or is_odd or not isinstance(module, nn.Linear | ExpertPool):
         raise CheckpointError(
             f"quantization in {where / 'config.json'} says {name} is {kind}; the model has no such layer"
         )

@@ -27,6 +27,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 from anabranch.nn import BuildContext, MoE, SwiGLU
 from anabranch.nn.linear import Added, Split
+from anabranch.nn.pool import check_stacked
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.routing.score import activate
 from anabranch.routing.shared import shared_parameters
@@ -153,6 +154,10 @@ def _check_plain(moe: Any) -> None:
         raise ConfigError(
             f"feed_forward is of kind {moe.owner.kind!r}; it must be a plain 'moe' (from which others can be made)"
         )
+    if moe.activation != "swiglu":
+        raise ConfigError(
+            f"feed_forward.activation is {moe.activation!r}; experts and dense layers that become each other are swiglu"
+        )
     if shared_parameters(moe.router.score, 1):
         raise ConfigError(
             f"router.score is of kind {moe.router.score.owner.kind!r}, whose layers share parts; use 'linear' and convert the result"
@@ -164,6 +169,7 @@ def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, QuantizedPool)):
             raise ConfigError(f"{name} is quantised, and only plain matrices become others; dequantize(model) first")
+    check_stacked(model)
     for layer in layers:
         prefix = f"blocks.{layer}.feed_forward"
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):

@@ -7,7 +7,7 @@ require("lm", by=__name__)
 from anabranch.nn.attention import Attention, SelfAttention
 from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.feed_forward import MLP, FeedForward, SwiGLU
 from anabranch.nn.linear import Dense, Linear
 from anabranch.nn.moe import MoE
 from anabranch.nn.norm import RMSNorm
@@ -15,6 +15,7 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.nn.rotary import Rotary
 
 __all__ = [
+    "MLP",
     "Attention",
     "Block",
     "BuildContext",

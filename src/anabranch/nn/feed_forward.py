@@ -1,4 +1,4 @@
-"""Feed-forward blocks: the interface every design fits, and SwiGLU (Shazeer 2020, arXiv 2002.05202), the dense one."""
+"""Feed-forward blocks: the interface every design fits, and the dense ones: SwiGLU (Shazeer 2020, arXiv 2002.05202) and `MLP`."""
 # Shapes: B batch, L positions, D width, F hidden
 
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
+from anabranch.nn.activation import ActivationName, activation_of
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import Dense, FeedForwardForm
 from anabranch.nn.grouped import dense_mlp
@@ -86,13 +87,55 @@ class SwiGLU(FeedForward, kind="swiglu"):
         return Dense(self.w13, self.w2)
 
 
-def swiglu_projections(context: BuildContext, hidden_dim: int) -> tuple[Projection, Projection]:
-    """The linear layers of a SwiGLU of F = ``hidden_dim``: (``gate`` and ``up`` in one, ``down``)."""
-    up = {"gate": hidden_dim, "up": hidden_dim}
+class MLP(FeedForward, kind="mlp"):
+    """W2 act(W1 x), with GELU unless said otherwise; a gate, where the activation has one, is in W1's first rows."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        """Attributes: ``hidden_dim``, F; ``activation``, see `anabranch.nn.activation`."""
+
+        hidden_dim: Size = Field(default=512, ge=1)
+        activation: ActivationName = "gelu"
+
+        def count(self, context: BuildContext) -> Count:
+            """2 D F weights, 3 with a gate."""
+            return sum((count_linear(projection, context) for projection in self.projections(context)), start=Count())
+
+        def projections(self, context: BuildContext) -> tuple[Projection, Projection]:
+            """(``up``, with ``gate`` before it where there is one; ``down``)."""
+            return mlp_projections(context, self.hidden_dim, self.activation)
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.w13, self.w2 = (build_linear(projection, context) for projection in config.projections(context))
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """y_BLD."""
+        return mlp_of(self.w13, self.w2, self.config.activation, x_BLD, context)
+
+
+def mlp_projections(context: BuildContext, hidden_dim: int, activation: str) -> tuple[Projection, Projection]:
+    """The linear layers of a feed-forward of F = ``hidden_dim``: (the parts of its activation in one, ``down``)."""
+    rows = activation_of(activation).rows(hidden_dim)
     return (
-        context.projection("w13", context.dim, 2 * hidden_dim, parts=up),
+        context.projection("w13", context.dim, sum(rows.values()), parts=rows),
         context.projection("w2", hidden_dim, context.dim, residual=True, parts={"down": context.dim}),
     )
+
+
+def mlp_of(
+    w13: nn.Module, w2: nn.Module, activation: str, x_BLD: Tensor, context: ForwardContext | None = None
+) -> Tensor:
+    """w2(act(w13(x))), by the kernels where they compute it."""
+    if activation == "swiglu":
+        return swiglu_of(w13, w2, x_BLD, context)
+    return call_linear(w2, activation_of(activation).apply(call_linear(w13, x_BLD, context)), context)
+
+
+def swiglu_projections(context: BuildContext, hidden_dim: int) -> tuple[Projection, Projection]:
+    """The linear layers of a SwiGLU of F = ``hidden_dim``: (``gate`` and ``up`` in one, ``down``)."""
+    return mlp_projections(context, hidden_dim, "swiglu")
 
 
 def swiglu_of(w13: nn.Module, w2: nn.Module, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:

@@ -1,6 +1,8 @@
-"""`expert_mlp`: a SwiGLU expert on each routed row, the one fast path that every pool of stacked experts stands on.
+"""`expert_mlp`: an expert on each routed row, the one fast path that every pool of stacked experts stands on.
 
     y_n = sum_k weight_nk  w2_e (silu(gate_e x_n) * up_e x_n)        with e = the destination of place (n, k)
+
+That is SwiGLU, the default; `anabranch.nn.activation` has the others, which the compiled kernels leave to torch.
 
 Back ends, all equal to `reference_expert_mlp` (the naive loop) in values and gradients:
 
@@ -14,7 +16,7 @@ The first two share an operator with its own backward. It keeps the pre-activati
 ``recompute=True``; rows are gathered again and the activation is computed again either way, since both are cheaper than
 their memory. Experts without rows are neither computed nor differentiated: their gradient is exactly zero.
 """
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up)
+# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 from typing import Literal
 
@@ -24,7 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anabranch.errors import ConfigError
-from anabranch.nn.operator import expert_operator, plain_experts, swiglu
+from anabranch.nn.activation import activation_of
+from anabranch.nn.operator import expert_operator, plain_experts
 from anabranch.nn.sums import GradientSums
 from anabranch.precision import autocast_dtype, full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
@@ -45,6 +48,7 @@ def expert_mlp(
     backend: str = "auto",
     recompute: bool = False,
     sums: GradientSums | None = None,
+    activation: str = "swiglu",
 ) -> Tensor:
     """Send each item through its experts and join the results; differentiable in x, weight, w13 and w2.
 
@@ -52,22 +56,23 @@ def expert_mlp(
         x_ND: the items.
         plan: where they go, from `plan_dispatch`. Rows of unused places are not computed.
         weight_NK: weight of each place; 0 where the place is unused.
-        w13_EFD: [E, 2F, D], the gate projection's rows, then the up projection's.
+        w13_EFD: [E, 2F, D], the gate projection's rows, then the up projection's; [E, F, D] for an activation without a gate.
         w2_EDF: [E, D, F], the down projection.
         weight_on: weigh each expert's ``output`` (the usual), or its ``input`` (Llama 4).
         backend: one of `BACKENDS`; ``auto`` chooses by device, dtype and shape.
         recompute: keep nothing but the inputs for the backward pass, which then repeats the first matmul.
         sums: where the weights' gradients gather when they are the outputs of `gather_gradients`.
+        activation: a name of `anabranch.nn.activation`.
 
     Returns:
         y_ND in the dtype of x, or in the autocast dtype inside autocast. Places are summed in fp32, in order, so the
         result does not depend on the number of threads.
 
     Raises:
-        ConfigError: shapes or devices that do not fit together, or an unknown backend.
+        ConfigError: shapes or devices that do not fit together, or an unknown backend or activation.
         BackendError: ``native`` was asked for and cannot be had; the message says why.
     """
-    _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend)
+    _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend, activation)
     device = x_ND.device.type
     dtype = autocast_dtype(device) or x_ND.dtype
     aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
@@ -90,9 +95,10 @@ def expert_mlp(
                 learns=learns,
                 recompute=recompute,
                 sums=sums,
+                activation=activation,
             )
         plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
-        inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
+        inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input, activation)
         if recompute and learns:
             return checkpoint(plain, *inputs, use_reentrant=False)
         return plain(*inputs)
@@ -114,14 +120,23 @@ def reference_expert_mlp(
     w2_EDF: Tensor,
     *,
     weight_on: Literal["output", "input"] = "output",
+    activation: str = "swiglu",
 ) -> Tensor:
     """The naive loop under autograd, in any dtype: the twin that every back end is tested against."""
-    return plain_experts(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on == "input")
+    return plain_experts(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on == "input", activation)
 
 
 def _check(
-    x_ND: Tensor, plan: DispatchPlan, weight_NK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, weight_on: str, backend: str
+    x_ND: Tensor,
+    plan: DispatchPlan,
+    weight_NK: Tensor,
+    w13_EFD: Tensor,
+    w2_EDF: Tensor,
+    weight_on: str,
+    backend: str,
+    activation: str,
 ) -> None:
+    num_parts = len(activation_of(activation).parts)
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     if weight_on not in ("output", "input"):
@@ -134,31 +149,38 @@ def _check(
     if weight_NK.shape != (plan.num_items, plan.num_places):
         raise ConfigError(f"weight has shape {list(weight_NK.shape)}; it must be [{plan.num_items}, {plan.num_places}]")
     experts, width = plan.offset_E.shape[0], x_ND.shape[1]
-    if w13_EFD.dim() != 3 or w13_EFD.shape[0] != experts or w13_EFD.shape[1] % 2 or w13_EFD.shape[2] != width:
-        raise ConfigError(f"w13 has shape {list(w13_EFD.shape)}; it must be [{experts}, 2 F, {width}]")
-    if w2_EDF.shape != (experts, width, w13_EFD.shape[1] // 2):
-        raise ConfigError(f"w2 has shape {list(w2_EDF.shape)}; it must be {[experts, width, w13_EFD.shape[1] // 2]}")
+    if w13_EFD.dim() != 3 or w13_EFD.shape[0] != experts or w13_EFD.shape[1] % num_parts or w13_EFD.shape[2] != width:
+        hidden = "F" if num_parts == 1 else f"{num_parts} F"
+        raise ConfigError(f"w13 has shape {list(w13_EFD.shape)}; it must be [{experts}, {hidden}, {width}]")
+    hidden_dim = w13_EFD.shape[1] // num_parts
+    if w2_EDF.shape != (experts, width, hidden_dim):
+        raise ConfigError(f"w2 has shape {list(w2_EDF.shape)}; it must be {[experts, width, hidden_dim]}")
 
 
 # Back ends that autograd differentiates.
 
 
-def _grouped_mm(x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool) -> Tensor:
+def _grouped_mm(
+    x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool, activation: str
+) -> Tensor:
     rows_RD = dispatch(x, plan)
     if on_input:
         rows_RD = rows_RD * weight.reshape(-1)[plan.place_R].unsqueeze(-1).to(x.dtype)
     used_R1 = plan.used_R.unsqueeze(-1)
     # grouped_mm leaves what stands behind the last offset uninitialised, forward and backward: masked on both sides.
     z_R2F = F.grouped_mm(rows_RD.masked_fill(~used_R1, 0.0), w13.transpose(1, 2), offs=plan.offset_E)
-    a_RF = swiglu(z_R2F.masked_fill(~used_R1, 0.0))
+    a_RF = activation_of(activation).apply(z_R2F.masked_fill(~used_R1, 0.0))
     y_RD = F.grouped_mm(a_RF, w2.transpose(1, 2), offs=plan.offset_E)
     return combine(y_RD, plan, None if on_input else weight)
 
 
-def _bmm(x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool) -> Tensor:
+def _bmm(
+    x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool, activation: str
+) -> Tensor:
     rows_RD = dispatch(x, plan)
     if on_input:
         rows_RD = rows_RD * weight.reshape(-1)[plan.place_R].unsqueeze(-1).to(x.dtype)
     rows_ECD = pad_rows(rows_RD, plan, max(1, int(plan.load_E.max())))
-    y_ECD = torch.bmm(swiglu(torch.bmm(rows_ECD, w13.transpose(1, 2))), w2.transpose(1, 2))
+    a_ECF = activation_of(activation).apply(torch.bmm(rows_ECD, w13.transpose(1, 2)))
+    y_ECD = torch.bmm(a_ECF, w2.transpose(1, 2))
     return combine(unpad_rows(y_ECD, plan), plan, None if on_input else weight)

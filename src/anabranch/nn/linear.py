@@ -26,7 +26,18 @@ from anabranch.nn.count import Count
 if TYPE_CHECKING:
     from anabranch.nn.context import BuildContext
 
-__all__ = ["Added", "Dense", "Linear", "Projection", "Split", "build_linear", "call_linear", "count_linear", "is_plain"]
+__all__ = [
+    "Added",
+    "Dense",
+    "Linear",
+    "Projection",
+    "Split",
+    "add_beside",
+    "build_linear",
+    "call_linear",
+    "count_linear",
+    "is_plain",
+]
 
 
 @dataclass(frozen=True)
@@ -142,13 +153,17 @@ class Added(Linear):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """y."""
-        y = call_linear(self.matrix, x, context)
-        if len(self.rows) == 1:
-            return y + call_linear(next(iter(self.beside.values())), x, context).to(y.dtype)
-        parts = dict(zip(self.rows, y.split(list(self.rows.values()), dim=-1), strict=True))
-        for name, layer in self.beside.items():
-            parts[name] = parts[name] + call_linear(layer, x, context).to(y.dtype)
-        return torch.cat(list(parts.values()), dim=-1)
+        return add_beside(call_linear(self.matrix, x, context), x, self.beside, self.rows, context)
+
+
+def add_beside(y: Tensor, x: Tensor, beside: Any, rows: Mapping[str, int], context: Any) -> Tensor:
+    """``y`` with what the layers ``beside`` some of its parts make of ``x`` added to the rows of these parts; ``rows`` are of each part."""
+    if len(rows) == 1:
+        return y + call_linear(next(iter(beside.values())), x, context).to(y.dtype)
+    parts = dict(zip(rows, y.split(list(rows.values()), dim=-1), strict=True))
+    for name, layer in beside.items():
+        parts[name] = parts[name] + call_linear(layer, x, context).to(y.dtype)
+    return torch.cat(list(parts.values()), dim=-1)
 
 
 def build_linear(projection: Projection, context: "BuildContext") -> Any:

@@ -1,4 +1,4 @@
-"""The plain mixture-of-experts layer: a router, a pool of SwiGLU experts, and optional shared experts that see every token."""
+"""The plain mixture-of-experts layer: a router, a pool of experts, and optional shared experts that see every token."""
 # Shapes: B batch, L positions, N = B L items, E experts, K per token, D width, F hidden
 
 from typing import Any, ClassVar, Literal
@@ -7,11 +7,14 @@ from torch import Tensor
 
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
+from anabranch.nn.activation import ActivationName
 from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
 from anabranch.nn.description import FeedForwardForm, Passes
+from anabranch.nn.expert_layers import count_experts
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
+from anabranch.nn.pool import ExpertPool
 from anabranch.nn.pool_policy import PoolPolicy, build_router, make_pool
 from anabranch.routing import Router, Routing, WeightField, capacity_of, limit_capacity
 from anabranch.routing.shared import shared_parameters
@@ -37,6 +40,7 @@ class MoE(FeedForward, kind="moe"):
             capacity_renormalize: scale what a token keeps so its weights sum to what they summed to.
             recompute: recompute expert activations in the backward pass, to save memory.
             backend: expert compute, see `anabranch.nn.grouped`.
+            activation: of the routed experts, see `anabranch.nn.activation`; shared ones are SwiGLUs.
         """
 
         is_routed: ClassVar[bool] = True
@@ -53,6 +57,7 @@ class MoE(FeedForward, kind="moe"):
         capacity_renormalize: bool = False
         recompute: bool = False
         backend: str = "auto"
+        activation: ActivationName = "swiglu"
 
         def __post_init__(self) -> None:
             top_k = getattr(self.router.select, "top_k", 1)
@@ -62,6 +67,10 @@ class MoE(FeedForward, kind="moe"):
                 )
             if self.backend not in BACKENDS:
                 raise ConfigError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
+            if self.backend == "native" and self.activation != "swiglu":
+                raise ConfigError(
+                    f"backend is 'native', whose kernels compute swiglu, and activation is {self.activation!r}; use backend 'auto'"
+                )
             if (self.shared_gate or self.shared_hidden_dim) and not self.shared_experts:
                 raise ConfigError("shared_gate and shared_hidden_dim need shared_experts of at least 1")
 
@@ -92,9 +101,13 @@ class MoE(FeedForward, kind="moe"):
         def count(self, context: BuildContext) -> Count:
             """Routed experts, of which K are active; shared experts; router."""
             self.router.check(self.num_destinations(context))
-            expert = 3 * context.dim * self.hidden_dim
-            routed = Count(self.num_experts * expert, self.places * expert, 2 * self.places * expert)
+            routed = self.count_routed(context, self.places)
             return routed + self.count_shared(context) + self.count_router(context, context.routed_layer == 0)
+
+        def count_routed(self, context: BuildContext, places: int) -> Count:
+            """The layer's routed experts, of which a token uses ``places``."""
+            place, numbers = self.pool_policy.place(self.num_experts, context)
+            return count_experts(place, numbers, self.hidden_dim, self.activation, places)
 
         def count_shared(self, context: BuildContext) -> Count:
             """The shared experts, and their gate."""
@@ -135,6 +148,8 @@ class MoE(FeedForward, kind="moe"):
         """The experts, once."""
         if self.config.weight_on != "output":
             return "routing weights act on the experts' inputs"
+        if isinstance(self.experts, ExpertPool) and not self.experts.is_plain:
+            return "experts are not plain SwiGLUs"
         return Passes((self.router,), self.experts, self.shared, self.shared_gate)
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:

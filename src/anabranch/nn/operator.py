@@ -2,7 +2,7 @@
 
 `anabranch.nn.grouped.expert_mlp` is its public face.
 """
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up)
+# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 import itertools
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anabranch.bounds import shown
 from anabranch.errors import BackendError, InputError
+from anabranch.nn.activation import ACTIVATIONS
 from anabranch.nn.derivatives import asks_for_graph, asks_for_plain, plain_gradients
 from anabranch.nn.kernels import expert_mlp as native
 from anabranch.nn.kernels.operands import is_transformed, why_refused
@@ -19,7 +20,7 @@ from anabranch.nn.sums import GradientSums
 from anabranch.precision import full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch
 
-__all__ = ["expert_operator", "plain_experts", "swiglu"]
+__all__ = ["expert_operator", "plain_experts"]
 
 
 def expert_operator(
@@ -36,26 +37,38 @@ def expert_operator(
     learns: bool,
     recompute: bool,
     sums: GradientSums | None = None,
+    activation: str = "swiglu",
 ) -> Tensor:
     """y_ND in ``dtype``, by back end ``native``, ``torch`` or the better of them (``auto``); arguments as in `expert_mlp`."""
     if not torch.compiler.is_compiling() and is_transformed():
         if backend == "native":
             raise BackendError(f"{why_refused(x=x_ND)}; use backend 'auto'")
         plan = DispatchPlan(place_R, offset_E, *weight_NK.shape)
-        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
+        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input, activation)
     arguments = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend)
     if not learns and type(x_ND) is Tensor and not x_ND.is_meta and not torch.compiler.is_compiling():
-        return _forward(*arguments, False)[0]  # what the operator does, without the cost of dispatching it
+        return _forward(*arguments, False, activation)[0]  # what the operator does, without the cost of dispatching it
     if sums is not None and learns:
-        return _Gathering.apply(sums, *arguments, not recompute)
-    return _expert_mlp(*arguments, learns and not recompute)[0]
+        return _Gathering.apply(sums, *arguments, not recompute, activation)
+    return _expert_mlp(*arguments, learns and not recompute, activation)[0]
 
 
 def _resolve(
-    backend: str, x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, place_R: Tensor, **others: Tensor
+    backend: str,
+    x_ND: Tensor,
+    w13_EFD: Tensor,
+    w2_EDF: Tensor,
+    dtype: torch.dtype,
+    place_R: Tensor,
+    activation: str,
+    **others: Tensor,
 ) -> str:
     """``native`` or ``torch``. Called inside the operator, so that a compiled graph does not freeze the choice."""
     num_rows = place_R.shape[0]
+    if activation != "swiglu":
+        if backend == "native":
+            raise BackendError(f"the compiled kernels compute swiglu, not {activation}; use backend 'auto'")
+        return "torch"
     if backend == "torch" or num_rows == 0:
         return "torch"
     obstacle = native.why_not(x_ND, w13_EFD, w2_EDF, dtype, place=place_R, **others)
@@ -64,23 +77,26 @@ def _resolve(
     return "torch" if obstacle else "native"
 
 
-def swiglu(z_R2F: Tensor) -> Tensor:
-    """silu(gate) * up of rows whose first half is the gate."""
-    gate_RF, up_RF = z_R2F.chunk(2, dim=-1)
-    return F.silu(gate_RF) * up_RF
 
 
 def plain_experts(
-    x_ND: Tensor, plan: DispatchPlan, weight_NK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, on_input: bool
+    x_ND: Tensor,
+    plan: DispatchPlan,
+    weight_NK: Tensor,
+    w13_EFD: Tensor,
+    w2_EDF: Tensor,
+    on_input: bool,
+    activation: str = "swiglu",
 ) -> Tensor:
     """The naive loop under autograd: what the operator computes, and the graph of its gradients where one is asked for."""
+    apply = ACTIVATIONS[activation].apply
     weight_R1 = weight_NK.reshape(-1)[plan.place_R].unsqueeze(-1)
     rows_RD = dispatch(x_ND, plan)
     if on_input:
         rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
     ends = [0, *_ends(plan.offset_E, rows_RD.shape[0]), rows_RD.shape[0]]
     parts = [
-        F.linear(swiglu(F.linear(rows_RD[start:end], w13_e)), w2_e)
+        F.linear(apply(F.linear(rows_RD[start:end], w13_e)), w2_e)
         for start, end, w13_e, w2_e in zip(ends[:-2], ends[1:-1], w13_EFD.unbind(0), w2_EDF.unbind(0), strict=True)
     ]
     parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], x_ND.shape[1]))
@@ -98,19 +114,21 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
     keep: bool,
+    activation: str = "swiglu",
 ) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F for the backward pass; both in ``dtype``, the dtype to compute in."""
-    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, offset=offset_E, weight=weight_NK) == "native":
+    others = {"offset": offset_E, "weight": weight_NK}
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, activation, **others) == "native":
         return native.forward(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, keep)
     num_items, num_places = weight_NK.shape
     ends = _ends(offset_E, len(place_R))
     place_R = place_R[: ends[-1]]
     rows_RD = _gather_rows(x_ND.to(dtype), place_R, weight_NK if on_input else None, num_places)
     z_R2F = rows_RD.new_empty((num_items * num_places if keep else ends[-1], w13_EFD.shape[1]))
-    y_RD = torch.empty_like(rows_RD)
+    y_RD, apply = torch.empty_like(rows_RD), ACTIVATIONS[activation].apply
     for expert, start, end in _active(ends):
         torch.mm(rows_RD[start:end], w13_EFD[expert].to(dtype).t(), out=z_R2F[start:end])
-        torch.mm(swiglu(z_R2F[start:end]), w2_EDF[expert].to(dtype).t(), out=y_RD[start:end])
+        torch.mm(apply(z_R2F[start:end]), w2_EDF[expert].to(dtype).t(), out=y_RD[start:end])
     y_ND = _join(y_RD, place_R, None if on_input else weight_NK, num_items, num_places)
     return y_ND, z_R2F if keep else z_R2F.new_empty(0)
 
@@ -119,7 +137,7 @@ _expert_mlp = torch.library.custom_op("anabranch::expert_mlp", _forward, mutates
 
 
 @_expert_mlp.register_fake
-def _(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend, keep):
+def _(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend, keep, activation="swiglu"):
     z_shape = (place_R.shape[0], w13_EFD.shape[1]) if keep else (0,)
     return torch.empty_like(x_ND, dtype=dtype).contiguous(), x_ND.new_empty(z_shape, dtype=dtype)
 
@@ -139,11 +157,12 @@ def _gradients(
     need_x: bool,
     need_w13: bool,
     need_w2: bool,
+    activation: str = "swiglu",
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, w13, w2; empty where not needed. With ``sums``, those of w13 and w2 are added to them."""
     others = {"offset": offset_E, "weight": weight_NK, "dy": dy_ND}
-    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, **others) == "native":
+    if _resolve(backend, x_ND, w13_EFD, w2_EDF, dtype, place_R, activation, **others) == "native":
         saved = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z_R2F)
         return native.backward(dy_ND, *saved, on_input, dtype, need_x, need_w13, need_w2, sums=sums)
     num_items, num_places = weight_NK.shape
@@ -162,17 +181,16 @@ def _gradients(
     else:
         dw13_EFD, dw2_EDF = sums
     put = Tensor.copy_ if sums is None else Tensor.add_
+    linearize = ACTIVATIONS[activation].linearize
     for expert, start, end in _active(ends):
         w13, w2 = w13_EFD[expert].to(dtype), w2_EDF[expert].to(dtype)
         z = z_R2F[start:end] if z_R2F.numel() else torch.mm(rows_RD[start:end], w13.t())
-        gate, up = z.to(wide).chunk(2, dim=-1)
-        silu, sigmoid = F.silu(gate), torch.sigmoid(gate)
-        act = silu * up
+        act, pull = linearize(z.to(wide))
         dact = torch.mm(dy_RD[start:end], w2).to(wide)
         if not on_input:  # y_r = w_r w2 act, so dw_r = dy . (w2 act) = (w2^T dy) . act: no need to have kept w2 act
             dweight_R[start:end] = (dact * act).sum(-1)
             dact, act = dact * weight_R1[start:end].to(wide), act * weight_R1[start:end].to(wide)
-        dz = torch.cat([dact * up * (sigmoid + silu * (1 - sigmoid)), dact * silu], dim=-1).to(dtype)
+        dz = pull(dact).to(dtype)
         if need_w2:
             put(dw2_EDF[expert], torch.mm(dy_RD[start:end].t(), act.to(dtype)))
         if need_w13:
@@ -203,47 +221,50 @@ def _expert_mlp_backward(
     need_x: bool,
     need_w13: bool,
     need_w2: bool,
+    activation: str = "swiglu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = (x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z_R2F)
-    return _gradients(dy_ND, *saved, on_input, dtype, backend, need_x, need_w13, need_w2)
+    return _gradients(dy_ND, *saved, on_input, dtype, backend, need_x, need_w13, need_w2, activation)
 
 
 @_expert_mlp_backward.register_fake
-def _(dy, x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z, on_input, dtype, backend, need_x, need_w13, need_w2):
+def _(dy, x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, z, on_input, dtype, backend, *needed_and_activation):
+    need_x, need_w13, need_w2, *_ = needed_and_activation
     needed = zip((x_ND, w13_EFD, w2_EDF), (need_x, need_w13, need_w2), strict=True)
     dx, dw13, dw2 = (like.new_empty(like.shape if need else (0,)) for like, need in needed)
     return dx, weight_NK.new_empty(weight_NK.shape), dw13, dw2
 
 
 def _setup_context(ctx, inputs, output):
-    x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend, _ = inputs
+    x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, on_input, dtype, backend, _, activation = inputs
     ctx.save_for_backward(x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, output[1])
-    ctx.options = on_input, dtype, backend
+    ctx.options, ctx.activation = (on_input, dtype, backend), activation
     ctx.set_materialize_grads(False)  # z is not differentiated; do not make a gradient of its size
 
 
 def _backward(ctx, dy_ND, _):
     if asks_for_graph(dy_ND):
-        return _plain_backward(ctx.saved_tensors, ctx.options, ctx.needs_input_grad, dy_ND)
+        return *_plain_backward(ctx.saved_tensors, ctx.options, ctx.activation, ctx.needs_input_grad, dy_ND), None
     need_x, _, _, need_weight, need_w13, need_w2, *_ = ctx.needs_input_grad
-    gradients = _expert_mlp_backward(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, need_w13, need_w2)
+    options = (*ctx.options, need_x, need_w13, need_w2, ctx.activation)
+    gradients = _expert_mlp_backward(dy_ND, *ctx.saved_tensors, *options)
     dx, dweight, dw13, dw2 = (
         gradient if need else None
         for gradient, need in zip(gradients, (need_x, need_weight, need_w13, need_w2), strict=True)
     )
-    return dx, None, None, dweight, dw13, dw2, None, None, None, None
+    return dx, None, None, dweight, dw13, dw2, None, None, None, None, None
 
 
-def _plain_backward(saved, options, needed, dy_ND):
+def _plain_backward(saved, options, activation, needed, dy_ND):
     """What `_backward` gives, differentiable."""
     x_ND, place_R, offset_E, weight_NK, w13_EFD, w2_EDF, _ = saved
     on_input, dtype, _ = options
     plan = DispatchPlan(place_R, offset_E, *weight_NK.shape)
 
     def plain(x_ND, weight_NK, w13_EFD, w2_EDF):
-        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input)
+        return plain_experts(x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input, activation)
 
-    need_x, _, _, *others, _, _, _, _ = needed
+    need_x, _, _, *others = needed[:6]
     with full_precision(x_ND.device.type):
         dx, *rest = plain_gradients(plain, (x_ND, weight_NK, w13_EFD, w2_EDF), dy_ND, (need_x, *others))
     return dx, None, None, *rest, None, None, None, None
@@ -258,23 +279,24 @@ class _Gathering(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sums, *arguments_and_keep):
         y_ND, z_R2F = _forward(*arguments_and_keep)
-        *saved, on_input, dtype, backend, _ = arguments_and_keep
+        *saved, on_input, dtype, backend, _, activation = arguments_and_keep
         ctx.save_for_backward(*saved, z_R2F)
-        ctx.sums, ctx.options = sums, (on_input, dtype, backend)
+        ctx.sums, ctx.options, ctx.activation = sums, (on_input, dtype, backend), activation
         return y_ND
 
     @staticmethod
     def backward(ctx, dy_ND):
         _, *needed = ctx.needs_input_grad
         if asks_for_plain(dy_ND):
-            return None, *_plain_backward(ctx.saved_tensors, ctx.options, needed, dy_ND)
+            return None, *_plain_backward(ctx.saved_tensors, ctx.options, ctx.activation, needed, dy_ND), None
         need_x, _, _, need_weight, *_ = needed
         sums = ctx.sums.of_pass()
         pair = None if sums is None else sums.pair
-        dx, dweight, *pair = _gradients(*(dy_ND, *ctx.saved_tensors, *ctx.options, need_x, True, True, pair))
+        options = (*ctx.options, need_x, True, True, ctx.activation)
+        dx, dweight, *pair = _gradients(dy_ND, *ctx.saved_tensors, *options, sums=pair)
         if sums is not None:
             sums.pair, pair = tuple(pair), (None, None)
-        return None, dx if need_x else None, None, None, dweight if need_weight else None, *pair, *(None,) * 4
+        return None, dx if need_x else None, None, None, dweight if need_weight else None, *pair, *(None,) * 5
 
 
 def _ends(offset_E: Tensor, num_rows: int) -> list[int]:

@@ -1,11 +1,12 @@
-"""`ExpertPool`: E SwiGLU experts as two stacked parameters, and the work of a routed batch on them.
+"""`ExpertPool`: E experts as two stacked parameters, and the work of a routed batch on them.
 
     pool = ExpertPool(num_experts=64, dim=512, hidden_dim=256)
     y_ND = pool(x_ND, routing)          # routing: the Routing that any router returns
 
+Its activation is a part (SwiGLU unless said otherwise), and so are the matrices of single experts, see `anabranch.nn.expert_layers`.
 A pool knows neither layers nor routers, so several layers may share one: autograd sums their gradients.
 """
-# Shapes: N items, E experts, D width, F hidden
+# Shapes: N items, E experts, D width, F hidden, Z what the first matrix gives: 2F with a gate, else F
 
 from typing import Literal, Self
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.nn.activation import activation_of
+from anabranch.nn.expert_layers import ExpertLayers
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.kernels.operands import takes
 from anabranch.nn.sums import GradientSums, gather_gradients
@@ -20,11 +23,11 @@ from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
-__all__ = ["ExpertPool"]
+__all__ = ["ExpertPool", "check_stacked"]
 
 
 class ExpertPool(nn.Module):
-    """E SwiGLU experts ``w2_e (silu(gate_e x) * up_e x)`` in stacked weights.
+    """E experts in stacked weights: ``w2_e (silu(gate_e x) * up_e x)``, or with another activation.
 
     Args:
         num_experts: E.
@@ -36,13 +39,15 @@ class ExpertPool(nn.Module):
         recompute: keep nothing of the forward pass; the backward pass repeats the first matmul (see `expert_mlp`).
         backend: how to compute, see `anabranch.nn.grouped`.
         is_shared: several layers of a model use this pool; their gradients then add up in place.
+        activation: a name of `anabranch.nn.activation`.
+        layers: what experts have beside the stacked matrices, or instead of them; None if there is nothing.
 
     Attributes:
-        w13: parameter [E, 2F, D], gate rows, then up rows.
-        w2: parameter [E, D, F].
+        w13: parameter [E, 2F, D], gate rows, then up rows; [E, F, D] without a gate. None where each expert has a layer of its own.
+        w2: parameter [E, D, F], or None likewise.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: a size below 1, or an unknown activation.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class ExpertPool(nn.Module):
         recompute: bool = False,
         backend: str = "auto",
         is_shared: bool = False,
+        activation: str = "swiglu",
+        layers: ExpertLayers | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,37 +74,49 @@ class ExpertPool(nn.Module):
         self.recompute = recompute
         self.backend = backend
         self.is_shared = is_shared
-        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
+        self.activation = activation
+        self.layers = layers
+        rows = sum(activation_of(activation).rows(hidden_dim).values())
+        is_stacked = (True, True) if layers is None else layers.is_stacked
+        for name, stacked, shape in zip(("w13", "w2"), is_stacked, ((rows, dim), (dim, hidden_dim)), strict=True):
+            weight = nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if stacked else None
+            self.register_parameter(name, weight)
         self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
+
+    w13: nn.Parameter
+    w2: nn.Parameter
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.w13.shape[0]
+        return self.w13.shape[0] if self.layers is None else self.layers.num_experts
 
     @property
     def dim(self) -> int:
         """D."""
-        return self.w13.shape[2]
+        return self.w13.shape[2] if self.layers is None else self.layers.dim
 
     @property
     def hidden_dim(self) -> int:
         """F."""
-        return self.w2.shape[2]
+        return self.w2.shape[2] if self.layers is None else self.layers.hidden_dim
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether experts are SwiGLUs of the stacked matrices and nothing else, which other code may then read instead of calling it."""
+        return self.activation == "swiglu" and self.layers is None
 
     def reset_parameters(
         self, *, init_std: float = 0.02, w2_scale: float = 1.0, generator: torch.Generator | None = None
     ) -> None:
-        """Draw the weights afresh: normal, cut at three standard deviations. Meta tensors are left alone."""
-        if self.w13.is_meta:
-            return
+        """Draw the stacked weights afresh: normal, cut at three standard deviations. Meta tensors are left alone."""
         for weight, std in ((self.w13, init_std), (self.w2, init_std * w2_scale)):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+            if weight is not None and not weight.is_meta:
+                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     @classmethod
     def from_dense(cls, w13_FD: Tensor, w2_DF: Tensor, num_experts: int, **options: object) -> Self:
-        """Sparse upcycling (arXiv 2212.05055): every expert starts as a copy of one dense SwiGLU.
+        """Sparse upcycling (arXiv 2212.05055): every expert starts as a copy of one dense feed-forward.
 
         With weights that sum to 1 the layer then computes what the dense one did. ``options`` are those of the class.
         """
@@ -115,6 +134,8 @@ class ExpertPool(nn.Module):
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
+        if self.layers is not None:
+            return self.layers(x_ND, routing, self.w13, self.w2, weight_on=weight_on, context=context)
         sums, w13_EFD, w2_EDF = self._weights(context)
         return expert_mlp(
             x_ND,
@@ -126,6 +147,7 @@ class ExpertPool(nn.Module):
             backend=self.backend,
             recompute=self.recompute,
             sums=sums,
+            activation=self.activation,
         )
 
     def _weights(self, context: RoutingContext | None) -> tuple[GradientSums | None, Tensor, Tensor]:
@@ -137,4 +159,15 @@ class ExpertPool(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
+        sizes = f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
+        return sizes if self.activation == "swiglu" else f"{sizes}, activation={self.activation}"
+
+
+def check_stacked(model: nn.Module) -> None:
+    """Raise ConfigError if experts of ``model`` have layers beside or instead of their stacked matrices, which would be left behind."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertPool) and module.layers is not None:
+            raise ConfigError(
+                f"experts of {name} have layers of their own (linears names parts of them), and only stacked matrices become those of "
+                "another pool; start from a model whose linears leave experts as they are"
+            )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from anabranch.nn.context import BuildContext
+from anabranch.nn.expert_layers import build_expert_layers
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing import Router
 from anabranch.routing.destinations import Destinations
@@ -39,6 +40,10 @@ class PoolPolicy:
         """How many experts the layer that ``context`` builds may pick from, of layers with ``num_experts`` each."""
         return num_experts
 
+    def place(self, num_experts: int, context: BuildContext) -> tuple[BuildContext, range]:
+        """(where the pool stands in the model, as ``path``; which of its experts the layer brings)."""
+        return context.at("experts"), range(num_experts)
+
     def build(self, config: "MoE.Config", context: BuildContext) -> PoolAccess:
         """What the routers of the layer that ``context`` builds choose from; makes a shared pool if it is the first to ask."""
         return PoolAccess(config.router, config.num_experts)
@@ -57,7 +62,8 @@ def build_router(config: Router.Config, num_slots: int, destinations: Destinatio
 
 
 def make_pool(config: "MoE.Config", context: BuildContext, num_experts: int, *, is_shared: bool = False) -> ExpertPool:
-    """The pool of ``num_experts`` experts as ``config`` describes them."""
+    """The pool of ``num_experts`` experts as ``config`` describes them, at its place in the model."""
+    place, _ = config.pool_policy.place(config.num_experts, context)
     return ExpertPool(
         num_experts,
         context.dim,
@@ -68,4 +74,6 @@ def make_pool(config: "MoE.Config", context: BuildContext, num_experts: int, *, 
         recompute=config.recompute,
         backend=config.backend,
         is_shared=is_shared,
+        activation=config.activation,
+        layers=build_expert_layers(place, num_experts, config.hidden_dim, config.activation),
     )

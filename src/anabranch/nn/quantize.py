@@ -189,7 +189,8 @@ def quantize(
 ) -> list[str]:
     """Replace linear layers and expert pools of ``model`` by quantised ones, in place; `anabranch.lm.save_model` keeps them so.
 
-    What cannot be packed (inputs that are no multiple of 32, fewer than 16 outputs) and every other module stays. A decoder whose head
+    What cannot be packed (inputs that are no multiple of 32, fewer than 16 outputs) and every other module stays, also pools whose experts
+    are not plain SwiGLUs. A decoder whose head
     is its embedding gets a head of its own, and keeps the embedding.
 
     Args:
@@ -211,7 +212,7 @@ def quantize(
     replaced = []
     for name, module in list(model.named_modules()):
         # A class made of a linear layer computes something of its own, which its matrix alone does not say.
-        is_known = type(module) in (Dense, nn.Linear) or isinstance(module, ExpertPool)
+        is_known = type(module) in (Dense, nn.Linear) or (isinstance(module, ExpertPool) and module.is_plain)
         if not is_known or any(name.startswith(part) for part in skip):
             continue
         own, own_group = (head, None) if name == "head" else (bits, group)

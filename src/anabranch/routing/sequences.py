@@ -5,12 +5,33 @@ What is recorded (`record_routing`) is found again (`replay_routing`) because bo
 # Shapes: N items, S sequences
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from anabranch.routing.context import RoutingContext
 
-__all__ = ["ItemNumbers", "SequenceNumbers", "items_to_record", "real_items", "said_of_items", "sequence_names"]
+__all__ = [
+    "ItemNumbers",
+    "SequenceNumbers",
+    "StreamSequence",
+    "items_to_record",
+    "real_items",
+    "said_of_items",
+    "sequence_names",
+]
+
+
+class StreamSequence(NamedTuple):
+    """The name of a sequence in one of the streams of a pass, where a context is of single items and its rows are no streams."""
+
+    sequence: Hashable
+    stream: int
+
+    @classmethod
+    def of(cls, name: Hashable, stream: int) -> Self:
+        """Of ``name``, which may say its stream already."""
+        return name if isinstance(name, cls) else cls(name, stream)
 
 
 class SequenceNumbers:
@@ -87,7 +108,7 @@ def sequence_names(context: RoutingContext, num_items: int) -> list[Hashable] | 
         return None
     if said_of_items(context, "position", num_items) is None:  # a sequence that goes on must say where
         return None
-    return [(sequence, stream) for stream in range(streams) for sequence in sequences]
+    return [StreamSequence.of(sequence, stream) for stream in range(streams) for sequence in sequences]
 
 
 def items_to_record(context: RoutingContext, num_items: int) -> np.ndarray | slice:

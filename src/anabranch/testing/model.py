@@ -12,7 +12,7 @@ from torch import Tensor
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
 from anabranch.lm.replay_contract import check_replay, check_replayed_training
-from anabranch.nn import Block, FeedForward, Linear, SelfAttention, SwiGLU
+from anabranch.nn import Block, FeedForward, Linear, MoE, SelfAttention, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
     UNUSED,
@@ -74,10 +74,13 @@ def check_linear(
 ) -> None:
     """The contract of the family ``linear``: what `check_feed_forward` asks of a decoder whose values and last matrices are these.
 
-    Arguments as for `check_feed_forward`.
+    The last matrices are those of a dense layer, and then those of a mixture's experts, which get gathered rows. Arguments as for
+    `check_feed_forward`.
     """
-    linears = {"blocks.*.attention.v": config, "blocks.*.feed_forward.down": config}
-    _check_model(_decoder(dim, num_layers, linears=linears), device, compile_backend)
+    experts = MoE.Config(num_experts=2, hidden_dim=dim)
+    for down, parts in (("", {}), ("experts.*.", {"feed_forward": experts})):
+        linears = {"blocks.*.attention.v": config, f"blocks.*.feed_forward.{down}down": config}
+        _check_model(_decoder(dim, num_layers, linears=linears, **parts), device, compile_backend)
 
 
 def _decoder(dim: int, num_layers: int, **parts: Any) -> Decoder.Config:
@@ -206,7 +209,8 @@ def _check_padding(model: Decoder, token_BL: Tensor) -> None:
             expect_close(model(token_BL[:1, 4:]).logits_BLV, logits_BLV[:1, 4:], "logits of a padded sequence")
     seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
     for routing in seen:
-        expect((routing.index_NK[~mask_BL.flatten()] == UNUSED).all(), "a padding token is routed")
+        if routing.num_items == mask_BL.numel():  # what gathers its rows leaves padding out
+            expect((routing.index_NK[~mask_BL.flatten()] == UNUSED).all(), "a padding token is routed")
     model.train()
     seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
     turns = Counter(layer.router for layer in router_layers(model))
@@ -279,7 +283,12 @@ def _check_record(model: Decoder, token_BL: Tensor) -> None:
     )
     for routing in seen:
         check_routing(routing)
-    rows = sum(int(routing.used_NK.sum(-1).clamp_min(1)[mask_BL.flatten()].sum()) for routing in seen)
+    real_N = mask_BL.flatten()
+    rows = 0
+    for routing in seen:
+        places_N = routing.used_NK.sum(-1).clamp_min(1)
+        # What gathers its rows leaves padding out.
+        rows += int(places_N[real_N].sum() if len(places_N) == len(real_N) else places_N.sum())
     expect(trace.table.num_rows == rows, f"the trace has {trace.table.num_rows} rows for {rows} decisions")
 
 

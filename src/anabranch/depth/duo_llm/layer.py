@@ -1,4 +1,4 @@
-"""The duo feed-forward layer: a big and a small SwiGLU, and skipping both, one of which each token takes.
+"""The duo feed-forward layer: a big and a small SwiGLU (or GELU), and skipping both, one of which each token takes.
 
     h <- h + FFN_c(norm(h)),  c in {small, big, skip},  FFN_skip = 0          (attention always runs)
 
@@ -7,6 +7,7 @@ Which one is said per forward pass, in the forward context's state: ``model(toke
 # Shapes: B batch, L positions, N = B L items, E options, Y layers, K places per item, D width
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +19,11 @@ from anabranch.config import Field, Size, configclass
 from anabranch.depth.duo_llm.parts import BudgetLoss, RandomChoice, focal_loss
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder, DecoderOutput
+from anabranch.nn.activation import ActivationName, activation_of
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.feed_forward import FeedForward, SwiGLU
+from anabranch.nn.feed_forward import MLP, FeedForward, SwiGLU
+from anabranch.nn.items import no_rows, on_items
+from anabranch.nn.linear import is_plain
 from anabranch.precision import wide
 from anabranch.routing import UNUSED, Balancer, Router, Routing, RoutingContext, combine, dispatch, plan_dispatch
 from anabranch.routing.destinations import Destinations
@@ -54,10 +58,10 @@ class DuoRouter(Router):
     Nothing said means: the learned router if there is one, else a random draw in training and ``default`` in evaluation.
     """
 
-    def __init__(self, config: Any, context: BuildContext, **options: Any) -> None:
+    def __init__(self, config: "DuoFFN.Config", context: BuildContext, **options: Any) -> None:
         self.learned = config.router is not None
         prior = RandomChoice.Config(probability=config.probability)
-        made = config.router if self.learned else Router.Config(score=prior, balance=())
+        made = Router.Config(score=prior, balance=()) if config.router is None else config.router
         super().__init__(made, context.dim, config.num_options, layer=context.layer, **options)
         self.prior: RandomChoice = prior.build(context.dim, config.num_options)
         self.default = config.default
@@ -149,7 +153,7 @@ class DuoRouter(Router):
 
 
 class DuoFFN(FeedForward, kind="duo"):
-    """A big and a small SwiGLU of which each token takes one, or with ``allow_skip`` none."""
+    """A big and a small feed-forward of which each token takes one, or with ``allow_skip`` none."""
 
     @configclass
     class Config(FeedForward.Config):
@@ -165,6 +169,7 @@ class DuoFFN(FeedForward, kind="duo"):
             router: the learned router of stage 3, see `learned_router`; None before that.
             compute: ``gather`` gives each module its own tokens; ``dense`` computes all modules for all tokens and masks, for tests;
                 ``auto`` gathers, except in a compiled graph, whose shapes must not depend on the routes.
+            activation: of both modules, see `anabranch.nn.activation` (the paper: swiglu).
         """
 
         is_routed: ClassVar[bool] = True
@@ -177,6 +182,7 @@ class DuoFFN(FeedForward, kind="duo"):
         default: Literal["small", "big", "skip", "random"] = "big"
         router: Router.Config | None = None
         compute: Literal["auto", "gather", "dense"] = "auto"
+        activation: ActivationName = "swiglu"
 
         def __post_init__(self) -> None:
             if "skip" in (self.default, "skip" if self.p_skip else "") and not self.allow_skip:
@@ -198,12 +204,21 @@ class DuoFFN(FeedForward, kind="duo"):
 
         def flops(self, dim: int, *, big: float, skip: float = 0.0) -> float:
             """Forward FLOPs per token of the modules where shares ``big`` and ``skip`` of the tokens take these options."""
-            return 6 * dim * (big * self.big + (1 - big - skip) * self.small)
+            return (
+                2 * activation_of(self.activation).num_matrices * dim * (big * self.big + (1 - big - skip) * self.small)
+            )
+
+        def module(self, hidden_dim: int) -> SwiGLU.Config | MLP.Config:
+            """One of the two."""
+            if self.activation == "swiglu":
+                return SwiGLU.Config(hidden_dim=hidden_dim)
+            return MLP.Config(hidden_dim=hidden_dim, activation=self.activation)
 
         def count(self, context: BuildContext) -> Count:
             """Both modules; active is the big one, which is what a token uses at most."""
             big, small = (
-                SwiGLU.Config(hidden_dim=getattr(self, name)).count(context.at(name)) for name in ("big", "small")
+                self.module(hidden_dim).count(context.at(name))
+                for name, hidden_dim in (("big", self.big), ("small", self.small))
             )
             router = 0
             if self.router is not None:
@@ -211,11 +226,13 @@ class DuoFFN(FeedForward, kind="duo"):
                 router = self.router.score.num_parameters(context.dim, self.num_options)
             return Count(big.parameters + small.parameters, big.active, big.flops) + Count.dense(router)
 
-    def __init__(self, config: Any, context: BuildContext) -> None:
+    config: Config
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.big: SwiGLU = SwiGLU.Config(hidden_dim=config.big).build(context.at("big"))
-        self.small: SwiGLU = SwiGLU.Config(hidden_dim=config.small).build(context.at("small"))
+        self.big: SwiGLU | MLP = config.module(config.big).build(context.at("big"))
+        self.small: SwiGLU | MLP = config.module(config.small).build(context.at("small"))
         own, shared = _split_balance(config, context)
         if config.router is not None:
             config = config.replace(router=config.router.replace(balance=own))
@@ -228,37 +245,67 @@ class DuoFFN(FeedForward, kind="duo"):
         compute = self.config.compute
         if compute == "auto":
             compute = "dense" if torch.compiler.is_compiling() or routing.num_places > 1 else "gather"
-        y_ND = self._masked(x_ND, routing) if compute == "dense" else self._gathered(x_ND, routing)
-        return y_ND.view_as(x_BLD)
+        run = self._masked if compute == "dense" else self._gathered
+        return run(x_ND, routing, context).view_as(x_BLD)
 
-    def option(self, x_BLD: Tensor, option: int) -> Tensor | None:
-        """What one option adds to the residual stream; None for skip."""
-        return None if option == SKIP else (self.small, self.big)[option](x_BLD)
+    def option(self, x_BLD: Tensor, option: int, context: ForwardContext | None = None) -> Tensor | None:
+        """What one option adds to the residual stream; None for skip. ``context`` is of these tokens."""
+        return None if option == SKIP else (self.small, self.big)[option](x_BLD, context)
 
-    def _masked(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """sum_e w_e FFN_e(x), every module for every token."""
+    def _masked(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+        """sum_e w_e FFN_e(x), every module for every token; tokens that do not take it are padding to what routes inside."""
         weight_NE = torch.zeros_like(routing.score_NE).scatter_add(
             1, routing.index_NK.clamp_min(0), routing.weight_NK.to(routing.score_NE)
         )
-        small_ND, big_ND = self.small(x_ND), self.big(x_ND)
+        takes_NE = torch.zeros_like(weight_NE).scatter_add(
+            1, routing.index_NK.clamp_min(0), routing.used_NK.to(weight_NE)
+        )
+        small_ND, big_ND = (
+            module(x_ND, context if _is_plain(module) else _only(context, takes_NE[:, option] > 0))
+            for option, module in enumerate((self.small, self.big))
+        )
         weight_NE = weight_NE.to(small_ND.dtype)
         return weight_NE[:, SMALL, None] * small_ND + weight_NE[:, BIG, None] * big_ND
 
-    def _gathered(self, x_ND: Tensor, routing: Routing) -> Tensor:
+    def _gathered(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """The same where each module computes the tokens that take it, and nothing else."""
         plan = plan_dispatch(routing)
         sizes = plan.load_E.tolist()
         for option in (SMALL, BIG):
             if routing.num_places == 1 and sizes[option] == x_ND.shape[0] > 0 and not self.training:
-                return self.option(x_ND, option)  # type: ignore[return-value]
+                return self.option(x_ND, option, context)  # type: ignore[return-value]
         parts = dispatch(x_ND, plan).split([*sizes, plan.place_R.numel() - sum(sizes)])
-        small_RD, big_RD = self.small(parts[SMALL]), self.big(parts[BIG])
+        items = plan.item_R.split([len(part) for part in parts])
+        small_RD, big_RD = (
+            _on_part(module, part, context, item_R, len(x_ND))
+            for module, part, item_R in zip((self.small, self.big), parts, items, strict=False)
+        )
         idle = [torch.zeros_like(part, dtype=big_RD.dtype) for part in parts[2:]]  # skipped, and padding
         rows_RD = torch.cat([small_RD, big_RD, *idle])
         return combine(rows_RD, plan, routing.weight_NK if routing.num_places > 1 else None)
 
 
-def _split_balance(config: Any, context: BuildContext) -> tuple[tuple[Balancer.Config, ...], tuple[Balancer, ...]]:
+def _is_plain(module: Any) -> bool:
+    """Whether a module has no layer that could ask for a context."""
+    return is_plain(module.w13) and is_plain(module.w2)
+
+
+def _on_part(module: Any, x_RD: Tensor, context: ForwardContext, item_R: Tensor, num_items: int) -> Tensor:
+    """What a module makes of the tokens that take it."""
+    if _is_plain(module):
+        return module(x_RD)
+    return on_items(module, x_RD, context, item_R, num_items) if len(x_RD) else no_rows([module], x_RD)
+
+
+def _only(context: ForwardContext, mask_N: Tensor) -> ForwardContext:
+    """The same pass where only these items are real."""
+    real_N = context.item_mask_N
+    return replace(context, item_mask_N=mask_N if real_N is None else mask_N & real_N)
+
+
+def _split_balance(
+    config: DuoFFN.Config, context: BuildContext
+) -> tuple[tuple[Balancer.Config, ...], tuple[Balancer, ...]]:
     """(balancers of the layer, budgets that all layers share)."""
     given = () if config.router is None else config.router.balance
     budgets = [part for part in given if isinstance(part, BudgetLoss.Config)]

@@ -3,7 +3,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class RandomChoice(Score):
     log_p_E: Tensor
 
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
         self.register_buffer("log_p_E", torch.tensor(config.probability).log(), persistent=False)
@@ -61,7 +60,7 @@ class TemperedScore(LinearScore, kind="tempered"):
     shift_E: Tensor
 
     def __init__(
-        self, config: Any, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
+        self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config, dim, num_destinations, generator=generator)
         self.temperature: Temperature = config.temperature.build()

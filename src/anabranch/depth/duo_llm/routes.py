@@ -192,6 +192,6 @@ class Walk:
             longer = code | digit << (self.space.bits * depth)
             if allowed(depth + 1, longer):
                 self.layer_passes += 1
-                y_BLD = feed_forward.option(normed_BLD, option)
+                y_BLD = feed_forward.option(normed_BLD, option, context)
                 next_BLD = x_BLD if y_BLD is None else x_BLD + y_BLD
                 yield from self._below(next_BLD, block + 1, depth + 1, longer, context, allowed)

@@ -117,7 +117,7 @@ def _step(
             continue
         x_BRD = x_BRD + block.attention(block.attention_norm(x_BRD), context)
         normed_BRD = block.feed_forward_norm(x_BRD)
-        done = [feed_forward.option(normed_BRD, option) for option in space.options]
+        done = [feed_forward.option(normed_BRD, option, context) for option in space.options]
         added = torch.stack([torch.zeros_like(x_BRD) if y_BRD is None else y_BRD for y_BRD in done])
         parents, digits = prefixes.split()
         x_BRD = x_BRD[:, parents] + added[digits, :, parents].transpose(0, 1)

@@ -45,10 +45,11 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
 
         model: Decoder.Config
 
-    def __init__(self, config: Any, *, labels: RouteLabels, model: Decoder | None = None) -> None:
+    def __init__(self, config: Config, *, labels: RouteLabels, model: Decoder | None = None) -> None:
         super().__init__(config, model=model)
         self.labels = labels
-        num_options = config.model.feed_forward.num_options
+        layer: Any = config.model.feed_forward
+        num_options = layer.num_options
         self._weight_E = class_weights(labels.route_BLY, num_options)
 
     def learns(self, name: str, parameter: nn.Parameter) -> bool:

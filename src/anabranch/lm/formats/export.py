@@ -167,6 +167,7 @@ def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "hidden_dim": moe.hidden_dim,
         "weight_on": moe.weight_on,
+        "activation": moe.activation,
         "shared_width": moe.shared_width,
         "shared_gate": moe.shared_gate,
         "router": {

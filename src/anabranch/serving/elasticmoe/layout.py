@@ -156,10 +156,19 @@ def layout_of(folder: str | Path, page: int = PAGE) -> Layout:
 
 
 def pool_names(model: Any) -> list[str]:
-    """Names of the pools of experts, each once, in the order of the model."""
+    """Names of the pools of experts, each once, in the order of the model.
+
+    Raises ConfigError for one whose experts are not plain SwiGLUs.
+    """
     from anabranch.nn.pool import ExpertPool
 
-    return [name for name, module in model.named_modules() if isinstance(module, ExpertPool)]
+    pools = {name: module for name, module in model.named_modules() if isinstance(module, ExpertPool)}
+    odd = [name for name, pool in pools.items() if not pool.is_plain]
+    if odd:
+        raise ConfigError(
+            f"experts of {odd[0]} are not plain SwiGLUs (linears names parts of them, or activation is another), so they cannot be spread"
+        )
+    return list(pools)
 
 
 def _stored(folder: Path) -> dict[str, tuple[str, int, int, str, tuple[int, ...]]]:

@@ -192,6 +192,10 @@ def find_pools(model: nn.Module) -> Pools:
     layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) is ExpertPool]
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers of experts ('moe' and designs on it) to offload")
+    if not all(layer.experts.is_plain for layer in layers):
+        raise ConfigError(
+            "experts are not plain SwiGLUs (linears names parts of them, or activation is another), so they cannot be offloaded"
+        )
     return Pools(layers)
 
 

@@ -1,0 +1,177 @@
+"""Linear layers of single experts: a pool's matrices replaced or added to by patterns of their names.
+
+    Decoder.Config(feed_forward=MoE.Config(), linears={"blocks.*.feed_forward.experts.*.down": MyLayer.Config(rank=8)})
+
+Expert e of a pool has the parts ``experts.e.gate`` (where its activation has a gate), ``experts.e.up`` and ``experts.e.down``; the pool
+that a group of layers shares is ``shared.experts_0`` and so on. What stands beside a matrix leaves the stack of matrices as it is, under
+its name in the state dict. Where a part is replaced, that matrix is no longer stacked: each expert has a layer of its own.
+
+Experts then run one after the other, each on its rows, in torch. In a compiled graph, whose shapes must not depend on routes, each runs on
+all items: correct, but without the saving.
+"""
+# Shapes: N items, E experts, K places per item, R rows of one expert, D width, F hidden, Z what the first matrix gives
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.nn.activation import activation_of
+from anabranch.nn.count import Count
+from anabranch.nn.feed_forward import mlp_projections
+from anabranch.nn.items import no_rows, on_items
+from anabranch.nn.linear import Projection, add_beside, build_linear, call_linear, count_linear
+from anabranch.routing.decision import Routing
+from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
+
+if TYPE_CHECKING:
+    from anabranch.nn.context import BuildContext
+
+__all__ = ["ExpertLayers", "build_expert_layers", "count_experts"]
+
+
+class ExpertLayers(nn.Module):
+    """What the experts of one pool have beside, or instead of, its stacked matrices.
+
+    Args:
+        activation: its name.
+        projections: of each expert: (``gate`` and ``up`` in one, ``down``).
+        context: of the build; its ``linears`` name at least one part of them.
+
+    Attributes:
+        w13, w2: a layer per expert where the matrix is not stacked; else, by expert, the layers beside its parts.
+    """
+
+    def __init__(
+        self, activation: str, projections: list[tuple[Projection, Projection]], context: "BuildContext"
+    ) -> None:
+        super().__init__()
+        self.apply_to = activation_of(activation).apply
+        self.num_experts, self.dim = len(projections), projections[0][0].in_dim
+        self.hidden_dim = projections[0][1].in_dim
+        self.rows = [dict(projection.parts) for projection in projections[0]]
+        self.is_stacked = [not _is_replaced(kind, context) for kind in zip(*projections, strict=True)]
+        made = []
+        for kind, is_stacked in zip(zip(*projections, strict=True), self.is_stacked, strict=True):
+            make = _build_beside if is_stacked else build_linear
+            built = {str(number): make(projection, context) for number, projection in enumerate(kind)}
+            made.append(nn.ModuleDict({number: layer for number, layer in built.items() if layer is not None}))
+        self.w13, self.w2 = made
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        w13_EZD: Tensor | None,
+        w2_EDF: Tensor | None,
+        *,
+        weight_on: Literal["output", "input"] = "output",
+        context: Any = None,
+    ) -> Tensor:
+        """y_ND; ``w13_EZD`` and ``w2_EDF`` are the stacks, None where there is none."""
+        # Indexed one by one, each would get a gradient of the size of all.
+        stacks = [[None] * self.num_experts if stack is None else stack.unbind(0) for stack in (w13_EZD, w2_EDF)]
+        experts = [partial(self._expert, number, w13, w2) for number, (w13, w2) in enumerate(zip(*stacks, strict=True))]
+        run = self._masked if torch.compiler.is_compiling() else self._gathered
+        return run(experts, x_ND, routing, weight_on == "input", context)
+
+    def _expert(self, number: int, w13_ZD: Tensor | None, w2_DF: Tensor | None, x_RD: Tensor, context: Any) -> Tensor:
+        """y_RD of one expert."""
+        z_RZ = self._product(self.w13, self.rows[0], number, w13_ZD, x_RD, context)
+        return self._product(self.w2, self.rows[1], number, w2_DF, self.apply_to(z_RZ), context)
+
+    def _product(
+        self, layers: Any, rows: Mapping[str, int], number: int, weight: Tensor | None, x: Tensor, context: Any
+    ) -> Tensor:
+        if weight is None:
+            return call_linear(layers[str(number)], x, context)
+        y = F.linear(x, weight)
+        return add_beside(y, x, layers[str(number)], rows, context) if str(number) in layers else y
+
+    def _gathered(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
+        """Each expert runs on its own rows."""
+        plan = plan_dispatch(routing)
+        rows_RD = dispatch(x_ND, plan)
+        if on_input:
+            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.place_R].unsqueeze(-1).to(rows_RD.dtype)
+        item_R, made, start = plan.item_R, [], 0
+        for number, (expert, end) in enumerate(zip(experts, plan.offset_E.tolist(), strict=True)):
+            if end > start:
+                made.append(on_items(expert, rows_RD[start:end], context, item_R[start:end], len(x_ND)))
+            elif torch.is_grad_enabled():
+                own = [layers[str(number)] for layers in (self.w13, self.w2) if str(number) in layers]
+                made.append(no_rows(own, rows_RD[:0]))
+            start = end
+        dtype = next((part.dtype for part in made if len(part)), rows_RD.dtype)
+        made.append(rows_RD.new_zeros(len(rows_RD) - start, self.dim))  # of unused places
+        return combine(torch.cat([part.to(dtype) for part in made]), plan, None if on_input else routing.weight_NK)
+
+    def _masked(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
+        """Each expert runs on all items, those of others as padding."""
+        place_NK = routing.index_NK.clamp_min(0)
+        used_NK = routing.used_NK.to(routing.weight_NK.dtype)
+        zero_NE = routing.weight_NK.new_zeros(len(x_ND), self.num_experts)
+        weight_NE = zero_NE.scatter_add(1, place_NK, routing.weight_NK * used_NK)
+        takes_NE = zero_NE.scatter_add(1, place_NK, used_NK) > 0
+        total_ND = None
+        for number, expert in enumerate(experts):
+            mask_N = takes_NE[:, number]
+            if context is not None and context.item_mask_N is not None:
+                mask_N = mask_N & context.item_mask_N
+            own = None if context is None else replace(context, item_mask_N=mask_N)
+            weight_N1 = weight_NE[:, number : number + 1]
+            y_ND = expert(x_ND * weight_N1.to(x_ND.dtype) if on_input else x_ND, own)
+            factor_N1 = takes_NE[:, number : number + 1].to(weight_N1.dtype) if on_input else weight_N1
+            part_ND = y_ND.to(torch.promote_types(y_ND.dtype, torch.float32)) * factor_N1
+            total_ND, dtype = part_ND if total_ND is None else total_ND + part_ND, y_ND.dtype
+        assert total_ND is not None, "a pool has experts"
+        return total_ND.to(dtype)
+
+
+def build_expert_layers(
+    context: "BuildContext", num_experts: int, hidden_dim: int, activation: str
+) -> ExpertLayers | None:
+    """The layers of a pool whose place is ``context.path``; None where no pattern names a part of them, and all is stacked."""
+    if not context.linears:
+        return None
+    projections = [mlp_projections(context.at(str(number)), hidden_dim, activation) for number in range(num_experts)]
+    parts = [each for pair in projections for each in pair]
+    if not any(each.chosen(context.linears) for each in parts):
+        context.projections += [each.part_name(part) for each in parts for part in each.parts]
+        return None
+    return ExpertLayers(activation, projections, context)
+
+
+def count_experts(context: "BuildContext", numbers: range, hidden_dim: int, activation: str, places: int) -> Count:
+    """Sizes of the experts ``numbers`` of the pool whose place is ``context.path``, of which a token uses ``places``.
+
+    Where they differ, active and FLOPs are those of the largest.
+    """
+    expert = activation_of(activation).num_matrices * context.dim * hidden_dim
+    if not context.linears:
+        return Count(len(numbers) * expert, places * expert, 2 * places * expert)
+    counts = []
+    for number in numbers:
+        pair = mlp_projections(context.at(str(number)), hidden_dim, activation)
+        counts.append(sum((count_linear(each, context) for each in pair), start=Count()))
+    most = [max(getattr(count, name) for count in counts) for name in ("active", "flops")]
+    return Count(sum(count.parameters for count in counts), places * most[0], places * most[1])
+
+
+def _is_replaced(projections: tuple[Projection, ...], context: "BuildContext") -> bool:
+    """Whether a part of one of these is something else than its matrix with something beside it."""
+    return any(
+        not config.is_added for projection in projections for config in projection.chosen(context.linears).values()
+    )
+
+
+def _build_beside(projection: Projection, context: "BuildContext") -> nn.Module | None:
+    """The layers beside the parts of one matrix, by part; None without any."""
+    context.projections += [projection.part_name(part) for part in projection.parts]
+    chosen = projection.chosen(context.linears)
+    built = {part: config.build(projection.part(part), context) for part, config in chosen.items()}
+    return nn.ModuleDict(built) if built else None

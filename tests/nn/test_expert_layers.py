@@ -1,0 +1,359 @@
+"""Linear layers of single experts: what stands beside a stacked matrix, what replaces one, and the context that they get."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anabranch.config import configclass
+from anabranch.errors import ConfigError
+from anabranch.experts.rexmoe import ReXMoE, export_expanded, from_vanilla
+from anabranch.experts.rmoe_measure import expert_similarity
+from anabranch.lm import Decoder
+from anabranch.lm.upcycle import average, upcycle
+from anabranch.nn import Count, Dense, ExpertPool, Linear, MoE, SelfAttention, SwiGLU
+from anabranch.nn.context import ForwardContext
+from anabranch.nn.items import of_items
+from anabranch.nn.quantize import quantize
+from anabranch.routing import Router, Routing, TopK, record_routing, replay_routing
+from anabranch.serving.elasticmoe.layout import pool_names
+from anabranch.serving.expertflow.expertflow import find_pools
+from anabranch.serving.fast.supported import why_not
+
+EXPERTS, DIM, HIDDEN = 4, 16, 8
+
+
+class Beside(Linear):
+    """B A x, with the names it was built by and the contexts it was given."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+        rank: int = 2
+
+        def count(self, projection, context):
+            return Count.dense(self.rank * (projection.in_dim + projection.out_dim))
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        self.name, self.seen = projection.name, []
+        self.a, self.b = (nn.Parameter(torch.empty(size)) for size in self.sizes(config.rank, projection))
+        for weight in (self.a, self.b):
+            nn.init.normal_(weight, std=0.3, generator=context.generator)
+
+    @staticmethod
+    def sizes(rank, projection):
+        return (rank, projection.in_dim), (projection.out_dim, rank)
+
+    def forward(self, x, context=None):
+        self.seen.append((x, context))
+        return x @ self.a.T @ self.b.T
+
+
+class Instead(Linear):
+    """A matrix times three."""
+
+    @configclass
+    class Config(Linear.Config):
+        def count(self, projection, context):
+            return Count.dense(projection.in_dim * projection.out_dim)
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        self.dense = Dense.Config().build(projection, context)
+
+    def forward(self, x, context=None):
+        return 3 * self.dense(x, context)
+
+
+class Routed(Linear):
+    """What is added is one of several rows of numbers, which a router picks."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+
+        def count(self, projection, context):
+            return Count.dense(3 * (projection.in_dim + projection.out_dim))
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        router = Router.Config(select=TopK.Config(top_k=1))
+        self.router = router.build(projection.in_dim, 3, layer=context.layer, generator=context.generator)
+        self.rows = nn.Parameter(torch.randn(3, projection.out_dim, generator=context.generator))
+
+    def forward(self, x, context):
+        routing = self.router(x, context)
+        return self.rows[routing.index_NK[:, 0].clamp_min(0)] * routing.weight_NK
+
+
+def decoder(linears, *, dim=DIM, **options):
+    layer = MoE.Config(**{"num_experts": EXPERTS, "hidden_dim": HIDDEN, **options})
+    return Decoder.Config(
+        vocab_size=50, dim=dim, num_layers=2, feed_forward=layer, linears=linears,
+        attention=SelfAttention.Config(num_heads=2), init_std=0.3,
+    )  # fmt: skip
+
+
+def pool_of(linears, **options):
+    pool: Any = decoder(linears, **options).build(seed=1).blocks[0].feed_forward.experts
+    assert isinstance(pool, ExpertPool)
+    return pool.double()
+
+
+def case(seed=0, num_items=11):
+    """Items of which some places are unused; nobody goes to the last expert."""
+    g = torch.Generator().manual_seed(seed)
+    score = torch.rand(num_items, EXPERTS, generator=g, dtype=torch.float64)
+    score[:, -1] = -1
+    weight, index = score.topk(2, dim=-1)
+    routing = Routing(index, weight, score).drop(torch.rand(num_items, 2, generator=g) < 0.3)
+    return torch.randn(num_items, DIM, generator=g, dtype=torch.float64), routing
+
+
+def of_expert(pool, number, x):
+    """One expert by its parts, for one item."""
+
+    def product(name, rows, x):
+        own = getattr(pool.layers, name)
+        layer: Any = own[str(number)] if str(number) in own else None
+        stack = getattr(pool, name)
+        if stack is None and isinstance(layer, Dense):
+            return layer.weight @ x
+        if stack is None:  # parts side by side
+            parts = layer.parts.items()
+            return torch.cat(
+                [part.weight @ x if type(part) is Dense else 3 * (part.dense.weight @ x) for _, part in parts]
+            )
+        y = stack[number] @ x
+        for part, beside in {} if layer is None else layer.items():
+            where = rows[part]
+            y = torch.cat([y[: where.start], y[where] + beside.b @ (beside.a @ x), y[where.stop :]])
+        return y
+
+    gate, up = product("w13", {"gate": slice(0, HIDDEN), "up": slice(HIDDEN, 2 * HIDDEN)}, x).chunk(2)
+    return product("w2", {"down": slice(0, DIM)}, F.silu(gate) * up)
+
+
+def naive(pool, x_ND, routing, weight_on):
+    rows = []
+    for n in range(len(x_ND)):
+        y = torch.zeros_like(x_ND[n])
+        for expert, weight in zip(routing.index_NK[n].tolist(), routing.weight_NK[n], strict=True):
+            if expert >= 0 and weight_on == "input":
+                y = y + of_expert(pool, expert, x_ND[n] * weight)
+            elif expert >= 0:
+                y = y + weight * of_expert(pool, expert, x_ND[n])
+        rows.append(y)
+    return torch.stack(rows)
+
+
+PATTERNS = [
+    {"*.experts.*.down": Beside.Config()},
+    {"*.experts.*": Beside.Config()},
+    {"*.experts.1.up": Beside.Config(), "*.experts.3.*": Beside.Config()},
+    {"*.experts.*.gate": Instead.Config()},
+    {"*.experts.2.*": Instead.Config()},
+    {"*.experts.0.down": Instead.Config(), "*.experts.*.up": Beside.Config()},
+]
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("linears", PATTERNS, ids=lambda linears: " ".join(linears))
+@pytest.mark.parametrize("way", ["gathered", "masked"])
+def test_equals_a_naive_loop_in_values_and_gradients(linears, weight_on, way, monkeypatch):
+    if way == "masked":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pool = pool_of(linears)
+    x, routing = case()
+    x.requires_grad_()
+    inputs = [x, *pool.parameters()]
+    found = pool(x, routing, weight_on=weight_on)
+    expected = naive(pool, x, routing, weight_on)
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn(found.shape, dtype=torch.float64)
+    ours = torch.autograd.grad(found, inputs, dy)
+    theirs = torch.autograd.grad(expected, inputs, dy, allow_unused=True)
+    for gradient, wanted in zip(ours, theirs, strict=True):  # zero for an expert that nobody goes to, never missing
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if wanted is None else wanted)
+    assert pool(
+        x[:0], routing.__class__(*(part[:0] for part in (routing.index_NK, routing.weight_NK, routing.score_NE)))
+    ).shape == (0, DIM)
+
+
+def test_what_stands_beside_leaves_the_stack_and_its_name():
+    plain, added = decoder({}).build(seed=1), decoder({"*.experts.2.up": Beside.Config()}).build(seed=1)
+    missing = added.load_state_dict(plain.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    wanted = [f"blocks.{n}.feed_forward.experts.layers.w13.2.up.{name}" for n in (0, 1) for name in ("a", "b")]
+    assert missing.missing_keys == wanted
+    token = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        for module in added.modules():
+            if isinstance(module, Beside):
+                module.b.zero_()
+        torch.testing.assert_close(added.eval()(token).logits_BLV, plain.eval()(token).logits_BLV)
+
+
+def test_a_replaced_part_has_no_row_in_a_stack():
+    pool = pool_of({"*.experts.*.gate": Instead.Config()})
+    assert pool.w13 is None
+    assert pool.w2.shape == (EXPERTS, DIM, HIDDEN)
+    assert (pool.num_experts, pool.dim, pool.hidden_dim) == (EXPERTS, DIM, HIDDEN)
+
+
+@pytest.mark.parametrize("linears", PATTERNS, ids=lambda linears: " ".join(linears))
+def test_counts_are_those_of_what_is_built(linears):
+    for config in (decoder(linears), decoder(linears, shared_experts=1, activation="swiglu")):
+        assert config.count().parameters == sum(parameter.numel() for parameter in config.build().parameters())
+
+
+def test_active_sizes_are_those_of_the_largest_experts():
+    """An expert has 3 x 16 x 8 weights, the second one 2 x (16 + 8) more; a token takes two."""
+    plain, added = decoder({}).count(), decoder({"blocks.0.*.experts.1.down": Beside.Config()}).count()
+    assert added.parameters == plain.parameters + 48
+    assert added.active == plain.active + 2 * 48
+    assert added.flops == plain.flops + 2 * 2 * 48
+
+
+def test_a_pattern_that_fits_no_expert_is_an_error():
+    with pytest.raises(ConfigError, match=r"did you mean 'blocks\.0\.feed_forward\.experts\.3\.down'"):
+        decoder({"blocks.0.feed_forward.experts.4.down": Beside.Config()}).build()
+    with pytest.raises(ConfigError, match="fits no linear layer"):
+        decoder({"*.experts.0.gate": Beside.Config()}, activation="gelu").build()
+
+
+def test_names_of_a_shared_pool_are_those_in_the_model():
+    layer = ReXMoE.Config(num_experts=2, hidden_dim=HIDDEN, reuse=2)
+    model = decoder({"shared.experts_0.3.*": Beside.Config()}).replace(feed_forward=layer).build()
+    found = [module.name for module in model.modules() if isinstance(module, Beside)]
+    assert found == [f"shared.experts_0.3.{part}" for part in ("gate", "up", "down")]
+    assert model.config.count().parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_are_told_which_tokens_they_see(padded):
+    """Each row that an expert is given carries the token, position and sequence of the item it was gathered from."""
+    model = decoder({"*.experts.*.up": Beside.Config()}).build(seed=1)
+    token = torch.arange(14).view(2, 7)
+    mask = torch.ones_like(token, dtype=torch.bool)
+    mask[0, :3] = not padded
+    seen: dict[int, set[tuple[int, int, int]]] = {}
+    with record_routing(model) as recorder:
+        model(token, token_mask_BL=mask)
+    for number in range(EXPERTS):
+        layer: Any = model.blocks[0].feed_forward.experts.layers.w13[str(number)].up
+        for x, context in layer.seen:
+            assert context.position_BL.shape == context.token_BL.shape == (len(x), 1)
+            assert context.rotary[0].shape[:3] == (len(x), 1, 1)
+            assert context.cache is None
+            rows = zip(context.rows, context.position_BL[:, 0].tolist(), context.token_BL[:, 0].tolist(), strict=True)
+            seen[number] = set(rows)
+    decided = recorder.trace().decisions(0)
+    for number in range(EXPERTS):
+        taken = (decided.index_NK == number).any(1)
+        rows = zip(decided.item_N[taken].tolist(), decided.position_N[taken].tolist(), strict=True)
+        start = 3 if padded else 0
+        wanted = {(item, at, 7 * item + at + (start if item == 0 else 0)) for item, at in rows}
+        assert seen.get(number, set()) == wanted
+    assert sum(map(len, seen.values())) == 2 * int(mask.sum())
+
+
+def test_what_is_said_of_each_item_is_gathered_and_put_back():
+    position = torch.arange(3).expand(2, 3)
+    context = ForwardContext(
+        position_BL=position, rotary=(torch.randn(1, 1, 3, 2),) * 2, token_BL=10 + torch.arange(6).view(2, 3),
+        item_mask_N=torch.tensor([0, 1, 1, 1, 1, 1]).bool(), sequence_length=3, sequences=["a", "b"], training=True,
+        carry={"each": torch.arange(12.0).view(6, 2), "one": torch.tensor(3)}, state={"bl": position, "word": "x"},
+    )  # fmt: skip
+    part = of_items(context, torch.tensor([4, 1]), 6)
+    assert part.token_BL.tolist() == [[14], [11]]
+    assert part.position_BL.tolist() == part.state["bl"].tolist() == [[1], [1]]
+    assert part.item_mask_N.tolist() == [True, True]
+    assert [tuple(name) for name in part.sequences] == [("b", 0), ("a", 0)]
+    assert part.carry["each"].tolist() == [[8, 9], [2, 3]]
+    assert part.carry["one"] == 3
+    assert part.state["word"] == "x"
+    assert part.training
+    assert part.memo is context.memo
+
+
+def test_routers_inside_experts_are_recorded_and_replayed_to_the_bit():
+    model = decoder({"*.experts.*.down": Routed.Config()}).build(seed=1)
+    token = torch.randint(50, (3, 8), generator=torch.Generator().manual_seed(2))
+
+    def run():
+        with torch.no_grad():
+            cache = model.new_cache(8)
+            return [model(token).logits_BLV, *(model(token[:, at : at + 4], cache=cache).logits_BLV for at in (0, 4))]
+
+    model.eval()
+    with record_routing(model) as recorder:
+        expected = run()
+    trace = recorder.trace()
+    assert len(trace.layers) == 2 + 2 * EXPERTS
+    with replay_routing(model, trace), record_routing(model) as again:
+        replayed = run()
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(replayed, expected, strict=True))
+    assert again.trace().table.equals(trace.table)
+    outer, inner = (trace.decisions(layer.layer) for layer in trace.layers if layer.name in _OF_FIRST)
+    taken = (outer.index_NK == 0).any(1)
+    assert sorted(zip(outer.item_N[taken], outer.position_N[taken], strict=True)) == sorted(
+        zip(inner.item_N, inner.position_N, strict=True)
+    )
+    torch.testing.assert_close(torch.cat(expected[1:], dim=1), expected[0], atol=1e-5, rtol=1e-4)
+
+
+_OF_FIRST = ("blocks.0.feed_forward.router", "blocks.0.feed_forward.experts.layers.w2.0.down.router")
+
+
+def test_losses_of_routers_inside_experts_are_losses_of_the_model():
+    model = decoder({"*.experts.*.down": Routed.Config()}).build(seed=1)
+    token = torch.randint(50, (3, 8))
+    output = model.train()(token, token)
+    output.loss.backward()
+    inner = [module.router.score.weight.grad for module in model.modules() if isinstance(module, Routed)]
+    assert any(gradient is not None and gradient.any() for gradient in inner)
+
+
+ODD = [{"linears": {"*.experts.*.down": Beside.Config()}}, {"linears": {}, "activation": "gelu"}]
+
+
+@pytest.mark.parametrize("options", ODD, ids=["layers", "gelu"])
+def test_what_reads_the_stacks_refuses_or_leaves_them(options):
+    model = decoder(**options, dim=32, hidden_dim=32).build(seed=1).eval()
+    assert "not plain SwiGLUs" in str(why_not(model))
+    replaced = quantize(model, "int8")
+    assert "blocks.0.attention.qkv" in replaced
+    assert not any("experts" in name for name in replaced)
+    with pytest.raises(ConfigError, match="cannot be offloaded"):
+        find_pools(model)
+    with pytest.raises(ConfigError, match="cannot be spread"):
+        pool_names(model)
+    top_one = {"router": Router.Config(select=TopK.Config(top_k=1, normalize="sum"))}
+    model = decoder(**options, **top_one).build(seed=1)
+    with pytest.raises(ConfigError, match=r"only stacked matrices become|activation is 'gelu'"):
+        average(model)
+
+
+def test_pools_with_layers_do_not_become_others():
+    dense = Decoder.Config(vocab_size=50, dim=DIM, num_layers=2, feed_forward=SwiGLU.Config(hidden_dim=HIDDEN))
+    layer = MoE.Config(num_experts=EXPERTS, hidden_dim=HIDDEN, activation="gelu")
+    with pytest.raises(ConfigError, match="activation is 'gelu'"):
+        upcycle(dense.build(), layer)
+    with pytest.raises(ConfigError, match="only stacked matrices become"):
+        from_vanilla(decoder({"*experts*.down": Beside.Config()}).build(), reuse=2)
+    pool = decoder({"*experts*.down": Beside.Config()}).replace(
+        feed_forward=ReXMoE.Config(num_experts=4, hidden_dim=HIDDEN, reuse=2)
+    )
+    with pytest.raises(ConfigError, match="only stacked matrices become"):
+        export_expanded(pool.build())
+    with pytest.raises(ConfigError, match="only stacked matrices become"):
+        expert_similarity(pool_of({"*.experts.*.gate": Instead.Config()}))
+
+
+def test_a_kernel_cannot_be_asked_for_where_it_computes_something_else():
+    with pytest.raises(ConfigError, match="backend is 'native', whose kernels compute swiglu"):
+        MoE.Config(backend="native", activation="geglu")
