@@ -18,7 +18,7 @@ their memory. Experts without rows are neither computed nor differentiated: thei
 """
 # Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def expert_mlp(
                 sums=sums,
                 activation=activation,
             )
-        plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
+        plain: Any = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
         inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input, activation)
         if recompute and learns:
             return checkpoint(plain, *inputs, use_reentrant=False)

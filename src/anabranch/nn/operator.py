@@ -292,8 +292,8 @@ class _Gathering(torch.autograd.Function):
         need_x, _, _, need_weight, *_ = needed
         sums = ctx.sums.of_pass()
         pair = None if sums is None else sums.pair
-        options = (*ctx.options, need_x, True, True, ctx.activation)
-        dx, dweight, *pair = _gradients(dy_ND, *ctx.saved_tensors, *options, sums=pair)
+        options = (*ctx.options, need_x, True, True, ctx.activation, pair)
+        dx, dweight, *pair = _gradients(*(dy_ND, *ctx.saved_tensors, *options))
         if sums is not None:
             sums.pair, pair = tuple(pair), (None, None)
         return None, dx if need_x else None, None, None, dweight if need_weight else None, *pair, *(None,) * 5
