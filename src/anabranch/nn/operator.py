@@ -77,8 +77,6 @@ def _resolve(
     return "torch" if obstacle else "native"
 
 
-
-
 def plain_experts(
     x_ND: Tensor,
     plan: DispatchPlan,
