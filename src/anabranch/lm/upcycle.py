@@ -169,7 +169,6 @@ def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, QuantizedPool)):
             raise ConfigError(f"{name} is quantised, and only plain matrices become others; dequantize(model) first")
-    check_stacked(model)
     for layer in layers:
         prefix = f"blocks.{layer}.feed_forward"
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
@@ -178,6 +177,7 @@ def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
                     f"{_replaced(model, name, module)}, and only plain matrices become others; start from a model whose linears leave "
                     f"{prefix} as it is"
                 )
+    check_stacked(model)
 
 
 def _replaced(model: Decoder, name: str, module: Split | Added) -> str:
