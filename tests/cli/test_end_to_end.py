@@ -656,6 +656,17 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert not (tmp_path / "none").exists()
 
 
+def test_a_short_run_balanced_by_signs_is_told_of_what_suits_it(here, tmp_path, tiny, data):
+    line = ["train", "moe-lossfree", "--steps", 2, *tiny, *data]
+    code, _, err = here(*line, "--out", tmp_path / "signs")
+    assert code == 0
+    setting = "model.feed_forward.router.balance.0.rule=quantile"
+    told = f"2 steps of signs move a bias by 0.002 at most, and it may have to go 0.3: consider --set {setting}"
+    assert re.search(rf"^note +{re.escape(told)}$", err, re.MULTILINE)
+    code, _, err = here(*line, "--out", tmp_path / "quantiles", "--set", setting)
+    assert (code, "note " in err) == (0, False)
+
+
 @pytest.mark.slow
 def test_an_audit_of_balance_on_a_model_and_on_its_trace(here, tmp_path, tiny, data):
     line = ["train", "moe-lossfree", "--out", tmp_path / "run", "--steps", 3, "--quiet", *tiny, *data]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from anabranch.errors import AnabranchError, CheckpointError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SwiGLU
 from anabranch.routing import (
@@ -70,6 +70,85 @@ def test_rates_default_to_what_suits_the_rule():
         "quantile": 1.0,
     }
     assert BiasBalancer.Config(rate=0.25).build(4).rate == 0.25
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_bias_that_multiplies_is_a_factor_of_mean_1_that_takes_the_same_steps(clip):
+    balancer = BiasBalancer.Config(form="multiply", rate=0.25, clip=clip).build(4)
+    factor_E = np.ones(4)
+    for step, load in enumerate([[5, 3, 4, 4], [8, 0, 4, 4], [4, 4, 4, 4]], start=1):
+        balancer.add_load(torch.tensor(load))
+        balancer.on_step(step, 0.0)
+        factor_E = factor_E + 0.25 * np.sign(4 - np.array(load))
+        factor_E = factor_E / factor_E.mean()
+        if clip is not None:
+            factor_E = np.clip(factor_E, 0.9, 1.1)
+        assert (1 + balancer.expert_bias).tolist() == pytest.approx(factor_E.tolist())
+    assert balancer.bias_E is None
+
+
+def test_a_factor_stays_above_0():
+    balancer = BiasBalancer.Config(form="multiply", rate=0.9, center=False).build(2)
+    for step in range(1, 5):
+        balancer.add_load(torch.tensor([9, 1]))
+        balancer.on_step(step, 0.0)
+    assert (1 + balancer.expert_bias).tolist() == pytest.approx([0.01, 4.6])
+
+
+def test_factors_select_and_do_not_weigh():
+    made = router(form="multiply")
+    factor_E = 0.5 + torch.rand(8, generator=torch.Generator().manual_seed(1))
+    x_ND = items()
+    plain = made(x_ND, RoutingContext())
+    made.balance[0].expert_bias.copy_(factor_E - 1)
+    routing = made(x_ND, RoutingContext())
+    score_NE = plain.score_NE
+    assert routing.score_NE.equal(score_NE)
+    assert not routing.index_NK.equal(plain.index_NK)
+    assert routing.index_NK.sort().values.equal((score_NE * factor_E).topk(2).indices.sort().values)
+    assert routing.weight_NK.equal(score_NE.gather(1, routing.index_NK))
+    made.balance[0].expert_bias.copy_(3 * factor_E - 1)  # a common factor changes no choice
+    assert made(x_ND, RoutingContext()).index_NK.equal(routing.index_NK)
+
+
+def test_factors_balance_skewed_scores():
+    score_NE = (torch.randn(1024, 8, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, 8)).sigmoid()
+    balancer, select = BiasBalancer.Config(form="multiply", rate=5e-3).build(8), TopK.Config(top_k=2).build(8)
+    loads = []
+    for step in range(1, 300):
+        routing = select(score_NE, bias_E=balancer.shift(score_NE))
+        loads.append(routing.load_E())
+        balancer.add_load(loads[-1])
+        balancer.on_step(step, 0.0)
+    assert loads[0].max() > 2 * 256
+    assert loads[-1].max() < 1.1 * 256
+
+
+def test_a_bias_that_multiplies_has_no_quantiles_and_no_place_in_deepseeks_format():
+    told = "form is 'multiply' and rule 'quantile', whose quantiles are of sums; use form 'add'"
+    with pytest.raises(ConfigError, match=told):
+        BiasBalancer.Config(form="multiply", rule="quantile")
+    made = router(form="multiply", layer=3)
+    with pytest.raises(CheckpointError, match="the bias of layer 3 multiplies scores"):
+        export_correction_bias(made)
+    given = {"model.layers.3.mlp.gate.e_score_correction_bias": torch.zeros(8)}
+    with pytest.raises(CheckpointError, match="layers with a bias that is added: none"):
+        import_correction_bias(made, given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "expected"),
+    [
+        ({}, 200, "rule=quantile"), ({"form": "multiply"}, 200, "rule=inv_n"), ({}, 800, None), ({"rate": 1e-2}, 200, None),
+        ({"rule": "quantile"}, 2, None),
+    ],
+)  # fmt: skip
+def test_signs_are_advised_against_where_the_steps_do_not_suffice(fields, steps, expected):
+    advice = BiasBalancer.Config(**fields).advice(steps)
+    if expected is None:
+        assert advice is None
+    else:
+        assert advice == ("200 steps of signs move a bias by 0.2 at most, and it may have to go 0.3", expected)
 
 
 def naive_quantile(score_NE, bias_E, top_k):
@@ -314,7 +393,10 @@ def test_biases_travel_under_the_names_of_deepseek_v3():
     ("tensors", "message"),
     [
         ({"model.norm.weight": torch.ones(4)}, "no tensor is named"),
-        ({"model.layers.1.mlp.gate.e_score_correction_bias": torch.ones(4)}, "no place here; layers with a bias: 0, 2"),
+        (
+            {"model.layers.1.mlp.gate.e_score_correction_bias": torch.ones(4)},
+            "no place here; layers with a bias that is added: 0, 2",
+        ),
         ({"model.layers.0.mlp.gate.e_score_correction_bias": torch.ones(5)}, r"shape \(5,\); the layer has 4 dest"),
     ],
 )
@@ -347,6 +429,7 @@ def test_items_only_move_towards_what_gained_bias(rule, top_k, seed):
 @pytest.mark.slow
 def test_quantiles_keep_the_contract_of_routers_and_balancers():
     check_balancer(BiasBalancer.Config(rule="quantile"))
+    check_balancer(BiasBalancer.Config(form="multiply"))
     check_router(router("quantile", dim=16), dim=16)
     check_feed_forward(MoE.Config(num_experts=4, hidden_dim=32, router=router("quantile").config))
 

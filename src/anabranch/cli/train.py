@@ -173,6 +173,8 @@ class _Observer:
                     f"{each.path.removeprefix('model.')} {shown(each.held)}, not {shown(each.wanted)}" for each in kept
                 )
                 fact("kept", f"of the model: {'; '.join(said)}", to=sys.stderr)
+        for advice in _advice(config):
+            fact("note", advice, to=sys.stderr)
         kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
         fact(
             "model",
@@ -200,6 +202,17 @@ class _Observer:
                 f"step {event.step:>{width}}/{event.steps}  held-out text: {values['bits_per_byte']:.3f} bits/byte, "
                 f"{values['nats_per_token']:.3f} nats/token{_balance(values)}"
             )
+
+
+def _advice(config: RunConfig) -> list[str]:
+    """What balancers say of a training of so many steps."""
+    router = getattr(config.model.feed_forward, "router", None)
+    said = [part.advice(config.train.steps) for part in router.balance] if router is not None else []
+    return [
+        f"{advice[0]}: consider --set model.feed_forward.router.balance.{place}.{advice[1]}"
+        for place, advice in enumerate(said)
+        if advice is not None
+    ]
 
 
 def _balance(values: dict[str, Any]) -> str:

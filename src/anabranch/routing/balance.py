@@ -55,6 +55,10 @@ class Balancer(Part, nn.Module, family="balance"):
     class Config(BaseConfig):
         """Base of balancer configs."""
 
+        def advice(self, steps: int) -> tuple[str, str] | None:
+            """Why a training of ``steps`` steps had better set a field otherwise, and ``field=value``; None where it need not."""
+            return None
+
         def check(self, num_destinations: int) -> None:
             """Raise ConfigError if this cannot balance ``num_destinations``."""
 
@@ -68,8 +72,17 @@ class Balancer(Part, nn.Module, family="balance"):
 
     @property
     def bias_E(self) -> Tensor | None:
-        """Added to the scores for selection only, or None."""
+        """Added to the scores for selection only, or None where that depends on the scores, or is nothing."""
         return None
+
+    @property
+    def shifts_by_scores(self) -> bool:
+        """Whether `shift` depends on the scores."""
+        return False
+
+    def shift(self, score_NE: Tensor) -> Tensor | None:
+        """What is added to ``score_NE`` to select, ``[E]`` or ``[N, E]``; None for nothing."""
+        return self.bias_E
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit losses or loads into ``context``."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
-from anabranch.errors import AnabranchError, CheckpointError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 from anabranch.routing.balance import Balancer, LoadCounter, Observation
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import count_destinations
@@ -27,6 +27,10 @@ from anabranch.routing.router import Router
 # u of each rule where none is given. Signs: the paper's. The others step in shares of the mean load, and what balances them is the
 # density of the scores at the threshold, about 10 for sigmoid scores: 1/10 is near a Newton step (measured, see studies/alf_lb.py).
 RATES = {"sign": 1e-3, "magnitude": 1e-3, "inv_n": 0.1, "inv_sqrt": 0.1, "quantile": 1.0}
+# Of the factors of scores that a bias multiplies.
+LEAST_FACTOR = 0.01
+# How far a bias has to go: with u = 1e-3 a small model was balanced after 400 steps and not after 200 (docs/systems/alf-lb.md).
+SPREAD = 0.3
 BINS = 1024  # of a histogram over margins in [-1, 1], finest at 0: bin edges are cubes
 
 
@@ -43,6 +47,9 @@ class BiasBalancer(LoadCounter, kind="bias"):
         inv_sqrt    u / sqrt(n) (L - A_e) / L        regret O(sqrt n)
         quantile    to where e gets its share L of the step's items, others as they are (quantile balancing): no step size
 
+    ``form`` says what the bias does to a score s: ``add`` selects by s + b_e; ``multiply`` by s f_e, where the factor f_e = 1 + b_e takes
+    the steps of b_e (the paper's other form, slightly worse there). Factors stay above 0; ``center`` divides them by their mean.
+
     ``quantile`` needs a selection of fixed K (`TopK`), and scores with |score + bias - threshold| mostly below 1, as sigmoid and
     softmax have them.
     """
@@ -58,6 +65,7 @@ class BiasBalancer(LoadCounter, kind="bias"):
             center: subtract the mean bias after each update.
             freeze_after: fraction of training after which the bias stays (DeepSeek-V3 freezes it for the last 3%).
             clip: largest absolute bias, None for no limit.
+            form: ``add`` or ``multiply``, see the class. Scores to be multiplied must not be negative.
             history: remember what the last so many steps did, see `export_history`.
         """
 
@@ -67,6 +75,19 @@ class BiasBalancer(LoadCounter, kind="bias"):
         freeze_after: float | None = Field(default=None, ge=0, le=1)
         clip: float | None = Field(default=None, gt=0)
         history: int = Field(default=0, ge=0)
+        form: Literal["add", "multiply"] = "add"
+
+        def __post_init__(self) -> None:
+            if self.form == "multiply" and self.rule == "quantile":
+                raise ConfigError("form is 'multiply' and rule 'quantile', whose quantiles are of sums; use form 'add'")
+
+        def advice(self, steps: int) -> tuple[str, str] | None:
+            """A sign that moves the bias by u a step goes no further than u times the steps."""
+            reach = (RATES["sign"] if self.rate is None else self.rate) * steps
+            if self.rule != "sign" or reach >= SPREAD:
+                return None
+            why = f"{steps} steps of signs move a bias by {reach:.2g} at most, and it may have to go {SPREAD}"
+            return why, "rule=quantile" if self.form == "add" else "rule=inv_n"
 
     config: Config
     expert_bias: Tensor
@@ -81,9 +102,18 @@ class BiasBalancer(LoadCounter, kind="bias"):
         self.past: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=config.history)
 
     @property
-    def bias_E(self) -> Tensor:
-        """The bias, fp32 ``[E]``."""
-        return self.expert_bias
+    def bias_E(self) -> Tensor | None:
+        """The bias, fp32 ``[E]``; None where it multiplies."""
+        return self.expert_bias if self.config.form == "add" else None
+
+    @property
+    def shifts_by_scores(self) -> bool:
+        """Where it multiplies."""
+        return self.config.form == "multiply"
+
+    def shift(self, score_NE: Tensor) -> Tensor:
+        """b, or with ``multiply`` s f - s."""
+        return self.expert_bias if self.config.form == "add" else score_NE.detach() * self.expert_bias
 
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit the load of this forward pass."""
@@ -139,7 +169,12 @@ class BiasBalancer(LoadCounter, kind="bias"):
             missing_E = torch.where(was_open_E, mean - self.load_E, 0.0)
             move_E = missing_E.sign() if self.config.rule == "sign" else missing_E / mean
             self.expert_bias += self.rate * _DECAY.get(self.config.rule, _no_decay)(step) * move_E
-        if self.config.center:
+        if self.config.form == "multiply":
+            self.expert_bias.clamp_(min=LEAST_FACTOR - 1)
+        if self.config.center and self.config.form == "multiply":
+            factor_E = self.expert_bias + 1
+            self.expert_bias.copy_(factor_E / factor_E.mean() - 1)
+        elif self.config.center:
             self.expert_bias -= self.expert_bias.mean()
         if self.config.clip is not None:
             self.expert_bias.clamp_(-self.config.clip, self.config.clip)
@@ -242,10 +277,14 @@ THEIRS = (
 def export_correction_bias(model: nn.Module) -> dict[str, Tensor]:
     """The biases of ``model`` under the names of DeepSeek-V3: ``model.layers.{layer}.mlp.gate.e_score_correction_bias``, fp32.
 
-    Raises CheckpointError if a layer has more than one (their format has room for one).
+    Raises CheckpointError if a layer has more than one (their format has room for one), or one that multiplies (theirs are added).
     """
     found: dict[str, Tensor] = {}
     for router, balancer in _biases(model):
+        if balancer.bias_E is None:
+            raise CheckpointError(
+                f"the bias of layer {router.layer} multiplies scores; those of DeepSeek's format are added to them"
+            )
         name = THEIRS.format(layer=router.layer)
         if name in found:
             raise CheckpointError(f"layer {router.layer} has more than one bias; DeepSeek's format has room for one")
@@ -258,13 +297,14 @@ def import_correction_bias(model: nn.Module, tensors: Mapping[str, Tensor]) -> l
 
     Raises CheckpointError for a layer that has no bias here, a bias of another length, or if there is none to read.
     """
-    biases = {THEIRS.format(layer=router.layer): (router, balancer) for router, balancer in _biases(model)}
+    pairs = [(router, balancer) for router, balancer in _biases(model) if balancer.bias_E is not None]
+    biases = {THEIRS.format(layer=router.layer): (router, balancer) for router, balancer in pairs}
     given = {name: value for name, value in tensors.items() if name.endswith(".e_score_correction_bias")}
     if not given:
         raise CheckpointError("no tensor is named *.e_score_correction_bias, so there is no bias to read")
     for name, value in given.items():
         if name not in biases:
-            raise CheckpointError(f"{name} has no place here; layers with a bias: {_layers(biases)}")
+            raise CheckpointError(f"{name} has no place here; layers with a bias that is added: {_layers(biases)}")
         length = biases[name][1].num_destinations
         if tuple(value.shape) != (length,):
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}; the layer has {length} destinations")

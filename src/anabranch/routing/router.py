@@ -1,7 +1,7 @@
 """`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
 # Shapes: N items, E destinations, K places per item, D width
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -111,7 +111,7 @@ class Router(Part, nn.Module):
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
         if is_seen_at_once(score_NE):
             refuse_nan(score_NE, context.item_mask_N, self.layer)
-        bias_NE, may_NE = self.bias_E, open_NE
+        bias_NE, may_NE = self._shift(score_NE), open_NE
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)
         seen_open_NE = may_NE
@@ -141,15 +141,31 @@ class Router(Part, nn.Module):
             own_N = ~hidden if context.item_mask_N is None else ~hidden & context.item_mask_N
             seen = replace(seen, routing=seen.routing.drop(hidden.unsqueeze(-1)))
             context = replace(context, item_mask_N=own_N)  # it collects into the same lists
-        for part in (*self.balance, *self.destinations.balance):
+        for part in self._balancers:
             part(seen, context)
 
     @property
     def bias_E(self) -> Tensor | None:
         """float ``[E]``: what is added to scores to select, of all balancers together; None without such a balancer."""
-        total_E: Tensor | None = None
-        for part in (*self.balance, *self.destinations.balance):
-            bias_E = part.bias_E
-            if isinstance(bias_E, Tensor):
-                total_E = bias_E if total_E is None else total_E + bias_E
-        return total_E
+        return _sum(part.bias_E for part in self._balancers)
+
+    @property
+    def shifts_by_scores(self) -> bool:
+        """Whether what is added to scores to select depends on them, so that `bias_E` is not all of it."""
+        return any(part.shifts_by_scores for part in self._balancers)
+
+    def _shift(self, score_NE: Tensor) -> Tensor | None:
+        """What all balancers together add to these scores to select, ``[E]`` or ``[N, E]``."""
+        return _sum(part.shift(score_NE) for part in self._balancers)
+
+    @property
+    def _balancers(self) -> tuple[Balancer, ...]:
+        return (*self.balance, *self.destinations.balance)
+
+
+def _sum(parts: Iterable[Tensor | None]) -> Tensor | None:
+    total: Tensor | None = None
+    for part in parts:
+        if isinstance(part, Tensor):
+            total = part if total is None else total + part
+    return total

@@ -426,6 +426,15 @@ def test_candidates_that_stay_closed_when_serving():
     assert "candidates change" in FastDecoder.supports(model.eval())
 
 
+def test_a_bias_that_multiplies_scores_is_left_to_the_model():
+    layer = MoE.Config(
+        num_experts=4, hidden_dim=64, router=Router.Config(balance=(BiasBalancer.Config(form="multiply"),))
+    )
+    attention = SelfAttention.Config(num_heads=4)
+    model = Decoder.Config(dim=64, num_layers=1, attention=attention, feed_forward=layer).build()
+    assert "a router's bias depends on the scores" in FastDecoder.supports(model.eval())
+
+
 def test_a_watched_or_foreign_model_is_not_supported():
     model = build("plain")
     assert FastDecoder.supports(model) is None

@@ -54,6 +54,8 @@ def _of_router(router: Any) -> str | None:
         return "a router is not a plain top-k"
     if router.candidates is not None and not router.candidates.only_in_training:
         return "the router's candidates change"
+    if router.shifts_by_scores:
+        return "a router's bias depends on the scores"
     score = described(router.score)
     if score is None:
         return f"a router scores by {type(router.score).__name__}"
