@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.experts.chain import Chain, between_passes, combinations, from_moe, match_compute
+from anabranch.experts.chain import Chain, between_passes, combinations, from_moe, match_compute, paper_router
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
@@ -161,6 +162,46 @@ def test_pool_recurrent_router_and_chain_combine():
     loads = torch.stack([router.balance[0].load_E.sum() for router in routers])
     assert loads.tolist() == [2 * 9 * 2] * 6
     assert sum(value.numel() for value in model.parameters()) == model.config.count().parameters
+
+
+def test_the_papers_loss_is_the_sum_over_routers_of_each_sequences_balance():
+    """.001 sum over routers of the mean over sequences of sum_i f_i P_i, f_i = N / (K S) count_i; no z-loss."""
+    router = paper_router(2, num_layers=2, iterations=3)
+    model = model_of(chain(iterations=3, router=router), init_std=0.3).train()
+    token_BL, expected, routings = tokens(batch=3), 0.0, []
+    for each in (router for block in model.blocks for router in block.feed_forward.routers):
+        each.register_forward_hook(lambda module, args, routing: routings.append(routing))
+    output = model(token_BL, token_BL)
+    for routing in routings:
+        for first in (0, 9, 18):
+            here_N = slice(first, first + 9)
+            count_E = routing.index_NK[here_N].flatten().bincount(minlength=4)
+            expected += 1e-3 * (4 / (2 * 9) * count_E * routing.score_NE[here_N].mean(0)).sum().item() / 3
+    assert len(routings) == 6
+    assert output.auxiliary.keys() == {"load_balancing"}
+    assert output.auxiliary["load_balancing"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_papers_routers_begin_kaiming_uniform():
+    router = paper_router(1, num_layers=1)
+    weight = model_of(chain(num_experts=64, router=router), num_layers=1).blocks[0].feed_forward.router.score.weight
+    bound = 1 / math.sqrt(16)  # sqrt(6 / ((1 + 5) D))
+    assert 0.9 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_gate_has_one_balancer_for_all_passes(tied):
+    router = Router.Config(select=TopK.Config(top_k=1), balance=(BiasBalancer.Config(),))
+    model = model_of(chain(iterations=3, independent_gates=not tied, router=router), num_layers=1).train()
+    routings = []
+    for each in model.blocks[0].feed_forward.routers:
+        each.register_forward_hook(lambda module, args, routing: routings.append(routing.load_E()))
+    token_BL = tokens()
+    model(token_BL, token_BL)
+    loads = [each.balance[0].load_E for each in model.blocks[0].feed_forward.routers]
+    assert [load_E.tolist() for load_E in loads] == (
+        [sum(routings).tolist()] if tied else [load_E.tolist() for load_E in routings]
+    )
 
 
 # ---- counts and traces --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 "Chain-of-Experts: Unlocking the Communication Power of Mixture-of-Experts Models", 2025, arXiv 2506.18945.
 
-    s_t = softmax(W_t x_{t-1})                                   one router per pass
+    s_t = softmax(W_t x_{t-1})                                   one router per pass, with its balancers
     x_t = shared(x_{t-1}) + sum over TopK(s_t) of s_t,e E_e(x_{t-1}) + x_{t-1}        t = 1 ... C, y = x_C
 
 C passes of K / C experts make as many expert calls as one of K (`match_compute`), with no new expert, and an expert sees what the others
@@ -19,7 +19,8 @@ Where the residual goes (``residual``), with f_t for the layer in pass t:
 Departures: the released block normalises once, iterates, and drops the stream it came from, for its baseline too. That is
 ``norm="reference"``. Ours is ``each``: h_t = h_{t-1} + f_t(norm(h_{t-1})), for C = 1 the plain pre-norm layer to the bit;
 ``once`` normalises once and keeps the stream. The paper's "823 times more combinations" is not what its own counting gives
-(`combinations`). Evidence: `anabranch study chain`.
+(`combinations`). Routers begin and are balanced as those of all our designs, so that a comparison is one of designs; as the paper's code
+has it with `paper_router`. Passes do not reuse each other's sort buffers. Evidence: `anabranch study chain`.
 """
 # Shapes: B batch, L positions, D width, N items or experts (paper), K experts per pass, C passes, E experts
 
@@ -42,12 +43,15 @@ from anabranch.nn.description import FeedForwardForm, passes_as
 from anabranch.nn.moe import MoE
 from anabranch.nn.pass_loop import PassLoop, Residual
 from anabranch.nn.pool_policy import build_router
-from anabranch.routing import Router, TopK, WeightField
+from anabranch.routing import LinearScore, Router, SwitchLoss, TopK, WeightField
 from anabranch.routing.passes import PassFacts as PassFacts
 from anabranch.routing.passes import between_passes as between_passes
 from anabranch.routing.shared import shared_parameters
 
 logger = logging.getLogger(__name__)
+
+# Of the balance loss of each router in the paper's code.
+PAPER_ALPHA = 1e-3
 
 
 class Chain(MoE, kind="chain"):
@@ -171,6 +175,23 @@ class Chain(MoE, kind="chain"):
             return self.run(routers[number], at_depth(norm(x_BLD), self.depth_embedding), context)
 
         return self.loop.run(one_pass, start_BLD, context, self.scale)
+
+
+def paper_router(top_k: int, *, num_layers: int, iterations: int = 2) -> Router.Config:
+    """A router as the paper's code has it: kaiming-uniform weights, a balance loss for each sequence, no z-loss.
+
+    The code adds up the losses of all routers, each times 0.001; ours are averaged over layers and passes, so alpha is
+    0.001 L C here.
+
+    Args:
+        top_k: K, experts per pass.
+        num_layers: L, routed layers of the model.
+        iterations: C, passes of each.
+    """
+    balance = SwitchLoss.Config(alpha=PAPER_ALPHA * num_layers * iterations, scope="sequence")
+    return Router.Config(
+        score=LinearScore.Config(init="kaiming_uniform"), select=TopK.Config(top_k=top_k), balance=(balance,)
+    )
 
 
 @dataclass(frozen=True)
