@@ -293,7 +293,11 @@ def test_replaced_matrices_are_not_averaged_nor_averages_put_where_they_belong(k
     with pytest.raises(ConfigError, match=r"linears has '\*\.up', .* blocks\.0\.feed_forward\.shared\.up, and"):
         average(dense(linears={"*.up": kind.Config()}, **shared))
     left = {"feed_forward": moe(), "dense_layers": (1,), "dense_feed_forward": SwiGLU.Config(hidden_dim=HIDDEN)}
-    with pytest.raises(ConfigError, match=r"linears has '\*\.up', .* blocks\.0\.feed_forward\.up, and"):
+    with pytest.raises(
+        ConfigError, match=r"linears has 'blocks\.\*\.feed_forward\.up', .* blocks\.0\.feed_forward\.up, and"
+    ):
+        average(dense(linears={"blocks.*.feed_forward.up": kind.Config()}, **left))
+    with pytest.raises(ConfigError, match=r"experts of blocks\.0\.feed_forward\.experts have layers of their own"):
         average(dense(linears={"*.up": kind.Config()}, **left))
 
 

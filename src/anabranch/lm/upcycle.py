@@ -172,7 +172,7 @@ def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
     for layer in layers:
         prefix = f"blocks.{layer}.feed_forward"
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-            if isinstance(module, (Split, Added)):
+            if isinstance(module, (Split, Added)) and f"{prefix}.experts." not in name:
                 raise ConfigError(
                     f"{_replaced(model, name, module)}, and only plain matrices become others; start from a model whose linears leave "
                     f"{prefix} as it is"
