@@ -200,7 +200,7 @@ def test_what_was_resident_changes_no_bits(dtype):
             store = Sequences(model, dtype)
             engine.begin([])
             found.append(store.run(list(enumerate(given)))[0])
-            apart = Sequences(model, dtype)
+            apart = Sequences(model, dtype, blocks=96)
             pieces = [(id, piece) for id, tokens in enumerate(given) for piece in (tokens[:3], tokens[3:]) if piece]
             engine.begin([])
             found.append(torch.cat([apart.run([piece])[0] for piece in pieces]))
@@ -267,9 +267,9 @@ def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     model = build(name, bits)
     if dtype == torch.bfloat16:
         model.to(dtype)
-    given = prompts(33, 5, 14, 1, 1, 22, 40)
-    together, _ = Sequences(model, dtype).run(list(enumerate(given)))
-    apart = Sequences(model, dtype)
+    given = prompts(33, 5, 14, 1, 1, 22, 40, 147)  # the last over several chunks of keys
+    together, _ = Sequences(model, dtype, blocks=96).run(list(enumerate(given)))
+    apart = Sequences(model, dtype, blocks=96)
     found = []
     for id, tokens in enumerate(given):
         cut = len(tokens) // 3  # in two chunks, then token by token

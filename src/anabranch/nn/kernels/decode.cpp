@@ -108,16 +108,21 @@ class Run {
 #pragma omp barrier
     for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
 #pragma omp barrier
-    const int64_t per = m.H / m.G, together = s.T >= 4 * threads ? m.G : 1, parts = m.G / together;
+    const int64_t per = m.H / m.G;
+    const bool together = s.T >= 4 * threads;  // all key heads of a token, which lie beside one another
     Head* heads = scratch.get<Head>(PRE, m.G);
+    Query* queries = scratch.get<Query>(SUM, RUN * per);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < s.T * parts; ++task) {
-      int64_t t = task / parts, begin = task % parts * together;
-      for (int64_t h = begin * per; h < (begin + together) * per; ++h) {
+    for (int64_t task = 0; task < s.T * m.G; ++task) {
+      const int64_t t = task / m.G, g = task % m.G, count = w.run_end[t] - t;
+      if (count > 1) attend_run(m, block, w, t, count, g, queries, scratch);
+      if (count != 1 || (together && g > 0)) continue;
+      const int64_t end = together ? m.G : g + 1;
+      for (int64_t h = g * per; h < end * per; ++h) {
         heads[h / per].query[h % per] = w.qkv + t * N + h * m.W;
         heads[h / per].y[h % per] = w.y + t * Q + h * m.W;
       }
-      attend(m, block, w.table[t], w.context[t], begin, begin + together, heads, scratch);
+      attend(m, block, w.table[t], w.context[t], g, end, heads, scratch);
     }
     Activations b = left_of(block.out);
     for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.y + t * Q);
@@ -380,7 +385,8 @@ void reserve(const Model& m, Scratch& scratch) {
   scratch.get<float>(MIDDLE, m.D);
   scratch.get<Head>(PRE, m.G);
   scratch.get<float>(SUM, std::max({m.most_experts, m.most_loops, m.F}));
-  scratch.get<float>(SPARE, CHUNK * m.W);
+  scratch.get<Query>(SUM, RUN * m.H / m.G);
+  scratch.get<float>(SPARE, Keys::floats(m.W));
 }
 
 // Whether the sequences are all of the rows, one after another, and their blocks among those that there are.
@@ -428,6 +434,9 @@ extern "C" int anabranch_decode(const Model* model, const Step* step, int64_t fr
       w.context[t] = p + 1;
       w.table[t] = s.table + sequence[3];
       w.slot[t] = w.table[t][p / m.block_tokens] * m.block_tokens + p % m.block_tokens;
+      // Tokens of a few are cheaper one by one; others go along with the first of their run, and their own end lies behind them.
+      const bool runs = sequence[1] - i / RUN * RUN >= LEAST_RUN;
+      w.run_end[t] = !runs ? t + 1 : i % RUN ? 0 : sequence[0] + std::min(i + RUN, sequence[1]);
     }
   }
 #pragma omp parallel num_threads(threads)

@@ -14,6 +14,7 @@ struct Work {  // what a step needs beside its tensors
   int64_t* context;            // of each token
   const int32_t** table;       // of each token
   int64_t* slot;
+  int64_t* run_end;            // of each token that begins a run the row behind its last, 0 for those within one
   float *state, *projected, *gates;  // of recurrent routers: [T, P], [T, P], [T][2][3 P]
   int32_t *loops, *order, *beside;   // of looping feed-forwards: loops of each token, tokens by them, rows of width paths
   int64_t* still;                    // [n]: tokens that take more than n loops
@@ -77,6 +78,7 @@ Work cut(Memory& memory, const Model& m, int64_t T) {
   w.context = memory.take<int64_t>(T);
   w.table = memory.take<const int32_t*>(T);
   w.slot = memory.take<int64_t>(T);
+  w.run_end = memory.take<int64_t>(T);
   w.projected = memory.take<float>(T * m.state);
   w.gates = memory.take<float>(T * 6 * m.state);
   w.loops = memory.take<int32_t>(T);
