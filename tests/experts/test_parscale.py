@@ -34,7 +34,9 @@ from anabranch.experts.parscale import (
     wrap,
 )
 from anabranch.lm import Decoder, SamplingConfig, generate, load_config, load_model, save_model
+from anabranch.lm.cache import KeyValueCache
 from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn.causal import SHORT
 from anabranch.nn.rotary import rotate
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, record_routing
 from anabranch.testing import check_task
@@ -254,9 +256,53 @@ def test_cached_is_uncached(steps):
             start += step
         torch.testing.assert_close(torch.cat(parts, dim=1), model(token_BL).logits_BLV, **TOLERANCE)
     assert cache.length == 9  # positions, without the prefix
-    assert (
-        cache.size_bytes == 4 * 2 * LAYERS * 3 * 2 * (4 + 9) * 2 * 4
-    )  # fp32: key and value, layers, P B, M + L, heads, width
+    # fp32: key and value, layers, P B rows of L and P prefixes of M entries, heads, width
+    assert cache.size_bytes == 4 * 2 * LAYERS * (3 * 2 * 9 + 3 * 4) * 2 * 4
+
+
+class Copying(KeyValueCache):
+    """A cache as it was: the prefix stands in the buffers, in front of each row."""
+
+    def __init__(self, cache):
+        prefix, self.copied = cache.prefix, set()
+        super().__init__(cache.num_layers, cache.max_length + len(prefix), num_streams=cache.num_streams, prefix=prefix)
+
+    def front(self, layer, rows=None):
+        return None
+
+    def begin(self, length=None):
+        """No pass fails here, and lengths are counted otherwise."""
+
+    def append(self, layer, key_BHLD, value_BHLD, **options):
+        shift = len(self.prefix)
+        if layer not in self.copied:
+            self.copied.add(layer)
+            super().append(layer, *self.prefix.rows(layer, key_BHLD), **options)
+        self.length += shift
+        made = super().append(layer, key_BHLD, value_BHLD, **options)
+        self.length -= shift
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shared_prefix_gives_what_one_in_front_of_each_row_gave(dtype):
+    model, token_BL = model_of(parscale(3), num_layers=3).to(dtype), tokens(4, 40)
+    shared, copying = (model.new_cache(40) for _ in range(2))
+    copying = Copying(copying)
+    start = 0
+    for step in (17, 16, 1, 1, 5):
+        part_BL = token_BL[:, start : start + step]
+        with torch.no_grad():
+            ours, before = (model(part_BL, cache=cache).logits_BLV for cache in (shared, copying))
+        if step >= SHORT:  # put together as before; few queries are summed in another order
+            assert torch.equal(ours, before)
+        torch.testing.assert_close(ours, before, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-14)
+        start += step
+    rows = 3 * 4 * 40  # P B L
+    each = 2 * 3 * 2 * 4 * dtype.itemsize  # key and value, layers, heads, width
+    assert shared.size_bytes == each * (rows + 3 * 4)
+    buffers = sum(slot.key_BHSD.nbytes + slot.value_BHSD.nbytes for slot in copying._slots.values())
+    assert buffers == each * (rows + 3 * 4 * 4)
 
 
 def test_left_padding_changes_nothing():
@@ -630,6 +676,9 @@ def test_cost_by_hand():
     assert cost.decode_s == pytest.approx(4 * (cost.weight_bytes + 4 * row * (4 + 12)) / 1e6)
     assert cost.memory_bytes == cost.weight_bytes + cost.cache_bytes
     assert cost.latency_s == cost.prefill_s + cost.decode_s
+    # The prefix is there once for each stream.
+    many = cost_model(config, batch=3, input_tokens=10, output_tokens=4, hardware=machine, dtype=torch.float32)
+    assert many.cache_bytes == 4 * row * (4 + 3 * 14)
     slow = cost_model(config, hardware=Hardware(1e30, 1e6), input_tokens=10, output_tokens=4)
     assert slow.prefill_s == pytest.approx(10 * config.count(10).flops / 1e6)
 

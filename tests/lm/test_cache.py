@@ -4,6 +4,7 @@ import torch
 from anabranch.errors import CapacityError
 from anabranch.lm import KeyValueCache
 from anabranch.lm.cache import Prefix, attention_mask
+from anabranch.nn.shared_prefix import in_front
 
 CPU = torch.device("cpu")
 
@@ -132,15 +133,28 @@ def test_each_row_begins_with_the_prefix_of_its_stream():
     new = torch.arange(10.0, 14.0).view(4, 1, 1, 1)  # two streams of two sequences
     for store in (prefix, cache):
         key, value, seen = store.append(0, new, new.double())
+        if store is cache:
+            key, value = (in_front(part, front) for part, front in zip((key, value), cache.front(0), strict=True))
         assert seen is None
         assert key.flatten(1).tolist() == [[1, 10], [1, 11], [2, 12], [2, 13]]
         assert value.flatten(1).tolist() == [[3, 10], [3, 11], [4, 12], [4, 13]]
         assert value.dtype == torch.float64
+    assert [part.flatten().tolist() for part in cache.front(0, [3, 0, 1])] == [[2, 1, 1], [4, 3, 3]]
     cache.advance(1)
     assert (cache.length, cache.num_prefix, len(prefix)) == (1, 1, 1)
     cache.keep_rows(torch.tensor([1]))
     key, *_ = cache.append(0, new[:2], new[:2].double())
-    assert key.flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
+    assert in_front(key, cache.front(0)[0]).flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
+
+
+def test_a_prefix_is_held_once_for_each_stream_however_many_rows_there_are():
+    front = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4)
+    cache = KeyValueCache(1, 7, num_streams=2, prefix=Prefix([front]))
+    for rows in (2, 200):
+        cache.append(0, torch.zeros(rows, 3, 1, 4), torch.zeros(rows, 3, 1, 4))
+        assert all(part.data_ptr() == given.data_ptr() for part, given in zip(cache.front(0), front, strict=True))
+        assert cache.size_bytes == 2 * 4 * (3 * 4) * (rows * 7 + 2 * 5)
+        cache.begin(0)
 
 
 def test_room_is_counted_without_the_prefix():

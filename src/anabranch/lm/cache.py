@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import CapacityError, ConfigError, InputError
+from anabranch.nn.shared_prefix import Front, copied, in_front
 
 
 class Prefix:
     """Keys and values that stand in front of every sequence: (key_PHMD, value_PHMD) of each layer, one for each of P streams.
 
-    It is the store of a forward pass without a cache. A `KeyValueCache` writes it into its buffers once instead, so that
-    attention reads one piece of memory; neither counts it as positions.
+    It is the store of a forward pass without a cache, and copies itself in front of every row. A `KeyValueCache` holds it once for all
+    rows; neither counts it as positions.
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, layers: Sequence[Front]) -> None:
         self.layers = layers
 
     def __len__(self) -> int:
@@ -29,16 +30,28 @@ class Prefix:
         self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, None]:
         """The prefix of ``layer``, then what is given; B is P times the sequences."""
+        key_PHMD, value_PHMD = self.layers[layer]
         if rows is not None:
-            _check_streams(rows, len(self.layers[layer][0]))
-        key_BHMD, value_BHMD = self.rows(layer, key_BHLD)
-        return torch.cat((key_BHMD, key_BHLD), dim=2), torch.cat((value_BHMD, value_BHLD), dim=2), None
+            _check_streams(rows, len(key_PHMD))
+        return in_front(key_BHLD, key_PHMD), in_front(value_BHLD, value_PHMD), None
 
     def rows(self, layer: int, like_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """(key_BHMD, value_BHMD): the prefix of each row of a stream-major batch, in the dtype of what it goes with."""
         key_PHMD, value_PHMD = (part_PHMD.to(like_BHLD) for part_PHMD in self.layers[layer])
-        copies = like_BHLD.shape[0] // key_PHMD.shape[0]
-        return _repeated(key_PHMD, copies), _repeated(value_PHMD, copies)
+        return copied(key_PHMD, len(like_BHLD)), copied(value_PHMD, len(like_BHLD))
+
+    def of(self, layer: int, rows: Sequence[int] | None, batch: int) -> Front:
+        """What stands in front of the ``rows`` of a stream-major batch of ``batch`` rows (None: all)."""
+        key_PHMD, value_PHMD = self.layers[layer]
+        if rows is None:
+            return key_PHMD, value_PHMD
+        stream_R = torch.tensor(rows, device=key_PHMD.device) // (batch // len(key_PHMD))
+        return key_PHMD[stream_R], value_PHMD[stream_R]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(part_PHMD.nbytes for layer in self.layers for part_PHMD in layer)
 
 
 def _check_streams(rows: Sequence[int], num_streams: int) -> None:
@@ -49,11 +62,6 @@ def _check_streams(rows: Sequence[int], num_streams: int) -> None:
         raise ConfigError(
             "the streams of a sequence go through the blocks together, since each has a prefix of its own"
         )
-
-
-def _repeated(part_PHMD: Tensor, copies: int) -> Tensor:
-    """Each stream's entries for each of its rows."""
-    return part_PHMD[:, None].expand(-1, copies, -1, -1, -1).flatten(0, 1)
 
 
 @dataclass
@@ -78,7 +86,7 @@ class KeyValueCache:
 
     Layers ``append`` during a forward pass; the decoder calls ``advance`` after it. Buffers are made at the first append, in the
     dtype and on the device of what is stored. ``valid_BL`` marks real positions when prompts were padded. With ``num_streams`` P it
-    holds P rows per sequence, stream-major, with the ``prefix`` of its stream in front of each.
+    holds P rows per sequence, stream-major. The ``prefix`` in front of them is held once for each stream, however many rows there are.
     """
 
     def __init__(self, num_layers: int, max_length: int, *, num_streams: int = 1, prefix: Prefix | None = None) -> None:
@@ -109,8 +117,7 @@ class KeyValueCache:
             raise InputError(f"layer is {layer}; the cache is of a model of {self.num_layers} layers")
         slot = self._slots.get((layer, visit))
         if slot is None:
-            slot = self._slots[layer, visit] = self._new_slot(layer, key_BHLD, value_BHLD, rows)
-        start, end = start + self.num_prefix, end + self.num_prefix
+            slot = self._slots[layer, visit] = self._new_slot(key_BHLD, value_BHLD, rows)
         if rows is None and slot.filled_BS is None and slot.length >= start:
             slot.key_BHSD[:, :, start:end] = key_BHLD
             slot.value_BHSD[:, :, start:end] = value_BHLD
@@ -118,18 +125,22 @@ class KeyValueCache:
             return slot.key_BHSD[:, :, :end], slot.value_BHSD[:, :, :end], None
         return self._fill_some(slot, key_BHLD, value_BHLD, rows, start, end)
 
-    def _new_slot(self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None) -> _Slot:
-        size, batch = self.num_prefix + self.max_length, key_BHLD.shape[0]
+    def front(self, layer: int, rows: Sequence[int] | None = None) -> Front | None:
+        """What stands in front of all rows, or of some, see `KeyValueStore`; None where there is nothing."""
+        if self.prefix is None or not self.num_prefix:
+            return None
+        return self.prefix.of(layer, rows, self._num_rows())
+
+    def _new_slot(self, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None) -> _Slot:
+        batch = key_BHLD.shape[0]
         if rows is not None:
             batch = self._num_rows()
             if not batch:
                 raise InputError("some sequences come to a block before the cache knows how many there are")
         key_BHSD, value_BHSD = (
-            new.new_empty(batch, new.shape[1], size, new.shape[3]) for new in (key_BHLD, value_BHLD)
+            new.new_empty(batch, new.shape[1], self.max_length, new.shape[3]) for new in (key_BHLD, value_BHLD)
         )
-        if self.prefix is not None and self.num_prefix:
-            key_BHSD[:, :, : self.num_prefix], value_BHSD[:, :, : self.num_prefix] = self.prefix.rows(layer, key_BHSD)
-        return _Slot(key_BHSD, value_BHSD, self.num_prefix)
+        return _Slot(key_BHSD, value_BHSD, 0)
 
     @staticmethod
     def _fill_some(
@@ -164,7 +175,7 @@ class KeyValueCache:
             # Another batch may come.
             self._slots, self._sequences, self.valid_BL = {}, [], None
             return
-        end = self.length + self.num_prefix
+        end = self.length
         for slot in self._slots.values():
             if slot.length > end:
                 slot.length = end
@@ -214,8 +225,9 @@ class KeyValueCache:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the buffers made so far."""
-        return sum(slot.key_BHSD.nbytes + slot.value_BHSD.nbytes for slot in self._slots.values())
+        """Memory of the buffers made so far, and of the prefix."""
+        rows = sum(slot.key_BHSD.nbytes + slot.value_BHSD.nbytes for slot in self._slots.values())
+        return rows + (0 if self.prefix is None else self.prefix.size_bytes)
 
 
 def rows_of_streams(row_B: Tensor, num_streams: int, batch: int) -> Tensor:

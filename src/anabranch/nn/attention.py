@@ -8,16 +8,18 @@ import warnings
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.nn.causal import attention, causal_attention
+from anabranch.nn.causal import SHORT, attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
+from anabranch.nn.shared_prefix import Front, attend_few, in_front
 from anabranch.nn.visits import next_visits
 
 
@@ -190,19 +192,41 @@ class SelfAttention(Attention, kind="attention"):
             return store.attend(self.layer, query, key, value)
         here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
         key, value, seen = store.append(self.layer, key, value, visit=visit, rows=here)
+        front = store.front(self.layer, here) if hasattr(store, "front") else None
         mask = context.attention_mask
         if mask is not None and rows is not None and mask.shape[0] > 1:
             mask = mask[rows]
-        return _among(query, key, value, mask, seen, context.is_causal)
+        return _among(query, key, value, mask, seen, context.is_causal, front)
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def _among(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen_BL: Tensor | None, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seen_BL: Tensor | None,
+    is_causal: bool,
+    front: Front | None = None,
 ) -> Tensor:
-    """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False)."""
+    """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False).
+
+    The mask is over what sequences share in front, too, which all see.
+    """
+    if front is not None:
+        num_shared = front[0].shape[2]
+        if query.shape[2] < SHORT:
+            mask = None if mask is None else mask[..., num_shared:]
+            if mask is None and is_causal:
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+                mask = mask.tril(key.shape[2] - query.shape[2])[None, None]
+            if seen_BL is not None:
+                mask = seen_BL[:, None, None] if mask is None else mask & seen_BL[:, None, None]
+            return attend_few(query, key, value, front, mask)
+        key, value = in_front(key, front[0]), in_front(value, front[1])
+        seen_BL = None if seen_BL is None else F.pad(seen_BL, (num_shared, 0), value=True)
     if seen_BL is not None:
         length, past = query.shape[2], key.shape[2] - query.shape[2]
         if mask is None:

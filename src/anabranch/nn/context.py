@@ -117,7 +117,11 @@ def hide(module: nn.Module, name: str, value: Any) -> None:
 
 
 class KeyValueStore(Protocol):
-    """What attention needs of a key-value cache (see `anabranch.lm.cache`)."""
+    """What attention needs of a key-value cache (see `anabranch.lm.cache`).
+
+    One whose sequences share entries in front has a method ``front(layer, rows)`` too, which gives them, as
+    `anabranch.nn.shared_prefix.Front`, or None; the mask is over them as well.
+    """
 
     def append(
         self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None

@@ -9,8 +9,8 @@ With streams p = 1 ... P of the same weights:
   output     H = sum over p of w_p H_p, then the language model's head, once
 Parameters grow by 2 L h_kv m d_h P + (P d + 1) d + (d + 1) P, FLOPs by the factor P; weights are read once for all streams.
 
-Departures: the released code cannot train; the network that makes the prefixes in training is ours (`PrefixMLP`). A cache holds a
-copy of the prefix in front of every sequence, so that attention stays one call. Evidence: `anabranch study parscale`.
+Departures: the released code cannot train; the network that makes the prefixes in training is ours (`PrefixMLP`). Evidence:
+`anabranch study parscale`.
 """
 
 from anabranch.experts.parscale.cost import HARDWARE, Cost, Hardware, cost_model, measure_hardware

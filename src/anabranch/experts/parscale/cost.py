@@ -98,8 +98,9 @@ def cost_model(
     total = input_tokens + output_tokens
     weights = config.count(total).parameters * dtype.itemsize
     row = 2 * config.num_layers * config.attention.kv_heads * config.attention.width(config.dim) * dtype.itemsize
-    cache = batch * streams * row * (prefix + total)
-    mean_cache = batch * streams * row * (prefix + input_tokens + output_tokens // 2)
+    # The prefix is held, and read, once for each stream.
+    cache = streams * row * (prefix + batch * total)
+    mean_cache = streams * row * (prefix + batch * (input_tokens + output_tokens // 2))
     prefill_flops = batch * input_tokens * config.count(input_tokens).flops
     step_flops = (
         batch * config.count(2 * input_tokens + output_tokens).flops

@@ -1,0 +1,61 @@
+"""Attention to keys and values that many sequences have in front, and to each sequence's own, without a copy for each.
+
+With few queries the shared entries are met by all sequences in one product, and one softmax goes over both parts; so they are read once,
+and stored once ("Hydragen", Juravsky et al. 2024, arXiv 2402.05099, splits attention there too). With many queries, as of a prompt, both
+parts are put together for the moment: attention is then no matter of reading.
+"""
+# Shapes: B sequences, Q shared fronts (Q divides B), H query heads, G key heads, L queries, M shared entries, S own ones, D head width
+
+import torch
+from torch import Tensor
+
+__all__ = ["Front", "attend_few", "copied", "in_front"]
+
+Front = tuple[Tensor, Tensor]  # key_QGMD, value_QGMD: the b-th of B sequences has the (b Q // B)-th
+
+
+def in_front(part_BGSD: Tensor, front_QGMD: Tensor) -> Tensor:
+    """``[B, G, M + S, D]``: what is shared, copied for each sequence, then its own."""
+    return torch.cat((copied(front_QGMD.to(part_BGSD), part_BGSD.shape[0]), part_BGSD), dim=2)
+
+
+def copied(front_QGMD: Tensor, num_sequences: int) -> Tensor:
+    """``[B, G, M, D]``: what is in front of each of the sequences."""
+    return front_QGMD[:, None].expand(-1, num_sequences // len(front_QGMD), -1, -1, -1).flatten(0, 1)
+
+
+def attend_few(
+    query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, front: Front, mask_BL: Tensor | None = None
+) -> Tensor:
+    """y_BHLD: each query sees all of the front, and of its sequence's own entries those of the mask ``[B or 1, 1, L, S]`` (None: all).
+
+    What half types hold is multiplied in float32. Memory grows with L (M + S).
+    """
+    groups, width = key_BGSD.shape[1], key_BGSD.shape[3]
+    fine = torch.promote_types(query_BHLD.dtype, torch.float32)
+    query = (query_BHLD.to(fine) * width**-0.5).unflatten(1, (groups, -1))  # [B, G, H / G, L, D]
+    shape = query.shape[2:4]
+    query = query.flatten(2, 3)
+    key_BGDS = key_BGSD.to(fine).transpose(2, 3)
+    front_key_QGMD, front_value_QGMD = (part.to(query) for part in front)
+    num_front, num_shared = front_key_QGMD.shape[0], front_key_QGMD.shape[2]
+    own = (query @ key_BGDS).unflatten(2, shape)
+    if mask_BL is not None:
+        own = own.masked_fill(~mask_BL[:, :, None], float("-inf"))
+    shared = _alone(_together(query, num_front) @ front_key_QGMD.transpose(2, 3), query.shape[0])
+    weight = torch.cat((shared, own.flatten(2, 3)), dim=-1).softmax(-1)
+    shared_weight, own_weight = weight[..., :num_shared], weight[..., num_shared:]
+    y = own_weight @ value_BGSD.to(fine)
+    y = y + _alone(_together(shared_weight, num_front) @ front_value_QGMD, query.shape[0])
+    return y.unflatten(2, shape).flatten(1, 2).to(query_BHLD.dtype)
+
+
+def _together(x_BGLX: Tensor, num_front: int) -> Tensor:
+    """``[Q, G, B / Q L, X]``: the rows of all sequences that share a front."""
+    return x_BGLX.unflatten(0, (num_front, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _alone(x_QGNX: Tensor, num_sequences: int) -> Tensor:
+    """Back to ``[B, G, L, X]``."""
+    num_front = x_QGNX.shape[0]
+    return x_QGNX.unflatten(2, (num_sequences // num_front, -1)).transpose(1, 2).flatten(0, 1)
