@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from anabranch.config import configclass
 from anabranch.lm import Decoder
-from anabranch.nn import SelfAttention
+from anabranch.nn import MoE, SelfAttention
 from anabranch.nn.count import Count
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.pass_loop import PassLoop
+from anabranch.registry import BUILTIN
 from anabranch.routing import RoutingContext
+from anabranch.testing import check_feed_forward
 
 
 def affine(number, x, context):
@@ -139,3 +141,31 @@ def test_a_design_is_a_layer_in_a_loop():
         cache, whole = model.new_cache(6), model(token_BL).logits_BLV
         parts = [model(token_BL[:, place : place + 1], cache=cache).logits_BLV for place in range(6)]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+class Again(MoE, kind="again"):
+    """A mixture of experts run three times by one router, as the guide to designs has it."""
+
+    loop = PassLoop(3)
+
+    @configclass
+    class Config(MoE.Config):
+        """Those of `MoE`."""
+
+        def count(self, context):
+            once = MoE.Config.count(self, context)
+            return Count(once.parameters, once.active, 3 * once.flops)
+
+    @property
+    def routing_order(self):
+        return self.loop.in_order([self.router])
+
+    def add_to(self, x_BLD, norm, context):
+        return x_BLD + self.loop.run(lambda number, x_BLD, context: self(norm(x_BLD), context), x_BLD, context)
+
+
+@pytest.mark.slow
+def test_routed_layers_of_others_in_a_loop_keep_the_contract(monkeypatch):
+    """Training, recompute, padding, cached generation, paths, traces of every pass and their replay."""
+    monkeypatch.setitem(BUILTIN["feed_forward"], "again", f"{__name__}:Again")
+    check_feed_forward(Again.Config())
