@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from _machine import here
+
 HERE = Path(__file__).parent
 CHUNKS = 20  # content chunks of a stream
 PROMPT = "Explain in two sentences why rivers meander, and name one river that does. " * 8
@@ -321,15 +323,7 @@ async def load(contestant: Contestant, count: int, concurrency: int, stream: boo
 
 def machine() -> dict[str, Any]:
     """Where it ran."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return {
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
-    }
+    return {**here(), "python": platform.python_version()}
 
 
 if __name__ == "__main__":

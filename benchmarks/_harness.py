@@ -8,10 +8,8 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 
+from _machine import here
 from anabranch.nn.kernels.memory import release
 
 Work = Callable[[], Any]
@@ -151,40 +150,18 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
-    """Write the result where ``--json`` says; a row of a case is what `compare` returns."""
+    """Write the result where ``--json`` says; a row of a case is what `compare` returns.
+
+    Records in ``benchmarks/results`` that depend on the processor's instructions have them in their name: ``moe_layer.avx512_bf16.json``.
+    """
+    device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     result = {
         "name": name,
-        "device": _device(options.threads),
+        **here(options.threads),
+        **device,
         "rows": list(rows),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "commit": _commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-
-
-def _device(threads: int) -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name, features = platform.processor() or platform.machine(), ""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-        name = fields.get("model name", name)
-        known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-        features = next((f", {flag}" for flag in known if flag in fields.get("flags", "").split()), "")
-    return f"{name}{features}, {threads} of {os.cpu_count()} threads"
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()

@@ -4,7 +4,7 @@ Ours is `anabranch.nn.moe.MoE`; the peer is the best of the OLMoE block (64 expe
 eager and its grouped_mm experts. Same weights, results and gradients compared first; then forward alone, and forward plus
 backward into fresh gradients. Bars: training 1.3 at 64 experts and 1.0 at 8; one token forward 1.2; 16 tokens training 3.
 
-    python benchmarks/moe_layer.py --json benchmarks/results/moe_layer.json
+    python benchmarks/moe_layer.py --json benchmarks/results/moe_layer.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: T tokens, E experts, K per token, d width, h hidden width of an expert
 

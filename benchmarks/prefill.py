@@ -5,7 +5,7 @@ positions, attention, storing keys and values, and the linear layers. The peer o
 keys and values in one, gate and up in one), in the same dtype, by `torch.nn.functional.linear`. So 1.0 is what a decoder of such products
 could hope for. Scores are compared with the model's own first. Bar: 0.7 in bfloat16 from 128 to 512 tokens.
 
-    python benchmarks/prefill.py --json benchmarks/results/prefill.json
+    python benchmarks/prefill.py --json benchmarks/results/prefill.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: T tokens, D width, U blocks of positions, V vocabulary
 

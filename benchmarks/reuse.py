@@ -5,7 +5,7 @@ expert tensor by hand. Training is forward, backward and fresh gradients, withou
 most 1.05 times reuse 1 (ratio at least 0.95), at least 1.3 times as fast as hand-tied transformers, memory equal within 1%. Short
 prefill may be slower by design: a layer then touches up to reuse times more experts.
 
-    python benchmarks/reuse.py --json benchmarks/results/reuse.json
+    python benchmarks/reuse.py --json benchmarks/results/reuse.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: B sequences, L tokens
 

@@ -5,7 +5,7 @@ implementations, trained by the loop one writes for it: forward, backward, clipp
 settings and autocast; losses and gradients compared first. No balance losses on either side, since the two define them
 differently. Bar: 1.5.
 
-    python benchmarks/train_lm.py --json benchmarks/results/train_lm.json
+    python benchmarks/train_lm.py --json benchmarks/results/train_lm.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: B sequences, L positions, D width
 

@@ -124,8 +124,8 @@ def command_line_page() -> str:
 
 
 def results(folder: str, name: str | None, up: str = "") -> str:
-    """Tables of one recorded result or all of a folder. ``up`` leads from the page to docs/."""
-    found = sorted((ROOT / folder / "results").glob(f"{name or '*'}.json"))
+    """Tables of one recorded result, of each processor where there are several, or all of a folder. ``up`` leads from the page to docs/."""
+    found = [path for path in _records(folder) if name in (None, path.name.partition(".")[0])]
     tables = []
     for path in found:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -235,8 +235,10 @@ def readme_figures() -> str:
     studies = [json.loads(path.read_text(encoding="utf-8")) for path in _records("studies")]
     verdicts = [{"study": recorded["name"], **_verdicts(recorded)} for recorded in studies]
     text = _table({"Study": "study"} | {name.capitalize(): name for name in VERDICTS}, verdicts) if verdicts else ""
-    benchmarks = [json.loads(path.read_text(encoding="utf-8")) for path in _records("benchmarks")]
-    rows = [row for recorded in benchmarks for row in _ratios(recorded)]
+    benchmarks = [
+        (json.loads(path.read_text(encoding="utf-8")), path.stem.partition(".")[2]) for path in _records("benchmarks")
+    ]
+    rows = [row for recorded, isa in benchmarks for row in _ratios(recorded, isa)]
     columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest")
     return text + ("\n" + _table({name: name.lower() for name in columns}, rows) if rows else "")
 
@@ -246,15 +248,16 @@ def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
     return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 
-def _ratios(recorded: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each peer of a benchmark of time."""
+def _ratios(recorded: dict[str, Any], isa: str) -> list[dict[str, Any]]:
+    """One row for each peer of a benchmark of time; ``isa`` are the processor's instructions where its record is named after them."""
     of_peer: dict[str, list[float]] = {}
+    name = recorded["name"] + (f" ({isa})" if isa else "")
     for row in recorded["rows"]:
         if row.get("peer_name") and row.get("ratio") is not None and row.get("unit") not in ("MB", "% answered"):
             of_peer.setdefault(row["peer_name"], []).append(row["ratio"])
     return [
         {
-            "benchmark": recorded["name"], "against": peer, "cases": len(found),
+            "benchmark": name, "against": peer, "cases": len(found),
             "lowest": min(found), "median": statistics.median(found), "highest": max(found),
         }
         for peer, found in of_peer.items()

@@ -379,6 +379,17 @@ def test_readme_shows_the_recorded_figures():
     assert hooks.readme_with_figures(text) == text, "the README is stale: run python docs/hooks.py"
 
 
+def test_a_benchmark_is_shown_on_every_processor_that_it_ran_on(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("b.avx2", "b.amx_bf16", "b_other"):
+        record = {"name": name.partition(".")[0], "device": f"the machine of {name}", "rows": [{"case": "x"}]}
+        (tmp_path / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    shown = hooks.results("benchmarks", "b")
+    assert shown.index("the machine of b.amx_bf16") < shown.index("the machine of b.avx2")
+    assert "other" not in shown
+
+
 def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
     for folder in ("studies", "benchmarks"):
         (tmp_path / folder / "results").mkdir(parents=True)
@@ -390,9 +401,12 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
         {"case": "growth", "peer_name": None},
     ]
     (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
+    of_processor = tmp_path / "benchmarks" / "results" / "b.avx2.json"
+    of_processor.write_text(json.dumps({"name": "b", "device": "d", "rows": [{**rows[0], "ratio": 0.75}]}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
     assert "| s | 1 | 0 | 0 | 0 |" in shown
     assert "| b | p | 3 | 0.5 | 1.5 | 3 |" in shown
+    assert "| b (avx2) | p | 1 | 0.75 | 0.75 | 0.75 |" in shown
     assert "formula" not in shown
     assert "stale" not in shown

@@ -1,0 +1,45 @@
+"""What a record says of where it was measured: processor, instructions in use, threads, commit."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Best first: what decides which of the kernels' ways a processor takes.
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
+
+
+def here(threads: int | None = None) -> dict[str, Any]:
+    """Fields of a record. ``threads``: of the contestants, where they have a number in common."""
+    cpu, isa = processor()
+    count = f"{os.cpu_count()} cores" if threads is None else f"{threads} of {os.cpu_count()} threads"
+    return {
+        "device": ", ".join(filter(None, (cpu, isa, count))),
+        "cpu": cpu,
+        "isa": isa,
+        "threads": threads,
+        "commit": commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def processor() -> tuple[str, str]:
+    """Its name, and the best of `INSTRUCTIONS` that it has; empty where the system does not say."""
+    name, features = platform.processor() or platform.machine(), set()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        text = information.read_text(errors="replace")
+        fields = dict(re.findall(r"^(model name|flags|Features)\s*: (.*)$", text, re.MULTILINE))
+        name = fields.get("model name", name)
+        features = set(fields.get("flags", fields.get("Features", "")).split())
+    return name, next((feature for feature in INSTRUCTIONS if feature in features), "")
+
+
+def commit() -> str:
+    """The work tree's; "-dirty" behind it where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
