@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from anabranch.cli.output import fact, say
 from anabranch.cli.progress import Progress
@@ -20,7 +22,8 @@ from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.report.write import check_place
-from anabranch.routing import RoutingTrace
+from anabranch.routing import RoutingTrace, consistency, measure
+from anabranch.routing.srp_statistics import srp_interval
 from anabranch.serving import LLM
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
@@ -50,7 +53,6 @@ def test_train_prints_one_json_object_and_makes_a_run(trained):
 
 
 def test_eval_is_the_mean_over_consecutive_windows(trained, here, text_file):
-    import torch
     import torch.nn.functional as F
 
     folder, _ = trained
@@ -265,8 +267,8 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert [(facts["window"], facts["caches"]) for facts in json.loads(out)["windows"]] == [(4, [1]), (16, [1])]
     code, text, _ = here(*asked)
     assert code == 0
-    assert re.search(r"window +SRP +cache +SCH +PLEC +LRU +LFU +fixed +Belady", text)
-    code, _, err = here(*asked, "--window", 99999)
+    assert re.search(r"window +SRP +95% +cache +access +SCH +PLEC +LRU +LFU +fixed +Belady", text)
+    code, _, err = here(*asked[:4], "--window", 99999)
     assert code == 2
     assert "--window is 99999, but the longest sequence has" in err
     # What an earlier report wrote is replaced, a trace too whose report was not finished.
@@ -654,6 +656,42 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert code == 2
     assert "from_dense starts from a dense model of 'swiglu' layers" in err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, here, work, text_file, caplog):
+    folder, _ = trained
+    sizes = ["--m", 4, "--window", 16, "--m", 99, "--rho", 1, "--cache", 1.5]
+    asked = ["--data", text_file, "--sequence-length", 32, "--predictions", "--scores", "--quiet"]
+    code, out, _ = here("report", folder, "--out", work / "windows", *asked, *sizes, "--json")
+    assert code == 0
+    assert "a window of 99 tokens is left out: the longest sequence has 32" in caplog.messages
+    found, trace = json.loads(out), RoutingTrace.read(work / "windows/trace.parquet")
+    assert [facts["window"] for facts in found["windows"]] == [4, 16]
+    for facts in found["windows"]:
+        window = facts["window"]
+        assert facts["srp"] == pytest.approx(float(consistency.srp(trace, window, "model").value))
+        assert facts["srp_interval"] == pytest.approx(srp_interval(trace, window, "model").tolist())
+        for cold, hits in (("miss", facts["hits"]), ("free", facts["hits_free"])):
+            sch = consistency.sch(trace, window, cold=cold)
+            assert hits["segment"] == pytest.approx([sch.at_ratio(rho).mean() for rho in (1, 1.5)])
+    first, decisions = found["layers"][0], trace.decisions(0)
+    for name, token_N in (
+        ("vocabulary_specialization", decisions.token_N),
+        ("next_token_specialization", measure.next_tokens(decisions)),
+        ("predicted_token_specialization", decisions.predicted_N),
+    ):
+        value_E = measure.vocabulary_specialization(token_N, decisions.index_NK, first["num_destinations"])
+        assert first[name] == pytest.approx(np.nanmean(value_E)), name
+    assert first["score_entropy_bits"] == pytest.approx(measure.routing_entropy(decisions.score_NE).mean())
+    model, _ = load_model(folder)
+    token_L = torch.tensor(decisions.token_N[decisions.item_N == 2])
+    expected_L = model(token_L[None]).logits_BLV[0].argmax(-1)
+    assert decisions.predicted_N[decisions.item_N == 2].tolist() == expected_L.tolist()
+    code, again, _ = here("report", work / "windows/trace.parquet", "--out", work / "again", *sizes)
+    assert code == 0
+    assert "by the one" in again
+    assert re.search(r"window of 16 tokens: consistency of group \d of 4; SCH ", again)
+    assert "window of 4 tokens: SCH" in again
 
 
 def test_a_short_run_balanced_by_signs_is_told_of_what_suits_it(here, tmp_path, tiny, data):

@@ -1,14 +1,17 @@
 """Windows and caches that are asked for: the same numbers as the measures themselves give."""
 
+import logging
+
 import numpy as np
 import pytest
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.report.windows import window_facts
 from anabranch.routing import TraceBuilder, TraceLayer, consistency
+from anabranch.routing.srp_statistics import domain_correlation, srp_interval
 
 
-def trace_of(index_STLK, num_destinations):
+def trace_of(index_STLK, num_destinations, domain=None):
     builder = TraceBuilder()
     sequences, tokens, layers, places = index_STLK.shape
     for layer in range(layers):
@@ -18,6 +21,7 @@ def trace_of(index_STLK, num_destinations):
             np.full((sequences * tokens, places), 1 / places, np.float32),
             item_N=np.repeat(np.arange(sequences), tokens),
             position_N=np.tile(np.arange(tokens), sequences),
+            domain=domain,
         )
     return builder.trace()
 
@@ -41,10 +45,35 @@ def test_numbers_are_those_of_the_measures(index_STLK):
             )
             expected = [of.at_ratio(ratio).mean() for ratio in (1, 2.5)]
             assert facts.hits[policy] == pytest.approx(expected), policy
+            free = consistency.hit_rates(trace, policy, window=window if policy in ("segment", "plec") else None)
+            assert facts.hits_free[policy] == pytest.approx([free.at_ratio(ratio).mean() for ratio in (1, 2.5)]), policy
+        assert facts.srp_interval == pytest.approx(srp_interval(trace, window, "model"))
+        assert np.array(list(facts.srp_interval_by_layer.values())) == pytest.approx(srp_interval(trace, window))
+        assert facts.domains == facts.domain_correlation == []
         ratios = np.arange(1, 4.01, 0.25)
         sch = np.array([consistency.sch(trace, window, cold="miss").at_ratio(ratio).mean() for ratio in ratios])
         best = np.array([consistency.hit_rates(trace, "belady", cold="miss").at_ratio(r).mean() for r in ratios])
         assert facts.near_belady == ratios[np.argmax(sch >= 0.9 * best)]
+        lru = consistency.hit_rates(trace, "lru", cold="miss")
+        assert facts.lru_there == pytest.approx(lru.at_ratio(facts.near_belady).mean())
+        sch = np.array([consistency.sch(trace, window).at_ratio(ratio).mean() for ratio in ratios])
+        best = np.array([consistency.hit_rates(trace, "belady").at_ratio(r).mean() for r in ratios])
+        assert facts.near_belady_free == ratios[np.argmax(sch >= 0.9 * best)]
+
+
+def test_windows_that_are_too_long_are_left_out_with_a_warning(index_STLK, caplog):
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        (facts,) = window_facts(trace_of(index_STLK, 8), [41, 8], [1])
+    assert facts.window == 8
+    assert caplog.messages == ["a window of 41 tokens is left out: the longest sequence has 40"]
+
+
+def test_domains_are_correlated_where_there_are_several(index_STLK):
+    trace = trace_of(index_STLK, 8, domain=np.repeat(np.array(["a", "b", "a", "b", "c", "c"], object), 40).tolist())
+    (facts,) = window_facts(trace, [8], [1])
+    names, correlation_MM = domain_correlation(trace, 8)
+    assert facts.domains == names == ["a", "b", "c"]
+    assert np.array(facts.domain_correlation) == pytest.approx(correlation_MM)
 
 
 @pytest.mark.parametrize(

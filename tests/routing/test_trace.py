@@ -378,7 +378,7 @@ def test_messages_about_scores():
         with pytest.raises(DataError, match=message):
             RoutingTrace(wrong, [LAYER])
     swapped = table.select([*SCHEMA.names, "propensity", "scores"])
-    with pytest.raises(DataError, match=r"not item, .*\(scores, propensity may follow\)"):
+    with pytest.raises(DataError, match=r"not item, .*\(scores, propensity, predicted may follow\)"):
         RoutingTrace(swapped, [LAYER])
 
 

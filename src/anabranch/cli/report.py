@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli import report_tables as tables
 from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
-from anabranch.cli.output import fact, print_json, table, wrote
+from anabranch.cli.output import fact, print_json, wrote
 from anabranch.errors import DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
-    from anabranch.report import Summary
-    from anabranch.report.audit import LayerAudit
-    from anabranch.report.windows import WindowFacts
     from anabranch.routing import RoutingTrace
 
 
 _TRACE = "trace.parquet"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a recording keeps beside choices: scores of all experts, next tokens that the model predicts."""
+
+    scores: bool
+    predictions: bool
 
 
 def report(
@@ -41,16 +46,33 @@ def report(
     window: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="W", min=1, help="Also measure local routing consistency at windows of W tokens (repeatable)."
+            "--window",
+            "--m",
+            metavar="W",
+            min=1,
+            help="Also measure local routing consistency at windows of W tokens (repeatable).",
         ),
     ] = None,
     cache: Annotated[
         list[float] | None,
-        typer.Option(metavar="C", help="And caches of C times the active experts of a layer (repeatable). Default: 2."),
+        typer.Option(
+            "--cache",
+            "--rho",
+            metavar="C",
+            help="And caches of C times the active experts of a layer (repeatable). Default: 2.",
+        ),
     ] = None,
     balance_audit: Annotated[
         bool,
         typer.Option("--balance-audit", help="Also compare choices with the best balanced ones of the same scores."),
+    ] = False,
+    scores: Annotated[
+        bool,
+        typer.Option("--scores", help="Also keep the scores of all experts in the trace, and report their entropy."),
+    ] = False,
+    predictions: Annotated[
+        bool,
+        typer.Option("--predictions", help="Also keep the next token that the model predicts after each one."),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -78,7 +100,8 @@ def report(
     elif is_trace:
         raise DataError(f"there is no routing trace at {source}")
     else:
-        trace, text, bias = _record(source, out, data, tokens, sequence_length, dtype, device, quiet, balance_audit)
+        kept = _Kept(scores=scores or balance_audit, predictions=predictions)
+        trace, text, bias = _record(source, out, data, tokens, sequence_length, dtype, device, quiet, kept)
     found = window_facts(trace, window or [16], cache or [2.0]) if window or cache else []
     audits = audit_trace(trace, bias) if balance_audit else []
     page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
@@ -90,10 +113,11 @@ def report(
         return
     fact("model", source)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
-    _print_layers(summary)
-    _print_passes(summary)
-    _print_windows(found)
-    _print_audits(audits)
+    tables.print_layers(summary)
+    tables.print_passes(summary)
+    tables.print_details(summary)
+    tables.print_windows(found)
+    tables.print_audits(audits)
     for sentence in explain(summary):
         fact("", sentence)
     names = [name for name in (_TRACE, "summary.json") if (Path(out) / name).exists()]
@@ -135,13 +159,14 @@ def _record(
     dtype: str | None,
     device: str | None,
     quiet: bool,
-    scores: bool,
+    kept: _Kept,
 ) -> tuple[RoutingTrace, str, dict[int, Any]]:
     """Run text through a model; the trace, which is also written, the name of the text, and the bias of the layers that have one."""
     import torch
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
     from anabranch.routing import RoutingTrace, record_routing
+    from anabranch.routing.predicted import with_predictions
 
     network, tokenizer = load(source, dtype, device)
     config = network.config
@@ -152,92 +177,19 @@ def _record(
     place = network.embedding.weight.device
     path = Path(out) / _TRACE
     windows: Any = None
-    with record_routing(network, path=path, scores=scores) as recorder, torch.inference_mode():
+    predicted: list[tuple[Any, Any]] = []
+    with record_routing(network, path=path, scores=kept.scores) as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)
         say_defaults(source, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
         for batch in Tracked(windows, quiet):
             recorder.domain = list(domain_names(windows, batch))
-            network(batch.token_BL.to(place), last_only=True)
+            output = network(batch.token_BL.to(place), last_only=not kept.predictions)
+            if kept.predictions:
+                predicted.append((batch.token_BL.numpy(), output.logits_BLV.argmax(-1).cpu().numpy()))
     trace = RoutingTrace.read(path)
+    if kept.predictions:
+        trace = with_predictions(trace, predicted)
+        trace.write(path)
     routers = dict(network.named_modules())
     held = {layer.layer: getattr(routers.get(layer.name), "bias_E", None) for layer in trace.layers}
     return trace, name, {layer: bias.float().cpu().numpy() for layer, bias in held.items() if bias is not None}
-
-
-def _print_audits(audits: list[LayerAudit]) -> None:
-    """Balance and score beside the optimum, by layer."""
-    if not audits:
-        return
-    rows = [
-        [
-            f"{facts.layer}",
-            f"{facts.tokens:,}",
-            f"{facts.max_violation:.3f}",
-            f"{facts.unbiased_max_violation:.3f}",
-            f"{facts.achieved / facts.optimum:.4f}",
-            f"{facts.duality_gap:.4f}" if facts.has_bias else "-",
-            "-" if facts.correlation is None else f"{facts.correlation:.3f}",
-        ]
-        for facts in audits
-    ]
-    columns = [
-        "layer",
-        "tokens",
-        "MaxVio",
-        "without\na bias",
-        "score over\noptimum",
-        "gap of\nthe bias",
-        "correlation\nwith prices",
-    ]
-    table(columns, rows, text_columns=0)
-
-
-def _print_windows(found: list[WindowFacts]) -> None:
-    """SRP of the model, and mean hits over layers of each cache."""
-    if not found:
-        return
-    shown = ("segment", "plec", "lru", "lfu", "fixed", "belady")
-    rows = [
-        [f"{facts.window}", f"{facts.srp:.3f}", f"{cache:g}", *(f"{facts.hits[policy][at]:.3f}" for policy in shown)]
-        for facts in found
-        for at, cache in enumerate(facts.caches)
-    ]
-    table(["window", "SRP", "cache", "SCH", "PLEC", "LRU", "LFU", "fixed", "Belady"], rows, text_columns=0)
-    for facts in found:
-        if facts.near_belady is None:
-            words = "SCH stays below 90% of Belady at every size"
-        else:
-            words = f"SCH is 90% of Belady from a cache of {facts.near_belady:g} times the active experts on"
-        fact("", f"window of {facts.window} tokens: {words}")
-
-
-def _print_passes(summary: Summary) -> None:
-    """How passes follow each other, in models whose layers route several times."""
-    if not summary.passes:
-        return
-    rows = [
-        [
-            f"{facts.first_layer} to {facts.second_layer}",
-            *("-" if math.isnan(share) else f"{share:.1%}" for share in (facts.reuse, facts.chance)),
-            f"{facts.combinations_seen:,}",
-            *("-" if math.isnan(bits) else f"{bits:.3f}" for bits in (facts.information_bits, facts.noise_bits)),
-        ]
-        for facts in summary.passes
-    ]
-    columns = ["passes", "same expert\nagain", "by chance", "combinations", "told of the\nnext (bits)", "by luck"]
-    table(columns, rows, text_columns=0)
-
-
-def _print_layers(summary: Summary) -> None:
-    rows = [
-        [
-            str(layer.layer),
-            f"{layer.num_destinations}",
-            f"{layer.top_k}",
-            f"{layer.max_violation:.2f}",
-            f"{layer.idle}",
-            f"{layer.load_entropy_bits:.2f}",
-        ]
-        for layer in summary.layers
-    ]
-    table(["layer", "experts", "active", "MaxVio", "idle", "entropy\n(bits)"], rows, text_columns=0)

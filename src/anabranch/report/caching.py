@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.routing import consistency as lrc
-from anabranch.routing.cache_policy import LOOKING, Policy, simulate
+from anabranch.routing.cache_policy import LOOKING, Cold, Policy, simulate
 from anabranch.routing.trace import RoutingTrace
 
 WINDOWS = (4, 16, 64)  # tokens
@@ -84,7 +84,12 @@ def layers_with_choice(trace: RoutingTrace) -> tuple[list[lrc.Routes], dict[int,
 
 
 def mean_hits(
-    layers: list[lrc.Routes], top_k: dict[int, int], policy: Policy, ratios: np.ndarray, window: int | None = None
+    layers: list[lrc.Routes],
+    top_k: dict[int, int],
+    policy: Policy,
+    ratios: np.ndarray,
+    window: int | None = None,
+    cold: Cold = "miss",
 ) -> list[float]:
     """Mean over layers of the hit rate at each ratio, on sequences spread over the trace; ``window`` is of policies that have one."""
     rates_LX = []
@@ -92,7 +97,7 @@ def mean_hits(
         pick_S = np.unique(np.linspace(0, len(of.length_S) - 1, min(SEQUENCES, len(of.length_S))).astype(int))
         index_STK = of.index_STK[pick_S]
         found = simulate(
-            index_STK, of.num_destinations, policy, window=window if policy in LOOKING else None, cold="miss"
+            index_STK, of.num_destinations, policy, window=window if policy in LOOKING else None, cold=cold
         )
         capacity_X = np.clip((ratios * top_k[of.layer] + 1e-9).astype(int), 1, of.num_destinations)
         rates_LX.append(found.rate_C[capacity_X - 1])

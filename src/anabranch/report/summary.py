@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ class LayerFacts:
         foreign_share: choices that fall on what other layers own; ``foreign_chance`` is their share of the pool.
         domain_distance: total variation between a domain's load and that of all, by domain.
         domain_information_bits: I(domain; destination); ``domain_noise_bits`` is what luck would show.
-        vocabulary_specialization: mean over destinations.
+        vocabulary_specialization: mean over destinations, of the token that is routed; ``next_token_specialization`` of the one that
+            follows it, ``predicted_token_specialization`` of the one that the model expects there.
+        score_entropy_bits: mean over decisions of the entropy of the scores of all destinations; where the trace has scores.
     """
 
     layer: int
@@ -66,6 +69,9 @@ class LayerFacts:
     domain_information_bits: float
     domain_noise_bits: float
     vocabulary_specialization: float
+    next_token_specialization: float = NAN
+    predicted_token_specialization: float = NAN
+    score_entropy_bits: float = NAN
 
     @property
     def idle_fraction(self) -> float:
@@ -160,7 +166,8 @@ def _layer_facts(
     num_destinations, total = layer.num_destinations, int(load_E.sum())
     places = total / len(index_NK) if len(index_NK) else NAN
     load_ME = measure.domain_load(trace, layer.layer)
-    words_E = measure.vocabulary_specialization(decisions.token_N, index_NK, num_destinations)
+    by_token = partial(measure.vocabulary_specialization, index_NK=index_NK, num_destinations=num_destinations)
+    predicted_N, score_NE = decisions.predicted_N, decisions.score_NE
     idle = measure.idle_fraction(load_E) * num_destinations
     has_domains = len(load_ME) > 1 and load_ME.sum() > 0
     return LayerFacts(
@@ -195,7 +202,10 @@ def _layer_facts(
         else {},
         domain_information_bits=measure.mutual_information(load_ME) if has_domains else NAN,
         domain_noise_bits=measure.mutual_information_bias(load_ME) if has_domains else NAN,
-        vocabulary_specialization=_mean(words_E),
+        vocabulary_specialization=_mean(by_token(decisions.token_N)),
+        next_token_specialization=_mean(by_token(measure.next_tokens(decisions))),
+        predicted_token_specialization=NAN if predicted_N is None else _mean(by_token(predicted_N)),
+        score_entropy_bits=NAN if score_NE is None else _mean(measure.routing_entropy(score_NE)),
     )
 
 

@@ -190,7 +190,7 @@ def window_counts(of: Routes, window: int, *, by: Literal["domain", "position"] 
     step = max(1, CELLS // max(num_tokens * num_destinations, 1))
     for first in range(0, num_sequences if num_starts else 0, step):
         part = slice(first, first + step)
-        sum_PSE = _window_sums(of.index_STK[part], num_destinations, window)
+        sum_PSE = window_sums(of.index_STK[part], num_destinations, window)
         whole_PS = np.arange(num_starts)[:, None] + window <= of.length_S[part]
         if by is None:
             count[0] += _histograms(
@@ -206,7 +206,7 @@ def window_counts(of: Routes, window: int, *, by: Literal["domain", "position"] 
     return count
 
 
-def _window_sums(index_STK: np.ndarray, num_destinations: int, window: int) -> np.ndarray:
+def window_sums(index_STK: np.ndarray, num_destinations: int, window: int) -> np.ndarray:
     """``[P, S, E]``, int16 where that suffices: how often each destination is chosen in each window."""
     num_sequences, num_tokens, _ = index_STK.shape
     sum_TSE = np.zeros(
@@ -278,7 +278,7 @@ def srp(
 
     A window longer than all sequences gives 0, and a warning. Raises DataError where `routes` does.
     """
-    counts = [window_counts(layer, window, by=by) for layer in _layers(source)]
+    counts = [window_counts(layer, window, by=by) for layer in layers_of(source)]
     if not counts:
         raise DataError("there are no routed layers to measure")
     if not any(count.any() for count in counts):
@@ -294,7 +294,8 @@ def srp(
     return srp_of_counts(count_GX if by else count_GX[0])
 
 
-def _layers(source: Source | Iterable[Routes]) -> Iterable[Routes]:
+def layers_of(source: Source | Iterable[Routes]) -> Iterable[Routes]:
+    """What `routes` gives of a trace or an array; the layers themselves where they are given."""
     return routes(source) if isinstance(source, RoutingTrace | np.ndarray) else source
 
 
@@ -366,7 +367,7 @@ def hit_rates(
     ``level="model"`` is one cache for the experts of all layers, in the order in which a token meets them; a slot of a pool that layers
     share is one expert. Every layer must then have routed the same sequences. Raises DataError where it has not.
     """
-    layers = list(_layers(source))
+    layers = list(layers_of(source))
     blocks = None
     if level == "model":
         blocks = [of.index_STK.shape[-1] for of in layers]
@@ -442,7 +443,7 @@ def consistency_group(value: float) -> int:
 def activation_spread(source: Source | Iterable[Routes]) -> float:
     """The paper's measure of balance: standard deviation, in percent points, of the activation rates of all experts of the model."""
     rates = []
-    for of in _layers(source):
+    for of in layers_of(source):
         index_R = of.index_STK[of.index_STK >= 0]
         rates.append(np.bincount(index_R, minlength=of.num_destinations) / max(int(of.length_S.sum()), 1))
     return 100 * float(np.concatenate(rates).std())

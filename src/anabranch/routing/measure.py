@@ -239,6 +239,21 @@ def mutual_information_bias(load_ME: ArrayLike) -> float:
     return float(cells / (2 * load_ME.sum() * np.log(2))) if load_ME.sum() else float("nan")
 
 
+def next_tokens(decisions: Decisions) -> NDArray[np.int32]:
+    """``[N]``: the token that follows in the same item, at the next position; -1 where none was recorded.
+
+    For `vocabulary_specialization` of what is to be predicted, beside that of what is read and that of ``decisions.predicted_N``.
+    """
+    order = np.lexsort((decisions.position_N, decisions.item_N))
+    # One number that orders as (item, position) does; the range of a position is its type's.
+    key_N = decisions.item_N.astype(np.int64)[order] * 2**32 + decisions.position_N[order]
+    wanted_N = decisions.item_N.astype(np.int64) * 2**32 + decisions.position_N + 1
+    place_N = np.minimum(np.searchsorted(key_N, wanted_N), max(len(key_N) - 1, 0))
+    if not len(key_N):
+        return np.zeros(0, np.int32)
+    return np.where(key_N[place_N] == wanted_N, decisions.token_N[order][place_N], -1).astype(np.int32)
+
+
 def vocabulary_specialization(
     token_N: ArrayLike, index_NK: ArrayLike, num_destinations: int, *, min_count: int = 20, top: int = 15
 ) -> Floats:

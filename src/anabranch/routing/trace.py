@@ -6,7 +6,7 @@ one schema; measures, cache simulators, predictors and reports read it. The sche
 A *decision* is the rows of one item at one layer: they stand together, in order of rank, so a trace gives back the `Routing`
 it came from. Unused places (capacity, threshold) are not stored; an item with no used place at all keeps one row of rank 0
 and destination -1, so that what was dropped can be counted. Padding items leave no rows. A trace may have columns of scores and of
-propensities (`anabranch.routing.trace_schema.OPTIONAL`); one without them is as it always was.
+propensities, and of predicted tokens (`anabranch.routing.trace_schema.OPTIONAL`); one without them is as it always was.
 
     with record_routing(model) as recorder:        # anabranch.routing.record
         model(token_BL)
@@ -58,6 +58,7 @@ class Decisions:
         domain_N: int32, number of the domain in `RoutingTrace.domains`; -1 where unknown.
         score_NE: float32, scores of all destinations before any selection bias, NaN where unknown; None if the trace has no scores.
         propensity_NK: float32, probability with which a destination was drawn, NaN where it was not; None if the trace has none.
+        predicted_N: int32, the token that the model predicts next; -1 where unknown; None if the trace has none.
     """
 
     index_NK: np.ndarray
@@ -68,6 +69,7 @@ class Decisions:
     domain_N: np.ndarray
     score_NE: np.ndarray | None = None
     propensity_NK: np.ndarray | None = None
+    predicted_N: np.ndarray | None = None
 
 
 class RoutingTrace:
@@ -176,9 +178,10 @@ class RoutingTrace:
         if "propensity" in self.table.column_names:
             propensity_NK = np.full(shape, np.nan, np.float32)
             propensity_NK[row_R, rank_R] = self.column("propensity", layer)
+        predicted_N = self.column("predicted", layer)[first_R] if "predicted" in self.table.column_names else None
         return Decisions(
             index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N,
-            self._scores(layer, self._rows(layer)[first_R]), propensity_NK,
+            self._scores(layer, self._rows(layer)[first_R]), propensity_NK, predicted_N,
         )  # fmt: skip
 
     def _scores(self, layer: int, rows: np.ndarray) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from anabranch.files import atomic_file
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import (
     METADATA_KEY,
-    OPTIONAL,
+    OF_SCORES,
     PARQUET_OPTIONS,
     ROWS_PER_GROUP,
     SCHEMA,
@@ -39,7 +39,7 @@ class TraceBuilder:
     def __init__(self, *, scores: bool = False) -> None:
         self.layers: dict[int, TraceLayer] = {}
         self.num_rows = 0
-        self.schema = schema_with([field.name for field in OPTIONAL] if scores else ())
+        self.schema = schema_with(OF_SCORES if scores else ())
         self._scores = _Scores() if scores else None
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._domains: dict[str, int] = {}
@@ -147,7 +147,7 @@ class _Scores:
         self._propensity.append(drawn_R)
 
     def columns(self) -> list[pa.Array]:
-        """In the order of `OPTIONAL`."""
+        """In the order of `OF_SCORES`."""
         if self.count >= MOST_SCORES:
             raise CapacityError(
                 f"there are {self.count:,} scores, and a table in memory holds {MOST_SCORES:,}; record to a file (path=...)"

@@ -35,7 +35,10 @@ OPTIONAL = (
     pa.field("scores", pa.list_(pa.float32())),
     # Probability with which the destination was drawn; null where the choice was no draw: with the same scores it would come again.
     pa.field("propensity", pa.float32()),
+    # Id of the token that the model predicts after the one routed; null where it is not known.
+    pa.field("predicted", pa.int32()),
 )
+OF_SCORES = ("scores", "propensity")
 ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
 _MOST_OF_LAYER = 2**24  # destinations; measures count each
 UNKNOWN = -1  # token or domain code that is not known
