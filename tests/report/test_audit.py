@@ -9,12 +9,12 @@ from anabranch.routing import TraceBuilder, TraceLayer
 from anabranch.routing.assignment import balance_audit
 
 
-def trace_of(index_NK, score_NE, num_destinations):
+def trace_of(index_NK, score_NE, num_destinations, domain=None):
     builder = TraceBuilder(scores=score_NE is not None)
     layer = TraceLayer(layer=0, name="router", num_destinations=num_destinations, top_k=index_NK.shape[1])
     weight_NK = np.full(index_NK.shape, 0.5, np.float32)
     scored = {} if score_NE is None else {"score_NE": score_NE}
-    builder.add(layer, index_NK, weight_NK, item_N=np.arange(len(index_NK)), **scored)
+    builder.add(layer, index_NK, weight_NK, item_N=np.arange(len(index_NK)), domain=domain, **scored)
     return builder.trace()
 
 
@@ -44,6 +44,18 @@ def test_it_is_the_audit_of_the_scores():
     assert found.achieved == pytest.approx(expected.achieved)
     assert found.correlation == expected.correlation
     assert found.duality_gap == expected.duality_gap
+    assert (found.dual, found.bound, found.prices) == (expected.dual, expected.bound, expected.price_E.tolist())
+    assert found.min_violation == pytest.approx(expected.min_violation)
+    assert found.mean_violation == pytest.approx(expected.mean_violation)
+    assert found.domain_max_violation == {}
+
+
+def test_domains_are_each_audited_for_balance():
+    score_NE = np.array([[0.9, 0.1], [0.8, 0.6], [0.2, 0.3], [0.4, 0.3]], np.float32)
+    trace = trace_of(np.array([[0], [0], [1], [0]]), score_NE, 2, domain=["b", "b", "a", "a"])
+    (found,) = audit_trace(trace)
+    assert found.max_violation == pytest.approx(0.5)  # 3 of 4, where 2 were even
+    assert found.domain_max_violation == {"a": 0.0, "b": 1.0}
 
 
 def test_what_cannot_be_audited_is_refused():

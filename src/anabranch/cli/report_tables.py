@@ -24,6 +24,8 @@ def print_audits(audits: list[LayerAudit]) -> None:
             f"{facts.layer}",
             f"{facts.tokens:,}",
             f"{facts.max_violation:.3f}",
+            f"{facts.min_violation:.3f}",
+            _worst_domain(facts),
             f"{facts.unbiased_max_violation:.3f}",
             f"{facts.achieved / facts.optimum:.4f}",
             f"{facts.duality_gap:.4f}" if facts.has_bias else "-",
@@ -35,12 +37,19 @@ def print_audits(audits: list[LayerAudit]) -> None:
         "layer",
         "tokens",
         "MaxVio",
-        "without\na bias",
+        "MinVio",
+        "MaxVio of the\nworst domain",
+        "MaxVio with-\nout a bias",
         "score over\noptimum",
         "gap of\nthe bias",
         "correlation\nwith prices",
     ]
     table(columns, rows, text_columns=0)
+
+
+def _worst_domain(facts: LayerAudit) -> str:
+    known = [(value, name) for name, value in facts.domain_max_violation.items() if value is not None]
+    return f"{max(known)[0]:.3f} {max(known)[1]}" if known else "-"
 
 
 def print_windows(found: list[WindowFacts]) -> None:

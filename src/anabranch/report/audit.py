@@ -8,6 +8,7 @@ import numpy as np
 
 from anabranch.errors import DataError
 from anabranch.routing.assignment import balance_audit
+from anabranch.routing.measure import domain_load, load_violation, max_violation
 from anabranch.routing.trace import RoutingTrace
 
 TOKENS = 8192  # of a layer, spread over the trace
@@ -19,20 +20,30 @@ class LayerAudit:
 
     Attributes:
         layer: its number. ``tokens``: how many were audited.
-        achieved: score of the recorded choices. ``optimum``: of the best balanced assignment of the same scores.
-        max_violation: MaxVio of the recorded choices. ``unbiased_max_violation``: of the K best scores of each token, without a bias.
-        duality_gap: of the router's bias, 0 for an optimal one; of no bias where ``has_bias`` is False.
+        achieved: score of the recorded choices. ``optimum``: of the best balanced assignment of the same scores; ``bound``: its dual, which
+            no balanced assignment exceeds.
+        max_violation: MaxVio of the recorded choices; ``min_violation``: of the least loaded; ``mean_violation``: mean absolute value.
+        unbiased_max_violation: of the K best scores of each token, without a bias.
+        domain_max_violation: MaxVio of the recorded choices of each domain, of all tokens; None for one without. Empty without domains.
+        dual: of the router's bias, and ``duality_gap``, 0 for an optimal bias; of no bias where ``has_bias`` is False.
+        prices: optimal ones, by destination, mean 0; what a bias should be.
         correlation: of the bias with optimal prices; None without a bias, or a constant one.
-        has_bias: whether the router's bias is known.
+        has_bias: whether the router's bias is known. One that multiplies scores is not in this sense: prices are added.
     """
 
     layer: int
     tokens: int
     achieved: float
     optimum: float
+    bound: float
     max_violation: float
+    min_violation: float
+    mean_violation: float
     unbiased_max_violation: float
+    domain_max_violation: dict[str, float | None]
+    dual: float
     duality_gap: float
+    prices: list[float]
     correlation: float | None
     has_bias: bool
 
@@ -68,14 +79,25 @@ def _audit(trace: RoutingTrace, layer: int, bias_E: np.ndarray | None) -> LayerA
     found = balance_audit(score_TE, top_k, bias_E, name=str(layer))
     plain = found if bias_E is None else balance_audit(score_TE, top_k, name=str(layer))
     load_E = np.bincount(index_TK.reshape(-1), minlength=num_destinations)
+    violation_E = load_violation(load_E)
+    by_domain = max_violation(domain_load(trace, layer)) if trace.domains else np.zeros(0)
     return LayerAudit(
         layer=layer,
         tokens=len(pick_T),
         achieved=float(np.take_along_axis(score_TE.astype(np.float64), index_TK, 1).sum()),
         optimum=found.optimum,
-        max_violation=float(load_E.max() / load_E.mean() - 1),
+        bound=found.bound,
+        max_violation=float(violation_E.max()),
+        min_violation=float(violation_E.min()),
+        mean_violation=float(np.abs(violation_E).mean()),
         unbiased_max_violation=plain.max_violation,
+        domain_max_violation={
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(trace.domains, by_domain, strict=True)
+        },
+        dual=found.dual,
         duality_gap=found.duality_gap,
+        prices=found.price_E.tolist(),
         correlation=None if np.isnan(found.correlation) else found.correlation,
         has_bias=bias_E is not None,
     )
