@@ -34,6 +34,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "z_loss": "anabranch.routing.balance:ZLoss",
         "importance": "anabranch.routing.balance:ImportanceLoss",
         "device": "anabranch.routing.balance:DeviceLoss",
+        "entropy": "anabranch.routing.balance:EntropyLoss",
         "bias": "anabranch.routing.bias:BiasBalancer",
         "budget": "anabranch.depth.duo_llm:BudgetLoss",
     },

@@ -11,6 +11,7 @@ from anabranch.routing import (
     UNUSED,
     BiasBalancer,
     DeviceLoss,
+    EntropyLoss,
     ImportanceLoss,
     PoolLoss,
     Router,
@@ -64,8 +65,9 @@ LOSSES = [
     ZLoss.Config(),
     ImportanceLoss.Config(),
     DeviceLoss.Config(num_devices=4),
+    EntropyLoss.Config(beta=0.02),
 ]
-NAMES = ["switch", "switch_global", "switch_sequence", "pool", "z_loss", "importance", "device"]
+NAMES = ["switch", "switch_global", "switch_sequence", "pool", "z_loss", "importance", "device", "entropy"]
 
 
 # -- by hand and against naive loops
@@ -188,6 +190,42 @@ def test_importance_is_the_squared_coefficient_of_variation():
     loss = emitted(ImportanceLoss.Config(alpha=1.0).build(3), Observation(score_NE.log(), routing))
     variance = sum((value - 2 / 3) ** 2 for value in (1.2, 0.45, 0.35)) / 3
     assert loss.item() == pytest.approx(variance / (2 / 3) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.0), (0.0, 0.3), (0.5, -0.3)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_entropy_is_that_of_the_mean_and_of_each_item(alpha, beta, activation):
+    def entropy(shares):
+        return -sum(share * math.log(share) for share in shares if share > 0)
+
+    seen = observe(logits(5), activation=activation)
+    shares = [[value / sum(row) for value in row] for row in seen.routing.score_NE.tolist()]
+    mean = [sum(column) / 5 for column in zip(*shares, strict=True)]
+    expected = alpha * (math.log(8) - entropy(mean)) + beta * sum(map(entropy, shares)) / 5
+    found = emitted(EntropyLoss.Config(alpha=alpha, beta=beta).build(8), seen)
+    assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_entropy_of_open_destinations_alone():
+    open_E = torch.tensor([True] * 4 + [False] * 4)
+    alone = emitted(EntropyLoss.Config(beta=0.1).build(4), observe(logits()[:, :4]))
+    masked = emitted(EntropyLoss.Config(beta=0.1).build(8), observe(logits(), open_NE=open_E))
+    torch.testing.assert_close(masked, alone)
+    assert emitted(EntropyLoss.Config().build(8), balanced()).item() == pytest.approx(0.0, abs=1e-8)
+
+
+def test_entropy_losses_make_scores_even_and_items_decided():
+    logit_NE = (logits(64) + torch.linspace(-1, 1, 8)).requires_grad_()
+    optimizer, start = torch.optim.Adam([logit_NE], 0.1), logit_NE.detach().softmax(-1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        emitted(EntropyLoss.Config(alpha=5.0, beta=1.0).build(8), observe(logit_NE)).backward()
+        optimizer.step()
+    end = logit_NE.detach().softmax(-1)
+    assert start.mean(0).max() > 1.5 / 8
+    assert end.mean(0).max() < 1.2 / 8
+    assert start.amax(-1).mean() < 0.5
+    assert end.amax(-1).mean() > 0.9
 
 
 def test_device_loss_is_the_papers_double_sum():

@@ -7,6 +7,7 @@ require("lm", by=__name__)
 from anabranch.routing.balance import (
     Balancer,
     DeviceLoss,
+    EntropyLoss,
     ImportanceLoss,
     PoolLoss,
     SwitchLoss,
@@ -50,6 +51,7 @@ __all__ = [
     "Decisions",
     "DeviceLoss",
     "DispatchPlan",
+    "EntropyLoss",
     "ExpertChoice",
     "GroupTopK",
     "HashScore",

@@ -267,6 +267,39 @@ class ImportanceLoss(Balancer, kind="importance"):
         context.emit_loss("importance", self.config.alpha * variation)
 
 
+class EntropyLoss(Balancer, kind="entropy"):
+    """alpha (ln U - H(P)) + beta mean_i H(p_i), entropies in nats; p_i an item's scores as shares, P their mean, U open destinations.
+
+    The first part is 0 where all destinations have the same score on average and alpha ln U where one has all; the second is 0 where
+    every item is certain and beta ln U where none prefers anything. With alpha = beta it is, but for a constant, minus the mutual
+    information of items and destinations (ModuleFormer, arXiv 2306.04640): items decide, and not all for the same.
+    """
+
+    @configclass
+    class Config(Balancer.Config):
+        """The weights.
+
+        Attributes:
+            alpha: of how uneven the mean scores are (default 0.01).
+            beta: of how undecided items are; 0, the default, leaves them, and below 0 they are kept undecided (exploration).
+        """
+
+        alpha: float = Field(default=1e-2, ge=0)
+        beta: float = 0.0
+
+    config: Config
+
+    def forward(self, seen: Observation, context: RoutingContext) -> None:
+        """Emit ``entropy``."""
+        share_NE, mask_N = seen.probability_NE(), context.item_mask_N
+        mean_E = masked_mean(share_NE, mask_N)
+        uneven = (seen.openness_E(mask_N) > 0).sum().clamp_min(1).log() - _entropy(mean_E)
+        undecided = masked_mean(_entropy(share_NE).unsqueeze(-1), mask_N).squeeze(0)
+        loss = self.config.alpha * uneven + self.config.beta * undecided
+        # Where there are no items the mean is no distribution.
+        context.emit_loss("entropy", torch.where(mean_E.sum() > 0, loss, 0.0))
+
+
 class DeviceLoss(Balancer, kind="device"):
     """alpha sum_g f'_g P'_g over ``num_devices`` equal groups of destinations (DeepSeekMoE, arXiv 2401.06066, eqs. 15-17).
 
@@ -308,6 +341,11 @@ def masked_mean(value_NX: Tensor, mask_N: Tensor | None) -> Tensor:
     real_N1 = mask_N.unsqueeze(-1)
     # where, not a product: padding items may hold infinities, and 0 * inf is nan
     return torch.where(real_N1, value_NX, 0.0).sum(0) / real_N1.sum().clamp_min(1)
+
+
+def _entropy(share_XE: Tensor) -> Tensor:
+    """In nats, over the last axis; the slope where a share is 0 is finite."""
+    return -(share_XE * share_XE.clamp_min(1e-20).log()).sum(-1)
 
 
 def _share(load_E: Tensor) -> Tensor:
