@@ -91,6 +91,10 @@ def test_the_number_of_streams_is_said_by_command(here, work):
         found.append((json.loads(out)["nats_per_token"], json.loads(here(*say, *options)[1])["token_ids"]))
     assert found[0] == found[2] != found[1]
     assert "num_streams is 3" in here(*measure, "--streams", 3)[2]
+    talk = ("chat", "streams", "-m", "ab", "--temperature", 0, "--max-tokens", 6, "--json")
+    said = [json.loads(here(*talk, *more)[1])["token_ids"] for more in ((), ("--streams", 1), ("--streams", 2))]
+    assert said[0] == said[2] != said[1]
+    assert "num_streams is 3" in here(*talk, "--streams", 3)[2]
 
 
 def test_eval_runs_blocks_in_any_order_cached_or_not(here, trained):

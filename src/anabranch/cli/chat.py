@@ -9,7 +9,7 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, load
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
@@ -30,6 +30,7 @@ def chat(
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.2,
     top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 0.9,
     seed: Seed = 0,
+    streams: Streams = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -42,9 +43,10 @@ def chat(
     if as_json and message is None:
         raise ConfigError("--json answers one message; give it with --message")
     network, tokenizer = load(model, dtype, device)
-    talk = Conversation(
-        network, tokenizer, system, {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    )
+    # A number that cannot be is no matter of a message.
+    network.streams_of(streams)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    talk = Conversation(network, tokenizer, system, sampling, num_streams=streams)
     if message is not None:
         ids, answer = talk.answer(message, seed, show=not as_json)
         if as_json:
@@ -77,10 +79,19 @@ def _try(talk: Conversation, line: str, seed: int) -> bool:
 
 
 class Conversation:
-    """Messages so far, and the model that answers them. ``sampling`` are fields of `SamplingConfig`."""
+    """Messages so far, and the model that answers them. ``sampling`` are fields of `SamplingConfig`, ``num_streams`` as of `stream`."""
 
-    def __init__(self, model: Decoder, tokenizer: Any, system: str | None, sampling: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any,
+        system: str | None,
+        sampling: dict[str, Any],
+        *,
+        num_streams: int | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._system, self._sampling = model, tokenizer, system, sampling
+        self._num_streams = num_streams
         self.reset()
 
     def reset(self) -> None:
@@ -103,7 +114,7 @@ class Conversation:
         sampling = SamplingConfig(**{**self._sampling, "max_tokens": most}, stop=self._tokenizer.stop_ids, seed=seed)
         decoder, ids, pieces = self._tokenizer.stream(), [], []
         try:
-            for step in stream(self._model, [prompt], sampling):
+            for step in stream(self._model, [prompt], sampling, num_streams=self._num_streams):
                 ids += step.tokens
                 pieces.append(decoder.push(step.tokens[0]))
                 if show:

@@ -313,8 +313,8 @@ def export_huggingface(
 ) -> None:
     """Save a model as transformers' ``AutoModelForCausalLM.from_pretrained`` reads it, all or nothing.
 
-    The family is the first of OLMoE, Qwen3-MoE, Mixtral, Qwen2-MoE and DeepSeekMoE that computes what the model does (Llama for a
-    dense one); a model whose layers share experts is expanded. Arguments and errors as `save_model` and `formats.export`.
+    The family is the first of OLMoE, Qwen3-MoE, Mixtral, Qwen2-MoE and DeepSeekMoE that computes what the model does (Llama or
+    Qwen2 for a dense one); a model whose layers share experts is expanded. Arguments and errors as `save_model` and `formats.export`.
     """
     check_exportable(model)
     with model_folder(folder) as temporary:

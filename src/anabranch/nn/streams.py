@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Part, Repeats, configclass
+from anabranch.config import Part, Repeats, configclass, to_dict
 from anabranch.nn.context import Count
 from anabranch.routing.context import RoutingContext
 
@@ -32,6 +32,10 @@ class Streams(Part, nn.Module, family="streams"):
         def choices(self) -> tuple[int, ...]:
             """Every P that a forward pass can have, ascending."""
             raise NotImplementedError  # abstract
+
+        def essence(self) -> dict[str, Any]:
+            """What of this config decides a trained model's function, JSON-ready."""
+            return to_dict(self)
 
         def of_step(self, step: int) -> int | None:
             """P of a training step, after ``step`` finished ones; None where training does not change it."""

@@ -42,7 +42,7 @@ def edit(folder, **changes):
     [
         (
             {"model_type": "deepseek_v2"},
-            r"model_type in .*config.json is 'deepseek_v2' \(multi-head latent attention is not built\); supported: llama, .*deepseek$",
+            r"model_type in .*config.json is 'deepseek_v2' \(multi-head latent attention is not built\); supported: llama, .*deepseek, .*$",
         ),
         ({"model_type": None}, "model_type in .* is None"),
         ({"hidden_act": "gelu"}, "hidden_act in .* is 'gelu', which is not supported; supported: 'silu' or 'swish'"),
@@ -183,10 +183,10 @@ def routed(**changes):
         ({"attention": OLMOE.replace(head_dim=10)}, "the closest, olmoe, lacks attention.head_dim=10$"),
         (
             {
-                "attention": SelfAttention.Config(num_heads=2, qkv_bias=True),
+                "attention": SelfAttention.Config(num_heads=2, out_bias=True),
                 "feed_forward": SwiGLU.Config(hidden_dim=8),
             },
-            "no Hugging Face family has attention.out_bias=False",
+            "no Hugging Face family has attention.out_bias=True",
         ),
         (
             {"dense_feed_forward": routed(), "dense_layers": (0,)},
@@ -208,7 +208,7 @@ def test_a_family_that_does_not_fit(tmp_path):
         export_huggingface(tmp_path / "out", model, family="mixtral")
     with pytest.raises(CheckpointError, match=r"Hugging Face's llama has no feed_forward.kind='moe'"):
         export_huggingface(tmp_path / "out", model, family="llama")
-    with pytest.raises(ConfigError, match=r"family is 'gpt2'; it must be one of: llama, olmoe"):
+    with pytest.raises(ConfigError, match=r"family is 'gpt2'; it must be one of: llama, qwen2, olmoe"):
         export_huggingface(tmp_path / "out", model, family="gpt2")
 
 

@@ -51,6 +51,17 @@ CASES = {
         {"intermediate_size": 48, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.5}},
     ),
     "llama 3.1": ("Llama", {"intermediate_size": 48, "rope_parameters": LLAMA3}),
+    "dense qwen2": ("Qwen2", {"intermediate_size": 48}),
+    "dense qwen2 tied, one kv head, linear": (
+        "Qwen2",
+        {
+            "intermediate_size": 48,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.5},
+        },
+    ),
+    "dense qwen2 wide heads": ("Qwen2", {"intermediate_size": 48, "head_dim": 12}),
     "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral top-1, wide heads": (
         "Mixtral",

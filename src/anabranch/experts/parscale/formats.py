@@ -1,97 +1,73 @@
-"""Folders in the layout of the released weights (Qwen2-ParScale): a Qwen2 body, prefixes beside each attention, one gate.
+"""Qwen2-ParScale, the family of the released weights: a Qwen2 body, prefixes beside each attention, one gate.
 
     self_attn.prefix_k, self_attn.prefix_v      [P, h_kv, m, d_h]       ours: streams.prefix.key.LAYER, .value.LAYER
     model.aggregate_layer.0, model.aggregate_layer.2                    ours: streams.gates.P.0, .2
 
-With one stream it is a plain Qwen2 folder. The released weights carry a licence of their own; look at it before you use them.
+`load_model` and ``anabranch convert`` read and write it, as every family of `anabranch.lm.formats`. With one stream it is a plain Qwen2
+folder. The released weights carry a licence of their own; look at it before you use them.
 """
 
-import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anabranch.data.tokenizer import Tokenizer, load_tokenizer
+from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError
-from anabranch.experts.parscale.recipe import fold
+from anabranch.experts.parscale.recipe import fold, remove_streams
 from anabranch.experts.parscale.streams import ParScale
+from anabranch.lm import formats
+from anabranch.lm.checkpoint import load_model
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.folder import MARK, check_no_adapter, model_folder
-from anabranch.lm.formats.common import (
-    Foreign,
-    Pieces,
-    mixture,
-    place_embedding,
-    read_attention,
-    read_body,
-    self_attention,
-    spare,
-    tied_as_stored,
-    write_body,
-)
-from anabranch.lm.mixed_types import fit_types
-from anabranch.lm.tensors import Piece, build_empty, fill, open_tensors, read_json, state_once, write_tensors
+from anabranch.lm.folder import check_no_adapter, model_folder
+from anabranch.lm.formats import qwen2
+from anabranch.lm.formats.common import Foreign, Pieces, self_attention
+from anabranch.lm.tensors import Piece, build_empty, read_json, state_once
 from anabranch.nn import SwiGLU
 
 __all__ = ["export_parscale", "load_parscale"]
 
-_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_parscale": "Qwen2ParScaleForCausalLM"}
+MODEL_TYPE = "qwen2_parscale"
+ARCHITECTURE = "Qwen2ParScaleForCausalLM"
+IS_DENSE = True
+NOTE = (
+    "transformers has no class for model_type qwen2_parscale: it reads this folder only with the code of the released models, which is "
+    "not written; load_model and anabranch serve read it"
+)
 
 
-def export_parscale(folder: str | Path, model: Decoder, tokenizer: Tokenizer | None = None) -> None:
-    """Write ``model`` in this layout, all or nothing; prefixes are folded.
-
-    With more than one stream config.json has no code beside it: it is for the released model class, or for `load_parscale`.
-
-    Raises CheckpointError for what Qwen2 cannot express, and for a model that holds several gates.
-    """
-    streams: Any = model.config.streams
-    _check(model.config)
-    if isinstance(streams, ParScale.Config) and streams.prefix != "direct" and streams.has_prefix:
-        model = fold(model)
-    config = model.config
-    state = state_once(model)
-    tensors = {piece.name: state[name][piece.where] for name, pieces in _layout(config).items() for piece in pieces}
-    if not self_attention(config).qkv_bias:  # Qwen2 always has these
-        for layer in range(config.num_layers):
-            for name in ("q_proj", "k_proj", "v_proj"):
-                weight = tensors[f"model.layers.{layer}.self_attn.{name}.weight"]
-                tensors[f"model.layers.{layer}.self_attn.{name}.bias"] = weight.new_zeros(weight.shape[0])
-    with model_folder(folder) as temporary:
-        write_tensors(temporary, tensors)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        table = json.dumps(_write(config, str(model.embedding.weight.dtype)), indent=2)
-        (temporary / "config.json").write_text(table + "\n", encoding="utf-8")
+def read(foreign: Foreign) -> Decoder.Config:
+    """config.json as ours."""
+    config, num_streams = qwen2.read(foreign), foreign.get("parscale_n", 1)
+    if num_streams == 1:
+        return config
+    streams = ParScale.Config(
+        num_streams=num_streams,
+        prefix_len=foreign.get("parscale_n_tokens", 48),
+        smoothing=foreign.get("parscale_attn_smooth", 0.01),
+        prefix="direct",
+    )
+    return config.replace(streams=streams)
 
 
-def load_parscale(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> tuple[Decoder, Tokenizer | None]:
-    """A Qwen2 or Qwen2-ParScale folder as a model of ours; arguments as `anabranch.lm.load_model`.
-
-    Raises CheckpointError for another kind of model, an adapter beside it, or missing prefixes or gate (they would not be initialised).
-    """
-    folder = Path(folder)
-    check_no_adapter(folder)
-    foreign = Foreign(read_json(folder / "config.json"), folder / "config.json")
-    kind = foreign["model_type"]
-    if kind not in _TYPES:
-        foreign.refuse("model_type", kind, " or ".join(repr(name) for name in _TYPES))
-    source = open_tensors(folder)
-    config = tied_as_stored(_read(foreign), source, folder / "config.json")
-    model: Decoder = build_empty(config)
-    layout = place_embedding(_layout(config), config, source.names)
-    fill(model, source, layout, where=folder, dtype=dtype, device=device, ignore=spare(source.names, config))
-    fit_types(model)
-    return model, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+def write(config: Decoder.Config) -> dict[str, Any]:
+    """Ours as config.json."""
+    streams, table = config.streams, qwen2.write(config)
+    if not isinstance(streams, ParScale.Config) or streams.num_streams == 1:
+        return {**table, "parscale_n": 1}
+    return {
+        **table,
+        "parscale_n": streams.num_streams,
+        "parscale_n_tokens": streams.prefix_len,
+        "parscale_attn_smooth": streams.smoothing,
+    }
 
 
-def _layout(config: Decoder.Config) -> Pieces:
-    pieces = mixture(config, ())
-    streams: Any = config.streams
-    if streams is None or streams.num_streams == 1:
+def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
+    """Their tensors in ours."""
+    pieces, streams = qwen2.sanitize(config, names), config.streams
+    if not isinstance(streams, ParScale.Config) or streams.num_streams == 1:
         return pieces
     for layer in range(config.num_layers if streams.has_prefix else 0):
         for ours, theirs in (("key", "prefix_k"), ("value", "prefix_v")):
@@ -103,42 +79,55 @@ def _layout(config: Decoder.Config) -> Pieces:
     return pieces
 
 
-def _read(foreign: Foreign) -> Decoder.Config:
-    num_streams = foreign.get("parscale_n", 1)
-    streams = None
-    if num_streams != 1:
-        streams = ParScale.Config(
-            num_streams=num_streams,
-            prefix_len=foreign.get("parscale_n_tokens", 48),
-            smoothing=foreign.get("parscale_attn_smooth", 0.01),
-            prefix="direct",
-        )
-    attention = read_attention(foreign, qkv_bias=True)
-    return Decoder.Config(
-        **read_body(foreign, attention),
-        feed_forward=SwiGLU.Config(hidden_dim=foreign["intermediate_size"]),
-        streams=streams,
-    )
+def prepared(model: Decoder) -> Decoder:
+    """The same function in the family's form: prefixes folded, biases of zero where there are none, no streams where there is one."""
+    streams: Any = model.config.streams
+    if isinstance(streams, ParScale.Config):
+        if streams.num_streams == 1 and not streams.has_prefix:
+            model = remove_streams(model)
+        elif streams.has_prefix and streams.prefix != "direct":
+            model = fold(model)
+    return _with_biases(model)
 
 
-def _write(config: Decoder.Config, dtype: str) -> dict[str, Any]:
-    streams: Any = config.streams
-    several = streams is not None and streams.num_streams > 1
-    kind = "qwen2_parscale" if several else "qwen2"
-    table = {
-        "architectures": [_TYPES[kind]],
-        "model_type": kind,
-        "torch_dtype": dtype.removeprefix("torch."),
-        **write_body(config),
-        "intermediate_size": config.feed_forward.hidden_dim,  # type: ignore[attr-defined]
-    }
-    if several:
-        table |= {
-            "parscale_n": streams.num_streams,
-            "parscale_n_tokens": streams.prefix_len,
-            "parscale_attn_smooth": streams.smoothing,
-        }
-    return table | MARK
+def _with_biases(model: Decoder) -> Decoder:
+    attention = self_attention(model.config)
+    if attention.qkv_bias:
+        return model
+    made: Decoder = build_empty(model.config.replace(attention=attention.replace(qkv_bias=True)))
+    state, weight = state_once(model), model.embedding.weight
+    for name, empty in state_once(made).items():
+        if name not in state:
+            state[name] = torch.zeros(empty.shape, dtype=weight.dtype, device=weight.device)
+    made.load_state_dict(state, assign=True)
+    return made.to(weight.device).train(model.training)
+
+
+def export_parscale(folder: str | Path, model: Decoder, tokenizer: Tokenizer | None = None) -> None:
+    """Write ``model`` as this family, or with one stream as plain Qwen2, all or nothing; prefixes are folded.
+
+    ``anabranch convert --to huggingface --family qwen2_parscale`` does it too. With more than one stream config.json has no code beside
+    it: it is for the released model class, or for `load_model`.
+
+    Raises CheckpointError for what Qwen2 cannot express, and for a model that holds several gates.
+    """
+    _check(model.config)
+    ready = prepared(model)
+    family = qwen2.MODEL_TYPE if ready.config.streams is None else MODEL_TYPE
+    with model_folder(folder) as temporary:
+        formats.export(temporary, ready, tokenizer, family=family)
+
+
+def load_parscale(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Decoder, Tokenizer | None]:
+    """`load_model` of a Qwen2 or Qwen2-ParScale folder. Raises CheckpointError for another kind of model."""
+    folder = Path(folder)
+    check_no_adapter(folder)
+    foreign = Foreign(read_json(folder / "config.json"), folder / "config.json")
+    if foreign["model_type"] not in (MODEL_TYPE, qwen2.MODEL_TYPE):
+        foreign.refuse("model_type", foreign["model_type"], f"{qwen2.MODEL_TYPE!r} or {MODEL_TYPE!r}")
+    return load_model(folder, dtype=dtype, device=device)
 
 
 def _check(config: Decoder.Config) -> None:

@@ -88,6 +88,11 @@ class ParScale(Streams, kind="parscale"):
             """The numbers of streams that have a gate, ascending."""
             return sorted(number for number in {*self.switchable, self.num_streams} if number > 1)
 
+        def essence(self) -> dict[str, Any]:
+            """All but what only training, or a network that makes prefixes, needs."""
+            training = {"train", "embedding_dim", "mlp_dim", "prefix_std"}
+            return {name: value for name, value in super().essence().items() if name not in training}
+
         def of_step(self, step: int) -> int | None:
             """The numbers that have a gate take turns, in ascending order; None where there is but one."""
             return self.gated[step % len(self.gated)] if self.switchable else None

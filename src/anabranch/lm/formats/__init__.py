@@ -12,7 +12,8 @@ from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import Foreign, place_embedding, spare, tied_as_stored
-from anabranch.lm.formats.export import FAMILIES, choose, export
+from anabranch.lm.formats.export import choose, export
+from anabranch.lm.formats.families import FAMILIES
 from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
 __all__ = ["FAMILIES", "choose", "export", "load", "prepare", "read_config", "tied_as_stored", "type_of_embedding"]

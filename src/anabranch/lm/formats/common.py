@@ -7,6 +7,10 @@ A family is a module with
     write(config) -> dict             ours as its config.json, as well as it can (see `anabranch.lm.formats.export`)
     sanitize(config, names)           which of its tensors make up which of ours (the only place that knows their names);
                                       ``names`` are those in the file, where there are several ways to store a thing
+    IS_DENSE                          True where it has no mixture of experts
+and where it needs them
+    prepared(model)                   the same function in the form that the family has, before `write`
+    NOTE                              what to say when a model is written as it
 """
 # Shapes: E experts, D width, F hidden
 

@@ -17,17 +17,13 @@ from anabranch.data.tokenizer import SPECIAL_IDS, Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import MARK
-from anabranch.lm.formats import deepseek, llama, mixtral, olmoe, qwen2_moe, qwen3_moe
+from anabranch.lm.formats import deepseek, qwen2_moe
 from anabranch.lm.formats.common import Foreign, self_attention
+from anabranch.lm.formats.families import FAMILIES
 from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
 from anabranch.nn import MoE, PreNorm, SelfAttention, SwiGLU
 
 logger = logging.getLogger(__name__)
-
-# In order of preference. transformers has no class for DeepSeekMoE's first version, so that comes last.
-FAMILIES: dict[str, Any] = {
-    family.MODEL_TYPE: family for family in (llama, olmoe, qwen3_moe, mixtral, qwen2_moe, deepseek)
-}
 
 
 def export(
@@ -68,6 +64,8 @@ def export(
     chosen, model = choose(model, family, prefer)
     if chosen is deepseek:
         _say_what_transformers_lacks(model)
+    if getattr(chosen, "NOTE", ""):
+        logger.warning("%s", chosen.NOTE)
     layout = chosen.sanitize(model.config, ())
     state = state_once(model)
     homeless = [name for name in state if name not in layout]
@@ -110,12 +108,13 @@ def choose(model: Decoder, family: str | None = None, prefer: str | None = None)
     lacking: dict[str, list[str]] = {}
     for name in candidates:
         module = FAMILIES[name]
-        if (module is llama) == routed:
+        if getattr(module, "IS_DENSE", False) == routed:
             lacking[name] = [f"feed_forward.kind={to_dict(config.feed_forward)['kind']!r} in all layers"]
             continue
-        lacking[name] = lacks(module, config)
+        ready = module.prepared(model) if hasattr(module, "prepared") else model
+        lacking[name] = lacks(module, ready.config)
         if not lacking[name]:
-            return module, model
+            return module, ready
         if module is qwen2_moe and not lacks(module, qwen2_moe.gated_config(config)):
             return module, qwen2_moe.gated(model)
     raise CheckpointError(_objection(lacking, family))
@@ -153,6 +152,8 @@ def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
         del table["dense_feed_forward"]
     if isinstance(config.feed_forward, MoE.Config):
         table["feed_forward"] = _essence_of_mixture(config.feed_forward)
+    if config.streams is not None:
+        table["streams"] = config.streams.essence()
     for training in ("init_std", "depth_scaled_init"):
         del table[training]
     yield from _flat(table, "")

@@ -18,6 +18,7 @@ from anabranch.nn import SwiGLU
 
 MODEL_TYPE = "llama"
 ARCHITECTURE = "LlamaForCausalLM"
+IS_DENSE = True
 
 
 def read(foreign: Foreign) -> Decoder.Config:
