@@ -214,18 +214,23 @@ def test_entropy_of_open_destinations_alone():
     assert emitted(EntropyLoss.Config().build(8), balanced()).item() == pytest.approx(0.0, abs=1e-8)
 
 
-def test_entropy_losses_make_scores_even_and_items_decided():
+@pytest.mark.parametrize(
+    ("alpha", "beta", "evener", "surer"), [(1.0, 0.0, True, None), (0.0, 1.0, None, True), (0.0, -1.0, True, False)]
+)
+def test_entropy_losses_even_scores_out_and_make_items_decide_or_not(alpha, beta, evener, surer):
     logit_NE = (logits(64) + torch.linspace(-1, 1, 8)).requires_grad_()
     optimizer, start = torch.optim.Adam([logit_NE], 0.1), logit_NE.detach().softmax(-1)
     for _ in range(60):
         optimizer.zero_grad()
-        emitted(EntropyLoss.Config(alpha=5.0, beta=1.0).build(8), observe(logit_NE)).backward()
+        emitted(EntropyLoss.Config(alpha=alpha, beta=beta).build(8), observe(logit_NE)).backward()
         optimizer.step()
     end = logit_NE.detach().softmax(-1)
     assert start.mean(0).max() > 1.5 / 8
-    assert end.mean(0).max() < 1.2 / 8
-    assert start.amax(-1).mean() < 0.5
-    assert end.amax(-1).mean() > 0.9
+    assert 0.25 < start.amax(-1).mean() < 0.5
+    if evener:
+        assert end.mean(0).max() < 1.1 / 8
+    if surer is not None:
+        assert end.amax(-1).mean() > 0.9 if surer else end.amax(-1).mean() < 0.2
 
 
 def test_device_loss_is_the_papers_double_sum():
