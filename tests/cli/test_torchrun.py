@@ -25,10 +25,10 @@ def torchrun(cli, work):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["train.parallel=ddp", "train.parallel=fsdp", "parallel.experts=2"])
 def test_two_processes_train_and_one_talks(torchrun, work, tiny, data, parallel):
     out = f"two-{parallel}"
-    settings = ["--steps", 4, f"--set=train.parallel={parallel}", *tiny, *data]
+    settings = ["--steps", 4, f"--set={parallel}", *tiny, *data]
     found = json.loads(torchrun("train", "demo", "--out", out, "--json", "--quiet", *settings).stdout)
     assert (found["status"], found["step"], found["folder"]) == ("finished", 4, out)
     assert math.isfinite(found["bits_per_byte"])

@@ -11,8 +11,9 @@ SCRIPT = textwrap.dedent(
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     from anabranch.errors import ConfigError
-    from anabranch.nn.expert_parallel import ExpertParallel, owned_parameters
+    from anabranch.nn.expert_parallel import expert_mesh, spread_experts, spread_parameters
     from anabranch.nn.pool import ExpertPool
+    from anabranch.routing.context import RoutingContext
     from anabranch.routing.decision import Routing
 
     rank, store = int(sys.argv[1]), sys.argv[2]
@@ -21,6 +22,16 @@ SCRIPT = textwrap.dedent(
 
     def full_pool(experts=E):
         return ExpertPool(experts, D, F, init_std=0.3, generator=torch.Generator().manual_seed(0))
+
+    mesh = expert_mesh("cpu", 2)
+
+    def shared_pool(experts=E, average_gradients=False):
+        pool = full_pool(experts)
+        spread_experts(pool, mesh, average_gradients=average_gradients)
+        return pool
+
+    def whole_gradient(weight):
+        return weight.grad.full_tensor()
 
     def data(split, kind):
         "The whole batch, and this rank's part of it; items before `split` are rank 0's."
@@ -54,18 +65,18 @@ SCRIPT = textwrap.dedent(
             for kind in ("mixed", "all to the first", "unused places"):
                 for weight_on in ("output", "input"):
                     whole, part, mine = data(split, kind)
-                    single, shared = full_pool(), ExpertParallel(full_pool())
+                    single, shared = full_pool(), shared_pool()
                     expected, ours = work(single, *whole, weight_on), work(shared, *part, weight_on)
                     for name, a, b in zip(("y", "dx", "dweight"), ours, expected):
                         near(a, b[mine], (split, kind, weight_on, name))
-                    half = slice(rank * E // 2, (rank + 1) * E // 2)
-                    near(shared.experts.w13.grad, single.w13.grad[half], "dw13")
-                    near(shared.experts.w2.grad, single.w2.grad[half], "dw2")
-                    if rank == 1:
-                        assert not shared.experts.w13.grad[4 - E // 2].any()
+                    assert shared.w13.to_local().shape == (E // 2, 2 * F, D)
+                    assert torch.equal(shared.w13.full_tensor(), single.w13)
+                    near(whole_gradient(shared.w13), single.w13.grad, "dw13")
+                    near(whole_gradient(shared.w2), single.w2.grad, "dw2")
+                    assert not whole_gradient(shared.w13)[4].any()
         whole, part, mine = data(5, "mixed")
         with torch.autocast("cpu", torch.bfloat16):
-            low = work(ExpertParallel(full_pool()), *part, "output")
+            low = work(shared_pool(), *part, "output")
         assert low[0].dtype == torch.bfloat16 and low[1].dtype == torch.float32
         near(low[0].float(), work(full_pool(), *whole, "output")[0][mine], "bf16", 2e-2)
     def trains_beside_data_parallel():
@@ -82,19 +93,25 @@ SCRIPT = textwrap.dedent(
         x = torch.randn(8, D, generator=torch.Generator().manual_seed(2))
         alone = Layer(full_pool())
         alone(x).square().mean().backward()
-        layer = Layer(ExpertParallel(full_pool(), average_gradients=True))
-        names = owned_parameters(layer)
-        assert names == ["pool.experts.w13", "pool.experts.w2"], names
+        layer = Layer(shared_pool(average_gradients=True))
+        assert list(layer.state_dict()) == list(alone.state_dict())
+        names = spread_parameters(layer)
+        assert names == ["pool.w13", "pool.w2"], names
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, names)
         together = DistributedDataParallel(layer)
         together(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
         near(layer.gate.weight.grad, alone.gate.weight.grad, "gate")
-        half = slice(rank * E // 2, (rank + 1) * E // 2)
-        near(layer.pool.experts.w13.grad, alone.pool.w13.grad[half], "w13")
-        near(layer.pool.experts.w2.grad, alone.pool.w2.grad[half], "w2")
+        near(whole_gradient(layer.pool.w13), alone.pool.w13.grad, "w13")
+        near(whole_gradient(layer.pool.w2), alone.pool.w2.grad, "w2")
     def refuses_what_does_not_divide():
         try:
-            ExpertParallel(full_pool(5))
+            expert_mesh("cpu", 3)
+        except ConfigError as error:
+            assert "shared by 3 processes, and there are 2; use a number that divides 2" in str(error)
+        else:
+            raise AssertionError("2 processes in groups of 3 were accepted")
+        try:
+            shared_pool(5)
         except ConfigError as error:
             assert "5 experts cannot be split over 2 processes; use a number of processes that divides 5" in str(error)
         else:
@@ -103,13 +120,25 @@ SCRIPT = textwrap.dedent(
         "A penalty on gradients: what travels in the backward pass is differentiated as well."
         whole, part, mine = data(5, "mixed")
         found = []
-        for pool, (x, weight, index, score, dy) in ((full_pool(), whole), (ExpertParallel(full_pool()), part)):
+        for pool, (x, weight, index, score, dy) in ((full_pool(), whole), (shared_pool(), part)):
             x = x.clone().requires_grad_()
             y = pool(x, Routing(index, weight, score))
             (gradient,) = torch.autograd.grad((y * dy).sum(), x, create_graph=True)
             found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
         near(found[1], found[0][mine], "second derivative", 1e-5)
+    def gathers_over_calls():
+        "A pool that layers share: its gradients add up in place, and travel once."
+        whole, part, mine = data(5, "mixed")
+        found = []
+        for pool, (x, weight, index, score, dy) in ((full_pool(), whole), (shared_pool(), part)):
+            pool.is_shared, context, routing = True, RoutingContext(), Routing(index, weight, score)
+            y = pool(pool(x, routing, context=context), routing, context=context)
+            y.backward(dy)
+            found.append(pool)
+        for name in ("w13", "w2"):
+            near(whole_gradient(getattr(found[1], name)), getattr(found[0], name).grad, name, 1e-5)
     equals_one_process()
+    gathers_over_calls()
     differentiates_twice()
     trains_beside_data_parallel()
     refuses_what_does_not_divide()

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from anabranch.lm import load_model
 from anabranch.routing import BiasBalancer, SwitchLoss, ZLoss
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
+from anabranch.train.config import Parallel
 from ranks import run_ranks
 
 TRAIN = """
@@ -74,6 +76,60 @@ def test_replicas_and_shards_learn_as_one_process_does(tmp_path, config):
         longer = longer.replace(train=longer.train.replace(parallel="none", steps=8))
         Trainer(longer, tmp_path / name, resume=True).fit()
     assert_same_curve(tmp_path / "one", tmp_path / "fsdp", 5e-5)
+
+
+SHARED = """
+from anabranch.train import Trainer, read_run_config
+for name in {names}:
+    trainer = Trainer(read_run_config("{folder}/" + name + ".config"), "{folder}/" + name)
+    result = trainer.fit()
+    pool = trainer.model.shared["experts_0"].w13
+    print(name, result.status, pool.to_local().numel() / pool.numel(), repr(result.bits_per_byte))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("names", "world"), [(("none", "fsdp"), 2), (("ddp",), 4)])
+def test_processes_that_share_experts_learn_as_one_does(tmp_path, config, names, world):
+    """The same curves, checkpoints and moments; what they wrote one process goes on with, and the reverse. Four are two groups of two."""
+    Trainer(config, tmp_path / "one").fit()
+    for name in names:
+        folder = tmp_path / f"{name}.config"
+        folder.mkdir()
+        train = config.train.replace(parallel=name)
+        config.replace(train=train, parallel=Parallel(experts=2)).save(folder)
+    outputs = run_ranks(SHARED.format(names=(*names,), folder=tmp_path), tmp_path, world)
+    assert len(set(outputs)) == 1
+    assert [line.split()[:3] for line in outputs[0].splitlines()] == [[name, "finished", "0.5"] for name in names]
+    for name in names:
+        assert_same_curve(tmp_path / "one", tmp_path / name, 2e-5)
+        assert_same_files(checkpoints(tmp_path / "one")[-1], checkpoints(tmp_path / name)[-1])
+    alone = read_run_config(tmp_path / names[0])
+    alone = alone.replace(train=alone.train.replace(parallel="none", steps=8), parallel=Parallel())
+    Trainer(alone, tmp_path / names[0], resume=True).fit()
+    run_ranks(RESUME_SHARED.format(folder=tmp_path / "one"), tmp_path, world)
+    assert checkpoints(tmp_path / "one")[-1].name == checkpoints(tmp_path / names[0])[-1].name == "step-00000008"
+    assert_same_curve(tmp_path / "one", tmp_path / names[0], 5e-5)
+
+
+RESUME_SHARED = """
+from anabranch.train import Trainer, read_run_config
+from anabranch.train.config import Parallel
+config = read_run_config("{folder}")
+config = config.replace(train=config.train.replace(steps=8), parallel=Parallel(experts=2))
+Trainer(config, "{folder}", resume=True).fit()
+"""
+
+
+def assert_same_files(one, two):
+    """Weights and moments have the same names, and values as near as sums in another order leave them."""
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(one / file), load_file(two / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                theirs[name], tensor, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import nn
 from anabranch.errors import AnabranchError, BackendError, ConfigError, DataError
 from anabranch.lm import Decoder, load_model
 from anabranch.train import Trainer, checkpoints, evaluate, read_metrics, read_run_config
+from anabranch.train.config import Parallel
 
 
 def train(config, out, **options):
@@ -271,6 +272,12 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, make_run, dense_model, 
         Trainer(make_run(device="tpu"), tmp_path / "a")
     with pytest.raises(ConfigError, match="'ddp'; start it with torchrun"):
         Trainer(make_run(parallel="ddp"), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"parallel\.experts is 2; start it with torchrun"):
+        Trainer(make_run().replace(parallel=Parallel(experts=2)), tmp_path / "a")
+    with pytest.raises(
+        ConfigError, match=r"train.compile is True, and rows that travel between processes \(parallel.experts=2\)"
+    ):
+        Trainer(make_run(compile=True).replace(parallel=Parallel(experts=2)), tmp_path / "a")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"train.device is 'cuda', and there is no CUDA device here; use cpu"):
             Trainer(make_run(device="cuda"), tmp_path / "a")

@@ -297,8 +297,8 @@ def _sample(trainer: Trainer, result: TrainResult) -> _Sample:
     else:
         ids = next(iter(trainer.data.windows("train", batch_size=1, num_windows=1))).token_BL[0, :16].tolist()
     model = trainer.model
-    if trainer.workers.parallel == "fsdp":
-        # What is left here is a shard, which cannot compute without the other processes, and those have gone.
+    if trainer.workers.is_sharded:
+        # What is left here is a part, which cannot compute without the other processes, and those have gone.
         assert result.checkpoint is not None
         model, _ = load_model(result.checkpoint, device=trainer.workers.device)
     sampling = SamplingConfig(max_tokens=SAMPLE_TOKENS, temperature=0.7, stop=tokenizer.stop_ids, seed=0)

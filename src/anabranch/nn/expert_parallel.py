@@ -1,85 +1,120 @@
-"""Expert parallelism: each process holds E / P of a pool's experts, and rows travel to their experts and back.
+"""Expert parallelism: each process keeps E / P of a pool's experts, and rows travel to their experts and back.
 
-    pool = ExpertParallel(pool, group)          # keeps this process's experts of the full pool
+    mesh = expert_mesh("cpu", 2)                # all processes, in groups of 2 that share experts
+    spread_experts(pool, mesh)                  # the pool keeps this process's experts; it is called as ever
     y_ND = pool(x_ND, routing)                  # each process with its own items, routed over all E experts
 
 How many rows go where is exchanged first (all-to-all of counts), then the rows themselves (all-to-all with uneven splits);
 each process runs its experts on what it received, and the same exchange backwards brings the results home (GShard,
 arXiv 2006.16668; dropless as in MegaBlocks, arXiv 2211.15841). The backward pass runs the exchanges in reverse.
 
-The experts' gradients sum over the items of all processes, so they must not be reduced again: see `owned_parameters`.
+The stacked weights become DTensors, of which each process holds its experts: their names, and what they are as a whole, stay. Their
+gradients sum over the items of all processes and are averaged here, so data parallel training must leave them alone
+(`spread_parameters`).
 """
-# Shapes: N items here, E experts of all processes, P processes, L = E / P experts here, M rows received, K places, D width
+# Shapes: N items here, E experts of all processes, P processes of a group, M rows received, K places, D width
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from anabranch.errors import ConfigError
 from anabranch.nn.pool import ExpertPool
 from anabranch.precision import autocast_dtype
-from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, plan_dispatch
 
-__all__ = ["ExpertParallel", "owned_parameters"]
+__all__ = ["ExpertExchange", "expert_mesh", "spread_experts", "spread_parameters"]
+
+Compute = Callable[[Tensor, Routing], Tensor]
 
 
-class ExpertParallel(nn.Module):
-    """This process's share of an `ExpertPool`, called like the whole one. Every process of the group must call it together.
+def expert_mesh(device_type: str, size: int) -> DeviceMesh:
+    """All processes in groups of ``size`` that share experts: dimensions ``replicas`` and ``experts``.
+
+    Raises ConfigError unless ``size`` divides their number.
+    """
+    world = dist.get_world_size()
+    if world % size:
+        raise ConfigError(
+            f"experts are to be shared by {size} processes, and there are {world}; use a number that divides {world}"
+        )
+    return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicas", "experts"))
+
+
+def spread_experts(pool: ExpertPool, mesh: DeviceMesh, *, average_gradients: bool = True) -> None:
+    """Keep this process's experts of a pool that is equal on every process; all processes must then call it together.
 
     Args:
-        pool: the full pool, equal on every process; only this process's experts are kept.
-        group: the processes that share the experts; all of them if None.
-        average_gradients: divide the experts' gradients by the number of processes, as data parallel training divides
-            those it reduces. Then each is the gradient of the mean of the processes' losses, otherwise of their sum.
+        pool: is changed in place.
+        mesh: of `expert_mesh`.
+        average_gradients: divide the experts' gradients by the number of processes, as data parallel training divides those it reduces.
+            Then each is the gradient of the mean of the processes' losses, otherwise of their sum.
 
-    Attributes:
-        experts: an `ExpertPool` of E / P experts: ``rank * E / P`` up to ``(rank + 1) * E / P`` of the full one.
+    Raises ConfigError if the processes of a group do not divide the experts, or experts have layers of their own.
+    """
+    size, rank = mesh["experts"].size(), mesh["experts"].get_local_rank()
+    if pool.layers is not None:
+        raise ConfigError(
+            "experts have layers of their own (linears names parts of them), so they are not spread over processes; use parallel.experts=1"
+        )
+    if pool.num_experts % size:
+        raise ConfigError(
+            f"{pool.num_experts} experts cannot be split over {size} processes; "
+            f"use a number of processes that divides {pool.num_experts}"
+        )
+    local = pool.num_experts // size
+    for name in ("w13", "w2"):
+        weight = getattr(pool, name)
+        kept = weight.detach()[rank * local : (rank + 1) * local].clone()
+        spread = DTensor.from_local(kept, mesh, [Replicate(), Shard(0)], run_check=False)
+        setattr(pool, name, nn.Parameter(spread, requires_grad=weight.requires_grad))
+    pool.exchange = ExpertExchange(mesh, mesh.size() if average_gradients else 1)
 
-    Raises:
-        ConfigError: the number of processes does not divide the number of experts.
+
+def spread_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of which each process holds a part: data parallel training must leave them alone.
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, spread_parameters(model))
+    """
+    return [
+        f"{name}.{inner}" if name else inner
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertPool) and module.exchange is not None
+        for inner, _ in module.named_parameters()
+    ]
+
+
+class ExpertExchange:
+    """How the rows of a pool come to the experts of other processes, and home.
+
+    Args:
+        mesh: of `expert_mesh`.
+        divisor: of the weights' gradients, which are summed over all processes.
     """
 
-    def __init__(
-        self, pool: ExpertPool, group: dist.ProcessGroup | None = None, *, average_gradients: bool = False
-    ) -> None:
-        super().__init__()
-        self.group = group
-        self.size, rank = dist.get_world_size(group), dist.get_rank(group)
-        if pool.num_experts % self.size:
-            raise ConfigError(
-                f"{pool.num_experts} experts cannot be split over {self.size} processes; "
-                f"use a number of processes that divides {pool.num_experts}"
-            )
-        self.num_experts = pool.num_experts
-        local = pool.num_experts // self.size
-        options = {"recompute": pool.recompute, "backend": pool.backend, "is_shared": pool.is_shared}
-        self.experts = ExpertPool(local, pool.dim, pool.hidden_dim, device="meta", **options)  # type: ignore[arg-type]
-        for name in ("w13", "w2"):
-            kept = getattr(pool, name).detach()[rank * local : (rank + 1) * local].clone()
-            weight = nn.Parameter(kept, requires_grad=getattr(pool, name).requires_grad)
-            if average_gradients and weight.requires_grad:
-                weight.register_hook(lambda gradient: gradient / self.size)
-            setattr(self.experts, name, weight)
+    def __init__(self, mesh: DeviceMesh, divisor: int) -> None:
+        self.group, self.size = mesh["experts"].get_group(), mesh["experts"].size()
+        self.replicas = mesh["replicas"].get_group() if mesh["replicas"].size() > 1 else None
+        self.divisor = divisor
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        routing: Routing,
-        *,
-        weight_on: Literal["output", "input"] = "output",
-        context: RoutingContext | None = None,
-    ) -> Tensor:
-        """y_ND: each item's experts, weighted and summed, wherever they are."""
+    def local(self, weight: Any) -> Tensor:
+        """This process's part of a weight; its gradient is that of all processes."""
+        return _Summed.apply(weight.to_local(), self.replicas, self.divisor)
+
+    def __call__(self, compute: Compute, x_ND: Tensor, routing: Routing, *, on_input: bool) -> Tensor:
+        """y_ND: each item's experts, weighted and summed, wherever they are; ``compute`` is of the experts here."""
         plan = plan_dispatch(routing)
         x_ND = x_ND.to(autocast_dtype(x_ND.device.type) or x_ND.dtype)  # before it travels
         place_R = plan.place_R[: int(plan.offset_E[-1])]
         rows_RD = x_ND[place_R // plan.num_places]
-        if weight_on == "input":
+        if on_input:
             rows_RD = rows_RD * routing.weight_NK.reshape(-1)[place_R].unsqueeze(-1).to(rows_RD.dtype)
         send_PL = plan.load_E.long().view(self.size, -1)
         receive_PL = torch.empty_like(send_PL)
@@ -87,29 +122,10 @@ class ExpertParallel(nn.Module):
         send, receive = send_PL.sum(1).tolist(), receive_PL.sum(1).tolist()
 
         rows_MD = _Exchange.apply(rows_RD, send, receive, self.group)
-        y_RD = _Exchange.apply(
-            self.experts(rows_MD, _local_routing(receive_PL), context=context), receive, send, self.group
-        )
+        y_RD = _Exchange.apply(compute(rows_MD, _local_routing(receive_PL)), receive, send, self.group)
 
         y_RD = F.pad(y_RD, (0, 0, 0, plan.place_R.shape[0] - place_R.shape[0]))
-        return combine(y_RD, plan, None if weight_on == "input" else routing.weight_NK)
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, processes={self.size}"
-
-
-def owned_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that live on one process only: data parallel training must leave them alone.
-
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, owned_parameters(model))
-    """
-    return [
-        f"{name}.{inner}" if name else inner
-        for name, module in model.named_modules()
-        if isinstance(module, ExpertParallel)
-        for inner, _ in module.named_parameters()
-    ]
+        return combine(y_RD, plan, None if on_input else routing.weight_NK)
 
 
 def _local_routing(receive_PL: Tensor) -> Routing:
@@ -132,6 +148,22 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient_MD):
         return _Exchange.apply(gradient_MD, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    """A weight as it is; its gradient is summed over the processes that hold the same experts, and divided."""
+
+    @staticmethod
+    def forward(ctx, weight, replicas, divisor):
+        ctx.replicas, ctx.divisor = replicas, divisor
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.replicas is not None:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=ctx.replicas)
+        return gradient / ctx.divisor, None, None
 
 
 def _all_to_all(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:

@@ -8,7 +8,7 @@ A pool knows neither layers nor routers, so several layers may share one: autogr
 """
 # Shapes: N items, E experts, D width, F hidden, Z what the first matrix gives: 2F with a gate, else F
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from anabranch.nn.sums import GradientSums, gather_gradients
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
+
+if TYPE_CHECKING:
+    from anabranch.nn.expert_parallel import ExpertExchange
 
 __all__ = ["ExpertPool", "check_stacked"]
 
@@ -45,6 +48,7 @@ class ExpertPool(nn.Module):
     Attributes:
         w13: parameter [E, 2F, D], gate rows, then up rows; [E, F, D] without a gate. None where each expert has a layer of its own.
         w2: parameter [E, D, F], or None likewise.
+        exchange: how rows come to the experts of other processes; None where all are here, see `anabranch.nn.expert_parallel`.
 
     Raises:
         ConfigError: a size below 1, or an unknown activation.
@@ -76,6 +80,7 @@ class ExpertPool(nn.Module):
         self.is_shared = is_shared
         self.activation = activation
         self.layers = layers
+        self.exchange: ExpertExchange | None = None
         rows = sum(activation_of(activation).rows(hidden_dim).values())
         is_stacked = (True, True) if layers is None else layers.is_stacked
         for name, stacked, shape in zip(("w13", "w2"), is_stacked, ((rows, dim), (dim, hidden_dim)), strict=True):
@@ -136,6 +141,22 @@ class ExpertPool(nn.Module):
         """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
         if self.layers is not None:
             return self.layers(x_ND, routing, self.w13, self.w2, weight_on=weight_on, context=context)
+        if self.exchange is None:
+            return self._compute(x_ND, routing, weight_on, context)
+
+        def here(x_MD: Tensor, local: Routing) -> Tensor:
+            return self._compute(x_MD, local, "output", context)
+
+        return self.exchange(here, x_ND, routing, on_input=weight_on == "input")
+
+    def _compute(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        weight_on: Literal["output", "input"],
+        context: RoutingContext | None,
+    ) -> Tensor:
+        """y_ND of the experts that are here."""
         sums, w13_EFD, w2_EDF = self._weights(context)
         return expert_mlp(
             x_ND,
@@ -152,10 +173,13 @@ class ExpertPool(nn.Module):
 
     def _weights(self, context: RoutingContext | None) -> tuple[GradientSums | None, Tensor, Tensor]:
         """The weights; those of a shared pool once per forward pass, with a place where their gradients gather."""
+        pair: Any = (self.w13, self.w2)
+        if self.exchange is not None:
+            pair = [self.exchange.local(weight) for weight in pair]
         learns = torch.is_grad_enabled() and self.w13.requires_grad and self.w2.requires_grad
         if not self.is_shared or context is None or not learns or not takes():
-            return None, self.w13, self.w2
-        return context.once(self, lambda: gather_gradients(self.w13, self.w2))
+            return None, *pair
+        return context.once(self, lambda: gather_gradients(*pair))
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

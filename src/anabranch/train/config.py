@@ -21,6 +21,7 @@ from anabranch.train.task import Task
 
 __all__ = [
     "CONFIG_FILE",
+    "Parallel",
     "RunConfig",
     "Start",
     "TaskRunConfig",
@@ -108,6 +109,18 @@ class TrainConfig(Config):
         return self.device.partition(":")[0]
 
 
+@configclass
+class Parallel(Config):
+    """How the parts of a model are shared by the processes of torchrun, beside the batch (``train.parallel``).
+
+    Attributes:
+        experts: processes that keep the experts of a pool together, a part each; it must divide their number and that of the experts.
+            Above 1, ``train.parallel`` none means ddp: what is no expert is in every process.
+    """
+
+    experts: Size = Field(default=1, ge=1)
+
+
 class _Run(Config):
     """What both kinds of runs do."""
 
@@ -135,7 +148,9 @@ class Start(Config):
 
 @configclass
 class RunConfig(_Run):
-    """A run that trains a language model: ``model``, ``data``, ``train``, and what it starts from (``start``, None for random weights).
+    """A run that trains a language model: ``model``, ``data``, ``train``, what it starts from (``start``, None for random weights).
+
+    ``parallel`` says what of the model is shared by several processes.
 
     Saved as ``config.json`` of the run's folder.
     """
@@ -144,6 +159,7 @@ class RunConfig(_Run):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     start: Start | None = None
+    parallel: Parallel = Field(default_factory=Parallel)
 
     @property
     def task(self) -> LanguageModel.Config:
@@ -155,10 +171,11 @@ class RunConfig(_Run):
 
 @configclass
 class TaskRunConfig(_Run):
-    """A run that trains any task: ``task``, ``train``. Saved as ``config.json`` of the run's folder."""
+    """A run that trains any task: ``task``, ``train``, ``parallel`` as of `RunConfig`. Saved as ``config.json`` of the run's folder."""
 
     task: Task.Config
     train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: Parallel = Field(default_factory=Parallel)
 
 
 def read_run_config(out: str | Path) -> RunConfig:
@@ -194,6 +211,7 @@ def read_task_run_config(out: str | Path, task: Any = Task) -> TaskRunConfig:
         lambda: TaskRunConfig(
             task=from_dict(task.Config, table["task"], "task"),
             train=from_dict(TrainConfig, table.get("train", {}), "train"),
+            parallel=from_dict(Parallel, table.get("parallel", {}), "parallel"),
         ),
     )
 

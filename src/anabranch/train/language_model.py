@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from anabranch.config import Field, configclass
 from anabranch.data import Batch, DataConfig, Tokenizer
@@ -146,7 +147,7 @@ class TextTask(Task, kind="text"):
     def evaluate(self, model: nn.Module, data: Windows, context: TaskContext) -> dict[str, Any]:
         """See `Evaluation`."""
         settings = context.settings
-        is_sharded = settings.parallel == "fsdp"
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return evaluate(model, data, precision=settings.precision, equal_passes=is_sharded).to_dict()
 
 

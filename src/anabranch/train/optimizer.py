@@ -19,8 +19,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     for parameter in model.parameters():
         if parameter.requires_grad:
             (rest if parameter.dim() < 2 or id(parameter) in spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = [
+        {"params": alike, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (rest, 0.0))
+        for alike in by_layout(parameters)
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -30,6 +33,14 @@ def _spared(model: nn.Module, config: TrainConfig) -> Iterable[nn.Parameter]:
             yield from module.parameters()
         if isinstance(module, Router) and not config.router_weight_decay:
             yield from module.parameters()
+
+
+def by_layout(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """``tensors`` in groups that one call of torch can go over together: those that are whole, and those in parts, by who holds them."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
 
 
 def whole(tensor: Tensor) -> Tensor:

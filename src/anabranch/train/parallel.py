@@ -1,6 +1,7 @@
-"""Data parallel training under torchrun: replicas (DDP), or weights and optimizer in shards (FSDP2).
+"""Parallel training under torchrun: replicas (DDP), or weights and optimizer in shards (FSDP2); and experts shared by processes.
 
 torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
+torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.experts=2
 """
 
 import inspect
@@ -17,8 +18,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.errors import BackendError, ConfigError
+from anabranch.nn.expert_parallel import expert_mesh, spread_experts, spread_parameters
+from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
-from anabranch.train.config import TrainConfig
+from anabranch.train.config import Parallel, TrainConfig
 
 # What torch calls it depends on the version.
 _BUFFER_OPTION = next(
@@ -31,6 +34,10 @@ _BUFFER_OPTION = next(
 class Workers:
     """The processes that train together; one, unless ``parallel`` says otherwise.
 
+    Args:
+        config: its ``parallel`` says what becomes of the model's weights, its ``device`` where.
+        shared: what of the model the processes share; nothing if None.
+
     Attributes:
         device: this process's device.
         rank, size: which of how many.
@@ -38,10 +45,16 @@ class Workers:
     Raises ConfigError if ``parallel`` and how the process was started do not fit, BackendError if the device is not there.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.parallel = config.parallel
+    def __init__(self, config: TrainConfig, shared: Parallel | None = None) -> None:
+        self._num_shares = 1 if shared is None else shared.experts
+        self.parallel = "ddp" if config.parallel == "none" and self._num_shares > 1 else config.parallel
+        if self._num_shares > 1 and config.compile:
+            raise ConfigError(
+                f"train.compile is True, and rows that travel between processes (parallel.experts={self._num_shares}) are not compiled; "
+                "set it to False"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else None
-        if config.parallel == "none":
+        if self.parallel == "none":
             if started is not None and started > 1:
                 raise ConfigError(
                     f"torchrun started {started} processes, and train.parallel is 'none'; set it to 'ddp' or 'fsdp'"
@@ -50,9 +63,10 @@ class Workers:
             self.rank, self.size, self._owns_group = 0, 1, False
             return
         if started is None and not dist.is_initialized():
-            raise ConfigError(
-                f"train.parallel is {config.parallel!r}; start it with torchrun --nproc-per-node N -m anabranch train ..."
-            )
+            wanted = f"train.parallel is {config.parallel!r}"
+            if self._num_shares > 1:
+                wanted = f"parallel.experts is {self._num_shares}"
+            raise ConfigError(f"{wanted}; start it with torchrun --nproc-per-node N -m anabranch train ...")
         self.device = find_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
@@ -65,7 +79,11 @@ class Workers:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> nn.Module:
-        """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards, gathered by ``parts``."""
+        """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards, gathered by ``parts``.
+
+        Raises ConfigError where experts are to be shared and cannot be, or there are none.
+        """
+        self._spread(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -74,10 +92,29 @@ class Workers:
             options["find_unused_parameters"] = any(
                 getattr(module, "has_idle_parameters", False) for module in model.modules()
             )
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, spread_parameters(model))
             return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
         if self.parallel == "fsdp":
             shard(model, parts, self.device)
         return model
+
+    def _spread(self, model: nn.Module) -> None:
+        """Leave each process its experts."""
+        if self._num_shares == 1:
+            return
+        pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+        if not pools:
+            raise ConfigError(
+                f"parallel.experts is {self._num_shares}, but {type(model).__name__} has no experts; set it to 1"
+            )
+        mesh = expert_mesh(self.device.type, self._num_shares)
+        for pool in pools:
+            spread_experts(pool, mesh)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process has a part of the weights only."""
+        return self.parallel == "fsdp" or self._num_shares > 1
 
     def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged in the last one only."""
@@ -119,12 +156,16 @@ class Workers:
 def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
     """FSDP2. Each of ``parts`` (a block, a pool that blocks share) is gathered when it is used, the rest of ``model`` for a whole pass."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    names = set(spread_parameters(model))
+    spread = {parameter for name, parameter in model.named_parameters() if name in names}
     for part in parts:
+        if all(parameter in spread for parameter in part.parameters()):
+            continue  # each process has its experts already
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
         part.register_forward_pre_hook(_show, with_kwargs=True)
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, ignored_params=spread)
         part.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=spread)
 
 
 class _Hidden:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +24,16 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from anabranch.lm.decoder import Decoder
+from anabranch.nn.pool import ExpertPool
 from anabranch.routing import sync_loads
-from anabranch.train.config import TrainConfig
+from anabranch.train.config import Parallel, TrainConfig
 from anabranch.train.hooks import StepHooks
 from anabranch.train.language_model import decoder_parts
 from anabranch.train.optimizer import whole
 from anabranch.train.parallel import Workers
 
 WAYS = ("ddp", "fsdp")
+WITH_EXPERTS = ("experts", "experts and fsdp")  # ways of models with pools that both processes can share
 RANKS, SEQUENCES, LENGTH, STEPS = 2, 4, 12, 3
 TOLERANCE = 1e-4  # the same numbers, summed in another order
 PATIENCE = timedelta(seconds=60)  # for what the other process sends
@@ -43,6 +44,8 @@ Models = Mapping[str, Decoder.Config]
 def check_parallel(models: Models) -> None:
     """Every model has the losses, gradients and balance of one process in two gloo processes on the CPU, replicated and in shards.
 
+    A model with experts that two processes can share is also checked with each keeping half of them, beside replicas and beside shards.
+
     Each process takes half of a batch. What one process is compared with takes the whole batch at once, or, where a loss or a limit is
     taken over a micro-batch by definition, both halves one after the other. As in training, what is drawn at random is a function of the
     step and the process. So a model that draws in training is compared with the halves, for each of which the same is drawn; a loss over
@@ -51,7 +54,7 @@ def check_parallel(models: Models) -> None:
     Args:
         models: small ones by name. Their parts must be importable by name, as other processes must find them.
 
-    Raises AssertionError that names the model, the way (``ddp`` or ``fsdp``) and what differs.
+    Raises AssertionError that names the model, the way (``ddp``, ``fsdp``, ``experts``, ``experts and fsdp``) and what differs.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -102,7 +105,7 @@ def _check(rank: int, models: Models, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     with (Path(folder) / f"wrong-{rank}").open("w") as wrong:
         for name, config in models.items():
-            for way in WAYS:
+            for way in (*WAYS, *(WITH_EXPERTS if _shares_experts(config) else ())):
                 try:
                     problem = _problem(_learned_by_ranks(config, way), expected[name])
                 except Exception as error:
@@ -135,8 +138,16 @@ def _learned_by_one(config: Decoder.Config, *, parts: int, seed: int = 0) -> _Le
     return _learned(model, run)
 
 
-def _learned_by_ranks(config: Decoder.Config, way: Any) -> _Learned:
-    workers = Workers(TrainConfig(parallel=way, device="cpu"))
+def _shares_experts(config: Decoder.Config) -> bool:
+    """Whether all pools can be shared by the processes."""
+    with torch.device("meta"):
+        pools = [module for module in config.build(seed=0).modules() if isinstance(module, ExpertPool)]
+    return bool(pools) and all(pool.layers is None and pool.num_experts % RANKS == 0 for pool in pools)
+
+
+def _learned_by_ranks(config: Decoder.Config, way: str) -> _Learned:
+    train = TrainConfig(parallel="fsdp" if "fsdp" in way else "ddp", device="cpu")
+    workers = Workers(train, Parallel(experts=RANKS if "experts" in way else 1))
     model = config.build(seed=0).train()
     wrapped = workers.wrap(model, decoder_parts(model))
     token_BL = _batch(config).chunk(workers.size)[workers.rank]

@@ -13,7 +13,7 @@ from anabranch.errors import ConfigError
 from anabranch.routing import discard_loads
 from anabranch.train.evaluate import autocast
 from anabranch.train.hooks import StepHooks
-from anabranch.train.optimizer import whole
+from anabranch.train.optimizer import by_layout, whole
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Losses, Stream, Task, TaskContext, moved
 
@@ -122,7 +122,8 @@ class Stepper:
         """Clip, set the learning rate, and let the optimizer move the weights."""
         clip = self._settings.clip
         if clip is not None and norm > clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, torch.tensor(norm))
+            for alike in by_layout(self.parameters):
+                torch.nn.utils.clip_grads_with_norm_(alike, clip, torch.tensor(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
@@ -134,7 +135,8 @@ class Stepper:
     def gradient_norm(self) -> float:
         """Of all parameters together, in all processes."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return float(whole(torch.nn.utils.get_total_norm(gradients)))
+        norms = [float(whole(torch.nn.utils.get_total_norm(alike))) for alike in by_layout(gradients)]
+        return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
     def _seed(self, step: int, rank: int) -> None:
         """What is random in a step (jitter, masks per token) is a function of (seed, step, rank): resuming needs no state."""

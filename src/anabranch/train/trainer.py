@@ -76,7 +76,7 @@ class Trainer:
             check_new(self.out)
         self._resumes = resume
         found = find_checkpoint(self.out, config) if resume else None
-        self.workers = Workers(config.train)
+        self.workers = Workers(config.train, config.parallel)
         self._context = _context(config, self.workers)
         self.task: Task = config.task.build(**given)
         self._held_out = self.task.validation_data(self._context)
