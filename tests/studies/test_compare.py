@@ -16,7 +16,7 @@ from anabranch.studies.compare import compare, comparison, make_rows
 from anabranch.studies.harness import Results
 from anabranch.studies.records import changes
 from anabranch.train import RunConfig, TrainConfig
-from anabranch.train.config import Start
+from anabranch.train.config import Parallel, Start
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def candidates(value):
     return [not value, *numbers, None, "text", "latin-1", "file", "bfloat16", "ddp", "cpu", "sqrt", "linear"]
 
 
-SECTIONS = {"data": DataConfig, "train": TrainConfig}
+SECTIONS = {"data": DataConfig, "train": TrainConfig, "parallel": Parallel}
 
 
 def parsed(section, form):

@@ -425,8 +425,8 @@ def test_a_run_config_is_the_language_models_task_written_short(tmp_path, make_r
 
 def test_configs_of_before_read_as_they_did(make_run):
     table = to_dict(make_run())
-    assert list(table) == ["model", "data", "train", "start"]
-    del table["start"]
+    assert list(table) == ["model", "data", "train", "start", "parallel"]
+    del table["start"], table["parallel"]
     assert from_dict(RunConfig, table) == make_run()
 
 
