@@ -35,7 +35,11 @@ void multiply_by_rows(Scratch& scratch, const Rows<P>& a, int rows, int length, 
       }
     for (int v = 0; v < vectors; ++v)
       pack_rows_as_columns<P>(w + first(j, v) * (int64_t)length, length, panel + v * VL, spare);
-    product(a, rows, length / P::pack, panel, j * NR, vectors, out, emit);
+    const int64_t bytes = VL * length * (int64_t)sizeof(W), lines = j + 1 < panels ? 2 * bytes / 64 : 0;
+    product(a, rows, length / P::pack, panel, j * NR, vectors, out, emit, lines, [&](int64_t line) {
+      const int v = line >= lines / 2;
+      return (const char*)(w + first(j + 1, v) * (int64_t)length) + line * 64 - v * bytes;
+    });
   }
 }
 
@@ -66,7 +70,9 @@ void multiply(Scratch& scratch, const Rows<P>& a, int rows, int depth, const W* 
   for (int j = 0; j < columns; j += NR) {
     int vectors = std::min(2, (columns - j) / VL);
     pack_rows<P>(depth, vectors * VL, NR, panel, [&](int k) { return w + (int64_t)k * columns + j; }, Unscaled());
-    product(a, rows, depth / P::pack, panel, j, vectors, out, emit);
+    constexpr int64_t OF_ROW = NR * sizeof(W) / 64;
+    product(a, rows, depth / P::pack, panel, j, vectors, out, emit, j + NR < columns ? depth * OF_ROW : 0,
+            [&](int64_t line) { return (const char*)(w + line / OF_ROW * columns + j + NR) + line % OF_ROW * 64; });
   }
 }
 
@@ -98,6 +104,12 @@ struct Gradient {
   W* to;
   int M, columns;
   bool add, around;
+
+  // Ask for what `finish` of m rows from i on will add to.
+  void fetch(int64_t i, int m, int64_t j) const {
+    for (int r = 0; r < m && add; ++r)
+      for (int64_t byte = 0; byte < NR * (int64_t)sizeof(W); byte += 64) __builtin_prefetch((const char*)(to + (i + r) * columns + j) + byte, 1, 2);
+  }
 
   void finish(int64_t i, int64_t j, float* row, int vectors) const {
     W* place = to + i * columns + j;
@@ -178,6 +190,7 @@ void accumulate(Scratch& scratch, Gradient<W> gradient, int rows, int first, int
                    [&](int k) { return scale(begin + k); });
       for (int i = 0; i < M; i += columns.height()) {
         int m = std::min(columns.height(), M - i);
+        if (step + 1 == steps) gradient.fetch(i, m, j);
         columns.times(i, m, panel, vectors, out);
         for (int r = 0; r < m; ++r) {
           float *row = out + r * NR, *partial = sum + (int64_t)(i + r) * (last - first) + (j - first);

@@ -304,11 +304,13 @@ inline void pack_rows_turned(int count, int columns, int64_t stride, typename P:
 inline TiledRight tiled(const uint32_t* panel, int vectors) { return {panel, vectors == 2 ? panel + TILE : nullptr, 4 * NR}; }
 inline TiledSums tiled(float* out) { return {out, out + TILE, 4 * NR}; }
 
-template <class P, class Emit>
-void product_in_tiles(const Rows<P>& a, int rows, int depth, const uint32_t* panel, int column, int vectors, float* out, Emit& emit) {
+template <class P, class Emit, class Fetch>
+void product_in_tiles(const Rows<P>& a, int rows, int depth, const uint32_t* panel, int column, int vectors, float* out, Emit& emit,
+                      Fetch& fetch) {
   static_assert(VL == TILE);
   for (int i = 0; i < rows; i += PAIRED_ROWS) {
     int m = std::min<int>(PAIRED_ROWS, rows - i);
+    fetch(i + m);
     for (int k = 0; k < depth; k += LANE_K) {
       int pairs = std::min(LANE_K, depth - k), whole = pairs / TILE_PAIRS * TILE_PAIRS, lane = k / LANE_K;
       const uint32_t* right = panel + (int64_t)k * NR;
@@ -327,15 +329,20 @@ inline bool takes_tiles() {
   return P::pack == 2 && may_use_tiles();
 }
 
-template <class P, class Emit>
+// Meanwhile the first `lines` of what comes next are asked for, which lie at line(i): weights come from memory, a panel from many places.
+template <class P, class Emit, class Line>
 inline void product(const Rows<P>& a, int rows, int depth, const typename P::elem* panel, int column, int vectors,
-                    float* out, Emit& emit) {
+                    float* out, Emit& emit, int64_t lines, Line line) {
+  auto fetch = [&, asked = (int64_t)0](int done) mutable {
+    for (const int64_t until = lines * done / rows; asked < until; ++asked) __builtin_prefetch(line(asked), 0, 2);
+  };
 #ifdef ANABRANCH_TILES
   if constexpr (P::pack == 2)
-    if (takes_tiles<P>()) return product_in_tiles(a, rows, depth, panel, column, vectors, out, emit);
+    if (takes_tiles<P>()) return product_in_tiles(a, rows, depth, panel, column, vectors, out, emit, fetch);
 #endif
   for (int i = 0; i < rows; i += MR) {
     int m = std::min(MR, rows - i);
+    fetch(i + m);
     for (int k = 0; k < depth; k += LANE_K)
       tile_any<P, LDA>(m, vectors, a.at(i, k / LANE_K), 1, panel + (int64_t)k * NR, NR, std::min(LANE_K, depth - k), out,
                        NR, k > 0);
