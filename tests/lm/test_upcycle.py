@@ -59,6 +59,7 @@ CASES = {
     "weights on the input of one": moe(select=TopK.Config(top_k=1, normalize="sum"), weight_on="input"),
     "loss-free bias": moe(router=Router.Config(select=TopK.Config(normalize="sum"), balance=(BiasBalancer.Config(),))),
     "silent shared experts": moe(shared_experts=2, shared_gate=True),
+    "weighed shared experts": moe(shared_experts=2, shared_weight=0.3),
     "halves": moe(num_experts=8, hidden_dim=12, select=TopK.Config(top_k=4, normalize="sum")),
     "thirds, one copy": moe(num_experts=12, hidden_dim=8, select=TopK.Config(top_k=3, normalize="sum")),
     "quarters, softmax over the chosen": moe(
@@ -192,13 +193,14 @@ def test_the_average_undoes_it(case):
     assert_same(back, model)
 
 
-def test_the_average_is_the_mean_of_the_experts_with_the_shared_ones_beside_it():
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_the_average_is_the_mean_of_the_experts_with_the_shared_ones_beside_it(weight):
     model = Decoder.Config(
         vocab_size=31,
         dim=16,
         num_layers=2,
         attention=SelfAttention.Config(num_heads=2),
-        feed_forward=moe(num_experts=3, hidden_dim=5, shared_experts=2),
+        feed_forward=moe(num_experts=3, hidden_dim=5, shared_experts=2, shared_weight=weight),
         init_std=0.3,
     ).build()
     made = average(model)
@@ -206,7 +208,9 @@ def test_the_average_is_the_mean_of_the_experts_with_the_shared_ones_beside_it()
     torch.testing.assert_close(new.w13.weight[:5], old.experts.w13.mean(0)[:5])
     torch.testing.assert_close(new.w13.weight[5:15], old.shared.w13.weight[:10])
     torch.testing.assert_close(new.w13.weight[15:20], old.experts.w13.mean(0)[5:])
-    torch.testing.assert_close(new.w2.weight, torch.cat([old.experts.w2.mean(0), old.shared.w2.weight], dim=1))
+    routed, shared = (1, 1) if weight is None else (1 - weight, weight)
+    parts = [routed * old.experts.w2.mean(0), shared * old.shared.w2.weight]
+    torch.testing.assert_close(new.w2.weight, torch.cat(parts, dim=1))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def naive(layer, x_BLD, routing):
             )
         if layer.shared is not None:
             shared_D = layer.shared(x_D)
-            y_D = y_D + (shared_D if layer.shared_gate is None else shared_D * layer.shared_gate(x_D).sigmoid())
+            shared_D = shared_D if layer.shared_gate is None else shared_D * layer.shared_gate(x_D).sigmoid()
+            weight = config.shared_weight
+            y_D = y_D + shared_D if weight is None else (1 - weight) * y_D + weight * shared_D
         rows.append(y_D)
     return torch.stack(rows).view_as(x_BLD)
 
@@ -73,6 +75,7 @@ VARIANTS = {
     "expert_choice": {"select": ExpertChoice.Config(capacity_factor=1.5)},
     "shared": {"shared_experts": 2},
     "gated_shared": {"shared_experts": 1, "shared_hidden_dim": 7, "shared_gate": True},
+    "half_shared": {"shared_experts": 1, "shared_weight": 0.5, "shared_gate": True},
     "weight_on_input": {"weight_on": "input"},
     "cosine": {"score": CosineScore.Config(init_std=0.5)},
     "reference": {"backend": "reference"},
@@ -281,8 +284,16 @@ def sized(**fields):
         (lambda: MoE.Config(num_experts=0), "num_experts is 0; it must be greater than or equal to 1"),
         (lambda: MoE.Config(capacity_factor=0.0), "capacity_factor is 0.0; it must be greater than 0"),
         (lambda: MoE.Config(capacity_order="random"), "capacity_order is 'random'; it must be 'token' or 'score'"),
-        (lambda: MoE.Config(shared_gate=True), "shared_gate and shared_hidden_dim need shared_experts of at least 1"),
-        (lambda: MoE.Config(shared_hidden_dim=8), "shared_gate and shared_hidden_dim need shared_experts"),
+        (
+            lambda: MoE.Config(shared_gate=True),
+            "shared_gate, shared_weight and shared_hidden_dim need shared_experts of at",
+        ),
+        (
+            lambda: MoE.Config(shared_hidden_dim=8),
+            "shared_gate, shared_weight and shared_hidden_dim need shared_experts",
+        ),
+        (lambda: MoE.Config(shared_weight=0.5), "shared_gate, shared_weight and shared_hidden_dim need shared_experts"),
+        (lambda: MoE.Config(shared_experts=1, shared_weight=1.0), "shared_weight is 1.0; it must be less than 1"),
         (lambda: MoE.Config(weight_on="both"), "weight_on is 'both'; it must be 'output' or 'input'"),
         (lambda: MoE.Config(backend="cuda"), "backend is 'cuda'"),
         (

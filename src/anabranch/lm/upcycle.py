@@ -120,7 +120,8 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
         downs = list(w2_GDF)
         if moe.shared_experts:
             gate, up = parts[f"{prefix}shared.w13.weight"].chunk(2)
-            gates, ups, downs = [*gates, gate], [*ups, up], [*downs, parts[f"{prefix}shared.w2.weight"]]
+            down = parts[f"{prefix}shared.w2.weight"] * (moe.shared_weight or 1.0)
+            gates, ups, downs = [*gates, gate], [*ups, up], [*downs, down]
         state[f"{prefix}w13.weight"] = torch.cat([*gates, *ups])
         state[f"{prefix}w2.weight"] = torch.cat(downs, dim=1)
     return _filled(made, state, model)
@@ -191,16 +192,17 @@ def _replaced(model: Decoder, name: str, module: Split | Added) -> str:
 
 
 def _total_weight(moe: MoE.Config) -> float:
-    """Sum of a token's routing weights, for a router that scores all experts alike."""
-    select = moe.router.select
+    """What a token's routed experts weigh together in the layer's output, for a router that scores all experts alike."""
+    select, routed = moe.router.select, 1 - (moe.shared_weight or 0.0)
     if select.normalize != "none":
-        return select.scale
+        return routed * select.scale
     top_k = getattr(select, "top_k", None)
     if top_k is None:
         raise ConfigError(
             f"router.select is {select.owner.kind!r} with normalize 'none', so what its weights sum to is open; set normalize"
         )
-    return top_k * activate(torch.zeros(moe.num_experts), moe.router.score.activation)[0].item() * select.scale
+    score = activate(torch.zeros(moe.num_experts), moe.router.score.activation)[0].item()
+    return routed * top_k * score * select.scale
 
 
 def _slice(w13_FD: Tensor, w2_DF: Tensor, slices: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class MoE(FeedForward, kind="moe"):
             shared_experts: always-on experts (DeepSeekMoE), each ``hidden_dim`` wide.
             shared_hidden_dim: total width of the shared experts where it is not shared_experts * hidden_dim.
             shared_gate: scale the shared output by sigmoid(w x) (Qwen2-MoE).
+            shared_weight: a, y = (1 - a) routed + a shared (RMoE has 0.5); None, the default, adds both whole (DeepSeekMoE).
             weight_on: apply routing weights to the expert's ``output``, or to its ``input`` (Llama 4).
             capacity_factor: drop what exceeds ceil(factor N K / E) rows of an expert in training; None drops nothing.
             capacity_order: who stays then, see `limit_capacity`. The share that is dropped is emitted as metric ``drop_ratio``.
@@ -51,6 +52,7 @@ class MoE(FeedForward, kind="moe"):
         shared_experts: int = Field(default=0, ge=0)
         shared_hidden_dim: Size | None = Field(default=None, ge=1)
         shared_gate: bool = False
+        shared_weight: float | None = Field(default=None, gt=0, lt=1)
         weight_on: Literal["output", "input"] = "output"
         capacity_factor: float | None = Field(default=None, gt=0)
         capacity_order: Literal["token", "score"] = "token"
@@ -71,8 +73,8 @@ class MoE(FeedForward, kind="moe"):
                 raise ConfigError(
                     f"backend is 'native', whose kernels compute swiglu, and activation is {self.activation!r}; use backend 'auto'"
                 )
-            if (self.shared_gate or self.shared_hidden_dim) and not self.shared_experts:
-                raise ConfigError("shared_gate and shared_hidden_dim need shared_experts of at least 1")
+            if (self.shared_gate or self.shared_hidden_dim or self.shared_weight) and not self.shared_experts:
+                raise ConfigError("shared_gate, shared_weight and shared_hidden_dim need shared_experts of at least 1")
 
         @property
         def places(self) -> int:
@@ -148,6 +150,8 @@ class MoE(FeedForward, kind="moe"):
         """The experts, once."""
         if self.config.weight_on != "output":
             return "routing weights act on the experts' inputs"
+        if self.config.shared_weight is not None:
+            return "routed and shared experts are weighed against each other"
         if isinstance(self.experts, ExpertPool) and not self.experts.is_plain:
             return "experts are not plain SwiGLUs"
         return Passes((self.router,), self.experts, self.shared, self.shared_gate)
@@ -167,7 +171,8 @@ class MoE(FeedForward, kind="moe"):
             shared_ND = self.shared(x_ND, context)
             if self.shared_gate is not None:
                 shared_ND = shared_ND * call_linear(self.shared_gate, x_ND, context).sigmoid()
-            y_ND = y_ND + shared_ND
+            weight = self.config.shared_weight
+            y_ND = y_ND + shared_ND if weight is None else (1 - weight) * y_ND + weight * shared_ND
         return y_ND.view_as(x_BLD)
 
     def _limit(self, routing: Routing, factor: float, context: ForwardContext) -> Routing:

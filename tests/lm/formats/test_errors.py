@@ -170,6 +170,10 @@ def routed(**changes):
         ),
         ({"feed_forward": routed(select=TopP.Config())}, "no Hugging Face family has .*router.select.kind='top_p'$"),
         (
+            {"feed_forward": routed().replace(shared_experts=1, shared_weight=0.5)},
+            r"no Hugging Face family has .*shared_weight=0\.5",
+        ),
+        (
             {"feed_forward": routed(select=GroupTopK.Config(top_k=2, num_groups=2, top_groups=1))},
             "router.select.kind='group_top_k'",
         ),

@@ -426,6 +426,13 @@ def test_candidates_that_stay_closed_when_serving():
     assert "candidates change" in FastDecoder.supports(model.eval())
 
 
+def test_shared_experts_that_are_weighed_against_routed_ones_are_left_to_the_model():
+    layer = moe(shared_experts=1, shared_weight=0.5)
+    attention = SelfAttention.Config(num_heads=4)
+    model = Decoder.Config(dim=64, num_layers=1, attention=attention, feed_forward=layer).build()
+    assert "routed and shared experts are weighed against each other" in FastDecoder.supports(model.eval())
+
+
 def test_a_bias_that_multiplies_scores_is_left_to_the_model():
     layer = MoE.Config(
         num_experts=4, hidden_dim=64, router=Router.Config(balance=(BiasBalancer.Config(form="multiply"),))

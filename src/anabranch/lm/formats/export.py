@@ -171,6 +171,7 @@ def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:
         "activation": moe.activation,
         "shared_width": moe.shared_width,
         "shared_gate": moe.shared_gate,
+        "shared_weight": moe.shared_weight,
         "router": {
             "score": {"kind": score["kind"], "activation": score["activation"]},
             "select": select,
