@@ -18,10 +18,14 @@ from anabranch.routing.balance import LoadCounter
 
 __all__ = ["check_gradients", "check_second_derivatives", "gradients_of_training"]
 
-TOLERANCE = 1e-4  # the same numbers, summed in another order
-STEP = 1e-4  # of all parameters together: what float32 resolves, and decisions rarely change within
-BATCHES = 6  # in which a decision may change within a step, where derivatives have a jump
-CURVATURE_TOLERANCE = 0.02  # of a difference quotient in float32
+# The same numbers are summed in another order.
+TOLERANCE = 1e-4
+# Length of a step of all parameters together: float32 resolves it, and decisions rarely change within it.
+STEP = 1e-4
+# Batches that are tried: in some a decision changes within the step, where derivatives jump.
+BATCHES = 6
+# Tolerance of a difference quotient in float32.
+CURVATURE_TOLERANCE = 0.02
 
 Gradients = dict[str, Tensor]
 
@@ -135,7 +139,8 @@ def _curvature(model: Decoder, token_BL: Tensor) -> tuple[float, list[Tensor]]:
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     size = sum(gradient.square().sum() for gradient in first) / 2
     assert isinstance(size, Tensor)
-    size.backward()  # where a graph of gradients ends in an error, torch.autograd.grad goes past it in silence
+    # torch.autograd.grad would pass over an error in the graph of gradients in silence; backward does not.
+    size.backward()
     length = (2 * size.detach()).sqrt()
     direction = [gradient.detach() / length for gradient in first]
     second = [parameter.grad for parameter in parameters]

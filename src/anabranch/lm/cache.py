@@ -95,9 +95,9 @@ class KeyValueCache:
         self.prefix = prefix
         self.length = 0
         self.valid_BL: Tensor | None = None
-        self.state: dict[
-            str, object
-        ] = {}  # what a design carries from call to call, by a name of its own; what has `keep_rows` follows
+        # What a design carries from call to call, by a name of its own. What has a method `keep_rows` is told which
+        # rows stay.
+        self.state: dict[str, object] = {}
         self._sequences: list[object] = []
         self.num_layers = num_layers
         self._slots: dict[tuple[int, int], _Slot] = {}

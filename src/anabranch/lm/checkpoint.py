@@ -70,7 +70,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2  # of folders with quantised layers; all others are written as 1, which older versions read
+# Version of folders with quantised layers. All others are written as version 1, which older programs read.
+SCHEMA = 2
 
 
 def save_model(

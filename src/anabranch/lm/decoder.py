@@ -107,7 +107,8 @@ class Decoder(Part, nn.Module):
             if self.dense_layers and self.dense_feed_forward is None:
                 raise ConfigError("dense_layers is set, but dense_feed_forward is not; say what those layers are")
             self.attention.width(self.dim)
-            self.count()  # designs check themselves against the depth and width here, before anything is built
+            # Counting checks designs against depth and width before anything is built.
+            self.count()
 
         def feed_forward_of(self, layer: int) -> FeedForward.Config:
             """The feed-forward config of one block."""
@@ -164,7 +165,8 @@ class Decoder(Part, nn.Module):
     def __init__(self, config: Any, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # activation recompute, block by block; set by the trainer
+        # Activation recompute, block by block; the trainer sets it.
+        self.recompute = False
         generator = torch.Generator().manual_seed(seed)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.shared = nn.ModuleDict()
@@ -263,7 +265,8 @@ class Decoder(Part, nn.Module):
             num_streams=num_streams,
             sequences=sequences,
             is_measured=cache is None,
-            training=self.training and not self.is_frozen,  # routers of a frozen model are not balanced either
+            # Routers of a frozen model are not balanced either.
+            training=self.training and not self.is_frozen,
             state={} if state is None else state,
             position_BL=position_BL,
             rotary=self.rotary(_distinct(position_BL), self._dtype(device)),

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 __all__ = ["cut", "invert", "temper"]
 
 _BLOCK = 256
-_FIRST_LOOK = 1024  # of the most likely tokens; top-p rarely needs more
+# The most likely tokens, which are sorted first: top-p rarely needs more.
+_FIRST_LOOK = 1024
 
 
 def temper(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:

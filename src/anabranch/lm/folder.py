@@ -48,8 +48,9 @@ RECORD = "SHA256SUMS"
 # What makes a model folder a checkpoint of a training run, see `anabranch.train.checkpoint`.
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-METRICS_FILE = "metrics.jsonl"  # of a run
-STEPS_FOLDER = "checkpoints"  # of a run, with a folder for each step
+# In the folder of a run; the second has a folder for each step.
+METRICS_FILE = "metrics.jsonl"
+STEPS_FOLDER = "checkpoints"
 # In the config.json of what we write, native or not.
 MARK = {"anabranch_version": anabranch.__version__}
 _MOST_ENTRIES = 10_000
@@ -65,7 +66,8 @@ _PARTS = re.compile(
     r"|.*\.jinja|chat_template\.json"
 )
 _TEMPLATES = "additional_chat_templates"
-_ADAPTER = "adapter_config.json"  # of the package peft; transformers applies it, and the model is another
+# Of the package peft; transformers applies it, and the model is another.
+_ADAPTER = "adapter_config.json"
 _DOCUMENTS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.

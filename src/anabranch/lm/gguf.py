@@ -46,7 +46,8 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by (Llama 3.1)
+# What each rotary frequency is divided by (Llama 3.1).
+_ROPE_FACTORS = "rope_freqs.weight"
 
 # How text is cut before merging, by tokenizer.ggml.pre: regular expressions applied one after the other (llama.cpp, llama-vocab.cpp).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -58,7 +59,8 @@ _SPLITS = {
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),),
 }
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+# Token types of the format.
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 def load_gguf(
@@ -88,7 +90,8 @@ class GgufFile:
         self._gguf = _package()
         try:
             reader = Container(path, self._gguf)
-        except Exception as error:  # whatever the broken bytes lead to
+        except Exception as error:
+            # Broken bytes may raise anything.
             raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
         self._fields = reader.fields
         architecture = self.get("general.architecture")
@@ -264,7 +267,8 @@ class GgufFile:
         vocabulary = {token: index for index, token in enumerate(tokens)}
         try:
             backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
-        except Exception as error:  # a merge of one piece, or of tokens that there are not
+        except Exception as error:
+            # A merge of one piece, or of tokens that do not exist, raises anything.
             raise TokenizerError(f"the tokenizer in {self.path} cannot be read: {error}") from None
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[cut]]
         backend.pre_tokenizer = pre_tokenizers.Sequence(

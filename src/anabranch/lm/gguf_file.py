@@ -19,7 +19,8 @@ __all__ = ["Container", "Stored"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MOST_DIMS, _MOST_NESTED = 8, 4  # of a tensor; of arrays in arrays
+# Dimensions of a tensor, and levels of arrays within arrays, at most.
+_MOST_DIMS, _MOST_NESTED = 8, 4
 _PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -94,7 +95,8 @@ class Container:
             if item in _SCALARS:
                 self._need(count * struct.calcsize("<" + _SCALARS[item]))
                 return list(self._take(f"{count}{_SCALARS[item]}"))
-            self._need(count)  # each takes a byte at least: no list of a corrupt length is begun
+            # Each takes a byte at least, so no list of a corrupt length is begun.
+            self._need(count)
             if depth == _MOST_NESTED:
                 raise ValueError(f"a field has arrays in arrays, more than {_MOST_NESTED} deep")
             return [self._value(item, depth + 1) for _ in range(count)]

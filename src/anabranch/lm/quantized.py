@@ -22,7 +22,8 @@ from anabranch.nn.quantize import FEWEST, QuantizedLinear, quantize
 
 __all__ = ["load_quantized"]
 
-SIZE = 32  # weights of a block
+# Weights of a block.
+SIZE = 32
 BLOCKS: dict[str, Kind] = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
 
 
@@ -77,7 +78,8 @@ def _load_gguf(
         if packed is not None:
             bias = _whole(file, layout[f"{name}.bias"]) if module.bias is not None else None
             made[name] = QuantizedLinear(packed, bias)
-            _set(model, name, nn.Identity())  # so that filling leaves it alone
+            # With no parameters there, filling leaves it alone.
+            _set(model, name, nn.Identity())
     used = {piece.name for name in made for key, part in layout.items() if key.startswith(f"{name}.") for piece in part}
     fill(model, file, layout, where=path, dtype=dtype, ignore=used)
     for name, layer in made.items():
@@ -121,7 +123,8 @@ def _blocks(kind: str, stored: Any, heads: int | None) -> tuple[Tensor, Tensor, 
     )
     scale_NG = bytes_NGX[..., :2].contiguous().view(torch.float16).squeeze(-1)
     if kind == "Q8_0":
-        number_NGS = bytes_NGX[..., 2:] ^ 0x80  # two's complement plus 128
+        # Two's complement plus 128.
+        number_NGS = bytes_NGX[..., 2:] ^ 0x80
         least_NG = torch.zeros_like(scale_NG)
     else:
         nibbles = bytes_NGX[..., -SIZE // 2 :]

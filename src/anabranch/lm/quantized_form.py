@@ -106,7 +106,8 @@ def fill_quantized(
     }
     for name in made:
         if name != "head" or getattr(model, "head", None) is not None:
-            replace(model, name, nn.Identity())  # so that filling leaves it alone
+            # With no parameters there, filling leaves it alone.
+            replace(model, name, nn.Identity())
     layout = {name: [Piece(name)] for name in state_once(model)}
     fill(model, source, layout, where=where, dtype=dtype, device=device, ignore=used, hint=hint)
     for name, module in made.items():
@@ -152,7 +153,8 @@ def _made(
 ) -> QuantizedLinear | QuantizedPool:
     """The quantised layer ``name``; notes the tensors it is made of in ``used``."""
     module: Any = dict(model.named_modules()).get(name)
-    if name == "head" and module is None:  # a head that was the embedding until it was quantised
+    # The head was the embedding until it was quantised.
+    if name == "head" and module is None:
         embedding = cast(nn.Embedding, model.embedding)
         module = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
     is_odd = isinstance(module, ExpertPool) and not module.is_plain

@@ -18,7 +18,8 @@ from anabranch.routing.balance import LoadCounter
 
 __all__ = ["check_replay", "check_replayed_training"]
 
-TOLERANCE = 1e-4  # gradients are summed in another order
+# Gradients are summed in another order.
+TOLERANCE = 1e-4
 
 
 def check_replay(model: Decoder, token_BL: Tensor) -> None:

@@ -45,8 +45,10 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ENTRY = ("dtype", "shape", "data_offsets")
-_MOST_PACKED = 16  # weights that one stored number can hold: quantised ones share bytes
-BLOCK = 4096  # what devices read whole
+# Weights that one stored number can hold: quantised ones share bytes.
+_MOST_PACKED = 16
+# Bytes that devices read whole.
+BLOCK = 4096
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -113,9 +115,8 @@ class SafetensorsFiles:
         path = self._path_of[name]
         tensor = self._files[path].get_tensor(name)
         self._read_bytes += tensor.nbytes
-        if (
-            self._read_bytes > _REMAP_BYTES
-        ):  # what was read of a mapped file counts as memory of ours until it is unmapped
+        # What was read of a mapped file counts as our memory until it is unmapped.
+        if self._read_bytes > _REMAP_BYTES:
             self._files[path], self._read_bytes = self._open(path), 0
         return tensor
 
@@ -142,7 +143,8 @@ class PickleFiles:
         for path in files:
             try:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-            except Exception as error:  # torch.load raises whatever the broken file leads it to
+            except Exception as error:
+                # torch.load may raise anything for a broken file.
                 raise CheckpointError(_unreadable(path, str(error).split("\n", 1)[0])) from None
             if not isinstance(loaded, dict):
                 raise CheckpointError(
@@ -183,7 +185,8 @@ def _places(held: Mapping[Path, Collection[str]], index: Mapping[str, Path] | No
 
 
 def _unreadable(path: Path, error: object) -> str:
-    if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is no name
+    # Path.is_file raises for text that cannot be a name; this does not.
+    if not os.path.isfile(path):
         return f"{str(path)[-300:]} is missing; copy the model folder again"
     return f"cannot read {path}: {str(error)[:300]}; it is truncated or corrupt, copy or save it again"
 
@@ -373,13 +376,13 @@ def build_empty(config: Any) -> Any:
     builder = threading.get_ident()
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if (
-            parameter is None or parameter.is_meta or threading.get_ident() != builder
-        ):  # the hook is of the whole process
+        # The hook sees the parameters of the whole process.
+        if parameter is None or parameter.is_meta or threading.get_ident() != builder:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # its stub forgets the result
+    # The stub of the registration forgets what the hook gives.
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
     try:
         return config.build()
     finally:
@@ -423,7 +426,8 @@ def fill(
         new[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     every_name = model.state_dict(keep_vars=True)
     model.load_state_dict({name: new[id(tensor)] for name, tensor in every_name.items()}, assign=True)
-    model.to(device)  # what is left: buffers that are not stored
+    # What is left to move are buffers that are not stored.
+    model.to(device)
 
 
 def _stored_type(source: TensorSource, pieces: Sequence[Piece]) -> torch.dtype:

@@ -217,7 +217,8 @@ def _diversify(w13_EFD: Tensor, w2_EDF: Tensor, noise: float, reinit: float, gen
     for w13_FD, w2_DF in zip(w13_EFD, w2_EDF, strict=True):
         gate_FD, up_FD = w13_FD.chunk(2)
         chosen = torch.randperm(hidden_dim, generator=generator)[: round(reinit * hidden_dim)].to(w13_FD.device)
-        for weight_FD in (gate_FD, up_FD, w2_DF.T):  # hidden units are rows
+        # Hidden units are rows of these.
+        for weight_FD in (gate_FD, up_FD, w2_DF.T):
             if noise:
                 weight_FD += _normal(weight_FD, generator) * (noise * weight_FD.std())
             if len(chosen):

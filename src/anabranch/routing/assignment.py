@@ -28,9 +28,12 @@ from numpy.typing import ArrayLike
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.routing.measure import max_violation
 
-ROUNDS = 40  # of quantile balancing at most; about 8 suffice
-SPREAD = 1e-10  # of scores: noise that parts ties, which prices alone cannot
-LEFT_OVER = 1e-3  # excess load, as a share of all, at which paths are quicker than another round
+# Rounds of quantile balancing at most; about 8 suffice.
+ROUNDS = 40
+# Spread of the noise, over that of the scores, that parts ties; prices alone cannot.
+SPREAD = 1e-10
+# Excess load, as a share of all, below which paths are quicker than another round.
+LEFT_OVER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,8 @@ def preference_violations(score_TE: ArrayLike, top_k: int, before_E: ArrayLike, 
     score_TE, top_k = _checked(score_TE, top_k)
     before_E, after_E = np.asarray(before_E, np.float64), np.asarray(after_E, np.float64)
     old_TE, new_TE = choose(score_TE, top_k, before_E), choose(score_TE, top_k, after_E)
-    slack = 1e-12 * max(
-        1.0, np.abs(score_TE).max(initial=0), np.abs(after_E).max(initial=0)
-    )  # rounding of score + bias
+    # Rounding of score + bias.
+    slack = 1e-12 * max(1.0, np.abs(score_TE).max(initial=0), np.abs(after_E).max(initial=0))
     return broken_preferences(old_TE, new_TE, after_E - before_E, slack)
 
 
@@ -259,7 +261,8 @@ def _balance_quantiles(score_TE: np.ndarray, top_k: int, capacity: np.ndarray) -
         threshold_T = value_TE[:, between_K - 1 : between_K + 1].mean(1)
         load_E = (score_ET + price_E[:, None] > threshold_T).sum(1)
         excess = np.maximum(load_E - capacity, 0).sum()
-        if excess >= 0.9 * least:  # a finite batch has an end to what prices can do
+        # Of a finite batch, prices can balance only so much.
+        if excess >= 0.9 * least:
             break
         least, best_E = excess, price_E
         if excess <= LEFT_OVER * num_tokens * top_k:
@@ -317,7 +320,8 @@ class _Flow:
         for _ in range(len(start_E)):
             through_EE = distance_E[:, None] + self.cost_EE
             nearest_E = through_EE.min(0)
-            closer_E = nearest_E < distance_E - self.slack  # rounding must not close a circle
+            # Rounding must not close a circle.
+            closer_E = nearest_E < distance_E - self.slack
             if not closer_E.any():
                 break
             before_E = np.where(closer_E, through_EE.argmin(0), before_E)
@@ -330,7 +334,8 @@ class _Flow:
         self.load_E[source] -= 1
         self.load_E[to] += 1
         for holder in np.flatnonzero(chosen_E).tolist():
-            if holder == to:  # it can move on from here to all that it has not
+            # From where it came to it can move on to every destination that it has not.
+            if holder == to:
                 self._offer(token, to, ~chosen_E, value_E)
             else:
                 self._offer(token, holder, np.arange(len(chosen_E)) == source, value_E)

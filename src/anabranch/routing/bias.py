@@ -31,7 +31,8 @@ RATES = {"sign": 1e-3, "magnitude": 1e-3, "inv_n": 0.1, "inv_sqrt": 0.1, "quanti
 LEAST_FACTOR = 0.01
 # How far a bias has to go: with u = 1e-3 a small model was balanced after 400 steps and not after 200 (docs/systems/alf-lb.md).
 SPREAD = 0.3
-BINS = 1024  # of a histogram over margins in [-1, 1], finest at 0: bin edges are cubes
+# Bins of a histogram over margins in [-1, 1]. Their edges are cubes, so that they are finest at 0.
+BINS = 1024
 
 
 class BiasBalancer(LoadCounter, kind="bias"):
@@ -220,7 +221,8 @@ class _Margins(LoadCounter):
 
     def quantile_E(self, mean_load: Tensor) -> Tensor:
         """The margin above which ``mean_load`` items of each destination stand; 0 for one that no item could have chosen."""
-        above_EX = self.count_EX.flip(-1).cumsum(-1).flip(-1)  # items in this bin or a higher one
+        # Items in this bin or a higher one.
+        above_EX = self.count_EX.flip(-1).cumsum(-1).flip(-1)
         total_E = above_EX[:, 0]
         wanted_E1 = torch.minimum(mean_load, total_E).unsqueeze(-1)
         bin_E1 = ((above_EX >= wanted_E1).sum(-1, keepdim=True) - 1).clamp_min(0)
@@ -270,7 +272,8 @@ def export_history(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
 
 
 THEIRS = (
-    "model.layers.{layer}.mlp.gate.e_score_correction_bias"  # DeepSeek-V3 and the many families that took its router
+    # DeepSeek-V3 and the many families that took its router.
+    "model.layers.{layer}.mlp.gate.e_score_correction_bias"
 )
 
 

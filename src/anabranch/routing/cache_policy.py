@@ -21,13 +21,12 @@ from anabranch.errors import ConfigError, DataError
 Policy = Literal["lru", "lfu", "belady", "fixed", "segment", "plec"]
 Cold = Literal["free", "miss"]
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed", "segment", "plec")
-LOOKING: tuple[Policy, ...] = ("segment", "plec")  # need a window of tokens that they know
-CELLS = 1 << 15  # of a stack; what a core's second cache holds
-FREE, ABSENT, NOTHING = (
-    -1,
-    -2,
-    -3,
-)  # a free slot of a stack; the key of a destination not seen yet, and of no destination
+# Policies that know a window of tokens ahead.
+LOOKING: tuple[Policy, ...] = ("segment", "plec")
+# Cells of a stack at once: what the second-level cache of a core holds.
+CELLS = 1 << 15
+# A free slot of a stack; the key of a destination not seen yet, and of no destination.
+FREE, ABSENT, NOTHING = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,8 @@ class _Stack:
     def hits_EB(self, cold: Cold) -> np.ndarray:
         """Accesses by the place where the destination stood, so that a larger capacity hits."""
         hits_EB = np.zeros(self.stack_EB.shape, np.int64)
-        seen_B = np.zeros(len(self.column_B), np.int64)  # destinations that were accessed so far
+        # Destinations that were accessed so far, by column.
+        seen_B = np.zeros(len(self.column_B), np.int64)
         if self.policy == "segment":
             for first in range(min(self.window, len(self.index_TKB))):
                 self._let_in(first)
@@ -216,7 +216,8 @@ class _Stack:
         key_B = self._key_B(x_B)
         place, column = np.divmod(np.flatnonzero(self.stack_EB == key_B), len(self.column_B))
         hits_EB[place, column] += 1
-        column = np.flatnonzero(key_B == ABSENT)  # first accesses
+        # These are first accesses.
+        column = np.flatnonzero(key_B == ABSENT)
         if len(column):
             if cold == "free":
                 hits_EB[seen_B[column], column] += 1
@@ -226,9 +227,8 @@ class _Stack:
         stack_EB, new_EB = self.stack_EB, self._new_EB
         used_B = x_B >= 0
         key_B = self._key_B(x_B)
-        np.copyto(
-            stack_EB, FREE, where=stack_EB == key_B
-        )  # taken out; its place, or the first free one, ends the sinking
+        # Taken out; its place, or the first free one, ends the sinking.
+        np.copyto(stack_EB, FREE, where=stack_EB == key_B)
         new_EB[0] = self._new_key_B(token, place, x_B)
         np.maximum(stack_EB[1:], self._lowest_EB(stack_EB)[:-1], out=new_EB[1:])
         if used_B.all():
@@ -309,7 +309,8 @@ class _Stack:
         next_TKB = np.empty(self.index_TKB.shape, self.dtype)
         after_EB = np.repeat(num_tokens * top_k + 1 + np.arange(num_destinations)[:, None], num_columns, 1)
         for token in range(num_tokens - 1, -1, -1):
-            for block in reversed(self.blocks):  # in which no destination is named twice
+            # Within a block no destination is named twice.
+            for block in reversed(self.blocks):
                 x_KB = self.index_TKB[token, block.start : block.stop]
                 next_TKB[token, block.start : block.stop] = after_EB[x_KB, self.column_B]
                 place, column = np.nonzero(x_KB >= 0)

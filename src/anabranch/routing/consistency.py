@@ -29,11 +29,16 @@ from anabranch.routing.trace import Decisions, RoutingTrace
 
 log = logging.getLogger(__name__)
 
-LENGTH = 512  # tokens of a piece
-CELLS = 1 << 20  # destinations x tokens counted at once
-PAIRED = 80  # the largest histogram of which two columns are counted together
-GOOD_ENOUGH = 0.9  # of Belady's hits
-GROUPS = (0.50, 0.43, 0.33)  # SRP at m = 16 above which a model is in group 1, 2, 3; read off the paper's table
+# Tokens of a piece.
+LENGTH = 512
+# Destinations times tokens that are counted at once.
+CELLS = 1 << 20
+# The largest histogram of which two columns are counted together.
+PAIRED = 80
+# Share of Belady's hits.
+GOOD_ENOUGH = 0.9
+# SRP at m = 16 above which a model is in group 1, 2 or 3; read off the paper's table.
+GROUPS = (0.50, 0.43, 0.33)
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,8 @@ def window_sums(index_STK: np.ndarray, num_destinations: int, window: int) -> np
     cell_STK += num_destinations * num_sequences * np.arange(1, num_tokens + 1)[:, None]
     used_STK = index_STK >= 0
     sum_TSE.reshape(-1)[cell_STK.reshape(-1) if used_STK.all() else cell_STK[used_STK]] = 1
-    for at in range(1, num_tokens + 1):  # cumsum, in whole rows
+    # A cumulative sum, in whole rows.
+    for at in range(1, num_tokens + 1):
         sum_TSE[at] += sum_TSE[at - 1]
     return sum_TSE[window:] - sum_TSE[:-window]
 

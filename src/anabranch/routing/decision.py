@@ -7,7 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-UNUSED = -1  # index of a place that names no destination (padding, dropped by capacity, below a threshold)
+# Index of a place that names no destination: padding, dropped by capacity, below a threshold.
+UNUSED = -1
 
 
 @dataclass(frozen=True)

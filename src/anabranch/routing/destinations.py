@@ -24,7 +24,8 @@ class Candidates(Part, nn.Module, family="candidates"):
         """Base of candidate configs."""
 
     stage: Literal["pre_softmax", "post_softmax"]
-    only_in_training: bool = False  # whether all destinations are open outside of training
+    # Whether all destinations are open outside of training.
+    only_in_training: bool = False
 
     def open_NE(self, num_items: int, context: RoutingContext) -> Tensor | None:
         """bool ``[E]`` or ``[N, E]``, True where a destination may be chosen; None if all may."""

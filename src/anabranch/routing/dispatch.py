@@ -78,7 +78,8 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if weight_NK is None:
         return y_NKD.sum(1, dtype=wide).to(rows_RD.dtype)
-    with torch.autocast(rows_RD.device.type, enabled=False):  # which would take the sum in half precision
+    # Autocast would take the sum in half precision.
+    with torch.autocast(rows_RD.device.type, enabled=False):
         return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(rows_RD.dtype)
 
 

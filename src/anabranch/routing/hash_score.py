@@ -10,7 +10,8 @@ from anabranch.precision import wide
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.score import Score
 
-_WORD = (1 << 31) - 1  # products of two such numbers fit int64
+# Products of two such numbers fit int64.
+_WORD = (1 << 31) - 1
 
 
 def _mixed(value: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def override_routing(model: nn.Module, layers: Mapping[int | str, Override] | Ov
 @contextmanager
 def overriding(model: nn.Module, source: Overrides) -> Iterator[None]:
     """Every forward pass that reaches a router of ``model`` in the block carries ``source``. Warns (UserWarning) if none did."""
-    routers = {layer.router: None for layer in own_layers(model)}  # each once, in order
+    # A dictionary holds each router once, in order.
+    routers = {layer.router: None for layer in own_layers(model)}
     was_called = False
 
     def join(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

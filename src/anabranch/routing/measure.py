@@ -112,7 +112,8 @@ def coactivation(
         raise ConfigError(f"decisions of {len(index_NK)} and {len(other_NK)} items cannot be paired; see aligned()")
     width = num_other or num_destinations
     count = np.zeros(num_destinations * width, np.int64)
-    for index_N in index_NK.T:  # K passes over [N, K], so memory stays that of the decisions
+    # K passes over [N, K], so that memory stays that of the decisions.
+    for index_N in index_NK.T:
         pair_NK = index_N[:, None] * width + other_NK
         count += np.bincount(pair_NK[(index_N >= 0)[:, None] & (other_NK >= 0)], minlength=len(count))
     return count.reshape(num_destinations, width)
@@ -297,7 +298,8 @@ def _entropy(values: ArrayLike) -> Floats:
     """Bits, over the last axis."""
     share = _shares(values)
     logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
-    return -(share * logs).sum(-1) + 0.0  # + 0.0 turns -0.0 into 0.0
+    # + 0.0 turns -0.0 into 0.0.
+    return -(share * logs).sum(-1) + 0.0
 
 
 def _key(decisions: Decisions) -> np.ndarray:

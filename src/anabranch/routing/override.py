@@ -122,7 +122,8 @@ class Override:
         """The whole decision, where it `is_whole`. Scores are the weights of the chosen, and 0 elsewhere."""
         assert self.weight_NK is not None
         index_NK = self.forced_NK(len(x_ND), x_ND.device, item_mask_N)
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)  # that of scores
+        # Scores are in this type.
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
         weight_NK = self.weight_NK.to(x_ND.device, dtype).expand(index_NK.shape).masked_fill(index_NK < 0, 0.0)
         score_NE = weight_NK.new_zeros(len(x_ND), num_destinations)
         return Routing(index_NK, weight_NK, score_NE.scatter_add(1, index_NK.clamp_min(0), weight_NK))

@@ -53,10 +53,12 @@ class Recorder:
             self._layers.setdefault(layer.router, []).append(layer)
         self._numbers = ItemNumbers()
         self._foreign: dict[nn.Module, ItemNumbers] = {}
-        self._told: dict[Hashable, str | None] = {}  # the domain of each sequence that has a name
+        # The domain of each sequence that has a name.
+        self._told: dict[Hashable, str | None] = {}
         self._visits = {module: _Visits() for module in self._layers}
         self._was_called = False
-        self._lock = threading.Lock()  # engines in threads may share a model
+        # Engines in threads may share a model.
+        self._lock = threading.Lock()
 
     def trace(self) -> RoutingTrace:
         """What was recorded. A recording to a file is read back from it, once its block has ended."""
@@ -66,7 +68,8 @@ class Recorder:
 
     @torch.no_grad()
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass, so this forward pass is a repetition
+        # A forward pass inside a backward pass is a repetition.
+        if torch._C._current_graph_task_id() != -1:
             return
         with self._lock:
             self._was_called = True
@@ -75,9 +78,9 @@ class Recorder:
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         routing = self._read(module, output)
         numbers, context = self._numbers, argument_of(RoutingContext, args, kwargs)
-        if (
-            context is None
-        ):  # nothing tells which calls of routers are of one forward pass, so each router counts for itself
+        # Without a context nothing tells which calls of routers belong to one forward pass, so each router counts for
+        # itself.
+        if context is None:
             numbers = self._foreign.setdefault(module, ItemNumbers())
             context = self._outside(routing.num_items)
         keep_N = items_to_record(context, routing.num_items)
@@ -109,7 +112,8 @@ class Recorder:
         if self.domain is None or isinstance(self.domain, str):
             return self.domain
         names, num_streams = sequence_names(context, num_items), context.num_streams
-        if names is not None and all(name in self._told for name in names):  # rows may have left since it was told
+        # Rows may have left since their domains were said.
+        if names is not None and all(name in self._told for name in names):
             domains = [self._told[name] for name in names]
         elif not self.domain or num_items % (len(self.domain) * num_streams):
             raise DataError(

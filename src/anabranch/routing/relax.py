@@ -30,7 +30,8 @@ def gumbel_softmax(logit_NE: Tensor, temperature: Tensor | float, *, noise: bool
 def straight_through(soft_NE: Tensor) -> Tensor:
     """One-hot of the largest entry (the first of equals), exactly; its gradient is that of ``soft_NE``."""
     hard_NE = torch.zeros_like(soft_NE).scatter(-1, soft_NE.argmax(-1, keepdim=True), 1.0)
-    return hard_NE + (soft_NE - soft_NE.detach())  # in this order the bracket is exactly zero, so hard stays exact
+    # In this order the bracket is exactly zero, so that the hard value stays exact.
+    return hard_NE + (soft_NE - soft_NE.detach())
 
 
 class Temperature(Part, nn.Module):

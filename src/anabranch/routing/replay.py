@@ -78,7 +78,8 @@ class Replay:
         }
         self._numbers = ItemNumbers()
         self._owners: dict[tuple[nn.Module, int], object] = {}
-        self._lock = threading.Lock()  # engines in threads may share a model
+        # Engines in threads may share a model.
+        self._lock = threading.Lock()
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
@@ -124,11 +125,11 @@ class _Recorded:
         self._item, numbered_R = np.unique(self.decisions.item_N, return_inverse=True)
         self._stride = int(self.decisions.position_N.max(initial=0)) + 1
         key_R = numbered_R * self._stride + self.decisions.position_N
-        self._order_R = np.argsort(
-            key_R, kind="stable"
-        )  # decisions of one key in the order in which they were recorded
+        # Decisions of one key in the order in which they were recorded.
+        self._order_R = np.argsort(key_R, kind="stable")
         self._key_R = key_R[self._order_R]
-        self._taken_R = np.zeros(len(key_R), np.int64)  # how often a key was asked for, at the first of its decisions
+        # How often a key was asked for, kept at the first of its decisions.
+        self._taken_R = np.zeros(len(key_R), np.int64)
 
     def rows(self, item_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
         """Which decision is the next of each item. Raises DataError if one was not recorded."""
@@ -204,5 +205,6 @@ def _check_layer(layer: RouterLayer, recorded: TraceLayer) -> None:
 
 def _is_one_name(ours: str, theirs: str) -> bool:
     """Whether two names are of one module, with a wrapper's prefix in front of one of them."""
-    ours, theirs = (name.replace("_orig_mod.", "") for name in (ours, theirs))  # torch.compile's
+    # torch.compile puts this into names.
+    ours, theirs = (name.replace("_orig_mod.", "") for name in (ours, theirs))
     return ours == theirs or ours.endswith(f".{theirs}") or theirs.endswith(f".{ours}")

@@ -115,7 +115,8 @@ class Router(Part, nn.Module):
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)
         seen_open_NE = may_NE
-        if context.item_mask_N is not None:  # nothing is open to a padding item
+        # Nothing is open to a padding item.
+        if context.item_mask_N is not None:
             real_N1 = context.item_mask_N.unsqueeze(-1)
             may_NE = real_N1 if may_NE is None else may_NE & real_N1
         routing = self.select(score_NE, logit_NE=masked_NE, bias_E=bias_NE, open_NE=may_NE)
@@ -140,7 +141,8 @@ class Router(Part, nn.Module):
         if isinstance(hidden, Tensor):
             own_N = ~hidden if context.item_mask_N is None else ~hidden & context.item_mask_N
             seen = replace(seen, routing=seen.routing.drop(hidden.unsqueeze(-1)))
-            context = replace(context, item_mask_N=own_N)  # it collects into the same lists
+            # The replaced context collects into the same lists.
+            context = replace(context, item_mask_N=own_N)
         for part in self._balancers:
             part(seen, context)
 

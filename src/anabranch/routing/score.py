@@ -65,7 +65,8 @@ class Score(Part, nn.Module, family="score"):
             return 2 * self.num_parameters(dim, num_destinations)
 
     is_causal: ClassVar[bool] = True
-    hands_on: ClassVar[bool] = False  # True: `project` leaves something in ``context.carry`` that a later score needs
+    # Whether `project` leaves something in ``context.carry`` that a later score needs.
+    hands_on: ClassVar[bool] = False
 
     config: Config
 

@@ -24,7 +24,8 @@ def stable_top_k(value_NE: Tensor, top_k: int) -> Tensor:
     if value_NE.dtype != torch.float32 or _is_tiny(value_NE):
         return value_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     # fp32 bits, made monotone as an integer, above the reversed index: unique 64-bit keys, so topk has no ties to break.
-    bits_NE = (value_NE + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    # + 0.0 turns -0.0 into 0.0.
+    bits_NE = (value_NE + 0.0).view(torch.int32)
     ordered_NE = torch.where(bits_NE < 0, bits_NE ^ 0x7FFFFFFF, bits_NE).long()
     reversed_E = torch.arange(value_NE.shape[-1] - 1, -1, -1, device=value_NE.device)
     return ((ordered_NE << 32) + reversed_E).topk(top_k, dim=-1).indices
@@ -55,7 +56,8 @@ class Select(Part, nn.Module, family="select"):
             """Raise ConfigError if this cannot choose among ``num_destinations``."""
 
     config: Config
-    is_causal: ClassVar[bool] = True  # False: an item's routing depends on later items, so not for language models
+    # Where False, an item's routing depends on later items, which no language model may do.
+    is_causal: ClassVar[bool] = True
 
     def __init__(self, config: Config, num_destinations: int) -> None:
         super().__init__()
@@ -98,7 +100,8 @@ class Select(Part, nn.Module, family="select"):
 
     def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
         """The routing to ``index_NK``, weighed by the scores as the config says; places of -1 weigh 0."""
-        if _is_tiny(score_NE) and int(index_NK.min()) >= 0:  # one look instead of a mask of all that follows
+        # One look at few indices spares the masks that follow.
+        if _is_tiny(score_NE) and int(index_NK.min()) >= 0:
             return self._weigh_all(index_NK, score_NE, logit_NE)
         unused_NK = index_NK < 0
         gather_NK = index_NK.clamp_min(0)

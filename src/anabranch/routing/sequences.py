@@ -39,7 +39,8 @@ class SequenceNumbers:
 
     def __init__(self) -> None:
         self._named: dict[Hashable, int] = {}
-        self._first = self._end = 0  # of the last pass without names, and one past all
+        # The first sequence of the last pass without names, and one past all.
+        self._first = self._end = 0
 
     def of(self, names: Sequence[Hashable]) -> np.ndarray:
         """Of sequences that have names, ``[S]``; a name keeps its number."""
@@ -67,7 +68,8 @@ class ItemNumbers:
 
     def of(self, num_items: int, context: RoutingContext) -> tuple[np.ndarray, np.ndarray]:
         """(item_N, position_N) of N items of the pass of ``context``: as it says, else counted from the start."""
-        length = context.sequence_length or 1  # no sequences: every item is one of its own
+        # Without sequences every item is one of its own.
+        length = context.sequence_length or 1
         count_N = np.arange(num_items)
         position_N = said_of_items(context, "position", num_items)
         item_N = said_of_items(context, "item", num_items)
@@ -106,7 +108,8 @@ def sequence_names(context: RoutingContext, num_items: int) -> list[Hashable] | 
     sequences, streams, length = context.sequences, context.num_streams, context.sequence_length or 1
     if not sequences or num_items != streams * len(sequences) * length:
         return None
-    if said_of_items(context, "position", num_items) is None:  # a sequence that goes on must say where
+    # A sequence that goes on must say at which position.
+    if said_of_items(context, "position", num_items) is None:
         return None
     return [StreamSequence.of(sequence, stream) for stream in range(streams) for sequence in sequences]
 

@@ -208,7 +208,8 @@ class RoutingTrace:
         index_NK = torch.from_numpy(decisions.index_NK.astype(np.int64))
         weight_NK = torch.from_numpy(decisions.weight_NK)
         score_NE = torch.zeros(index_NK.shape[0], self.layer(layer).num_destinations)
-        score_NE.scatter_add_(1, index_NK.clamp_min(0), weight_NK)  # unused places add their weight, 0
+        # Unused places add their weight, which is 0.
+        score_NE.scatter_add_(1, index_NK.clamp_min(0), weight_NK)
         if decisions.score_NE is not None:
             known_NE = torch.from_numpy(decisions.score_NE)
             score_NE = torch.where(known_NE.isnan(), score_NE, known_NE)

@@ -26,7 +26,8 @@ from anabranch.routing.trace_schema import (
     schema_with,
 )
 
-MOST_SCORES = 2**31  # offsets of Arrow's lists are int32
+# Offsets of Arrow's lists are int32.
+MOST_SCORES = 2**31
 
 
 class TraceBuilder:
@@ -67,7 +68,8 @@ class TraceBuilder:
         self.layers[layer.layer] = merge_layers(self.layers.get(layer.layer), layer)
         index_NK = np.asarray(index_NK)
         used_NK = index_NK >= 0
-        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)  # an item with no used place keeps its first
+        # An item with no used place keeps its first one.
+        used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)
         row_R, rank_R = np.nonzero(used_NK)
         domains = [domain] if domain is None or isinstance(domain, str) else domain
         code_N = [UNKNOWN if name is None else self._domains.setdefault(name, len(self._domains)) for name in domains]
@@ -124,7 +126,8 @@ class _Scores:
     def __init__(self) -> None:
         self.count = 0
         self._score: list[np.ndarray] = []
-        self._length: list[np.ndarray] = []  # scores of each row, 0 where it has none
+        # Scores of each row, 0 where it has none.
+        self._length: list[np.ndarray] = []
         self._propensity: list[np.ndarray] = []
 
     def add(self, layer: TraceLayer, row_R: np.ndarray, rank_R: np.ndarray, score_NE: Any, propensity_NK: Any) -> None:

@@ -40,12 +40,15 @@ OPTIONAL = (
 )
 OF_SCORES = ("scores", "propensity")
 ROWS_PER_GROUP = 1_000_000  # 32 MB in memory
-_MOST_OF_LAYER = 2**24  # destinations; measures count each
-UNKNOWN = -1  # token or domain code that is not known
+# Destinations of a layer at most: measures count each of them.
+_MOST_OF_LAYER = 2**24
+# Code of a token or domain that is not known.
+UNKNOWN = -1
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "use_dictionary": [field.name for field in SCHEMA if field.name != "weight"],
-    "use_byte_stream_split": ["weight"],  # floats pack better byte by byte
+    # Floats pack better byte by byte.
+    "use_byte_stream_split": ["weight"],
 }
 
 
@@ -142,7 +145,8 @@ def _check_scores(table: pa.Table, layers: dict[int, TraceLayer]) -> None:
 def layers_to_json(layers: Iterable[TraceLayer]) -> str:
     """The metadata of a trace file."""
     told = [asdict(layer) for layer in layers]
-    for layer in told:  # what versions that do not know it could not read is said only where it says something
+    # Earlier versions refuse a field they do not know, so it is left out where it has its default.
+    for layer in told:
         if layer["weight_dtype"] == TraceLayer.weight_dtype:
             del layer["weight_dtype"]
     return json.dumps({"version": VERSION, "layers": told})

@@ -166,6 +166,7 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    hidden = path.with_name(f".{path.name}.old")  # one step, so that no half-removed checkpoint can be taken for one
+    # Renaming is one step, so that no half-removed checkpoint can be taken for a whole one.
+    hidden = path.with_name(f".{path.name}.old")
     path.replace(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

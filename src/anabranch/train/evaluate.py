@@ -80,7 +80,8 @@ def evaluate(
         equal_passes: repeat forward passes on ranks that have fewer batches (a sharded model communicates in each).
     """
     device = next(model.parameters()).device
-    total_3M = torch.zeros(3, len(windows.domains), dtype=torch.float64, device=device)  # nats, tokens, bytes
+    # Nats, tokens, bytes.
+    total_3M = torch.zeros(3, len(windows.domains), dtype=torch.float64, device=device)
     with evaluation_mode(model), autocast(device, precision):
         for batch, counts in _batches(windows, device, equal_passes):
             logits_BLV = model(batch.token_BL).logits_BLV

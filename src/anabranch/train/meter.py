@@ -143,7 +143,8 @@ def _openness(mask: np.ndarray | None, size: int) -> np.ndarray:
 
 class _Counter:
     def __init__(self, router: Router) -> None:
-        device = next(chain(router.parameters(), router.buffers())).device  # a router need not learn
+        # A router need not have parameters.
+        device = next(chain(router.parameters(), router.buffers())).device
         self.load_E = torch.zeros(router.num_destinations, dtype=torch.int64, device=device)
         self.nan = _NaNCounter(device)
 

@@ -40,7 +40,8 @@ class MetricsLog:
             kept = [record for record in _readable(out) if record["step"] <= step]
             atomic_write_text(self._path, "".join(map(_line, kept)))
         try:
-            self._file = self._path.open("ab", buffering=0)  # one write call a line
+            # Without a buffer a line is one write call.
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise DataError(f"cannot write {self._path}: {error.strerror}") from None
 
@@ -56,7 +57,8 @@ class MetricsLog:
         start = self._file.seek(0, os.SEEK_END)
         try:
             written = self._file.write(line)
-            if written != len(line):  # the disk is full: the next write would say so
+            # The disk is full, and a second write says so.
+            if written != len(line):
                 written += self._file.write(line[written:])
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -69,7 +69,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         name, _, moment = key.rpartition("/")
         parameter = parameters.get(name)
         if parameter is not None and parameter.shape == (1,) and moment != "step":
-            value = value.reshape(-1)  # a single number used to be stored without an axis
+            # A single number was stored without an axis by earlier versions.
+            value = value.reshape(-1)
         if parameter is None or (value.dim() and value.shape != parameter.shape):
             raise CheckpointError(
                 f"the optimizer state has {key} {list(value.shape)}, which fits no parameter of the model"

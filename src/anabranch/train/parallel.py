@@ -160,7 +160,8 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) ->
     spread = {parameter for name, parameter in model.named_parameters() if name in names}
     for part in parts:
         if all(parameter in spread for parameter in part.parameters()):
-            continue  # each process has its experts already
+            # Each process has its own experts already.
+            continue
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
         part.register_forward_pre_hook(_show, with_kwargs=True)
         fully_shard(part, mesh=mesh, ignored_params=spread)

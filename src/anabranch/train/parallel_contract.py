@@ -33,10 +33,13 @@ from anabranch.train.optimizer import whole
 from anabranch.train.parallel import Workers
 
 WAYS = ("ddp", "fsdp")
-WITH_EXPERTS = ("experts", "experts and fsdp")  # ways of models with pools that both processes can share
+# Ways of models whose pools both processes can share.
+WITH_EXPERTS = ("experts", "experts and fsdp")
 RANKS, SEQUENCES, LENGTH, STEPS = 2, 4, 12, 3
-TOLERANCE = 1e-4  # the same numbers, summed in another order
-PATIENCE = timedelta(seconds=60)  # for what the other process sends
+# The same numbers are summed in another order.
+TOLERANCE = 1e-4
+# For how long the other process is waited for.
+PATIENCE = timedelta(seconds=60)
 
 Models = Mapping[str, Decoder.Config]
 
@@ -98,9 +101,8 @@ class _Expected:
 
 def _check(rank: int, models: Models, folder: str) -> None:
     torch.set_num_threads(1)
-    expected = {
-        name: _expected(config) for name, config in models.items()
-    }  # before there is a group that would sum its loads
+    # Before there is a group that would sum its loads.
+    expected = {name: _expected(config) for name, config in models.items()}
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     with (Path(folder) / f"wrong-{rank}").open("w") as wrong:
@@ -110,7 +112,8 @@ def _check(rank: int, models: Models, folder: str) -> None:
                     problem = _problem(_learned_by_ranks(config, way), expected[name])
                 except Exception as error:
                     wrong.write(f"{name} under {way}: {' '.join(str(error).split())}\n")
-                    raise  # the processes are no longer at the same place
+                    # The processes are no longer at the same place, so nothing more can be compared.
+                    raise
                 if problem is not None:
                     wrong.write(f"{name} under {way}: {problem}\n")
     # Threads of gloo may still let go of tensors; see `Workers.close`.
@@ -222,6 +225,7 @@ def _difference(found: _Learned, expected: _Learned) -> str | None:
 
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:
-    found, expected = found.double(), expected.double()  # buffers may be whole numbers or bools
+    # Buffers may be whole numbers or bools.
+    found, expected = found.double(), expected.double()
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale)

@@ -35,10 +35,14 @@ _CHANGEABLE = frozenset({"parallel.experts"}) | frozenset(
 )
 
 
-LOCK = ".run.lock"  # held by who trains
-_JOB = ".run.torchrun"  # which torchrun trains, where one does
-_UNNAMED = "none"  # the id of every torchrun without --rdzv-id
-_WAIT_S = 0.15  # for the lock; who only looks whether it is free has it for an instant
+# Held by who trains.
+LOCK = ".run.lock"
+# Which torchrun trains, where one does.
+_JOB = ".run.torchrun"
+# The id of every torchrun without --rdzv-id.
+_UNNAMED = "none"
+# Seconds to wait for the lock: who only looks whether it is free holds it for an instant.
+_WAIT_S = 0.15
 
 
 def check_free(out: Path) -> None:
@@ -126,8 +130,10 @@ def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None
         path: values
         for path, values in differences(held, config).items()
         if path not in _CHANGEABLE
-        and path.rpartition(".")[2] != "paths"  # moved data is recognised by its content
-        and not (path == "train.learning_rate" and values[1] < values[0])  # the way out of a run that diverged
+        # Moved data is recognised by its content.
+        and path.rpartition(".")[2] != "paths"
+        # A lower learning rate is the way out of a run that diverged.
+        and not (path == "train.learning_rate" and values[1] < values[0])
     }
     if changed:
         shown = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())
@@ -142,7 +148,8 @@ def _check_never_saved(out: Path, train: TrainConfig) -> None:
     """Raise DataError if a run without checkpoints has trained for so long that it must have had one."""
     updates = recorded_updates(out)
     if (out / STEPS_FOLDER / BEGIN_AGAIN).exists():
-        return  # the run itself set aside all there was, and told the user to begin again
+        # The run itself set aside all there was, and told the user to begin again.
+        return
     if updates >= train.steps or (train.checkpoint_every is not None and updates > train.checkpoint_every):
         raise DataError(
             f"the run in {out} had come to step {updates} and has no checkpoint to go on from; put {out / STEPS_FOLDER} back, "

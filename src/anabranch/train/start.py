@@ -28,7 +28,8 @@ from anabranch.train.config import RunConfig, Start
 __all__ = ["resumed_parts", "start_run"]
 
 TOKENIZER_FOLDER = "tokenizer"
-_SAMPLED = 1024  # tokens that a recipe may measure on
+# Tokens that a recipe may measure on.
+_SAMPLED = 1024
 
 
 def start_run(

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Losses", "Stream", "Task", "TaskContext", "moved"]
 
-FORMAT = "anabranch-task"  # in the config.json of a checkpoint that is no model folder of ours
+# In the config.json of a checkpoint that is no model folder of ours.
+FORMAT = "anabranch-task"
 # What the trainer itself writes in a line of metrics.
 _TAKEN = frozenset({"step", "kind", "loss", "auxiliary", "learning_rate", "gradient_norm", "skipped_steps", "seconds"})
 

@@ -29,7 +29,8 @@ from anabranch.train.result import Event
 from anabranch.train.trainer import Trainer
 
 STEPS = 4
-TOLERANCE = 1e-4  # the same numbers, summed in another order
+# The same numbers are summed in another order.
+TOLERANCE = 1e-4
 
 Run = RunConfig | TaskRunConfig
 

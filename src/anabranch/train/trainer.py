@@ -126,7 +126,8 @@ class Trainer:
                 done = self._progress.step >= self._settings.steps
                 if done and not self._progress.is_evaluated:
                     self._evaluate()
-                    self._keeper.newest = None  # one of this step, if there is one, lacks the evaluation
+                    # A checkpoint of this step, if there is one, lacks the evaluation.
+                    self._keeper.newest = None
             self._save()
             if self._keeper.is_sound():
                 self._keeper.prune()
@@ -139,7 +140,8 @@ class Trainer:
         self._meter.close()
         if self._log is not None:
             self._log.close()
-        self._stepper.call = self._stepper.wrapped = self.model  # DDP holds the process group
+        # DDP would keep the process group alive.
+        self._stepper.call = self._stepper.wrapped = self.model
         self.workers.close()
 
     # Setting up
@@ -180,7 +182,8 @@ class Trainer:
             yield
 
     def _start_folder(self) -> None:
-        self.workers.wait()  # all have looked at the folder
+        # Until all have looked at the folder.
+        self.workers.wait()
         if self.workers.is_first:
             prepare(self.out, self.config)
             self._log = MetricsLog(self.out, step=self._progress.step, tensorboard=self._settings.tensorboard)
@@ -208,12 +211,14 @@ class Trainer:
 
     def _save_after(self, error: Exception) -> None:
         step = self._progress.step
-        discard_loads(self.model)  # of a step that was begun
+        # The loads are of a step that was begun and not finished.
+        discard_loads(self.model)
         self.stream.load_state_dict(self._stream_state)
         try:
             self._save()
         except Exception as another:
-            if str(another) != str(error):  # saving is what failed: it is told once
+            # Where saving is what failed, it is told once.
+            if str(another) != str(error):
                 log.warning("step %d could not be saved after an error: %s", step, another)
         else:
             log.warning(
@@ -261,7 +266,8 @@ class Trainer:
         """One optimizer step."""
         step = self._progress.step
         gradient = self._stepper.gradient(self.stream, replace(self._context, step=step))
-        self._is_whole = False  # until all that belongs to the step is done
+        # It stays so until all that belongs to the step is done.
+        self._is_whole = False
         self._stepper.update(gradient, step)
         return gradient
 

@@ -38,7 +38,8 @@ def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
         AttributeError,
         ArithmeticError,
         LookupError,
-    ) as error:  # a field holds a value of a kind that none should
+    ) as error:
+        # A field may hold a value of any kind.
         raise CheckpointError(
             f"{path} does not describe a model that can be built: {type(error).__name__}: {error}"
         ) from error

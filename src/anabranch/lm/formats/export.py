@@ -162,7 +162,8 @@ def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
 def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:
     score, select = to_dict(moe.router.score), to_dict(moe.router.select)
     if score["activation"] == "softmax" and select["normalize"] == "softmax":
-        select["normalize"] = "sum"  # softmax over the chosen logits is the renormalised softmax over all
+        # Softmax over the chosen logits is the renormalised softmax over all.
+        select["normalize"] = "sum"
     return {
         "kind": "moe",
         "num_experts": moe.num_experts,

@@ -27,7 +27,8 @@ from anabranch.lm.tensors import build_empty, state_once
 
 MODEL_TYPE = "qwen2_moe"
 ARCHITECTURE = "Qwen2MoeForCausalLM"
-_SPARE_DIM = 16  # width of a shared expert that is there only because the family has one
+# Width of a shared expert that is there only because the family has one.
+_SPARE_DIM = 16
 
 
 def read(foreign: Foreign) -> Decoder.Config:
