@@ -18,7 +18,7 @@ COLLAPSED = np.array([400, 400, 390, 0, 3, 300, 310, 350])
 
 def told(caplog, steps):
     """What a watch says of the loads of ``steps``, each by name."""
-    watch = IdleWatch()
+    watch = IdleWatch(0)
     with caplog.at_level(logging.WARNING, "anabranch"):
         for step, loads in enumerate(steps, start=1):
             watch.see(step, loads)
@@ -34,9 +34,12 @@ def test_a_quarter_idle_for_a_hundred_steps_is_told_once_for_each_layer(caplog):
     ]
 
 
-@pytest.mark.parametrize(("every", "at"), [(10, 110), (60, 180), (500, 1500)])
-def test_logged_steps_may_be_far_apart(caplog, every, at):
-    watch = IdleWatch()
+@pytest.mark.parametrize(
+    ("steps", "every", "at"),
+    [(0, 10, 110), (500, 10, 110), (0, 60, 180), (0, 500, 1500), (2000, 10, 410), (2000, 60, 480)],
+)
+def test_logged_steps_may_be_far_apart_and_long_trainings_take_longer(caplog, steps, every, at):
+    watch = IdleWatch(steps)
     with caplog.at_level(logging.WARNING, "anabranch"):
         for step in range(every, 2000, every):
             watch.see(step, {"layer 0": COLLAPSED})

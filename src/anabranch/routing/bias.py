@@ -271,10 +271,8 @@ def export_history(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-THEIRS = (
-    # DeepSeek-V3 and the many families that took its router.
-    "model.layers.{layer}.mlp.gate.e_score_correction_bias"
-)
+# Its name in folders of DeepSeek-V3 and of the many families that took its router.
+CORRECTION_BIAS = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
 
 
 def export_correction_bias(model: nn.Module) -> dict[str, Tensor]:
@@ -288,7 +286,7 @@ def export_correction_bias(model: nn.Module) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"the bias of layer {router.layer} multiplies scores; those of DeepSeek's format are added to them"
             )
-        name = THEIRS.format(layer=router.layer)
+        name = CORRECTION_BIAS.format(layer=router.layer)
         if name in found:
             raise CheckpointError(f"layer {router.layer} has more than one bias; DeepSeek's format has room for one")
         found[name] = balancer.expert_bias.detach().clone()
@@ -301,7 +299,7 @@ def import_correction_bias(model: nn.Module, tensors: Mapping[str, Tensor]) -> l
     Raises CheckpointError for a layer that has no bias here, a bias of another length, or if there is none to read.
     """
     pairs = [(router, balancer) for router, balancer in _biases(model) if balancer.bias_E is not None]
-    biases = {THEIRS.format(layer=router.layer): (router, balancer) for router, balancer in pairs}
+    biases = {CORRECTION_BIAS.format(layer=router.layer): (router, balancer) for router, balancer in pairs}
     given = {name: value for name, value in tensors.items() if name.endswith(".e_score_correction_bias")}
     if not given:
         raise CheckpointError("no tensor is named *.e_score_correction_bias, so there is no bias to read")

@@ -10,12 +10,14 @@ from anabranch.routing.measure import idle_fraction
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ENOUGH", "IDLE_SHARE", "LASTING", "SEEN", "IdleWatch"]
+__all__ = ["ENOUGH", "IDLE_SHARE", "LASTING", "LASTING_SHARE", "SEEN", "IdleWatch"]
 
 # A quarter of the experts: what balance leaves idle for a moment is less, what collapsed in the ReXMoE paper (arXiv 2510.17483) is more.
 IDLE_SHARE = 0.25
-# Steps, and logged steps among them. Routers that were drawn at random need some tens of steps to spread their load.
+# Steps, or this share of the training if that is more, and logged steps among them. Routers that were drawn at random need some tens of
+# steps to spread their load, and a bias that moves by small signs needs some hundreds.
 LASTING = 100
+LASTING_SHARE = 0.2
 SEEN = 3
 # Items that an expert gets on average in a step; with fewer, chance alone leaves some idle.
 ENOUGH = 20
@@ -25,10 +27,15 @@ class IdleWatch:
     """Warns once of each layer, or group of layers with one pool, in which `IDLE_SHARE` of the experts stay idle.
 
     Idle is an expert with less than a tenth of the mean load in a logged step. It must be so in all logged steps, at least `SEEN`, of a
-    stretch of `LASTING` steps; steps with fewer than `ENOUGH` items for each expert say nothing.
+    stretch of `LASTING` steps, or of `LASTING_SHARE` of the training if that is longer; steps with fewer than `ENOUGH` items for each
+    expert say nothing.
+
+    Args:
+        steps: of the whole training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self._lasting = max(LASTING, LASTING_SHARE * steps)
         self._idle_since: dict[str, list[int]] = {}
         self._is_told: set[str] = set()
 
@@ -43,7 +50,7 @@ class IdleWatch:
                 steps.clear()
                 continue
             steps.append(step)
-            if len(steps) >= SEEN and step - steps[0] >= LASTING:
+            if len(steps) >= SEEN and step - steps[0] >= self._lasting:
                 self._is_told.add(name)
                 self._tell(name, steps, round(share * load_E.size), load_E.size)
 

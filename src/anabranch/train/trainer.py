@@ -84,7 +84,7 @@ class Trainer:
         self.model: Any = self._model(found)
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
         self._meter = LoadMeter(self.model)
-        self._idle = IdleWatch()
+        self._idle = IdleWatch(config.train.steps)
         self.optimizer = make_optimizer(self.model, config.train)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         self._stepper = Stepper(
