@@ -184,12 +184,14 @@ class SelfAttention(Attention, kind="attention"):
         """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
         store: Any = context.cache
         if hasattr(store, "attend"):
-            if visit or rows is not None or context.rows is not None:
+            several = getattr(store, "keeps_visits", False)
+            if rows is not None or context.rows is not None or (visit and not several):
+                kept = "visits" if several else "one visit"
                 raise ConfigError(
-                    f"the key-value store of this pass keeps one visit of each block by all sequences, and layer {self.layer} is "
+                    f"the key-value store of this pass keeps {kept} of each block by all sequences, and layer {self.layer} is "
                     "visited again or by some of them"
                 )
-            return store.attend(self.layer, query, key, value)
+            return store.attend(self.layer, query, key, value, **({"visit": visit} if visit else {}))
         here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
         key, value, seen = store.append(self.layer, key, value, visit=visit, rows=here)
         front = store.front(self.layer, here) if hasattr(store, "front") else None

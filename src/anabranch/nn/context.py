@@ -136,7 +136,8 @@ class KeyValueStore(Protocol):
 class AttendingStore(Protocol):
     """A store that attends itself, since what it keeps is not one tensor per batch (blocks of many sequences, other machines).
 
-    It keeps one visit of each layer, by all sequences.
+    It keeps one visit of each layer, by all sequences; or several, if it has ``keeps_visits`` and ``attend`` takes ``visit``, the number
+    of one that is not the first.
     """
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:

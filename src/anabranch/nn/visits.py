@@ -140,9 +140,10 @@ def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tup
 
     Raises ConfigError for a block that there is not, or another number of paths than sequences.
     """
-    rows: Sequence[Any] = path if any(isinstance(one, Sequence) for one in path) else [path]
+    several = any(isinstance(one, Sequence) and not isinstance(one, str) for one in path)
+    rows: Sequence[Any] = path if several else [path]
     for row in rows:
-        for block in row:
+        for block in row if isinstance(row, Sequence) else [path]:
             if not isinstance(block, int) or not 0 <= block < num_blocks:
                 raise ConfigError(f"path has block {block!r}; the model has blocks 0 to {num_blocks - 1}")
     paths = [tuple(row) for row in rows]

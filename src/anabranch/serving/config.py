@@ -53,6 +53,7 @@ class ServingConfig(Config):
         deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
         seed: of requests that bring none; None draws it.
+        max_depth: most blocks that a request's own path may run; keys and values take room for as many. None for those of the model.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
     """
 
@@ -79,6 +80,7 @@ class ServingConfig(Config):
     deterministic: bool = False
     process: bool = True
     seed: Seed | None = None
+    max_depth: Repeats | None = Field(default=None, ge=1)
     num_streams: Repeats | None = Field(default=None, ge=1)
 
     @property

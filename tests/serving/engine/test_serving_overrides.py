@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anabranch.errors import ConfigError
 from anabranch.lm import SamplingConfig, generate
 from anabranch.nn import SwiGLU
 from anabranch.routing import Override, override_routing
@@ -186,7 +185,8 @@ def test_an_engine_with_such_a_hook_takes_no_compiled_or_cut_step(tiny_model):
     }
 
 
-def test_a_model_that_does_not_route_cannot_have_such_a_hook(tiny_model):
+def test_a_model_that_does_not_route_has_no_decision_to_override(tiny_model):
     model = tiny_model(feed_forward=SwiGLU.Config(hidden_dim=8))
-    with pytest.raises(ConfigError, match="Decoder has no Router, so there is no decision to override"):
-        ModelRunner(model, num_blocks=4, hooks=[Otherwise()])
+    outputs = serve(model, {"closed one": PROMPTS["one"], "plain two": PROMPTS["two"]}, Otherwise(), **PLENTY)
+    assert outputs["closed one"]["error"] == "the model has no Router, so there is no decision to override"
+    assert outputs["plain two"]["finish"] is Finish.LENGTH

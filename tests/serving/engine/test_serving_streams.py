@@ -209,7 +209,7 @@ class Changes(Says):
         (
             Changes(),
             (("routing", "x"),),
-            "is to run with 1 and 2 number of parallel streams; say one for all its steps",
+            "hooks say num_streams 1 and 2 of request '2 one'; say one for all its steps",
         ),
     ],
 )

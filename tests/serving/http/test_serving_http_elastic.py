@@ -37,6 +37,7 @@ def test_options_of_one_engine_are_refused(name):
         "expert_budget": "1MiB",
         "host_kv": "1MiB",
         "num_streams": 2,
+        "max_depth": 2,
     }
     value = values.get(name, True)
     with pytest.raises(ConfigError, match=rf"devices is 2, but engine\.{name}"):

@@ -31,10 +31,12 @@ class RequestOverride:
         routing: overrides by the layer's number or name, as traces of the model have them. Their N items are the tokens of the request's
             chunk; what has no row per item holds for all of them.
         num_streams: parallel streams, instead of the request's own; None leaves those.
+        path: the blocks to run, likewise.
     """
 
     routing: "Mapping[int | str, Override]" = field(default_factory=dict)
     num_streams: int | None = None
+    path: tuple[int, ...] | None = None
 
 
 @runtime_checkable

@@ -93,6 +93,8 @@ class Request:
             overridden by a hook names there what the hook does, as ``("routing", name)``; see `OverrideHook`.
         record_routing: tell which experts each token went to, see `Output.routing`.
         num_streams: parallel streams, of a model that has them; None for the engine's number.
+        path: the blocks to run, in order, instead of each once, see `Decoder.forward`; at most as many as the engine keeps keys and values
+            of (`ServingConfig.max_depth`).
     """
 
     id: str
@@ -105,6 +107,7 @@ class Request:
     options: tuple[tuple[str, str], ...] = ()
     record_routing: bool = False
     num_streams: int | None = None
+    path: tuple[int, ...] | None = None
 
     def check_room(self, max_positions: int) -> None:
         """Raises InputError unless the prompt has tokens and fits in ``max_positions``, with a new token if one is asked for."""

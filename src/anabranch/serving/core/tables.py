@@ -138,9 +138,12 @@ class BlockTables:
 
     def _options(self, request: Request) -> tuple[tuple[str, str], ...]:
         """All that keys and values depend on beside the tokens."""
-        if request.num_streams in (None, self._num_streams):
-            return request.options
-        return *request.options, ("num_streams", str(request.num_streams))
+        made = request.options
+        if request.num_streams not in (None, self._num_streams):
+            made = (*made, ("num_streams", str(request.num_streams)))
+        if request.path is not None:
+            made = (*made, ("path", ",".join(map(str, request.path))))
+        return made
 
     def _bring_back(self, state: RequestState, tier: KVTier) -> None:
         """Blocks for what the tier has of a request's prefix behind what the pool has."""

@@ -68,6 +68,9 @@ class Coordinator:
         """See `EngineClient.submit`."""
         if not self.is_ready:
             raise InputError("the engine takes no requests now")
+        self.group.info.check_streams(request.num_streams)
+        if request.path is not None:
+            raise InputError("a request has a path, which a group of devices does not run; leave it out")
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
         stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
 

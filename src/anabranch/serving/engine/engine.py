@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo, EngineStats
@@ -71,7 +71,8 @@ class Engine:
             pool: memory for keys and values made elsewhere.
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
-        num_blocks = config.blocks_for(PagedShape.of(model).bytes_per_token) if pool is None else pool.num_blocks
+        shape = PagedShape.of(model, config.max_depth)
+        num_blocks = config.blocks_for(shape.bytes_per_token) if pool is None else pool.num_blocks
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size
@@ -86,6 +87,7 @@ class Engine:
             pool=pool,
             deterministic=config.deterministic,
             num_streams=config.num_streams,
+            max_depth=config.max_depth,
         )
         limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams
@@ -123,6 +125,10 @@ class Engine:
         if max(request.prompt, default=0) >= self.info.vocab_size:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
         self.info.check_streams(request.num_streams)
+        try:
+            self.runner.check_variant(request.num_streams, request.path)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
         sampler = self.runner.sampler
         if isinstance(sampler, Sampler):
             sampler.check(request.sampling)

@@ -1,7 +1,7 @@
 """Overrides of requests in a step: what hooks say of single requests, put into the step's forward pass row by row."""
 # Shapes: N = P T items, P streams, T tokens of a step, K places per item, E destinations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from anabranch.routing.router import Router
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, RequestOverride
 from anabranch.serving.core.request import Request
+from anabranch.serving.engine.passes import Variant
 
 OPTION = "routing"  # of `Request.options`
 
@@ -31,16 +32,20 @@ class RequestOverrides:
     Args:
         model: the engine's.
         hooks: those of its hooks that override requests; there must be one.
-
-    Raises ConfigError for a model of which nothing can be overridden: it neither routes nor runs with several numbers of streams.
+        check: raises ConfigError for a number of streams or a path that cannot be.
     """
 
-    def __init__(self, model: Decoder, hooks: Sequence[OverrideHook]) -> None:
-        self._hooks, self._model = tuple(hooks), model
-        has_choice = len(model.config.stream_choices) > 1
-        self._layers = [] if has_choice and not find_routers(model) else own_layers(model)
+    def __init__(
+        self,
+        model: Decoder,
+        hooks: Sequence[OverrideHook],
+        check: Callable[[int | None, tuple[int, ...] | None], None],
+    ) -> None:
+        self._hooks, self._check = tuple(hooks), check
+        self._layers = own_layers(model) if find_routers(model) else []
         self._apart: set[str] = set()  # requests that share keys and values only with those of the same option
-        self._streams: dict[str, int | None] = {}  # what was said of each request in its first step
+        # Number of streams and path, as they were said of each request in its first step.
+        self._variants: dict[str, tuple[int | None, tuple[int, ...] | None]] = {}
 
     def add(self, request: Request) -> None:
         """Note a request that appears."""
@@ -50,7 +55,7 @@ class RequestOverrides:
     def forget(self, id: str) -> None:
         """Drop what is kept of a request."""
         self._apart.discard(id)
-        self._streams.pop(id, None)
+        self._variants.pop(id, None)
 
     def of(self, batch: Batch, tokens: Sequence[int]) -> tuple[Said, dict[str, Sampled]]:
         """How the requests of the step are routed, and the errors of those that cannot have what was said of them, by id."""
@@ -60,17 +65,22 @@ class RequestOverrides:
         for chunk in batch.chunks:
             own = [each[chunk.id] for each in said if chunk.id in each]
             try:
-                self._note_streams(chunk, own)
                 found[chunk.id] = [self._checked(chunk, each) for each in own]
+                self._note_variant(chunk, own)
             except ConfigError as error:
                 # The next step may be formed already, with the token that this chunk was to sample: it needs one.
                 refused[chunk.id] = Sampled(id=chunk.id, token=0 if chunk.samples else PENDING, error=str(error))
         return found, refused
 
-    def streams_of(self, batch: Batch) -> dict[str, int]:
-        """The number of streams of those requests of the step for which hooks say it."""
-        told = {chunk.id: self._streams.get(chunk.id) for chunk in batch.chunks}
-        return {id: number for id, number in told.items() if number is not None}
+    def variants_of(self, batch: Batch, usual: Callable[[Chunk], Variant]) -> dict[str, Variant]:
+        """How those requests of the step run the model of which hooks say it; ``usual`` says how they do else."""
+        found = {}
+        for chunk in batch.chunks:
+            number, path = self._variants.get(chunk.id, (None, None))
+            if number is not None or path is not None:
+                own = usual(chunk)
+                found[chunk.id] = Variant(number or own.num_streams, own.path if path is None else path)
+        return found
 
     @staticmethod
     def placed(said: Said, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:
@@ -83,18 +93,19 @@ class RequestOverrides:
             found += [_RowOverrides(layers, rows, num_rows, num_streams) for layers in said.get(chunk.id, ())]
         return found
 
-    def _note_streams(self, chunk: Chunk, said: Sequence[RequestOverride]) -> None:
-        """Keep how many streams a request has. Raises ConfigError for a number that the model or the request cannot have."""
+    def _note_variant(self, chunk: Chunk, said: Sequence[RequestOverride]) -> None:
+        """Keep how a request runs the model. Raises ConfigError for what the model or the request cannot have."""
+        for each in said:
+            self._check(each.num_streams, each.path)
         numbers = [each.num_streams for each in said if each.num_streams is not None]
-        for number in numbers:
-            self._model.streams_of(number)
-        first = numbers[0] if numbers else None
-        told = {self._streams.setdefault(chunk.id, first), first, *numbers}
-        if len(told) > 1:
-            both = " and ".join(sorted("the engine's" if number is None else str(number) for number in told))
-            raise ConfigError(
-                f"request {chunk.id!r} is to run with {both} number of parallel streams; say one for all its steps"
-            )
+        paths = [tuple(each.path) for each in said if each.path is not None]
+        first = (numbers[0] if numbers else None, paths[0] if paths else None)
+        before = self._variants.setdefault(chunk.id, first)
+        for name, values, old in zip(("num_streams", "path"), (numbers, paths), before, strict=True):
+            told = {old, *(values or [None])}
+            if len(told) > 1:
+                both = " and ".join(sorted("none" if value is None else str(value) for value in told))
+                raise ConfigError(f"hooks say {name} {both} of request {chunk.id!r}; say one for all its steps")
 
     def _checked(self, chunk: Chunk, said: RequestOverride) -> Mapping[nn.Module, Sequence[Override | None]]:
         """The overrides of one request by router and pass. Raises ConfigError where they do not fit, or would leak into other requests."""
@@ -103,6 +114,8 @@ class RequestOverrides:
                 f"request {chunk.id!r} is to be routed otherwise, but shares keys and values with requests that are not; give it an entry "
                 f"{OPTION!r} in Request.options that says how"
             )
+        if said.routing and not self._layers:
+            raise ConfigError("the model has no Router, so there is no decision to override")
         layers = find_overrides(self._layers, said.routing)
         for router, turns in layers.items():
             assert isinstance(router, Router), "own_layers are layers of routers"

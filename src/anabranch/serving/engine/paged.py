@@ -1,6 +1,7 @@
 """Keys and values of many sequences in blocks of one pool, and the view of it through which one step's layers attend."""
 # Shapes: P streams, T tokens of a step, H query heads, G key-value heads, D head width, M prefix entries, N sequences, S slots or positions
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -22,7 +23,8 @@ Pairs = Sequence[tuple[int, int]]
 class PagedShape:
     """What one model keeps per position: ``heads`` keys and values of ``width`` numbers in each of ``layers``, for each of ``streams``.
 
-    Streams are as many as a request may have: one with fewer leaves the rest of its blocks alone.
+    Streams are as many as a request may have: one with fewer leaves the rest of its blocks alone. Layers are as many as a request may
+    visit, see `VisitSlots`.
     """
 
     layers: int
@@ -32,11 +34,11 @@ class PagedShape:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, model: Decoder) -> Self:
-        """That of a decoder, in the type of its weights."""
+    def of(cls, model: Decoder, max_depth: int | None = None) -> Self:
+        """That of a decoder, in the type of its weights, for paths of at most ``max_depth`` blocks, and for each block once."""
         attention = model.config.attention
         return cls(
-            layers=model.config.num_layers,
+            layers=max(model.config.num_layers, max_depth or 0),
             heads=attention.kv_heads,
             width=attention.width(model.config.dim),
             streams=max(model.config.stream_choices),
@@ -145,15 +147,48 @@ class PagedPool:
             other.index_copy_(2, index[:, 1].to(other.device), moved.to(other.device))
 
 
+class VisitSlots:
+    """Which of a pool's layers keeps which visit of a block, in passes over one path.
+
+    They are taken in the path's order, so blocks that are left out need no room. Visits that the path does not tell of, as of a block whose
+    attention runs twice, come behind them.
+
+    Args:
+        depth: layers of the pool.
+        path: blocks, in order; at most as many.
+    """
+
+    def __init__(self, depth: int, path: Sequence[int]) -> None:
+        self.depth = depth
+        self._slots: dict[tuple[int, int], int] = {}
+        seen: Counter[int] = Counter()
+        for layer in path:
+            self.of(layer, seen[layer])
+            seen[layer] += 1
+
+    def of(self, layer: int, visit: int) -> int:
+        """The pool's layer of the ``visit``-th visit. Raises CapacityError for one more than there are."""
+        slot = self._slots.setdefault((layer, visit), len(self._slots))
+        if slot >= self.depth:
+            raise CapacityError(
+                f"the engine keeps keys and values of {self.depth} visits of blocks, and layer {layer} is visited once more; set "
+                "engine.max_depth"
+            )
+        return slot
+
+
 class PagedStore:
-    """One step's view of a pool: the `anabranch.nn.context.AttendingStore` of its forward pass.
+    """One step's view of a pool: the `anabranch.nn.context.AttendingStore` of its forward pass, by requests of one path.
 
     Args:
         pool: the memory.
         layout: where the step's rows stand.
         prefix: (key_PGMD, value_PGMD) of each layer, in front of every sequence; empty without.
+        visits: where each visit of a block is kept; None for each block once, in order.
         use_kernel: False for plain torch even where the compiled kernel could do it.
     """
+
+    keeps_visits = True
 
     def __init__(
         self,
@@ -161,16 +196,18 @@ class PagedStore:
         layout: StepLayout,
         prefix: Sequence[tuple[Tensor, Tensor]] = (),
         *,
+        visits: VisitSlots | None = None,
         use_kernel: bool = True,
     ) -> None:
         self.pool, self.layout, self.prefix = pool, layout, prefix
+        self._visits = visits or VisitSlots(pool.shape.layers, range(pool.shape.layers))
         self.use_kernel = use_kernel and native.can(pool.key)
 
-    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
+    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, *, visit: int = 0) -> Tensor:
         """y_BHLD; B is the streams P of the pass, L its rows T."""
         prefix = self.prefix[layer] if self.prefix else None
-        streams = len(query_BHLD)
-        key_PSGD, value_PSGD = self.pool.key[layer, :streams], self.pool.value[layer, :streams]
+        streams, slot = len(query_BHLD), self._visits.of(layer, visit)
+        key_PSGD, value_PSGD = self.pool.key[slot, :streams], self.pool.value[slot, :streams]
         if self.use_kernel and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(

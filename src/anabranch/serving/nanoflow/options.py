@@ -74,7 +74,7 @@ class NanoFlowConfig(Config):
             changes["max_batched_tokens"] = self.dense_batch
         serving = serving.replace(**changes)
         arguments: dict[str, Any] = {}
-        shape = PagedShape.of(model)
+        shape = PagedShape.of(model, serving.max_depth)
         num_blocks = serving.blocks_for(shape.bytes_per_token)
         if self.admit_by_peak:
             arguments["memory"] = PeakMemory(num_blocks * serving.block_tokens, mean_output=self.output)

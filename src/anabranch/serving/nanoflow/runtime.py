@@ -46,8 +46,8 @@ class NanoRunner(ModelRunner):
         tile: rows that cuts are multiples of.
         options: of `ModelRunner`.
 
-    Models of parallel streams, deterministic runners, hooks that override requests, and steps that record routing or are watched by hooks
-    run whole.
+    Models of parallel streams, deterministic runners, hooks that override requests, requests with paths of their own, and steps that record
+    routing or are watched by hooks run whole.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class NanoRunner(ModelRunner):
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
+        is_whole = is_whole or self._variant_of(chunks[0]).path is not None
         if is_whole or self._overrides is not None or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)
