@@ -99,10 +99,9 @@ class RequestOverrides:
             self._check(each.num_streams, each.path)
         numbers = [each.num_streams for each in said if each.num_streams is not None]
         paths = [tuple(each.path) for each in said if each.path is not None]
-        first = (numbers[0] if numbers else None, paths[0] if paths else None)
-        before = self._variants.setdefault(chunk.id, first)
-        for name, values, old in zip(("num_streams", "path"), (numbers, paths), before, strict=True):
-            told = {old, *(values or [None])}
+        first = next(iter(numbers), None), next(iter(paths), None)
+        number, path = self._variants.setdefault(chunk.id, first)
+        for name, told in (("num_streams", {number, first[0], *numbers}), ("path", {path, first[1], *paths})):
             if len(told) > 1:
                 both = " and ".join(sorted("none" if value is None else str(value) for value in told))
                 raise ConfigError(f"hooks say {name} {both} of request {chunk.id!r}; say one for all its steps")
