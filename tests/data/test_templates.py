@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from anabranch import sandbox
 from anabranch.data import templates
 from anabranch.data.templates import render_template, template_variables
 from anabranch.errors import TokenizerError
+from anabranch.sandbox import Sandbox, SandboxBusyError
 
 MESSAGES = [{"role": "user", "content": "x"}]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -26,15 +28,15 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the limi
 
 def process():
     """Of the worker that answers next."""
-    return templates._RENDERERS[os.getpid()]._free[-1].process
+    return Sandbox.of(templates.WORK)._free[-1].process
 
 
 @pytest.fixture
 def new_workers():
     """None has started, and none that starts here is kept."""
-    templates._close()
+    sandbox.close_all()
     yield
-    templates._close()
+    sandbox.close_all()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_request_whose_process_another_ends_is_asked_once_more(monkeypatch):
 def test_one_that_does_not_answer_is_not_waited_for(monkeypatch):
     render_template("")
     os.kill(process().pid, signal.SIGSTOP)
-    monkeypatch.setattr(templates, "_WAIT_S", 0.1)
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.1)
     with pytest.raises(TokenizerError, match=r"its process had no answer after 0.1 s"):
         render_template("{{ 1 }}")
     monkeypatch.undo()
@@ -151,7 +153,7 @@ def test_what_is_printed_as_python_starts_is_no_answer(tmp_path, monkeypatch, ne
 def test_what_is_no_answer_to_the_request_is_never_returned(line, monkeypatch):
     render_template("")
     ended = process()
-    worker = templates._RENDERERS[os.getpid()]._free[-1]
+    worker = Sandbox.of(templates.WORK)._free[-1]
 
     class Answers:
         def readline(self):
@@ -161,7 +163,7 @@ def test_what_is_no_answer_to_the_request_is_never_returned(line, monkeypatch):
             pass
 
     number = 10**9
-    monkeypatch.setattr(templates, "_NUMBERS", iter([number, *range(10)]))
+    monkeypatch.setattr(sandbox, "NUMBERS", iter([number, *range(10)]))
     with worker._pipes[1]:
         worker._pipes = worker._pipes[0], Answers()
     with pytest.raises(TokenizerError, match=r"^the process that renders chat templates gave what is no answer"):
@@ -201,15 +203,15 @@ def test_a_template_without_end_holds_up_no_other():
 
 
 def test_who_gets_no_process_in_time_is_told_that_they_are_busy_and_the_others_come_in_order(monkeypatch):
-    renderer = templates._Renderer()
+    renderer = Sandbox(templates.WORK)
     renderer._note("quick", 0.0)
     taken = [renderer._take("quick", 1, 0) for _ in renderer.workers]
     assert 2 <= len(taken) <= 4
-    monkeypatch.setattr(templates, "_WAIT_S", 0.05)
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.05)
     with pytest.raises(
-        TokenizerError, match=r"^busy: none of the \d processes that render chat templates was free in 0.05 s$"
+        SandboxBusyError, match=r"^busy: none of the \d processes that render chat templates was free in 0.05 s$"
     ):
-        renderer.ask("quick", b"{}")
+        renderer.ask("quick", {})
     assert order_of(renderer, taken.pop(), [("quick", 1)] * 3) == [0, 1, 2]
     assert len(renderer._free) == 1
 
@@ -233,7 +235,7 @@ def order_of(renderer, worker, requests):
 
 
 def test_templates_take_turns_whoever_asks_most():
-    renderer = templates._Renderer()
+    renderer = Sandbox(templates.WORK)
     for source in "abc":
         renderer._note(source, 0.0)
     taken = [renderer._take("c", 1, 0) for _ in renderer.workers]
@@ -242,22 +244,22 @@ def test_templates_take_turns_whoever_asks_most():
 
 @pytest.mark.parametrize("source", ["quick", "slow"])
 def test_one_process_is_kept_for_short_requests_of_quick_templates(source):
-    renderer = templates._Renderer()
+    renderer = Sandbox(templates.WORK)
     renderer._note("quick", 0.0)
     renderer._note("slow", 1.0)
     large = 200_000 if source == "quick" else 1
     slow = [renderer._take(source, large, 0) for _ in range(len(renderer.workers) - 1)]
     for asked in (("slow", 1), ("quick", 200_000), ("new", 200_000)):
-        with pytest.raises(TokenizerError, match=r"^busy"):
+        with pytest.raises(SandboxBusyError, match=r"^busy"):
             renderer._take(*asked, 0)
     # A new one may be quick, but comes after those that are.
     kept = renderer._take("new", 1, 0)
-    with pytest.raises(TokenizerError, match=r"^busy"):
+    with pytest.raises(SandboxBusyError, match=r"^busy"):
         renderer._take("quick", 1, 0)
     assert order_of(renderer, kept, [("another", 1), ("quick", 1), ("quick", 1)]) == [1, 2, 0]
     # One that was quick and is no more.
     renderer._note("quick", 1.0)
-    with pytest.raises(TokenizerError, match=r"^busy"):
+    with pytest.raises(SandboxBusyError, match=r"^busy"):
         renderer._take("quick", 1, 0)
     for worker in slow:
         renderer._give(worker)
@@ -266,11 +268,11 @@ def test_one_process_is_kept_for_short_requests_of_quick_templates(source):
 
 
 def test_times_of_templates_are_not_remembered_without_end():
-    renderer = templates._Renderer()
-    for number in range(templates._MOST_SOURCES + 5):
+    renderer = Sandbox(templates.WORK)
+    for number in range(sandbox.MOST_SOURCES + 5):
         renderer._note(str(number), 0.0)
         renderer._give(renderer._take(str(number), 1, 0))
-    assert len(renderer._seconds) == templates._MOST_SOURCES
+    assert len(renderer._seconds) == sandbox.MOST_SOURCES
     assert len(renderer._served) == 1
 
 
@@ -290,9 +292,9 @@ def test_sixty_slow_templates_hold_up_no_quick_one(new_workers):
 
 def test_who_gets_a_process_at_the_last_moment_has_the_whole_time_for_the_answer(monkeypatch, new_workers):
     assert render_template("{{ 1 }}") == "1"
-    renderer, pid = templates._RENDERERS[os.getpid()], process().pid
+    renderer, pid = Sandbox.of(templates.WORK), process().pid
     taken = [renderer._take("{{ 1 }}", 1, 0) for _ in renderer.workers]
-    monkeypatch.setattr(templates, "_WAIT_S", 1.0)
+    monkeypatch.setattr(sandbox, "WAIT_S", 1.0)
     loop = "{% for i in range(9999) %}{% for j in range(250) %}{% endfor %}{% endfor %}done"
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(render_template, loop)
@@ -328,7 +330,7 @@ def test_limits_are_told_also_where_the_system_forgets_how_processes_end(new_wor
         ):
             render_template(LOOPS)
         assert render_template("{{ 2 }}") == "2"
-        templates._close()
+        sandbox.close_all()
     finally:
         signal.signal(signal.SIGCHLD, before)
 
@@ -364,6 +366,7 @@ def test_a_fork_has_a_renderer_of_its_own_and_none_outlives_its_process():
 import os, sys, types
 sys.modules["anabranch.data"] = types.ModuleType("anabranch.data")
 sys.modules["anabranch.data"].__path__ = [{str(Path(templates.__file__).parent)!r}]
+from anabranch import sandbox
 from anabranch.data import templates
 ask = lambda number: templates.render_template("{{{{ number }}}}", number=number)
 assert ask(0) == "0"
@@ -371,10 +374,10 @@ pid = os.fork()
 for number in range(1, 100):
     assert ask(number) == str(number)
 if pid == 0:
-    templates._close()
+    sandbox.close_all()
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
-print(templates._RENDERERS[os.getpid()]._free[-1].process.pid)
+print(sandbox.Sandbox.of(templates.WORK)._free[-1].process.pid)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

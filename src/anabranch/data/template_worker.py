@@ -1,26 +1,19 @@
 """A process of its own that renders chat templates, within limits of time and memory; `anabranch.data.templates` starts it.
 
 A template comes with a model, and is a program: it may loop for ever or ask for all memory, in more ways than a list could name.
-So it runs where that ends this process alone. Run as a file, by its path, so that it waits for jinja2 only.
-
-A line in is a number and JSON (``template``, and ``values`` or none to be told its variables); the line out is the same number and JSON
-(``answer`` or ``error``). They go through the two file descriptors that the command line names: anything may print to the standard ones.
+So it runs where that ends this process alone. Run as a file, by its path, so that it waits for jinja2 only. A request has a
+``template``, and ``values`` or none to be told its variables.
 """
 
-import contextlib
 import datetime
 import json
-import os
-import signal
-import sys
 from functools import lru_cache
 from typing import Any, NoReturn
 
-SECONDS = (
-    1.0  # of computing for one template and its messages; those of real models take a hundredth, compiling included
-)
-MEMORY = 1 << 30  # bytes of address space of the process
-OUT_OF_MEMORY = 3  # its exit code
+from anabranch.sandbox_worker import Limits, serve
+
+# One template and its messages; those of real models take a hundredth of a second, compiling included.
+LIMITS = Limits(seconds=1.0, memory=1 << 30)
 # Characters of text, however little is asked, and for each character of the request: what is longer would hold up the tokenizer.
 MOST_TEXT, MOST_GROWTH = 1_000_000, 8
 _MOST_ERROR = 1000
@@ -28,44 +21,8 @@ _MOST_ERROR = 1000
 
 def main() -> None:
     """Answer requests until there are no more."""
-    # The mask of the thread that started this process is ours too, and would hold back the signal that ends it.
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    requests, answers = open(int(sys.argv[1]), "rb"), open(int(sys.argv[2]), "wb")  # for its whole life
     _compiled("")  # imports jinja2, before its time is counted
-    _limit_memory()
-    try:
-        for line in requests:
-            number, _, request = line.partition(b" ")
-            with _limited_time():
-                text = json.dumps(_answer(request))
-            answers.write(b"%s %s\n" % (number, text.encode()))
-            answers.flush()
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)
-
-
-def _limit_memory() -> None:
-    with contextlib.suppress(
-        ImportError, ValueError, OSError
-    ):  # Windows has none; macOS takes it for no limit it knows
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        wanted = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-
-
-@contextlib.contextmanager
-def _limited_time() -> Any:
-    """Ends the process after `SECONDS` of computing, in the middle of whatever it does; on Windows only who waits for it does."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    serve(_answer, LIMITS)
 
 
 def _answer(line: bytes) -> dict[str, Any]:

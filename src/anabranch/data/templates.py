@@ -1,35 +1,23 @@
 """`render_template`: the text of a model's chat template, which cannot hang or exhaust the process that asks for it."""
 
-import atexit
-import contextlib
-import itertools
-import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from anabranch.data import template_worker
 from anabranch.errors import TokenizerError
 from anabranch.extras import require
+from anabranch.sandbox import Refused, Sandbox, SandboxBusyError, SandboxError, Work
 
-# At most for a process that is free, and then at most for its answer: the last net, where the machine is busy or has no timers.
-_WAIT_S = 20.0
-# What is rendered in less is quick; the templates of real models take a tenth of it. What is longer than so many bytes may not be.
-_QUICK_S, _SHORT = 0.2, 100_000
-_MOST_SOURCES = 1000  # whose times are remembered
-_START_S = 120.0  # at most for a new process, which does not count as waiting
-_WORKERS = min(4, max(2, os.cpu_count() or 2))
-_NUMBERS = itertools.count(1)  # of requests; an answer repeats the one it is for
+WORK = Work(
+    program=Path(template_worker.__file__),
+    does="renders chat templates",
+    do="render chat templates",
+    limits=template_worker.LIMITS,
+    greeting={"template": "", "values": {}},
+    require=partial(require, "jinja2", by="a chat template"),
+)
 
 
 def render_template(template: str, **values: Any) -> str:
@@ -44,7 +32,7 @@ def render_template(template: str, **values: Any) -> str:
     """
     try:
         return _ask(template, values)
-    except _RefusedError as error:
+    except Refused as error:
         raise TokenizerError(f"the tokenizer's chat template refused the messages: {error}") from None
 
 
@@ -53,7 +41,7 @@ def template_variables(template: str) -> frozenset[str]:
     """The names that a template expects to be given (``messages``, ``tools``, ...). Raises TokenizerError as `render_template`."""
     try:
         return frozenset(_ask(template, None))
-    except _RefusedError as error:
+    except Refused as error:
         raise TokenizerError(f"the tokenizer's chat template cannot be read: {error}") from None
 
 
@@ -61,298 +49,10 @@ class TemplatesBusyError(TokenizerError):
     """No process was free to render a template in time: nobody's fault who asks, and worth asking again."""
 
 
-class _RefusedError(Exception):
-    """What the template, or a limit, said."""
-
-
 def _ask(template: str, values: Mapping[str, Any] | None) -> Any:
     try:
-        request = json.dumps({"template": template, "values": values})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _RefusedError(f"they are no JSON: {error}") from None
-    # By process: a fork of this one has the other ends of the same pipes, and the answers must not be mixed.
-    return _RENDERERS.setdefault(os.getpid(), _Renderer()).ask(template, request.encode())
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A request that wants a process; ``number`` is when it came."""
-
-    source: str
-    is_large: bool
-    number: int
-    worker: "Future[_Worker]" = field(default_factory=Future)
-
-
-class _Renderer:
-    """A few workers, and who is next where none is free: sources take turns, each in the order of coming.
-
-    One worker is kept for short requests of templates that were quick when they were last rendered, and for one of a new template while
-    there is none: however many slow ones there are, and whoever sends them, they hold up each other alone.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.workers = [_Worker() for _ in range(_WORKERS)]
-        # The last to be free is the next to work: it has started, and has compiled the template.
-        self._free = list(self.workers)
-        self._waiting: list[_Turn] = []
-        self._numbers = itertools.count()
-        self._served: dict[str, int] = {}
-        self._seconds: dict[str, float] = {}
-        self._slow: set[_Worker] = set()
-
-    def ask(self, source: str, request: bytes) -> Any:
-        """The answer to a request in JSON. Raises _RefusedError, and TokenizerError if there is no worker for it."""
-        worker = self._take(source, len(request), time.monotonic() + _WAIT_S)
-        try:
-            return worker.ask(request, _WAIT_S)
-        finally:
-            self._note(source, worker.seconds)
-            self._give(worker)
-
-    def close(self) -> None:
-        """End the workers. Idempotent."""
-        for worker in self.workers:
-            worker.close()
-
-    def _take(self, source: str, size: int, deadline: float) -> "_Worker":
-        with self._lock:
-            turn = _Turn(source, size > _SHORT, next(self._numbers))
-            self._waiting.append(turn)
-            self._assign()
-        try:
-            return turn.worker.result(max(0.0, deadline - time.monotonic()))
-        except BaseException as error:
-            with self._lock:
-                is_waiting = turn in self._waiting
-                if is_waiting:
-                    self._waiting.remove(turn)
-            if not is_waiting:
-                self._give(turn.worker.result())
-            if isinstance(error, TimeoutError):
-                message = f"busy: none of the {len(self.workers)} processes that render chat templates was free in {_WAIT_S:g} s"
-                raise TemplatesBusyError(message) from None
-            raise
-
-    def _note(self, source: str, seconds: float) -> None:
-        """How long the last request with a template took."""
-        with self._lock:
-            self._seconds.pop(source, None)
-            self._seconds[source] = seconds
-            if len(self._seconds) > _MOST_SOURCES:
-                del self._seconds[next(iter(self._seconds))]
-
-    def _give(self, worker: "_Worker") -> None:
-        with self._lock:
-            self._slow.discard(worker)
-            self._free.append(worker)
-            self._assign()
-
-    def _assign(self) -> None:
-        """Give the free workers to those whose turn it is."""
-        while self._free:
-            able = self._waiting
-            # The last one free is the one that is kept.
-            if len(self._slow) >= len(self.workers) - 1:
-                able = [turn for turn in self._waiting if self._is_quick(turn)]
-                able = able or [turn for turn in self._waiting if self._is_quick(turn, unknown_s=0.0)]
-            if not able:
-                return
-            turn = min(able, key=lambda turn: (max(turn.number, self._served.get(turn.source, -1)), turn.number))
-            self._waiting.remove(turn)
-            waiting = {turn.source for turn in self._waiting}
-            self._served = {source: number for source, number in self._served.items() if source in waiting}
-            self._served[turn.source] = next(self._numbers)
-            worker = self._free.pop()
-            if not self._is_quick(turn):
-                self._slow.add(worker)
-            turn.worker.set_result(worker)
-
-    def _is_quick(self, turn: _Turn, unknown_s: float = math.inf) -> bool:
-        return not turn.is_large and self._seconds.get(turn.source, unknown_s) <= _QUICK_S
-
-
-class _Worker:
-    """A process that renders: started when it is first needed, kept for the next template, begun anew after it has ended."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self._pipes: tuple[IO[bytes], IO[bytes]] | None = None
-        self.seconds = math.inf  # that the last request took, apart from starting the process
-
-    def ask(self, request: bytes, wait_s: float) -> Any:
-        """The answer, in at most so many seconds. Raises _RefusedError; TokenizerError where the process cannot do its work."""
-        self.seconds = math.inf
-        for is_again in (False, True):
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            began = time.monotonic()
-            found = self._exchange(request, began + wait_s)
-            if found is not None:
-                self.seconds = time.monotonic() - began
-                break
-            why = self._limit_passed(began, wait_s)
-            code = self.close()
-            if why is not None:
-                raise _RefusedError(why)
-            if is_again:
-                raise _RefusedError(f"its process was ended twice by another (code {code})")
-        assert found is not None
-        if "error" in found:
-            raise _RefusedError(found["error"])
-        return found["answer"]
-
-    def close(self) -> int | None:
-        """End the process, which has nothing to lose; its code. Idempotent."""
-        process, self.process = self.process, None
-        pipes, self._pipes = self._pipes, None
-        code = None
-        if process is not None:
-            process.kill()
-            code = process.wait()
-        for pipe in pipes or ():
-            with contextlib.suppress(OSError):  # half a request that it did not read
-                pipe.close()
-        return code
-
-    def _start(self) -> None:
-        require("jinja2", by="a chat template")
-        self.close()
-        try:
-            self.process, self._pipes = _started()
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"the process that renders chat templates cannot be started: {error}") from None
-        greeting = json.dumps({"template": "", "values": {}}).encode()
-        if self._exchange(greeting, time.monotonic() + _START_S) is None:
-            code = self.close()
-            raise TokenizerError(
-                f"the process that renders chat templates ended as it started ({sys.executable}, code {code})"
-            )
-
-    def _exchange(self, request: bytes, deadline: float) -> dict[str, Any] | None:
-        """What is answered; None if the process has ended, as it has at the deadline.
-
-        Raises TokenizerError for what is no answer to this request. Whatever is raised ends the process, and with it an answer that nobody
-        has read, which would be taken for that to the next request.
-        """
-        assert self.process is not None
-        assert self._pipes is not None
-        requests, answers = self._pipes
-        number = b"%d" % next(_NUMBERS)
-        try:
-            with _killed_at(self.process, deadline), contextlib.suppress(BrokenPipeError):
-                requests.write(b"%s %s\n" % (number, request))
-                requests.flush()
-                line = answers.readline()
-                if line.endswith(b"\n"):
-                    return _answer_to(number, line)
-        except BaseException:
-            self.close()
-            raise
-        return None
-
-    def _limit_passed(self, began: float, wait_s: float) -> str | None:
-        """The limit for which the process has ended, if one is; it was asked at the time ``began``."""
-        assert self.process is not None
-        seconds = time.monotonic() - began
-        if seconds >= wait_s:
-            return f"its process had no answer after {wait_s:g} s"
-        self.process.kill()  # which leaves the code of one that has ended as it is
-        code = self.process.wait()
-        if code == template_worker.OUT_OF_MEMORY:
-            return f"it asked for more than {template_worker.MEMORY >> 30} GiB of memory"
-        if code == -getattr(signal, "SIGPROF", 0):
-            return f"it took more than {template_worker.SECONDS:g} s of computing"
-        # Where a program ignores SIGCHLD the system forgets how its processes end, and they all seem to have ended well.
-        if code == 0 and seconds >= template_worker.SECONDS:
-            limits = f"{template_worker.SECONDS:g} s of computing or {template_worker.MEMORY >> 30} GiB of memory"
-            return f"it took more than {limits} (which of them is not known where SIGCHLD is ignored)"
-        return None
-
-
-def _started() -> tuple["subprocess.Popen[bytes]", tuple[IO[bytes], IO[bytes]]]:
-    """A new process, with a pipe for requests and one for answers. Raises OSError and ValueError.
-
-    The pipes are for nothing else: what is printed as Python starts there, by a ``sitecustomize`` or a ``.pth`` file, is no answer. Windows
-    has only the standard ones, where such a line is found out by its lack of a number.
-    """
-    if not sys.executable:
-        raise ValueError(f"sys.executable is {sys.executable!r}; it must be the path of Python")
-    # Python itself passes over entries that are no text.
-    folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    # -P: the worker's folder has our modules, not the program's.
-    command = [sys.executable, "-P", str(Path(template_worker.__file__))]
-    if sys.platform == "win32":
-        process = subprocess.Popen(
-            [*command, "0", "1"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        return process, (process.stdin, process.stdout)
-    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        ends = []
-        for our_mode in ("wb", "rb"):
-            read, write = os.pipe()
-            our, their = (write, read) if our_mode == "wb" else (read, write)
-            theirs.callback(os.close, their)
-            ends.append((ours.enter_context(open(our, our_mode)), _beyond_standard(their, theirs)))
-        (requests, their_requests), (answers, their_answers) = ends
-        # A session of its own: an interrupt at the terminal is not for it.
-        process = subprocess.Popen(
-            [*command, str(their_requests), str(their_answers)], env=environment, start_new_session=True,
-            pass_fds=(their_requests, their_answers),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        ours.pop_all()
-    return process, (requests, answers)
-
-
-def _beyond_standard(end: int, closing: contextlib.ExitStack) -> int:
-    """The end of a pipe under a number of its own, where the program has closed its standard input or output and they are given again."""
-    import fcntl
-
-    if end > 2:
-        return end
-    copy: int = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3)
-    closing.callback(os.close, copy)
-    return copy
-
-
-def _answer_to(number: bytes, line: bytes) -> dict[str, Any]:
-    repeated, _, text = line.partition(b" ")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    is_answer = isinstance(found, dict) and (
-        isinstance(found.get("error"), str) or isinstance(found.get("answer"), str | list)
-    )
-    if repeated != number or not is_answer:
-        raise TokenizerError("the process that renders chat templates gave what is no answer to the request")
-    return dict(found)
-
-
-@contextlib.contextmanager
-def _killed_at(process: "subprocess.Popen[bytes]", deadline: float) -> Iterator[None]:
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
-    timer.daemon = True
-    try:
-        timer.start()
-    except RuntimeError as error:  # no more threads for this user
-        raise TokenizerError(f"the process that renders chat templates cannot be watched: {error}") from None
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-_RENDERERS: dict[int, _Renderer] = {}
-
-
-@atexit.register
-def _close() -> None:
-    renderer = _RENDERERS.pop(os.getpid(), None)
-    if renderer is not None:
-        renderer.close()
+        return Sandbox.of(WORK).ask(template, {"template": template, "values": values})
+    except SandboxBusyError as error:
+        raise TemplatesBusyError(str(error)) from None
+    except SandboxError as error:
+        raise TokenizerError(str(error)) from None

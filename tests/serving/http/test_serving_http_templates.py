@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tokenizers
 
+from anabranch import sandbox
 from anabranch.data import templates
 from anabranch.data.bpe import train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
@@ -66,8 +67,8 @@ def test_what_renders_nothing_never_waits_behind_templates():
 
 
 def test_templates_that_wait_too_long_for_a_process_are_no_fault_of_the_request(monkeypatch):
-    monkeypatch.setattr(templates, "_WAIT_S", 0.05)
-    renderer = templates._RENDERERS.setdefault(os.getpid(), templates._Renderer())
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.05)
+    renderer = sandbox.Sandbox.of(templates.WORK)
     monkeypatch.setattr(renderer, "_free", [])
     with serving(reader=Reader(Waiting("{{ messages[0].content }} {{ 7 }}").tokenizer)) as server:
         status, headers, body = server.chat()
