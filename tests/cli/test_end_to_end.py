@@ -658,7 +658,7 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert "--from is 'elsewhere', but the run in" in err
     code, _, err = here("train", "versatile", "--out", tmp_path / "none", *from_plain)
     assert code == 2
-    assert "from_dense starts from a dense model of 'swiglu' layers" in err
+    assert "from_dense starts from a dense model of 'swiglu' or 'mlp' layers" in err
     assert not (tmp_path / "none").exists()
 
 

@@ -434,7 +434,7 @@ def quantised():
     [
         (
             lambda: from_dense(from_dense(dense(), **SMALL)),
-            "from_dense needs a model of 'swiglu' layers, this one has 'versatile'",
+            "from_dense needs a model of 'swiglu' or 'mlp' layers, this one has 'versatile'",
         ),
         (lambda: to_dense(dense()), "to_dense needs a 'versatile' model, this one has 'swiglu'"),
         (
@@ -445,9 +445,9 @@ def quantised():
             lambda: VersatileFFN.from_ffn(
                 SwiGLU.Config(hidden_dim=8).build(BuildContext(8, linears={"down": Dense.Config()}))
             ),
-            "from_ffn needs a SwiGLU of plain matrices, w2 is a Split",
+            "from_ffn needs a feed-forward of plain matrices, w2 is a Split",
         ),
-        (lambda: VersatileFFN.from_ffn(nn.GELU()), "from_ffn needs a SwiGLU, this is GELU"),
+        (lambda: VersatileFFN.from_ffn(nn.GELU()), "from_ffn needs a SwiGLU or an MLP, this is GELU"),
         (lambda: patch_model(nn.Sequential()), "Sequential has no block with an 'mlp'"),
         (
             lambda: patch_model(nn.ModuleDict({"a": OddBlock(post_attention_layernorm=1)})),

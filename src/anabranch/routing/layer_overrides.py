@@ -30,7 +30,8 @@ class LayerOverrides:
     Args:
         model: whose layers they are.
         layers: overrides by the layer's number or by its name, as traces of ``model`` have them. The name of a router that routes several
-            times in a pass, without ``.pass0`` behind it, stands for all its passes.
+            times in a pass, without ``.pass0`` behind it, stands for all its passes. Modules that decide and are no `Router`, as loop
+            gates, go by their names.
 
     Raises ConfigError for a layer that the model does not have, and for a model without a `Router`.
     """
@@ -81,10 +82,10 @@ def override_routing(model: nn.Module, layers: Mapping[int | str, Override] | Ov
 
 
 @contextmanager
-def overriding(model: nn.Module, source: Overrides) -> Iterator[None]:
+def overriding(model: nn.Module, source: Overrides, routers: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
     """Every forward pass that reaches a router of ``model`` in the block carries ``source``. Warns (UserWarning) if none did."""
     # A dictionary holds each router once, in order.
-    routers = {layer.router: None for layer in own_layers(model)}
+    known = {layer.router: None for layer in own_layers(model, routers)}
     was_called = False
 
     def join(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,21 +98,44 @@ def overriding(model: nn.Module, source: Overrides) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for router in routers:
+        for router in known:
             handle = router.register_forward_pre_hook(join, with_kwargs=True)
             stack.callback(handle.remove)
         yield
         if not was_called:
             warnings.warn(
-                f"none of the {len(routers)} routers of this {type(model).__name__} was called, so nothing was overridden. Was it another "
+                f"none of the {len(known)} routers of this {type(model).__name__} was called, so nothing was overridden. Was it another "
                 "copy of the model? An engine in a process of its own and an elastic group have copies",
                 stacklevel=5,
             )
 
 
-def own_layers(model: nn.Module) -> list[RouterLayer]:
-    """The layers of ``model`` that a `Router` decides in, as traces have them. Raises ConfigError if there is none."""
-    routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
-    if not routers:
+def own_layers(model: nn.Module, routers: Mapping[str, nn.Module] | None = None) -> list[RouterLayer]:
+    """The layers of ``model`` that a `Router` decides in, as traces have them, and behind them what else takes overrides.
+
+    ``routers`` by name are all that it is about, numbered as traces of them are. Raises ConfigError if there is none, or one of them
+    does not take overrides.
+    """
+    if routers is not None:
+        odd = [name for name, module in routers.items() if not _takes_overrides(module)]
+        if odd or not routers:
+            raise ConfigError(
+                f"routers has {odd[0]}, whose decisions cannot be overridden" if odd else "routers is empty"
+            )
+        return router_layers(model, routers)
+    found = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
+    others = {
+        name: module
+        for name, module in model.named_modules()
+        if _takes_overrides(module) and not isinstance(module, Router)
+    }
+    if not found and not others:
         raise ConfigError(f"{type(model).__name__} has no Router, so there is no decision to override")
-    return router_layers(model, routers)
+    layers = router_layers(model, found) if found else []
+    first = max((layer.number for layer in layers), default=-1) + 1
+    return [*layers, *(RouterLayer(first + place, *item) for place, item in enumerate(others.items()))]
+
+
+def _takes_overrides(module: nn.Module) -> bool:
+    """Whether it asks its context for overrides, as `anabranch.routing.override.overrides_of` does."""
+    return isinstance(module, Router) or getattr(module, "takes_overrides", False)

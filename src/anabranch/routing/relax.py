@@ -27,9 +27,10 @@ def gumbel_softmax(logit_NE: Tensor, temperature: Tensor | float, *, noise: bool
     return (noisy_NE / temperature).softmax(-1)
 
 
-def straight_through(soft_NE: Tensor) -> Tensor:
-    """One-hot of the largest entry (the first of equals), exactly; its gradient is that of ``soft_NE``."""
-    hard_NE = torch.zeros_like(soft_NE).scatter(-1, soft_NE.argmax(-1, keepdim=True), 1.0)
+def straight_through(soft_NE: Tensor, index_N1: Tensor | None = None) -> Tensor:
+    """One-hot of the largest entry (the first of equals), or of ``index_N1``, exactly; its gradient is that of ``soft_NE``."""
+    index_N1 = soft_NE.argmax(-1, keepdim=True) if index_N1 is None else index_N1
+    hard_NE = torch.zeros_like(soft_NE).scatter(-1, index_N1, 1.0)
     # In this order the bracket is exactly zero, so that the hard value stays exact.
     return hard_NE + (soft_NE - soft_NE.detach())
 

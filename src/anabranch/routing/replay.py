@@ -14,7 +14,7 @@ round differently, and near-ties between experts then go other ways): weights ar
 # Shapes: N items, K places per item, R decisions of a layer
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from anabranch.routing.decision import UNUSED
 from anabranch.routing.discovery import RouterLayer
 from anabranch.routing.layer_overrides import overriding, own_layers
 from anabranch.routing.override import Override
+from anabranch.routing.router import Router
 from anabranch.routing.sequences import ItemNumbers, real_items
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import TraceLayer
@@ -37,7 +38,12 @@ Weights = Literal["recorded", "own"]
 
 @contextmanager
 def replay_routing(
-    model: nn.Module, trace: RoutingTrace, *, weights: Weights = "recorded", learn: bool = False
+    model: nn.Module,
+    trace: RoutingTrace,
+    *,
+    weights: Weights = "recorded",
+    learn: bool = False,
+    routers: Mapping[str, nn.Module] | None = None,
 ) -> Iterator["Replay"]:
     """Decide inside the block as ``trace`` says.
 
@@ -46,6 +52,7 @@ def replay_routing(
         trace: of its layers; one that was skipped all the time may be missing.
         weights: ``recorded``, and no router runs; or ``own``: the router's scores weigh the recorded destinations, as its select does.
         learn: balancers see the decisions, in losses and loads. Routers run for that.
+        routers: those that were recorded, where `record_routing` was given them; the others decide themselves.
 
     A decision that was recorded several times for one item and position is taken in that order, and from the first again when all were
     taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
@@ -55,8 +62,8 @@ def replay_routing(
     in the block for a layer or an item that was not recorded, and for weights that were recorded in another precision than this pass has.
     Warnings and engines: see `override_routing`.
     """
-    replay = Replay(model, trace, weights=weights, learn=learn)
-    with overriding(model, replay):
+    replay = Replay(model, trace, weights=weights, learn=learn, routers=routers)
+    with overriding(model, replay, routers):
         yield replay
 
 
@@ -64,15 +71,26 @@ class Replay:
     """What `replay_routing` puts into forward passes: an `Overrides` for ``context.routing``. Arguments and errors are the same."""
 
     def __init__(
-        self, model: nn.Module, trace: RoutingTrace, *, weights: Weights = "recorded", learn: bool = False
+        self,
+        model: nn.Module,
+        trace: RoutingTrace,
+        *,
+        weights: Weights = "recorded",
+        learn: bool = False,
+        routers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         if weights not in ("recorded", "own"):
             raise ConfigError(f"weights is {weights!r}; use recorded or own")
-        layers = own_layers(model)
+        known = {layer.layer for layer in trace.layers}
+        # What is no router and was not recorded decides itself.
+        layers = [
+            layer
+            for layer in own_layers(model, routers)
+            if routers is not None or isinstance(layer.router, Router) or layer.number in known
+        ]
         _check_layers(layers, trace)
         self._turns = {layer.router: layer.turns for layer in layers}
         self._weights, self._learn = weights, learn
-        known = {layer.layer for layer in trace.layers}
         self._recorded = {
             (layer.router, layer.turn): _Recorded(trace, layer.number) for layer in layers if layer.number in known
         }

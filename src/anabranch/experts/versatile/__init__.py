@@ -9,8 +9,9 @@ from anabranch.experts.versatile.convert import (
     unpatch,
 )
 from anabranch.experts.versatile.layer import VersatileFFN
+from anabranch.experts.versatile.loop_gate import LoopGate, loop_gates, record_difficulty
 from anabranch.experts.versatile.patched import PatchedModel
-from anabranch.experts.versatile.paths import Branch, LoopGate, Paths, record_difficulty
+from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.train import follow_steps
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "collect_routing",
     "follow_steps",
     "from_dense",
+    "loop_gates",
     "patch_model",
     "record_difficulty",
     "to_dense",

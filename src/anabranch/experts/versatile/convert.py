@@ -22,9 +22,9 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile.layer import VersatileFFN
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.recipes import Material, fields_beyond, recipe
+from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
 from anabranch.nn.context import hide
-from anabranch.nn.feed_forward import SwiGLU
+from anabranch.nn.feed_forward import MLP, SwiGLU
 from anabranch.routing import RoutingContext
 from anabranch.routing.context import argument_of
 
@@ -36,19 +36,20 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act")
 
 
 def from_dense(model: Decoder, *, seed: int = 0, **options: Any) -> Decoder:
-    """A decoder whose SwiGLU layers are versatile, on the weights of ``model``: the tensors are shared, not copied.
+    """A decoder whose dense layers are versatile, on the weights of ``model``: the tensors are shared, not copied.
 
     Args:
-        model: a decoder of SwiGLU feed-forwards. Copy it first (``copy.deepcopy``) to keep it as it is while the new one trains.
+        model: a decoder of SwiGLU or MLP feed-forwards. Copy it first (``copy.deepcopy``) to keep it as it is while the new one trains.
         seed: of the heads.
         options: fields of `VersatileFFN.Config`.
 
     Raises ConfigError if the model is not dense, or the options do not fit it.
     """
-    dense = model.config.feed_forward
-    if type(dense) is not SwiGLU.Config:
-        raise ConfigError(f"from_dense needs a model of 'swiglu' layers, this one has {dense.owner.kind!r}")
-    config = model.config.replace(feed_forward=VersatileFFN.Config(**{"hidden_dim": dense.hidden_dim, **options}))
+    dense: Any = model.config.feed_forward
+    if not _is_dense(model.config):
+        raise ConfigError(f"from_dense needs a model of 'swiglu' or 'mlp' layers, this one has {dense.owner.kind!r}")
+    known = {"hidden_dim": dense.hidden_dim, "activation": getattr(dense, "activation", "swiglu")}
+    config = model.config.replace(feed_forward=VersatileFFN.Config(**{**known, **options}))
     made = _on_weights_of(model, config, seed)
     for block in made.blocks:
         layer: Any = block.feed_forward
@@ -68,7 +69,15 @@ def to_dense(model: Decoder) -> Decoder:
     versatile: Any = model.config.feed_forward
     if not isinstance(versatile, VersatileFFN.Config):
         raise ConfigError(f"to_dense needs a 'versatile' model, this one has {versatile.owner.kind!r}")
-    return _on_weights_of(model, model.config.replace(feed_forward=SwiGLU.Config(hidden_dim=versatile.hidden_dim)), 0)
+    hidden_dim, activation = versatile.hidden_dim, versatile.activation
+    dense: Any = MLP.Config(hidden_dim=hidden_dim, activation=activation)
+    if activation == "swiglu":
+        dense = SwiGLU.Config(hidden_dim=hidden_dim)
+    return _on_weights_of(model, model.config.replace(feed_forward=dense), 0)
+
+
+def _is_dense(config: Decoder.Config) -> bool:
+    return type(config.feed_forward) in (SwiGLU.Config, MLP.Config)
 
 
 def _on_weights_of(model: Decoder, config: Decoder.Config, seed: int) -> Decoder:
@@ -140,8 +149,8 @@ class _Parts:
     def hidden_dim(self) -> int:
         return self.down.in_features
 
-    def hidden(self, h_ND: Tensor) -> Tensor:
-        """The activated hidden units."""
+    def hidden(self, h_ND: Tensor, context: Any = None) -> Tensor:
+        """The activated hidden units; layers of transformers ask for no context."""
         values = [layer(h_ND) for layer in self.inputs]
         if not self.is_gated:
             return self.activation(values[0])
@@ -305,8 +314,12 @@ def _same(x: Tensor) -> Tensor:
 @recipe(
     "from_dense",
     makes=lambda config: type(config.feed_forward) is VersatileFFN.Config,
-    takes=lambda config: type(config.feed_forward) is SwiGLU.Config,
-    needs="a dense model of 'swiglu' layers",
+    takes=_is_dense,
+    needs="a dense model of 'swiglu' or 'mlp' layers",
 )
 def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
-    return from_dense(model, seed=material.seed, **fields_beyond(config.feed_forward, SwiGLU.Config))
+    return from_dense(model, seed=material.seed, **fields_beyond(config.feed_forward, MLP.Config))
+
+
+# The trained model's activation.
+not_chosen(VersatileFFN.Config, "activation")

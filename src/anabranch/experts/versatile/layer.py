@@ -18,17 +18,17 @@ Switch loss at the published weight. Initial weights of the width head are N(0, 
 
 from typing import Any, ClassVar, Literal, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.versatile.paths import Branch, Paths
+from anabranch.nn.activation import ActivationName, activation_of
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import FeedForwardForm, Loops
-from anabranch.nn.feed_forward import FeedForward, SwiGLU, swiglu_of, swiglu_projections
+from anabranch.nn.feed_forward import MLP, FeedForward, SwiGLU, mlp_of, mlp_projections
 from anabranch.nn.grouped import BACKENDS
-from anabranch.nn.linear import build_linear, count_linear, is_plain
+from anabranch.nn.linear import Dense, Linear, Projection, build_linear, call_linear, count_linear, is_plain
 from anabranch.routing import Router, SwitchLoss, TopK, WeightField
 from anabranch.routing.relax import Temperature
 
@@ -36,7 +36,7 @@ PAPER_ROUTER = Router.Config(select=TopK.Config(top_k=2, normalize="softmax"), b
 
 
 class VersatileFFN(FeedForward, kind="versatile"):
-    """A SwiGLU with a width and a depth path over its own weights. Called with `forward` it is the plain SwiGLU; a block calls `add_to`."""
+    """A feed-forward with a width and a depth path over its own weights. `forward` is the plain one; a block calls `add_to`."""
 
     @configclass
     class Config(FeedForward.Config):
@@ -64,6 +64,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
             early_exit: outside training run only the loops that each token takes; False runs all for all (the same output).
             recompute: recompute each loop's activations in the backward pass, to save memory.
             backend: expert compute of ``grouped``, see `anabranch.nn.grouped`.
+            activation: of the feed-forward, see `anabranch.nn.activation`.
         """
 
         is_routed: ClassVar[bool] = True
@@ -85,6 +86,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
         early_exit: bool = True
         recompute: bool = False
         backend: str = "auto"
+        activation: ActivationName = "swiglu"
 
         def __post_init__(self) -> None:
             if self.backend not in BACKENDS:
@@ -140,7 +142,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
         def count(self, context: BuildContext) -> Count:
             """3 D d_h weights, heads of D (N + L_max), and the FLOPs of training, where every token takes every loop."""
-            projections, dim = swiglu_projections(context, self.hidden_dim), context.dim
+            projections, dim = self.projections(context), context.dim
             into, out = (count_linear(projection, context) for projection in projections)
             whole, heads = into + out, self.heads(dim)
             can_cut = not any(projection.chosen(context.linears) for projection in projections)
@@ -150,9 +152,17 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 width = min(width, grouped)
             used = whole.active
             if can_cut and not self.loops:
-                used = min(3 * dim * self.slice_width(self.hidden_dim) * self.places, used)
+                used = min(self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.places, used)
             more = heads + dim * (self.norm == "separate" and self.fusion != "depth_only")
             return Count(whole.parameters + more, used + more, whole.flops * self.loops + 2 * heads + width)
+
+        def projections(self, context: BuildContext) -> tuple[Projection, Projection]:
+            """Into the hidden units, and out of them."""
+            return mlp_projections(context, self.hidden_dim, self.activation)
+
+        @property
+        def _num_matrices(self) -> int:
+            return activation_of(self.activation).num_matrices
 
         @property
         def loops(self) -> int:
@@ -165,9 +175,9 @@ class VersatileFFN(FeedForward, kind="versatile"):
             return router + dim * self.loops * (self.gate != "none")
 
         def width_flops(self, dim: int) -> int:
-            """FLOPs that the width path adds to a token: k d_e hidden units through three matrices, or all through the last one."""
+            """FLOPs that the width path adds to a token: k d_e hidden units through all matrices, or all through the last one."""
             matrix = 2 * dim * self.hidden_dim
-            return self._width_flops(2 * matrix, matrix, self._grouped_flops(dim))
+            return self._width_flops((self._num_matrices - 1) * matrix, matrix, self._grouped_flops(dim))
 
         def _width_flops(self, into: int, out: int, grouped: int | None) -> int:
             """The same from the FLOPs into and out of the hidden units; ``grouped`` is None where experts cannot be cut out."""
@@ -178,37 +188,39 @@ class VersatileFFN(FeedForward, kind="versatile"):
             return into + out if self.width_compute == "masked" or grouped is None else grouped
 
         def _grouped_flops(self, dim: int) -> int:
-            return 6 * dim * self.slice_width(self.hidden_dim) * self.places
+            return 2 * self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.places
 
         def inference_flops(self, dim: int, mean_loops: float, width_share: float) -> float:
             """FLOPs per token of the early exit, heads not counted: loops, and the width path for the share of tokens that take it.
 
             The paper's formula; where the width path shares the first loop, tokens of one loop add nothing (not in ``width_share``).
             """
-            return 6 * dim * self.hidden_dim * mean_loops + self.width_flops(dim) * width_share
+            return 2 * self._num_matrices * dim * self.hidden_dim * mean_loops + self.width_flops(dim) * width_share
 
     def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config, self.dim = config, context.dim
-        projections = swiglu_projections(context, config.hidden_dim)
-        self.w13, self.w2 = (build_linear(projection, context) for projection in projections)
+        self.w13, self.w2 = (build_linear(projection, context) for projection in config.projections(context))
         self.paths = Paths(config, context.dim, config.hidden_dim, layer=context.layer, generator=context.generator)
 
     @classmethod
-    def from_ffn(cls, ffn: SwiGLU, *, layer: int = 0, **options: Any) -> Self:
+    def from_ffn(cls, ffn: SwiGLU | MLP, *, layer: int = 0, **options: Any) -> Self:
         """A versatile feed-forward on the weights of ``ffn`` itself; nothing is copied. ``options`` are fields of the config.
 
-        Raises ConfigError if it is no SwiGLU, or one of its matrices is replaced or quantised.
+        Raises ConfigError if it is no SwiGLU or MLP, or one of its matrices is replaced or quantised.
         """
-        if not isinstance(ffn, SwiGLU):
+        if not isinstance(ffn, SwiGLU | MLP):
             raise ConfigError(
-                f"from_ffn needs a SwiGLU, this is {type(ffn).__name__}; patch_model wraps those of transformers"
+                f"from_ffn needs a SwiGLU or an MLP, this is {type(ffn).__name__}; patch_model wraps those of transformers"
             )
         for name, matrix in (("w13", ffn.w13), ("w2", ffn.w2)):
             if not isinstance(matrix, nn.Linear):
-                raise ConfigError(f"from_ffn needs a SwiGLU of plain matrices, {name} is a {type(matrix).__name__}")
+                raise ConfigError(
+                    f"from_ffn needs a feed-forward of plain matrices, {name} is a {type(matrix).__name__}"
+                )
         weight = ffn.w13.weight
-        config = cls.Config(**{"hidden_dim": ffn.w2.in_features, **options})
+        activation = ffn.config.activation if isinstance(ffn, MLP) else "swiglu"
+        config = cls.Config(**{"hidden_dim": ffn.w2.in_features, "activation": activation, **options})
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.config, made.dim, made.w13, made.w2 = config, ffn.w13.in_features, ffn.w13, ffn.w2
@@ -218,6 +230,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
     def describe(self) -> FeedForwardForm | str:
         """Slices and loops, mixed by difficulty."""
         config, paths = self.config, self.paths
+        if config.activation != "swiglu":
+            return f"the activation is {config.activation!r}, not 'swiglu'"
         said = (config.fusion, config.gate, config.norm)
         if said != ("difficulty", "hard", "shared") or paths.router is None or paths.loops is None:
             return (
@@ -229,12 +243,11 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def forward(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The plain feed-forward: what one loop adds to the stream, given the normalised stream."""
-        return swiglu_of(self.w13, self.w2, x_BLD, context)
+        return mlp_of(self.w13, self.w2, self.config.activation, x_BLD, context)
 
-    def hidden(self, h_BLD: Tensor) -> Tensor:
+    def hidden(self, h_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """a_BLF, the activated hidden units."""
-        gate, up = self.w13(h_BLD).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return activation_of(self.config.activation).apply(call_linear(self.w13, h_BLD, context))
 
     def add_to(self, x_BLD: Tensor, norm: nn.Module, context: ForwardContext) -> Tensor:
         """Y = lambda Y_width + (1 - lambda) Y_depth."""
@@ -242,10 +255,19 @@ class VersatileFFN(FeedForward, kind="versatile"):
 
     def branch(self, norm: nn.Module) -> Branch:
         """This feed-forward behind ``norm``, as the paths see it."""
-        can_cut = is_plain(self.w13) and is_plain(self.w2)  # not quantised, not replaced
-        weights = self._weights if can_cut else None
-        return Branch(norm, self.hidden, self.w2, self.dim, self.config.hidden_dim, weights=weights, whole=self)
+        matrices, activation = (self.w13, self.w2), self.config.activation
+        return Branch(
+            norm,
+            self.hidden,
+            self.w2,
+            self.dim,
+            self.config.hidden_dim,
+            num_inputs=len(activation_of(activation).parts),
+            weights=self._weights if all(map(is_plain, matrices)) else None,  # not quantised, not replaced
+            activation=activation,
+            whole=self,
+            asks=any(isinstance(matrix, Linear) and type(matrix) is not Dense for matrix in matrices),
+        )
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        gate_FD, up_FD = self.w13.weight.chunk(2)
-        return gate_FD, up_FD, self.w2.weight
+    def _weights(self) -> tuple[Tensor, ...]:
+        return *self.w13.weight.chunk(len(activation_of(self.config.activation).parts)), self.w2.weight

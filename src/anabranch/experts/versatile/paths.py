@@ -15,38 +15,31 @@ units through three matrices against all of them through one.
 # Shapes: N items, D width, F hidden, E virtual experts, K of them per token, T = max_loops, S = d_e width of a virtual expert
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anabranch.errors import ConfigError
+from anabranch.experts.versatile.loop_gate import LoopGate
 from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.items import on_items
+from anabranch.nn.linear import call_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.weighted import weighted_sum
 from anabranch.precision import full_precision
-from anabranch.routing import (
-    LinearScore,
-    Recorder,
-    Router,
-    Routing,
-    RoutingContext,
-    plan_dispatch,
-    record_routing,
-)
+from anabranch.routing import Router, Routing, RoutingContext, plan_dispatch
 from anabranch.routing.balance import masked_mean
-from anabranch.routing.relax import Temperature, gumbel_softmax, straight_through
+from anabranch.routing.relax import straight_through
 
 if TYPE_CHECKING:
     from anabranch.experts.versatile.layer import VersatileFFN
 
 MANY = 256  # items for which virtual experts are cut from the weights
 
-Weights = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D, F]
+Weights = tuple[Tensor, ...]  # gate [F, D] where there is one, up [F, D], down [D, F]
+Layer = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,37 +48,41 @@ class Branch:
 
     Attributes:
         norm: the block's norm before the feed-forward.
-        hidden: ``[N, D] -> [N, F]``, the activated hidden units.
+        hidden: ``[N, D] -> [N, F]``, the activated hidden units; called with the rows and a forward context of them.
         down: ``[N, F] -> [N, D]``.
         after: the block's norm behind the feed-forward, where it has one (OLMo 2).
         dim: D.
         hidden_dim: F.
         num_inputs: matrices into the hidden layer, 2 with a gate.
-        weights: gate, up and down of a SwiGLU without biases; None if it is none.
+        weights: what leads into the hidden units (gate and up, or up alone), and down, without biases; None where they cannot be cut.
+        activation: between them, see `anabranch.nn.activation`.
         whole: down(hidden(h)) at once, where that is quicker than the two.
+        asks: whether a matrix was replaced: it may ask what rows it is given, and need not be a linear map.
     """
 
     norm: Callable[[Tensor], Tensor]
-    hidden: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    hidden: Layer
+    down: nn.Module
     dim: int
     hidden_dim: int
     after: Callable[[Tensor], Tensor] | None = None
     num_inputs: int = 2
     weights: Callable[[], Weights] | None = None
-    whole: Callable[[Tensor], Tensor] | None = None
+    activation: str = "swiglu"
+    whole: Layer | None = None
+    asks: bool = False
 
-    def output(self, a_NF: Tensor) -> Tensor:
+    def output(self, a_NF: Tensor, context: Any = None) -> Tensor:
         """From hidden units to the change of the stream."""
-        y_ND = self.down(a_NF)
+        y_ND = call_linear(self.down, a_NF, context)
         return y_ND if self.after is None else self.after(y_ND)
 
-    def change(self, x_ND: Tensor) -> Tensor:
+    def change(self, x_ND: Tensor, context: Any = None) -> Tensor:
         """f(H) for the stream ``x_ND``."""
         h_ND = self.norm(x_ND)
         if self.whole is not None and self.after is None:
-            return self.whole(h_ND)
-        return self.output(self.hidden(h_ND))
+            return self.whole(h_ND, context)
+        return self.output(self.hidden(h_ND, context), context)
 
     @property
     def flops(self) -> int:
@@ -96,49 +93,6 @@ class Branch:
     def output_flops(self) -> int:
         """Of the second matrix alone."""
         return 2 * self.dim * self.hidden_dim
-
-
-class LoopGate(nn.Module):
-    """How many loops each token takes: T logits from the un-normalised stream, a Gumbel sample of them in training, their argmax outside.
-
-    It returns a `Routing` whose destination is the number of loops minus 1, so `record_routing` can write per-token difficulty
-    (see `record_difficulty`). Its ``score_NE`` are the relaxed probabilities: a Gumbel softmax at the current temperature in
-    training, the plain softmax outside (which is how samples are distributed at any temperature).
-    """
-
-    def __init__(
-        self, config: "VersatileFFN.Config", dim: int, *, layer: int = 0, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.layer = layer
-        self.score: LinearScore = LinearScore.Config().build(dim, config.max_loops, generator=generator)
-        self.temperature: Temperature = config.temperature.build()
-
-    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        """One place per item."""
-        logit_NT = self.score.project(x_ND, context)
-        if context.training:
-            soft_NT = gumbel_softmax(logit_NT, self.temperature.value.to(logit_NT.dtype))
-        else:
-            soft_NT = logit_NT.softmax(-1)
-        index_N1 = soft_NT.argmax(-1, keepdim=True)
-        drawn_N1 = logit_NT.detach().softmax(-1).gather(-1, index_N1) if context.training else None
-        return Routing(index_N1, soft_NT.gather(-1, index_N1), soft_NT, drawn_N1)
-
-
-def record_difficulty(model: nn.Module, *, path: str | Path | None = None) -> AbstractContextManager[Recorder]:
-    """`record_routing` of the loop gates: destination l is a token that took l + 1 loops, its weight the gate's probability for them.
-
-        with record_difficulty(model) as recorder:
-            model(token_BL)
-        loops_N = recorder.trace().decisions(0).index_NK[:, 0] + 1        # of layer 0
-
-    Raises ConfigError if the model has no loop gate.
-    """
-    gates = {name: module for name, module in model.named_modules() if isinstance(module, LoopGate)}
-    if not gates:
-        raise ConfigError(f"{type(model).__name__} has no loop gate, so no token has a number of loops to record")
-    return record_routing(model, path=path, routers=gates)
 
 
 @dataclass(frozen=True)
@@ -205,7 +159,7 @@ class Paths(nn.Module):
         whole = context.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         exits = self.num_loops > 0 and self.config.early_exit and not whole
         mix = self.decide(x_ND, context, one_hot=not exits)
-        change_ND = (self._early_exit if exits else self._all_loops)(x_ND, branch, mix)
+        change_ND = (self._early_exit if exits else self._all_loops)(x_ND, branch, mix, context)
         if context.is_measured:
             self._emit(mix, branch, context, exits=exits)
         return change_ND.to(x_ND.dtype)
@@ -225,7 +179,7 @@ class Paths(nn.Module):
         depth_NT = None
         if one_hot:
             is_soft = config.relaxation == "soft" and context.training
-            depth_NT = soft_NT if is_soft else straight_through(soft_NT)
+            depth_NT = soft_NT if is_soft else straight_through(soft_NT, chosen.index_NK)
         if share is not None:
             return Mix(width, depth_NT, loops_N, soft_NT.new_full((num_items, 1), share))
         weight_NT = soft_NT if config.gate == "soft" else depth_NT
@@ -273,7 +227,7 @@ class Paths(nn.Module):
 
     def _is_fused(self, branch: Branch) -> bool:
         """Whether a token that ends after one loop takes both paths in one product."""
-        return self.is_masked and branch.after is None
+        return self.is_masked and branch.after is None and not branch.asks
 
     def _masks_all(self, branch: Branch, num_items: int) -> bool:
         """Whether it does so where all items take all loops: not if they pay for cutting out the experts, which have fewer FLOPs."""
@@ -307,46 +261,49 @@ class Paths(nn.Module):
         with full_precision(gate_NE.device.type):
             return (gate_NE @ self.owner_EF.to(gate_NE.dtype)).to(dtype)
 
-    def _wide(self, x_ND: Tensor, branch: Branch, width: Routing) -> Tensor:
+    def _wide(self, x_ND: Tensor, branch: Branch, width: Routing, context: Any = None) -> Tensor:
         """sum_j g_j f_j(H), on its own."""
         norm = branch.norm if self.width_norm is None else self.width_norm
         h_ND = norm(x_ND)
         if not self._is_grouped(branch):
-            a_NF = branch.hidden(h_ND)
-            return branch.output(self.gate_NF(width, a_NF.dtype) * a_NF)
+            a_NF = branch.hidden(h_ND, context)
+            return branch.output(self.gate_NF(width, a_NF.dtype) * a_NF, context)
         w13_ESD, w2_EDS = self.stacked(branch)
-        plan, backend = plan_dispatch(width), self.config.backend
-        y_ND = expert_mlp(h_ND, plan, width.weight_NK, w13_ESD, w2_EDS, backend=backend)
+        plan, backend, activation = plan_dispatch(width), self.config.backend, branch.activation
+        y_ND = expert_mlp(h_ND, plan, width.weight_NK, w13_ESD, w2_EDS, backend=backend, activation=activation)
         return y_ND if branch.after is None else branch.after(y_ND)
 
     def stacked(self, branch: Branch) -> tuple[Tensor, Tensor]:
-        """The virtual experts as a stacked pool: w13 ``[E, 2 d_e, D]``, and w2 ``[E, D, d_e]``, a view where slices are contiguous."""
+        """The virtual experts as a stacked pool: w13 ``[E, 2 d_e, D]`` (``[E, d_e, D]`` without a gate) and w2 ``[E, D, d_e]``.
+
+        Where slices are contiguous w2 is a view.
+        """
         assert branch.weights is not None
-        gate_FD, up_FD, down_DF = branch.weights()
+        *inputs, down_DF = branch.weights()
         width, count = self.width, len(self.starts)
         slices = [slice(start, start + width) for start in self.starts]
         if self.starts == tuple(range(0, count * width, width)):
-            gate_ESD, up_ESD = (weight[: count * width].unflatten(0, (count, width)) for weight in (gate_FD, up_FD))
+            parts = [weight[: count * width].unflatten(0, (count, width)) for weight in inputs]
             w2_EDS = down_DF[:, : count * width].unflatten(1, (count, width)).transpose(0, 1)
         else:
-            gate_ESD, up_ESD = (torch.stack([weight[part] for part in slices]) for weight in (gate_FD, up_FD))
+            parts = [torch.stack([weight[part] for part in slices]) for weight in inputs]
             w2_EDS = torch.stack([down_DF[:, part] for part in slices])
-        return torch.cat((gate_ESD, up_ESD), dim=1), w2_EDS
+        return torch.cat(parts, dim=1), w2_EDS
 
     # All loops for all tokens: training, and the plain way that the early exit must equal
 
-    def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix) -> Tensor:
+    def _all_loops(self, x_ND: Tensor, branch: Branch, mix: Mix, context: RoutingContext) -> Tensor:
         """The change of the stream."""
         if not self.num_loops:
             assert mix.width is not None
-            return self._wide(x_ND, branch, mix.width)
+            return self._wide(x_ND, branch, mix.width, context)
         gate_NF = None
         if mix.width is not None and self._masks_all(branch, x_ND.shape[0]):
             gate_NF = self.gate_NF(mix.width, x_ND.dtype)
-        state_ND, wide_ND = self._loop(_first, branch, x_ND, gate_NF)
+        state_ND, wide_ND = self._loop(_first, branch, context, x_ND, gate_NF)
         states = [state_ND]
         for _ in range(1, self.num_loops):
-            states.append(self._loop(_further, branch, x_ND, states[-1]))
+            states.append(self._loop(_further, branch, context, x_ND, states[-1]))
         if mix.depth_NT is None:  # the last state counts for all
             states, depth_NT = states[-1:], torch.ones_like(mix.lambda_N1)
         else:
@@ -354,19 +311,29 @@ class Paths(nn.Module):
         if mix.width is None:
             return states[0] if mix.depth_NT is None else weighted_sum(states, depth_NT)
         if wide_ND is None:
-            wide_ND = self._wide(x_ND, branch, mix.width)
+            wide_ND = self._wide(x_ND, branch, mix.width, context)
         weight_NC = torch.cat((mix.lambda_N1, (1 - mix.lambda_N1) * depth_NT), dim=1)
         return weighted_sum([wide_ND.to(states[0].dtype), *states], weight_NC)
 
-    def _loop(self, run: Callable[..., Any], branch: Branch, *inputs: Tensor | None) -> Any:
-        """One loop; with ``recompute`` its activations are not kept."""
-        if self.config.recompute and torch.is_grad_enabled():
-            return checkpoint(run, branch, *inputs, use_reentrant=False)
-        return run(branch, *inputs)
+    def _loop(self, run: Callable[..., Any], branch: Branch, context: RoutingContext, *inputs: Tensor | None) -> Any:
+        """One loop; with ``recompute`` its activations are not kept, and what it emits counts once."""
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            return run(branch, context, *inputs)
+        if not branch.asks:
+            return checkpoint(run, branch, None, *inputs, use_reentrant=False)
+        before = context.fork()
+
+        def forked(carry: dict[str, Tensor], *inputs: Tensor | None) -> tuple[Any, RoutingContext]:
+            local = before.fork(carry)
+            return run(branch, local, *inputs), local
+
+        made, local = checkpoint(forked, dict(context.carry), *inputs, use_reentrant=False)
+        context.take_over(local)
+        return made
 
     # Every token only as far as it goes
 
-    def _early_exit(self, x_ND: Tensor, branch: Branch, mix: Mix) -> Tensor:
+    def _early_exit(self, x_ND: Tensor, branch: Branch, mix: Mix, context: RoutingContext) -> Tensor:
         """As `_all_loops`. Tokens are sorted by loops, most first: those still looping are a prefix, those with a width path a suffix.
 
         Tokens that end after one loop take both paths in one product with W_out, since both mix the same hidden units (``[begin:]``).
@@ -377,16 +344,26 @@ class Paths(nn.Module):
             num_items - sum(count[: number + 1]) for number in range(self.num_loops)
         ]  # take more than ``number`` loops
         is_even = max(count) == num_items  # nothing to sort: a single token, or all alike
-        order_N: Any = slice(None) if is_even else mix.loops_N.argsort(descending=True, stable=True)
+        is_sorted = branch.asks or not is_even
+        order_N: Any = mix.loops_N.argsort(descending=True, stable=True) if is_sorted else slice(None)
+
+        def run(layer: Layer, x_RD: Tensor, begin: int = 0, end: int = num_items) -> Tensor:
+            """A layer on the sorted items from ``begin`` to ``end``."""
+            return on_items(layer, x_RD, context, order_N[begin:end], num_items) if branch.asks else layer(x_RD, None)
+
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
         narrow = num_items  # [narrow:] have a width path
         if mix.width is not None:
             narrow = num_items - sum(count[: self._last_wide + 1])
         begin = max([*active[1:2], narrow]) if self._is_fused(branch) else num_items
-        a_NF = branch.hidden(branch.norm(x_ND))
+        a_NF = run(branch.hidden, branch.norm(x_ND))
         wide_XD = None
         if mix.width is None or narrow == num_items:
-            state_ND = branch.output(a_NF).to(x_ND.dtype)
+            state_ND = run(branch.output, a_NF).to(x_ND.dtype)
+        elif self.is_masked and branch.asks:
+            gate_XF = self.gate_NF(_rows(mix.width, order_N, narrow), a_NF.dtype)
+            state_ND = run(branch.output, a_NF).to(x_ND.dtype)
+            wide_XD = run(branch.output, gate_XF * a_NF[narrow:], narrow).to(x_ND.dtype)
         elif self.is_masked:
             gate_XF = self.gate_NF(_rows(mix.width, order_N, narrow), a_NF.dtype)
             share = share_N1[begin:].to(a_NF.dtype)
@@ -394,28 +371,29 @@ class Paths(nn.Module):
             rows = (a_NF[:begin], mixed, gate_XF[: begin - narrow] * a_NF[narrow:begin])
             state_ND, wide_XD = branch.output(torch.cat(rows)).to(x_ND.dtype).split((num_items, begin - narrow))
         else:
-            state_ND = branch.output(a_NF).to(x_ND.dtype)
-            wide_XD = self._wide(x_ND[narrow:], branch, _rows(mix.width, order_N, narrow))
+            state_ND = run(branch.output, a_NF).to(x_ND.dtype)
+            width = _rows(mix.width, order_N, narrow)
+            wide_XD = run(lambda x_XD, part: self._wide(x_XD, branch, width, part), x_ND[narrow:], narrow)
         for number in active[1:]:
             if number:
-                state_ND[:number] += branch.change(x_ND[:number] + state_ND[:number])
+                state_ND[:number] += run(branch.change, x_ND[:number] + state_ND[:number], 0, number)
         if wide_XD is not None and begin > narrow:
             share = share_N1[narrow:begin]
             state_ND[narrow:begin] = share * wide_XD + (1 - share) * state_ND[narrow:begin]
-        return state_ND if is_even else torch.empty_like(state_ND).index_copy(0, order_N, state_ND)
+        return state_ND if not is_sorted else torch.empty_like(state_ND).index_copy(0, order_N, state_ND)
 
 
-def _first(branch: Branch, x_ND: Tensor, gate_NF: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _first(branch: Branch, context: Any, x_ND: Tensor, gate_NF: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The first loop, and with gates from its hidden units the width path."""
     if gate_NF is None:
-        return branch.change(x_ND).to(x_ND.dtype), None
-    a_NF = branch.hidden(branch.norm(x_ND))
-    return branch.output(a_NF).to(x_ND.dtype), branch.output(gate_NF.to(a_NF.dtype) * a_NF)
+        return branch.change(x_ND, context).to(x_ND.dtype), None
+    a_NF = branch.hidden(branch.norm(x_ND), context)
+    return branch.output(a_NF, context).to(x_ND.dtype), branch.output(gate_NF.to(a_NF.dtype) * a_NF, context)
 
 
-def _further(branch: Branch, x_ND: Tensor, state_ND: Tensor) -> Tensor:
+def _further(branch: Branch, context: Any, x_ND: Tensor, state_ND: Tensor) -> Tensor:
     """H^(l) - H from H^(l-1) - H."""
-    return state_ND + branch.change(x_ND + state_ND)
+    return state_ND + branch.change(x_ND + state_ND, context)
 
 
 def _rows(routing: Routing, order_N: Any, start: int) -> Routing:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from anabranch.routing.decision import UNUSED
 from anabranch.routing.discovery import find_routers
 from anabranch.routing.layer_overrides import find_overrides, own_layers
 from anabranch.routing.override import Override, Overrides
-from anabranch.routing.router import Router
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, RequestOverride
 from anabranch.serving.core.request import Request
@@ -116,8 +116,8 @@ class RequestOverrides:
         if said.routing and not self._layers:
             raise ConfigError("the model has no Router, so there is no decision to override")
         layers = find_overrides(self._layers, said.routing)
-        for router, turns in layers.items():
-            assert isinstance(router, Router), "own_layers are layers of routers"
+        for found, turns in layers.items():
+            router: Any = found
             for override in filter(None, turns):
                 override.check_fit(len(chunk.tokens), router.num_destinations, f"the router of layer {router.layer}")
         return layers
