@@ -12,7 +12,7 @@ Extra parameters: d (N + L_max) a layer. Training FLOPs of the layer: L_max time
 
 Departures: outside training the width path masks the hidden units that the first loop computes anyway (see `paths`), which gives the same
 sum with one matmul less; ``width_compute="grouped"`` is the paper's way. The balance loss, which the published code does not wire, is the
-Switch loss at the published weight. Initial weights of the width head are N(0, 0.02), not truncated. Evidence: `anabranch study versatile`.
+Switch loss at the published weight. Initial weights of both heads are N(0, 0.02), not truncated. Evidence: `anabranch study versatile`.
 """
 # Shapes: B batch, L positions, N items, D width, F hidden, E virtual experts
 
