@@ -37,6 +37,8 @@ FOLDERS = ("routing", "nn", "experts")
 # Modules whose tests go by another name than theirs.
 NEAR = {
     "nn.operator": ("nn/test_operator.py", "nn/test_grouped.py", "nn/test_pool.py", "nn/test_derivatives.py"),
+    "nn.expert_call": ("nn/test_operator.py", "nn/test_grouped.py"),
+    "nn.expert_loop": ("nn/test_operator.py", "nn/test_grouped.py", "nn/test_pool.py", "nn/test_derivatives.py"),
     "nn.sums": ("nn/test_sums.py", "nn/test_pool.py"),
     "nn.streams": ("experts/test_parscale.py",),
     "nn.weighted": ("nn/test_rows.py", "nn/test_derivatives.py", "experts/test_versatile.py"),

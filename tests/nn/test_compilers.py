@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from anabranch.native.compiler import Compiler
 from anabranch.native.isa import NATIVE
 from anabranch.native.sources import SOURCES, flags_for
+from anabranch.nn.expert_call import ExpertCall
 from anabranch.nn.kernels import attention, expert_mlp, packed, rows
 from anabranch.nn.kernels.door import KERNELS, Library
 from anabranch.nn.packed import KINDS, Packed
@@ -42,5 +43,5 @@ def test_a_compiler_makes_kernels_that_compute(command, tmp_path, monkeypatch):
     w13, w2 = torch.randn(1, 64, 64), torch.randn(1, 64, 32)
     gate, up = (x @ w13[0].T).chunk(2, -1)
     operands = (torch.arange(21), torch.tensor([21], dtype=torch.int32), torch.ones(21, 1), w13, w2)
-    found, _ = expert_mlp.forward(x, *operands, False, torch.float32, False)
+    found, _ = expert_mlp.forward(ExpertCall(x, *operands, False, torch.float32, "native", "swiglu"), False)
     assert torch.allclose(found, (F.silu(gate) * up) @ w2[0].T, rtol=1e-4, atol=1e-2)

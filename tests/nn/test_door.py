@@ -24,6 +24,7 @@ import anabranch.serving.fast.decoder
 from anabranch.errors import AnabranchError, BackendError, CapacityError, InputError
 from anabranch.native.sources import SOURCES
 from anabranch.nn import RMSNorm, kernels
+from anabranch.nn.expert_call import ExpertCall, Needed
 from anabranch.nn.kernels import attention, expert_mlp, paged, rows
 from anabranch.nn.kernels import packed as products
 from anabranch.nn.kernels.door import KERNELS, Kernel
@@ -399,28 +400,28 @@ def test_activations_of_another_width_are_an_error():
         products.linear(Packed.pack(torch.randn(32, 64), "float32"), torch.randn(2, 32))
 
 
+def call_of(*plan_and_weights):
+    return ExpertCall(torch.randn(2, 16), *plan_and_weights, False, torch.float32, "native", "swiglu")
+
+
 @needs_kernels
 @pytest.mark.parametrize("offset", [[1, 3], [2, 1], [-1, 2], [1, 1 << 30]])
 def test_rows_of_experts_that_there_are_not(offset):
     place = torch.tensor([0, 1])
     w13, w2 = torch.randn(2, 32, 16), torch.randn(2, 16, 16)
     with pytest.raises(InputError, match="index out of range"):
-        expert_mlp.forward(
-            torch.randn(2, 16), place, torch.tensor(offset, dtype=torch.int32), torch.ones(2, 1), w13, w2, False, torch.float32, False
-        )  # fmt: skip
+        expert_mlp.forward(call_of(place, torch.tensor(offset, dtype=torch.int32), torch.ones(2, 1), w13, w2), False)
 
 
 @needs_kernels
 @pytest.mark.parametrize("place", [[0, 2], [-1, 0], [1 << 40, 0]])
 def test_places_that_there_are_not(place):
     w13, w2 = torch.randn(2, 32, 16), torch.randn(2, 16, 16)
-    operands = (torch.tensor(place), torch.tensor([1, 2], dtype=torch.int32), torch.ones(2, 1), w13, w2)
+    call = call_of(torch.tensor(place), torch.tensor([1, 2], dtype=torch.int32), torch.ones(2, 1), w13, w2)
     with pytest.raises(InputError, match="index out of range"):
-        expert_mlp.forward(torch.randn(2, 16), *operands, False, torch.float32, False)
+        expert_mlp.forward(call, False)
     with pytest.raises(InputError, match="index out of range"):
-        expert_mlp.backward(
-            torch.randn(2, 16), torch.randn(2, 16), *operands, torch.empty(0), False, torch.float32, True, True, True
-        )
+        expert_mlp.backward(call, torch.empty(0), torch.randn(2, 16), Needed(True, True, True, True))
 
 
 @needs_kernels
@@ -458,6 +459,7 @@ STARVED = textwrap.dedent(
     """
     import ctypes, resource, sys, numpy as np, torch
     from anabranch.errors import CapacityError
+    from anabranch.nn.expert_call import ExpertCall, Needed
     from anabranch.nn.kernels import attention, expert_mlp, load, packed, paged, rows
     from anabranch.nn.packed import Packed
     from anabranch.serving.expertflow.token_scheduler import TokenScheduler
@@ -471,10 +473,11 @@ STARVED = textwrap.dedent(
     matrix = Packed.pack(torch.zeros(16, 1 << 14), "bfloat16")
     chosen = np.random.default_rng(0).random((6000, 1, 8)) < 0.5
     pool, row = torch.zeros(1, 512, 1, 512), torch.zeros(1, 48, 1, 512)
-    experts = (place, offset, weight, w13, w2)
+    call = ExpertCall(x, place, offset, weight, w13, w2, False, torch.float32, "native", "swiglu")
+    needed = Needed(False, False, False, False)
     cases = {
-        "expert_forward": lambda: expert_mlp.forward(x, *experts, False, torch.float32, False),
-        "expert_backward": lambda: expert_mlp.backward(x, x, *experts, torch.empty(0), False, torch.float32, False, False, False),
+        "expert_forward": lambda: expert_mlp.forward(call, False),
+        "expert_backward": lambda: expert_mlp.backward(call, torch.empty(0), x, needed),
         "attention_forward": lambda: attention.forward(q, q, q),
         "norm_backward": lambda: rows.norm_gradients(widest, widest, torch.ones(1 << 20), torch.ones(1)),
         "packed_linear": lambda: packed.linear(matrix, wide),

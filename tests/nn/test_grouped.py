@@ -215,7 +215,7 @@ def test_operator_registration_is_sound(backend, keep):
     x, routing, w13, w2 = make(n=6)
     plan = plan_dispatch(routing)
     leaves = [t.requires_grad_() for t in (x, routing.weight_NK.clone(), w13, w2)]
-    arguments = (leaves[0], plan.place_R, plan.offset_E, *leaves[1:], False, torch.float32, backend, keep)
+    arguments = (leaves[0], plan.place_R, plan.offset_E, *leaves[1:], False, torch.float32, backend, "swiglu", keep)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     found = torch.library.opcheck(torch.ops.anabranch.expert_mlp, arguments, test_utils=checks)
     assert found == dict.fromkeys(checks, "SUCCESS")

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anabranch.nn import kernels
-from anabranch.nn.grouped import expert_mlp
-from anabranch.nn.operator import plain_experts
+from anabranch.nn.grouped import expert_mlp, reference_expert_mlp
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.sums import PassSums, gather_gradients
 from anabranch.routing.context import RoutingContext
@@ -75,7 +74,7 @@ class Plain(Ours):
 
     def layer(self, x, seed, context):
         routing = routing_of(seed)
-        return x + plain_experts(x, plan_dispatch(routing), routing.weight_NK, self.pool.w13, self.pool.w2, False)
+        return x + reference_expert_mlp(x, plan_dispatch(routing), routing.weight_NK, self.pool.w13, self.pool.w2)
 
 
 class StoppedError(Exception):

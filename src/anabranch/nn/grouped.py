@@ -18,7 +18,7 @@ their memory. Experts without rows are neither computed nor differentiated: thei
 """
 # Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.errors import ConfigError
 from anabranch.nn.activation import activation_of
-from anabranch.nn.operator import expert_operator, plain_experts
+from anabranch.nn.expert_call import ExpertCall
+from anabranch.nn.expert_loop import plain_experts
+from anabranch.nn.operator import expert_operator
 from anabranch.nn.sums import GradientSums
 from anabranch.precision import autocast_dtype, full_precision
 from anabranch.routing.dispatch import DispatchPlan, combine, dispatch, pad_rows, unpad_rows
@@ -75,33 +77,22 @@ def expert_mlp(
     _check(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on, backend, activation)
     device = x_ND.device.type
     dtype = autocast_dtype(device) or x_ND.dtype
-    aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
+    # A GPU wants one launch for all experts, and grouped_mm rows whose bytes are a multiple of 16.
+    aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0
     if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and aligned:
-        backend = "grouped_mm"  # a GPU wants one launch for all experts
+        backend = "grouped_mm"
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, weight_NK, w13_EFD, w2_EDF))
-    on_input = weight_on == "input"
+    call = ExpertCall(
+        x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, weight_on == "input", dtype, backend, activation
+    )
     with full_precision(device):
         if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
-            return expert_operator(
-                x_ND,
-                plan.place_R,
-                plan.offset_E,
-                weight_NK,
-                w13_EFD,
-                w2_EDF,
-                on_input=on_input,
-                dtype=dtype,
-                backend=backend,
-                learns=learns,
-                recompute=recompute,
-                sums=sums,
-                activation=activation,
-            )
-        plain: Any = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
-        inputs = (x_ND.to(dtype), plan, weight_NK, w13_EFD.to(dtype), w2_EDF.to(dtype), on_input, activation)
+            return expert_operator(call, learns=learns, recompute=recompute, sums=sums)
+        plain = {"grouped_mm": _grouped_mm, "bmm": _bmm, "reference": plain_experts}[backend]
         if recompute and learns:
-            return checkpoint(plain, *inputs, use_reentrant=False)
-        return plain(*inputs)
+            # Flat, because a checkpoint looks for tensors among its arguments alone.
+            return checkpoint(lambda *flat: plain(ExpertCall(*flat)), *call.cast(), use_reentrant=False)
+        return plain(call.cast())
 
 
 def dense_mlp(x_ND: Tensor, w13_FD: Tensor, w2_DF: Tensor) -> Tensor:
@@ -123,7 +114,12 @@ def reference_expert_mlp(
     activation: str = "swiglu",
 ) -> Tensor:
     """The naive loop under autograd, in any dtype: the twin that every back end is tested against."""
-    return plain_experts(x_ND, plan, weight_NK, w13_EFD, w2_EDF, weight_on == "input", activation)
+    on_input = weight_on == "input"
+    return plain_experts(
+        ExpertCall(
+            x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, x_ND.dtype, "reference", activation
+        )
+    )
 
 
 def _check(
@@ -160,27 +156,27 @@ def _check(
 # Back ends that autograd differentiates.
 
 
-def _grouped_mm(
-    x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool, activation: str
-) -> Tensor:
-    rows_RD = dispatch(x, plan)
-    if on_input:
-        rows_RD = rows_RD * weight.reshape(-1)[plan.place_R].unsqueeze(-1).to(x.dtype)
+def _grouped_mm(call: ExpertCall) -> Tensor:
+    plan, rows_RD = call.plan, _rows(call)
     used_R1 = plan.used_R.unsqueeze(-1)
     # grouped_mm leaves what stands behind the last offset uninitialised, forward and backward: masked on both sides.
-    z_R2F = F.grouped_mm(rows_RD.masked_fill(~used_R1, 0.0), w13.transpose(1, 2), offs=plan.offset_E)
-    a_RF = activation_of(activation).apply(z_R2F.masked_fill(~used_R1, 0.0))
-    y_RD = F.grouped_mm(a_RF, w2.transpose(1, 2), offs=plan.offset_E)
-    return combine(y_RD, plan, None if on_input else weight)
+    z_R2F = F.grouped_mm(rows_RD.masked_fill(~used_R1, 0.0), call.w13_EFD.transpose(1, 2), offs=plan.offset_E)
+    a_RF = activation_of(call.activation).apply(z_R2F.masked_fill(~used_R1, 0.0))
+    y_RD = F.grouped_mm(a_RF, call.w2_EDF.transpose(1, 2), offs=plan.offset_E)
+    return combine(y_RD, plan, None if call.on_input else call.weight_NK)
 
 
-def _bmm(
-    x: Tensor, plan: DispatchPlan, weight: Tensor, w13: Tensor, w2: Tensor, on_input: bool, activation: str
-) -> Tensor:
-    rows_RD = dispatch(x, plan)
-    if on_input:
-        rows_RD = rows_RD * weight.reshape(-1)[plan.place_R].unsqueeze(-1).to(x.dtype)
+def _bmm(call: ExpertCall) -> Tensor:
+    plan, rows_RD = call.plan, _rows(call)
     rows_ECD = pad_rows(rows_RD, plan, max(1, int(plan.load_E.max())))
-    a_ECF = activation_of(activation).apply(torch.bmm(rows_ECD, w13.transpose(1, 2)))
-    y_ECD = torch.bmm(a_ECF, w2.transpose(1, 2))
-    return combine(unpad_rows(y_ECD, plan), plan, None if on_input else weight)
+    a_ECF = activation_of(call.activation).apply(torch.bmm(rows_ECD, call.w13_EFD.transpose(1, 2)))
+    y_ECD = torch.bmm(a_ECF, call.w2_EDF.transpose(1, 2))
+    return combine(unpad_rows(y_ECD, plan), plan, None if call.on_input else call.weight_NK)
+
+
+def _rows(call: ExpertCall) -> Tensor:
+    """rows_RD: what experts read."""
+    rows_RD = dispatch(call.x_ND, call.plan)
+    if not call.on_input:
+        return rows_RD
+    return rows_RD * call.weight_NK.reshape(-1)[call.place_R].unsqueeze(-1).to(rows_RD.dtype)

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from anabranch.nn.expert_call import ExpertCall, Gradients, Needed
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.door import Kernel
 from anabranch.nn.kernels.memory import empty_gradient
@@ -12,8 +13,10 @@ from anabranch.precision import cast
 
 __all__ = ["backward", "forward", "why_not"]
 
-STEP = 16  # widths must be multiples of a vector of floats
-# of what is computed in, and of the weights; the last is autocast: weights are rounded as they are read, gradients stay fp32
+# Widths must be multiples of a vector of floats.
+STEP = 16
+
+# What is computed in, and the weights. The last is autocast: weights are rounded as they are read, and their gradients stay fp32.
 _TYPES: dict[tuple[str, ...], int] = {
     ("float32", "float32"): 0,
     ("bfloat16", "bfloat16"): 1,
@@ -54,54 +57,33 @@ def why_not(x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, *
     return None
 
 
-def forward(
-    x_ND: Tensor,
-    place_R: Tensor,
-    offset_E: Tensor,
-    weight_NK: Tensor,
-    w13_EFD: Tensor,
-    w2_EDF: Tensor,
-    on_input: bool,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F."""
-    operands = _contiguous(cast(x_ND, dtype), place_R, offset_E, cast(weight_NK, torch.float32), w13_EFD, w2_EDF)
-    y_ND = torch.empty(x_ND.shape, dtype=dtype)
-    z_R2F = torch.empty((place_R.shape[0], w13_EFD.shape[1]) if keep else 0, dtype=dtype)
-    FORWARD(*operands, y_ND, z_R2F if keep else None, on_input)
+    x_ND, weight_NK = cast(call.x_ND, call.dtype), cast(call.weight_NK, torch.float32)
+    operands = _contiguous(x_ND, call.place_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF)
+    y_ND = torch.empty(call.x_ND.shape, dtype=call.dtype)
+    z_R2F = torch.empty((call.place_R.shape[0], call.w13_EFD.shape[1]) if keep else 0, dtype=call.dtype)
+    FORWARD(*operands, y_ND, z_R2F if keep else None, call.on_input)
     return y_ND, z_R2F
 
 
 def backward(
-    dy_ND: Tensor,
-    x_ND: Tensor,
-    place_R: Tensor,
-    offset_E: Tensor,
-    weight_NK: Tensor,
-    w13_EFD: Tensor,
-    w2_EDF: Tensor,
-    z_R2F: Tensor,
-    on_input: bool,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_w13: bool,
-    need_w2: bool,
-    sums: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, w13, w2; empty where not needed. ``sums`` are contiguous gradients of w13 and w2 to add to."""
-    weight_NK32 = weight_NK.to(torch.float32)
-    operands = _contiguous(dy_ND.to(dtype), x_ND.to(dtype), place_R, offset_E, weight_NK32, w13_EFD, w2_EDF, z_R2F)
-    dx_ND = torch.empty(x_ND.shape if need_x else 0, dtype=dtype)
+    call: ExpertCall, z_R2F: Tensor, dy_ND: Tensor, needed: Needed, sums: tuple[Tensor, Tensor] | None = None
+) -> Gradients:
+    """Gradients of the call; ``sums`` are contiguous gradients of w13 and w2 to add to."""
+    dtype, weight_NK = call.dtype, call.weight_NK.to(torch.float32)
+    plan_and_weights = call.place_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF
+    operands = _contiguous(dy_ND.to(dtype), call.x_ND.to(dtype), *plan_and_weights, z_R2F)
+    dx_ND = torch.empty(call.x_ND.shape if needed.x else 0, dtype=dtype)
     dweight_NK = torch.empty(weight_NK.shape, dtype=torch.float32)
     if sums is None:
-        dw13_EFD = empty_gradient(w13_EFD) if need_w13 else w13_EFD.new_empty(0)
-        dw2_EDF = empty_gradient(w2_EDF) if need_w2 else w2_EDF.new_empty(0)
+        dw13_EFD = empty_gradient(call.w13_EFD) if needed.w13 else call.w13_EFD.new_empty(0)
+        dw2_EDF = empty_gradient(call.w2_EDF) if needed.w2 else call.w2_EDF.new_empty(0)
     else:
         dw13_EFD, dw2_EDF = sums
     results = (_there(dx_ND), dweight_NK, _there(dw13_EFD), _there(dw2_EDF))
-    BACKWARD(*operands[:-1], _there(operands[-1]), *results, on_input, sums is not None)
-    return dx_ND.to(x_ND.dtype), dweight_NK.to(weight_NK.dtype), dw13_EFD, dw2_EDF
+    BACKWARD(*operands[:-1], _there(operands[-1]), *results, call.on_input, sums is not None)
+    return Gradients(dx_ND.to(call.x_ND.dtype), dweight_NK.to(call.weight_NK.dtype), dw13_EFD, dw2_EDF)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
