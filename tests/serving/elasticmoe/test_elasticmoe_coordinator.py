@@ -54,6 +54,10 @@ def test_streams_commands_and_refusals(folder, forge):
             await engine.control("scale", nothing=1)
         with pytest.raises(InputError, match="the prompt has the token 99"):
             await anext(engine.submit(Request(id="c", prompt=(99,))))
+        with pytest.raises(InputError, match="num_streams is 2, but the model has no parallel streams"):
+            await anext(engine.submit(Request(id="c", prompt=(1,), num_streams=2)))
+        with pytest.raises(InputError, match="a request has a path, which a group of devices does not run"):
+            await anext(engine.submit(Request(id="c", prompt=(1,), path=(0, 0))))
         assert await engine.control("reset_prefix_cache") >= 0
         assert set((await engine.control("usage"))["devices"]) == {0, 1}
         stats = engine.stats()

@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anabranch.data import ByteTokenizer
 from anabranch.errors import CapacityError, InputError
 from anabranch.experts.parscale import ParScale
+from anabranch.lm import save_model
 from anabranch.nn import PreNorm, SwiGLU
+from anabranch.routing import record_routing
 from anabranch.serving import LLM, Output, Request, Sampling
 from anabranch.serving.core.hooks import RequestOverride
 from anabranch.serving.engine.messages import Add
@@ -120,7 +123,10 @@ def test_keys_and_values_are_shared_along_one_path_alone(model):
         ((0, -1), "path has block -1"),
         ((0, "1"), "path has block '1'"),
         (((0, 1),), "a request has one path, of block numbers"),
-        ((0, 0, 0, 0, 0, 0), r"path has 6 blocks; the engine keeps keys and values of 5 \(engine.max_depth\)"),
+        (
+            (0, 0, 0, 0, 0, 0),
+            r"path has 6 visits of blocks; the engine keeps keys and values of 5 \(engine.max_depth\)",
+        ),
     ],
 )
 def test_a_path_that_cannot_be_is_refused(model, path, message):
@@ -173,6 +179,13 @@ def test_a_block_that_runs_twice_by_itself(tiny_model, kernel):
     llm = LLM(model, num_blocks=50)
     with pytest.raises(CapacityError, match=r"keeps keys and values of 2 visits .* set engine.max_depth"):
         llm.engine.runner.warm_up()
+    # What the warm-up has shown counts before a request runs.
+    llm = LLM(model, num_blocks=50, max_depth=4)
+    llm.engine.runner.warm_up()
+    assert llm.generate([PROMPTS["one"]], SAMPLING, path=(1, 1))[0].tokens == uncached(model, PROMPTS["one"], (1, 1))
+    with pytest.raises(InputError, match="path has 6 visits of blocks; the engine keeps keys and values of 4"):
+        llm.generate([PROMPTS["one"]], SAMPLING, path=(0, 1, 1))
+    llm.close()
 
 
 class Deep:
@@ -217,3 +230,27 @@ def test_experts_of_a_block_that_runs_several_times_are_told_together(model):
         assert len(route[1]) == len(set(route[1]))
         assert len(seen) == 3
     handle.remove()
+
+
+def test_a_trace_of_a_path_is_that_of_a_pass_over_the_whole_sequence(model):
+    path, prompt = (0, 1, 1, 2), PROMPTS["one"]
+
+    def decisions(recorder):
+        columns = ("layer", "position", "rank", "token", "destination")
+        return sorted(tuple(row[name] for name in columns) for row in recorder.trace().table.to_pylist())
+
+    with record_routing(model) as ours:
+        [(tokens, _, _)] = serve(model, {"deep one": (path, prompt)}, **PLENTY).values()
+    with record_routing(model) as theirs, torch.no_grad():
+        model(torch.tensor([[*prompt, *tokens[:-1]]]), path=path)
+    assert decisions(ours) == decisions(theirs)
+    assert len(decisions(ours)) == 4 * 2 * (len(prompt) + len(tokens) - 1)
+
+
+def test_experts_that_are_loaded_on_demand_are_there_on_any_path(model, tmp_path):
+    save_model(tmp_path / "model", model, ByteTokenizer())
+    llm = LLM(tmp_path / "model", expert_budget="3KiB", dtype="float32", num_blocks=50, max_depth=5)
+    for path in ((2, 0, 0, 1), None, (1, 1, 1, 2)):
+        [answer] = llm.generate([PROMPTS["three"]], SAMPLING, path=path)
+        assert answer.tokens == uncached(model, PROMPTS["three"], path)
+    llm.close()

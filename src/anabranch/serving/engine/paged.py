@@ -166,6 +166,11 @@ class VisitSlots:
             self.of(layer, seen[layer])
             seen[layer] += 1
 
+    @property
+    def per_pass(self) -> Counter[int]:
+        """How often each block has been visited in a pass, as far as passes have shown it."""
+        return Counter(layer for layer, _ in self._slots)
+
     def of(self, layer: int, visit: int) -> int:
         """The pool's layer of the ``visit``-th visit. Raises CapacityError for one more than there are."""
         slot = self._slots.setdefault((layer, visit), len(self._slots))

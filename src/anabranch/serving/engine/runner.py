@@ -246,9 +246,11 @@ class ModelRunner:
             return
         if check_path(path, len(self.model.blocks), 1) != tuple(path):
             raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
-        if len(path) > self.pool.shape.layers:
+        visits = self._slots.per_pass
+        needed, depth = sum(visits[block] for block in path), self.pool.shape.layers
+        if needed > depth:
             raise ConfigError(
-                f"path has {len(path)} blocks; the engine keeps keys and values of {self.pool.shape.layers} (engine.max_depth)"
+                f"path has {needed} visits of blocks; the engine keeps keys and values of {depth} (engine.max_depth)"
             )
 
     def _hidden_alike(
