@@ -42,7 +42,10 @@ library.anabranch_norm_forward(0, *map(ctypes.c_void_p, (x, x, y, 0)), size(2), 
 """
 
 IN_SOFTWARE = "-DANABRANCH_TILES_IN_SOFTWARE"
-MULTIPLYING = ("tests/nn/test_fuzz.py", "tests/nn/test_grouped.py", "tests/nn/test_packed.py", "tests/serving/fast")
+MULTIPLYING = (
+    *("tests/nn/test_fuzz.py", "tests/nn/test_grouped.py", "tests/nn/test_packed.py", "tests/nn/test_causal.py"),
+    "tests/serving/fast",
+)
 # Experts (where the processor multiplies pairs of bfloat16 at all) and packed matrices use tiles.
 TILES = """
 import ctypes, torch

@@ -166,14 +166,14 @@ def test_experts(plan, width, hidden, dtype, on, recompute, needs, threads, seed
 @given(
     data=st.data(), batch=st.integers(1, 2), groups=st.integers(1, 2), shared=st.integers(1, 3),
     length=st.sampled_from([1, 5, 17, 48, 100]), front=st.sampled_from([0, 1, 30, 600]), width=st.sampled_from([16, 48, 256]),
-    threads=THREADS, seed=SEEDS,
+    dtype=DTYPES, threads=THREADS, seed=SEEDS,
 )  # fmt: skip
-def test_attention(data, batch, groups, shared, length, front, width, threads, seed):
+def test_attention(data, batch, groups, shared, length, front, width, dtype, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    query = data.draw(tensors([batch, groups * shared, length, width]))
-    key, value = (data.draw(tensors([batch, groups, front + length, width])) for _ in range(2))
-    dy = data.draw(tensors(list(query.shape)))
+    query = data.draw(tensors([batch, groups * shared, length, width], dtype))
+    key, value = (data.draw(tensors([batch, groups, front + length, width], dtype)) for _ in range(2))
+    dy = data.draw(tensors(list(query.shape), dtype))
     assert attention.can(query, key, value)
     y, log_sum = attention.forward(query, key, value)
     found = attention.backward(dy, query, key, value, y, log_sum)
@@ -181,9 +181,9 @@ def test_attention(data, batch, groups, shared, length, front, width, threads, s
     mask = torch.ones(length, front + length, dtype=torch.bool).tril(front)
     wanted = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)
     wanted.backward(dy.double())
-    near(y, wanted.detach())
+    near(y, wanted.detach(), dtype)
     for got, part in zip(found, wide, strict=True):
-        near(got, part.grad)
+        near(got, part.grad, dtype)
 
 
 @fuzz

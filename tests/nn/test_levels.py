@@ -13,7 +13,10 @@ from anabranch.native.isa import LEVELS
 from anabranch.native.sources import SOURCES, flags_for
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/nn/test_fuzz.py", "tests/nn/test_grouped.py", "tests/nn/test_packed.py", "tests/serving/fast")
+TESTS = (
+    *("tests/nn/test_fuzz.py", "tests/nn/test_grouped.py", "tests/nn/test_packed.py", "tests/nn/test_causal.py"),
+    "tests/serving/fast",
+)
 
 
 @pytest.mark.slow

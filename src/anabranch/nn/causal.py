@@ -21,7 +21,9 @@ SHORT = 16  # queries; for fewer, launching is what costs
 def causal_attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
     """y_BHLD: query l sees the first M + l + 1 of the S keys. Key heads are shared by H / G query heads each.
 
-    Compiled kernels on a CPU in float32, `scaled_dot_product_attention` elsewhere. Raises InputError for more queries than keys.
+    Compiled kernels on a CPU in float32 and bfloat16, `scaled_dot_product_attention` elsewhere.
+
+    Raises InputError for more queries than keys.
     """
     if query_BHLD.shape[2] > key_BGSD.shape[2]:
         raise InputError(

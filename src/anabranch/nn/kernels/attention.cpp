@@ -8,24 +8,11 @@
 // once, so softmax needs no second pass over the products; keys that no query of the block sees are not touched, which halves the work.
 // Scores are made again in the backward pass. Every sum has one fixed order, whatever the number of threads.
 
-#include "failure.h"
-#include "matmul.h"
+#include "attention.h"
 
 namespace {
 
 constexpr int BLOCK = 4 * MR;  // queries
-
-struct Heads {  // where a tensor's rows are
-  float* data;
-  int64_t batch, head, row;
-  float* at(int64_t b, int64_t h, int64_t l) const { return data + b * batch + h * head + l * row; }
-};
-
-struct Shape {
-  int64_t B, H, G, L, S, D;
-  float scale;
-  int64_t front() const { return S - L; }
-};
 
 // Rows as columns: panel j holds NR of them, [D][NR]; rows behind the last are zero.
 float* pack_columns(Scratch& scratch, int slot, const float* rows, int64_t stride, int64_t count, int64_t D) {
@@ -90,18 +77,6 @@ inline float* key_at(const Rows<Plain>& p, int row, int64_t k) {
   return p.data + ((k / LANE_K) * p.capacity + row) * LDA + k % LANE_K;
 }
 
-inline vec counting(int64_t from) {
-  vec number;
-  for (int i = 0; i < VL; ++i) number[i] = (float)(from + i);
-  return number;
-}
-
-inline float greatest(vec v) {
-  float found = v[0];
-  for (int i = 1; i < VL; ++i) found = std::max(found, v[i]);
-  return found;
-}
-
 // Row's scores to exp(score - shift), zero from `seen` keys on (up to whole panels); returns their sum.
 inline float exponentials(const Rows<Plain>& p, int row, int64_t seen, int64_t width, float shift) {
   vec sum{};
@@ -131,7 +106,7 @@ inline float largest(const Rows<Plain>& p, int row, int64_t seen) {
 
 thread_local Scratch scratch_of_thread;
 
-void forward_of(const Shape& shape, int64_t b, int64_t g, const Heads& q, const Heads& k, const Heads& v, const Heads& y, float* lse) {
+void forward_of(const Shape& shape, int64_t b, int64_t g, const Heads<float>& q, const Heads<float>& k, const Heads<float>& v, const Heads<float>& y, float* lse) {
   Scratch& scratch = scratch_of_thread;
   const int64_t D = shape.D;
   const float* keys = pack_columns(scratch, PANEL, k.at(b, g, 0), k.row, shape.S, D);
@@ -157,8 +132,8 @@ void forward_of(const Shape& shape, int64_t b, int64_t g, const Heads& q, const 
     }
 }
 
-void backward_of(const Shape& shape, int64_t b, int64_t g, const Heads& dy, const Heads& q, const Heads& k, const Heads& v, const Heads& y,
-                 const float* lse, const Heads& dq, const Heads& dk, const Heads& dv) {
+void backward_of(const Shape& shape, int64_t b, int64_t g, const Heads<float>& dy, const Heads<float>& q, const Heads<float>& k, const Heads<float>& v, const Heads<float>& y,
+                 const float* lse, const Heads<float>& dq, const Heads<float>& dk, const Heads<float>& dv) {
   Scratch& scratch = scratch_of_thread;
   const int64_t D = shape.D;
   const float* keys = pack_columns(scratch, PANEL, k.at(b, g, 0), k.row, shape.S, D);
@@ -197,23 +172,13 @@ void backward_of(const Shape& shape, int64_t b, int64_t g, const Heads& dy, cons
     }
 }
 
-Heads heads(void* data, const int64_t* strides) { return {(float*)data, strides[0], strides[1], strides[2]}; }
-
-template <class Task>
-int each_head(const Shape& shape, int threads, Task task) {
-  Failure failure;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t n = 0; n < shape.B * shape.G; ++n) failure.guard([&] { task(n / shape.G, n % shape.G); });
-  return failure.status();
-}
-
 }  // namespace
 
 // `strides` holds (batch, head, row) of q, k, v, y, and in the backward pass of dy, dq, dk, dv behind them; lse is [B, H, L].
 extern "C" int anabranch_attention_forward(void* q, void* k, void* v, void* y, float* lse, const int64_t* strides, int64_t B, int64_t H,
                                            int64_t G, int64_t L, int64_t S, int64_t D, float scale, int threads) {
   Shape shape{B, H, G, L, S, D, scale};
-  Heads at[4] = {heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), heads(y, strides + 9)};
+  Heads<float> at[4] = {{q, strides}, {k, strides + 3}, {v, strides + 6}, {y, strides + 9}};
   return each_head(shape, threads, [&](int64_t b, int64_t g) { forward_of(shape, b, g, at[0], at[1], at[2], at[3], lse); });
 }
 
@@ -221,9 +186,9 @@ extern "C" int anabranch_attention_backward(void* q, void* k, void* v, void* y, 
                                             const int64_t* strides, int64_t B, int64_t H, int64_t G, int64_t L, int64_t S, int64_t D,
                                             float scale, int threads) {
   Shape shape{B, H, G, L, S, D, scale};
-  Heads at[8];
+  Heads<float> at[8];
   void* data[8] = {q, k, v, y, dy, dq, dk, dv};
-  for (int i = 0; i < 8; ++i) at[i] = heads(data[i], strides + 3 * i);
+  for (int i = 0; i < 8; ++i) at[i] = {data[i], strides + 3 * i};
   return each_head(shape, threads, [&](int64_t b, int64_t g) {
     backward_of(shape, b, g, at[4], at[0], at[1], at[2], at[3], lse, at[5], at[6], at[7]);
   });

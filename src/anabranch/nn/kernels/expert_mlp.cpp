@@ -34,7 +34,7 @@ void multiply_by_rows(Scratch& scratch, const Rows<P>& a, int rows, int length, 
         continue;
       }
     for (int v = 0; v < vectors; ++v)
-      pack_rows_as_columns<P>(w + first(j, v) * (int64_t)length, length, panel + v * VL, spare);
+      pack_rows_as_columns<P>(w + first(j, v) * (int64_t)length, length, panel + v * VL, spare, length);
     const int64_t bytes = VL * length * (int64_t)sizeof(W), lines = j + 1 < panels ? 2 * bytes / 64 : 0;
     product(a, rows, length / P::pack, panel, j * NR, vectors, out, emit, lines, [&](int64_t line) {
       const int v = line >= lines / 2;
@@ -135,40 +135,6 @@ void accumulate_few(Scratch& scratch, const Gradient<W>& gradient, int rows, int
     }
 }
 
-// The left operand of a gradient: columns of rows that are summed over, as the machine's matmul reads them.
-template <class P>
-class Columns {
- public:
-  Columns(Scratch& scratch, int rows, int M)
-      : M(M), pairs((rows + 1) / 2 + 2 * TILE_PAIRS), data(scratch.get<typename P::elem>(LEFT, takes_tiles<P>() ? pairs * M : (int64_t)rows * M)) {}
-
-  template <class Row>
-  void pack(int count, Row row) {
-    depth = (count + P::pack - 1) / P::pack;
-    if constexpr (P::pack == 2)
-      if (takes_tiles<P>()) return pack_rows_turned<P>(count, M, pairs, data, row);
-    pack_rows<P>(count, M, M, data, row, Unscaled());
-  }
-
-  static int height() { return takes_tiles<P>() ? (int)PAIRED_ROWS : MR; }
-
-  // out[m][NR] = the m columns from i on times a panel, whose pairs end in zeros up to whole tiles.
-  void times(int i, int m, const typename P::elem* panel, int vectors, float* out) const {
-#ifdef ANABRANCH_TILES
-    if constexpr (P::pack == 2)
-      if (takes_tiles<P>())
-        return multiply_tiles({data + i * pairs, 4 * pairs, m > TILE}, tiled(panel, vectors), (depth + TILE_PAIRS - 1) / TILE_PAIRS, tiled(out), false);
-#endif
-    tile_any<P, 1>(m, vectors, data + i, M, panel, NR, depth, out, NR, false);
-  }
-
- private:
-  int M;
-  int64_t pairs;  // between columns for tiles; what is more than whole tiles keeps them out of each other's cache sets
-  typename P::elem* data;
-  int depth = 0;
-};
-
 // to[M][columns first..last] (+)= sum over rows of left(row)[M] right(row)[columns]: the gradient of one expert's matrix.
 template <class P, class W, class Left, class Right, class Scale>
 void accumulate(Scratch& scratch, Gradient<W> gradient, int rows, int first, int last, Left left, Right right, Scale scale) {
@@ -176,7 +142,7 @@ void accumulate(Scratch& scratch, Gradient<W> gradient, int rows, int first, int
   if (rows <= FEW) return accumulate_few<P>(scratch, gradient, rows, first, last, left, right, scale);
   alignas(64) float out[SUM_ROWS * NR];
   const int M = gradient.M, steps = (rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS, step_rows = ((rows + steps - 1) / steps + 1) / 2 * 2;
-  Columns<P> columns(scratch, step_rows, M);
+  Columns<P> columns(scratch, LEFT, step_rows, M);
   const int64_t panel_elements = (int64_t)(step_rows / P::pack + TILE_PAIRS) * NR;
   auto* panel = scratch.get<typename P::elem>(PANEL, panel_elements);
   auto* sum = scratch.get<float>(SUM, steps > 1 ? (int64_t)M * (last - first) : 0);

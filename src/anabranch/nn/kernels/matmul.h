@@ -243,18 +243,18 @@ inline void transpose(const uint32_t* source, int64_t ld, int64_t depth, uint32_
     }
 }
 
-// VL rows of weights, summed along their length: column c of the panel is row c.
+// VL rows, `stride` apart, summed along their length: column c of the panel is row c.
 template <class P, class W>
-void pack_rows_as_columns(const W* w, int64_t length, typename P::elem* panel, typename P::elem* spare) {
-  if constexpr (sizeof(W) * P::pack == 4) {
-    transpose((const uint32_t*)w, length / P::pack, length / P::pack, (uint32_t*)panel);
+void pack_rows_as_columns(const W* w, int64_t length, typename P::elem* panel, typename P::elem* spare, int64_t stride) {
+  if (sizeof(W) * P::pack == 4 && stride % P::pack == 0) {
+    transpose((const uint32_t*)w, stride / P::pack, length / P::pack, (uint32_t*)panel);
   } else {  // convert first
     for (int c = 0; c < VL; ++c)
       for (int64_t k = 0; k < length; k += VL) {
         if constexpr (P::pack == 1)
-          store((float*)spare + c * length + k, load(w + c * length + k));
+          store((float*)spare + c * length + k, load(w + c * stride + k));
         else
-          store((bf16*)spare + c * length + k, load(w + c * length + k));
+          store((bf16*)spare + c * length + k, load(w + c * stride + k));
       }
     transpose((const uint32_t*)spare, length / P::pack, length / P::pack, (uint32_t*)panel);
   }
@@ -384,8 +384,10 @@ inline void dots_of(std::integer_sequence<int, M...>, int m, const Rows<Plain>& 
   table[m - 1](a, length, w, out);
 }
 
+enum Slot { LEFT, MIDDLE, PANEL, SPARE, PRE, SUM, TURNED, RIGHT, SCORES, CHANGES, GRADIENTS, SLOTS };
+
 struct Scratch {  // one thread's memory; grows, and is kept between calls
-  std::vector<char> memory[6];
+  std::vector<char> memory[SLOTS];
   template <class T>
   T* get(int slot, int64_t count) {
     int64_t bytes = count * (int64_t)sizeof(T) + 64;
@@ -399,6 +401,39 @@ struct Scratch {  // one thread's memory; grows, and is kept between calls
     return {get<typename P::elem>(slot, (int64_t)lanes * count * LDA), count};
   }
 };
-enum Slot { LEFT, MIDDLE, PANEL, SPARE, PRE, SUM };
+
+// The left operand of a gradient: columns of rows that are summed over, as the machine's matmul reads them.
+template <class P>
+class Columns {
+ public:
+  Columns(Scratch& scratch, Slot slot, int rows, int M)
+      : M(M), pairs((rows + 1) / 2 + 2 * TILE_PAIRS), data(scratch.get<typename P::elem>(slot, takes_tiles<P>() ? pairs * M : (int64_t)rows * M)) {}
+
+  template <class Row>
+  void pack(int count, Row row) {
+    depth = (count + P::pack - 1) / P::pack;
+    if constexpr (P::pack == 2)
+      if (takes_tiles<P>()) return pack_rows_turned<P>(count, M, pairs, data, row);
+    pack_rows<P>(count, M, M, data, row, Unscaled());
+  }
+
+  static int height() { return takes_tiles<P>() ? (int)PAIRED_ROWS : MR; }
+
+  // out[m][NR] = the m columns from i on times a panel, whose pairs end in zeros up to whole tiles.
+  void times(int i, int m, const typename P::elem* panel, int vectors, float* out) const {
+#ifdef ANABRANCH_TILES
+    if constexpr (P::pack == 2)
+      if (takes_tiles<P>())
+        return multiply_tiles({data + i * pairs, 4 * pairs, m > TILE}, tiled(panel, vectors), (depth + TILE_PAIRS - 1) / TILE_PAIRS, tiled(out), false);
+#endif
+    tile_any<P, 1>(m, vectors, data + i, M, panel, NR, depth, out, NR, false);
+  }
+
+ private:
+  int M;
+  int64_t pairs;  // between columns for tiles; what is more than whole tiles keeps them out of each other's cache sets
+  typename P::elem* data;
+  int depth = 0;
+};
 
 }  // namespace
