@@ -107,6 +107,21 @@ def test_only_routers_learn_in_the_stage_of_routers_also_when_resumed(tmp_path, 
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items() if name in before)
 
 
+def test_the_small_modules_learn_alone_after_the_big_ones(tmp_path, text):
+    """The second half of ``freeze_big`` by ``--from``: the model of the first half has p_big 1, what is wanted p_big 0."""
+    model = saved("duo", tmp_path / "model", **{"feed_forward.p_big": 1.0})
+    config, given = start_run(
+        small("duo", text, **{"model.feed_forward.p_big": 0.0}), tmp_path / "model", tmp_path / "run"
+    )
+    assert config.start.recipe == ("train_small",)
+    assert config.model.feed_forward.p_big == 0.0
+    trainer = Trainer(config, tmp_path / "run", **given)
+    trainer.fit()
+    before, after = model.state_dict(), trainer.model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".small." in name}
+
+
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [

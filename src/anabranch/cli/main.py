@@ -22,6 +22,7 @@ from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
+from anabranch.cli.oracle import oracle
 from anabranch.cli.plan import plan
 from anabranch.cli.report import report
 from anabranch.cli.serve import serve
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "report": report,
+    "oracle": oracle,
     "convert": convert,
     "plan": plan,
     "serve": serve,

@@ -52,11 +52,11 @@ from anabranch.depth.duo_llm import (
     transfer,
 )
 from anabranch.depth.duo_llm.router import option_shares
-from anabranch.files import atomic_file, atomic_write_text
 from anabranch.lm import Decoder
 from anabranch.nn import SwiGLU
 from anabranch.presets import language_model
-from anabranch.report.style import MARKERS, SEQUENTIAL, SERIES, figure, horizontal_grid, to_png, to_svg
+from anabranch.report.routes import LINES, draw_curves, draw_heat, finish, save
+from anabranch.report.style import MARKERS, SERIES, figure
 from anabranch.studies import training
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference, verdict_below
@@ -396,10 +396,7 @@ def draw(results: Results, path: Path) -> None:
     with figure(13, 4.8, ncols=3, width_ratios=(1.2, 1, 1)) as (made, (left, centre, right)):
         if runs:
             _draw(runs, left, centre, right)
-        png, svg = to_png(made), to_svg(made)
-    with atomic_file(path.with_name(f"{path.name}.png")) as temporary:
-        temporary.write_bytes(png)
-    atomic_write_text(path.with_name(f"{path.name}.svg"), svg)
+        save(made, path)
 
 
 def _draw(runs: list[Metrics], left: Any, centre: Any, right: Any) -> None:
@@ -407,9 +404,7 @@ def _draw(runs: list[Metrics], left: Any, centre: Any, right: Any) -> None:
         name: np.mean([metrics[f"{name}_curve"] for metrics in runs], axis=0)
         for name in ("oracle", "fixed", "random", "mean", "shuffled", "shuffled_mean", "transfer", "twin_mean")
     }
-    lines = {"oracle": "oracle", "fixed": "best fixed route", "random": "best of random routes", "mean": "mean route"}
-    for number, (name, label) in enumerate(lines.items()):
-        left.plot(curve[name], color=SERIES[number], marker=MARKERS[number], label=label)
+    draw_curves(left, {label: curve[name] for name, label in LINES.items()}, "nats per byte")
     middle = (len(curve["oracle"]) - 1) // 2
     for number, (name, label) in enumerate((("consistent_middle", "self-consistent oracle"), ("router", "router"))):
         value = np.mean([metrics[name] for metrics in runs])
@@ -419,20 +414,8 @@ def _draw(runs: list[Metrics], left: Any, centre: Any, right: Any) -> None:
         "shuffled targets": curve["shuffled_mean"] - curve["shuffled"],
         "routes of another model": curve["twin_mean"] - curve["transfer"],
     }
-    for number, (label, gain) in enumerate(gains.items()):
-        centre.plot(gain, color=SERIES[number], marker=MARKERS[number], label=label)
-    for axes, title in ((left, "nats per byte"), (centre, "gain over the mean route")):
-        horizontal_grid(axes)
-        axes.set_xticks(range(len(curve["oracle"])))
-        axes.set_xlabel("big layers")
-        axes.set_title(title)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    draw_curves(centre, gains, "gain over the mean route")
+    for axes in (left, centre):
+        finish(axes, len(curve["oracle"]))
     heat_YP = np.mean([metrics["heat"] for metrics in runs], axis=0)
-    right.imshow(heat_YP, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
-    for (layer, part), share in np.ndenumerate(heat_YP):
-        right.text(part, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
-    right.set_xticks(range(heat_YP.shape[1]), [str(part + 1) for part in range(heat_YP.shape[1])])
-    right.set_yticks(range(heat_YP.shape[0]))
-    right.set_xlabel("tenth of the sequence")
-    right.set_ylabel("layer")
-    right.set_title(f"% of tokens with big, {middle} big layers")
+    draw_heat(right, heat_YP, middle)

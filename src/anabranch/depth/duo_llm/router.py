@@ -223,7 +223,27 @@ def _check_duo(run: RunConfig) -> None:
         raise ConfigError(f"train_duo needs a 'duo' feed-forward, the run has {run.model.feed_forward.owner.kind!r}")
 
 
-not_chosen(DuoFFN.Config, "big", "small")
+not_chosen(DuoFFN.Config, "big", "small", "activation")
+
+
+def _is_without_routers(config: Decoder.Config, p_big: float) -> bool:
+    layer = config.feed_forward
+    return isinstance(layer, DuoFFN.Config) and layer.router is None and layer.p_big == p_big
+
+
+@recipe(
+    "train_small",
+    makes=lambda config: _is_without_routers(config, 0.0),
+    takes=lambda config: _is_without_routers(config, 1.0),
+    needs="a 'duo' model whose big modules were trained alone (p_big=1)",
+    learns=".small.",
+)
+def _small_alone(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
+    """The second half of ``freeze_big``, see `train_duo`."""
+    layer: Any = model.config.feed_forward
+    made: Decoder = model.config.replace(feed_forward=layer.replace(p_big=0.0)).build().to(model.embedding.weight)
+    made.load_state_dict(model.state_dict())
+    return made.train(model.training)
 
 
 def _router_of(config: Decoder.Config) -> Router.Config | None:
