@@ -1044,9 +1044,13 @@ for name in ("ddp", "fsdp"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", ["all", "adapter"])
-def test_replicas_and_shards_learn_as_one_process_does(run_config, tmp_path, train):
-    config = run_config.replace(model=run_config.model.replace(streams=parscale(train=train)))
+@pytest.mark.parametrize(
+    "streams",
+    [parscale(), parscale(train="adapter"), parscale(3, switchable=(2,))],
+    ids=["all", "adapter", "switchable"],
+)
+def test_replicas_and_shards_learn_as_one_process_does(run_config, tmp_path, streams):
+    config = run_config.replace(model=run_config.model.replace(streams=streams))
     Trainer(config, tmp_path / "one").fit()
     for name in ("ddp", "fsdp"):
         (tmp_path / f"{name}.config").mkdir()
