@@ -54,6 +54,8 @@ class RoutingContext:
             write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
         state: what a caller gives to designs and recorders, by a name of its own.
         memo: see `once`.
+        refuses_nan: whether a score that is NaN ends the pass. Where rows are of users who know nothing of one another it ends its own
+            row alone, which whoever draws tokens sees.
         routing: what overrides the decisions of routers, asked in this order; see `anabranch.routing.override`. One list for the whole
             pass: forks have it too.
     """
@@ -65,6 +67,7 @@ class RoutingContext:
     all_sequences: Sequence[Hashable] | None = None
     training: bool = False
     is_measured: bool = True
+    refuses_nan: bool = True
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     loads: list[tuple[LoadSink, Tensor, Tensor | None]] = field(default_factory=list)
     parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)

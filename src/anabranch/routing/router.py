@@ -109,7 +109,7 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
-        if is_seen_at_once(score_NE):
+        if context.refuses_nan and is_seen_at_once(score_NE):
             refuse_nan(score_NE, context.item_mask_N, self.layer)
         bias_NE, may_NE = self._shift(score_NE), open_NE
         for override in overrides:

@@ -7,6 +7,7 @@ import torch
 
 from anabranch import presets
 from anabranch.lm import SamplingConfig, generate
+from anabranch.nn.feed_forward import MLP
 from anabranch.nn.kernels import load
 from anabranch.registry import BUILTIN
 from anabranch.serving import LLM, Sampling
@@ -51,9 +52,12 @@ def prompts(model):
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])
 @pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", [*presets.PRESETS, "mlp"])
 def test_every_design(name, limits, scheduling):
-    model = presets.find(name)("tiny").model.replace(init_std=0.2).build(seed=0)
+    config = presets.find("dense" if name == "mlp" else name)("tiny").model
+    if name == "mlp":  # a feed-forward of others' models, which no preset has
+        config = config.replace(feed_forward=MLP.Config(hidden_dim=64))
+    model = config.replace(init_std=0.2).build(seed=0)
     prompts = prompts_of(model, (5, 1, 23, 40, 8))
     results, stats = run(model, prompts, scheduling=scheduling, **limits)
     assert results == one_by_one(model, prompts)
@@ -63,7 +67,7 @@ def test_every_design(name, limits, scheduling):
 
 def test_every_registered_feed_forward_is_among_the_presets():
     kinds = {type(presets.find(name)("tiny").model.feed_forward).owner.kind for name in presets.PRESETS}
-    assert kinds == set(BUILTIN["feed_forward"])
+    assert kinds | {"mlp"} == set(BUILTIN["feed_forward"])
 
 
 class Peeking:

@@ -174,4 +174,6 @@ def test_a_model_that_gives_no_numbers_ends_the_request(tiny_model):
     llm = LLM(model, max_batched_tokens=4, **PLENTY)
     with pytest.raises(AnabranchError, match="logits are not numbers"):
         llm.generate([(1, 2, 3, 4, 5, 6, 7)], scoring())
+    (alone,) = llm.generate([(1, 2, 4)], Sampling(temperature=0.0, max_tokens=3))
+    assert len(alone.tokens) == 3  # the engine goes on for everybody else
     llm.close()

@@ -320,6 +320,7 @@ class ModelRunner:
             path=variant.path,
             sequences=names,
             is_measured=False,
+            refuses_nan=False,
             routing=list(self._routing),
             state=self._repeats(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),

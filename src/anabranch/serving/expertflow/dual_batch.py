@@ -259,6 +259,7 @@ class DualBatch:
             sequence_length=new,
             sequences=[row.key for row in rows],
             is_measured=False,
+            refuses_nan=False,
             position_BL=position_BL,
             rotary=model.rotary(position_BL, model.embedding.weight.dtype),
             cache=store,
