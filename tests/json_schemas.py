@@ -65,9 +65,9 @@ FORMATS = {
 
 
 def plain_floats(low, high):
-    """Floats that are written without an exponent, in at most 12 digits after the point."""
+    """Floats that are written without an exponent, in at most 12 digits after the point, and not as ``1.0``."""
     return st.floats(low, high).map(lambda value: round(value, 9)).filter(
-        lambda value: low <= value <= high and "e" not in repr(value)
+        lambda value: low <= value <= high and "e" not in repr(value) and not value.is_integer()
     )  # fmt: skip
 
 
@@ -93,7 +93,12 @@ def objects(draw, inner):
     if extra:
         others = st.dictionaries(TEXT.filter(lambda key: key not in names), st.none(), max_size=2)
         instances = st.builds(lambda left, right: {**left, **right}, instances, others)
-    return schema, instances.flatmap(lambda value: st.permutations(list(value.items())).map(dict))
+    return schema, instances.map(lambda value: in_order_of(names, value))
+
+
+def in_order_of(names, value):
+    """An object with the properties that a schema names first, in its order."""
+    return {name: value[name] for name in [*names, *(other for other in value if other not in names)] if name in value}
 
 
 @st.composite

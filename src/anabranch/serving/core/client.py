@@ -4,8 +4,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from anabranch.errors import InputError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.request import Output, Request
+
+
+class BusyError(AnabranchError):
+    """Something that a request needs has no room for it now: no fault of the request, and worth asking again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,8 @@ class EngineClient(Protocol):
     def submit(self, request: Request) -> AsyncIterator[Output]:
         """Run one request. The last output carries `Output.finish`; closing the iterator before aborts the request.
 
-        The iterator raises InputError for a request that can never run (too long, tokens outside the vocabulary).
+        The iterator raises InputError for a request that can never run (too long, tokens outside the vocabulary), `BusyError` for one
+        that cannot now.
         """
 
     async def abort(self, id: str) -> None:

@@ -23,6 +23,8 @@ from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.forge import Forge
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
+from anabranch.serving.grammar import try_out
+from anabranch.serving.grammar.forms import text_of
 
 __all__ = ["Coordinator"]
 
@@ -71,6 +73,9 @@ class Coordinator:
         self.group.info.check_streams(request.num_streams)
         if request.path is not None:
             raise InputError("a request has a path, which a group of devices does not run; leave it out")
+        if request.sampling.grammar is not None:  # the ranks have no time for what cannot be followed
+            text = text_of(request.sampling.grammar)
+            await asyncio.to_thread(try_out, text, request.key)
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
         stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
 

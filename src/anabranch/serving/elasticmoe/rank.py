@@ -26,7 +26,7 @@ from anabranch.lm.tensors import build_empty
 from anabranch.nn.attention import SelfAttention
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, TopK
-from anabranch.serving.core.batch import Batch, Sampled
+from anabranch.serving.core.batch import Batch
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.scheduler import Scheduler
 from anabranch.serving.elasticmoe import handover
@@ -35,33 +35,18 @@ from anabranch.serving.elasticmoe.backend import backend_of
 from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts, spread
 from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.elasticmoe.memory import Attached, Which, attach
+from anabranch.serving.elasticmoe.preparing import ResumingSampler
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
 from anabranch.serving.engine.loop import IDLE_S
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.grammar import GrammarStore
 from anabranch.serving.sampling import Sampler
 
 __all__ = ["Rank"]
 
 _PICTURE_S = 0.2
-
-
-class _Resuming:
-    """The sampler, told of tokens that requests were given elsewhere."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-        self.outputs: dict[str, tuple[int, ...]] = {}
-
-    def add(self, request: Request) -> None:
-        self.sampler.add(request, self.outputs.pop(request.id, ()))
-
-    def forget(self, id: str) -> None:
-        self.sampler.forget(id)
-
-    def __call__(self, logits_RV: torch.Tensor, ids: Sequence[str]) -> list[Sampled]:
-        return self.sampler(logits_RV, ids)
 
 
 class Rank:
@@ -76,6 +61,7 @@ class Rank:
         self.empty: dict[str, Any] = dict(self.model.state_dict(keep_vars=True))
         folder = Path(boot.layout.folder)
         self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None  # grammars need it
+        GrammarStore(self.tokenizer).warm_up()
         self.owner = Owner()
         peers = self._meet(fds[1:])
         pools = pool_names(self.model)
@@ -168,9 +154,13 @@ class Rank:
             shape, limits.num_blocks, block_tokens=limits.block_tokens, buffers=self.kv.buffers(sizes, shape.dtype)
         )
         sampler = Sampler(
-            self.model.config.vocab_size, stop_tokens=limits.stop_tokens, tokenizer=self.tokenizer, seed=limits.seed
+            self.model.config.vocab_size,
+            stop_tokens=limits.stop_tokens,
+            tokenizer=self.tokenizer,
+            seed=limits.seed,
+            is_tried=True,
         )
-        self.sampler = _Resuming(sampler)
+        self.sampler = ResumingSampler(sampler)
         self.runner = ModelRunner(self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler)
         self.scheduler = limits.scheduler() if frozen is None else handover.thaw(frozen)
         known = []
@@ -216,6 +206,7 @@ class Rank:
         """Stop between two steps and give what there is: ``freeze`` the scheduler, ``carry`` its requests, or ``drain``: go on with what
         is here and give the blocks that it cannot need."""
         assert self.scheduler is not None
+        self._submit_prepared(wait=True)
         self._settle()
         if how == "drain":
             return handover.reserve(self.scheduler)
@@ -266,18 +257,32 @@ class Rank:
 
     def do_submit(self, request: Request, output: tuple[int, ...] = (), num_scored: int = 0) -> None:
         """Run a request, from what it was given elsewhere on, see `Scheduler.add`."""
+        given = handover.Carried(request, output, num_scored=num_scored)
+        if not self.sampler.preparing.begin(given):
+            self._submit(given)
+
+    def _submit(self, given: handover.Carried) -> None:
         assert self.scheduler is not None
+        request = given.request
         try:
-            self.sampler.outputs[request.id] = output
-            self.scheduler.add(request, output, num_scored)
+            self.sampler.preparing.check(request.id)
+            self.sampler.outputs[request.id] = given.output
+            self.scheduler.add(request, given.output, given.num_scored)
         except AnabranchError as error:
-            self.sampler.outputs.pop(request.id, None)
+            self._drop(request.id)
             self.channel.send(("outputs", [Output(id=request.id, finish=Finish.ERROR, error=str(error))], None))
+        if self.sampler.preparing.is_paused(request.id):
+            self.scheduler.pause(request.id)
+
+    def _drop(self, id: str) -> None:
+        self.sampler.outputs.pop(id, None)
+        self.sampler.preparing.forget(id)
 
     def do_abort(self, id: str) -> None:
         """End a request."""
         output = self.scheduler.abort(id) if self.scheduler is not None else None
-        self.sampler.outputs.pop(id, None)
+        if self.scheduler is not None:
+            self._drop(id)
         if output is not None:
             self.channel.send(("outputs", [output], None))
 
@@ -285,19 +290,23 @@ class Rank:
         """Compute nothing more for a request until `do_resume_request`."""
         if self.scheduler is not None:
             self.scheduler.pause(id)
+            self.sampler.preparing.pause(id)
 
     def do_resume_request(self, id: str) -> None:
         """Let a paused request go on."""
         if self.scheduler is not None:
             self.scheduler.resume(id)
+            self.sampler.preparing.resume(id)
 
     # The loop
 
     def run(self) -> None:
         """Work until the coordinator is gone."""
         while True:
-            while self.channel.poll(0.0 if self._has_work else None):
+            self._submit_prepared()
+            while self.channel.poll(0.0 if self._has_work else self._patience_s):
                 self._obey(*self.channel.recv()[0])
+                self._submit_prepared()
             if self._has_work:
                 try:
                     self._step()
@@ -309,6 +318,15 @@ class Rank:
     @property
     def _has_work(self) -> bool:
         return self.is_serving and self.scheduler is not None and self.scheduler.has_work
+
+    @property
+    def _patience_s(self) -> float | None:
+        return IDLE_S if self.scheduler is not None and self.sampler.preparing else None
+
+    def _submit_prepared(self, *, wait: bool = False) -> None:
+        if self.scheduler is not None:
+            for given in self.sampler.preparing.ready(wait=wait):
+                self._submit(given)
 
     def _fail(self, error: str) -> None:
         self.is_serving = False

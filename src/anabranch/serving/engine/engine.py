@@ -1,6 +1,7 @@
 """`Engine`: a model, its runner and its scheduler, in the thread or process that runs them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -133,6 +134,11 @@ class Engine:
         if isinstance(sampler, Sampler):
             sampler.check(request.sampling)
 
+    def prepare(self, request: Request) -> "Future[Any] | None":
+        """What a request needs before it can run: its grammar, compiled in another thread. None for nothing."""
+        sampler = self.runner.sampler
+        return sampler.prepare(request) if isinstance(sampler, Sampler) else None
+
     def loop(self, emit: Callable[[list[Event]], None]) -> EngineLoop:
         """A loop that runs it."""
         return EngineLoop(
@@ -141,6 +147,7 @@ class Engine:
             emit,
             is_async=self.is_async,
             check=self.check,
+            prepare=self.prepare,
             controls=self.controls,
             sources=self.sources,
         )

@@ -10,6 +10,7 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import BusyError
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.core.stream import joined
 from anabranch.serving.engine.engine import Engine
@@ -73,7 +74,8 @@ class LLM:
             request: further fields of each `Request`, such as ``record_routing``.
 
         Raises:
-            InputError: a prompt can never run, or is text and there is no tokenizer.
+            InputError: a prompt or a grammar can never run, or a prompt is text and there is no tokenizer.
+            BusyError: too many grammars are asked for at a time.
             AnabranchError: the engine failed.
         """
         each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
@@ -93,7 +95,7 @@ class LLM:
         outputs: dict[str, Output] = {}
         for event in self._events:
             if isinstance(event, Refused):
-                raise InputError(event.error)
+                raise BusyError(event.error) if event.is_busy else InputError(event.error)
             if isinstance(event, Output):
                 outputs[event.id] = joined(outputs[event.id], event) if event.id in outputs else event
         return [self._generation(request, outputs[request.id]) for request in requests]

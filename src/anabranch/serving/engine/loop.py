@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.batch import Batch, Sampled
-from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.engine.messages import (
     Abort,
@@ -21,6 +21,7 @@ from anabranch.serving.engine.messages import (
     Control,
     Event,
     Pause,
+    Prepared,
     Refused,
     Reply,
     Resume,
@@ -66,6 +67,8 @@ class EngineLoop:
         emit: takes events.
         is_async: the model runs in a thread of its own, and the next step is scheduled while it does.
         check: raises InputError for a request that this engine can never run, beyond what the scheduler checks.
+        prepare: begins, in another thread, what a request needs before it can run, such as a grammar that is compiled; None for nothing.
+            What its future gives is held while the request is under way.
         controls: functions by name, called in the loop's thread between steps.
         sources: each gives counters, gauges and samples that are added to a picture.
     """
@@ -78,14 +81,17 @@ class EngineLoop:
         *,
         is_async: bool = False,
         check: Callable[[Request], None] | None = None,
+        prepare: Callable[[Request], Future[Any] | None] | None = None,
         controls: Mapping[str, Callable[..., Any]] | None = None,
         sources: Sequence[Callable[[], EngineStats]] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
-        self._emit, self._check = emit, check
+        self._emit, self._check, self._prepare = emit, check, prepare
         self._controls, self._sources = dict(controls or {}), tuple(sources)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: set[str] = set()
+        self._preparing: dict[str, tuple[Request, Future[Any]]] = {}  # live, but not yet the scheduler's
+        self._held: dict[str, Any] = {}  # what was prepared for those under way
         self._flight: deque[tuple[Batch, Future[tuple[list[Sampled], float]]]] = deque()
         self._worker = ThreadPoolExecutor(1, "anabranch-model") if is_async else None
         self._closing_at: float | None = None
@@ -133,7 +139,9 @@ class EngineLoop:
         outputs = self.scheduler.update(batch, sampled)
         self._step_times.append(seconds)
         self._is_idle_told = False
-        self._live.difference_update(output.id for output in outputs if output.finish is not None)
+        for output in outputs:
+            if output.finish is not None:
+                self._forget(output.id)
         events: list[Event] = [*outputs]
         if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
             events.append(
@@ -178,6 +186,8 @@ class EngineLoop:
         match command:
             case Add(request):
                 self._add(request)
+            case Prepared(id):
+                self._prepared(id)
             case Abort(id):
                 self._abort(id)
             case Pause(id):
@@ -193,21 +203,60 @@ class EngineLoop:
         if self._closing_at is not None:
             self._emit([Output(id=request.id, finish=Finish.ABORT, error="the engine takes no more requests")])
             return
+        if request.id in self._live:
+            self._emit([Refused(request.id, f"a request {request.id!r} is under way; ids must differ")])
+            return
         try:
             if self._check is not None:
                 self._check(request)
+            future = None if self._prepare is None else self._prepare(request)
+        except InputError as error:
+            self._emit([Refused(request.id, str(error))])
+            return
+        if future is None:
+            self._schedule(request)
+            return
+        self._live.add(request.id)
+        self._preparing[request.id] = request, future
+        future.add_done_callback(lambda _: self.put(Prepared(request.id)))
+
+    def _prepared(self, id: str) -> None:
+        request, future = self._preparing.get(id, (None, None))
+        if request is None or future is None or not future.done():  # it was aborted, and its id may have come again
+            return
+        del self._preparing[id]
+        self._live.discard(id)
+        error = future.exception()
+        if error is None:
+            self._held[id] = future.result()
+            self._schedule(request)
+            return
+        if not isinstance(error, AnabranchError):
+            logger.error("request %s could not be prepared: %s", id, error, exc_info=error)
+        self._emit([Refused(id, str(error) or type(error).__name__, is_busy=isinstance(error, BusyError))])
+
+    def _schedule(self, request: Request) -> None:
+        try:
             self.scheduler.add(request)
         except InputError as error:
+            self._forget(request.id)
             self._emit([Refused(request.id, str(error))])
             return
         self._live.add(request.id)
         self._is_idle_told = False
 
     def _abort(self, id: str) -> None:
-        output = self.scheduler.abort(id)
-        self._live.discard(id)
+        if self._preparing.pop(id, None) is not None:
+            output: Output | None = Output(id=id, finish=Finish.ABORT)
+        else:
+            output = self.scheduler.abort(id)
+        self._forget(id)
         if output is not None:
             self._emit([output])
+
+    def _forget(self, id: str) -> None:
+        self._live.discard(id)
+        self._held.pop(id, None)
 
     def _answer(self, command: Control) -> Reply:
         function = self._controls.get(command.name)
@@ -231,6 +280,7 @@ class EngineLoop:
         message = f"{type(error).__name__}: {error}"
         lost = [Output(id=id, finish=Finish.ERROR, error=message) for id in sorted(self._live)]
         self._live.clear()
+        self._preparing.clear()
         self._emit([*lost])
         self._end(message)
 

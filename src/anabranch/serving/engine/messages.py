@@ -53,17 +53,25 @@ class Close:
     drain_s: float = 0.0
 
 
-Command = Add | Abort | Pause | Resume | Control | Close
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a request needs before it can run is there, or cannot be had; the loop tells itself."""
+
+    id: str
+
+
+Command = Add | Abort | Pause | Resume | Control | Close | Prepared
 
 # Events, from the loop
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that can never run, and why."""
+    """A request that can never run, or with ``is_busy`` cannot now, and why."""
 
     id: str
     error: str
+    is_busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

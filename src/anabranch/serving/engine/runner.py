@@ -147,11 +147,15 @@ class ModelRunner:
             for chunk in chunks:
                 self._logits([chunk], list(chunk.tokens))
         self._forget("warm-up")
+        if isinstance(self.sampler, Sampler):
+            self.sampler.warm_up()
 
     def close(self) -> None:
         """Tell the hooks that the engine ends."""
         for hook in self.hooks:
             hook.close()
+        if isinstance(self.sampler, Sampler):
+            self.sampler.close()
 
     def _set_up(self, batch: Batch) -> None:
         for id in batch.gone:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, InputError
-from anabranch.serving.core.client import EngineInfo, EngineStats
+from anabranch.serving.core.client import BusyError, EngineInfo, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.stream import Stream
 from anabranch.serving.engine.messages import (
@@ -147,7 +147,7 @@ class StreamsClient:
         if stream is None:
             return
         if isinstance(event, Refused):
-            stream.refuse(InputError(event.error))
+            stream.refuse(BusyError(event.error) if event.is_busy else InputError(event.error))
         else:
             stream.push(event)
 

@@ -1,22 +1,37 @@
-"""Texts that are no JSON, or JSON with text around it, said where a JSON schema is said: `regex`, `choice`, `sequence`, `repeat`."""
+"""What an output may have to be, as a plain value: a JSON schema, or what `regex`, `choice`, `sequence` and `repeat` make.
 
-from collections.abc import Sequence
+JSON schemas are read as llguidance reads them: properties come in the order in which the schema names them, ``oneOf`` is ``anyOf``, and
+a keyword or format that it cannot hold is refused by name. Ours are these rules:
+
+- at the top, {} is any JSON object;
+- an object with ``properties`` that says nothing of others takes no others, as in OpenAI's strict mode, unless the schema puts objects
+  together (``allOf``, or ``$ref`` beside ``properties``);
+- blanks are one space, or a line feed and up to 40 spaces or tabs: a model cannot pad for ever.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.serving.grammar.characters import of_expression
-from anabranch.serving.grammar.machine import Machine
-from anabranch.serving.grammar.pattern import parse
-from anabranch.serving.grammar.schema import json_schema
-from anabranch.serving.grammar.text import utf8_character
 
-__all__ = ["build", "choice", "regex", "repeat", "sequence"]
+__all__ = ["MOST_CHARACTERS", "choice", "key_of", "regex", "repeat", "sequence", "text_of"]
 
+MOST_CHARACTERS = 250_000  # of a grammar as JSON; OpenAI takes 120,000
 _REGEX, _CHOICE, _SEQUENCE, _REPEAT = (f"anabranch:{name}" for name in ("regex", "choice", "sequence", "repeat"))
+_FORMS = (_REGEX, _CHOICE, _SEQUENCE, _REPEAT)
+_OPTIONS = "x-guidance"  # where a schema has options for llguidance; those are ours to give
+_JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ \t]{0,40}", "coerce_one_of": True, "lenient": False}
+# Where only one text may follow, its tokens are the model's choice all the same.
+_LARK_OPTIONS = {"no_forcing": True}
+# Where schemas stand in a schema: below these keywords one, a list of them, or one for each name.
+_ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def regex(pattern: str) -> dict[str, Any]:
-    """For `Sampling.grammar`: the whole output matches ``pattern`` (`anabranch.serving.grammar.pattern`)."""
+    """For `Sampling.grammar`: the whole output matches ``pattern``, in the syntax of Rust's regex crate, without look-around."""
     return {_REGEX: pattern}
 
 
@@ -35,28 +50,150 @@ def repeat(part: str | dict[str, Any], least: int = 0, most: int | None = None) 
     return {_REPEAT: [part, least, most]}
 
 
-def build(machine: Machine, form: Any) -> int:
-    """The node of a schema or form. Raises InputError for what is neither, or what no text matches."""
-    node = _build(machine, form)
-    if node == machine.nothing:
-        raise InputError("no text matches the grammar")
-    return node
+def key_of(form: Any) -> str:
+    """A form as JSON, by which equal ones are known; the order of an object's properties counts.
 
-
-def _build(machine: Machine, form: Any) -> int:
-    if isinstance(form, str):
-        return machine.literal(form.encode("utf-8"))
+    Raises InputError for what is no JSON object, or longer than `MOST_CHARACTERS`.
+    """
     if not isinstance(form, dict):
         raise InputError(f"a grammar is a JSON schema, which is an object; this is {type(form).__name__}")
-    if len(form) == 1:
-        (name, value), *_ = form.items()
-        if name == _REGEX:
-            return of_expression(parse(value, whole=True)).node(machine, utf8_character)
-        if name == _CHOICE:
-            return machine.choice(*(_build(machine, option) for option in value))
-        if name == _SEQUENCE:
-            return machine.sequence(*(_build(machine, part) for part in value))
-        if name == _REPEAT:
-            part, least, most = value
-            return machine.repeat(_build(machine, part), least, most)
-    return json_schema(machine, form)
+    try:
+        key = json.dumps(form)
+    except RecursionError:
+        raise InputError("the grammar is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the grammar is no JSON: {error}") from None
+    if len(key) > MOST_CHARACTERS:
+        raise InputError(
+            f"the grammar has {len(key):,} characters as JSON; at most {MOST_CHARACTERS:,} can be followed"
+        )
+    return key
+
+
+def text_of(form: dict[str, Any]) -> str:
+    """The grammar as llguidance reads it. Raises InputError for a form that is malformed, MissingExtraError without llguidance."""
+    try:
+        rules = _Rules()
+        start = rules.expression(form)
+        lines = ["%llguidance " + json.dumps(_LARK_OPTIONS), f"start: {start}", *rules.lines]
+        return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}]})
+    except RecursionError:
+        raise InputError("the grammar is nested too deeply") from None
+
+
+def _name_of(form: Any) -> str | None:
+    """Which form it is; None for a JSON schema."""
+    if not isinstance(form, Mapping) or len(form) != 1:
+        return None
+    (name,) = form
+    return name if name in _FORMS else None
+
+
+class _Rules:
+    """The rules of a grammar in llguidance's dialect of Lark, in which names of terminals are upper case."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def expression(self, form: Any) -> str:
+        """The name of the rule for a form."""
+        # A terminal is matched as a whole, rules from terminal to terminal, each as long as it can be: what is regular is one terminal.
+        is_regular = _is_regular(form)
+        name = f"{'T' if is_regular else 'r'}{len(self.lines)}"
+        at = len(self.lines)
+        self.lines.append("")
+        self.lines[at] = f"{name}: {self._body(form, is_regular)}"
+        return name
+
+    def _body(self, form: Any, is_regular: bool) -> str:
+        def part(inner: Any) -> str:
+            return f"({self._body(inner, True)})" if is_regular else self.expression(inner)
+
+        if isinstance(form, str):
+            return json.dumps(form)
+        kind = _name_of(form)
+        if kind is None:
+            return f"%json {json.dumps(_schema(form))}"
+        value = form[kind]
+        if kind == _REGEX:
+            return f"/{_regex(value)}/"
+        if kind == _REPEAT:
+            repeated, least, most = _repetition(value)
+            return f"{part(repeated)}{{{least},{'' if most is None else most}}}"
+        if not isinstance(value, list):
+            raise InputError(f"grammar: {kind.partition(':')[2]} is {type(value).__name__}; it must be a list")
+        if kind == _SEQUENCE:
+            return " ".join(map(part, value)) or '""'
+        if not value:
+            raise InputError("no text matches the grammar: a choice without options")
+        return " | ".join(map(part, value))
+
+
+def _is_regular(form: Any) -> bool:
+    if isinstance(form, str):
+        return True
+    kind = _name_of(form)
+    if kind is None:
+        return False
+    value = form[kind]
+    if kind == _REGEX:
+        return True
+    return all(map(_is_regular, value[:1] if kind == _REPEAT else value)) if isinstance(value, list) else True
+
+
+def _repetition(value: Any) -> tuple[Any, int, int | None]:
+    if isinstance(value, list) and len(value) == 3:
+        part, least, most = value
+        if isinstance(least, int) and least >= 0 and (most is None or (isinstance(most, int) and most >= least)):
+            return part, int(least), None if most is None else int(most)
+    raise InputError("grammar: repeat must be a part, the least and the most times it stands, or null for no end")
+
+
+def _regex(pattern: Any) -> str:
+    """A pattern to stand between slashes; ``\\d`` and ``\\w`` are those of ASCII, and anchors say what is so anyway."""
+    from anabranch.serving.grammar.library import llguidance
+
+    if not isinstance(pattern, str):
+        raise InputError(f"grammar: regex is {type(pattern).__name__}; it must be text")
+    return str(llguidance().regex_to_lark(pattern, "dw"))
+
+
+def _schema(form: Any) -> dict[str, Any]:
+    """A schema with our rules, and our options in place of any of its own."""
+    if not isinstance(form, dict):
+        raise InputError(f"a grammar is a JSON schema, which is an object; this is {type(form).__name__}")
+    named = {name: value for name, value in form.items() if name != _OPTIONS}
+    if not named:
+        named = {"type": "object"}
+    return {**(named if _puts_together(named) else _closed(named)), _OPTIONS: _JSON_OPTIONS}
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects take no properties but those they name, where they name some and do not say."""
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in _ONE:
+            made[keyword] = _closed(value)
+        elif keyword in _LISTS and isinstance(value, list):
+            made[keyword] = [_closed(part) for part in value]
+        elif keyword in _MAPS and isinstance(value, dict):
+            made[keyword] = {name: _closed(part) for name, part in value.items()}
+    named, required = made.get("properties"), made.get("required", [])
+    if isinstance(named, dict) and isinstance(required, list) and "patternProperties" not in made:
+        if all(isinstance(name, str) and name in named for name in required):
+            made.setdefault("additionalProperties", False)
+    return made
+
+
+def _puts_together(schema: Any) -> bool:
+    """Whether objects are put together somewhere, so that one that takes no others would leave out what the rest adds."""
+    if not isinstance(schema, dict):
+        return False
+    if "allOf" in schema or ("properties" in schema and schema.keys() & {"$ref", "anyOf", "oneOf"}):
+        return True
+    parts = [value for keyword, value in schema.items() if keyword in _ONE]
+    parts += [part for keyword in _LISTS if isinstance(schema.get(keyword), list) for part in schema[keyword]]
+    parts += [part for keyword in _MAPS if isinstance(schema.get(keyword), dict) for part in schema[keyword].values()]
+    return any(map(_puts_together, parts))

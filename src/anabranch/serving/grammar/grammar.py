@@ -1,78 +1,99 @@
-"""`Grammar`: which tokens may come next, for one schema and one tokenizer."""
+"""`Grammar`: one that is compiled for a tokenizer; `Matcher`: where one output has come to in it."""
 # Shapes: V vocabulary
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.serving.grammar.machine import DEAD, Machine
+from anabranch.errors import InputError
+from anabranch.serving.grammar import trial_worker
+from anabranch.serving.grammar.library import llguidance
 from anabranch.serving.grammar.vocabulary import Vocabulary
 
-__all__ = ["Grammar"]
-
-_ENDED = -1  # the state after an end-of-text token: only another may follow
-_KEPT_MASKS = 512  # least recently used go first
-_MANY_STATES = 50_000  # about 60 MB
+__all__ = ["Grammar", "Matcher"]
 
 
 class Grammar:
-    """An automaton over tokens; a state is an integer of this grammar's.
-
-    Not safe for threads: one engine loop walks it.
+    """A grammar, compiled. Safe for threads.
 
     Args:
-        machine, root: over bytes, and the node that a whole text matches.
+        text: see `anabranch.serving.grammar.forms.text_of`; it must have been tried out.
         vocabulary: of the tokenizer.
-        ends: end-of-text tokens, allowed exactly where the text may end.
+        ends: end-of-text tokens, allowed exactly where a text may end.
+        size_bytes: of memory that it takes.
+
+    Raises InputError for a grammar that cannot be followed.
     """
 
-    def __init__(self, machine: Machine, root: int, vocabulary: Vocabulary, ends: Sequence[int]) -> None:
-        self._machine, self._vocabulary = machine, vocabulary
-        self._start = machine.start(root)
-        self._ends = np.array(sorted(set(ends)), dtype=np.int64)
-        self._end_set = frozenset(ends)
-        self._masks: OrderedDict[int, NDArray[np.bool_]] = OrderedDict()
+    def __init__(self, text: str, vocabulary: Vocabulary, ends: Sequence[int], size_bytes: int = 0) -> None:
+        self.size_bytes = size_bytes
+        self._vocabulary = vocabulary
+        self._ends = tuple(sorted({end for end in ends if end < vocabulary.size}))
+        library = llguidance()
+        limits = library.LLParserLimits(**trial_worker.PARSER)
+        self._begun = library.LLMatcher(vocabulary.walked, text, log_level=0, limits=limits)
+        if self._begun.is_error():
+            raise InputError(f"the grammar cannot be followed: {trial_worker.told(self._begun.get_error())}")
 
-    def start(self) -> int:
-        """The state before the first token."""
-        return self._start
+    def matcher(self) -> "Matcher":
+        """One at the beginning of a text."""
+        return Matcher(self, self._begun.deep_copy(), self._vocabulary, self._ends)
 
-    def mask(self, state: int) -> NDArray[np.bool_]:
-        """[V], True for tokens that may come next. Kept for the next time: do not write into it."""
-        # Counters that no token can run out make no difference: the masks of all such states are one.
-        key = state if state == _ENDED else self._machine.near(state, self._vocabulary.longest)
-        mask_V = self._masks.get(key)
-        if mask_V is not None:
-            self._masks.move_to_end(key)
-            return mask_V
-        if state == _ENDED:
-            mask_V = np.zeros(len(self._vocabulary.pieces), dtype=np.bool_)
+
+class Matcher:
+    """How far one output has come. Not safe for threads.
+
+    Attributes:
+        error: why it cannot go on; None while it can. A limit of `trial_worker.PARSER` was passed, or a token did not fit.
+    """
+
+    def __init__(self, grammar: Grammar, walk: Any, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
+        self._grammar = grammar  # whose memory it uses: that counts as long
+        self.error: str | None = None
+        self._walk, self._vocabulary = walk, vocabulary
+        self._ends, self._end_set = list(ends), frozenset(ends)
+        self._has_ended = False
+
+    def allowed_V(self) -> NDArray[np.bool_]:
+        """The tokens that may come next, a new array; none where there is an `error`, and after an end-of-text token only those."""
+        size = self._vocabulary.size
+        if self._has_ended:
+            mask_V, is_final = np.zeros(size, dtype=np.bool_), True
         else:
-            mask_V = self._vocabulary.allowed(self._machine, key)
-        mask_V[self._ends[self._ends < len(mask_V)]] = self.is_final(state)
-        mask_V.flags.writeable = False
-        self._masks[key] = mask_V
-        if len(self._masks) > _KEPT_MASKS:
-            self._masks.popitem(last=False)
+            bits = np.unpackbits(np.frombuffer(self._walk.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            mask_V, is_final = bits[:size].view(np.bool_), bool(bits[self._vocabulary.end])
+            self._look()
+        if self.error is not None:
+            return np.zeros(size, dtype=np.bool_)
+        mask_V[self._ends] = is_final
         return mask_V
 
-    def advance(self, state: int, token: int) -> int | None:
-        """The state after ``token``; None if it may not follow."""
+    def take(self, token: int) -> bool:
+        """Go on with ``token``; False, and an `error`, if it may not follow."""
+        if self.error is not None:
+            return False
         if token in self._end_set:
-            return _ENDED if self.is_final(state) else None
-        if state == _ENDED or not 0 <= token < len(self._vocabulary.pieces) or not self._vocabulary.pieces[token]:
-            return None
-        for byte in self._vocabulary.pieces[token]:
-            state = self._machine.step(state, byte)
-        return None if state == DEAD else state
-
-    def is_final(self, state: int) -> bool:
-        """Whether the text may end here."""
-        return state == _ENDED or self._machine.is_final(state)
+            fits = self._has_ended = self.is_final
+        else:
+            fits = (
+                not self._has_ended
+                and 0 <= token < self._vocabulary.size
+                and self._walk.try_consume_tokens([token]) == 1
+            )
+        self._look()
+        if not fits and self.error is None:
+            self.error = f"token {token} does not fit the request's grammar"
+        return fits
 
     @property
-    def is_full(self) -> bool:
-        """Whether it has seen so many states that a new one should be compiled for new requests."""
-        return self._machine.num_states > _MANY_STATES
+    def is_final(self) -> bool:
+        """Whether the text may end here."""
+        return self._has_ended or (self.error is None and bool(self._walk.is_accepting()))
+
+    def _look(self) -> None:
+        """See whether llguidance has given up."""
+        if self._walk.is_error():
+            told = trial_worker.told(self._walk.get_error())
+            self.error = f"the request's grammar cannot be followed any further: {told}"

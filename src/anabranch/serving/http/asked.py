@@ -7,6 +7,7 @@ from typing import Any
 from anabranch.errors import InputError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Sampling
+from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.fields import unsupported
 from anabranch.serving.http.messages import Tools, read_messages, read_tools
@@ -190,6 +191,17 @@ def _sampling(
 
 def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | None:
     """The schema the output has to follow; the engine refuses one it cannot follow. Raises ApiError (400)."""
+    form, param = _demanded(body, tools)
+    if form is not None:
+        try:
+            key_of(form)
+        except InputError as error:
+            raise wrong(param, str(error)) from None
+    return form
+
+
+def _demanded(body: Mapping[str, Any], tools: Tools | None) -> tuple[dict[str, Any] | None, str]:
+    """The schema, and the field of the request that it is from."""
     form = body.get("response_format") or {"type": "text"}
     kind = form.get("type")
     if kind not in ("text", "json_object", "json_schema"):
@@ -199,17 +211,17 @@ def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | N
         if kind != "text":
             raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
         try:
-            return tools.grammar()
+            return tools.grammar(), "tools"
         except InputError as error:
             raise wrong("tools", str(error)) from None
     if kind == "text":
-        return None
+        return None, "response_format"
     if kind == "json_object":
-        return {}
+        return {}, "response_format"
     table = form.get("json_schema")
     if not isinstance(table, dict) or not isinstance(table.get("schema"), dict):
         raise wrong("response_format.json_schema", "response_format.json_schema must be an object with name and schema")
-    return table["schema"]
+    return table["schema"], "response_format"
 
 
 def _room(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.admission import OverloadError, Ticket
-from anabranch.serving.core.client import EngineClient, EngineInfo
+from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo
 from anabranch.serving.core.request import Request
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.buffer import Buffer
@@ -234,6 +234,8 @@ async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIt
             yield piece
     except InputError as error:
         raise ApiError(400, "invalid_value", str(error), param=param) from None
+    except BusyError as error:
+        raise ApiError(503, "busy", str(error), param=param, headers={"Retry-After": "1"}) from None
     finally:
         ticket.close()
         await pieces.aclose()  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ def adjust(logits_SV: Tensor, states: list[SequenceState]) -> Tensor:
         row_P, token_P = _pairs([(row, tokens) for row, tokens, _ in biased], logits_SV)
         bias_P = torch.from_numpy(np.concatenate([bias for _, _, bias in biased])).to(logits_SV.device)
         logits_SV.index_put_((row_P, token_P), bias_P, accumulate=True)  # a token named twice gets both
-    held = [(row, state.stops) for row, state in enumerate(states) if state.holds_stops and state.grammar is None]
+    held = [(row, state.stops) for row, state in enumerate(states) if state.holds_stops and state.matcher is None]
     if held:
         logits_SV[_pairs(held, logits_SV)] = -math.inf
     _restrict(logits_SV, states)

@@ -7,11 +7,10 @@ OpenAI's are.
 """
 # Shapes: R rows, S rows that are not plain greedy, V vocabulary
 
-import json
+import logging
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,18 @@ import torch
 from torch import Tensor
 
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import InputError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.distribution import cut, invert, temper
-from anabranch.serving import grammar
 from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.grammar import Grammar, GrammarStore
 from anabranch.serving.sampling.adjust import adjust
 from anabranch.serving.sampling.logprobs import logprobs, not_numbers
 from anabranch.serving.sampling.state import SequenceState
 
 __all__ = ["Sampler"]
 
-_KEPT_GRAMMARS = 64  # compiled ones, least recently used go first
+logger = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -40,6 +39,7 @@ class Sampler:
         vocab_size: V of the model's logits; the tokenizer's may be smaller.
         stop_tokens: the model's own end-of-text tokens.
         tokenizer: for grammars; without one a request with a grammar is refused.
+        is_tried: see `GrammarStore`.
         seed: of the seeds of requests that bring none; None draws it.
     """
 
@@ -50,16 +50,16 @@ class Sampler:
         stop_tokens: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
         seed: int | None = None,
+        is_tried: bool = False,
     ) -> None:
-        self.vocab_size, self.tokenizer = vocab_size, tokenizer
+        self.vocab_size = vocab_size
         self.stop_tokens = tuple(token for token in stop_tokens if token < vocab_size)
         self._seeds = np.random.default_rng(seed)
         self._states: dict[str, SequenceState] = {}
-        self._grammars: OrderedDict[str, grammar.Grammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self.grammars = GrammarStore(tokenizer, self.stop_tokens, is_tried=is_tried)
 
     def check(self, sampling: Sampling) -> None:
-        """Raises InputError for what can never be sampled: a token outside the vocabulary, a grammar that is not supported."""
+        """Raises InputError for what can never be sampled, such as a token outside the vocabulary; of a grammar `prepare` tells."""
         tokens = {
             "logit_bias": [token for token, _ in sampling.logit_bias],
             "stop_tokens": list(sampling.stop_tokens),
@@ -69,8 +69,19 @@ class Sampler:
                 raise InputError(f"{name} names token {outside[0]}; tokens are 0 to {self.vocab_size - 1}")
         if bad := [value for _, value in sampling.logit_bias if math.isnan(value) or value == math.inf]:
             raise InputError(f"logit_bias has the value {bad[0]}; it must be a number, or -inf to forbid a token")
-        if sampling.grammar is not None:
-            self._grammar(sampling.grammar)
+
+    def prepare(self, request: Request) -> "Future[Grammar] | None":
+        """The grammar of a request, see `GrammarStore.prepare`; None if it has none. While it is held, `add` has it at once."""
+        form = request.sampling.grammar
+        return None if form is None else self.grammars.prepare(form, request.key)
+
+    def warm_up(self) -> None:
+        """Do now what would hold up the first who sends a grammar, and everybody with them."""
+        self.grammars.warm_up()
+
+    def close(self) -> None:
+        """Free threads."""
+        self.grammars.close()
 
     def add(self, request: Request, output: Sequence[int] = ()) -> None:
         """Set a request up. ``output``: tokens it was given before, elsewhere or by another sampler; it goes on as if by this one.
@@ -81,8 +92,8 @@ class Sampler:
         error, compiled = None, None
         try:
             self.check(request.sampling)
-            compiled = None if request.sampling.grammar is None else self._grammar(request.sampling.grammar)
-        except InputError as refused:
+            compiled = None if request.sampling.grammar is None else self.grammars.get(request.sampling.grammar)
+        except AnabranchError as refused:
             error = str(refused)
         state = SequenceState(request, seed=seed, ends=self.stop_tokens, grammar=compiled)
         state.error = error
@@ -136,7 +147,10 @@ class Sampler:
         logits_SV = adjust(logits_RV[place].float(), some)
         best_S, token_S = logits_SV.max(-1)
         nothing = (best_S == -math.inf).tolist()
-        errors = ["no token is allowed: the grammar or logit_bias leaves none" if none else None for none in nothing]
+        errors = [
+            state.error or ("no token is allowed: the grammar or logit_bias leaves none" if none else None)
+            for state, none in zip(some, nothing, strict=True)
+        ]
         drawing = [at for at, state in enumerate(some) if state.sampling.temperature > 0 and errors[at] is None]
         if drawing:
             at_D = torch.tensor(drawing, device=logits_RV.device)
@@ -160,22 +174,6 @@ class Sampler:
         tops = [states[row].sampling.logprobs or 0 for row in asked]
         place = torch.tensor(asked, device=logits_RV.device)
         return dict(zip(asked, logprobs(logits_RV[place], [tokens[row] for row in asked], tops), strict=True))
-
-    def _grammar(self, schema: dict[str, Any]) -> grammar.Grammar:
-        if self.tokenizer is None:
-            raise InputError("a grammar needs the model's tokenizer, which this engine was not given")
-        try:
-            key = json.dumps(schema)  # in the order of its keys, which is the order of an object's properties
-        except RecursionError:
-            raise InputError("the grammar is nested too deeply") from None
-        with self._lock:  # a front end may check while the engine adds
-            compiled = self._grammars.pop(key, None)
-            if compiled is None or compiled.is_full:
-                compiled = grammar.compile(schema, self.tokenizer, ends=self.stop_tokens)
-            self._grammars[key] = compiled
-            if len(self._grammars) > _KEPT_GRAMMARS:
-                self._grammars.popitem(last=False)
-        return compiled
 
 
 def _broken(best_R: Tensor, states: list[SequenceState]) -> list[str | None]:

@@ -2,7 +2,6 @@
 # Shapes: N different tokens of a request, V vocabulary
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +70,7 @@ class SequenceState:
         self.bias = np.array([value for _, value in sampling.logit_bias], dtype=np.float32)
         own = sampling.stop_tokens if sampling.ignore_eos else (*sampling.stop_tokens, *ends)
         self.stops = np.array(sorted(set(own)), dtype=np.int64)
-        self.grammar = grammar
-        self.grammar_state: Any = None if grammar is None else grammar.start()
+        self.matcher = None if grammar is None else grammar.matcher()
         self.is_plain = (
             sampling.temperature == 0
             and sampling.min_tokens == 0
@@ -98,17 +96,15 @@ class SequenceState:
         self.index += 1
         if self.counts is not None:
             self.counts.add(token)
-        if self.grammar is not None and self.error is None:
-            after = self.grammar.advance(self.grammar_state, token)
-            if after is None:
-                self.error = f"token {token} does not fit the request's grammar"
-            self.grammar_state = after
+        if self.matcher is not None and self.error is None and not self.matcher.take(token):
+            self.error = self.matcher.error
 
     def allowed_V(self) -> NDArray[np.bool_] | None:
         """The tokens that the grammar, and with it ``min_tokens``, allows; None without a grammar."""
-        if self.grammar is None:
+        if self.matcher is None:
             return None
-        mask_V = self.grammar.mask(self.grammar_state)
+        mask_V = self.matcher.allowed_V()
+        self.error = self.error or self.matcher.error
         if self.holds_stops:
             longer_V = mask_V.copy()
             longer_V[self.stops[self.stops < len(longer_V)]] = False
