@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, NotFiniteError
 from anabranch.lm import Decoder, SamplingConfig, generate, stream
 from anabranch.lm.generate import sample
 from anabranch.nn import MoE, SelfAttention
@@ -200,3 +200,14 @@ def test_bad_prompts(model, prompts, message):
 def test_messages(fields, message):
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**fields)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logits", [[torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]])
+def test_no_token_is_drawn_from_what_are_no_numbers(logits, temperature):
+    with pytest.raises(NotFiniteError, match=r"row 1 has logits that are not numbers \(the largest is (nan|-?inf)\)"):
+        sample(torch.tensor([[0.0, 1.0], logits]), SamplingConfig(temperature=temperature))
+
+
+def test_tokens_that_are_closed_are_no_fault():
+    assert sample(torch.tensor([[-torch.inf, 1.0]]), SamplingConfig(temperature=1.0)).tolist() == [1]

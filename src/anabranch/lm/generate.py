@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Seed, Size, configclass
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, NotFiniteError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.distribution import cut, temper
 
@@ -100,7 +100,13 @@ def stream(
 
 
 def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
-    """token_B from ``logits_BV`` by the rules of ``config``."""
+    """token_B from ``logits_BV`` by the rules of ``config``. Raises NotFiniteError if a row has no largest number, such as with NaN."""
+    best_B = logits_BV.amax(-1)
+    if not bool(best_B.isfinite().all()):
+        row = int((~best_B.isfinite()).nonzero()[0])
+        raise NotFiniteError(
+            f"row {row} has logits that are not numbers (the largest is {best_B[row]:g}): check the model's weights"
+        )
     if config.temperature == 0:
         return logits_BV.argmax(-1)
     rows, device = len(logits_BV), logits_BV.device
