@@ -6,18 +6,18 @@ from hypothesis import strategies as st
 from anabranch.routing import UNUSED, Routing
 
 
-def random_routing(num_items, num_destinations, num_places, *, seed=0, dtype=torch.float32, unused=0.0):
-    """Distinct destinations per item, in no particular order; a share ``unused`` of the places names none."""
+def random_routing(num_items, num_destinations, num_choices, *, seed=0, dtype=torch.float32, unused=0.0):
+    """Distinct destinations per item, in no particular order; a share ``unused`` of the choices names none."""
     generator = torch.Generator().manual_seed(seed)
     score_NE = torch.rand(num_items, num_destinations, generator=generator, dtype=dtype)
-    index_NK = torch.rand(num_items, num_destinations, generator=generator).argsort(-1)[:, :num_places]
+    index_NK = torch.rand(num_items, num_destinations, generator=generator).argsort(-1)[:, :num_choices]
     routing = Routing(index_NK, score_NE.gather(-1, index_NK), score_NE)
-    return routing.drop(torch.rand(num_items, num_places, generator=generator) < unused)
+    return routing.drop(torch.rand(num_items, num_choices, generator=generator) < unused)
 
 
 @st.composite
 def routings(draw, max_items=12, max_destinations=6, min_items=0):
-    """Routings of every shape, some with unused places."""
+    """Routings of every shape, some with unused choices."""
     num_items = draw(st.integers(min_items, max_items))
     num_destinations = draw(st.integers(1, max_destinations))
     return random_routing(

@@ -109,7 +109,7 @@ def test_processes_that_tests_start_are_changed_too(monkeypatch):
     """What happens between ranks is seen in processes of their own alone."""
     tests = (str(mutations.ROOT / "tests" / "nn" / "test_expert_parallel.py"),)
     monkeypatch.setattr(mutations, "tests_of", lambda module: [tests])
-    assert not Judge().survives(find("nn.expert_parallel", "place_R // plan.num_places"))
+    assert not Judge().survives(find("nn.expert_parallel", "choice_R // plan.num_choices"))
 
 
 @pytest.mark.slow

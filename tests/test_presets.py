@@ -54,12 +54,16 @@ def test_what_makes_each_design():
     assert find["rexmoe-r4"].reuse == 4
     assert find["rexmoe-open"].psr is None
     assert (find["rmoe"].router.score.owner.kind, find["rmoe"].router.score.state_dim) == ("recurrent", 16)
-    assert (find["chain"].iterations, find["chain"].places, find["chain"].router.select.normalize) == (2, 1, "none")
+    assert (find["chain"].iterations, find["chain"].num_choices, find["chain"].router.select.normalize) == (
+        2,
+        1,
+        "none",
+    )
     assert find["demo"].psr.mask == "local_first"
     assert find["moe-fine"].num_experts == 32
     assert find["moe-fine"].router.select.top_k == 8
     assert find["moe-shared"].shared_experts == 1
-    assert find["moe-shared"].places + find["moe-shared"].shared_experts == find["moe"].places
+    assert find["moe-shared"].num_choices + find["moe-shared"].shared_experts == find["moe"].num_choices
     assert find["moe-lossfree"].router.score.activation == "sigmoid"
 
 

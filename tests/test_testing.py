@@ -59,7 +59,7 @@ def test_a_routing_that_is_right():
         ({"index_NK": torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)}, "index_NK is torch.int32, not int64"),
         ({"index_NK": torch.tensor([[0, 3], [1, -1]])}, "an index is not in -1 to 2"),
         ({"index_NK": torch.tensor([[0, 0], [1, -1]])}, "an item has one destination twice"),
-        ({"weight_NK": torch.ones(2, 2)}, "an unused place has a weight that is not 0"),
+        ({"weight_NK": torch.ones(2, 2)}, "an unused choice has a weight that is not 0"),
         ({"weight_NK": torch.tensor([[torch.nan, 0.4], [1.0, 0.0]])}, "a weight is not finite"),
         ({"weight_NK": torch.ones(2, 3)}, "weight_NK has another shape than index_NK"),
         ({"score_NE": torch.ones(3, 3)}, "score_NE has another number of items"),
@@ -134,7 +134,7 @@ class FirstCome(Select):
         return index_N1
 
 
-class OnePlaceMore(TopK):
+class OneChoiceMore(TopK):
     """Has a place more than it says."""
 
     def choose(self, value_NE):
@@ -144,7 +144,7 @@ class OnePlaceMore(TopK):
 @pytest.mark.parametrize(
     ("select", "message"),
     [
-        (OnePlaceMore, "num_places is 2, but there are 3"),
+        (OneChoiceMore, "num_choices is 2, but there are 3"),
         (ForgetfulTopK, "a closed destination was chosen"),
         (FirstCome, "permuting items does not permute choices"),
     ],

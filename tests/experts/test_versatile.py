@@ -91,7 +91,7 @@ def naive(layer, norm, x_BLD):
     for h_D in x_BLD.flatten(0, -2):
         wide_D = deep_D = h_D
         if paths.router is not None:
-            best = (paths.router.score.weight @ h_D).topk(config.places)
+            best = (paths.router.score.weight @ h_D).topk(config.num_choices)
             width = config.slice_width(config.hidden_dim)
             for place, gate in zip(best.indices.tolist(), best.values.softmax(-1), strict=True):
                 start = config.slice_starts(config.hidden_dim)[place]

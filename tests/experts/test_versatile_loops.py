@@ -147,7 +147,7 @@ def test_a_trace_of_the_experts_alone_leaves_the_loops_to_the_gate():
 
 def test_what_cannot_be():
     model, token = model_of(), tokens()
-    with pytest.raises(ConfigError, match="index_NK has 2 places; a token takes one number of loops"):
+    with pytest.raises(ConfigError, match="index_NK has 2 choices; a token takes one number of loops"):
         with override_routing(model, {GATE.format(0): Override(index_NK=[0, 1])}):
             model(token)
     with pytest.raises(ConfigError, match=r"index_NK names destination 3 of the router of layer 0; it has 0 to 2"):

@@ -19,7 +19,7 @@ TORCH = [name for name in BACKENDS if name != "native"]
 
 
 def make(activation, dtype=torch.float64):
-    """x, routing, w13, w2; some places are unused, and the last expert is never chosen."""
+    """x, routing, w13, w2; some choices are unused, and the last expert is never chosen."""
     g = torch.Generator().manual_seed(0)
     score = torch.rand(ITEMS, EXPERTS, generator=g)
     score[:, -1] = -1.0
@@ -38,7 +38,7 @@ def gelu(value):
 
 
 def naive(x_ND, routing, weight_NK, w13, w2, activation, weight_on):
-    """Item by item and place by place."""
+    """Item by item and choice by choice."""
     rows = []
     for n in range(len(x_ND)):
         y = torch.zeros_like(x_ND[n])

@@ -414,10 +414,10 @@ def test_rows_of_experts_that_there_are_not(offset):
 
 
 @needs_kernels
-@pytest.mark.parametrize("place", [[0, 2], [-1, 0], [1 << 40, 0]])
-def test_places_that_there_are_not(place):
+@pytest.mark.parametrize("choice", [[0, 2], [-1, 0], [1 << 40, 0]])
+def test_choices_that_there_are_not(choice):
     w13, w2 = torch.randn(2, 32, 16), torch.randn(2, 16, 16)
-    call = call_of(torch.tensor(place), torch.tensor([1, 2], dtype=torch.int32), torch.ones(2, 1), w13, w2)
+    call = call_of(torch.tensor(choice), torch.tensor([1, 2], dtype=torch.int32), torch.ones(2, 1), w13, w2)
     with pytest.raises(InputError, match="index out of range"):
         expert_mlp.forward(call, False)
     with pytest.raises(InputError, match="index out of range"):

@@ -104,7 +104,7 @@ def pool_of(linears, **options):
 
 
 def case(seed=0, num_items=11):
-    """Items of which some places are unused; nobody goes to the last expert."""
+    """Items of which some choices are unused; nobody goes to the last expert."""
     g = torch.Generator().manual_seed(seed)
     score = torch.rand(num_items, EXPERTS, generator=g, dtype=torch.float64)
     score[:, -1] = -1

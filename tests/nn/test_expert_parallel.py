@@ -42,7 +42,7 @@ SCRIPT = textwrap.dedent(
         if kind == "all to the first":
             score[:, E // 2 :] = -1.0
         index = score.topk(K, dim=-1).indices
-        if kind == "unused places":
+        if kind == "unused choices":
             unused = torch.rand(11, K, generator=g) < 0.4
             index, weight = index.masked_fill(unused, -1), weight.masked_fill(unused, 0.0)
         dy = torch.randn(11, D, generator=g)
@@ -62,7 +62,7 @@ SCRIPT = textwrap.dedent(
 
     def equals_one_process():
         for split in (5, 0):
-            for kind in ("mixed", "all to the first", "unused places"):
+            for kind in ("mixed", "all to the first", "unused choices"):
                 for weight_on in ("output", "input"):
                     whole, part, mine = data(split, kind)
                     single, shared = full_pool(), shared_pool()

@@ -117,19 +117,19 @@ def test_sum(count, length, width, dtype, threads, seed):
 
 @st.composite
 def plans(draw):
-    """A plan of N items to E experts, K each, of which some places may be unused."""
-    items, places, experts = (
+    """A plan of N items to E experts, K each, of which some choices may be unused."""
+    items, choices, experts = (
         draw(st.sampled_from([1, 2, 7, 13, 40, 130])),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 5)),
     )
     generator = np.random.default_rng(draw(SEEDS))
-    used = generator.random(items * places) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    expert = generator.integers(0, experts, items * places)
-    expert[generator.random(items * places) < draw(st.sampled_from([0.0, 0.9]))] = 0  # most to one
+    used = generator.random(items * choices) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    expert = generator.integers(0, experts, items * choices)
+    expert[generator.random(items * choices) < draw(st.sampled_from([0.0, 0.9]))] = 0  # most to one
     order = np.argsort(np.where(used, expert, experts), kind="stable")
     ends = np.cumsum(np.bincount(expert[used], minlength=experts)).astype(np.int32)
-    return DispatchPlan(torch.from_numpy(order), torch.from_numpy(ends), items, places)
+    return DispatchPlan(torch.from_numpy(order), torch.from_numpy(ends), items, choices)
 
 
 @fuzz
@@ -143,8 +143,8 @@ def test_experts(plan, width, hidden, dtype, on, recompute, needs, threads, seed
     experts = len(plan.offset_E)
     x = torch.randn(plan.num_items, width, dtype=dtype)
     w13, w2 = torch.randn(experts, 2 * hidden, width) / width**0.5, torch.randn(experts, width, hidden) / hidden**0.5
-    weight = torch.zeros(plan.num_items * plan.num_places)
-    used = plan.place_R[: int(plan.offset_E[-1])]
+    weight = torch.zeros(plan.num_items * plan.num_choices)
+    used = plan.choice_R[: int(plan.offset_E[-1])]
     weight[used] = torch.rand(len(used)) + 0.1
     inputs = (x, weight.view(plan.num_items, -1), w13.to(dtype), w2.to(dtype))
     flags = (needs[0], True, needs[1], needs[2])
@@ -248,7 +248,7 @@ def test_packed(kind, count, outputs, depth, by, dtype, bias, threads, seed):
 @given(sizes=st.lists(st.sampled_from([0, 1, 3, 16, 33, 64, 1 << 20]), min_size=4, max_size=4), seed=SEEDS)
 def test_sizes_that_do_not_fit_are_refused_or_computed(sizes, seed):
     """Whatever the sizes: a result of the right shape, or an error of ours; never more memory than there is."""
-    items, width, wide, parts = (min(size, 64) if place != 1 else min(size, 4096) for place, size in enumerate(sizes))
+    items, width, wide, parts = (min(size, 64) if number != 1 else min(size, 4096) for number, size in enumerate(sizes))
     x, weight = torch.zeros(items, width), torch.zeros(wide)
     try:
         _, y, _ = rows.norm(x, weight, 1e-5, keep=True) if width else (None, x, None)

@@ -19,7 +19,7 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # 
 
 
 def make(n=13, e=5, k=3, d=16, f=16, dtype=torch.float32, seed=0, unused=0.2, idle=()):
-    """x, routing, w13, w2 with some places unused and the experts in ``idle`` never chosen."""
+    """x, routing, w13, w2 with some choices unused and the experts in ``idle`` never chosen."""
     g = torch.Generator().manual_seed(seed)
     score = torch.rand(n, e, generator=g)
     score[:, list(idle)] = -1.0
@@ -66,7 +66,7 @@ def test_the_reference_is_the_formula():
     x, routing, w13, w2 = make(dtype=torch.float64)
     expected = torch.zeros_like(x)
     for n in range(x.shape[0]):
-        for k in range(routing.num_places):
+        for k in range(routing.num_choices):
             e = int(routing.index_NK[n, k])
             if e >= 0:
                 gate, up = (w13[e] @ x[n]).chunk(2)
@@ -112,7 +112,7 @@ class TestEdges:
         assert not dw13.any()
         assert not dw2.any()
 
-    def test_every_place_unused_gives_zero(self, backend):
+    def test_every_choice_unused_gives_zero(self, backend):
         assert not any(t.any() for t in run(expert_mlp, *make(unused=1.1), backend=backend))
 
     def test_idle_expert_gets_an_exactly_zero_gradient(self, backend):
@@ -215,7 +215,7 @@ def test_operator_registration_is_sound(backend, keep):
     x, routing, w13, w2 = make(n=6)
     plan = plan_dispatch(routing)
     leaves = [t.requires_grad_() for t in (x, routing.weight_NK.clone(), w13, w2)]
-    arguments = (leaves[0], plan.place_R, plan.offset_E, *leaves[1:], False, torch.float32, backend, "swiglu", keep)
+    arguments = (leaves[0], plan.choice_R, plan.offset_E, *leaves[1:], False, torch.float32, backend, "swiglu", keep)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     found = torch.library.opcheck(torch.ops.anabranch.expert_mlp, arguments, test_utils=checks)
     assert found == dict.fromkeys(checks, "SUCCESS")

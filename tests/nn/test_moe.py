@@ -202,13 +202,13 @@ def test_capacity_drops_in_training_only_and_reports_how_much(order, renormalize
     )  # evaluation drops nothing
 
     capacity = math.ceil(0.5 * 14 * 2 / 5)
-    places = [(n, k) for n in range(14) for k in range(2)]
+    choices = [(n, k) for n in range(14) for k in range(2)]
     if order == "score":
-        places.sort(key=lambda place: -routing.weight_NK[place].item())
+        choices.sort(key=lambda choice: -routing.weight_NK[choice].item())
     taken, kept_NK = [0] * 5, torch.zeros(14, 2, dtype=torch.bool)
-    for place in places:
-        e = int(routing.index_NK[place])
-        kept_NK[place] = taken[e] < capacity
+    for choice in choices:
+        e = int(routing.index_NK[choice])
+        kept_NK[choice] = taken[e] < capacity
         taken[e] += 1
     limited = routing.drop(~kept_NK)
     if renormalize:

@@ -124,12 +124,12 @@ def test_layers_may_name_what_earlier_ones_of_a_token_named(trace, policy, cold,
             assert (found.hits_SC[row, capacity - 1], found.accesses_S[row]) == expected
 
 
-def test_a_layer_may_not_name_one_twice_and_layers_have_all_places():
+def test_a_layer_may_not_name_one_twice_and_layers_have_all_choices():
     index_STK = np.array([[[0, 1, 1]]])
     assert simulate(index_STK, 2, "lru", blocks=[2, 1], cold="miss").hits_SC.tolist() == [[1, 1]]
     with pytest.raises(DataError, match="token 0 of sequence 0 names destination 1 twice"):
         simulate(index_STK, 2, "lru", blocks=[1, 2])
-    with pytest.raises(ConfigError, match="blocks have 2 places, the routes 3"):
+    with pytest.raises(ConfigError, match="blocks have 2 choices, the routes 3"):
         simulate(index_STK, 2, "lru", blocks=[1, 1])
 
 
@@ -198,7 +198,7 @@ def test_long_sequences_take_wide_keys():
             "window is None; 'segment' and 'plec' need one",
         ),
         (lambda: simulate(np.zeros((1, 3, 1), int), 2, "lru", window=4), ConfigError, "no other policy has one"),
-        (lambda: simulate(np.zeros((3, 1), int), 2, "lru"), DataError, r"\[sequences, tokens, places\]"),
+        (lambda: simulate(np.zeros((3, 1), int), 2, "lru"), DataError, r"\[sequences, tokens, choices\]"),
         (lambda: simulate(np.full((1, 3, 1), 2), 2, "lru"), DataError, "destinations 2 to 2; with 2 they are 0 to 1"),
         (lambda: simulate(np.array([[[0], [2]]]), 2, "lru"), DataError, "destinations 0 to 2; with 2 they are 0 to 1"),
         (

@@ -309,7 +309,7 @@ def test_domain_experts_are_consistent_ones():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: lrc.srp(np.zeros((2, 3, 1), int), 2), DataError, r"\[sequences, tokens, layers, experts or places\]"),
+        (lambda: lrc.srp(np.zeros((2, 3, 1), int), 2), DataError, r"\[sequences, tokens, layers, experts or choices\]"),
         (lambda: lrc.srp(drawn(0), 0), ConfigError, "the window is 0 tokens; it must be at least 1"),
         (lambda: lrc.srp(np.array([[[[0, 1]], [[2, 2]]]]), 1), DataError, "token 1 of sequence 0 names destination 2"),
         (lambda: lrc.srp([], 1), DataError, "no routed layers"),

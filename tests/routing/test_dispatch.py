@@ -25,21 +25,21 @@ from strategies import random_routing, routings
 def test_plan_by_hand():
     index_NK = torch.tensor([[1, 0], [UNUSED, 1], [0, 2]])
     plan = plan_dispatch(Routing(index_NK, torch.ones(3, 2), torch.ones(3, 4)))
-    # destination 0: places 1 and 4; 1: places 0 and 3; 2: place 5; 3: none; unused: place 2
-    assert plan.place_R.tolist() == [1, 4, 0, 3, 5, 2]
+    # destination 0: choices 1 and 4; 1: choices 0 and 3; 2: choice 5; 3: none; unused: choice 2
+    assert plan.choice_R.tolist() == [1, 4, 0, 3, 5, 2]
     assert plan.offset_E.tolist() == [2, 4, 5, 5]
     assert plan.load_E.tolist() == [2, 2, 1, 0]
     assert plan.item_R.tolist() == [0, 2, 0, 1, 2, 1]
     assert plan.used_R.tolist() == [True] * 5 + [False]
-    assert (plan.place_R.dtype, plan.offset_E.dtype) == (torch.int64, torch.int32)
+    assert (plan.choice_R.dtype, plan.offset_E.dtype) == (torch.int64, torch.int32)
 
 
 @given(routings())
 def test_rows_are_sorted_by_destination_and_stand_in_item_order_within_one(routing):
     plan = plan_dispatch(routing)
-    assert sorted(plan.place_R.tolist()) == list(range(routing.index_NK.numel()))
+    assert sorted(plan.choice_R.tolist()) == list(range(routing.index_NK.numel()))
     flat = routing.index_NK.flatten().tolist()
-    key = [(math.inf if flat[place] == UNUSED else flat[place], place) for place in plan.place_R.tolist()]
+    key = [(math.inf if flat[choice] == UNUSED else flat[choice], choice) for choice in plan.choice_R.tolist()]
     assert key == sorted(key)
     assert plan.load_E.tolist() == routing.load_E().tolist()
 
@@ -47,14 +47,14 @@ def test_rows_are_sorted_by_destination_and_stand_in_item_order_within_one(routi
 def test_many_destinations_need_a_wider_sort_key():
     index_N1 = torch.tensor([[40000], [5], [32767], [UNUSED]])
     plan = plan_dispatch(Routing(index_N1, torch.ones(4, 1), torch.ones(4, 40001)))
-    assert plan.place_R.tolist() == [1, 2, 0, 3]
+    assert plan.choice_R.tolist() == [1, 2, 0, 3]
 
 
 # -- dispatch and combine
 
 
 @given(routings(), st.integers(0, 2**16))
-def test_dispatch_then_combine_is_identity_times_used_places(routing, seed):
+def test_dispatch_then_combine_is_identity_times_used_choices(routing, seed):
     x_ND = torch.randn(routing.num_items, 3, generator=torch.Generator().manual_seed(seed))
     plan = plan_dispatch(routing)
     y_ND = combine(dispatch(x_ND, plan), plan)
@@ -62,7 +62,7 @@ def test_dispatch_then_combine_is_identity_times_used_places(routing, seed):
 
 
 @given(st.integers(0, 20), st.integers(1, 5), st.integers(0, 2**16))
-def test_with_one_place_per_item_combine_undoes_dispatch_to_the_bit(num_items, num_destinations, seed):
+def test_with_one_choice_per_item_combine_undoes_dispatch_to_the_bit(num_items, num_destinations, seed):
     routing = random_routing(num_items, num_destinations, 1, seed=seed)
     x_ND = torch.randn(num_items, 4, generator=torch.Generator().manual_seed(seed))
     plan = plan_dispatch(routing)
@@ -74,8 +74,8 @@ def test_combine_is_the_weighted_sum_of_a_naive_loop(routing):
     rows_RD = torch.randn(routing.index_NK.numel(), 3, dtype=torch.float64)
     plan = plan_dispatch(routing)
     expected_ND = torch.zeros(routing.num_items, 3, dtype=torch.float64)
-    for row, place in enumerate(plan.place_R.tolist()[: int(plan.offset_E[-1])]):
-        n, k = divmod(place, routing.num_places)
+    for row, choice in enumerate(plan.choice_R.tolist()[: int(plan.offset_E[-1])]):
+        n, k = divmod(choice, routing.num_choices)
         expected_ND[n] += routing.weight_NK[n, k].double() * rows_RD[row]
     torch.testing.assert_close(combine(rows_RD, plan, routing.weight_NK), expected_ND, rtol=1e-12, atol=1e-12)
 
@@ -102,7 +102,7 @@ def test_gradients_of_dispatch_and_combine():
     assert torch.autograd.gradcheck(lambda x, w: combine(dispatch(x, plan).sin(), plan, w), (x_ND, weight_NK))
 
 
-def test_rows_of_unused_places_are_never_read():
+def test_rows_of_unused_choices_are_never_read():
     routing = random_routing(6, 3, 2, unused=0.5)
     plan = plan_dispatch(routing)
     rows_RD = torch.randn(12, 4)
@@ -168,17 +168,17 @@ def test_capacity_factor_must_be_positive(factor):
 
 
 def naive_limit(routing, capacity, order):
-    """Which places stay, one by one."""
-    places = [divmod(place, routing.num_places) for place in range(routing.index_NK.numel())]
+    """Which choices stay, one by one."""
+    choices = [divmod(choice, routing.num_choices) for choice in range(routing.index_NK.numel())]
     if order == "score":
-        places.sort(key=lambda place: -routing.weight_NK[place].item())  # sort is stable
+        choices.sort(key=lambda choice: -routing.weight_NK[choice].item())  # sort is stable
     taken = [0] * routing.num_destinations
     index_NK = torch.full_like(routing.index_NK, UNUSED)
-    for place in places:
-        destination = int(routing.index_NK[place])
+    for choice in choices:
+        destination = int(routing.index_NK[choice])
         if destination != UNUSED and taken[destination] < capacity:
             taken[destination] += 1
-            index_NK[place] = destination
+            index_NK[choice] = destination
     return index_NK
 
 

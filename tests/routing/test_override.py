@@ -89,7 +89,7 @@ def test_closed_destinations_are_not_selected_and_scores_stay():
     assert torch.equal(routing.score_NE, torch.tensor(SCORES))
 
 
-def test_an_item_with_too_few_open_destinations_has_unused_places():
+def test_an_item_with_too_few_open_destinations_has_unused_choices():
     open_NE = torch.tensor([[False] * 4, [False, False, True, False], [True] * 4])
     index, weight_NK, *_ = decide(Override(open_NE=open_NE))
     assert index == [[UNUSED, UNUSED], [2, UNUSED], [1, 0]]
@@ -133,7 +133,7 @@ def test_forced_with_the_routers_own_weights_and_their_gradient(normalize):
     assert (gradient_ND[0, [0, 3]] != 0).all()
 
 
-def test_forced_for_some_items_with_other_numbers_of_places():
+def test_forced_for_some_items_with_other_numbers_of_choices():
     index, weight_NK, *_ = decide(Override(index_NK=[0, 1, 3], weight_NK=[1.0, 2.0, 3.0], only_N=[False, True, False]))
     assert index == [[1, 2, UNUSED], [0, 1, 3], [1, 0, UNUSED]]
     torch.testing.assert_close(weight_NK, torch.tensor([[0.4, 0.3, 0.0], [1.0, 2.0, 3.0], [0.3, 0.25, 0.0]]))
@@ -341,11 +341,11 @@ def test_messages():
         ({"index_NK": [0.5]}, "index_NK is torch.float32; destinations are int64"),
         ({"index_NK": [[0, 1], [2, 2]]}, "index_NK names destination 2 twice for one item"),
         ({"index_NK": [-2]}, "index_NK has -2; destinations are 0 and up"),
-        ({"index_NK": torch.zeros(3, 0, dtype=torch.int64)}, "index_NK has no places"),
+        ({"index_NK": torch.zeros(3, 0, dtype=torch.int64)}, "index_NK has no choices"),
         ({"index_NK": 3}, r"index_NK has shape \[\]; it must have 1 or 2 dimensions"),
         ({"index_NK": [1], "weight_NK": [1.0, 2.0]}, r"weight_NK has shape \[2\], but index_NK \[1\]"),
         ({"open_NE": [True], "weight_NK": [1.0]}, "there is no index_NK"),
-        ({"index_NK": [-1], "weight_NK": [1.0]}, "has a weight at a place whose index_NK is -1"),
+        ({"index_NK": [-1], "weight_NK": [1.0]}, "has a weight at a choice whose index_NK is -1"),
         ({"index_NK": [1], "weight_NK": [float("nan")]}, "weight_NK has a number that is not finite"),
         ({"bias_NE": [1, 2]}, "bias_NE is torch.int64; it must be finite floats"),
         ({"bias_NE": [0.0, -float("inf")]}, r"open_NE closes destinations"),

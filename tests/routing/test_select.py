@@ -185,7 +185,7 @@ def test_no_items(config):
 
 
 @pytest.mark.parametrize("config", EVERY, ids=NAMES)
-def test_places_of_an_item_are_distinct_and_permuting_items_permutes_them(config):
+def test_choices_of_an_item_are_distinct_and_permuting_items_permutes_them(config):
     score_NE = torch.rand(40, 8, generator=torch.Generator().manual_seed(3))
     order_N = torch.randperm(40, generator=torch.Generator().manual_seed(4))
     select = config.build(8)

@@ -27,7 +27,7 @@ def built(index_NK, weight_NK=None, layer=LAYER, **columns):
 
 
 def test_rows_of_a_case_worked_by_hand():
-    # Three items over 4 destinations: the first uses both places, the second only its second, the third none.
+    # Three items over 4 destinations: the first uses both choices, the second only its second, the third none.
     trace = built(
         [[2, 0], [-1, 1], [-1, -1]],
         [[0.75, 0.25], [0.0, 0.5], [0.0, 0.0]],
@@ -65,7 +65,7 @@ def decisions(draw):
 def test_a_routing_comes_back_exactly(case):
     index_NK, weight_NK, num_destinations = case
     layer = TraceLayer(layer=0, name="r", num_destinations=num_destinations, top_k=index_NK.shape[1])
-    # Where all places are used, one item may even come several times in a row: its ranks start again.
+    # Where all choices are used, one item may even come several times in a row: its ranks start again.
     trace = built(index_NK, weight_NK, layer, item_N=np.arange(len(index_NK)) * (index_NK < 0).any())
     routing = trace.routing(0)
     assert torch.equal(routing.index_NK, torch.from_numpy(index_NK))

@@ -103,7 +103,7 @@ def test_arms_share_one_budget():
 
 def test_arms_differ_as_they_are_named():
     made = {name: arm.config.model.feed_forward for name, arm in arms(Size()).items()}
-    assert (made["moe"].places, made["chain"].places, made["chain"].iterations) == (4, 2, 2)
+    assert (made["moe"].num_choices, made["chain"].num_choices, made["chain"].iterations) == (4, 2, 2)
     assert made["tied"] == made["chain"].replace(independent_gates=False)
     assert made["outer"] == made["chain"].replace(residual="outer")
     assert made["init"] == made["chain"].replace(residual="init")
@@ -113,8 +113,8 @@ def test_arms_differ_as_they_are_named():
     assert made["chain-bare"] == made["chain"].replace(shared_experts=0)
     assert made["chain24"] == made["chain"].replace(num_experts=24)
     assert made["chain-double"] == made["chain"].replace(router=made["moe"].router)
-    assert (made["dense"].num_experts, made["dense"].places) == (4, 4)
-    assert (made["dense-chain"].num_experts, made["dense-chain"].places) == (4, 4)
+    assert (made["dense"].num_experts, made["dense"].num_choices) == (4, 4)
+    assert (made["dense-chain"].num_experts, made["dense-chain"].num_choices) == (4, 4)
     normalize = {name: layer.router.select.normalize for name, layer in made.items()}
     assert {name for name, value in normalize.items() if value == "sum"} == {"moe-norm", "chain-norm"}
 

@@ -55,9 +55,13 @@ def test_domain_experts_in_two_of_three_seeds(words, verdict):
 def test_arms_keep_the_work_per_token():
     made = arms(Size())
     configs = {name: arm.config.model.feed_forward for name, arm in made.items()}
-    assert (configs["shared2"].num_experts, configs["shared2"].places, configs["shared2"].shared_experts) == (14, 2, 2)
-    assert (configs["wide"].num_experts, configs["wide"].places, configs["wide"].hidden_dim) == (8, 2, 256)
-    assert configs["top2"].places == 2
+    assert (configs["shared2"].num_experts, configs["shared2"].num_choices, configs["shared2"].shared_experts) == (
+        14,
+        2,
+        2,
+    )
+    assert (configs["wide"].num_experts, configs["wide"].num_choices, configs["wide"].hidden_dim) == (8, 2, 256)
+    assert configs["top2"].num_choices == 2
     assert not any(isinstance(part, SwitchLoss.Config) for part in configs["no-lb"].router.balance)
     active = {name: arm.config.model.count(256).active for name, arm in made.items()}
     for name in ("no-lb", "over-lb", "shared1", "shared2", "wide"):

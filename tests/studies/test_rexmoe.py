@@ -101,7 +101,7 @@ def test_arms_differ_as_they_are_named():
     assert (made["psr4"].psr.start, made["psr4"].psr.end, made["psr4"].psr.mask) == (0.21, 0.63, "random")
     assert made["local2"].psr.mask == "local_first"
     assert (made["mask2"].reuse, made["mask2"].psr.as_reuse) == (1, 2)
-    assert (made["fine2"].num_experts, made["fine2"].hidden_dim, made["fine2"].places) == (16, 64, 4)
+    assert (made["fine2"].num_experts, made["fine2"].hidden_dim, made["fine2"].num_choices) == (16, 64, 4)
     assert made["collapse"].reuse == 6
     assert (made["psr2-norm"].router.select.normalize, made["psr2"].router.select.normalize) == ("sum", "none")
     assert made["psr2-norm"].replace(router=made["psr2"].router) == made["psr2"]

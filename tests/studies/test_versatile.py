@@ -109,7 +109,7 @@ def test_arms_share_one_budget_and_one_dense_model():
 def test_arms_differ_as_they_are_named():
     made = {name: arm.config.run.model.feed_forward for name, arm in arms(Size()).items()}
     assert (made["versatile"].fusion, made["versatile"].gate, made["versatile"].max_loops) == ("difficulty", "hard", 4)
-    assert (made["versatile"].num_experts, made["versatile"].places) == (8, 2)
+    assert (made["versatile"].num_experts, made["versatile"].num_choices) == (8, 2)
     assert [made[name].fusion for name in ("width", "depth", "average")] == ["width_only", "depth_only", "average"]
     assert [(made[name].max_loops, made[name].gate) for name in ("loop2", "loop4")] == [(2, "none"), (4, "none")]
     assert (made["moe"].num_experts, made["moe"].hidden_dim, made["moe"].shared_width) == (8, 48, 384)

@@ -104,10 +104,10 @@ class Chain(MoE, kind="chain"):
         def count(self, context: BuildContext) -> Count:
             """One pass as the plain layer counts, and C - 1 more over the same weights, each with a router."""
             once, router = MoE.Config.count(self, context), self.count_router(context, is_first=False)
-            more, expert = self.iterations - 1, self.count_routed(context, places=1)
-            active = min(self.iterations * self.places, self.num_destinations(context)) - self.places
+            more, expert = self.iterations - 1, self.count_routed(context, num_choices=1)
+            active = min(self.iterations * self.num_choices, self.num_destinations(context)) - self.num_choices
             weights = (self.num_routers - 1) * router.parameters + self.loop.num_scales
-            work = more * (self.places * expert.flops + self.count_shared(context).flops + router.flops)
+            work = more * (self.num_choices * expert.flops + self.count_shared(context).flops + router.flops)
             return once + self.count_depth(context.dim) + Count(weights, weights + active * expert.active, work)
 
         def conversions(self) -> tuple[WeightField, ...]:
@@ -257,7 +257,7 @@ def _as_chain(layer: Any, **changes: Any) -> Chain.Config:
 def _work(config: Decoder.Config) -> Work:
     layer: Any = config.feed_forward
     count, passes = config.count(), getattr(layer, "iterations", 1)
-    return Work(passes * layer.places, passes * layer.shared_experts, count.flops, count.parameters)
+    return Work(passes * layer.num_choices, passes * layer.shared_experts, count.flops, count.parameters)
 
 
 def from_moe(model: Decoder, iterations: int = 2, **options: Any) -> Decoder:

@@ -1,5 +1,5 @@
 """What experts are asked to compute: the record that travels through every back end of `anabranch.nn.grouped`, forward and back."""
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
+# Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ class ExpertCall(NamedTuple):
 
     Attributes:
         x_ND: the items.
-        place_R: see `DispatchPlan`, as is ``offset_E``.
-        weight_NK: of each place.
+        choice_R: see `DispatchPlan`, as is ``offset_E``.
+        weight_NK: of each choice.
         w13_EFD: [E, 2F, D], or [E, F, D] for an activation without a gate.
         w2_EDF: [E, D, F].
         on_input: weigh the inputs of experts, not their outputs.
@@ -29,7 +29,7 @@ class ExpertCall(NamedTuple):
     """
 
     x_ND: Tensor
-    place_R: Tensor
+    choice_R: Tensor
     offset_E: Tensor
     weight_NK: Tensor
     w13_EFD: Tensor
@@ -52,7 +52,7 @@ class ExpertCall(NamedTuple):
     @property
     def plan(self) -> DispatchPlan:
         """Where the items go."""
-        return DispatchPlan(self.place_R, self.offset_E, *self.weight_NK.shape)
+        return DispatchPlan(self.choice_R, self.offset_E, *self.weight_NK.shape)
 
     def cast(self) -> "ExpertCall":
         """Items and matrices in the dtype to compute in; autograd sees the casts."""

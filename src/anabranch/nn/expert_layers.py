@@ -9,7 +9,7 @@ its name in the state dict. Where a part is replaced, that matrix is no longer s
 Experts then run one after the other, each on its rows, in torch. In a compiled graph, whose shapes must not depend on routes, each runs on
 all items: correct, but without the saving.
 """
-# Shapes: N items, E experts, K places per item, R rows of one expert, D width, F hidden, Z what the first matrix gives
+# Shapes: N items, E experts, K choices per item, R rows of one expert, D width, F hidden, Z what the first matrix gives
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -97,7 +97,7 @@ class ExpertLayers(nn.Module):
         plan = plan_dispatch(routing)
         rows_RD = dispatch(x_ND, plan)
         if on_input:
-            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.place_R].unsqueeze(-1).to(rows_RD.dtype)
+            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1).to(rows_RD.dtype)
         item_R, made, start = plan.item_R, [], 0
         for number, (expert, end) in enumerate(zip(experts, plan.offset_E.tolist(), strict=True)):
             if end > start:
@@ -107,16 +107,16 @@ class ExpertLayers(nn.Module):
                 made.append(no_rows(own, rows_RD[:0]))
             start = end
         dtype = next((part.dtype for part in made if len(part)), rows_RD.dtype)
-        made.append(rows_RD.new_zeros(len(rows_RD) - start, self.dim))  # of unused places
+        made.append(rows_RD.new_zeros(len(rows_RD) - start, self.dim))  # of unused choices
         return combine(torch.cat([part.to(dtype) for part in made]), plan, None if on_input else routing.weight_NK)
 
     def _masked(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
         """Each expert runs on all items, those of others as padding."""
-        place_NK = routing.index_NK.clamp_min(0)
+        choice_NK = routing.index_NK.clamp_min(0)
         used_NK = routing.used_NK.to(routing.weight_NK.dtype)
         zero_NE = routing.weight_NK.new_zeros(len(x_ND), self.num_experts)
-        weight_NE = zero_NE.scatter_add(1, place_NK, routing.weight_NK * used_NK)
-        takes_NE = zero_NE.scatter_add(1, place_NK, used_NK) > 0
+        weight_NE = zero_NE.scatter_add(1, choice_NK, routing.weight_NK * used_NK)
+        takes_NE = zero_NE.scatter_add(1, choice_NK, used_NK) > 0
         total_ND = None
         for number, expert in enumerate(experts):
             mask_N = takes_NE[:, number]
@@ -146,20 +146,20 @@ def build_expert_layers(
     return ExpertLayers(activation, projections, context)
 
 
-def count_experts(context: "BuildContext", numbers: range, hidden_dim: int, activation: str, places: int) -> Count:
-    """Sizes of the experts ``numbers`` of the pool whose place is ``context.path``, of which a token uses ``places``.
+def count_experts(context: "BuildContext", numbers: range, hidden_dim: int, activation: str, num_choices: int) -> Count:
+    """Sizes of the experts ``numbers`` of the pool whose place is ``context.path``, of which a token uses ``num_choices``.
 
     Where they differ, active and FLOPs are those of the largest.
     """
     expert = activation_of(activation).num_matrices * context.dim * hidden_dim
     if not context.linears:
-        return Count(len(numbers) * expert, places * expert, 2 * places * expert)
+        return Count(len(numbers) * expert, num_choices * expert, 2 * num_choices * expert)
     counts = []
     for number in numbers:
         pair = mlp_projections(context.at(str(number)), hidden_dim, activation)
         counts.append(sum((count_linear(each, context) for each in pair), start=Count()))
     most = [max(getattr(count, name) for count in counts) for name in ("active", "flops")]
-    return Count(sum(count.parameters for count in counts), places * most[0], places * most[1])
+    return Count(sum(count.parameters for count in counts), num_choices * most[0], num_choices * most[1])
 
 
 def _is_replaced(projections: tuple[Projection, ...], context: "BuildContext") -> bool:

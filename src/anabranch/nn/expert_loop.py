@@ -1,5 +1,5 @@
 """The ``torch`` back end of `anabranch.nn.grouped`: a loop over the experts that have rows, with a backward pass by hand or by autograd."""
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
+# Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 import itertools
 
@@ -19,7 +19,7 @@ __all__ = ["backward", "forward", "plain_experts"]
 def plain_experts(call: ExpertCall) -> Tensor:
     """y_ND by the naive loop under autograd, in the dtypes of the operands: the twin of every back end, at any order of derivative."""
     plan, apply = call.plan, ACTIVATIONS[call.activation].apply
-    weight_R1 = call.weight_NK.reshape(-1)[plan.place_R].unsqueeze(-1)
+    weight_R1 = call.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1)
     rows_RD = dispatch(call.x_ND, plan)
     if call.on_input:
         rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
@@ -32,16 +32,16 @@ def plain_experts(call: ExpertCall) -> Tensor:
 
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F for `backward`; both in the dtype of the call."""
-    num_items, num_places = call.weight_NK.shape
-    ends = _ends(call.offset_E, len(call.place_R))
-    place_R, dtype = call.place_R[: ends[-1]], call.dtype
-    rows_RD = _gather_rows(call.x_ND.to(dtype), place_R, call.weight_NK if call.on_input else None, num_places)
-    z_R2F = rows_RD.new_empty((num_items * num_places if keep else ends[-1], call.w13_EFD.shape[1]))
+    num_items, num_choices = call.weight_NK.shape
+    ends = _ends(call.offset_E, len(call.choice_R))
+    choice_R, dtype = call.choice_R[: ends[-1]], call.dtype
+    rows_RD = _gather_rows(call.x_ND.to(dtype), choice_R, call.weight_NK if call.on_input else None, num_choices)
+    z_R2F = rows_RD.new_empty((num_items * num_choices if keep else ends[-1], call.w13_EFD.shape[1]))
     y_RD, apply = torch.empty_like(rows_RD), ACTIVATIONS[call.activation].apply
     for expert, start, end in _active(ends):
         torch.mm(rows_RD[start:end], call.w13_EFD[expert].to(dtype).t(), out=z_R2F[start:end])
         torch.mm(apply(z_R2F[start:end]), call.w2_EDF[expert].to(dtype).t(), out=y_RD[start:end])
-    y_ND = _join(y_RD, place_R, None if call.on_input else call.weight_NK, num_items, num_places)
+    y_ND = _join(y_RD, choice_R, None if call.on_input else call.weight_NK, num_items, num_choices)
     return y_ND, z_R2F if keep else z_R2F.new_empty(0)
 
 
@@ -50,16 +50,16 @@ def backward(
 ) -> Gradients:
     """Gradients of the call. ``z_R2F`` is what `forward` kept, or empty; with ``sums``, those of w13 and w2 are added to them."""
     weight_NK, dtype = call.weight_NK, call.dtype
-    num_items, num_places = weight_NK.shape
-    ends = _ends(call.offset_E, len(call.place_R))
-    place_R = call.place_R[: ends[-1]]
-    weight_R1 = weight_NK.reshape(-1)[place_R].unsqueeze(-1)
+    num_items, num_choices = weight_NK.shape
+    ends = _ends(call.offset_E, len(call.choice_R))
+    choice_R = call.choice_R[: ends[-1]]
+    weight_R1 = weight_NK.reshape(-1)[choice_R].unsqueeze(-1)
     wide = torch.promote_types(dtype, torch.float32)
-    plain_RD = call.x_ND.to(dtype)[place_R // num_places]
+    plain_RD = call.x_ND.to(dtype)[choice_R // num_choices]
     rows_RD = plain_RD * weight_R1.to(dtype) if call.on_input else plain_RD
-    dy_RD = dy_ND.to(dtype)[place_R // num_places]
+    dy_RD = dy_ND.to(dtype)[choice_R // num_choices]
     drows_RD = torch.empty_like(rows_RD)
-    dweight_R = torch.zeros(len(place_R), dtype=wide, device=call.x_ND.device)
+    dweight_R = torch.zeros(len(choice_R), dtype=wide, device=call.x_ND.device)
     dw13_EFD, dw2_EDF = sums or _empty_gradients(call, needed, ends)
     put = Tensor.copy_ if sums is None else Tensor.add_
     linearize = ACTIVATIONS[call.activation].linearize
@@ -80,10 +80,10 @@ def backward(
         torch.mm(dz, w13, out=drows_RD[start:end])
     if call.on_input:
         dweight_R = (drows_RD.to(wide) * plain_RD).sum(-1)
-    dweight_NK = weight_NK.new_zeros(num_items * num_places).index_copy_(0, place_R, dweight_R.to(weight_NK.dtype))
+    dweight_NK = weight_NK.new_zeros(num_items * num_choices).index_copy_(0, choice_R, dweight_R.to(weight_NK.dtype))
     dx_ND = call.x_ND.new_empty(0)
     if needed.x:
-        dx_ND = _join(drows_RD, place_R, weight_NK if call.on_input else None, num_items, num_places)
+        dx_ND = _join(drows_RD, choice_R, weight_NK if call.on_input else None, num_items, num_choices)
         dx_ND = dx_ND.to(call.x_ND.dtype)
     return Gradients(dx_ND, dweight_NK.view_as(weight_NK), dw13_EFD, dw2_EDF)
 
@@ -103,22 +103,22 @@ def _active(ends: list[int]) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start]
 
 
-def _gather_rows(x_ND: Tensor, place_R: Tensor, weight_NK: Tensor | None, num_places: int) -> Tensor:
-    rows_RD = x_ND[place_R // num_places]
-    return rows_RD if weight_NK is None else rows_RD * weight_NK.reshape(-1)[place_R].unsqueeze(-1).to(rows_RD.dtype)
+def _gather_rows(x_ND: Tensor, choice_R: Tensor, weight_NK: Tensor | None, num_choices: int) -> Tensor:
+    rows_RD = x_ND[choice_R // num_choices]
+    return rows_RD if weight_NK is None else rows_RD * weight_NK.reshape(-1)[choice_R].unsqueeze(-1).to(rows_RD.dtype)
 
 
-def _join(rows_RD: Tensor, place_R: Tensor, weight_NK: Tensor | None, num_items: int, num_places: int) -> Tensor:
-    """Each item's rows, weighted, summed in fp32 in place order."""
-    rows_PD = rows_RD.new_zeros(num_items * num_places, rows_RD.shape[1]).index_copy_(0, place_R, rows_RD)
-    rows_NKD = rows_PD.view(num_items, num_places, rows_RD.shape[1])
+def _join(rows_RD: Tensor, choice_R: Tensor, weight_NK: Tensor | None, num_items: int, num_choices: int) -> Tensor:
+    """Each item's rows, weighted, summed in fp32 in the order of its choices."""
+    rows_PD = rows_RD.new_zeros(num_items * num_choices, rows_RD.shape[1]).index_copy_(0, choice_R, rows_RD)
+    rows_NKD = rows_PD.view(num_items, num_choices, rows_RD.shape[1])
     total_ND = rows_NKD.new_zeros(num_items, rows_RD.shape[1], dtype=torch.promote_types(rows_RD.dtype, torch.float32))
-    for place in range(num_places):
-        rows_ND = rows_NKD[:, place].to(total_ND.dtype)
+    for choice in range(num_choices):
+        rows_ND = rows_NKD[:, choice].to(total_ND.dtype)
         if weight_NK is None:
             total_ND += rows_ND
         else:
-            total_ND.addcmul_(rows_ND, weight_NK[:, place : place + 1].to(total_ND.dtype))
+            total_ND.addcmul_(rows_ND, weight_NK[:, choice : choice + 1].to(total_ND.dtype))
     return total_ND.to(rows_RD.dtype)
 
 

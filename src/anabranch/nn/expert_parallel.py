@@ -12,7 +12,7 @@ The stacked weights become DTensors, of which each process holds its experts: th
 gradients sum over the items of all processes and are averaged here, so data parallel training must leave them alone
 (`spread_parameters`).
 """
-# Shapes: N items here, E experts of all processes, P processes of a group, M rows received, K places, D width
+# Shapes: N items here, E experts of all processes, P processes of a group, M rows received, K choices, D width
 
 from collections.abc import Callable
 from typing import Any
@@ -112,10 +112,10 @@ class ExpertExchange:
         """y_ND: each item's experts, weighted and summed, wherever they are; ``compute`` is of the experts here."""
         plan = plan_dispatch(routing)
         x_ND = x_ND.to(autocast_dtype(x_ND.device.type) or x_ND.dtype)  # before it travels
-        place_R = plan.place_R[: int(plan.offset_E[-1])]
-        rows_RD = x_ND[place_R // plan.num_places]
+        choice_R = plan.choice_R[: int(plan.offset_E[-1])]
+        rows_RD = x_ND[choice_R // plan.num_choices]
         if on_input:
-            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[place_R].unsqueeze(-1).to(rows_RD.dtype)
+            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[choice_R].unsqueeze(-1).to(rows_RD.dtype)
         send_PL = plan.load_E.long().view(self.size, -1)
         receive_PL = torch.empty_like(send_PL)
         dist.all_to_all_single(receive_PL, send_PL, group=self.group)
@@ -124,7 +124,7 @@ class ExpertExchange:
         rows_MD = _Exchange.apply(rows_RD, send, receive, self.group)
         y_RD = _Exchange.apply(compute(rows_MD, _local_routing(receive_PL)), receive, send, self.group)
 
-        y_RD = F.pad(y_RD, (0, 0, 0, plan.place_R.shape[0] - place_R.shape[0]))
+        y_RD = F.pad(y_RD, (0, 0, 0, plan.choice_R.shape[0] - choice_R.shape[0]))
         return combine(y_RD, plan, None if on_input else routing.weight_NK)
 
 

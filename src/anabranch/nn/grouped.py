@@ -1,6 +1,6 @@
 """`expert_mlp`: an expert on each routed row, the one fast path that every pool of stacked experts stands on.
 
-    y_n = sum_k weight_nk  w2_e (silu(gate_e x_n) * up_e x_n)        with e = the destination of place (n, k)
+    y_n = sum_k weight_nk  w2_e (silu(gate_e x_n) * up_e x_n)        with e = the destination of choice (n, k)
 
 That is SwiGLU, the default; `anabranch.nn.activation` has the others, which the compiled kernels leave to torch.
 
@@ -16,7 +16,7 @@ The first two share an operator with its own backward. It keeps the pre-activati
 ``recompute=True``; rows are gathered again and the activation is computed again either way, since both are cheaper than
 their memory. Experts without rows are neither computed nor differentiated: their gradient is exactly zero.
 """
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
+# Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 from typing import Literal
 
@@ -56,8 +56,8 @@ def expert_mlp(
 
     Args:
         x_ND: the items.
-        plan: where they go, from `plan_dispatch`. Rows of unused places are not computed.
-        weight_NK: weight of each place; 0 where the place is unused.
+        plan: where they go, from `plan_dispatch`. Rows of unused choices are not computed.
+        weight_NK: weight of each choice; 0 where the choice is unused.
         w13_EFD: [E, 2F, D], the gate projection's rows, then the up projection's; [E, F, D] for an activation without a gate.
         w2_EDF: [E, D, F], the down projection.
         weight_on: weigh each expert's ``output`` (the usual), or its ``input`` (Llama 4).
@@ -67,7 +67,7 @@ def expert_mlp(
         activation: a name of `anabranch.nn.activation`.
 
     Returns:
-        y_ND in the dtype of x, or in the autocast dtype inside autocast. Places are summed in fp32, in order, so the
+        y_ND in the dtype of x, or in the autocast dtype inside autocast. Choices are summed in fp32, in order, so the
         result does not depend on the number of threads.
 
     Raises:
@@ -83,7 +83,7 @@ def expert_mlp(
         backend = "grouped_mm"
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, weight_NK, w13_EFD, w2_EDF))
     call = ExpertCall(
-        x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, weight_on == "input", dtype, backend, activation
+        x_ND, plan.choice_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, weight_on == "input", dtype, backend, activation
     )
     with full_precision(device):
         if backend in ("auto", "native", "torch") or x_ND.shape[0] == 0:
@@ -117,7 +117,16 @@ def reference_expert_mlp(
     on_input = weight_on == "input"
     return plain_experts(
         ExpertCall(
-            x_ND, plan.place_R, plan.offset_E, weight_NK, w13_EFD, w2_EDF, on_input, x_ND.dtype, "reference", activation
+            x_ND,
+            plan.choice_R,
+            plan.offset_E,
+            weight_NK,
+            w13_EFD,
+            w2_EDF,
+            on_input,
+            x_ND.dtype,
+            "reference",
+            activation,
         )
     )
 
@@ -137,13 +146,15 @@ def _check(
         raise ConfigError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     if weight_on not in ("output", "input"):
         raise ConfigError(f"weight_on is {weight_on!r}; use 'output' or 'input'")
-    for name, part in (("weight", weight_NK), ("w13", w13_EFD), ("w2", w2_EDF), ("the plan", plan.place_R)):
+    for name, part in (("weight", weight_NK), ("w13", w13_EFD), ("w2", w2_EDF), ("the plan", plan.choice_R)):
         if part.device != x_ND.device:
             raise ConfigError(f"x is on {x_ND.device} and {name} on {part.device}; they must be on one device")
     if x_ND.dim() != 2 or x_ND.shape[0] != plan.num_items:
         raise ConfigError(f"x has shape {list(x_ND.shape)}; this plan needs [{plan.num_items}, D]")
-    if weight_NK.shape != (plan.num_items, plan.num_places):
-        raise ConfigError(f"weight has shape {list(weight_NK.shape)}; it must be [{plan.num_items}, {plan.num_places}]")
+    if weight_NK.shape != (plan.num_items, plan.num_choices):
+        raise ConfigError(
+            f"weight has shape {list(weight_NK.shape)}; it must be [{plan.num_items}, {plan.num_choices}]"
+        )
     experts, width = plan.offset_E.shape[0], x_ND.shape[1]
     if w13_EFD.dim() != 3 or w13_EFD.shape[0] != experts or w13_EFD.shape[1] % num_parts or w13_EFD.shape[2] != width:
         hidden = "F" if num_parts == 1 else f"{num_parts} F"
@@ -179,4 +190,4 @@ def _rows(call: ExpertCall) -> Tensor:
     rows_RD = dispatch(call.x_ND, call.plan)
     if not call.on_input:
         return rows_RD
-    return rows_RD * call.weight_NK.reshape(-1)[call.place_R].unsqueeze(-1).to(rows_RD.dtype)
+    return rows_RD * call.weight_NK.reshape(-1)[call.choice_R].unsqueeze(-1).to(rows_RD.dtype)

@@ -77,21 +77,21 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
 def _with_positions(part: Any, context: "ForwardContext", item_R: Tensor) -> Any:
     """What a language model's pass says besides."""
     length = context.position_BL.shape[1]
-    row_R, place_R = item_R // max(length, 1), item_R % max(length, 1)
+    row_R, column_R = item_R // max(length, 1), item_R % max(length, 1)
     cos_sin = (
-        angles.expand(context.position_BL.shape[0], *angles.shape[1:])[row_R, 0, place_R] for angles in context.rotary
+        angles.expand(context.position_BL.shape[0], *angles.shape[1:])[row_R, 0, column_R] for angles in context.rotary
     )
     token_BL = context.token_BL
     of_whole = token_BL is not None and token_BL.shape == context.position_BL.shape
     rows = row_R.tolist() if context.rows is None else [context.rows[row] for row in row_R.tolist()]
     return replace(
         part,
-        position_BL=context.position_BL[row_R, place_R].unsqueeze(1),
+        position_BL=context.position_BL[row_R, column_R].unsqueeze(1),
         rotary=tuple(angles[:, None, None] for angles in cos_sin),
         attention_mask=None,
         is_causal=False,
         cache=None,
-        token_BL=token_BL[row_R, place_R].unsqueeze(1) if of_whole else None,  # type: ignore[index]
+        token_BL=token_BL[row_R, column_R].unsqueeze(1) if of_whole else None,  # type: ignore[index]
         rows=rows,
     )
 

@@ -77,7 +77,7 @@ class MoE(FeedForward, kind="moe"):
                 raise ConfigError("shared_gate, shared_weight and shared_hidden_dim need shared_experts of at least 1")
 
         @property
-        def places(self) -> int:
+        def num_choices(self) -> int:
             """Most routed experts per token."""
             select = self.router.select
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
@@ -103,13 +103,13 @@ class MoE(FeedForward, kind="moe"):
         def count(self, context: BuildContext) -> Count:
             """Routed experts, of which K are active; shared experts; router."""
             self.router.check(self.num_destinations(context))
-            routed = self.count_routed(context, self.places)
+            routed = self.count_routed(context, self.num_choices)
             return routed + self.count_shared(context) + self.count_router(context, context.routed_layer == 0)
 
-        def count_routed(self, context: BuildContext, places: int) -> Count:
-            """The layer's routed experts, of which a token uses ``places``."""
+        def count_routed(self, context: BuildContext, num_choices: int) -> Count:
+            """The layer's routed experts, of which a token uses ``num_choices``."""
             place, numbers = self.pool_policy.place(self.num_experts, context)
-            return count_experts(place, numbers, self.hidden_dim, self.activation, places)
+            return count_experts(place, numbers, self.hidden_dim, self.activation, num_choices)
 
         def count_shared(self, context: BuildContext) -> Count:
             """The shared experts, and their gate."""
@@ -177,7 +177,7 @@ class MoE(FeedForward, kind="moe"):
 
     def _limit(self, routing: Routing, factor: float, context: ForwardContext) -> Routing:
         config = self.config
-        capacity = capacity_of(routing.num_items, routing.num_places, routing.num_destinations, factor)
+        capacity = capacity_of(routing.num_items, routing.num_choices, routing.num_destinations, factor)
         limited = limit_capacity(
             routing, capacity, order=config.capacity_order, renormalize=config.capacity_renormalize
         )

@@ -3,7 +3,7 @@
 `anabranch.nn.grouped.expert_mlp` is its public face. Everything here passes an `ExpertCall` on; only operators of torch, which take flat
 arguments, see it spread out: those at the end of this file, and the autograd functions.
 """
-# Shapes: N items, E experts, K places per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
+# Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 from collections.abc import Sequence
 from typing import Any
@@ -63,9 +63,9 @@ def _is_native(call: ExpertCall, dy_ND: Tensor | None = None) -> bool:
         if call.backend == "native":
             raise BackendError(f"the compiled kernels compute swiglu, not {call.activation}; use backend 'auto'")
         return False
-    if call.backend == "torch" or call.place_R.shape[0] == 0:
+    if call.backend == "torch" or call.choice_R.shape[0] == 0:
         return False
-    others = {"place": call.place_R, "offset": call.offset_E, "weight": call.weight_NK}
+    others = {"choice": call.choice_R, "offset": call.offset_E, "weight": call.weight_NK}
     if dy_ND is not None:
         others["dy"] = dy_ND
     obstacle = native.why_not(call.x_ND, call.w13_EFD, call.w2_EDF, call.dtype, **others)
@@ -160,7 +160,7 @@ def _operator(*flat):
 @_operator.register_fake
 def _(*flat):
     call, keep = ExpertCall(*flat[:-1]), flat[-1]
-    z_shape = (call.place_R.shape[0], call.w13_EFD.shape[1]) if keep else (0,)
+    z_shape = (call.choice_R.shape[0], call.w13_EFD.shape[1]) if keep else (0,)
     y_ND = torch.empty_like(call.x_ND, dtype=call.dtype).contiguous()
     return y_ND, call.x_ND.new_empty(z_shape, dtype=call.dtype)
 

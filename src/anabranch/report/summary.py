@@ -1,5 +1,5 @@
 """The facts of a routing trace: one plain, JSON-ready value, and what they say in words."""
-# Shapes: N decisions, K places per item, E destinations, M domains
+# Shapes: N decisions, K choices per item, E destinations, M domains
 
 import math
 from dataclasses import asdict, dataclass, field

@@ -16,7 +16,7 @@ Method of `price_solve`: quantile balancing (alternating exact minimisation over
 halves the excess load each round; shortest augmenting paths over the E destinations then move the last few tokens, which keeps
 optimality, so the result is exact but for rounding.
 """
-# Shapes: T tokens, E destinations, K places per token
+# Shapes: T tokens, E destinations, K choices per token
 
 import itertools
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 Losses are per layer and emitted into the context; the trainer takes the mean over layers. Where only some destinations are
 open, the loss looks at those alone: counting a closed one as idle would pull probability into it.
 """
-# Shapes: N items, E destinations, K places per item, S sequences, L positions, G device groups
+# Shapes: N items, E destinations, K choices per item, S sequences, L positions, G device groups
 
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -148,7 +148,7 @@ def discard_loads(model: nn.Module) -> None:
 
 
 class SwitchLoss(LoadCounter, kind="switch"):
-    """alpha E sum_e f_e P_e (Switch Transformer, eqs. 4-6; GShard), f the share of places, P the mean share of score.
+    """alpha E sum_e f_e P_e (Switch Transformer, eqs. 4-6; GShard), f the share of choices, P the mean share of score.
 
     Equals alpha when balanced. ``scope`` says over which items f and P are taken: the ``micro_batch``, each ``sequence`` (DeepSeek's
     seq_aux), or ``global_batch``, where f counts all micro-batches of the step so far and all ranks (arXiv 2501.11873: a
@@ -184,7 +184,7 @@ class SwitchLoss(LoadCounter, kind="switch"):
         length, num_destinations = max(context.sequence_length, 1), routing.num_destinations
         num_sequences = routing.num_items // length
         offset_S1 = torch.arange(num_sequences, device=probability_NE.device).unsqueeze(-1) * num_destinations
-        index_SX = routing.index_NK.view(num_sequences, length * routing.num_places)
+        index_SX = routing.index_NK.view(num_sequences, length * routing.num_choices)
         shifted_SX = torch.where(index_SX < 0, index_SX, index_SX + offset_S1)
         load_SE = count_destinations(shifted_SX, num_sequences * num_destinations)
         load_SE = load_SE.view(num_sequences, num_destinations)

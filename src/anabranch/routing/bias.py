@@ -5,7 +5,7 @@ from); DeepSeek-V3, arXiv 2412.19437 (freezing); "A Theoretical Framework for Au
 arXiv 2512.03915, reads the update as one subgradient step on the dual of a balanced assignment, which is where the decaying rules
 come from. How far a router is from that assignment: `anabranch.routing.assignment`.
 """
-# Shapes: N items, E destinations, K places per item, X bins of a histogram
+# Shapes: N items, E destinations, K choices per item, X bins of a histogram
 
 import sys
 from collections import deque
@@ -120,7 +120,7 @@ class BiasBalancer(LoadCounter, kind="bias"):
         """Emit the load of this forward pass."""
         open_E = None if seen.open_NE is None else seen.openness_E(context.item_mask_N)
         context.emit_load(self, seen.routing.load_E(), open_E)
-        if self.margins is not None and seen.routing.num_places < self.num_destinations:
+        if self.margins is not None and seen.routing.num_choices < self.num_destinations:
             context.emit_load(self.margins, self.margins.histogram_EX(seen, self.expert_bias, context.item_mask_N))
 
     def counts(self) -> list[Tensor]:
@@ -208,7 +208,7 @@ class _Margins(LoadCounter):
         value_NE = seen.routing.score_NE.detach() + bias_E
         if seen.open_NE is not None:
             value_NE = value_NE.masked_fill(~seen.open_NE, -torch.inf)
-        threshold_N1 = value_NE.topk(seen.routing.num_places + 1, -1).values[:, -1:]
+        threshold_N1 = value_NE.topk(seen.routing.num_choices + 1, -1).values[:, -1:]
         counts_NE = torch.isfinite(value_NE) & torch.isfinite(threshold_N1)
         if item_mask_N is not None:
             counts_NE = counts_NE & item_mask_N.unsqueeze(-1)

@@ -8,7 +8,7 @@ an entering destination goes on top, and what it displaces sinks to the first pl
 
 Every sequence is a column, and one access is five operations on ``[E, B]`` arrays, so many sequences cost little more than one.
 """
-# Shapes: S sequences, T tokens, K places per token, E destinations, B sequences of a batch, C capacities 1..E
+# Shapes: S sequences, T tokens, K choices per token, E destinations, B sequences of a batch, C capacities 1..E
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Hits:
 
     Attributes:
         hits_SC: int64.
-        accesses_S: int64, places used.
+        accesses_S: int64, choices used.
     """
 
     hits_SC: np.ndarray
@@ -72,13 +72,13 @@ def simulate(
     ``fixed`` holds the most used destinations of each sequence, without replacement.
 
     Args:
-        index_STK: destinations in [0, E), -1 where a place is unused (padding, too).
+        index_STK: destinations in [0, E), -1 where a choice is unused (padding, too).
         num_destinations: E.
         policy: see above.
         window: m of ``segment``, and how far ``plec`` sees, in tokens.
         cold: whether the first access of a destination counts as a hit while the cache has slots never used (``free``, the paper's:
             loading into an empty slot evicts nothing), or as a miss (what a real system sees).
-        blocks: places of each of the layers that a token meets one after the other, K in all; None for one layer. Layers may name the
+        blocks: choices of each of the layers that a token meets one after the other, K in all; None for one layer. Layers may name the
             same destinations.
 
     Raises DataError if a token names a destination twice in a layer or outside [0, E), ConfigError for an unknown policy or a bad window.
@@ -92,7 +92,7 @@ def simulate(
     index_STK = np.asarray(index_STK)
     ends = np.cumsum([*blocks]) if blocks is not None else np.array([index_STK.shape[-1]])
     if ends[-1] != index_STK.shape[-1]:
-        raise ConfigError(f"blocks have {ends[-1]} places, the routes {index_STK.shape[-1]}")
+        raise ConfigError(f"blocks have {ends[-1]} choices, the routes {index_STK.shape[-1]}")
     for block in np.split(index_STK, ends[:-1], axis=-1):
         check_routes(block, num_destinations)
     accesses_S = (index_STK >= 0).sum((1, 2))
@@ -128,7 +128,7 @@ def check_routes(index_STK: np.ndarray, num_destinations: int) -> np.ndarray:
     """The same as integers. Raises DataError where a token names a destination twice, or one that is not there."""
     index_STK = np.asarray(index_STK)
     if index_STK.ndim != 3 or not np.issubdtype(index_STK.dtype, np.integer):
-        raise DataError(f"routes are integers of [sequences, tokens, places], not {index_STK.dtype} {index_STK.shape}")
+        raise DataError(f"routes are integers of [sequences, tokens, choices], not {index_STK.dtype} {index_STK.shape}")
     if index_STK.size and not -1 <= index_STK.min() <= index_STK.max() < num_destinations:
         raise DataError(
             f"routes name destinations {index_STK.min()} to {index_STK.max()}; with {num_destinations} they are 0 to "

@@ -12,7 +12,7 @@ Both need only recorded choices, and take a `RoutingTrace` or an array:
 
 Departure: windows never cross the end of a sequence, and sequences are cut into pieces of ``length`` tokens (512, as in the paper).
 """
-# Shapes: S sequences (pieces), T tokens, K places per token, E destinations, L layers, M domains, C capacities 1..E, P starts of a window,
+# Shapes: S sequences (pieces), T tokens, K choices per token, E destinations, L layers, M domains, C capacities 1..E, P starts of a window,
 # X windows, H pairs of destinations
 
 import logging
@@ -47,10 +47,10 @@ class Routes:
 
     Attributes:
         layer: its number.
-        index_STK: integer, destinations; -1 where a place is unused or the sequence has ended.
+        index_STK: integer, destinations; -1 where a choice is unused or the sequence has ended.
         length_S: tokens of each sequence.
         num_destinations: E.
-        top_k: places of every token, None where it varies.
+        top_k: choices of every token, None where it varies.
         domain_S: names, None where unknown.
         pool: name of the pool that destinations are slots of, if layers share it; None for destinations of the layer's own.
     """
@@ -78,7 +78,7 @@ def routes(
     """Each layer's choices, one layer in memory at a time.
 
     Args:
-        source: a trace; or a bool array ``[S, T, L, E]``; or an int array ``[S, T, L, K]`` with -1 for unused places.
+        source: a trace; or a bool array ``[S, T, L, E]``; or an int array ``[S, T, L, K]`` with -1 for unused choices.
         num_destinations: E of an int array. Default: the largest index and one.
         lengths: tokens of each sequence of an array; what stands behind is padding. Default: all.
         length: cut sequences into pieces of this many tokens (a last, shorter piece stays); None leaves them whole.
@@ -96,7 +96,7 @@ def routes(
         return
     source = np.asarray(source)
     if source.ndim != 4:
-        raise DataError(f"routes are [sequences, tokens, layers, experts or places], not {source.shape}")
+        raise DataError(f"routes are [sequences, tokens, layers, experts or choices], not {source.shape}")
     length_S = np.full(len(source), source.shape[1]) if lengths is None else np.asarray(lengths)
     pools = [None] * source.shape[2] if pools is None else pools
     if len(pools) != source.shape[2]:

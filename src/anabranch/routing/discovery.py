@@ -1,5 +1,5 @@
 """The routers of a model: which there are, what traces call them, and how the decisions of foreign ones are read."""
-# Shapes: N items, E destinations, K places per item
+# Shapes: N items, E destinations, K choices per item
 
 import warnings
 from collections import Counter

@@ -1,10 +1,10 @@
 """`dispatch` and `combine`: the only places where items are permuted, and exact inverses of each other.
 
-A `DispatchPlan` sorts the used places of a `Routing` by destination (stable, so within a destination rows keep item order).
+A `DispatchPlan` sorts the used choices of a `Routing` by destination (stable, so within a destination rows keep item order).
 Dropless routing computes every row. `limit_capacity` drops what exceeds a destination's capacity, and `pad_rows` lays rows
 out as ``[E, capacity, D]`` for a batched matmul.
 """
-# Shapes: N items, E destinations, K places per item, R = N K rows, C capacity, D width
+# Shapes: N items, E destinations, K choices per item, R = N K rows, C capacity, D width
 
 import math
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anabranch.errors import ConfigError
 from anabranch.routing.decision import Routing
+from anabranch.routing.renamed import Renamed
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,24 @@ class DispatchPlan:
     """The permutation of one routing decision.
 
     Attributes:
-        place_R: int64, for each row the flat place ``n * K + k`` it comes from. Rows are sorted by destination; rows of
-            unused places stand last, behind ``offset_E[-1]``, and are never computed.
+        choice_R: int64, for each row the flat choice ``n * K + k`` it comes from. Rows are sorted by destination; rows of
+            unused choices stand last, behind ``offset_E[-1]``, and are never computed.
         offset_E: int32, end row (exclusive) of each destination.
         num_items: N.
-        num_places: K.
+        num_choices: K.
     """
 
-    place_R: Tensor
+    choice_R: Tensor
     offset_E: Tensor
     num_items: int
-    num_places: int
+    num_choices: int
+
+    place_R, num_places = Renamed("choice_R"), Renamed("num_choices")
 
     @property
     def item_R(self) -> Tensor:
         """int64: the item each row carries."""
-        return self.place_R // self.num_places
+        return self.choice_R // self.num_choices
 
     @property
     def load_E(self) -> Tensor:
@@ -47,34 +50,34 @@ class DispatchPlan:
     @property
     def used_R(self) -> Tensor:
         """bool: rows that belong to a destination."""
-        return torch.arange(self.place_R.shape[0], device=self.place_R.device) < self.offset_E[-1]
+        return torch.arange(self.choice_R.shape[0], device=self.choice_R.device) < self.offset_E[-1]
 
 
 def plan_dispatch(routing: Routing) -> DispatchPlan:
-    """Sort the places of ``routing`` by destination."""
+    """Sort the choices of ``routing`` by destination."""
     index_R, num_destinations = routing.index_NK.reshape(-1), routing.num_destinations
     # A narrow key makes the stable sort a radix sort on the CPU, several times faster than on int64.
     narrow = torch.int16 if num_destinations < 2**15 - 1 else torch.int32
-    key_R, place_R = torch.sort(torch.where(index_R < 0, num_destinations, index_R).to(narrow), stable=True)
+    key_R, choice_R = torch.sort(torch.where(index_R < 0, num_destinations, index_R).to(narrow), stable=True)
     destination_E = torch.arange(num_destinations, dtype=narrow, device=key_R.device)
     offset_E = torch.searchsorted(key_R, destination_E, right=True, out_int32=True)
-    return DispatchPlan(place_R, offset_E, routing.num_items, routing.num_places)
+    return DispatchPlan(choice_R, offset_E, routing.num_items, routing.num_choices)
 
 
 def dispatch(x_ND: Tensor, plan: DispatchPlan) -> Tensor:
-    """rows_RD: a copy of each item for each of its places, sorted by destination."""
+    """rows_RD: a copy of each item for each of its choices, sorted by destination."""
     return x_ND[plan.item_R]
 
 
 def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None) -> Tensor:
-    """y_ND: each item's rows, weighted, summed in fp32 in place order (so the result does not depend on threads).
+    """y_ND: each item's rows, weighted, summed in fp32 in the order of its choices (so the result does not depend on threads).
 
-    Without weights rows are added as they are: with one used place per item, ``combine(dispatch(x, plan), plan) == x``.
+    Without weights rows are added as they are: with one used choice per item, ``combine(dispatch(x, plan), plan) == x``.
     """
     width = rows_RD.shape[-1]
     used_R1 = plan.used_R.unsqueeze(-1)
-    y_RD = torch.zeros_like(rows_RD).index_copy(0, plan.place_R, rows_RD.masked_fill(~used_R1, 0.0))
-    y_NKD = y_RD.view(plan.num_items, plan.num_places, width)
+    y_RD = torch.zeros_like(rows_RD).index_copy(0, plan.choice_R, rows_RD.masked_fill(~used_R1, 0.0))
+    y_NKD = y_RD.view(plan.num_items, plan.num_choices, width)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if weight_NK is None:
         return y_NKD.sum(1, dtype=wide).to(rows_RD.dtype)
@@ -83,17 +86,17 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None
         return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(rows_RD.dtype)
 
 
-def capacity_of(num_items: int, num_places: int, num_destinations: int, capacity_factor: float) -> int:
+def capacity_of(num_items: int, num_choices: int, num_destinations: int, capacity_factor: float) -> int:
     """ceil(capacity_factor * N K / E), the rows each destination takes (GShard, Switch Transformer)."""
     if capacity_factor <= 0:
         raise ConfigError(f"capacity_factor is {capacity_factor}; it must be greater than 0 (1.0 to 2.0 is usual)")
-    return math.ceil(capacity_factor * num_items * num_places / num_destinations)
+    return math.ceil(capacity_factor * num_items * num_choices / num_destinations)
 
 
 def limit_capacity(
     routing: Routing, capacity: int, *, order: Literal["token", "score"] = "token", renormalize: bool = False
 ) -> Routing:
-    """Drop the places that exceed ``capacity`` rows of their destination.
+    """Drop the choices that exceed ``capacity`` rows of their destination.
 
     Args:
         routing: the decision to limit.
@@ -141,15 +144,15 @@ def pad_rows(rows_RD: Tensor, plan: DispatchPlan, capacity: int) -> Tensor:
 
 
 def unpad_rows(rows_ECD: Tensor, plan: DispatchPlan) -> Tensor:
-    """rows_RD: the inverse of `pad_rows`; rows of unused places are zero."""
+    """rows_RD: the inverse of `pad_rows`; rows of unused choices are zero."""
     row_R, slot_R = _padded_slot(plan, rows_ECD.shape[1])
-    rows = rows_ECD.new_zeros(plan.place_R.numel(), rows_ECD.shape[-1])
+    rows = rows_ECD.new_zeros(plan.choice_R.numel(), rows_ECD.shape[-1])
     return rows.index_copy(0, row_R, rows_ECD.flatten(0, 1)[slot_R])
 
 
 def _padded_slot(plan: DispatchPlan, capacity: int) -> tuple[Tensor, Tensor]:
     """For each used row: its number, and its place in the padded layout."""
     start_E = plan.offset_E.long() - plan.load_E.long()
-    row_R = torch.arange(int(plan.offset_E[-1]), device=plan.place_R.device)
+    row_R = torch.arange(int(plan.offset_E[-1]), device=plan.choice_R.device)
     destination_R = torch.searchsorted(plan.offset_E.long(), row_R, right=True)
     return row_R, destination_R * capacity + row_R - start_E[destination_R]

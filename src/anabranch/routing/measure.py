@@ -1,13 +1,13 @@
 """Measures of routing: pure functions of loads, decisions or scores, numpy arrays or CPU tensors in, numpy out.
 
 Measures of balance take loads ``[..., E]``, so a whole ``load_LE`` gives one number per layer; a row with no load gives nan.
-Measures of structure take the ``index_NK`` of decisions (-1 where a place is unused), see `RoutingTrace.decisions`.
+Measures of structure take the ``index_NK`` of decisions (-1 where a choice is unused), see `RoutingTrace.decisions`.
 
     trace = RoutingTrace.read("trace.parquet")
     max_violation(trace.load_LE())                        # [L]
     coactivation(trace.decisions(0).index_NK, 64)         # [64, 64]
 """
-# Shapes: N items, K places per item, E destinations, L layers, M domains, T token ids
+# Shapes: N items, K choices per item, E destinations, L layers, M domains, T token ids
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def foreign_share(trace: RoutingTrace, layer: int) -> float:
 
 
 def drop_ratio(index_NK: ArrayLike) -> float:
-    """The fraction of places that name no destination (dropped by capacity, below a threshold, ...); nan if there is none."""
+    """The fraction of choices that name no destination (dropped by capacity, below a threshold, ...); nan if there is none."""
     index_NK = np.asarray(index_NK)
     return float((index_NK < 0).mean()) if index_NK.size else float("nan")
 
@@ -147,7 +147,7 @@ def aligned(first: Decisions, second: Decisions) -> tuple[np.ndarray, np.ndarray
 
 
 def reuse_rate(index_NK: ArrayLike, before_NK: ArrayLike) -> float:
-    """The fraction of used places whose destination is also in the same row of ``before_NK``; nan if no place is used.
+    """The fraction of used choices whose destination is also in the same row of ``before_NK``; nan if no choice is used.
 
     For consecutive layers that share a pool this is the same-expert rate of arXiv 2510.17483; see `chance_reuse`.
     """

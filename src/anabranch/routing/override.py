@@ -9,7 +9,7 @@ taught to even out what it did not choose.
 
 `anabranch.routing.layer_overrides` and `anabranch.routing.replay` put overrides into the forward passes of a model.
 """
-# Shapes: N items, E destinations, K places per item
+# Shapes: N items, E destinations, K choices per item
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +29,13 @@ class Override:
     """What is changed in the decisions of one layer. Lists are taken as tensors.
 
     Attributes:
-        index_NK: int64 ``[K]`` or ``[N, K]``, the destinations that items are sent to, -1 for places that are not used. None: as selected.
+        index_NK: int64 ``[K]`` or ``[N, K]``, the destinations that items are sent to, -1 for choices that are not used. None: as selected.
             K need not be the router's.
         weight_NK: of the same shape, the weights of their outputs. None: made of the router's own scores, as its select does, with their
             gradient; a destination that the router's own candidates close then weighs 0.
         bias_NE: ``[E]`` or ``[N, E]``, added to the scores for selection only, beside the router's own bias.
         open_NE: bool ``[E]`` or ``[N, E]``, False for destinations that must not be selected, beside those that are closed anyway. An item
-            with too few open ones has unused places. Forced destinations are not asked.
+            with too few open ones has unused choices. Forced destinations are not asked.
         only_N: bool ``[N]``, the items that this is for; None for all.
         learn: balancers see these items all the same.
         of_all_routers: there is one like it for every router of the model. No score then needs to hand on a state to the next router, and
@@ -65,7 +65,7 @@ class Override:
                 other = "there is no index_NK" if self.index_NK is None else f"index_NK {list(self.index_NK.shape)}"
                 raise ConfigError(f"weight_NK has shape {list(self.weight_NK.shape)}, but {other}; they go together")
             if bool((self.weight_NK[self.index_NK < 0] != 0).any()):
-                raise ConfigError("weight_NK has a weight at a place whose index_NK is -1; such places weigh 0")
+                raise ConfigError("weight_NK has a weight at a choice whose index_NK is -1; such choices weigh 0")
 
     @property
     def is_whole(self) -> bool:
@@ -139,14 +139,14 @@ class Override:
             weight_NK = self.weight_NK.to(routing.weight_NK).expand(index_NK.shape).masked_fill(index_NK < 0, 0.0)
         if self.only_N is None:
             return Routing(index_NK, weight_NK, routing.score_NE)
-        num_places, only_N1 = max(routing.num_places, index_NK.shape[1]), self._only_N1(routing.index_NK)
+        num_choices, only_N1 = max(routing.num_choices, index_NK.shape[1]), self._only_N1(routing.index_NK)
         index_NK = torch.where(
-            only_N1, _widen(index_NK, num_places, UNUSED), _widen(routing.index_NK, num_places, UNUSED)
+            only_N1, _widen(index_NK, num_choices, UNUSED), _widen(routing.index_NK, num_choices, UNUSED)
         )
-        weight_NK = torch.where(only_N1, _widen(weight_NK, num_places, 0), _widen(routing.weight_NK, num_places, 0))
+        weight_NK = torch.where(only_N1, _widen(weight_NK, num_choices, 0), _widen(routing.weight_NK, num_choices, 0))
         drawn_NK = routing.propensity_NK
         if drawn_NK is not None:
-            drawn_NK = _widen(drawn_NK, num_places, torch.nan).masked_fill(only_N1, torch.nan)
+            drawn_NK = _widen(drawn_NK, num_choices, torch.nan).masked_fill(only_N1, torch.nan)
         return replace(routing, index_NK=index_NK, weight_NK=weight_NK, propensity_NK=drawn_NK)
 
     def _only_N1(self, like: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _check_kind(name: str, value: Tensor) -> None:
         )
     if name == "index_NK":
         if not value.shape[-1]:
-            raise ConfigError("index_NK has no places; an item that goes nowhere has index -1")
+            raise ConfigError("index_NK has no choices; an item that goes nowhere has index -1")
         if kind != torch.int64:
             raise ConfigError(f"index_NK is {kind}; destinations are int64")
         sorted_NK = value.sort(-1).values
@@ -207,7 +207,7 @@ def _check_kind(name: str, value: Tensor) -> None:
             raise ConfigError(f"index_NK names destination {int(sorted_NK[..., 1:][twice_NK][0])} twice for one item")
         if value.numel() and int(value.min()) < UNUSED:
             raise ConfigError(
-                f"index_NK has {int(value.min())}; destinations are 0 and up, and -1 is a place that is not used"
+                f"index_NK has {int(value.min())}; destinations are 0 and up, and -1 is a choice that is not used"
             )
     elif name in ("open_NE", "only_N"):
         if kind != torch.bool:
@@ -217,6 +217,6 @@ def _check_kind(name: str, value: Tensor) -> None:
         raise ConfigError(f"{name} {what}; it must be finite floats (open_NE closes destinations)")
 
 
-def _widen(value_NK: Tensor, num_places: int, fill: float) -> Tensor:
-    """With places added that hold ``fill``."""
-    return F.pad(value_NK, (0, num_places - value_NK.shape[1]), value=fill)
+def _widen(value_NK: Tensor, num_choices: int, fill: float) -> Tensor:
+    """With choices added that hold ``fill``."""
+    return F.pad(value_NK, (0, num_choices - value_NK.shape[1]), value=fill)

@@ -5,7 +5,7 @@
 
 Passes of one layer choose from one pool and own the same slots of it; neighbours that share a pool own different ones.
 """
-# Shapes: N items, K places per item, E destinations of a pool
+# Shapes: N items, K choices per item, E destinations of a pool
 
 import itertools
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ Inside the block compiled code runs eagerly (``torch.compiler.set_stance("force_
 without the hooks; so it does not matter whether the model was compiled before or not. Forward passes repeated in a backward
 pass (activation recompute) are not recorded again.
 """
-# Shapes: N items, K places per item, B sequences, L positions
+# Shapes: N items, K choices per item, B sequences, L positions
 
 import itertools
 import threading
@@ -214,7 +214,7 @@ def _described(layer: RouterLayer, routing: Routing) -> TraceLayer:
         layer=layer.number,
         name=layer.name,
         num_destinations=routing.num_destinations,
-        top_k=routing.num_places,
+        top_k=routing.num_choices,
         pool=destinations.pool or "",
         own_start=destinations.own_start,
         weight_dtype="float64" if routing.weight_NK.dtype == torch.float64 else "float32",

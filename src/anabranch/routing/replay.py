@@ -11,7 +11,7 @@ they have (``item_N`` and ``position_N`` in ``context.state``) or come to the sa
 to the bit. With ``weights="own"`` only the destinations are replayed, which is what training on rollouts needs (an engine and a trainer
 round differently, and near-ties between experts then go other ways): weights are made of the router's own scores, with their gradient.
 """
-# Shapes: N items, K places per item, R decisions of a layer
+# Shapes: N items, K choices per item, R decisions of a layer
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -58,7 +58,7 @@ def replay_routing(
     taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
     so an epoch over counted items needs a block of its own.
 
-    Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of places, and
+    Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of choices, and
     in the block for a layer or an item that was not recorded, and for weights that were recorded in another precision than this pass has.
     Warnings and engines: see `override_routing`.
     """
@@ -210,7 +210,7 @@ def _check_layer(layer: RouterLayer, recorded: TraceLayer) -> None:
     destinations: Any = router.destinations
     facts = {
         "num_destinations": (router.num_destinations, recorded.num_destinations),
-        "top_k": (router.num_places, recorded.top_k),
+        "top_k": (router.num_choices, recorded.top_k),
         "pool": (destinations.pool, recorded.pool),
         "own_start": (destinations.own_start, recorded.own_start),
     }

@@ -1,5 +1,5 @@
 """`Router` = score + select + balance, three small interchangeable parts, and an optional mask of candidates."""
-# Shapes: N items, E destinations, K places per item, D width
+# Shapes: N items, E destinations, K choices per item, D width
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +17,7 @@ from anabranch.routing.decision import UNUSED, Routing
 from anabranch.routing.destinations import Destinations
 from anabranch.routing.nan import is_seen_at_once, refuse_nan
 from anabranch.routing.override import Override, hidden_items, overrides_of
+from anabranch.routing.renamed import Renamed
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
 from anabranch.routing.shared import Share, join_model
@@ -79,10 +80,12 @@ class Router(Part, nn.Module):
         self.balance = nn.ModuleList(part.build(num_destinations) for part in config.balance)
         self.candidates = self.destinations.candidates
 
+    num_places = Renamed("num_choices")
+
     @property
-    def num_places(self) -> int | None:
-        """K, the places of its routings; None where that is not known beforehand."""
-        return self.select.num_places
+    def num_choices(self) -> int | None:
+        """K, the choices of its routings; None where that is not known beforehand."""
+        return self.select.num_choices
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
         """Route N items of width D, as ``context.routing`` overrides it. Padding items (``context.item_mask_N``) go nowhere."""

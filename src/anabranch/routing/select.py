@@ -1,9 +1,9 @@
 """Selectors: which destinations an item goes to, given its scores, and with what weight.
 
 Selection looks at ``score + bias`` with closed destinations at minus infinity; weights come from the unbiased scores (ALF-LB,
-arXiv 2408.15664, step 1). Ties go to the lowest index. A place that finds no open destination stays unused (index -1).
+arXiv 2408.15664, step 1). Ties go to the lowest index. A choice that finds no open destination stays unused (index -1).
 """
-# Shapes: N items, E destinations, K places per item, G groups of destinations, C items per destination
+# Shapes: N items, E destinations, K choices per item, G groups of destinations, C items per destination
 
 import math
 from typing import ClassVar, Literal
@@ -15,6 +15,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.routing.decision import UNUSED, Routing
+from anabranch.routing.renamed import Renamed
 
 TINY = 4096  # scores
 
@@ -89,9 +90,11 @@ class Select(Part, nn.Module, family="select"):
         index_NK = self.choose(value_NE)
         return self.weigh(index_NK, score_NE, logit_NE)
 
+    num_places = Renamed("num_choices")
+
     @property
-    def num_places(self) -> int | None:
-        """K, the places of its routings; None where that is not known beforehand."""
+    def num_choices(self) -> int | None:
+        """K, the choices of its routings; None where that is not known beforehand."""
         return None
 
     def choose(self, value_NE: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Select(Part, nn.Module, family="select"):
         raise NotImplementedError  # abstract
 
     def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
-        """The routing to ``index_NK``, weighed by the scores as the config says; places of -1 weigh 0."""
+        """The routing to ``index_NK``, weighed by the scores as the config says; choices of -1 weigh 0."""
         # One look at few indices spares the masks that follow.
         if _is_tiny(score_NE) and int(index_NK.min()) >= 0:
             return self._weigh_all(index_NK, score_NE, logit_NE)
@@ -117,7 +120,7 @@ class Select(Part, nn.Module, family="select"):
         return Routing(index_NK, weight_NK, score_NE)
 
     def _weigh_all(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
-        """`weigh` where every place is used."""
+        """`weigh` where every choice is used."""
         if self.config.normalize == "softmax":
             weight_NK = (score_NE if logit_NE is None else logit_NE).gather(-1, index_NK).softmax(-1)
         else:
@@ -156,7 +159,7 @@ class TopK(Select, kind="top_k"):
     config: Config
 
     @property
-    def num_places(self) -> int:
+    def num_choices(self) -> int:
         """K."""
         return self.config.top_k
 
@@ -204,7 +207,7 @@ class GroupTopK(Select, kind="group_top_k"):
     config: Config
 
     @property
-    def num_places(self) -> int:
+    def num_choices(self) -> int:
         """K."""
         return self.config.top_k
 
@@ -242,13 +245,13 @@ class TopP(Select, kind="top_p"):
     config: Config
 
     @property
-    def num_places(self) -> int:
+    def num_choices(self) -> int:
         """At most so many are used."""
         return self.config.max_k or self.num_destinations
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The shortest prefix of the sorted values that reaches ``top_p``."""
-        index_NK = stable_top_k(value_NE, self.num_places)
+        index_NK = stable_top_k(value_NE, self.num_choices)
         value_NK = value_NE.gather(-1, index_NK)
         share_NK = value_NK.masked_fill(value_NK == -torch.inf, 0.0)
         before_NK = share_NK.cumsum(-1) - share_NK
@@ -272,13 +275,13 @@ class Threshold(Select, kind="threshold"):
     config: Config
 
     @property
-    def num_places(self) -> int:
+    def num_choices(self) -> int:
         """At most so many are used."""
         return self.config.max_k or self.num_destinations
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """All values over the threshold."""
-        index_NK = stable_top_k(value_NE, self.num_places)
+        index_NK = stable_top_k(value_NE, self.num_choices)
         low_NK = value_NE.gather(-1, index_NK) < self.config.threshold
         low_NK[:, 0] = False
         return _only_open(value_NE, index_NK).masked_fill(low_NK, UNUSED)
@@ -301,12 +304,12 @@ class ExpertChoice(Select, kind="expert_choice"):
     is_causal: ClassVar[bool] = False
 
     @property
-    def num_places(self) -> int:
-        """E, a place for each destination."""
+    def num_choices(self) -> int:
+        """E, a choice for each destination."""
         return self.num_destinations
 
     def choose(self, value_NE: Tensor) -> Tensor:
-        """index_NE: destination e stands in place e where it took the item."""
+        """index_NE: destination e is choice e of the items that it took."""
         num_items, num_destinations = value_NE.shape
         factor = self.config.capacity_factor
         capacity = min(num_items, math.ceil(factor * num_items / num_destinations))

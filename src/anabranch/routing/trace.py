@@ -4,7 +4,7 @@ One row says that one item went to one destination. MoE layers, depth routers, a
 one schema; measures, cache simulators, predictors and reports read it. The schema metadata say what the layers are.
 
 A *decision* is the rows of one item at one layer: they stand together, in order of rank, so a trace gives back the `Routing`
-it came from. Unused places (capacity, threshold) are not stored; an item with no used place at all keeps one row of rank 0
+it came from. Unused choices (capacity, threshold) are not stored; an item with no used choice at all keeps one row of rank 0
 and destination -1, so that what was dropped can be counted. Padding items leave no rows. A trace may have columns of scores and of
 propensities, and of predicted tokens (`anabranch.routing.trace_schema.OPTIONAL`); one without them is as it always was.
 
@@ -13,7 +13,7 @@ propensities, and of predicted tokens (`anabranch.routing.trace_schema.OPTIONAL`
     recorder.trace().write("trace.parquet")
     RoutingTrace.read("trace.parquet").load_LE()
 """
-# Shapes: R rows, N decisions of a layer, K places per item, E destinations, L layers
+# Shapes: R rows, N decisions of a layer, K choices per item, E destinations, L layers
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Decisions:
     """The decisions of one layer in the order they were made, as numpy arrays.
 
     Attributes:
-        index_NK: int32, destinations; -1 where a place is unused.
-        weight_NK: float32, 0 where a place is unused.
+        index_NK: int32, destinations; -1 where a choice is unused.
+        weight_NK: float32, 0 where a choice is unused.
         item_N: int64.
         position_N: int32.
         token_N: int32; -1 where unknown.
@@ -162,7 +162,7 @@ class RoutingTrace:
         return self._column(name)[self._rows(layer)]
 
     def decisions(self, layer: int) -> Decisions:
-        """The decisions of a layer; memory is N K places."""
+        """The decisions of a layer; memory is N K choices."""
         item_R, position_R, rank_R = (self.column(name, layer) for name in ("item", "position", "rank"))
         first_R = np.ones(len(item_R), bool)
         # A new decision begins where the item changes, or where the ranks start again (an item that comes twice in a row).
@@ -208,7 +208,7 @@ class RoutingTrace:
         index_NK = torch.from_numpy(decisions.index_NK.astype(np.int64))
         weight_NK = torch.from_numpy(decisions.weight_NK)
         score_NE = torch.zeros(index_NK.shape[0], self.layer(layer).num_destinations)
-        # Unused places add their weight, which is 0.
+        # Unused choices add their weight, which is 0.
         score_NE.scatter_add_(1, index_NK.clamp_min(0), weight_NK)
         if decisions.score_NE is not None:
             known_NE = torch.from_numpy(decisions.score_NE)

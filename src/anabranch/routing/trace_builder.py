@@ -1,5 +1,5 @@
 """How a `RoutingTrace` is made of decisions as they come: `TraceBuilder` keeps them in memory, `TraceWriter` streams them to a file."""
-# Shapes: N items, K places per item, R rows
+# Shapes: N items, K choices per item, R rows
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,7 +68,7 @@ class TraceBuilder:
         self.layers[layer.layer] = merge_layers(self.layers.get(layer.layer), layer)
         index_NK = np.asarray(index_NK)
         used_NK = index_NK >= 0
-        # An item with no used place keeps its first one.
+        # An item with no used choice keeps its first one.
         used_NK[:, :1] |= ~used_NK.any(1, keepdims=True)
         row_R, rank_R = np.nonzero(used_NK)
         domains = [domain] if domain is None or isinstance(domain, str) else domain
@@ -131,7 +131,7 @@ class _Scores:
         self._propensity: list[np.ndarray] = []
 
     def add(self, layer: TraceLayer, row_R: np.ndarray, rank_R: np.ndarray, score_NE: Any, propensity_NK: Any) -> None:
-        """Of rows that are place ``rank_R`` of items ``row_R``."""
+        """Of rows that are choice ``rank_R`` of items ``row_R``."""
         length_R = np.zeros(len(row_R), np.int64)
         if score_NE is not None:
             score_NE = np.asarray(score_NE, np.float32)

@@ -60,7 +60,7 @@ class TraceLayer:
         layer: the number that rows carry.
         name: for people, e.g. the router's path in the model.
         num_destinations: E, what the layer can choose from.
-        top_k: K, the most places of a decision.
+        top_k: K, the most choices of a decision.
         pool: name of the pool that ``destination`` counts in. Layers with one pool share its destinations (ReXMoE); empty
             means a pool of its own.
         own_start: first pool slot owned by this layer.
@@ -184,7 +184,7 @@ def _check_layer(layer: dict[str, Any]) -> None:
 
 
 def merge_layers(before: TraceLayer | None, layer: TraceLayer) -> TraceLayer:
-    """The one layer that both describe; the number of places may vary from batch to batch."""
+    """The one layer that both describe; the number of choices may vary from batch to batch."""
     if before is None or before == layer:
         return layer
     merged = replace(

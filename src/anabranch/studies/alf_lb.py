@@ -72,7 +72,7 @@ COLUMNS = (
 
 @configclass
 class Static(Config):
-    """Part A: ``steps`` steps on one batch of ``num_tokens``, for each number of destinations (that divides it) and of places."""
+    """Part A: ``steps`` steps on one batch of ``num_tokens``, for each number of destinations (that divides it) and of choices."""
 
     rule: Rule
     rate: float

@@ -1,5 +1,5 @@
 """The contract of a pool of experts."""
-# Shapes: N items, E experts, K places per item, D width, F hidden
+# Shapes: N items, E experts, K choices per item, D width, F hidden
 
 import copy
 

@@ -1,5 +1,5 @@
 """The contracts of the parts of a router, and of the router."""
-# Shapes: N items, E destinations, K places per item, D width
+# Shapes: N items, E destinations, K choices per item, D width
 
 import copy
 from dataclasses import dataclass
@@ -34,21 +34,21 @@ from anabranch.train.hooks import StepHooks
 
 
 def check_routing(routing: Routing) -> None:
-    """A `Routing` is well formed: shapes agree, destinations exist and are distinct, unused places weigh nothing."""
-    num_items, num_places, num_destinations = routing.num_items, routing.num_places, routing.num_destinations
+    """A `Routing` is well formed: shapes agree, destinations exist and are distinct, unused choices weigh nothing."""
+    num_items, num_choices, num_destinations = routing.num_items, routing.num_choices, routing.num_destinations
     expect(routing.index_NK.dtype == torch.int64, f"index_NK is {routing.index_NK.dtype}, not int64")
-    expect(routing.weight_NK.shape == (num_items, num_places), "weight_NK has another shape than index_NK")
+    expect(routing.weight_NK.shape == (num_items, num_choices), "weight_NK has another shape than index_NK")
     expect(routing.score_NE.shape[0] == num_items, "score_NE has another number of items than index_NK")
     index_NK = routing.index_NK
     expect(
         ((index_NK >= UNUSED) & (index_NK < num_destinations)).all(), f"an index is not in -1 to {num_destinations - 1}"
     )
-    expect((routing.weight_NK[index_NK == UNUSED] == 0).all(), "an unused place has a weight that is not 0")
+    expect((routing.weight_NK[index_NK == UNUSED] == 0).all(), "an unused choice has a weight that is not 0")
     expect(torch.isfinite(routing.weight_NK).all(), "a weight is not finite")
     used_NE = torch.zeros(num_items, num_destinations + 1, dtype=torch.int64, device=index_NK.device)
     used_NE.scatter_add_(1, torch.where(index_NK < 0, num_destinations, index_NK), torch.ones_like(index_NK))
     expect((used_NE[:, :num_destinations] <= 1).all(), "an item has one destination twice")
-    expect(routing.load_E().sum() == routing.used_NK.sum(), "loads do not sum to the used places")
+    expect(routing.load_E().sum() == routing.used_NK.sum(), "loads do not sum to the used choices")
 
 
 def check_score(config: Score.Config, *, dim: int = 16, num_destinations: int = 8) -> None:
@@ -102,8 +102,8 @@ def check_select(config: Select.Config, *, num_destinations: int = 16) -> None:
     routing = select(score_NE, logit_NE=logit_NE)
     check_routing(routing)
     expect(routing.used_NK.any(), "nothing was chosen")
-    told = (None, routing.num_places)
-    expect(select.num_places in told, f"num_places is {select.num_places}, but there are {routing.num_places}")
+    told = (None, routing.num_choices)
+    expect(select.num_choices in told, f"num_choices is {select.num_choices}, but there are {routing.num_choices}")
     expect(torch.equal(select(score_NE, logit_NE=logit_NE).index_NK, routing.index_NK), "two calls choose differently")
     routing.weight_NK.square().sum().backward()
     expect(torch.isfinite(logit_NE.grad).all(), "a gradient is not finite")  # type: ignore[arg-type]

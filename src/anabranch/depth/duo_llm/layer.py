@@ -4,7 +4,7 @@
 
 Which one is said per forward pass, in the forward context's state: ``model(token_BL, state=take("big"))``.
 """
-# Shapes: B batch, L positions, N = B L items, E options, Y layers, K places per item, D width
+# Shapes: B batch, L positions, N = B L items, E options, Y layers, K choices per item, D width
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -68,7 +68,7 @@ class DuoRouter(Router):
         self.place, self.num_layers = context.routed_layer, context.num_routed_layers
 
     @property
-    def num_places(self) -> None:
+    def num_choices(self) -> None:
         """One for a route that is given, and as the learned router has them."""
         return None
 
@@ -244,7 +244,7 @@ class DuoFFN(FeedForward, kind="duo"):
         routing = self.router(x_ND, context)
         compute = self.config.compute
         if compute == "auto":
-            compute = "dense" if torch.compiler.is_compiling() or routing.num_places > 1 else "gather"
+            compute = "dense" if torch.compiler.is_compiling() or routing.num_choices > 1 else "gather"
         run = self._masked if compute == "dense" else self._gathered
         return run(x_ND, routing, context).view_as(x_BLD)
 
@@ -272,9 +272,9 @@ class DuoFFN(FeedForward, kind="duo"):
         plan = plan_dispatch(routing)
         sizes = plan.load_E.tolist()
         for option in (SMALL, BIG):
-            if routing.num_places == 1 and sizes[option] == x_ND.shape[0] > 0 and not self.training:
+            if routing.num_choices == 1 and sizes[option] == x_ND.shape[0] > 0 and not self.training:
                 return self.option(x_ND, option, context)  # type: ignore[return-value]
-        parts = dispatch(x_ND, plan).split([*sizes, plan.place_R.numel() - sum(sizes)])
+        parts = dispatch(x_ND, plan).split([*sizes, plan.choice_R.numel() - sum(sizes)])
         items = plan.item_R.split([len(part) for part in parts])
         small_RD, big_RD = (
             _on_part(module, part, context, item_R, len(x_ND))
@@ -282,7 +282,7 @@ class DuoFFN(FeedForward, kind="duo"):
         )
         idle = [torch.zeros_like(part, dtype=big_RD.dtype) for part in parts[2:]]  # skipped, and padding
         rows_RD = torch.cat([small_RD, big_RD, *idle])
-        return combine(rows_RD, plan, routing.weight_NK if routing.num_places > 1 else None)
+        return combine(rows_RD, plan, routing.weight_NK if routing.num_choices > 1 else None)
 
 
 def _is_plain(module: Any) -> bool:

@@ -1,5 +1,5 @@
 """Parts of a router over a few unlike options: a random draw, a score with a temperature, a soft mixture, a budget over all layers."""
-# Shapes: N items, E options, K places per item, S sequences, D width
+# Shapes: N items, E options, K choices per item, S sequences, D width
 
 import math
 from dataclasses import replace

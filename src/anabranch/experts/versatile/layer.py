@@ -100,7 +100,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 self.slice_starts(self.hidden_dim)
 
         @property
-        def places(self) -> int:
+        def num_choices(self) -> int:
             """Most virtual experts per token."""
             select = self.router.select
             return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
@@ -152,7 +152,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
                 width = min(width, grouped)
             used = whole.active
             if can_cut and not self.loops:
-                used = min(self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.places, used)
+                used = min(self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.num_choices, used)
             more = heads + dim * (self.norm == "separate" and self.fusion != "depth_only")
             return Count(whole.parameters + more, used + more, whole.flops * self.loops + 2 * heads + width)
 
@@ -188,7 +188,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
             return into + out if self.width_compute == "masked" or grouped is None else grouped
 
         def _grouped_flops(self, dim: int) -> int:
-            return 2 * self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.places
+            return 2 * self._num_matrices * dim * self.slice_width(self.hidden_dim) * self.num_choices
 
         def inference_flops(self, dim: int, mean_loops: float, width_share: float) -> float:
             """FLOPs per token of the early exit, heads not counted: loops, and the width path for the share of tokens that take it.

@@ -34,7 +34,7 @@ class LoopGate(nn.Module):
     (see `record_difficulty`). Its ``score_NE`` are the relaxed probabilities: a Gumbel softmax at the current temperature in
     training, the plain softmax outside (which is how samples are distributed at any temperature).
 
-    Overrides that ``context.routing`` carries change the number as they change a router's decision; a place that is not used is one loop,
+    Overrides that ``context.routing`` carries change the number as they change a router's decision; a choice that is not used is one loop,
     and padding takes one.
 
     Attributes:
@@ -43,7 +43,7 @@ class LoopGate(nn.Module):
     """
 
     takes_overrides: ClassVar[bool] = True
-    num_places: ClassVar[int] = 1
+    num_choices: ClassVar[int] = 1
 
     def __init__(
         self, config: "VersatileFFN.Config", dim: int, *, layer: int = 0, generator: torch.Generator | None = None
@@ -58,7 +58,7 @@ class LoopGate(nn.Module):
         self.temperature: Temperature = config.temperature.build()
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        """One place per item. Raises ConfigError for an override of several places, and in training where all loops are mixed."""
+        """One choice per item. Raises ConfigError for an override of several choices, and in training where all loops are mixed."""
         overrides: Sequence[Override] = ()
         if context.routing:
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
@@ -88,9 +88,9 @@ class LoopGate(nn.Module):
 
     def _check(self, overrides: Sequence[Override], context: RoutingContext) -> None:
         for override in overrides:
-            places = 1 if override.index_NK is None else override.index_NK.shape[-1]
-            if places != 1:
-                raise ConfigError(f"index_NK has {places} places; a token takes one number of loops")
+            num_choices = 1 if override.index_NK is None else override.index_NK.shape[-1]
+            if num_choices != 1:
+                raise ConfigError(f"index_NK has {num_choices} choices; a token takes one number of loops")
         if overrides and context.training and self._is_soft_in_training:
             raise ConfigError(
                 "relaxation is 'soft', so in training every token takes all loops, mixed by their probabilities: there is no number to "

@@ -250,7 +250,7 @@ class Paths(nn.Module):
         return self._grouped_flops(branch)
 
     def _grouped_flops(self, branch: Branch) -> int:
-        return 2 * branch.dim * self.width * self.config.places * (branch.num_inputs + 1)
+        return 2 * branch.dim * self.width * self.config.num_choices * (branch.num_inputs + 1)
 
     def _is_grouped(self, branch: Branch) -> bool:
         return branch.weights is not None and self.config.width_compute != "masked"

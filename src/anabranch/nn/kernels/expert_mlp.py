@@ -1,5 +1,5 @@
 """The compiled kernels behind tensors: the ``native`` back end of `anabranch.nn.grouped`."""
-# Shapes: N items, E experts, K places per item, R = N K rows, D width, F hidden
+# Shapes: N items, E experts, K choices per item, R = N K rows, D width, F hidden
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ def why_not(x_ND: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, dtype: torch.dtype, *
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     """y_ND and, with ``keep``, z_R2F."""
     x_ND, weight_NK = cast(call.x_ND, call.dtype), cast(call.weight_NK, torch.float32)
-    operands = _contiguous(x_ND, call.place_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF)
+    operands = _contiguous(x_ND, call.choice_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF)
     y_ND = torch.empty(call.x_ND.shape, dtype=call.dtype)
-    z_R2F = torch.empty((call.place_R.shape[0], call.w13_EFD.shape[1]) if keep else 0, dtype=call.dtype)
+    z_R2F = torch.empty((call.choice_R.shape[0], call.w13_EFD.shape[1]) if keep else 0, dtype=call.dtype)
     FORWARD(*operands, y_ND, z_R2F if keep else None, call.on_input)
     return y_ND, z_R2F
 
@@ -72,7 +72,7 @@ def backward(
 ) -> Gradients:
     """Gradients of the call; ``sums`` are contiguous gradients of w13 and w2 to add to."""
     dtype, weight_NK = call.dtype, call.weight_NK.to(torch.float32)
-    plan_and_weights = call.place_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF
+    plan_and_weights = call.choice_R, call.offset_E, weight_NK, call.w13_EFD, call.w2_EDF
     operands = _contiguous(dy_ND.to(dtype), call.x_ND.to(dtype), *plan_and_weights, z_R2F)
     dx_ND = torch.empty(call.x_ND.shape if needed.x else 0, dtype=dtype)
     dweight_NK = torch.empty(weight_NK.shape, dtype=torch.float32)

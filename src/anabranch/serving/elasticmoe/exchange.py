@@ -7,7 +7,7 @@ Not a collective: an owner serves each peer in a thread of its own, so every ran
 the sake of others, and an instance stops or ends at any moment without leaving another waiting. A token travels once to each owner of
 any of its experts. The sum over owners is taken in fp32 in the order of ranks.
 """
-# Shapes: N items here, M items that travel, E experts of all ranks, K places per item, D width
+# Shapes: N items here, M items that travel, E experts of all ranks, K choices per item, D width
 
 import threading
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 """Overrides of requests in a step: what hooks say of single requests, put into the step's forward pass row by row."""
-# Shapes: N = P T items, P streams, T tokens of a step, K places per item, E destinations
+# Shapes: N = P T items, P streams, T tokens of a step, K choices per item, E destinations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

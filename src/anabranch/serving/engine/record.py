@@ -1,5 +1,5 @@
 """`RoutingTap`: where chosen rows of a step are routed, by hooks that are there only while someone asks."""
-# Shapes: N = P T items, P streams, T tokens of a step, K places per item
+# Shapes: N = P T items, P streams, T tokens of a step, K choices per item
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class RoutingTap:
             turns[router] += 1
             if routing.num_items % num_rows:
                 return
-            index_PTK = routing.index_NK.view(-1, num_rows, routing.num_places)
+            index_PTK = routing.index_NK.view(-1, num_rows, routing.num_choices)
             for route, index_PK in zip(routes, index_PTK[:, rows].transpose(0, 1).tolist(), strict=True):
                 used = dict.fromkeys(index for index_K in index_PK for index in index_K if index >= 0)
                 route[layer] = tuple(dict.fromkeys((*route.get(layer, ()), *used)))

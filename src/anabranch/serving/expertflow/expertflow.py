@@ -17,7 +17,7 @@
 
 Predictions only move weights; the model's own routers decide, so outputs do not change.
 """
-# Shapes: N items, K places, T tokens of a step, L routed layers, E experts, D width
+# Shapes: N items, K choices, T tokens of a step, L routed layers, E experts, D width
 
 import hashlib
 import tempfile
@@ -174,7 +174,7 @@ class Pools:
             kind_of_pool.append(self.kinds.index(kind))
         self.layout = Layout(
             tuple(numbers[id(layer.experts)] for layer in self.layers),
-            tuple(min(layer.config.places, layer.experts.num_experts) for layer in self.layers),
+            tuple(min(layer.config.num_choices, layer.experts.num_experts) for layer in self.layers),
             tuple(pool.num_experts for pool in self.pools),
             tuple(kind_of_pool),
             tuple(kind.bytes for kind in self.kinds),

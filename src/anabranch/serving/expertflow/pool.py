@@ -1,5 +1,5 @@
 """`OffloadedPool`: stands where an `ExpertPool` stood, computes the same, and owns no weights."""
-# Shapes: N items, K places, E experts, P = N K places in a row, R rows of a wave, S slots, D width, F hidden
+# Shapes: N items, K choices, E experts, P = N K choices in a row, R rows of a wave, S slots, D width, F hidden
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
@@ -58,37 +58,37 @@ class OffloadedPool(nn.Module):
     ) -> Tensor:
         """y_ND as `ExpertPool`'s; it does not depend on what was in slots before.
 
-        Each place is computed as a row of its own and the rows of an item are added in the order of its places, in float32, so that it
+        Each choice is computed as a row of its own and the rows of an item are added in the order of its choices, in float32, so that it
         does not matter in which waves they came.
 
         Raises ConfigError where gradients are wanted, DataError if an expert cannot be loaded.
         """
         if torch.is_grad_enabled() and (x_ND.requires_grad or routing.weight_NK.requires_grad):
             raise ConfigError("offloaded experts cannot be trained; run under torch.inference_mode() or no_grad()")
-        num_items, num_places = routing.index_NK.shape
+        num_items, num_choices = routing.index_NK.shape
         rows = _Rows(routing)
         y_PD: Tensor | None = None
         carry = {} if context is None else context.carry
         for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
-            place_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
-            place_R, offset_S = place_R.to(x_ND.device), offset_S.to(x_ND.device)
+            choice_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
+            choice_R, offset_S = choice_R.to(x_ND.device), offset_S.to(x_ND.device)
             y_RD = self._run(
-                x_ND[place_R // num_places], offset_S, routing.weight_NK.reshape(-1, 1)[place_R], weight_on
+                x_ND[choice_R // num_choices], offset_S, routing.weight_NK.reshape(-1, 1)[choice_R], weight_on
             )
             if y_PD is None:
-                y_PD = y_RD.new_zeros(num_items * num_places, self.dim)
-            y_PD.index_copy_(0, place_R, y_RD)
+                y_PD = y_RD.new_zeros(num_items * num_choices, self.dim)
+            y_PD.index_copy_(0, choice_R, y_RD)
             self.arena.mark_used(self.kind, list(slot_of.values()))
         if y_PD is None:
             return torch.zeros_like(x_ND)
-        y_NKD = y_PD.view(num_items, num_places, self.dim)
+        y_NKD = y_PD.view(num_items, num_choices, self.dim)
         total_ND = y_NKD[:, 0].to(torch.promote_types(y_PD.dtype, torch.float32))
-        for place in range(1, num_places):
-            total_ND = total_ND + y_NKD[:, place]
+        for choice in range(1, num_choices):
+            total_ND = total_ND + y_NKD[:, choice]
         return total_ND.to(y_PD.dtype)
 
     def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
-        """Rows that are sorted by slot, each an item with one place."""
+        """Rows that are sorted by slot, each an item with one choice."""
         plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
         return expert_mlp(x_RD, plan, weight_R1, self.w13_SFD, self.w2_SDF, weight_on=weight_on, backend=self.backend)
 
@@ -123,25 +123,27 @@ class OffloadedPool(nn.Module):
 
 
 class _Rows:
-    """The places of a routing, sorted by expert once, so that a wave is a choice of them.
+    """The choices of a routing, sorted by expert once, so that a wave is some of them.
 
     Attributes:
-        experts: that any place goes to.
+        experts: that any choice goes to.
     """
 
     def __init__(self, routing: Routing) -> None:
         index_P = routing.index_NK.reshape(-1).cpu().numpy()
         order_P = np.argsort(index_P, kind="stable")
         experts, starts = np.unique(index_P[order_P], return_index=True)
-        places = np.split(order_P, starts[1:])
-        self._places = {expert: place for expert, place in zip(experts.tolist(), places, strict=True) if expert >= 0}
-        self.experts = list(self._places)
+        choices = np.split(order_P, starts[1:])
+        self._choices = {
+            expert: choice for expert, choice in zip(experts.tolist(), choices, strict=True) if expert >= 0
+        }
+        self.experts = list(self._choices)
 
     def of(self, slot_of: dict[int, int], num_slots: int) -> tuple[Tensor, Tensor]:
-        """(place_R, offset_S): the places of these experts in the order of their slots, and where each slot's end."""
+        """(choice_R, offset_S): the choices of these experts in the order of their slots, and where each slot's end."""
         experts = sorted(slot_of, key=slot_of.__getitem__)
         count_S = np.zeros(num_slots, np.int32)
         for expert in experts:
-            count_S[slot_of[expert]] = len(self._places[expert])
-        place_R = np.concatenate([self._places[expert] for expert in experts])
-        return torch.from_numpy(place_R), torch.from_numpy(np.cumsum(count_S, dtype=np.int32))
+            count_S[slot_of[expert]] = len(self._choices[expert])
+        choice_R = np.concatenate([self._choices[expert] for expert in experts])
+        return torch.from_numpy(choice_R), torch.from_numpy(np.cumsum(count_S, dtype=np.int32))

@@ -5,7 +5,7 @@ with record_routing(model) as recorder:
 routes = Routes.from_trace(recorder.trace())          # the same trace feeds `anabranch.routing.consistency`
 routes.save("routes.npz")
 """
-# Shapes: N tokens (sequence after sequence, in order), L routed layers, E experts of the widest layer, K places, S sequences, T tokens
+# Shapes: N tokens (sequence after sequence, in order), L routed layers, E experts of the widest layer, K choices, S sequences, T tokens
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ class Routes:
         return Routes(*columns, self.num_experts, self.top_k)
 
     def index_STK(self, layer: int) -> np.ndarray:
-        """The choices of a layer as `anabranch.routing.cache_policy` takes them: -1 where a sequence has ended or a place is unused."""
+        """The choices of a layer as `anabranch.routing.cache_policy` takes them: -1 where a sequence has ended or a choice is unused."""
         longest = int(np.diff(self.starts).max())
         index_STK = np.full((len(self.starts) - 1, longest, self.top_k[layer]), -1, np.int64)
         for number, rows in enumerate(self.sequences()):

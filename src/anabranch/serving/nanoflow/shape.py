@@ -176,7 +176,7 @@ def _feed_forward(config: Any, context: Any) -> FeedForwardShape:
         num_layers=1,
         hidden_dim=config.hidden_dim,
         num_experts=destinations,
-        top_k=config.places,
+        top_k=config.num_choices,
         shared_hidden_dim=config.shared_width,
         router_parameters=router,
         passes=rounds,

@@ -1,5 +1,5 @@
 """`RoutePredictor`: what names the experts of layers before their routers do."""
-# Shapes: T tokens of a step, L routed layers, E experts (of the widest layer), N items, K places, D width
+# Shapes: T tokens of a step, L routed layers, E experts (of the widest layer), N items, K choices, D width
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
