@@ -27,12 +27,12 @@ FLAGS = ("-std=gnu++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-fopenmp", "-
 RUNTIME = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 TESTS = (
     *("tests/nn/test_fuzz.py", "tests/nn/test_rows.py", "tests/nn/test_causal.py", "tests/nn/test_grouped.py"),
-    *("tests/nn/test_packed.py", "tests/nn/test_transfers.py", "tests/nn/test_door.py", "tests/serving/fast"),
+    *("tests/nn/test_packed.py", "tests/nn/test_transfers.py", "tests/nn/test_binding.py", "tests/serving/fast"),
     *("tests/serving/expertflow/test_token_scheduler.py", "tests/serving/expertflow/test_expertflow_tiers.py"),
     "tests/serving/expertflow/test_expertflow_predictors.py",  # the compiled step of the route predictor
 )
 
-# A kernel that is told of one row more than there is: past the door, which would not let it in.
+# A kernel that is told of one row more than there is: past the binding, which would not let it in.
 FAULT = """
 import ctypes, os
 library, row = ctypes.CDLL(os.environ["KERNELS_UNDER_TEST"]), ctypes.CDLL(None).malloc

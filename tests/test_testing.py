@@ -10,7 +10,7 @@ from torch import nn
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import Count, ExpertPool, FeedForward, MoE, SwiGLU
-from anabranch.nn.context import hide
+from anabranch.nn.context import set_unregistered
 from anabranch.registry import BUILTIN, resolve
 from anabranch.routing import Balancer, LinearScore, Router, Routing, Select, SwitchLoss, TopK
 from anabranch.testing import (
@@ -352,7 +352,7 @@ class NotSaved(Broken, kind="notsaved"):
 
     def __init__(self, config, context):
         super().__init__(config, context)
-        hide(self, "scale_D", torch.randn(context.dim, generator=context.generator))
+        set_unregistered(self, "scale_D", torch.randn(context.dim, generator=context.generator))
 
     def forward(self, x_BLD, context):
         return super().forward(x_BLD * self.scale_D, context)

@@ -127,7 +127,7 @@ def layer_context(training=False):
 def test_gates_are_apart_and_may_be_tied():
     apart, tied = model_of(chain()), model_of(chain(independent_gates=False))
     layer = apart.blocks[0].feed_forward
-    first, second = layer.router.score.weight, layer.more_routers[0].score.weight
+    first, second = layer.router.score.weight, layer.routers[1].score.weight
     assert not torch.equal(first, second)
     token_BL = tokens()
     apart(token_BL, token_BL).loss.backward()
@@ -315,7 +315,7 @@ def test_a_chain_of_a_plain_model_starts_with_its_logits_and_learns(layer, norm)
     with torch.no_grad():
         torch.testing.assert_close(grown(token_BL).logits_BLV, plain(token_BL).logits_BLV, atol=1e-6, rtol=1e-6)
     first = grown.blocks[0].feed_forward
-    assert torch.equal(first.router.score.weight, first.more_routers[1].score.weight)
+    assert torch.equal(first.router.score.weight, first.routers[2].score.weight)
     grown.train()(token_BL, token_BL).loss.backward()
     assert first.scale.grad[1].abs() > 0  # the first pass reaches the output through the second one only
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
@@ -371,7 +371,7 @@ def test_gradients_agree_with_finite_differences():
     router = Router.Config(select=TopK.Config(top_k=2), balance=())
     layer = model_of(chain(num_experts=2, router=router), num_layers=1, init_std=0.3).double().blocks[0].feed_forward
     x_BLD = items(3).double()[None].requires_grad_()
-    parameters = (layer.router.score.weight, layer.more_routers[0].score.weight, layer.experts.w2)
+    parameters = (layer.router.score.weight, layer.routers[1].score.weight, layer.experts.w2)
 
     def run(x_BLD, *values):
         return layer(x_BLD, layer_context())

@@ -4,7 +4,7 @@ import torch
 from anabranch.errors import CapacityError
 from anabranch.lm import KeyValueCache
 from anabranch.lm.cache import Prefix, attention_mask
-from anabranch.nn.shared_prefix import in_front
+from anabranch.nn.shared_prefix import with_prefix
 
 CPU = torch.device("cpu")
 
@@ -134,7 +134,7 @@ def test_each_row_begins_with_the_prefix_of_its_stream():
     for store in (prefix, cache):
         key, value, seen = store.append(0, new, new.double())
         if store is cache:
-            key, value = (in_front(part, front) for part, front in zip((key, value), cache.front(0), strict=True))
+            key, value = (with_prefix(part, front) for part, front in zip((key, value), cache.front(0), strict=True))
         assert seen is None
         assert key.flatten(1).tolist() == [[1, 10], [1, 11], [2, 12], [2, 13]]
         assert value.flatten(1).tolist() == [[3, 10], [3, 11], [4, 12], [4, 13]]
@@ -144,7 +144,7 @@ def test_each_row_begins_with_the_prefix_of_its_stream():
     assert (cache.length, cache.num_prefix, len(prefix)) == (1, 1, 1)
     cache.keep_rows(torch.tensor([1]))
     key, *_ = cache.append(0, new[:2], new[:2].double())
-    assert in_front(key, cache.front(0)[0]).flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
+    assert with_prefix(key, cache.front(0)[0]).flatten(1).tolist() == [[1, 11, 10], [2, 13, 11]]
 
 
 def test_a_prefix_is_held_once_for_each_stream_however_many_rows_there_are():

@@ -12,7 +12,7 @@ from anabranch.native.isa import NATIVE
 from anabranch.native.sources import SOURCES, flags_for
 from anabranch.nn.expert_call import ExpertCall
 from anabranch.nn.kernels import attention, expert_mlp, packed, rows
-from anabranch.nn.kernels.door import KERNELS, Library
+from anabranch.nn.kernels.binding import KERNELS, Library
 from anabranch.nn.packed import KINDS, Packed
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from anabranch.nn import BuildContext, Count, ForwardContext
-from anabranch.nn.context import hide
+from anabranch.nn.context import set_unregistered
 
 
 def test_counts_add_up():
@@ -48,7 +48,7 @@ class Holder(nn.Module):
         super().__init__()
         self.owned = nn.Linear(2, 2)
         self.layer = nn.Module()
-        hide(self.layer, "reference", self.owned)
+        set_unregistered(self.layer, "reference", self.owned)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))])

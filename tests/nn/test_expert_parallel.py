@@ -11,7 +11,7 @@ SCRIPT = textwrap.dedent(
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     from anabranch.errors import ConfigError
-    from anabranch.nn.expert_parallel import expert_mesh, spread_experts, spread_parameters
+    from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_parameters
     from anabranch.nn.pool import ExpertPool
     from anabranch.routing.context import RoutingContext
     from anabranch.routing.decision import Routing
@@ -27,7 +27,7 @@ SCRIPT = textwrap.dedent(
 
     def shared_pool(experts=E, average_gradients=False):
         pool = full_pool(experts)
-        spread_experts(pool, mesh, average_gradients=average_gradients)
+        shard_experts(pool, mesh, average_gradients=average_gradients)
         return pool
 
     def whole_gradient(weight):
@@ -95,7 +95,7 @@ SCRIPT = textwrap.dedent(
         alone(x).square().mean().backward()
         layer = Layer(shared_pool(average_gradients=True))
         assert list(layer.state_dict()) == list(alone.state_dict())
-        names = spread_parameters(layer)
+        names = sharded_parameters(layer)
         assert names == ["pool.w13", "pool.w2"], names
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, names)
         together = DistributedDataParallel(layer)

@@ -92,9 +92,9 @@ def test_turn(data, batch, heads, length, width, dtype, shared, threads, seed):
     cos, sin = (torch.cat((part, part), -1).to(dtype) for part in (half.cos(), half.sin()))
     left, right = x.double().chunk(2, -1)
     wanted = x.double() * cos.double() + torch.cat((-right, left), -1) * sin.double()
-    y = rows.turn(x, cos, sin, 1.0)
+    y = rows.rotate(x, cos, sin, 1.0)
     near(y, wanted, dtype)
-    near(rows.turn(y, cos, sin, -1.0), x, dtype)
+    near(rows.rotate(y, cos, sin, -1.0), x, dtype)
 
 
 @fuzz

@@ -11,7 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.native.sources import HERE
 from anabranch.nn import kernels
 from anabranch.nn.kernels import packed as native
-from anabranch.nn.kernels.door import Library
+from anabranch.nn.kernels.binding import Library
 from anabranch.nn.packed import KINDS, Packed
 
 needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="no compiler")

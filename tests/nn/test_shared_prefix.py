@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.nn.shared_prefix import attend_few, copied, in_front
+from anabranch.nn.shared_prefix import attend_few, copied, with_prefix
 
 
 def case(fronts, copies, groups, heads, queries, shared, own, dtype=torch.float64, seed=0):
@@ -36,7 +36,7 @@ def test_it_is_attention_to_both_parts(fronts, copies, groups, heads, queries, s
         mask = torch.rand(fronts * copies, 1, queries, own, generator=generator) < 0.5
         mask[..., range(queries), range(past, own)] = True  # as padding, each sees itself
     whole = None if mask is None else F.pad(mask, (shared, 0), value=True)
-    both = (in_front(part, shared_part) for part, shared_part in zip((key, value), front, strict=True))
+    both = (with_prefix(part, shared_part) for part, shared_part in zip((key, value), front, strict=True))
     wanted = F.scaled_dot_product_attention(query, *both, attn_mask=whole, enable_gqa=True)
     found = attend_few(query, key, value, front, mask)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -45,7 +45,7 @@ def test_it_is_attention_to_both_parts(fronts, copies, groups, heads, queries, s
 def test_each_sequence_has_the_front_of_its_part_of_the_batch():
     front = torch.arange(2.0).view(2, 1, 1, 1)
     assert copied(front, 6).flatten().tolist() == [0, 0, 0, 1, 1, 1]
-    assert in_front(torch.full((4, 1, 1, 1), 7.0), front).flatten(1).tolist() == [[0, 7], [0, 7], [1, 7], [1, 7]]
+    assert with_prefix(torch.full((4, 1, 1, 1), 7.0), front).flatten(1).tolist() == [[0, 7], [0, 7], [1, 7], [1, 7]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

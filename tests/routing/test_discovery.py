@@ -54,7 +54,7 @@ class Tower(nn.Module):
             (0, 3, 0),
             ["layers.0", "layers.1.router.pass0", "layers.1.router.pass1", "layers.1.router.pass2", "layers.2"],
         ),
-        ((2, 2), [f"layers.{n}.router.pass{turn}" for n in (0, 1) for turn in (0, 1)]),
+        ((2, 2), [f"layers.{n}.router.pass{number}" for n in (0, 1) for number in (0, 1)]),
     ],
 )
 def test_layers_are_numbered_and_named_by_what_is_said_of_their_passes(passes, names):
@@ -78,7 +78,7 @@ def test_routers_keep_numbers_of_their_own_where_each_routes_once():
 def test_a_compiled_layer_says_the_same_once():
     model = Tower(2, 0)
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
-    assert [layer.turns for layer in router_layers(model)] == [2, 2, 1]
+    assert [layer.num_passes for layer in router_layers(model)] == [2, 2, 1]
 
 
 def test_a_router_that_says_it_itself_is_still_read_with_a_warning():

@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 # Of the balance loss of each router in the paper's code.
 PAPER_ALPHA = 1e-3
 
+# The name that saved models and traces know the routers of later passes by.
+_LATER_ROUTERS = "more_routers"
+
 
 class Chain(MoE, kind="chain"):
     """A mixture-of-experts layer that runs C times over one pool.
@@ -123,11 +126,11 @@ class Chain(MoE, kind="chain"):
         super().__init__(config, context)
         self.depth_embedding = config.new_depth(context.dim)
         first = self.router
-        # Routers of later passes keep the name that saved models know them by.
-        self.more_routers = nn.ModuleList(
+        later = (
             build_router(first.config, first.num_destinations, first.destinations, context)
             for _ in range(1, config.num_routers)
         )
+        self.add_module(_LATER_ROUTERS, nn.ModuleList(later))
         self.loop = config.loop
         self.scale = self.loop.new_scale()
         if not self.loop.goes_around and context.routed_layer == 0:
@@ -138,7 +141,7 @@ class Chain(MoE, kind="chain"):
     @property
     def routers(self) -> list[Router]:
         """All there are: one for each pass, in order, or one for all if gates are tied."""
-        return [self.router, *self.more_routers]
+        return [self.router, *getattr(self, _LATER_ROUTERS)]
 
     @property
     def routing_order(self) -> list[Router]:
@@ -281,7 +284,7 @@ def from_moe(model: Decoder, iterations: int = 2, **options: Any) -> Decoder:
     grown = Decoder(config).to(model.embedding.weight)
     state, source = grown.state_dict(), model.state_dict()
     for name in state:
-        first, found, rest = name.partition(".more_routers.")
+        first, found, rest = name.partition(f".{_LATER_ROUTERS}.")
         origin = f"{first}.router.{rest.partition('.')[2]}" if found else name
         if origin in source:
             state[name] = source[origin]

@@ -32,7 +32,7 @@ from anabranch.config import Field, Size, configclass
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, recipe
-from anabranch.nn.context import hide
+from anabranch.nn.context import set_unregistered
 from anabranch.precision import autocast_dtype, cast, full_precision, wide
 from anabranch.routing import LinearScore, Router, Routing, RoutingContext, Score, WeightField
 from anabranch.routing.context import argument_of
@@ -177,7 +177,7 @@ class RecurrentScore(Score, kind="recurrent"):
                     f"{name} is {ours} in layer {layer}, but {theirs} in a layer before; recurrent routers share one cell"
                 )
         del self.recurrence
-        hide(self, "recurrence", shared)
+        set_unregistered(self, "recurrence", shared)
 
     def describe(self) -> ScoreForm | str:
         """A gru behind a linear gate; other cells and gates have no record."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import CapacityError, ConfigError, InputError
-from anabranch.nn.shared_prefix import Front, copied, in_front
+from anabranch.nn.shared_prefix import SharedPrefix, copied, with_prefix
 
 
 class Prefix:
@@ -19,7 +19,7 @@ class Prefix:
     rows; neither counts it as positions.
     """
 
-    def __init__(self, layers: Sequence[Front]) -> None:
+    def __init__(self, layers: Sequence[SharedPrefix]) -> None:
         self.layers = layers
 
     def __len__(self) -> int:
@@ -33,14 +33,14 @@ class Prefix:
         key_PHMD, value_PHMD = self.layers[layer]
         if rows is not None:
             _check_streams(rows, len(key_PHMD))
-        return in_front(key_BHLD, key_PHMD), in_front(value_BHLD, value_PHMD), None
+        return with_prefix(key_BHLD, key_PHMD), with_prefix(value_BHLD, value_PHMD), None
 
     def rows(self, layer: int, like_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """(key_BHMD, value_BHMD): the prefix of each row of a stream-major batch, in the dtype of what it goes with."""
         key_PHMD, value_PHMD = (part_PHMD.to(like_BHLD) for part_PHMD in self.layers[layer])
         return copied(key_PHMD, len(like_BHLD)), copied(value_PHMD, len(like_BHLD))
 
-    def of(self, layer: int, rows: Sequence[int] | None, batch: int) -> Front:
+    def of(self, layer: int, rows: Sequence[int] | None, batch: int) -> SharedPrefix:
         """What stands in front of the ``rows`` of a stream-major batch of ``batch`` rows (None: all)."""
         key_PHMD, value_PHMD = self.layers[layer]
         if rows is None:
@@ -125,7 +125,7 @@ class KeyValueCache:
             return slot.key_BHSD[:, :, :end], slot.value_BHSD[:, :, :end], None
         return self._fill_some(slot, key_BHLD, value_BHLD, rows, start, end)
 
-    def front(self, layer: int, rows: Sequence[int] | None = None) -> Front | None:
+    def front(self, layer: int, rows: Sequence[int] | None = None) -> SharedPrefix | None:
         """What stands in front of all rows, or of some, see `KeyValueStore`; None where there is nothing."""
         if self.prefix is None or not self.num_prefix:
             return None

@@ -277,7 +277,7 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     if is_foreign(table):
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
-        check_whole(found)
+        check_undamaged(found)
         config = _native_config(found, table)
         check_amount(config.count(1).parameters, source, found)
         model, kind, ignore = build_empty(config), dtype, []
@@ -335,11 +335,11 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     if difference is not None:
         name, ours, theirs, advice = difference
         raise CheckpointError(f"{found} has {name}={theirs}, the model {name}={ours}{'; ' if advice else ''}{advice}")
-    check_whole(found)
+    check_undamaged(found)
     overwrite(model, open_tensors(found), identity(model), where=found)
 
 
-def check_whole(folder: Path) -> None:
+def check_undamaged(folder: Path) -> None:
     """Raise CheckpointError if a file of the model in a training run's checkpoint is not as it was written."""
     if (folder / TRAINER_FILE).is_file():
         verify(folder, skip=(TRAINER_FILE, OPTIMIZER_FILE))
@@ -354,7 +354,7 @@ def _load_native(
     folder: Path, table: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Decoder:
     config = _native_config(folder, table)
-    check_whole(folder)
+    check_undamaged(folder)
     source, hint = open_tensors(folder), _hint(config)
     check_amount(config.count(1).parameters, source, folder)
     model, quantization = build_empty(config), quantization_of(folder)

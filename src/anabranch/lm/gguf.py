@@ -98,12 +98,12 @@ class GgufFile:
         if architecture != "llama":
             raise CheckpointError(f"general.architecture in {path} is {architecture!r}; supported: 'llama'")
         for name, most in (("split.count", 1), ("llama.expert_count", 0)):
-            given = self.whole(name, 0, default=0)
+            given = self.integer(name, 0, default=0)
             if given > most:
                 raise CheckpointError(f"{name} in {path} is {given}, which is not supported; supported: {most}")
         self._tensors = {_foreign_name(tensor.name): tensor for tensor in reader.tensors}
-        heads = self.whole("llama.attention.head_count")
-        self._heads = {"q_proj": heads, "k_proj": self.whole("llama.attention.head_count_kv", 0, default=0) or heads}
+        heads = self.integer("llama.attention.head_count")
+        self._heads = {"q_proj": heads, "k_proj": self.integer("llama.attention.head_count_kv", 0, default=0) or heads}
 
     def get(self, name: str) -> Any:
         """A metadata value, None if there is none."""
@@ -116,7 +116,7 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
         return value
 
-    def whole(self, name: str, low: int = 1, *, most: int = MOST_SIZE, default: int | None = None) -> int:
+    def integer(self, name: str, low: int = 1, *, most: int = MOST_SIZE, default: int | None = None) -> int:
         """A whole number from ``low`` to ``most``, ``default`` where there is none. Raises CheckpointError for another value."""
         value = self.require(name) if default is None else self._fields.get(name, default)
         if type(value) is not int or not low <= value <= most:
@@ -180,11 +180,11 @@ class GgufFile:
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""
-        head_dim = self.whole("llama.attention.key_length", 0, default=0) or None
-        width, heads = self.whole("llama.embedding_length"), self._heads["q_proj"]
+        head_dim = self.integer("llama.attention.key_length", 0, default=0) or None
+        width, heads = self.integer("llama.embedding_length"), self._heads["q_proj"]
         if head_dim is None and width < heads:
             raise CheckpointError(f"llama.embedding_length in {self.path} is {width}, less than its {heads} heads")
-        rotated = self.whole("llama.rope.dimension_count", 0, default=0) or head_dim or width // heads
+        rotated = self.integer("llama.rope.dimension_count", 0, default=0) or head_dim or width // heads
         embedding = "model.embed_tokens.weight"
         if embedding not in self._tensors or len(self.shape(embedding)) != 2:
             raise CheckpointError(
@@ -194,12 +194,12 @@ class GgufFile:
             "model_type": "llama",
             "vocab_size": self.shape(embedding)[0],
             "hidden_size": width,
-            "num_hidden_layers": self.whole("llama.block_count", most=MOST_LAYERS),
+            "num_hidden_layers": self.integer("llama.block_count", most=MOST_LAYERS),
             "num_attention_heads": heads,
             "num_key_value_heads": self._heads["k_proj"],
             "head_dim": head_dim,
-            "intermediate_size": self.whole("llama.feed_forward_length"),
-            "max_position_embeddings": self.whole("llama.context_length"),
+            "intermediate_size": self.integer("llama.feed_forward_length"),
+            "max_position_embeddings": self.integer("llama.context_length"),
             # Stored in single precision.
             "rms_norm_eps": round(self.real("llama.attention.layer_norm_rms_epsilon"), 12),
             "rope_theta": self.real("llama.rope.freq_base", default=10000.0),
@@ -309,7 +309,7 @@ class GgufFile:
 
     def _token_id(self, name: str) -> int | None:
         field = f"tokenizer.ggml.{name}_token_id"
-        return None if self.get(field) is None else self.whole(field, 0)
+        return None if self.get(field) is None else self.integer(field, 0)
 
 
 def half_split(weight: Tensor, num_heads: int) -> Tensor:

@@ -76,7 +76,7 @@ def _load_gguf(
     for name, module in list(model.named_modules()):
         packed = _packed(file, layout[f"{name}.weight"], kept) if isinstance(module, nn.Linear) else None
         if packed is not None:
-            bias = _whole(file, layout[f"{name}.bias"]) if module.bias is not None else None
+            bias = _joined(file, layout[f"{name}.bias"]) if module.bias is not None else None
             made[name] = QuantizedLinear(packed, bias)
             # With no parameters there, filling leaves it alone.
             _set(model, name, nn.Identity())
@@ -101,7 +101,7 @@ def _ordered(pieces: Sequence[Piece]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: getattr(piece.where[0], "start", None) or 0 if piece.where else 0)
 
 
-def _whole(file: GgufFile, pieces: Sequence[Piece]) -> Tensor:
+def _joined(file: GgufFile, pieces: Sequence[Piece]) -> Tensor:
     return torch.cat([file.read(piece.name) for piece in _ordered(pieces)])
 
 

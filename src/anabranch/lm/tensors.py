@@ -216,8 +216,8 @@ def open_tensors(folder: Path) -> TensorSource:
     be read.
     """
     for name, reader in _WEIGHT_FILES.items():
-        whole, listed = folder / name, folder / f"{name}.index.json"
-        if whole.is_file():
+        single, listed = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
             if listed.is_file():
                 logger.warning(
                     "%s holds %s and %s: the first is read, as transformers does; remove the older of the two",
@@ -225,7 +225,7 @@ def open_tensors(folder: Path) -> TensorSource:
                     name,
                     listed.name,
                 )
-            return reader([whole])
+            return reader([single])
         if listed.is_file():
             index = _read_index(listed)
             return reader(sorted(set(index.values())), index)

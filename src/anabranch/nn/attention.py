@@ -19,7 +19,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import rotate
-from anabranch.nn.shared_prefix import Front, attend_few, in_front
+from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
 from anabranch.nn.visits import next_visits
 
 
@@ -49,7 +49,7 @@ class Attention(Part, nn.Module, family="attention", default="attention"):
             raise NotImplementedError  # abstract
 
         def width(self, dim: int) -> int:
-            """Width of a head in a model of width ``dim``: what rotary positions turn. Raises ConfigError where it cannot be."""
+            """Width of a head in a model of width ``dim``: what rotary positions rotate. Raises ConfigError where it cannot be."""
             raise NotImplementedError  # abstract
 
         def count(self, context: BuildContext, sequence_length: int) -> Count:
@@ -211,7 +211,7 @@ def _among(
     mask: Tensor | None,
     seen_BL: Tensor | None,
     is_causal: bool,
-    front: Front | None = None,
+    front: SharedPrefix | None = None,
 ) -> Tensor:
     """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False).
 
@@ -227,7 +227,7 @@ def _among(
             if seen_BL is not None:
                 mask = seen_BL[:, None, None] if mask is None else mask & seen_BL[:, None, None]
             return attend_few(query, key, value, front, mask)
-        key, value = in_front(key, front[0]), in_front(value, front[1])
+        key, value = with_prefix(key, front[0]), with_prefix(value, front[1])
         seen_BL = None if seen_BL is None else F.pad(seen_BL, (num_shared, 0), value=True)
     if seen_BL is not None:
         length, past = query.shape[2], key.shape[2] - query.shape[2]

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
-__all__ = ["AttendingStore", "BuildContext", "Count", "ForwardContext", "KeyValueStore", "hide", "recomputed"]
+__all__ = [
+    "AttendingStore",
+    "BuildContext",
+    "Count",
+    "ForwardContext",
+    "KeyValueStore",
+    "recomputed",
+    "set_unregistered",
+]
 
 
 @dataclass
@@ -108,7 +116,7 @@ class BuildContext:
         nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=self.generator)
 
 
-def hide(module: nn.Module, name: str, value: Any) -> None:
+def set_unregistered(module: nn.Module, name: str, value: Any) -> None:
     """Set ``module.name`` without registering it: a reference to a module that someone else owns.
 
     It then is in ``parameters()`` and ``state_dict()`` once, under its owner. deepcopy and pickle keep the sharing.
@@ -120,7 +128,7 @@ class KeyValueStore(Protocol):
     """What attention needs of a key-value cache (see `anabranch.lm.cache`).
 
     One whose sequences share entries in front has a method ``front(layer, rows)`` too, which gives them, as
-    `anabranch.nn.shared_prefix.Front`, or None; the mask is over them as well.
+    `anabranch.nn.shared_prefix.SharedPrefix`, or None; the mask is over them as well.
     """
 
     def append(

@@ -1,7 +1,7 @@
 """Expert parallelism: each process keeps E / P of a pool's experts, and rows travel to their experts and back.
 
     mesh = expert_mesh("cpu", 2)                # all processes, in groups of 2 that share experts
-    spread_experts(pool, mesh)                  # the pool keeps this process's experts; it is called as ever
+    shard_experts(pool, mesh)                   # the pool keeps this process's experts; it is called as ever
     y_ND = pool(x_ND, routing)                  # each process with its own items, routed over all E experts
 
 How many rows go where is exchanged first (all-to-all of counts), then the rows themselves (all-to-all with uneven splits);
@@ -10,7 +10,7 @@ arXiv 2006.16668; dropless as in MegaBlocks, arXiv 2211.15841). The backward pas
 
 The stacked weights become DTensors, of which each process holds its experts: their names, and what they are as a whole, stay. Their
 gradients sum over the items of all processes and are averaged here, so data parallel training must leave them alone
-(`spread_parameters`).
+(`sharded_parameters`).
 """
 # Shapes: N items here, E experts of all processes, P processes of a group, M rows received, K choices, D width
 
@@ -30,7 +30,7 @@ from anabranch.precision import autocast_dtype
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, plan_dispatch
 
-__all__ = ["ExpertExchange", "expert_mesh", "spread_experts", "spread_parameters"]
+__all__ = ["ExpertExchange", "expert_mesh", "shard_experts", "sharded_parameters"]
 
 Compute = Callable[[Tensor, Routing], Tensor]
 
@@ -48,7 +48,7 @@ def expert_mesh(device_type: str, size: int) -> DeviceMesh:
     return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicas", "experts"))
 
 
-def spread_experts(pool: ExpertPool, mesh: DeviceMesh, *, average_gradients: bool = True) -> None:
+def shard_experts(pool: ExpertPool, mesh: DeviceMesh, *, average_gradients: bool = True) -> None:
     """Keep this process's experts of a pool that is equal on every process; all processes must then call it together.
 
     Args:
@@ -78,10 +78,10 @@ def spread_experts(pool: ExpertPool, mesh: DeviceMesh, *, average_gradients: boo
     pool.exchange = ExpertExchange(mesh, mesh.size() if average_gradients else 1)
 
 
-def spread_parameters(model: nn.Module) -> list[str]:
+def sharded_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters of which each process holds a part: data parallel training must leave them alone.
 
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, spread_parameters(model))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded_parameters(model))
     """
     return [
         f"{name}.{inner}" if name else inner

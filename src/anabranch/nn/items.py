@@ -120,7 +120,7 @@ def _put_back(before: Tensor | None, value: Tensor, item_R: Tensor, num_items: i
     """What a layer carries on, of all items; zeros for those that have none yet."""
     if value.shape[:1] != item_R.shape:
         return value
-    whole = value.new_zeros(num_items, *value.shape[1:])
-    if before is not None and before.shape == whole.shape:
-        whole = before.to(value.dtype)
-    return whole.index_copy(0, item_R, value)
+    full = value.new_zeros(num_items, *value.shape[1:])
+    if before is not None and before.shape == full.shape:
+        full = before.to(value.dtype)
+    return full.index_copy(0, item_R, value)

@@ -8,7 +8,7 @@ from torch import Tensor
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.activation import ActivationName
-from anabranch.nn.context import BuildContext, Count, ForwardContext, hide
+from anabranch.nn.context import BuildContext, Count, ForwardContext, set_unregistered
 from anabranch.nn.description import FeedForwardForm, Passes
 from anabranch.nn.expert_layers import count_experts
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
@@ -139,7 +139,7 @@ class MoE(FeedForward, kind="moe"):
         if access.experts is None:
             self.experts = make_pool(config, context, config.num_experts, is_shared=access.is_shared)
         else:
-            hide(self, "experts", access.experts)
+            set_unregistered(self, "experts", access.experts)
         self.shared: SwiGLU | None = None
         self.shared_gate: Any = None
         if config.shared_experts:

@@ -74,8 +74,9 @@ def _frequencies(config: Rotary.Config, head_dim: int) -> Tensor:
     if config.scaling == "linear":
         return frequency / config.factor
     if config.scaling == "llama3":
-        turns = config.original_positions * frequency / (2 * math.pi)  # full turns within the original context
-        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        # Full rotations within the original context.
+        rotations = config.original_positions * frequency / (2 * math.pi)
+        keep = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         keep = keep.clamp(0.0, 1.0)
         return keep * frequency + (1 - keep) * frequency / config.factor
     return frequency
@@ -84,8 +85,8 @@ def _frequencies(config: Rotary.Config, head_dim: int) -> Tensor:
 def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle."""
     cos, sin = rotary
-    if not torch.is_grad_enabled() and native.can_turn(x_BHLD, cos, sin):
-        return native.turn(x_BHLD, cos, sin, 1.0)
+    if not torch.is_grad_enabled() and native.can_rotate(x_BHLD, cos, sin):
+        return native.rotate(x_BHLD, cos, sin, 1.0)
     # A compiler makes one pass of it by itself.
     if not takes() or not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
         return _rotate(x_BHLD, cos, sin)
@@ -104,19 +105,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x_BHLD, cos, sin, 1.0)
+        return _rotate_at_once(x_BHLD, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, gradient_BHLD: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         if asks_for_plain(gradient_BHLD):
             return _rotate(gradient_BHLD, cos, -sin), None, None
-        return _turn(gradient_BHLD, cos, sin, -1.0), None, None
+        return _rotate_at_once(gradient_BHLD, cos, sin, -1.0), None, None
 
 
-def _turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    if native.can_turn(x_BHLD, cos, sin):
-        return native.turn(x_BHLD, cos, sin, sign)
+def _rotate_at_once(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if native.can_rotate(x_BHLD, cos, sin):
+        return native.rotate(x_BHLD, cos, sin, sign)
     half = x_BHLD.shape[-1] // 2
     left, right = x_BHLD[..., :half], x_BHLD[..., half:]
     cos, sin = cos[..., :half], sin[..., :half]  # both halves are the same

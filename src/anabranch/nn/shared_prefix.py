@@ -9,12 +9,12 @@ parts are put together for the moment: attention is then no matter of reading.
 import torch
 from torch import Tensor
 
-__all__ = ["Front", "attend_few", "copied", "in_front"]
+__all__ = ["SharedPrefix", "attend_few", "copied", "with_prefix"]
 
-Front = tuple[Tensor, Tensor]  # key_QGMD, value_QGMD: the b-th of B sequences has the (b Q // B)-th
+SharedPrefix = tuple[Tensor, Tensor]  # key_QGMD, value_QGMD: the b-th of B sequences has the (b Q // B)-th
 
 
-def in_front(part_BGSD: Tensor, front_QGMD: Tensor) -> Tensor:
+def with_prefix(part_BGSD: Tensor, front_QGMD: Tensor) -> Tensor:
     """``[B, G, M + S, D]``: what is shared, copied for each sequence, then its own."""
     return torch.cat((copied(front_QGMD.to(part_BGSD), part_BGSD.shape[0]), part_BGSD), dim=2)
 
@@ -25,7 +25,7 @@ def copied(front_QGMD: Tensor, num_sequences: int) -> Tensor:
 
 
 def attend_few(
-    query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, front: Front, mask_BL: Tensor | None = None
+    query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, front: SharedPrefix, mask_BL: Tensor | None = None
 ) -> Tensor:
     """y_BHLD: each query sees all of the front, and of its sequence's own entries those of the mask ``[B or 1, 1, L, S]`` (None: all).
 

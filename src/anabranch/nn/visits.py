@@ -129,10 +129,10 @@ def _put_back(before: Tensor | None, value: Tensor, row_R: Tensor, batch: int, l
     """What a layer carries on, of all items; zeros for sequences that have none yet."""
     if value.shape[:1] != (len(row_R) * length,):
         return value
-    whole = value.new_zeros(batch, length, *value.shape[1:])
+    full = value.new_zeros(batch, length, *value.shape[1:])
     if before is not None:
-        whole = before.unflatten(0, (batch, length)).to(value.dtype)
-    return whole.index_copy(0, row_R, value.unflatten(0, (len(row_R), length))).flatten(0, 1)
+        full = before.unflatten(0, (batch, length)).to(value.dtype)
+    return full.index_copy(0, row_R, value.unflatten(0, (len(row_R), length))).flatten(0, 1)
 
 
 def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:

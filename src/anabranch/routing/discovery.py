@@ -38,20 +38,20 @@ class RouterLayer:
         number: of the layer.
         router_name: of the router in the model.
         router: the module.
-        turn: which of its passes in a forward pass.
-        turns: how many of them there are.
+        pass_index: which of its passes in a forward pass.
+        num_passes: how many of them there are.
     """
 
     number: int
     router_name: str
     router: nn.Module
-    turn: int = 0
-    turns: int = 1
+    pass_index: int = 0
+    num_passes: int = 1
 
     @property
     def name(self) -> str:
         """The router's, with ``.pass0`` and so on behind it where it routes several times in a forward pass."""
-        return self.router_name if self.turns == 1 else f"{self.router_name}.pass{self.turn}"
+        return self.router_name if self.num_passes == 1 else f"{self.router_name}.pass{self.pass_index}"
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -70,19 +70,19 @@ def router_layers(model: nn.Module, routers: Mapping[str, nn.Module] | None = No
     routers = find_routers(model) if routers is None else routers
     claimed = [getattr(module, "layer", None) for module in routers.values()]
     numbers = [number for number in claimed if isinstance(number, int)]
-    often = _turns(model)
-    turns = [often.get(module) or _passes_of(module) for module in routers.values()]
-    if len(set(numbers)) != sum(turns):
-        numbers = [0, *accumulate(turns[:-1])]
+    declared = _declared_passes(model)
+    num_passes = [declared.get(module) or _passes_of(module) for module in routers.values()]
+    if len(set(numbers)) != sum(num_passes):
+        numbers = [0, *accumulate(num_passes[:-1])]
     return [
-        RouterLayer(number + turn, name, module, turn, count)
-        for (name, module), number, count in zip(routers.items(), numbers, turns, strict=True)
-        for turn in range(count)
+        RouterLayer(number + pass_index, name, module, pass_index, count)
+        for (name, module), number, count in zip(routers.items(), numbers, num_passes, strict=True)
+        for pass_index in range(count)
     ]
 
 
-def _turns(model: nn.Module) -> dict[nn.Module, int]:
-    """How often each router that a module of ``model`` says it of routes in a forward pass."""
+def _declared_passes(model: nn.Module) -> dict[nn.Module, int]:
+    """How often each router that a module of ``model`` declares routes in a forward pass."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():
         found.update(Counter(getattr(module, "routing_order", ())))

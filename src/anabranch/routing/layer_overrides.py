@@ -41,8 +41,8 @@ class LayerOverrides:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        turns = self._found.get(router)
-        return turns[visit % len(turns)] if turns else None
+        of_passes = self._found.get(router)
+        return of_passes[visit % len(of_passes)] if of_passes else None
 
 
 def find_overrides(
@@ -56,7 +56,7 @@ def find_overrides(
             names = ", ".join(f"{layer.number} ({layer.name})" for layer in known)
             raise ConfigError(f"the model has no routed layer {key!r}; it has {names}")
         for layer in meant:
-            found.setdefault(layer.router, [None] * layer.turns)[layer.turn] = override
+            found.setdefault(layer.router, [None] * layer.num_passes)[layer.pass_index] = override
     return found
 
 

@@ -68,7 +68,7 @@ class Override:
                 raise ConfigError("weight_NK has a weight at a choice whose index_NK is -1; such choices weigh 0")
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it says all about every item, so that the router need not run."""
         return self.weight_NK is not None and self.only_N is None and not self.learn
 
@@ -119,7 +119,7 @@ class Override:
         return index_NK if item_mask_N is None else index_NK.masked_fill(~item_mask_N.unsqueeze(-1), UNUSED)
 
     def routing(self, x_ND: Tensor, num_destinations: int, item_mask_N: Tensor | None) -> Routing:
-        """The whole decision, where it `is_whole`. Scores are the weights of the chosen, and 0 elsewhere."""
+        """The whole decision, where it `is_complete`. Scores are the weights of the chosen, and 0 elsewhere."""
         assert self.weight_NK is not None
         index_NK = self.forced_NK(len(x_ND), x_ND.device, item_mask_N)
         # Scores are in this type.

@@ -47,5 +47,5 @@ def with_predictions(trace: RoutingTrace, passes: Sequence[tuple[np.ndarray, np.
         raise DataError("the tokens of the trace are not those of the predictions")
     names = [*trace.table.column_names, "predicted"]
     column = pa.array(predicted_R, pa.int32(), mask=predicted_R < 0)
-    whole = trace.table.append_column("predicted", column)
-    return RoutingTrace(whole.select(schema_with(names).names), trace.layers)
+    table = trace.table.append_column("predicted", column)
+    return RoutingTrace(table.select(schema_with(names).names), trace.layers)

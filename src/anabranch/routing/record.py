@@ -25,7 +25,7 @@ from anabranch.routing.decision import Routing
 from anabranch.routing.destinations import Destinations
 from anabranch.routing.discovery import Read, RouterLayer, find_routers, read_routing, router_layers
 from anabranch.routing.router import Router
-from anabranch.routing.sequences import ItemNumbers, items_to_record, said_of_items, sequence_names
+from anabranch.routing.sequences import ItemNumbers, items_state, items_to_record, sequence_names
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
 from anabranch.routing.trace_schema import TraceLayer
@@ -128,7 +128,7 @@ class Recorder:
 
     def _token_N(self, num_items: int, context: RoutingContext) -> np.ndarray | None:
         if self.tokens is None:
-            return said_of_items(context, "token", num_items)
+            return items_state(context, "token", num_items)
         token_N = _numpy(torch.as_tensor(self.tokens)).reshape(-1)
         if token_N.size != num_items:
             raise DataError(

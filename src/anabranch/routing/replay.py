@@ -89,10 +89,12 @@ class Replay:
             if routers is not None or isinstance(layer.router, Router) or layer.number in known
         ]
         _check_layers(layers, trace)
-        self._turns = {layer.router: layer.turns for layer in layers}
+        self._num_passes = {layer.router: layer.num_passes for layer in layers}
         self._weights, self._learn = weights, learn
         self._recorded = {
-            (layer.router, layer.turn): _Recorded(trace, layer.number) for layer in layers if layer.number in known
+            (layer.router, layer.pass_index): _Recorded(trace, layer.number)
+            for layer in layers
+            if layer.number in known
         }
         self._numbers = ItemNumbers()
         self._owners: dict[tuple[nn.Module, int], object] = {}
@@ -101,7 +103,7 @@ class Replay:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        if router not in self._turns:
+        if router not in self._num_passes:
             return None
         with self._lock:
             owner = self._owners.setdefault((router, visit), object())
@@ -114,7 +116,7 @@ class Replay:
                 "a backward pass repeats a router whose context does not tell which visit this is; recompute in context.fork(carry), with "
                 "the carry that the layer was given"
             )
-        recorded, num_items = self._recorded.get((router, visit % self._turns[router])), len(x_ND)
+        recorded, num_items = self._recorded.get((router, visit % self._num_passes[router])), len(x_ND)
         if recorded is None:
             raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
         item_N, position_N = self._numbers.of(num_items, context)

@@ -93,7 +93,7 @@ class Router(Part, nn.Module):
         if context.routing:
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
             forced = [override for override in overrides if override.index_NK is not None]
-            if forced and forced[-1].is_whole and (forced[-1].of_all_routers or not self.score.hands_on):
+            if forced and forced[-1].is_complete and (forced[-1].of_all_routers or not self.score.hands_on):
                 return forced[-1].routing(x_ND, self.num_destinations, context.item_mask_N)
         return self.decide(x_ND, context, overrides)
 

@@ -15,9 +15,9 @@ __all__ = [
     "ItemNumbers",
     "SequenceNumbers",
     "StreamSequence",
+    "items_state",
     "items_to_record",
     "real_items",
-    "said_of_items",
     "sequence_names",
 ]
 
@@ -71,14 +71,14 @@ class ItemNumbers:
         # Without sequences every item is one of its own.
         length = context.sequence_length or 1
         count_N = np.arange(num_items)
-        position_N = said_of_items(context, "position", num_items)
-        item_N = said_of_items(context, "item", num_items)
+        position_N = items_state(context, "position", num_items)
+        item_N = items_state(context, "item", num_items)
         if item_N is None:
             names = sequence_names(context, num_items)
             if names is not None:
                 # By their rows in the batch, whichever of them the first router sees.
-                whole = context.all_sequences or ()
-                self._numbers.of([(name, stream) for stream in range(context.num_streams) for name in whole])
+                all_names = context.all_sequences or ()
+                self._numbers.of([(name, stream) for stream in range(context.num_streams) for name in all_names])
                 item_N = self._numbers.of(names).repeat(length)
             else:
                 # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
@@ -96,7 +96,7 @@ def _rows(context: RoutingContext, num_items: int, length: int) -> np.ndarray:
     return np.arange(num_items) // length
 
 
-def said_of_items(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
+def items_state(context: RoutingContext, what: str, num_items: int) -> np.ndarray | None:
     """What a context says about each item, if it speaks of these N (a layer may route only some of the tokens)."""
     value = context.state.get(f"{what}_N")
     value = getattr(context, f"{what}_BL", None) if value is None else value
@@ -109,14 +109,14 @@ def sequence_names(context: RoutingContext, num_items: int) -> list[Hashable] | 
     if not sequences or num_items != streams * len(sequences) * length:
         return None
     # A sequence that goes on must say at which position.
-    if said_of_items(context, "position", num_items) is None:
+    if items_state(context, "position", num_items) is None:
         return None
     return [StreamSequence.of(sequence, stream) for stream in range(streams) for sequence in sequences]
 
 
 def items_to_record(context: RoutingContext, num_items: int) -> np.ndarray | slice:
     """The items to record: those that are real, and no repetition."""
-    real_N, repeated_N = real_items(context), said_of_items(context, "repeated", num_items)
+    real_N, repeated_N = real_items(context), items_state(context, "repeated", num_items)
     if repeated_N is None:
         return real_N
     return ~repeated_N if isinstance(real_N, slice) else real_N & ~repeated_N

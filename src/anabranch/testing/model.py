@@ -213,9 +213,9 @@ def _check_padding(model: Decoder, token_BL: Tensor) -> None:
             expect((routing.index_NK[~mask_BL.flatten()] == UNUSED).all(), "a padding token is routed")
     model.train()
     seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
-    turns = Counter(layer.router for layer in router_layers(model))
+    num_passes = Counter(layer.router for layer in router_layers(model))
     for router in routers_of(model):
-        routings, seen = seen[: turns[router]], seen[turns[router] :]
+        routings, seen = seen[: num_passes[router]], seen[num_passes[router] :]
         load_E = sum(routing.load_E() for routing in routings)
         for part in router.balance:
             if isinstance(part, LoadCounter) and part.load_E.any():

@@ -91,8 +91,8 @@ def evaluate(
         dist.all_reduce(total_3M)
     parts = {name: _evaluation(total_3M[:, place]) for place, name in enumerate(windows.domains)}
     parts = {name: part for name, part in parts.items() if part.tokens}
-    whole = _evaluation(total_3M.sum(1))
-    return whole if len(parts) < 2 else Evaluation(**{**vars(whole), "by_domain": parts})
+    overall = _evaluation(total_3M.sum(1))
+    return overall if len(parts) < 2 else Evaluation(**{**vars(overall), "by_domain": parts})
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -43,7 +43,7 @@ def by_layout(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or all of it where each rank holds a shard (a collective call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -53,7 +53,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, kee
     tensors = {}
     for name, parameter in model.named_parameters():
         for moment, value in sorted(optimizer.state.get(parameter, {}).items()):
-            value = whole(value)
+            value = full_tensor(value)
             if keep:
                 tensors[f"{name}/{moment}"] = value
     return tensors

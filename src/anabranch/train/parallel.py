@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.errors import BackendError, ConfigError
-from anabranch.nn.expert_parallel import expert_mesh, spread_experts, spread_parameters
+from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_parameters
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.train.config import Parallel, TrainConfig
@@ -83,7 +83,7 @@ class Workers:
 
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
-        self._spread(model)
+        self._shard_experts(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -92,13 +92,13 @@ class Workers:
             options["find_unused_parameters"] = any(
                 getattr(module, "has_idle_parameters", False) for module in model.modules()
             )
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, spread_parameters(model))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded_parameters(model))
             return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
         if self.parallel == "fsdp":
             shard(model, parts, self.device)
         return model
 
-    def _spread(self, model: nn.Module) -> None:
+    def _shard_experts(self, model: nn.Module) -> None:
         """Leave each process its experts."""
         if self._num_shares == 1:
             return
@@ -109,7 +109,7 @@ class Workers:
             )
         mesh = expert_mesh(self.device.type, self._num_shares)
         for pool in pools:
-            spread_experts(pool, mesh)
+            shard_experts(pool, mesh)
 
     @property
     def is_sharded(self) -> bool:
@@ -156,20 +156,20 @@ class Workers:
 def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
     """FSDP2. Each of ``parts`` (a block, a pool that blocks share) is gathered when it is used, the rest of ``model`` for a whole pass."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    names = set(spread_parameters(model))
+    names = set(sharded_parameters(model))
     spread = {parameter for name, parameter in model.named_parameters() if name in names}
     for part in parts:
         if all(parameter in spread for parameter in part.parameters()):
             # Each process has its own experts already.
             continue
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
-        part.register_forward_pre_hook(_show, with_kwargs=True)
+        part.register_forward_pre_hook(_unwrap_contexts, with_kwargs=True)
         fully_shard(part, mesh=mesh, ignored_params=spread)
-        part.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)
+        part.register_forward_pre_hook(_wrap_contexts, prepend=True, with_kwargs=True)
     fully_shard(model, mesh=mesh, ignored_params=spread)
 
 
-class _Hidden:
+class _WrappedContext:
     """Holds a context while FSDP looks at the arguments of a part."""
 
     def __init__(self, value: Any) -> None:
@@ -179,12 +179,12 @@ class _Hidden:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _hide(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    return _replaced(lambda value: _Hidden(value) if isinstance(value, RoutingContext) else value, args, kwargs)
+def _wrap_contexts(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return _replaced(lambda value: _WrappedContext(value) if isinstance(value, RoutingContext) else value, args, kwargs)
 
 
-def _show(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    return _replaced(lambda value: value.value if isinstance(value, _Hidden) else value, args, kwargs)
+def _unwrap_contexts(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return _replaced(lambda value: value.value if isinstance(value, _WrappedContext) else value, args, kwargs)
 
 
 def _replaced(change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -29,7 +29,7 @@ from anabranch.routing import sync_loads
 from anabranch.train.config import Parallel, TrainConfig
 from anabranch.train.hooks import StepHooks
 from anabranch.train.language_model import decoder_parts
-from anabranch.train.optimizer import whole
+from anabranch.train.optimizer import full_tensor
 from anabranch.train.parallel import Workers
 
 WAYS = ("ddp", "fsdp")
@@ -180,7 +180,7 @@ def _learned(model: Decoder, run: Callable[[int], float]) -> _Learned:
         hooks.run_before(number)
         learned.losses.append(run(number))
         learned.gradients.append(
-            {name: whole(one.grad).clone() for name, one in model.named_parameters() if one.grad is not None}
+            {name: full_tensor(one.grad).clone() for name, one in model.named_parameters() if one.grad is not None}
         )
         model.zero_grad(set_to_none=True)
         sync_loads(model)

@@ -13,7 +13,7 @@ from anabranch.errors import ConfigError
 from anabranch.routing import discard_loads
 from anabranch.train.evaluate import autocast
 from anabranch.train.hooks import StepHooks
-from anabranch.train.optimizer import by_layout, whole
+from anabranch.train.optimizer import by_layout, full_tensor
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Losses, Stream, Task, TaskContext, moved
 
@@ -135,7 +135,7 @@ class Stepper:
     def gradient_norm(self) -> float:
         """Of all parameters together, in all processes."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norms = [float(whole(torch.nn.utils.get_total_norm(alike))) for alike in by_layout(gradients)]
+        norms = [float(full_tensor(torch.nn.utils.get_total_norm(alike))) for alike in by_layout(gradients)]
         return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
     def _seed(self, step: int, rank: int) -> None:

@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.metrics import read_metrics
-from anabranch.train.optimizer import whole
+from anabranch.train.optimizer import full_tensor
 from anabranch.train.parallel_contract import PATIENCE, RANKS, WAYS
 from anabranch.train.result import Event
 from anabranch.train.trainer import Trainer
@@ -148,7 +148,7 @@ def _train_rank(rank: int, run: Run, folder: str, given: dict[str, Any]) -> None
         trainer = Trainer(run.replace(train=run.train.replace(parallel=way)), Path(folder) / way, **own)
         trainer.fit()
         parameters = trainer.model.named_parameters()
-        state = {name: whole(parameter.detach()).clone() for name, parameter in parameters}
+        state = {name: full_tensor(parameter.detach()).clone() for name, parameter in parameters}
         save_file(state, Path(folder) / f"{way}-{rank}.safetensors")
     # Threads of gloo may still let go of tensors; see `Workers.close`.
     time.sleep(0.2)

@@ -3,8 +3,8 @@
     result = Trainer(RunConfig(...), "runs/a").fit()
     Trainer(read_run_config("runs/a"), "runs/a", resume=True).fit()     # goes on, to the bit, where it was stopped
 
-A step is made by `anabranch.train.step`, its files are kept by `anabranch.train.keeper`, and what is trained on what is said by a `Task`.
-A design takes part by step hooks on any of its modules, see `anabranch.train.hooks`. No design edits this file.
+A step is made by `anabranch.train.step`, files are kept by `anabranch.train.checkpoint_manager`, and a `Task` says what is trained
+on what. A design takes part by step hooks on any of its modules, see `anabranch.train.hooks`. No design edits this file.
 """
 
 import json
@@ -24,12 +24,12 @@ from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteEr
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
 from anabranch.train.checkpoint import checkpoints
+from anabranch.train.checkpoint_manager import CheckpointManager
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.hooks import StepHooks
 from anabranch.train.idle import IdleWatch
 from anabranch.train.interrupt import Interrupts
-from anabranch.train.keeper import Keeper
 from anabranch.train.meter import MEASURES, LoadMeter
 from anabranch.train.metrics import MetricsLog
 from anabranch.train.optimizer import make_optimizer
@@ -90,13 +90,15 @@ class Trainer:
         self._stepper = Stepper(
             self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context
         )
-        self._keeper = Keeper(self.out, config, self.task, self.model, self.optimizer, self.workers, found)
+        self._checkpoints = CheckpointManager(
+            self.out, config, self.task, self.model, self.optimizer, self.workers, found
+        )
         self._log: MetricsLog | None = None
         if found is not None:
-            self._keeper.restore(found, self.stream)
-        self._progress = self._keeper.progress
+            self._checkpoints.restore(found, self.stream)
+        self._progress = self._checkpoints.progress
         # What there is between two steps can be saved; what there is in the midst of an update cannot.
-        self._is_whole = True
+        self._is_between_steps = True
         self._stream_state = self.stream.state_dict()
 
     @property
@@ -127,10 +129,10 @@ class Trainer:
                 if done and not self._progress.is_evaluated:
                     self._evaluate()
                     # A checkpoint of this step, if there is one, lacks the evaluation.
-                    self._keeper.newest = None
+                    self._checkpoints.newest = None
             self._save()
-            if self._keeper.is_sound():
-                self._keeper.prune()
+            if self._checkpoints.is_sound():
+                self._checkpoints.prune()
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
         return result
@@ -174,7 +176,7 @@ class Trainer:
             yield
             return
         with run_lock(self.out):
-            newest = self._keeper.newest
+            newest = self._checkpoints.newest
             if not self._resumes:
                 check_new(self.out)
             elif checkpoints(self.out)[-1:] != ([newest] if newest else []):
@@ -205,7 +207,7 @@ class Trainer:
                 raise
             raise self._diverged(str(error)) from error
         except Exception as error:
-            if self._is_whole and self.workers.size == 1 and self._progress.step > 0:
+            if self._is_between_steps and self.workers.size == 1 and self._progress.step > 0:
                 self._save_after(error)
             raise
 
@@ -238,11 +240,11 @@ class Trainer:
             progress.step += 1
             self._count_skipped(gradient)
             if gradient.is_finite:
-                self._keeper.prune()
+                self._checkpoints.prune()
             record = self._record(gradient) if is_logged else {}
             sync_loads(self.model)
             self._hooks.run_after(progress.step)
-            self._is_whole, self._stream_state = True, self.stream.state_dict()
+            self._is_between_steps, self._stream_state = True, self.stream.state_dict()
             if device.type == "cuda" and is_logged:
                 torch.cuda.synchronize(device)
             progress.seconds += time.perf_counter() - start
@@ -267,7 +269,7 @@ class Trainer:
         step = self._progress.step
         gradient = self._stepper.gradient(self.stream, replace(self._context, step=step))
         # It stays so until all that belongs to the step is done.
-        self._is_whole = False
+        self._is_between_steps = False
         self._stepper.update(gradient, step)
         return gradient
 
@@ -282,7 +284,7 @@ class Trainer:
             raise self._diverged(f"the gradient was not finite {times}")
 
     def _diverged(self, why: str) -> AnabranchError:
-        return AnabranchError(f"training stopped at step {self._progress.step}: {why}; {self._keeper.way_back()}")
+        return AnabranchError(f"training stopped at step {self._progress.step}: {why}; {self._checkpoints.way_back()}")
 
     # Measuring and saving
 
@@ -335,7 +337,7 @@ class Trainer:
         self._emit("evaluation", self._progress.evaluation)
 
     def _save(self) -> None:
-        path = self._keeper.save(self.stream)
+        path = self._checkpoints.save(self.stream)
         if path is not None:
             self._emit("checkpoint", {"path": str(path)})
 
@@ -360,7 +362,7 @@ class Trainer:
             seconds=progress.seconds,
             skipped_steps=progress.skipped,
             peak_memory_bytes=peak_memory(self.workers.device),
-            checkpoint=self._keeper.newest,
+            checkpoint=self._checkpoints.newest,
             routing={name: record[name] for name in MEASURES if name in record},
         )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import InputError
 from anabranch.serving import chat
-from anabranch.serving.chat import Argued, Called, Refused, Said, ToolParser
+from anabranch.serving.chat import ArgumentsDelta, CallRefused, CallStarted, TextDelta, ToolParser
 from grammar_walks import takes
 
 NAMES = ("add", "get.time")
@@ -19,7 +19,7 @@ ADD = '{"name": "add", "arguments": {"a": 2}}'
 
 
 def call_of(name, arguments):
-    return [Called(name), Argued(arguments)]
+    return [CallStarted(name), ArgumentsDelta(arguments)]
 
 
 CALL = call_of("add", '{"a": 2}')
@@ -29,9 +29,9 @@ def told(pieces, names=NAMES):
     """The events of a text in pieces, neighbours of one kind joined; and that nothing is told in empty pieces."""
     parser, events = ToolParser(names), []
     for event in [event for piece in pieces for event in parser.push(piece)] + parser.end():
-        if not isinstance(event, Called):
+        if not isinstance(event, CallStarted):
             assert event.text
-        if isinstance(event, Said | Argued) and events and isinstance(events[-1], type(event)):
+        if isinstance(event, TextDelta | ArgumentsDelta) and events and isinstance(events[-1], type(event)):
             events[-1] = type(event)(events[-1].text + event.text)
         else:
             events.append(event)
@@ -39,16 +39,16 @@ def told(pieces, names=NAMES):
 
 
 CASES = {
-    "Hello, world.\n": [Said("Hello, world.\n")],
+    "Hello, world.\n": [TextDelta("Hello, world.\n")],
     "": [],
-    "  \n": [Said("  \n")],
-    "a < b and <b>bold</b> [TOOL] <tool": [Said("a < b and <b>bold</b> [TOOL] <tool")],
+    "  \n": [TextDelta("  \n")],
+    "a < b and <b>bold</b> [TOOL] <tool": [TextDelta("a < b and <b>bold</b> [TOOL] <tool")],
     f"<tool_call>\n{ADD}\n</tool_call>": CALL,
-    f"Let me see.\n<tool_call>{ADD}</tool_call>\n": [Said("Let me see."), *CALL],
+    f"Let me see.\n<tool_call>{ADD}</tool_call>\n": [TextDelta("Let me see."), *CALL],
     f"<tool_call>{ADD}</tool_call>\n<tool_call>{ADD}</tool_call>": CALL + CALL,
-    f"<tool_call>{ADD}</tool_call> Done.": [*CALL, Said(" Done.")],
+    f"<tool_call>{ADD}</tool_call> Done.": [*CALL, TextDelta(" Done.")],
     f"<tool_call>{ADD}": CALL,  # the end of text instead of the closing tag
-    f"<tool_call>{ADD}\n</tool": [*CALL, Said("\n</tool")],
+    f"<tool_call>{ADD}\n</tool": [*CALL, TextDelta("\n</tool")],
     '<tool_call>{"name": "add", "arguments": {"a": "}</tool_call>\\""}}</tool_call>': call_of("add", '{"a": "}</tool_call>\\""}'),
     '<tool_call>{"name": "get.time", "arguments": {}}</tool_call>': call_of("get.time", "{}"),
     '<tool_call>{"name": "add", "parameters": {"a": 2}}</tool_call>': CALL,
@@ -56,7 +56,7 @@ CASES = {
     ADD: CALL,
     f"\n {ADD}\n": CALL,
     f"{ADD}; {ADD}": CALL + CALL,
-    f"{ADD}\nand {ADD}": [*CALL, Said(f"\nand {ADD}")],
+    f"{ADD}\nand {ADD}": [*CALL, TextDelta(f"\nand {ADD}")],
     f"[{ADD}, {ADD}]": CALL + CALL,
     '{"type": "function", "name": "add", "parameters": {"a": 2}}': CALL,
     f"<|python_tag|>{ADD}": CALL,
@@ -66,11 +66,11 @@ CASES = {
     f"[TOOL_CALLS][{ADD}]": CALL,
     f"[TOOL_CALLS][{ADD}, {ADD}]": CALL + CALL,
     f"[TOOL_CALLS]{ADD}": CALL,
-    "[1] says so": [Said("[1] says so")],
-    '{"name": "Ann", "age": 3}': [Said('{"name": "Ann", "age": 3}')],
-    '{"age": 3}': [Said('{"age": 3}')],
-    '{"name": "add", "arg': [Said('{"name": "add", "arg')],
-    f"So: {ADD}": [Said(f"So: {ADD}")],  # a call without a marker only where nothing was said
+    "[1] says so": [TextDelta("[1] says so")],
+    '{"name": "Ann", "age": 3}': [TextDelta('{"name": "Ann", "age": 3}')],
+    '{"age": 3}': [TextDelta('{"age": 3}')],
+    '{"name": "add", "arg': [TextDelta('{"name": "add", "arg')],
+    f"So: {ADD}": [TextDelta(f"So: {ADD}")],  # a call without a marker only where nothing was said
     # Arguments are the model's own text: blanks, escapes, numbers and characters of any width stay as they are.
     '<tool_call>{"name": "add", "arguments": {"a":1e400 , "b": "\\u00e9\\ud83d\\ude00 é😀\\\\"}}</tool_call>': call_of(
         "add", '{"a":1e400 , "b": "\\u00e9\\ud83d\\ude00 é😀\\\\"}'
@@ -92,12 +92,12 @@ CASES = {
     '<tool_call>{"name": "add", "arguments": {"a": 2}, "more": {"x": "}"},}</tool_call>': CALL,
     f"[TOOL_CALLS][{ADD}, ": CALL,
     f"[TOOL_CALLS][{ADD},]": CALL,
-    f"[{ADD},]": [*CALL, Said(",]")],
+    f"[{ADD},]": [*CALL, TextDelta(",]")],
     '<tool_call>{"name": "add", "arguments": {"a": 2} so</tool_call>': [
-        *CALL, Said("so</tool_call>"),
+        *CALL, TextDelta("so</tool_call>"),
     ],
-    f'[{ADD}, {{"age": 3}}]': [*CALL, Said(', {"age": 3}]')],
-    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [Refused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
+    f'[{ADD}, {{"age": 3}}]': [*CALL, TextDelta(', {"age": 3}]')],
+    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [CallRefused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_any_cut_tells_the_same(text, cuts):
 def test_any_text_tells_the_same_in_pieces_and_loses_nothing_but_blanks(text, size):
     events = told([text[at : at + size] for at in range(0, len(text), size)])
     assert events == told([text])
-    kept = "".join(event.text for event in events if not isinstance(event, Called))
+    kept = "".join(event.text for event in events if not isinstance(event, CallStarted))
     assert "".join(kept.split()) == "".join(text.split())
 
 
@@ -142,7 +142,7 @@ def test_any_mixture_of_parts_tells_the_same_in_pieces(text, data):
     whole = told([text])
     assert told([text[a:b] for a, b in itertools.pairwise(places)]) == whole
     assert told(list(text)) == whole
-    if not any(isinstance(event, Called) for event in whole):
+    if not any(isinstance(event, CallStarted) for event in whole):
         kept = "".join(event.text for event in whole)
         assert "".join(kept.split()) == "".join(text.split())
 
@@ -184,11 +184,11 @@ def test_arguments_are_told_as_they_come(form):
     inner = json.dumps({"text": "word " * 30})
     text, parser = FORMS[form]("add", inner), ToolParser(NAMES)
     begin = text.index("word")
-    assert ([Called("add")] == [event for event in parser.push(text[:begin]) if isinstance(event, Called)]) == (
-        form != "name last"
-    )
+    assert (
+        [CallStarted("add")] == [event for event in parser.push(text[:begin]) if isinstance(event, CallStarted)]
+    ) == (form != "name last")
     pieces = [parser.push(character) for character in text[begin : begin + 100]]
-    wanted = [[] if form == "name last" else [Argued(character)] for character in text[begin : begin + 100]]
+    wanted = [[] if form == "name last" else [ArgumentsDelta(character)] for character in text[begin : begin + 100]]
     assert pieces == wanted
 
 
@@ -208,18 +208,18 @@ def test_a_call_that_is_cut_off_is_known():
 
 def test_text_is_not_held_back_longer_than_needed():
     parser = ToolParser(NAMES)
-    assert parser.push("One moment") == [Said("One moment")]
-    assert parser.push(", a <") == [Said(", a")]
-    assert parser.push(" b") == [Said(" < b")]
+    assert parser.push("One moment") == [TextDelta("One moment")]
+    assert parser.push(", a <") == [TextDelta(", a")]
+    assert parser.push(" b") == [TextDelta(" < b")]
     assert parser.push(" <tool") == []
     assert parser.push("_call>") == []
     assert parser.push('{"name": "add", "arguments": ') == []
-    assert parser.push('{"a"') == [Called("add"), Argued('{"a"')]
-    assert parser.push(": 2}") == [Argued(": 2}")]
+    assert parser.push('{"a"') == [CallStarted("add"), ArgumentsDelta('{"a"')]
+    assert parser.push(": 2}") == [ArgumentsDelta(": 2}")]
     assert parser.push("}</tool_call>") == []
-    assert ToolParser(NAMES).push('{"answer') == [Said('{"answer')]
+    assert ToolParser(NAMES).push('{"answer') == [TextDelta('{"answer')]
     assert ToolParser(NAMES).push('{"name": "add", "age') == []
-    assert ToolParser(NAMES).push('{"name": "add", "age":') == [Said('{"name": "add", "age":')]
+    assert ToolParser(NAMES).push('{"name": "add", "age":') == [TextDelta('{"name": "add", "age":')]
 
 
 def test_long_arguments_take_time_in_proportion():
@@ -236,7 +236,7 @@ def test_long_arguments_take_time_in_proportion():
 def told_length(pieces):
     parser = ToolParser(NAMES)
     events = [event for piece in pieces for event in parser.push(piece)] + parser.end()
-    return sum(len(event.text) for event in events if isinstance(event, Argued))
+    return sum(len(event.text) for event in events if isinstance(event, ArgumentsDelta))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def told_length(pieces):
 def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
     for pieces in ([text], list(text)):
         (event,) = told(pieces)
-        assert isinstance(event, Refused)
+        assert isinstance(event, CallRefused)
         assert reason in event.reason
         assert event.text == text
 
@@ -269,7 +269,7 @@ def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
 def test_a_marker_without_json_is_text_at_once(text):
     for pieces in ([text], list(text)):
         first, *more = told(pieces)
-        assert isinstance(first, Refused)
+        assert isinstance(first, CallRefused)
         assert first.text + "".join(event.text for event in more) == text
 
 

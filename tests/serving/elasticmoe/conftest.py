@@ -5,20 +5,20 @@ import pytest
 from anabranch.serving.elasticmoe.backend import backend_of
 from anabranch.serving.elasticmoe.cuda import CudaBackend
 from anabranch.serving.elasticmoe.cuda_driver import LIBRARY
-from anabranch.serving.elasticmoe.forge import Forge
+from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.mapped import HOST
 from elastic_backends import BACKENDS, NEEDS_GPU, Standin, compile_standin
 from elastic_models import save_moe
 
 
 @pytest.fixture(scope="session")
-def forge(standin_path):
+def fork_server(standin_path):
     with pytest.MonkeyPatch.context() as patch:
         if standin_path is not None:  # ranks that are told to compute on CUDA devices do so on the stand-in
             patch.setenv(LIBRARY, str(standin_path))
-        forge = Forge()
-    yield forge
-    forge.close()
+        fork_server = ForkServer()
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from anabranch.serving.elasticmoe.coordinator import Coordinator
 from anabranch.serving.elasticmoe.policy import Policy
 
 
-def run(folder, forge, work, **changes):
+def run(folder, fork_server, work, **changes):
     async def main():
         settings = {"model": str(folder), "num_blocks": 48, "max_seqs": 2, "ahead": False, "pace_s": 0.003}
-        engine = Coordinator(ElasticConfig(**(settings | changes)), forge=forge)
+        engine = Coordinator(ElasticConfig(**(settings | changes)), fork_server=fork_server)
         assert not engine.is_ready
         info = await engine.start()
         try:
@@ -36,7 +36,7 @@ async def answer(engine, *arguments, **sampling):
     return [token for output in outputs for token in output.tokens], outputs[-1].finish
 
 
-def test_streams_commands_and_refusals(folder, forge):
+def test_streams_commands_and_refusals(folder, fork_server):
     async def work(engine, info):
         assert info.routed_layers == {0: 6, 1: 6}
         assert set(engine.stats().counters) >= {"prompt_tokens", "elastic_scale_events", "elastic_downtime_s"}
@@ -65,11 +65,11 @@ def test_streams_commands_and_refusals(folder, forge):
         assert stats.counters["prompt_tokens"] == 6
         return engine
 
-    engine = run(folder, forge, work)
+    engine = run(folder, fork_server, work)
     assert engine.group.ledger.live == {}
 
 
-def test_a_client_that_leaves_frees_its_place(folder, forge):
+def test_a_client_that_leaves_frees_its_place(folder, fork_server):
     async def work(engine, info):
         stream = engine.submit(request("a", 100))
         await anext(stream)
@@ -81,10 +81,10 @@ def test_a_client_that_leaves_frees_its_place(folder, forge):
         assert (await waiting)[1] is Finish.ABORT
         assert (await answer(engine, "c"))[1] is Finish.LENGTH
 
-    run(folder, forge, work)
+    run(folder, fork_server, work)
 
 
-def test_the_autoscaler_follows_the_queue(folder, forge):
+def test_the_autoscaler_follows_the_queue(folder, fork_server):
     async def work(engine, info):
         await asyncio.gather(*(answer(engine, f"r{number}", 100) for number in range(8)))
         grown = len(engine.group.devices)
@@ -95,4 +95,4 @@ def test_the_autoscaler_follows_the_queue(folder, forge):
         return grown, len(engine.group.devices)
 
     policy = Policy(by="queue", max_devices=2, cool_down_s=0.2, patience_s=0.2)
-    assert run(folder, forge, work, policy=policy) == (2, 1)
+    assert run(folder, fork_server, work, policy=policy) == (2, 1)

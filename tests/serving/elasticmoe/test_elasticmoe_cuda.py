@@ -78,7 +78,7 @@ def test_the_driver_s_own_words(cuda):
 
 
 def test_a_fork_may_not_use_it(standin, tmp_path):
-    """CUDA's rule, and why the forge opens no driver: the stand-in keeps it, or the group's tests would not find out."""
+    """CUDA's rule, and why the fork server opens no driver: the stand-in keeps it, or the group's tests would not find out."""
     (tmp_path / "fork.py").write_text("""
 import os
 from anabranch.errors import BackendError

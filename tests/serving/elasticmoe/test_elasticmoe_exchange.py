@@ -5,7 +5,7 @@ import torch
 
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing.decision import Routing
-from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts
+from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, ShardedExperts
 from anabranch.serving.elasticmoe.plan import place, plan_scale
 from anabranch.serving.elasticmoe.wire import ChannelClosedError, pair
 from anabranch.testing import DEVICES
@@ -19,7 +19,7 @@ def pool():
 
 
 def group(pool, placement, rows=64, device="cpu"):
-    """A `SpreadExperts` of each rank, all in this process and on one device: threads answer for the others."""
+    """A `ShardedExperts` of each rank, all in this process and on one device: threads answer for the others."""
     owners = []
     for held in placement.experts[0]:
         index = torch.tensor(held, dtype=torch.int64)
@@ -34,7 +34,7 @@ def group(pool, placement, rows=64, device="cpu"):
                 owners[other].serve(theirs, Mailbox(rows, K, D, torch.float32, mailbox.fd))
                 peers.append(Peer(other, ours, mailbox))
                 channels += [ours, theirs]
-        spread = SpreadExperts(0, rank, owners[rank], peers, E)
+        spread = ShardedExperts(0, rank, owners[rank], peers, E)
         spread.place(placement, device)
         ranks.append(spread)
     return ranks, channels

@@ -26,13 +26,13 @@ def model(folder):
 
 
 @pytest.fixture
-def make(folder, forge):
+def make(folder, fork_server):
     groups = []
 
     def make(**changes):
         phases = changes.pop("on_phase", lambda name: None)
         settings = {"model": str(folder), "num_blocks": 48, "max_seqs": 4, "ahead": False, "pace_s": 0.004} | changes
-        group = Group(ElasticConfig(**settings), on_phase=lambda name: phases(name), forge=forge)
+        group = Group(ElasticConfig(**settings), on_phase=lambda name: phases(name), fork_server=fork_server)
         groups.append(group)
         group.start()
         return group
@@ -317,7 +317,7 @@ def test_a_second_command_is_refused_if_so_chosen(make):
 
 
 def test_weights_may_be_copied_and_read_instead(make, greedy):
-    """The ablations: without mapping, without peers, without a forge's copies on standby. Slower, and the same."""
+    """The ablations: without mapping, without peers, without a fork server's copies on standby. Slower, and the same."""
     group = make(mapped=False, weights="own", p2p=False, standby=0)
     client = Client(group)
     client.submit("r1", prompt_of(1))
@@ -327,11 +327,11 @@ def test_weights_may_be_copied_and_read_instead(make, greedy):
     assert report.bytes["disk"] > 0
 
 
-def test_nothing_is_left_behind(folder, forge, device):
+def test_nothing_is_left_behind(folder, fork_server, device):
     if device == "cuda":
         backend_of("cuda")  # the driver may keep files of its own as long as the process lives
     before = set(os.listdir("/proc/self/fd"))
-    group = Group(ElasticConfig(model=str(folder), num_blocks=16, ahead=True, device=device), forge=forge)
+    group = Group(ElasticConfig(model=str(folder), num_blocks=16, ahead=True, device=device), fork_server=fork_server)
     group.start()
     pids = [group.memory.process.pid, *group.ledger.active.pids.values()]
     group.scale(2)

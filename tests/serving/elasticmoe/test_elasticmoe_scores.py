@@ -15,7 +15,7 @@ PROMPTS = [[(7 * number + 3 * place * place) % 61 for place in range(90 + number
 
 
 @pytest.fixture
-def make(folder, forge):
+def make(folder, fork_server):
     groups = []
 
     def make(**changes):
@@ -23,7 +23,7 @@ def make(folder, forge):
         config = ElasticConfig(
             model=str(folder), num_blocks=64, max_seqs=4, max_batched_tokens=8, ahead=False, pace_s=0.01, **changes
         )
-        groups.append(Group(config, forge=forge))
+        groups.append(Group(config, fork_server=fork_server))
         groups[-1].start()
         return groups[-1]
 

@@ -19,13 +19,13 @@ PROMPTS = {"slow": (1, 2, 3), "b": (9, 8, 7, 6), "c": tuple(range(20, 41))}
 
 
 @pytest.fixture
-def run(folder, forge, monkeypatch):
+def run(folder, fork_server, monkeypatch):
     monkeypatch.setattr(streams, "BUFFER", BUFFER)
 
     def run(work, limit_s=200, **changes):
         async def main():
             settings = {"model": str(folder), "num_blocks": 24, "max_seqs": 1, "ahead": False, "pace_s": PACE_S}
-            engine = Coordinator(ElasticConfig(**(settings | changes)), forge=forge)
+            engine = Coordinator(ElasticConfig(**(settings | changes)), fork_server=fork_server)
             await engine.start()
             try:
                 async with asyncio.timeout(limit_s):
@@ -39,11 +39,11 @@ def run(folder, forge, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def alone(folder, forge):
+def alone(folder, fork_server):
     """What each request gives in a group where it is alone and nothing happens."""
 
     async def main():
-        engine = Coordinator(ElasticConfig(model=str(folder), num_blocks=24, ahead=False), forge=forge)
+        engine = Coordinator(ElasticConfig(model=str(folder), num_blocks=24, ahead=False), fork_server=fork_server)
         await engine.start()
         try:
             return {id: (await answer(engine, id))[0] for id in PROMPTS}

@@ -79,9 +79,9 @@ def run_self_consistent(walk: Walk, token_BL: Tensor, target_BL: Tensor) -> Mini
     for row, budget in enumerate([None] if space.budgets is None else space.budgets):
         one = RouteSpace(space.num_layers, space.options, None if budget is None else (budget,))
         past = _Past(len(walk.model.blocks))
-        whole = walk.model.context(token_BL)
+        context = walk.model.context(token_BL)
         for position in range(token_BL.shape[1]):
-            loss_B, code_B = _step(walk, one, past, whole, token_BL, target_BL, position)
+            loss_B, code_B = _step(walk, one, past, context, token_BL, target_BL, position)
             minima.loss_GBL[row, :, position] = loss_B
             minima.code_GBL[row, :, position] = code_B
     return minima
@@ -91,7 +91,7 @@ def _step(
     walk: Walk,
     space: RouteSpace,
     past: _Past,
-    whole: ForwardContext,
+    context: ForwardContext,
     token_BL: Tensor,
     target_BL: Tensor,
     position: int,
@@ -99,11 +99,11 @@ def _step(
     """(loss_B, code_B) of the best route of the token at ``position``; its keys and values join the past."""
     model, prefixes = walk.model, _Prefixes(space)
     token_B1 = token_BL[:, position : position + 1]
-    rotary = whole.rotary[0][:, :, position : position + 1], whole.rotary[1][:, :, position : position + 1]
+    rotary = context.rotary[0][:, :, position : position + 1], context.rotary[1][:, :, position : position + 1]
     x_BRD = model.embedding(token_B1)
     for block in blocks_of(model):
         context = ForwardContext(
-            position_BL=whole.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
+            position_BL=context.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
             rotary=rotary,  # all prefixes stand at one position
             attention_mask=_mask(x_BRD.shape[1], position, x_BRD.device),
             is_causal=False,

@@ -23,7 +23,7 @@ from anabranch.experts.versatile.layer import VersatileFFN
 from anabranch.experts.versatile.paths import Branch, Paths
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
-from anabranch.nn.context import hide
+from anabranch.nn.context import set_unregistered
 from anabranch.nn.feed_forward import MLP, SwiGLU
 from anabranch.routing import RoutingContext
 from anabranch.routing.context import argument_of
@@ -102,13 +102,13 @@ class VersatileMLP(nn.Module):
         super().__init__()
         for name, child in parts.mlp.named_children():
             self.add_module(name, child)
-        hide(self, "parts", parts)
+        set_unregistered(self, "parts", parts)
         weight = next(parts.mlp.parameters())
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         self.paths = Paths(config, parts.dim, parts.hidden_dim, layer=layer, generator=generator)
         self.paths.to(weight.device, dtype)
         norms = [norm for norm in (parts.before, parts.after) if norm is not None]
-        hide(self, "handles", [norm.register_forward_hook(_pass_on, with_kwargs=True) for norm in norms])
+        set_unregistered(self, "handles", [norm.register_forward_hook(_pass_on, with_kwargs=True) for norm in norms])
 
     parts: "_Parts"
     handles: list[Any]

@@ -64,7 +64,7 @@ class LoopGate(nn.Module):
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
             self._check(overrides, context)
             forced = [override for override in overrides if override.index_NK is not None]
-            if forced and forced[-1].is_whole and not self._is_soft:
+            if forced and forced[-1].is_complete and not self._is_soft:
                 return _taken(forced[-1].routing(x_ND, self.num_destinations, None))
         logit_NT = self.score.project(x_ND, context)
         if context.training:

@@ -7,13 +7,13 @@ in plain PyTorch.
 from functools import cache
 
 from anabranch import native
-from anabranch.nn.kernels.door import Library
+from anabranch.nn.kernels.binding import Library
 
 __all__ = ["load"]
 
 
 @cache
 def load() -> Library | None:
-    """The library, or None where it cannot be had; the log says why. Its functions are called through `door.Kernel` alone."""
+    """The library, or None where it cannot be had; the log says why. Its functions are called through `binding.Kernel` alone."""
     found = native.load()
     return None if found is None else Library(found)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.expert_mlp import STEP
 from anabranch.nn.kernels.operands import takes
 

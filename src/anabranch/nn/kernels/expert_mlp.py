@@ -6,7 +6,7 @@ from torch import Tensor
 
 from anabranch.nn.expert_call import ExpertCall, Gradients, Needed
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.memory import empty_gradient
 from anabranch.nn.kernels.operands import DTYPES, takes, why_refused
 from anabranch.precision import cast

@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Status : int { DONE = 0, NO_MEMORY = 1, OUT_OF_RANGE = 2 };  // mirrored by door.py
+enum Status : int { DONE = 0, NO_MEMORY = 1, OUT_OF_RANGE = 2 };  // mirrored by binding.py
 
 // Of one call, for all of its threads.
 class Failure {

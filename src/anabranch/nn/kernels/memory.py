@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 
 __all__ = ["empty_gradient", "keep_freed_memory", "release"]
 

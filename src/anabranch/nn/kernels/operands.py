@@ -11,8 +11,18 @@ from torch.autograd import forward_ad
 from anabranch.errors import InputError
 
 __all__ = [
-    "DTYPES", "LEAST_ADDRESS", "PLAIN", "address", "array_address", "is_dense", "is_transformed", "is_wrapped", "lies_otherwise",
-    "said", "takes", "why_refused",
+    "DTYPES",
+    "LEAST_ADDRESS",
+    "PLAIN",
+    "address",
+    "array_address",
+    "described",
+    "is_dense",
+    "is_transformed",
+    "is_wrapped",
+    "lies_otherwise",
+    "takes",
+    "why_refused",
 ]  # fmt: skip
 
 # Other classes of tensors may not lie where they say, or nowhere.
@@ -30,7 +40,7 @@ def takes(*values: Tensor) -> bool:
 
     A subclass may lie elsewhere, a negative view lies with the other sign, and the tangents of dual tensors and the batches of
     ``torch.func`` lie beside what a kernel reads. All that, torch computes by itself. Operands of which only the first is on the CPU are
-    an error, which the door tells better than torch: they are let through to it.
+    an error, which the binding tells better than torch: they are let through to it.
     """
     if torch.compiler.is_compiling() or is_transformed():
         return False
@@ -46,7 +56,7 @@ def why_refused(**values: Tensor) -> str | None:
         if not value.is_cpu:
             return f"the native kernels run on the CPU, and {name} is on {value.device}"
         if type(value) not in PLAIN or value.is_neg():
-            return f"the native kernels take plain tensors, and {name} is {said(value)}"
+            return f"the native kernels take plain tensors, and {name} is {described(value)}"
     return None if takes() else "the native kernels are not differentiated forward, batched by torch.func or compiled"
 
 
@@ -78,10 +88,10 @@ def address(value: Tensor, dtype: str | Sequence[str] | None = None, *sizes: int
         fits = dtype is None or (_has_shape(value.shape, sizes) and any(value.dtype is DTYPES[name] for name in names))
         if not fits or not _is_readable(value):
             what = f"{' or '.join(names)} {_in_words(sizes)}, " if names else "what is "
-            raise InputError(f"a kernel was given {said(value)}; it takes {what}in one piece, on the CPU")
+            raise InputError(f"a kernel was given {described(value)}; it takes {what}in one piece, on the CPU")
     place = value.data_ptr()
     if place < LEAST_ADDRESS and value.numel():
-        raise InputError(f"a kernel was given {said(value)}, whose memory was given back")
+        raise InputError(f"a kernel was given {described(value)}, whose memory was given back")
     return place
 
 
@@ -102,7 +112,7 @@ def array_address(value: np.ndarray, dtype: str, *sizes: int | None) -> int:
     is_right = type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous
     if not is_right or not _has_shape(value.shape, sizes):
         raise InputError(
-            f"a kernel was given {said(value)}; it takes an array of {dtype} {_in_words(sizes)}, in one piece"
+            f"a kernel was given {described(value)}; it takes an array of {dtype} {_in_words(sizes)}, in one piece"
         )
     return value.ctypes.data
 
@@ -120,7 +130,7 @@ def _in_words(sizes: Sequence[int | None]) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in sizes)}]"
 
 
-def said(value: Any) -> str:
+def described(value: Any) -> str:
     """What came, in words."""
     if isinstance(value, Tensor):
         kind = "" if type(value) in PLAIN else f"a {type(value).__name__} of "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anabranch.errors import InputError
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import address, takes
 from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
 

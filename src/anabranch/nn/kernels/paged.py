@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import takes
 
 __all__ = ["attend", "can"]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import is_dense, takes
 from anabranch.precision import cast
 
-__all__ = ["can_norm", "can_sum", "can_turn", "norm", "norm_gradients", "sum_gradients", "turn", "weighted_sum"]
+__all__ = ["can_norm", "can_rotate", "can_sum", "norm", "norm_gradients", "rotate", "sum_gradients", "weighted_sum"]
 
 STEP = 16  # vectors of floats that widths must be multiples of
 
@@ -31,7 +31,7 @@ NORM_BACKWARD = Kernel(
     where=("D % 16 == 0",),
     result="status",
 )
-TURN = Kernel(
+ROTATE = Kernel(
     "anabranch_turn",
     """types, x: item[B, H, L, W] rows, y: item[B, H, L, W] rows out, cos: item[B, 1, L, W] rows, sin: item[B, 1, L, W] rows,
     strides(x, y, cos, sin), B, H, L, W, sign: float, threads""",
@@ -62,11 +62,11 @@ def _is_rows(x: Tensor) -> bool:
 
 
 def can_norm(x: Tensor, weight_D: Tensor) -> bool:
-    """Whether the kernels take these rows: their width is a multiple of 16, and the door `takes` both."""
+    """Whether the kernels take these rows: their width is a multiple of 16, and the binding `takes` both."""
     return _is_rows(x) and _can(x, weight_D)
 
 
-def can_turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def can_rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernels take these heads: their halves are multiples of 16 wide, and the angles are of their type."""
     if x_BHLD.shape[-1] % (2 * STEP) or x_BHLD.numel() == 0 or not cos.dtype == sin.dtype == x_BHLD.dtype:
         return False
@@ -96,15 +96,15 @@ def norm_gradients(gradient: Tensor, x: Tensor, weight_D: Tensor, scale_N: Tenso
     return dx, dweight_D
 
 
-def turn(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """Each pair (x_i, x_{i + W/2}) turned by its angle, or back where ``sign`` is -1. The angles are [B or 1, 1, L, W]."""
+def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Each pair (x_i, x_{i + W/2}) rotated by its angle, or back where ``sign`` is -1. The angles are [B or 1, 1, L, W]."""
     if x_BHLD.stride(-1) != 1:
         x_BHLD = x_BHLD.contiguous()
     cos, sin, batch = cos.contiguous(), sin.contiguous(), x_BHLD.shape[0]
     if batch != 1 and cos.shape[0] == 1:
         cos, sin = cos.expand(batch, -1, -1, -1), sin.expand(batch, -1, -1, -1)
     y_BHLD = torch.empty_like(x_BHLD)
-    TURN(x_BHLD, y_BHLD, cos, sin, sign)
+    ROTATE(x_BHLD, y_BHLD, cos, sin, sign)
     return y_BHLD
 
 

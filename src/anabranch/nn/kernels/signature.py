@@ -1,4 +1,4 @@
-"""The signature of a kernel, and the function that checks its operands and calls it; the language is that of `door`."""
+"""The signature of a kernel, and the function that checks its operands and calls it; the language is that of `binding`."""
 
 import ctypes
 import re
@@ -21,7 +21,7 @@ from anabranch.nn.kernels.operands import (
 )
 
 if TYPE_CHECKING:
-    from anabranch.nn.kernels.door import Kernel
+    from anabranch.nn.kernels.binding import Kernel
 
 __all__ = ["Operand", "written"]
 

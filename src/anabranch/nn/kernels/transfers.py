@@ -8,7 +8,7 @@ import numpy as np
 
 from anabranch.errors import CapacityError
 from anabranch.nn.kernels import load
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 
 __all__ = ["CACHED", "CANCELLED", "DIRECT", "MEMORY", "Piece", "Transfers"]
 

@@ -7,15 +7,15 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
-from anabranch.serving.chat.parser import Argued, Called, Refused, Said, ToolParser
+from anabranch.serving.chat.parser import ArgumentsDelta, CallRefused, CallStarted, TextDelta, ToolParser
 from anabranch.serving.chat.template import render, takes_tools
 from anabranch.serving.chat.tools import call_grammar, check_tools, parser_for
 
 __all__ = [
-    "Argued",
-    "Called",
-    "Refused",
-    "Said",
+    "ArgumentsDelta",
+    "CallRefused",
+    "CallStarted",
+    "TextDelta",
     "ToolParser",
     "call_grammar",
     "check_tools",

@@ -10,9 +10,19 @@ until it is known; and as a JSON text within the JSON, whose escapes are told wh
 
 from collections.abc import Iterable
 
-from anabranch.serving.chat.reader import CLOSES, KEYS, PLAIN, Argued, Called, CallReader, Event, Refused, Said
+from anabranch.serving.chat.reader import (
+    CLOSES,
+    KEYS,
+    PLAIN,
+    ArgumentsDelta,
+    CallReader,
+    CallRefused,
+    CallStarted,
+    Event,
+    TextDelta,
+)
 
-__all__ = ["Argued", "Called", "Refused", "Said", "ToolParser"]
+__all__ = ["ArgumentsDelta", "CallRefused", "CallStarted", "TextDelta", "ToolParser"]
 
 _MARKERS = tuple(filter(None, CLOSES))
 _BETWEEN = " \t\r\n;,"  # plain calls
@@ -50,7 +60,7 @@ class ToolParser:
         self._is_over = True
         events = self.push("")
         rest, self._buffer = self._buffer, ""
-        return [*events, Said(rest)] if rest.strip() or (rest and not self._has_called) else events
+        return [*events, TextDelta(rest)] if rest.strip() or (rest and not self._has_called) else events
 
     # Each step consumes a part of the buffer and gives its events; None if it needs more text.
 
@@ -79,7 +89,7 @@ class ToolParser:
         if not text:
             return []
         self._is_plain_possible = False
-        return [Said(text)]
+        return [TextDelta(text)]
 
     def _enter(self, marker: str) -> list[Event]:
         self._reader = CallReader(marker, self._names)
@@ -88,7 +98,7 @@ class ToolParser:
     def _inside(self, reader: CallReader) -> list[Event] | None:
         events = reader.push(self._buffer, is_over=self._is_over)
         self._buffer = ""
-        self._has_called = self._has_called or any(not isinstance(event, Said) for event in events)
+        self._has_called = self._has_called or any(not isinstance(event, TextDelta) for event in events)
         if not reader.is_done:
             return events or None
         self._buffer, self._reader, self.is_cut = reader.rest, None, reader.is_cut

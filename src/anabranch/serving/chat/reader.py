@@ -12,7 +12,17 @@ from typing import Any
 
 from anabranch.serving.chat.growing import Growing
 
-__all__ = ["CLOSES", "KEYS", "PLAIN", "Argued", "CallReader", "Called", "Event", "Refused", "Said"]
+__all__ = [
+    "CLOSES",
+    "KEYS",
+    "PLAIN",
+    "ArgumentsDelta",
+    "CallReader",
+    "CallRefused",
+    "CallStarted",
+    "Event",
+    "TextDelta",
+]
 
 PLAIN = ""  # the marker of a call without one
 CLOSES = {
@@ -29,35 +39,35 @@ _NO_CALL = "what is called is no JSON object with a name and arguments"
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TextDelta:
     """Text for the reader."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class CallStarted:
     """A call of a tool that is offered begins."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Argued:
+class ArgumentsDelta:
     """More of the arguments of the call that was told last; joined they are the text that the model gave, a JSON object if it is right."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class CallRefused:
     """What looks like a call but is none: of a tool that is not offered, without JSON arguments, or cut off before them."""
 
     text: str
     reason: str
 
 
-Event = Said | Called | Argued | Refused
+Event = TextDelta | CallStarted | ArgumentsDelta | CallRefused
 Step = Generator[None, None, bool]
 
 
@@ -249,7 +259,7 @@ class CallReader:
 
     def _begin(self, name: str) -> None:
         self._tell_refused()
-        self._events.append(Called(name))
+        self._events.append(CallStarted(name))
         self.has_called = True
 
     def _argue(self, piece: str) -> None:
@@ -258,14 +268,14 @@ class CallReader:
 
     def _tell_pieces(self) -> None:
         if self._pieces:
-            self._events.append(Argued("".join(self._pieces)))
+            self._events.append(ArgumentsDelta("".join(self._pieces)))
             self._pieces = []
 
     def _tell_refused(self) -> None:
         self._tell_pieces()
         is_rest = self.has_called and not self._refused.strip(_BETWEEN + "]}")  # brackets that nothing stands in
         if self._reason and not is_rest:
-            self._events.append(Refused(self._refused, self._reason))
+            self._events.append(CallRefused(self._refused, self._reason))
         self._refused, self._reason = "", ""
 
 

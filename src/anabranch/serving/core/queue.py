@@ -56,7 +56,7 @@ class WaitingQueue(Generic[T]):
         flow = level.flows.get(item.key)
         if flow is None:
             flow = level.flows[item.key] = _Flow(item.key)
-            level.turns.append(flow)
+            level.active.append(flow)
         self._put(item, flow)
 
     def add_front(self, item: T) -> None:
@@ -120,22 +120,22 @@ class WaitingQueue(Generic[T]):
 
     def _turn(self, level: "_Level[T]") -> "_Flow[T] | None":
         """The key whose turn it is and whose deficit covers its first item."""
-        turns, unserved = level.turns, 0
-        while turns:
-            flow = turns[0]
+        active, unserved = level.active, 0
+        while active:
+            flow = active[0]
             if not self._trim(flow):  # it waits for nothing: it keeps nothing
-                turns.popleft()
+                active.popleft()
                 del level.flows[flow.key]
                 continue
             if flow.deficit >= flow.heap[0][1].cost:
                 return flow
             if flow.has_turn:  # its quantum is used up
                 flow.has_turn = False
-                turns.rotate(-1)
+                active.rotate(-1)
                 continue
-            if unserved >= len(turns):  # a whole round without anyone covered: as many rounds as it takes, at once
-                rounds = min(-(-(flow.heap[0][1].cost - flow.deficit) // self._quantum) for flow in turns)
-                for each in turns:
+            if unserved >= len(active):  # a whole round without anyone covered: as many rounds as it takes, at once
+                rounds = min(-(-(flow.heap[0][1].cost - flow.deficit) // self._quantum) for flow in active)
+                for each in active:
                     each.deficit += (rounds - 1) * self._quantum
                 unserved = 0
             flow.deficit += self._quantum
@@ -166,9 +166,9 @@ class _Flow(Generic[T]):
 class _Level(Generic[T]):
     """All of one priority."""
 
-    __slots__ = ("flows", "front", "turns")
+    __slots__ = ("active", "flows", "front")
 
     def __init__(self) -> None:
         self.front: _Flow[T] = _Flow()
         self.flows: dict[str, _Flow[T]] = {}
-        self.turns: deque[_Flow[T]] = deque()
+        self.active: deque[_Flow[T]] = deque()

@@ -25,12 +25,12 @@ from anabranch.config import Config, Field, Repeats, Size, configclass
 from anabranch.errors import InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.dual_batches import DualBatches, Order
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.state import RequestState
 from anabranch.serving.core.tables import BlockTables
 from anabranch.serving.core.tier import KVTier, Memory
-from anabranch.serving.core.turns import Order, Turns
 
 COUNTERS = (
     "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
@@ -55,7 +55,7 @@ class SchedulerConfig(Config):
         is_async: a step may be formed while the one before runs.
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
-        max_decodes: most requests that decode in a step, the others in the next; None for all. See `Turns`.
+        max_decodes: most requests that decode in a step, the others in the next; None for all. See `DualBatches`.
         num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
             keys and values with one that says it.
     """
@@ -117,7 +117,7 @@ class Scheduler:
             num_streams=config.num_streams,
         )
         self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
-        self._turns = None if config.max_decodes is None else Turns(config.max_decodes, order)
+        self._dual_batches = None if config.max_decodes is None else DualBatches(config.max_decodes, order)
         # A step takes a token of each running request at least, and a request must fit alone.
         self._most_running = min(config.max_seqs, config.max_batched_tokens)
         self.max_positions = min(config.max_positions, config.num_blocks * config.block_tokens)
@@ -234,7 +234,7 @@ class Scheduler:
         self._is_short = False
         parts: list[Part] = []
         able = self._running if not self._paused else self._set_aside()
-        turn = None if self._turns is None else self._turns.take(able)
+        turn = None if self._dual_batches is None else self._dual_batches.take(able)
         budget = self._continue_running(able, parts, self.config.max_batched_tokens, turn)
         if not parts and turn is not None:  # none of them has a block for its token; the first in rank always gets one
             budget = self._continue_running(able, parts, budget, None)

@@ -20,7 +20,7 @@ from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.stream import Stream
 from anabranch.serving.elasticmoe.config import ElasticConfig
-from anabranch.serving.elasticmoe.forge import Forge
+from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
 from anabranch.serving.grammar import try_out
@@ -37,19 +37,19 @@ class Coordinator:
 
     Args:
         config: settings.
-        on_phase, forge: see `Group`.
+        on_phase, fork_server: see `Group`.
     """
 
     def __init__(
         self,
         config: ElasticConfig,
         on_phase: Callable[[str], None] = lambda name: None,
-        forge: Forge | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.config = config
         self.autoscaler = Autoscaler(config.policy)
         self._judging = threading.Lock()
-        self.group = Group(config, self._served, on_phase, forge)
+        self.group = Group(config, self._served, on_phase, fork_server)
         self._met = self._missed = 0
         self._is_draining = False
         self._watch: asyncio.Task[None] | None = None

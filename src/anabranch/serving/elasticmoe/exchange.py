@@ -1,6 +1,6 @@
 """Experts spread over the processes of an instance: rows travel to the experts' owners and back through shared memory.
 
-    model's pool = SpreadExperts(...)         # same call as an ExpertPool
+    model's pool = ShardedExperts(...)        # same call as an ExpertPool
     y_ND = pool(x_ND, routing)                # owners compute their part of each token's experts and send back its weighted sum
 
 Not a collective: an owner serves each peer in a thread of its own, so every rank runs its own requests at its own pace, none steps for
@@ -26,7 +26,7 @@ from anabranch.serving.elasticmoe.mapped import Opened, Pages, Range, padded
 from anabranch.serving.elasticmoe.plan import Placement
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
 
-__all__ = ["Mailbox", "Owner", "Peer", "SpreadExperts", "spread"]
+__all__ = ["Mailbox", "Owner", "Peer", "ShardedExperts", "shard_experts"]
 
 _INDEX, _WEIGHT = torch.int64, torch.float32
 
@@ -136,7 +136,7 @@ class Peer:
         return self.mailbox.x_ND[:rows]
 
 
-class SpreadExperts(nn.Module):
+class ShardedExperts(nn.Module):
     """Stands for an `ExpertPool` whose experts are spread over the ranks.
 
     Args:
@@ -211,7 +211,7 @@ class SpreadExperts(nn.Module):
         return y_ND.to(x_ND.dtype)
 
 
-def spread(model: nn.Module, pools: Sequence[str], make: Any) -> list[SpreadExperts]:
+def shard_experts(model: nn.Module, pools: Sequence[str], make: Any) -> list[ShardedExperts]:
     """Put ``make(layer, num_experts)`` in the place of each pool of a model, also where layers share it."""
     made = []
     for layer, name in enumerate(pools):
@@ -228,5 +228,5 @@ def spread(model: nn.Module, pools: Sequence[str], make: Any) -> list[SpreadExpe
 def _exchange(module: nn.Module, attribute: str, new: nn.Module) -> None:
     if attribute in module._modules:
         module._modules[attribute] = new
-    else:  # a pool that a neighbouring layer owns, see `anabranch.nn.context.hide`
+    else:  # a pool that a neighbouring layer owns, see `anabranch.nn.context.set_unregistered`
         object.__setattr__(module, attribute, new)

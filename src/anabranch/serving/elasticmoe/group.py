@@ -18,7 +18,7 @@ from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.request import Finish
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
-from anabranch.serving.elasticmoe.forge import Forge
+from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.instance import Event, Instance, InstanceError, Standby
 from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.elasticmoe.ledger import Ledger
@@ -45,7 +45,7 @@ class Group:
         config: settings.
         served: told (time to first token, mean time per later token) of each request.
         on_phase: told of the start of each phase; for tests and traces. What it raises ends the change.
-        forge: makes processes; None for one of its own.
+        fork_server: makes processes; None for one of its own.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Group:
         config: ElasticConfig,
         served: Callable[[float, float], None] = lambda ttft_s, tpot_s: None,
         on_phase: Callable[[str], None] = lambda name: None,
-        forge: Forge | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
         self.layout = layout_of(config.model, backend_for(config).page)
@@ -61,7 +61,7 @@ class Group:
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)
-        self._own_forge, self.forge = forge is None, forge
+        self._own_fork_server, self.fork_server = fork_server is None, fork_server
         self.memory: MemoryManager | None = None
         self.placement: Placement | None = None
         self.coming: Instance | None = None  # the instance of a change that is under way
@@ -83,11 +83,11 @@ class Group:
 
     @property
     def pids(self) -> list[int]:
-        """All processes: ranks that serve, come or stand by, memory manager, forge."""
+        """All processes: ranks that serve, come or stand by, memory manager, fork server."""
         instances = [self.ledger.active, self.coming, *self.standby.instances()]
         found = [pid for each in instances if each is not None for pid in each.pids.values()]
         found += [self.memory.process.pid] if self.memory is not None else []
-        found += [self.forge.pid] if self.forge is not None and self.forge.pid is not None else []
+        found += [self.fork_server.pid] if self.fork_server is not None and self.fork_server.pid is not None else []
         return sorted(set(found))
 
     # Life
@@ -100,7 +100,7 @@ class Group:
             self._check_memory(plan)
             self.memory = self.start_memory()
             try:
-                self.light_forge()
+                self.start_fork_server()
                 instance = self.boot(self.devices)
                 self.memory.load(self.placement)
                 self.bring_up(instance, "current")
@@ -129,8 +129,8 @@ class Group:
         self.standby.close()
         if self.memory is not None:
             self.memory.close()
-        if self._own_forge and self.forge is not None:
-            self.forge.close()
+        if self._own_fork_server and self.fork_server is not None:
+            self.fork_server.close()
 
     # Change
 
@@ -287,15 +287,15 @@ class Group:
         shares = self.config.weights == "shared"
         return MemoryManager.start(self.layout, self.kv_bytes, shares=shares, kind=self.config.device)
 
-    def light_forge(self) -> None:
-        """Have a forge that can make ranks."""
-        if self.forge is None or not self.forge.is_alive:
-            self.forge, self._own_forge = Forge(forks=self.config.forks), True
+    def start_fork_server(self) -> None:
+        """Have a fork server that can make ranks."""
+        if self.fork_server is None or not self.fork_server.is_alive:
+            self.fork_server, self._own_fork_server = ForkServer(forks=self.config.forks), True
 
     def boot(self, devices: Sequence[int]) -> Instance:
         """Start the processes of a configuration."""
         assert self.memory is not None
-        assert self.forge is not None
+        assert self.fork_server is not None
         boots = [
             Boot(
                 layout=self.layout,
@@ -308,7 +308,7 @@ class Group:
             )
             for rank, device in enumerate(devices)
         ]
-        return Instance.boot(self.forge, self.memory, boots, self._event)
+        return Instance.boot(self.fork_server, self.memory, boots, self._event)
 
     @staticmethod
     def bring_up(instance: Instance, which: Which) -> None:

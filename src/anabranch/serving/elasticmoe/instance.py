@@ -10,7 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from anabranch.errors import BackendError
-from anabranch.serving.elasticmoe.forge import Forge
+from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.memory import MemoryManager
 from anabranch.serving.elasticmoe.processes import Process
 from anabranch.serving.elasticmoe.rank_boot import Boot
@@ -103,7 +103,9 @@ class Instance:
         self._handles: dict[int, _Handle] = {}
 
     @classmethod
-    def boot(cls, forge: Forge, memory: MemoryManager, boots: Sequence[Boot], on_event: OnEvent) -> "Instance":
+    def boot(
+        cls, fork_server: ForkServer, memory: MemoryManager, boots: Sequence[Boot], on_event: OnEvent
+    ) -> "Instance":
         """Start the processes; `wait_ready` says when they are on standby."""
         devices = tuple(boot.device for boot in boots)
         instance = cls(devices, on_event)
@@ -113,7 +115,7 @@ class Instance:
             for rank, boot in enumerate(boots):
                 others = [other for other in range(count) if other != rank]
                 ends = [asks[rank, other][0] for other in others] + [asks[other, rank][1] for other in others]
-                process = forge.make(f"rank-{boot.device}")
+                process = fork_server.make(f"rank-{boot.device}")
                 instance._handles[boot.device] = _Handle(boot.device, process, instance._event)
                 fd = memory.connect()
                 try:

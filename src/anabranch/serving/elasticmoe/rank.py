@@ -32,7 +32,7 @@ from anabranch.serving.core.scheduler import Scheduler
 from anabranch.serving.elasticmoe import handover
 from anabranch.serving.elasticmoe.arena import DenseArena, ExpertArena, KvArena, torch_dtype
 from anabranch.serving.elasticmoe.backend import backend_of
-from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, SpreadExperts, spread
+from anabranch.serving.elasticmoe.exchange import Mailbox, Owner, Peer, ShardedExperts, shard_experts
 from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.elasticmoe.memory import Attached, Which, attach
 from anabranch.serving.elasticmoe.preparing import ResumingSampler
@@ -65,8 +65,8 @@ class Rank:
         self.owner = Owner()
         peers = self._meet(fds[1:])
         pools = pool_names(self.model)
-        self.spread = spread(
-            self.model, pools, lambda layer, count: SpreadExperts(layer, boot.rank, self.owner, peers, count)
+        self.sharded = shard_experts(
+            self.model, pools, lambda layer, count: ShardedExperts(layer, boot.rank, self.owner, peers, count)
         )
         self.attached: Attached | None = None
         self.arenas: list[Any] = []
@@ -117,7 +117,7 @@ class Rank:
         self.device = self.model.embedding.weight.device
         self.arenas = [dense]
         mapped = 0
-        for layer, spread_ in enumerate(self.spread):
+        for layer, experts in enumerate(self.sharded):
             arena = ExpertArena(
                 self.boot.layout.layers[layer], copies=copies, backend=self.backend, device=self.boot.device
             )
@@ -125,7 +125,7 @@ class Rank:
             self.arenas.append(arena)
             w13, w2 = arena.tensors()
             self.owner.layers.append((w13, w2))
-            spread_.place(placement, self.device)
+            experts.place(placement, self.device)
         self.kv = KvArena(self.attached)
         return {"blocks": mapped}
 
@@ -375,7 +375,7 @@ class Rank:
 
     def do_heat(self) -> list[list[int]]:
         """Tokens that went to each expert of each layer since this rank attached."""
-        return [each.load_E.tolist() for each in self.spread]
+        return [each.load_E.tolist() for each in self.sharded]
 
 
 def _layers(model: torch.nn.Module) -> list[Any]:

@@ -60,7 +60,7 @@ def _bring_back(group: "Group", *, is_memory_lost: bool) -> None:
         group.standby.close()  # they are connected to the memory manager that is gone
         group.memory = group.start_memory()
         group.memory.load(group.placement)
-    group.light_forge()
+    group.start_fork_server()
     new = group.boot(group.devices)
     try:
         group.bring_up(new, "current")

@@ -116,9 +116,9 @@ class RequestOverrides:
         if said.routing and not self._layers:
             raise ConfigError("the model has no Router, so there is no decision to override")
         layers = find_overrides(self._layers, said.routing)
-        for found, turns in layers.items():
+        for found, of_visits in layers.items():
             router: Any = found
-            for override in filter(None, turns):
+            for override in filter(None, of_visits):
                 override.check_fit(len(chunk.tokens), router.num_destinations, f"the router of layer {router.layer}")
         return layers
 
@@ -133,8 +133,8 @@ class _RowOverrides:
 
     def of(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
         """See `Overrides`."""
-        turns = self._layers.get(router)
-        override = turns[visit % len(turns)] if turns else None
+        of_visits = self._layers.get(router)
+        override = of_visits[visit % len(of_visits)] if of_visits else None
         if override is None:
             return None
         if len(x_ND) != self._num_rows * self._streams:

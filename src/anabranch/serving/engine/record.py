@@ -25,7 +25,7 @@ class RoutingTap:
     def __init__(self, model: nn.Module) -> None:
         routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
         layers = router_layers(model, routers)
-        self._routers: dict[nn.Module, int] = {layer.router: layer.number for layer in layers if layer.turn == 0}
+        self._routers: dict[nn.Module, int] = {layer.router: layer.number for layer in layers if layer.pass_index == 0}
         self._passes = Counter(layer.router for layer in layers)
         self.layers = {layer.number: routers[layer.router_name].num_destinations for layer in layers}
 
@@ -37,11 +37,11 @@ class RoutingTap:
         only some of the rows tells nothing.
         """
         routes: list[Route] = [{} for _ in rows]
-        turns = dict.fromkeys(self._routers, 0)
+        visits = dict.fromkeys(self._routers, 0)
 
         def note(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-            layer = self._routers[router] + turns[router] % self._passes[router]
-            turns[router] += 1
+            layer = self._routers[router] + visits[router] % self._passes[router]
+            visits[router] += 1
             if routing.num_items % num_rows:
                 return
             index_PTK = routing.index_NK.view(-1, num_rows, routing.num_choices)

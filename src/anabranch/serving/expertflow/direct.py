@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.nn import kernels
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.transfers import CACHED, DIRECT
 
 __all__ = ["DirectFile"]

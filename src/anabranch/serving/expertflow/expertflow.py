@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.nn.context import hide
+from anabranch.nn.context import set_unregistered
 from anabranch.nn.moe import MoE
 from anabranch.nn.pool import ExpertPool
 from anabranch.serving.config import parse_bytes
@@ -258,7 +258,7 @@ class OffloadEngine:
             if "experts" in layer._modules:
                 layer.experts = made  # type: ignore[assignment]
             else:
-                hide(layer, "experts", made)
+                set_unregistered(layer, "experts", made)
         shared: Any = getattr(self.model, "shared", {})
         gone = {id(pool) for pool in found.pools}
         self._shared = {name: pool for name, pool in shared.items() if id(pool) in gone}
@@ -429,7 +429,7 @@ class OffloadEngine:
             if "experts" in layer._modules:
                 layer.experts = pool
             else:
-                hide(layer, "experts", pool)
+                set_unregistered(layer, "experts", pool)
         for name, pool in self._shared.items():
             self.model.shared[name] = pool
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.nn import kernels
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 
 A = TypeVar("A")
 

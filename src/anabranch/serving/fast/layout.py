@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import address
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind

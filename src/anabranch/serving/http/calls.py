@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from anabranch.serving.chat import Argued, Called, Said, parser_for
+from anabranch.serving.chat import ArgumentsDelta, CallStarted, TextDelta, parser_for
 from anabranch.serving.chat.reader import Event
 from anabranch.serving.http.messages import Tools
 from anabranch.web.ids import new_id
@@ -47,19 +47,19 @@ class Speech:
     def _deltas(self, events: Sequence[Event]) -> list[Delta]:
         deltas = []
         for event in events:
-            if isinstance(event, Called | Argued):
+            if isinstance(event, CallStarted | ArgumentsDelta):
                 deltas += self._call(event)
             else:
-                text = event.text.rstrip() if self._count and isinstance(event, Said) else event.text
+                text = event.text.rstrip() if self._count and isinstance(event, TextDelta) else event.text
                 deltas += [{"content": text}] if text else []
         return deltas
 
-    def _call(self, event: Called | Argued) -> list[Delta]:
-        self._count += isinstance(event, Called)
+    def _call(self, event: CallStarted | ArgumentsDelta) -> list[Delta]:
+        self._count += isinstance(event, CallStarted)
         if self._most is not None and self._count > self._most:
             return []
         index = self._count - 1
-        if isinstance(event, Argued):
+        if isinstance(event, ArgumentsDelta):
             return [{"tool_calls": [{"index": index, "function": {"arguments": event.text}}]}]
         function = {"name": event.name, "arguments": ""}
         return [{"tool_calls": [{"index": index, "id": new_id("call"), "type": "function", "function": function}]}]

@@ -59,7 +59,7 @@ class Generate:
                     call.headers["x-route-streams"] = str(asked.num_streams or info.num_streams)
                 if asked.is_stream:
                     return await self._stream(call, shape, buffer, deadline_s)
-                return await self._whole(call, shape, buffer, deadline_s)
+                return await self._complete(call, shape, buffer, deadline_s)
         except SlowReaderError:
             self._abort(choices, "slow_reader")
             if call.request.transport is not None:
@@ -96,7 +96,7 @@ class Generate:
             call.facts["num_streams"] = asked.num_streams or info.num_streams
         return asked
 
-    async def _whole(
+    async def _complete(
         self, call: Call, shape: Shape, buffer: Buffer[Piece], deadline_s: float | None
     ) -> web.StreamResponse:
         pieces: list[list[Piece]] = [[] for _ in shape.choices]

@@ -11,7 +11,7 @@ def _maybe(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": [kind, "null"], **more}
 
 
-def _whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
+def _integer(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
     return _maybe("integer", minimum=low, maximum=high)
 
 
@@ -31,16 +31,16 @@ def _shared(most_n: int) -> dict[str, Any]:
     bias = {"type": "number", "minimum": -100, "maximum": 100}
     return {
         "model": _NAME,
-        "max_tokens": _whole(0),
-        "min_tokens": _whole(0),
+        "max_tokens": _integer(0),
+        "min_tokens": _integer(0),
         "temperature": _number(0, 2),
         "top_p": _number(0, 1),
-        "top_k": _whole(-1),
+        "top_k": _integer(-1),
         "min_p": _number(0, 1),
-        "n": _whole(1, most_n),
+        "n": _integer(1, most_n),
         "stop": {"oneOf": [stop, {"type": "array", "maxItems": 4, "items": stop}, {"type": "null"}]},
         "stop_token_ids": _maybe("array", maxItems=64, items={"type": "integer", "minimum": 0}),
-        "seed": _whole(-(2**63), 2**63 - 1),
+        "seed": _integer(-(2**63), 2**63 - 1),
         "presence_penalty": _number(-2, 2),
         "frequency_penalty": _number(-2, 2),
         "repetition_penalty": _number(0.01, 100),
@@ -49,12 +49,12 @@ def _shared(most_n: int) -> dict[str, Any]:
         "stream_options": _maybe("object", properties={"include_usage": _maybe("boolean")}, additionalProperties=False),
         "response_format": _maybe("object", properties={"type": {"enum": ["text", "json_object", "json_schema"]}}),
         "ignore_eos": _maybe("boolean"),
-        "priority": _whole(-1000, 1000),
+        "priority": _integer(-1000, 1000),
         "cache_salt": _maybe("string", maxLength=256),
         "user": _maybe("string", maxLength=512),
         "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
         "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
-        "num_streams": {**_whole(1), "description": "parallel streams, of a model that has them (ParScale)"},
+        "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
     }
 
 
@@ -98,15 +98,15 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
 
     return {
         "Chat": body(
-            ["model", "messages"], **shared, messages=messages, max_completion_tokens=_whole(1), logprobs=_maybe("boolean"),
-            top_logprobs=_whole(0, 20), tools=_maybe("array", maxItems=128, items=_tool()),
+            ["model", "messages"], **shared, messages=messages, max_completion_tokens=_integer(1), logprobs=_maybe("boolean"),
+            top_logprobs=_integer(0, 20), tools=_maybe("array", maxItems=128, items=_tool()),
             tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]}, parallel_tool_calls=_maybe("boolean"),
         ),
         "Completion": body(
             ["model", "prompt"], **shared, prompt=_texts(),
-            logprobs={**_whole(0, 20), "description": "alternatives told beside each token; with echo beside the prompt's too"},
+            logprobs={**_integer(0, 20), "description": "alternatives told beside each token; with echo beside the prompt's too"},
             echo={**_maybe("boolean"), "description": "put the prompt before the answer; max_tokens may then be 0"},
-            best_of=_whole(1, 128),
+            best_of=_integer(1, 128),
         ),
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]}),
         "Tokenize": body(

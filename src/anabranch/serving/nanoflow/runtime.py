@@ -185,8 +185,8 @@ class _Step:
         rows = slice(op.start, op.end)
         if op.op == "kqv":
             parts = block.attention.project(block.attention_norm(self.x_1TW[:, rows]), self.contexts[op.start, op.end])
-            for whole, part in zip(self.qkv, parts, strict=True):
-                whole[:, :, rows] = part
+            for full, part in zip(self.qkv, parts, strict=True):
+                full[:, :, rows] = part
         elif op.op.endswith("attention"):
             y_1HTD = self.stores[op.start, op.end].attend(layer, *(part[:, :, rows].contiguous() for part in self.qkv))
             self.y_1TW[:, rows] = y_1HTD.transpose(1, 2).flatten(2)

@@ -178,12 +178,12 @@ def search(
     found = estimate(model, hardware, workload)
     forms: tuple[Form, ...] = ("gather", "reduce") if hardware.num_devices > 1 else ("gather",)
     graphs = {form: layer_graph(model, hardware, workload, form) for form in forms}
-    whole = {form: graph.split() for form, graph in graphs.items()}
-    form = min(forms, key=lambda form: whole[form].sequential_s)
+    uncut = {form: graph.split() for form, graph in graphs.items()}
+    form = min(forms, key=lambda form: uncut[form].sequential_s)
     key = key_of(model, hardware, workload, table)
-    alone = Schedule(whole[form], tuple(range(len(whole[form].ops))), (1.0,) * len(whole[form].ops))
-    whole_s = whole[form].sequential_s
-    sequential = Pipeline(key, form, alone, whole_s, whole_s, whole_s)
+    alone = Schedule(uncut[form], tuple(range(len(uncut[form].ops))), (1.0,) * len(uncut[form].ops))
+    uncut_s = uncut[form].sequential_s
+    sequential = Pipeline(key, form, alone, uncut_s, uncut_s, uncut_s)
     if workload.dense_batch < 2 * TILE or not overlap:
         return sequential
     if not found.pays:

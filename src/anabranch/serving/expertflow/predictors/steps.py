@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.nn import kernels
-from anabranch.nn.kernels.door import Kernel
+from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import address, array_address
 from anabranch.nn.kernels.packed import Matrix, matrix
 from anabranch.nn.packed import WIDE, Packed
@@ -136,7 +136,7 @@ class CompiledSteps:
     def __init__(self, network: PathNetwork) -> None:
         self._keep: list[Any] = []  # what the structures point to
         self._shape = (network.num_layers, network.num_experts)
-        self._window, self._stride = network.window, _whole(network.window)
+        self._window, self._stride = network.window, _padded(network.window)
         dim, feed_forward = _widths(network)
         decoder: Any = network.decoder
         layers = [self._layer(layer) for layer in decoder]
@@ -156,7 +156,7 @@ class CompiledSteps:
         """See `Steps`."""
         depth, _, width = past.shape
         prompt, seen = len(cross[0]), min(count, self._window)
-        ring, input = width * self._stride, width * _whole(prompt)
+        ring, input = width * self._stride, width * _padded(prompt)
         memory = np.zeros(HEADER + depth * (ring + input), np.float32)  # behind the counts nothing may be NaN
         memory[:4].view(np.int64)[:] = seen, prompt
         ring_WS, input_WP = memory[HEADER : HEADER + depth * ring], memory[HEADER + depth * ring :]
@@ -182,7 +182,7 @@ class CompiledSteps:
 
     def _packed(self, weight_NK: Tensor, bias_N: Tensor) -> CAffine:
         self._keep.append(Packed.pack(weight_NK, "float32"))
-        return CAffine(matrix(self._keep[-1]), self._floats(F.pad(bias_N, (0, _whole(len(bias_N)) - len(bias_N)))))
+        return CAffine(matrix(self._keep[-1]), self._floats(F.pad(bias_N, (0, _padded(len(bias_N)) - len(bias_N)))))
 
     def _floats(self, value: Tensor) -> int:
         self._keep.append(value.detach().float().clone(memory_format=torch.contiguous_format))
@@ -199,7 +199,7 @@ def _widths(network: PathNetwork) -> tuple[int, int]:
     return network.embedding.embedding_dim, layer.up.out_features
 
 
-def _whole(count: int) -> int:
+def _padded(count: int) -> int:
     return -(-count // WIDE) * WIDE
 
 

@@ -1,4 +1,4 @@
-"""`Keeper`: what of a run is kept on disk as it goes on, and which checkpoints can be trusted."""
+"""`CheckpointManager`: what of a run is kept on disk as it goes on, and which checkpoints can be trusted."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from anabranch.lm.folder import TRAINER_FILE
 from anabranch.lm.tensors import state_once
 from anabranch.train.checkpoint import checkpoint_path, checkpoints, prune, read_checkpoint, set_aside, write_checkpoint
 from anabranch.train.config import RunConfig, TaskRunConfig
-from anabranch.train.optimizer import load_optimizer_tensors, optimizer_tensors, whole
+from anabranch.train.optimizer import full_tensor, load_optimizer_tensors, optimizer_tensors
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Stream, Task
 
-__all__ = ["Keeper", "Progress"]
+__all__ = ["CheckpointManager", "Progress"]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Progress:
         return self.evaluation is not None and self.evaluation["step"] == self.step
 
 
-class Keeper:
+class CheckpointManager:
     """Saves and restores a run, and removes checkpoints once newer ones have proved good.
 
     Args:
@@ -106,7 +106,7 @@ class Keeper:
         if path == self.newest:
             return None
         keep = self.workers.is_first
-        tensors = {name: whole(tensor) for name, tensor in state_once(self.model).items()}
+        tensors = {name: full_tensor(tensor) for name, tensor in state_once(self.model).items()}
         moments = optimizer_tensors(self.model, self.optimizer, keep=keep)
         if keep:
             write_checkpoint(

@@ -1,4 +1,4 @@
-"""The door to the compiled kernels: nothing goes past it, and it lets nothing in that a kernel would read or write wrongly."""
+"""The binding of the compiled kernels: nothing goes past it, and it lets nothing in that a kernel would read or write wrongly."""
 
 import ast
 import ctypes
@@ -27,7 +27,7 @@ from anabranch.nn import RMSNorm, kernels
 from anabranch.nn.expert_call import ExpertCall, Needed
 from anabranch.nn.kernels import attention, expert_mlp, paged, rows
 from anabranch.nn.kernels import packed as products
-from anabranch.nn.kernels.door import KERNELS, Kernel
+from anabranch.nn.kernels.binding import KERNELS, Kernel
 from anabranch.nn.kernels.operands import DTYPES, address, array_address
 from anabranch.nn.kernels.signature import Operand
 from anabranch.nn.packed import Packed
@@ -82,7 +82,7 @@ def test_what_is_not_inline_has_its_signature_too():
 def test_nothing_takes_an_address_or_a_function_past_the_door():
     """Addresses come from `operands.address` and from kernels' signatures; the library's functions from no other place."""
     allowed = {
-        PACKAGE / "nn/kernels/door.py",
+        PACKAGE / "nn/kernels/binding.py",
         PACKAGE / "nn/kernels/operands.py",
         PACKAGE / "serving/expertflow/arena.py",
     }  # the latter asks where it is aligned
@@ -98,7 +98,7 @@ def test_nothing_takes_an_address_or_a_function_past_the_door():
     assert not offenders
 
 
-# ---- what the door lets in ----
+# ---- what the binding lets in ----
 
 SIZES = {name: 16 * place for place, name in enumerate("BDEFGHKLNPRSTUWXZ", 1)} | {
     **{
@@ -252,7 +252,7 @@ def test_a_kernel_takes_what_it_says_and_nothing_else(symbol, level):
 
 
 def said_of(call, values):
-    """What the door says of these, empty if it lets them in."""
+    """What the binding says of these, empty if it lets them in."""
     try:
         call(*values)
     except InputError as error:
@@ -488,7 +488,7 @@ STARVED = textwrap.dedent(
     }
     name, malloc, free = sys.argv[1], ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
     malloc.argtypes, malloc.restype, free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
-    from anabranch.nn.kernels.door import KERNELS
+    from anabranch.nn.kernels.binding import KERNELS
     kernel = KERNELS["anabranch_" + name]
     kernel._call = kernel.bound_to(load())
     inner = kernel._call

@@ -1,4 +1,4 @@
-"""`Turns`: those that decode, in two steps of half as many each, grouped as somebody sees fit.
+"""`DualBatches`: those that decode, in two steps of half as many each, grouped as somebody sees fit.
 
 ExpertFlow (He et al., arXiv 2410.17954) merges two adjacent batches of decodes and splits them anew, so that tokens which go to the same
 experts run together. Here the two batches are the running requests; whoever is not in the first step is in the second.
@@ -13,7 +13,7 @@ from anabranch.serving.core.state import RequestState
 Order = Callable[[Sequence[str], int], Sequence[str]]
 
 
-class Turns:
+class DualBatches:
     """Says who decodes in the next step.
 
     Args:

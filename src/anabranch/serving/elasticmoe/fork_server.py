@@ -1,7 +1,7 @@
 """A process that has imported all that a rank needs and is copied whenever one is wanted: a rank is there in milliseconds.
 
 Without it each rank starts an interpreter and imports torch, which is seconds of work. The copies share the pages of what was imported.
-The forge has one thread, so that there is nothing in it that could be copied halfway. Linux; elsewhere ranks start anew.
+The fork server has one thread, so that there is nothing in it that could be copied halfway. Linux; elsewhere ranks start anew.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ import threading
 from anabranch.serving.elasticmoe.processes import Process, start_process
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
 
-__all__ = ["Forge", "ForkedProcess"]
+__all__ = ["ForkServer", "ForkedProcess"]
 
 _RANK = "anabranch.serving.elasticmoe.rank"
 
 
 class ForkedProcess(Process):
-    """A copy of the forge, by a file descriptor that means this process and no later one of its number."""
+    """A copy of the fork server, by a file descriptor that means this process and no later one of its number."""
 
     def __init__(self, name: str, pid: int, pidfd: int, channel: Channel) -> None:
         self.name, self.channel = name, channel
@@ -60,15 +60,15 @@ class ForkedProcess(Process):
         return bool(waiter.poll(None if timeout_s is None else timeout_s * 1000))
 
 
-class Forge:
+class ForkServer:
     """Makes the processes of ranks. ``forks=False`` starts each anew, as it is where processes cannot be copied."""
 
     def __init__(self, *, forks: bool = sys.platform == "linux") -> None:
-        self._process = start_process("anabranch.serving.elasticmoe.forge", "forge") if forks else None
+        self._process = start_process("anabranch.serving.elasticmoe.fork_server", "fork_server") if forks else None
         self._lock = threading.Lock()
 
     def make(self, name: str) -> Process:
-        """A new rank, which waits for its `Boot`. Raises ChannelClosedError if the forge has died."""
+        """A new rank, which waits for its `Boot`. Raises ChannelClosedError if the fork server has died."""
         if self._process is None:
             return start_process(_RANK, name)
         ours, theirs = pair()

@@ -1,4 +1,4 @@
-"""The one door to the compiled kernels: a kernel is called by its declared signature, and by nothing else.
+"""The one binding of the compiled kernels: a kernel is called by its declared signature, and by nothing else.
 
 A `Kernel` is declared once, beside the function that calls it, by the parameters of its C function in their order:
 
@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from anabranch.errors import BackendError, CapacityError, InputError
-from anabranch.nn.kernels.operands import DTYPES, said
+from anabranch.nn.kernels.operands import DTYPES, described
 from anabranch.nn.kernels.signature import Operand, written
 
 __all__ = ["KERNELS", "Kernel", "Library"]
@@ -152,7 +152,7 @@ class Kernel:
             dtypes = " or ".join(dict.fromkeys(names[place] for names in self.types))
         sizes = {name: size for name, size in known.items() if isinstance(size, int)}
         raise InputError(
-            f"{operand.name} of kernel {self.name} is {said(value)}; it takes {operand.wanted(sizes, dtypes)}"
+            f"{operand.name} of kernel {self.name} is {described(value)}; it takes {operand.wanted(sizes, dtypes)}"
         )
 
     def _unfit(self, condition: str, known: Mapping[str, Any]) -> None:
