@@ -229,3 +229,19 @@ def test_what_is_told_adds_up(server):
     assert made == usage["completion_tokens"] + other["completion_tokens"]
     assert after["step_time_seconds_count"] > before["step_time_seconds_count"]
     assert after["batch_tokens_sum"] > before["batch_tokens_sum"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: 1e-46} for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")),
+        {"temperature": 5e-324, "top_p": 5e-324, "min_p": 5e-324, "seed": -(2**63)},
+        {"temperature": 2, "repetition_penalty": 0.01, "logit_bias": {"1": 1e-320, "2": -100}, "n": 2, "top_k": 2**31 - 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_float32_does_not_have_are_answered_and_the_engine_goes_on(server, fields):
+    status, _, body = ask(server, **{"temperature": 1, "ignore_eos": True, **fields})
+    assert status == 200, body
+    assert all(choice["finish_reason"] == "length" for choice in body["choices"])
+    assert server.metrics()["engine_restarts_total"] == 0

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as given_settings
+from hypothesis import strategies as st
 
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import InputError
@@ -282,7 +285,6 @@ def test_a_row_with_nothing_allowed_fails_alone():
     [
         ({"logit_bias": ((V, 1.0),)}, "logit_bias names token 8; tokens are 0 to 7"),
         ({"stop_tokens": (-1,)}, "stop_tokens names token -1"),
-        ({"logit_bias": ((1, math.nan),)}, "logit_bias has the value nan"),
     ],
 )
 def test_what_can_never_be_sampled_is_refused(settings, message):
@@ -290,6 +292,80 @@ def test_what_can_never_be_sampled_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         sampler.check(Sampling(**settings))
     assert message in one(sampler=sampler, **settings).error  # and fails its own rows if it comes all the same
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_bias": ((1, math.nan),)}, "logit_bias has the value nan"),
+        ({"logit_bias": ((1, math.inf),)}, "logit_bias has the value inf"),
+        ({"logit_bias": ((1.5, 1.0),)}, "logit_bias names 1.5"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "1"}, "temperature is 1; it must be 0 to 100"),
+        ({"top_p": -1e-46}, "top_p is -1e-46"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"logprobs": math.nan}, "logprobs is nan"),
+    ],
+)
+def test_settings_that_are_no_numbers_of_theirs_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**settings)
+
+
+SMALL = [0.0, 5e-324, 1e-46, 1e-45, 1.1754944e-38, 1e-30, 1e-8]
+
+
+def numbers(low, high):
+    """Floats of a range, those often at which float32 and float64 differ."""
+    edges = [
+        value
+        for value in (*SMALL, low, high, math.nextafter(low, high), math.nextafter(high, low))
+        if low <= value <= high
+    ]
+    return st.sampled_from(edges) | st.floats(low, high)
+
+
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "temperature": numbers(0, 100),
+                "top_p": numbers(0, 1),
+                "min_p": numbers(0, 1),
+                "top_k": st.integers(0, 2**31 - 1),
+                "presence_penalty": numbers(-2, 2),
+                "frequency_penalty": numbers(-2, 2),
+                "repetition_penalty": numbers(0.01, 100),
+                "seed": st.none() | st.integers(-(2**70), 2**70),
+                "logprobs": st.none() | st.integers(0, 20),
+                "logit_bias": st.lists(
+                    st.tuples(
+                        st.integers(0, V - 2), st.floats(allow_nan=False, allow_infinity=False) | st.just(-math.inf)
+                    )
+                ).map(tuple),
+            },
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    scale=st.sampled_from([0.0, 1e-38, 1.0, 1e4, 1e38, 3e38]),
+)
+@given_settings(max_examples=150, deadline=None)
+def test_whatever_is_asked_every_row_gets_a_token(rows, scale):
+    sampler = Sampler(V, stop_tokens=(V - 1,), seed=0)
+    ids = [str(number) for number in range(len(rows))]
+    for id, row in zip(ids, rows, strict=True):
+        sampler.add(request(id, **row))
+    for step in range(3):
+        logits_RV = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(step)).clamp(-1.1, 1.1) * scale
+        for sampled, row in zip(sampler(logits_RV, ids), rows, strict=True):
+            assert sampled.error is None
+            assert 0 <= sampled.token < V
+            forbidden = {token for token, value in row.get("logit_bias", ()) if value == -math.inf}
+            assert sampled.token not in forbidden
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_own_rows():

@@ -4,12 +4,17 @@ A front end makes a `Request` of tokens; the engine gives back `Output`s of toke
 and choices (``n``) are the front end's: a request of n choices is n requests, which share their prompt through the prefix cache.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any
 
 from anabranch.bounds import MOST_SIZE
 from anabranch.errors import InputError
+
+_MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
+_WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
 
 
 class Finish(StrEnum):
@@ -36,7 +41,7 @@ class Sampling:
         presence_penalty: taken from the logits of tokens that were generated.
         frequency_penalty: the same, times how often.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (CTRL, arXiv 1909.05858).
-        logit_bias: (token, added logit) pairs.
+        logit_bias: (token, added logit) pairs; -inf forbids a token, and beyond 1e30 is as 1e30.
         stop_tokens: ids that end the request; they are not part of the result.
         ignore_eos: the model's own end-of-text tokens do not end it.
         logprobs: None for none, else how many of the most likely tokens to tell beside the chosen one (0 to 20).
@@ -63,18 +68,27 @@ class Sampling:
     grammar: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name not in _MAY_BE_NONE):
+                raise InputError(f"{name} is {value!r}; it must be a whole number")
         for name, low, high in (
             ("max_tokens", 0, MOST_SIZE), ("min_tokens", 0, MOST_SIZE), ("temperature", 0, 100), ("top_p", 0, 1),
             ("top_k", 0, MOST_SIZE),
             ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not low <= value <= high:
+            if not isinstance(value, Real) or not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must be {low} to {high}")
         for name in ("logprobs", "prompt_logprobs"):
             told = getattr(self, name)
             if told is not None and not 0 <= told <= 20:
                 raise InputError(f"{name} is {told}; it must be 0 to 20")
+        for token, value in self.logit_bias:
+            if not isinstance(token, Integral):
+                raise InputError(f"logit_bias names {token!r}; a token is a whole number")
+            if not isinstance(value, Real) or value != value or value == math.inf:
+                raise InputError(f"logit_bias has the value {value!r}; it must be a number, or -inf to forbid a token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,11 +41,13 @@ def _penalise(logits_SV: Tensor, states: list[SequenceState]) -> None:
 
     count_P = torch.from_numpy(np.concatenate([counts.count_N for _, counts, _ in penalised])).to(device)
     repetition_P = spread([sampling.repetition_penalty for _, _, sampling in penalised])
-    value_P = logits_SV[row_P, token_P]
-    value_P = torch.where(value_P > 0, value_P / repetition_P, value_P * repetition_P)
+    before_P = logits_SV[row_P, token_P]
+    value_P = torch.where(before_P > 0, before_P / repetition_P, before_P * repetition_P)
     value_P -= count_P * spread([sampling.frequency_penalty for _, _, sampling in penalised])
     value_P -= (count_P > 0) * spread([sampling.presence_penalty for _, _, sampling in penalised])
-    logits_SV[row_P, token_P] = value_P
+    # What is finite stays so: a penalty forbids nothing, and infinity has no softmax.
+    bounds = torch.finfo(value_P.dtype)
+    logits_SV[row_P, token_P] = torch.where(before_P.isfinite(), value_P.clamp(bounds.min, bounds.max), before_P)
 
 
 def _restrict(logits_SV: Tensor, states: list[SequenceState]) -> None:

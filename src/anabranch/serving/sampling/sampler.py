@@ -67,8 +67,6 @@ class Sampler:
         for name, named in tokens.items():
             if outside := [token for token in named if not 0 <= token < self.vocab_size]:
                 raise InputError(f"{name} names token {outside[0]}; tokens are 0 to {self.vocab_size - 1}")
-        if bad := [value for _, value in sampling.logit_bias if math.isnan(value) or value == math.inf]:
-            raise InputError(f"logit_bias has the value {bad[0]}; it must be a number, or -inf to forbid a token")
 
     def prepare(self, request: Request) -> "Future[Grammar] | None":
         """The grammar of a request, see `GrammarStore.prepare`; None if it has none. While it is held, `add` has it at once."""
