@@ -23,7 +23,9 @@ DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
 DEBUG = "ANABRANCH_DEBUG"
 # typer carries its own click since 0.26 and used the installed one before; this is that click's class for misuse either way.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_LONGEST = 1000  # characters of a line; a library may quote a whole file
+
+# Characters of a line; a library may quote a whole file.
+_LONGEST = 1000
 
 
 def guarded(run: Callable[[], int | None], *, misuse: Callable[[Exception], str], debug: Callable[[], bool]) -> int:
@@ -66,7 +68,8 @@ def _told(error: BaseException, misuse: Callable[[Exception], str]) -> int:
         _settle(sys.stdout)
         say("interrupted")
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):  # | head: nothing is wrong
+    # | head: nothing is wrong.
+    if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
         _settle(sys.stdout)
         return DONE
     return _fail(misuse(error) if isinstance(error, UsageError) else sentence(error))
@@ -139,7 +142,8 @@ def _reader_is_gone(stream: TextIO) -> bool:
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # no descriptor of its own, or a system without poll
+    except (OSError, ValueError, AttributeError):
+        # No descriptor of its own, or a system without poll.
         return True
 
 

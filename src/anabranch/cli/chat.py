@@ -119,7 +119,8 @@ class Conversation:
                 pieces.append(decoder.push(step.tokens[0]))
                 if show:
                     print(visible(pieces[-1]), end="", flush=True)
-        except KeyboardInterrupt:  # ends this answer, not the conversation
+        except KeyboardInterrupt:
+            # Ends this answer, not the conversation.
             if not sys.stdin.isatty():
                 raise
         pieces.append(decoder.flush())

@@ -12,8 +12,12 @@ from anabranch.data.split import VALIDATION, labels_cut_inside, split
 from anabranch.train import RunConfig, read_run_config
 
 DEFAULT_LENGTH = 1024
-FORWARD_TOKENS = 4096  # tokens of one forward pass
-PACKAGES = 6  # of the standard library that are told apart
+
+# Tokens of one forward pass.
+FORWARD_TOKENS = 4096
+
+# Of the standard library that are told apart.
+PACKAGES = 6
 
 
 def run_of(model: str) -> RunConfig | None:

@@ -186,7 +186,8 @@ def _torch() -> dict[str, Any] | None:
         return None
     try:
         import torch
-    except Exception as error:  # whatever a broken installation leads to
+    except Exception as error:
+        # Whatever a broken installation leads to.
         reason = f"torch cannot be imported: {' '.join(str(error).split())}"
         return {"version": None, "cuda": None, "cuda_available": False, "reason": reason}
     available = torch.cuda.is_available()

@@ -65,5 +65,6 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _tell() -> None:
     try:
         os.write(2, b"interrupted\n")
-    except OSError:  # nobody reads it
+    except OSError:
+        # Nobody reads it.
         return

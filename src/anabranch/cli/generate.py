@@ -45,7 +45,8 @@ def generate(
         seed=seed,
     )
     prompt_ids = tokenizer.encode_prompt(text)
-    show = visible if sys.stdout.isatty() else str  # a file gets what the model said, a terminal what it can bear
+    # A file gets what the model said, a terminal what it can bear.
+    show = visible if sys.stdout.isatty() else str
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     if not as_json:
         print(text, end="", flush=True)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from anabranch.lm import Decoder
 
 READ_AT_ONCE = 2048
-TRAINING_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two moments
+
+# Of a parameter: float32 weight, gradient and AdamW's two moments.
+TRAINING_BYTES = 16
 
 
 def info(

@@ -58,7 +58,8 @@ def _root(
         False, "--debug", metavar=FLAG, help="Show the trace of an error. Also: ANABRANCH_DEBUG=1."
     ),
 ) -> None:
-    asked = context.ensure_object(dict)  # none where a test or the documentation runs the app without `main`
+    # None where a test or the documentation runs the app without `main`.
+    asked = context.ensure_object(dict)
     asked["debug"] = asked.get("debug", False) or debug
 
 
@@ -122,7 +123,8 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
             f"{invalid[1]} is {_given(invalid[1], arguments)}: {invalid[2].replace('Input should be', 'it must be')}"
         )
     command = context.command_path if context is not None else _command_of(arguments)
-    message = message or "name a command"  # a group without one has shown its help
+    # A group without one has shown its help.
+    message = message or "name a command"
     return f"{message[:1].lower()}{message[1:]} (see {command} --help)"
 
 

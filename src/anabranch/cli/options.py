@@ -12,7 +12,8 @@ from anabranch.bounds import MOST_SEED
 from anabranch.errors import ConfigError, DataError, TokenizerError
 from anabranch.files import parse_toml
 
-if TYPE_CHECKING:  # torch takes a second to load; --help does without
+# Torch takes a second to load; --help does without.
+if TYPE_CHECKING:
     import torch
 
     from anabranch.data import Tokenizer
@@ -22,7 +23,9 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A training run, a saved model, a Hugging Face folder or a .gguf file."),
 ]
-FLAG = " "  # shown as the value of an option that takes none
+
+# Shown as the value of an option that takes none.
+FLAG = " "
 AsJson = Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print one JSON object on stdout and nothing else.")]
 Seed = Annotated[int, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Seed: the same one gives the same result.")]
 Streams = Annotated[
@@ -106,7 +109,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    except ValueError as error:  # of TOML, of UTF-8, of an integer of thousands of digits
+    except ValueError as error:
+        # Of TOML, of UTF-8, of an integer of thousands of digits.
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
@@ -122,7 +126,8 @@ def read_seeds(text: str) -> list[int]:
             if len(named) + len(seeds) > _MOST_SEEDS:
                 raise ConfigError(f"--seeds is {text!r}, which names more than {_MOST_SEEDS}")
             seeds += named
-    except OverflowError:  # of a range that is longer than a length can be
+    except OverflowError:
+        # Of a range that is longer than a length can be.
         raise ConfigError(f"--seeds is {text!r}, which names more than {_MOST_SEEDS}") from None
     except ConfigError:
         raise

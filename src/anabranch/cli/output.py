@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LABEL_WIDTH = 8  # of the first column: model, data, wrote, ...
+
+# Of the first column: model, data, wrote, ...
+LABEL_WIDTH = 8
 
 
 def print_json(value: dict[str, Any]) -> None:

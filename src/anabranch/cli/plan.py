@@ -207,7 +207,8 @@ def _shape(model: str, weight_bytes: float) -> ModelShape:
 
     from anabranch.serving.nanoflow.shape import PUBLISHED, find_shape, shape_of
 
-    cached = max(weight_bytes, 2.0)  # keys, values and activations are not packed below 16 bits
+    # Keys, values and activations are not packed below 16 bits.
+    cached = max(weight_bytes, 2.0)
     if model in PUBLISHED:
         return dataclasses.replace(
             find_shape(model), weight_bytes=weight_bytes, kv_bytes=cached, activation_bytes=cached

@@ -60,7 +60,8 @@ class Progress:
             return
         now = time.perf_counter()
         if self._first is None:
-            self._first = (now, done)  # set-up before the first unit says nothing about the rest
+            # Set-up before the first unit says nothing about the rest.
+            self._first = (now, done)
         text = f"{text}  {self._left(now, done)}".strip()
         if self._bar is not None:
             self._show(lambda bar: bar.update(self._task, completed=done, text=text))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from anabranch.lm import Decoder
     from anabranch.train import Event, RunConfig, Trainer, TrainResult
 
-INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit codes, as shells give them
+# Exit codes, as shells give them.
+INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 SAMPLE_TOKENS = 160
 _AUTO = "--resume-auto"
 
@@ -109,7 +110,8 @@ def train(
         check_new(out)
         fields = set_fields(config_file, settings)
         config, given = start_run(config, source, out, fields)
-    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process talks
+    # Under torchrun one process talks.
+    first = int(os.environ.get("RANK", "0")) == 0
     observer = _Observer(config, quiet=quiet or not first)
     with observer.progress:
         trainer = Trainer(config, out, resume=goes_on, on_event=observer, **given)

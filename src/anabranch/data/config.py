@@ -22,7 +22,8 @@ from anabranch.places import cache_folder
 
 log = logging.getLogger(__name__)
 
-DIGEST = "digest"  # in the folder of a cached tokenizer
+# In the folder of a cached tokenizer.
+DIGEST = "digest"
 
 
 @configclass

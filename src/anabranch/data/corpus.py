@@ -143,12 +143,13 @@ class Files(Corpus, kind="files"):
         """Which files."""
 
         paths: tuple[str, ...] = Field(min_length=1)
-        pattern: str = "*"  # of the files in a given folder, or the members of a given zip; * also spans folders
-        encoding: str = "utf-8"  # bytes that do not fit it become U+FFFD; a byte-order mark goes before it
+        # Of the files in a given folder, or the members of a given zip; * also spans folders.
+        pattern: str = "*"
+        # Bytes that do not fit it become U+FFFD; a byte-order mark goes before it.
+        encoding: str = "utf-8"
         label: str | None = None  # None labels a document as label_by says
-        label_by: Literal["path", "folder", "file"] = (
-            "path"  # the name of the given path, of the first folder in it, of the file
-        )
+        # The name of the given path, of the first folder in it, of the file.
+        label_by: Literal["path", "folder", "file"] = "path"
 
         def __post_init__(self) -> None:
             _check_encoding(self.encoding)
@@ -229,7 +230,8 @@ class Table(Corpus, kind="table"):
                     continue
                 if not isinstance(text, str):
                     raise DataError(f"{file}, {where}: column {text_column!r} holds {text!r}; it must be text")
-                text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell lone surrogates, UTF-8 cannot
+                # JSON can spell lone surrogates, UTF-8 cannot.
+                text = text.encode("utf-8", "replace").decode("utf-8")
                 yield Document(f"{stable_hash(text):016x}", text, str(label))
 
 
@@ -238,7 +240,8 @@ class Domain(BaseConfig):
     """One domain of a mixture."""
 
     corpus: Corpus.Config
-    weight: float = Field(default=1.0, gt=0)  # share of the sequences, relative to the other domains
+    # Share of the sequences, relative to the other domains.
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Mixture(Corpus, kind="mixture"):

@@ -30,7 +30,8 @@ class _Text:
     pattern: str = "*"
     encoding: str = "utf-8"
     label_by: Literal["path", "file"] = "path"
-    starts: str | None = None  # regular expression of a line that begins a new document
+    # Regular expression of a line that begins a new document.
+    starts: str | None = None
 
 
 def _dictd(name: str, source: str, licence: str, starts: str | None = None) -> _Text:
@@ -90,7 +91,8 @@ class Named(Corpus, kind="named"):
     class Config(Corpus.Config):
         """Which text."""
 
-        name: str = Field(min_length=1)  # tinyshakespeare, genesis, metamath, gcide, python-docs, ...
+        # Tinyshakespeare, genesis, metamath, gcide, python-docs, ...
+        name: str = Field(min_length=1)
 
         def __post_init__(self) -> None:
             if self.name not in NAMED:

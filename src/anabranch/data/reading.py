@@ -15,7 +15,8 @@ from typing import IO, Any, cast
 from anabranch.errors import DataError
 from anabranch.files import parse_json
 
-GZIP_SUFFIXES = (".gz", ".dz")  # .dz: dictd's seekable gzip
+# .dz: dictd's seekable gzip.
+GZIP_SUFFIXES = (".gz", ".dz")
 _PROBE_BYTES = 8192
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
@@ -71,7 +72,8 @@ def _read_zip(file: Path, encoding: str) -> Iterator[tuple[str, str]]:
                     yield member, text
     except DataError:
         raise
-    except Exception as error:  # zipfile raises whatever the broken bytes lead it to
+    except Exception as error:
+        # Zipfile raises whatever the broken bytes lead it to.
         raise DataError(f"cannot read {file}: {error or type(error).__name__}") from None
 
 

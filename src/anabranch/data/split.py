@@ -10,7 +10,9 @@ from anabranch.data.corpus import Document
 from anabranch.data.reading import stable_hash
 
 TRAIN, VALIDATION = "train", "validation"
-STRETCH = 1 << 20  # characters; also the most that is tokenised in one go
+
+# Characters; also the most that is tokenised in one go.
+STRETCH = 1 << 20
 
 
 def split_of(key: str, fraction: float) -> str:

@@ -31,12 +31,17 @@ from anabranch.places import cache_folder, make_cache
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of the cache entry; another one is built anew
+# Of the cache entry; another one is built anew.
+FORMAT = 3
 INDEX = "index.json"
 SPLITS = (TRAIN, VALIDATION)
-_ATTEMPTS = 3  # to make an entry that somebody deletes as soon as it is there
+
+# To make an entry that somebody deletes as soon as it is there.
+_ATTEMPTS = 3
 _BATCH_CHARACTERS = 1 << 20
-_MOST_HELD = 256 << 20  # bytes of a file that are held in memory by every process that reads it, rather than mapped
+
+# Bytes of a file that are held in memory by every process that reads it, rather than mapped.
+_MOST_HELD = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class TokenStore:
                 return store
             try:
                 with _locked(folder):
-                    if cls._open(folder, tokenizer) is None:  # no other process has made it meanwhile
+                    # No other process has made it meanwhile.
+                    if cls._open(folder, tokenizer) is None:
                         _build(folder, corpus, tokenizer, validation_fraction)
             except DataError:
                 # Whoever deletes the cache may do so while an entry is made, or waited for.
@@ -129,7 +135,8 @@ class TokenStore:
         return named if lengths is None else f"{named} {lengths}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrays": None}  # the other process reads the files itself
+        # The other process reads the files itself.
+        return self.__dict__ | {"_arrays": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         entry = _read_entry(state["folder"])

@@ -21,7 +21,8 @@ from anabranch.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_SLOTS = 4096  # sequences after which a mixture has hit its weights exactly
+# Sequences after which a mixture has hit its weights exactly.
+_SLOTS = 4096
 
 
 @dataclass(frozen=True)

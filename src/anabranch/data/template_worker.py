@@ -21,7 +21,8 @@ _MOST_ERROR = 1000
 
 def main() -> None:
     """Answer requests until there are no more."""
-    _compiled("")  # imports jinja2, before its time is counted
+    # Imports jinja2, before its time is counted.
+    _compiled("")
     serve(_answer, LIMITS)
 
 
@@ -40,7 +41,8 @@ def _answer(line: bytes) -> dict[str, Any]:
         raise
     except jinja2.TemplateError as error:
         return {"error": str(error)[:_MOST_ERROR]}
-    except Exception as error:  # it may divide by zero, call itself, be nested too deeply
+    except Exception as error:
+        # It may divide by zero, call itself, be nested too deeply.
         return {"error": f"{type(error).__name__}: {error}"[:_MOST_ERROR]}
 
 

@@ -29,9 +29,12 @@ from anabranch.files import atomic_write_json, atomic_write_text, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 # Names that mark the end of a text where a folder does not say which token does, most specific first.
-_MOST_TOKENS = 10_000_000  # ids; the largest vocabularies have a million
+# Ids; the largest vocabularies have a million.
+_MOST_TOKENS = 10_000_000
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a config.json
+
+# In a config.json.
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})  # steps of its decoders
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
@@ -286,7 +289,8 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         self.bos_id, self.eos_id, self.pad_id, self.chat_template = bos_id, eos_id, pad_id, chat_template
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._ends = [index for index in ends if index < self.vocab_size]
-        if self.vocab_size > _MOST_TOKENS:  # the tokenizers package would write a hole for each id without a token
+        # The tokenizers package would write a hole for each id without a token.
+        if self.vocab_size > _MOST_TOKENS:
             raise TokenizerError(
                 f"a token of the tokenizer has id {self.vocab_size - 1}; at most {_MOST_TOKENS} can be"
             )
@@ -421,7 +425,8 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
         if self._decoder_steps != {"ByteLevel"}:
             return None
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        pieces = [b""] * self.vocab_size  # ids without a token decode to nothing
+        # Ids without a token decode to nothing.
+        pieces = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             is_bytes = all(character in byte_of for character in token)
             pieces[index] = bytes(byte_of[character] for character in token) if is_bytes else token.encode("utf-8")
@@ -457,9 +462,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return ByteTokenizer()
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers package raises plain Exception for whatever it cannot parse
+    except Exception as error:
+        # The tokenizers package raises plain Exception for whatever it cannot parse.
         raise TokenizerError(f"cannot read {file}: {error}") from None
-    except BaseException as error:  # and a panic of its own, which is no Exception, for what it did not expect
+    except BaseException as error:
+        # And a panic of its own, which is no Exception, for what it did not expect.
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"cannot read {file}: {error}") from None
@@ -485,7 +492,8 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
         if isinstance(token, str):
             return backend.token_to_id(utf8(token).decode("utf-8"))
     index = _read_json(folder / "config.json").get(f"{name}_token_id")
-    index = index[0] if isinstance(index, list) and index else index  # some models list several ends
+    # Some models list several ends.
+    index = index[0] if isinstance(index, list) and index else index
     return index if type(index) is int and 0 <= index < _MOST_TOKENS else None
 
 
@@ -504,7 +512,8 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
         except (OSError, ValueError) as error:
             raise TokenizerError(f"cannot read {file}: {error}") from None
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones: [{"name": "default", "template": "..."}, ...]
+    # Several named ones: [{"name": "default", "template": "..."}, ...].
+    if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", next(iter(named.values()), None))
     return template if isinstance(template, str) else None

@@ -130,7 +130,8 @@ class ProgressiveScaling(Candidates, kind="psr"):
         count = self.num_open(step, fraction)
         self.step.fill_(step)
         if self.config.scope == "token":
-            self.open_E.copy_(torch.arange(self.num_slots) < count)  # only the number matters, see `_per_token`
+            # Only the number matters, see `_per_token`.
+            self.open_E.copy_(torch.arange(self.num_slots) < count)
         else:
             self.open_E.copy_(torch.from_numpy(self._draw(step, count)))
 

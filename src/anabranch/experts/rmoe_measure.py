@@ -22,7 +22,8 @@ from anabranch.nn.pool import ExpertPool, check_stacked
 from anabranch.routing import Router, Routing
 from anabranch.routing.measure import mutual_information
 
-NUM_BINS = 100  # of a gate's probability, as in the paper
+# Of a gate's probability, as in the paper.
+NUM_BINS = 100
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,16 @@ DIM = 12
 FRUIT = ("apples", "pears", "figs")
 MODELS = ("small", "middle", "large", "odd")
 PRICES = (0.1, 0.4, 1.5, 0.4)  # dollars per million tokens
-TOLERANCE = 1e-4  # of scores: a product of one row is summed in another order than of many
+
+# Of scores: a product of one row is summed in another order than of many.
+TOLERANCE = 1e-4
 
 
 def made_outcomes(num_rows: int = 160, *, seed: int = 0) -> Recorded:
     """Outcomes with all there can be: scores that depend on the vector, costs, tasks, tokens, latencies, answers and signals of them."""
     rng = np.random.default_rng(seed)
-    world = np.random.default_rng(7)  # the same for every seed
+    # The same for every seed.
+    world = np.random.default_rng(7)
     vector_ND = rng.standard_normal((num_rows, DIM)).astype(np.float32)
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
     chance_NM = 1 / (1 + np.exp(-5 * vector_ND @ world.standard_normal((DIM, len(MODELS))) - [-0.5, 0.0, 0.8, 0.0]))

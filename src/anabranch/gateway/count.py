@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 BYTES_PER_TOKEN = 4
-MESSAGE_TOKENS = 4  # around each message: its role and the marks of its ends
-IMAGE_TOKENS = 1_600  # of one image, about the most that providers count
+
+# Around each message: its role and the marks of its ends.
+MESSAGE_TOKENS = 4
+
+# Of one image, about the most that providers count.
+IMAGE_TOKENS = 1_600
 IMAGES = ("image_url", "input_image")
 # Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
 NO_PROMPT = frozenset(

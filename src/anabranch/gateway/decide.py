@@ -24,10 +24,18 @@ from anabranch.web.api_error import wrong
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-SHORT = 20_000  # characters: longer texts are looked at in the thread, even by strategies that are fast
-WAITING = 256  # observations that may wait for a strategy's thread; more are dropped
-JUDGING_S = 1.0  # least time to judge an answer, which took a model longer than that to write
-ASKING_S = 10.0  # least time of a strategy that asks models: their answers take longer than any computation may
+
+# Characters: longer texts are looked at in the thread, even by strategies that are fast.
+SHORT = 20_000
+
+# Observations that may wait for a strategy's thread; more are dropped.
+WAITING = 256
+
+# Least time to judge an answer, which took a model longer than that to write.
+JUDGING_S = 1.0
+
+# Least time of a strategy that asks models: their answers take longer than any computation may.
+ASKING_S = 10.0
 
 
 class BypassError(Exception):
@@ -69,7 +77,8 @@ class Lane:
         self.is_fast = strategy.is_fast
         self.learns = type(strategy).observe is not Strategy.observe
         self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
-        self._began: float | None = None  # when what runs in the thread began; None if nothing does
+        # When what runs in the thread began; None if nothing does.
+        self._began: float | None = None
         self._waiting = 0
 
     def narrowed(self, pool: Pool) -> Pool:
@@ -170,7 +179,8 @@ class Lane:
 
     async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:
         """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
-        if self._threads is None:  # a fast strategy that needs vectors
+        # A fast strategy that needs vectors.
+        if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
         if self._is_stuck(limit_s):
             raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
@@ -195,7 +205,8 @@ class Lane:
             if not started and self._is_stuck(limit_s):
                 future.cancel()
                 break
-        future.add_done_callback(lambda late: late.cancelled() or late.exception())  # so that it counts as seen
+        # So that it counts as seen.
+        future.add_done_callback(lambda late: late.cancelled() or late.exception())
         raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
 
     def _is_stuck(self, limit_s: float) -> bool:

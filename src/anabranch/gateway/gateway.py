@@ -37,8 +37,12 @@ from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-REMEMBERED = 2_000  # outcomes that feedback may still be given for, of strategies that learn
-HELD_CHARACTERS = 16 << 20  # of the texts of these, all together
+
+# Outcomes that feedback may still be given for, of strategies that learn.
+REMEMBERED = 2_000
+
+# Of the texts of these, all together.
+HELD_CHARACTERS = 16 << 20
 PRUNE_S = 3600.0
 DAY_S = 86_400.0
 _CURRENT: ContextVar[Life] = ContextVar("life")
@@ -192,7 +196,8 @@ class Gateway:
             self._leave(runtime)
             if isinstance(error, ApiError):
                 error.headers.setdefault("x-request-id", life.id)
-                if life.report is None:  # codes of upstreams are theirs to choose
+                # Codes of upstreams are theirs to choose.
+                if life.report is None:
                     self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
             raise
         finally:
@@ -249,7 +254,8 @@ class Gateway:
             return await life.route()
         finally:
             _CURRENT.reset(token)
-            if life.reservation is not None:  # a strategy that asks models has spent something, or tried to
+            # A strategy that asks models has spent something, or tried to.
+            if life.reservation is not None:
                 life.end("ok", 200)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
-CONTINUED = 200  # tokens, at most, of telling a model to go on where another broke off
+
+# Tokens, at most, of telling a model to go on where another broke off.
+CONTINUED = 200
 
 
 class Life:
@@ -57,7 +59,8 @@ class Life:
         self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
         self.headers, self.shown_as, self.caches = headers, shown_as, gateway.caches
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
-        self.record: KeyRecord | None = None  # of the key; None if none is needed
+        # Of the key; None if none is needed.
+        self.record: KeyRecord | None = None
         self.user = ""
         self.tags: tuple[str, ...] = ()
         self.subjects: tuple[str, ...] = ()
@@ -68,9 +71,11 @@ class Life:
         self.answer_text: str | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
-        self.prepared: dict[str, Any] = {}  # messages that the strategy sends to a model in place of the sender's
+        # Messages that the strategy sends to a model in place of the sender's.
+        self.prepared: dict[str, Any] = {}
         self.reservation: Reservation | None = None
-        self.asked_nano = 0  # what models cost that the strategy asked to decide
+        # What models cost that the strategy asked to decide.
+        self.asked_nano = 0
         self.report: Report | None = None
         self.exact_key: bytes | None = None
         self.context: tuple[bytes, str] | None = None
@@ -161,9 +166,8 @@ class Life:
         if self.endpoint == "embeddings":
             return 0
         body = self.body
-        asked = max(
-            body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0
-        )  # an upstream may know only one of them
+        # An upstream may know only one of them.
+        asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
         most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
         answers = num_prompts(body) if self.endpoint == "completions" else 1
         return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
@@ -182,7 +186,8 @@ class Life:
         if model in self.prepared:
             prompt = count_prompt({**self.body, "messages": self.prepared[model]}).at_most
         if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
-            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN  # the next one is sent what was said
+            # The next one is sent what was said.
+            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN
         return self.runtime.models[model].price.cost(prompt, self.most_tokens(model))
 
     # Caches
@@ -423,7 +428,8 @@ class Life:
                     answer = stream.answer()
                     self._keep(answer)
                     self._note(answer)
-                except UpstreamError:  # it went out as it came, but nobody else shall have it
+                except UpstreamError:
+                    # It went out as it came, but nobody else shall have it.
                     logger.warning(
                         "request %s: the stream of %s is not kept, since it makes no answer", self.id, report.deployment
                     )
@@ -482,7 +488,8 @@ class Life:
             )  # fmt: skip
             if self.report is not None:
                 refusal.headers |= headers_of(self, self.report)
-            self._share_failure(UpstreamError(error.failure))  # without the report: they have asked nobody
+            # Without the report: they have asked nobody.
+            self._share_failure(UpstreamError(error.failure))
             self.end("error", refusal.status, code=refusal.code or "")
         elif isinstance(error, BudgetError):
             refusal = _limited(error)
@@ -494,7 +501,8 @@ class Life:
             self._share_failure(error)
             self.end("error", 500, code="internal_error")
             return error
-        else:  # cancelled: the client has gone
+        else:
+            # Cancelled: the client has gone.
             self.end("cancelled", CLIENT_GONE)
             return error
         refusal.headers.setdefault("x-request-id", self.id)

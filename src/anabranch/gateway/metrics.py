@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 OVERHEAD_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
-BUCKET_S, BUCKETS = 10, 360  # of the history: an hour in steps of ten seconds
+
+# Of the history: an hour in steps of ten seconds.
+BUCKET_S, BUCKETS = 10, 360
 
 
 @dataclass(slots=True)

@@ -6,8 +6,11 @@ from typing import Self
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError
 
-NANO = 10**9  # nano-dollars in a dollar
-PER = 10**6  # a price is for so many tokens
+# Nano-dollars in a dollar.
+NANO = 10**9
+
+# A price is for so many tokens.
+PER = 10**6
 
 
 def nano_dollars(dollars: float | str | Decimal) -> int:

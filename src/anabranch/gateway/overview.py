@@ -12,12 +12,19 @@ from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway
 
-FRESH_S = 3.0  # how long what was read from the store is shown
-SPEND_S = 86_400.0  # spend of the last day
-STALE_S = 60.0  # how long what was read of weeks is shown
+# How long what was read from the store is shown.
+FRESH_S = 3.0
+
+# Spend of the last day.
+SPEND_S = 86_400.0
+
+# How long what was read of weeks is shown.
+STALE_S = 60.0
 WEEKS_S = 8 * 7 * 86_400.0
 NAMED = "named by the sender"
-SHOWN = 60  # requests that can be looked into
+
+# Requests that can be looked into.
+SHOWN = 60
 
 
 class _Mean:
@@ -27,7 +34,8 @@ class _Mean:
 
     def __init__(self) -> None:
         self.count, self.cost = 0, 0.0
-        self.judged, self.predicted = [0, 0.0], [0, 0.0]  # how many, and their sum
+        # How many, and their sum.
+        self.judged, self.predicted = [0, 0.0], [0, 0.0]
 
     def quality(self) -> float | None:
         for count, total in (self.judged, self.predicted):

@@ -15,7 +15,8 @@ from anabranch.gateway.embed import Embedder
 from anabranch.gateway.strategy import Complete, Strategy
 from anabranch.gateway.wiring import groups_of, rules_of
 
-CLOSE_S = 600.0  # requests that began before a reload have this long to end
+# Requests that began before a reload have this long to end.
+CLOSE_S = 600.0
 
 
 class Runtime:
@@ -94,6 +95,7 @@ def _counter(path: str) -> Counter:
         raise TokenizerError(f"no tokenizer at {path}; give the path of a tokenizer.json, or leave it out to estimate")
     try:
         made: Any = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:
+        # The library raises plain Exception.
         raise TokenizerError(f"{path} is no tokenizer.json: {error}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

@@ -27,7 +27,9 @@ from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
-Embed = Callable[[Sequence[str]], np.ndarray]  # texts to unit vectors [N, D]
+
+# Texts to unit vectors [N, D].
+Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 class Complete(Protocol):

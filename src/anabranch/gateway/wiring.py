@@ -3,7 +3,8 @@
 from anabranch.gateway.config import GatewayConfig, HedgeConfig, ModelConfig
 from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
 
-SHARES = 3  # of the deadline: a silent upstream may take one of them, so that others get their turn
+# Of the deadline: a silent upstream may take one of them, so that others get their turn.
+SHARES = 3
 
 
 def groups_of(config: GatewayConfig) -> tuple[Group, ...]:

@@ -69,7 +69,8 @@ def _keep_compiled(package: Path = Path(__file__).parent) -> None:
     """
     if os.environ.get("NUMBA_CACHE_DIR") or can_write(package / "__pycache__"):
         return
-    os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")  # processes that are started from here find it too
+    # Processes that are started from here find it too.
+    os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")
     if "numba" in sys.modules:
         sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 

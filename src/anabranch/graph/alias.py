@@ -69,7 +69,8 @@ def _build(indptr, weight_M, keep_M, other_M):
     for row in range(len(indptr) - 1):
         longest = max(longest, indptr[row + 1] - indptr[row])
     scaled = np.empty(longest, np.float64)
-    todo = np.empty(longest, np.int64)  # slots below the mean from the front, those above from the back
+    # Slots below the mean from the front, those above from the back.
+    todo = np.empty(longest, np.int64)
     for row in range(len(indptr) - 1):
         start, count = indptr[row], indptr[row + 1] - indptr[row]
         total = 0.0

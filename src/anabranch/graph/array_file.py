@@ -27,7 +27,9 @@ from anabranch.files import atomic_file, parse_json
 MAGIC = b"ANABARR1"
 ALIGN = 64
 _CHUNK = 1 << 24
-_KINDS = "biufcSU"  # of numpy types: those whose bytes say all
+
+# Of numpy types: those whose bytes say all.
+_KINDS = "biufcSU"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _array(path: Path, entry: dict[str, Any], start: int, mmap: bool) -> np.ndar
             return np.memmap(path, dtype, "r", place, shape)
         count = int(np.prod(shape, dtype=np.int64))
         return np.fromfile(path, dtype, count, offset=place).reshape(shape)
-    except (OSError, ValueError) as error:  # another process changed it after the header was read
+    except (OSError, ValueError) as error:
+        # Another process changed it after the header was read.
         raise DataError(f"cannot read {entry['name']!r} of {path}: {str(error).lower()}") from error
 
 
@@ -155,7 +158,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"{entry['name']!r} of type {dtype}, shape {shape}, at {offset}")
             if start + offset + math.prod(shape) * dtype.itemsize > size:
                 raise ValueError(f"{entry['name']!r} would reach beyond the end")
-    except (KeyError, TypeError, ValueError) as error:  # its sum is right: written so by something else
+    except (KeyError, TypeError, ValueError) as error:
+        # Its sum is right: written so by something else.
         raise DataError(f"{path} has a header that this release cannot read: {error}") from error
     return found, start
 

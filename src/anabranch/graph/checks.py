@@ -38,7 +38,8 @@ def checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) ->
     """Ends as int32 or int64, and the number of nodes. Raises InputError, and CapacityError as `check_room`."""
     try:
         ends = {"source": np.asarray(source), "target": np.asarray(target)}
-    except (TypeError, ValueError) as error:  # lists within lists, of different lengths
+    except (TypeError, ValueError) as error:
+        # Lists within lists, of different lengths.
         raise InputError(f"source and target must be lists of node ids: {error}") from None
     for name, array in ends.items():
         if array.ndim != 1:
@@ -81,7 +82,8 @@ def checked_weights(weight: ArrayLike, count: int, drop_zero: bool, allow_negati
             given = np.asarray(weight, np.float64) if given.dtype.kind == "O" else given
         if given.dtype.kind not in "biuf":
             raise TypeError(f"these are of type {given.dtype}")
-        with np.errstate(over="ignore"):  # infinite as a 32-bit number: refused below
+        # Infinite as a 32-bit number: refused below.
+        with np.errstate(over="ignore"):
             weight_E = given.astype(np.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"weights are numbers: {error}") from None

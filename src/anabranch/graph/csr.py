@@ -18,9 +18,12 @@ DUPLICATES = {"add": 0, "max": 1, "first": 2, "error": 3}
 NO_WEIGHTS = np.empty(0, np.float32)
 
 _FINE, _TWICE, _TOO_LARGE, _CANCELLED = range(4)
-_SHORT = 24  # rows up to here are sorted by insertion
 
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # source_E, target_E, weight_E
+# Rows up to here are sorted by insertion.
+_SHORT = 24
+
+# source_E, target_E, weight_E.
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def id_type(num_nodes: int, num_stored: int) -> type[np.signedinteger]:
@@ -64,7 +67,8 @@ def compress(
         )
     del place_R
     kept = merge(indptr, indices, weights, duplicates, drop_zero)
-    indices.resize(kept, refcheck=False)  # in place: no copy of a large array
+    # In place: no copy of a large array.
+    indices.resize(kept, refcheck=False)
     if indices.dtype == np.int64 and id_type(num_nodes, kept) is np.int32:
         indices = indices.astype(np.int32)
     if is_weighted:

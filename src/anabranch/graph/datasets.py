@@ -66,7 +66,8 @@ def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     wrong += (InputError, NotImplementedError, UserWarning, zlib.error, zipfile.BadZipFile)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # numpy's, of a file without data
+            # Numpy's, of a file without data.
+            warnings.simplefilter("error", UserWarning)
             yield
     except wrong as error:
         raise DataError(f"cannot read {path}: {error}; it is damaged, or not the shipped file") from error

@@ -55,10 +55,12 @@ def most_similar(embedding_ND: ArrayLike, node: int, k: int = 10) -> tuple[np.nd
     if not _is_whole(k) or k < 1:
         raise InputError(f"k is {k}; it must be a whole number, at least 1")
     cosine_N = np.empty(len(vectors), np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):  # looked at below
+    # Looked at below.
+    with np.errstate(invalid="ignore", over="ignore"):
         own = vectors[node].astype(np.float64)
         own /= max(float(np.linalg.norm(own)), 1e-300)
-        for start in range(0, len(vectors), _ROWS):  # 64-bit copies of some rows at a time
+        # 64-bit copies of some rows at a time.
+        for start in range(0, len(vectors), _ROWS):
             rows = vectors[start : start + _ROWS].astype(np.float64)
             cosine_N[start : start + _ROWS] = rows @ own / np.maximum(np.linalg.norm(rows, axis=1), 1e-300)
     bad = np.flatnonzero(np.isnan(cosine_N))

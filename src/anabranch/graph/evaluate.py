@@ -179,11 +179,13 @@ def _newton(x_NF: np.ndarray, y_NC: np.ndarray, C: float, tol: float) -> np.ndar
     """Minimise 1/2 |w_c|^2 + C sum_i log(1 + exp(-y_ic x_i.w_c)) for every column c, by Newton steps with conjugate gradients inside."""
     weight_FC = np.zeros((x_NF.shape[1], y_NC.shape[1]))
     square_NF = x_NF**2
-    left = np.arange(y_NC.shape[1])  # the columns still at work
+    # The columns still at work.
+    left = np.arange(y_NC.shape[1])
     w, y, z = weight_FC[:, left], y_NC, np.zeros_like(y_NC)
     first = None
     for _ in range(_NEWTON_STEPS):
-        p = 0.5 + 0.5 * np.tanh(0.5 * z)  # the logistic function, without overflow
+        # The logistic function, without overflow.
+        p = 0.5 + 0.5 * np.tanh(0.5 * z)
         gradient = w + C * (x_NF.T @ (p - y))
         length = np.linalg.norm(gradient, axis=0)
         if first is None:
@@ -242,7 +244,8 @@ def _backtrack(
     now = loss(np.zeros_like(share))
     slope = 1e-4 * (gradient * step).sum(0)
     for _ in range(_HALVINGS):
-        bad = loss(share) > now + share * slope + 1e-12 * np.abs(now)  # the last term: rounding near the minimum
+        # The last term: rounding near the minimum.
+        bad = loss(share) > now + share * slope + 1e-12 * np.abs(now)
         if not bad.any():
             break
         share = np.where(bad, share / 2, share)
@@ -318,7 +321,8 @@ def _forest(graph: Graph, source_E: np.ndarray, target_E: np.ndarray) -> np.ndar
 
     shape = (graph.num_nodes, graph.num_nodes)
     low, high = np.minimum(source_E, target_E).astype(np.int64), np.maximum(source_E, target_E).astype(np.int64)
-    once, place = np.unique(low * graph.num_nodes + high, return_index=True)  # of u -> v and v -> u one is enough
+    # Of u -> v and v -> u one is enough.
+    once, place = np.unique(low * graph.num_nodes + high, return_index=True)
     tree = minimum_spanning_tree(
         coo_array((np.ones(len(once)), (low[place], high[place])), shape=shape).tocsr()
     ).tocoo()
@@ -336,7 +340,8 @@ def _non_edges(
     room = nodes * (nodes - 1) // (1 if graph.is_directed else 2) - (len(source_E) - loops)
     if 2 * count > room:
         raise InputError(f"{count:,} pairs without an edge are asked for and the graph has {room:,}; hide fewer edges")
-    taken = np.sort(source_E.astype(np.int64) * nodes + target_E)  # undirected: source <= target, as below
+    # Undirected: source <= target, as below.
+    taken = np.sort(source_E.astype(np.int64) * nodes + target_E)
     found = np.empty(0, np.int64)
     while len(found) < count:
         source, target = generator.integers(0, nodes, (2, 2 * count))
@@ -346,7 +351,8 @@ def _non_edges(
         place = np.minimum(np.searchsorted(taken, key), max(len(taken) - 1, 0))
         key = key[taken[place] != key] if len(taken) else key
         both = np.append(found, key)
-        found = both[np.sort(np.unique(both, return_index=True)[1])][:count]  # the first drawn of each
+        # The first drawn of each.
+        found = both[np.sort(np.unique(both, return_index=True)[1])][:count]
     return np.column_stack(np.divmod(found, nodes))
 
 
@@ -397,7 +403,8 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
 
 def _pair_scores(head: np.ndarray, tail: np.ndarray, pairs_E2: np.ndarray, operator: str) -> np.ndarray:
     found = np.empty(len(pairs_E2))
-    for start in range(0, len(pairs_E2), 1 << 16):  # vectors of a part of the pairs at a time
+    # Vectors of a part of the pairs at a time.
+    for start in range(0, len(pairs_E2), 1 << 16):
         part = slice(start, start + (1 << 16))
         left, right = head[pairs_E2[part, 0]].astype(np.float64), tail[pairs_E2[part, 1]].astype(np.float64)
         if operator == "l2":

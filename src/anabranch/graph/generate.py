@@ -126,9 +126,8 @@ def planted(
         raise InputError(f"exponent is {exponent}; it must be above 2, or the mean degree has no limit")
     weight_N = _falling(num_nodes, num_edges, exponent, max_degree)
     community_N = (_shuffled(_seed(seed), num_nodes) % num_communities).astype(np.int32)
-    order_N = np.argsort(
-        community_N, kind="stable"
-    )  # nodes by community: tables of all communities lie one after another
+    # Nodes by community: tables of all communities lie one after another.
+    order_N = np.argsort(community_N, kind="stable")
     start_C = np.concatenate([[0], np.cumsum(np.bincount(community_N, minlength=num_communities))])
     everyone = build_alias(np.array([0, num_nodes]), weight_N)
     inside = build_alias(start_C, weight_N[order_N])
@@ -266,7 +265,8 @@ def _at_least(**named: tuple[int, int]) -> None:
 def _shuffled(seed, count):
     """0 ... count - 1 in random order (Fisher and Yates)."""
     order = np.arange(count)
-    state = stream(seed, -1)  # no edge and no node has this key
+    # No edge and no node has this key.
+    state = stream(seed, -1)
     for last in range(count - 1, 0, -1):
         state, bits = next_bits(state)
         other = np.int64(to_unit(bits) * (last + 1))
@@ -313,11 +313,13 @@ def _attach(end_E2, edges_each, seed):
     for node in range(edges_each, edges_each + len(end_E2) // edges_each):
         first = filled
         for place in range(edges_each):
-            target = place  # of the first node: all before it
+            # Of the first node: all before it.
+            target = place
             is_new = first == 0
             while not is_new:
                 state, bits = next_bits(state)
-                draw = np.int64(bits % np.uint64(2 * first))  # an end of an earlier edge: in proportion to degrees
+                # An end of an earlier edge: in proportion to degrees.
+                draw = np.int64(bits % np.uint64(2 * first))
                 target = end_E2[draw >> 1, draw & 1]
                 is_new = True
                 for before in range(first, filled):

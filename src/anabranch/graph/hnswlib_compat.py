@@ -31,7 +31,9 @@ __all__ = ["BFIndex", "Index"]
 KIND = "hnswlib_compat index"
 BRUTE_KIND = "hnswlib_compat brute-force index"
 SPACES = ("l2", "ip", "cosine")
-METRIC = {"l2": "l2", "ip": "ip", "cosine": "ip"}  # vectors are scaled here, as there: a zero vector stays one
+
+# Vectors are scaled here, as there: a zero vector stays one.
+METRIC = {"l2": "l2", "ip": "ip", "cosine": "ip"}
 TOO_FEW = "Cannot return the results in a contiguous 2D array. Probably ef or M is too small"
 FULL = "The number of elements exceeds the specified limit"
 DEFAULT_EF = 10
@@ -80,7 +82,8 @@ class _Base:
     def _threads(self, num_threads: int, rows: int) -> int:
         threads = num_threads if num_threads > 0 else self.num_threads
         threads = min(threads, machine.affinity()) if threads > 0 else machine.affinity()
-        return 1 if rows <= 4 * threads else threads  # not worth it, as there
+        # Not worth it, as there.
+        return 1 if rows <= 4 * threads else threads
 
 
 def _labels(ids: Any, rows: int, first: int) -> np.ndarray:
@@ -389,7 +392,8 @@ class BFIndex(_Base):
             self._next -= len(chosen)
             raise RuntimeError(FULL)
         num_free = min(len(self._free), int((~is_known).sum()))
-        for row in np.flatnonzero(~is_known)[:num_free].tolist():  # the places of deleted ones
+        # The places of deleted ones.
+        for row in np.flatnonzero(~is_known)[:num_free].tolist():
             self._slots[int(label_N[row])] = self._free.pop()
             is_known[row] = True
         slot_S = np.array([self._slots[label] for label in label_N[is_known].tolist()], np.int64)

@@ -217,7 +217,8 @@ class TorchProducts:
         self.torch, matrix = torch, operator.to_scipy()
         indptr, indices = (torch.as_tensor(array.astype(np.int64)) for array in (matrix.indptr, matrix.indices))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)  # beta; products are all we use
+            # Beta; products are all we use.
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
             self.matrix = torch.sparse_csr_tensor(
                 indptr, indices, torch.tensor(matrix.data), matrix.shape, device=self.device, check_invariants=True
             )
@@ -257,7 +258,8 @@ def _row_sum(is_weighted: bool) -> Any:
             wide = ir.IntType(64)
             vector = ir.VectorType(context.get_value_type(x_type.dtype), BLOCK)
 
-            def at(pointer, place):  # where row `place` starts
+            # Where row `place` starts.
+            def at(pointer, place):
                 found = builder.gep(pointer, [builder.mul(place, ir.Constant(wide, BLOCK))])
                 return builder.bitcast(found, vector.as_pointer())
 
@@ -266,8 +268,10 @@ def _row_sum(is_weighted: bool) -> Any:
                 zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), [0] * BLOCK)
                 return builder.shuffle_vector(one, one, zeros)
 
-            size = x_type.dtype.bitwidth // 8  # rows may start anywhere that one number may
-            total = cgutils.alloca_once(builder, vector)  # LLVM keeps it in registers
+            # Rows may start anywhere that one number may.
+            size = x_type.dtype.bitwidth // 8
+            # LLVM keeps it in registers.
+            total = cgutils.alloca_once(builder, vector)
             builder.store(ir.Constant(vector, [0.0] * BLOCK), total)
             with cgutils.for_range(builder, builder.sub(end, start)) as loop:
                 edge = builder.add(start, loop.index)
@@ -314,7 +318,8 @@ def _first(indptr, indices, value_M, left_N, r_indptr, place_E, value_N, out_BNW
                 value *= value_M[edge]
             for entry in range(start, end):
                 place = np.int64(place_E[entry])
-                total_C[place >> 1] += value * (1 - 2 * (place & 1))  # no branch: signs cannot be predicted
+                # No branch: signs cannot be predicted.
+                total_C[place >> 1] += value * (1 - 2 * (place & 1))
         for block in range(blocks):
             for column in range(BLOCK):
                 out_BNW[block, row, column] = left_N[row] * total_C[block * BLOCK + column]

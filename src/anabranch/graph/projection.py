@@ -83,7 +83,8 @@ def gaussian_rows(key_N: np.ndarray, first: int, last: int, seed: int, dtype: An
 
 def _log_zero(s: float) -> float:
     with np.errstate(divide="ignore"):
-        return float(np.log1p(-1.0 / s))  # -inf for s = 1: every gap is 0
+        # -inf for s = 1: every gap is 0.
+        return float(np.log1p(-1.0 / s))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -99,7 +100,8 @@ def _sparse(key_N, first, last, log_zero, seed, indptr, place_E, is_count):
             while True:
                 state, bits = next_bits(state)
                 unit = 1.0 - to_unit(bits)  # in (0, 1]
-                if unit <= none:  # no entry in a whole block
+                # No entry in a whole block.
+                if unit <= none:
                     break
                 column += 1 + int(np.log(unit) / log_zero)
                 if column >= end:
@@ -116,7 +118,8 @@ def _gaussian(key_N, first, last, seed, out):
     for row in range(len(key_N)):
         for start in range(first, last, BLOCK):
             state = stream(seed, key_N[row], start // BLOCK)
-            for column in range(start, min(start + BLOCK, last), 2):  # two by Box and Muller
+            # Two by Box and Muller.
+            for column in range(start, min(start + BLOCK, last), 2):
                 state, bits = next_bits(state)
                 radius = np.sqrt(-2.0 * np.log(1.0 - to_unit(bits)))
                 state, bits = next_bits(state)

@@ -258,7 +258,8 @@ def top_of_dense(score_N: np.ndarray, top_k: int | None) -> tuple[np.ndarray, np
         found = _top_dense(np.ascontiguousarray(score_N), ids, values)
         return ids[:found], values[:found]
     ids = np.flatnonzero(score_N > 0)
-    order = np.argsort(-score_N[ids], kind="stable")  # ids rise, so ties do
+    # Ids rise, so ties do.
+    order = np.argsort(-score_N[ids], kind="stable")
     return ids[order], score_N[ids[order]]
 
 
@@ -276,7 +277,8 @@ def _top_dense(score_N, ids, values):
             if found == size:
                 for place in range(size // 2 - 1, -1, -1):
                     _sift(ids, values, place, size)
-        elif value > values[0]:  # a tie has the larger id
+        elif value > values[0]:
+            # A tie has the larger id.
             ids[0], values[0] = node, value
             _sift(ids, values, 0, size)
     return order_top(ids, values, found, 0)

@@ -67,7 +67,8 @@ class Graph:
     def __post_init__(self) -> None:
         for name in ("indptr", "indices", "weights", "names"):
             array = getattr(self, name)
-            if array is not None:  # a plain read-only view, also of a mapped array, so that kernels see one type
+            # A plain read-only view, also of a mapped array, so that kernels see one type.
+            if array is not None:
                 view = np.asarray(array).view()
                 view.flags.writeable = False
                 object.__setattr__(self, name, view)
@@ -203,7 +204,8 @@ class Graph:
         """float64 [N], the sum of each node's weights; its degree without weights."""
         if self.weights is None:
             return self.degree_N.astype(np.float64)
-        padded = np.append(self.weights, np.float32(0)).astype(np.float64)  # reduceat needs a place behind the last row
+        # Reduceat needs a place behind the last row.
+        padded = np.append(self.weights, np.float32(0)).astype(np.float64)
         sums = np.add.reduceat(padded, self.indptr[:-1]) if self.num_nodes else np.empty(0)
         return np.where(self.degree_N > 0, sums, 0.0)
 
@@ -277,7 +279,8 @@ class Graph:
         given = list(names)
         try:
             return np.array([self._index[name] for name in given], np.int64)
-        except (KeyError, TypeError):  # TypeError: a name that cannot be hashed is no name either
+        except (KeyError, TypeError):
+            # TypeError: a name that cannot be hashed is no name either.
             unknown = next(name for name in given if not is_known(name, self._index))
         raise InputError(f"the graph has no node {unknown!r}{near_name(unknown, self._index)}")
 
@@ -386,12 +389,13 @@ class Graph:
         found = read_arrays(path, KIND, mmap=mmap, verify=verify)
         try:
             return cls._of_file(found.arrays, found.meta, verify)
+        # Sums were right: written so, not damaged.
         except (
             KeyError,
             TypeError,
             ValueError,
             UnicodeDecodeError,
-        ) as error:  # sums were right: written so, not damaged
+        ) as error:
             raise DataError(f"{path} does not hold a graph that this release can read ({error})") from error
 
     @classmethod

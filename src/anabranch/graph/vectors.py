@@ -10,8 +10,12 @@ import numpy as np
 from anabranch.graph.products import Threads, ranges
 
 _LANES = 32
-_TILE = 4096  # rows whose sums are taken at once; fixed, so that the order of additions is
-FLAT = 1e-6  # a column that varies less than this share of its root mean square is constant but for rounding
+
+# Rows whose sums are taken at once; fixed, so that the order of additions is.
+_TILE = 4096
+
+# A column that varies less than this share of its root mean square is constant but for rounding.
+FLAT = 1e-6
 
 
 def scale_rows(x_ND: np.ndarray, weight: float, normalize: bool, pool: Threads) -> None:
@@ -40,7 +44,8 @@ def column_moments(x_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndar
     )
     count = max(len(x_ND), 1)
     mean_D, square_D = sum_TD.sum(0) / count, square_TD.sum(0) / count
-    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the mean
+    # The caller looks at the mean.
+    with np.errstate(invalid="ignore", over="ignore"):
         variance_D = square_D - mean_D**2
     varies = variance_D > FLAT**2 * square_D
     return mean_D, np.where(varies, 1 / np.sqrt(np.where(varies, variance_D, 1.0)), 0.0)

@@ -15,7 +15,8 @@ from anabranch.nn.kernels.operands import is_transformed
 
 __all__ = ["attention", "causal_attention"]
 
-SHORT = 16  # queries; for fewer, launching is what costs
+# Queries; for fewer, launching is what costs.
+SHORT = 16
 
 
 def causal_attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
@@ -52,10 +53,12 @@ def attention(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, **option
     options["enable_gqa"] = query_BHLD.shape[1] != key_BGSD.shape[1]
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # the one of them that torch differentiates twice
+        # The one of them that torch differentiates twice.
+        with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, **options)
 
-    if not torch.compiler.is_compiling() and is_transformed():  # the quick ones have no tangents
+    # The quick ones have no tangents.
+    if not torch.compiler.is_compiling() and is_transformed():
         return plain(query_BHLD, key_BGSD, value_BGSD)
     y_BHLD = F.scaled_dot_product_attention(query_BHLD, key_BGSD, value_BGSD, **options)
     return with_plain_gradients(plain, y_BHLD, (query_BHLD, key_BGSD, value_BGSD))

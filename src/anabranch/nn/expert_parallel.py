@@ -111,7 +111,8 @@ class ExpertExchange:
     def __call__(self, compute: Compute, x_ND: Tensor, routing: Routing, *, on_input: bool) -> Tensor:
         """y_ND: each item's experts, weighted and summed, wherever they are; ``compute`` is of the experts here."""
         plan = plan_dispatch(routing)
-        x_ND = x_ND.to(autocast_dtype(x_ND.device.type) or x_ND.dtype)  # before it travels
+        # Before it travels.
+        x_ND = x_ND.to(autocast_dtype(x_ND.device.type) or x_ND.dtype)
         choice_R = plan.choice_R[: int(plan.offset_E[-1])]
         rows_RD = x_ND[choice_R // plan.num_choices]
         if on_input:

@@ -76,7 +76,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # to the bit what F.rms_norm computes
+        # To the bit what F.rms_norm computes.
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
         ctx.eps = eps
         return (wide * scale).mul_(weight_D).to(x.dtype)

@@ -21,8 +21,12 @@ Kind = Literal["float32", "bfloat16", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
 
 WIDE = 16  # rows of a panel
-SHARE = 32  # activations that share a scale; depths and groups are multiples of it
-SIDE = 64  # bytes of scales and minima behind each group of a panel
+
+# Activations that share a scale; depths and groups are multiples of it.
+SHARE = 32
+
+# Bytes of scales and minima behind each group of a panel.
+SIDE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,8 @@ class Packed:
         if weight_ENK.dim() == 2:
             weight_ENK = weight_ENK.unsqueeze(0)
         rows, depth = weight_ENK.shape[1:]
-        if kind != "float32" or group is not None or depth % WIDE:  # whose activations are neither rounded nor paired
+        # Whose activations are neither rounded nor paired.
+        if kind != "float32" or group is not None or depth % WIDE:
             check_depth(depth, group)
         if kind in ("float32", "bfloat16"):
             return cls(_pack_floats(weight_ENK, kind), rows, depth, kind, depth)
@@ -87,9 +92,8 @@ class Packed:
             stored = half[..., 0, :] | (half[..., 1, :] << 4)
         else:
             stored = _panels(number_ENK).unflatten(-1, (-1, 4))
-        stored = (
-            stored.contiguous().view(torch.int32).transpose(2, 3).contiguous().view(torch.uint8)
-        )  # 4 bytes at a time
+        # 4 bytes at a time.
+        stored = stored.contiguous().view(torch.int32).transpose(2, 3).contiguous().view(torch.uint8)
         groups = depth // group
         body = stored.reshape(*stored.shape[:2], groups, -1)
         least_ENG = torch.zeros_like(scale_ENG) if least_ENG is None or kind == "int8" else least_ENG
@@ -143,7 +147,8 @@ class Packed:
 
     def linear(self, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor:
         """y_CN = x W^T + bias in the dtype of x, of a stack of one. Compiled on a CPU, else with the weights unpacked."""
-        from anabranch.nn.kernels import packed as native  # the kernels know this class
+        # The kernels know this class.
+        from anabranch.nn.kernels import packed as native
 
         if native.can(self, x_CK, bias_N):
             return native.linear(self, x_CK, bias_N)
@@ -187,7 +192,8 @@ def _round_bytes(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _round_nibbles(grouped: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if symmetric:  # the side with the greater weight gets the eighth step
+    # The side with the greater weight gets the eighth step.
+    if symmetric:
         most = torch.where(grouped.amax(-1) >= -grouped.amin(-1), grouped.amax(-1), grouped.amin(-1))
         scale = (most / -8).half()
         least = -8 * scale

@@ -26,7 +26,9 @@ from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 __all__ = ["QuantizedLinear", "QuantizedPool", "check_bits", "dequantize", "quantize", "replace"]
 
 Bits = Literal["int8", "int4"]
-FEWEST = 16  # rows of a matrix that is worth it
+
+# Rows of a matrix that is worth it.
+FEWEST = 16
 
 
 class QuantizedLinear(nn.Module):
@@ -37,9 +39,8 @@ class QuantizedLinear(nn.Module):
         self._like = packed
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", None if bias_N is None else bias_N.detach().clone())
-        self._torch: tuple[Tensor, ...] | None = (
-            None  # the weights as torch's own kernels want them, made when first needed
-        )
+        # The weights as torch's own kernels want them, made when first needed.
+        self._torch: tuple[Tensor, ...] | None = None
 
     data: Tensor
     bias: Tensor | None

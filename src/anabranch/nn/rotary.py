@@ -120,7 +120,8 @@ def _rotate_at_once(x_BHLD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Te
         return native.rotate(x_BHLD, cos, sin, sign)
     half = x_BHLD.shape[-1] // 2
     left, right = x_BHLD[..., :half], x_BHLD[..., half:]
-    cos, sin = cos[..., :half], sin[..., :half]  # both halves are the same
+    # Both halves are the same.
+    cos, sin = cos[..., :half], sin[..., :half]
     y_BHLD = torch.empty_like(x_BHLD)
     torch.mul(left, cos, out=y_BHLD[..., :half]).addcmul_(right, sin, value=-sign)
     torch.mul(right, cos, out=y_BHLD[..., half:]).addcmul_(left, sin, value=sign)

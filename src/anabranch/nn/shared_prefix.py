@@ -11,7 +11,8 @@ from torch import Tensor
 
 __all__ = ["SharedPrefix", "attend_few", "copied", "with_prefix"]
 
-SharedPrefix = tuple[Tensor, Tensor]  # key_QGMD, value_QGMD: the b-th of B sequences has the (b Q // B)-th
+# key_QGMD, value_QGMD: the b-th of B sequences has the (b Q // B)-th.
+SharedPrefix = tuple[Tensor, Tensor]
 
 
 def with_prefix(part_BGSD: Tensor, front_QGMD: Tensor) -> Tensor:

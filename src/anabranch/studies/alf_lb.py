@@ -42,11 +42,18 @@ from anabranch.studies.picture import draw_arms
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
-BALANCED = 0.15  # MaxVio on held-out text
-AS_BALANCED = 0.05  # MaxVio by which an auxiliary loss may be behind and still count as balancing as well
+# MaxVio on held-out text.
+BALANCED = 0.15
+
+# MaxVio by which an auxiliary loss may be behind and still count as balancing as well.
+AS_BALANCED = 0.05
 AS_GOOD = 0.005  # bits per byte
-BAND = 0.1  # MaxVio that the sign rule may keep: it swings by its step for ever
-ROUNDING = 1e-6  # of fp32 sums of score and bias
+
+# MaxVio that the sign rule may keep: it swings by its step for ever.
+BAND = 0.1
+
+# Of fp32 sums of score and bias.
+ROUNDING = 1e-6
 Rule = Literal["sign", "magnitude", "inv_n", "inv_sqrt", "quantile"]
 RULES: tuple[Rule, ...] = ("sign", "magnitude", "inv_n", "inv_sqrt", "quantile")
 ONLINE = {
@@ -226,7 +233,8 @@ def run_static(config: Static, seed: int, progress: Progress) -> Metrics:
         broken, below, violations = 0, 0, []
         old_TE, old_E = None, np.zeros(num_destinations)
         for step in range(1, config.steps + 1):
-            bias_E = balancer.expert_bias.numpy().astype(np.float64)  # what selects in this step
+            # What selects in this step.
+            bias_E = balancer.expert_bias.numpy().astype(np.float64)
             chosen_TE = _step(balancer, select, score_TE, step)
             if old_TE is not None:
                 broken += broken_preferences(old_TE, chosen_TE, bias_E - old_E, slack=ROUNDING)

@@ -45,7 +45,8 @@ from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer, evaluate
 
-COST = 1.25  # processor time of a token in training, over the baseline's
+# Processor time of a token in training, over the baseline's.
+COST = 1.25
 AS_GOOD = 0.01  # bits per byte
 PASS_TOKENS = 32_768
 MAIN = ("moe", "chain", "moe-bare", "chain-bare", "tied", "outer", "init")

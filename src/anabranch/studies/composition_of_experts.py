@@ -60,8 +60,11 @@ from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Res
 from anabranch.studies.paired import Verdict, every_seed
 from anabranch.studies.routing_survey import made_up
 
-BUDGETS = (17.0, 24.0, 60.0, 80.0, 120.0, 216.0)  # billions hosted
-SPLITS = 10  # that a claim needs
+# Billions hosted.
+BUDGETS = (17.0, 24.0, 60.0, 80.0, 120.0, 216.0)
+
+# That a claim needs.
+SPLITS = 10
 ABSTAIN, HELD_TASKS = 0.15, 4
 TRACES = ("zipf", "bursty")
 

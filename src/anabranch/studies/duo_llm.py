@@ -62,7 +62,8 @@ from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Res
 from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference, verdict_below
 from anabranch.train import Event, RunConfig, evaluate
 
-TWIN = 1000  # added to the seed of the model that routes are transferred to
+# Added to the seed of the model that routes are transferred to.
+TWIN = 1000
 SHARE_TOLERANCE = 0.01
 
 COLUMNS = (
@@ -90,7 +91,8 @@ class Size(Config):
     learning_rate: float = 2e-3
     router_learning_rate: float = 1e-3
     sequences: int = 64  # held out, for the oracles
-    num_random: int = 8  # of the 70 routes with half the layers big: the paper's 100 of 924
+    # Of the 70 routes with half the layers big: the paper's 100 of 924.
+    num_random: int = 8
 
 
 @configclass
@@ -125,7 +127,8 @@ def make(full: bool = False, **changes: Any) -> Study:
 
 def arms(size: Size) -> list[Arm]:
     """All arms, built from one budget."""
-    big, small = 4 * size.dim, size.dim // 4  # a sixteenth, as in the paper
+    # A sixteenth, as in the paper.
+    big, small = 4 * size.dim, size.dim // 4
     duo = DuoFFN.Config(big=big, small=small)
 
     def arm(name: str, about: str, role: Any, feed_forward: Any) -> Arm:
@@ -277,7 +280,8 @@ def _routers(
         progress(f"{name}: training")
         given = labels if supervision == "oracle" else None
         routed = train_router(model, run_config, folder / name, supervision=supervision, labels=given)  # type: ignore[arg-type]
-        calibrate_budget(routed, ids_BL[:, :-1], target)  # by the share of big alone, which takes no labels
+        # By the share of big alone, which takes no labels.
+        calibrate_budget(routed, ids_BL[:, :-1], target)
         metrics[name] = float(route_loss(routed, ids_BL, "router").double().mean())
         metrics[f"{name}_share"] = float(option_shares(routed, ids_BL[:, :-1])[:, BIG].mean())
         oracle_loss, fixed = float(best.oracle_G[middle]), float(best.fixed_G[middle])

@@ -203,7 +203,8 @@ def _latency(case: Case, seed: int, folder: Path, progress: Progress) -> Metrics
     found: Metrics = {}
     for old, new in CHANGES:
         progress(f"{old} -> {new} devices")
-        replica = min(old, 2)  # what a horizontal way has whole numbers of
+        # What a horizontal way has whole numbers of.
+        replica = min(old, 2)
         server = Server(_settings(case, folder, devices=replica if case.way == "horizontal" else old), case.way)
         try:
             server.start()
@@ -266,7 +267,8 @@ def _throughput(case: Case, seed: int, folder: Path, progress: Progress) -> Metr
         server.start()
         server.settle()
         stop = load_closed(server, case.clients, lambda number: _request(number + 1000 * seed), take)
-        time.sleep(case.window_s / 2)  # the first prompts
+        # The first prompts.
+        time.sleep(case.window_s / 2)
         begin = time.monotonic()
         time.sleep(case.window_s)
         command = time.monotonic()

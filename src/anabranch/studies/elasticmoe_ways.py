@@ -39,7 +39,8 @@ class Server:
         self.way = way
         self.config = config.replace(num_blocks=config.num_blocks // 2) if way == "colocated" else config
         self.groups: list[Group] = []
-        self.served: list[tuple[float, float, float]] = []  # end, time to the first token, mean time per later token
+        # End, time to the first token, mean time per later token.
+        self.served: list[tuple[float, float, float]] = []
         self.downtime_s = 0.0
         self.errors = 0
         self._all: list[Group] = []
@@ -84,7 +85,8 @@ class Server:
             memories = [group.memory for group in self._all if group.memory is not None]
         total = 0
         for memory in memories:
-            with contextlib.suppress(ConnectionError):  # it was closed a moment ago
+            # It was closed a moment ago.
+            with contextlib.suppress(ConnectionError):
                 total += memory.usage()["resident"]
         return total
 
@@ -99,7 +101,8 @@ class Server:
             group = min(self.groups, key=lambda each: len(each.ledger.live) / max(1, len(each.devices)))
 
         def take(output: Output) -> None:
-            if output.finish is Finish.ABORT:  # its server was stopped
+            # Its server was stopped.
+            if output.finish is Finish.ABORT:
                 self.submit(request, emit)
                 return
             self.errors += output.finish is Finish.ERROR

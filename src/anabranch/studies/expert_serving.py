@@ -93,7 +93,8 @@ def written(case: Serving, seed: int, folder: Path) -> list[Path]:
 
     made: list[Path] = []
     for copy in range(case.copies):
-        for dim, layers in case.shapes:  # 9.1, 12.9, 15.7 and 24.4 million parameters
+        # 9.1, 12.9, 15.7 and 24.4 million parameters.
+        for dim, layers in case.shapes:
             config = Decoder.Config(
                 vocab_size=case.vocab_size, dim=dim, num_layers=layers, tie_embeddings=True, max_positions=64
             )

@@ -54,7 +54,8 @@ from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer
 
-RATE = 4.0  # experts that the channel moves while a layer computes, in what is judged
+# Experts that the channel moves while a layer computes, in what is judged.
+RATE = 4.0
 POINTS = 0.15
 SIZES, BATCHES = ("4", "2"), (4, 16)  # CS = E / size
 

@@ -41,10 +41,15 @@ from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
 
-WEIGHTS, BETA = (0.0, 0.0, 1.0, 6.67), -0.64  # published for BlogCatalog
-MICRO, MACRO, DEEPWALK = 0.3723, 0.2281, 0.3643  # published, at 10%
+# Published for BlogCatalog.
+WEIGHTS, BETA = (0.0, 0.0, 1.0, 6.67), -0.64
+
+# Published, at 10%.
+MICRO, MACRO, DEEPWALK = 0.3723, 0.2281, 0.3643
 NEAR, FASTER, SLOPE = 0.01, 150.0, (0.9, 1.15)
-HALF_TOO = ("blogcatalog", "ppi")  # graphs that are also classified at 50%
+
+# Graphs that are also classified at 50%.
+HALF_TOO = ("blogcatalog", "ppi")
 EDGES_EACH = 10
 
 COLUMNS = (
@@ -148,7 +153,8 @@ def embed(case: Case, graph: Graph, seed: int) -> np.ndarray:
         return GraphVite(dim=case.dim, epochs=case.epochs, seed=seed).fit_transform(graph)
     model = _model(case, seed)
     if case.method == "fastrp":
-        _model(case.replace(dim=32), 0).fit(Graph.from_edges([0], [1]))  # kernels are compiled before the clock counts
+        # Kernels are compiled before the clock counts.
+        _model(case.replace(dim=32), 0).fit(Graph.from_edges([0], [1]))
         return model.fit_transform(graph)
     return by_svd(graph, case, seed)
 
@@ -205,7 +211,8 @@ def factors(graph: Graph, case: Case, seed: int) -> np.ndarray:
 
     def backward(y: np.ndarray) -> np.ndarray:
         total = np.zeros_like(y)
-        for share in reversed(share_KN1):  # Horner: P'(w_1 y + P'(w_2 y + ...))
+        # Horner: P'(w_1 y + P'(w_2 y + ...)).
+        for share in reversed(share_KN1):
             total = back @ (total + share * y)
         return damped_N1 * total
 

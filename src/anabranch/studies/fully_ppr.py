@@ -55,11 +55,15 @@ from anabranch.studies.paired import every_seed
 ALPHA = 0.15
 TIMES, MANY_TIMES, OVERLAP = 20.0, 100.0, 0.87
 SLOPE, SLOPE_OFF = -0.5, 0.07
-VISITS = 0.25  # of the walks of ends
+
+# Of the walks of ends.
+VISITS = 0.25
 BETTER = 0.2  # overlap
 PIPELINED, GUMBEL, TREE, MOVES, NEAR_BEST = 1 / 3, 5 / -math.log1p(-ALPHA), 0.1, 0.65, 0.9
 GAMMAS = (1, 4, 16, 64)
-OVERHEAD, SPILL = 5.0, 10.0  # fixed cost of a round, in walks a source; cost of a row that does not fit, in walks
+
+# Fixed cost of a round, in walks a source; cost of a row that does not fit, in walks.
+OVERHEAD, SPILL = 5.0, 10.0
 
 COLUMNS = (
     Column("times", "times less\nCPU", ".0f"),
@@ -118,7 +122,8 @@ class Devices(Config):
     walks: int = 64
     gamma: int = 4
     theta: int = 256  # entries of a record
-    memory_gamma: int = 20  # memory for so many walks of each source in steady state
+    # Memory for so many walks of each source in steady state.
+    memory_gamma: int = 20
 
 
 @configclass
@@ -242,7 +247,8 @@ def run_all(config: All, seed: int, progress: Progress) -> Metrics:
         "workers": 1,
     }  # fmt: skip
     source_S = sample_of(graph, config.sample, seed)
-    fully_ppr(graph, sources=source_S[:2], **options)  # compiled code is loaded before the clock starts
+    # Compiled code is loaded before the clock starts.
+    fully_ppr(graph, sources=source_S[:2], **options)
     begin = time.process_time()
     found = fully_ppr(graph, top_k=50, **options)
     ours = time.process_time() - begin

@@ -51,7 +51,9 @@ from anabranch.studies.paired import Estimate, Verdict, estimate, every_seed, ve
 PAPER = "figure, no number"
 FALL, RANKED_FALL, KEPT, HALVED, CHANGED, BETTER = 0.9, 0.8, 0.6, 0.5, 0.05, 0.1
 COVERED = 0.9
-EVERY = 40  # ticks between evaluations, at least
+
+# Ticks between evaluations, at least.
+EVERY = 40
 
 COLUMNS = (
     Column("distance_end", "distance,\nplain", ".1f"),

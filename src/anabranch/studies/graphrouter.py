@@ -143,7 +143,8 @@ def arms(base: Case, full: bool) -> list[Arm]:
     ]
 
 
-EXPLORE = 0.5  # standard errors added while it learns from its own choices
+# Standard errors added while it learns from its own choices.
+EXPLORE = 0.5
 
 _ABOUT = {
     "random": "every model alike", "single": "the best model of what is learned from", "task": "the best model of the true task",

@@ -24,8 +24,12 @@ from anabranch.gateway.referee import aiq
 TRADE_OFFS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 SCENARIO_TRADE_OFF = {name: cost / effect for name, (effect, cost) in WEIGHTS.items()}
 SHOTS, NEW = (30, 100, 400), 3
-NEIGHBOURS = (1, 3, 5, 10, 20, 40, 80)  # of k-NN on shots, chosen by leaving one out
-UNIT, MOST = 10_000, 32_000  # of a reward as a whole number, and the largest of those
+
+# Of k-NN on shots, chosen by leaving one out.
+NEIGHBOURS = (1, 3, 5, 10, 20, 40, 80)
+
+# Of a reward as a whole number, and the largest of those.
+UNIT, MOST = 10_000, 32_000
 
 
 @cache

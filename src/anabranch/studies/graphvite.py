@@ -39,11 +39,18 @@ from anabranch.report.style import INK, SERIES, figure, horizontal_grid, to_png,
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
 
-MICRO, MACRO = 0.3643, 0.2134  # DeepWalk on BlogCatalog, 10% labelled
+# DeepWalk on BlogCatalog, 10% labelled.
+MICRO, MACRO = 0.3643, 0.2134
 POINT = 0.01  # of F1
-RATE = 1.5e6  # samples per second of a core
-GAIN = 0.02  # of augmentation, on a sparse graph
-AUC = 0.89  # README of the reference: .8999
+
+# Samples per second of a core.
+RATE = 1.5e6
+
+# Of augmentation, on a sparse graph.
+GAIN = 0.02
+
+# README of the reference: .8999.
+AUC = 0.89
 THREADS = (1, 2, 4)
 
 COLUMNS = (
@@ -195,7 +202,8 @@ def within_memory(config: Trial, seed: int, progress: Progress) -> Metrics:
     """Whether training with half of the memory keeps to it, and gives the same."""
     graph = load_dataset(config.dataset).graph
     limit = graph.num_nodes * config.dim * 4
-    options = {"partitions": 16, "pool_size": 1_000_000}  # by itself, a pool is larger where parts are moved
+    # By itself, a pool is larger where parts are moved.
+    options = {"partitions": 16, "pool_size": 1_000_000}
     within = model_of(config, seed, **options, memory_limit=limit, workers=2).fit(graph)
     whole = model_of(config, seed, **options).fit(graph)
     same = np.array_equal(within.vertex_ND, whole.vertex_ND) and np.array_equal(within.context_ND, whole.context_ND)

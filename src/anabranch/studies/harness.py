@@ -231,7 +231,8 @@ def run_study(
             if not alone:
                 progress(f"{label}: under way in another process")
                 missing.append((arm.name, seed))
-            elif place.read() is None:  # nobody finished it since we looked
+            elif place.read() is None:
+                # Nobody finished it since we looked.
                 _run_one(study, place, label, progress)
     return summarize(study, folder, missing=missing)
 
@@ -275,9 +276,8 @@ def _read(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str
             if place.origin()["inputs"] is not None:
                 try:
                     place = _place(study, arm, seed, folder, digests.of(arm.config))
-                except (
-                    DataError
-                ) as error:  # what was read is not on this machine: its numbers can be judged all the same
+                # What was read is not on this machine: its numbers can be judged all the same.
+                except DataError as error:
                     unchecked = str(error)
             metrics = place.read()
             if metrics is not None:

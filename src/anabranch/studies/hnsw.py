@@ -328,7 +328,9 @@ def at_recall(index: Any, query_QD: np.ndarray, truth_QK: np.ndarray) -> float |
 # Judging
 
 NONE = "no number"
-DIFFERENCES = (  # metric, ours, baseline, sign of a gain, least gain, claim, paper
+
+# Metric, ours, baseline, sign of a gain, least gain, claim, paper.
+DIFFERENCES = (
     ("recall", "diverse", "simple", 1, GAIN, "the heuristic finds more in tight clusters", "abstract, no number"),
     ("recall", "extended", "diverse", 1, -AS_GOOD, "extended candidates lose nothing", NONE),
     ("recall", "kept", "diverse", 1, -AS_GOOD, "keeping pruned ones loses nothing", NONE),

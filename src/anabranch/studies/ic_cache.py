@@ -61,10 +61,15 @@ from anabranch.studies.ic_cache_work import (
 from anabranch.studies.nl2bash import Pair, clean, measure, reversals
 from anabranch.studies.small_model import Reply, SmallModel
 
-ASKED = 160  # held-out requests that are answered, of 400 held out
+# Held-out requests that are answered, of 400 held out.
+ASKED = 160
 FLIPPED = 160  # made requests
-TAU = 0.3  # of utility5: the lowest of the grid
-LARGE_COST = 8.0  # the large arm's seconds over those of the small one without examples
+
+# Of utility5: the lowest of the grid.
+TAU = 0.3
+
+# The large arm's seconds over those of the small one without examples.
+LARGE_COST = 8.0
 LOADS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 MEASURES = ("score", "right", "recall", "f1", "exact")
 

@@ -10,7 +10,9 @@ from anabranch.studies.harness import Claim, Results
 from anabranch.studies.paired import Estimate, Verdict, every_seed, paired_difference, verdict_below
 
 OVER, UNDER, BOUNDED, SUSTAINED, FASTER = 1.3, 0.5, 10.0, 5.0, 1.4
-WEAK = 0.22  # the largest correlation of similarity with use that the paper found
+
+# The largest correlation of similarity with use that the paper found.
+WEAK = 0.22
 
 
 def claims(results: Results, policies: Collection[str], loads: Sequence[float]) -> list[Claim]:

@@ -21,7 +21,9 @@ from anabranch.places import data_file
 
 SERVERS, LARGE_SERVERS = 16, 12
 ARMS = ("small", "large")
-ASKED = 0.02  # share of requests that somebody rates
+
+# Share of requests that somebody rates.
+ASKED = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Station:
         return start + seconds - now
 
 
-Policy = Callable[[np.ndarray, float, float], int]  # context, load of the large station, now -> arm
+# Context, load of the large station, now -> arm.
+Policy = Callable[[np.ndarray, float, float], int]
 
 
 def ours(train: Measured, seed: int, *, lambda0: float = 1.0) -> tuple[Policy, Router]:
@@ -134,7 +137,8 @@ def simulate(name: str, measured: Measured, rho: float, seed: int, times: np.nda
     policy, router, servers = make_policy(name, train, seed)
     stations = [Station(count) for count in servers]
     mean_large = float(test.service_R2[:, 1].mean())
-    scale = rho * SERVERS / (len(times) / times[-1]) / mean_large  # so that arrivals are rho of capacity
+    # So that arrivals are rho of capacity.
+    scale = rho * SERVERS / (len(times) / times[-1]) / mean_large
     drawn = random.integers(len(test.x_RI), size=len(times))
     asked = random.random(len(times)) < ASKED
     quality, latency, large = np.zeros(len(times)), np.zeros(len(times)), np.zeros(len(times))

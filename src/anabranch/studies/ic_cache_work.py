@@ -21,12 +21,18 @@ SYSTEM = {
     "role": "system",
     "content": "You translate a request into one shell command. Answer with the command alone.",
 }
-SMALL, LARGE = "smollm2-135m", "reference"  # the reference command stands for the answer of a strong model
+
+# The reference command stands for the answer of a strong model.
+SMALL, LARGE = "smollm2-135m", "reference"
 HELD_OUT = 400
 SHARDS = 8
 LABELS_PER_SHARD = 250
-RANKS = ((0, 1), (0, 10), (1, 5), (5, 15), (15, 50))  # where the candidates of a training request come from
-NEAR = 0.8  # cosine from which a pool entry counts as a near-duplicate
+
+# Where the candidates of a training request come from.
+RANKS = ((0, 1), (0, 10), (1, 5), (5, 15), (15, 50))
+
+# Cosine from which a pool entry counts as a near-duplicate.
+NEAR = 0.8
 
 
 class Work:

@@ -45,7 +45,9 @@ from anabranch.train import RunConfig, Trainer
 
 WINDOW = 16
 RATIO = 2.0
-NUM_WINDOWS = 256  # held-out sequences that are measured
+
+# Held-out sequences that are measured.
+NUM_WINDOWS = 256
 CORRELATES = 0.8
 NEAR_BELADY = 0.85
 CACHES = {"lru": "LRU", "lfu": "LFU", "sch_16": "SCH (knows 16 tokens)", "belady": "Belady"}

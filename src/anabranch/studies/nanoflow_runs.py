@@ -211,7 +211,8 @@ def run_async(config: Async, seed: int, progress: Progress) -> Metrics:
     rates: dict[str, list[float]] = {"sync": [], "async": []}
     gaps: dict[str, list[float]] = {"sync": [], "async": []}
     streams = []
-    for number in range(config.rounds + 1):  # the first warms up
+    # The first warms up.
+    for number in range(config.rounds + 1):
         for scheduling in rates:
             progress(f"round {number} of {config.rounds}, {scheduling}")
             hook = Gaps()

@@ -70,7 +70,8 @@ def every_seed(seen: Sequence[bool]) -> Verdict:
     return "holds" if seen[0] else "does not hold"
 
 
-SIGNS_NEEDED = 5  # fewer than five alike come about by chance more often than once in sixteen
+# Fewer than five alike come about by chance more often than once in sixteen.
+SIGNS_NEEDED = 5
 
 
 def same_sign(differences: Sequence[float]) -> Verdict:

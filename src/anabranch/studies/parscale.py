@@ -39,10 +39,13 @@ from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
-EQUAL = 0.01  # bits per byte that count as nothing
+# Bits per byte that count as nothing.
+EQUAL = 0.01
 MAIN = ("p1", "p2", "p4", "prefix1", "copies2", "wide15")
 SMOKE = ("p1", "p2", "copies2")
-SIZES = ("p1", "p2", "p4", "wide15", "wide3")  # the points of our law
+
+# The points of our law.
+SIZES = ("p1", "p2", "p4", "wide15", "wide3")
 
 COLUMNS = (
     Column("bits_per_byte", "bits/byte", ".4f"),

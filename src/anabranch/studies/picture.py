@@ -106,7 +106,8 @@ def _draw_curves(axes: Any, results: Results, arms: list[str]) -> None:
         colour, marker, line = _look(number)
         axes.plot(steps, values, line, color=colour, marker=marker, markersize=3.5, label=arm)
     if lowest:
-        bottom, top = min(lowest), max(early)  # the first point of all is far above everything
+        # The first point of all is far above everything.
+        bottom, top = min(lowest), max(early)
         margin = max(0.05 * (top - bottom), 0.01)
         axes.set_ylim(bottom - margin, top + margin)
         axes.legend(ncols=2)

@@ -43,7 +43,9 @@ ALPHA = 0.15
 FEWER, BELOW, BATCHED = 0.25, 0.4, 1.5
 BEST = 50
 GRAPHS = ("dblp", "dblp_weighted", "ppi", "blogcatalog")
-NO_BATCH = ("blogcatalog",)  # 10,000 diffuse queries take minutes and tell nothing about sharing
+
+# 10,000 diffuse queries take minutes and tell nothing about sharing.
+NO_BATCH = ("blogcatalog",)
 COLUMNS = (
     Column("l1", "L1 at\nmost walks", ".3f"),
     Column("slope", "slope", ".2f"),
@@ -218,7 +220,8 @@ def run_batch(graph: Graph, config: Batch, seed: int) -> Metrics:
     index.query(queries[0], BEST, config.rounds)
     index.query_batch(queries[:2], BEST, config.rounds)
     times: dict[str, list[float]] = {"single": [], "batch": []}
-    for _ in range(3):  # in turns: the machine may be busy
+    # In turns: the machine may be busy.
+    for _ in range(3):
         begin = time.process_time()
         single = [index.query(node, BEST, config.rounds) for node in queries]
         times["single"].append(time.process_time() - begin)

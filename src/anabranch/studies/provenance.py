@@ -171,7 +171,8 @@ def notes(origins: Iterable[Origin], now: Mapping[str, str]) -> list[str]:
     found = [f"{what}: {_listed(runs)}" for what, runs in told.items()]
     devices: dict[str, list[Origin]] = {}
     for origin in origins:
-        if origin.reads:  # the others, numbers drawn and counted, choose none
+        # The others, numbers drawn and counted, choose none.
+        if origin.reads:
             devices.setdefault(origin.device or UNKNOWN, []).append(origin)
     if len(devices) > 1:
         found.append("not all on one device: " + "; ".join(f"{name}: {_listed(of)}" for name, of in devices.items()))

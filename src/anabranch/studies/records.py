@@ -18,7 +18,9 @@ from anabranch.studies.provenance import recorded_device
 
 Metrics = dict[str, Any]
 EARLIER = "earlier"
-_SHOWN = 60  # characters of a value in a reason
+
+# Characters of a value in a reason.
+_SHOWN = 60
 
 
 @dataclass(frozen=True)

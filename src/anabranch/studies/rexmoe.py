@@ -42,7 +42,8 @@ from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
 
-NOT_WORSE = 0.1  # MaxVio_pool that may be lost
+# MaxVio_pool that may be lost.
+NOT_WORSE = 0.1
 MAIN = ("vanilla", "reuse2", "psr2", "reuse4", "psr4", "mask2", "local2", "fine2")
 TUNED = ("vanilla", "reuse2", "psr2")
 VARIANTS = {"-norm": "gates renormalised", "-slow": "half the learning rate", "-fast": "twice the learning rate"}
@@ -67,9 +68,8 @@ class Size(RunSize):
     hidden_dim: int = 128
     top_k: int = 2
     steps: int = Field(default=800, ge=1)
-    learning_rate: float = (
-        2e-3  # the best of 1e-3, 2e-3, 4e-3 for vanilla in 200 steps; with warmup 0.02 all were worse
-    )
+    # The best of 1e-3, 2e-3, 4e-3 for vanilla in 200 steps; with warmup 0.02 all were worse.
+    learning_rate: float = 2e-3
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -142,7 +142,8 @@ def _reuse(size: Size, reuse: int, psr: ProgressiveScaling.Config | None = None)
 
 
 def _psr(**options: Any) -> ProgressiveScaling.Config:
-    return ProgressiveScaling.Config(start=0.21, end=0.63, **options)  # the paper's fractions
+    # The paper's fractions.
+    return ProgressiveScaling.Config(start=0.21, end=0.63, **options)
 
 
 def _arm(size: Size, name: str, about: str, feed_forward: MoE.Config) -> Arm:

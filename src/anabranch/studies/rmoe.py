@@ -47,7 +47,8 @@ from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer
 
-COST = 1.05  # processor time of a token in training, over the baseline's
+# Processor time of a token in training, over the baseline's.
+COST = 1.05
 GATE_TOKENS = 8192
 MAIN = ("smoe", "rmoe", "np", "mlp")
 SMOKE = ("smoe", "rmoe", "np")
@@ -134,9 +135,8 @@ def measure(trainer: Trainer) -> Metrics:
     windows = (
         batch.token_BL for batch in trainer.data.validation(batch_size=8, num_windows=max(GATE_TOKENS // length, 1))
     )
-    token_BL = torch.cat(
-        [token_BL for token_BL in windows if token_BL.shape[1] == length]
-    )  # not the rest of a short text
+    # Not the rest of a short text.
+    token_BL = torch.cat([token_BL for token_BL in windows if token_BL.shape[1] == length])
     facts = measure_gates(trainer.model, token_BL)
     alike = [expert_similarity(block.feed_forward.experts) for block in trainer.model.blocks]
     keys, values = (sum(parts) / len(parts) for parts in zip(*alike, strict=True))

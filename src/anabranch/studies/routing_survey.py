@@ -51,10 +51,16 @@ from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Res
 from anabranch.studies.paired import Verdict, every_seed
 
 BASELINES = ("random", "best-single", "true-task", "oracle")
-TOLD = ("task",)  # knows the true task, as the baseline does
-PLAIN = ("static", "random", "round_robin", "least_latency", "cheapest", "oracle")  # learn nothing, or everything
+
+# Knows the true task, as the baseline does.
+TOLD = ("task",)
+
+# Learn nothing, or everything.
+PLAIN = ("static", "random", "round_robin", "least_latency", "cheapest", "oracle")
 GAIN, ALPHA, WINNERS, APGR, SHARE, FAST_MS, BUDGET_S = 0.02, 0.05, 4, 0.68, 0.95, 1.0, 2400.0
-CODE = 127  # a gain of 1, as one byte
+
+# A gain of 1, as one byte.
+CODE = 127
 
 COLUMNS = (
     Column("llmrouter_score", "LLMRouter\nscore", ".4f"),
@@ -115,7 +121,8 @@ def learners() -> list[str]:
 def _learns(name: str) -> bool:
     try:
         one = strategies.make(name)
-    except ImportError:  # of an extra that is not installed
+    except ImportError:
+        # Of an extra that is not installed.
         return False
     return type(one).fit is not Strategy.fit and not (one.reads_answers or one.is_async)
 
@@ -143,7 +150,8 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
             progress(f"{name}: learning and playing")
             found |= _judged(case, name, seed, train, test, embedder)
         seconds += time.process_time() - started
-        if case.strategy == "best-single":  # which questions the gains of this split are of
+        # Which questions the gains of this split are of.
+        if case.strategy == "best-single":
             found[f"{name}_rows"] = _packed(row_N.astype("<u2"))
     return found | {"seconds": seconds}
 

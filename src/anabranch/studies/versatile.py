@@ -52,13 +52,13 @@ from anabranch.studies.picture import draw_arms
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig, Trainer
 
-NEAR = 0.003  # of the loss of four loops, what may be lost for fewer FLOPs
+# Of the loss of four loops, what may be lost for fewer FLOPs.
+NEAR = 0.003
 MAIN = ("dense", "loop2", "loop4", "moe", "versatile", "width", "depth", "average")
 TUNED = ("dense", "loop4", "versatile")
 SMOKE = ("dense", "loop4", "versatile", "width", "depth")
-BASE_SEED = (
-    1000  # of the dense model's training, added to the seed: its data order is another one than that of the arms
-)
+# Of the dense model's training, added to the seed: its data order is another one than that of the arms.
+BASE_SEED = 1000
 DIFFICULTY_TOKENS = 16_384
 
 COLUMNS = (
@@ -226,7 +226,8 @@ def converted(base: Decoder, config: Decoder.Config, seed: int) -> Decoder:
     found = made.load_state_dict(state, strict=False)
     assert not found.unexpected_keys, found
     for block in made.blocks if is_mixture else ():
-        torch.nn.init.zeros_(block.feed_forward.experts.w2)  # silent at first: the dense model's function
+        # Silent at first: the dense model's function.
+        torch.nn.init.zeros_(block.feed_forward.experts.w2)
     return made
 
 

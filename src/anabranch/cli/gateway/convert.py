@@ -50,7 +50,8 @@ def _changed(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [_changed(value) for value in config]
     if not isinstance(config, Config):
-        return str(config) if isinstance(config, str) else config  # a reference to a secret is plain text
+        # A reference to a secret is plain text.
+        return str(config) if isinstance(config, str) else config
     kind = getattr(config.owner, "kind", None)
     fields = {
         field.name: _changed(value)

@@ -130,7 +130,8 @@ def _learn_and_judge(
     from anabranch.gateway.referee import evaluate as judge
 
     if not settings["allow_leak"]:
-        check_disjoint(train, test)  # before the work
+        # Before the work.
+        check_disjoint(train, test)
 
     def tell(text: str) -> None:
         if not quiet:

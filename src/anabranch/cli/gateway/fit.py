@@ -28,7 +28,8 @@ from anabranch.files import check_apart
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
 
-ENOUGH = 20  # questions, of which a share can be held out without a word
+# Questions, of which a share can be held out without a word.
+ENOUGH = 20
 
 
 def fit(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from anabranch.gateway.query import Pool
     from anabranch.gateway.strategy import Strategy
 
-DEFAULT = ("knn", "cluster", "ridge")  # learn in seconds and need no torch
+# Learn in seconds and need no torch.
+DEFAULT = ("knn", "cluster", "ridge")
 Data = Annotated[
     str,
     typer.Argument(

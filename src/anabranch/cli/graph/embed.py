@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 METHODS = ("fastrp", "graphvite")
 OWN_LABELS = "own"
-MAPPED = 5000  # nodes on a map, at most
+
+# Nodes on a map, at most.
+MAPPED = 5000
 
 
 def embed(
@@ -199,7 +201,8 @@ def _draw(
         label_N, names = None, []
         if label_NC is not None:
             rows = label_NC.tocsr()[chosen]
-            first = rows.indptr[:-1]  # of several labels, the first
+            # Of several labels, the first.
+            first = rows.indptr[:-1]
             label_N = np.where(np.diff(rows.indptr) > 0, np.append(rows.indices, -1)[first], -1)
             names = [str(number) for number in range(label_NC.shape[1])]
         few = f"   {len(chosen):,} of {len(vectors_ND):,} nodes" if len(chosen) < len(vectors_ND) else ""

@@ -19,7 +19,8 @@ from anabranch.files import check_apart
 if TYPE_CHECKING:
     import numpy as np
 
-STEP = 4096  # vectors added at once, at least
+# Vectors added at once, at least.
+STEP = 4096
 
 
 def index(
@@ -97,14 +98,16 @@ def index(
         for first in range(0, count, step):
             made.add(found.array[first : first + step])
             rate(min(first + step, count))
-    if repaired := made.stats()["unreachable"]:  # many vectors at one place leave no links to elsewhere
+    # Many vectors at one place leave no links to elsewhere.
+    if repaired := made.stats()["unreachable"]:
         made.repair()
     seconds = time.perf_counter() - started
     made.save(out)
     if called is not None:
         write_names(out, Names(called))
     else:
-        names_path(out).unlink(missing_ok=True)  # of an index that was there before
+        # Of an index that was there before.
+        names_path(out).unlink(missing_ok=True)
     stats = made.stats()
     facts = {
         "vectors": count, "dim": dim, "metric": metric, "dtype": dtype, "M": made.M, "ef_construction": made.ef_construction,

@@ -38,7 +38,8 @@ def open_graph(
     labels = None
     with waiting(f"reading {source}", quiet):
         if Path(source).exists():
-            own = is_own(source)  # which says itself whether it is directed
+            # Which says itself whether it is directed.
+            own = is_own(source)
             graph = read_graph(source, directed=None if own else directed, ids=ids, **_columns(columns))
         else:
             try:
@@ -66,7 +67,8 @@ def is_own(source: str) -> bool:
     try:
         with open(source, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:  # a folder, or not to be read: whoever reads it says so
+    except OSError:
+        # A folder, or not to be read: whoever reads it says so.
         return False
 
 

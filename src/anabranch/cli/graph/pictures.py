@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
     from anabranch.graph import Graph
 
-NEIGHBOURS = 30  # of a point, that a map keeps near
-LABELLED = len(SERIES)  # classes with a colour of their own; more are drawn in grey
+# Of a point, that a map keeps near.
+NEIGHBOURS = 30
+
+# Classes with a colour of their own; more are drawn in grey.
+LABELLED = len(SERIES)
 
 
 def save(made: Figure, path: Path) -> None:
@@ -42,7 +45,8 @@ def draw_degrees(graph: Graph, name: str, path: Path) -> None:
             axes.plot(
                 value, share, MARKERS[number], color=SERIES[number], markersize=3.2, markeredgewidth=0, label=label
             )
-        mean = float(out_N.mean()) if graph.num_nodes else 0.0  # in and out alike
+        # In and out alike.
+        mean = float(out_N.mean()) if graph.num_nodes else 0.0
         if mean > 0:
             axes.axvline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
@@ -81,7 +85,8 @@ def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str]
     """Nodes as points, coloured by label. ``label_N`` is -1 where there is none; ``names`` are those of labels."""
     with figure(6.8, 6.0) as (made, axes):
         size = float(np.clip(16000 / max(len(xy_N2), 1), 4, 36))
-        low, high = np.quantile(xy_N2, (0.005, 0.995), axis=0)  # a few far away must not make the rest small
+        # A few far away must not make the rest small.
+        low, high = np.quantile(xy_N2, (0.005, 0.995), axis=0)
         xy_N2 = np.clip(xy_N2, low - 0.1 * (high - low), high + 0.1 * (high - low))
         label_N = np.full(len(xy_N2), -1) if label_N is None else label_N
         many = np.argsort(-np.bincount(label_N[label_N >= 0], minlength=len(names)), kind="stable")
@@ -122,7 +127,8 @@ def flat_map(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
             return centred @ axes[:2].T, "principal components"
         start = centred @ axes[:2].T
         start = start / max(float(start[:, 0].std()), 1e-12) * 1e-4
-        small = centred @ axes[: min(50, len(axes))].T  # distances of the largest components are nearly those of all
+        # Distances of the largest components are nearly those of all.
+        small = centred @ axes[: min(50, len(axes))].T
         made = TSNE(init=start.astype(np.float32), perplexity=NEIGHBOURS, random_state=seed % 2**32, n_jobs=1)
         return made.fit_transform(small), "t-SNE"
     return centred @ axes[:2].T, "principal components"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from anabranch.graph import HNSW
     from anabranch.graph.names import Names
 
-SHOWN = 5  # queries in the table on a terminal
+# Queries in the table on a terminal.
+SHOWN = 5
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 
 

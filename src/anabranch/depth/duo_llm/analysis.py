@@ -24,7 +24,8 @@ from anabranch.errors import ConfigError
 from anabranch.files import atomic_write_json
 from anabranch.lm.decoder import Decoder
 
-HARD_SHARE = 0.1  # tokens with the highest loss that are looked at
+# Tokens with the highest loss that are looked at.
+HARD_SHARE = 0.1
 
 
 def route_loss(model: Decoder, ids_BL: Tensor, route: Route, *, chunk: int = 16) -> Tensor:

@@ -17,7 +17,8 @@ from anabranch.depth.duo_llm.results import OracleResult
 from anabranch.errors import DataError
 from anabranch.files import atomic_write_text, parse_json
 
-WORK = (1, 2, 0)  # of small, big, skip
+# Of small, big, skip.
+WORK = (1, 2, 0)
 
 
 @dataclass(frozen=True)

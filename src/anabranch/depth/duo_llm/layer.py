@@ -31,7 +31,9 @@ from anabranch.routing.override import Override, hidden_items
 
 OPTIONS = ("small", "big", "skip")
 SMALL, BIG, SKIP = range(3)
-ROUTE, SUPERVISION = "duo_route", "duo_supervision"  # names in the context's state
+
+# Names in the context's state.
+ROUTE, SUPERVISION = "duo_route", "duo_supervision"
 
 Route = str | Tensor | Callable[[int, Tensor, RoutingContext], Any]
 
@@ -280,7 +282,8 @@ class DuoFFN(FeedForward, kind="duo"):
             _on_part(module, part, context, item_R, len(x_ND))
             for module, part, item_R in zip((self.small, self.big), parts, items, strict=False)
         )
-        idle = [torch.zeros_like(part, dtype=big_RD.dtype) for part in parts[2:]]  # skipped, and padding
+        # Skipped, and padding.
+        idle = [torch.zeros_like(part, dtype=big_RD.dtype) for part in parts[2:]]
         rows_RD = torch.cat([small_RD, big_RD, *idle])
         return combine(rows_RD, plan, routing.weight_NK if routing.num_choices > 1 else None)
 

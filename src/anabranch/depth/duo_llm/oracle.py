@@ -109,7 +109,8 @@ class _Plan:
         if self.mode == "uniform":
             self._try(token_BL, targets, minima, None)
         else:
-            for number, one in enumerate(minima):  # each set of targets has a search of its own
+            # Each set of targets has a search of its own.
+            for number, one in enumerate(minima):
                 self._descend(token_BL, targets[number], one)
         return minima
 

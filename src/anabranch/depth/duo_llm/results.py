@@ -124,7 +124,8 @@ class Minima:
         self.loss_GBL = torch.full(shape, torch.inf, device=target_BL.device)
         self.random_GBL = self.loss_GBL.clone()
         self.code_GBL = torch.zeros(shape, dtype=torch.int64, device=target_BL.device)
-        self.sums: list[list[float]] = [[] for _ in range(space.num_rows)]  # of each route, in the order of the walk
+        # Of each route, in the order of the walk.
+        self.sums: list[list[float]] = [[] for _ in range(space.num_rows)]
         self.codes: list[list[int]] = [[] for _ in range(space.num_rows)]
 
     def add(self, code: int, loss_BL: Tensor, *, ranks: Sequence[set[int]] | None, counted: bool = True) -> None:

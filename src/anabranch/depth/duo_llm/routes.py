@@ -21,7 +21,9 @@ from anabranch.nn.block import PreNorm
 from anabranch.nn.context import ForwardContext
 
 MAX_EXACT_LAYERS = 20
-Allowed = Callable[[int, int], bool]  # (depth, code of the prefix of that many layers)
+
+# (depth, code of the prefix of that many layers).
+Allowed = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class Walk:
             return
         here, feed_forward = blocks[block], blocks[block].feed_forward
         assert isinstance(feed_forward, DuoFFN)
-        x_BLD = x_BLD + here.attention(here.attention_norm(x_BLD), context)  # once for all options
+        # Once for all options.
+        x_BLD = x_BLD + here.attention(here.attention_norm(x_BLD), context)
         normed_BLD = here.feed_forward_norm(x_BLD)
         for digit, option in enumerate(self.space.options):
             longer = code | digit << (self.space.bits * depth)

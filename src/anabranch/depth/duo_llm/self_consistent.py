@@ -51,7 +51,8 @@ class _Prefixes:
         self.space = space
         self.codes = [0]
         self.depth = 0
-        self.places: list[list[int]] = []  # per block: place of each prefix's ancestor in that block's attention
+        # Per block: place of each prefix's ancestor in that block's attention.
+        self.places: list[list[int]] = []
 
     def enter(self) -> None:
         """A block's attention sees the prefixes as they are."""
@@ -104,7 +105,8 @@ def _step(
     for block in blocks_of(model):
         context = ForwardContext(
             position_BL=context.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
-            rotary=rotary,  # all prefixes stand at one position
+            # All prefixes stand at one position.
+            rotary=rotary,
             attention_mask=_mask(x_BRD.shape[1], position, x_BRD.device),
             is_causal=False,
             cache=past,

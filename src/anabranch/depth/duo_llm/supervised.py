@@ -21,7 +21,8 @@ from anabranch.train import DecoderTask, Examples, Losses, Task, TaskContext
 
 __all__ = ["LabelledRoutes"]
 
-ROUTERS = ".router."  # in the names of parameters
+# In the names of parameters.
+ROUTERS = ".router."
 
 
 class LabelledRoutes(DecoderTask, kind="labelled_routes"):

@@ -102,9 +102,8 @@ def cost_model(
     cache = streams * row * (prefix + batch * total)
     mean_cache = streams * row * (prefix + batch * (input_tokens + output_tokens // 2))
     prefill_flops = batch * input_tokens * config.count(input_tokens).flops
-    step_flops = (
-        batch * config.count(2 * input_tokens + output_tokens).flops
-    )  # over twice the mean context: all of it is met
+    # Over twice the mean context: all of it is met.
+    step_flops = batch * config.count(2 * input_tokens + output_tokens).flops
     prefill = max(weights / hardware.bandwidth, prefill_flops / hardware.flops)
     step = max((weights + mean_cache) / hardware.bandwidth, step_flops / hardware.flops)
     return Cost(weights, cache, prefill, output_tokens * step)
@@ -122,7 +121,8 @@ def measure_hardware(*, size: int = 2048, device: str = "cpu") -> Hardware:
 
 def _best(work: object, device: str) -> float:
     times = []
-    for _ in range(4):  # the first one warms up
+    # The first one warms up.
+    for _ in range(4):
         start = time.perf_counter()
         work()  # type: ignore[operator]
         if device.startswith("cuda"):

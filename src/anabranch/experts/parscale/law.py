@@ -174,7 +174,8 @@ def _objective(value_G: np.ndarray, data_S3: np.ndarray, delta: float) -> tuple[
     gain_S = k * np.log(data_S3[:, 1]) + 1
     distance_S = log_a - np.log(data_S3[:, 0]) - np.log(gain_S)
     log_loss_S = np.logaddexp(alpha * distance_S, log_e)
-    share_S = np.exp(alpha * distance_S - log_loss_S)  # of the reducible part in the loss
+    # Of the reducible part in the loss.
+    share_S = np.exp(alpha * distance_S - log_loss_S)
     residual_S = (log_loss_S - np.log(data_S3[:, 2])) / delta
     clipped_S = residual_S.clip(-1.0, 1.0)
     value = (np.where(np.abs(residual_S) <= 1, residual_S**2 / 2, np.abs(residual_S) - 0.5)).sum()

@@ -100,7 +100,8 @@ class ParScale(Streams, kind="parscale"):
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
             """Blocks run P times; prefixes and gates add parameters, and each query meets m more keys per layer and stream."""
             streams, head_dim = self.num_streams, attention.width(dim)
-            width = 2 * attention.kv_heads * head_dim * self.prefix_len * self.has_prefix  # of a layer's prefix
+            # Of a layer's prefix.
+            width = 2 * attention.kv_heads * head_dim * self.prefix_len * self.has_prefix
             folded = num_layers * width * streams
             stored = folded
             if self.has_prefix and self.prefix == "mlp":
@@ -130,7 +131,8 @@ class ParScale(Streams, kind="parscale"):
                 config.num_streams,
             )
         self.gates = nn.ModuleDict(
-            {str(number): _gate(number, context) for number in config.gated}  # a name must be text
+            # A name must be text.
+            {str(number): _gate(number, context) for number in config.gated}
         )
 
     @property

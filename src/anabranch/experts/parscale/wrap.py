@@ -48,7 +48,8 @@ class WrappedModel(nn.Module):
         super().__init__()
         self._past_name = _check(model)
         self.model: Any = model
-        self.config: Any = self.model.config  # generation asks it for vocab_size
+        # Generation asks it for vocab_size.
+        self.config: Any = self.model.config
         if config.freezes_model:
             self.model.requires_grad_(False)
         theirs: Any = self.model.config

@@ -117,9 +117,8 @@ class VersatileMLP(nn.Module):
         """Y - H."""
         given = _collecting.get() or RoutingContext()
         context = replace(given, sequence_length=x_BLD.shape[-2], training=self.training)
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # a repetition in the backward pass: what it emits was counted before
+        # A repetition in the backward pass: what it emits was counted before.
+        if torch._C._current_graph_task_id() != -1:
             context = context.fork()
         x_ND = x_BLD.flatten(0, -2)
         if context.item_mask_N is not None and len(context.item_mask_N) != len(x_ND):
@@ -134,7 +133,8 @@ class _Parts:
     """An MLP of transformers taken apart, with the norms of its block."""
 
     mlp: nn.Module
-    inputs: tuple[nn.Module, ...]  # gate and up, or the one matrix that is both, or up alone
+    # Gate and up, or the one matrix that is both, or up alone.
+    inputs: tuple[nn.Module, ...]
     down: Any
     activation: Callable[[Tensor], Tensor]
     is_gated: bool
@@ -206,7 +206,8 @@ def patch_model(model: nn.Module, *, seed: int = 0, **options: Any) -> nn.Module
     ]
     if not found:
         raise ConfigError(f"{type(model).__name__} has no block with an 'mlp'; use from_dense for a Decoder of ours")
-    taken = [_take_apart(name, block) for name, block in found]  # all are looked at before one is changed
+    # All are looked at before one is changed.
+    taken = [_take_apart(name, block) for name, block in found]
     configs = [VersatileFFN.Config(**{**options, "hidden_dim": parts.hidden_dim}) for parts in taken]
     for (name, _), parts, config in zip(found, taken, configs, strict=True):
         if config.norm == "separate":

@@ -148,7 +148,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
             can_cut = not any(projection.chosen(context.linears) for projection in projections)
             grouped = self._grouped_flops(dim) if can_cut else None
             width = self._width_flops(into.flops, out.flops, grouped)
-            if self.width_compute == "auto" and grouped is not None:  # training takes the cheaper way
+            # Training takes the cheaper way.
+            if self.width_compute == "auto" and grouped is not None:
                 width = min(width, grouped)
             used = whole.active
             if can_cut and not self.loops:
@@ -263,7 +264,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
             self.dim,
             self.config.hidden_dim,
             num_inputs=len(activation_of(activation).parts),
-            weights=self._weights if all(map(is_plain, matrices)) else None,  # not quantised, not replaced
+            # Not quantised, not replaced.
+            weights=self._weights if all(map(is_plain, matrices)) else None,
             activation=activation,
             whole=self,
             asks=any(isinstance(matrix, Linear) and type(matrix) is not Dense for matrix in matrices),

@@ -77,7 +77,8 @@ class LoopGate(nn.Module):
         value_NT = soft_NT if bias_NT is None else soft_NT + bias_NT
         value_NT = value_NT if open_NT is None else value_NT.masked_fill(~open_NT, -torch.inf)
         index_N1 = value_NT.argmax(-1, keepdim=True)
-        if context.item_mask_N is not None:  # padding takes one loop, as it does where decisions are replayed
+        # Padding takes one loop, as it does where decisions are replayed.
+        if context.item_mask_N is not None:
             index_N1 = index_N1.masked_fill(~context.item_mask_N.unsqueeze(-1), 0)
         is_drawn = context.training and value_NT is soft_NT
         drawn_N1 = logit_NT.detach().softmax(-1).gather(-1, index_N1) if is_drawn else None

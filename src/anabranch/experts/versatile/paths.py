@@ -36,9 +36,11 @@ from anabranch.routing.relax import straight_through
 if TYPE_CHECKING:
     from anabranch.experts.versatile.layer import VersatileFFN
 
-MANY = 256  # items for which virtual experts are cut from the weights
+# Items for which virtual experts are cut from the weights.
+MANY = 256
 
-Weights = tuple[Tensor, ...]  # gate [F, D] where there is one, up [F, D], down [D, F]
+# Gate [F, D] where there is one, up [F, D], down [D, F].
+Weights = tuple[Tensor, ...]
 Layer = Callable[[Tensor, Any], Tensor]
 
 
@@ -304,7 +306,8 @@ class Paths(nn.Module):
         states = [state_ND]
         for _ in range(1, self.num_loops):
             states.append(self._loop(_further, branch, context, x_ND, states[-1]))
-        if mix.depth_NT is None:  # the last state counts for all
+        # The last state counts for all.
+        if mix.depth_NT is None:
             states, depth_NT = states[-1:], torch.ones_like(mix.lambda_N1)
         else:
             depth_NT = mix.depth_NT
@@ -340,10 +343,10 @@ class Paths(nn.Module):
         """
         num_items = x_ND.shape[0]
         count = torch.bincount(mix.loops_N, minlength=self.num_loops + 1).tolist()
-        active = [
-            num_items - sum(count[: number + 1]) for number in range(self.num_loops)
-        ]  # take more than ``number`` loops
-        is_even = max(count) == num_items  # nothing to sort: a single token, or all alike
+        # Take more than ``number`` loops.
+        active = [num_items - sum(count[: number + 1]) for number in range(self.num_loops)]
+        # Nothing to sort: a single token, or all alike.
+        is_even = max(count) == num_items
         is_sorted = branch.asks or not is_even
         order_N: Any = mix.loops_N.argsort(descending=True, stable=True) if is_sorted else slice(None)
 
@@ -352,7 +355,8 @@ class Paths(nn.Module):
             return on_items(layer, x_RD, context, order_N[begin:end], num_items) if branch.asks else layer(x_RD, None)
 
         x_ND, share_N1 = x_ND[order_N], mix.lambda_N1[order_N].to(x_ND.dtype)
-        narrow = num_items  # [narrow:] have a width path
+        # [narrow:] have a width path.
+        narrow = num_items
         if mix.width is not None:
             narrow = num_items - sum(count[: self._last_wide + 1])
         begin = max([*active[1:2], narrow]) if self._is_fused(branch) else num_items

@@ -23,7 +23,8 @@ class Ticket(Generic[T]):
         """Raise the error in all who wait: asking again at once would give the same."""
         if self._leave():
             self._future.set_exception(error)
-            self._future.exception()  # nobody may be waiting
+            # Nobody may be waiting.
+            self._future.exception()
 
     def abandon(self) -> None:
         """Nothing came, and nothing is wrong (the client went away): one of those who wait takes over. Does nothing once ended."""

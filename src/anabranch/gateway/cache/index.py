@@ -26,7 +26,8 @@ class ExactIndex:
 
     def __init__(self, dim: int) -> None:
         self._vector_ND = np.zeros((16, dim), np.float32)
-        self._ids: list[int] = []  # of rows 0 to len - 1
+        # Of rows 0 to len - 1.
+        self._ids: list[int] = []
         self._row_of: dict[int, int] = {}
 
     def __len__(self) -> int:

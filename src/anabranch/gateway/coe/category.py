@@ -24,7 +24,9 @@ from anabranch.gateway.embed.embedder import Embedder
 
 HeadKind = Literal["knn", "logreg", "mlp"]
 Uncertainty = Literal["probability", "entropy", "similarity"]
-BINS = 15  # of the calibration error
+
+# Of the calibration error.
+BINS = 15
 
 
 class Categories(NamedTuple):
@@ -326,7 +328,8 @@ class CategoryRouter:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What it learned: arrays, and facts ready for JSON."""
         arrays = {f"head.{name}": value for name, value in self._head.state().items()}
-        shared = {"head.example_ED", "head.target_EC"}  # of "knn": the examples again
+        # Of "knn": the examples again.
+        shared = {"head.example_ED", "head.target_EC"}
         arrays = {name: value for name, value in arrays.items() if name not in shared}
         facts = {
             "categories": list(self.categories), "temperature": self.temperature,

@@ -29,7 +29,8 @@ def k_means(vector_ND: np.ndarray, num_clusters: int, *, seed: int, iterations: 
         count_K = np.bincount(cluster_N, minlength=len(centre_KD))
         sum_KD = np.zeros_like(centre_KD)
         np.add.at(sum_KD, cluster_N, vector_ND)
-        used_K = count_K > 0  # a cluster that lost all rows keeps its centre
+        # A cluster that lost all rows keeps its centre.
+        used_K = count_K > 0
         centre_KD[used_K] = sum_KD[used_K] / count_K[used_K, None]
     order_K = np.argsort(-np.bincount(cluster_N, minlength=len(centre_KD)), kind="stable")
     rank_K = np.empty(len(order_K), np.int64)
@@ -43,7 +44,8 @@ def _start(vector_ND: np.ndarray, num_clusters: int, generator: np.random.Genera
     distance_N = ((vector_ND - vector_ND[chosen[0]]) ** 2).sum(axis=1, dtype=np.float64)
     while len(chosen) < num_clusters:
         total = distance_N.sum()
-        weight_N = distance_N / total if total > 0 else None  # all rows are centres already
+        # All rows are centres already.
+        weight_N = distance_N / total if total > 0 else None
         chosen.append(int(generator.choice(len(vector_ND), p=weight_N)))
         distance_N = np.minimum(distance_N, ((vector_ND - vector_ND[chosen[-1]]) ** 2).sum(axis=1, dtype=np.float64))
     return vector_ND[chosen].copy()

@@ -117,7 +117,8 @@ def choose_within(problem: Problem, members: np.ndarray, floor: float = -np.inf)
         fits = flat + least_C[category + 1 :].sum() <= problem.most_active
         fits &= worth + most_C[category + 1 :].sum() >= floor - TIE
         at = np.flatnonzero(fits)
-        at = at[np.lexsort((flat[at], -worth[at]))]  # by falling value: keep what uses less than all before it
+        # By falling value: keep what uses less than all before it.
+        at = at[np.lexsort((flat[at], -worth[at]))]
         before = np.concatenate(([np.inf], np.minimum.accumulate(flat[at])[:-1]))
         at = at[flat[at] < before]
         if not len(at):
@@ -125,7 +126,8 @@ def choose_within(problem: Problem, members: np.ndarray, floor: float = -np.inf)
         active, value = flat[at], worth[at]
         trail.append((at // len(own), own[at % len(own)]))
     place, choice = 0, []
-    for came_from, expert in reversed(trail):  # place 0 has the largest value
+    # Place 0 has the largest value.
+    for came_from, expert in reversed(trail):
         choice.append(expert[place])
         place = came_from[place]
     return np.array(choice[::-1], np.int64)

@@ -21,7 +21,9 @@ from anabranch.gateway.coe.milp import least_host, solve_milp
 from anabranch.gateway.coe.quality import QualityTable
 
 Solver = Literal["auto", "exact", "milp", "greedy"]
-STEP = 2e-6  # of a budget: sizes of hosts that differ by less are one
+
+# Of a budget: sizes of hosts that differ by less are one.
+STEP = 2e-6
 SOLVERS = {"exact": solve_exact, "milp": solve_milp, "greedy": solve_greedy}
 
 

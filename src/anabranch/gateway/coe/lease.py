@@ -9,7 +9,8 @@ from typing import Any
 from anabranch.errors import CheckpointError, InputError
 from anabranch.gateway.coe.tier import Resident, Usage
 
-Signature = tuple[tuple[str, int, int], ...]  # name, bytes, time of change of each file
+# Name, bytes, time of change of each file.
+Signature = tuple[tuple[str, int, int], ...]
 
 
 class Lease:

@@ -19,7 +19,8 @@ from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.coe.quality import QualityTable
 
-TIE = 1e-9  # objectives that differ by less are equal
+# Objectives that differ by less are equal.
+TIE = 1e-9
 
 
 @configclass
@@ -165,13 +166,15 @@ class Problem:
         best_C1 = masked_CE.max(1, keepdims=True)
         if np.isinf(best_C1).any():
             return None
-        return np.argmax(masked_CE >= best_C1 - TIE, axis=1)  # the first: ties go by the order of experts
+        # The first: ties go by the order of experts.
+        return np.argmax(masked_CE >= best_C1 - TIE, axis=1)
 
     def kept(self) -> np.ndarray:
         """Experts that some best map may need: none as small, as cheap and everywhere as good comes before them."""
         keep = [at for at in range(len(self.size_E)) if self.size_E[at] <= self.budget]
         dominated = set()
-        for at in keep:  # experts are in the order of ties, so only earlier ones can dominate
+        # Experts are in the order of ties, so only earlier ones can dominate.
+        for at in keep:
             for other in keep:
                 if other >= at:
                     break

@@ -33,10 +33,14 @@ from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Outcome, Pool, Query
 from anabranch.gateway.strategy import Arrays, Facts
 
-KEPT_PLANS = 64  # maps for knobs and pools that were asked for lately
-STEP = 1e-6  # by how much a fallback stays behind the model before it
+# Maps for knobs and pools that were asked for lately.
+KEPT_PLANS = 64
 
-Known = tuple[tuple[str, float | None, float], ...]  # name, billions of parameters, price of a model
+# By how much a fallback stays behind the model before it.
+STEP = 1e-6
+
+# Name, billions of parameters, price of a model.
+Known = tuple[tuple[str, float | None, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +124,10 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self.router = self._new_router(0)
         self.kind_of_map = MapKind(kind="plain", m=0.0)
         self.trade_off = 0.0 if config.trade_off_params == "auto" else float(config.trade_off_params)
-        self._table: QualityTable | None = None  # observations, not shrunk, without the general category
-        self._heard: list[tuple[str, str, float]] = []  # scores since the map was made
+        # Observations, not shrunk, without the general category.
+        self._table: QualityTable | None = None
+        # Scores since the map was made.
+        self._heard: list[tuple[str, str, float]] = []
         self._incumbents: dict[str, str] = {}
         self._known: Known = ()
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
@@ -143,7 +149,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
             raise InputError(
                 "coe learns from vectors of the queries; embed them first: data.with_vectors(embedder.embed(...))"
             )
-        keep = np.flatnonzero(data.vector_ND.any(axis=1))  # an empty text teaches nothing
+        # An empty text teaches nothing.
+        keep = np.flatnonzero(data.vector_ND.any(axis=1))
         data = data.take(keep)
         assert data.vector_ND is not None
         labels = self._labels(data, seed)
@@ -325,7 +332,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
         at = [self.models.index(name) for name in present]
         quality_CM = np.full((len(drawn.categories), len(self.models)), -np.inf)
         quality_CM[:, at] = np.where(np.isnan(drawn.quality_CE), -np.inf, drawn.quality_CE)
-        if limits.budget is not None or limits.max_experts is not None:  # the others are not hosted
+        # The others are not hosted.
+        if limits.budget is not None or limits.max_experts is not None:
             quality_CM[:, ~np.isin(self.models, found.chosen)] = -np.inf
         size_M = np.array([limits.trade_off * parameters.get(name, 0.0) for name in self.models])
         first_C = [self.models.index(found[name]) for name in drawn.categories]
@@ -337,7 +345,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
             raise InputError("coe has not learned yet: fit it on recorded outcomes first")
         if self.config.general in self.router.categories:
             return self._table, table_for(self._table, self.kind_of_map)
-        rate = max(self.config.abstain_rate, 1e-6)  # it needs an expert even if it is hardly ever asked
+        # It needs an expert even if it is hardly ever asked.
+        rate = max(self.config.abstain_rate, 1e-6)
         table = self._table.with_row(self.config.general, rate)
         return table, table_for(self._table, self.kind_of_map).with_row(self.config.general, rate)
 

@@ -22,7 +22,8 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.gateway.coe.category import CategoryRouter
 
-PRIOR = 2.0  # observations that the spread of the whole table counts for in the spread of a cell
+# Observations that the spread of the whole table counts for in the spread of a cell.
+PRIOR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +335,8 @@ def shares(value_C: np.ndarray, categories: Sequence[str]) -> np.ndarray:
     if not share_C.sum() > 0:
         raise InputError("all weights of categories are 0; at least one must be asked")
     total = float(share_C.sum())
-    return share_C if abs(total - 1) < 1e-12 else share_C / total  # what was read back stays as it was, to the bit
+    # What was read back stays as it was, to the bit.
+    return share_C if abs(total - 1) < 1e-12 else share_C / total
 
 
 def _of_moments(

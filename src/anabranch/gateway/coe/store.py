@@ -35,7 +35,8 @@ from anabranch.gateway.coe.tier import Eviction, Resident, Tier, Usage, quantile
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 4096  # switch times for quantiles
+# Switch times for quantiles.
+REMEMBERED = 4096
 
 
 class ExpertStore:
@@ -82,7 +83,8 @@ class ExpertStore:
         self._top = self._tiers["device" if device_bytes is not None else "host"]
         self._experts: dict[str, Expert] = {}
         self._jobs: dict[str, Job] = {}
-        self._queue: deque[str] = deque()  # of jobs nobody has begun; those with somebody waiting go first
+        # Of jobs nobody has begun; those with somebody waiting go first.
+        self._queue: deque[str] = deque()
         self._changed = threading.Condition()
         self._kept: dict[str, Lease] = {}
         self._counts = dict.fromkeys(
@@ -181,7 +183,8 @@ class ExpertStore:
             if found is None:
                 self._jobs.setdefault(name, Job(name)).waiting.append((future, now_s))
                 self._enqueue(name)
-                future.add_done_callback(self._wake)  # a request taken back may be all that a load waited for room for
+                # A request taken back may be all that a load waited for room for.
+                future.add_done_callback(self._wake)
                 return future
             self._counts["hits"] += 1
             lease = self._leased(name, found)
@@ -205,7 +208,8 @@ class ExpertStore:
         try:
             lease = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
         except BaseException as error:
-            if not future.cancel():  # it came this moment, and nobody will look
+            # It came this moment, and nobody will look.
+            if not future.cancel():
                 future.add_done_callback(_released)
             if isinstance(error, TimeoutError):
                 raise self._late(name, timeout_s) from None
@@ -251,14 +255,16 @@ class ExpertStore:
         with self._changed:
             extra = self._kept.setdefault(name, lease)
         if extra is not lease:
-            lease.release()  # it was pinned before
+            # It was pinned before.
+            lease.release()
 
     def _awaited(self, future: Future[Lease], name: str, timeout_s: float | None) -> Lease:
         try:
             return future.result(timeout_s)
         except FutureTimeout:
             if not future.cancel():
-                return future.result()  # it came this moment
+                # It came this moment.
+                return future.result()
             raise self._late(name, timeout_s) from None
 
     def _late(self, name: str, timeout_s: float | None) -> CapacityError:

@@ -161,9 +161,8 @@ class ExpertQueue(Generic[R]):
                 f"max_passes is {max_passes} and batch {batch}; they must be at least 0 and at least 1 (or None)"
             )
         self.max_passes, self.batch = max_passes, batch
-        self._groups: dict[
-            str, deque[tuple[int, int, R]]
-        ] = {}  # number of the request, batches before it came, request
+        # Number of the request, batches before it came, request.
+        self._groups: dict[str, deque[tuple[int, int, R]]] = {}
         self._pushed = self._popped = 0
 
     def __len__(self) -> int:

@@ -11,7 +11,9 @@ from anabranch.files import check_nesting, parse_toml
 
 Lines = dict[str, int]
 FORMATS = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "yaml"}  # JSON is YAML
-MAX_FIELDS = 100_000  # a YAML alias can stand for very much
+
+# A YAML alias can stand for very much.
+MAX_FIELDS = 100_000
 
 
 def parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
@@ -32,7 +34,8 @@ def _parse_toml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         message = str(error)
         at = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
         where = str(path)
-        if at is not None:  # but for brackets without end, and an integer of thousands of digits
+        # But for brackets without end, and an integer of thousands of digits.
+        if at is not None:
             last = text.count("\n") + 1
             where += f":{at[1] or last}"
             message = message[: at.start()]
@@ -58,7 +61,8 @@ class _TomlLines:
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.lines = text, 0, Lines()
-        self._counts: dict[str, int] = {}  # entries of arrays of tables
+        # Entries of arrays of tables.
+        self._counts: dict[str, int] = {}
         table = ""
         while self._skip() < len(text):
             if text[self.at] == "[":
@@ -145,7 +149,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         lines = Lines()
         data = {} if node is None else _YamlReader(loader, lines, path).value(node, "")
         check_nesting(data)
-    except ConfigError:  # the reader's own, which says where; it is a ValueError too
+    except ConfigError:
+        # The reader's own, which says where; it is a ValueError too.
         raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -155,7 +160,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not YAML: nested too deep") from None
-    except (ValueError, OverflowError) as error:  # a date that there is not, an integer of thousands of digits
+    except (ValueError, OverflowError) as error:
+        # A date that there is not, an integer of thousands of digits.
         raise ConfigError(f"{path}: not YAML: {error}") from None
     finally:
         loader.dispose()
@@ -189,7 +195,8 @@ class _YamlReader:
     def _table(self, node: Any, path: str) -> dict[str, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         self._check_twice(own)
-        self.loader.flatten_mapping(node)  # what << brings comes first, so that a table's own fields win
+        # What << brings comes first, so that a table's own fields win.
+        self.loader.flatten_mapping(node)
         table: dict[str, Any] = {}
         for key, item in node.value:
             if key.id != "scalar":

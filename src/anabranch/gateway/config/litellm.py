@@ -18,7 +18,9 @@ from anabranch.gateway.config.lines import Lines, parse
 from anabranch.gateway.config.secret import VARIABLE
 
 Table = dict[str, Any]
-NANO_MILLION = 10**15  # dollars a token -> nano-dollars a million tokens
+
+# Dollars a token -> nano-dollars a million tokens.
+NANO_MILLION = 10**15
 _BALANCE = {
     "simple-shuffle": "weighted", "least-busy": "least_in_flight", "latency-based-routing": "latency", "cost-based-routing": "price",
     "usage-based-routing": "tpm", "usage-based-routing-v2": "tpm",
@@ -104,7 +106,8 @@ class _Import:
             name: self._table(data.get(name), name)
             for name in ("litellm_settings", "router_settings", "general_settings")
         }
-        for name in ("litellm_settings", "router_settings"):  # the latter wins, as it does there
+        # The latter wins, as it does there.
+        for name in ("litellm_settings", "router_settings"):
             self._settings(settings[name], name, config, models)
         self._general(settings["general_settings"], config)
         for name in self._table(data.get("environment_variables"), "environment_variables"):

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 8  # known names that a message lists
+# Known names that a message lists.
+SHOWN = 8
 
 
 def near(name: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -23,7 +23,9 @@ from anabranch.gateway.query import Model
 
 QUERY = ("query", "prompt", "question", "instruction")
 TASK = ("task", "subject", "category", "eval_name")
-IGNORED = re.compile(r"(?i)|unnamed.*|index|(.*_)?id|split|oracle_model_to_route_to")  # never the name of a model
+
+# Never the name of a model.
+IGNORED = re.compile(r"(?i)|unnamed.*|index|(.*_)?id|split|oracle_model_to_route_to")
 _TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 _UNKNOWN = ("", "nan", "none", "null", "na")
 

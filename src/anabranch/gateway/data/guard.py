@@ -9,7 +9,9 @@ from anabranch.errors import DataError, InputError
 from anabranch.gateway.dataset import Recorded, normal_form
 
 HOLD_OUT = (0.8, 0.2)  # train, test
-WITH_VALIDATION = (0.7, 0.1, 0.2)  # train, validation, test, as in GraphRouter
+
+# Train, validation, test, as in GraphRouter.
+WITH_VALIDATION = (0.7, 0.1, 0.2)
 
 
 def question(text: str) -> str:

@@ -17,8 +17,11 @@ from anabranch.gateway.money import dollars
 if TYPE_CHECKING:
     from anabranch.gateway.store.store import Store
 
-SOURCE = Path("the ledger")  # named in errors
-PAGE = 10_000  # rows of the ledger read at a time
+# Named in errors.
+SOURCE = Path("the ledger")
+
+# Rows of the ledger read at a time.
+PAGE = 10_000
 
 
 def load_store(url: str) -> Recorded:

@@ -17,7 +17,8 @@ from anabranch.files import parse_json, parse_toml
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Model, Pool
 
-BYTES_PER_TOKEN = 4  # of ordinary text, about
+# Of ordinary text, about.
+BYTES_PER_TOKEN = 4
 
 
 def estimated_tokens(text: str) -> int:
@@ -47,7 +48,8 @@ def _tables(path: Path) -> dict[str, Any]:
         found = parse_toml(text) if path.suffix == ".toml" else parse_json(text)
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    except ValueError as error:  # of JSON, TOML and UTF-8 alike
+    except ValueError as error:
+        # Of JSON, TOML and UTF-8 alike.
         raise DataError(f"{path} is no price file: {error}") from None
     if not isinstance(found, dict) or not found:
         raise DataError(

@@ -17,7 +17,9 @@ from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Model
 
 PARTS = ("score", "cost", "prompt", "completion", "latency")
-USUAL_COMPLETION = 512  # tokens of an answer whose length nobody recorded, as GraphRouter reckons (arXiv 2410.03834)
+
+# Tokens of an answer whose length nobody recorded, as GraphRouter reckons (arXiv 2410.03834).
+USUAL_COMPLETION = 512
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from anabranch.gateway.dispatch.deployments import Balance
 from anabranch.gateway.dispatch.live import Live
 
-EXPECTED_TOKENS = 200  # what a deployment's speed per token is weighed with
+# What a deployment's speed per token is weighed with.
+EXPECTED_TOKENS = 200
 
 
 def pick(policy: Balance, choices: Sequence[Live], now: float, rng: random.Random) -> Live:

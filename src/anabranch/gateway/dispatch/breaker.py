@@ -15,7 +15,9 @@ from anabranch.config import Config, Field, configclass
 
 Phase = Literal["closed", "open", "half_open"]
 Outcome = Literal["success", "failure", "fatal", "ignored"]
-GRAINS = 30  # parts of the window that are counted
+
+# Parts of the window that are counted.
+GRAINS = 30
 
 
 @configclass

@@ -28,7 +28,8 @@ from anabranch.gateway.providers.provider import (
 )
 from anabranch.gateway.query import Model, Pool
 
-CHANGES = 500  # changes of breakers that are remembered
+# Changes of breakers that are remembered.
+CHANGES = 500
 
 
 @dataclass(slots=True)

@@ -2,8 +2,11 @@
 
 from collections import deque
 
-KEPT = 200  # observations looked back on, at least
-EVERY = 10  # observations between two looks at the quantile
+# Observations looked back on, at least.
+KEPT = 200
+
+# Observations between two looks at the quantile.
+EVERY = 10
 
 
 class HedgeDelay:

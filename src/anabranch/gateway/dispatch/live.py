@@ -9,9 +9,14 @@ from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.provider import Failure, Provider, Transport
 
-ALPHA = 0.1  # weight of the newest observation in smoothed values
-SHAKY = 0.05  # share of failures, smoothed, above which a deployment is not trusted blindly
-SILENT_S = 1.0  # shortest silence that casts doubt, and in multiples of how long it takes smoothly:
+# Weight of the newest observation in smoothed values.
+ALPHA = 0.1
+
+# Share of failures, smoothed, above which a deployment is not trusted blindly.
+SHAKY = 0.05
+
+# Shortest silence that casts doubt, and in multiples of how long it takes smoothly:
+SILENT_S = 1.0
 SILENT_TIMES = 4.0
 MINUTE_S = 60.0
 
@@ -102,7 +107,8 @@ class Live:
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "its time is up", now)
         if not self.waiting:
-            self._heard_at = now  # from now on something is waited for
+            # From now on something is waited for.
+            self._heard_at = now
         self.in_flight += 1
         self.waiting += 1
         own = self.deployment
@@ -169,7 +175,8 @@ class Live:
             "tokens",
         ):
             setattr(self, name, getattr(other, name))
-        if self.breaker.phase == "half_open":  # the old one's probes do not report here
+        # The old one's probes do not report here.
+        if self.breaker.phase == "half_open":
             self.breaker = Breaker("open", self.breaker.ticket + 1, self.breaker.since, 0.0, self.breaker.times)
 
     def state(self, now: float) -> dict[str, Any]:

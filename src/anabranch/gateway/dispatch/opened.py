@@ -122,7 +122,8 @@ class Opened:
         try:
             data = self.reply.read_ready()
         except UpstreamError:
-            return b""  # the connection broke: `next` meets the same, and knows what it means
+            # The connection broke: `next` meets the same, and knows what it means.
+            return b""
         return self.taken(data) if data else b""
 
     async def next(self) -> bytes:

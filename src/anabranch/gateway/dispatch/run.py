@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
 
 
+# Asking the same deployment again would cost as much time again.
 SLOW: tuple[FailureKind, ...] = (
     "timeout",
     "first_token",
-)  # asking the same deployment again would cost as much time again
+)
 MAY_BE_CHARGED: tuple[FailureKind, ...] = ("timeout", "first_token", "cut", "deadline")
 
 
@@ -230,14 +231,16 @@ class Run:
         finally:
             try:
                 await _stopped(tasks)
-            except asyncio.CancelledError:  # nobody will take what was won
+            except asyncio.CancelledError:
+                # Nobody will take what was won.
                 winner = None
                 raise
             finally:
                 for task in tasks:
                     if task is not winner and task.done() and not task.cancelled() and task.exception() is None:
                         self._discard(*task.result())
-        return (winner or tasks[0]).result()  # without a winner, raises what the first failed of
+        # Without a winner, raises what the first failed of.
+        return (winner or tasks[0]).result()
 
     async def _elsewhere(self, live: Live) -> Live | None:
         """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked."""
@@ -265,7 +268,8 @@ class Run:
         task = asyncio.ensure_future(self._made(live, request, opening, attempt))
 
         def ended(done: "asyncio.Future[Any]") -> None:
-            if done.cancelled() and attempt.status == "open":  # before it ever ran
+            # Before it ever ran.
+            if done.cancelled() and attempt.status == "open":
                 self.lost(live, attempt, None, Usage())
 
         task.add_done_callback(ended)

@@ -38,7 +38,9 @@ from anabranch.web.sse import HEARTBEAT
 
 STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
-LINGER_S = 0.2  # how long the end of the connection is waited for after [DONE], so that it can be used again
+
+# How long the end of the connection is waited for after [DONE], so that it can be used again.
+LINGER_S = 0.2
 CONTINUE = (
     "Continue your last message exactly where it broke off. Do not repeat anything and do not comment on the break."
 )
@@ -58,8 +60,10 @@ class Stream:
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
         self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
         self._kept: list[bytes] = []
-        self._size = 0  # bytes of what would be kept
-        self._parts: list[Opened] = []  # of what the reader got: streams that broke and were gone on from, and the last
+        # Bytes of what would be kept.
+        self._size = 0
+        # Of what the reader got: streams that broke and were gone on from, and the last.
+        self._parts: list[Opened] = []
         self._stitch: Json | None = None
         self._opened: Opened | None = None
         self._coming: asyncio.Future[tuple[Opened, Attempt]] | None = None
@@ -95,7 +99,8 @@ class Stream:
             except UpstreamError:
                 if rejected is None:
                     raise
-                opened, attempt = rejected  # better than none
+                # Better than none.
+                opened, attempt = rejected
                 attempt.status = "ok"
                 run.report.model, run.report.deployment = attempt.model, attempt.deployment
                 break
@@ -221,7 +226,8 @@ class Stream:
         """What comes next, which may be empty, or a sign of life if that takes long. Raises UpstreamError when it takes too long."""
         now, limit_s, beat_s = self._now(), opened.live.deployment.timeout_s, self._run.rules.heartbeat_s
         if self._quiet_since is None:
-            self._quiet_since = now  # since we wait: until then it may have been the reader who was slow
+            # Since we wait: until then it may have been the reader who was slow.
+            self._quiet_since = now
         left_s = min(self._quiet_since + limit_s - now, self._run.left_s)
         if left_s <= 0:
             raise self._run.timed_out(opened.live, limit_s, "timeout")
@@ -238,7 +244,8 @@ class Stream:
         opened, self._opened = self._opened, None
         error = as_failure(cause, "" if opened is None else opened.live.name)
         try:
-            if opened is None:  # nothing could be found to go on with
+            # Nothing could be found to go on with.
+            if opened is None:
                 raise error
             opened.drop(error.failure)
             if self._mode == "error" or error.failure.kind == "deadline":

@@ -15,8 +15,12 @@ from yarl import URL
 from anabranch.gateway.providers.provider import Failure, HttpCall, Reply, UpstreamError, garbage
 
 REDIRECTS = 3
-KEEP_ALIVE_S = 4.0  # common servers drop a connection after 5 s: none is to be used while it is dropped
-READ_BYTES = 64 << 10  # what is read ahead of a slow reader, at most twice this
+
+# Common servers drop a connection after 5 s: none is to be used while it is dropped.
+KEEP_ALIVE_S = 4.0
+
+# What is read ahead of a slow reader, at most twice this.
+READ_BYTES = 64 << 10
 
 
 class Upstream:

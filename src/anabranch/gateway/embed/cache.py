@@ -13,7 +13,8 @@ from anabranch.files import atomic_write, parse_json
 from anabranch.gateway.embed.embedder import Embedder
 from anabranch.places import cache_folder
 
-AT_ONCE = 1024  # texts between two words of progress
+# Texts between two words of progress.
+AT_ONCE = 1024
 
 
 def embed_cached(

@@ -73,9 +73,8 @@ class Hashed(Embedder, kind="hashed"):
         if self.config.pairs:
             hashes += [zlib.crc32(b" " + second, first) for first, second in zip(hashes[:-1], words[1:], strict=True)]
         hash_F, count_F = np.unique(np.array(hashes, np.uint64), return_counts=True)
-        mixed_F = (hash_F * np.uint64(0x9E3779B1)) & np.uint64(
-            0xFFFFFFFF
-        )  # a CRC's low bits are not free of each other
+        # A CRC's low bits are not free of each other.
+        mixed_F = (hash_F * np.uint64(0x9E3779B1)) & np.uint64(0xFFFFFFFF)
         sign_F = np.where(mixed_F >> np.uint64(31), 1.0, -1.0)
         bucket_F = ((mixed_F & np.uint64(0x7FFFFFFF)) * np.uint64(self.dim)) >> np.uint64(31)
         return bucket_F.astype(np.int64), sign_F * (1 + np.log(count_F))

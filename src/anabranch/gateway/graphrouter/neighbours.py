@@ -10,9 +10,12 @@ import numpy as np
 
 from anabranch.gateway.strategy import Arrays, Facts
 
-PIECE = 1 << 23  # numbers of a block of cosines
+# Numbers of a block of cosines.
+PIECE = 1 << 23
 EF = 80
-TABLE, MANY = 20_000, 32  # rows up to which whole tables of queries are searched exactly; queries that are a table
+
+# Rows up to which whole tables of queries are searched exactly; queries that are a table.
+TABLE, MANY = 20_000, 32
 
 
 class Neighbours:

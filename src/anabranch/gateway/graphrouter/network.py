@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-EDGE = 3  # utility, cost, effect
+# Utility, cost, effect.
+EDGE = 3
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.gateway.embed.embedder import Embedder
 
-NAMELESS = 32  # dimensions where nothing is described
+# Dimensions where nothing is described.
+NAMELESS = 32
 
 
 def described(

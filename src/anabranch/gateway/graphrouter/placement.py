@@ -15,8 +15,12 @@ import numpy as np
 from anabranch.gateway.strategy import Arrays
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-PRIOR_DEVIATION = 0.35  # of a lone score around what is expected of it, before any is seen
-PRIOR_COUNT = 5.0  # shots that this counts for
+
+# Of a lone score around what is expected of it, before any is seen.
+PRIOR_DEVIATION = 0.35
+
+# Shots that this counts for.
+PRIOR_COUNT = 5.0
 
 
 @dataclass
@@ -98,7 +102,8 @@ def place(x_SX: np.ndarray, rest_S: np.ndarray, weight_S: np.ndarray) -> Placeme
     aim_R, found = left_SR.T @ target_S, []
     for ridge in RIDGES:
         shrink_R = size_R**2 / (size_R**2 + ridge)
-        hat_S = (left_SR**2) @ shrink_R + weight_S / mass  # the mean is fitted too
+        # The mean is fitted too.
+        hat_S = (left_SR**2) @ shrink_R + weight_S / mass
         error_S = (target_S - left_SR @ (shrink_R * aim_R)) / np.maximum(1 - hat_S, 0.05)
         found.append((float((error_S**2).sum()), ridge))
     loss, ridge = min(found)

@@ -21,7 +21,8 @@ from anabranch.gateway.strategy import Arrays, Facts
 if TYPE_CHECKING:
     from anabranch.gateway.graphrouter.plus_network import Material, PlusNetwork
 
-SAME = 1 - 1e-5  # a cosine from which on two queries are one
+# A cosine from which on two queries are one.
+SAME = 1 - 1e-5
 
 
 @dataclass(frozen=True)

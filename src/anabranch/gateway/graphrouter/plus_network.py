@@ -24,7 +24,8 @@ from torch.nn.functional import mse_loss, normalize, softplus
 from anabranch.gateway.graphrouter.centre import centred
 from anabranch.gateway.graphrouter.settings import Episodes
 
-CAUTION = (1.0, 10.0, 30.0)  # n of tasks, centres and neighbours, where training starts
+# N of tasks, centres and neighbours, where training starts.
+CAUTION = (1.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ class PlusNetwork(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         dim = centre_KD.shape[1]
         self.centre_KD = nn.Parameter(normalize(torch.from_numpy(centre_KD).float(), dim=1))
-        self.sharp_2 = nn.Parameter(torch.tensor([1.0, 25.0]).log())  # of tasks (already sharpened) and centres
+        # Of tasks (already sharpened) and centres.
+        self.sharp_2 = nn.Parameter(torch.tensor([1.0, 25.0]).log())
         self.focus = nn.Parameter(torch.tensor(8.0).log())
         self.attend_DA = nn.Parameter(torch.randn(dim, width, generator=draw) * 0.02)
-        self.caution_23 = nn.Parameter(torch.tensor([CAUTION]).repeat(2, 1).expm1().log())  # through a softplus
+        # Through a softplus.
+        self.caution_23 = nn.Parameter(torch.tensor([CAUTION]).repeat(2, 1).expm1().log())
         self.weight_23 = nn.Parameter(torch.ones(2, len(CAUTION)))
         self.query_DA = nn.Parameter(torch.randn(dim, width, generator=draw) * 0.1)
         self.describe_VA = nn.Parameter(torch.zeros(model_dim, width))
@@ -108,7 +111,8 @@ class PlusNetwork(nn.Module):
                 down_FC = from_NF[bank].T @ weight_NC + caution_3[bank]
                 profile_FC = weight_3[bank] * (from_NF[bank].T @ gate_NC) / down_FC
                 sum_QC = sum_QC + to_QF[bank] @ profile_FC
-                gate_NC = gate_NC - weight_NC * (from_NF[bank] @ profile_FC)  # what this bank leaves unsaid
+                # What this bank leaves unsaid.
+                gate_NC = gate_NC - weight_NC * (from_NF[bank] @ profile_FC)
             up_QC, down_QC = (
                 torch.einsum("qj,qjc->qc", alpha_QJ, value_NC[near_QJ]) for value_NC in (gate_NC, weight_NC)
             )

@@ -40,8 +40,11 @@ from anabranch.gateway.query import Outcome, Query
 from anabranch.gateway.strategies.training import training_set, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
-ANY = ("any",)  # a table of queries needs models; which is no matter
-SHOWN = 5  # neighbours and tasks in an explanation
+# A table of queries needs models; which is no matter.
+ANY = ("any",)
+
+# Neighbours and tasks in an explanation.
+SHOWN = 5
 Mode = Literal["reference", "mean", "hetero", "plus"]
 
 

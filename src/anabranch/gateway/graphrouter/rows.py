@@ -8,7 +8,8 @@ import numpy as np
 from anabranch.gateway.graphrouter.neighbours import Neighbours, with_room
 from anabranch.gateway.strategy import Arrays, Facts
 
-UP_E, WEIGHT_E, UP_C, WEIGHT_C = range(4)  # planes: gate and weight, of effect and of cost
+# Planes: gate and weight, of effect and of cost.
+UP_E, WEIGHT_E, UP_C, WEIGHT_C = range(4)
 
 
 class Rows:
@@ -56,7 +57,8 @@ class Rows:
 
     def message(self, row_QJ: np.ndarray, alpha_QJ: np.ndarray, columns: int) -> np.ndarray:
         """[Q, 4, C]: sums of the edges of neighbours by attention."""
-        if len(row_QJ) == 1:  # one product, without the copy that fits many queries
+        # One product, without the copy that fits many queries.
+        if len(row_QJ) == 1:
             edge_JX = self.edge_N4C[row_QJ[0]].reshape(row_QJ.shape[1], -1)
             return (alpha_QJ @ edge_JX).reshape(1, 4, -1)[..., :columns]
         return np.einsum("qj,qjpc->qpc", alpha_QJ, self.edge_N4C[row_QJ, :, :columns])

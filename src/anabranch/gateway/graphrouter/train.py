@@ -17,7 +17,8 @@ from anabranch.gateway.graphrouter.graph import Scenario, best, utility
 from anabranch.gateway.graphrouter.network import Block, Edges, Hetero, Network, Nodes
 from anabranch.gateway.graphrouter.settings import Training
 
-SPARSE = 0.2  # share of observed edges below which they are kept as a list instead of a block
+# Share of observed edges below which they are kept as a list instead of a block.
+SPARSE = 0.2
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,13 @@ class App:
             if error.headers.get("connection") == "close":
                 response.force_close()
             return response
-        except AnabranchError as error:  # an argument that the store or the config refuses
+        except AnabranchError as error:
+            # An argument that the store or the config refuses.
             return error_response(ApiError(400, "invalid_value", str(error)))
         except (asyncio.CancelledError, ConnectionError):
             raise
-        except Exception as error:  # a bug of ours: the log says what, the client only that
+        except Exception as error:
+            # A bug of ours: the log says what, the client only that.
             logger.error("a bug: %s %.80s: %s", request.method, request.path, type(error).__name__, exc_info=error)
             return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
 

@@ -18,7 +18,9 @@ from anabranch.web.body import parse
 from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
-STALL_S = 5.0  # after its deadline a stream that is not read ends
+
+# After its deadline a stream that is not read ends.
+STALL_S = 5.0
 
 
 class OpenAIRoutes:
@@ -104,7 +106,8 @@ class OpenAIRoutes:
                 await response.write_eof()
         except ConnectionError:
             logger.debug("the client went away")
-        except Exception as error:  # the head is out: all that can be done is to break off
+        except Exception as error:
+            # The head is out: all that can be done is to break off.
             logger.error(
                 "a stream broke: %s", type(error).__name__, exc_info=None if isinstance(error, TimeoutError) else error
             )
@@ -112,7 +115,8 @@ class OpenAIRoutes:
                 request.transport.abort()
         finally:
             for stream in (reply.stream, source):
-                with contextlib.suppress(RuntimeError):  # it is being closed already
+                # It is being closed already.
+                with contextlib.suppress(RuntimeError):
                     await stream.aclose()  # type: ignore[attr-defined]
         return response
 

@@ -76,7 +76,8 @@ class ResponseStream:
         self._number = -1
         self._output: list[dict[str, Any]] = []
         self._message: dict[str, Any] | None = None
-        self._part: str | None = None  # "text" or "refusal"
+        # "text" or "refusal".
+        self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._reason: str | None = None
         self._usage: dict[str, Any] | None = None
@@ -203,14 +204,16 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
     elif kind == "function_call":
         call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
         made = {"id": item.get("call_id"), "type": "function", "function": call}
-        if messages and messages[-1]["role"] == "assistant":  # what was said before the call, and calls beside it
+        # What was said before the call, and calls beside it.
+        if messages and messages[-1]["role"] == "assistant":
             messages[-1].setdefault("tool_calls", []).append(made)
         else:
             messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
     elif kind == "function_call_output":
         content = _content(item.get("output"), name)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    elif kind != "reasoning":  # what a model thought is not sent to another
+    elif kind != "reasoning":
+        # What a model thought is not sent to another.
         raise wrong(
             f"{name}.type",
             f"{name} is of type {str(kind)[:40]!r}, which a gateway to chat models cannot send",

@@ -5,7 +5,8 @@ from typing import Any
 
 from anabranch.web.sse import DONE, event
 
-HEAD = ("id", "created", "model", "system_fingerprint")  # what every chunk repeats
+# What every chunk repeats.
+HEAD = ("id", "created", "model", "system_fingerprint")
 
 
 def chunks_of(answer: dict[str, Any], *, is_chat: bool, with_usage: bool) -> Iterator[bytes]:
@@ -92,7 +93,8 @@ def _merge_delta(held: dict[str, Any], delta: dict[str, Any]) -> None:
         elif name == "tool_calls":
             for call in value or ():
                 _merge_call(held["calls"], call)
-        elif isinstance(value, str) and name != "role":  # reasoning, refusal: texts that come in pieces
+        elif isinstance(value, str) and name != "role":
+            # Reasoning, refusal: texts that come in pieces.
             held["rest"][name] = held["rest"].get(name, "") + value
         elif value is not None:
             held["rest"][name] = value

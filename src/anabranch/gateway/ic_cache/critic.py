@@ -16,7 +16,8 @@ from anabranch.config import Field, Part, configclass
 from anabranch.gateway.ic_cache.net import Network, sigmoid
 from anabranch.gateway.strategy import Arrays
 
-SMALLEST = 1e-3  # of a priority: nothing is never drawn again
+# Of a priority: nothing is never drawn again.
+SMALLEST = 1e-3
 
 
 class ReplayBuffer:

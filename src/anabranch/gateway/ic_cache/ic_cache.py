@@ -439,7 +439,8 @@ class ICCache(Part):
         helped_N = np.repeat([lesson.quality for lesson in self._lessons], [len(item.pairs) for item in self._lessons])
         proxy = self.config.proxy.build()
         proxy.fit(found, helped_N, seed=self.config.seed)
-        self.selector.proxy = proxy  # at once: a request sees the old one or the new one
+        # At once: a request sees the old one or the new one.
+        self.selector.proxy = proxy
         self._new_lessons = 0
         self.metrics.count("ic_cache_refits_total")
         return True

@@ -6,7 +6,8 @@ first cancels; a mean within 0.3 of 0 is a tie.
 
 from collections.abc import Callable, Iterable
 
-Judge = Callable[[str, str, str], float]  # request, first answer, second answer -> -3 to 3
+# Request, first answer, second answer -> -3 to 3.
+Judge = Callable[[str, str, str], float]
 
 TIE = 0.3
 

@@ -58,14 +58,16 @@ def knapsack(value_N: np.ndarray, weight_N: np.ndarray, capacity: float, *, max_
 def _pack(value_C: np.ndarray, weight_C: np.ndarray, capacity: float, max_nodes: int) -> tuple[np.ndarray, float, bool]:
     """Of items sorted by falling value per weight."""
     filled_C = np.cumsum(weight_C)
-    critical = int(np.searchsorted(filled_C, capacity, side="right"))  # the first that does not fit
+    # The first that does not fit.
+    critical = int(np.searchsorted(filled_C, capacity, side="right"))
     if critical == len(value_C):
         return np.ones(len(value_C), bool), float(value_C.sum()), True
     density = value_C[critical] / weight_C[critical]
     room = capacity - (filled_C[critical - 1] if critical else 0.0)
     bound = float(value_C[:critical].sum() + room * density)
     greedy_C = np.arange(len(value_C)) < critical
-    for at in range(critical, len(value_C)):  # whatever still fits behind it
+    # Whatever still fits behind it.
+    for at in range(critical, len(value_C)):
         if weight_C[at] <= room:
             greedy_C[at] = True
             room -= weight_C[at]
@@ -111,6 +113,7 @@ def _search(
             best, least = list(taken), total
         if not taken or nodes >= max_nodes:
             return best, nodes < max_nodes
-        at = taken.pop()  # back to the last one taken, and go on without it
+        # Back to the last one taken, and go on without it.
+        at = taken.pop()
         total, room = total - value[at], room + weight[at]
         at += 1

@@ -21,8 +21,12 @@ from anabranch.gateway.ic_cache.knapsack import knapsack
 from anabranch.gateway.ic_cache.pool import ExamplePool
 
 HOUR_S = 3600.0
-Regenerate = Callable[[Example], Sequence[str]]  # several new answers of the best arm
-Rate = Callable[[Example, str], float]  # how good an answer is, 0 to 1
+
+# Several new answers of the best arm.
+Regenerate = Callable[[Example], Sequence[str]]
+
+# How good an answer is, 0 to 1.
+Rate = Callable[[Example, str], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +185,8 @@ class Manager(Part):
         is_better = bool(quality > before)
         if is_better:
             self.pool.replace_response(example.id, answer, quality)
-        example.gain *= 1 - min(1.0, max(quality, before))  # what is left to be saved
+        # What is left to be saved.
+        example.gain *= 1 - min(1.0, max(quality, before))
         return is_better
 
     def tick(self, now_s: float, load: float = 0.0) -> Upkeep:

@@ -8,7 +8,8 @@ import numpy as np
 
 from anabranch.gateway.strategy import Arrays
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam, Kingma and Ba, arXiv 1412.6980
+# Adam, Kingma and Ba, arXiv 1412.6980.
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Network:

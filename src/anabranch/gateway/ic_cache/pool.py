@@ -71,7 +71,8 @@ class ExamplePool(Part):
     def __init__(self, config: Any, index: Index, *, redact: Redact = redact_personal) -> None:
         self.config, self.index, self.redact = config, index, redact
         self.size_bytes = 0
-        self.on_removed: list[Callable[[set[int]], None]] = []  # caches of prompts that hold examples
+        # Caches of prompts that hold examples.
+        self.on_removed: list[Callable[[set[int]], None]] = []
         self._examples: dict[int, Example] = {}
         self._by_request: dict[tuple[str, str], int] = {}
         self._next_id = 0
@@ -151,7 +152,8 @@ class ExamplePool(Part):
         older = self._examples.get(self._by_request.get(key, -1))
         if older is not None and (older.trust, older.quality or 0) > (example.trust, quality or 0):
             return Admission(None, "a better answer is there")
-        vector_D = unit_rows(vector_D, self.index.dim, "vector")[0]  # what may fail comes before anything is changed
+        # What may fail comes before anything is changed.
+        vector_D = unit_rows(vector_D, self.index.dim, "vector")[0]
         missing = self.size_bytes + size - self.config.max_bytes - (older.size_bytes if older is not None else 0)
         if missing > 0:
             make_room(missing)

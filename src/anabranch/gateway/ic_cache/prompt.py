@@ -16,8 +16,12 @@ Messages = Sequence[Mapping[str, Any]]
 Style = Literal["turns", "block"]
 
 INSTRUCTION = "Below are earlier requests with good answers. Answer the last request in the same manner; take over only what fits it."
-PER_MESSAGE = 8  # tokens a chat template puts around a message, rounded up
-LEADING = ("system", "developer")  # roles that stand before a conversation
+
+# Tokens a chat template puts around a message, rounded up.
+PER_MESSAGE = 8
+
+# Roles that stand before a conversation.
+LEADING = ("system", "developer")
 
 
 def build(messages: Messages, chosen: Sequence[Chosen], *, style: Style = "turns") -> Messages:

@@ -100,7 +100,8 @@ class _OnFeatures(Proxy):
     def _measure(self, feature_NF: np.ndarray) -> np.ndarray:
         self._mean_F = feature_NF.mean(0)
         deviation_F = feature_NF.std(0)
-        self._scale_F = np.where(deviation_F > 1e-9, deviation_F, np.inf)  # what never varied says nothing
+        # What never varied says nothing.
+        self._scale_F = np.where(deviation_F > 1e-9, deviation_F, np.inf)
         return self._standardise(feature_NF)
 
     def state(self) -> tuple[Arrays, Facts]:
@@ -131,7 +132,8 @@ class Logistic(_OnFeatures, kind="logistic"):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.weight_F1 = np.zeros(len(NAMES) + 1)  # the last is the constant
+        # The last is the constant.
+        self.weight_F1 = np.zeros(len(NAMES) + 1)
 
     def _score(self, pairs: Pairs) -> np.ndarray:
         return sigmoid(self._standardise(pairs.feature_KF) @ self.weight_F1[:-1] + self.weight_F1[-1])
@@ -139,7 +141,8 @@ class Logistic(_OnFeatures, kind="logistic"):
     def _fit(self, pairs: Pairs, helped_N: np.ndarray, seed: int) -> None:
         x_N1 = np.hstack([self._measure(pairs.feature_KF), np.ones((len(pairs), 1))])
         penalty_F1 = np.full(x_N1.shape[1], self.config.penalty)
-        penalty_F1[-1] = 1e-6  # keeps it finite where all outcomes are alike
+        # Keeps it finite where all outcomes are alike.
+        penalty_F1[-1] = 1e-6
         weight_F1 = np.zeros(x_N1.shape[1])
         for _ in range(self.config.rounds):
             chance_N = sigmoid(x_N1 @ weight_F1)

@@ -24,7 +24,9 @@ from anabranch.gateway.ic_cache.selector import Selection
 from anabranch.gateway.strategy import Arrays, Facts
 
 Owner = tuple[str, str]
-EXTRAS = 8  # inputs of the critic beside the request's vector
+
+# Inputs of the critic beside the request's vector.
+EXTRAS = 8
 
 
 class Ema:

@@ -23,7 +23,8 @@ from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.gateway.strategy import Arrays, Complete, Embed, Facts, Played, Strategy, played
 
-TYPICAL_TOKENS = (500, 250)  # prompt and answer by which models' prices are compared
+# Prompt and answer by which models' prices are compared.
+TYPICAL_TOKENS = (500, 250)
 
 
 class ICCacheRouting(Strategy, kind="ic_cache"):
@@ -170,7 +171,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         routed = None if decision is None else self.cache.pending(decision.details.get("id", ""))
         if routed is None:
             if decision is not None or query.vector_D is None:
-                return messages  # what was decided is forgotten (or erased): nothing is shown
+                # What was decided is forgotten (or erased): nothing is shown.
+                return messages
             routed = self.cache.route(query)
         return self.cache.prepare(routed, model, messages)
 
@@ -228,7 +230,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
 
     def _context(self, cache: ICCache, query: Query) -> np.ndarray:
         """What the bandit would see of a recorded query, its own answer left out."""
-        assert query.vector_D is not None  # the data has vectors
+        # The data has vectors.
+        assert query.vector_D is not None
         found = cache.selector.select(
             query, query.vector_D, cache.assisted, tau=cache.threshold.best, now_s=self._now_s
         )

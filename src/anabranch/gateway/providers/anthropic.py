@@ -31,7 +31,9 @@ STATUS = {  # of an error inside a stream, which has no status of its own
     "overloaded_error": 529, "api_error": 500, "rate_limit_error": 429, "authentication_error": 401, "permission_error": 403,
     "not_found_error": 404, "request_too_large": 413, "timeout_error": 504, "billing_error": 402, "invalid_request_error": 400,
 }  # fmt: skip
-_MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)  # what reading a value of another shape raises
+
+# What reading a value of another shape raises.
+_MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)
 REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio")
 
 
@@ -150,7 +152,8 @@ def translated(body: Json, model: str, max_tokens: int) -> Json:
     for name in ("temperature", "top_p", "top_k", "metadata", "stream", "thinking"):
         if body.get(name) is not None:
             made[name] = body[name]
-    if made.get("temperature", 0) > 1:  # OpenAI's scale goes to 2, Anthropic's to 1
+    # OpenAI's scale goes to 2, Anthropic's to 1.
+    if made.get("temperature", 0) > 1:
         made["temperature"] = 1.0
     stop = body.get("stop")
     if stop:
@@ -307,7 +310,8 @@ class MessageStream:
     def __init__(self, provider: Anthropic) -> None:
         self._provider, self._head = provider, _head({}, "chat.completion.chunk")
         self._given: Json = {}
-        self._calls: dict[int, int] = {}  # index of a block -> index of its tool call
+        # Index of a block -> index of its tool call.
+        self._calls: dict[int, int] = {}
         self.is_done = False
 
     def feed(self, data: bytes) -> list[Json]:

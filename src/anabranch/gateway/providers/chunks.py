@@ -5,7 +5,8 @@ from typing import Any
 
 from anabranch.gateway.providers.provider import Json
 
-PLACES = 1024  # most choices, or calls of tools, of an answer
+# Most choices, or calls of tools, of an answer.
+PLACES = 1024
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
 
 

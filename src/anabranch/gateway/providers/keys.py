@@ -13,9 +13,12 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import atomic_file
 
-PASSPHRASE = "ANABRANCH_PASSPHRASE"  # the variable that holds it
+# The variable that holds it.
+PASSPHRASE = "ANABRANCH_PASSPHRASE"
 _MAGIC = b"anabranch-key-1\n"
-_SALT_BYTES, _COST = 16, 2**15  # scrypt's n, with r = 8 and p = 1: 32 MB and a tenth of a second
+
+# Scrypt's n, with r = 8 and p = 1: 32 MB and a tenth of a second.
+_SALT_BYTES, _COST = 16, 2**15
 
 
 class Secret:
@@ -67,7 +70,8 @@ def _decrypt(path: Path) -> str:
         raise ConfigError(f"{path} is no encrypted key file; keys are not read from plain files")
     from cryptography.fernet import InvalidToken
 
-    cipher = _cipher(base64.b64decode(salt))  # its own complaints are ValueErrors too
+    # Its own complaints are ValueErrors too.
+    cipher = _cipher(base64.b64decode(salt))
     try:
         return cipher.decrypt(token).decode()
     except (InvalidToken, ValueError):

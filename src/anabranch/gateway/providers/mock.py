@@ -108,9 +108,8 @@ class MockReply:
         if seconds:
             now = asyncio.get_running_loop().time()
             self._due = self._due or now + seconds
-            await asyncio.sleep(
-                max(self._due - now, 0.0)
-            )  # cancelled here, nothing is lost and no time is waited twice
+            # Cancelled here, nothing is lost and no time is waited twice.
+            await asyncio.sleep(max(self._due - now, 0.0))
             self._due = 0.0
         self._parts.pop()
         return data or await self.read_some()

@@ -25,28 +25,47 @@ Endpoint = Literal["chat", "completions", "embeddings"]
 Json = dict[str, Any]
 Headers = Mapping[str, str]
 
-BODY_BYTES = 32 << 20  # most bytes of an answer that are read
-TOKENS = 10**9  # most tokens of one call that are believed
-RETRY_AFTER_S = 300.0  # longer waits than this are not believed
+# Most bytes of an answer that are read.
+BODY_BYTES = 32 << 20
+
+# Most tokens of one call that are believed.
+TOKENS = 10**9
+
+# Longer waits than this are not believed.
+RETRY_AFTER_S = 300.0
 
 FailureKind = Literal[
-    "connect",  # no connection, or it broke before an answer
-    "timeout",  # 408, or the answer took longer than it may
-    "first_token",  # a stream brought no first token in time
+    # No connection, or it broke before an answer.
+    "connect",
+    # 408, or the answer took longer than it may.
+    "timeout",
+    # A stream brought no first token in time.
+    "first_token",
     "conflict",  # 409
     "rate_limit",  # 429
     "server",  # 5xx
-    "garbage",  # an answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect
-    "cut",  # a stream ended before the answer did
-    "context",  # the prompt is too long for this model
-    "filter",  # the provider's content filter refused
-    "credit",  # the account behind the key is out of money
-    "auth",  # our key is not accepted
-    "unsupported",  # this provider cannot do what is asked
-    "request",  # any other 4xx: the request itself is at fault
-    "unavailable",  # nothing to ask: breakers open, limits reached
-    "refused",  # the plan did not allow the price
-    "deadline",  # the time of the whole request is up
+    # An answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect.
+    "garbage",
+    # A stream ended before the answer did.
+    "cut",
+    # The prompt is too long for this model.
+    "context",
+    # The provider's content filter refused.
+    "filter",
+    # The account behind the key is out of money.
+    "credit",
+    # Our key is not accepted.
+    "auth",
+    # This provider cannot do what is asked.
+    "unsupported",
+    # Any other 4xx: the request itself is at fault.
+    "request",
+    # Nothing to ask: breakers open, limits reached.
+    "unavailable",
+    # The plan did not allow the price.
+    "refused",
+    # The time of the whole request is up.
+    "deadline",
 ]
 
 
@@ -330,7 +349,8 @@ class Provider(Part, family="provider"):
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
         """The body of a 2xx answer. Raises UpstreamError (``garbage``)."""
         value = parse_object(body)
-        if isinstance(value.get("error"), dict):  # some servers say 200 and mean it not
+        # Some servers say 200 and mean it not.
+        if isinstance(value.get("error"), dict):
             raise UpstreamError(self.error(500, {}, body))
         wanted = "data" if request.endpoint == "embeddings" else "choices"
         if not isinstance(value.get(wanted), list):

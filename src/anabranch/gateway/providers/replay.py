@@ -107,7 +107,8 @@ class _Log:
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)  # so that nobody appends between a short write and its undoing
+                # So that nobody appends between a short write and its undoing.
+                fcntl.flock(handle, fcntl.LOCK_EX)
                 size = os.fstat(handle).st_size
                 if os.write(handle, line) < len(line):
                     os.ftruncate(handle, size)

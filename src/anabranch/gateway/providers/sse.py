@@ -7,7 +7,8 @@ from typing import Any
 from anabranch.gateway.providers.provider import garbage
 from anabranch.web.sse import DONE
 
-EVENT_BYTES = 8 << 20  # most bytes of one event
+# Most bytes of one event.
+EVENT_BYTES = 8 << 20
 __all__ = ["DONE", "DONE_DATA", "EVENT_BYTES", "Splitter", "event", "events"]
 DONE_DATA = b"[DONE]"
 
@@ -19,7 +20,8 @@ class Splitter:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._ends_in_cr = False  # a line feed that comes next is the other half of a line end
+        # A line feed that comes next is the other half of a line end.
+        self._ends_in_cr = False
 
     def feed(self, data: bytes) -> bytes:
         """All events that are whole now; what follows them is kept. Raises UpstreamError (``garbage``) for an endless event."""

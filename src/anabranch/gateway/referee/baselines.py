@@ -12,7 +12,8 @@ import numpy as np
 
 from anabranch.gateway.dataset import Recorded
 
-TRADE_OFFS = 61  # of the oracle's curve
+# Of the oracle's curve.
+TRADE_OFFS = 61
 
 
 @dataclass(frozen=True, kw_only=True)

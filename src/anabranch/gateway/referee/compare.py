@@ -9,7 +9,9 @@ import numpy as np
 from anabranch.errors import InputError
 
 DRAWS = 2000
-_AT_ONCE = 2_000_000  # numbers drawn at a time
+
+# Numbers drawn at a time.
+_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def hull(point_P2: np.ndarray) -> np.ndarray:
     kept: list[np.ndarray] = []
     for point in point_P2[np.lexsort((-point_P2[:, 1], point_P2[:, 0]))]:
         if kept and point[1] <= kept[-1][1]:
-            continue  # dearer, and no better
+            # Dearer, and no better.
+            continue
         while len(kept) > 1 and _is_below(kept[-1], kept[-2], point):
             kept.pop()
         kept.append(point)

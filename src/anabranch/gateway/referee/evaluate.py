@@ -196,7 +196,8 @@ def _recovered(one: Strategy, test: Recorded, pool: Pool) -> tuple[Recovery, Rec
     try:
         columns = test.score_NM[:, weak], test.score_NM[:, strong]
         return recovery(preference_N, *columns), recovery_in_bins(preference_N, *columns)
-    except InputError:  # equally good models leave no gap to recover
+    except InputError:
+        # Equally good models leave no gap to recover.
         return None, None
 
 

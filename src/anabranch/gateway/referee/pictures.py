@@ -9,7 +9,8 @@ from anabranch.gateway.referee.curve import hull
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure
 
-SHOWN = len(SERIES)  # strategies with a colour of their own
+# Strategies with a colour of their own.
+SHOWN = len(SERIES)
 THOUSAND = 1000
 
 

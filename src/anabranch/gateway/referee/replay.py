@@ -128,7 +128,8 @@ def _estimate(
     score = float(value_N.sum() / weight_N.sum())
     count_N = np.ones(len(log))
     mean_B3 = resampled_means(np.column_stack([value_N, weight_N, logged_N]), count_N, draws, seed)
-    mean_B3 = mean_B3[mean_B3[:, 1] > 0]  # a draw without a match estimates nothing
+    # A draw without a match estimates nothing.
+    mean_B3 = mean_B3[mean_B3[:, 1] > 0]
     score_B = mean_B3[:, 0] / mean_B3[:, 1]
     cost = None
     if log.cost_NM is not None:

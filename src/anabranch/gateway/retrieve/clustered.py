@@ -16,7 +16,9 @@ from anabranch.gateway.retrieve.rows import Rows, nearest
 from anabranch.gateway.strategy import Arrays
 
 ROUNDS = 10  # of K-means
-SAMPLE = 64  # vectors per cluster that K-means looks at
+
+# Vectors per cluster that K-means looks at.
+SAMPLE = 64
 
 
 class ClusteredShard(Shard):
@@ -24,7 +26,8 @@ class ClusteredShard(Shard):
 
     def __init__(self, config: Any, dim: int) -> None:
         self._config, self._dim = config, dim
-        self._made_at = 0  # how many vectors there were
+        # How many vectors there were.
+        self._made_at = 0
         self._set_clusters(np.zeros((0, dim), np.float32))
 
     def _set_clusters(self, centre_KD: np.ndarray) -> None:

@@ -13,7 +13,8 @@ class HnswShard(Shard):
     """See the module. The inner product of unit vectors is the cosine, and takes zeros too."""
 
     def __init__(self, config: Any, dim: int) -> None:
-        from anabranch.graph.hnsw import HNSW  # compiles on first use: only who asks for it waits
+        # Compiles on first use: only who asks for it waits.
+        from anabranch.graph.hnsw import HNSW
 
         self._ef = config.ef
         self._graph = HNSW(

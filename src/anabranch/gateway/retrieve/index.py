@@ -16,7 +16,8 @@ from anabranch.config import Part, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.strategy import Arrays, Facts
 
-Allow = Callable[[np.ndarray], np.ndarray]  # int64 ids [N] -> bool [N]
+# int64 ids [N] -> bool [N].
+Allow = Callable[[np.ndarray], np.ndarray]
 
 
 class Shard:

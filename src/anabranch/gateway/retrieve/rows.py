@@ -5,7 +5,8 @@ import numpy as np
 
 from anabranch.gateway.retrieve.index import Allow
 
-MARGIN = 1e-5  # of a product in 32 bits
+# Of a product in 32 bits.
+MARGIN = 1e-5
 
 
 class Rows:

@@ -18,7 +18,9 @@ from anabranch.gateway.store.period import Period, iso, window
 from anabranch.gateway.store.records import GLOBAL, Budget, LedgerRow, Reservation, clean, joined, parted
 
 logger = logging.getLogger(__name__)
-RECOVERED = 500  # reservations settled in one transaction
+
+# Reservations settled in one transaction.
+RECOVERED = 500
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +124,8 @@ class _Books:
         self.connection, self.replica, self.now_us = connection, replica, now_us
         moving = [job for job in jobs if isinstance(job, Reserve | Grow | Settle)]
         self.accounts: dict[str, list[_Account]] = {}
-        self.open: dict[str, int] = {}  # request -> nano
+        # Request -> nano.
+        self.open: dict[str, int] = {}
         self.closed: set[str] = set()
         self.foreign: set[str] = set()
         if moving:
@@ -310,7 +313,8 @@ def _refusal(account: _Account, nano: int, now_us: int) -> BudgetError:
     )
     if not fits:
         retry = None
-    elif account.spent + nano <= account.limit:  # what is in the way is only reserved, and may come back soon
+    elif account.spent + nano <= account.limit:
+        # What is in the way is only reserved, and may come back soon.
         retry = 1.0
     else:
         retry = None if account.resets is None else max(1.0, (account.resets - now_us) / 1e6)

@@ -8,7 +8,9 @@ from anabranch.gateway.store.database import Connection
 from anabranch.gateway.store.period import iso
 
 WEEK_US = 7 * 86_400 * 10**6
-MONDAY_US = 4 * 86_400 * 10**6  # the first one after the start of 1970, a Thursday
+
+# The first one after the start of 1970, a Thursday.
+MONDAY_US = 4 * 86_400 * 10**6
 MAX_ROWS = 100_000
 
 

@@ -8,8 +8,12 @@ from collections import OrderedDict
 from anabranch.gateway.store.records import KeyRecord
 
 PREFIX = "sk-ab-"
-FRESH_S = 1.0  # a key read longer ago is read again, meanwhile it still counts
-STALE_S = 2.0  # longer ago than this it does not: other processes may have revoked it
+
+# A key read longer ago is read again, meanwhile it still counts.
+FRESH_S = 1.0
+
+# Longer ago than this it does not: other processes may have revoked it.
+STALE_S = 2.0
 REMEMBERED = 10_000
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from anabranch.errors import RateError
 
 REMEMBERED = 100_000
-SLACK = 1e-9  # of a token: what rounding may take away
+
+# Of a token: what rounding may take away.
+SLACK = 1e-9
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,12 @@ from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS
 
 LEASE_S = 15.0
-POOL = 8  # connections of a replica: the writer's, and those of readers
-_LOCK = 0x616E6162  # of the advisory lock that lets one replica migrate at a time
+
+# Connections of a replica: the writer's, and those of readers.
+POOL = 8
+
+# Of the advisory lock that lets one replica migrate at a time.
+_LOCK = 0x616E6162
 _NOW_US = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 
 
@@ -43,7 +47,8 @@ class PostgresConnection:
             if self._raw is not None and error.connection_invalidated:
                 self._drop()
             if not error.connection_invalidated and not isinstance(error, OperationalError | InterfaceError):
-                raise  # a mistake of ours
+                # A mistake of ours.
+                raise
             raise BusyError(str(error.orig).strip()) from error
 
     def _drop(self) -> None:
@@ -103,9 +108,8 @@ class PostgresConnection:
 
     def lock_budgets(self) -> None:
         """See `Connection`."""
-        self.run(
-            "LOCK TABLE budgets IN EXCLUSIVE MODE"
-        )  # waits for each SELECT ... FOR UPDATE under way, and holds up new ones
+        # Waits for each SELECT ... FOR UPDATE under way, and holds up new ones.
+        self.run("LOCK TABLE budgets IN EXCLUSIVE MODE")
 
     def close(self) -> None:
         """See `Connection`."""
@@ -128,9 +132,10 @@ class PostgresDatabase:
 
         try:
             parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
+            # Transactions are begun and committed by statements.
             self._engine = sqlalchemy.create_engine(
                 parsed, isolation_level="AUTOCOMMIT", pool_size=POOL, max_overflow=0
-            )  # transactions are begun and committed by statements
+            )
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
         self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex
@@ -197,7 +202,8 @@ class PostgresDatabase:
             return
         self._is_held = False
         connection = self.connect()
-        with suppress(BusyError):  # the lease ends by itself
+        # The lease ends by itself.
+        with suppress(BusyError):
             connection.run("DELETE FROM replicas WHERE id = :id", id=self.replica)
         connection.close()
 

@@ -22,7 +22,8 @@ from anabranch.gateway.store.records import (
     parted,
 )
 
-Part = tuple[str, dict[str, Any]]  # of a WHERE, with its values
+# Of a WHERE, with its values.
+Part = tuple[str, dict[str, Any]]
 MAX_ROWS = 100_000
 DAY_US = 86_400 * 10**6
 _COLUMN = {"key": "key_id", "user": "owner", "team": "team"}

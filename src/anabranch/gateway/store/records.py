@@ -12,8 +12,12 @@ from anabranch.gateway.store.period import Period
 GLOBAL = "global"
 SCOPES = ("key", "user", "team", "tag")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/+=-]{0,63}")
-TEXT = 256  # characters of a text in the ledger; more are cut off
-NAME = 200  # characters of somebody's name
+
+# Characters of a text in the ledger; more are cut off.
+TEXT = 256
+
+# Characters of somebody's name.
+NAME = 200
 MAX_TAGS = 16
 
 

@@ -17,16 +17,21 @@ from anabranch.gateway.store.schema import MIGRATIONS, TABLES
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there, one process at a time
+except ImportError:
+    # Not on Windows: there, one process at a time.
     fcntl = None  # type: ignore[assignment]
 
-BUSY_S = 5.0  # that a write waits for another process
-CHUNKS = (64, 16, 4, 1)  # rows of one INSERT: few statements to prepare, few times the interpreter's lock changes hands
+# That a write waits for another process.
+BUSY_S = 5.0
+
+# Rows of one INSERT: few statements to prepare, few times the interpreter's lock changes hands.
+CHUNKS = (64, 16, 4, 1)
 SYNCHRONOUS = ("normal", "full")
-CHECKPOINT_S = 1.0  # between moves of the log into the file, which wait for the disk, by a thread that nobody waits for
-WAL_PAGES = (
-    16_384  # of the log (64 MB): then the writer does it itself, or under steady load the log would never begin anew
-)
+
+# Between moves of the log into the file, which wait for the disk, by a thread that nobody waits for.
+CHECKPOINT_S = 1.0
+# Of the log (64 MB): then the writer does it itself, or under steady load the log would never begin anew.
+WAL_PAGES = 16_384
 
 
 _PASSING = frozenset((
@@ -220,7 +225,8 @@ class SqliteDatabase:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
                 self._held = handle
-            else:  # taken for a dead one's and removed between the two lines above
+            else:
+                # Taken for a dead one's and removed between the two lines above.
                 os.close(handle)
         for other in self.path.parent.glob(f"{self.path.name}-replica-*"):
             self._is_dead(other.name.rpartition("-")[2])

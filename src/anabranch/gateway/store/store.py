@@ -48,8 +48,12 @@ from anabranch.gateway.store.writer import Writer
 
 T = TypeVar("T")
 READERS = 4
-PRUNED = 2000  # rows deleted in one transaction
-MOST_NANO = 2**53  # nano-dollars of one request or limit: nine million dollars
+
+# Rows deleted in one transaction.
+PRUNED = 2000
+
+# Nano-dollars of one request or limit: nine million dollars.
+MOST_NANO = 2**53
 REQUEST_CHARACTERS = 128
 
 
@@ -452,7 +456,8 @@ class Store:
     def _ended(self, task: "asyncio.Future[Any]") -> None:
         self._background.discard(task)
         if not task.cancelled():
-            task.exception()  # what cannot be read now is read when the key is next used
+            # What cannot be read now is read when the key is next used.
+            task.exception()
 
 
 def _money(what: str, nano: int) -> int:

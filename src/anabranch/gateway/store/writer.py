@@ -21,10 +21,16 @@ logger = logging.getLogger(__name__)
 GATHER_S = 0.05
 GATHER_ROWS = 256
 TICK_S = 1.0
-WATCH_S = 3.0  # between looks at the other replicas
-PATIENCE_S = 5.0  # of those who wait for a reservation
+
+# Between looks at the other replicas.
+WATCH_S = 3.0
+
+# Of those who wait for a reservation.
+PATIENCE_S = 5.0
 RETRY_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
-GIVE_UP_S = 10.0  # of trying, once told to close
+
+# Of trying, once told to close.
+GIVE_UP_S = 10.0
 
 
 class Writer:
@@ -88,7 +94,8 @@ class Writer:
                     self._wake.get(timeout=TICK_S)
                 except Empty:
                     pass
-                self._is_woken = False  # before jobs are taken: one that comes later wakes again
+                # Before jobs are taken: one that comes later wakes again.
+                self._is_woken = False
                 while self._jobs:
                     self._write(connection, self._taken())
                 self._watch(connection)
@@ -120,7 +127,8 @@ class Writer:
                 tries += 1
             except Exception as error:
                 connection.rollback()
-                if len(jobs) > 1:  # one of them is at fault: find it
+                # One of them is at fault: find it.
+                if len(jobs) > 1:
                     for job in jobs:
                         self._write(connection, [job])
                     return
@@ -156,7 +164,8 @@ class Writer:
         self._tell(late)
         gone = set(map(id, late))
         kept = [job for job in jobs if id(job) not in gone]
-        if not ends:  # whether a commit whose answer was lost had happened is not known: if so, take it back
+        # Whether a commit whose answer was lost had happened is not known: if so, take it back.
+        if not ends:
             kept += [Settle(job.reservation, _unmade(job)) for job in late if isinstance(job, Reserve)]
         return kept
 
@@ -165,7 +174,8 @@ class Writer:
             return
         try:
             self._loop.call_soon_threadsafe(_deliver, jobs)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:
+            # The loop is closed: nobody waits any more.
             logger.debug("nobody waits for %d jobs", len(jobs))
 
     def _watch(self, connection: Connection) -> None:

@@ -34,7 +34,8 @@ def make(name: str, *, trade_off: float | None = None, **fields: Any) -> Strateg
     if name in kinds("predictor"):
         return Ranked.Config(predictor=_part("predictor", name).Config(**fields), trade_off=trade_off or 0.0).build()
     if name not in names():
-        _part("strategy", name)  # says which names are near
+        # Says which names are near.
+        _part("strategy", name)
         raise ConfigError(f"no strategy {name!r}; known: {', '.join(names())}")
     if trade_off is not None:
         fields["trade_off"] = trade_off

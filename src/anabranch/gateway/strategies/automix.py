@@ -34,7 +34,8 @@ from anabranch.gateway.strategies.span import Span
 from anabranch.gateway.strategies.training import means, training_set
 from anabranch.gateway.strategy import Arrays, Complete, Embed, Facts, Played, ordered, playable
 
-REMEMBERED = 1024  # requests whose earlier votes are kept
+# Requests whose earlier votes are kept.
+REMEMBERED = 1024
 VERIFY = """Somebody was asked the question between the first marks and gave the answer between the second.
 
 <<<
@@ -79,7 +80,8 @@ class AutoMix(Escalating, kind="automix"):
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
         self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
-        self._decided: dict[tuple[Any, ...], Any] = {}  # few combinations of votes occur, so each is decided once
+        # Few combinations of votes occur, so each is decided once.
+        self._decided: dict[tuple[Any, ...], Any] = {}
 
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take the models to ask for their verdict."""

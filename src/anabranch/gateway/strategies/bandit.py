@@ -37,7 +37,8 @@ from anabranch.gateway.strategies.plain import USUAL_COMPLETION, USUAL_PROMPT
 from anabranch.gateway.strategies.training import share, training_set
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 
-MOST_AGE = 10_000  # observations, beyond which an arm is as uncertain as can be
+# Observations, beyond which an arm is as uncertain as can be.
+MOST_AGE = 10_000
 KNOBS = (0.0, *np.logspace(-3, 3, 61).tolist())
 
 
@@ -72,16 +73,19 @@ class Bandit(Strategy):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.models: tuple[str, ...] = ()
-        self.direction_DV: np.ndarray | None = None  # of z but for its constant
+        # Of z but for its constant.
+        self.direction_DV: np.ndarray | None = None
         self.centre_V = np.zeros(0)
         self.inverse_MDD, self.b_MD, self.theta_MD = np.zeros((0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
         self.last_M = np.zeros(0, np.int64)  # step of the arm's last observation
-        self.calls_M, self.cost_M = np.zeros(0), np.zeros(0)  # calls with a known cost, and its mean
+        # Calls with a known cost, and its mean.
+        self.calls_M, self.cost_M = np.zeros(0), np.zeros(0)
         self.steps = 0
+        # Vectors; arm and quality, until it settles.
         self.seen_SV, self.seen_S2 = (
             np.zeros((0, 0), np.float32),
             np.zeros((0, 2)),
-        )  # vectors; arm and quality, until it settles
+        )
 
     # -- z
 
@@ -227,7 +231,8 @@ class Bandit(Strategy):
         """Mean and variance z^T A^-1 z of each model's quality as of now: variance grows while an arm is not asked, up to the prior's."""
         prior = float(z_D @ z_D) / self.config.ridge
         mean_P, variance_P = np.zeros(len(names)), np.full(len(names), prior)
-        if names == self.models:  # the usual case, without copying the matrices
+        # The usual case, without copying the matrices.
+        if names == self.models:
             places, arms, inverse_MDD = np.arange(len(names)), np.arange(len(names)), self.inverse_MDD
         else:
             places = np.array([place for place, name in enumerate(names) if name in self.models], np.int64)

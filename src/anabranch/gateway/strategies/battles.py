@@ -56,5 +56,6 @@ def win_rates(strength_NM: np.ndarray, known_M: np.ndarray) -> np.ndarray:
         return np.where(known_M, 0.5, -np.inf) + 0 * strength_NM
     gap_NMM = strength_NM[:, :, None] - strength_NM[:, None]
     rate_NMM = 0.5 * (1 + np.tanh(0.5 * gap_NMM))
-    total_NM = rate_NMM[:, :, known_M].sum(axis=2) - 0.5  # without the even match against itself
+    # Without the even match against itself.
+    total_NM = rate_NMM[:, :, known_M].sum(axis=2) - 0.5
     return np.where(known_M, total_NM / (count - 1), -np.inf)

@@ -19,7 +19,8 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Pool
 from anabranch.gateway.strategy import Strategy
 
-TOLERANCE = 1e-3  # of the budget, within which a mean cost is taken to meet it
+# Of the budget, within which a mean cost is taken to meet it.
+TOLERANCE = 1e-3
 MOST_STEPS = 200
 
 
@@ -93,9 +94,8 @@ def trade_off_of(quality_NM: np.ndarray, cost_NM: np.ndarray, budget: float) -> 
             np.isfinite(quality_NM), quality_NM - trade_off * np.where(np.isfinite(cost_NM), cost_NM, 0), -np.inf
         )
         best_N1 = value_NM.max(axis=1, keepdims=True)
-        choice_N = np.where(value_NM >= best_N1, usable_NM, np.inf).argmin(
-            axis=1
-        )  # of equals the cheapest, so that cost never rises
+        # Of equals the cheapest, so that cost never rises.
+        choice_N = np.where(value_NM >= best_N1, usable_NM, np.inf).argmin(axis=1)
         return float(cost_NM[rows, choice_N].mean())
 
     return trade_off_for(mean_cost, budget, unit=_unit(quality_NM, cost_NM))

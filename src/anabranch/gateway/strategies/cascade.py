@@ -29,7 +29,8 @@ from anabranch.gateway.strategies.escalate import Escalating
 from anabranch.gateway.strategies.ridge import ridge_left_out
 from anabranch.gateway.strategy import Arrays, Facts
 
-LOOKED_AT = 20_000  # characters of an answer
+# Characters of an answer.
+LOOKED_AT = 20_000
 ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _WORD = re.compile(r"\w+")
 _REFUSES = re.compile(

@@ -28,7 +28,9 @@ from anabranch.gateway.strategy import Complete, Embed
 _MARKED = re.compile(r"(?:####|final answer(?: is)?|answer(?: is)?)\s*[:=]?\s*\**\s*([^\n]{1,200})", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{([^{}]{1,200})\}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-SHORT = 40  # characters of an answer without reasoning
+
+# Characters of an answer without reasoning.
+SHORT = 40
 _CHOICE = re.compile(r"^\W*([A-J])\b(?:[).:]|\s*$)")
 
 

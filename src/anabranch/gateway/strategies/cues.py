@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-LOOKED_AT = 8_000  # characters of a text that are looked at, so that a long one costs no more
+# Characters of a text that are looked at, so that a long one costs no more.
+LOOKED_AT = 8_000
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ from anabranch.gateway.strategies.battles import battles_of, win_rates
 from anabranch.gateway.strategies.training import Kept, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Facts
 
-POINTS = 400 / np.log(10)  # Elo points in a unit of log odds
-PIECE = 1 << 23  # similarities held at once
+# Elo points in a unit of log odds.
+POINTS = 400 / np.log(10)
+
+# Similarities held at once.
+PIECE = 1 << 23
 
 
 class SwElo(Kept, Predictor, kind="sw_elo"):
@@ -52,7 +55,8 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         super().__init__(config)
         self.vector_ND, self.wins_NP = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
         self.tier_M, self.known_M, self.rating_M = np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0)
-        self.start_T = np.zeros(0)  # strengths of the tiers over all, from where the search for a query's begins
+        # Strengths of the tiers over all, from where the search for a query's begins.
+        self.start_T = np.zeros(0)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Ratings of all battles alike, tiers from them, and wins of tier over tier in every row. Needs no chance."""
@@ -95,7 +99,8 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         similarity_QN = vector_QD @ self.vector_ND.T if len(vector_QD) > 1 else (self.vector_ND @ vector_QD[0])[None]
         largest_Q1 = np.maximum(similarity_QN.max(axis=1, keepdims=True), 1e-6)
         rate = np.float32(np.log(self.config.gamma))
-        weight_QN = np.exp(rate * (1 + similarity_QN / largest_Q1))  # gamma * gamma^(s / max s)
+        # Gamma * gamma^(s / max s).
+        weight_QN = np.exp(rate * (1 + similarity_QN / largest_Q1))
         num_tiers = len(self.start_T)
         wins_QTT = (weight_QN @ self.wins_NP).astype(float).reshape(-1, num_tiers, num_tiers)
         return bradley_terry(wins_QTT, self.config.penalty, self.start_T)[:, self.tier_M] * POINTS + 1000
@@ -125,7 +130,8 @@ def bradley_terry(wins_QTT: np.ndarray, penalty: float = 1e-5, start_T: np.ndarr
     """
     num_queries, num_tiers = wins_QTT.shape[:2]
     total_Q11 = np.maximum(wins_QTT.sum((1, 2)), 1e-30)[:, None, None]
-    wins_QTT = wins_QTT * num_tiers / total_Q11  # so that the penalty does not depend on the size of weights
+    # So that the penalty does not depend on the size of weights.
+    wins_QTT = wins_QTT * num_tiers / total_Q11
     played_QTT = wins_QTT + wins_QTT.transpose(0, 2, 1)
     strength_QT = np.zeros((num_queries, num_tiers)) if start_T is None else np.tile(start_T, (num_queries, 1))
     eye_TT = np.eye(num_tiers)
@@ -145,7 +151,8 @@ def bradley_terry(wins_QTT: np.ndarray, penalty: float = 1e-5, start_T: np.ndarr
             break
         size_Q1 = np.ones((num_queries, 1))
         new_Q = loss(strength_QT - step_QT)
-        while (worse_Q := new_Q > now_Q + 1e-12).any():  # halve the steps that would raise the loss
+        # Halve the steps that would raise the loss.
+        while (worse_Q := new_Q > now_Q + 1e-12).any():
             size_Q1[worse_Q] /= 2
             new_Q = loss(strength_QT - size_Q1 * step_QT)
         strength_QT, now_Q = strength_QT - size_Q1 * step_QT, new_Q
@@ -162,7 +169,8 @@ def tiers(value_M: np.ndarray, num_tiers: int) -> np.ndarray:
     sorted_M = value_M[order]
     count = len(sorted_M)
     num_tiers = min(num_tiers, count)
-    variance_MM = np.full((count + 1, count + 1), np.inf)  # of values i up to but without j
+    # Of values i up to but without j.
+    variance_MM = np.full((count + 1, count + 1), np.inf)
     for begin in range(count):
         for end in range(begin + 1, count + 1):
             variance_MM[begin, end] = sorted_M[begin:end].var()

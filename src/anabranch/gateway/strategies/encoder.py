@@ -31,8 +31,11 @@ from anabranch.gateway.strategies.span import Span
 from anabranch.gateway.strategies.training import closed, means, training_set
 from anabranch.gateway.strategy import Arrays, Facts
 
-EPS, THETA = 1e-5, 10000.0  # of the norms and of rotary positions, as in `anabranch.nn`
-LOOKED_AT = 20_000  # characters of a text
+# Of the norms and of rotary positions, as in `anabranch.nn`.
+EPS, THETA = 1e-5, 10000.0
+
+# Characters of a text.
+LOOKED_AT = 20_000
 _WORD = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
 
 

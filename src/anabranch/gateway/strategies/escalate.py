@@ -28,7 +28,8 @@ from anabranch.gateway.strategies.semantic import listed
 from anabranch.gateway.strategies.training import means, training_set
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered
 
-NEVER = 1e300  # a threshold that no confidence reaches; finite, so that JSON can hold it
+# A threshold that no confidence reaches; finite, so that JSON can hold it.
+NEVER = 1e300
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def _seeds(x_ND: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.
     chosen = [int(rng.integers(len(x_ND)))]
     nearest_N = distances(x_ND, x_ND[chosen])[:, 0].astype(float)
     while len(chosen) < num_clusters:
-        nearest_N[nearest_N < 1e-6] = 0.0  # the same row again, but for rounding
+        # The same row again, but for rounding.
+        nearest_N[nearest_N < 1e-6] = 0.0
         if not nearest_N.any():
             break
         chosen.append(int(rng.choice(len(x_ND), p=nearest_N / nearest_N.sum())))

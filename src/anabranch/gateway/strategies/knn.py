@@ -22,8 +22,11 @@ from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.training import closed, means, training_set, vector_of, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
-PIECE = 1 << 23  # similarities held at once
-SHOWN = 5  # neighbours in an explanation
+# Similarities held at once.
+PIECE = 1 << 23
+
+# Neighbours in an explanation.
+SHOWN = 5
 
 
 class Knn(Predictor, kind="knn"):

@@ -121,12 +121,14 @@ def loss_and_gradients(
     unit_MF = v_MF / length_M1
     gap_BF, h_BF = unit_MF[winner_B] - unit_MF[loser_B], x_BD @ w_FD.T
     logit_B = (gap_BF * h_BF) @ w_F
-    slope_B1 = -sigmoid(-logit_B)[:, None] / len(logit_B)  # of the loss by the logit
+    # Of the loss by the logit.
+    slope_B1 = -sigmoid(-logit_B)[:, None] / len(logit_B)
     dgap_BF = slope_B1 * h_BF * w_F
     dunit_MF = np.zeros_like(v_MF)
     np.add.at(dunit_MF, winner_B, dgap_BF)
     np.subtract.at(dunit_MF, loser_B, dgap_BF)
-    inward_M1 = (dunit_MF * unit_MF).sum(axis=1, keepdims=True)  # the part along v changes only its length
+    # The part along v changes only its length.
+    inward_M1 = (dunit_MF * unit_MF).sum(axis=1, keepdims=True)
     gradients = {
         "v_MF": (dunit_MF - inward_M1 * unit_MF) / length_M1,
         "W_FD": (slope_B1 * gap_BF * w_F).T @ x_BD,

@@ -18,7 +18,8 @@ from anabranch.gateway.query import Decision, Model, Pool, Query
 from anabranch.gateway.strategies.training import means, share
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 
-USUAL_PROMPT, USUAL_COMPLETION = 500, 250  # tokens, where a query or the data do not tell
+# Tokens, where a query or the data do not tell.
+USUAL_PROMPT, USUAL_COMPLETION = 500, 250
 
 
 class Static(Strategy, kind="static"):

@@ -60,9 +60,8 @@ class Ridge(Kept, Predictor, kind="ridge"):
         if self.config.predicts_cost and data.cost_NM is not None and np.isfinite(data.cost_NM).any():
             self.cost_beta_MD, self.cost_offset_M, _ = ridge(vector_ND, data.cost_NM, self.config.alphas)
             lowest_NM = np.where(np.isfinite(data.cost_NM), data.cost_NM, np.inf).min(0)
-            self.cost_floor_M = np.where(
-                np.isfinite(lowest_NM), lowest_NM, np.nan
-            )  # a line may pass below what a call can cost
+            # A line may pass below what a call can cost.
+            self.cost_floor_M = np.where(np.isfinite(lowest_NM), lowest_NM, np.nan)
         return self
 
     def predict(self, data: Recorded) -> Prediction:

@@ -31,8 +31,12 @@ from anabranch.gateway.strategies.plain import USUAL_COMPLETION, USUAL_PROMPT
 from anabranch.gateway.strategy import Strategy, ordered
 
 Size = Literal["small", "medium", "large"]
-SIZES = {"small": 0.0, "medium": 0.5, "large": 1.0}  # place among the pool's models from cheap to dear
-CHARACTERS_PER_TOKEN = 4  # where a prompt was not counted
+
+# Place among the pool's models from cheap to dear.
+SIZES = {"small": 0.0, "medium": 0.5, "large": 1.0}
+
+# Where a prompt was not counted.
+CHARACTERS_PER_TOKEN = 4
 
 
 @configclass

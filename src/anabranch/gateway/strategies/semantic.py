@@ -123,7 +123,8 @@ class Semantic(Strategy, kind="semantic"):
             own = np.array([row for row, one in enumerate(label) if one == name], np.int64)
             mean_M = np.nan_to_num(means(data.score_NM[own]), nan=-np.inf)
             self.models.append([data.models[model] for model in np.argsort(-mean_M, kind="stable")])
-            kept = rng.permutation(own)[: min(self.config.max_examples, (len(own) + 1) // 2)]  # half stay to check on
+            # Half stay to check on.
+            kept = rng.permutation(own)[: min(self.config.max_examples, (len(own) + 1) // 2)]
             rows.append(np.sort(kept))
             route.append(np.full(len(kept), at))
         row_E = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -226,7 +227,8 @@ def best_cut(similarity_N: np.ndarray, gain_N: np.ndarray, default: float) -> fl
         return default
     order = np.argsort(-similarity_N, kind="stable")
     sorted_N = similarity_N[order]
-    total_N = np.concatenate(([0.0], np.cumsum(gain_N[order])))  # of taking none, the most similar one, ...
+    # Of taking none, the most similar one, ...
+    total_N = np.concatenate(([0.0], np.cumsum(gain_N[order])))
     may_cut_N = np.concatenate(([True], np.r_[sorted_N[1:] < sorted_N[:-1], True]))
     taken = int(np.argmax(np.where(may_cut_N, total_N, -np.inf)))
     if taken == 0:

@@ -10,7 +10,9 @@ from anabranch.gateway.ui.snapshot import Buckets, Point
 
 TIMELINE_PX, HISTOGRAM_PX, PARETO_PX = 120, 110, 300
 NO_QUALITY = "No quality is known yet: score answers with <code>POST /v1/feedback</code>, or route by a fitted router."
-SLOTS = 60  # columns of the timeline: a minute each
+
+# Columns of the timeline: a minute each.
+SLOTS = 60
 
 
 def bar(share: float) -> str:

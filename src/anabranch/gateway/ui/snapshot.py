@@ -7,9 +7,8 @@ from typing import Any
 from anabranch.gateway.metrics import Moment
 from anabranch.gateway.store import Calibration
 
-Buckets = Sequence[
-    tuple[float, int]
-]  # upper bound in seconds (the last infinite), and how many lie below it and above the one before
+# Upper bound in seconds (the last infinite), and how many lie below it and above the one before.
+Buckets = Sequence[tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ from anabranch.machine import usable_cores
 if TYPE_CHECKING:
     from anabranch.graph.fastrp.tuning import Tuning
 
-SCRATCH_BYTES = 64 << 20  # of chunks, where ``chunk`` is not given
+# Of chunks, where ``chunk`` is not given.
+SCRATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ class FastRP(Estimator):
                 chunk = products.multiply(products.load(setup.start.columns(first, last)))
             else:
                 chunk = products.first(rows, setup.start.scale_N)
-            rows = None  # its memory is needed
+            # Its memory is needed.
+            rows = None
             for order in range(1, max(targets) + 1):
                 if order > 1:
                     chunk = products.multiply(chunk)
@@ -327,7 +329,8 @@ class FastRP(Estimator):
                 part = out[:, place * self.dim : (place + 1) * self.dim]
                 scale_rows(part, own if k == 0 else weights[k - 1], self.normalize or k == 0, pool)
             return out
-        parts[min(parts)] = parts[min(parts)].copy()  # the sum is made there
+        # The sum is made there.
+        parts[min(parts)] = parts[min(parts)].copy()
         return self._sum(parts, weights, own, pool)
 
     def _standardize(self, out_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,8 @@ from anabranch.graph.products import Operator
 from anabranch.graph.projection import SparseRows, gaussian_rows, keys_of, sparse_rows
 from anabranch.graph.store import Graph
 
-DENSE_BELOW = 4.0  # s at which rows are so full that a product with them made dense is quicker
+# S at which rows are so full that a product with them made dense is quicker.
+DENSE_BELOW = 4.0
 
 
 @dataclass(frozen=True)

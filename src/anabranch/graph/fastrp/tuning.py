@@ -15,8 +15,11 @@ from anabranch.errors import InputError
 from anabranch.graph.evaluate import HeldOut, classify_nodes, link_auc
 from anabranch.graph.fastrp.model import FastRP
 
-PER_POWERS = 4  # weights that are tried with one beta
-LARGEST = 64.0  # weight of the last order
+# Weights that are tried with one beta.
+PER_POWERS = 4
+
+# Weight of the last order.
+LARGEST = 64.0
 
 
 @dataclass(frozen=True)

@@ -240,9 +240,8 @@ def compress_in_segments(
     stored = int(indptr[-1])
     ids = csr.id_type(num_nodes, stored)
     width = np.dtype(ids).itemsize
-    each = 3 * width + (
-        24 if is_weighted else 0
-    )  # a row number, an id, the id in its place; two weights, and what sorting them takes
+    # A row number, an id, the id in its place; two weights, and what sorting them takes.
+    each = 3 * width + (24 if is_weighted else 0)
     capacity = max(0, limit - indptr.nbytes) // 3 // each
     if longest > 2 * capacity:
         need = indptr.nbytes + 3 * each * max(longest, 1) // 2
@@ -268,7 +267,8 @@ def compress_in_segments(
         done, old = 0, 0
         for first, last in pairwise(bounds):
             local = indptr[first : last + 1] - old
-            local[0] = 0  # the place of the row was moved by the segment before
+            # The place of the row was moved by the segment before.
+            local[0] = 0
             count, old = int(local[-1]), old + int(local[-1])
             row_E = np.fromfile(row_file, ids, count)
             id_E = np.fromfile(id_file, ids, count)
@@ -348,7 +348,8 @@ class _Output:
             self.array.resize(self.count, refcheck=False)
             return self.array
         assert self.file is not None
-        with self.file as file:  # the mapping keeps what is in it
+        # The mapping keeps what is in it.
+        with self.file as file:
             file.flush()
             return np.memmap(file, self.dtype, "r", shape=(self.count,)) if self.count else np.empty(0, self.dtype)
 

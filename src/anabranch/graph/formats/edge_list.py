@@ -45,9 +45,9 @@ SOURCES = (
 )
 TARGETS = ("target", "dst", "to", "to_node", "tonode", "to_id", "v", "node2", "node_2", "id2", "tail", "end", "cited")
 WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
-NOTE = re.compile(
-    rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE
-)  # `write_graph` leaves it
+
+# `write_graph` leaves it.
+NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE)
 
 Column = int | str | None
 
@@ -131,7 +131,8 @@ def add_fields(path: Path, sink: EdgeSink, fields: Fields, is_text: bool, base: 
         while len(columns) == field:
             try:
                 columns.append((weights if field == 2 else ends)(field))
-            except RowError as error:  # a row before it may have a fault in a later column: look at those as well
+            except RowError as error:
+                # A row before it may have a fault in a later column: look at those as well.
                 fault, fault_line = error, int(fields.line_R[error.row])
                 fields.keep(slice(0, error.row))
                 columns = [column[: error.row] for column in columns]
@@ -274,7 +275,8 @@ def _delimiter(text: str, given: str | None) -> int:
             raise InputError(f"delimiter is {given!r}; it must be one ASCII character, or 'whitespace'")
         return ord(given)
     bare = re.sub(r'"[^"]*"', "", text.strip())
-    if all(map(_is_number, bare.split())):  # aligned by tabs and blanks
+    # Aligned by tabs and blanks.
+    if all(map(_is_number, bare.split())):
         return WHITESPACE
     return next((ord(mark) for mark in "\t,;|" if mark in bare), WHITESPACE)
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from anabranch.errors import DataError
 
-WHITESPACE = 0  # as a delimiter: runs of blanks and tabs
+# As a delimiter: runs of blanks and tabs.
+WHITESPACE = 0
 BLOCK = 1 << 22
 _COMPRESSED = {b"\x1f\x8b": ("gzip", gzip.open), b"BZh": ("bzip2", bz2.open), b"\xfd7zXZ\x00": ("xz", lzma.open)}
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -33,7 +34,8 @@ def first_bytes(path: Path, count: int) -> bytes:
             return file.read(count)
     except _UNREADABLE as error:
         if not isinstance(error, OSError) or compression(path):
-            for _ in blocks(path):  # says at which line
+            # Says at which line.
+            for _ in blocks(path):
                 pass
         raise DataError(f"cannot read {path}: {_why(error)}") from error
 
@@ -187,7 +189,8 @@ def numbers(fields: Fields, field: int, what: str) -> np.ndarray:
     """float64 [R] of a field, each the double nearest to what is written. Raises RowError."""
     values = np.empty(len(fields.line_R), np.float64)
     hard = parse_numbers(fields.text, fields.start_FR[field], fields.end_FR[field], values)
-    for row in np.flatnonzero(hard).tolist():  # long mantissas, large exponents, nan, inf, and what is no number
+    # Long mantissas, large exponents, nan, inf, and what is no number.
+    for row in np.flatnonzero(hard).tolist():
         shown = fields.value(field, row)
         try:
             if "_" in shown:
@@ -264,7 +267,8 @@ def split_fields(text, delimiter, comment, wanted, num_fields, first_line, start
                 if at >= end:
                     break
                 if not white:
-                    at += 1  # over the delimiter; at the end of the line an empty field follows
+                    # Over the delimiter; at the end of the line an empty field follows.
+                    at += 1
             if num_fields < 0:
                 num_fields = count
             if count != num_fields:
@@ -315,7 +319,8 @@ def parse_numbers(text, start_R, end_R, value_R):
         while at < end and is_easy:
             character = text[at]
             if 48 <= character <= 57:
-                if value > 900719925474098:  # times ten plus nine stays below 2**53
+                # Times ten plus nine stays below 2**53.
+                if value > 900719925474098:
                     is_easy = False
                 value = value * 10 + (character - 48)
                 digits += 1

@@ -34,7 +34,8 @@ def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
         if opened.read(6) == b"\x93NUMPY":
             raise DataError(f"{path} holds one array (.npy), not a sparse matrix or lists of edges")
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # numpy leaves a bad file open
+        # Numpy leaves a bad file open.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = list(file.files)
             found = _sparse_of(file, names)
             if not found and (lists := _lists_of(path, file, names)):
@@ -44,7 +45,8 @@ def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
         raise
     except InputError as error:
         raise DataError(f"{path}: {error}") from error
-    except Exception as error:  # zip, zlib, numpy and pickle each raise their own for damage of their part
+    except Exception as error:
+        # Zip, zlib, numpy and pickle each raise their own for damage of their part.
         raise DataError(
             f"{path} cannot be read as .npz: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
@@ -69,7 +71,8 @@ def read_mat(path: Path, rules: Rules, variable: str | None) -> Graph:
         names = (
             [name for name in loadmat(str(path)) if not name.startswith("__")] if variable is not None else list(held)
         )
-    except Exception as error:  # the reader raises whatever the damage makes of its input
+    except Exception as error:
+        # The reader raises whatever the damage makes of its input.
         raise DataError(
             f"{path} cannot be read as .mat: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
@@ -90,7 +93,8 @@ def of_matrix(path: Path, matrix: Any, rules: Rules) -> Graph:
         return Graph.from_scipy(matrix, rules.directed, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative)
     except InputError as error:
         raise DataError(f"{path}: {error}") from error
-    except (ValueError, IndexError, OverflowError, TypeError) as error:  # scipy's, of parts that do not fit each other
+    except (ValueError, IndexError, OverflowError, TypeError) as error:
+        # Scipy's, of parts that do not fit each other.
         raise DataError(f"{path} holds a damaged matrix: {error}") from error
 
 

@@ -28,7 +28,8 @@ def read_matrix_market(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             line = first_line
             start = 0
             raw = text.tobytes() if not sizes else b""
-            while not sizes and start < len(raw):  # the lines before the entries
+            # The lines before the entries.
+            while not sizes and start < len(raw):
                 stop = raw.find(b"\n", start)
                 stop = len(raw) if stop < 0 else stop
                 words = raw[start:stop].decode("utf-8", "replace").split()
@@ -69,7 +70,8 @@ def read_matrix_market(path: Path, rules: Rules, dialect: Dialect) -> Graph:
         if sink is not None:
             sink.__exit__()
     if graph.weights is not None and header[0] != "pattern" and (graph.weights == 1).all():
-        graph = graph.with_weights(None)  # a matrix of ones, as everywhere
+        # A matrix of ones, as everywhere.
+        graph = graph.with_weights(None)
     return graph.to_directed() if both_ways else graph
 
 

@@ -105,7 +105,8 @@ def parse_neighbours(text, node, num_nodes, first_line, skip, has_weights, sourc
         while stop < size and text[stop] != 10:
             stop += 1
         at = position
-        if at < stop and text[at] == 37:  # a comment is the line of no node
+        # A comment is the line of no node.
+        if at < stop and text[at] == 37:
             position, line = stop + 1, line + 1
             continue
         if node >= num_nodes:

@@ -173,7 +173,8 @@ def from_torch(matrix: Any, directed: bool | None = None, **options: Any) -> Gra
     if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
     if layout == "sparse_coo":
-        index = _array(matrix._indices())  # as given; duplicates are added below
+        # As given; duplicates are added below.
+        index = _array(matrix._indices())
         source, target, value = index[0], index[1], matrix._values()
     elif layout == "sparse_csr":
         target, value = _array(matrix.col_indices()), matrix.values()

@@ -14,7 +14,8 @@ from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS, Dialect
 from anabranch.graph.formats.lines import RowError
 from anabranch.graph.store import Graph
 
-NOTE = b"anabranch.graph"  # `write_graph` leaves it in the metadata: nodes, direction
+# `write_graph` leaves it in the metadata: nodes, direction.
+NOTE = b"anabranch.graph"
 
 
 def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:

@@ -91,9 +91,8 @@ def write_matrix_market(graph: Graph, path: Path) -> None:
         file.write(f"%%MatrixMarket matrix coordinate {field} {symmetry}\n".encode())
         file.write(f"{graph.num_nodes} {graph.num_nodes} {graph.num_edges}\n".encode())
         for source_E, target_E, weight_E in parts(graph):
-            low, high = (
-                (source_E, target_E) if graph.is_directed else (target_E, source_E)
-            )  # rows are not before columns
+            # Rows are not before columns.
+            low, high = (source_E, target_E) if graph.is_directed else (target_E, source_E)
             file.write(_lines(low + 1, high + 1, weight_E))
 
 
@@ -162,9 +161,8 @@ def _none(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 
 
 def _lines(first: np.ndarray, second: np.ndarray, weight: np.ndarray | None) -> bytes:
-    columns = [first.tolist(), second.tolist()] + (
-        [] if weight is None else [map(str, weight)]
-    )  # the shortest that reads back
+    # The shortest that reads back.
+    columns = [first.tolist(), second.tolist()] + ([] if weight is None else [map(str, weight)])
     return "".join(" ".join(map(str, row)) + "\n" for row in zip(*columns, strict=True)).encode()
 
 

@@ -146,7 +146,8 @@ class FullyPPR(Estimator):
             AnabranchError: the run was cancelled.
         """
         options = self._options()
-        Transition(graph, self.alpha, self.dangling)  # refuses graphs without nodes, or of negative weights
+        # Refuses graphs without nodes, or of negative weights.
+        Transition(graph, self.alpha, self.dangling)
         source_S, is_all = check_sources(graph, self.sources)
         engine = self._choose_engine(graph, options)
         if engine == "spark":
@@ -218,7 +219,8 @@ class FullyPPR(Estimator):
             index = PowerWalk(
                 self.alpha, self.index_walks, dangling=self.dangling, seed=int(self.seed) % 2**63, workers=workers
             ).build(graph)
-            index.workers = 1  # chunks are what runs side by side
+            # Chunks are what runs side by side.
+            index.workers = 1
             return decompose_work(index, self.rounds, self.top_k, self.min_score)
         return WalkWork(
             walk_arrays(graph), options.num_walks, self.alpha, CODES[self.dangling], self.estimator == "fullpath",

@@ -26,12 +26,23 @@ from anabranch.errors import InputError
 from anabranch.graph.alias import build_alias
 from anabranch.graph.store import Graph
 
-THETA = 1 << 16  # entries of a record at most; ours
-CAP = 256  # outcomes of a big move at most; ours
-NODE, INNER, MOVE = 0, 1, 2  # kinds of records
-HEADER_BYTES, ENTRY_BYTES = 24, 16  # of a record: id, kind, lengths; of an entry: code, keep, other
-ROW_BYTES = 24  # source, record, count
-USED, OVERHEAD, GROWTH = 0.7, 0.2, 1.5  # of the rule for gamma
+# Entries of a record at most; ours.
+THETA = 1 << 16
+
+# Outcomes of a big move at most; ours.
+CAP = 256
+
+# Kinds of records.
+NODE, INNER, MOVE = 0, 1, 2
+
+# Of a record: id, kind, lengths; of an entry: code, keep, other.
+HEADER_BYTES, ENTRY_BYTES = 24, 16
+
+# Source, record, count.
+ROW_BYTES = 24
+
+# Of the rule for gamma.
+USED, OVERHEAD, GROWTH = 0.7, 0.2, 1.5
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,8 @@ def records_of(
         parts.append(tree.parts(count, int(first_N[first])))
     length_R = np.zeros(count + int(first_N[end] - first_N[first]), np.int64)
     for place, length, _, _ in parts:
-        length_R[place] += length  # of the parts of a record at most one is not empty
+        # Of the parts of a record at most one is not empty.
+        length_R[place] += length
     indptr = np.append(0, np.cumsum(length_R))
     code, weight = np.empty(indptr[-1], np.int64), np.empty(indptr[-1])
     for place, length, part_code, part_weight in parts:
@@ -176,7 +188,8 @@ class _Tree:
     def add(self, hub: int, first: int, code: np.ndarray, weight: np.ndarray) -> None:
         """A hub whose pieces stand from the place ``first`` on."""
         is_inner = False
-        while len(code) > self.theta:  # one level of the tree: even parts, none larger than theta
+        # One level of the tree: even parts, none larger than theta.
+        while len(code) > self.theta:
             edges = np.linspace(0, len(code), -(-len(code) // self.theta) + 1).astype(np.int64)
             children = first + np.arange(len(edges) - 1)
             first += len(children)
@@ -233,9 +246,11 @@ def _moves(first, end, indptr, indices, weight_M, alpha, steps, cap):
     first_O = np.zeros(end - first + 1, np.int64)
     steps_N = np.zeros(end - first, np.int8)
     code_O, share_O = np.empty(1024, np.int64), np.empty(1024, np.float64)
-    mass = np.zeros(2 * count, np.float64)  # by code, of the node under way
+    # By code, of the node under way.
+    mass = np.zeros(2 * count, np.float64)
     seen = np.empty(cap, np.int64)
-    here, ahead = np.zeros(count, np.float64), np.zeros(count, np.float64)  # alive now and after the step
+    # Alive now and after the step.
+    here, ahead = np.zeros(count, np.float64), np.zeros(count, np.float64)
     now, then = np.empty(cap + 1, np.int64), np.empty(cap + 1, np.int64)
     used = 0
     for node in range(first, end):
@@ -284,7 +299,8 @@ def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, mass, seen, he
                     seen[found] = code
                     found += 1
             if not fits:
-                continue  # only to set `here` back
+                # Only to set `here` back.
+                continue
             mass[code] += alpha * share if goes_on else share
             if not goes_on:
                 continue

@@ -19,7 +19,9 @@ from anabranch.graph.rows import SparseRows, id_type, order_top
 from anabranch.graph.store import Graph
 
 Work = Callable[[np.ndarray], SparseRows]
-LOCAL = 1e-2  # L1 error above which a push looks at less of the graph than a solution does
+
+# L1 error above which a push looks at less of the graph than a solution does.
+LOCAL = 1e-2
 
 
 class WalkWork:
@@ -68,7 +70,8 @@ class WalkWork:
             )  # fmt: skip
             if done == len(source_C):
                 break
-            ids = np.append(ids, np.empty_like(ids))  # rows are longer than expected: twice the room
+            # Rows are longer than expected: twice the room.
+            ids = np.append(ids, np.empty_like(ids))
             values = np.append(values, np.empty_like(values))
         used = indptr[-1]
         return SparseRows(indptr, ids[:used].copy(), values[:used].copy(), num_nodes)
@@ -112,7 +115,8 @@ def _walk_rows(
         while kept > 0 and value_N[kept - 1] < least:
             kept -= 1
         if kept > len(ids) - used:
-            break  # made again, the same, when there is room
+            # Made again, the same, when there is room.
+            break
         for place in range(kept):
             ids[used + place] = touched_N[place]
             values[used + place] = value_N[place]
@@ -125,7 +129,8 @@ def _walk_rows(
 def exact_work(graph: Graph, alpha: float, dangling: Dangling, tol: float, top_k: int | None, least: float) -> Work:
     """Rows within ``tol`` of the truth in L1, float64: elimination and conjugate gradients, or forward push where ``tol`` is wide."""
     model = PageRank(alpha, "push" if tol >= LOCAL else "solve", tol, dangling)
-    model.personalized(graph, 0, 1)  # what queries share is made once, before threads ask for it
+    # What queries share is made once, before threads ask for it.
+    model.personalized(graph, 0, 1)
 
     def work(source_C: np.ndarray) -> SparseRows:
         return at_least(model.batch(graph, source_C.tolist(), top_k), least)

@@ -21,11 +21,15 @@ Method = Literal["auto", "walks", "decompose", "exact"]
 Estimate = Literal["endpoint", "fullpath"]
 Plan = Literal["auto", "broadcast", "partitioned"]
 WALKS, INDEX_WALKS = 1000, 100  # defaults; ours
-CHUNKS = 64  # of a run, about: how often progress is told and how much is lost when it is stopped
+
+# Of a run, about: how often progress is told and how much is lost when it is stopped.
+CHUNKS = 64
 LARGEST_CHUNK = 4096  # sources
 # Nanoseconds on one core of a shared machine, for the choice of a method alone
 STEP_NS, EDGE_NS = 200.0, 1.0
-PASSES = 1.3  # over the edges that an exact solution takes per factor e of its error
+
+# Over the edges that an exact solution takes per factor e of its error.
+PASSES = 1.3
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,15 @@ if TYPE_CHECKING:
     from anabranch.graph.fully_ppr.api import FullyPPR
 
 CHECKPOINT = 5  # rounds
-SHARE = 0.3  # of an executor's memory for rows of walks
-SLICE = 1 << 16  # nodes whose records a worker makes at once
-WALKS, DONE, FACTS = 0, 1, 2  # kinds of rows that a round gives
+
+# Of an executor's memory for rows of walks.
+SHARE = 0.3
+
+# Nodes whose records a worker makes at once.
+SLICE = 1 << 16
+
+# Kinds of rows that a round gives.
+WALKS, DONE, FACTS = 0, 1, 2
 RECORDS = (
     "bucket int, record long, kind byte, code array<long>, keep array<float>, other array<int>, share array<double>"
 )
@@ -184,7 +190,8 @@ class _Rounds:
         self.job, self.spark, self.manifest, self.rules, self.schedule = job, spark, manifest, rules, schedule
         self.partitions = manifest.state["partitions"]
         self.records = records.groupBy("bucket")
-        self.held: list[Any] = []  # frames since the last checkpoint
+        # Frames since the last checkpoint.
+        self.held: list[Any] = []
         sources = pa.table({"source": job.source_S, "bucket": (job.source_S % self.partitions).astype(np.int32)})
         self.sources = spark.createDataFrame(sources).persist()
         self.walks: Any = self._read(schedule.number) if schedule.number else None

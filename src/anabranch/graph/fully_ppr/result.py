@@ -19,8 +19,12 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.rows import SparseRows, id_type
 
 KIND = "fully-ppr"
-FACTS = "_anabranch.json"  # beside the Parquet files of a folder; readers pass over names with an underscore
-META = b"anabranch"  # of a Parquet file's schema
+
+# Beside the Parquet files of a folder; readers pass over names with an underscore.
+FACTS = "_anabranch.json"
+
+# Of a Parquet file's schema.
+META = b"anabranch"
 COLUMNS = ("source", "target", "score")
 
 
@@ -168,7 +172,8 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     num_nodes = facts["num_nodes"]
     source, target, score = (table[name].to_numpy() for name in COLUMNS)
     order = np.lexsort((target, -score, source))
-    if facts["is_all"]:  # a source whose scores are all below `min_score` has an empty row
+    # A source whose scores are all below `min_score` has an empty row.
+    if facts["is_all"]:
         length = np.bincount(source, minlength=num_nodes)
         indptr = np.append(0, np.cumsum(length)).astype(np.int64)
         rows = SparseRows(indptr, target[order].astype(id_type(num_nodes)), score[order], num_nodes)
@@ -179,7 +184,8 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
         rows = rows.take(np.argsort(first, kind="stable")) if facts["ordered"] else rows
     if "source_name" not in table.column_names:
         return rows, None
-    names = np.full(num_nodes, None, object)  # nodes that no row tells of have none
+    # Nodes that no row tells of have none.
+    names = np.full(num_nodes, None, object)
     for ids, column in ((source, "source_name"), (target, "target_name")):
         names[ids] = np.array(table[column].to_pylist(), object)
     return rows, names

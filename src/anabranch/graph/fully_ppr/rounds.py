@@ -21,11 +21,14 @@ from anabranch.graph.counters import ABSORB, SOURCE
 from anabranch.graph.fully_ppr.devices import MOVE, NODE, Records, adapt_gamma, choose_gamma
 from anabranch.graph.random import below, next_bits, stream, to_unit
 
-UNIT = (
-    1 << 24
-)  # of visits on the way of a big move, which are fractions: counts stay whole, and sums do not depend on their order
-PIECE = 1 << 21  # walks that are moved one by one before they are merged into rows again
-OVERHEAD_WALKS = 1_000_000  # moved in the time of a round's fixed cost on a cluster: about a second of one core; ours
+# Of visits on the way of a big move, which are fractions: counts stay whole, and sums do not depend on their order.
+UNIT = 1 << 24
+
+# Walks that are moved one by one before they are merged into rows again.
+PIECE = 1 << 21
+
+# Moved in the time of a round's fixed cost on a cluster: about a second of one core; ours.
+OVERHEAD_WALKS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,14 @@ def _move(
         entries = indptr[place + 1] - start
         kind = kind_R[place]
         stuck = kind == NODE and entries == 0 and (dangling == ABSORB or (dangling == SOURCE and record == source))
-        if stuck and not full:  # it can only end here: no need to wait for it
+        # It can only end here: no need to wait for it.
+        if stuck and not full:
             done_source[num_done], done_key[num_done], done_count[num_done] = source, record, walkers
             num_done += 1
             continue
         state = stream(key, source, record)
-        if kind == MOVE and full:  # expected visits before the next look-up: P(ends at v) / alpha each
+        # Expected visits before the next look-up: P(ends at v) / alpha each.
+        if kind == MOVE and full:
             for entry in range(start, start + entries):
                 if code_E[entry] & 1:
                     done_source[num_done] = source

@@ -29,11 +29,11 @@ def session(given: Any = None, partitions: int | None = None) -> Iterator[Any]:
     if made:
         check_java()
         found = _start(SparkSession)
+    # 200 tasks for a sum take seconds.
     changed = {
-        "spark.sql.adaptive.enabled": "false",  # it would join partitions that are made to stay apart
-        "spark.sql.shuffle.partitions": str(
-            partitions or default_partitions(found)
-        ),  # 200 tasks for a sum take seconds
+        # It would join partitions that are made to stay apart.
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.shuffle.partitions": str(partitions or default_partitions(found)),
     }
     before = {name: found.conf.get(name, None) for name in changed}
     for name, value in changed.items():

@@ -40,8 +40,12 @@ if TYPE_CHECKING:
 # What a folder of scores holds.
 _OURS = rf"part-\d+\.parquet|{re.escape(FACTS)}"
 KIND = "walk-graph"
-SLICE = 1024  # sources whose rows a worker holds at once
-JOBS = 8  # of the broadcast plan: how much is lost when it is stopped
+
+# Sources whose rows a worker holds at once.
+SLICE = 1024
+
+# Of the broadcast plan: how much is lost when it is stopped.
+JOBS = 8
 
 
 def run_spark(
@@ -54,7 +58,8 @@ def run_spark(
     with session(model.spark, model.partitions) as spark:
         plan = choose_plan(model.plan, graph, options.memory_limit or executor_bytes(spark))
         facts = {**options.facts(method), "engine": "spark", "plan": plan}
-        if plan == "partitioned":  # what its draws depend on
+        # What its draws depend on.
+        if plan == "partitioned":
             facts |= {name: getattr(model, name) for name in ("gamma", "theta", "big_moves", "memory_limit")}
         job = Job(graph, source_S, is_all, facts, np.float32, 1, 1, model.progress, model.cancel)
         if model.out is not None:

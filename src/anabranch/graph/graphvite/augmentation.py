@@ -26,10 +26,15 @@ from anabranch.graph.random import next_bits, stream, to_unit
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import step, walk_arrays
 
-WALKS = 1  # second key of the streams of walks
+# Second key of the streams of walks.
+WALKS = 1
 CHUNK = 4096  # walks at once
-WIDEST = 10  # DeepWalk's window
-_TRIES = 64  # rejections after which the row is gone through instead, with the same distribution
+
+# DeepWalk's window.
+WIDEST = 10
+
+# Rejections after which the row is gone through instead, with the same distribution.
+_TRIES = 64
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,8 @@ class Sampler:
         count_KB = np.array([count_B for _, count_B in made], np.int64).reshape(len(made), num_blocks)
         count_B = count_KB.sum(0)
         start_B = np.cumsum(count_B) - count_B
-        before_KB = np.cumsum(count_KB, 0) - count_KB  # samples of each block in the chunks before
+        # Samples of each block in the chunks before.
+        before_KB = np.cumsum(count_KB, 0) - count_KB
         head_S, tail_S = np.empty(count_B.sum(), np.int32), np.empty(count_B.sum(), np.int32)
 
         def fill(number: int) -> None:

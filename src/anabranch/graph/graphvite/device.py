@@ -31,7 +31,8 @@ from anabranch.graph.graphvite.train import Rate, Rule
 if TYPE_CHECKING:
     import torch
 
-VISITS = 8  # times that the busiest node may come in a micro-batch, where it is chosen
+# Times that the busiest node may come in a micro-batch, where it is chosen.
+VISITS = 8
 MOST = 8192
 _GOLDEN, _FIRST, _SECOND = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _LOW = 0xFFFFFFFF
@@ -83,7 +84,8 @@ def draw_negatives(state: int, count: int, keep_n: torch.Tensor, other_n: torch.
     torch = import_torch()
     start = int(state) - 2**64 if int(state) >= 2**63 else int(state)
     number = torch.arange(1, count + 1, device=keep_n.device)
-    bits = number * _GOLDEN + start  # wraps around, as the state does
+    # Wraps around, as the state does.
+    bits = number * _GOLDEN + start
     bits = (bits ^ _logical(bits, 30)) * _FIRST
     bits = (bits ^ _logical(bits, 27)) * _SECOND
     bits = bits ^ _logical(bits, 31)
@@ -127,7 +129,8 @@ class TorchExecutor:
         losses: dict[int, Any] = {}
         done = threading.Lock()
         finished = [False] * len(plan.blocks)
-        following: dict[int, int] = {}  # the next place of the same worker that has samples
+        # The next place of the same worker that has samples.
+        following: dict[int, int] = {}
         busy = [place for place in range(len(plan.blocks)) if len(pool.block(plan.number(place))[0])]
         for worker in range(workers):
             own = [place for place in busy if plan.blocks[place].tail % workers == worker]
@@ -233,7 +236,8 @@ class _Moving:
 
     def give(self, side: str, part: int) -> None:
         tensors = self.held.pop((side, part))
-        if self.is_cuda:  # the copy waits for the training of the block, and who comes next for the copy
+        # The copy waits for the training of the block, and who comes next for the copy.
+        if self.is_cuda:
             self.side.wait_stream(self.torch.cuda.current_stream(self.device))
         host = self.parts.load(side, part)
         with self._beside():
@@ -275,7 +279,8 @@ def _train_micro_batch(
     head: list[Any], tail: list[Any], head_R: Any, tail_R: Any, negative_RK: Any, lr_R1: Any, rule: Rule
 ) -> Any:
     torch = import_torch()
-    before = [array[head_R] for array in head]  # V_u of each sample, and its moments
+    # V_u of each sample, and its moments.
+    before = [array[head_R] for array in head]
     now = list(before)
     loss = torch.zeros((), dtype=torch.float64, device=head_R.device)
     for number in range(rule.negatives + 1):
@@ -284,7 +289,8 @@ def _train_micro_batch(
         weight, sign = (1.0, -1.0) if is_positive else (rule.negative_weight, 1.0)
         context = [array[target_R] for array in tail]
         score_R = (now[0] * context[0]).sum(-1)
-        error_R1 = sign * torch.sigmoid(sign * score_R)[:, None]  # p - 1 = -sigmoid(-z), or p
+        # P - 1 = -sigmoid(-z), or p.
+        error_R1 = sign * torch.sigmoid(sign * score_R)[:, None]
         loss += weight * torch.nn.functional.softplus(sign * score_R).double().sum()
         head_gradient = weight * (error_R1 * context[0] + rule.weight_decay * now[0])
         tail_gradient = weight * (error_R1 * now[0] + rule.weight_decay * context[0])

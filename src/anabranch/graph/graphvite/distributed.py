@@ -68,7 +68,8 @@ class DistributedExecutor:
         self.plan, self.parts, self.shuffle_base = plan, parts, shuffle_base
         self.rank, self.world = self.distributed.get_rank(), self.distributed.get_world_size()
         self.steps = steps_of(plan.blocks)
-        self.place_of: dict[int, int] = {}  # the process that has a head part; all have the first values
+        # The process that has a head part; all have the first values.
+        self.place_of: dict[int, int] = {}
         num_parts = plan.partition.num_parts
         self.owner_B = np.tile(np.arange(num_parts) % self.world, num_parts)
 
@@ -99,7 +100,8 @@ class DistributedExecutor:
                 incoming[:] = outgoing
                 continue
             if len(outgoing):
-                sending.append(outgoing)  # held until it has been sent
+                # Held until it has been sent.
+                sending.append(outgoing)
                 waiting.append(self.distributed.isend(self.torch.from_numpy(outgoing), other))
             if len(incoming):
                 waiting.append(self.distributed.irecv(self.torch.from_numpy(incoming), other))
@@ -122,7 +124,8 @@ class DistributedExecutor:
                     parts.load("head", block.head), parts.load("tail", block.tail), pool.block(number), plan.table(block.tail),
                     plan.state(episode, place), plan.rule, Rate(rate.first + int(first_B[place]), rate.total),
                 )  # fmt: skip
-        self.distributed.all_reduce(self.torch.from_numpy(loss_B))  # each is of one process: no rounding
+        # Each is of one process: no rounding.
+        self.distributed.all_reduce(self.torch.from_numpy(loss_B))
         return loss_B
 
     def _move_heads(self, blocks: list[Block]) -> None:

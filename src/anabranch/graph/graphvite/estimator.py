@@ -252,9 +252,8 @@ class GraphVite(Estimator):
             arrays["names"] = graph.names
         self._arrays, self._counters = arrays, counters
         self._peak_part_bytes = parts.peak_bytes
-        self._keep = (
-            parts if isinstance(parts, MappedParts) else None
-        )  # its files live as long as what is mapped from them
+        # Its files live as long as what is mapped from them.
+        self._keep = parts if isinstance(parts, MappedParts) else None
 
     def peak_bytes(self, graph: Graph) -> int:
         """Bytes that `fit` on this graph holds at most in this process's memory beyond the graph: CPU threads, all parameters in memory.

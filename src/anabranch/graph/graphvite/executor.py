@@ -80,7 +80,8 @@ class ThreadExecutor:
         plan, parts = self.plan, self.parts
         loss_B = np.zeros(len(plan.blocks))
         first_B = plan.firsts(pool.count_B)
-        held: list[tuple[int, list[np.ndarray]] | None] = [None] * self.workers  # the tail part that each worker keeps
+        # The tail part that each worker keeps.
+        held: list[tuple[int, list[np.ndarray]] | None] = [None] * self.workers
 
         def tail_of(worker: int, part: int) -> list[np.ndarray]:
             kept = held[worker]
@@ -95,7 +96,8 @@ class ThreadExecutor:
             samples = pool.block(number)
             if not len(samples[0]):
                 return
-            tail = tail_of(worker, block.tail)  # gives the one before back, so that no third part is held
+            # Gives the one before back, so that no third part is held.
+            tail = tail_of(worker, block.tail)
             head = parts.load("head", block.head)
             state, table = plan.state(episode, place), plan.table(block.tail)
             at = Rate(rate.first + int(first_B[place]), rate.total)

@@ -12,7 +12,8 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.alias import AliasTable, build_alias
 
-POWER = 0.75  # of degrees, in the draw of negatives
+# Of degrees, in the draw of negatives.
+POWER = 0.75
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from anabranch.errors import CapacityError
 from anabranch.graph.graphvite.partition import Partition
 from anabranch.graph.random import next_bits, stream, to_unit
 
-INITIAL = 3  # second key of the streams of first values
+# Second key of the streams of first values.
+INITIAL = 3
 SIDES = ("head", "tail")
 
 
@@ -96,7 +97,8 @@ class MappedParts(Parts):
     def get(self, side: str, number: int = 0) -> np.ndarray:
         """Values in the order of nodes, mapped from a file of its own."""
         path = self.folder / f"{side}{number}-by-node"
-        path.unlink(missing_ok=True)  # who holds an earlier one keeps it
+        # Who holds an earlier one keeps it.
+        path.unlink(missing_ok=True)
         found = np.memmap(path, np.float32, "w+", shape=self.arrays[side][number].shape)
         for rows in self._slices():
             found[self.partition.node_N[rows]] = self.arrays[side][number][rows]

@@ -92,7 +92,8 @@ def run_blocks(blocks: list[Block], workers: int, work: Callable[[int, int], Non
             run(worker)
         except BaseException:
             failed.set()
-            for event in done:  # let the others see that it failed
+            # Let the others see that it failed.
+            for event in done:
                 event.set()
             raise
 

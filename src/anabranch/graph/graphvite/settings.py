@@ -11,13 +11,23 @@ from anabranch.graph.store import Graph
 
 MODELS = ("deepwalk", "line", "node2vec")
 EXECUTORS = ("auto", "threads", "torch", "distributed")
-PARTS = 4  # by default; more where memory is short
+
+# By default; more where memory is short.
+PARTS = 4
 MOST_PARTS = 1024
-POOL = 4_000_000  # samples of a pool in memory at most, 8 bytes each, two pools at a time
-POOL_OF_PARTS = 64_000_000  # the same where parts have to be moved for every pool
+
+# Samples of a pool in memory at most, 8 bytes each, two pools at a time.
+POOL = 4_000_000
+
+# The same where parts have to be moved for every pool.
+POOL_OF_PARTS = 64_000_000
 LEAST_POOL = 65_536
-POOLS = 10  # per run at least, where pools stay above that
-VISITS = 175  # samples of a pool per node and part: the reference's episode
+
+# Per run at least, where pools stay above that.
+POOLS = 10
+
+# Samples of a pool per node and part: the reference's episode.
+VISITS = 175
 
 
 def check(given: dict[str, Any]) -> None:

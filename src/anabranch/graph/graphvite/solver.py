@@ -108,7 +108,8 @@ def train(
             )  # fmt: skip
             clock = now
             counters.history.append({"epoch": progress.epoch, "loss": loss, "lr": last})
-            answers = [callback(progress) for callback in callbacks]  # all are told, whatever one says
+            # All are told, whatever one says.
+            answers = [callback(progress) for callback in callbacks]
             if any(answer is False for answer in answers):
                 return counters.done >= counters.total
     return True

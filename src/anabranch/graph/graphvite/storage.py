@@ -93,7 +93,8 @@ def _write_text(path: Path, vertex_ND: np.ndarray, names: np.ndarray | None) -> 
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(f"{len(vertex_ND)} {vertex_ND.shape[1]}\n")
         for word, row_D in zip(words, vertex_ND, strict=True):
-            file.write(word + " " + " ".join(map(str, row_D)) + "\n")  # the shortest text that reads back equal
+            # The shortest text that reads back equal.
+            file.write(word + " " + " ".join(map(str, row_D)) + "\n")
 
 
 def _read_text(path: Path) -> Saved:
@@ -113,7 +114,8 @@ def _read_text(path: Path) -> Saved:
                 rows.append(np.array(numbers, np.float32))
                 if not np.isfinite(rows[-1]).all():
                     raise DataError(f"{path}, line {line}: a number is not finite")
-    except ValueError as error:  # no number, no text at all
+    except ValueError as error:
+        # No number, no text at all.
         raise DataError(f"{path} is not a saved GraphVite in any form it is saved in: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error

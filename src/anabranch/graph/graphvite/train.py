@@ -27,10 +27,13 @@ import numpy as np
 from anabranch.graph.alias import pick
 from anabranch.graph.random import next_bits, stream
 
-NEGATIVES = 1 << 33  # second key of the streams of negatives, block added
+# Second key of the streams of negatives, block added.
+NEGATIVES = 1 << 33
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adagrad": 2, "rmsprop": 3, "adam": 4}
 MOMENTS = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2}
-FLOOR = 1e-4  # of the rate, as a share of the first
+
+# Of the rate, as a share of the first.
+FLOOR = 1e-4
 MOMENTUM, ALPHA, BETA_1, BETA_2 = 0.999, 0.999, 0.999, 0.99999
 ADAGRAD_EPSILON, EPSILON = 1e-10, 1e-8
 

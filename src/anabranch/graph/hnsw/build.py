@@ -298,7 +298,8 @@ def repair_links(graph, visited, is_reached_N):
     found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
     todo, own = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
     reach(graph, graph[ENTRY], is_reached_N, queue)
-    linked, left, ground = 0, 0, np.int64(0)  # typed: a literal would be compiled as a case of its own
+    # Typed: a literal would be compiled as a case of its own.
+    linked, left, ground = 0, 0, np.int64(0)
     for slot in range(num_slots):
         if is_reached_N[slot] != 0 or get_i32(graph[LEVEL], slot) < 0:
             continue

@@ -64,7 +64,8 @@ def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:
     zero = np.flatnonzero(largest == 0)
     if zero.size:
         raise InputError(f"row {zero[0]} of {what} is zero and has no direction, which the metric 'cosine' compares")
-    scaled = vector_ND / largest  # so that squares neither overflow nor vanish
+    # So that squares neither overflow nor vanish.
+    scaled = vector_ND / largest
     return (scaled / np.sqrt(np.einsum("nd,nd->n", scaled, scaled, dtype=np.float64))[:, None]).astype(np.float32)
 
 

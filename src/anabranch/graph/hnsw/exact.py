@@ -10,8 +10,11 @@ from anabranch.extras import require
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor
 from anabranch.graph.hnsw.storage import METRICS
 
-PIECE = 1 << 24  # numbers at once
-SLACK = 32  # candidates of the quick formula beside k, which are measured again
+# Numbers at once.
+PIECE = 1 << 24
+
+# Candidates of the quick formula beside k, which are measured again.
+SLACK = 32
 
 
 def brute_force(
@@ -60,7 +63,8 @@ def brute_force(
     vector_ND = as_vectors(vectors, shape[1], metric, "vectors")
     query_QD = as_vectors(queries, shape[1], metric, "queries")
     id_N = np.arange(len(vector_ND)) if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
-    order = np.argsort(id_N)  # so that the order of rows is that of ids
+    # So that the order of rows is that of ids.
+    order = np.argsort(id_N)
     found_id, found = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
     held = min(k, len(vector_ND))
     if held:

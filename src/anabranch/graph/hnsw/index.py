@@ -21,9 +21,14 @@ from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.search import scan_many, search_many
 from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
 
-POOL = 1024  # above this ef, two heaps are quicker than one sorted array
-SELECTIVE = 0.01  # a filter that lets a smaller share through is answered by measuring all of it
-EXTRA = 16  # results measured again beside 2 k
+# Above this ef, two heaps are quicker than one sorted array.
+POOL = 1024
+
+# A filter that lets a smaller share through is answered by measuring all of it.
+SELECTIVE = 0.01
+
+# Results measured again beside 2 k.
+EXTRA = 16
 
 
 class HNSW:
@@ -94,7 +99,8 @@ class HNSW:
         self._drawn = 0  # levels so far
         self._next_id = 0
         self._linker = Linker(self._storage)
-        self._slots: dict[int, int] | None = {}  # of live ids; None until it is needed
+        # Of live ids; None until it is needed.
+        self._slots: dict[int, int] | None = {}
         self._last = (0, 0, 0)
 
     # What is in it
@@ -440,7 +446,8 @@ class HNSW:
         ef = min(max(ef, k), held.count)
         label_N, keep = held.label[: held.count], min(ef, 2 * k + EXTRA)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
-        allowed, slot_S = 0, None  # all, unless something keeps some out or two heaps are quicker
+        # All, unless something keeps some out or two heaps are quicker.
+        allowed, slot_S = 0, None
         if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
             allowed_N = self._live() if filter is None else as_filter(filter, label_N) & self._live()
             allowed = allowed_N.ctypes.data

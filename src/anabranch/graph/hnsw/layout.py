@@ -15,32 +15,49 @@ from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, w
 # Places in the row that describes an index
 (
     KIND,  # of distance
-    ROWS,  # address of vectors as they are searched, [C, STRIDE bytes]
+    # Address of vectors as they are searched, [C, STRIDE bytes].
+    ROWS,
     STRIDE,
-    WIDTH,  # elements of a row, zeros at the end included
-    AUX,  # address of float32 [C, 2]: scale and squared norm of int8 rows
-    LINKS,  # address of int32 [C, CAP0], links on level 0; -1 behind the last
-    CAP0,  # most links on level 0
-    UPPER,  # address of int32 [rows, CAP], links on levels above, one row per (slot, level)
-    CAP,  # most links on a level above 0, and of a new element on every level (M)
-    FIRST,  # address of int32 [C]: the row of level 1 of a slot in UPPER
-    LEVEL,  # address of int32 [C]: the top level of a slot, -1 where it is in no list
-    ENTRY,  # slot of the entry point, -1 where there is none
+    # Elements of a row, zeros at the end included.
+    WIDTH,
+    # Address of float32 [C, 2]: scale and squared norm of int8 rows.
+    AUX,
+    # Address of int32 [C, CAP0], links on level 0; -1 behind the last.
+    LINKS,
+    # Most links on level 0.
+    CAP0,
+    # Address of int32 [rows, CAP], links on levels above, one row per (slot, level).
+    UPPER,
+    # Most links on a level above 0, and of a new element on every level (M).
+    CAP,
+    # Address of int32 [C]: the row of level 1 of a slot in UPPER.
+    FIRST,
+    # Address of int32 [C]: the top level of a slot, -1 where it is in no list.
+    LEVEL,
+    # Slot of the entry point, -1 where there is none.
+    ENTRY,
     TOP,  # its level
     COUNT,  # N
-    EF,  # ef_construction
-    DELETED,  # address of uint8 [C]
+    # ef_construction.
+    EF,
+    # Address of uint8 [C].
+    DELETED,
     NUM_DELETED,
-    SIMPLE,  # 1: the nearest M instead of the heuristic (paper, algorithm 3)
-    EXTEND,  # 1: consider neighbours of candidates too (paper, algorithm 4)
-    KEEP,  # 1: fill up with the nearest rejected (paper, algorithm 4)
-    FULL,  # address of float32 vectors to measure again by, 0 where rows are final
+    # 1: the nearest M instead of the heuristic (paper, algorithm 3).
+    SIMPLE,
+    # 1: consider neighbours of candidates too (paper, algorithm 4).
+    EXTEND,
+    # 1: fill up with the nearest rejected (paper, algorithm 4).
+    KEEP,
+    # Address of float32 vectors to measure again by, 0 where rows are final.
+    FULL,
     FULL_STRIDE,
     FULL_WIDTH,
     FIELDS,
 ) = range(24)
 
-ASKED = 256  # bytes of a row that are asked for ahead
+# Bytes of a row that are asked for ahead.
+ASKED = 256
 
 L2_F32, IP_F32, L2_F16, IP_F16, L2_I8, IP_I8 = range(6)
 

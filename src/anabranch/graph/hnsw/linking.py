@@ -16,8 +16,11 @@ from anabranch.graph.hnsw.build import (
 from anabranch.graph.hnsw.lock import Workers
 from anabranch.graph.hnsw.storage import Storage
 
-SINGLY = 1024  # as many elements are inserted one by one
-SHARE = 64  # then batches of N / SHARE
+# As many elements are inserted one by one.
+SINGLY = 1024
+
+# Then batches of N / SHARE.
+SHARE = 64
 BATCH = 4096  # at most
 
 
@@ -43,7 +46,8 @@ class Linker:
         while done < len(slot_S):
             batch_B = slot_S[done : done + min(self.linked // SHARE, BATCH)]
             above = np.flatnonzero(self._storage.level[batch_B] > graph[layout.TOP])
-            if above.size:  # it becomes the entry point before others come that it may link to on its level
+            # It becomes the entry point before others come that it may link to on its level.
+            if above.size:
                 batch_B = batch_B[: above[0] + 1]
             self._link_batch(batch_B, workers)
             if above.size:
@@ -66,7 +70,8 @@ class Linker:
         held, graph = self._storage, self._storage.graph
         links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
         target_P, source_P = links[links >= 0].astype(np.int64), np.repeat(base_S, (links >= 0).sum(1))
-        pair_P = np.sort((target_P << 32) | np.arange(len(target_P)))  # by target, then as they came
+        # By target, then as they came.
+        pair_P = np.sort((target_P << 32) | np.arange(len(target_P)))
         source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
         start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
         target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))

@@ -10,7 +10,8 @@ from typing import Self
 
 from anabranch import machine
 
-PIECES = 4  # per thread, so that threads finish together
+# Per thread, so that threads finish together.
+PIECES = 4
 
 
 class ReadWriteLock:

@@ -18,11 +18,16 @@ from numba import extending
 from numba.core import cgutils as numba_cgutils
 from numba.core import types
 
-jit: Any = nb.njit  # numba's types do not know of all of its options, nor of what an intrinsic is called with
+# Numba's types do not know of all of its options, nor of what an intrinsic is called with.
+jit: Any = nb.njit
 intrinsic: Any = extending.intrinsic
 cgutils: Any = numba_cgutils
-kernel = jit(cache=True, nogil=True)  # called from Python
-helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by kernels alone: half the time to compile
+
+# Called from Python.
+kernel = jit(cache=True, nogil=True)
+
+# Called by kernels alone: half the time to compile.
+helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 LINE = 64  # bytes
 LANES = 16
@@ -161,7 +166,8 @@ def _byte_product(builder: Any, query: Any, row: Any, width: Any) -> Any:
     even = ir.Constant(_INTS, [2 * lane for lane in range(LANES)])
     odd = ir.Constant(_INTS, [2 * lane + 1 for lane in range(LANES)])
 
-    def step(offset: Any, total: Any) -> Any:  # twice the lanes: neighbours are added first, which is one instruction
+    # Twice the lanes: neighbours are added first, which is one instruction.
+    def step(offset: Any, total: Any) -> Any:
         offset = builder.mul(offset, ir.Constant(_I64, 2))
         left, right = (
             builder.sext(_chunk(builder, address, offset, wide_bytes, 1), wide_ints) for address in (query, row)

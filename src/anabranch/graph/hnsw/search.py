@@ -45,7 +45,9 @@ from anabranch.graph.hnsw.raw import (
 )
 
 INFINITY = np.float32(np.inf)
-AHEAD = 4  # rows asked for before they are measured
+
+# Rows asked for before they are measured.
+AHEAD = 4
 
 
 @helper
@@ -92,7 +94,8 @@ def unvisited(links, cap, visited, tag, todo, rows, stride):
         slot = get_i32(links, place)
         if slot < 0:
             break
-        todo[count] = slot  # overwritten by the next where it was seen before: no branch to guess
+        # Overwritten by the next where it was seen before: no branch to guess.
+        todo[count] = slot
         count += get_u8(visited, slot) != tag
         set_u8(visited, slot, tag)
     for place in range(min(count, AHEAD)):
@@ -228,7 +231,8 @@ def filtered_search(
                     if held == ef:
                         held = pop(best_d, best_i, held)
                     held = push(best_d, best_i, held, -found, slot)
-    for place in range(held - 1, -1, -1):  # the farthest goes behind the rest
+    # The farthest goes behind the rest.
+    for place in range(held - 1, -1, -1):
         key, value = best_d[0], best_i[0]
         pop(best_d, best_i, place + 1)
         best_d[place], best_i[place] = -key, ~value
@@ -292,7 +296,8 @@ def search_many(
     heap_room = graph[COUNT] + 1 if allowed != 0 else 1
     heap_d, heap_i = np.empty(heap_room, np.float32), np.empty(heap_room, np.int32)
     todo = np.empty(graph[CAP0] + 1, np.int32)
-    ground = np.int64(0)  # typed: a literal would be compiled as a case of its own
+    # Typed: a literal would be compiled as a case of its own.
+    ground = np.int64(0)
     for number in range(begin, end):
         query, scale, norm = address(query_Q[number]), aux_Q[number, 0], aux_Q[number, 1]
         entry, nearest, start, hops, evaluations = descend(graph, query, scale, norm, ground)

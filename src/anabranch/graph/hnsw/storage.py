@@ -85,7 +85,8 @@ class Storage:
         if self.dtype == "f16":
             with np.errstate(over="ignore"):
                 half = short_ND.astype(np.float16)
-            half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)  # beyond its range: its ends
+            # Beyond its range: its ends.
+            half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)
             return _padded(half, self.stride // 2).view(np.uint8), np.zeros((len(full), 2), np.float32), kept
         codes, aux = self._codes(short_ND)
         return _padded(codes, self.stride).view(np.uint8), aux, kept
@@ -182,7 +183,8 @@ class Storage:
         except MemoryError as error:
             each = self.stride + 8 * self.M + 29 + self.rerank * self.full_stride
             raise CapacityError(f"no memory for {capacity:,} elements of {each:,} bytes") from error
-        for name, array in grown.items():  # not before all of them are there
+        # Not before all of them are there.
+        for name, array in grown.items():
             setattr(self, name, array)
         self.capacity = capacity
         self.describe()
@@ -195,7 +197,8 @@ class Storage:
 
     def keep(self, slot_S: np.ndarray) -> None:
         """Drop all slots but these (rising), which nothing else may link to, and number them anew."""
-        new_N = np.full(self.count + 1, -1, np.int32)  # the last stands for "no link"
+        # The last stands for "no link".
+        new_N = np.full(self.count + 1, -1, np.int32)
         new_N[slot_S] = np.arange(len(slot_S), dtype=np.int32)
         lists = self.lists_of(slot_S)
         self.links[: len(slot_S)] = new_N[self.links[slot_S]]
@@ -248,7 +251,8 @@ class Storage:
         self.num_upper = len(arrays["upper"])
         for name in ("links", "first", "level", "label", "deleted", "rows", "upper", "aux", "full"):
             if name in arrays:
-                stays = mapped and name in ("links", "rows", "upper", "aux", "full")  # the small ones are read anyway
+                # The small ones are read anyway.
+                stays = mapped and name in ("links", "rows", "upper", "aux", "full")
                 setattr(
                     self, name, arrays[name] if stays else _grown(arrays[name], len(arrays[name]), len(arrays[name]))
                 )

@@ -20,9 +20,16 @@ from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.rows import SparseRows, order_top
 
 Parsed = list[tuple[np.ndarray, np.ndarray]]
-PIECE = 256  # queries of one piece of work
-DEMAND = 20_000  # nodes below the queries that a piece of the backward variant may demand
-PULL = 0.25  # entries that are pulled per entry that is pushed: about 0.4 at equal time, since rows in between are written and read again
+
+# Queries of one piece of work.
+PIECE = 256
+
+# Nodes below the queries that a piece of the backward variant may demand.
+DEMAND = 20_000
+
+# Entries that are pulled per entry that is pushed: about 0.4 at equal time, since rows in between are written and read
+# again.
+PULL = 0.25
 _NO_PLACES, _NO_TABLE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
@@ -31,7 +38,8 @@ class _Queries:
 
     def __init__(self, transition: Transition, parsed: Parsed) -> None:
         keys: dict[bytes, int] = {}
-        self.place_Q = np.empty(len(parsed), np.int64)  # of each query among the distinct ones, as they came
+        # Of each query among the distinct ones, as they came.
+        self.place_Q = np.empty(len(parsed), np.int64)
         distinct: Parsed = []
         for number, (ids, share) in enumerate(parsed):
             key = ids.tobytes() + share.tobytes()
@@ -131,7 +139,8 @@ def prefers_backward(index: Index, parsed: Parsed, rounds: int, reads: float) ->
     for _ in range(rounds - 1):
         levels.append(_neighbours(transition, levels[-1]))
     length, pulled = len(index.ids) / num_nodes, 0.0
-    for nodes in reversed([nodes for nodes in levels if len(nodes)]):  # walks of isolated nodes have none below
+    # Walks of isolated nodes have none below.
+    for nodes in reversed([nodes for nodes in levels if len(nodes)]):
         pulled += float(degree_N[nodes].sum()) * length
         length = min(float(num_nodes), 1.0 + float(degree_N[nodes].mean()) * length)
     return pulled < PULL * reads * len(parsed)

@@ -28,8 +28,12 @@ from anabranch.graph.walk import walk_arrays
 
 Moves = Literal["walkers", "counts", "rounding"]
 MOVES = {"walkers": 0, "counts": 1, "rounding": 2, "long_path": 3}
-CHUNK = 1024  # sources of one piece of work
-VISITS = 1 << 14  # that scores from elsewhere are taken for
+
+# Sources of one piece of work.
+CHUNK = 1024
+
+# That scores from elsewhere are taken for.
+VISITS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def make_chunks(
     graph: Graph, plan: Plan, sources: np.ndarray, workers: int, progress: Callable[[int], None] | None
 ) -> Iterator[Chunk]:
     """`make_chunk` of all sources, ``CHUNK`` at a time, in order, by ``workers`` threads of which none runs far ahead."""
-    _ = graph.alias  # made once, before threads ask for it
+    # Made once, before threads ask for it.
+    _ = graph.alias
     pieces = [sources[first : first + CHUNK] for first in range(0, len(sources), CHUNK)]
     local = threading.local()
 

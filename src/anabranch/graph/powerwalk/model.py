@@ -20,10 +20,17 @@ from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
 from anabranch.graph.store import Graph
 
-BUDGET = 300_000  # entries that a query of rounds="auto" reads at most, about a millisecond
-MANY = 64  # queries from which a batch is worth a look at what it costs
-EXACT_ROUNDS = 12  # passes over the edges that an exact solution is reckoned to cost
-MOST_ROUNDS = 8  # of rounds="auto"
+# Entries that a query of rounds="auto" reads at most, about a millisecond.
+BUDGET = 300_000
+
+# Queries from which a batch is worth a look at what it costs.
+MANY = 64
+
+# Passes over the edges that an exact solution is reckoned to cost.
+EXACT_ROUNDS = 12
+
+# Of rounds="auto".
+MOST_ROUNDS = 8
 DTYPES = {"f16": np.float16, "f32": np.float32}
 
 
@@ -74,9 +81,8 @@ class PowerWalk(Estimator):
         self.walks = check_count("walks", walks)
         self.mode = check_mode(mode)
         self.dangling = check_dangling(dangling)
-        if (
-            self.walks * 40 / self.alpha >= 2**31
-        ):  # counts are 32-bit; a source's are this many at most, in all likelihood
+        # Counts are 32-bit; a source's are this many at most, in all likelihood.
+        if self.walks * 40 / self.alpha >= 2**31:
             raise InputError(f"walks is {walks} at alpha = {alpha}; counts would not fit 32 bits")
         _one_of("estimate", estimate, ("ratio", "unbiased"))
         _one_of("moves", moves, get_args(Moves))
@@ -333,7 +339,8 @@ class PowerWalk(Estimator):
         if sample:
             worst = max(self._row_errors(check_count("sample", sample), seed))
         alive = (1.0 - self.alpha) ** number
-        if self.dangling == "source":  # given that walks end at all, more of them are still under way
+        # Given that walks end at all, more of them are still under way.
+        if self.dangling == "source":
             alive = min(1.0, alive / float(index.transition.stay_N.min()))
         return min(2.0, alive * worst)
 

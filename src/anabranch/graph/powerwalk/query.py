@@ -19,7 +19,8 @@ from numba.extending import overload
 
 from anabranch.graph.rows import id_type, order_top
 
-EXTRA = 64  # further rounds for nodes without a fingerprint: less than 1e-4 of a flow outlives them
+# Further rounds for nodes without a fingerprint: less than 1e-4 of a flow outlives them.
+EXTRA = 64
 _HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _NO_TABLE = np.empty(0, np.float32)
 

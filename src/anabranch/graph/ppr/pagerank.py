@@ -19,7 +19,9 @@ from anabranch.graph.store import Graph
 
 T = TypeVar("T")
 Method = Literal["auto", "solve", "power", "push", "monte_carlo"]
-LARGE = 5_000_000  # stored edges above which `prepare` leaves the graph as it is: elimination would take seconds and gigabytes
+
+# Stored edges above which `prepare` leaves the graph as it is: elimination would take seconds and gigabytes.
+LARGE = 5_000_000
 
 
 class PageRank(Estimator):
@@ -65,7 +67,8 @@ class PageRank(Estimator):
     def scores(self, graph: Graph) -> np.ndarray:
         """The global PageRank, float64 [N]: walks start anywhere. Equals that of other libraries at damping 1 - alpha."""
         transition = self._prepared(graph).transition
-        if transition.dangling == "source":  # a walk that starts anywhere goes back to anywhere
+        # A walk that starts anywhere goes back to anywhere.
+        if transition.dangling == "source":
             transition = Transition(graph, self.alpha, "uniform")
         return power_iteration(transition, np.arange(graph.num_nodes), tol=self.tol)
 

@@ -13,7 +13,8 @@ from anabranch.graph.ppr.rules import Dangling, Transition, check_tol, parse_see
 from anabranch.graph.rows import SparseRows, check_top_k, top_of_dense
 from anabranch.graph.store import Graph
 
-BLOCK = 64  # columns at once: 8 cache lines a node
+# Columns at once: 8 cache lines a node.
+BLOCK = 64
 
 
 def power_iteration(

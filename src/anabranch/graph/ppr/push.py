@@ -18,7 +18,8 @@ from anabranch.graph.ppr.rules import Dangling, Transition, check_tol, parse_see
 from anabranch.graph.rows import check_top_k, order_top
 from anabranch.graph.store import Graph
 
-STEPS = 8  # of the threshold on its way down
+# Of the threshold on its way down.
+STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class PushBuffers:
     def __init__(self, num_nodes: int) -> None:
         self.result_N = np.zeros(num_nodes)
         self.flow_N = np.zeros(num_nodes)
-        self.state_N = np.zeros(num_nodes, np.uint8)  # bit 0: touched, bit 1: waits in the queue
+        # Bit 0: touched, bit 1: waits in the queue.
+        self.state_N = np.zeros(num_nodes, np.uint8)
         self.queue_N = np.empty(num_nodes, np.int64)
         self.touched_N = np.empty(num_nodes, np.int64)
 
@@ -167,7 +169,8 @@ def _push(
         for place in range(waiting):
             at = head + place
             state_N[queue_N[at if at < num_nodes else at - num_nodes]] &= 1
-        alive = 0.0  # the running sum has rounding in it: add up what there is
+        # The running sum has rounding in it: add up what there is.
+        alive = 0.0
         for place in range(touched):
             alive += flow_N[touched_N[place]]
         if edges >= max_edges or alive <= tol:

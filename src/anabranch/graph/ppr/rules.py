@@ -70,7 +70,8 @@ def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: no seed, an unknown node, a weight that is negative or not finite, or weights that are all 0.
     """
-    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):  # the common case, quickly
+    # The common case, quickly.
+    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
         if not 0 <= seeds < graph.num_nodes:
             graph.check_nodes(seeds)
         return np.array([seeds], np.int64), np.ones(1)
@@ -101,7 +102,8 @@ def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     kept = share > 0
     if not kept.any():
         raise InputError("all seeds have the weight 0; at least one must be positive")
-    largest = share.max()  # so that the sum of huge or tiny weights stays in range
+    # So that the sum of huge or tiny weights stays in range.
+    largest = share.max()
     ids, place = np.unique(ids[kept], return_inverse=True)
     total = np.bincount(place.reshape(-1), share[kept] / largest, len(ids))
     return ids, total / total.sum()

@@ -20,10 +20,17 @@ import numpy as np
 
 from anabranch.graph.ppr.rules import Transition
 
-FEW = 8  # neighbours of a node that may be eliminated
-ROUNDS = 30  # of elimination at most
-GAIN = 0.02  # share of nodes that a round must eliminate
-WORTH = 0.8  # share of the edges that may remain, else nothing is eliminated
+# Neighbours of a node that may be eliminated.
+FEW = 8
+
+# Of elimination at most.
+ROUNDS = 30
+
+# Share of nodes that a round must eliminate.
+GAIN = 0.02
+
+# Share of the edges that may remain, else nothing is eliminated.
+WORTH = 0.8
 NONE = np.empty(0)
 
 
@@ -84,7 +91,8 @@ def prepare(transition: Transition, few: int = FEW) -> Factor:
     from scipy.sparse import csr_array, diags_array
 
     graph = transition.graph
-    weights = graph.reversed.to_scipy(np.float64)  # row v: what flows into v
+    # Row v: what flows into v.
+    weights = graph.reversed.to_scipy(np.float64)
     strength_N = np.where(graph.strength_N > 0, graph.strength_N, 1.0)
     matrix = csr_array(diags_array(strength_N).tocsr() - (1.0 - transition.alpha) * weights)
     matrix.sort_indices()
@@ -133,7 +141,8 @@ def _independent(indptr, indices, order, few):
     num_nodes = len(indptr) - 1
     taken, barred = np.zeros(num_nodes, np.bool_), np.zeros(num_nodes, np.bool_)
     for node in order:
-        if indptr[node + 1] - indptr[node] > few + 1:  # its own entry is one of them
+        # Its own entry is one of them.
+        if indptr[node + 1] - indptr[node] > few + 1:
             break
         if barred[node]:
             continue
@@ -226,7 +235,8 @@ def solve(
     return scores_N, error / alpha, passes
 
 
-@nb.njit(inline="always")  # a call would cost as much as a short row
+# A call would cost as much as a short row.
+@nb.njit(inline="always")
 def _dot(indices, values, value, vector, start, end):
     """Sum of values times what they point at, in four chains: additions take several cycles, and would wait for each other."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
@@ -332,7 +342,8 @@ def _conjugate(indptr, middle_C, indices, values, value, diagonal_C, right_C, al
     for node in range(size):
         direction_C[node] = diagonal_C[node] * residual_C[node]
         square += residual_C[node] * direction_C[node]
-    error, passes, ratio = np.inf, 0, 1.0  # ratio of the norm that counts to one that is cheap to know
+    # Ratio of the norm that counts to one that is cheap to know.
+    error, passes, ratio = np.inf, 0, 1.0
     for _ in range(200):
         if square == 0.0:
             break

@@ -166,7 +166,8 @@ class GRank:
         self._start_P = np.searchsorted(self._pair_D, np.arange(self._pair_D[-1] + 2 if len(pair_D) else 1))
         self._by_node = np.argsort(self._node_D, kind="stable")
         self._start_N = np.searchsorted(self._node_D[self._by_node], np.arange(len(self.nodes_) + 1))
-        both = np.unique(self._item_D * max(len(self.nodes_), 1) + self._node_D)  # (item, node), each once
+        # (item, node), each once.
+        both = np.unique(self._item_D * max(len(self.nodes_), 1) + self._node_D)
         self._clicker = both % max(len(self.nodes_), 1)
         self._start_I = np.searchsorted(both // max(len(self.nodes_), 1), np.arange(len(self.items_) + 1))
         self._num_items_N = np.bincount(self._clicker, minlength=len(self.nodes_))

@@ -98,10 +98,12 @@ def library(
         free = np.flatnonzero(size_T < high if off > 0 else size_T > low)
         size_T[generator.choice(free)] += np.sign(off)
     has_IT = np.zeros((num_items, num_tags), bool)
-    for tag in np.argsort(-size_T, kind="stable"):  # always into the items with most places left: never a dead end
+    # Always into the items with most places left: never a dead end.
+    for tag in np.argsort(-size_T, kind="stable"):
         taken_I = has_IT.sum(1) + generator.random(num_items)
         has_IT[np.argsort(taken_I)[: size_T[tag]], tag] = True
-    for _ in range(8 * num_items):  # that avoids pairs of tags; exchanges make them as frequent as chance does
+    # That avoids pairs of tags; exchanges make them as frequent as chance does.
+    for _ in range(8 * num_items):
         first, second = generator.integers(num_items, size=2)
         gives, takes = (np.flatnonzero(has_IT[a] & ~has_IT[b]) for a, b in ((first, second), (second, first)))
         if len(gives) and len(takes):

@@ -46,9 +46,8 @@ class SigningKey:
         """Write the key, for its owner alone to read, all or nothing. Raises DataError if the place cannot be written."""
         path = Path(path)
         try:
-            handle, temporary = tempfile.mkstemp(
-                prefix=f".{path.name}.", dir=path.parent
-            )  # readable by the owner alone
+            # Readable by the owner alone.
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(self._secret)
                 file.flush()

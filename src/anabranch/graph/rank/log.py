@@ -64,7 +64,8 @@ class ClickLog:
         if known is not None:
             return "known" if known.content() == row.content() else self._conflict(row)
         held = self.held.get(row.origin)
-        if held is not None and row.number in held:  # seen, and dropped since
+        # Seen, and dropped since.
+        if held is not None and row.number in held:
             return "known"
         if row.origin == self.own and not is_ours and not self.defences.signed:
             return "forged"
@@ -73,7 +74,8 @@ class ClickLog:
             return "full"
         ttl = self.defences.ttl
         if ttl is not None and now is not None and row.time is not None:
-            if row.time > now + ttl:  # it would outlive all others
+            # It would outlive all others.
+            if row.time > now + ttl:
                 return "future"
             if row.time < now - ttl:
                 self._hold(row)
@@ -91,7 +93,8 @@ class ClickLog:
         if row.origin == self.own:
             return "forged"
         self.marked[row.origin] += 1
-        if self.defences.signed:  # both rows carry its signature
+        # Both rows carry its signature.
+        if self.defences.signed:
             self.distrusted.add(row.origin)
         return "conflict"
 
@@ -102,7 +105,8 @@ class ClickLog:
         after = self.floor(row.origin)
         if after == before:
             return
-        held.add(0, after)  # what is older than the newest ones is not asked for again
+        # What is older than the newest ones is not asked for again.
+        held.add(0, after)
         own = self.rows.get(row.origin, {})
         old = range(before, after) if after - before < len(own) else [number for number in own if number < after]
         for number in old:

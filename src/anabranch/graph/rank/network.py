@@ -97,7 +97,8 @@ class Network:
         for node in range(num_nodes):
             self._join(node)
         first = self._draw(np.arange(1, num_nodes)) if num_nodes > 1 else None
-        if first is not None:  # every other node was handed something
+        # Every other node was handed something.
+        if first is not None:
             self._bootstrap(0, first)
 
     # Setting up
@@ -124,7 +125,8 @@ class Network:
         self.known_NN = np.zeros((count, count), bool)
         self.joined_N = np.zeros(count, bool)
         self.connected_N = np.ones(count, bool)
-        self.back_N = np.zeros(count, np.int64)  # the tick from which a node is there
+        # The tick from which a node is there.
+        self.back_N = np.zeros(count, np.int64)
         self.group_N = np.arange(count) % self.groups
         self.clicks_N = np.zeros(count, np.int64)
         self.messages = self.rows_sent = self.bytes_sent = self.largest_bytes = self.failed = 0
@@ -396,7 +398,8 @@ class Network:
         return rows[: self.defences.reply_rows]
 
     def _receive(self, node: int, rows: np.ndarray, giver: int) -> None:
-        if self.defences.signed and node < self.num_honest:  # attackers do not mind
+        # Attackers do not mind.
+        if self.defences.signed and node < self.num_honest:
             rows = rows[~self.row_forged[rows]]
         self.has_NR[node, rows] = True
         self.known_NN[node, self.row_origin[rows]] = True

@@ -27,8 +27,12 @@ from anabranch.graph.rank.rows import SHOWN_LIMIT, Row, Vector, check_vector, is
 from anabranch.graph.rank.store import RowStore
 
 KIND = "rank peer"
-AROUND = 1 << 14  # bytes of a message around its rows: names and addresses
-PENDING = 1_000  # queries without a click that are remembered
+
+# Bytes of a message around its rows: names and addresses.
+AROUND = 1 << 14
+
+# Queries without a click that are remembered.
+PENDING = 1_000
 PEERS_LIMIT = 100_000
 Match = Callable[[str, Item], bool]
 
@@ -127,16 +131,19 @@ class Peer:
         self.match, self.term_key, self._key, self._clock = match, term_key, key, clock
         self.log = ClickLog(self.node_id, defences, term_key, is_signed)
         self._generator = np.random.default_rng([seed, zlib.crc32(self.node_id.encode())])
-        self._known: dict[str, None] = {}  # in the order in which they were met
+        # In the order in which they were met.
+        self._known: dict[str, None] = {}
         self._raw: dict[str, float] = {}
         self._stale: set[str] = set()
-        self._top: dict[str, set[Any]] = {self.node_id: set()}  # most searched terms
+        # Most searched terms.
+        self._top: dict[str, set[Any]] = {self.node_id: set()}
         self._own: tuple[set[Any], set[Any]] = set(), set()
         self._pending: dict[int, tuple[str, tuple[Id, ...]]] = {}
         self._next_query = 0
         self._matching: dict[str, list[Id]] = {}
         self._store = None if store is None else RowStore(store, self.node_id)
-        self._unsaved: list[Row] = []  # rows that the store has still to take: a full disk may have room later
+        # Rows that the store has still to take: a full disk may have room later.
+        self._unsaved: list[Row] = []
         if self._store is not None:
             self._take(self._store.rows(), is_ours=True, stored=True)
 
@@ -273,7 +280,8 @@ class Peer:
             self._top[origin] = top_terms(self.log.terms[origin], self.top_terms)
         if self.node_id in origins:
             own = self._top[self.node_id], set(self.log.clicks[self.node_id])
-            if own != self._own:  # often we click again what we clicked before, and nothing changes
+            # Often we click again what we clicked before, and nothing changes.
+            if own != self._own:
                 self._own = own
                 origins = set(self.log.clicks)
         self._stale |= origins - {self.node_id}
@@ -363,7 +371,8 @@ class Peer:
             try:
                 row = row_from_json(value)
                 normal = normalize(row.term) == row.term
-                self.term_key(row.term)  # before anything is changed: it is the user's, and may refuse
+                # Before anything is changed: it is the user's, and may refuse.
+                self.term_key(row.term)
             except (DataError, InputError):
                 refused["malformed"] += 1
                 continue
@@ -390,7 +399,8 @@ class Peer:
             outcome[what] += 1
             if what == "added":
                 added.append(row)
-            if what in ("added", "known"):  # a row that is too old may still push older ones out
+            # A row that is too old may still push older ones out.
+            if what in ("added", "known"):
                 touched.add(row.origin)
         for origin in dict.fromkeys(row.origin for row in added):
             self.learn(origin)

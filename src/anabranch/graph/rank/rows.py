@@ -137,10 +137,12 @@ class Ranges:
     def add(self, low: int, high: int | None = None) -> None:
         """Take in ``low``, or all from ``low`` to before ``high``."""
         high = low + 1 if high is None else high
-        if self.ends and low == self.ends[-1]:  # the usual case: the next number of a log that is whole
+        # The usual case: the next number of a log that is whole.
+        if self.ends and low == self.ends[-1]:
             self.ends[-1] = high
             return
-        first = bisect.bisect_left(self.ends, low)  # an end equal to low belongs to a range that touches
+        # An end equal to low belongs to a range that touches.
+        first = bisect.bisect_left(self.ends, low)
         last = bisect.bisect_right(self.ends, high)
         self.ends[first:last] = [*([low] if first % 2 == 0 else []), *([high] if last % 2 == 0 else [])]
 
@@ -150,7 +152,8 @@ class Ranges:
             return
         for low, high in zip(self.ends[::2], self.ends[1::2], strict=True):
             place = bisect.bisect_right(other.ends, low)
-            if place % 2 == 1:  # low lies within one of the other's ranges
+            # Low lies within one of the other's ranges.
+            if place % 2 == 1:
                 low, place = other.ends[place], place + 1
             while low < high:
                 end = min(high, other.ends[place]) if place < len(other.ends) else high

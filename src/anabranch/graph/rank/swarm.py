@@ -100,7 +100,8 @@ async def _live(line: Connection, number: int, num_peers: int, clicks: int, F: f
             results = peer.query(terms[generator.integers(len(terms))])
             if results.items:
                 peer.click(results.qid, results.items[0])
-            else:  # nothing of it is known here: the user brings an item along
+            else:
+                # Nothing of it is known here: the user brings an item along.
                 item = items[generator.integers(len(items))]
                 peer.record(item.tags[0], item.id)
             other = int((number + generator.integers(1, num_peers)) % num_peers)

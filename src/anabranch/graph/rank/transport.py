@@ -24,7 +24,9 @@ from anabranch.graph.rank.peer import Merged, Peer
 from anabranch.graph.rank.rows import is_node
 
 LENGTH = 4
-ADDRESSES = 64  # that one answer tells
+
+# That one answer tells.
+ADDRESSES = 64
 LINGER = 0.5  # seconds
 Address = tuple[str, int]
 
@@ -152,14 +154,14 @@ class GossipServer:
                     self._count_error(str(error))
                     answer = {"type": "error", "message": str(error)[:500]}
                 await self._write(writer, answer)
-                if (
-                    answer["type"] == "error"
-                ):  # closing on what was not read would reset the connection before it is heard
+                # Closing on what was not read would reset the connection before it is heard.
+                if answer["type"] == "error":
                     writer.write_eof()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LINGER):
                             await reader.read(1 << 16)
-        except (TimeoutError, OSError, EOFError) as error:  # the other side is slow or gone: its loss
+        except (TimeoutError, OSError, EOFError) as error:
+            # The other side is slow or gone: its loss.
             self._count_error(type(error).__name__)
         finally:
             self._open.discard(task)

@@ -27,7 +27,8 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
         assert wanted.vectors is not None
         query = _fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
-    k = wanted.k + (own is not None)  # an element finds itself, and that is left out
+    # An element finds itself, and that is left out.
+    k = wanted.k + (own is not None)
     ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
     results = []
     for row, (id_K, distance_K) in enumerate(zip(ids, distances, strict=True)):

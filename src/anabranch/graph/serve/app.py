@@ -66,8 +66,10 @@ class Serving:
     ) -> Response:
         """One request from its body to its answer."""
         deadline = time.monotonic() + self.limits.timeout_s
-        loaded = self.loaded()  # what it begins with, it ends with
-        if self.gate.is_full:  # say so before the body is read
+        # What it begins with, it ends with.
+        loaded = self.loaded()
+        # Say so before the body is read.
+        if self.gate.is_full:
             raise self._full()
         body = await self._body(request, deadline)
 

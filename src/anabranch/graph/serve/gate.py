@@ -29,7 +29,8 @@ class Gate:
     def __init__(self, limits: Limits) -> None:
         self._room = limits.concurrency + limits.waiting
         self._threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="answer")
-        self.taken = 0  # requests under way or waiting
+        # Requests under way or waiting.
+        self.taken = 0
 
     @property
     def is_full(self) -> bool:
@@ -47,7 +48,8 @@ class Gate:
         loop = asyncio.get_running_loop()
 
         def in_time() -> T:
-            if time.monotonic() >= deadline:  # it waited too long: nobody reads the answer
+            # It waited too long: nobody reads the answer.
+            if time.monotonic() >= deadline:
                 raise LateError
             return work()
 
@@ -58,7 +60,8 @@ class Gate:
         future.add_done_callback(done)
         ready, _ = await asyncio.wait({future}, timeout=max(deadline - time.monotonic(), 0))
         if not ready:
-            future.add_done_callback(lambda late: late.cancelled() or late.exception())  # so that it counts as seen
+            # So that it counts as seen.
+            future.add_done_callback(lambda late: late.cancelled() or late.exception())
             raise LateError
         return future.result()
 

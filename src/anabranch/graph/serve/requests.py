@@ -86,7 +86,8 @@ def parse(body: bytes) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise RequestError(400, "invalid_json", "the body is nested too deeply") from None
-    except ValueError as error:  # NaN, or a number of thousands of digits
+    except ValueError as error:
+        # NaN, or a number of thousands of digits.
         raise RequestError(400, "invalid_json", f"the body is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise _wrong("queries", f"the body is {_kind(found)}; it must be a JSON object")
@@ -136,7 +137,8 @@ def _seed_set(found: dict[str, Any], where: str, limits: Limits) -> SeedSet:
         raise _wrong(where + "seeds", f"give {where}seeds or {where}names; {what} given")
     field, value = where + given[0], found[given[0]]
     if not isinstance(value, list):
-        value = [value]  # one seed need not be a list
+        # One seed need not be a list.
+        value = [value]
     ids = _ids(value, field, limits.seeds) if given == ["seeds"] else None
     names = _names(value, field, limits.seeds) if given == ["names"] else None
     if found.get("weights") is None:

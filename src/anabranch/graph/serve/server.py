@@ -113,7 +113,8 @@ class _Server(uvicorn.Server):
     async def _reload_now(self) -> None:
         serving = getattr(self._app.state, "serving", None)
         if serving is None or serving.holder.current is None:
-            return  # the first files are still being read
+            # The first files are still being read.
+            return
         try:
             new = await serving.holder.reload()
             logger.info("generation %d is served", new.generation)

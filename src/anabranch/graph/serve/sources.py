@@ -16,7 +16,8 @@ from anabranch.graph.names import Names, names_path, read_names
 if TYPE_CHECKING:
     from anabranch.graph.store import Graph
 
-TRIES = 5  # to read files that change while they are read
+# To read files that change while they are read.
+TRIES = 5
 
 
 class Scores(Protocol):

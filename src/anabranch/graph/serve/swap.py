@@ -27,7 +27,8 @@ class Holder:
     def __init__(self, sources: Sources, loaded: Callable[[bool], None] = lambda worked: None) -> None:
         self.sources = sources
         self.current: Loaded | None = None
-        self.failure: AnabranchError | None = None  # of the newest attempt
+        # Of the newest attempt.
+        self.failure: AnabranchError | None = None
         self._seen = sources.signature()
         self._loaded, self._lock = loaded, asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
@@ -62,7 +63,8 @@ class Holder:
                     logger.info("files changed: generation %d is served", new.generation)
                 except AnabranchError as error:
                     logger.warning("files changed but cannot be used, the old ones are still served: %s", error)
-                except Exception:  # a bug of ours must not end the watch without a word
+                except Exception:
+                    # A bug of ours must not end the watch without a word.
                     logger.exception("files changed and reading them failed")
             last = now
 

@@ -104,9 +104,8 @@ class Kernel:
         function = getattr(library._holding if self.holds_interpreter else library._free, self.symbol)
         function.argtypes, function.restype = self.c_types(), RESULTS[self.result]
         scope = {**names, "function": function, "refuse": self._refuse, "unfit": self._unfit, "failed": self._failed}
-        exec(
-            compile(source, f"<{self.symbol}>", "exec"), scope
-        )  # as dataclasses are made: the checks, without a loop over them
+        # As dataclasses are made: the checks, without a loop over them.
+        exec(compile(source, f"<{self.symbol}>", "exec"), scope)
         return scope["call"]
 
     def c_types(self) -> list[Any]:
@@ -133,7 +132,8 @@ class Kernel:
         return next(number for number, one in enumerate(self.operands) if one.dtype == variable)
 
     def _first(self, *values: Any) -> Any:
-        from anabranch.nn import kernels  # which imports this module
+        # Which imports this module.
+        from anabranch.nn import kernels
 
         library = kernels.load()
         if library is None:

@@ -20,11 +20,14 @@ from anabranch.nn.kernels.binding import Kernel
 
 __all__ = ["empty_gradient", "keep_freed_memory", "release"]
 
-LARGE = 4 << 20  # bytes; below, rounding to huge pages would waste more than it saves
+# Bytes; below, rounding to huge pages would waste more than it saves.
+LARGE = 4 << 20
 HUGE_PAGE = 2 << 20
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
-KEEP = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 16 << 20}  # bytes; 32 MB is the most it takes
+
+# Bytes; 32 MB is the most it takes.
+KEEP = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 16 << 20}
 
 RELEASE = Kernel("anabranch_release", "")
 
@@ -46,7 +49,8 @@ def empty_gradient(weight: Tensor) -> Tensor:
         mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapping.madvise(mmap.MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % HUGE_PAGE
-    lease = (ctypes.c_char * size).from_buffer(mapping, start)  # the tensor's storage keeps it alive
+    # The tensor's storage keeps it alive.
+    lease = (ctypes.c_char * size).from_buffer(mapping, start)
     weakref.finalize(lease, _give_back, size, mapping).atexit = False
     return torch.frombuffer(lease, dtype=weight.dtype).view(weight.shape)
 
@@ -59,7 +63,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
-    told = [mallopt(option, size) for option, size in KEEP.items()]  # each, whatever became of the others
+    # Each, whatever became of the others.
+    told = [mallopt(option, size) for option, size in KEEP.items()]
     return all(told)
 
 

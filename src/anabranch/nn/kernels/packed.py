@@ -14,7 +14,8 @@ from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
 
-ROWS_OF = {torch.float32: 4, torch.bfloat16: 5}  # kinds of packed.h whose rows lie as they are
+# Kinds of packed.h whose rows lie as they are.
+ROWS_OF = {torch.float32: 4, torch.bfloat16: 5}
 
 
 class Matrix(ctypes.Structure):

@@ -12,7 +12,8 @@ from anabranch.nn.kernels.operands import takes
 
 __all__ = ["attend", "can"]
 
-MOST_WIDTH = 512  # of a head: a row of queries must fit a lane of the tiles
+# Of a head: a row of queries must fit a lane of the tiles.
+MOST_WIDTH = 512
 
 ATTENTION = Kernel(
     "anabranch_paged_attention",

@@ -13,7 +13,8 @@ from anabranch.precision import cast
 
 __all__ = ["can_norm", "can_rotate", "can_sum", "norm", "norm_gradients", "rotate", "sum_gradients", "weighted_sum"]
 
-STEP = 16  # vectors of floats that widths must be multiples of
+# Vectors of floats that widths must be multiples of.
+STEP = 16
 
 _TYPES: dict[tuple[str, ...], int] = {("float32",): 0, ("bfloat16",): 1}
 

@@ -77,7 +77,8 @@ class _Writer:
         reads = any("array" not in one.flags for one in kernel.operands)
         self.lines = ["transformed = is_transformed()"] if reads else []
         self.sizes: set[str] = set()  # known so far
-        self.binding: set[int] = set()  # operands that all of their sizes come from
+        # Operands that all of their sizes come from.
+        self.binding: set[int] = set()
 
     def written(self) -> tuple[str, dict[str, Any]]:
         """Its source, and the names that it uses."""

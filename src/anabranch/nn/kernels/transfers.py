@@ -12,9 +12,12 @@ from anabranch.nn.kernels.binding import Kernel
 
 __all__ = ["CACHED", "CANCELLED", "DIRECT", "MEMORY", "Piece", "Transfers"]
 
-MEMORY, CACHED, DIRECT = 0, 1, 2  # where a piece lies: in memory, in a file, in a file opened with O_DIRECT
+# Where a piece lies: in memory, in a file, in a file opened with O_DIRECT.
+MEMORY, CACHED, DIRECT = 0, 1, 2
 CANCELLED: Final = -1
-ROOM = 64  # endings that are taken at once
+
+# Endings that are taken at once.
+ROOM = 64
 
 _int = ctypes.c_int64
 

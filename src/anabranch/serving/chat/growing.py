@@ -8,9 +8,13 @@ __all__ = ["Growing"]
 
 Read = Generator[None, None, str]
 _BLANKS = re.compile(r"\s*")
-_PLAIN = re.compile(r'[^"\\]*')  # of a JSON string
+
+# Of a JSON string.
+_PLAIN = re.compile(r'[^"\\]*')
 _SCALAR = re.compile(r"[\w.+-]*")
-_HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # the first of two escapes that make one character
+
+# The first of two escapes that make one character.
+_HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _PAIR = re.compile(_HIGH.pattern + r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _LONE = re.compile(r"[\ud800-\udfff]")
 
@@ -125,13 +129,15 @@ class Growing:
                 escape = both if _PAIR.fullmatch(both) else escape
         if len(escape) < 2 or (escape[1] == "u" and len(escape) < 6):
             self.take(len(escape))
-            return ""  # the text ends here
+            # The text ends here.
+            return ""
         try:
             said = str(json.loads(f'"{escape}"'))
         except ValueError:
             return self.take(2)
         self.take(len(escape))
-        return escape if _LONE.search(said) else said  # half a character, which no answer could carry
+        # Half a character, which no answer could carry.
+        return escape if _LONE.search(said) else said
 
 
 class _Extent:

@@ -41,8 +41,10 @@ class ToolParser:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._buffer = ""
-        self._reader: CallReader | None = None  # of the call that the buffer is inside of
-        self._is_plain_possible = True  # nothing has been said yet but plain calls
+        # Of the call that the buffer is inside of.
+        self._reader: CallReader | None = None
+        # Nothing has been said yet but plain calls.
+        self._is_plain_possible = True
         self._has_called = False
         self._is_over = False
         self.is_cut = False

@@ -24,7 +24,8 @@ __all__ = [
     "TextDelta",
 ]
 
-PLAIN = ""  # the marker of a call without one
+# The marker of a call without one.
+PLAIN = ""
 CLOSES = {
     "<tool_call>": "</tool_call>",
     "<function=": "</function>",
@@ -89,7 +90,8 @@ class CallReader:
         self.is_done = self.is_text = self.is_cut = self.has_called = False
         self._marker, self._close, self._names = marker, CLOSES[marker], names
         self._text = Growing(marker)
-        self._refused, self._reason = "", ""  # what is no call, and why
+        # What is no call, and why.
+        self._refused, self._reason = "", ""
         self._pieces: list[str] = []  # of arguments
         self._events: list[Event] = []
         self._steps = self._read()
@@ -204,7 +206,8 @@ class CallReader:
             self.is_cut = not (yield from text.extent(tell=self._argue))
             return True
         text.take(1)
-        has_begun = is_object = False  # some models write an object as text, as OpenAI's API does
+        # Some models write an object as text, as OpenAI's API does.
+        has_begun = is_object = False
         while piece := (yield from text.unescaped()):
             piece = piece if has_begun else piece.lstrip()
             if piece and not has_begun:
@@ -273,7 +276,8 @@ class CallReader:
 
     def _tell_refused(self) -> None:
         self._tell_pieces()
-        is_rest = self.has_called and not self._refused.strip(_BETWEEN + "]}")  # brackets that nothing stands in
+        # Brackets that nothing stands in.
+        is_rest = self.has_called and not self._refused.strip(_BETWEEN + "]}")
         if self._reason and not is_rest:
             self._events.append(CallRefused(self._refused, self._reason))
         self._refused, self._reason = "", ""

@@ -125,7 +125,8 @@ def _as_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]])
         role, content = message["role"], message["content"]
         if role == "tool":
             answer = f"<tool_response>\n{content}\n</tool_response>"
-            if result and result[-1].get("is_response"):  # results of calls made together are one turn of the user's
+            # Results of calls made together are one turn of the user's.
+            if result and result[-1].get("is_response"):
                 result[-1]["content"] += f"\n{answer}"
             else:
                 result.append({"role": "user", "content": answer, "is_response": True})

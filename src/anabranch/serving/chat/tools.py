@@ -11,7 +11,8 @@ from anabranch.serving.chat.parser import ToolParser
 
 __all__ = ["call_grammar", "call_text", "check_tools", "parser_for", "system_text"]
 
-_MOST_CALLS = 16  # in one answer that must be calls
+# In one answer that must be calls.
+_MOST_CALLS = 16
 _INSTRUCTIONS = """You may call one or more functions to assist with the user query. Their signatures are within <tools></tools> tags:
 <tools>
 {tools}

@@ -14,8 +14,11 @@ from typing import Self
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import LimitError
 
-MOST_RETRY_S = 120.0  # the official Python client gives up rather than wait longer
-LEAST_RETRY_S = 1.0  # Retry-After has whole seconds
+# The official Python client gives up rather than wait longer.
+MOST_RETRY_S = 120.0
+
+# Retry-After has whole seconds.
+LEAST_RETRY_S = 1.0
 REASONS = ("in_flight", "queued", "queued_tokens", "key_concurrency", "deadline")
 
 
@@ -76,8 +79,10 @@ class Admission:
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: Counter[str] = Counter()
         window_s = self.config.window_s
-        self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)  # that leave the queue
-        self._end_rate = DrainRate(window_s)  # requests that end
+        # That leave the queue.
+        self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)
+        # Requests that end.
+        self._end_rate = DrainRate(window_s)
         self._pace = Pace(window_s)
 
     def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
@@ -143,7 +148,8 @@ class Admission:
         now = self._clock()
         self.queued -= 1
         self.queued_tokens -= ticket.num_tokens
-        if is_served:  # one that goes away makes room, but says nothing of the engine's pace
+        # One that goes away makes room, but says nothing of the engine's pace.
+        if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
             self._pace.took(ticket.num_tokens, self._request_rate.drained(1, now))
         if not self.queued:
@@ -204,9 +210,12 @@ class DrainRate:
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._amount = self._busy_s = self._times = 0.0  # faded sums: what has gone, the time before it, how many times
-        self._elapsed_s = 0.0  # busy since something has gone
-        self._since: float | None = None  # up to when that is brought; None while idle
+        # Faded sums: what has gone, the time before it, how many times.
+        self._amount = self._busy_s = self._times = 0.0
+        # Busy since something has gone.
+        self._elapsed_s = 0.0
+        # Up to when that is brought; None while idle.
+        self._since: float | None = None
 
     def resume(self, now: float) -> None:
         """There is something to drain."""
@@ -242,7 +251,8 @@ class DrainRate:
         if self._busy_s <= 0:
             return 1.0
         overdue_s = max(0.0, self._elapsed_s - self._busy_s / self._times)
-        fade = min(overdue_s / self._window_s, 100.0)  # a queue that stands still for hours is as good as dead
+        # A queue that stands still for hours is as good as dead.
+        fade = min(overdue_s / self._window_s, 100.0)
         return 1 + overdue_s * math.exp(fade) / self._busy_s
 
     def _advance(self, now: float) -> None:
@@ -278,9 +288,11 @@ class Pace:
         mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count
         variance = self._squares / self._count - mean_tokens * mean_tokens
         per_token = 0.0
-        if variance > 0.01 * mean_tokens * mean_tokens:  # lengths that differ by a tenth
+        # Lengths that differ by a tenth.
+        if variance > 0.01 * mean_tokens * mean_tokens:
             slope = (self._products / self._count - mean_tokens * mean_s) / variance
-            per_token = min(max(slope, 0.0), mean_s / mean_tokens)  # up to where a request alone costs nothing
+            # Up to where a request alone costs nothing.
+            per_token = min(max(slope, 0.0), mean_s / mean_tokens)
         return (mean_s - per_token * mean_tokens) * count + per_token * num_tokens
 
 

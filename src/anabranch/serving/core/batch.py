@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from anabranch.serving.core.request import Request, TokenLogprob
 
-PENDING = -1  # a token that the step before has yet to sample (asynchronous scheduling); the runner knows it
+# A token that the step before has yet to sample (asynchronous scheduling); the runner knows it.
+PENDING = -1
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,7 +23,8 @@ class DualBatches:
 
     def __init__(self, size: int, order: Order | None = None) -> None:
         self._size, self._order = size, order
-        self._second: set[RequestState] = set()  # of the pair whose first step has been formed
+        # Of the pair whose first step has been formed.
+        self._second: set[RequestState] = set()
 
     def take(self, running: Sequence[RequestState]) -> Container[RequestState] | None:
         """Those who decode now; None for all. Raises InputError if ``order`` gives back other ids."""
@@ -31,11 +32,13 @@ class DualBatches:
         second, self._second = [state for state in ready if state in self._second], set()
         if len(ready) <= self._size:
             return None
-        if second:  # they do not fill the step if some have ended: others may run twice in the pair
+        # They do not fill the step if some have ended: others may run twice in the pair.
+        if second:
             rest = [state for state in ready if state not in second]
             return {*second, *rest[: self._size - len(second)]}
         pair = ready
-        if len(ready) > 2 * self._size:  # those who have waited longest
+        # Those who have waited longest.
+        if len(ready) > 2 * self._size:
             pair = sorted(ready, key=lambda state: state.last_step)[: 2 * self._size]
         by_id = {state.request.id: state for state in pair}
         ids = list(by_id) if self._order is None else list(self._order(list(by_id), self._size))

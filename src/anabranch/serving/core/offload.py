@@ -26,7 +26,8 @@ class LruTier:
         if num_slots < 1:
             raise InputError(f"num_slots is {num_slots}; it must be at least 1")
         self.num_slots, self.is_eager = num_slots, is_eager
-        self._slots: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        # The least recently used first.
+        self._slots: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(num_slots - 1, -1, -1))
         self._pinned: set[bytes] = set()
         self.saved = self.loaded = self.dropped = self.refused = 0
@@ -120,7 +121,8 @@ class PeakMemory:
         """The largest sum at any step to come of (tokens now, tokens expected still)."""
         by_end = sorted(requests, key=lambda pair: -pair[1])
         most = held = 0
-        for count, (tokens, left) in enumerate(by_end, start=1):  # those that last at least as long as this one
+        # Those that last at least as long as this one.
+        for count, (tokens, left) in enumerate(by_end, start=1):
             held += tokens
             most = max(most, held + count * left)
         return most

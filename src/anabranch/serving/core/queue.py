@@ -39,8 +39,10 @@ class WaitingQueue(Generic[T]):
     def __init__(self, quantum: int = 512) -> None:
         self._quantum = quantum
         self._levels: dict[int, _Level[T]] = {}
-        self._order: list[int] = []  # priorities with items, as a heap
-        self._where: dict[int, _Flow[T]] = {}  # by serial number
+        # Priorities with items, as a heap.
+        self._order: list[int] = []
+        # By serial number.
+        self._where: dict[int, _Flow[T]] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -74,7 +76,8 @@ class WaitingQueue(Generic[T]):
         if flow is None:
             raise IndexError("nothing waits")
         _, item = heappop(flow.heap)
-        flow.deficit -= item.cost  # of no account for those sent back
+        # Of no account for those sent back.
+        flow.deficit -= item.cost
         del self._where[item.rank[2]]
         flow.count -= 1
         return item
@@ -83,7 +86,8 @@ class WaitingQueue(Generic[T]):
         """Take an item out, wherever it is. Raises KeyError if it is not there."""
         flow = self._where.pop(item.rank[2])
         flow.count -= 1
-        if len(flow.heap) > 2 * flow.count + 32:  # mostly removed ones: let go of them
+        # Mostly removed ones: let go of them.
+        if len(flow.heap) > 2 * flow.count + 32:
             flow.heap = [entry for entry in flow.heap if entry[0][2] in self._where]
             heapify(flow.heap)
 
@@ -123,17 +127,20 @@ class WaitingQueue(Generic[T]):
         active, unserved = level.active, 0
         while active:
             flow = active[0]
-            if not self._trim(flow):  # it waits for nothing: it keeps nothing
+            # It waits for nothing: it keeps nothing.
+            if not self._trim(flow):
                 active.popleft()
                 del level.flows[flow.key]
                 continue
             if flow.deficit >= flow.heap[0][1].cost:
                 return flow
-            if flow.has_turn:  # its quantum is used up
+            # Its quantum is used up.
+            if flow.has_turn:
                 flow.has_turn = False
                 active.rotate(-1)
                 continue
-            if unserved >= len(active):  # a whole round without anyone covered: as many rounds as it takes, at once
+            # A whole round without anyone covered: as many rounds as it takes, at once.
+            if unserved >= len(active):
                 rounds = min(-(-(flow.heap[0][1].cost - flow.deficit) // self._quantum) for flow in active)
                 for each in active:
                     each.deficit += (rounds - 1) * self._quantum
@@ -158,7 +165,8 @@ class _Flow(Generic[T]):
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.heap: list[tuple[tuple[int, float, int], T]] = []
-        self.count = 0  # items that were not removed
+        # Items that were not removed.
+        self.count = 0
         self.deficit = 0
         self.has_turn = False
 

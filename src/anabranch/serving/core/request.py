@@ -20,10 +20,14 @@ _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop token or string
-    LENGTH = "length"  # max_tokens or the model's positions
-    ABORT = "abort"  # the client has gone, or asked for it
-    ERROR = "error"  # the engine failed; `Output.error` says how
+    # A stop token or string.
+    STOP = "stop"
+    # max_tokens or the model's positions.
+    LENGTH = "length"
+    # The client has gone, or asked for it.
+    ABORT = "abort"
+    # The engine failed; `Output.error` says how.
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,9 @@ COUNTERS = (
 )  # fmt: skip
 KEPT_SAMPLES = 4096
 _MISSING = "the step gave no token"
-Part = tuple[RequestState, int, Chunk]  # of a step: a request, its epoch, and what it computes
+
+# Of a step: a request, its epoch, and what it computes.
+Part = tuple[RequestState, int, Chunk]
 
 
 @configclass
@@ -125,10 +127,12 @@ class Scheduler:
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
         self._running: list[RequestState] = []  # by rank
-        self._paused: dict[RequestState, None] = {}  # those without blocks are neither running nor waiting
+        # Those without blocks are neither running nor waiting.
+        self._paused: dict[RequestState, None] = {}
         self._under_way: dict[int, list[Part]] = {}  # by step
         self._serial = self._step = self._queued_tokens = 0
-        self._is_short = False  # of blocks, in the step that is being formed
+        # Of blocks, in the step that is being formed.
+        self._is_short = False
         self._new: list[Request] = []
         self._gone: list[str] = []
         self._counts = Counter(dict.fromkeys(COUNTERS, 0))
@@ -236,7 +240,8 @@ class Scheduler:
         able = self._running if not self._paused else self._set_aside()
         turn = None if self._dual_batches is None else self._dual_batches.take(able)
         budget = self._continue_running(able, parts, self.config.max_batched_tokens, turn)
-        if not parts and turn is not None:  # none of them has a block for its token; the first in rank always gets one
+        # None of them has a block for its token; the first in rank always gets one.
+        if not parts and turn is not None:
             budget = self._continue_running(able, parts, budget, None)
         if not self._is_short and budget and len(self._waiting) and len(self._running) < self._most_running:
             budget = self._admit_waiting(parts, budget)
@@ -277,14 +282,16 @@ class Scheduler:
         counts = [len(state.tokens) - state.computed for state in running]
         reserved = counts.count(1)
         for state, count in zip(list(running), counts, strict=True):
-            if not state.blocks:  # sent back by one before it, and so are all behind it
+            # Sent back by one before it, and so are all behind it.
+            if not state.blocks:
                 break
             if count == 1:
                 reserved -= 1
                 if (state.num_pending and len(state.tokens) >= state.most_tokens) or (
                     turn is not None and state not in turn
                 ):
-                    continue  # the step under way gives its last token, or the next one is its turn
+                    # The step under way gives its last token, or the next one is its turn.
+                    continue
             else:
                 count = self._portion(count, budget - reserved)
             if len(state.blocks) * block_tokens < state.computed + count:
@@ -307,7 +314,9 @@ class Scheduler:
             last = next((each for each in self._paused if each.blocks), running[-1])
             if last is not state and pool.num_free + self._tables.num_held < needed:
                 self._send_back(last)
-            else:  # it is the last itself, or a step under way is about to give back enough: it takes what there is and waits
+            else:
+                # It is the last itself, or a step under way is about to give back enough: it takes what there is and
+                # waits.
                 count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
         return count
 
@@ -382,7 +391,8 @@ class Scheduler:
         outputs = []
         block_tokens = self.config.block_tokens
         for state, epoch, chunk in parts:
-            if state.finish is not None:  # it ended while the step was under way
+            # It ended while the step was under way.
+            if state.finish is not None:
                 self._counts["discarded_tokens"] += chunk.samples
                 continue
             item = given.get(chunk.id)
@@ -396,7 +406,8 @@ class Scheduler:
                 self._tables.publish(state, computed)
             if item is not None:
                 state.prompt_logprobs += item.prompt_logprobs
-            if computed >= state.most_tokens:  # it asked for no new token
+            # It asked for no new token.
+            if computed >= state.most_tokens:
                 self._end(state, Finish.LENGTH)
                 outputs.append(state.output())
             elif chunk.samples and item is not None:

@@ -49,14 +49,16 @@ class RequestState:
         self.keys: list[bytes] = []
         self.num_published = 0
         self.num_scored = 0 if sampling.prompt_logprobs is not None else self.num_prompt - 1
-        self.prompt_logprobs: list[TokenLogprob] = []  # until they have been told
+        # Until they have been told.
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.epoch = 0
         self.last_step = -1
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
         self.is_known = False
         self.num_pending = 0
         self.finish: Finish | None = None
-        self.cached_tokens: int | None = None  # until it has been told
+        # Until it has been told.
+        self.cached_tokens: int | None = None
         self.queue_s: float | None = None  # likewise
 
     @property
@@ -80,7 +82,8 @@ class RequestState:
         """Its next ``count`` tokens, which ``step`` computes."""
         start, tokens = self.computed, self.tokens
         end = self.computed = start + count
-        first, last = self.num_scored, min(end, self.num_prompt - 1)  # row r scores token r + 1
+        # Row r scores token r + 1.
+        first, last = self.num_scored, min(end, self.num_prompt - 1)
         if first < last:
             self.num_scored = last
         chunk = Chunk(

@@ -20,8 +20,11 @@ from anabranch.serving.core.request import Output
 
 logger = logging.getLogger(__name__)
 
-BUFFER = 256  # outputs that wait for a reader before its request is paused
-STALL_S = 30.0  # a reader that leaves its request paused for so long has it ended
+# Outputs that wait for a reader before its request is paused.
+BUFFER = 256
+
+# A reader that leaves its request paused for so long has it ended.
+STALL_S = 30.0
 
 
 def joined(first: Output, second: Output) -> Output:
@@ -53,7 +56,8 @@ class Stream:
         self._pause, self._resume, self._abort = pause, resume, abort
         self._held: deque[Output | Exception] = deque()
         self._news = asyncio.Event()
-        self._stall: asyncio.TimerHandle | None = None  # while the request is paused
+        # While the request is paused.
+        self._stall: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
         return self

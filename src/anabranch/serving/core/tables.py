@@ -40,8 +40,10 @@ class BlockTables:
         self.saves: dict[int, int] = {}
         self.loads: list[tuple[int, int]] = []
         self._has_prefixes, self._tier, self._num_streams = has_prefixes, tier, num_streams
-        self._coming: dict[bytes, RequestState] = {}  # prefixes that are being computed, and by whom
-        self._held: dict[int, list[list[int]]] = {}  # blocks to free, by the step that has to run before
+        # Prefixes that are being computed, and by whom.
+        self._coming: dict[bytes, RequestState] = {}
+        # Blocks to free, by the step that has to run before.
+        self._held: dict[int, list[list[int]]] = {}
 
     def look_up(self, state: RequestState) -> list[int] | None:
         """Blocks that hold the beginning of a waiting request already; None if it had better wait for a step under way."""

@@ -13,7 +13,9 @@ from anabranch.errors import InputError
 UNFINISHED = "\ufffd"
 # Three bytes of a character may wait for its last, and byte fallback shows three more of the character before as broken with them.
 MOST_UNFINISHED = 6
-MOST_SILENT = 64  # tokens without text that are kept for the sake of the next
+
+# Tokens without text that are kept for the sake of the next.
+MOST_SILENT = 64
 
 
 class Decodes(Protocol):
@@ -80,7 +82,8 @@ class Detokenizer:
         # For tokenizers whose tokens lean on their neighbours: tokens from the last piece on, and how much of their text was shown.
         self._window: list[int] = []
         self._shown = 0
-        self._num_shown = 0  # tokens of the window that the shown text is of
+        # Tokens of the window that the shown text is of.
+        self._num_shown = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty inside a character."""
@@ -119,9 +122,11 @@ class StopMatcher:
             raise InputError(f"stop is {stop!r}; it must be a list of strings, none of them empty")
         self._stops = sorted(set(stop), key=len, reverse=True)
         self._borders = [_borders(each) for each in self._stops]
-        self._matched = [0] * len(self._stops)  # characters of each that the text ends with
+        # Characters of each that the text ends with.
+        self._matched = [0] * len(self._stops)
         self._include_stop = include_stop
-        self._held = ""  # the longest end of the text that is the beginning of a stop string
+        # The longest end of the text that is the beginning of a stop string.
+        self._held = ""
         self.stopped_by: str | None = None
 
     def push(self, text: str) -> str:

@@ -73,7 +73,8 @@ class ExpertArena:
 
     def _tensor(self, matrix: Matrix, part: Range) -> Tensor:
         dtype, count = torch_dtype(matrix.dtype), len(self.experts)
-        if not count:  # nothing is ever computed with it, so it may be anywhere
+        # Nothing is ever computed with it, so it may be anywhere.
+        if not count:
             return torch.empty((0, *matrix.shape), dtype=dtype)
         flat = _bytes(part, count * matrix.block).view(dtype)
         inner = [math.prod(matrix.shape[axis + 1 :]) for axis in range(len(matrix.shape))]

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 
 __all__ = ["CPU", "CUDA", "Ask", "Backend", "Kind", "Mappable", "Pages", "Range", "backend_of"]
 
-CPU, CUDA = 1, 2  # kDLCPU and kDLCUDA: how DLPack numbers kinds of devices
+# kDLCPU and kDLCUDA: how DLPack numbers kinds of devices.
+CPU, CUDA = 1, 2
 
 Kind = Literal["cpu", "cuda"]
 Ask = Callable[[Sequence[int]], tuple[Any, list[int]]]
@@ -127,7 +128,8 @@ class Backend(Protocol):
 def backend_of(kind: Kind) -> Backend:
     """This process's backend. Raises BackendError where there are no such devices."""
     if kind == "cuda":
-        from anabranch.serving.elasticmoe.cuda import CudaBackend  # a machine without CUDA needs none of it
+        # A machine without CUDA needs none of it.
+        from anabranch.serving.elasticmoe.cuda import CudaBackend
 
         return CudaBackend()
     from anabranch.serving.elasticmoe.mapped import HOST

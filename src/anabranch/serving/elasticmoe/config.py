@@ -76,6 +76,7 @@ class ElasticConfig(Config):
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The `Coordinator`."""
-        from anabranch.serving.elasticmoe.coordinator import Coordinator  # it needs all of this package
+        # It needs all of this package.
+        from anabranch.serving.elasticmoe.coordinator import Coordinator
 
         return Coordinator(self, *args, **kwargs)

@@ -73,14 +73,16 @@ class Coordinator:
         self.group.info.check_streams(request.num_streams)
         if request.path is not None:
             raise InputError("a request has a path, which a group of devices does not run; leave it out")
-        if request.sampling.grammar is not None:  # the ranks have no time for what cannot be followed
+        # The ranks have no time for what cannot be followed.
+        if request.sampling.grammar is not None:
             text = text_of(request.sampling.grammar)
             await asyncio.to_thread(try_out, text, request.key)
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
         stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
 
         def emit(output: Output) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            # The loop has ended, and with it whoever waited.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(stream.push, output)
 
         ledger.submit(request, emit)
@@ -166,4 +168,5 @@ class Coordinator:
                 except AnabranchError as error:
                     logger.warning("the policy wanted %d devices: %s", wanted, error)
                     with self._judging:
-                        self.autoscaler.changed(time.monotonic())  # cool down before the next attempt
+                        # Cool down before the next attempt.
+                        self.autoscaler.changed(time.monotonic())

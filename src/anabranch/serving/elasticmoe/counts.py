@@ -33,7 +33,8 @@ class Counts:
         self._own: Counter[str] = Counter(dict.fromkeys(_OWN, 0))
         self._down_s = 0.0
         self._down_since: float | None = None
-        self._pictures: dict[tuple[int, int], EngineStats] = {}  # by instance and device
+        # By instance and device.
+        self._pictures: dict[tuple[int, int], EngineStats] = {}
         self._batch_tokens: list[float] = []
         self._lock = threading.Lock()
 

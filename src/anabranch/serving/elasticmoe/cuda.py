@@ -214,7 +214,8 @@ class CudaRange:
         changed = [slot for slot, block in enumerate(wanted) if self.where[slot : slot + 1] != [block.key]]
         gone = [slot for slot in (*changed, *range(len(wanted), len(self.where))) if self._is_mapped(slot)]
         if gone:
-            self._driver.synchronize(self._gpu)  # what was begun on the old blocks ends on them
+            # What was begun on the old blocks ends on them.
+            self._driver.synchronize(self._gpu)
         for slot in gone:
             self._unmap(slot)
         self.where = [*self.where[: len(wanted)], *[None] * (len(wanted) - len(self.where))]

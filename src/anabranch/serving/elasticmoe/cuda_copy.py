@@ -36,7 +36,8 @@ class Lane:
         try:
             while done < count:
                 size = min(_HALF, count - done)
-                got = os.preadv(file, [self._halves[turn][:size]], start + done)  # while the other half travels
+                # While the other half travels.
+                got = os.preadv(file, [self._halves[turn][:size]], start + done)
                 if not got:
                     raise EOFError(f"{count - done} bytes are missing at {start + done}")
                 self._driver.wait(self.stream)

@@ -24,10 +24,18 @@ LIBRARY = "ANABRANCH_LIBCUDA"
 """Environment variable with the driver's library, where it is not the system's ``libcuda.so.1``."""
 
 _OUT_OF_MEMORY = 2
-_PINNED, _ON_DEVICE, _AS_FD, _READ_WRITE = 1, 1, 1, 3  # allocation type, location type, handle type, access
-_HAS_VIRTUAL_MEMORY, _EXPORTS_FDS = 102, 103  # attributes of a device
-_MEMORY_TYPE, _HOST_MEMORY = 2, 1  # attribute of a pointer, and its value for main memory
-_NON_BLOCKING = 1  # a stream that does not wait for the default one
+
+# Allocation type, location type, handle type, access.
+_PINNED, _ON_DEVICE, _AS_FD, _READ_WRITE = 1, 1, 1, 3
+
+# Attributes of a device.
+_HAS_VIRTUAL_MEMORY, _EXPORTS_FDS = 102, 103
+
+# Attribute of a pointer, and its value for main memory.
+_MEMORY_TYPE, _HOST_MEMORY = 2, 1
+
+# A stream that does not wait for the default one.
+_NON_BLOCKING = 1
 
 
 class _Location(ctypes.Structure):
@@ -207,7 +215,8 @@ class Driver:
 
     def map(self, address: int, size: int, handle: int) -> None:
         """Put all of a handle's memory there. Nobody may touch it before `allow`."""
-        self._call("cuMemMap", address, size, 0, handle, 0)  # an offset into a handle is not implemented by any driver
+        # An offset into a handle is not implemented by any driver.
+        self._call("cuMemMap", address, size, 0, handle, 0)
 
     def allow(self, address: int, size: int, gpu: int) -> None:
         """Let a GPU read and write what is mapped, whole mappings side by side. (Reading alone is not known to work everywhere.)"""

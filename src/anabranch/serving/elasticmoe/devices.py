@@ -140,7 +140,8 @@ class Host:
         self.shared = Weights(0, "host", layout, backend) if shares else None
         self.devices: dict[int, Device] = {}
         self.placement: Placement | None = None
-        self.plan: ScalePlan | None = None  # prepared, neither committed nor dropped
+        # Prepared, neither committed nor dropped.
+        self.plan: ScalePlan | None = None
         self.disk = Disk(layout)
         self.moved = {"p2p": 0, "disk": 0, "zero_copy": 0}
         self._lock = threading.Lock()
@@ -183,7 +184,8 @@ class Host:
             self.drop()
             raise
         kept = sum(self.layout.expert_bytes[layer] for _, layer, _ in plan.keep)
-        if self.shared is not None:  # what changes its device keeps its pages as well
+        # What changes its device keeps its pages as well.
+        if self.shared is not None:
             kept += sum(copy.bytes for copy in (*plan.attention, *plan.copy))
         with self._lock:
             self.moved["zero_copy"] += kept + self.layout.dense_bytes * len(plan.kv_keep)
@@ -259,7 +261,8 @@ class Host:
             device.close()
 
     def _release(self, number: int, layer: int, expert: int) -> None:
-        if self.shared is not None:  # another device answers for it now; the pages are the same
+        # Another device answers for it now; the pages are the same.
+        if self.shared is not None:
             return
         for matrix in self.layout.layers[layer]:
             self.devices[number].experts.release(_offset(matrix, expert), matrix.block)

@@ -12,7 +12,9 @@ from torch import Tensor
 __all__ = ["tensor_over"]
 
 _UINT = 1  # kDLUInt
-_NAME = b"dltensor"  # the capsule keeps a pointer to it
+
+# The capsule keeps a pointer to it.
+_NAME = b"dltensor"
 
 
 class _Tensor(ctypes.Structure):

@@ -101,7 +101,8 @@ class Owner:
                         asked = (mailbox.x_ND[:rows], mailbox.index(rows, places), mailbox.weight(rows, places))
                         x_MD, slot_MK, weight_MK = (part.to(self.device) for part in asked)
                         y_MD = self.compute(layer, x_MD, slot_MK, weight_MK, weight_on)
-                        asked[0].copy_(y_MD)  # the answer lies where the question lay
+                        # The answer lies where the question lay.
+                        asked[0].copy_(y_MD)
                         error = None
                     except Exception as failed:
                         error = f"{type(failed).__name__}: {failed}"
@@ -129,7 +130,8 @@ class Peer:
     def answer(self, rows: int) -> Tensor:
         """y_MD of the last `ask`; valid until the next. Raises ChannelClosedError if the rank has died."""
         number = -1
-        while number != self._number:  # an answer that nobody fetched, as something else failed meanwhile, is of no use
+        # An answer that nobody fetched, as something else failed meanwhile, is of no use.
+        while number != self._number:
             (number, error), _ = self.channel.recv()
         if error is not None:
             raise RuntimeError(f"rank {self.rank}: {error}")
@@ -153,7 +155,8 @@ class ShardedExperts(nn.Module):
         self.num_experts = num_experts
         self.rank_E = torch.zeros(num_experts, dtype=torch.int64)
         self.slot_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.load_E = torch.zeros(num_experts, dtype=torch.int64)  # tokens since the last `place`, for plans
+        # Tokens since the last `place`, for plans.
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
 
     def place(self, placement: Placement, device: torch.device | str = "cpu") -> None:
         """Where experts are from now on, and on which device items come."""
@@ -199,7 +202,8 @@ class ShardedExperts(nn.Module):
         parts: dict[int, tuple[Tensor, Tensor]] = {}
         mine_NK = rank_NK == self.rank
         item_M = mine_NK.any(1).nonzero().squeeze(1)
-        if len(item_M):  # while they compute, so do we
+        # While they compute, so do we.
+        if len(item_M):
             slot_MK = slot_NK.masked_fill(~mine_NK, -1)[item_M]
             weight_MK = weight_NK.masked_fill(~mine_NK, 0.0)[item_M]
             parts[self.rank] = item_M, self.owner.compute(self.layer, x_ND[item_M], slot_MK, weight_MK, weight_on)
@@ -228,5 +232,6 @@ def shard_experts(model: nn.Module, pools: Sequence[str], make: Any) -> list[Sha
 def _exchange(module: nn.Module, attribute: str, new: nn.Module) -> None:
     if attribute in module._modules:
         module._modules[attribute] = new
-    else:  # a pool that a neighbouring layer owns, see `anabranch.nn.context.set_unregistered`
+    else:
+        # A pool that a neighbouring layer owns, see `anabranch.nn.context.set_unregistered`.
         object.__setattr__(module, attribute, new)

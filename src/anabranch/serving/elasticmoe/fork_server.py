@@ -40,7 +40,8 @@ class ForkedProcess(Process):
     def kill(self) -> None:
         """End it at once."""
         if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            # It has ended by itself.
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self, patience_s: float = 2.0) -> None:
@@ -106,7 +107,8 @@ def main() -> None:
 
     rank.rehearse()
     gc.collect()
-    gc.freeze()  # the collector would write to every object, and no page of them would be shared any more
+    # The collector would write to every object, and no page of them would be shared any more.
+    gc.freeze()
     with contextlib.suppress(ChannelClosedError):
         while True:
             while not control.poll(1.0):

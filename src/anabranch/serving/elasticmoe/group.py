@@ -64,10 +64,12 @@ class Group:
         self._own_fork_server, self.fork_server = fork_server is None, fork_server
         self.memory: MemoryManager | None = None
         self.placement: Placement | None = None
-        self.coming: Instance | None = None  # the instance of a change that is under way
+        # The instance of a change that is under way.
+        self.coming: Instance | None = None
         self.is_closed = False
         self.reports: list[ScaleReport] = []
-        self.operator = threading.RLock()  # held by whoever changes or mends the group
+        # Held by whoever changes or mends the group.
+        self.operator = threading.RLock()
         self._ahead: threading.Thread | None = None
 
     @property
@@ -191,7 +193,8 @@ class Group:
                         assert new is not None
                         (migrate if mode == "migrate" else drain)(self, plan, old, new, report)
                         self.placement = plan.new
-                        self.counts.up()  # had the old instance failed meanwhile, the new one took its place
+                        # Had the old instance failed meanwhile, the new one took its place.
+                        self.counts.up()
         except BaseException as error:
             self._roll_back(old, new, name, error)
             if isinstance(error, FAULTS) or not isinstance(error, Exception):
@@ -238,7 +241,8 @@ class Group:
             )
             old.close()
             self._commit_again(memory)
-        with contextlib.suppress(ChannelClosedError):  # what died just now is found by the next who needs it
+        # What died just now is found by the next who needs it.
+        with contextlib.suppress(ChannelClosedError):
             assert self.memory is not None
             self.counts.peak(self.memory)
         if self.ledger.active is not None and self.ledger.active.is_broken:
@@ -336,9 +340,8 @@ class Group:
         for wanted in (count + policy.step, count - policy.step):
             if not policy.min_devices <= wanted <= policy.max_devices:
                 continue
-            with contextlib.suppress(
-                *FAULTS
-            ):  # without one on standby the change boots it itself, and says what is wrong
+            # Without one on standby the change boots it itself, and says what is wrong.
+            with contextlib.suppress(*FAULTS):
                 self.prepare_standby(wanted)
 
     def prepare_standby(self, devices: int | Sequence[int]) -> None:
@@ -384,7 +387,8 @@ class Group:
         active = self.ledger.active
         if active is None or active.is_broken:
             return heat
-        with contextlib.suppress(InstanceError):  # the change itself will find out
+        # The change itself will find out.
+        with contextlib.suppress(InstanceError):
             for layers in active.all("heat").values():
                 for layer, loads in enumerate(layers):
                     for expert, load in enumerate(loads):

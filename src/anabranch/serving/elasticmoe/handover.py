@@ -87,7 +87,8 @@ def adopt(
         again += max(0, parcel.computed - full * scheduler.config.block_tokens)
     copy(pairs)
     for blocks in fresh:
-        scheduler.pool.free(blocks)  # nobody's, but found by their keys
+        # Nobody's, but found by their keys.
+        scheduler.pool.free(blocks)
     return brought, again
 
 

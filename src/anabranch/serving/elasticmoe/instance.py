@@ -56,7 +56,8 @@ class _Handle:
         try:
             self.process.channel.send((None, name, arguments))
         except ChannelClosedError:
-            return  # the listener learns of it as well, and says so
+            # The listener learns of it as well, and says so.
+            return
 
     def _listen(self) -> None:
         while True:
@@ -126,7 +127,8 @@ class Instance:
             instance.close()
             raise
         finally:
-            for here, there in asks.values():  # the ranks have theirs now
+            # The ranks have theirs now.
+            for here, there in asks.values():
                 here.forget()
                 there.forget()
         return instance

@@ -15,7 +15,8 @@ from anabranch.serving.elasticmoe.mapped import PAGE, padded
 
 __all__ = ["Layout", "Matrix", "Tensor", "layout_of"]
 
-_ALIGN = 64  # bytes, so that vector loads of a tensor's start are aligned
+# Bytes, so that vector loads of a tensor's start are aligned.
+_ALIGN = 64
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ def layout_of(folder: str | Path, page: int = PAGE) -> Layout:
 
     Raises CheckpointError where there is none, ConfigError for a model without experts.
     """
+    # They need torch, which the memory manager does without.
     from anabranch.lm.checkpoint import (
         find_model,
         load_config,
         quantization_of,
-    )  # they need torch, which the memory manager does without
+    )
     from anabranch.lm.tensors import build_empty, state_once
 
     found = find_model(folder)

@@ -24,7 +24,9 @@ from anabranch.serving.elasticmoe.rank_boot import Limits
 __all__ = ["Ledger", "Live"]
 
 Emit = Callable[[Output], None]
-_MOST_RERUNS = 3  # a request that takes a rank with it each time must end
+
+# A request that takes a rank with it each time must end.
+_MOST_RERUNS = 3
 
 
 @dataclass(slots=True)
@@ -83,8 +85,10 @@ class Ledger:
         self.changed = threading.Condition(self.lock)
         self.live: dict[str, Live] = {}
         self.active: Instance | None = None
-        self.room: dict[int, int] = {}  # blocks that a device's requests may need together, while it shares its cache
-        self.is_paused = False  # ranks are about to be changed, and get no new requests
+        # Blocks that a device's requests may need together, while it shares its cache.
+        self.room: dict[int, int] = {}
+        # Ranks are about to be changed, and get no new requests.
+        self.is_paused = False
         self.reruns = self.requests = 0
         self.longest_gap_s = 0.0
         # Counted here and not by the ranks, whose last counts are lost with them.
@@ -92,7 +96,8 @@ class Ledger:
         self.counted.update({f"finished_{finish.value}": 0 for finish in Finish})
         self._queue: list[tuple[int, float, int, str]] = []
         self._serial = 0
-        self._aborted: set[str] = set()  # while ``is_paused``
+        # While ``is_paused``.
+        self._aborted: set[str] = set()
         self._resumed: set[str] = set()  # likewise
 
     @property
@@ -127,7 +132,8 @@ class Ledger:
         outside = [token for token in request.prompt if not 0 <= token < self.vocab_size]
         if outside:
             raise InputError(f"the prompt has the token {outside[0]}; use 0 to {self.vocab_size - 1}")
-        if request.sampling.seed is None:  # of its own, so that it goes on the same wherever it is taken
+        # Of its own, so that it goes on the same wherever it is taken.
+        if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         longest = min(len(request.prompt) + request.sampling.max_tokens, positions)
         now = time.monotonic()

@@ -24,7 +24,9 @@ _CHUNK = 4 << 20
 _IS_LINUX = sys.platform == "linux"
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _RESERVED = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | _MAP_NORESERVE
-_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+# FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
+_PUNCH_HOLE = 0x02 | 0x01
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -112,15 +114,17 @@ def move_bytes(target: int, target_offset: int, source: int, source_offset: int,
             else:
                 moved = os.pwrite(target, os.pread(source, size, source_offset + done), target_offset + done)
         except OSError as error:
+            # Not between these two kinds of files: read and write instead.
             if in_kernel and error.errno not in (
                 28,
                 12,
-            ):  # not between these two kinds of files: read and write instead
+            ):
                 in_kernel = False
                 continue
             raise CapacityError(f"no memory for {count:,} bytes: {error.strerror}") from None
         if not moved:
-            if in_kernel:  # some kernels answer 0 rather than an error
+            # Some kernels answer 0 rather than an error.
+            if in_kernel:
                 in_kernel = False
                 continue
             raise EOFError(f"{count - done} bytes are missing at {source_offset + done}")
@@ -147,7 +151,8 @@ class Range:
         self.copies = not _IS_LINUX if copies is None else copies
         if copies is None and self.copies:
             warnings.warn("memory is mapped on Linux alone; here weights are copied into each process", stacklevel=2)
-        self.where: list[tuple[int, int]] = []  # (inode, offset) of each slot
+        # (inode, offset) of each slot.
+        self.where: list[tuple[int, int]] = []
         self._prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         if self.copies:
             self._own = mmap.mmap(-1, self.size)
@@ -173,9 +178,8 @@ class Range:
         changed = [slot for slot, place in enumerate(wanted) if self.where[slot : slot + 1] != [place]]
         for first, count in _runs(changed, offsets, self.block):
             self._put(first, count, fd, offsets[first])
-        if not self.copies and len(self.where) > len(
-            wanted
-        ):  # what is behind the last slot must not be read by mistake
+        # What is behind the last slot must not be read by mistake.
+        if not self.copies and len(self.where) > len(wanted):
             start, end = len(wanted) * self.block, len(self.where) * self.block
             self._map(self.address + start, end - start, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
         self.where = wanted
@@ -189,7 +193,8 @@ class Range:
     def close(self) -> None:
         """Give the addresses back. No tensor over them may be used after."""
         if self.copies:
-            self.address = 0  # the pages end with the last reference to them
+            # The pages end with the last reference to them.
+            self.address = 0
         elif self.address:
             _libc.munmap(self.address, self.size)
             self.address = 0

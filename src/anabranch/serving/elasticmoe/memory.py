@@ -216,7 +216,8 @@ class _Served:
         self.host, self.channel = host, channel
 
     def run(self) -> None:
-        with contextlib.suppress(ChannelClosedError):  # the client has gone
+        # The client has gone.
+        with contextlib.suppress(ChannelClosedError):
             while True:
                 (name, arguments), _ = self.channel.recv()
                 try:
@@ -273,7 +274,8 @@ def main() -> None:
         while True:
             _, (fd,) = control.recv()
             threading.Thread(target=_Served(host, Channel.of_fd(fd)).run, daemon=True).start()
-    os._exit(0)  # threads may wait for clients that still live; the memory ends with the last of them
+    # Threads may wait for clients that still live; the memory ends with the last of them.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from anabranch.errors import CapacityError, InputError
 
 __all__ = ["Copy", "Placement", "ScalePlan", "check_memory", "place", "plan_scale"]
 
-Slots = tuple[int, ...]  # experts of one layer on one device, in the order of their slots
+# Experts of one layer on one device, in the order of their slots.
+Slots = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def _check_devices(devices: Sequence[int], tp: int) -> None:
 
 def _spread(old: Placement, devices: tuple[int, ...], sizes: tuple[int, ...], heat: Mapping) -> Placement:
     rows = []
-    spare = 0  # where the next larger quota goes, so that over all layers no device gets all of them
+    # Where the next larger quota goes, so that over all layers no device gets all of them.
+    spare = 0
     for layer, size in enumerate(sizes):
         have = {device: old.of(layer, device) for device in devices}
         quota = _quotas(have, size, spare)
@@ -248,7 +250,8 @@ def _fill(have: dict[int, Slots], quota: dict[int, int], size: int, heat) -> tup
     kept: dict[int, list[int]] = {}
     for device, held in have.items():
         hottest = sorted(held, key=lambda expert: (-heat(expert), held.index(expert)))[: quota[device]]
-        kept[device] = [expert for expert in held if expert in hottest]  # slots keep their order
+        # Slots keep their order.
+        kept[device] = [expert for expert in held if expert in hottest]
     placed = {expert for held in kept.values() for expert in held}
     homeless = iter([expert for expert in range(size) if expert not in placed])
     return tuple((*held, *(next(homeless) for _ in range(quota[device] - len(held)))) for device, held in kept.items())

@@ -138,7 +138,8 @@ class Autoscaler:
             return False
         fewer = load.devices - self.policy.step
         if fewer < self.policy.min_devices or load.busy * load.devices / fewer >= self.policy.high:
-            return False  # it would grow again at once
+            # It would grow again at once.
+            return False
         attained = self.attainment(now)
         return self.policy.by == "queue" or attained is None or attained >= self.policy.attainment
 

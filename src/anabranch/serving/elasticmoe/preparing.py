@@ -27,7 +27,8 @@ class Preparing:
     def __init__(self, prepare: Callable[[Request], Future[Any] | None]) -> None:
         self._prepare = prepare
         self._waiting: dict[str, tuple[Carried, Future[Any]]] = {}
-        self._held: dict[str, Future[Any]] = {}  # so that nobody drops them before they are used
+        # So that nobody drops them before they are used.
+        self._held: dict[str, Future[Any]] = {}
         self._paused: set[str] = set()
 
     def __bool__(self) -> bool:
@@ -98,7 +99,8 @@ class ResumingSampler:
     def add(self, request: Request) -> None:
         """See `Sampler.add`."""
         self.sampler.add(request, self.outputs.pop(request.id, ()))
-        self.preparing.forget(request.id)  # the sampler holds what it needs of it
+        # The sampler holds what it needs of it.
+        self.preparing.forget(request.id)
 
     def forget(self, id: str) -> None:
         """See `Sampler.forget`."""

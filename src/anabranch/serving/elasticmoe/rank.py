@@ -60,7 +60,8 @@ class Rank:
         self.model = build_empty(load_config(boot.layout.folder)).eval()
         self.empty: dict[str, Any] = dict(self.model.state_dict(keep_vars=True))
         folder = Path(boot.layout.folder)
-        self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None  # grammars need it
+        # Grammars need it.
+        self.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
         GrammarStore(self.tokenizer).warm_up()
         self.owner = Owner()
         peers = self._meet(fds[1:])
@@ -75,7 +76,8 @@ class Rank:
         self.runner: ModelRunner | None = None
         self.is_serving = False
         self._picture_at = 0.0
-        self._is_told = False  # nothing has happened since the last picture
+        # Nothing has happened since the last picture.
+        self._is_told = False
 
     def _warm_device(self) -> None:
         """Have the device's contexts before they are asked for: the driver's, and what torch keeps beside it."""
@@ -166,7 +168,8 @@ class Rank:
         known = []
         for each in handover.carried(self.scheduler):
             self.sampler.outputs[each.request.id] = each.output
-            if self.scheduler._states[each.request.id].is_known:  # the batch that was its first ran elsewhere
+            # The batch that was its first ran elsewhere.
+            if self.scheduler._states[each.request.id].is_known:
                 known.append(each.request)
         self.runner.run(Batch(step=-1, chunks=(), new=tuple(known)))
         kept_out = [] if free is None else handover.keep_out(self.scheduler, free)
@@ -349,7 +352,8 @@ class Rank:
         assert self.scheduler is not None
         assert self.runner is not None
         batch = self.scheduler.schedule()
-        if batch is None:  # what there is is paused, or blocks are another's for now: a message may change that
+        # What there is is paused, or blocks are another's for now: a message may change that.
+        if batch is None:
             if not self._is_told:
                 self._tell([], is_idle=True)
             self.channel.poll(IDLE_S)
@@ -397,20 +401,25 @@ def rehearse() -> None:
 def main(fd: int) -> None:
     """The process; ``fd`` is its end of the channel to the coordinator."""
     torch.set_num_threads(1)
-    sys.setswitchinterval(0.0005)  # a peer's rows should not wait 5 ms for this rank's own step
-    faulthandler.register(signal.SIGUSR1)  # for operators: where a rank is
+    # A peer's rows should not wait 5 ms for this rank's own step.
+    sys.setswitchinterval(0.0005)
+    # For operators: where a rank is.
+    faulthandler.register(signal.SIGUSR1)
     channel = Channel.of_fd(fd)
     try:
         boot, fds = channel.recv()
         rank = Rank(channel, boot, fds)
         channel.send(("ready",))
         rank.run()
-    except ChannelClosedError:  # the coordinator has ended this rank
+    except ChannelClosedError:
+        # The coordinator has ended this rank.
         pass
-    except Exception:  # it could not even start; the coordinator sees the channel close
+    except Exception:
+        # It could not even start; the coordinator sees the channel close.
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # threads that serve peers may still wait for them
+    # Threads that serve peers may still wait for them.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def _bring_back(group: "Group", *, is_memory_lost: bool) -> None:
     assert memory is not None
     group.counts.recoveries += 1
     if is_memory_lost or not memory.process.is_alive:
-        group.standby.close()  # they are connected to the memory manager that is gone
+        # They are connected to the memory manager that is gone.
+        group.standby.close()
         group.memory = group.start_memory()
         group.memory.load(group.placement)
     group.start_fork_server()

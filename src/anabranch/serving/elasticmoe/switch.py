@@ -39,7 +39,8 @@ def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, repor
     with ledger.lock:
         devices = {id: device for device, (_, ids) in starts.items() for id in ids}
         lost = [live for live in ledger.with_instance(old) if live.request.id not in devices]
-        for live in lost:  # with a device that is gone, or all of them if the old instance is
+        # With a device that is gone, or all of them if the old instance is.
+        for live in lost:
             live.instance = live.device = None
             live.reruns += 1
             ledger.enqueue(live)
@@ -66,7 +67,8 @@ def _handed_over(group: "Group", plan: ScalePlan, old: Instance) -> dict[int, tu
     given = _paused(old, how)
     if given is None:
         return starts
-    with ledger.lock:  # outputs of the last steps have all arrived: they stand before the answers in the channels
+    # Outputs of the last steps have all arrived: they stand before the answers in the channels.
+    with ledger.lock:
         for live in ledger.with_instance(old):
             if live.device in stay:
                 starts[live.device][1].append(live.request.id)

@@ -15,8 +15,11 @@ from typing import Any
 
 __all__ = ["MOST_FDS", "Channel", "ChannelClosedError", "pair"]
 
-_HEADER = struct.Struct("<QI")  # bytes of the message, file descriptors that travel with it
-MOST_FDS = 64  # of one message; Linux takes up to 253
+# Bytes of the message, file descriptors that travel with it.
+_HEADER = struct.Struct("<QI")
+
+# Of one message; Linux takes up to 253.
+MOST_FDS = 64
 
 
 class ChannelClosedError(ConnectionError):
@@ -74,10 +77,12 @@ class Channel:
     def poll(self, timeout_s: float | None = 0.0) -> bool:
         """Whether there is something to receive, or the end of the channel. None waits for it."""
         try:
-            waiter = select.poll()  # not select.select, which knows no descriptors above 1023
+            # Not select.select, which knows no descriptors above 1023.
+            waiter = select.poll()
             waiter.register(self._socket, select.POLLIN)
             return bool(waiter.poll(None if timeout_s is None else timeout_s * 1000))
-        except (OSError, ValueError):  # closed by another thread meanwhile
+        except (OSError, ValueError):
+            # Closed by another thread meanwhile.
             return True
 
     def fileno(self) -> int:
@@ -96,7 +101,8 @@ class Channel:
         """End it; whoever waits at either end learns of it."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the other end was faster
+        except OSError:
+            # The other end was faster.
             self._socket.close()
         else:
             self._socket.close()

@@ -19,7 +19,8 @@ from anabranch.serving.engine.engine import Engine
 if TYPE_CHECKING:
     from anabranch.serving.expertflow import OffloadEngine
 
-HALF_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # in /proc/cpuinfo, of processors that multiply bfloat16
+# In /proc/cpuinfo, of processors that multiply bfloat16.
+HALF_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
@@ -56,11 +57,13 @@ def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEng
     saved = quantization_of(found)
     if saved is not None and config.quantize != "none":
         check_scheme(saved, config.quantize, None, found)
-    if budget is not None:  # what it imports takes two seconds
+    # What it imports takes two seconds.
+    if budget is not None:
         from anabranch.serving.expertflow import load_offloaded, offload
     if budget is not None and found.is_dir() and (config.quantize == "none" or saved is not None):
         return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
-    if budget is None and config.quantize != "none":  # blocks of a GGUF file are not rounded twice
+    # Blocks of a GGUF file are not rounded twice.
+    if budget is None and config.quantize != "none":
         model, tokenizer = load_quantized(config.model, config.quantize, dtype=dtype)
         return model.to(config.device), tokenizer, None
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
@@ -69,7 +72,8 @@ def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEng
     if config.quantize == "none":
         return model, tokenizer, offload(model, budget, tokenizer=tokenizer)
     experts = offload(model, budget, tier=config.quantize, tokenizer=tokenizer)
-    quantize(model, config.quantize)  # what are no experts
+    # What are no experts.
+    quantize(model, config.quantize)
     return model, tokenizer, experts
 
 

@@ -55,7 +55,8 @@ class LocalEngine(StreamsClient):
 
 
 def _settle(future: "asyncio.Future[EngineInfo]", info: EngineInfo | None, error: Exception | None) -> None:
-    if future.done():  # whoever waited has been cancelled
+    # Whoever waited has been cancelled.
+    if future.done():
         return
     if error is not None:
         future.set_exception(error)

@@ -29,9 +29,14 @@ from anabranch.serving.engine.messages import (
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 2  # steps under way with asynchronous scheduling: one runs, one waits for it
-PICTURE_S = 0.2  # least time between two pictures of the engine
-IDLE_S = 0.002  # how long to wait for news where there is work that cannot go on
+# Steps under way with asynchronous scheduling: one runs, one waits for it.
+DEPTH = 2
+
+# Least time between two pictures of the engine.
+PICTURE_S = 0.2
+
+# How long to wait for news where there is work that cannot go on.
+IDLE_S = 0.002
 
 
 class Scheduling(Protocol):
@@ -90,8 +95,10 @@ class EngineLoop:
         self._controls, self._sources = dict(controls or {}), tuple(sources)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: set[str] = set()
-        self._preparing: dict[str, tuple[Request, Future[Any]]] = {}  # live, but not yet the scheduler's
-        self._held: dict[str, Any] = {}  # what was prepared for those under way
+        # Live, but not yet the scheduler's.
+        self._preparing: dict[str, tuple[Request, Future[Any]]] = {}
+        # What was prepared for those under way.
+        self._held: dict[str, Any] = {}
         self._flight: deque[tuple[Batch, Future[tuple[list[Sampled], float]]]] = deque()
         self._worker = ThreadPoolExecutor(1, "anabranch-model") if is_async else None
         self._closing_at: float | None = None
@@ -144,9 +151,8 @@ class EngineLoop:
                 self._forget(output.id)
         events: list[Event] = [*outputs]
         if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
-            events.append(
-                self._picture()
-            )  # after the last request's end at once: its tokens are counted where it is seen to end
+            # After the last request's end at once: its tokens are counted where it is seen to end.
+            events.append(self._picture())
         if events:
             self._emit(events)
 
@@ -222,7 +228,8 @@ class EngineLoop:
 
     def _prepared(self, id: str) -> None:
         request, future = self._preparing.get(id, (None, None))
-        if request is None or future is None or not future.done():  # it was aborted, and its id may have come again
+        # It was aborted, and its id may have come again.
+        if request is None or future is None or not future.done():
             return
         del self._preparing[id]
         self._live.discard(id)
@@ -267,7 +274,8 @@ class EngineLoop:
             return Reply(command.number, function(**command.arguments))
         except AnabranchError as error:
             return Reply(command.number, error=error)
-        except TypeError as error:  # arguments that the function does not take
+        except TypeError as error:
+            # Arguments that the function does not take.
             return Reply(command.number, error=InputError(f"control {command.name!r}: {error}"))
 
     # The end

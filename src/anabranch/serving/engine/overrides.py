@@ -20,7 +20,8 @@ from anabranch.serving.core.hooks import OverrideHook, RequestOverride
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.passes import Variant
 
-OPTION = "routing"  # of `Request.options`
+# Of `Request.options`.
+OPTION = "routing"
 
 # Overrides of requests by id: of each hook that says some, by router and pass.
 Said = dict[str, list[Mapping[nn.Module, Sequence[Override | None]]]]
@@ -43,7 +44,8 @@ class RequestOverrides:
     ) -> None:
         self._hooks, self._check = tuple(hooks), check
         self._layers = own_layers(model) if find_routers(model) else []
-        self._apart: set[str] = set()  # requests that share keys and values only with those of the same option
+        # Requests that share keys and values only with those of the same option.
+        self._apart: set[str] = set()
         # Number of streams and path, as they were said of each request in its first step.
         self._variants: dict[str, tuple[int | None, tuple[int, ...] | None]] = {}
 

@@ -25,7 +25,8 @@ from anabranch.serving.engine.streams import StreamsClient, as_error, deliver_to
 
 logger = logging.getLogger(__name__)
 
-END_S = 5.0  # how long a process that has said goodbye may take to end
+# How long a process that has said goodbye may take to end.
+END_S = 5.0
 
 
 class ProcessEngine(StreamsClient):
@@ -59,7 +60,8 @@ class ProcessEngine(StreamsClient):
             first = await asyncio.to_thread(self._greet, connection)
         except BaseException as error:
             connection.close()
-            self.process.kill()  # it has said what it had to, or nobody waits for it any longer
+            # It has said what it had to, or nobody waits for it any longer.
+            self.process.kill()
             await asyncio.to_thread(self.process.wait)
             if isinstance(error, Exception):
                 raise as_error(error) from error
@@ -93,7 +95,8 @@ class ProcessEngine(StreamsClient):
 
     def _write(self, connection: Connection, outbox: "queue.SimpleQueue[Command | None]") -> None:
         while (command := outbox.get()) is not None:
-            with contextlib.suppress(OSError):  # the reader sees that the process is gone, and tells
+            # The reader sees that the process is gone, and tells.
+            with contextlib.suppress(OSError):
                 connection.send(command)
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:

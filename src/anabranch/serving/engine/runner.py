@@ -95,20 +95,29 @@ class ModelRunner:
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
         self._overrides = RequestOverrides(model, overriding, self.check_variant) if overriding else None
-        self._said: Said = {}  # what hooks say of the step under way
-        self._routing: list[Overrides] = []  # and of the pass under way
-        self.fast: FastDecoder | None = None  # whose rows never depend on each other
+        # What hooks say of the step under way.
+        self._said: Said = {}
+        # And of the pass under way.
+        self._routing: list[Overrides] = []
+        # Whose rows never depend on each other.
+        self.fast: FastDecoder | None = None
         if use_kernel and not overriding and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = tuple(part[: model.config.num_layers, 0] for part in (self.pool.key, self.pool.value))
             self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
         self.tap, self.watch = RoutingTap(model), Watch(model)
-        self._recorded: set[str] = set()  # requests that want to know where their tokens go
-        self._tops: dict[str, int] = {}  # of requests that want their prompts scored, see `Sampling.prompt_logprobs`
-        self._names: dict[str, object] = {}  # of requests, for whoever records where they go: an id may come again
-        self._told: dict[str, int] = {}  # positions of each request that hooks have seen
-        self._last: dict[str, int] = {}  # the newest token of each request, for chunks that carry `PENDING`
+        # Requests that want to know where their tokens go.
+        self._recorded: set[str] = set()
+        # Of requests that want their prompts scored, see `Sampling.prompt_logprobs`.
+        self._tops: dict[str, int] = {}
+        # Of requests, for whoever records where they go: an id may come again.
+        self._names: dict[str, object] = {}
+        # Positions of each request that hooks have seen.
+        self._told: dict[str, int] = {}
+        # The newest token of each request, for chunks that carry `PENDING`.
+        self._last: dict[str, int] = {}
         self._usual = Variant(self.num_streams)
-        self._variants: dict[str, Variant] = {}  # of requests that run the model otherwise
+        # Of requests that run the model otherwise.
+        self._variants: dict[str, Variant] = {}
         # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
         self._slots = VisitSlots(self.pool.shape.layers, range(model.config.num_layers))
         self._prefixes = {number: _prefixes(model, number) for number in model.config.stream_choices}
@@ -173,7 +182,8 @@ class ModelRunner:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
                 self._tops[request.id] = request.sampling.prompt_logprobs
-        self.pool.swap_out(batch.swaps_out)  # first, as what is saved may be overwritten at once
+        # First, as what is saved may be overwritten at once.
+        self.pool.swap_out(batch.swaps_out)
         self.pool.copy(batch.copies)
         self.pool.swap_in(batch.swaps_in)
 

@@ -9,7 +9,8 @@ from anabranch.serving.core.batch import PENDING, Chunk, Sampled
 from anabranch.serving.core.request import TokenLogprob
 from anabranch.serving.sampling.logprobs import logprobs, not_numbers
 
-TILE = 128  # rows whose logits are there at once: a step may have thousands, and a vocabulary hundreds of thousands of tokens
+# Rows whose logits are there at once: a step may have thousands, and a vocabulary hundreds of thousands of tokens.
+TILE = 128
 
 
 def scored_rows(chunks: Sequence[Chunk]) -> list[int]:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from anabranch.nn.pool import ExpertPool
 
-TILE = 32  # rows: with it a tensor of any width is a whole number of vectors
+# Rows: with it a tensor of any width is a whole number of vectors.
+TILE = 32
 
 _FIRST = {  # functions of rows, and of other things that all rows share
     F.linear, torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.silu, torch.tanh, Tensor.tanh, F.gelu, F.softplus, torch.exp, Tensor.exp,
@@ -35,7 +36,8 @@ def steady(model: nn.Module) -> Iterator[None]:
     before = [pool.backend for pool in pools]
     try:
         for pool in pools:
-            pool.backend = "reference"  # a product per expert, which is then made of tiles
+            # A product per expert, which is then made of tiles.
+            pool.backend = "reference"
         with _Tiled():
             yield
     finally:
@@ -60,7 +62,8 @@ class _Tiled(TorchFunctionMode):
                 return func(x_ND, state[0] if isinstance(args[1], Tensor) else state, *args[2:], **kwargs)
 
             return _by_tiles(cell, [args[0], *state])
-        elif func is torch.einsum and args[0] == "nkd,nk->nd":  # the sum over an item's places
+        elif func is torch.einsum and args[0] == "nkd,nk->nd":
+            # The sum over an item's places.
             return _by_tiles(lambda *rows: func(args[0], *rows), args[1:])
         return func(*args, **kwargs)
 
@@ -79,5 +82,6 @@ def _by_tiles(func: Callable[..., Any], rows: Sequence[Tensor]) -> Any:
 def _tile(rows: Tensor, start: int) -> Tensor:
     tile = rows[start : start + TILE]
     if len(tile) == TILE:
-        return tile.contiguous()  # half of a wider tensor is not, and its rows would each be vectors with a rest
+        # Half of a wider tensor is not, and its rows would each be vectors with a rest.
+        return tile.contiguous()
     return torch.cat((tile, tile.new_zeros(TILE - len(tile), *tile.shape[1:])))

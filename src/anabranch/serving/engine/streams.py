@@ -25,7 +25,8 @@ from anabranch.serving.engine.messages import (
     Resume,
 )
 
-KEPT_SAMPLES = 4096  # values of one histogram between two pictures
+# Values of one histogram between two pictures.
+KEPT_SAMPLES = 4096
 
 
 class StreamsClient:
@@ -173,7 +174,8 @@ class StreamsClient:
 
 def deliver_to(client: StreamsClient, loop: asyncio.AbstractEventLoop, events: list[Event]) -> None:
     """From another thread, hand events to a client whose event loop may be gone."""
-    with suppress(RuntimeError):  # closed: nobody is there to read
+    # Closed: nobody is there to read.
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(client._deliver, events)
 
 

@@ -12,7 +12,8 @@ from anabranch.serving.engine.messages import Close, Event
 
 def main(descriptor: int) -> None:
     """Make the engine that the other end asks for, and run it until told to end or the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end drains and closes
+    # The front end drains and closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
         engine = connection.recv()()
@@ -46,7 +47,8 @@ def _listen(connection: Connection, loop: EngineLoop, is_cut: threading.Event) -
     try:
         while True:
             loop.put(connection.recv())
-    except (EOFError, OSError):  # the front end is gone, and with it everyone who waits
+    except (EOFError, OSError):
+        # The front end is gone, and with it everyone who waits.
         is_cut.set()
         loop.put(Close())
 

@@ -42,12 +42,14 @@ class Arena:
         self.kinds, self.slots, self.device = list(kinds), list(slots), torch.device(device)
         self.w13_SFD: list[Tensor] = []
         self.w2_SDF: list[Tensor] = []
-        with torch.inference_mode(False):  # other threads write into them outside of it
+        # Other threads write into them outside of it.
+        with torch.inference_mode(False):
             for kind, count in zip(kinds, slots, strict=True):
                 w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
                 self.w13_SFD.append(_zeros(w13, kind.dtype, self.device))
                 self.w2_SDF.append(_zeros(w2, kind.dtype, self.device))
-            both = zip(self.w13_SFD, self.w2_SDF, strict=True)  # made once, as whoever loads asks often
+            # Made once, as whoever loads asks often.
+            both = zip(self.w13_SFD, self.w2_SDF, strict=True)
             self._places = [list(zip(w13.unbind(), w2.unbind(), strict=True)) for w13, w2 in both]
         for weight in (*self.w13_SFD, *self.w2_SDF) if self.device.type == "cpu" else ():
             advise(weight)

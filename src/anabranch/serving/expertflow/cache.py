@@ -18,9 +18,12 @@ from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.plan import NEVER, PLACES, Reference
 from anabranch.serving.expertflow.policy import Policy
 
-AHEAD = 1  # loads under way that no layer waits for yet
+# Loads under way that no layer waits for yet.
+AHEAD = 1
 Event = Literal["start", "loaded", "cancelled", "failed", "evicted", "used"]
-Audit = Callable[[Event, Expert, int, int], None]  # event, expert, slot, resident bytes after it
+
+# Event, expert, slot, resident bytes after it.
+Audit = Callable[[Event, Expert, int, int], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -109,18 +112,23 @@ class ExpertCache:
         self.num_slots = self.layout.slots(self.budget_bytes, per_layer=self.policy.per_layer)
         self.counters = [Counters() for _ in range(self.layout.num_layers)]
         self.free = [list(range(count))[::-1] for count in self.num_slots]
-        self.slot_of: dict[Expert, int] = {}  # loading ones too
+        # Loading ones too.
+        self.slot_of: dict[Expert, int] = {}
         self.loading: dict[Expert, Load] = {}
-        self.members: dict[int, dict[Expert, None]] = {}  # of each group, in the order the policy keeps
-        self.wanted: dict[Expert, None] = {}  # by the layer under way, not run yet
+        # Of each group, in the order the policy keeps.
+        self.members: dict[int, dict[Expert, None]] = {}
+        # By the layer under way, not run yet.
+        self.wanted: dict[Expert, None] = {}
         self.layer = self.layout.num_layers - 1
         self.at = -1  # step of the reference string
         self.reference = Reference([])
         self.resident_bytes = 0
         self.passes = 0
         self.failures: dict[Expert, BaseException] = {}
-        self._fresh: set[Expert] = set()  # loaded ahead and not used yet
-        self._home: dict[Expert, int] = {}  # layer that an expert was loaded for
+        # Loaded ahead and not used yet.
+        self._fresh: set[Expert] = set()
+        # Layer that an expert was loaded for.
+        self._home: dict[Expert, int] = {}
         self.policy.attach(self)
 
     # computing
@@ -255,7 +263,8 @@ class ExpertCache:
         self._drop(load, "failed")
         self.counters[self._home[load.expert]].failed += 1
         if load.expert in self.wanted and load.begun < self.passes:
-            return  # it was begun for a pass that is over; this one has not tried yet
+            # It was begun for a pass that is over; this one has not tried yet.
+            return
         if load.expert in self.wanted:
             self.failures[load.expert] = error
         else:
@@ -289,9 +298,8 @@ class ExpertCache:
         victim = self.policy.victim(expert)
         if victim is not None:
             return self._take(kind, victim)
-        if (
-            self.free[kind] and len(members) < self.policy.quota(group) + self.policy.spares
-        ):  # a spare buffer, until a slot of the group is free
+        # A spare buffer, until a slot of the group is free.
+        if self.free[kind] and len(members) < self.policy.quota(group) + self.policy.spares:
             return self.free[kind].pop()
         return None
 

@@ -14,9 +14,14 @@ from anabranch.nn.kernels.transfers import CACHED, DIRECT
 
 __all__ = ["DirectFile"]
 
-BLOCK = 4096  # what places and lengths must be whole numbers of, on every device that we know
-CHUNK = 4 << 20  # bytes of a thread's buffer
-FOLIO = 2 << 20  # largest piece of a file that the system keeps or forgets as a whole
+# What places and lengths must be whole numbers of, on every device that we know.
+BLOCK = 4096
+
+# Bytes of a thread's buffer.
+CHUNK = 4 << 20
+
+# Largest piece of a file that the system keeps or forgets as a whole.
+FOLIO = 2 << 20
 
 READ_DIRECT = Kernel(
     "anabranch_read_direct",
@@ -51,7 +56,8 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self.is_direct = False  # the file system opens such files, and does not read them
+                # The file system opens such files, and does not read them.
+                self.is_direct = False
         count = self._through_cache(offset, into)
         if past_cache:
             _forget(self._cached, offset, count)
@@ -78,7 +84,8 @@ class DirectFile:
     def _in_blocks(self, offset: int, into: memoryview) -> int:
         assert self._direct is not None
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8)  # its pages are whole blocks
+            # Its pages are whole blocks.
+            self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8)
         place, buffer = np.frombuffer(into, np.uint8), self._own.buffer
         if kernels.load() is None:
             return self._block_by_block(offset, place, buffer)
@@ -108,7 +115,8 @@ def _open_direct(path: Path) -> int | None:
         return None
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:  # a file system without it
+    except OSError:
+        # A file system without it.
         return None
 
 

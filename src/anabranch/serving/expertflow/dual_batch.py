@@ -27,8 +27,11 @@ from anabranch.serving.expertflow.predictors.base import Row
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
 from anabranch.serving.fast import FastDecoder, Watch
 
-BLOCK_TOKENS = 16  # positions that lie together
-_SERIAL = count()  # of sequences in this process
+# Positions that lie together.
+BLOCK_TOKENS = 16
+
+# Of sequences in this process.
+_SERIAL = count()
 
 
 class RowStore:

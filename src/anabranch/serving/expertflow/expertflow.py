@@ -96,7 +96,8 @@ def offload(
     found = find_pools(model)
     weights = [(pool.w13, pool.w2) for pool in found.pools]
     budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
-    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)  # refuse before anything is written
+    # Refuse before anything is written.
+    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
     engine = OffloadEngine(
         model,
         found,
@@ -129,7 +130,8 @@ def _tier(
         raise ConfigError(f"no tier {tier!r}; known: {', '.join(TIERS)}")
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="anabranch-experts-") as name:
-            written = write_experts(Path(name) / "experts.bin", weights)  # open files outlive their names
+            # Open files outlive their names.
+            written = write_experts(Path(name) / "experts.bin", weights)
     else:
         Path(folder).mkdir(parents=True, exist_ok=True)
         written = write_experts(Path(folder) / "experts.bin", weights)

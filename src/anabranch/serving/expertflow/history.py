@@ -12,7 +12,8 @@ from anabranch.lm.cache import KeyValueCache
 from anabranch.serving.core.batch import Batch
 from anabranch.serving.expertflow.predictors.base import Row
 
-STATE = "expertflow"  # name in a key-value cache's state
+# Name in a key-value cache's state.
+STATE = "expertflow"
 
 
 class BatchHistory:
@@ -26,7 +27,8 @@ class BatchHistory:
         """One of each chunk; ``tokens`` are those of all chunks, known ones."""
         for request in batch.new:
             self._prompt[request.id] = len(request.prompt)
-            self._ids[request.id] = list(request.prompt)  # what a prefix cache holds is not run, but was read
+            # What a prefix cache holds is not run, but was read.
+            self._ids[request.id] = list(request.prompt)
         rows, start = [], 0
         for chunk in batch.chunks:
             new = list(tokens[start : start + len(chunk.tokens)])

@@ -127,9 +127,8 @@ class Layout:
         for kind, size in enumerate(self.bytes_of_kind):
             slots[kind] += min(rest * weights[kind] // (total * size), owned[kind] - slots[kind])
         rest = budget_bytes - sum(count * size for count, size in zip(slots, self.bytes_of_kind, strict=True))
-        for kind in sorted(
-            range(self.num_kinds), key=lambda kind: -self.bytes_of_kind[kind]
-        ):  # what rounding left over
+        # What rounding left over.
+        for kind in sorted(range(self.num_kinds), key=lambda kind: -self.bytes_of_kind[kind]):
             more = min(rest // self.bytes_of_kind[kind], owned[kind] - slots[kind])
             slots[kind] += more
             rest -= more * self.bytes_of_kind[kind]

@@ -107,7 +107,8 @@ def _retype(model: Decoder, opened: OpenedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ExpertPool):
             like = opened.layout[f"{name}.w13"][0].name
-            if like not in opened.source.names:  # in few bits; their slots are of the type of what is not
+            # In few bits; their slots are of the type of what is not.
+            if like not in opened.source.names:
                 like = "embedding.weight"
             stored = opened.source.dtype(like)
             kind = opened.dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)

@@ -100,7 +100,8 @@ class Mover:
         try:
             while (load := self._next()) is not None:
                 self._move(load)
-        except BaseException as error:  # a thread that dies in silence would leave layers waiting
+        except BaseException as error:
+            # A thread that dies in silence would leave layers waiting.
             with self.lock:
                 self._broken = error
                 self._done.notify_all()
@@ -146,11 +147,13 @@ class Mover:
         for _ in self.tier.load(load.expert, self.arena.slot(kind, load.slot)):
             if load.cancelled:
                 with self.lock:
-                    if load.cancelled:  # it may be wanted again meanwhile
+                    # It may be wanted again meanwhile.
+                    if load.cancelled:
                         self.cache.cancelled(load)
                         self._tell()
                         return False
         return True
 
     def _tell(self) -> None:
-        self._done.notify_all()  # the thread that says so looks for more work itself
+        # The thread that says so looks for more work itself.
+        self._done.notify_all()

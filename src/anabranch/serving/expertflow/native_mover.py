@@ -17,7 +17,8 @@ from anabranch.serving.expertflow.cache import ExpertCache, Load
 from anabranch.serving.expertflow.mover import Mover
 from anabranch.serving.expertflow.tiers import CopiedTier, Tier
 
-BEHIND = 1  # loads that nobody waits for yet, handed over while others are under way
+# Loads that nobody waits for yet, handed over while others are under way.
+BEHIND = 1
 
 
 def make_mover(cache: ExpertCache, tier: Tier, arena: Arena, workers: int) -> Mover:
@@ -54,7 +55,8 @@ class NativeMover(Mover):
         super().__init__(cache, tier, arena, workers=0, timeout_s=timeout_s)
         self._transfers = Transfers(workers, tier.seconds_per_byte)
         self._ids = itertools.count()
-        self._moving: dict[int, tuple[Load, list[bool]]] = {}  # and what was told of it: urgent, cancelled
+        # And what was told of it: urgent, cancelled.
+        self._moving: dict[int, tuple[Load, list[bool]]] = {}
         self._repairs: set[threading.Thread] = set()
         self._is_due = False
         self._feeder = threading.Thread(target=self._feed, name="experts", daemon=True)
@@ -107,7 +109,8 @@ class NativeMover(Mover):
             while self._transfers.wait_for_kick():
                 with self.lock:
                     self._begin(ahead=BEHIND)
-                    self.cache.policy.prepare()  # for when that has ended
+                    # For when that has ended.
+                    self.cache.policy.prepare()
         except BaseException as error:
             with self.lock:
                 self._broken = error
@@ -143,7 +146,8 @@ class NativeMover(Mover):
                 self._repair(load, 1)
             elif load.cancelled:
                 self.cache.cancelled(load)
-            else:  # it is wanted again meanwhile
+            else:
+                # It is wanted again meanwhile.
                 self._hand_over(load)
 
     def _repair(self, load: Load, turn: int) -> None:

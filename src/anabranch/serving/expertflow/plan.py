@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 from anabranch.serving.expertflow.layout import Expert
 
-PLACES = 1 << 16  # more than experts in a step
-NEVER = PLACES << 32  # a position that never comes
+# More than experts in a step.
+PLACES = 1 << 16
+
+# A position that never comes.
+NEVER = PLACES << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +104,13 @@ def belady_plan(
     """
     plan: list[PlannedLoad] = []
     last = dict.fromkeys(resident, -1)  # step of the last use in the plan
-    heap = []  # the top is replaced first: farthest next use, then unwanted, least worth, least recently used
+    # The top is replaced first: farthest next use, then unwanted, least worth, least recently used.
+    heap = []
     start = first * PLACES - 1
     for order, expert in enumerate(resident):
         next_use = reference.next_use(expert, start)
-        if next_use < NEVER:  # no two experts have the same, so what comes after it does not matter
+        # No two experts have the same, so what comes after it does not matter.
+        if next_use < NEVER:
             heap.append((-next_use, True, 0.0, 0, expert))
         else:
             heap.append((-NEVER, expert not in unwanted, worth(expert), order - NEVER, expert))

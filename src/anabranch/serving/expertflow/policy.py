@@ -23,7 +23,8 @@ from anabranch.serving.expertflow.policy_base import LoadsAhead, Policy
 if TYPE_CHECKING:
     from anabranch.serving.expertflow.cache import ExpertCache
 
-PLANNED = 8  # loads of a plan that are worth knowing before the next layer corrects it
+# Loads of a plan that are worth knowing before the next layer corrects it.
+PLANNED = 8
 
 
 class Lru(Policy):
@@ -157,9 +158,8 @@ class Belady(Lru):
         """Nothing is unwanted yet."""
         super().attach(cache)
         self._unwanted: frozenset[Expert] = frozenset()
-        self._leaving: dict[
-            int, list[Expert]
-        ] = {}  # of each group, who leaves first at the end; what was used since is not in it
+        # Of each group, who leaves first at the end; what was used since is not in it.
+        self._leaving: dict[int, list[Expert]] = {}
 
     def begin_step(self) -> None:
         """A new string."""
@@ -196,7 +196,8 @@ class Belady(Lru):
         never, known = [], []
         for age, expert in enumerate(self.evictable(group)):
             next_use = reference.next_use(expert, start)
-            if next_use < NEVER:  # no two have the same
+            # No two have the same.
+            if next_use < NEVER:
                 known.append((next_use, expert))
             else:
                 never.append((expert in self._unwanted, -self.worth(expert), -age, expert))
@@ -241,7 +242,8 @@ class Plec(Belady):
 
     def __init__(self, prefetch: bool = True, half_life: float | None = 128.0) -> None:
         self.is_prefetching, self.half_life = prefetch, half_life
-        self._gain = 1.0  # of a use now; it grows, so that older ones count less
+        # Of a use now; it grows, so that older ones count less.
+        self._gain = 1.0
         self._worth: dict[Expert, float] = {}
 
     def attach(self, cache: "ExpertCache") -> None:
@@ -307,7 +309,8 @@ class Plec(Belady):
             if has_room:
                 del self._plan[number]
                 if not self._plan:
-                    self._plan = None  # there may be more behind its end
+                    # There may be more behind its end.
+                    self._plan = None
                 return load.expert, load.victim
         return None
 

@@ -69,7 +69,8 @@ class Policy:
 
     def evictable(self, group: int) -> Iterator[Expert]:
         """Those of a group that may leave, in the group's order."""
-        cache = self.cache  # as `ExpertCache.is_evictable` says, of members
+        # As `ExpertCache.is_evictable` says, of members.
+        cache = self.cache
         return (one for one in cache.members.get(group, ()) if one not in cache.wanted and one not in cache.loading)
 
 

@@ -62,9 +62,8 @@ class Routes:
                 raise DataError(f"layer {layer.layer} of the trace did not route the same tokens as the first one")
             places = found
             chosen_NE = np.zeros((len(order), max(other.num_destinations for other in trace.layers) + 1), bool)
-            np.put_along_axis(
-                chosen_NE, decisions.index_NK[order].astype(np.int64), True, axis=1
-            )  # -1 is the last column
+            # -1 is the last column.
+            np.put_along_axis(chosen_NE, decisions.index_NK[order].astype(np.int64), True, axis=1)
             bits.append(np.packbits(chosen_NE[:, :-1], axis=1))
         if places is None or not len(places[0]):
             raise DataError("the trace is empty, so it holds no routes")

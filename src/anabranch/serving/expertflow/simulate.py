@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from anabranch.serving.expertflow.cache import Counters, ExpertCache, Load
 from anabranch.serving.expertflow.layout import Expert
 
-Batch = Sequence[Sequence[Expert]]  # experts wanted by each layer
+# Experts wanted by each layer.
+Batch = Sequence[Sequence[Expert]]
 
 
 class SimulatedMover:
@@ -63,7 +64,8 @@ class SimulatedMover:
         if self._load is None:
             raise AssertionError("nothing is being loaded, so nothing can be waited for")
         begin = self.now
-        if self._load.cancelled:  # it is given up at once
+        # It is given up at once.
+        if self._load.cancelled:
             self.cache.cancelled(self._load)
             self._load = None
         else:

@@ -34,7 +34,8 @@ from anabranch.nn.kernels.transfers import Piece as Copy
 from anabranch.serving.expertflow.direct import DirectFile
 from anabranch.serving.expertflow.layout import Expert
 
-Slot = tuple[Tensor, Tensor]  # (w13_FD, w2_DF) to write into
+# (w13_FD, w2_DF) to write into.
+Slot = tuple[Tensor, Tensor]
 Where = tuple[int | slice, ...]
 
 
@@ -243,7 +244,8 @@ class SourceTier:
 
     def __init__(self, parts: Mapping[Expert, Sequence[tuple[Callable[[], Tensor], int, Where]]]) -> None:
         self._parts = dict(parts)
-        self._lock = threading.Lock()  # sources are not made for several threads
+        # Sources are not made for several threads.
+        self._lock = threading.Lock()
 
     def load(self, expert: Expert, slot: Slot) -> Iterator[None]:
         """See `Tier`."""
@@ -256,7 +258,8 @@ class SourceTier:
         """See `Tier`."""
 
 
-GROUP = 32  # neighbours in a row that share a scale
+# Neighbours in a row that share a scale.
+GROUP = 32
 LEVELS = {8: 127, 4: 7}
 
 

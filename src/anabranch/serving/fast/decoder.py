@@ -48,8 +48,12 @@ __all__ = ["FastDecoder"]
 ACTIVATIONS = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("none", "sum", "softmax")
 QK_NORM = ("none", "head", "full")
-ALIGN = 4096  # bytes; matrices begin at pages
-PIECE = 64  # and the parts of a step's memory at multiples of this
+
+# Bytes; matrices begin at pages.
+ALIGN = 4096
+
+# And the parts of a step's memory at multiples of this.
+PIECE = 64
 
 
 class FastDecoder:
@@ -82,12 +86,14 @@ class FastDecoder:
             raise ConfigError(f"no compiled step for this model: {reason}")
         attention: Any = model.blocks[0].attention
         self.model = model
-        self._keep: list[Tensor] = []  # what the structures point at
+        # What the structures point at.
+        self._keep: list[Tensor] = []
         self._packed = _pack(model)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
         self._recurrent: dict[Tensor, Packed] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._offloaded: dict[int, OffloadedPool] = {}  # by number of the routing
+        # By number of the routing.
+        self._offloaded: dict[int, OffloadedPool] = {}
         self.routed: list[int] = []
         routers: list[Any] = []
         made = [part for number in range(len(model.blocks)) for part in self._blocks(number, routers)]

@@ -23,7 +23,8 @@ from anabranch.serving.fast.routed import form_of, why_not_run
 
 __all__ = ["products", "why_not"]
 
-STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256  # of step.h; heads are whole vectors of floats
+# Of step.h; heads are whole vectors of floats.
+STEP, MOST_GROUP, MOST_WIDTH = 16, 16, 256
 
 
 def why_not(model: Decoder) -> str | None:
@@ -38,7 +39,8 @@ def why_not(model: Decoder) -> str | None:
     if type(model).hidden is not Decoder.hidden:
         return f"{type(model).__name__} runs its layers its own way"
     for name, module in model.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks):  # steps do not call the model itself
+        # Steps do not call the model itself.
+        if name and (module._forward_hooks or module._forward_pre_hooks):
             return f"{name} is watched by hooks"
     for number, block in enumerate(model.blocks):
         reason = _of_block(block)

@@ -17,10 +17,13 @@ from anabranch.errors import InputError
 
 __all__ = ["MOST_CHARACTERS", "choice", "key_of", "regex", "repeat", "sequence", "text_of"]
 
-MOST_CHARACTERS = 250_000  # of a grammar as JSON; OpenAI takes 120,000
+# Of a grammar as JSON; OpenAI takes 120,000.
+MOST_CHARACTERS = 250_000
 _REGEX, _CHOICE, _SEQUENCE, _REPEAT = (f"anabranch:{name}" for name in ("regex", "choice", "sequence", "repeat"))
 _FORMS = (_REGEX, _CHOICE, _SEQUENCE, _REPEAT)
-_OPTIONS = "x-guidance"  # where a schema has options for llguidance; those are ours to give
+
+# Where a schema has options for llguidance; those are ours to give.
+_OPTIONS = "x-guidance"
 _JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ \t]{0,40}", "coerce_one_of": True, "lenient": False}
 # Where only one text may follow, its tokens are the model's choice all the same.
 _LARK_OPTIONS = {"no_forcing": True}

@@ -50,7 +50,8 @@ class Matcher:
     """
 
     def __init__(self, grammar: Grammar, walk: Any, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
-        self._grammar = grammar  # whose memory it uses: that counts as long
+        # Whose memory it uses: that counts as long.
+        self._grammar = grammar
         self.error: str | None = None
         self._walk, self._vocabulary = walk, vocabulary
         self._ends, self._end_set = list(ends), frozenset(ends)

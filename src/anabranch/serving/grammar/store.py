@@ -20,12 +20,23 @@ from anabranch.serving.grammar.vocabulary import vocabulary_of
 
 __all__ = ["GrammarStore"]
 
-MOST_BYTES = 512 << 20  # of all grammars that are kept or in use
-MOST_WAITING = 256  # requests whose grammars are still to be compiled
-WAIT_S = 20.0  # for others to end, where all memory is in use
-_MOST_KEPT, _MOST_REFUSED = 64, 256  # least recently used go first
-_LEAST_BYTES = 1 << 18  # that one counts as
-_THREADS = 4  # most of them wait for a trial; one at a time compiles
+# Of all grammars that are kept or in use.
+MOST_BYTES = 512 << 20
+
+# Requests whose grammars are still to be compiled.
+MOST_WAITING = 256
+
+# For others to end, where all memory is in use.
+WAIT_S = 20.0
+
+# Least recently used go first.
+_MOST_KEPT, _MOST_REFUSED = 64, 256
+
+# That one counts as.
+_LEAST_BYTES = 1 << 18
+
+# Most of them wait for a trial; one at a time compiles.
+_THREADS = 4
 
 
 class GrammarStore:
@@ -50,7 +61,8 @@ class GrammarStore:
     def warm_up(self) -> None:
         """Read the vocabulary now, before there is anybody whom that could hold up: half a second for 150,000 tokens."""
         if self.tokenizer is not None and is_installed("llguidance"):
-            with suppress(InputError):  # whoever sends a grammar is told
+            # Whoever sends a grammar is told.
+            with suppress(InputError):
                 vocabulary_of(self.tokenizer)
 
     def prepare(self, form: Any, source: str = "") -> "Future[Grammar]":

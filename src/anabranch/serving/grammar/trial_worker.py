@@ -22,9 +22,13 @@ PARSER: dict[str, Any] = {
     "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 100_000,
     "max_lexer_states": 20_000, "max_grammar_size": 200_000, "precompute_large_lexemes": False, "verbose_errors": False,
 }  # fmt: skip
-_END = 256  # the token after those of all bytes
+
+# The token after those of all bytes.
+_END = 256
 _MOST_ERROR = 500
-_NICE = 5  # models come first
+
+# Models come first.
+_NICE = 5
 
 
 def main() -> None:

@@ -80,7 +80,8 @@ class Admin:
         made: dict[str, Any] = {**kept, **{name: value for name, value in stats.gauges.items() if name in sizes}}
         try:
             made["layers"] = await self._frontend.engine.control("expert_cache")
-        except InputError:  # an engine without a budget for its experts
+        except InputError:
+            # An engine without a budget for its experts.
             made["layers"] = None
         return made
 

@@ -91,7 +91,8 @@ class App:
             raise
         except AnabranchError as error:
             return call.refuse(ApiError(400, "invalid_value", str(error)))
-        except Exception as error:  # a bug of ours: the log says what, the client only that
+        except Exception as error:
+            # A bug of ours: the log says what, the client only that.
             logger.error("a bug: %s %.80s", call.request.method, call.request.path, exc_info=error)
             return call.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
 
@@ -117,7 +118,8 @@ class App:
         try:
             call.key = self._keys.name_of(call.bearer)
         except ApiError as error:
-            if not call.request.content.is_eof():  # nobody without a key may make us read on
+            # Nobody without a key may make us read on.
+            if not call.request.content.is_eof():
                 error.headers["connection"] = "close"
             raise
 

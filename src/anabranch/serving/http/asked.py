@@ -15,7 +15,8 @@ from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
-COMPLETION_TOKENS = 16  # of /v1/completions where a request does not say, as OpenAI's
+# Of /v1/completions where a request does not say, as OpenAI's.
+COMPLETION_TOKENS = 16
 MOST_PROMPTS = 128
 _TO_SAMPLING = (
     "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
@@ -240,7 +241,8 @@ def _room(
 def _prompts(prompt: Any, reader: Reader, info: EngineInfo) -> tuple[list[tuple[int, ...]], list[str]]:
     """Token ids and text of each prompt."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(is_int(part) for part in prompt)):
-        prompt = [prompt]  # one text, or the tokens of one prompt, however long
+        # One text, or the tokens of one prompt, however long.
+        prompt = [prompt]
     if not isinstance(prompt, list) or not prompt or len(prompt) > MOST_PROMPTS:
         what = f"text, a list of 1 to {MOST_PROMPTS} texts, or lists of token ids"
         raise wrong("prompt", f"prompt is {said(prompt)}; it must be {what}")

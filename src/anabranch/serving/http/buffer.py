@@ -73,7 +73,8 @@ class Buffer(Generic[T]):
                 self._news.set()
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # told to whoever takes
+        except Exception as error:
+            # Told to whoever takes.
             self.fail(error)
         finally:
             self._open -= 1

@@ -26,7 +26,8 @@ class Speech:
     def __init__(self, tools: Tools | None) -> None:
         self._most = None if tools is None or tools.is_parallel else 1
         self._parser = None if tools is None else parser_for(tools.offered)
-        self._count = 0  # of calls, those that are one too many included
+        # Of calls, those that are one too many included.
+        self._count = 0
 
     @property
     def has_called(self) -> bool:

@@ -81,7 +81,8 @@ class Choice:
         self.index, self._engine, self._request, self._reader = index, engine, request, reader
         self._decoder = Detokenizer(reader.tokenizer)
         self._matcher = StopMatcher(stop) if stop else None
-        self._read = 0  # characters, those held back included
+        # Characters, those held back included.
+        self._read = 0
         self._keeps = request.sampling.logprobs is not None or request.record_routing
         self._held: list[Shown] = []
         self._told = 0
@@ -101,7 +102,8 @@ class Choice:
             async for output in outputs:
                 piece = self._take(output)
                 if self.scores is not None and not self.scores.is_complete:
-                    if self._brings_scores:  # there is nothing new to show before the last of them
+                    # There is nothing new to show before the last of them.
+                    if self._brings_scores:
                         continue
                     await self.scores.wait()
                 if piece.text or piece.tokens or piece.finish is not None or not self._told:

@@ -70,7 +70,8 @@ class HttpConfig(Config):
 
     def __post_init__(self) -> None:
         for place, entry in enumerate(self.api_keys):
-            if not all(entry.partition("=")[::2]):  # what was given may be a secret, so it is not shown
+            # What was given may be a secret, so it is not shown.
+            if not all(entry.partition("=")[::2]):
                 raise ConfigError(f"api_keys.{place} is not of the form name=secret or name=sha256:HEX")
         names = [entry.partition("=")[0] for entry in self.api_keys]
         if len(set(names)) < len(names):

@@ -136,7 +136,8 @@ def check(body: Mapping[str, Any], kind: str) -> list[str]:
     """
     known, refused, unknown = KNOWN[kind], REFUSED[kind], []
     for name, value in body.items():
-        if value is None:  # as if it were not there
+        # As if it were not there.
+        if value is None:
             if name not in known and name not in refused:
                 unknown.append(name)
         elif name in known:

@@ -143,7 +143,8 @@ class Frontend:
     ) -> AsyncIterator[tuple[list[Choice], Buffer[Piece]]]:
         """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
         engine, reader = self.engine, self.check_ready()[1]
-        self._serial += 1  # senders choose their ids, and may choose one twice
+        # Senders choose their ids, and may choose one twice.
+        self._serial += 1
         is_scored = asked.sampling.prompt_logprobs is not None
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in asked.prompts]
         choices = [
@@ -220,7 +221,8 @@ class Frontend:
                 await engine.close()
         except TimeoutError:
             logger.error("the engine did not end within %g s", CLOSE_S)
-        except AnabranchError as error:  # it is dead already: what it says of that is for the log
+        except AnabranchError as error:
+            # It is dead already: what it says of that is for the log.
             logger.error("the engine did not end well: %s", error)
         self.metrics.forget_engine()
 

@@ -20,7 +20,9 @@ from anabranch.web.api_error import ApiError
 
 # Reading more than this would hold up the others, so it is done in a thread.
 LONG_CHARACTERS = 20_000
-MOST_HEADER = 900  # characters of x-route-experts
+
+# Characters of x-route-experts.
+MOST_HEADER = 900
 _READ: dict[str, Callable[..., Asked]] = {"chat": read_chat, "completions": read_completion}
 _SHAPES: dict[str, type[Shape]] = {"chat": ChatShape, "completions": CompletionShape}
 
@@ -107,7 +109,8 @@ class Generate:
         if shape.asked.is_routing:
             call.headers["x-route-experts"] = _experts(shape)
         response = call.json(shape.whole(pieces))
-        await response.prepare(call.request)  # written here, not after the handler, so that a drain waits for it
+        # Written here, not after the handler, so that a drain waits for it.
+        await response.prepare(call.request)
         await response.write_eof()
         call.code = response.status
         return response

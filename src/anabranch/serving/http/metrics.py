@@ -32,7 +32,9 @@ ENGINE_GAUGES = {
     "kv_usage_ratio": "Share of the key-value blocks in use",
     "expert_resident_bytes": "Bytes of experts in memory",
 }
-OURS = frozenset({"prompt_tokens", "cached_prompt_tokens", "generation_tokens"})  # counted here, by what was answered
+
+# Counted here, by what was answered.
+OURS = frozenset({"prompt_tokens", "cached_prompt_tokens", "generation_tokens"})
 
 
 class Metrics:

@@ -15,7 +15,9 @@ from anabranch.serving.http.messages import Tools
 from anabranch.web.api_error import ApiError, wrong
 
 T = TypeVar("T")
-_THREADS = 32  # that wait for templates at a time
+
+# That wait for templates at a time.
+_THREADS = 32
 
 
 class Reader:

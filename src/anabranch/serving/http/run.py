@@ -21,9 +21,15 @@ from anabranch.web.api_error import ApiError
 from anabranch.web.server import BACKLOG, Server, Signals, runner
 
 logger = logging.getLogger(__name__)
-CLEAN, CUT, FAILED = 0, 1, 3  # exit codes: all requests were answered, some were cut short, the engine is dead
-GRACE_S = 0.05  # for those who connected before the port was closed to be told
-TELL_S = 1.0  # for error events to reach those who were cut short
+
+# Exit codes: all requests were answered, some were cut short, the engine is dead.
+CLEAN, CUT, FAILED = 0, 1, 3
+
+# For those who connected before the port was closed to be told.
+GRACE_S = 0.05
+
+# For error events to reach those who were cut short.
+TELL_S = 1.0
 
 
 def run(
@@ -85,7 +91,8 @@ async def _main(
             listener.close()
             await asyncio.sleep(GRACE_S)
             await _shut(server)
-            with contextlib.suppress(AnabranchError):  # it is being left; why it failed has been told
+            # It is being left; why it failed has been told.
+            with contextlib.suppress(AnabranchError):
                 await frontend.close()
     if frontend.failed.is_set():
         return FAILED

@@ -17,7 +17,8 @@ class PromptScores:
     """
 
     def __init__(self, num_tokens: int) -> None:
-        self._num_rows = num_tokens - 1  # nothing comes before the first token
+        # Nothing comes before the first token.
+        self._num_rows = num_tokens - 1
         self.rows: list[TokenLogprob] = []
         self._all = asyncio.Event()
         self.add(())

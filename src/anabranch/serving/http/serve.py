@@ -13,7 +13,8 @@ from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.http.config import HttpConfig
 
-ENVIRONMENT = "ANABRANCH_SERVE_"  # ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port
+# ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port.
+ENVIRONMENT = "ANABRANCH_SERVE_"
 # What a group of devices does not know; a dtype is that of the model's folder.
 NOT_ELASTIC = (
     "dtype",

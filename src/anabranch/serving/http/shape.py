@@ -14,7 +14,8 @@ from anabranch.serving.http.choice import Choice, Piece, Shown
 from anabranch.serving.http.reading import Reader
 from anabranch.web.ids import new_id
 
-LEAST_LOGPROB = -9999.0  # told for a token that cannot be, as OpenAI does: JSON has no infinity
+# Told for a token that cannot be, as OpenAI does: JSON has no infinity.
+LEAST_LOGPROB = -9999.0
 
 
 def fingerprint(info: EngineInfo) -> str:
@@ -249,6 +250,5 @@ class CompletionShape(Shape):
         }
 
 
-_Row = tuple[
-    int, TokenLogprob | None, int
-]  # of log probabilities: a token, what is told of it, the character it begins at
+# Of log probabilities: a token, what is told of it, the character it begins at.
+_Row = tuple[int, TokenLogprob | None, int]

@@ -20,9 +20,13 @@ from anabranch.serving.nanoflow.shape import FeedForwardShape, ModelShape
 
 Resource = Literal["compute", "memory", "network"]
 RESOURCES: tuple[Resource, ...] = ("compute", "memory", "network")
-TILE = 128  # tokens; nano-batches are multiples of it
+
+# Tokens; nano-batches are multiples of it.
+TILE = 128
 _MOST_TOKENS = 10**12
-MAX_UTILISATION = 0.98  # of what memory the weights leave, for keys and values
+
+# Of what memory the weights leave, for keys and values.
+MAX_UTILISATION = 0.98
 
 # Which operation is of which kind; collectives are of the network.
 ATTENTION = ("decode_attention", "prefill_attention")
@@ -241,9 +245,8 @@ def op_cost(name: str, model: ModelShape, hardware: Hardware, workload: Workload
     return _cost(name, model, hardware, _product(name, model, hardware, num_tokens))
 
 
-Work = tuple[
-    float, float, float, float, float
-]  # flops, bytes, network bytes, share of the peak that kernels reach, launches
+# Flops, bytes, network bytes, share of the peak that kernels reach, launches.
+Work = tuple[float, float, float, float, float]
 
 
 def _cost(name: str, model: ModelShape, hardware: Hardware, work: Work) -> OpCost:
@@ -270,7 +273,8 @@ def _cost(name: str, model: ModelShape, hardware: Hardware, work: Work) -> OpCos
 def _product(name: str, model: ModelShape, hardware: Hardware, tokens: int) -> Work:
     """KQV, O, gate, up and gate projection, down projection."""
     rows = tokens * model.streams
-    parts: list[tuple[int, float, float, float, float]] = []  # layers, FLOPs, weights, activations, share of full tiles
+    # Layers, FLOPs, weights, activations, share of full tiles.
+    parts: list[tuple[int, float, float, float, float]] = []
     if name in ("kqv", "o"):
         inner, outer = model.query_dim, model.dim
         if name == "kqv":
@@ -299,7 +303,8 @@ def _feed_forward(
     if name == "gate":
         return 2.0 * rows * part.router_parameters, part.router_parameters, rows * (dim + part.num_experts), 1.0
     matrices = 2 if name == "up_gate" else 1
-    if part.is_routed:  # experts' tiles share the device: what is lost is the ragged edge of each, not whole rounds
+    # Experts' tiles share the device: what is lost is the ragged edge of each, not whole rounds.
+    if part.is_routed:
         fill = _ragged(hardware, rows * part.top_k / part.num_experts)
     else:
         outer = 2 * part.hidden_dim / hardware.num_devices if name == "up_gate" else dim

@@ -137,7 +137,8 @@ class Streams:
                 earlier = [(layer, other) for other in graph.before[number]]
                 earlier += [(layer - 1, other) for other in graph.before_next[number] if layer]
                 for at, other in earlier:
-                    if graph.ops[other].resource != op.resource:  # in one stream the order is enough
+                    # In one stream the order is enough.
+                    if graph.ops[other].resource != op.resource:
                         stream.wait_event(done[at * count + other])
                 with torch.cuda.stream(stream):
                     work(layer, op)

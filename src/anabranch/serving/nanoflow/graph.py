@@ -22,7 +22,8 @@ from anabranch.serving.nanoflow.cost import (
 from anabranch.serving.nanoflow.hardware import Hardware
 from anabranch.serving.nanoflow.shape import ModelShape
 
-Form = Literal["gather", "reduce"]  # of the collectives: two all-gathers and an all-reduce, or two all-reduces
+# Of the collectives: two all-gathers and an all-reduce, or two all-reduces.
+Form = Literal["gather", "reduce"]
 Cuts = Mapping[str, Sequence[int]]
 
 

@@ -15,7 +15,8 @@ from anabranch.bounds import shown
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json, parse_json
 
-_MOST, _MOST_DEVICES = 1e30, 1e6  # figures whose products stay finite
+# Figures whose products stay finite.
+_MOST, _MOST_DEVICES = 1e30, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,8 @@ class Curve:
         near, far = self.speeds[place], self.speeds[place + 1]
         rise, fall = self.slopes[place] * step, self.slopes[place + 1] * step
         found = near + (far - near) * at * at * (3 - 2 * at) + rise * at * (1 - at) ** 2 + fall * at * at * (at - 1)
-        return min(max(found, near), far)  # rounding must not make a flat piece fall
+        # Rounding must not make a flat piece fall.
+        return min(max(found, near), far)
 
 
 def _edge(step: float, next_step: float, secant: float, next_secant: float) -> float:

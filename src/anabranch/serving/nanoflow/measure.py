@@ -19,7 +19,9 @@ from anabranch.serving.nanoflow.interference import PAPER_POINTS, ShareTable, mo
 
 ROWS = (128, 512, 2048)
 WIDTH = 1024
-STREAM_BYTES = 256 << 20  # more than the last cache of the machines we know
+
+# More than the last cache of the machines we know.
+STREAM_BYTES = 256 << 20
 
 
 def measure(

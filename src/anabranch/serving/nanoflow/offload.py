@@ -52,7 +52,8 @@ class TieredPool(PagedPool):
         block = (2, shape.layers, shape.streams, self.block_tokens, shape.heads, shape.width)
         pinned = self.device.type == "cuda"
         self._memory = torch.empty((host_blocks, *block), dtype=shape.dtype, pin_memory=pinned)
-        self._places: OrderedDict[int, int] = OrderedDict()  # slot -> place in memory, the least recently used first
+        # Slot -> place in memory, the least recently used first.
+        self._places: OrderedDict[int, int] = OrderedDict()
         self._free = list(range(host_blocks - 1, -1, -1))
         self._file = _BlockFile(self._memory[0].nbytes, folder) if disk_blocks else None
         self._on_disk: set[int] = set()
@@ -63,7 +64,8 @@ class TieredPool(PagedPool):
         for some in _portions(pairs, self.host_blocks):
             places = [self._place(slot, keep=[slot for _, slot in some]) for _, slot in some]
             self._memory[places] = self._gather([block for block, _ in some]).to(self._memory.device)
-            self._on_disk.difference_update(slot for _, slot in some)  # what the file has of them is old
+            # What the file has of them is old.
+            self._on_disk.difference_update(slot for _, slot in some)
 
     def swap_in(self, pairs: Pairs) -> None:
         """Bring blocks back: (slot, block). One contiguous piece, then scattered to its pages."""

@@ -106,7 +106,8 @@ def find_order(graph: NanoGraph, *, num_layers: int = LAYERS, evaluations: int =
     return improve(graph, start, objective, evaluations=evaluations, bound=graph.bound_s)
 
 
-EXACT = 6  # nano-operations; at most 720 orders
+# Nano-operations; at most 720 orders.
+EXACT = 6
 
 
 def linear_orders(graph: NanoGraph) -> Iterator[tuple[int, ...]]:
@@ -193,7 +194,8 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
     from scipy.optimize import milp as solve
 
     count = len(graph.ops)
-    unit = graph.sequential_s or 1.0  # seconds in which the solver's numbers are near 1
+    # Seconds in which the solver's numbers are near 1.
+    unit = graph.sequential_s or 1.0
     pairs = [
         (one, two)
         for one, two in itertools.combinations(range(count), 2)
@@ -218,8 +220,11 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
     return order, float(found.x[count] * unit) if is_steady else layer_time(graph, order)
 
 
-LATEST = 3.0  # start, in times of one after the other
-Rule = tuple[float, list[tuple[int, float]]]  # at least so much is the sum of these (variable, factor)
+# Start, in times of one after the other.
+LATEST = 3.0
+
+# At least so much is the sum of these (variable, factor).
+Rule = tuple[float, list[tuple[int, float]]]
 
 
 def _rules(graph: NanoGraph, pairs: Sequence[tuple[int, int]], seconds: Sequence[float], is_steady: bool) -> list[Rule]:
@@ -228,7 +233,8 @@ def _rules(graph: NanoGraph, pairs: Sequence[tuple[int, int]], seconds: Sequence
     rules: list[Rule] = []
     for number in range(len(graph.ops)):
         rules += [(seconds[other], [(number, 1), (other, -1)]) for other in graph.before[number]]
-        if is_steady:  # each comes again after itself, and after what it waits for in the layer before
+        # Each comes again after itself, and after what it waits for in the layer before.
+        if is_steady:
             rules.append((seconds[number], [(period, 1)]))
             rules += [(seconds[other], [(period, 1), (number, 1), (other, -1)]) for other in graph.before_next[number]]
         else:

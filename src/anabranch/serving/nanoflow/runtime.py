@@ -67,7 +67,8 @@ class NanoRunner(ModelRunner):
         self.parts = dict(parts) if parts is not None else HALVES if pipeline is None else parts_of(pipeline)
         self.executor: Executor = executor or default_executor(self.device)
         self.min_tokens, self.tile = max(min_tokens, 2), tile
-        self.num_cut = 0  # steps that were
+        # Steps that were.
+        self.num_cut = 0
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
@@ -105,17 +106,17 @@ class _Step:
 
     def __init__(self, runner: NanoRunner, chunks: Sequence[Chunk], tokens: Sequence[int]) -> None:
         self.runner, self.model = runner, runner.model
-        self.order = sorted(
-            range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1
-        )  # stable: decodes first
+        # Stable: decodes first.
+        self.order = sorted(range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1)
         self.chunks = [chunks[number] for number in self.order]
         starts, first = [], 0
         for chunk in chunks:
             starts.append(first)
             first += len(chunk.tokens)
+        # Rows of the batch as they stand here.
         standing = [
             row for number in self.order for row in range(starts[number], starts[number] + len(chunks[number].tokens))
-        ]  # rows of the batch as they stand here
+        ]
         self.place = {row: place for place, row in enumerate(standing)}
         self.tokens = [tokens[row] for row in standing]
         self.edges = [0]
@@ -201,7 +202,8 @@ class _Step:
 
     def _up_gate(self, block: Any, rows: slice, context: ForwardContext) -> None:
         if not _is_plain(block.feed_forward):
-            return  # experts and other designs are one piece, done with ``down``
+            # Experts and other designs are one piece, done with ``down``.
+            return
         gate, up = call_linear(block.feed_forward.w13, block.feed_forward_norm(self.x_1TW[:, rows]), context).chunk(
             2, dim=-1
         )

@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 LEVELS = tuple(tenth / 10 for tenth in range(1, 11))
-KEPT = 3  # structures of stage I that go on to stage II
-GAIN = 1e-6  # relative; less is none
+
+# Structures of stage I that go on to stage II.
+KEPT = 3
+
+# Relative; less is none.
+GAIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,8 @@ def find_shares(
     return best
 
 
-EXHAUSTIVE = 1500  # assignments of shares that are tried one by one
+# Assignments of shares that are tried one by one.
+EXHAUSTIVE = 1500
 
 
 def _all_shares(graph: NanoGraph, state: _Search) -> tuple[tuple[int, ...], tuple[float, ...], float]:

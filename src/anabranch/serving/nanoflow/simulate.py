@@ -17,9 +17,14 @@ from anabranch.serving.nanoflow.cost import RESOURCES, Resource
 from anabranch.serving.nanoflow.graph import NanoGraph
 from anabranch.serving.nanoflow.interference import ShareTable
 
-SLACK = 1e-9  # of sums of shares, which are tenths in floating point
-LAYERS = 6  # simulated until a schedule is taken to be steady
-WARM = 2  # of them are not counted
+# Of sums of shares, which are tenths in floating point.
+SLACK = 1e-9
+
+# Simulated until a schedule is taken to be steady.
+LAYERS = 6
+
+# Of them are not counted.
+WARM = 2
 
 
 @dataclass(frozen=True)
@@ -141,9 +146,11 @@ class _Run:
         self.heads = dict.fromkeys(RESOURCES, 0)
         self.running: dict[Resource, int] = {}
         self.begun: dict[int, float] = {}
-        self.ends: dict[int, float] = {}  # of a product: if nothing changes
+        # Of a product: if nothing changes.
+        self.ends: dict[int, float] = {}
         self.now, self.used = 0.0, 0.0
-        self.others = 0.0  # share of what runs and is no product
+        # Share of what runs and is no product.
+        self.others = 0.0
 
     def spans(self) -> list[Span]:
         """Run to the end."""
@@ -173,7 +180,8 @@ class _Run:
         for _, job, name in ready:
             share = self.shares[job % self.count]
             if self.used + share > 1 + SLACK:
-                break  # nothing overtakes it
+                # Nothing overtakes it.
+                break
             self.used += share
             self.heads[name] += 1
             self.running[name] = job
@@ -204,7 +212,8 @@ class _Run:
                 self.others -= self.shares[job % self.count]
             for follower in self.followers[job]:
                 self.waiting[follower] -= 1
-        if len(self.running) <= ("compute" in self.running):  # so that tenths do not add up to what is not there
+        # So that tenths do not add up to what is not there.
+        if len(self.running) <= ("compute" in self.running):
             self.others = 0.0
             self.used = self.shares[self.running["compute"] % self.count] if self.running else 0.0
 

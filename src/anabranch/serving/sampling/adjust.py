@@ -20,7 +20,8 @@ def adjust(logits_SV: Tensor, states: list[SequenceState]) -> Tensor:
     if biased:
         row_P, token_P = _pairs([(row, tokens) for row, tokens, _ in biased], logits_SV)
         bias_P = torch.from_numpy(np.concatenate([bias for _, _, bias in biased])).to(logits_SV.device)
-        logits_SV.index_put_((row_P, token_P), bias_P, accumulate=True)  # a token named twice gets both
+        # A token named twice gets both.
+        logits_SV.index_put_((row_P, token_P), bias_P, accumulate=True)
     held = [(row, state.stops) for row, state in enumerate(states) if state.holds_stops and state.matcher is None]
     if held:
         logits_SV[_pairs(held, logits_SV)] = -math.inf
@@ -56,9 +57,8 @@ def _restrict(logits_SV: Tensor, states: list[SequenceState]) -> None:
         return
     allowed = np.zeros((len(masks), logits_SV.shape[-1]), dtype=np.bool_)
     for place, (_, mask_V) in enumerate(masks):
-        both = min(
-            len(mask_V), allowed.shape[1]
-        )  # a model may have more logits than its tokenizer has tokens, or fewer
+        # A model may have more logits than its tokenizer has tokens, or fewer.
+        both = min(len(mask_V), allowed.shape[1])
         allowed[place, :both] = mask_V[:both]
     rows = torch.tensor([row for row, _ in masks], device=logits_SV.device)
     allowed_MV = torch.from_numpy(allowed).to(logits_SV.device)

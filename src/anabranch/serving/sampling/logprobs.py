@@ -10,9 +10,8 @@ from anabranch.serving.core.request import TokenLogprob
 
 __all__ = ["logprobs", "not_numbers"]
 
-_MOST = (
-    20  # that a request may ask for; always as many are looked up, so that a row's result does not depend on the others
-)
+# That a request may ask for; always as many are looked up, so that a row's result does not depend on the others.
+_MOST = 20
 
 
 def logprobs(logits_RV: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprob]:

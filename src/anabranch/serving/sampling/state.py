@@ -65,7 +65,8 @@ class SequenceState:
     def __init__(self, request: Request, *, seed: int, ends: tuple[int, ...], grammar: Grammar | None) -> None:
         sampling = request.sampling
         self.sampling = sampling
-        self.index = 0  # tokens sampled so far
+        # Tokens sampled so far.
+        self.index = 0
         self.error: str | None = None
         self.uniforms = Uniforms(seed if sampling.seed is None else sampling.seed)
         self.counts = TokenCounts(request.prompt) if self.has_penalty else None

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 64  # numbers made at a time
+# Numbers made at a time.
+_BLOCK = 64
 
 
 class Uniforms:

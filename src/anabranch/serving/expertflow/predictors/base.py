@@ -13,7 +13,8 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.routes import Routes
 
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})  # handed on from a router to the next
+# Handed on from a router to the next.
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,13 @@ def expect(prob_TLE: np.ndarray, layout: Layout, least: float, layers: Sequence[
     independent; the likeliest first."""
     prob_LE = 1 - np.prod(1 - prob_TLE, axis=0)
     place, index = np.nonzero(prob_LE >= least)
-    order = np.lexsort((-prob_LE[place, index], place))  # layer by layer; of equals the first, since it is stable
+    # Layer by layer; of equals the first, since it is stable.
+    order = np.lexsort((-prob_LE[place, index], place))
     found: list[list[Expert]] = [[] for _ in layers]
     pools = [layout.experts_of_pool[layout.pool_of_layer[layer]] for layer in layers]
     for at, one in zip(place[order].tolist(), index[order].tolist(), strict=True):
-        if one < len(pools[at]):  # behind them are the columns of wider layers
+        # Behind them are the columns of wider layers.
+        if one < len(pools[at]):
             found[at].append(pools[at][one])
     return found
 

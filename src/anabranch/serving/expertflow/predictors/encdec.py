@@ -27,7 +27,8 @@ from anabranch.serving.expertflow.predictors.network import PathNetwork
 from anabranch.serving.expertflow.predictors.steps import Steps, make_steps
 from anabranch.serving.expertflow.routes import Routes
 
-MOST_NEW = 256  # ids of one sequence that are decoded at once; of a longer prompt part the last ones
+# Ids of one sequence that are decoded at once; of a longer prompt part the last ones.
+MOST_NEW = 256
 
 
 @configclass
@@ -86,7 +87,8 @@ class EncoderDecoder(RoutePredictor):
             )  # fmt: skip
         self.network.eval()
         self.losses: list[float] = []
-        self._steps: Steps | None = None  # made when they are wanted, of the weights as they are then
+        # Made when they are wanted, of the weights as they are then.
+        self._steps: Steps | None = None
         self._states: dict[Hashable, Any] = {}
 
     @property
@@ -108,7 +110,8 @@ class EncoderDecoder(RoutePredictor):
         optimizer = torch.optim.AdamW(network.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
         pieces = _Pieces(routes, chosen)
         start_bias = torch.from_numpy(routes.chosen().mean(0)).clamp(1e-4, 1 - 1e-4).logit().flatten()
-        network.heads.bias.data.copy_(start_bias)  # so that training begins from the frequencies
+        # So that training begins from the frequencies.
+        network.heads.bias.data.copy_(start_bias)
         for step in range(chosen.steps):
             spent = (time.monotonic() - begin) / chosen.seconds
             if spent >= 1:
@@ -154,7 +157,8 @@ class EncoderDecoder(RoutePredictor):
             for numbers in alike.values():
                 of_row.update(zip(numbers, self._begin([rows[number] for number in numbers]), strict=True))
             prob_TLE = np.concatenate([of_row[number] for number in range(len(rows))])
-        nameless = [key for key in self._states if not isinstance(key, str)]  # who cannot be forgotten by a name
+        # Who cannot be forgotten by a name.
+        nameless = [key for key in self._states if not isinstance(key, str)]
         if nameless:
             here = {row.key for row in rows}
             for key in nameless:
@@ -184,7 +188,8 @@ class EncoderDecoder(RoutePredictor):
             inputs = [pair[0][place] for pair in cross]
             self._states[row.key] = self._made_steps().begin(inputs, kept[place], len(row.ids))
         prob_BSLE = logit_BSLE[:, -wanted:].sigmoid().numpy()
-        return prob_BSLE[:, np.arange(count) % wanted]  # of a long part the last ids stand for all
+        # Of a long part the last ids stand for all.
+        return prob_BSLE[:, np.arange(count) % wanted]
 
     def _continue(self, rows: Sequence[Row]) -> np.ndarray:
         """One more id of each of these sequences."""

@@ -76,7 +76,8 @@ class PathNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.num_layers, self.num_experts = window, num_layers, num_experts
-        self.embedding = nn.Embedding(vocab_size + 1, dim)  # the last is an unknown id
+        # The last is an unknown id.
+        self.embedding = nn.Embedding(vocab_size + 1, dim)
         self.encoder = nn.ModuleList(Layer(dim, feed_forward, heads, False) for _ in range(depth))
         self.decoder = nn.ModuleList(Layer(dim, feed_forward, heads, True) for _ in range(depth))
         self.encoder_bias, self.decoder_bias = Bias(heads, window), Bias(heads, window)

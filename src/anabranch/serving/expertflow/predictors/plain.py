@@ -20,7 +20,8 @@ from anabranch.serving.expertflow.routes import Routes
 def named(index_TK: np.ndarray, num_experts: int) -> np.ndarray:
     """float32 [T, E], 1 where a token names an expert."""
     prob_TE = np.zeros((len(index_TK), num_experts + 1), np.float32)
-    np.put_along_axis(prob_TE, index_TK, 1.0, axis=1)  # -1 is the last column
+    # -1 is the last column.
+    np.put_along_axis(prob_TE, index_TK, 1.0, axis=1)
     return prob_TE[:, :-1]
 
 
@@ -33,7 +34,8 @@ class Tlp(RoutePredictor):
 
     def __init__(self, fingerprint: Fingerprint) -> None:
         self.fingerprint = fingerprint
-        self._last: dict[Hashable, dict[int, np.ndarray]] = {}  # of each sequence: expert numbers by layer
+        # Of each sequence: expert numbers by layer.
+        self._last: dict[Hashable, dict[int, np.ndarray]] = {}
 
     def predict(self, token_T: np.ndarray, rows: Sequence[Row]) -> np.ndarray | None:
         """Where the sequence was sent in the step before; nothing for a new one."""
@@ -44,14 +46,16 @@ class Tlp(RoutePredictor):
             for layer, index_K in self._last.get(row.key, {}).items():
                 prob_LE[layer] = named(index_K[None], num_experts)[0]
             parts.append(np.broadcast_to(prob_LE, (row.num_new, *prob_LE.shape)))
-        here = {row.key for row in rows}  # sequences without a name cannot be forgotten by it
+        # Sequences without a name cannot be forgotten by it.
+        here = {row.key for row in rows}
         self._last = {key: last for key, last in self._last.items() if isinstance(key, str) or key in here}
         return np.concatenate(parts) if parts else None
 
     def observe(self, layer: int, index_TK: np.ndarray, rows: Sequence[Row]) -> None:
         """Keep where the last token of each sequence went."""
         if sum(row.num_new for row in rows) != len(index_TK):
-            return  # padding, or streams: rows do not stand for tokens
+            # Padding, or streams: rows do not stand for tokens.
+            return
         end = 0
         for row in rows:
             end += row.num_new

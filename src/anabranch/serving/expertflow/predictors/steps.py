@@ -23,7 +23,8 @@ from anabranch.serving.expertflow.predictors.network import PathNetwork
 
 __all__ = ["CompiledSteps", "Steps", "TorchSteps", "make_steps"]
 
-HEADER = WIDE  # floats in whose place the counts of a sequence stand
+# Floats in whose place the counts of a sequence stand.
+HEADER = WIDE
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
@@ -134,7 +135,8 @@ class CompiledSteps:
     """By `nn/kernels/path_step.cpp`, in one call on the calling thread. Its copy of the weights is made here."""
 
     def __init__(self, network: PathNetwork) -> None:
-        self._keep: list[Any] = []  # what the structures point to
+        # What the structures point to.
+        self._keep: list[Any] = []
         self._shape = (network.num_layers, network.num_experts)
         self._window, self._stride = network.window, _padded(network.window)
         dim, feed_forward = _widths(network)
@@ -157,7 +159,8 @@ class CompiledSteps:
         depth, _, width = past.shape
         prompt, seen = len(cross[0]), min(count, self._window)
         ring, input = width * self._stride, width * _padded(prompt)
-        memory = np.zeros(HEADER + depth * (ring + input), np.float32)  # behind the counts nothing may be NaN
+        # Behind the counts nothing may be NaN.
+        memory = np.zeros(HEADER + depth * (ring + input), np.float32)
         memory[:4].view(np.int64)[:] = seen, prompt
         ring_WS, input_WP = memory[HEADER : HEADER + depth * ring], memory[HEADER + depth * ring :]
         ring_WS.reshape(depth, width, -1)[:, :, :seen] = past[:, past.shape[1] - seen :].mT.numpy()
