@@ -78,13 +78,60 @@ class TestKernels:
         assert [part.stride() for part in found] == [part.stride() for part in (query, key, value)]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_large_scores_do_not_overflow(self, dtype):
-        query, key, value, _ = tensors(1, 1, 1, 32, 0, 16)
-        y = causal_attention(*(part.to(dtype) for part in (query * 1e4, key, value)))
+    @pytest.mark.parametrize("width", [16, 32, 48, 128])
+    @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e9])
+    def test_scores_of_any_size_choose_the_largest(self, dtype, width, size):
+        """Scores that are far apart: the weight of the largest is 1, and what softmax subtracts is it to the bit."""
+        query, key, value, dy = (part.detach().to(dtype) for part in tensors(1, 2, 2, 70, 3, width))
+        query = (query * size).requires_grad_()
+        y = causal_attention(query, key, value)
+        wanted = by_definition(query, key, value)
+        most = ((query.double() @ key.double().transpose(-1, -2)) * width**-0.5).topk(2).values
+        clear = (most[..., 0] - most[..., 1] > 1e-2 * most[..., 0].abs())[
+            ..., None
+        ]  # rounded products cannot exchange these
         assert y.isfinite().all()
-        if dtype == torch.bfloat16:  # rounded scores of this size choose other keys
-            return
-        torch.testing.assert_close(y.double(), by_definition(query * 1e4, key, value), rtol=1e-3, atol=1e-3)
+        difference = (y.double() - wanted).abs().masked_fill(~clear, 0.0)
+        tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+        assert difference.max() <= tolerance * wanted.abs().max()
+        (gradient,) = torch.autograd.grad(y, query, dy)
+        assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_equal_scores_of_any_size_share(self, dtype):
+        query = torch.full((1, 1, 64, 32), 3e5).to(dtype).requires_grad_()
+        value = torch.randn(1, 1, 64, 32).to(dtype)
+        y = causal_attention(query, query.detach(), value)
+        means = value.double().cumsum(2) / torch.arange(1, 65)[:, None]
+        torch.testing.assert_close(y.double(), means, rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("of", ["key", "value"])
+    @pytest.mark.parametrize("position", [1, 31, 47, 63, 99])
+    def test_no_position_reaches_an_earlier_one(self, dtype, bad, of, position):
+        front = 2
+        query, key, value, _ = (part.detach().to(dtype) for part in tensors(2, 4, 2, 100, front, 32))
+        before = causal_attention(query, key, value)
+        (key if of == "key" else value)[0, 0, front + position] = bad
+        after = causal_attention(query, key, value)
+        same = torch.ones(2, 4, 100, dtype=torch.bool)
+        same[0, :2, position:] = False
+        torch.testing.assert_close(after[same], before[same], rtol=2e-2, atol=2e-2)
+        assert not after[0, :2, position].isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_shapes_that_are_not_for_the_kernels(self, dtype):
+        nothing = torch.randn(0, 2, 32, 32, dtype=dtype, requires_grad=True)
+        causal_attention(nothing, nothing, nothing).sum().backward()
+        assert nothing.grad.shape == nothing.shape
+        one = torch.randn(32, 32).to(dtype).as_strided((1, 1, 32, 32), (0, 0, 32, 1))
+        plain = one.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(causal_attention(one, one, one), causal_attention(plain, plain, plain))
+        query, key, value, _ = (part.detach().to(dtype) for part in tensors(2, 2, 2, 32, 0, 32))
+        assert not native.can(query, key[:1], value[:1])
+        assert not native.can(query[0], key[0], value[0])
+        assert causal_attention(query, key, value[..., :16]).shape[-1] == 16
 
     def test_a_gradient_that_is_one_number_everywhere(self):
         query, key, value, _ = tensors(1, 2, 2, 24, 0, 16)

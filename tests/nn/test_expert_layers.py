@@ -357,3 +357,25 @@ def test_pools_with_layers_do_not_become_others():
 def test_a_kernel_cannot_be_asked_for_where_it_computes_something_else():
     with pytest.raises(ConfigError, match="backend is 'native', whose kernels compute swiglu"):
         MoE.Config(backend="native", activation="geglu")
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_an_item_may_choose_one_expert_twice_in_a_compiled_graph(weight_on, monkeypatch):
+    pool = pool_of({"*.experts.*.down": Beside.Config()})
+    x_ND, index_NK = torch.randn(5, DIM).double(), torch.tensor([[0, 0], [1, 2], [2, 2], [0, 1], [1, 1]])
+    routing = Routing(index_NK, torch.rand(5, 2).double(), torch.rand(5, EXPERTS).double())
+    gathered = pool(x_ND, routing, weight_on=weight_on)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(pool(x_ND, routing, weight_on=weight_on), gathered)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_an_item_without_numbers_spoils_the_gradients_of_its_own_experts_alone(compiling, monkeypatch):
+    pool = pool_of({"*.experts.*.down": Beside.Config()})
+    x_ND = torch.randn(4, DIM).double()
+    x_ND[0] = torch.nan
+    index_N1 = torch.tensor([[0], [1], [2], [1]])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    y_ND = pool(x_ND, Routing(index_N1, torch.ones(4, 1).double(), torch.rand(4, EXPERTS).double()))
+    y_ND[1:].sum().backward()
+    assert pool.w13.grad.isfinite().flatten(1).all(1)[1:].all()

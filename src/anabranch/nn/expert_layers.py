@@ -112,6 +112,18 @@ class ExpertLayers(nn.Module):
 
     def _masked(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
         """Each expert runs on all items, those of others as padding."""
+        if not on_input:
+            return self._masked_by(experts, x_ND, routing, on_input, context)
+        # Weights of two choices of one expert add up behind it, not before it: one choice at a time.
+        parts = [
+            Routing(routing.index_NK[:, k : k + 1], routing.weight_NK[:, k : k + 1], routing.score_NE)
+            for k in range(routing.num_choices)
+        ]
+        total_ND = sum(self._masked_by(experts, x_ND, part, on_input, context) for part in parts)
+        assert isinstance(total_ND, Tensor), "an item has a choice"
+        return total_ND
+
+    def _masked_by(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
         choice_NK = routing.index_NK.clamp_min(0)
         used_NK = routing.used_NK.to(routing.weight_NK.dtype)
         zero_NE = routing.weight_NK.new_zeros(len(x_ND), self.num_experts)
@@ -120,13 +132,16 @@ class ExpertLayers(nn.Module):
         total_ND = None
         for number, expert in enumerate(experts):
             mask_N = takes_NE[:, number]
+            # Items of others give and get zeros, whatever they hold.
+            own_ND = x_ND.where(mask_N.unsqueeze(-1), 0.0)
             if context is not None and context.item_mask_N is not None:
                 mask_N = mask_N & context.item_mask_N
             own = None if context is None else replace(context, item_mask_N=mask_N)
             weight_N1 = weight_NE[:, number : number + 1]
-            y_ND = expert(x_ND * weight_N1.to(x_ND.dtype) if on_input else x_ND, own)
-            factor_N1 = takes_NE[:, number : number + 1].to(weight_N1.dtype) if on_input else weight_N1
-            part_ND = y_ND.to(torch.promote_types(y_ND.dtype, torch.float32)) * factor_N1
+            y_ND = expert(own_ND * weight_N1.to(x_ND.dtype) if on_input else own_ND, own)
+            y_ND = y_ND.where(takes_NE[:, number : number + 1], 0.0)
+            part_ND = y_ND.to(torch.promote_types(y_ND.dtype, torch.float32))
+            part_ND = part_ND if on_input else part_ND * weight_N1
             total_ND, dtype = part_ND if total_ND is None else total_ND + part_ND, y_ND.dtype
         assert total_ND is not None, "a pool has experts"
         return total_ND.to(dtype)

@@ -192,6 +192,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy_ND, _):
     call, z_R2F = _saved(ctx)
     needed = _needed(ctx.needs_input_grad)
+    if dy_ND is None:  # nothing downstream depends on y
+        return *_in_order(None, None, None, None), None
     if asks_for_graph(dy_ND):
         return *_plain_backward(call, needed, dy_ND), None
     gradients = _backward_operator(*call, z_R2F, dy_ND, *needed)

@@ -110,6 +110,7 @@ void forward_of(const Shape& shape, int64_t b, int64_t g, const Heads<float>& q,
   Scratch& scratch = scratch_of_thread;
   const int64_t D = shape.D;
   const float* keys = pack_columns(scratch, PANEL, k.at(b, g, 0), k.row, shape.S, D);
+  const bool finite = are_finite(v.at(b, g, 0), v.row, shape.S, D);
   auto a = scratch.rows<Plain>(LEFT, BLOCK, (int)D);
   auto p = scratch.rows<Plain>(MIDDLE, BLOCK, (int)((shape.S + NR - 1) / NR * NR));
   for (int64_t h = g * (shape.H / shape.G); h < (g + 1) * (shape.H / shape.G); ++h)
@@ -129,6 +130,10 @@ void forward_of(const Shape& shape, int64_t b, int64_t g, const Heads<float>& q,
         for (int r = 0; r < m; ++r)
           for (int n = 0; n < vectors; ++n) store(y.at(b, h, first + i + r) + c + n * VL, load(out + r * NR + n * VL) * inverse[i + r]);
       });
+      for (int i = 0; i < rows && !finite; ++i) {
+        int64_t own = shape.front() + first + i + 1;
+        weigh_own([&](int64_t s) { return *key_at(p, i, s); }, own, v.at(b, g, 0), v.row, D, inverse[i], y.at(b, h, first + i));
+      }
     }
 }
 

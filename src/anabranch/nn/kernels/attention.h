@@ -35,6 +35,25 @@ inline float greatest(vec v) {
   return found;
 }
 
+// Whether values may be multiplied by weights of zero: blocks of queries share products, and zero times what is not finite is NaN.
+template <class X>
+bool are_finite(const X* rows, int64_t stride, int64_t count, int64_t D) {
+  vec sum{};
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < D; c += VL) sum += load(rows + r * stride + c) * 0.f;
+  return total(sum) == 0.f;
+}
+
+// y = factor times the sum of weight(s) value(s) over a query's own keys: what follows them is not read, so it reaches no earlier position.
+template <class X, class Weight>
+void weigh_own(Weight weight, int64_t own, const X* values, int64_t stride, int64_t D, float factor, X* y) {
+  for (int64_t c = 0; c < D; c += VL) {
+    vec sum{};
+    for (int64_t s = 0; s < own; ++s) sum += load(values + s * stride + c) * weight(s);
+    store(y + c, sum * factor);
+  }
+}
+
 template <class Task>
 int each_head(const Shape& shape, int threads, Task task) {
   Failure failure;

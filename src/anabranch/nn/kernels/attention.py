@@ -50,7 +50,11 @@ def can(query_BHLD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> bool:
     dtype = query_BHLD.dtype
     if dtype not in KERNELS or any(part.dtype != dtype for part in tensors) or not takes(*tensors):
         return False
-    (heads, queries, width), (key_heads, keys) = query_BHLD.shape[1:], key_BGSD.shape[1:3]
+    if any(part.dim() != 4 or part.numel() == 0 for part in tensors) or key_BGSD.shape != value_BGSD.shape:
+        return False
+    (batch, heads, queries, width), (key_batch, key_heads, keys, key_width) = query_BHLD.shape, key_BGSD.shape
+    if batch != key_batch or width != key_width:
+        return False
     if width == 0 or width % STEP or width > MOST_WIDTH or key_heads == 0 or heads % key_heads:
         return False
     return 0 < keys <= MOST_KEYS and queries <= keys and load() is not None
@@ -77,4 +81,7 @@ def backward(
 
 def _rows(part: Tensor) -> Tensor:
     """The tensor, its last dimension in one piece and no two elements in one place."""
-    return part if part.stride(-1) == 1 and 0 not in part.stride() else part.contiguous()
+    if part.stride(-1) == 1 and 0 not in part.stride():
+        return part
+    # `contiguous` would leave strides of 0 where a tensor is contiguous by its sizes alone.
+    return part.clone(memory_format=torch.contiguous_format)

@@ -67,14 +67,16 @@ struct Block {
   int rows;
   int64_t D;
 
-  // The products of rows, `stride` apart, with `panels` panels of columns.
-  void score(const bf16* from, int64_t stride, const Element* columns, int64_t panels, const Scores& to) const {
+  // The products of rows, `stride` apart, with `panels` panels of columns, times `scale`: what softmax takes the largest of is what it takes
+  // from the others, to the bit.
+  void score(const bf16* from, int64_t stride, const Element* columns, int64_t panels, float scale, const Scores& to) const {
     auto a = scratch.rows<P>(LEFT, block_rows(), (int)D);
     for (int i = 0; i < rows; ++i)
       for (int64_t c = 0; c < D; c += VL) a.put(i, (int)c, load(from + i * stride + c));
     alignas(64) float out[SUM_ROWS * NR];
     auto emit = [&](int i, int m, int64_t column, int, const float* sums, int64_t so) {
-      for (int r = 0; r < m; ++r) memcpy(to.row(i + r) + column, sums + r * so, NR * sizeof(float));
+      for (int r = 0; r < m; ++r)
+        for (int v = 0; v < 2; ++v) store(to.row(i + r) + column + v * VL, load(sums + r * so + v * VL) * scale);
     };
     for (int64_t j = 0; j < panels; ++j)
       product(a, rows, (int)(D / P::pack), columns + j * D / P::pack * NR, (int)(j * NR), 2, out, emit, 0, nothing);
@@ -112,11 +114,11 @@ struct Block {
   static const char* nothing(int64_t) { return nullptr; }
 };
 
-// exp(scale score - shift) of the first `seen`, zero up to `width`; returns their sum.
-inline float exponentials(float* row, int64_t seen, int64_t width, float scale, float shift) {
+// exp(score - shift) of the first `seen`, zero up to `width`; returns their sum.
+inline float exponentials(float* row, int64_t seen, int64_t width, float shift) {
   vec sum{};
   for (int64_t k = 0; k < width; k += VL) {
-    vec e = k < seen ? exponential(load(row + k) * scale - shift) : vec{};
+    vec e = k < seen ? exponential(load(row + k) - shift) : vec{};
     if (k < seen && k + VL > seen) e = counting(k) < (float)seen ? e : vec{};
     store(row + k, e);
     sum += e;
@@ -142,16 +144,17 @@ void forward_of(const Shape& shape, int64_t b, int64_t g, const Tensor& q, const
   const int64_t D = shape.D, per = shape.H / shape.G;
   const Element* keys = pack_across(scratch, PANEL, k.at(b, g, 0), k.row, shape.S, D);
   const Down values(scratch, SPARE, v.at(b, g, 0), v.row, shape.S, D);
+  const bool finite = are_finite(v.at(b, g, 0), v.row, shape.S, D);
   const Scores p(scratch, SCORES, shape.S);
   std::vector<float> inverse(block_rows());
   for (int64_t h = g * per; h < (g + 1) * per; ++h)
     for (int64_t first = 0; first < shape.L; first += block_rows()) {
       const Block block{scratch, (int)std::min<int64_t>(block_rows(), shape.L - first), D};
       const int64_t width = up(shape.front() + first + block.rows, NR);
-      block.score(q.at(b, h, first), q.row, keys, width / NR, p);
+      block.score(q.at(b, h, first), q.row, keys, width / NR, shape.scale, p);
       for (int i = 0; i < block.rows; ++i) {
         const int64_t own = shape.front() + first + i + 1;
-        const float most = largest(p.row(i), own) * shape.scale, sum = exponentials(p.row(i), own, width, shape.scale, most);
+        const float most = largest(p.row(i), own), sum = exponentials(p.row(i), own, width, most);
         inverse[i] = 1.f / sum;
         lse[(b * shape.H + h) * shape.L + first + i] = most + std::log(sum);
       }
@@ -159,6 +162,10 @@ void forward_of(const Shape& shape, int64_t b, int64_t g, const Tensor& q, const
         for (int r = 0; r < m; ++r)
           for (int n = 0; n < vectors; ++n) store(y.at(b, h, first + i + r) + c + n * VL, load(out + r * so + n * VL) * inverse[i + r]);
       });
+      for (int i = 0; i < block.rows && !finite; ++i) {
+        const int64_t own = shape.front() + first + i + 1;
+        weigh_own([&](int64_t s) { return p.row(i)[s]; }, own, v.at(b, g, 0), v.row, D, inverse[i], y.at(b, h, first + i));
+      }
     }
 }
 
@@ -180,8 +187,8 @@ struct Gradients {
       for (int64_t first = 0; first < shape.L; first += block_rows()) {
         const Block block{scratch, (int)std::min<int64_t>(block_rows(), shape.L - first), D};
         const int64_t width = up(shape.front() + first + block.rows, NR);
-        block.score(q.at(b, h, first), q.row, keys, width / NR, p);
-        block.score(dy.at(b, h, first), dy.row, values, width / NR, d);
+        block.score(q.at(b, h, first), q.row, keys, width / NR, shape.scale, p);
+        block.score(dy.at(b, h, first), dy.row, values, width / NR, 1.f, d);
         for (int i = 0; i < block.rows; ++i) change(shape, b, h, first + i, width, p.row(i), d.row(i));
         block.weigh(d, width, keys_down, [&](int i, int m, int64_t c, int vectors, const float* out, int64_t so) {
           for (int r = 0; r < m; ++r)
@@ -199,11 +206,15 @@ struct Gradients {
 
   // A query's scores to its weights, and the products of dy with values to the changes of the scores before scaling and softmax.
   void change(const Shape& shape, int64_t b, int64_t h, int64_t query, int64_t width, float* weight, float* changes) const {
-    exponentials(weight, shape.front() + query + 1, width, shape.scale, lse[(b * shape.H + h) * shape.L + query]);
+    const int64_t own = shape.front() + query + 1;
+    exponentials(weight, own, width, lse[(b * shape.H + h) * shape.L + query]);
     vec inner{};
     for (int64_t c = 0; c < shape.D; c += VL) inner += load(dy.at(b, h, query) + c) * load(y.at(b, h, query) + c);
     const float delta = total(inner);
-    for (int64_t s = 0; s < width; s += VL) store(changes + s, load(weight + s) * (load(changes + s) - delta) * shape.scale);
+    for (int64_t s = 0; s < width; s += VL) {
+      vec change = load(weight + s) * (load(changes + s) - delta) * shape.scale;
+      store(changes + s, s >= own ? vec{} : s + VL > own ? (counting(s) < (float)own ? change : vec{}) : change);
+    }
   }
 };
 
