@@ -103,7 +103,7 @@ def _print(model: str, config: Decoder.Config, facts: dict[str, Any]) -> None:
     fact("model", f"{model}   {shape}   {' and '.join(kinds)}")
     if routed:
         feed_forward = config.feed_forward_of(routed[0])
-        experts, places = getattr(feed_forward, "num_experts", None), getattr(feed_forward, "places", None)
+        experts, places = getattr(feed_forward, "num_experts", None), getattr(feed_forward, "num_choices", None)
         reuse, shared = getattr(feed_forward, "reuse", 1), getattr(feed_forward, "shared_experts", 0)
         extra = f", shared by {reuse} layers each" if reuse > 1 else ""
         extra += f", {shared} always on" if shared else ""

@@ -158,3 +158,81 @@ def test_time_that_a_reader_takes_is_no_fault_of_the_devices(book, monkeypatch):
     at(23, book.gives, "slow", 7, finish=Finish.LENGTH)
     assert book.served == [(1, (23 - 1 - 20) / 2)]
     assert book.ledger.longest_gap_s == 1
+
+
+# -- requests that ranks die of
+
+
+def outlive(book, killer, most=20):
+    """Replace ranks that die of ``killer`` until it is gone; gives who ran when they did, each time."""
+    deaths = []
+    for _ in range(most):
+        running = [live.request.id for live in book.ledger.live.values() if live.runs]
+        if killer in running:
+            deaths.append(sorted(running))
+            book.ledger.send_back(book.ranks)
+            book.ranks = Ranks(*book.ranks.devices)
+            book.ledger.resume(book.ranks)
+        elif running:
+            book.gives(running[0], len(book.given))
+        if killer not in book.ledger.live:
+            return deaths
+    raise AssertionError(f"it lives on: {deaths}")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_only_the_request_that_ranks_die_of_ends(devices, place):
+    book, ids = Book(*range(devices), max_seqs=6), list("abcdef")
+    book.submit(*ids)
+    killer = ids[place]
+    deaths = outlive(book, killer)
+    assert deaths[:2] == [ids, ids]
+    assert deaths[2:] == [[killer]]
+    ended = [output for output in book.given if output.finish is not None]
+    assert [(output.id, output.finish) for output in ended] == [(killer, Finish.ERROR)]
+    assert "with nothing else to run" in ended[0].error
+    # The rest run together again, from what they have.
+    assert {live.request.id for live in book.ledger.live.values() if live.runs} == set(ids) - {killer}
+    for id in set(ids) - {killer}:
+        given = [token for output in book.given if output.id == id for token in output.tokens]
+        assert book.ledger.live[id].output == given
+        book.gives(id, 1, finish=Finish.LENGTH)
+    assert not book.ledger.live
+
+
+def test_new_requests_wait_while_one_is_run_alone_and_the_paused_harm_nobody():
+    book = Book(0, max_seqs=4)
+    book.submit("a", "b", "slow")
+    book.ledger.pause_request("slow")
+    for _ in range(2):
+        book.ledger.send_back(book.ranks)
+        book.ranks = Ranks(0)
+        book.ledger.resume(book.ranks)
+    book.submit("new")
+    assert book.ranks.news() == [(0, "go"), (0, "submit", "a")]
+    assert book.ledger.live["slow"].failures == 0
+    book.ledger.resume_request("slow")
+    book.gives("a", 7)
+    assert book.ranks.news() == [(0, "pause_request", "a"), (0, "submit", "b")]
+    book.gives("a", 8)  # of the step that was under way
+    book.ledger.pause_request("a")
+    book.ledger.resume_request("a")
+    assert book.ranks.news() == [(0, "pause_request", "a")]  # its reader changes nothing
+    book.gives("b", 7)
+    assert book.ranks.news() == [(0, "resume_request", "a"), (0, "submit", "slow"), (0, "submit", "new")]
+    assert book.ledger.live["a"].output == [7, 8]
+    assert all(live.runs for live in book.ledger.live.values())
+
+
+def test_ranks_that_die_of_themselves_end_nobody():
+    book = Book(0, max_seqs=4)
+    book.submit("a", "b")
+    for number in range(30):
+        for id in "ab":
+            book.gives(id, number)
+        book.ledger.send_back(book.ranks)
+        book.ranks = Ranks(0)
+        book.ledger.resume(book.ranks)
+        assert book.ranks.news() == [(0, "go"), (0, "submit", "a"), (0, "submit", "b")]
+    assert [output for output in book.given if output.finish is not None] == []

@@ -30,6 +30,10 @@ class Finish(StrEnum):
     ERROR = "error"
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token of one request is chosen.
@@ -82,7 +86,7 @@ class Sampling:
             ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, Real) or not low <= value <= high:
+            if not _is_real(value) or not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must be {low} to {high}")
         for name in ("logprobs", "prompt_logprobs"):
             told = getattr(self, name)
@@ -91,7 +95,7 @@ class Sampling:
         for token, value in self.logit_bias:
             if not isinstance(token, Integral):
                 raise InputError(f"logit_bias names {token!r}; a token is a whole number")
-            if not isinstance(value, Real) or value != value or value == math.inf:
+            if not _is_real(value) or value != value or value == math.inf:
                 raise InputError(f"logit_bias has the value {value!r}; it must be a number, or -inf to forbid a token")
 
 

@@ -3,6 +3,9 @@
 A rank gets no more requests than it runs at once; the rest wait here, so that devices which come find work and a rank that dies takes
 little with it. A request that was with such a rank is run again from its prompt and the tokens that its client has already.
 
+One request may be what the ranks die of. Those whose ranks have failed twice, and that have given nothing between, are run one at a time
+until each has given something: whoever is alone when the ranks fail again ends with an error, and nobody else does.
+
 A request whose reader is slow is paused in the rank that has it, and takes no place there. That it is paused stands here: ranks that it is
 handed to are told, and should its rank die it does not begin again before its reader has caught up.
 """
@@ -25,8 +28,10 @@ __all__ = ["Ledger", "Live"]
 
 Emit = Callable[[Output], None]
 
-# A request that takes a rank with it each time must end.
-_MOST_RERUNS = 3
+# Failures without a token between them after which a request is run alone.
+_SUSPECT = 2
+# Of one that was alone in the end: a request that takes its rank with it each time must end, however late.
+_MOST_RERUNS = 10
 
 
 @dataclass(slots=True)
@@ -42,8 +47,10 @@ class Live:
         num_scored: log probabilities of the prompt so far.
         instance, device: where it runs; None while it waits.
         reruns: how often it was begun again.
+        failures: of the ranks that ran it, since it last gave something.
         came, first, last: times of arrival, first and newest token, seconds.
         longest_gap_s: between two outputs.
+        is_held: its rank waits with it until no other is suspect.
         paused: since when its reader is too slow for it; None while it may run.
         paused_s: how long that was so before; no fault of the devices.
     """
@@ -57,12 +64,29 @@ class Live:
     instance: Instance | None = None
     device: int | None = None
     reruns: int = 0
+    failures: int = 0
+    is_held: bool = False
     came: float = 0.0
     first: float | None = None
     last: float = 0.0
     longest_gap_s: float = 0.0
     paused: float | None = None
     paused_s: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether a rank has it and may run it."""
+        return self.instance is not None and self.paused is None and not self.is_held
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what ranks die of, and is to be run alone."""
+        return self.failures >= _SUSPECT and self.paused is None
+
+    @property
+    def order(self) -> tuple[int, float, int, str]:
+        """Its place among those that wait."""
+        return self.request.priority, self.came, self.serial, self.request.id
 
     @property
     def carried(self) -> Carried:
@@ -114,7 +138,7 @@ class Ledger:
     @property
     def num_running(self) -> int:
         """Requests that a rank has and may run."""
-        return sum(live.instance is not None and live.paused is None for live in list(self.live.values()))
+        return sum(live.runs for live in list(self.live.values()))
 
     @property
     def num_paused(self) -> int:
@@ -185,13 +209,11 @@ class Ledger:
             live.last = time.monotonic()
             live.paused_s += live.last - live.paused
             live.paused = None
-            if self.is_paused:
-                self._resumed.add(id)
             if live.instance is None:
                 self.enqueue(live)
                 self.dispatch()
-            else:
-                self._tell(live, "resume_request")
+            elif not live.is_held:
+                self._go_on(live)
 
     def dispatch(self) -> None:
         """Give what waits to ranks that have room, the one with fewest requests first."""
@@ -199,6 +221,11 @@ class Ledger:
             active = self.active
             if active is None or active.is_broken or self.is_paused:
                 return
+            suspects = [live for live in self.live.values() if live.is_suspect]
+            if suspects:
+                self._dispatch_alone(active, min(suspects, key=lambda live: live.order))
+                return
+            self._let_go()
             held: dict[int, list[Live]] = {device: [] for device in active.devices}
             for live in self.with_instance(active):
                 if live.device is not None and live.paused is None:
@@ -214,15 +241,24 @@ class Ledger:
                 if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, live, held[device]):
                     return
                 heapq.heappop(self._queue)
-                live.instance, live.device = active, device
                 held[device].append(live)
-                active.tell(
-                    device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored
-                )
+                self._give(live, active, device)
+
+    def _dispatch_alone(self, active: Instance, live: Live) -> None:
+        """Let one request run once nothing else does."""
+        if not any(other.runs for other in self.live.values()):
+            devices = [device for device in active.devices if self._has_room(device, live, ())]
+            if devices:
+                self._give(live, active, devices[0])
+
+    @staticmethod
+    def _give(live: Live, active: Instance, device: int) -> None:
+        live.instance, live.device = active, device
+        active.tell(device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored)
 
     def take(self, instance: Instance, device: int, outputs: Iterable[Output]) -> None:
         """Outputs of a rank; those of a rank that a request is not with any more say nothing."""
-        now, ended = time.monotonic(), False
+        now, has_changed = time.monotonic(), False
         with self.lock:
             for output in outputs:
                 live = self.live.get(output.id)
@@ -233,11 +269,36 @@ class Ledger:
                 self._clock(live, output, now)
                 if output.finish is not None:
                     del self.live[output.id]
-                    ended = True
+                    has_changed = True
+                elif output.tokens or output.prompt_logprobs:
+                    has_changed |= self._clear(live)
                 live.emit(output)
-            if ended:
+            if has_changed:
                 self.dispatch()
                 self.changed.notify_all()
+
+    def _clear(self, live: Live) -> bool:
+        """A request has given something, so it is not what ranks die of. If others are still suspect it waits until they are not."""
+        was_suspect, live.failures = live.is_suspect, 0
+        if was_suspect and any(other.is_suspect for other in self.live.values()):
+            live.is_held = True
+            self._resumed.discard(live.request.id)
+            self._tell(live, "pause_request")
+        return was_suspect
+
+    def _let_go(self) -> None:
+        """Nobody is suspect: those that are held go on."""
+        for live in self.live.values():
+            if live.is_held:
+                live.is_held = False
+                if live.paused is None:
+                    self._go_on(live)
+
+    def _go_on(self, live: Live) -> None:
+        """Tell the rank of a request, which nothing keeps any longer."""
+        if self.is_paused:
+            self._resumed.add(live.request.id)
+        self._tell(live, "resume_request")
 
     def move(self, old: Instance, new: Instance, devices: Mapping[str, int]) -> None:
         """Requests of ``old`` are with ``new`` from now on, on the ``devices`` given by id."""
@@ -246,16 +307,24 @@ class Ledger:
                 live.instance, live.device = new, devices[live.request.id]
 
     def send_back(self, instance: Instance) -> int:
-        """Requests of an instance that is gone wait again; how many. One that has been begun too often ends with an error."""
+        """Requests of an instance that is gone wait again; how many. One that it ran alone, after other failures, ends with an error."""
         count = 0
         with self.lock:
-            for live in self.with_instance(instance):
+            lost = self.with_instance(instance)
+            ran = [live for live in lost if live.runs]
+            for live in ran:
+                live.failures += 1
+            for live in lost:
                 live.instance = live.device = None
+                live.is_held = False
                 live.reruns += 1
                 count += 1
-                if live.reruns > _MOST_RERUNS:
+                if ran == [live] and (live.failures > _SUSPECT or live.reruns > _MOST_RERUNS):
                     del self.live[live.request.id]
-                    error = f"the ranks that ran it failed {live.reruns} times"
+                    error = f"the ranks that ran it failed {live.reruns} times, in the end with nothing else to run"
+                    self.counted["finished_error"] += 1
+                    for other in self.live.values():  # it was not they
+                        other.failures = 0
                     live.emit(Output(id=live.request.id, finish=Finish.ERROR, error=error))
                 else:
                     self.enqueue(live)
@@ -319,7 +388,7 @@ class Ledger:
             for device in active.devices:
                 active.tell(device, "abort", id=id)
         for live in self.with_instance(active):
-            if live.paused is not None:
+            if live.paused is not None or live.is_held:
                 self._tell(live, "pause_request")
             elif live.request.id in self._resumed:
                 self._tell(live, "resume_request")
@@ -333,7 +402,7 @@ class Ledger:
 
     def enqueue(self, live: Live) -> None:
         """Let a request wait for a rank, in its place."""
-        heapq.heappush(self._queue, (live.request.priority, live.came, live.serial, live.request.id))
+        heapq.heappush(self._queue, live.order)
 
     def _clock(self, live: Live, output: Output, now: float) -> None:
         self.counted["generation_tokens"] += len(output.tokens)

@@ -91,7 +91,7 @@ class Rank:
         matrices = self.boot.layout.layers[0]
         dtype, dim = torch_dtype(matrices[0].dtype), self.model.config.dim
         rows = self.limits.max_batched_tokens
-        places = max(getattr(router, "places", 0) for router in _layers(self.model)) or max(
+        places = max(getattr(router, "num_choices", 0) for router in _layers(self.model)) or max(
             self.boot.layout.num_experts
         )
         others = [rank for rank in range(self.boot.num_ranks) if rank != self.boot.rank]
@@ -384,7 +384,7 @@ class Rank:
 
 def _layers(model: torch.nn.Module) -> list[Any]:
     """Configs of the routed layers, for the most places that a token may take."""
-    return [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "places")]
+    return [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "num_choices")]
 
 
 def rehearse() -> None:

@@ -165,7 +165,7 @@ def _fields(part: FeedForwardShape) -> dict[str, Any]:
 
 def _feed_forward(config: Any, context: Any) -> FeedForwardShape:
     count = config.count(context)
-    if not all(hasattr(config, name) for name in ("num_experts", "places", "num_destinations")):  # no mixture
+    if not all(hasattr(config, name) for name in ("num_experts", "num_choices", "num_destinations")):  # no mixture
         hidden = count.parameters / (3 * context.dim)
         passes = count.flops / (2 * count.parameters) if count.parameters else 1
         return FeedForwardShape(num_layers=1, hidden_dim=hidden, passes=passes)
