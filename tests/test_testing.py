@@ -141,9 +141,30 @@ class OneChoiceMore(TopK):
         return F.pad(super().choose(value_NE), (0, 1), value=-1)
 
 
+class SaysNothing(TopK):
+    """Makes as many choices as it makes, and its config does not say so."""
+
+    @configclass
+    class Config(TopK.Config):
+        def most_choices(self, num_destinations):
+            return None
+
+    num_choices = 2
+
+
+class NotAlwaysTwo(TopK):
+    """Says that every item goes to exactly two, and leaves out the second of some."""
+
+    def choose(self, value_NE):
+        index_NK = super().choose(value_NE)
+        return index_NK.masked_fill((index_NK == 3) & (torch.arange(index_NK.shape[1]) > 0), -1)
+
+
 @pytest.mark.parametrize(
     ("select", "message"),
     [
+        (SaysNothing, "the config's most_choices is None, but num_choices is 2"),
+        (NotAlwaysTwo, r"exact_choices is 2, but items use \[1, 2\] choices"),
         (OneChoiceMore, "num_choices is 2, but there are 3"),
         (ForgetfulTopK, "a closed destination was chosen"),
         (FirstCome, "permuting items does not permute choices"),

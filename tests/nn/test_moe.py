@@ -279,7 +279,7 @@ def sized(**fields):
     [
         (
             lambda: MoE.Config(num_experts=64, router=Router.Config(select=TopK.Config(top_k=80))),
-            "router.select.top_k is 80, but num_experts is 64; use 1 to 64",
+            "router.select takes 80 experts of a token, but num_experts is 64; use 1 to 64",
         ),
         (lambda: MoE.Config(num_experts=0), "num_experts is 0; it must be greater than or equal to 1"),
         (lambda: MoE.Config(capacity_factor=0.0), "capacity_factor is 0.0; it must be greater than 0"),

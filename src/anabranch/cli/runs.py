@@ -68,8 +68,8 @@ def describe_model(config: RunConfig) -> str:
     if routed.is_routed:
         experts = getattr(routed, "num_experts", None)
         words[0] += f" x {experts} experts" if experts else ""
-        top_k = getattr(getattr(getattr(routed, "router", None), "select", None), "top_k", None)
-        words += [f"top-{top_k}"] if top_k else []
+        choices = routed.router.select.exact_choices if hasattr(routed, "router") else None
+        words += [f"top-{choices}"] if choices else []
         words += [f"{routed.shared_experts} shared"] if getattr(routed, "shared_experts", 0) else []
         words += [f"reuse {routed.reuse}"] if getattr(routed, "reuse", 1) > 1 else []
     return ", ".join([*words, f"width {model.dim}"])

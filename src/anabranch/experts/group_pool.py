@@ -92,7 +92,7 @@ class GroupPool(PoolPolicy):
             own_start=group.own_start,
             layer=context.layer,
             seed=context.seed,
-            min_open=getattr(config.router.select, "top_k", 1),
+            min_open=config.router.select.exact_choices or 1,
         )
 
     def _split_balance(

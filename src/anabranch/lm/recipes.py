@@ -239,8 +239,8 @@ def _upcycled(model: Decoder, config: Decoder.Config, material: Material) -> Dec
     assert isinstance(moe, MoE.Config)
     assert isinstance(dense, SwiGLU.Config)
     slices, rest = divmod(dense.hidden_dim, moe.hidden_dim)
-    top_k = getattr(moe.router.select, "top_k", 1)
-    if rest or not slices or moe.num_experts % slices or top_k % slices:
+    choices = moe.router.select.exact_choices or 1
+    if rest or not slices or moe.num_experts % slices or choices % slices:
         # Slices of this width do not fit: whole copies always do.
         moe = moe.replace(hidden_dim=dense.hidden_dim)
     return upcycle(model, moe, seed=material.seed)

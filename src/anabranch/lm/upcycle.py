@@ -141,8 +141,8 @@ def _check(model: Decoder, moe: MoE.Config, noise: float, reinit: float) -> int:
             f"hidden_dim is {moe.hidden_dim}, the dense model's {dense.hidden_dim}; use {dense.hidden_dim}, or it divided by the "
             "number of slices"
         )
-    top_k = getattr(moe.router.select, "top_k", None)
-    for name, value in (("num_experts", moe.num_experts), ("router.select.top_k", top_k)):
+    choices = moe.router.select.exact_choices
+    for name, value in (("num_experts", moe.num_experts), ("the number of experts that router.select takes", choices)):
         if slices > 1 and (value is None or value % slices):
             raise ConfigError(
                 f"{name} is {value}; with experts of 1/{slices} of the width it must be a multiple of {slices}"
@@ -196,13 +196,13 @@ def _total_weight(moe: MoE.Config) -> float:
     select, routed = moe.router.select, 1 - (moe.shared_weight or 0.0)
     if select.normalize != "none":
         return routed * select.scale
-    top_k = getattr(select, "top_k", None)
-    if top_k is None:
+    choices = select.exact_choices
+    if choices is None:
         raise ConfigError(
             f"router.select is {select.owner.kind!r} with normalize 'none', so what its weights sum to is open; set normalize"
         )
     score = activate(torch.zeros(moe.num_experts), moe.router.score.activation)[0].item()
-    return routed * top_k * score * select.scale
+    return routed * choices * score * select.scale
 
 
 def _slice(w13_FD: Tensor, w2_DF: Tensor, slices: int) -> tuple[Tensor, Tensor]:

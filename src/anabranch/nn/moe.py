@@ -62,10 +62,10 @@ class MoE(FeedForward, kind="moe"):
         activation: ActivationName = "swiglu"
 
         def __post_init__(self) -> None:
-            top_k = getattr(self.router.select, "top_k", 1)
-            if top_k > self.num_experts:
+            choices = self.router.select.exact_choices or 1
+            if choices > self.num_experts:
                 raise ConfigError(
-                    f"router.select.top_k is {top_k}, but num_experts is {self.num_experts}; use 1 to {self.num_experts}"
+                    f"router.select takes {choices} experts of a token, but num_experts is {self.num_experts}; use 1 to {self.num_experts}"
                 )
             if self.backend not in BACKENDS:
                 raise ConfigError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
@@ -79,8 +79,7 @@ class MoE(FeedForward, kind="moe"):
         @property
         def num_choices(self) -> int:
             """Most routed experts per token."""
-            select = self.router.select
-            return getattr(select, "top_k", None) or getattr(select, "max_k", None) or self.num_experts
+            return self.router.select.most_choices(self.num_experts) or self.num_experts
 
         def conversions(self) -> tuple[WeightField, ...]:
             """Those of the router's score."""

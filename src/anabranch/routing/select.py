@@ -6,6 +6,7 @@ arXiv 2408.15664, step 1). Ties go to the lowest index. A choice that finds no o
 # Shapes: N items, E destinations, K choices per item, G groups of destinations, C items per destination
 
 import math
+import warnings
 from typing import ClassVar, Literal
 
 import torch
@@ -53,8 +54,31 @@ class Select(Part, nn.Module, family="select"):
         normalize: Literal["none", "sum", "softmax"] = "none"
         scale: float = Field(default=1.0, gt=0)
 
+        @property
+        def exact_choices(self) -> int | None:
+            """K where every item goes to exactly K destinations, as long as so many are open; None (the default) where that differs."""
+            return None
+
+        def most_choices(self, num_destinations: int) -> int | None:
+            """The most destinations of an item, the K of its routings; None where it is not known beforehand.
+
+            ``exact_choices`` by default. A layer counts its active parameters by it.
+            """
+            if self.exact_choices is None and getattr(self, "top_k", None) is not None:
+                warnings.warn(
+                    f"{type(self).__qualname__} does not say how many choices it makes, so its field top_k is taken; give it exact_choices "
+                    "or most_choices, from the next version on no field is looked at", DeprecationWarning, stacklevel=2
+                )  # fmt: skip
+                return int(getattr(self, "top_k"))  # noqa: B009
+            return self.exact_choices
+
         def check(self, num_destinations: int) -> None:
             """Raise ConfigError if this cannot choose among ``num_destinations``."""
+            _check_at_most(
+                f"the number of choices of select {self.owner.kind!r}",
+                self.most_choices(num_destinations),
+                num_destinations,
+            )
 
     config: Config
     # Where False, an item's routing depends on later items, which no language model may do.
@@ -95,7 +119,7 @@ class Select(Part, nn.Module, family="select"):
     @property
     def num_choices(self) -> int | None:
         """K, the choices of its routings; None where that is not known beforehand."""
-        return None
+        return self.config.most_choices(self.num_destinations)
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """index_NK from selection values; minus infinity must not be chosen."""
@@ -152,16 +176,16 @@ class TopK(Select, kind="top_k"):
 
         top_k: int = Field(default=2, ge=1)
 
+        @property
+        def exact_choices(self) -> int:
+            """K."""
+            return self.top_k
+
         def check(self, num_destinations: int) -> None:
             """At most all."""
             _check_at_most("top_k", self.top_k, num_destinations)
 
     config: Config
-
-    @property
-    def num_choices(self) -> int:
-        """K."""
-        return self.config.top_k
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest."""
@@ -182,6 +206,11 @@ class GroupTopK(Select, kind="group_top_k"):
         num_groups: int = Field(default=8, ge=1)
         top_groups: int = Field(default=4, ge=1)
         group_score: Literal["max", "top2_sum"] = "top2_sum"
+
+        @property
+        def exact_choices(self) -> int:
+            """K."""
+            return self.top_k
 
         def __post_init__(self) -> None:
             if self.top_groups > self.num_groups:
@@ -205,11 +234,6 @@ class GroupTopK(Select, kind="group_top_k"):
                 )
 
     config: Config
-
-    @property
-    def num_choices(self) -> int:
-        """K."""
-        return self.config.top_k
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """The K largest of the open groups."""
@@ -238,20 +262,19 @@ class TopP(Select, kind="top_p"):
         top_p: float = Field(default=0.4, gt=0, le=1)
         max_k: int | None = Field(default=None, ge=1)
 
+        def most_choices(self, num_destinations: int) -> int:
+            """At most so many are used."""
+            return self.max_k or num_destinations
+
         def check(self, num_destinations: int) -> None:
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
     config: Config
 
-    @property
-    def num_choices(self) -> int:
-        """At most so many are used."""
-        return self.config.max_k or self.num_destinations
-
     def choose(self, value_NE: Tensor) -> Tensor:
         """The shortest prefix of the sorted values that reaches ``top_p``."""
-        index_NK = stable_top_k(value_NE, self.num_choices)
+        index_NK = stable_top_k(value_NE, self.config.most_choices(self.num_destinations))
         value_NK = value_NE.gather(-1, index_NK)
         share_NK = value_NK.masked_fill(value_NK == -torch.inf, 0.0)
         before_NK = share_NK.cumsum(-1) - share_NK
@@ -268,20 +291,19 @@ class Threshold(Select, kind="threshold"):
         threshold: float = 0.1
         max_k: int | None = Field(default=None, ge=1)
 
+        def most_choices(self, num_destinations: int) -> int:
+            """At most so many are used."""
+            return self.max_k or num_destinations
+
         def check(self, num_destinations: int) -> None:
             """At most all."""
             _check_at_most("max_k", self.max_k, num_destinations)
 
     config: Config
 
-    @property
-    def num_choices(self) -> int:
-        """At most so many are used."""
-        return self.config.max_k or self.num_destinations
-
     def choose(self, value_NE: Tensor) -> Tensor:
         """All values over the threshold."""
-        index_NK = stable_top_k(value_NE, self.num_choices)
+        index_NK = stable_top_k(value_NE, self.config.most_choices(self.num_destinations))
         low_NK = value_NE.gather(-1, index_NK) < self.config.threshold
         low_NK[:, 0] = False
         return _only_open(value_NE, index_NK).masked_fill(low_NK, UNUSED)
@@ -300,13 +322,12 @@ class ExpertChoice(Select, kind="expert_choice"):
 
         capacity_factor: float = Field(default=2.0, gt=0)
 
+        def most_choices(self, num_destinations: int) -> int:
+            """E, a choice for each destination."""
+            return num_destinations
+
     config: Config
     is_causal: ClassVar[bool] = False
-
-    @property
-    def num_choices(self) -> int:
-        """E, a choice for each destination."""
-        return self.num_destinations
 
     def choose(self, value_NE: Tensor) -> Tensor:
         """index_NE: destination e is choice e of the items that it took."""

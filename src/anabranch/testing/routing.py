@@ -104,6 +104,10 @@ def check_select(config: Select.Config, *, num_destinations: int = 16) -> None:
     expect(routing.used_NK.any(), "nothing was chosen")
     told = (None, routing.num_choices)
     expect(select.num_choices in told, f"num_choices is {select.num_choices}, but there are {routing.num_choices}")
+    most, exact = config.most_choices(num_destinations), config.exact_choices
+    expect(most == select.num_choices, f"the config's most_choices is {most}, but num_choices is {select.num_choices}")
+    used = f"exact_choices is {exact}, but items use {routing.used_NK.sum(1).unique().tolist()} choices"
+    expect(exact is None or bool((routing.used_NK.sum(1) == exact).all()), used)
     expect(torch.equal(select(score_NE, logit_NE=logit_NE).index_NK, routing.index_NK), "two calls choose differently")
     routing.weight_NK.square().sum().backward()
     expect(torch.isfinite(logit_NE.grad).all(), "a gradient is not finite")  # type: ignore[arg-type]

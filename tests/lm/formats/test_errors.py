@@ -60,7 +60,7 @@ def edit(folder, **changes):
         ({"mlp_bias": True}, "mlp_bias in .* is True"),
         ({"hidden_size": None}, "config.json has no hidden_size, without which"),
         ({"hidden_size": "wide"}, "does not describe a model that can be built: .*dim is 'wide'"),
-        ({"num_experts_per_tok": 9}, r"does not describe .*top_k is 9, but num_experts is 4"),
+        ({"num_experts_per_tok": 9}, r"does not describe .*takes 9 experts of a token, but num_experts is 4"),
         (
             {"model_type": "deepseek", "n_routed_experts": 4, "kv_lora_rank": 512},
             "kv_lora_rank in .* is 512.*latent attention",

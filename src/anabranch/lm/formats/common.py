@@ -270,7 +270,7 @@ def write_moe(config: Decoder.Config) -> dict[str, Any]:
     select, balance = moe.router.select, moe.router.balance
     alpha = next((part.alpha for part in balance if isinstance(part, SwitchLoss.Config)), 0.0)
     return {
-        "num_experts_per_tok": getattr(select, "top_k", 1),
+        "num_experts_per_tok": select.exact_choices or 1,
         "norm_topk_prob": select.normalize != "none",
         "router_aux_loss_coef": alpha,
     }
