@@ -248,7 +248,7 @@ def test_training_mixes_the_sampled_state(compute):
     loops_N = layer.paths.loops(x_ND, RoutingContext(training=True)).index_NK[:, 0] + 1
     torch.manual_seed(3)
     found = layer.add_to(x_BLD, norm, layer_context(training=True)).flatten(0, 1)
-    states, wide = [x_ND], layer.paths._wide(x_ND, branch, layer.paths.router(x_ND, RoutingContext()))
+    states, wide = [x_ND], layer.paths.width_change(x_ND, branch, layer.paths.router(x_ND, RoutingContext()))
     for _ in range(3):
         states.append(states[-1] + branch.change(states[-1]))
     deep_ND = torch.stack(states)[loops_N, torch.arange(len(x_ND))]
@@ -298,7 +298,7 @@ def test_the_loop_head_learns_through_the_sample_alone():
         branch, states_ND = layer.branch(norm), [torch.zeros_like(x_ND)]
         for _ in range(3):
             states_ND.append(states_ND[-1] + branch.change(x_ND + states_ND[-1]))
-        wide_ND = layer.paths._wide(x_ND, branch, layer.paths.router(x_ND, RoutingContext()))
+        wide_ND = layer.paths.width_change(x_ND, branch, layer.paths.router(x_ND, RoutingContext()))
     torch.manual_seed(5)
     routing = layer.paths.loops(x_ND, RoutingContext(training=True))
     soft_NT, loops_N = routing.score_NE, routing.index_NK[:, 0] + 1

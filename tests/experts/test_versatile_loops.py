@@ -306,11 +306,11 @@ def test_sizes_of_a_layer_without_a_gate(options):
 
 
 def test_matrices_that_were_replaced_ask_for_their_rows():
-    asks = [
-        model_of(linears).blocks[0].feed_forward.branch(nn.Identity()).asks
+    is_replaced = [
+        model_of(linears).blocks[0].feed_forward.branch(nn.Identity()).is_replaced
         for linears in ({}, {"*.up": Dense.Config()})
     ]
-    assert asks == [False, True]
+    assert is_replaced == [False, True]
 
 
 def test_overrides_that_reach_nobody_warn():

@@ -1,5 +1,6 @@
 """VersatileFFN: one feed-forward reused wide and deep, mixed by the difficulty of each token."""
 
+from anabranch.experts.versatile.branch import Branch
 from anabranch.experts.versatile.convert import (
     VersatileMLP,
     collect_routing,
@@ -11,7 +12,7 @@ from anabranch.experts.versatile.convert import (
 from anabranch.experts.versatile.layer import VersatileFFN
 from anabranch.experts.versatile.loop_gate import LoopGate, loop_gates, record_difficulty
 from anabranch.experts.versatile.patched import PatchedModel
-from anabranch.experts.versatile.paths import Branch, Paths
+from anabranch.experts.versatile.paths import Paths
 from anabranch.train import follow_steps
 
 __all__ = [

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.experts.versatile.branch import Branch
 from anabranch.experts.versatile.layer import VersatileFFN
-from anabranch.experts.versatile.paths import Branch, Paths
+from anabranch.experts.versatile.paths import Paths
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, fields_beyond, not_chosen, recipe
 from anabranch.nn.context import set_unregistered

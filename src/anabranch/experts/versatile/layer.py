@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.experts.versatile.paths import Branch, Paths
+from anabranch.experts.versatile.branch import Branch
+from anabranch.experts.versatile.paths import Paths
 from anabranch.nn.activation import ActivationName, activation_of
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.description import FeedForwardForm, Loops
@@ -266,8 +267,8 @@ class VersatileFFN(FeedForward, kind="versatile"):
             # Not quantised, not replaced.
             weights=self._weights if all(map(is_plain, matrices)) else None,
             activation=activation,
-            whole=self,
-            asks=any(isinstance(matrix, Linear) and type(matrix) is not Dense for matrix in matrices),
+            at_once=self,
+            is_replaced=any(isinstance(matrix, Linear) and type(matrix) is not Dense for matrix in matrices),
         )
 
     def _weights(self) -> tuple[Tensor, ...]:
