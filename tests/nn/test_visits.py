@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn.feed_forward import FeedForward
 from anabranch.nn.visits import check_path, next_visits, on_rows, steps_of, take_back, visits_of_rows
 from anabranch.routing import Router, record_routing, replay_routing
 
@@ -304,3 +306,32 @@ def test_blocks_may_be_called_without_a_decoder():
     context = model.context(torch.zeros(1, 2, dtype=torch.int64))
     twice = model.blocks[0](model.blocks[0](torch.ones(1, 2, 16), context), context)
     assert twice.shape == (1, 2, 16)
+
+
+class Running(FeedForward):
+    """A SwiGLU of the sum of all that it and the layers below saw, which it hands on as [B, L, D]."""
+
+    @configclass
+    class Config(FeedForward.Config):
+        def count(self, context):
+            return SwiGLU.Config(hidden_dim=8).count(context)
+
+    def __init__(self, config, context):
+        super().__init__()
+        self.inner = SwiGLU.Config(hidden_dim=8).build(context)
+
+    def forward(self, x_BLD, context):
+        context.carry["sum"] = x_BLD + context.carry.get("sum", 0)
+        return self.inner(context.carry["sum"], context)
+
+
+@pytest.mark.parametrize(
+    "paths", [((0, 1, 2), (0, 2), (0, 1, 2)), ((0, 1, 2), (0, 2), (0, 2)), ((1,), (2, 2), (0, 0, 1))]
+)
+@torch.no_grad()
+def test_what_a_layer_hands_on_by_position_follows_each_sequence_on_its_path(paths):
+    model = Decoder.Config(vocab_size=16, dim=16, num_layers=3, init_std=0.3, feed_forward=Running.Config()).build()
+    token_BL = torch.randint(16, (3, 5))
+    together = model(token_BL, path=paths).logits_BLV
+    alone = torch.cat([model(token_BL[row : row + 1], path=path).logits_BLV for row, path in enumerate(paths)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)

@@ -2,13 +2,17 @@
 
 A layer that sends each token somewhere (to an expert, to one of two modules, into another loop) calls what stands there with gathered
 rows. `on_items` gives the call what a context says of them: positions, tokens, sequences, which are padding, what is carried on.
+
+What is carried or said by name (``context.carry``, ``context.state``) is of the items where it is a tensor ``[N, ...]`` or ``[B, L, ...]``,
+and everything else is of the whole pass. `Items` takes such tensors apart and puts them together again, in the shape that they had.
 """
-# Shapes: N = B L items of the pass, R gathered rows, B batch, L positions, D width
+# Shapes: N = B L items of the pass, R gathered ones, B batch, L positions, D width
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from anabranch.routing.context import RoutingContext
@@ -17,7 +21,72 @@ from anabranch.routing.sequences import StreamSequence
 if TYPE_CHECKING:
     from anabranch.nn.context import ForwardContext
 
-__all__ = ["no_rows", "of_items", "on_items"]
+__all__ = ["Items", "no_rows", "of_items", "on_items"]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Some items of a pass, and how to cut what is said of each item.
+
+    Attributes:
+        item_R: int64, which they are of the N, each at most once.
+        whole: (B, L) of the pass, B L = N.
+        part: (B, L) of what is cut out, B L = R.
+    """
+
+    item_R: Tensor
+    whole: tuple[int, int]
+    part: tuple[int, int]
+
+    def take(self, value: Any) -> Any:
+        """The part of ``value`` that speaks of these items, where it is ``[N, ...]`` or ``[B, L, ...]``; anything else as it is."""
+        flat = _flat(value, self.whole)
+        if flat is None:
+            return value
+        taken = flat[self.item_R]
+        return taken if flat is value else taken.unflatten(0, self.part)
+
+    def put_back(self, before: Any, value: Any) -> Any:
+        """``before``, which is of all items, where ``value`` stands for these; zeros for the others if there is none that fits.
+
+        It has the form of ``before``, ``[N, ...]`` or ``[B, L, ...]``. A value that speaks of no single items is returned as it is.
+        """
+        flat_before = _flat(before, self.whole)
+        # Where these items are sequences of length 1, a tensor could be of either form; it is of that which it was cut from.
+        flat = _flat(value, self.part, by_sequence=flat_before is not None and flat_before is not before)
+        if flat is None:
+            return value
+        if flat_before is not None and flat_before.shape[1:] == flat.shape[1:]:
+            # The others keep all their digits, and these theirs.
+            dtype = torch.promote_types(flat_before.dtype, flat.dtype)
+            whole = flat_before.to(dtype)
+        else:
+            whole = flat.new_zeros(self.whole[0] * self.whole[1], *flat.shape[1:])
+        whole = whole.index_copy(0, self.item_R, flat.to(whole.dtype))
+        return whole if flat is value else whole.unflatten(0, self.whole)
+
+    def run(self, run: Callable[[Tensor, Any], Tensor], x: Tensor, context: RoutingContext, part: Any) -> Tensor:
+        """``run(x, part)`` for a fork ``part`` of ``context`` for these items: what it emits and carries on counts for them alone."""
+        given = dict(part.carry)
+        y = run(x, part)
+        for name, value in part.carry.items():
+            if name not in given or value is not given[name]:
+                context.carry[name] = self.put_back(context.carry.get(name), value)
+        context.merge(*part.collected())
+        return y
+
+
+def _flat(value: Any, sizes: tuple[int, int], *, by_sequence: bool = False) -> Tensor | None:
+    """``value`` as [B L, ...] if it is of the items of (B, L) = ``sizes``, itself where it is so already; None if it is not of items.
+
+    ``by_sequence`` says to take it for [B, L, ...] where it could be both.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    is_flat, is_by_sequence = value.shape[:1] == (sizes[0] * sizes[1],), value.shape[:2] == sizes
+    if is_by_sequence and (by_sequence or not is_flat):
+        return value.flatten(0, 1)
+    return value if is_flat else None
 
 
 def on_items(
@@ -34,14 +103,7 @@ def on_items(
     """
     if context is None:
         return run(x_RD, None)
-    part = of_items(context, item_R, num_items)
-    y_RD = run(x_RD, part)
-    for name, value in part.carry.items():
-        before = context.carry.get(name)
-        if value is not before:
-            context.carry[name] = _put_back(before, value, item_R, num_items)
-    context.merge(*part.collected())
-    return y_RD
+    return _items_of(context, item_R, num_items).run(run, x_RD, context, of_items(context, item_R, num_items))
 
 
 def no_rows(layers: Sequence[nn.Module], x_0D: Tensor) -> Tensor:
@@ -58,7 +120,8 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
 
     Keys and values are not theirs to use: ``cache`` is None.
     """
-    part = context.fork({name: _items(value, item_R, num_items) for name, value in context.carry.items()})
+    items = _items_of(context, item_R, num_items)
+    part = context.fork({name: items.take(value) for name, value in context.carry.items()})
     mask_N = context.item_mask_N
     part = replace(
         part,
@@ -67,11 +130,22 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
         num_streams=1,
         sequences=_names(context, item_R, num_items),
         all_sequences=context.all_sequences or context.sequences,
-        state={name: _items(value, item_R, num_items) for name, value in context.state.items()},
+        state={name: items.take(value) for name, value in context.state.items()},
     )
     if "position_BL" not in {field.name for field in fields(context)}:
         return part
     return _with_positions(part, context, item_R)  # type: ignore[arg-type]
+
+
+def _items_of(context: RoutingContext, item_R: Tensor, num_items: int) -> Items:
+    """Items that are sequences of length 1 from here on."""
+    position_BL = getattr(context, "position_BL", None)
+    if position_BL is not None and position_BL.numel() == num_items:
+        batch, length = position_BL.shape
+    else:
+        length = context.sequence_length or 1
+        batch, length = (num_items // length, length) if num_items % length == 0 else (num_items, 1)
+    return Items(item_R, (batch, length), (len(item_R), 1))
 
 
 def _with_positions(part: Any, context: "ForwardContext", item_R: Tensor) -> Any:
@@ -103,24 +177,3 @@ def _names(context: RoutingContext, item_R: Tensor, num_items: int) -> list[Hash
         return None
     named = [StreamSequence.of(name, stream) for stream in range(streams) for name in sequences]
     return [named[row] for row in (item_R // length).tolist()]
-
-
-def _items(value: Any, item_R: Tensor, num_items: int) -> Any:
-    """The part of ``value`` that speaks of these items, where it speaks of each."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape[:1] == (num_items,):
-        return value[item_R]
-    if value.dim() > 1 and value.shape[0] * value.shape[1] == num_items:
-        return value.flatten(0, 1)[item_R].unsqueeze(1)
-    return value
-
-
-def _put_back(before: Tensor | None, value: Tensor, item_R: Tensor, num_items: int) -> Tensor:
-    """What a layer carries on, of all items; zeros for those that have none yet."""
-    if value.shape[:1] != item_R.shape:
-        return value
-    full = value.new_zeros(num_items, *value.shape[1:])
-    if before is not None and before.shape == full.shape:
-        full = before.to(value.dtype)
-    return full.index_copy(0, item_R, value)

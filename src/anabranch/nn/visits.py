@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
+from anabranch.nn.items import Items
 
 if TYPE_CHECKING:
     from anabranch.nn.context import ForwardContext
@@ -76,37 +77,29 @@ def on_rows(
     if not rows:
         return x_BLD
     row_R = torch.tensor(rows, device=x_BLD.device)
-    part = _part(context, row_R, rows, batch, length)
-    y_RLD = run(x_BLD[row_R], part)
+    place_L = torch.arange(length, device=x_BLD.device)
+    items = Items((row_R.unsqueeze(1) * length + place_L).flatten(), (batch, length), (len(rows), length))
+    part = _part(context, items, row_R, rows, batch)
+    y_RLD = items.run(run, x_BLD[row_R], context, part)
     take_back(context.visits, part.visits, rows, batch)
-    for name, value in part.carry.items():
-        before = context.carry.get(name)
-        if value is not before:
-            context.carry[name] = _put_back(before, value, row_R, batch, length)
-    context.merge(*part.collected())
     return x_BLD.index_copy(0, row_R, y_RLD.to(x_BLD.dtype))
 
 
-def _part(context: "ForwardContext", row_R: Tensor, rows: Sequence[int], batch: int, length: int) -> "ForwardContext":
+def _part(context: "ForwardContext", items: Items, row_R: Tensor, rows: Sequence[int], batch: int) -> "ForwardContext":
     """The context of some rows."""
-
-    def items(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape[:1] == (batch * length,):
-            return value.unflatten(0, (batch, length))[row_R].flatten(0, 1)
-        return value[row_R] if isinstance(value, Tensor) and value.shape[:2] == (batch, length) else value
 
     def sequences(value_B: Any) -> Any:
         return value_B[row_R] if isinstance(value_B, Tensor) and value_B.shape[0] == batch > 1 else value_B
 
     num_streams, names = _names(context, rows, batch)
-    part = context.fork({name: items(value) for name, value in context.carry.items()})
+    part = context.fork({name: items.take(value) for name, value in context.carry.items()})
     return replace(
         part,
-        item_mask_N=items(context.item_mask_N),
+        item_mask_N=items.take(context.item_mask_N),
         num_streams=num_streams,
         sequences=names,
         all_sequences=context.all_sequences or context.sequences,
-        state={name: items(value) for name, value in context.state.items()},
+        state={name: items.take(value) for name, value in context.state.items()},
         position_BL=context.position_BL[row_R],
         rotary=tuple(sequences(angles) for angles in context.rotary),
         attention_mask=sequences(context.attention_mask),
@@ -123,16 +116,6 @@ def _names(context: "ForwardContext", rows: Sequence[int], batch: int) -> tuple[
     if list(rows) != [row + stream * (batch // streams) for stream in range(streams) for row in own]:
         return 1, None
     return streams, None if context.sequences is None else [context.sequences[row] for row in own]
-
-
-def _put_back(before: Tensor | None, value: Tensor, row_R: Tensor, batch: int, length: int) -> Tensor:
-    """What a layer carries on, of all items; zeros for sequences that have none yet."""
-    if value.shape[:1] != (len(row_R) * length,):
-        return value
-    full = value.new_zeros(batch, length, *value.shape[1:])
-    if before is not None:
-        full = before.unflatten(0, (batch, length)).to(value.dtype)
-    return full.index_copy(0, row_R, value.unflatten(0, (len(row_R), length))).flatten(0, 1)
 
 
 def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:

@@ -50,8 +50,9 @@ class RoutingContext:
         loads: emitted (balancer, load_E, open_E) triples.
         parts: emitted (loss over layers, its part of one layer) pairs.
         metrics: emitted numbers to log, by name, one entry per layer that emitted it.
-        carry: tensors that a layer hands to the layers above it, by name (the state of a recurrent router). Replace entries, never
-            write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
+        carry: tensors that a layer hands to the layers above it, by name (the state of a recurrent router). One ``[N, ...]`` or
+            ``[B, L, ...]`` is of the items, and a layer that some of them go to sees those; any other is of the whole pass. Replace
+            entries, never write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
         state: what a caller gives to designs and recorders, by a name of its own.
         memo: see `once`.
         refuses_nan: whether a score that is NaN ends the pass. Where rows are of users who know nothing of one another it ends its own
