@@ -87,7 +87,7 @@ def test_routers_may_be_called_with_named_arguments(routed_model, by_keyword):
 
 def test_nan_scores_are_counted_where_a_router_does_not_look_itself(routed_model, monkeypatch):
     """As on a GPU, in a compiled graph, or among several processes."""
-    for place in ("routing.router", "train.meter"):
+    for place in ("routing.nan", "train.meter"):
         monkeypatch.setattr(f"anabranch.{place}.is_seen_at_once", lambda score_NE: False)
     model = Decoder(routed_model).train()
     meter = LoadMeter(model)

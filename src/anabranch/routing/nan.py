@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.errors import NotFiniteError
+from anabranch.routing.context import RoutingContext
 
 __all__ = ["count_nan", "is_seen_at_once", "refuse_nan"]
 
@@ -21,16 +22,21 @@ def is_seen_at_once(score_NE: Tensor) -> bool:
     return is_here and (not dist.is_initialized() or dist.get_world_size() == 1)
 
 
-def refuse_nan(score_NE: Tensor, item_mask_N: Tensor | None, layer: int) -> None:
-    """Raise NotFiniteError, which names ``layer``, if a real item has a score that is NaN. Padding may hold anything."""
+def refuse_nan(score_NE: Tensor, context: RoutingContext, layer: int, *, who: str = "router") -> None:
+    """Raise NotFiniteError, which names ``who`` and its ``layer``, if a real item has a score that is NaN. Padding may hold anything.
+
+    Where ``context.refuses_nan`` is off, or looking would make someone wait (`is_seen_at_once`), nobody looks.
+    """
+    if not (context.refuses_nan and is_seen_at_once(score_NE)):
+        return
     # One sum tells it for all: a sum with a NaN is one. Where none is, this is all the work.
     if not math.isnan(score_NE.sum().item()):
         return
-    count = int(count_nan(score_NE, item_mask_N))
+    count = int(count_nan(score_NE, context.item_mask_N))
     if count:
         raise NotFiniteError(
-            f"the router of layer {layer} has NaN scores for {count} of {score_NE.shape[0]} items: what comes into the layer, or the "
-            "router's weights, are not finite"
+            f"the {who} of layer {layer} has NaN scores for {count} of {score_NE.shape[0]} items: what comes into the layer, or the "
+            f"{who}'s weights, are not finite"
         )
 
 

@@ -15,7 +15,7 @@ from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing
 from anabranch.routing.destinations import Destinations
-from anabranch.routing.nan import is_seen_at_once, refuse_nan
+from anabranch.routing.nan import refuse_nan
 from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.renamed import Renamed
 from anabranch.routing.score import LinearScore, Score
@@ -112,8 +112,7 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
-        if context.refuses_nan and is_seen_at_once(score_NE):
-            refuse_nan(score_NE, context.item_mask_N, self.layer)
+        refuse_nan(score_NE, context, self.layer)
         bias_NE, may_NE = self._shift(score_NE), open_NE
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)

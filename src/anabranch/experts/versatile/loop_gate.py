@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anabranch.errors import ConfigError
 from anabranch.routing import LinearScore, Recorder, Routing, RoutingContext, record_routing
 from anabranch.routing.destinations import Destinations
+from anabranch.routing.nan import refuse_nan
 from anabranch.routing.override import Override, overrides_of
 from anabranch.routing.relax import Temperature, gumbel_softmax
 
@@ -58,7 +59,10 @@ class LoopGate(nn.Module):
         self.temperature: Temperature = config.temperature.build()
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        """One choice per item. Raises ConfigError for an override of several choices, and in training where all loops are mixed."""
+        """One choice per item. Raises ConfigError for an override of several choices, and in training where all loops are mixed.
+
+        Raises NotFiniteError for probabilities that are NaN, see `anabranch.routing.nan`.
+        """
         overrides: Sequence[Override] = ()
         if context.routing:
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
@@ -71,6 +75,7 @@ class LoopGate(nn.Module):
             soft_NT = gumbel_softmax(logit_NT, self.temperature.value.to(logit_NT.dtype))
         else:
             soft_NT = logit_NT.softmax(-1)
+        refuse_nan(soft_NT, context, self.layer, who="loop gate")
         bias_NT, open_NT = None, None
         for override in overrides:
             bias_NT, open_NT = override.biased(bias_NT, soft_NT), override.opened(open_NT, soft_NT)

@@ -1,0 +1,46 @@
+"""Scores that are not numbers: whatever decides in a model ends the pass, says where, and asks whom it may."""
+
+import pytest
+import torch
+
+from anabranch.depth.duo_llm import DuoFFN, learned_router
+from anabranch.errors import NotFiniteError
+from anabranch.experts.chain import Chain
+from anabranch.experts.versatile import VersatileFFN
+from anabranch.lm import Decoder
+from anabranch.nn import MoE
+from anabranch.routing import RoutingContext
+from anabranch.routing.layer_overrides import own_layers
+
+DESIGNS = {
+    "moe": MoE.Config(num_experts=4, hidden_dim=8),
+    "chain": Chain.Config(num_experts=4, hidden_dim=8),
+    "duo": DuoFFN.Config(big=8, small=4, router=learned_router()),
+    "versatile": VersatileFFN.Config(hidden_dim=16, num_experts=4),
+    "loops alone": VersatileFFN.Config(hidden_dim=16, num_experts=4, fusion="depth_only"),
+    "mixed loops": VersatileFFN.Config(hidden_dim=16, num_experts=4, gate="soft"),
+}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+@pytest.mark.parametrize("training", [False, True])
+def test_whatever_decides_refuses_items_that_are_not_finite(name, training):
+    model = Decoder.Config(vocab_size=8, dim=16, num_layers=2, feed_forward=DESIGNS[name]).build(seed=0)
+    x_ND = torch.randn(5, 16)
+    x_ND[2, 3] = torch.nan
+    padding_N = torch.tensor([True, True, False, True, True])
+    layers = own_layers(model)
+    assert layers
+    for layer in layers:
+        decide = layer.router
+        with pytest.raises(NotFiniteError, match=rf"of layer {decide.layer} has NaN scores for 1 of 5 items"):
+            decide(x_ND, RoutingContext(training=training))
+        assert decide(x_ND, RoutingContext(training=training, refuses_nan=False)).num_items == 5
+        assert decide(x_ND, RoutingContext(training=training, item_mask_N=padding_N)).num_items == 5
+
+
+def test_a_loop_gate_says_that_it_is_one():
+    model = Decoder.Config(vocab_size=8, dim=16, num_layers=2, feed_forward=DESIGNS["loops alone"]).build(seed=0)
+    x_ND = torch.full((1, 16), torch.inf)
+    with pytest.raises(NotFiniteError, match=r"the loop gate of layer 1 .* or the loop gate's weights, are not finite"):
+        model.blocks[1].feed_forward.paths.loops(x_ND, RoutingContext())
