@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from anabranch.config import from_dict, to_dict
 from anabranch.data import DataConfig, Files
+from anabranch.depth.duo_llm import DuoFFN, learned_router
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.experts.chain import Chain
 from anabranch.experts.parscale import (
     HARDWARE,
     PAPER_LOSSES,
@@ -33,6 +35,7 @@ from anabranch.experts.parscale import (
     set_streams,
     wrap,
 )
+from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder, SamplingConfig, generate, load_config, load_model, save_model
 from anabranch.lm.cache import KeyValueCache
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -1117,3 +1120,27 @@ def test_models_that_have_none_or_some_are_refused():
         init_from_tokens(model_of(parscale()))
     with pytest.raises(ConfigError, match=r"text_PM has shape \[1, 4\]; the prefixes need \[3, 4\]"):
         init_from_tokens(model_of(parscale(prefix="direct")), tokens(1, 4))
+
+
+FROZEN_DESIGNS = {
+    "moe": MoE.Config(num_experts=4, hidden_dim=16, capacity_factor=1.0),
+    "duo": DuoFFN.Config(big=16, small=8),
+    "learned duo": DuoFFN.Config(big=16, small=8, router=learned_router()),
+    "versatile": VersatileFFN.Config(hidden_dim=16, num_experts=4),
+    "chain": Chain.Config(num_experts=4, hidden_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN_DESIGNS)
+@torch.no_grad()
+def test_a_frozen_model_computes_in_training_what_it_computes_in_evaluation(name):
+    """Prefixes and gate learn to go with the model that will be used, not with one that samples or mixes."""
+    streams = ParScale.Config(num_streams=2, prefix_len=2, train="adapter")
+    model = Decoder.Config(
+        vocab_size=16, dim=16, num_layers=2, init_std=0.3, feed_forward=FROZEN_DESIGNS[name], streams=streams
+    ).build(seed=0)
+    token_BL = torch.arange(10).view(1, 10)
+    expected = model.eval()(token_BL)
+    found = model.train()(token_BL)
+    assert torch.equal(found.logits_BLV, expected.logits_BLV)
+    assert found.metrics.keys() == expected.metrics.keys() > {"stream_entropy"}

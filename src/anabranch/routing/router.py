@@ -121,13 +121,14 @@ class Router(Part, nn.Module):
         if context.item_mask_N is not None:
             real_N1 = context.item_mask_N.unsqueeze(-1)
             may_NE = real_N1 if may_NE is None else may_NE & real_N1
-        routing = self.select(score_NE, logit_NE=masked_NE, bias_E=bias_NE, open_NE=may_NE)
+        select = self.select.of_pass(context.training)
+        routing = select(score_NE, logit_NE=masked_NE, bias_E=bias_NE, open_NE=may_NE)
 
         def weigh(index_NK: Tensor) -> Tensor:
             if open_NE is not None:
                 open_NK = open_NE.expand_as(score_NE).gather(1, index_NK.clamp_min(0))
                 index_NK = index_NK.masked_fill(~open_NK, UNUSED)
-            return self.select.weigh(index_NK, score_NE, masked_NE).weight_NK
+            return select.weigh(index_NK, score_NE, masked_NE).weight_NK
 
         for override in overrides:
             routing = override.force(routing, weigh, context.item_mask_N)

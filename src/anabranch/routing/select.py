@@ -114,6 +114,10 @@ class Select(Part, nn.Module, family="select"):
         index_NK = self.choose(value_NE)
         return self.weigh(index_NK, score_NE, logit_NE)
 
+    def of_pass(self, training: bool) -> "Select":
+        """What selects in a pass that trains, or does not (``context.training``): this, unless a kind knows two ways."""
+        return self
+
     num_places = Renamed("num_choices")
 
     @property

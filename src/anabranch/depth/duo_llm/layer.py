@@ -274,7 +274,7 @@ class DuoFFN(FeedForward, kind="duo"):
         plan = plan_dispatch(routing)
         sizes = plan.load_E.tolist()
         for option in (SMALL, BIG):
-            if routing.num_choices == 1 and sizes[option] == x_ND.shape[0] > 0 and not self.training:
+            if routing.num_choices == 1 and sizes[option] == x_ND.shape[0] > 0 and not context.training:
                 return self.option(x_ND, option, context)  # type: ignore[return-value]
         parts = dispatch(x_ND, plan).split([*sizes, plan.choice_R.numel() - sum(sizes)])
         items = plan.item_R.split([len(part) for part in parts])

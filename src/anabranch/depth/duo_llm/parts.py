@@ -83,19 +83,42 @@ class Mixture(Select, kind="mixture"):
 
     config: Config
 
+    def __init__(self, config: Config, num_destinations: int) -> None:
+        super().__init__(config, num_destinations)
+        self.best = _Best(config, num_destinations)
+
+    def of_pass(self, training: bool) -> Select:
+        """The mixture in training, else the best one alone."""
+        return self if training else self.best
+
     def choose(self, value_NE: Tensor) -> Tensor:
-        """All open options, or the best of them."""
-        index_NK = stable_top_k(value_NE, value_NE.shape[1] if self.training else 1)
-        return index_NK.masked_fill(value_NE.gather(1, index_NK) == -torch.inf, UNUSED)
+        """All open options, best first."""
+        return _first_open(value_NE, value_NE.shape[1])
 
     def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
-        """By their scores in training, else 1."""
+        """By their scores."""
         routing = super().weigh(index_NK, score_NE, logit_NE)
-        if not self.training:
-            return replace(routing, weight_NK=routing.used_NK.to(score_NE) * self.config.scale)
         if self.config.straight_through:
             return replace(routing, weight_NK=straight_through(routing.weight_NK) * routing.used_NK)
         return routing
+
+
+class _Best(Select):
+    """The best option alone, with weight 1."""
+
+    def choose(self, value_NE: Tensor) -> Tensor:
+        """The largest."""
+        return _first_open(value_NE, 1)
+
+    def weigh(self, index_NK: Tensor, score_NE: Tensor, logit_NE: Tensor | None) -> Routing:
+        """1, whatever the score."""
+        return Routing(index_NK, (index_NK >= 0).to(score_NE) * self.config.scale, score_NE)
+
+
+def _first_open(value_NE: Tensor, count: int) -> Tensor:
+    """The ``count`` largest, without those that are closed."""
+    index_NK = stable_top_k(value_NE, count)
+    return index_NK.masked_fill(value_NE.gather(1, index_NK) == -torch.inf, UNUSED)
 
 
 class BudgetLoss(Balancer, kind="budget"):

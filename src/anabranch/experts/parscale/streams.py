@@ -182,7 +182,7 @@ class ParScale(Streams, kind="parscale"):
             return x_BLW
         x_PBLW = x_BLW.unflatten(0, (streams, x_BLW.shape[0] // streams))
         weight_BLP = self.weights(x_PBLW)
-        if self.training:
+        if context.is_measured:
             context.emit_metric("stream_weight_min", weight_BLP.flatten(0, 1).mean(0).min())
             context.emit_metric("stream_entropy", -(weight_BLP * weight_BLP.clamp_min(1e-9).log()).sum(-1).mean())
         weight_PBL1 = weight_BLP.movedim(-1, 0).unsqueeze(-1)
