@@ -92,7 +92,7 @@ def _step(
     walk: Walk,
     space: RouteSpace,
     past: _Past,
-    context: ForwardContext,
+    sequence: ForwardContext,
     token_BL: Tensor,
     target_BL: Tensor,
     position: int,
@@ -100,11 +100,11 @@ def _step(
     """(loss_B, code_B) of the best route of the token at ``position``; its keys and values join the past."""
     model, prefixes = walk.model, _Prefixes(space)
     token_B1 = token_BL[:, position : position + 1]
-    rotary = context.rotary[0][:, :, position : position + 1], context.rotary[1][:, :, position : position + 1]
+    rotary = sequence.rotary[0][:, :, position : position + 1], sequence.rotary[1][:, :, position : position + 1]
     x_BRD = model.embedding(token_B1)
     for block in blocks_of(model):
         context = ForwardContext(
-            position_BL=context.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
+            position_BL=sequence.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
             # All prefixes stand at one position.
             rotary=rotary,
             attention_mask=_mask(x_BRD.shape[1], position, x_BRD.device),
