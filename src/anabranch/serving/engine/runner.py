@@ -16,6 +16,7 @@ from anabranch.routing.override import Overrides
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request
+from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.overrides import RequestOverrides, Said
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore, VisitSlots
@@ -115,6 +116,7 @@ class ModelRunner:
         self._told: dict[str, int] = {}
         # The newest token of each request, for chunks that carry `PENDING`.
         self._last: dict[str, int] = {}
+        self._isolation = Isolation(self._step)
         self._usual = Variant(self.num_streams)
         # Of requests that run the model otherwise.
         self._variants: dict[str, Variant] = {}
@@ -135,7 +137,7 @@ class ModelRunner:
         if self._overrides is not None:
             self._said, refused = self._overrides.of(batch, tokens)
             self._variants |= self._overrides.variants_of(batch, self._variant_of)
-        sampled = self._step(batch.chunks, tokens) if batch.chunks else []
+        sampled = self._isolation.run(batch.chunks, tokens) if batch.chunks else []
         sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
         self._said, self._routing = {}, []
         self._last.update((result.id, result.token) for result in sampled if result.token != PENDING)
@@ -201,11 +203,13 @@ class ModelRunner:
         rows, routes = _last_rows(chunks), self._routes(chunks)
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored_rows(chunks)], routes)
         ids = [chunk.id for chunk in chunks if chunk.samples]
+        told = score(x_RD[len(ids) :], self._head, chunks, self._tops)
+        # Last of what may fail: a sample that is taken cannot be taken back.
         results = {result.id: result for result in self.sampler(self._head(x_RD[: len(ids)]), ids)} if ids else {}
         for row, route in routes.items():
             result = results[ids[rows.index(row)]]
             result.routing = route
-        for id, scored in score(x_RD[len(ids) :], self._head, chunks, self._tops).items():
+        for id, scored in told.items():
             result = results.setdefault(id, scored)
             result.prompt_logprobs, result.error = scored.prompt_logprobs, result.error or scored.error
         return [results[chunk.id] for chunk in chunks if chunk.is_answered]

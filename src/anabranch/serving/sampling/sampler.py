@@ -21,7 +21,7 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.distribution import cut, invert, temper
 from anabranch.serving.core.batch import Sampled
-from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.core.request import Request, Sampling, TokenLogprob
 from anabranch.serving.grammar import Grammar, GrammarStore
 from anabranch.serving.sampling.adjust import adjust
 from anabranch.serving.sampling.logprobs import logprobs, not_numbers
@@ -30,6 +30,7 @@ from anabranch.serving.sampling.state import SequenceState
 __all__ = ["Sampler"]
 
 logger = logging.getLogger(__name__)
+Chosen = tuple[int, str | None, TokenLogprob | None]  # a token, or why there is none; its log probability where asked
 
 
 class Sampler:
@@ -120,10 +121,8 @@ class Sampler:
         others = [row for row, state in enumerate(states) if not state.is_plain and errors[row] is None]
         told: dict[int, Any] = {}
         if others:
-            chosen, drawn_errors = self._choose(logits_RV, others, states)
-            for row, token, error in zip(others, chosen, drawn_errors, strict=True):
-                tokens[row], errors[row] = token, error
-            told = self._tell(logits_RV, others, states, tokens, errors)
+            for row, (token, error, logprob) in zip(others, self._apart(logits_RV, others, states), strict=True):
+                tokens[row], errors[row], told[row] = token, error, logprob
         result = []
         for row, (id, state, token, error) in enumerate(zip(ids, states, tokens, errors, strict=True)):
             if error is not None:
@@ -135,6 +134,18 @@ class Sampler:
                 state.took(token)
             result.append(Sampled(id=id, token=token, logprob=told.get(row)))
         return result
+
+    def _apart(self, logits_RV: Tensor, rows: list[int], states: list[SequenceState]) -> list[Chosen]:
+        """What is chosen for ``rows``, together, or where that raises one by one: what a row raises is its own error."""
+        try:
+            chosen, errors = self._choose(logits_RV, rows, states)
+            told = self._tell(logits_RV, rows, states, chosen, errors)
+            return list(zip(chosen, errors, told, strict=True))
+        except Exception as error:
+            if len(rows) == 1:
+                logger.exception("a row could not be sampled")
+                return [(0, f"it could not be sampled: {type(error).__name__}: {error}", None)]
+        return [chosen for row in rows for chosen in self._apart(logits_RV, [row], states)]
 
     def _choose(
         self, logits_RV: Tensor, rows: list[int], states: list[SequenceState]
@@ -162,16 +173,18 @@ class Sampler:
         logits_RV: Tensor,
         rows: list[int],
         states: list[SequenceState],
-        tokens: list[int],
+        chosen: list[int],
         errors: list[str | None],
-    ) -> dict[int, Any]:
-        """{row: TokenLogprob} of those of ``rows`` that ask for it."""
-        asked = [row for row in rows if states[row].sampling.logprobs is not None and errors[row] is None]
-        if not asked:
-            return {}
-        tops = [states[row].sampling.logprobs or 0 for row in asked]
-        place = torch.tensor(asked, device=logits_RV.device)
-        return dict(zip(asked, logprobs(logits_RV[place], [tokens[row] for row in asked], tops), strict=True))
+    ) -> list[TokenLogprob | None]:
+        """The log probabilities of the tokens ``chosen`` for ``rows``, of those that ask for it."""
+        asked = [at for at, row in enumerate(rows) if states[row].sampling.logprobs is not None and errors[at] is None]
+        told: list[TokenLogprob | None] = [None] * len(rows)
+        if asked:
+            tops = [states[rows[at]].sampling.logprobs or 0 for at in asked]
+            place = torch.tensor([rows[at] for at in asked], device=logits_RV.device)
+            for at, found in zip(asked, logprobs(logits_RV[place], [chosen[at] for at in asked], tops), strict=True):
+                told[at] = found
+        return told
 
 
 def _broken(best_R: Tensor, states: list[SequenceState]) -> list[str | None]:
