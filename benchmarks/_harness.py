@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from _machine import here
+from anabranch import native
 from anabranch.nn.kernels.memory import release
 
 Work = Callable[[], Any]
@@ -149,6 +150,12 @@ def _print(row: dict[str, Any]) -> None:
     )
 
 
+def kernels() -> str:
+    """The compiled library in use, by the instructions that it was made for; why there is none otherwise."""
+    found = native.status()
+    return found.library.isa if found.is_ready and found.library is not None else found.reason
+
+
 def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
     """Write the result where ``--json`` says; a row of a case is what `compare` returns.
 
@@ -159,6 +166,7 @@ def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespac
         "name": name,
         **here(options.threads),
         **device,
+        "kernels": kernels(),
         "rows": list(rows),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Best first: what decides which of the kernels' ways a processor takes.
+SWITCHES = ("ANABRANCH_NO_KERNELS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
@@ -21,13 +22,14 @@ def here(threads: int | None = None) -> dict[str, Any]:
         "cpu": cpu,
         "isa": isa,
         "threads": threads,
-        "commit": commit(),
+        "switches": {name: os.environ[name] for name in SWITCHES if name in os.environ},
+        "commit": COMMIT,
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
     }
 
 
 def processor() -> tuple[str, str]:
-    """Its name, and the best of `INSTRUCTIONS` that it has; empty where the system does not say."""
+    """Its name, and the best of `INSTRUCTIONS` that it has; empty where the system does not say. `SWITCHES` may have ruled them out."""
     name, features = platform.processor() or platform.machine(), set()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -43,3 +45,7 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+# When a run begins: what is committed meanwhile is not what it measures.
+COMMIT = commit()

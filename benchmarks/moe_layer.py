@@ -1,8 +1,9 @@
 """How fast is one mixture-of-experts layer, router included, against transformers' own blocks?
 
 Ours is `anabranch.nn.moe.MoE`; the peer is the best of the OLMoE block (64 experts) or Mixtral block (8 experts) with its
-eager and its grouped_mm experts. Same weights, results and gradients compared first; then forward alone, and forward plus
-backward into fresh gradients. Bars: training 1.3 at 64 experts and 1.0 at 8; one token forward 1.2; 16 tokens training 3.
+eager experts, its grouped_mm experts, and these under torch.compile. Same weights, results and gradients compared first; then
+forward alone, and forward plus backward into fresh gradients. Bars: training 1.3 at 64 experts and 1.0 at 8; one token forward
+1.2; 16 tokens training 3.
 
     python benchmarks/moe_layer.py --json benchmarks/results/moe_layer.avx512_bf16.json  # or of what instructions yours are
 """
@@ -125,13 +126,22 @@ def main() -> None:
             for name, layer in theirs.items():
                 copy_weights(ours, layer.to(dtype))
                 check(f"{case} {name}", expected, results(layer, layer, x, dy), TOLERANCE[label])
+            compiled: Any = torch.compile(theirs["grouped_mm"], dynamic=False)
+            check(f"{case} compiled", expected, results(theirs["grouped_mm"], compiled, x, dy), TOLERANCE[label])
+            calls = {
+                **{name: (layer, layer) for name, layer in theirs.items()},
+                "compiled": (theirs["grouped_mm"], compiled),
+            }
             family = "Mixtral" if experts == 8 else "OLMoE"
             for mode in wanted:
                 if mode == "forward":
-                    mine, peers = infer(ours_call, x), {f"{family} {n}": infer(layer, x) for n, layer in theirs.items()}
+                    mine, peers = (
+                        infer(ours_call, x),
+                        {f"{family} {n}": infer(call, x) for n, (_, call) in calls.items()},
+                    )
                 else:
                     mine = step(ours, ours_call, x, dy)
-                    peers = {f"{family} {n}": step(layer, layer, x, dy) for n, layer in theirs.items()}
+                    peers = {f"{family} {n}": step(layer, call, x, dy) for n, (layer, call) in calls.items()}
                 rows.append({**compare(f"{case} {mode}", mine, peers, rounds=options.rounds), "shape": shape})
             for layer in (ours, *theirs.values()):
                 layer.zero_grad(set_to_none=True)

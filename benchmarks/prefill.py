@@ -2,8 +2,9 @@
 
 A decoder of the size of SmolLM2-135M with random weights. Ours is the whole of a prompt's way through `FastDecoder`: norms, rotary
 positions, attention, storing keys and values, and the linear layers. The peer only multiplies: as many rows by the same matrices (queries,
-keys and values in one, gate and up in one), in the same dtype, by `torch.nn.functional.linear`. So 1.0 is what a decoder of such products
-could hope for. Scores are compared with the model's own first. Bar: 0.7 in bfloat16 from 128 to 512 tokens.
+keys and values in one, gate and up in one), in the same dtype, by `torch.nn.functional.linear`, or by oneDNN with weights that it has
+packed beforehand, as ours has. Packing is counted on neither side. Scores are compared with the model's own first. Bar: 0.7 in bfloat16
+from 128 to 512 tokens.
 
     python benchmarks/prefill.py --json benchmarks/results/prefill.avx512_bf16.json  # or of what instructions yours are
 """
@@ -45,18 +46,29 @@ def read_prompt(model: Decoder, token_T: Tensor) -> Callable[[], Tensor]:
     return lambda: fast.hidden(token_T, position_T, sequence_N4, table_U)[0]
 
 
-def multiply_only(model: Decoder, num_tokens: int) -> Callable[[], None]:
+def multiply_only(model: Decoder, num_tokens: int) -> dict[str, Callable[[], None]]:
     matrices = [
-        module.weight for block in model.blocks for module in block.modules() if isinstance(module, torch.nn.Linear)
+        module.weight.detach()
+        for block in model.blocks
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear)
     ]
-    rows = {width: torch.randn(num_tokens, width).to(matrices[0].dtype) for width in {w.shape[1] for w in matrices}}
+    dtype = matrices[0].dtype
+    rows = {width: torch.randn(num_tokens, width).to(dtype) for width in {w.shape[1] for w in matrices}}
+    ready = [(torch.ops.mkldnn._reorder_linear_weight(matrix, num_tokens), matrix.shape[1]) for matrix in matrices]
+    multiply = torch.ops.mkldnn._linear_pointwise
 
-    def work() -> None:
+    def plain() -> None:
         with torch.no_grad():
             for matrix in matrices:
                 F.linear(rows[matrix.shape[1]], matrix)
 
-    return work
+    def packed() -> None:
+        with torch.no_grad():
+            for matrix, width in ready:
+                multiply(rows[width], matrix, None, "none", [], "")
+
+    return {"torch's products": plain, "packed products": packed}
 
 
 def check(model: Decoder, token_T: Tensor, ours_TD: Tensor) -> None:
@@ -83,7 +95,7 @@ def main() -> None:
             token_T = torch.randint(1024, (count,))
             ours = read_prompt(model, token_T)
             check(model, token_T, ours())
-            rows.append(compare(case, ours, {"torch's products": multiply_only(model, count)}, rounds=options.rounds))
+            rows.append(compare(case, ours, multiply_only(model, count), rounds=options.rounds))
     finish("prefill", rows, options, ("torch", "anabranch"))
 
 

@@ -1,7 +1,8 @@
 """How fast is a whole training step, from batch to moved weights, against the same model in transformers?
 
 Ours is one step of `anabranch.train.Trainer`; the peer is OLMoE (64 experts) or Mixtral (8) with each of its experts
-implementations, trained by the loop one writes for it: forward, backward, clipping, fused AdamW. Same weights, batch, AdamW
+implementations, the better one also under torch.compile, trained by the loop one writes for it: forward, backward, clipping,
+fused AdamW. Same weights, batch, AdamW
 settings and autocast; losses and gradients compared first. No balance losses on either side, since the two define them
 differently. Bar: 1.5.
 
@@ -132,14 +133,15 @@ def their_loss(model: Any, batch: Batch, precision: str) -> Tensor:
         return model(input_ids=batch.token_BL, labels=batch.target_BL, shift_labels=batch.target_BL).loss
 
 
-def their_step(model: Any, batch: Batch, precision: str) -> Callable[[], Any]:
+def their_step(model: Any, batch: Batch, precision: str, call: Any = None) -> Callable[[], Any]:
+    """``call``: what runs the model, such as its compiled form; itself if None."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
 
     def work() -> None:
-        their_loss(model, batch, precision).backward()
+        their_loss(call or model, batch, precision).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         assert torch.isfinite(norm)
         optimizer.step()
@@ -205,6 +207,8 @@ def main() -> None:
                 for model in theirs.values():
                     check(name, trainer, model, batch, precision)
                 peers = {f"{family} {kind}": their_step(model, batch, precision) for kind, model in theirs.items()}
+                compiled = torch.compile(theirs["grouped_mm"], dynamic=False)
+                peers[f"{family} compiled"] = their_step(theirs["grouped_mm"], batch, precision, compiled)
                 row = compare(name, trainer._step, peers, rounds=options.rounds)
                 trainer.close()
             tokens = case.batch * case.length

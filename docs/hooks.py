@@ -197,8 +197,13 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (
         _table(columns, recorded["rows"])
-        + f"\nMeasured on {recorded['device']}. Ratio above 1: ours is better. {again}\n"
+        + f"\nMeasured on {recorded['device']}{_commit_of(recorded)}. Ratio above 1: ours is better. {again}\n"
     )
+
+
+def _commit_of(recorded: dict[str, Any]) -> str:
+    """The commit that a record measured: what it says of later code is not known."""
+    return f", at commit {recorded['commit']}" if recorded.get("commit") else ""
 
 
 def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
