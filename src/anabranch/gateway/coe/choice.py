@@ -71,9 +71,10 @@ def best_kind(
     if len(score_NM) < 2 * folds:
         return MapKind(kind="plain", m=shrinkage)
     kinds = kinds_to_try(shrinkage)
+    rows = _Rows(score_NM, models, true, predicted, sizes, prices, folds, seed)
     value_K = []
     for kind in kinds:
-        score, active = _validated(score_NM, models, true, predicted, sizes, [limits], kind, prices, folds, seed)[0]
+        score, active = rows.validated(kind, [limits])[0]
         value_K.append(score - limits.trade_off * active)
     return kinds[int(np.argmax(np.array(value_K) >= max(value_K) - 1e-12))]
 
@@ -98,43 +99,47 @@ def largest_trade_off(
     named = predicted if kind.kind == "aware" else true
     whole = table_for(table_of_scores(named, score_NM, models), kind)
     found = frontier_of_trade_off(whole, sizes, limits=limits, prices=prices)
-    turns = [one.limits.trade_off for one in found]
-    tried = [limits.replace(trade_off=value) for value in turns]
+    values = [one.limits.trade_off for one in found]
+    tried = [limits.replace(trade_off=value) for value in values]
     alone = MapKind(kind="plain", m=np.inf)
-    single = _validated(score_NM, models, true, predicted, sizes, [limits], alone, prices, folds, seed)[0][0]
-    scored = _validated(score_NM, models, true, predicted, sizes, tried, kind, prices, folds, seed)
-    return max((value for value, (score, _) in zip(turns, scored, strict=True) if score >= single), default=0.0)
+    rows = _Rows(score_NM, models, true, predicted, sizes, prices, folds, seed)
+    single = rows.validated(alone, [limits])[0][0]
+    scored = rows.validated(kind, tried)
+    return max((value for value, (score, _) in zip(values, scored, strict=True) if score >= single), default=0.0)
 
 
-def _validated(
-    score_NM: np.ndarray,
-    models: Sequence[str],
-    true: Sequence[str],
-    predicted: Sequence[str],
-    sizes: Sizes,
-    limits: Sequence[Limits],
-    kind: MapKind,
-    prices: Sizes,
-    folds: int,
-    seed: int,
-) -> list[tuple[float, float]]:
-    """Mean score and active parameters, by each of several limits."""
-    names = sorted({*true, *predicted})
-    at = {name: place for place, name in enumerate(names)}
-    true_N = np.array([at[name] for name in true])
-    predicted_N = np.array([at[name] for name in predicted])
-    named = np.array(names)[predicted_N if kind.kind == "aware" else true_N]
-    fold_N = stratified_folds(true_N, folds, seed)
-    choice_LN = np.zeros((len(limits), len(true_N)), np.int64)
-    for fold in range(folds):
-        rest, own = fold_N != fold, fold_N == fold
-        table = table_for(table_of_scores(named[rest].tolist(), score_NM[rest], models, categories=names), kind)
-        for number, limit in enumerate(limits):
-            expert_C = _experts(solve_map(table, sizes, limits=limit, prices=prices), names, models)
-            choice_LN[number, own] = expert_C[predicted_N[own]]
-    size_M = np.array([sizes.get(name, 0.0) for name in models])
-    rows = np.arange(len(true_N))
-    return [(float(np.nanmean(score_NM[rows, choice_N])), float(size_M[choice_N].mean())) for choice_N in choice_LN]
+@dataclass(frozen=True)
+class _Rows:
+    """What maps are validated on: see `best_kind`."""
+
+    score_NM: np.ndarray
+    models: Sequence[str]
+    true: Sequence[str]
+    predicted: Sequence[str]
+    sizes: Sizes
+    prices: Sizes
+    folds: int
+    seed: int
+
+    def validated(self, kind: MapKind, limits: Sequence[Limits]) -> list[tuple[float, float]]:
+        """Mean score and active parameters, by each of several limits."""
+        score_NM, models, sizes = self.score_NM, self.models, self.sizes
+        names = sorted({*self.true, *self.predicted})
+        at = {name: number for number, name in enumerate(names)}
+        true_N = np.array([at[name] for name in self.true])
+        predicted_N = np.array([at[name] for name in self.predicted])
+        named = np.array(names)[predicted_N if kind.kind == "aware" else true_N]
+        fold_N = stratified_folds(true_N, self.folds, self.seed)
+        choice_LN = np.zeros((len(limits), len(true_N)), np.int64)
+        for fold in range(self.folds):
+            rest, own = fold_N != fold, fold_N == fold
+            table = table_for(table_of_scores(named[rest].tolist(), score_NM[rest], models, categories=names), kind)
+            for number, limit in enumerate(limits):
+                expert_C = _experts(solve_map(table, sizes, limits=limit, prices=self.prices), names, models)
+                choice_LN[number, own] = expert_C[predicted_N[own]]
+        size_M = np.array([sizes.get(name, 0.0) for name in models])
+        rows = np.arange(len(true_N))
+        return [(float(np.nanmean(score_NM[rows, choice_N])), float(size_M[choice_N].mean())) for choice_N in choice_LN]
 
 
 def _experts(found: ExpertMap, names: Sequence[str], models: Sequence[str]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.extras import require
 from anabranch.gateway.graphrouter.encoding import Encoding
 from anabranch.gateway.graphrouter.graph import Scenario, utility
+from anabranch.gateway.graphrouter.observed import Observed
 from anabranch.gateway.graphrouter.settings import Training
 from anabranch.gateway.strategy import Arrays
 
@@ -26,9 +27,8 @@ class Classic:
 
     @classmethod
     def fit(
-        cls, mode: str, scenario: Scenario, hidden: int, settings: Training, vector_ND: np.ndarray, share_NT: np.ndarray,
-        task_TV: np.ndarray, model_MV: np.ndarray, effect_NM: np.ndarray, cost_NM: np.ndarray, held_N: np.ndarray, seed: int,
-    ) -> "Classic":  # fmt: skip
+        cls, mode: str, scenario: Scenario, hidden: int, settings: Training, observed: Observed, seed: int
+    ) -> "Classic":
         """Train, then make all edges visible, those of validation queries too.
 
         Args:
@@ -36,13 +36,7 @@ class Classic:
             scenario: what the best is.
             hidden: half the width of a node.
             settings: of training.
-            vector_ND: of queries.
-            share_NT: how much of each task they are.
-            task_TV: of tasks.
-            model_MV: of models.
-            effect_NM: NaN where not observed.
-            cost_NM: scaled.
-            held_N: validation queries.
+            observed: what to learn from.
             seed: of weights and masks.
         """
         require("lm", by="learning a graph router (deciding needs no torch)")
@@ -54,17 +48,19 @@ class Classic:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            sizes = (vector_ND.shape[1], task_TV.shape[1], model_MV.shape[1], hidden)
+            vectors = observed.vector_ND, observed.task_TV, observed.model_MV
+            sizes = (*(vector.shape[1] for vector in vectors), hidden)
             network = Hetero(*sizes) if mode == "hetero" else Network(*sizes, mean=mode == "mean")
         nodes = Nodes(
             *(
                 torch.from_numpy(np.ascontiguousarray(value, np.float32))
-                for value in (vector_ND, share_NT, task_TV, model_MV)
+                for value in (observed.vector_ND, observed.share_NT, observed.task_TV, observed.model_MV)
             )
         )
-        fit_network(network, nodes, Table(effect_NM, cost_NM, held_N, scenario), settings, seed)
-        made = cls(mode, scenario, Encoding(layers(network), mode, task_TV, model_MV))
-        made.add(vector_ND, share_NT, effect_NM, cost_NM)
+        table = Table(observed.effect_NM, observed.cost_NM, observed.held_N, scenario)
+        fit_network(network, nodes, table, settings, seed)
+        made = cls(mode, scenario, Encoding(layers(network), mode, observed.task_TV, observed.model_MV))
+        made.add(observed.vector_ND, observed.share_NT, observed.effect_NM, observed.cost_NM)
         return made
 
     def add(self, vector_ND: np.ndarray, share_NT: np.ndarray, effect_NM: np.ndarray, cost_NM: np.ndarray) -> None:

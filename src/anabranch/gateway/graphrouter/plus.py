@@ -13,6 +13,7 @@ from anabranch.gateway.graphrouter.centre import kappa_of, means
 from anabranch.gateway.graphrouter.graph import WEIGHTS
 from anabranch.gateway.graphrouter.memory import Looked, Memory, learned_arrays
 from anabranch.gateway.graphrouter.neighbours import Neighbours
+from anabranch.gateway.graphrouter.observed import Observed
 from anabranch.gateway.graphrouter.placement import Placement
 from anabranch.gateway.graphrouter.settings import PlusConfig
 from anabranch.gateway.strategies.kmeans import kmeans
@@ -57,52 +58,30 @@ class Plus:
         self.placed: dict[int, Placement] = {}
 
     @classmethod
-    def fit(
-        cls, config: PlusConfig, vector_ND: np.ndarray, share_NT: np.ndarray, task_N: np.ndarray, model_MV: np.ndarray,
-        effect_NM: np.ndarray, cost_NM: np.ndarray, held_N: np.ndarray, group_N: np.ndarray, seed: int,
-    ) -> "Plus":  # fmt: skip
-        """Train, then make all edges visible, those of validation queries too.
+    def fit(cls, config: PlusConfig, observed: Observed, seed: int) -> "Plus":
+        """Train, then make all edges visible, those of validation queries too. ``seed`` is of all randomness.
 
-        Args:
-            config: settings.
-            vector_ND: unit vectors of queries.
-            share_NT: how much of each task they are, told without themselves.
-            task_N: their tasks.
-            model_MV: vectors of models.
-            effect_NM: NaN where not observed.
-            cost_NM: scaled.
-            held_N: validation queries.
-            group_N: duplicates share a number.
-            seed: of all randomness.
+        The shares of tasks in ``observed`` are told of each query without itself.
         """
         require("lm", by="learning a graph router (deciding needs no torch)")
         from anabranch.gateway.graphrouter.plus_network import PlusNetwork, fit_plus
 
+        vector_ND, model_MV, held_N = observed.vector_ND, observed.model_MV, observed.held_N
+        effect_NM, cost_NM = observed.effect_NM, observed.cost_NM
         near = Neighbours(vector_ND.shape[1], config.exact_below, seed)
         near.add(vector_ND)
         kappa_2 = (kappa_of(effect_NM[~held_N]), kappa_of(cost_NM[~held_N]))
         network = PlusNetwork(centres(vector_ND[~held_N], config.centres, seed), model_MV.shape[1], config.width, seed)
-        material = _material(
-            near,
-            config.neighbours,
-            vector_ND,
-            share_NT,
-            task_N,
-            model_MV,
-            (effect_NM, cost_NM),
-            held_N,
-            group_N,
-            kappa_2,
-        )
-        validate = (
-            _validation(network, material, config.neighbours, effect_NM, cost_NM, held_N) if held_N.any() else None
-        )
+        material = _material(near, config.neighbours, observed, kappa_2)
+        validate = _validation(network, material, config.neighbours, observed) if held_N.any() else None
         fit_plus(network, material, config.episodes, config.neighbours, seed, validate)
         mean_2M = np.stack([means(effect_NM, kappa_2[0]), means(cost_NM, kappa_2[1])])
         stores = near, Neighbours(vector_ND.shape[1], config.exact_below, seed)
         value_2NM = np.stack([effect_NM, cost_NM])
         learned = learned_arrays(network)
-        memory = Memory.fill(learned, mean_2M, kappa_2, config.neighbours, stores, share_NT, value_2NM, config.capacity)
+        memory = Memory.fill(
+            learned, mean_2M, kappa_2, config.neighbours, stores, observed.share_NT, value_2NM, config.capacity
+        )
         return cls(config, memory, model_MV, model_MV.shape[0])
 
     # Predictions
@@ -243,41 +222,35 @@ def centres(vector_ND: np.ndarray, k: int, seed: int, most: int = 20_000) -> np.
     return kmeans(vector_ND, k, num_starts=1, seed=seed)[0]
 
 
-def _material(
-    near: Neighbours, neighbours: int, vector_ND: np.ndarray, share_NT: np.ndarray, task_N: np.ndarray, model_MV: np.ndarray,
-    value_2: tuple[np.ndarray, np.ndarray], held_N: np.ndarray, group_N: np.ndarray, kappa_2: tuple[float, float],
-) -> "Material":  # fmt: skip
+def _material(near: Neighbours, neighbours: int, observed: Observed, kappa_2: tuple[float, float]) -> "Material":
     """What episodes are drawn from: twice the neighbours that are used, since half of all queries are hidden."""
     import torch
 
     from anabranch.gateway.graphrouter.plus_network import Material, Support
 
-    row_NW, like_NW = near.search(vector_ND, 2 * neighbours + 1)
-    like_NW = np.where(group_N[row_NW] == group_N[:, None], -np.inf, like_NW)
-    value_2NM = np.stack(value_2)
+    row_NW, like_NW = near.search(observed.vector_ND, 2 * neighbours + 1)
+    like_NW = np.where(observed.group_N[row_NW] == observed.group_N[:, None], -np.inf, like_NW)
+    value_2NM = np.stack((observed.effect_NM, observed.cost_NM))
     support = Support(
-        torch.from_numpy(vector_ND), torch.from_numpy(share_NT), torch.from_numpy(np.nan_to_num(value_2NM)).float(),
-        torch.from_numpy(np.isfinite(value_2NM)).float(), kappa_2,
-    )  # fmt: skip
-    return Material(
-        support, torch.from_numpy(row_NW), torch.from_numpy(like_NW), torch.from_numpy(task_N), torch.from_numpy(model_MV),
-        torch.from_numpy(~held_N),
-    )  # fmt: skip
+        torch.from_numpy(observed.vector_ND),
+        torch.from_numpy(observed.share_NT),
+        torch.from_numpy(np.nan_to_num(value_2NM)).float(),
+        torch.from_numpy(np.isfinite(value_2NM)).float(),
+        kappa_2,
+    )
+    others = (row_NW, like_NW, observed.task_N, observed.model_MV, ~observed.held_N)
+    return Material(support, *map(torch.from_numpy, others))
 
 
 def _validation(
-    network: "PlusNetwork",
-    material: "Material",
-    neighbours: int,
-    effect_NM: np.ndarray,
-    cost_NM: np.ndarray,
-    held_N: np.ndarray,
+    network: "PlusNetwork", material: "Material", neighbours: int, observed: Observed
 ) -> Callable[[], float]:
     """What choices on held-out queries earn, each scenario as a share of the spread between its best and its mean choice."""
     import torch
 
     from anabranch.gateway.graphrouter.plus_network import among, taken
 
+    effect_NM, cost_NM, held_N = observed.effect_NM, observed.cost_NM, observed.held_N
     used_S, target_Q = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~held_N, held_N))
     support = material.support
     near = among(material, target_Q, used_S, neighbours)

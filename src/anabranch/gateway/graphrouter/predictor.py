@@ -32,6 +32,7 @@ from anabranch.gateway.graphrouter.classic import Classic
 from anabranch.gateway.graphrouter.costs import Costs
 from anabranch.gateway.graphrouter.graph import CostScale, Scenario, hold_out
 from anabranch.gateway.graphrouter.nodes import Tasks, described
+from anabranch.gateway.graphrouter.observed import Observed
 from anabranch.gateway.graphrouter.plus import Plus
 from anabranch.gateway.graphrouter.settings import PlusConfig, Training
 from anabranch.gateway.money import Price
@@ -140,15 +141,14 @@ class GraphRouter(Predictor, kind="graph"):
         length = config.text_length if config.mode == "plus" else 0
         self.texts = tuple(text[:length] for text in data.query) if length else ()
         model_MV, task_TV = self._describe(data.models, vector_ND, task_N, model_vectors or {}, task_vectors or {})
+        observed = Observed(
+            vector_ND=vector_ND, share_NT=share_NT, task_N=task_N, group_N=group_N, held_N=held_N, effect_NM=data.score_NM,
+            cost_NM=cost_NM, task_TV=task_TV, model_MV=model_MV,
+        )  # fmt: skip
         if config.mode == "plus":
-            self.engine = Plus.fit(
-                config.plus, vector_ND, share_NT, task_N, model_MV, data.score_NM, cost_NM, held_N, group_N, seed
-            )
+            self.engine = Plus.fit(config.plus, observed, seed)
         else:
-            self.engine = Classic.fit(
-                config.mode, config.scenario, config.hidden, config.training, vector_ND, share_NT, task_TV, model_MV,
-                data.score_NM, cost_NM, held_N, seed,
-            )  # fmt: skip
+            self.engine = Classic.fit(config.mode, config.scenario, config.hidden, config.training, observed, seed)
         return self
 
     def _describe(
