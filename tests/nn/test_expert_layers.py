@@ -357,6 +357,65 @@ def test_pools_with_layers_do_not_become_others():
 def test_a_kernel_cannot_be_asked_for_where_it_computes_something_else():
     with pytest.raises(ConfigError, match="backend is 'native', whose kernels compute swiglu"):
         MoE.Config(backend="native", activation="geglu")
+    with pytest.raises(ConfigError, match="backend is 'native', whose kernels compute stacked matrices"):
+        decoder({"*.experts.1.up": Beside.Config()}, backend="native").build()
+
+
+def _kept(run):
+    """(what ``run`` gives, numbers that its backward pass keeps)."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        return run(), sum(kept)
+
+
+@pytest.mark.parametrize("linears", [{}, *PATTERNS], ids=lambda linears: " ".join(linears) or "stacked")
+def test_recompute_keeps_less_and_changes_nothing(linears):
+    token, found = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(1)), []
+    for recompute in (False, True):
+        model = decoder(linears, recompute=recompute, hidden_dim=64).build(seed=1)
+        output, kept = _kept(lambda model=model: model(token, token))
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+        found.append((output.loss, gradients, kept))
+    (loss, gradients, kept), (other, others, kept_again) = found
+    # In each of two layers, 2 x 64 rows have at least 2 x 64 numbers before the activation.
+    assert kept_again <= kept - 2 * (2 * 64) * (2 * 64)
+    assert torch.equal(loss, other)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, others, strict=True))
+
+
+def test_what_routers_inside_experts_emit_counts_once_with_recompute():
+    token, losses = torch.randint(50, (3, 8)), []
+    for recompute in (False, True):
+        model = decoder({"*.experts.*.down": Routed.Config()}, recompute=recompute).build(seed=1).train()
+        output = model(token, token)
+        output.loss.backward()
+        losses.append(output.auxiliary)
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_a_pool_recomputes_without_a_context(weight_on):
+    pool = pool_of({"*.experts.*": Beside.Config()}, recompute=True)
+    x, routing = case()
+    x.requires_grad_()
+    found, expected = pool(x, routing, weight_on=weight_on), naive(pool, x, routing, weight_on)
+    torch.testing.assert_close(found, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(y.square().sum(), [x]) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_masked_sums_are_of_float32_in_half_precision(monkeypatch):
+    """One expert gives 256, the others 1 each: a sum in bfloat16 stays at 256."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pool = pool_of({"*.experts.*.up": Beside.Config()}).to(torch.bfloat16)
+    values = iter([256.0, 1.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        pool.layers, "_expert", lambda number, w13, w2, x_RD, context: torch.full_like(x_RD, next(values))
+    )
+    index = torch.arange(4).view(1, 4)
+    routing = Routing(index, torch.ones(1, 4, dtype=torch.bfloat16), torch.ones(1, 4, dtype=torch.bfloat16))
+    assert pool(torch.zeros(1, DIM, dtype=torch.bfloat16), routing)[0, 0] == 260
 
 
 @pytest.mark.parametrize("weight_on", ["output", "input"])

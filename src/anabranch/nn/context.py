@@ -190,8 +190,10 @@ class ForwardContext(RoutingContext):
         self.visits = fork.visits if isinstance(fork, ForwardContext) else self.visits
 
 
-def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: RoutingContext) -> Tensor:
+def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: RoutingContext | None) -> Tensor:
     """``run(x_BLD, context)`` without keeping its activations. What it emits and carries on comes out as well, so it is counted once."""
+    if context is None:
+        return checkpoint(run, x_BLD, None, use_reentrant=False)
     before = context.fork()
 
     def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Tensor, RoutingContext]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.activation import activation_of
+from anabranch.nn.context import recomputed
 from anabranch.nn.expert_layers import ExpertLayers
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.kernels.operands import takes
@@ -39,7 +40,8 @@ class ExpertPool(nn.Module):
         init_std: standard deviation of the initial weights, a normal cut at three of them (OLMoE, DeepSeek-V3: 0.02).
         w2_scale: factor on the initial w2, e.g. ``1 / sqrt(2 * num_layers)`` to keep a deep residual stream even.
         generator: source of the initial weights; the default generator if None.
-        recompute: keep nothing of the forward pass; the backward pass repeats the first matmul (see `expert_mlp`).
+        recompute: keep nothing of the forward pass; the backward pass repeats the first matmul (see `expert_mlp`), or where experts have
+            layers of their own all of it.
         backend: how to compute, see `anabranch.nn.grouped`.
         is_shared: several layers of a model use this pool; their gradients then add up in place.
         activation: a name of `anabranch.nn.activation`.
@@ -51,7 +53,7 @@ class ExpertPool(nn.Module):
         exchange: how rows come to the experts of other processes; None where all are here, see `anabranch.nn.expert_parallel`.
 
     Raises:
-        ConfigError: a size below 1, or an unknown activation.
+        ConfigError: a size below 1, an unknown activation, or backend ``native`` where experts have layers of their own.
     """
 
     def __init__(
@@ -75,6 +77,10 @@ class ExpertPool(nn.Module):
         for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if layers is not None and backend == "native":
+            raise ConfigError(
+                "backend is 'native', whose kernels compute stacked matrices, and linears names parts of experts; use backend 'auto'"
+            )
         self.recompute = recompute
         self.backend = backend
         self.is_shared = is_shared
@@ -140,7 +146,7 @@ class ExpertPool(nn.Module):
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
         if self.layers is not None:
-            return self.layers(x_ND, routing, self.w13, self.w2, weight_on=weight_on, context=context)
+            return self._by_layers(x_ND, routing, weight_on, context)
         if self.exchange is None:
             return self._compute(x_ND, routing, weight_on, context)
 
@@ -148,6 +154,22 @@ class ExpertPool(nn.Module):
             return self._compute(x_MD, local, "output", context)
 
         return self.exchange(here, x_ND, routing, on_input=weight_on == "input")
+
+    def _by_layers(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        weight_on: Literal["output", "input"],
+        context: RoutingContext | None,
+    ) -> Tensor:
+        """y_ND where experts have layers of their own."""
+
+        def run(x_ND: Tensor, context: RoutingContext | None) -> Tensor:
+            assert self.layers is not None
+            return self.layers(x_ND, routing, self.w13, self.w2, weight_on=weight_on, context=context)
+
+        learns = self.recompute and torch.is_grad_enabled()
+        return recomputed(run, x_ND, context) if learns else run(x_ND, context)
 
     def _compute(
         self,
