@@ -11,6 +11,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import MoE
 from anabranch.routing import RoutingContext
 from anabranch.routing.layer_overrides import own_layers
+from anabranch.routing.nan import refuse_nan
 
 DESIGNS = {
     "moe": MoE.Config(num_experts=4, hidden_dim=8),
@@ -44,3 +45,10 @@ def test_a_loop_gate_says_that_it_is_one():
     x_ND = torch.full((1, 16), torch.inf)
     with pytest.raises(NotFiniteError, match=r"the loop gate of layer 1 .* or the loop gate's weights, are not finite"):
         model.blocks[1].feed_forward.paths.loops(x_ND, RoutingContext())
+
+
+def test_the_row_of_a_batch_is_named():
+    score_NE = torch.zeros(6, 3)
+    score_NE[4, 1] = torch.nan
+    with pytest.raises(NotFiniteError, match="1 of 6 items, first in row 2 of the batch: what comes"):
+        refuse_nan(score_NE, RoutingContext(sequence_length=2), 0)

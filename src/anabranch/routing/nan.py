@@ -25,7 +25,8 @@ def is_seen_at_once(score_NE: Tensor) -> bool:
 def refuse_nan(score_NE: Tensor, context: RoutingContext, layer: int, *, who: str = "router") -> None:
     """Raise NotFiniteError, which names ``who`` and its ``layer``, if a real item has a score that is NaN. Padding may hold anything.
 
-    Where ``context.refuses_nan`` is off, or looking would make someone wait (`is_seen_at_once`), nobody looks.
+    Where items are positions of sequences it names the first such row of the batch. Where ``context.refuses_nan`` is off, or looking
+    would make someone wait (`is_seen_at_once`), nobody looks.
     """
     if not (context.refuses_nan and is_seen_at_once(score_NE)):
         return
@@ -34,13 +35,21 @@ def refuse_nan(score_NE: Tensor, context: RoutingContext, layer: int, *, who: st
         return
     count = int(count_nan(score_NE, context.item_mask_N))
     if count:
+        where = ""
+        if context.sequence_length and context.num_streams == 1:
+            first = int(_is_nan(score_NE, context.item_mask_N).nonzero()[0])
+            where = f", first in row {first // context.sequence_length} of the batch"
         raise NotFiniteError(
-            f"the {who} of layer {layer} has NaN scores for {count} of {score_NE.shape[0]} items: what comes into the layer, or the "
+            f"the {who} of layer {layer} has NaN scores for {count} of {score_NE.shape[0]} items{where}: what comes into the layer, or the "
             f"{who}'s weights, are not finite"
         )
 
 
 def count_nan(score_NE: Tensor, item_mask_N: Tensor | None) -> Tensor:
     """int64: the real items that have a NaN score."""
+    return _is_nan(score_NE, item_mask_N).sum()
+
+
+def _is_nan(score_NE: Tensor, item_mask_N: Tensor | None) -> Tensor:
     is_nan_N = score_NE.detach().isnan().any(-1)
-    return (is_nan_N if item_mask_N is None else is_nan_N & item_mask_N).sum()
+    return is_nan_N if item_mask_N is None else is_nan_N & item_mask_N
