@@ -96,7 +96,13 @@ def test_dense_may_be_three_percent_better_and_not_more():
     claim = "all big is within 3% of a dense model of that size"
     for dense, verdict in ((1.56, "holds"), (1.5, "does not hold")):  # 1.6 / 1.03 = 1.553
         dense_runs = {seed: {"nats_big": dense + 0.001 * seed} for seed in range(3)}
-        assert verdicts(duo=duo(), **{"dense-big": dense_runs})[claim] == verdict
+        runs = {"duo": duo(), "dense-big": dense_runs}
+        assert verdicts(**runs)[claim] == verdict
+        found = next(found for found in judge(Results(runs)) if found.claim == claim)
+        # The dense model's own loss stands as the baseline, and the 3% are in the limit alone.
+        assert found.baseline == pytest.approx(dense + 0.001)
+        assert found.ours == pytest.approx(1.6)
+        assert found.difference == pytest.approx(1.6 - dense - 0.001)
 
 
 def test_arms_share_one_budget():
