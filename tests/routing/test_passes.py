@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.experts import chain
 from anabranch.routing import TraceBuilder, TraceLayer
-from anabranch.routing.passes import between_passes, passes_of_layers
+from anabranch.routing.passes import PassFacts, between_passes, passes_of_layers
 
 
 def traced(*layers, num_items=3, num_destinations=4):
@@ -86,3 +86,11 @@ def test_lift_and_information_by_hand():
 
 def test_the_page_of_chain_names_the_same():
     assert chain.between_passes is between_passes
+
+
+def test_passes_that_chose_nothing_are_at_chance():
+    facts = PassFacts(
+        first="a", second="b", first_layer=0, second_layer=1, coactivation_EE=np.zeros((3, 3), np.int64), reuse=0.0,
+        chance=0.0, combinations_seen=0, information_bits=0.0, noise_bits=0.0,
+    )  # fmt: skip
+    assert facts.lift_EE.tolist() == [[1.0] * 3] * 3

@@ -1,6 +1,7 @@
 """What a model predicts stands beside what it routed: the right token on every row, or an error."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -78,3 +79,33 @@ def test_the_next_token_is_that_of_the_next_position_of_the_item():
     assert measure.next_tokens(decisions).tolist() == expected
     assert expected.count(-1) == 5
     assert np.array_equal(measure.next_tokens(trace.decisions(0)), measure.next_tokens(decisions))
+
+
+def test_a_single_sequence_has_its_predictions():
+    trace, passes = recorded(model_of(), tokens((1, 4)))
+    found = with_predictions(trace, passes).decisions(0).predicted_N
+    assert found.tolist() == passes[0][1][0].tolist()
+
+
+def test_an_empty_trace_and_no_predictions_fit_each_other_alone():
+    trace, passes = recorded(model_of(), tokens((1, 4)))
+    empty = RoutingTrace(trace.table.slice(0, 0), trace.layers)
+    for given in ([], passes):
+        found = with_predictions(empty, given)
+        assert len(found) == 0
+        assert found.table.column_names == [*trace.table.column_names, "predicted"]
+    with pytest.raises(DataError, match="the trace has positions to 3, and the predictions are of 0"):
+        with_predictions(trace, [])
+
+
+def test_rows_without_a_token_have_no_prediction():
+    """Padding: null in the trace, -1 beside it."""
+    trace, ((token_BL, predicted_BL),) = recorded(model_of(), tokens((2, 4)))
+    at = (trace.table["item"].to_numpy() == 1) & (trace.table["position"].to_numpy() == 3)
+    field = trace.table.schema.field("token")
+    column = pa.array(trace.table["token"].to_numpy(), field.type, mask=at)
+    padded = trace.table.set_column(trace.table.column_names.index("token"), field, column)
+    token_BL, predicted_BL = token_BL.copy(), predicted_BL.copy()
+    token_BL[1, 3] = predicted_BL[1, 3] = -1
+    found = with_predictions(RoutingTrace(padded, trace.layers), [(token_BL, predicted_BL)])
+    assert found.table["predicted"].is_null().to_numpy().tolist() == at.tolist()

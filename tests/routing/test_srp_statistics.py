@@ -147,3 +147,62 @@ def test_a_domain_whose_experts_are_all_alike_has_no_correlation():
     assert names == ["a", "b"]
     assert all(math.isnan(value) for value in found_MM.reshape(-1))
     assert domain_correlation(drawn(0), 4)[1].shape == (0, 0)
+
+
+def test_many_sequences_are_never_in_memory_at_once(monkeypatch):
+    """Two sequences at a time are counted, and seven resamples drawn."""
+    (of,) = consistency.routes(drawn(0, 5, 9, 1), num_destinations=6)
+    module, sizes, drawn_sizes = "anabranch.routing.srp_statistics", [], []
+
+    def sums(index_STK, *args):
+        sizes.append(len(index_STK))
+        return consistency.window_sums(index_STK, *args)
+
+    def srps(count):
+        if np.ndim(count) == 2:
+            drawn_sizes.append(len(count))
+        return consistency.srp_of_counts(count)
+
+    monkeypatch.setattr(f"{module}.window_sums", sums)
+    monkeypatch.setattr(f"{module}.CELLS", 9 * 6 * 2)
+    sequence_counts(of, 4)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(f"{module}.srp_of_counts", srps)
+    monkeypatch.setattr(f"{module}.DRAWS", 7 * 5)
+    srp_interval([of], 4, resamples=20)
+    assert drawn_sizes == [7, 7, 6]
+
+
+def test_two_sequences_have_an_interval():
+    assert np.isfinite(srp_interval(drawn(0, 2), 4)).all()
+
+
+def test_the_layers_of_a_domain_stand_beside_each_other():
+    """Three layers of which each alone, or the last two, would say another thing than all."""
+    index_STLK = drawn(7, 2, 16, layers=3)
+    index_STLK[:, :, 1, 0], index_STLK[:, :, 1, 1] = 0, 1 + np.arange(16) % 5
+    index_STLK[0, :, 2, 0], index_STLK[0, :, 2, 1] = 2, 3 + np.arange(16) % 3
+    index_STLK[1, :, 2, 0], index_STLK[1, :, 2, 1] = 3, np.arange(16) % 3
+    _, found_MM = domain_correlation(with_domains(index_STLK, ["a", "b"]), 4)
+    srps = [
+        [
+            value
+            for layer in range(3)
+            for value in consistency.srp_of_counts(
+                np.array(
+                    [
+                        np.bincount(
+                            [
+                                int((index_STLK[at, start : start + 4, layer] == expert).any(-1).sum())
+                                for start in range(13)
+                            ],
+                            minlength=5,
+                        )
+                        for expert in range(6)
+                    ]
+                )
+            ).value
+        ]
+        for at in range(2)
+    ]
+    assert found_MM[0, 1] == pytest.approx(np.corrcoef(*srps)[0, 1])

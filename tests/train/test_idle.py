@@ -66,6 +66,18 @@ def test_what_is_no_collapse_is_not_told(caplog, load_E):
     assert told(caplog, [{"layer 0": load_E}] * (2 * LASTING)) == []
 
 
+@pytest.mark.parametrize(
+    "load_E", [np.array([2 * ENOUGH, 0]), np.array([1000, 0])], ids=["just enough items", "two experts"]
+)
+def test_the_least_that_says_something_is_told(caplog, load_E):
+    (message,) = told(caplog, [{"layer 0": load_E}] * (LASTING + 1))
+    assert message.startswith("1 of 2 experts of layer 0 are idle")
+
+
+def test_a_stretch_that_is_a_step_too_short_is_not_told(caplog):
+    assert told(caplog, [{"layer 0": COLLAPSED}] * LASTING) == []
+
+
 def model_of(**fields):
     layer = ReXMoE.Config(**{"num_experts": 4, "hidden_dim": 8, "reuse": 2, "psr": None, **fields})
     attention = SelfAttention.Config(num_heads=2)
