@@ -88,7 +88,7 @@ def test_a_single_sequence_has_its_predictions():
 
 
 def test_an_empty_trace_and_no_predictions_fit_each_other_alone():
-    trace, passes = recorded(model_of(), tokens((1, 4)))
+    trace, passes = recorded(model_of(), tokens((2, 4)))
     empty = RoutingTrace(trace.table.slice(0, 0), trace.layers)
     for given in ([], passes):
         found = with_predictions(empty, given)
