@@ -11,6 +11,7 @@ Fields of plain ``int`` and ``float`` have the widest limits (see `check_number`
 """
 
 import math
+from numbers import Integral
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -29,6 +30,7 @@ __all__ = [
     "Seed",
     "Size",
     "check_number",
+    "is_whole",
     "shown",
 ]
 
@@ -71,6 +73,11 @@ def check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             check_number(f"{name}.{key}", item, is_positive=is_positive)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number, of Python or of numpy; True and 1.0 equal one, but are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:

@@ -278,7 +278,8 @@ def test_steps_group_the_rows_of_equal_blocks():
 @pytest.mark.parametrize(
     ("path", "message"),
     [((0, 4), "path has block 4; the model has blocks 0 to 3"), ((-1,), "block -1"), ((0, 1.0), "block 1.0"),
-     (((0,), (1,)), "2 paths for 3 sequences"), ("01", "block '0'"), ((0, "1"), "block '1'"), (((0,), 1), r"block \(\(0,\), 1\)")],
+     (((0,), (1,)), "2 paths for 3 sequences"), ("01", "path is '01'; give block numbers"), ("", "path is ''"),
+     (5, "path is 5; give block"), ((True,), "block True"), ((0, "1"), "block '1'"), (((0,), 1), r"block \(\(0,\), 1\)")],
 )  # fmt: skip
 def test_wrong_paths(path, message):
     with pytest.raises(ConfigError, match=message):

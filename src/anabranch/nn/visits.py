@@ -121,13 +121,15 @@ def _names(context: "ForwardContext", rows: Sequence[int], batch: int) -> tuple[
 def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
     """``path`` in tuples; one for all if all sequences have the same.
 
-    Raises ConfigError for a block that there is not, or another number of paths than sequences.
+    Raises ConfigError for what is no sequence, a block that there is not, or another number of paths than sequences.
     """
+    if not isinstance(path, Sequence) or isinstance(path, str | bytes):
+        raise ConfigError(f"path is {path!r}; give block numbers, such as (0, 1, 1)")
     several = any(isinstance(one, Sequence) and not isinstance(one, str) for one in path)
     rows: Sequence[Any] = path if several else [path]
     for row in rows:
         for block in row if isinstance(row, Sequence) else [path]:
-            if not isinstance(block, int) or not 0 <= block < num_blocks:
+            if not isinstance(block, int) or isinstance(block, bool) or not 0 <= block < num_blocks:
                 raise ConfigError(f"path has block {block!r}; the model has blocks 0 to {num_blocks - 1}")
     paths = [tuple(row) for row in rows]
     if rows is path and len(paths) != batch:

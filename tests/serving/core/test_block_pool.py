@@ -191,6 +191,13 @@ def test_keys_depend_on_all_that_comes_before_and_nothing_else():
         root_key("", [("a", ""), ("b", "")]),
         root_key("", generation=1),
         root_key("1"),
+        root_key("", num_streams=2),
+        root_key("", [("num_streams", "2")]),
+        root_key("", path=()),
+        root_key("", path=(2,)),
+        root_key("", path=(1, 0, 1)),
+        root_key("", path=(10, 1)),
+        root_key("", [("path", "1,0,1")]),
         child_key(root_key(""), [1, 2]),
         child_key(root_key(""), [2, 1]),
         child_key(root_key(""), [1, 2, 0]),
@@ -199,7 +206,7 @@ def test_keys_depend_on_all_that_comes_before_and_nothing_else():
         child_key(root_key(""), [258]),
         child_key(root_key(""), [1 << 40]),
     }
-    assert len(keys) == 15
+    assert len(keys) == 22
     assert root_key("", [("a", "1"), ("b", "2")]) == root_key("", [("b", "2"), ("a", "1")])
     assert root_key("\ud800") != root_key("\ud801")
 

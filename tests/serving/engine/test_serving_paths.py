@@ -116,12 +116,29 @@ def test_keys_and_values_are_shared_along_one_path_alone(model):
     llm.close()
 
 
+@pytest.mark.parametrize(("name", "value"), [("path", "0,1,1"), ("num_streams", "2")])
+def test_an_option_of_that_name_is_no_path_and_no_number_of_streams(tiny_model, name, value):
+    streams = ParScale.Config(num_streams=3, switchable=(2,), prefix_len=3, prefix="direct", prefix_std=1.0)
+    model = tiny_model(num_layers=3).config.replace(streams=streams).build(seed=0).eval()
+    own = {"path": (0, 1, 1)} if name == "path" else {"num_streams": 2}
+    llm = LLM(model, **PLENTY)
+    for options in ({"options": ((name, value),)}, own):
+        [answer] = llm.generate([PROMPTS["three"]], SAMPLING, **options)
+        assert answer.output.cached_tokens == 0
+    assert answer.tokens == uncached(model, PROMPTS["three"], own.get("path"), num_streams=own.get("num_streams"))
+    llm.close()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ((0, 3), "path has block 3; the model has blocks 0 to 2"),
         ((0, -1), "path has block -1"),
         ((0, "1"), "path has block '1'"),
+        ((0, True), "path has block True"),
+        ((0, 1.0), "path has block 1.0"),
+        (5, "path is 5; give block numbers"),
+        ("01", "path is '01'; give block numbers"),
         (((0, 1),), "a request has one path, of block numbers"),
         (
             (0, 0, 0, 0, 0, 0),

@@ -1,5 +1,7 @@
 """Requests with other numbers of parallel streams: each gets what `generate` gives with that number, whoever is beside it."""
 
+import re
+
 import pytest
 
 from anabranch.errors import ConfigError, InputError
@@ -113,7 +115,7 @@ def test_one_who_does_not_say_the_number_shares_nothing_where_nobody_knows_it():
     for known, is_shared in ((None, False), (2, True)):
         tables = SchedulerConfig(num_blocks=8, max_positions=32, num_streams=known).build()._tables
         keys = {
-            tables._options(Request(id="a", prompt=(1,), num_streams=number, options=(("x", "y"),)))
+            tables.root_of(Request(id="a", prompt=(1,), num_streams=number, options=(("x", "y"),)))
             for number in (None, 2)
         }
         assert (len(keys) == 1) == is_shared
@@ -128,10 +130,10 @@ def test_a_trace_has_the_tokens_of_every_stream(model):
     assert seen == expected * model.config.num_layers
 
 
-@pytest.mark.parametrize("number", [0, 4, 5])
+@pytest.mark.parametrize("number", [0, 4, 5, True, 2.0, "2", [2]])
 def test_a_number_without_a_gate_is_refused(model, number):
     llm = LLM(model, **PLENTY)
-    with pytest.raises(InputError, match=f"num_streams is {number}; the model runs with 1, 2, 3"):
+    with pytest.raises(InputError, match=rf"num_streams is {re.escape(repr(number))}; the model runs with 1, 2, 3"):
         llm.generate([PROMPTS["one"]], SAMPLING, num_streams=number)
     assert llm.generate([PROMPTS["one"]], SAMPLING)[0].tokens == by_generate(model, "one", 3)
     llm.close()
@@ -217,6 +219,18 @@ def test_what_a_hook_may_not_say_ends_its_request_alone(model, hook, options, me
     outputs = serve(model, {"2 one": None, "None two": None}, hooks=[hook], options=options, **PLENTY)
     assert outputs["2 one"]["finish"] is Finish.ERROR
     assert message in outputs["2 one"]["error"]
+    assert outputs["None two"]["tokens"] == by_generate(model, "two", 3)
+
+
+@pytest.mark.parametrize("number", [True, 2.0, [2]])
+def test_what_a_hook_says_that_is_no_number_ends_the_request(model, number):
+    class Wrong(Says):
+        def number(self, batch, chunk):
+            return number
+
+    requests = {"7 one": None, "None two": None}
+    outputs = serve(model, requests, hooks=[Wrong()], options=(("routing", "x"),), **PLENTY)
+    assert f"num_streams is {number!r}; it must be a whole number" in outputs["7 one"]["error"]
     assert outputs["None two"]["tokens"] == by_generate(model, "two", 3)
 
 

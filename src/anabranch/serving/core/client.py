@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from anabranch.bounds import is_whole
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.request import Output, Request
 
@@ -40,12 +41,13 @@ class EngineInfo:
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""
-        if num_streams in (None, *self.stream_choices):
+        # True and 2.0 equal numbers that there are, but no tensor has so many rows.
+        if num_streams is None or (is_whole(num_streams) and num_streams in self.stream_choices):
             return
         if self.stream_choices == (1,):
-            raise InputError(f"num_streams is {num_streams}, but the model has no parallel streams; leave it out")
+            raise InputError(f"num_streams is {num_streams!r}, but the model has no parallel streams; leave it out")
         known = ", ".join(map(str, self.stream_choices))
-        raise InputError(f"num_streams is {num_streams}; the model runs with {known}")
+        raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,12 +12,22 @@ from hashlib import sha256
 from anabranch.serving.core.blocks import BlockPool
 
 
-def root_key(salt: str, options: Sequence[tuple[str, str]] = (), generation: int = 0) -> bytes:
-    """The key before the first block: digest of the salt and of the options, in any order, each with its length before it.
+def root_key(
+    salt: str,
+    options: Sequence[tuple[str, str]] = (),
+    generation: int = 0,
+    *,
+    num_streams: int | None = None,
+    path: Sequence[int] | None = None,
+) -> bytes:
+    """The key before the first block: digest of the salt, of the options in any order, and of how the model runs, each with its length.
 
-    ``generation`` sets apart what was computed before a reset.
+    ``generation`` sets apart what was computed before a reset. ``num_streams`` and ``path`` are None for the usual; they have places of
+    their own, so that no option, whatever its name, stands for them.
     """
-    parts = [str(generation), salt, *(text for pair in sorted(options) for text in pair)]
+    blocks = "" if path is None else f"path {','.join(map(str, path))}"
+    parts = [str(generation), salt, "" if num_streams is None else str(num_streams), blocks]
+    parts += [text for pair in sorted(options) for text in pair]
     return sha256(b"".join(_framed(part) for part in parts)).digest()
 
 
@@ -33,9 +43,16 @@ class PrefixCache:
         self._pool = pool
         self._generation = 0
 
-    def root(self, salt: str, options: Sequence[tuple[str, str]]) -> bytes:
-        """The root of requests that come from now on."""
-        return root_key(salt, options, self._generation)
+    def root(
+        self,
+        salt: str,
+        options: Sequence[tuple[str, str]],
+        *,
+        num_streams: int | None = None,
+        path: Sequence[int] | None = None,
+    ) -> bytes:
+        """The root of requests that come from now on; see `root_key`."""
+        return root_key(salt, options, self._generation, num_streams=num_streams, path=path)
 
     def extend(self, keys: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int) -> None:
         """Lengthen ``keys`` to all full blocks of the first ``num_tokens`` tokens; each block is hashed once."""

@@ -207,6 +207,10 @@ class Scheduler:
         self._end(state, Finish.ABORT)
         return state.output()
 
+    def root_of(self, request: Request) -> bytes:
+        """The prefix key before a request's first block, see `BlockTables.root_of`."""
+        return self._tables.root_of(request)
+
     def reset_prefixes(self) -> int:
         """Let no request from now on use what was computed before; how many blocks were cached."""
         for state in self._waiting:

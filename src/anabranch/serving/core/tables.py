@@ -52,7 +52,7 @@ class BlockTables:
         if not self._has_prefixes:
             return []
         if not state.root:
-            state.root = self.prefixes.root(state.request.cache_salt, self._options(state.request))
+            state.root = self.root_of(state.request)
         # All keys, also of blocks that it computes anew: others may wait for them.
         self.prefixes.extend(state.keys, state.root, state.tokens, len(state.tokens) - 1)
         usable = state.keys[: state.num_reusable // self.pool.block_tokens]
@@ -60,6 +60,11 @@ class BlockTables:
         # Another request computes the next block just now (one prompt with n choices): to wait is cheaper than to do it twice.
         other = self._coming.get(usable[len(cached)]) if len(cached) < len(usable) else None
         return None if other is not None and other.rank[0] <= state.rank[0] else cached
+
+    def root_of(self, request: Request) -> bytes:
+        """The prefix key before a request's first block: of all that its keys and values depend on beside the tokens."""
+        own_streams = None if request.num_streams == self._num_streams else request.num_streams
+        return self.prefixes.root(request.cache_salt, request.options, num_streams=own_streams, path=request.path)
 
     def fits(self, state: RequestState, cached: list[int], promised: int) -> bool:
         """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others."""
@@ -137,15 +142,6 @@ class BlockTables:
         if self._tier is not None:
             self._tier.reset()
         return self.prefixes.reset()
-
-    def _options(self, request: Request) -> tuple[tuple[str, str], ...]:
-        """All that keys and values depend on beside the tokens."""
-        made = request.options
-        if request.num_streams not in (None, self._num_streams):
-            made = (*made, ("num_streams", str(request.num_streams)))
-        if request.path is not None:
-            made = (*made, ("path", ",".join(map(str, request.path))))
-        return made
 
     def _bring_back(self, state: RequestState, tier: KVTier) -> None:
         """Blocks for what the tier has of a request's prefix behind what the pool has."""

@@ -120,6 +120,6 @@ def _keys(scheduler: Scheduler, state: RequestState, computed: int) -> list[byte
         return []
     known = min(computed, state.num_reusable)
     if not state.root:
-        state.root = scheduler.prefixes.root(state.request.cache_salt, state.request.options)
+        state.root = scheduler.root_of(state.request)
     scheduler.prefixes.extend(state.keys, state.root, state.tokens, known)
     return state.keys[: known // scheduler.config.block_tokens]

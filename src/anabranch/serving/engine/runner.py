@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from anabranch.bounds import is_whole
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import ForwardContext
@@ -259,6 +260,8 @@ class ModelRunner:
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
         """Raise ConfigError for streams or a path that no request can have; None is the usual."""
+        if num_streams is not None and not is_whole(num_streams):
+            raise ConfigError(f"num_streams is {num_streams!r}; it must be a whole number")
         self.model.streams_of(num_streams)
         if path is None:
             return
