@@ -212,3 +212,24 @@ def test_outputs_follow_grammars_and_one_that_cannot_be_followed_is_refused(llm)
     with pytest.raises(InputError, match="keyword 'uniqueItems' not supported"):
         llm.generate([(1,)], Sampling(grammar={"uniqueItems": True}))
     assert llm.generate([(1,)], sampling[0])[0].text in ('"left"', '"right"')
+
+
+@pytest.mark.timeout(60)
+def test_a_hook_that_fails_ends_the_engine_and_the_next_call_says_why(model):
+    class Failing:
+        def before_step(self, batch, tokens):
+            raise RuntimeError("boom")
+
+        def after_step(self, batch, sampled):
+            pass
+
+        def close(self):
+            pass
+
+    llm = LLM(model, num_blocks=20, block_tokens=4, hooks=[Failing()])
+    with pytest.raises(RuntimeError, match="boom"):
+        llm.generate([(1, 2, 3)])
+    for _ in range(2):
+        with pytest.raises(AnabranchError, match="the engine has ended: RuntimeError: boom; make a new one"):
+            llm.generate([(1, 2, 3)])
+    llm.close()

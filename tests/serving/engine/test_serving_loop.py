@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from anabranch.errors import BackendError, InputError
+from anabranch.errors import AnabranchError, BackendError, InputError
 from anabranch.serving.core.batch import PENDING, Sampled
 from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
@@ -177,6 +177,30 @@ def test_a_crash_is_raised_to_whoever_runs_the_loop_until_idle(is_async):
     watch.loop.put(Add(request("a")))
     with pytest.raises(BackendError, match="no device"):
         watch.loop.run(until_idle=True)
+
+
+@BOTH
+@pytest.mark.timeout(20)
+def test_an_engine_that_failed_says_so_to_all_who_come_later(is_async):
+    class Failing(Counting):
+        def run(self, batch):
+            raise BackendError("no device")
+
+        def close(self):
+            assert not self.is_closed
+            super().close()
+
+    watch = Watch(Failing(), is_async=is_async)
+    watch.loop.put(Add(request("a")))
+    with pytest.raises(BackendError, match="no device"):
+        watch.loop.run(until_idle=True)
+    for id in "ab":
+        watch.loop.put(Add(request(id)))
+        with pytest.raises(AnabranchError, match="the engine has ended: BackendError: no device; make a new one"):
+            watch.loop.run(until_idle=True)
+    watch.loop.put(Close())
+    watch.loop.run()
+    assert len(watch.of(Closed)) == 1
 
 
 @BOTH

@@ -102,6 +102,8 @@ class EngineLoop:
         self._flight: deque[tuple[Batch, Future[tuple[list[Sampled], float]]]] = deque()
         self._worker = ThreadPoolExecutor(1, "anabranch-model") if is_async else None
         self._closing_at: float | None = None
+        # Why nothing runs any more; None while it does.
+        self._ended: str | None = None
         self._is_idle_told = False
         self._picture_at = 0.0
         self._step_times: list[float] = []
@@ -111,7 +113,14 @@ class EngineLoop:
         self._inbox.put(command)
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until closed, or with ``until_idle`` until there is nothing left to do (raises what the runner raised)."""
+        """Work until closed, or with ``until_idle`` until there is nothing left to do (raises what the runner raised).
+
+        An engine that has ended stays so: ``until_idle`` then raises AnabranchError with the reason, and else nothing happens.
+        """
+        if self._ended is not None:
+            if until_idle:
+                raise AnabranchError(f"the engine has ended: {self._ended}; make a new one")
+            return
         try:
             while not self._is_over():
                 if until_idle and not self._live and self._inbox.empty():
@@ -293,6 +302,7 @@ class EngineLoop:
         self._end(message)
 
     def _end(self, error: str | None) -> None:
+        self._ended = error or "it was closed"
         for _, future in self._flight:
             future.cancel()
         self._flight.clear()
