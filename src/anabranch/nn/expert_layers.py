@@ -107,7 +107,8 @@ class ExpertLayers(nn.Module):
                 made.append(no_rows(own, rows_RD[:0]))
             start = end
         dtype = next((part.dtype for part in made if len(part)), rows_RD.dtype)
-        made.append(rows_RD.new_zeros(len(rows_RD) - start, self.dim))  # of unused choices
+        # Of unused choices.
+        made.append(rows_RD.new_zeros(len(rows_RD) - start, self.dim))
         return combine(torch.cat([part.to(dtype) for part in made]), plan, None if on_input else routing.weight_NK)
 
     def _masked(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:

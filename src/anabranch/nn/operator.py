@@ -192,7 +192,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy_ND, _):
     call, z_R2F = _saved(ctx)
     needed = _needed(ctx.needs_input_grad)
-    if dy_ND is None:  # nothing downstream depends on y
+    # Nothing downstream depends on y.
+    if dy_ND is None:
         return *_in_order(None, None, None, None), None
     if asks_for_graph(dy_ND):
         return *_plain_backward(call, needed, dy_ND), None

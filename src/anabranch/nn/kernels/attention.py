@@ -11,7 +11,8 @@ from anabranch.nn.kernels.operands import takes
 
 __all__ = ["backward", "can", "forward"]
 
-MOST_KEYS = 4096  # scores of a block of queries on all keys must stay in a core's cache
+# Scores of a block of queries on all keys must stay in a core's cache.
+MOST_KEYS = 4096
 MOST_WIDTH = 256
 _WHERE = (f"0 < D <= {MOST_WIDTH}", f"D % {STEP} == 0", f"L <= S <= {MOST_KEYS}", "G > 0", "H % G == 0")
 
