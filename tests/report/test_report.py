@@ -303,6 +303,21 @@ def test_passes_of_a_layer_are_reported_as_passes(pooled, tmp_path):
     assert first["reuse"] == summary.passes[0].reuse
 
 
+def test_many_experts_leave_tables_and_pictures_small(tmp_path):
+    generator = np.random.default_rng(3)
+    builder = TraceBuilder()
+    for number in range(2):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=3000, top_k=2, pool="layer_0")
+        index_NK = np.stack([generator.permutation(3000)[:2] for _ in range(400)])
+        builder.add(layer, index_NK, np.ones((400, 2)), item_N=np.arange(400))
+    write_report(builder.trace(), tmp_path, title="many")
+    for name in ("passes", "coactivation"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    (facts,) = json.loads((tmp_path / "summary.json").read_text())["passes"]
+    assert len(facts["top_pairs"]) == 256
+    assert (tmp_path / "summary.json").stat().st_size < 100_000
+
+
 def test_passes_that_tell_nothing_of_each_other_are_said_to():
     generator = np.random.default_rng(3)
     builder = TraceBuilder()

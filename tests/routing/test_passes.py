@@ -1,6 +1,8 @@
 """Passes of one layer in a trace: which layers they are, and how one follows another."""
 
 import itertools
+import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.experts import chain
-from anabranch.routing import TraceBuilder, TraceLayer
+from anabranch.routing import TraceBuilder, TraceLayer, measure
 from anabranch.routing.passes import PassFacts, between_passes, passes_of_layers
 
 
@@ -60,6 +62,11 @@ def test_facts_equal_loops(top_k, other_k, num_items, seed):
             for j in after_K:
                 count_EE[i, j] += 1
     assert np.array_equal(facts.coactivation_EE, count_EE)
+    assert facts.to_dict()["coactivation_EE"] == count_EE.tolist()
+    even_EE = np.outer(count_EE.sum(1), count_EE.sum(0)) / count_EE.sum()
+    assert facts.lift_EE == pytest.approx((count_EE + 1) / (even_EE + 1))
+    assert facts.information_bits == pytest.approx(measure.mutual_information(count_EE), abs=1e-12)
+    assert facts.noise_bits == pytest.approx(measure.mutual_information_bias(count_EE))
     again = [len(set(before) & set(after)) for before, after in zip(*chosen, strict=True)]
     assert facts.reuse == pytest.approx(sum(again) / chosen[1].size)
     assert facts.chance == other_k / num_destinations
@@ -67,6 +74,42 @@ def test_facts_equal_loops(top_k, other_k, num_items, seed):
         (frozenset(before), frozenset(after)) for before, after in zip(*map(np.ndarray.tolist, chosen), strict=True)
     }
     assert facts.combinations_seen == len(pairs)
+
+
+def test_memory_and_facts_follow_the_rows_and_not_the_experts():
+    """Two passes over 2^16 experts: a table of all pairs would have 32 GB."""
+    experts = 2**16
+    builder = TraceBuilder()
+    for number, index in ((0, [[7], [7], [65535], [-1]]), (1, [[9], [9], [0], [9]])):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=experts, top_k=1, pool="p")
+        builder.add(layer, index, [[1.0]] * 4, item_N=range(4))
+    trace = builder.trace()
+    tracemalloc.start()
+    (facts,) = between_passes(trace)
+    found = facts.to_dict()
+    shown = facts.lift_between(*facts.busiest(3))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * experts
+    assert facts.pair_P3.tolist() == [[7, 9, 2], [65535, 0, 1]]
+    assert found["top_pairs"] == [[7, 9, 2, 3 / (4 / 3 + 1)], [65535, 0, 1, 2 / (1 / 3 + 1)]]
+    assert "coactivation_EE" not in found
+    assert len(json.dumps(found)) < 1000
+    assert [ids.tolist() for ids in facts.busiest(3)] == [[0, 7, 9], [0, 7, 9]]
+    # From 7 to 9; all else among them was not seen, and is at chance or, where both are chosen, below.
+    assert shown == pytest.approx(np.array([[1, 1, 1], [1 / (2 / 3 + 1), 1, 3 / (4 / 3 + 1)], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize("num_destinations", [256, 257])
+def test_a_layer_without_a_pair_has_no_information(num_destinations):
+    builder = TraceBuilder()
+    for number in range(2):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=num_destinations, top_k=1, pool="p")
+        builder.add(layer, [[0]], [[1.0]], item_N=[number])
+    (facts,) = between_passes(builder.trace())
+    assert np.isnan([facts.information_bits, facts.noise_bits]).all()
+    assert not facts.coactivation_EE.any()
+    assert facts.to_dict().get("top_pairs", []) == []
 
 
 def test_lift_and_information_by_hand():

@@ -14,6 +14,7 @@ from anabranch.report.caching import CACHES, MAIN
 from anabranch.report.style import DIVERGING, INK, MARKERS, MUTED, SEQUENTIAL, SERIES, figure, horizontal_grid
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 from anabranch.routing import measure
+from anabranch.routing.passes import MOST_SHOWN
 from anabranch.routing.trace import RoutingTrace
 
 WIDTH = 9.0  # inches
@@ -99,7 +100,10 @@ def coactivation(trace: RoutingTrace) -> Figure | None:
         made.suptitle("Experts chosen together", x=0.01, ha="left", weight="bold", size=10.5)
         for axes, number in zip(row, shown, strict=True):
             num_destinations = trace.layer(number).num_destinations
-            count_EE = measure.coactivation(trace.decisions(number).index_NK, num_destinations)
+            index_NK = trace.decisions(number).index_NK
+            if num_destinations > MOST_SHOWN:
+                index_NK = _among_busiest(index_NK, trace.load_E(number), MOST_SHOWN)
+            count_EE = measure.coactivation(index_NK, min(num_destinations, MOST_SHOWN))
             lift_EE = measure.coactivation_lift(count_EE, prior=1.0)
             order_E = _seriate(np.log2(np.nan_to_num(lift_EE, nan=1.0)))
             image = _octaves(axes, lift_EE[np.ix_(order_E, order_E)], aspect="equal")
@@ -110,15 +114,23 @@ def coactivation(trace: RoutingTrace) -> Figure | None:
                 axes.set_yticks(range(num_destinations), order_E.tolist(), size=size)
                 axes.set_xlabel("expert")
             else:
-                axes.set(xticks=[], yticks=[], xlabel=f"{num_destinations} experts, like beside like")
+                busiest = f"{MOST_SHOWN} busiest of " if num_destinations > MOST_SHOWN else ""
+                axes.set(xticks=[], yticks=[], xlabel=f"{busiest}{num_destinations} experts, like beside like")
         row[0].set_ylabel("expert")
         _octave_bar(made, image, list(row), "pairs / chance", shrink=0.8)
     return made
 
 
+def _among_busiest(index_NK: np.ndarray, load_E: np.ndarray, count: int) -> np.ndarray:
+    """Choices by the place of a destination among the ``count`` of the highest load; -1 for those that are not."""
+    place_E = np.full(len(load_E), -1)
+    place_E[np.sort(np.argsort(-load_E, kind="stable")[:count])] = np.arange(count)
+    return np.where(index_NK >= 0, place_E[index_NK], -1)
+
+
 def passes(summary: Summary) -> Figure | None:
     """Which experts follow which from a pass to the next, more and less often than loads explain, in the first, middle and last layer."""
-    able = [facts for facts in summary.passes if min(facts.coactivation_EE.shape) > 1 and facts.coactivation_EE.any()]
+    able = [facts for facts in summary.passes if min(facts.num_first, facts.num_second) > 1 and len(facts.pair_P3)]
     if not able:
         return None
     shown = [able[place] for place in sorted({0, len(able) // 2, len(able) - 1})]
@@ -126,9 +138,13 @@ def passes(summary: Summary) -> Figure | None:
     with figure(width, height, ncols=len(shown), squeeze=False) as (made, (row,)):
         made.suptitle("Experts from one pass to the next", x=0.01, ha="left", weight="bold", size=10.5)
         for axes, facts in zip(row, shown, strict=True):
-            image = _octaves(axes, facts.lift_EE, aspect="equal")
+            image = _octaves(axes, facts.lift_between(*facts.busiest(MOST_SHOWN)), aspect="equal")
             axes.set_title(f"layers {facts.first_layer} and {facts.second_layer}", weight="normal")
             axes.set(xlabel="expert of the next pass")
+            if max(facts.num_first, facts.num_second) > MOST_SHOWN:
+                # Places are no numbers of experts.
+                axes.set(xticks=[], yticks=[], xlabel="busiest experts of the next pass")
+                continue
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         row[0].set_ylabel("expert of a pass")

@@ -2,7 +2,7 @@
 # Shapes: N decisions, K choices per item, E destinations, M domains
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -119,7 +119,9 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; nan becomes None."""
-        return _plain(asdict(self))
+        # A copy of the passes would hold their tables as numbers of Python's.
+        rest = asdict(replace(self, passes=[]))
+        return _plain(rest | {"passes": [facts.to_dict() for facts in self.passes]})
 
     @property
     def worst(self) -> LayerFacts:
