@@ -11,7 +11,7 @@ import pytest
 from anabranch.errors import InputError
 from anabranch.serving import grammar
 from anabranch.serving.core.client import BusyError
-from anabranch.serving.grammar import GrammarStore, forms, store, trial
+from anabranch.serving.grammar import GrammarStore, forms, store, trial, trial_worker
 from grammar_walks import store_of, takes
 from tokenizers_of_every_make import ALL
 
@@ -131,7 +131,7 @@ def chain(length):
     ("schema", "message"),
     [
         (properties(20_005), r"has \d{3},\d{3} characters as JSON; at most 250,000"),
-        ({"type": "integer", "multipleOf": 1_234_567}, "more than (48 MiB of memory|1 s of computing)"),
+        ({"type": "integer", "multipleOf": 1_234_567}, "more than (128 MiB of memory|1 s of computing)"),
         (chain(4000), "nested too deeply"),
         ({"allOf": [{"anyOf": [{"minimum": n}, {"maximum": n}]} for n in range(20)], "type": "integer"}, "too large|more than"),
     ],
@@ -289,4 +289,19 @@ def test_who_asks_for_too_many_at_a_time_is_told_to_ask_again(monkeypatch):
 
 def test_memory_that_a_grammar_takes_is_counted():
     small, large = (trial.try_out(forms.text_of(schema)) for schema in ({"type": "null"}, properties(500)))
-    assert 0 < small < 1 << 20 < large < 48 << 20
+    assert 0 < small < 1 << 20 < large < trial_worker.MOST_SIZE
+
+
+@pytest.mark.slow
+def test_a_grammar_that_would_keep_too_much_is_refused():
+    row = {"type": "object", "properties": {f"q{number}": {} for number in range(10)}}
+    table = {f"p{number}": {"type": "array", "items": row} for number in range(1100)}
+    text = forms.text_of({"type": "object", "properties": table})
+    with pytest.raises(InputError, match=r"takes \d+ MiB of memory, and at most 24 can be kept|took more than 1 s"):
+        trial.try_out(text)
+
+
+def test_a_schema_as_large_as_openai_takes_is_followed():
+    row = {"type": "object", "properties": {f"q{number}": {"type": "string"} for number in range(50)}}
+    schema = {"type": "object", "properties": {f"p{number}": row for number in range(100)}, "required": ["p0"]}
+    assert takes(schema, '{"p0": {"q3": "x"}, "p99": {}}', TOKENIZER)

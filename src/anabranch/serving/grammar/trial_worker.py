@@ -14,9 +14,9 @@ from typing import Any
 
 from anabranch.sandbox_worker import Limits, serve
 
-__all__ = ["LIMITS", "PARSER", "told"]
+__all__ = ["LIMITS", "MOST_SIZE", "PARSER", "told"]
 
-LIMITS = Limits(seconds=1.0, memory=48 << 20, is_beyond_start=True, stack=1 << 20)
+LIMITS = Limits(seconds=1.0, memory=128 << 20, is_beyond_start=True, stack=1 << 20)
 # Of llguidance's, also for every step of an output: fuel is some 14,000 a millisecond, items 20,000, a state up to 2 kB.
 PARSER: dict[str, Any] = {
     "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 100_000,
@@ -24,6 +24,8 @@ PARSER: dict[str, Any] = {
 }  # fmt: skip
 
 # The token after those of all bytes.
+# Bytes that a grammar may keep once it is compiled.
+MOST_SIZE = 24 << 20
 _END = 256
 _MOST_ERROR = 500
 
@@ -58,7 +60,10 @@ def main() -> None:
             return {"error": told(matcher.get_error())}
         if not any(mask):
             return {"error": "no text matches it"}
-        return {"answer": str(max(0, _allocated() - before))}
+        size = _allocated() - before
+        if size > MOST_SIZE:
+            return {"error": f"it takes {size >> 20} MiB of memory, and at most {MOST_SIZE >> 20} can be kept"}
+        return {"answer": str(max(0, size))}
 
     serve(answer, LIMITS)
 
