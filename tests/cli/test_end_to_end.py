@@ -113,7 +113,9 @@ def test_eval_runs_blocks_in_any_order_cached_or_not(here, trained):
         assert nats("--cached", *options)["nats_per_token"] == pytest.approx(value, abs=1e-5)
     assert nats("--path", "0,1")["nats_per_token"] == values[0]
     assert "block 7; the model has blocks 0 to 1" in here("eval", trained[0], "--path", "0,7")[2]
-    assert "write block numbers with commas" in here("eval", trained[0], "--path", "0;1")[2]
+    for wrong in ("0;1", "", " ", "0,,1"):
+        code, _, err = here("eval", trained[0], "--path", wrong)
+        assert (code, f"--path is {wrong!r}; write block numbers with commas" in err) == (2, True), err
 
 
 def test_eval_of_a_run_reads_its_own_held_out_text(trained, here):
@@ -275,6 +277,11 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     code, _, err = here(*asked[:4], "--window", 99999)
     assert code == 2
     assert "--window is 99999, but the longest sequence has" in err
+    # A model is not run for nothing.
+    code, _, err = here("report", trained[0], "--out", work / "too-long", "--window", 99999)
+    assert code == 2
+    assert "--window is 99999, but the longest sequence has" in err
+    assert not (work / "too-long").exists()
     # What an earlier report wrote is replaced, a trace too whose report was not finished.
     for left in ("*", "trace.parquet"):
         for file in set((work / "report").iterdir()) - set((work / "report").glob(left)):

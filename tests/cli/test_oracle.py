@@ -74,9 +74,11 @@ def test_what_it_says_to_a_reader(here, work, duo, text):
 def test_mistakes_are_told_in_a_line(here, work, duo, text):
     dense = save(work / "dense-model", SwiGLU.Config(hidden_dim=16))
     (work / "short.txt").write_text("abc")
+    (work / "some-run/checkpoints/step-00000001").mkdir(parents=True)
     for arguments, message in {
         (dense, "--out", "a", "--data", text): "the model has no 'duo' feed-forward layers",
         (duo, "--out", "a", "--data", text, "--budget", 4): "--budget is 4, but",
+        (duo, "--out", "some-run", "--data", text): "some-run is the folder of a training run, so no routes",
         (duo, "--out", "a", "--data", "short.txt", "--sequence-length", 16): "has no 16 tokens in a row",
     }.items():
         code, _, err = here("oracle", *arguments, "--quiet")

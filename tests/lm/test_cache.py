@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anabranch.errors import CapacityError
+from anabranch.errors import CapacityError, InputError
 from anabranch.lm import KeyValueCache
 from anabranch.lm.cache import Prefix, attention_mask
 from anabranch.nn.shared_prefix import with_prefix
@@ -163,3 +163,14 @@ def test_room_is_counted_without_the_prefix():
     cache.append(0, torch.zeros(2, 1, 2, 1), torch.zeros(2, 1, 2, 1))
     with pytest.raises(CapacityError, match="the cache holds 2 positions, but 3 are needed"):
         cache.append(0, torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 3, 1))
+
+
+@pytest.mark.parametrize("length", [-1, 5, 9])
+def test_a_cache_begins_with_no_more_than_it_has(length):
+    cache = KeyValueCache(num_layers=2, max_length=8)
+    fill(cache, 4)
+    with pytest.raises(InputError, match=f"length is {length}; the cache has 4 positions, so it must be 0 to 4"):
+        cache.begin(length)
+    assert cache.length == 4
+    cache.begin(3)
+    assert cache.length == 3

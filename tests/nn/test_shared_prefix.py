@@ -61,3 +61,10 @@ def test_gradients_reach_all_that_goes_in():
     query, key, value, front = case(2, 2, 1, 2, 2, 3, 4)
     given = [part.requires_grad_() for part in (query, key, value, *front)]
     assert torch.autograd.gradcheck(lambda q, k, v, *front: attend_few(q, k, v, front), given)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_sequence_has_no_attention(masked):
+    query, key, value, front = case(2, 0, 1, 2, 1, 3, 4)
+    mask = torch.ones(0, 1, 1, 4, dtype=torch.bool) if masked else None
+    assert attend_few(query, key, value, front, mask).shape == (0, 2, 1, 4)

@@ -68,7 +68,7 @@ def evaluate(
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
     if measured.path is not None:
-        fact("path", ", ".join(map(str, measured.path)) or "no block at all")
+        fact("path", ", ".join(map(str, measured.path)))
     fact("data", f"{name}   windows of {length} tokens")
     rows = [(part, found) for part, found in result.by_domain.items()] + [("all", result)]
     table(
@@ -81,8 +81,8 @@ def evaluate(
 
 
 def read_path(text: str) -> list[int]:
-    """Block numbers with commas between them. Raises ConfigError for anything else."""
+    """Block numbers with commas between them, at least one. Raises ConfigError for anything else."""
     try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--path is {text!r}; write block numbers with commas between them, e.g. 0,1,2,2,3") from None

@@ -51,12 +51,14 @@ def oracle(
     from anabranch.cli.graph.waiting import waiting
     from anabranch.depth.duo_llm import RouteLabels, analyze, duo_layers, route_loss
     from anabranch.depth.duo_llm import oracle as find
-    from anabranch.lm.folder import files_of
+    from anabranch.lm.folder import files_of, run_steps
     from anabranch.report.routes import LINES, draw_oracle, oracle_files
 
     place = Path(out)
     files = [place / _TABLE, place / _LABELS, *oracle_files(place / _PICTURE)]
     check_apart(files, [*files_of(model), *([data] if data is not None and Path(data).is_file() else [])])
+    if run_steps(place):
+        raise DataError(f"{out} is the folder of a training run, so no routes are written there; choose another folder")
     network, tokenizer = load(model, dtype, device)
     num_layers = len(duo_layers(network))
     chosen = num_layers // 2 if budget is None else budget

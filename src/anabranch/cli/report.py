@@ -101,7 +101,9 @@ def report(
         raise DataError(f"there is no routing trace at {source}")
     else:
         kept = _Kept(scores=scores or balance_audit, predictions=predictions)
-        trace, text, bias = _record(source, out, data, tokens, sequence_length, dtype, device, quiet, kept)
+        trace, text, bias = _record(
+            source, out, data, tokens, sequence_length, dtype, device, quiet, kept, window or []
+        )
     found = window_facts(trace, window or [16], cache or [2.0]) if window or cache else []
     audits = audit_trace(trace, bias) if balance_audit else []
     page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
@@ -160,11 +162,13 @@ def _record(
     device: str | None,
     quiet: bool,
     kept: _Kept,
+    asked: list[int],
 ) -> tuple[RoutingTrace, str, dict[int, Any]]:
     """Run text through a model; the trace, which is also written, the name of the text, and the bias of the layers that have one."""
     import torch
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
+    from anabranch.report.windows import check_windows
     from anabranch.routing import RoutingTrace, record_routing
     from anabranch.routing.predicted import with_predictions
 
@@ -174,6 +178,8 @@ def _record(
         raise DataError(f"{source} has no routed layers, so there is no routing to report")
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
+    # Before the model runs, which may take long.
+    check_windows(asked, length)
     place = network.embedding.weight.device
     path = Path(out) / _TRACE
     windows: Any = None

@@ -169,7 +169,14 @@ class KeyValueCache:
         return 0 if self.prefix is None else len(self.prefix)
 
     def begin(self, length: int | None = None) -> None:
-        """Forget what a forward pass that failed has left behind the first ``length`` positions (None: those that were counted)."""
+        """Forget what a forward pass that failed has left behind the first ``length`` positions (None: those that were counted).
+
+        Raises InputError for more positions than were counted, of which there is nothing to keep.
+        """
+        if length is not None and not 0 <= length <= self.length:
+            raise InputError(
+                f"length is {length}; the cache has {self.length} positions, so it must be 0 to {self.length}"
+            )
         self.length = self.length if length is None else length
         if self.length == 0:
             # Another batch may come.

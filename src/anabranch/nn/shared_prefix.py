@@ -43,20 +43,21 @@ def attend_few(
     own = (query @ key_BGDS).unflatten(2, shape)
     if mask_BL is not None:
         own = own.masked_fill(~mask_BL[:, :, None], float("-inf"))
-    shared = _alone(_together(query, num_front) @ front_key_QGMD.transpose(2, 3), query.shape[0])
+    shared = _alone(_together(query, num_front) @ front_key_QGMD.transpose(2, 3), query)
     weight = torch.cat((shared, own.flatten(2, 3)), dim=-1).softmax(-1)
     shared_weight, own_weight = weight[..., :num_shared], weight[..., num_shared:]
     y = own_weight @ value_BGSD.to(fine)
-    y = y + _alone(_together(shared_weight, num_front) @ front_value_QGMD, query.shape[0])
+    y = y + _alone(_together(shared_weight, num_front) @ front_value_QGMD, query)
     return y.unflatten(2, shape).flatten(1, 2).to(query_BHLD.dtype)
 
 
 def _together(x_BGLX: Tensor, num_front: int) -> Tensor:
     """``[Q, G, B / Q L, X]``: the rows of all sequences that share a front."""
-    return x_BGLX.unflatten(0, (num_front, -1)).transpose(1, 2).flatten(2, 3)
+    # Said, not inferred: an empty batch leaves nothing to infer it from.
+    return x_BGLX.unflatten(0, (num_front, x_BGLX.shape[0] // num_front)).transpose(1, 2).flatten(2, 3)
 
 
-def _alone(x_QGNX: Tensor, num_sequences: int) -> Tensor:
-    """Back to ``[B, G, L, X]``."""
-    num_front = x_QGNX.shape[0]
-    return x_QGNX.unflatten(2, (num_sequences // num_front, -1)).transpose(1, 2).flatten(0, 1)
+def _alone(x_QGNX: Tensor, query_BGLD: Tensor) -> Tensor:
+    """Back to ``[B, G, L, X]``, of as many rows as the queries."""
+    batch, _, length, _ = query_BGLD.shape
+    return x_QGNX.unflatten(2, (batch // x_QGNX.shape[0], length)).transpose(1, 2).flatten(0, 1)

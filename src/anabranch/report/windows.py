@@ -62,19 +62,16 @@ def window_facts(trace: RoutingTrace, windows: Sequence[int], caches: Sequence[f
 
     Raises ConfigError for a window or a cache that is not above 0, DataError where no layer has a choice or all windows are too long.
     """
-    for name, values in (("--window", windows), ("--cache", caches)):
-        wrong = [value for value in values if not 0 < value < np.inf]
-        if wrong:
-            raise ConfigError(f"{name} is {wrong[0]}; it must be above 0")
+    _check_above_zero("--window", windows)
+    _check_above_zero("--cache", caches)
     layers, top_k = layers_with_choice(trace)
     if not layers:
         raise DataError(
             "no layer of the trace has a choice between destinations, so there is no consistency to measure"
         )
     longest = min(int(of.length_S.max(initial=0)) for of in layers)
+    check_windows(windows, longest)
     kept = [window for window in windows if window <= longest]
-    if not kept:
-        raise DataError(f"--window is {windows[0]}, but the longest sequence has {longest} tokens; use 1 to {longest}")
     for window in windows:
         if window > longest:
             log.warning("a window of %d tokens is left out: the longest sequence has %d", window, longest)
@@ -85,6 +82,19 @@ def window_facts(trace: RoutingTrace, windows: Sequence[int], caches: Sequence[f
     rules: tuple[Cold, ...] = ("miss", "free")
     held = {cold: {policy: mean_hits(layers, top_k, policy, asked, cold=cold) for policy in plain} for cold in rules}
     return [_at(layers, top_k, window, list(caches), asked, held) for window in kept]
+
+
+def check_windows(windows: Sequence[int], longest: int) -> None:
+    """Raise ConfigError for a window that is not above 0, DataError if all are longer than the ``longest`` sequence (tokens)."""
+    _check_above_zero("--window", windows)
+    if windows and min(windows) > longest:
+        raise DataError(f"--window is {windows[0]}, but the longest sequence has {longest} tokens; use 1 to {longest}")
+
+
+def _check_above_zero(name: str, values: Sequence[float]) -> None:
+    wrong = [value for value in values if not 0 < value < np.inf]
+    if wrong:
+        raise ConfigError(f"{name} is {wrong[0]}; it must be above 0")
 
 
 def _at(
