@@ -233,3 +233,20 @@ def test_a_hook_that_fails_ends_the_engine_and_the_next_call_says_why(model):
         with pytest.raises(AnabranchError, match="the engine has ended: RuntimeError: boom; make a new one"):
             llm.generate([(1, 2, 3)])
     llm.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"options": (("adapter", 5),)}, r"options has \('adapter', 5\); it must have pairs of texts"),
+        ({"options": 5}, "options has 5; it must have pairs"),
+        ({"options": ("ab",)}, "options has 'ab'; it must have pairs"),
+        ({"cache_salt": 5}, "cache_salt is 5; it must be text"),
+        ({"key": None}, "key is None; it must be text"),
+        ({"priority": "high"}, "priority is 'high'; it must be a number"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_refuses_its_request_alone(llm, wrong, message):
+    with pytest.raises(InputError, match=message):
+        llm.generate([(1, 2, 3)], Sampling(max_tokens=1), **wrong)
+    assert len(llm.generate([(1, 2, 3)], Sampling(max_tokens=1, ignore_eos=True))[0].tokens) == 1

@@ -131,6 +131,19 @@ class Request:
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
 
+    def check_fields(self) -> None:
+        """Raises InputError for a field that the queue or the prefix cache cannot take: there it would end the engine for everybody."""
+        for name in ("key", "cache_salt"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise InputError(f"{name} is {value!r}; it must be text")
+        if not _is_real(self.priority) or self.priority != self.priority:
+            raise InputError(f"priority is {self.priority!r}; it must be a number")
+        pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise InputError(f"options has {pair!r}; it must have pairs of texts, such as ('adapter', 'a')")
+
     def check_room(self, max_positions: int) -> None:
         """Raises InputError unless the prompt has tokens and fits in ``max_positions``, with a new token if one is asked for."""
         if not self.prompt:

@@ -70,6 +70,7 @@ class Coordinator:
         """See `EngineClient.submit`."""
         if not self.is_ready:
             raise InputError("the engine takes no requests now")
+        request.check_fields()
         self.group.info.check_streams(request.num_streams)
         if request.path is not None:
             raise InputError("a request has a path, which a group of devices does not run; leave it out")

@@ -123,6 +123,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise InputError for a request that this model can never run."""
+        request.check_fields()
         if max(request.prompt, default=0) >= self.info.vocab_size:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
         self.info.check_streams(request.num_streams)
