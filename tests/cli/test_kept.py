@@ -49,7 +49,9 @@ COMMANDS = {
         {"OUT": "o.json", "SAVE": "h2.json", "GANTT": "g.json"},
     ),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
+    "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
+OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
@@ -102,14 +104,14 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(name, output
         ending = Path(outputs[output]).suffix
         places[other] = f"one{ending}"
         places[output] = f"{tmp_path}/./one{ending}"
-    elif name == "report":
-        # Its files have their own names: the input is the one that has such a name.
-        Path("rep").mkdir()
-        Path("rep/report.html").symlink_to(tmp_path / inputs[other])
+    elif name in OWN_NAMES:
+        # The input is the one that has such a name.
+        Path(outputs[output]).parent.mkdir()
+        Path(outputs[output]).symlink_to(tmp_path / inputs[other])
     elif Path(outputs[output]).suffix:
         Path(outputs[output]).symlink_to(inputs[other])
-    if name == "report":
-        places["OUT"] = "rep"
+    if name in OWN_NAMES:
+        places["OUT"] = str(Path(outputs["OUT"]).parent)
     before = _text_of(".")
     code, out, err = here(*name.split(), *(word.format(**places) for word in arguments.split()))
     assert "would be lost" in err or "is to be written twice" in err

@@ -103,6 +103,8 @@ chat trained -m x --seed {HUGE}
 report text.parquet --out z
 report holes.parquet --out z
 report text --out z
+oracle trained --out z
+oracle text --out z
 convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
