@@ -52,7 +52,10 @@ def one_line(found):
         ),
         ("train demo --out x --steps -5", "train.steps is -5; it must be greater than or equal to 0"),
         ("train demo --out x --set train.precision=float8", "train.precision is 'float8'; it must be"),
-        ("train demo --out x --set model.feed_forward.router.select.top_k=99", "top_k is 99"),
+        (
+            "train demo --out x --set model.feed_forward.router.select.top_k=99",
+            "select takes 99 experts of a token, but num_experts is 8",
+        ),
         ("train demo --out x --set model.feed_forward.reuse=9", "reuse is 9, but the model has 4 routed layers"),
         ("train demo --out x --config nowhere.toml", "cannot read nowhere.toml: no such file or directory"),
         ("train --out nowhere --resume", "no training run in nowhere"),

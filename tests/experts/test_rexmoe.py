@@ -515,7 +515,10 @@ def test_bf16_autocast_keeps_scores_in_fp32():
     [
         (lambda: rexmoe(reuse=0), "reuse is 0; it must be greater than or equal to 1"),
         (lambda: model_of(rexmoe(reuse=5)), "reuse is 5, but the model has 4 routed layers; use 1 to 4"),
-        (lambda: rexmoe(router=Router.Config(select=TopK.Config(top_k=5))), "top_k is 5, but num_experts is 4"),
+        (
+            lambda: rexmoe(router=Router.Config(select=TopK.Config(top_k=5))),
+            "select takes 5 experts of a token, but num_experts is 4",
+        ),
         (lambda: PSR(start=0.7), "psr.start is 0.7, psr.end is 0.63; start must be smaller"),
         (lambda: PSR(start=0.5, end=1.5), "psr.end is 1.5; with unit 'fraction' it must be at most 1"),
         (lambda: PSR(scope="token", mask="nested"), "psr.mask 'nested' is one order per layer"),

@@ -89,7 +89,7 @@ def test_rotation_and_its_gradient(shape, sequences, dtype):
     position_BL = torch.randint(0, 500, (sequences, shape[2]), generator=torch.Generator().manual_seed(0))
     cos, sin = Rotary.Config().build(shape[-1])(position_BL, dtype)
     x = normal(*shape, dtype=dtype)
-    assert rows.can_turn(x, cos, sin)
+    assert rows.can_rotate(x, cos, sin)
     y, _ = check(
         lambda x: rotate(x, (cos, sin)),
         lambda x: plain_rotation(x, cos.double(), sin.double()),
