@@ -141,7 +141,7 @@ def their_step(model: Any, batch: Batch, precision: str, call: Any = None) -> Ca
     optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
 
     def work() -> None:
-        their_loss(call or model, batch, precision).backward()
+        their_loss(model if call is None else call, batch, precision).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         assert torch.isfinite(norm)
         optimizer.step()
