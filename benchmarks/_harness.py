@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from _machine import here
+from _bars import with_bars
+from _machine import here, processor
 from anabranch import native
+from anabranch.native import NATIVE
 from anabranch.nn.kernels.memory import release
 
 Work = Callable[[], Any]
@@ -63,10 +65,11 @@ def compare(
         clock: what is compared; `time.process_time` for the processor's time of contestants of one thread on a busy machine.
 
     Returns:
-        A row: milliseconds of ours and of the best peer, median ratio and its interquartile range, peak memory in MB.
+        A row: milliseconds of ours and of the best peer, median ratio and its interquartile range, peak memory in MB beyond
+        what a unit of work left behind, such as gradients.
     """
     contestants = {"ours": ours, **peers}
-    memory = {name: peak_megabytes(work) for name, work in contestants.items()}  # also the first warm-up
+    memory = {name: _peak_of_warm(work) for name, work in contestants.items()}
     once = {name: _seconds(work, 1, clock) for name, work in contestants.items()}
     quickest = min(once[name] for name in peers)
     peers = {name: peers[name] for name in peers if once[name] < 3 * quickest}  # the rest cannot win: spare the time
@@ -79,7 +82,8 @@ def compare(
             times[name].append(_seconds(contestants[name], repeats[name], clock))
     best = min(peers, key=lambda name: statistics.median(times[name]))
     ratios = [theirs / mine for theirs, mine in zip(times[best], times["ours"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    # One round has no spread.
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
     row = {
         "case": case,
         "ours": round(1e3 * statistics.median(times["ours"]), 4),
@@ -128,6 +132,12 @@ def peak_megabytes(work: Work) -> float:
     return max(0, _status_kilobytes(status, "VmHWM") - before) / 2**10
 
 
+def _peak_of_warm(work: Work) -> float:
+    """`peak_megabytes` of the second unit: the first makes gradients, compiles and fills caches, which a contestant beside it may share."""
+    work()
+    return peak_megabytes(work)
+
+
 def _release() -> None:
     """Give back what allocators keep, so that what ``work`` needs shows in the resident size."""
     gc.collect()
@@ -153,7 +163,10 @@ def _print(row: dict[str, Any]) -> None:
 def kernels() -> str:
     """The compiled library in use, by the instructions that it was made for; why there is none otherwise."""
     found = native.status()
-    return found.library.isa if found.is_ready and found.library is not None else found.reason
+    if not found.is_ready or found.library is None:
+        return found.reason
+    made = found.library.isa
+    return f"{made} ({processor()[1] or 'unknown instructions'})" if made == NATIVE.name else made
 
 
 def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
@@ -167,7 +180,7 @@ def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespac
         **here(options.threads),
         **device,
         "kernels": kernels(),
-        "rows": list(rows),
+        "rows": with_bars(name, rows),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     if options.json:

@@ -1,10 +1,12 @@
 """What a record says of where it was measured: processor, instructions in use, threads, commit."""
 
+import datetime
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
 def here(threads: int | None = None) -> dict[str, Any]:
-    """Fields of a record. ``threads``: of the contestants, where they have a number in common."""
+    """Fields of a record, with the day in UTC. ``threads``: of the contestants, where they have a number in common."""
     cpu, isa = processor()
     count = f"{os.cpu_count()} cores" if threads is None else f"{threads} of {os.cpu_count()} threads"
     return {
@@ -24,8 +26,14 @@ def here(threads: int | None = None) -> dict[str, Any]:
         "threads": threads,
         "switches": {name: os.environ[name] for name in SWITCHES if name in os.environ},
         "commit": COMMIT,
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": told([Path(sys.executable).name, *sys.argv]),
     }
+
+
+def told(words: Sequence[str]) -> str:
+    """A command as a record tells it: of absolute paths the last part, since folders of one's own say nothing to others."""
+    return " ".join(re.sub(r"(^|=)[/~]\S*/", r"\1", word) for word in words)
 
 
 def processor() -> tuple[str, str]:

@@ -5,7 +5,7 @@ their time is scaled up (it is linear in them; ``peer_share`` says which part), 
 a million tokens 20 times faster than window by window, SCH of 128 x 512 tokens x 16 layers 50 times faster than a cache of each
 size by itself. A cleverer peer, one pass for all sizes over a Python list, stands beside it, without a bar.
 
-    python benchmarks/consistency.py --json benchmarks/results/consistency.json
+    python benchmarks/consistency.py --json benchmarks/results/consistency.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: S sequences, T tokens, K places, E experts
 

@@ -5,7 +5,7 @@ the same (within 1%; the row says what is left). Training is forward, backward a
 token after 64 cached ones, by the model itself, and by the compiled step that `anabranch serve` and `LLM` run where it knows both models.
 Bars: training at most 1.15 times the peer's time (ratio at least 0.87), decoding at most 1.1 times (0.91).
 
-    python benchmarks/designs.py --json benchmarks/results/designs.json
+    python benchmarks/designs.py --json benchmarks/results/designs.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: B sequences, L tokens
 

@@ -5,7 +5,7 @@ three find the same minima, which is checked first. Bars: at least 4 times fewer
 Routed forward: a quarter of the tokens at big, the rest at small, against all tokens at big. Bar: at most 0.6 of the time for
 widths of 192 and more (ratio at least 1.67), of the feed-forward and of the whole model.
 
-    python benchmarks/duo_llm.py --json benchmarks/results/duo_llm.json
+    python benchmarks/duo_llm.py --json benchmarks/results/duo_llm.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: B sequences, L tokens, Y layers, D width
 

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from _bars import with_bars
 from _gateway import CHUNKS, Contestant, free_port, load, machine, relay_command, running, upstream_command
 from anabranch.gateway.money import nano_dollars
 from anabranch.gateway.store import open_store
@@ -202,7 +203,8 @@ def main() -> None:
         idle = {one.name: round(one.rss_mib(), 1) for one in contestants if one.process}
         rows = asyncio.run(measure(contestants, options))
         result = {
-            "name": "gateway_overhead", "rows": ratios(rows), "measured": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
+            "name": "gateway_overhead", "rows": with_bars("gateway_overhead", ratios(rows)),
+            "measured": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
             "rss_after_mib": {one.name: round(one.rss_mib(), 1) for one in contestants if one.process},
             "ready_s": {one.name: round(one.ready_s, 2) for one in contestants if one.process}, **machine(),
         }  # fmt: skip

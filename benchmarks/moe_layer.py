@@ -1,9 +1,9 @@
 """How fast is one mixture-of-experts layer, router included, against transformers' own blocks?
 
-Ours is `anabranch.nn.moe.MoE`; the peer is the best of the OLMoE block (64 experts) or Mixtral block (8 experts) with its
-eager experts, its grouped_mm experts, and these under torch.compile. Same weights, results and gradients compared first; then
-forward alone, and forward plus backward into fresh gradients. Bars: training 1.3 at 64 experts and 1.0 at 8; one token forward
-1.2; 16 tokens training 3.
+Ours is `anabranch.nn.moe.MoE`; the peer is the best of the OLMoE block (64 experts) or Mixtral block (8 experts) with its experts
+eager, by grouped_mm and, where its copies of weights fit (`_transformers.MOST_COPIED`), by batched_mm, the first two also under
+torch.compile. Same weights, results and gradients compared first, and the element type of the peer's products; then forward alone, and
+forward plus backward into fresh gradients. Bars: training 1.3 at 64 experts and 1.0 at 8; one token forward 1.2; 16 tokens training 3.
 
     python benchmarks/moe_layer.py --json benchmarks/results/moe_layer.avx512_bf16.json  # or of what instructions yours are
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import _transformers as peer
 from _harness import arguments, compare, finish, start
 from anabranch.nn.context import BuildContext, ForwardContext
 from anabranch.nn.moe import MoE
@@ -100,51 +101,60 @@ def results(layer: Any, call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor)
     return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy)]
 
 
+def time_shape(shape: tuple[int, ...], label: str, modes: list[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each of ``modes``, of one shape in one precision."""
+    tokens, experts, top_k, dim, hidden = shape
+    case, dtype = case_name(shape, label), DTYPES[label]
+    peer.forget_compiled()
+    torch.manual_seed(0)
+    ours = our_layer(experts, top_k, dim, hidden, "sum" if experts == 8 else "none").to(dtype)
+    kinds = peer.implementations(tokens * top_k, dim, hidden, bytes_each=dtype.itemsize)
+    theirs = {kind: their_layer(experts, top_k, dim, hidden, kind) for kind in kinds}
+    x = torch.randn(1, tokens, dim).to(dtype).requires_grad_()
+    dy = torch.randn(1, tokens, dim).to(dtype)
+    position_BL = torch.arange(tokens).unsqueeze(0)
+    context = ForwardContext(position_BL=position_BL, rotary=(position_BL, position_BL))  # of no use to a layer
+
+    def ours_call(x: Tensor) -> Tensor:
+        return ours(x, context)
+
+    family = "Mixtral" if experts == 8 else "OLMoE"
+    calls: dict[str, tuple[nn.Module, Any]] = {f"{family} {peer.label(kind)}": (at, at) for kind, at in theirs.items()}
+    for kind in ("eager", peer.CAST):
+        calls[f"{family} {peer.label(kind)}, compiled"] = (theirs[kind], peer.compiled(theirs[kind], kind))
+    expected = results(ours, ours_call, x, dy)
+    for layer in theirs.values():
+        copy_weights(ours, layer.to(dtype))
+    for name, (layer, call) in calls.items():
+        check(f"{case} {name}", expected, results(layer, call, x, dy), TOLERANCE[label])
+        peer.check_products(f"{case} {name}", step(layer, call, x, dy), str(dtype).removeprefix("torch."))
+    rows = []
+    for mode in modes:
+        if mode == "forward":
+            mine, others = infer(ours_call, x), {name: infer(call, x) for name, (_, call) in calls.items()}
+        else:
+            mine = step(ours, ours_call, x, dy)
+            others = {name: step(layer, call, x, dy) for name, (layer, call) in calls.items()}
+        row = compare(f"{case} {mode}", mine, others, rounds=rounds)
+        rows.append({**row, "shape": shape})
+    return rows
+
+
+def case_name(shape: tuple[int, ...], label: str) -> str:
+    return "T={} E={} K={} d={} h={} {}".format(*shape, label)
+
+
 def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
     start(options)
-    rows = []
+    peer.register()
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
-        tokens, experts, top_k, dim, hidden = shape
-        for label, dtype in DTYPES.items():
-            case = f"T={tokens} E={experts} K={top_k} d={dim} h={hidden} {label}"
-            wanted = [mode for mode in ("forward", "training") if options.only in f"{case} {mode}"]
-            if not wanted or (options.quick and (dim > 256 and tokens > 16)):
-                continue
-            torch.manual_seed(0)
-            ours = our_layer(experts, top_k, dim, hidden, "sum" if experts == 8 else "none").to(dtype)
-            theirs = {name: their_layer(experts, top_k, dim, hidden, name) for name in ("eager", "grouped_mm")}
-            x = torch.randn(1, tokens, dim).to(dtype).requires_grad_()
-            dy = torch.randn(1, tokens, dim).to(dtype)
-            position_BL = torch.arange(tokens).unsqueeze(0)
-            context = ForwardContext(position_BL=position_BL, rotary=(position_BL, position_BL))  # of no use to a layer
-
-            def ours_call(x: Tensor, ours: nn.Module = ours, context: ForwardContext = context) -> Tensor:
-                return ours(x, context)
-
-            expected = results(ours, ours_call, x, dy)
-            for name, layer in theirs.items():
-                copy_weights(ours, layer.to(dtype))
-                check(f"{case} {name}", expected, results(layer, layer, x, dy), TOLERANCE[label])
-            compiled: Any = torch.compile(theirs["grouped_mm"], dynamic=False)
-            check(f"{case} compiled", expected, results(theirs["grouped_mm"], compiled, x, dy), TOLERANCE[label])
-            calls = {
-                **{name: (layer, layer) for name, layer in theirs.items()},
-                "compiled": (theirs["grouped_mm"], compiled),
-            }
-            family = "Mixtral" if experts == 8 else "OLMoE"
-            for mode in wanted:
-                if mode == "forward":
-                    mine, peers = (
-                        infer(ours_call, x),
-                        {f"{family} {n}": infer(call, x) for n, (_, call) in calls.items()},
-                    )
-                else:
-                    mine = step(ours, ours_call, x, dy)
-                    peers = {f"{family} {n}": step(layer, call, x, dy) for n, (layer, call) in calls.items()}
-                rows.append({**compare(f"{case} {mode}", mine, peers, rounds=options.rounds), "shape": shape})
-            for layer in (ours, *theirs.values()):
-                layer.zero_grad(set_to_none=True)
+        tokens, _, _, dim, _ = shape
+        for label in DTYPES:
+            modes = [mode for mode in ("forward", "training") if options.only in f"{case_name(shape, label)} {mode}"]
+            if modes and not (options.quick and (dim > 256 and tokens > 16)):
+                rows += time_shape(shape, label, modes, options.rounds)
     finish("moe_layer", rows, options, ("torch", "transformers", "anabranch"))
 
 

@@ -4,7 +4,7 @@ The same decoder with 1, 2, 4 and 8 streams. Decoding one sequence reads every w
 than P = 1. Peers: the plain model; the plain model on P sequences (what streams must not be slower than); four passes one after the
 other (what sharing the read saves). Bars: decode at batch 1, P = 4 at most twice the plain model (ratio at least 0.5).
 
-    python benchmarks/parscale.py --json benchmarks/results/parscale.json
+    python benchmarks/parscale.py --json benchmarks/results/parscale.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: B sequences, L tokens
 

@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _bars import with_bars
 from _gateway import free_port, machine, running
 from _serving import Answer, Prompts, Server, Work, Worker, agreement, lengths, summary
 from anabranch.lm import export_huggingface, load_model
@@ -237,7 +238,7 @@ def main() -> None:
             rows = measured(options, those, prompts)
         found = report(rows, ready)
         result = {
-            "name": "serving_engine", "rows": table(found), **found, **machine(),
+            "name": "serving_engine", "rows": with_bars("serving_engine", table(found)), **found, **machine(),
             "options": {**vars(options), "model": options.model.name},
         }  # fmt: skip
     if options.json:

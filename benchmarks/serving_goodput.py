@@ -25,6 +25,7 @@ from typing import Any
 
 import aiohttp
 
+from _bars import with_bars
 from _gateway import machine
 from _serving_http import Result, Server, ask, ours, save_small_moe
 
@@ -256,7 +257,12 @@ def main() -> None:
             }
     print(json.dumps({name: {"kept": row["kept"]} for name, row in report["contestants"].items()}))
     if given.json is not None:
-        result = {"name": "serving_goodput", "rows": table(report["contestants"]), **report, **machine()}
+        result = {
+            "name": "serving_goodput",
+            "rows": with_bars("serving_goodput", table(report["contestants"])),
+            **report,
+            **machine(),
+        }
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

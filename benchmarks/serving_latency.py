@@ -23,6 +23,7 @@ from typing import Any
 
 import aiohttp
 
+from _bars import with_bars
 from _gateway import machine
 from _serving_http import Server, ours
 from anabranch.studies.small_model import find_weights
@@ -161,7 +162,7 @@ def main() -> None:
         result = {
             "name": "serving_latency",
             "bars": {"ratio": 3},
-            "rows": rows,
+            "rows": with_bars("serving_latency", rows),
             "options": {**vars(given), "json": None},
             **machine(),
         }

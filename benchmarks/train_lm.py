@@ -1,9 +1,10 @@
 """How fast is a whole training step, from batch to moved weights, against the same model in transformers?
 
-Ours is one step of `anabranch.train.Trainer`; the peer is OLMoE (64 experts) or Mixtral (8) with each of its experts
-implementations, the better one also under torch.compile, trained by the loop one writes for it: forward, backward, clipping,
-fused AdamW. Same weights, batch, AdamW
-settings and autocast; losses and gradients compared first. No balance losses on either side, since the two define them
+Ours is one step of `anabranch.train.Trainer`; the peer is OLMoE (64 experts) or Mixtral (8) with its experts eager, by grouped_mm
+and, where its copies of weights fit (`_transformers.MOST_COPIED`), by batched_mm, the first two also under torch.compile, trained by the
+loop one writes for it: forward, backward, clipping, fused AdamW. Same weights, batch, AdamW settings and autocast; losses and gradients
+are compared first. In bfloat16 the peer's matrix products are in bfloat16, its experts' too (`_transformers.cast_grouped_mm`): they are
+counted, in ``peer_products``, and any of another type ends the benchmark. No balance losses on either side, since the two define them
 differently. Bar: 1.5.
 
     python benchmarks/train_lm.py --json benchmarks/results/train_lm.avx512_bf16.json  # or of what instructions yours are
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import _transformers as peer
 from _harness import arguments, compare, finish, start
 from anabranch.data import Batch, DataConfig, Files
 from anabranch.lm import Decoder, load_model
@@ -46,7 +48,6 @@ CASES = [
     Case(128, 4, 8, 2, 128, 8, 256),
     Case(256, 4, 64, 8, 128, 8, 256, vocab=8192),
 ]
-IMPLEMENTATIONS = ("eager", "grouped_mm")
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8}
 DECAY, CLIP = 0.1, 1.0
 # Relative error of the loss and of the gradient as a whole. In bf16 a few tokens near a tie go to another expert.
@@ -133,15 +134,15 @@ def their_loss(model: Any, batch: Batch, precision: str) -> Tensor:
         return model(input_ids=batch.token_BL, labels=batch.target_BL, shift_labels=batch.target_BL).loss
 
 
-def their_step(model: Any, batch: Batch, precision: str, call: Any = None) -> Callable[[], Any]:
-    """``call``: what runs the model, such as its compiled form; itself if None."""
+def their_step(model: Any, batch: Batch, precision: str, call: Any) -> Callable[[], Any]:
+    """``call``: what runs the model: itself, or its compiled form."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
 
     def work() -> None:
-        their_loss(model if call is None else call, batch, precision).backward()
+        their_loss(call, batch, precision).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         assert torch.isfinite(norm)
         optimizer.step()
@@ -168,51 +169,62 @@ def gradient(model: Any) -> Tensor:
     return flat
 
 
-def check(name: str, trainer: Trainer, theirs: Any, batch: Batch, precision: str) -> None:
+def check(name: str, trainer: Trainer, theirs: Any, call: Any, batch: Batch, precision: str) -> dict[str, int]:
+    """That ``call``, ``theirs`` or its compiled form, computes what ours does, and in which precision: its products, counted."""
     with autocast(precision, batch.token_BL.device):
         loss = trainer.model(batch.token_BL, batch.target_BL).loss
     loss.backward()
-    their = their_loss(theirs, batch, precision)
+    their = their_loss(call, batch, precision)
     their.backward()
     mine, other = gradient(trainer.model), gradient(theirs)
     errors = abs(loss.item() / their.item() - 1), ((mine - other).norm() / other.norm()).item()
     for what, error, allowed in zip(("loss", "gradient"), errors, TOLERANCE[precision], strict=True):
         if not error <= allowed:
             raise SystemExit(f"{name}: the {what} differs by {error:.1e}, more than {allowed:.0e}")
+    counted = peer.check_products(name, lambda: their_loss(call, batch, precision).backward(), precision)
+    theirs.zero_grad(set_to_none=True)
+    return counted
+
+
+def time_case(case: Case, precision: str, rounds: int) -> dict[str, Any]:
+    """The row of one case."""
+    name = f"{case} {precision}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peer.forget_compiled()
+    kinds = peer.implementations(case.batch * case.length * case.top_k, case.dim, case.hidden, case.layers)
+    theirs = {kind: their_model(case, kind).to(device) for kind in kinds}
+    generator = torch.Generator().manual_seed(1)
+    sequence_BL = torch.randint(case.vocab, (case.batch, case.length + 1), generator=generator)
+    whole = torch.zeros(case.batch, dtype=torch.int64)
+    batch = Batch(sequence_BL[:, :-1].contiguous(), sequence_BL[:, 1:].contiguous(), whole).to(device)
+    family = "Mixtral" if case.experts == 8 else "OLMoE"
+    calls = {f"{family} {peer.label(kind)}": (model, model) for kind, model in theirs.items()}
+    for kind in ("eager", peer.CAST):
+        calls[f"{family} {peer.label(kind)}, compiled"] = (theirs[kind], peer.compiled(theirs[kind], kind))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = our_trainer(case, our_model(theirs["eager"]), batch, precision, Path(folder))
+        products = {
+            each: check(f"{name}, {each}", trainer, model, call, batch, precision)
+            for each, (model, call) in calls.items()
+        }
+        peers = {each: their_step(model, batch, precision, call) for each, (model, call) in calls.items()}
+        row = compare(name, trainer._step, peers, rounds=rounds)
+        trainer.close()
+    tokens = round(1e3 * case.batch * case.length / row["ours"])
+    counted = products[row["peer_name"]]
+    return {**row, "tokens_per_second": tokens, "peer_products": counted, "shape": case._asdict()}
 
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
     start(options)
-    rows = []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for case in CASES:
-        for precision in ("float32", "bfloat16"):
-            name = f"{case} {precision}"
-            if options.only not in name or (options.quick and case.vocab > 257):
-                continue
-            theirs = {
-                implementation: their_model(case, implementation).to(device) for implementation in IMPLEMENTATIONS
-            }
-            generator = torch.Generator().manual_seed(1)
-            sequence_BL = torch.randint(case.vocab, (case.batch, case.length + 1), generator=generator)
-            batch = Batch(
-                sequence_BL[:, :-1].contiguous(),
-                sequence_BL[:, 1:].contiguous(),
-                torch.zeros(case.batch, dtype=torch.int64),
-            ).to(device)
-            family = "Mixtral" if case.experts == 8 else "OLMoE"
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = our_trainer(case, our_model(theirs["eager"]), batch, precision, Path(folder))
-                for model in theirs.values():
-                    check(name, trainer, model, batch, precision)
-                peers = {f"{family} {kind}": their_step(model, batch, precision) for kind, model in theirs.items()}
-                compiled = torch.compile(theirs["grouped_mm"], dynamic=False)
-                peers[f"{family} compiled"] = their_step(theirs["grouped_mm"], batch, precision, compiled)
-                row = compare(name, trainer._step, peers, rounds=options.rounds)
-                trainer.close()
-            tokens = case.batch * case.length
-            rows.append({**row, "tokens_per_second": round(1e3 * tokens / row["ours"]), "shape": case._asdict()})
+    peer.register()
+    rows = [
+        time_case(case, precision, options.rounds)
+        for case in CASES
+        for precision in ("float32", "bfloat16")
+        if options.only in f"{case} {precision}" and not (options.quick and case.vocab > 257)
+    ]
     finish("train_lm", rows, options, ("torch", "transformers", "anabranch"))
 
 

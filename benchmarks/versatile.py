@@ -5,7 +5,7 @@ often, so 2.5 on average; with T=1 four tokens run one after the other. ``all lo
 token loops to L_max, the width path for all), with our shared first loop in it; ``4 loops`` has neither heads nor width path. The
 virtual experts as a stacked pool (``grouped``) are timed too. Bars: 1.3 against all loops, 1.2 against 4 loops.
 
-    python benchmarks/versatile.py --json benchmarks/results/versatile.json
+    python benchmarks/versatile.py --json benchmarks/results/versatile.avx512_bf16.json  # or of what instructions yours are
 """
 # Shapes: T tokens, D width, F hidden width
 

@@ -192,18 +192,43 @@ def _marked(value: Any, mark: str) -> Any:
 
 
 def benchmark_table(recorded: dict[str, Any]) -> str:
-    """Ours against the peer, case by case."""
-    columns = {"Case": "case", "Ours": "ours", "Peer": "peer", "Ratio": "ratio", "Spread": "spread"}
+    """Ours against the peer, case by case, with what was asked before it was measured, and where and when that was."""
+    columns = {
+        "Case": "case",
+        "Against": "peer_name",
+        "Ours": "ours",
+        "Peer": "peer",
+        "Ratio": "ratio",
+        "Bar": "bar",
+        "Spread": "spread",
+    }
+    rows = [
+        row | {"ratio": "withdrawn", "bar": None} if row.get("withdrawn") else row | {"bar": _bar_told(row)}
+        for row in recorded["rows"]
+    ]
+    withdrawn = sorted({f"Withdrawn: {row['withdrawn']}." for row in rows if row.get("withdrawn")})
+    told = " ".join([*withdrawn, *([recorded["note"]] if recorded.get("note") else [])])
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (
-        _table(columns, recorded["rows"])
-        + f"\nMeasured on {recorded['device']}{_commit_of(recorded)}. Ratio above 1: ours is better. {again}\n"
+        _table(columns, rows)
+        + f"\nMeasured on {_measured(recorded)}. Ratio above 1: ours is better. {again}\n"
+        + (f"\n{told}\n" if told else "")
     )
 
 
-def _commit_of(recorded: dict[str, Any]) -> str:
-    """The commit that a record measured: what it says of later code is not known."""
-    return f", at commit {recorded['commit']}" if recorded.get("commit") else ""
+def _bar_told(row: dict[str, Any]) -> str | None:
+    return f"{_cell(row['bar'])}, {'met' if is_met(row) else 'missed'}" if row.get("bar") is not None else None
+
+
+def is_met(row: dict[str, Any]) -> bool:
+    """Whether the ratio reaches what was asked of it."""
+    return row["ratio"] >= row["bar"]
+
+
+def _measured(recorded: dict[str, Any]) -> str:
+    """Processor, day and the commit that a record measured: what it says of later code is not known."""
+    parts = [recorded["device"], recorded.get("date")]
+    return ", ".join(filter(None, parts)) + (f", at commit {recorded['commit']}" if recorded.get("commit") else "")
 
 
 def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
@@ -244,8 +269,27 @@ def readme_figures() -> str:
         (json.loads(path.read_text(encoding="utf-8")), path.stem.partition(".")[2]) for path in _records("benchmarks")
     ]
     rows = [row for recorded, isa in benchmarks for row in _ratios(recorded, isa)]
-    columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest")
-    return text + ("\n" + _table({name: name.lower() for name in columns}, rows) if rows else "")
+    columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest", "Bars met", "Measured")
+    told = [
+        f"{MARGIN} {recorded['name']}{f' ({isa})' if isa else ''}: {' '.join(_told(recorded))}\n"
+        for recorded, isa in benchmarks
+        if _told(recorded)
+    ]
+    return (
+        text
+        + ("\n" + _table({name: name.lower() for name in columns}, rows) if rows else "")
+        + "".join(f"\n{line}" for line in told)
+    )
+
+
+def _told(recorded: dict[str, Any]) -> list[str]:
+    """What is to be known of a record beside its figures: rows that are withdrawn, and its note."""
+    reasons: dict[str, int] = {}
+    for row in recorded["rows"]:
+        if row.get("withdrawn"):
+            reasons[row["withdrawn"]] = reasons.get(row["withdrawn"], 0) + 1
+    withdrawn = [f"{count} cases are withdrawn: {reason}." for reason, count in reasons.items()]
+    return [*withdrawn, *([recorded["note"]] if recorded.get("note") else [])]
 
 
 def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
@@ -255,18 +299,29 @@ def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
 
 def _ratios(recorded: dict[str, Any], isa: str) -> list[dict[str, Any]]:
     """One row for each peer of a benchmark of time; ``isa`` are the processor's instructions where its record is named after them."""
-    of_peer: dict[str, list[float]] = {}
-    name = recorded["name"] + (f" ({isa})" if isa else "")
+    of_peer: dict[str, list[dict[str, Any]]] = {}
+    name = recorded["name"] + (f" ({isa})" if isa else "") + (f" {MARGIN}" if _told(recorded) else "")
     for row in recorded["rows"]:
-        if row.get("peer_name") and row.get("ratio") is not None and row.get("unit") not in ("MB", "% answered"):
-            of_peer.setdefault(row["peer_name"], []).append(row["ratio"])
+        shown = row.get("peer_name") and row.get("ratio") is not None and not row.get("withdrawn")
+        if shown and row.get("unit") not in ("MB", "% answered"):
+            of_peer.setdefault(row["peer_name"], []).append(row)
     return [
         {
-            "benchmark": name, "against": peer, "cases": len(found),
-            "lowest": min(found), "median": statistics.median(found), "highest": max(found),
+            "benchmark": name, "against": peer, "cases": len(found), **_range([row["ratio"] for row in found]),
+            "bars met": _bars_met(found), "measured": _measured(recorded),
         }
         for peer, found in of_peer.items()
     ]  # fmt: skip
+
+
+def _range(ratios: list[float]) -> dict[str, float]:
+    return {"lowest": min(ratios), "median": statistics.median(ratios), "highest": max(ratios)}
+
+
+def _bars_met(rows: list[dict[str, Any]]) -> str | None:
+    """How many of the rows of which a ratio was asked reach it; None if none was asked of any."""
+    asked = [row for row in rows if row.get("bar") is not None]
+    return f"{sum(map(is_met, asked))} of {len(asked)}" if asked else None
 
 
 def _records(folder: str) -> list[Path]:

@@ -340,12 +340,52 @@ def test_every_verdict_over_zero_is_marked():
 
 
 def test_benchmark_table_by_hand():
-    rows = [{"case": "64 experts", "ours": 1.0, "peer": 1.5, "ratio": 1.5, "spread": None}]
-    assert hooks.benchmark_table({"name": "moe_layer", "device": "a laptop", "rows": rows}) == (
-        "| Case | Ours | Peer | Ratio | Spread |\n"
-        "| :-- | --: | --: | --: | :-- |\n"
-        "| 64 experts | 1 | 1.5 | 1.5 | - |\n"
-        "\nMeasured on a laptop. Ratio above 1: ours is better. Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
+    rows = [
+        {
+            "case": "64 experts",
+            "peer_name": "theirs",
+            "ours": 1.0,
+            "peer": 1.5,
+            "ratio": 1.5,
+            "bar": 1.5,
+            "spread": None,
+        },
+        {
+            "case": "8 experts",
+            "peer_name": "theirs",
+            "ours": 1.0,
+            "peer": 1.4,
+            "ratio": 1.4,
+            "bar": 1.5,
+            "spread": None,
+        },
+        {
+            "case": "none",
+            "peer_name": "theirs",
+            "ours": 1.0,
+            "peer": 1.4,
+            "ratio": 1.4,
+            "bar": 1,
+            "withdrawn": "unequal",
+        },
+    ]
+    record = {
+        "name": "moe_layer",
+        "device": "a laptop",
+        "date": "2026-11-24",
+        "commit": "abc",
+        "note": "Older.",
+        "rows": rows,
+    }
+    assert hooks.benchmark_table(record) == (
+        "| Case | Against | Ours | Peer | Ratio | Bar | Spread |\n"
+        "| :-- | :-- | --: | --: | --: | :-- | :-- |\n"
+        "| 64 experts | theirs | 1 | 1.5 | 1.5 | 1.5, met | - |\n"
+        "| 8 experts | theirs | 1 | 1.4 | 1.4 | 1.5, missed | - |\n"
+        "| none | theirs | 1 | 1.4 | withdrawn | - | - |\n"
+        "\nMeasured on a laptop, 2026-11-24, at commit abc. Ratio above 1: ours is better. "
+        "Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
+        "\nWithdrawn: unequal. Older.\n"
     )
 
 
@@ -396,17 +436,20 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
     claim = {"claim": "a beats b", "difference": -0.0123, "interval": [-0.02, -0.01], "verdict": "holds"}
     (tmp_path / "studies" / "results" / "s.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
     rows = [{"case": "x", "peer_name": "p", "ratio": ratio, "unit": "ms"} for ratio in (1.5, 0.5, 3.0)]
+    rows[0]["bar"], rows[1]["bar"] = 1.5, 1.0
     rows += [
         {"case": "memory", "peer_name": "formula", "ratio": 9.0, "unit": "MB"},
         {"case": "growth", "peer_name": None},
+        {"case": "unequal", "peer_name": "p", "ratio": 99.0, "unit": "ms", "withdrawn": "they did less"},
     ]
-    (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
+    (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "device": "c", "rows": rows}))
     of_processor = tmp_path / "benchmarks" / "results" / "b.avx2.json"
     of_processor.write_text(json.dumps({"name": "b", "device": "d", "rows": [{**rows[0], "ratio": 0.75}]}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
     assert "| s | 1 | 0 | 0 | 0 |" in shown
-    assert "| b | p | 3 | 0.5 | 1.5 | 3 |" in shown
-    assert "| b (avx2) | p | 1 | 0.75 | 0.75 | 0.75 |" in shown
+    assert "| b \\* | p | 3 | 0.5 | 1.5 | 3 | 1 of 2 | c |" in shown
+    assert "| b (avx2) | p | 1 | 0.75 | 0.75 | 0.75 | 0 of 1 | d |" in shown
+    assert "\n\\* b: 1 cases are withdrawn: they did less.\n" in shown
     assert "formula" not in shown
     assert "stale" not in shown
