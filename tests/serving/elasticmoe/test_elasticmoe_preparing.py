@@ -68,6 +68,7 @@ def test_one_that_is_aborted_never_comes_and_one_that_is_paused_stays_so(prepari
         preparing.pause(id)
     preparing.resume("c")
     preparing.forget("a")
+    assert futures.pop("a").cancelled()
     for future in futures.values():
         future.set_result(None)
     assert preparing.ready() == [given("b"), given("c")]

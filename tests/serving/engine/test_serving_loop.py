@@ -314,16 +314,27 @@ def test_a_request_that_waits_can_be_aborted_and_its_id_come_again():
     assert [end.finish for end in watch.ends("a")] == [Finish.ABORT]
     futures["a"] = second
     watch.loop.put(Add(request("a", 30, 2)))
-    first.set_result(None)
+    assert first.cancelled()  # what nobody waits for need not be made
     threading.Timer(0.05, second.set_result, (None,)).start()
     watch.loop.run(until_idle=True)
     assert watch.tokens("a") == [31, 32]
 
 
+def test_what_the_end_of_the_store_cancels_refuses_its_request():
+    future = Future()
+    watch = Watch(prepare=prepared_by({"bad": future}))
+    watch.loop.put(Add(request("bad")))
+    threading.Timer(0.05, future.cancel).start()
+    watch.loop.run(until_idle=True)
+    assert watch.of(Refused) == [Refused("bad", "the engine ends")]
+
+
 def test_a_loop_that_ends_waits_for_nothing_that_is_prepared():
-    watch = Watch(prepare=prepared_by({"slow": Future()}))
+    future = Future()
+    watch = Watch(prepare=prepared_by({"slow": future}))
     watch.loop.put(Add(request("slow")))
     watch.loop.put(Close())
     watch.loop.run()
+    assert future.cancelled()
     assert [end.finish for end in watch.ends("slow")] == [Finish.ABORT]
     assert watch.of(Closed) == [Closed(None)]

@@ -257,34 +257,97 @@ def test_what_was_refused_is_not_tried_again(monkeypatch):
         kept.get({"not": {}})
 
 
-def test_all_grammars_together_take_no_more_than_there_is(monkeypatch):
+def test_grammars_together_take_no_more_than_there_is_and_a_source_no_more_than_is_left_free(monkeypatch):
     kept = GrammarStore(TOKENIZER)
-    monkeypatch.setattr(store, "MOST_BYTES", 3 << 20)
+    monkeypatch.setattr(store, "MOST_BYTES", 6 << 20)
     monkeypatch.setattr(store, "try_out", lambda *_: 1 << 20)
     for number in range(5):
         kept.get({"const": number})
     assert len(kept._kept) == 3
     matchers = [kept.get({"const": number}).matcher() for number in range(3)]  # which hold theirs
     monkeypatch.setattr(store, "WAIT_S", 0.05)
-    with pytest.raises(BusyError, match="take 3 MiB; ask again"):
+    with pytest.raises(BusyError, match="take 3 of 6 MiB, yours 3; ask again"):
         kept.get({"const": 9})
+    bob = [kept.prepare({"const": number}, "bob").result(20).matcher() for number in (10,)]
+    with pytest.raises(BusyError, match="take 4 of 6 MiB, yours 1; ask again"):
+        kept.prepare({"const": 11}, "bob").result(20)
     monkeypatch.setattr(store, "WAIT_S", 20)
+    bob.clear()
     threading.Timer(0.1, matchers.clear).start()
     assert kept.get({"const": 9}).size_bytes == 1 << 20
+    assert kept._reserved == {}
+    kept.close()
+
+
+def test_who_has_most_lets_go_first(monkeypatch):
+    kept = GrammarStore(TOKENIZER)
+    monkeypatch.setattr(store, "_MOST_KEPT", 4)
+    monkeypatch.setattr(store, "try_out", lambda *_: 1)
+    first = kept.prepare({"const": "bob's"}, "bob").result(20)
+    for number in range(9):
+        kept.prepare({"const": number}, "alice").result(20)
+    assert [grammar.source for grammar in kept._kept.values()] == ["bob", "alice", "alice", "alice"]
+    assert first in kept._kept.values()
     kept.close()
 
 
 def test_who_asks_for_too_many_at_a_time_is_told_to_ask_again(monkeypatch):
     kept, may_go = GrammarStore(TOKENIZER), threading.Event()
     monkeypatch.setattr(store, "MOST_WAITING", 2)
+    monkeypatch.setattr(store, "_AT_ONCE", 1)
     monkeypatch.setattr(store, "try_out", lambda *_: may_go.wait(20) and 1)
-    first, second = kept.prepare({"const": 1}), kept.prepare({"const": 2})
-    assert kept.prepare({"const": 1}) is first
+    futures = [kept.prepare({"const": 0})]
+    while kept._turns._waiting:
+        time.sleep(0.001)
+    futures += [kept.prepare({"const": number}) for number in (1, 2, 1)]
     with pytest.raises(BusyError, match="2 grammars wait"):
         kept.get({"const": 3})
+    others = kept.prepare({"const": 3}, "bob")
     may_go.set()
-    assert first.result(20) is not second.result(20)
+    made = [future.result(20) for future in (*futures, others)]
+    assert made[1] is made[3]
+    assert len(set(made)) == 4
     kept.close()
+
+
+def test_a_source_waits_for_a_few_of_anothers_however_many_they_are_and_none_is_made_for_nobody(monkeypatch):
+    """With the processes that try out, as in use: alice sends 300 different schemas, bob one, and then alice hangs up."""
+    kept, order = GrammarStore(TOKENIZER), []
+    work = kept._compile
+    monkeypatch.setattr(kept, "_compile", lambda key, form, source: order.append(source) or work(key, form, source))
+    alice = [kept.prepare({"enum": [number, number + 0.5]}, "alice") for number in range(store.MOST_WAITING)]
+    before = len(order)
+    kept.prepare({"const": "bob's"}, "bob").result(60)
+    assert order.count("alice") - before <= 2 * store._THREADS
+    for future in alice:
+        future.cancel()
+    ran = len(order)
+    assert kept.prepare({"enum": ["the last"]}, "alice").result(60)
+    assert len(order) <= ran + 1 + store._AT_ONCE
+    assert len(kept._under_way) <= store._AT_ONCE
+    assert not kept._turns._waiting  # none of those that were cancelled
+    kept.close()
+
+
+def test_one_of_two_who_wait_for_a_grammar_may_leave(monkeypatch):
+    kept, may_go = GrammarStore(TOKENIZER), threading.Event()
+    monkeypatch.setattr(store, "_AT_ONCE", 1)
+    monkeypatch.setattr(store, "try_out", lambda *_: may_go.wait(20) and 1)
+    kept.prepare({"const": 0})
+    first, second = kept.prepare({"const": 1}), kept.prepare({"const": 1})
+    assert first.cancel()
+    may_go.set()
+    assert second.result(20)
+    kept.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4000, 9000])
+def test_a_flat_object_of_many_properties_is_not_called_deep(count):
+    schema = {"type": "object", "properties": {f"a{number}": {"type": "null"} for number in range(count)}}
+    with pytest.raises(InputError, match=r"took more than 1 s|MiB of (memory|stack)"):
+        trial.try_out(forms.text_of(schema))
+    assert trial_worker.LIMITS.stack < 8 << 20  # that of the threads which compile
 
 
 def test_memory_that_a_grammar_takes_is_counted():

@@ -19,12 +19,14 @@ from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.stream import Stream
+from anabranch.serving.core.turns import Turns
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
 from anabranch.serving.grammar import try_out
 from anabranch.serving.grammar.forms import text_of
+from anabranch.serving.grammar.store import MOST_WAITING
 
 __all__ = ["Coordinator"]
 
@@ -49,6 +51,9 @@ class Coordinator:
         self.config = config
         self.autoscaler = Autoscaler(config.policy)
         self._judging = threading.Lock()
+        self._trials = Turns(
+            "anabranch-trial", "grammars wait to be tried out", threads=8, at_once=2, most_waiting=MOST_WAITING
+        )
         self.group = Group(config, self._served, on_phase, fork_server)
         self._met = self._missed = 0
         self._is_draining = False
@@ -77,7 +82,7 @@ class Coordinator:
         # The ranks have no time for what cannot be followed.
         if request.sampling.grammar is not None:
             text = text_of(request.sampling.grammar)
-            await asyncio.to_thread(try_out, text, request.key)
+            await asyncio.wrap_future(self._trials.submit(request.key, try_out, text, request.key))
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
         stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
 
@@ -120,6 +125,7 @@ class Coordinator:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         await asyncio.to_thread(self.group.close, drain_s)
+        self._trials.close()
 
     def _control_scale(self, devices: Any, lost: Any = (), mode: str | None = None) -> dict[str, Any]:
         target = devices if isinstance(devices, int) else tuple(devices)

@@ -66,7 +66,10 @@ class Preparing:
     def forget(self, id: str) -> None:
         """A request has ended, or has what it needs; an unknown one is left alone."""
         self._waiting.pop(id, None)
-        self._held.pop(id, None)
+        future = self._held.pop(id, None)
+        if future is not None:
+            # What nobody waits for need not be made.
+            future.cancel()
         self._paused.discard(id)
 
     def pause(self, id: str) -> None:

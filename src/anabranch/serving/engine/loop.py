@@ -242,7 +242,7 @@ class EngineLoop:
             return
         del self._preparing[id]
         self._live.discard(id)
-        error = future.exception()
+        error = AnabranchError("the engine ends") if future.cancelled() else future.exception()
         if error is None:
             self._held[id] = future.result()
             self._schedule(request)
@@ -262,7 +262,10 @@ class EngineLoop:
         self._is_idle_told = False
 
     def _abort(self, id: str) -> None:
-        if self._preparing.pop(id, None) is not None:
+        preparing = self._preparing.pop(id, None)
+        if preparing is not None:
+            # Nobody waits for it any longer, so it need not be made.
+            preparing[1].cancel()
             output: Output | None = Output(id=id, finish=Finish.ABORT)
         else:
             output = self.scheduler.abort(id)
@@ -297,6 +300,8 @@ class EngineLoop:
         message = f"{type(error).__name__}: {error}"
         lost = [Output(id=id, finish=Finish.ERROR, error=message) for id in sorted(self._live)]
         self._live.clear()
+        for _, future in self._preparing.values():
+            future.cancel()
         self._preparing.clear()
         self._emit([*lost])
         self._end(message)

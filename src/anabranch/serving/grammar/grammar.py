@@ -23,12 +23,15 @@ class Grammar:
         vocabulary: of the tokenizer.
         ends: end-of-text tokens, allowed exactly where a text may end.
         size_bytes: of memory that it takes.
+        source: whose memory that is.
 
     Raises InputError for a grammar that cannot be followed.
     """
 
-    def __init__(self, text: str, vocabulary: Vocabulary, ends: Sequence[int], size_bytes: int = 0) -> None:
-        self.size_bytes = size_bytes
+    def __init__(
+        self, text: str, vocabulary: Vocabulary, ends: Sequence[int], size_bytes: int = 0, source: str = ""
+    ) -> None:
+        self.size_bytes, self.source = size_bytes, source
         self._vocabulary = vocabulary
         self._ends = tuple(sorted({end for end in ends if end < vocabulary.size}))
         library = llguidance()

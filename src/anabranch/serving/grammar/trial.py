@@ -12,6 +12,10 @@ from anabranch.serving.grammar.library import llguidance
 __all__ = ["try_out"]
 
 _MEMORY = f"it asked for more than {trial_worker.LIMITS.memory_text} of memory"
+_STACK = (
+    f"it needs more than {(trial_worker.LIMITS.stack or 0) >> 20} MiB of stack: it is nested too deeply, or one object has too many "
+    "properties"
+)
 
 
 def _require() -> None:
@@ -24,7 +28,7 @@ WORK = Work(
     do="try grammars out",
     limits=trial_worker.LIMITS,
     greeting={"grammar": '{"grammars":[{"json_schema":{"type":"null"}}]}'},
-    crash={signal.SIGABRT: _MEMORY, signal.SIGSEGV: "it is nested too deeply"},
+    crash={signal.SIGABRT: _MEMORY, signal.SIGSEGV: _STACK},
     require=_require,
 )
 
