@@ -328,6 +328,40 @@ def _records(folder: str) -> list[Path]:
     return sorted((ROOT / folder / "results").glob("*.json"))
 
 
+# Systems
+
+
+SYSTEMS_MARK = re.compile(r"(<!-- systems -->\n).*?(<!-- /systems -->)", re.DOTALL)
+SYSTEM_ROW = re.compile(r"^\| (?P<name>[^|(]+?) (?:\([^|]*\) )?\| (?P<cells>[^\n]*) \|$", re.MULTILINE)
+CODE_LINK = re.compile(r"\[[^\]]*\]\(src/([^)]*)\)")
+
+
+def index_with_systems(index: str, readme: str) -> str:
+    """docs/systems/index.md with its table taken from the README's. ``python docs/hooks.py`` writes it; a test finds it stale."""
+    return SYSTEMS_MARK.sub(lambda found: found[1] + systems_table(readme) + found[2], index)
+
+
+def systems_table(readme: str) -> str:
+    """The README's systems as rows of docs/systems/index.md: links from there, modules in place of files."""
+    table = readme.partition("| System |")[2].partition("\n\n")[0].split("\n", 2)[2]
+    rows = []
+    for found in SYSTEM_ROW.finditer(table):
+        routes, page, code, evidence, state = found["cells"].split(" | ", 4)
+        rows.append([
+            page.replace("[page]", f"[{found['name']}]"), routes,
+            CODE_LINK.sub(lambda link: f"`{link[1].removesuffix('.py').strip('/').replace('/', '.')}`", code), evidence, state,
+        ])  # fmt: skip
+    header = [["System", "Routes", "Module", "Evidence", "State"], ["---"] * 5]
+    text = "".join("| " + " | ".join(row) + " |\n" for row in header + rows)
+    return text.replace("](docs/systems/", "](").replace("](docs/", "](../")
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(readme_with_figures(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, written in (
+        (ROOT / "README.md", readme_with_figures),
+        (
+            ROOT / "docs" / "systems" / "index.md",
+            lambda text: index_with_systems(text, (ROOT / "README.md").read_text()),
+        ),
+    ):
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -419,6 +419,26 @@ def test_readme_shows_the_recorded_figures():
     assert hooks.readme_with_figures(text) == text, "the README is stale: run python docs/hooks.py"
 
 
+def test_the_index_of_systems_says_what_the_readme_does():
+    index, readme = (DOCS / "systems" / "index.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
+    assert hooks.index_with_systems(index, readme) == index, "the index is stale: run python docs/hooks.py"
+    pages = set(re.findall(r"\]\(docs/systems/([\w-]+\.md)\)", readme.partition("## Systems")[2].partition("\n## ")[0]))
+    assert pages == set(re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\)", index, re.MULTILINE))
+    assert len(pages) > 15
+
+
+def test_systems_table_by_hand():
+    readme = (
+        "## Systems\n\n| System | Routes | Page | Code | Evidence | State |\n|---|---|---|---|---|---|\n"
+        "| A ([arXiv 1](https://arxiv.org/abs/1), [2](https://x.org)) | tokens | [page](docs/systems/a.md) | [b.py](src/p/b.py), "
+        "[c/](src/p/c) | [study](docs/evidence.md#studies) | done (two seeds) |\n\nMore.\n"
+    )
+    assert hooks.systems_table(readme) == (
+        "| System | Routes | Module | Evidence | State |\n| --- | --- | --- | --- | --- |\n"
+        "| [A](a.md) | tokens | `p.b`, `p.c` | [study](../evidence.md#studies) | done (two seeds) |\n"
+    )
+
+
 def test_a_benchmark_is_shown_on_every_processor_that_it_ran_on(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for name in ("b.avx2", "b.amx_bf16", "b_other"):
