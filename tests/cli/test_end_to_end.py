@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, 
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.report.write import check_place
 from anabranch.routing import RoutingTrace, consistency, measure
+from anabranch.routing.pool_routes import pool_routes
 from anabranch.routing.srp_statistics import srp_interval
 from anabranch.serving import LLM
 
@@ -276,11 +278,11 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert re.search(r"window +SRP +95% +cache +access +SCH +PLEC +LRU +LFU +fixed +Belady", text)
     code, _, err = here(*asked[:4], "--window", 99999)
     assert code == 2
-    assert "--window is 99999, but the longest sequence has" in err
+    assert "a window is 99999 tokens, but the longest sequence has" in err
     # A model is not run for nothing.
     code, _, err = here("report", trained[0], "--out", work / "too-long", "--window", 99999)
     assert code == 2
-    assert "--window is 99999, but the longest sequence has" in err
+    assert "a window is 99999 tokens, but the longest sequence has" in err
     assert not (work / "too-long").exists()
     # What an earlier report wrote is replaced, a trace too whose report was not finished.
     for left in ("*", "trace.parquet"):
@@ -683,7 +685,8 @@ def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, he
         assert facts["srp"] == pytest.approx(float(consistency.srp(trace, window, "model").value))
         assert facts["srp_interval"] == pytest.approx(srp_interval(trace, window, "model").tolist())
         for cold, hits in (("miss", facts["hits"]), ("free", facts["hits_free"])):
-            sch = consistency.sch(trace, window, cold=cold)
+            # The layers of the preset share a pool, and a pool has one cache.
+            sch = consistency.sch(pool_routes(trace), window, cold=cold)
             assert hits["segment"] == pytest.approx([sch.at_ratio(rho).mean() for rho in (1, 1.5)])
     first, decisions = found["layers"][0], trace.decisions(0)
     for name, token_N in (
@@ -701,8 +704,77 @@ def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, he
     code, again, _ = here("report", work / "windows/trace.parquet", "--out", work / "again", *sizes)
     assert code == 0
     assert "by the one" in again
-    assert re.search(r"window of 16 tokens: consistency of group \d of 4; SCH ", again)
+    assert re.search(r"window of 16 tokens: consistency of group \d of 4 \(.*16 tokens\); SCH ", again)
     assert "window of 4 tokens: SCH" in again
+
+
+class Rows(HTMLParser):
+    """The cells of each row of a page, without spaces, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.text, self.is_cell = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.is_cell = True
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        self.is_cell = self.is_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.is_cell:
+            self.rows[-1][-1] += data.replace(" ", "")
+
+
+def numbers(value):
+    """All numbers that a JSON value holds."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [found for one in value for found in numbers(one)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def test_what_the_terminal_shows_of_a_report_is_in_its_folder(trained, here, work, text_file):
+    folder, _ = trained
+    asked = ["--window", 4, "--window", 16, "--cache", 1, "--cache", 1.5, "--balance-audit", "--predictions", "--quiet"]
+    code, out, _ = here("report", folder, "--out", work / "whole", "--data", text_file, "--sequence-length", 32, *asked)
+    assert code == 0
+    page = Rows((work / "whole/report.html").read_text(encoding="utf-8"))
+    facts = json.loads((work / "whole/summary.json").read_text())
+    held = {f"{number:{form}}" for number in numbers(facts) for form in ("g", ",", ".2f", ".3f", ".4f", ".1%")}
+    lines = [line.split() for line in out.splitlines()]
+    tables = [line for line in lines if line and re.fullmatch(r"[\d.,]+", line[0]) and len(line) > 3]
+    assert len(tables) == 2 + 2 + 2 * 2 * 2 + 2  # layers, details, windows x caches x rules, audits
+    for line in tables:
+        row = "".join(line)
+        assert any(is_within(line, cells) for cells in page.rows), line
+        assert [word for word in line if re.fullmatch(r"-?[\d.,]+%?", word) and word not in held] == [], row
+    sentences = [line[8:] for line in out.splitlines() if line.startswith(" " * 8) and line.endswith(".")]
+    assert len(sentences) > 5
+    assert sentences == facts["text"]
+    assert [sentence for sentence in sentences if sentence not in page.text] == []
+    for heading in ("PLEC", "LFU", "fixed", "by the one predicted", "score over optimum", "95%"):
+        assert any(heading.replace(" ", "") in cells for cells in page.rows), heading
+    assert [len(facts[name]) for name in ("windows", "balance_audit")] == [2, 2]
+    assert (work / "whole/windows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def is_within(words, cells):
+    """Whether a line's words are some of a row's cells, in this order; a cell may take several words."""
+    at = 0
+    for cell in cells:
+        for end in range(at + 1, len(words) + 1):
+            if "".join(words[at:end]) == cell:
+                at = end
+                break
+    return at == len(words)
 
 
 def test_a_short_run_balanced_by_signs_is_told_of_what_suits_it(here, tmp_path, tiny, data):

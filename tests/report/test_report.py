@@ -57,11 +57,12 @@ def made(
     return builder.trace()
 
 
-def by_hand(index_NK, num_destinations, **columns):
+def by_hand(index_NK, num_destinations, item=None, **columns):
     index_NK = np.asarray(index_NK)
     layer = TraceLayer(layer=0, name="r", num_destinations=num_destinations, top_k=index_NK.shape[1])
     builder = TraceBuilder()
-    builder.add(layer, index_NK, np.where(index_NK < 0, 0.0, 0.5), item_N=np.arange(len(index_NK)), **columns)
+    item_N = np.arange(len(index_NK)) if item is None else np.full(len(index_NK), item)
+    builder.add(layer, index_NK, np.where(index_NK < 0, 0.0, 0.5), item_N=item_N, **columns)
     return builder.trace()
 
 
@@ -159,6 +160,41 @@ def test_words_follow_the_facts(trace, said):
     for words in said:
         assert words in text
     assert "nan" not in text
+
+
+def test_a_layer_whose_choice_is_fixed_is_said_to_choose_nothing():
+    columns = {"position_N": np.arange(64)}
+    (text,) = explain(summarize(by_hand([[1]] * 64, 2, item=0, **columns)))
+    assert text.startswith("In every layer every token takes the same expert (1), so nothing is chosen there.")
+    some = concat([by_hand([[1]] * 64, 2, item=0, **columns), by_wider()])
+    assert explain(summarize(some))[0].startswith("In layer 0 every token takes the same expert (1)")
+    assert len(explain(summarize(some))) > 1
+    # One expert is no choice either, and not a collapsed one.
+    assert "In every layer" not in " ".join(explain(summarize(by_hand([[0]] * 64, 1, item=0, **columns))))
+
+
+def test_layers_of_a_pool_have_one_cache():
+    """What is held together is counted once: a cache for each layer would be all experts there are."""
+    trace = made(pool=2, num_layers=4, num_destinations=4, length=64)
+    facts = summarize(trace).caches
+    assert facts.shared == {"group0": [0, 1], "group1": [2, 3]}
+    for policy in ("lru", "belady"):
+        for ratio, found in zip(facts.ratios, facts.hits[policy], strict=True):
+            wanted = []
+            for numbers in facts.shared.values():
+                layers = [of for of in consistency.routes(trace) if of.layer in numbers]
+                of_pool = consistency.hit_rates(layers, policy, cold="miss", level="model")
+                wanted.append(float(of_pool.at_ratio(ratio)[0]))
+            assert found == pytest.approx(np.mean(wanted)), (policy, ratio)
+    assert facts.ratios == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    held = set(facts.recommended_capacity.values())
+    assert held == {int(4 * facts.recommended_ratio)}
+    (text,) = [text for text in explain(summarize(trace)) if "SRP" in text]
+    assert f"cache {held.pop()} experts of each pool that layers share" in text or facts.is_everything
+
+
+def test_sizes_are_those_that_exist():
+    assert summarize(made(num_layers=2, length=64)).caches.ratios == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
 
 
 def test_report_is_whole_and_stands_alone(tmp_path):

@@ -79,10 +79,10 @@ def test_domains_are_correlated_where_there_are_several(index_STLK):
 @pytest.mark.parametrize(
     ("windows", "caches", "error", "message"),
     [
-        ([41], [2], DataError, "--window is 41, but the longest sequence has 40 tokens; use 1 to 40"),
-        ([0], [2], ConfigError, "--window is 0; it must be above 0"),
-        ([4], [-1.0], ConfigError, r"--cache is -1\.0; it must be above 0"),
-        ([4], [float("nan")], ConfigError, "--cache is nan; it must be above 0"),
+        ([41], [2], DataError, "a window is 41 tokens, but the longest sequence has 40; ask for 1 to 40"),
+        ([0], [2], ConfigError, "a window is 0 tokens; it must be above 0"),
+        ([4], [-1.0], ConfigError, r"a cache is -1\.0 times the active experts; it must be above 0"),
+        ([4], [float("nan")], ConfigError, "a cache is nan times the active experts; it must be above 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(index_STLK, windows, caches, error, message):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli import report_tables as tables
 from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
-from anabranch.cli.output import fact, print_json, wrote
+from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -85,8 +84,7 @@ def report(
     """
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
-    from anabranch.report.audit import audit_trace
-    from anabranch.report.windows import window_facts
+    from anabranch.report.tables import tables
     from anabranch.report.write import check_place, report_files
     from anabranch.routing import RoutingTrace
 
@@ -104,22 +102,18 @@ def report(
         trace, text, bias = _record(
             source, out, data, tokens, sequence_length, dtype, device, quiet, kept, window or []
         )
-    found = window_facts(trace, window or [16], cache or [2.0]) if window or cache else []
-    audits = audit_trace(trace, bias) if balance_audit else []
-    page = write_report(trace, out, title=Path(source).name or source, extra={"model": source, "text": text})
-    summary = summarize(trace)
+    summary = summarize(trace, windows=window or [], caches=cache or [], balance_audit=balance_audit, bias=bias)
+    extra = {"model": source, "text": text}
+    page = write_report(trace, out, title=Path(source).name or source, extra=extra, summary=summary)
     if as_json:
-        audit = {"balance_audit": [asdict(facts) for facts in audits]} if audits else {}
-        windows = {"windows": [asdict(facts) for facts in found]} if found else {}
-        print_json({"page": str(page), "model": source, "text": text, **summary.to_dict(), **windows, **audit})
+        print_json({"page": str(page), **extra, **summary.to_dict()})
         return
     fact("model", source)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
-    tables.print_layers(summary)
-    tables.print_passes(summary)
-    tables.print_details(summary)
-    tables.print_windows(found)
-    tables.print_audits(audits)
+    for found in tables(summary):
+        shown = found.on_terminal
+        rows = list(zip(*(column.cells for column in shown), strict=True))
+        table([column.heading for column in shown], rows, text_columns=0)
     for sentence in explain(summary):
         fact("", sentence)
     names = [name for name in (_TRACE, "summary.json") if (Path(out) / name).exists()]
@@ -162,7 +156,7 @@ def _record(
     device: str | None,
     quiet: bool,
     kept: _Kept,
-    asked: list[int],
+    windows_asked: list[int],
 ) -> tuple[RoutingTrace, str, dict[int, Any]]:
     """Run text through a model; the trace, which is also written, the name of the text, and the bias of the layers that have one."""
     import torch
@@ -179,7 +173,7 @@ def _record(
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
     # Before the model runs, which may take long.
-    check_windows(asked, length)
+    check_windows(windows_asked, length)
     place = network.embedding.weight.device
     path = Path(out) / _TRACE
     windows: Any = None

@@ -21,7 +21,7 @@ class LayerAudit:
     Attributes:
         layer: its number. ``tokens``: how many were audited.
         achieved: score of the recorded choices. ``optimum``: of the best balanced assignment of the same scores; ``bound``: its dual, which
-            no balanced assignment exceeds.
+            no balanced assignment exceeds. ``achieved_share``: achieved over optimum.
         max_violation: MaxVio of the recorded choices; ``min_violation``: of the least loaded; ``mean_violation``: mean absolute value.
         unbiased_max_violation: of the K best scores of each token, without a bias.
         domain_max_violation: MaxVio of the recorded choices of each domain, of all tokens; None for one without. Empty without domains.
@@ -36,6 +36,7 @@ class LayerAudit:
     achieved: float
     optimum: float
     bound: float
+    achieved_share: float
     max_violation: float
     min_violation: float
     mean_violation: float
@@ -81,10 +82,12 @@ def _audit(trace: RoutingTrace, layer: int, bias_E: np.ndarray | None) -> LayerA
     load_E = np.bincount(index_TK.reshape(-1), minlength=num_destinations)
     violation_E = load_violation(load_E)
     by_domain = max_violation(domain_load(trace, layer)) if trace.domains else np.zeros(0)
+    achieved = float(np.take_along_axis(score_TE.astype(np.float64), index_TK, 1).sum())
     return LayerAudit(
         layer=layer,
         tokens=len(pick_T),
-        achieved=float(np.take_along_axis(score_TE.astype(np.float64), index_TK, 1).sum()),
+        achieved=achieved,
+        achieved_share=achieved / found.optimum,
         optimum=found.optimum,
         bound=found.bound,
         max_violation=float(violation_E.max()),

@@ -9,8 +9,8 @@ from string import Template
 from typing import Any
 
 from anabranch import __version__
-from anabranch.report.caching import MAIN
-from anabranch.report.summary import SEGMENT, LayerFacts, Summary
+from anabranch.report.summary import Summary
+from anabranch.report.tables import Table, tables
 from anabranch.report.words import percent
 
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -35,7 +35,7 @@ def page(
         tiles=_tiles(summary),
         text="".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         sections="".join(_section(section) for section in sections),
-        tables=_pools(summary) + _passes(summary) + _layers(summary),
+        tables="".join(map(_table, tables(summary))),
         version=escape(__version__),
     )
 
@@ -84,132 +84,24 @@ def _tiles(summary: Summary) -> str:
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
 
 
-def _layers(summary: Summary) -> str:
-    domains = bool(summary.domains) and any(layer.domain_distance for layer in summary.layers)
-    shared = bool(summary.pools)
-    head = [
-        "layer",
-        "router",
-        "decisions",
-        "top k",
-        "MaxVio",
-        "by luck",
-        "CV",
-        "idle",
-        "load entropy (bits)",
-        "weight entropy (bits)",
-    ]
-    head += ["unused places", "as token before", f"within {SEGMENT} tokens"]
-    head += [f"SRP, {MAIN} tokens"] if summary.caches else []
-    head += ["as layer before", "of other layers"] if shared else []
-    head += ["I(domain; expert) (bits)", "by luck (bits)"] if domains else []
+def _table(table: Table) -> str:
+    kinds = ["text" if column.is_text else "number" for column in table.columns]
 
-    def cells(layer: LayerFacts) -> list[str]:
-        row = [
-            str(layer.layer),
-            layer.name,
-            f"{layer.decisions:,}",
-            str(layer.top_k),
-            _number(layer.max_violation, 2),
-            _number(layer.noise, 2),
-            _number(layer.coefficient_of_variation, 2),
-            f"{layer.idle} of {layer.num_destinations}",
-            f"{_number(layer.load_entropy_bits, 2)} of {layer.max_entropy_bits:.2f}",
-            _number(layer.weight_entropy_bits, 2),
-            _share(layer.drop_ratio),
-            f"{_share(layer.consecutive_reuse)} ({_share(layer.consecutive_chance)})",
-            f"{_share(layer.segment_reuse)} ({_share(layer.segment_chance)})",
-        ]
-        if summary.caches is not None:
-            row.append(_share(summary.caches.srp_by_layer.get(layer.layer, math.nan)))
-        if shared:
-            row.append(
-                f"{_share(layer.layer_reuse)} ({_share(layer.layer_reuse_chance)})"
-                if layer.previous_layer is not None
-                else ""
-            )
-            row.append(f"{_share(layer.foreign_share)} ({_share(layer.foreign_chance)})")
-        if domains:
-            row += [_number(layer.domain_information_bits, 3), _number(layer.domain_noise_bits, 3)]
-        return row
-
-    note = (
-        "MaxVio is the load of the busiest expert over the mean, minus 1 (arXiv 2408.15664), beside what an even router would show "
-        "by luck; CV is the standard deviation of the load over its mean; idle experts get under a tenth of the mean. In parentheses: "
-        "by chance."
-    )
-    return _table("Every layer", note, head, [cells(layer) for layer in summary.layers], text_columns={1})
-
-
-def _pools(summary: Summary) -> str:
-    if not summary.pools:
-        return ""
-    head = ["pool", "layers", "experts", "MaxVio, layers added up", "MaxVio, worst layer", "idle"]
-    rows = [
-        [
-            pool.name,
-            ", ".join(map(str, pool.layers)),
-            str(pool.size),
-            _number(pool.max_violation, 2),
-            _number(pool.max_violation_layer, 2),
-            f"{pool.idle} of {pool.size}",
-        ]
-        for pool in summary.pools
-    ]
-    return _table(
-        "Shared pools",
-        "What each physical expert carries, over all layers that use it.",
-        head,
-        rows,
-        text_columns={0, 1},
-    )
-
-
-def _passes(summary: Summary) -> str:
-    if not summary.passes:
-        return ""
-    head = ["pass", "next", "same expert again", "by chance", "combinations", "I(pass; next) (bits)", "by luck (bits)"]
-    rows = [
-        [
-            f"{facts.first_layer}: {facts.first}",
-            f"{facts.second_layer}: {facts.second}",
-            _share(facts.reuse),
-            _share(facts.chance),
-            f"{facts.combinations_seen:,}",
-            _number(facts.information_bits, 3),
-            _number(facts.noise_bits, 3),
-        ]
-        for facts in summary.passes
-    ]
-    note = (
-        "What the same tokens chose in two passes of one layer that follow each other. Combinations are the different pairs of sets of "
-        "experts that tokens took."
-    )
-    return _table("Between passes", note, head, rows, text_columns={0, 1})
-
-
-def _table(heading: str, note: str, head: list[str], rows: list[list[str]], text_columns: set[int]) -> str:
     def line(tag: str, values: list[str]) -> str:
-        kinds = ["text" if column in text_columns else "number" for column in range(len(values))]
-        return (
-            "<tr>"
-            + "".join(f'<{tag} class="{kind}">{escape(v)}</{tag}>' for kind, v in zip(kinds, values, strict=True))
-            + "</tr>"
-        )
+        cells = zip(kinds, values, strict=True)
+        return "<tr>" + "".join(f'<{tag} class="{kind}">{escape(value)}</{tag}>' for kind, value in cells) + "</tr>"
 
-    body = "".join(line("td", row) for row in rows)
+    head = line("th", [column.heading.replace("\n", " ") for column in table.columns])
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(line("td", list(row)) for row in rows)
     return (
-        f"<section><h2>{escape(heading)}</h2><p class=note>{escape(note)}</p>"
-        f'<div class="scroll"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div></section>'
+        f"<section><h2>{escape(table.heading)}</h2><p class=note>{escape(table.note)}</p>"
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div></section>'
     )
 
 
 def _number(value: float, decimals: int, unit: str = "") -> str:
     return DASH if math.isnan(value) else f"{value:.{decimals}f}{unit}"
-
-
-def _share(value: float) -> str:
-    return DASH if math.isnan(value) else percent(value)
 
 
 _PAGE = Template("""<!doctype html>

@@ -10,7 +10,6 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from anabranch.report.caching import CACHES, MAIN
 from anabranch.report.style import DIVERGING, INK, MARKERS, MUTED, SEQUENTIAL, SERIES, figure, horizontal_grid
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 from anabranch.routing import measure
@@ -18,6 +17,7 @@ from anabranch.routing.passes import MOST_SHOWN
 from anabranch.routing.trace import RoutingTrace
 
 WIDTH = 9.0  # inches
+MOST_PASSES = 4  # pairs of passes that one picture has
 OCTAVES = 2.0  # colours reach from a quarter to four times
 
 
@@ -106,6 +106,8 @@ def coactivation(trace: RoutingTrace) -> Figure | None:
             count_EE = measure.coactivation(index_NK, min(num_destinations, MOST_SHOWN))
             lift_EE = measure.coactivation_lift(count_EE, prior=1.0)
             order_E = _seriate(np.log2(np.nan_to_num(lift_EE, nan=1.0)))
+            idle_E = np.diagonal(count_EE) == 0
+            lift_EE[idle_E] = lift_EE[:, idle_E] = np.nan
             image = _octaves(axes, lift_EE[np.ix_(order_E, order_E)], aspect="equal")
             axes.set_title(f"layer {number}", weight="normal")
             if num_destinations <= 16:
@@ -129,17 +131,22 @@ def _among_busiest(index_NK: np.ndarray, load_E: np.ndarray, count: int) -> np.n
 
 
 def passes(summary: Summary) -> Figure | None:
-    """Which experts follow which from a pass to the next, more and less often than loads explain, in the first, middle and last layer."""
+    """Which experts follow which from a pass to the next, more and less often than loads explain; of many pairs, four."""
     able = [facts for facts in summary.passes if min(facts.num_first, facts.num_second) > 1 and len(facts.pair_P3)]
     if not able:
         return None
-    shown = [able[place] for place in sorted({0, len(able) // 2, len(able) - 1})]
-    width, height = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6)}[len(shown)]
+    shown = [able[place] for place in np.unique(np.linspace(0, len(able) - 1, MOST_PASSES).round().astype(int))]
+    width, height = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6), 4: (WIDTH, 3.0)}[len(shown)]
     with figure(width, height, ncols=len(shown), squeeze=False) as (made, (row,)):
-        made.suptitle("Experts from one pass to the next", x=0.01, ha="left", weight="bold", size=10.5)
+        choice = "" if len(shown) == len(able) else f" ({len(shown)} of {len(able)} pairs of passes)"
+        made.suptitle(f"Experts from one pass to the next{choice}", x=0.01, ha="left", weight="bold", size=10.5)
         for axes, facts in zip(row, shown, strict=True):
-            image = _octaves(axes, facts.lift_between(*facts.busiest(MOST_SHOWN)), aspect="equal")
-            axes.set_title(f"layers {facts.first_layer} and {facts.second_layer}", weight="normal")
+            first_A, second_B = facts.busiest(MOST_SHOWN)
+            lift_AB = facts.lift_between(first_A, second_B)
+            chosen_A, chosen_B = (np.isin(asked, facts.pair_P3[:, at]) for at, asked in enumerate((first_A, second_B)))
+            lift_AB[~(chosen_A[:, None] & chosen_B)] = np.nan
+            image = _octaves(axes, lift_AB, aspect="equal")
+            axes.set_title(f"passes {facts.first_layer} to {facts.second_layer}", weight="normal")
             axes.set(xlabel="expert of the next pass")
             if max(facts.num_first, facts.num_second) > MOST_SHOWN:
                 # Places are no numbers of experts.
@@ -250,35 +257,6 @@ def _reuse_of_one_layer(layer: LayerFacts) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))
-    return made
-
-
-def caches(summary: Summary) -> Figure | None:
-    """SRP of each layer, and what caches of each size hit."""
-    facts = summary.caches
-    if facts is None:
-        return None
-    with figure(WIDTH, 3.4, ncols=2) as (made, (left, right)):
-        numbers = list(facts.srp_by_layer)
-        left.bar(range(len(numbers)), list(facts.srp_by_layer.values()), color=SERIES[0], width=0.7)
-        left.axhline(facts.always_on, color=INK, linewidth=1, label="all experts always on")
-        step = max(1, -(-len(numbers) // 16))
-        left.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
-        left.set(title=f"Consistency over {MAIN} tokens (SRP)", ylabel="F1", xlabel="layer", ylim=(0, 1))
-        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
-        for series, (policy, label) in enumerate(CACHES.items()):
-            right.plot(facts.ratios, facts.hits[policy], color=SERIES[series], label=label)
-        right.axvline(facts.recommended_ratio, color=MUTED, linestyle="--", linewidth=1, label="recommended size")
-        right.set(
-            title="Hits of an expert cache",
-            ylabel="share of accesses",
-            xlabel="cache size / active experts",
-            ylim=(0, 1),
-        )
-        right.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
-        for axes in (left, right):
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            horizontal_grid(axes)
     return made
 
 

@@ -2,6 +2,7 @@
 # Shapes: N decisions, K choices per item, E destinations, M domains
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError
-from anabranch.report.caching import CacheFacts, cache_facts
+from anabranch.report.audit import LayerAudit, audit_trace
+from anabranch.report.caching import MAIN, CacheFacts, cache_facts
+from anabranch.report.windows import WindowFacts, window_facts
 from anabranch.routing import measure
 from anabranch.routing.passes import PassFacts, between_passes
 from anabranch.routing.trace import Decisions, RoutingTrace
@@ -27,7 +30,7 @@ class LayerFacts:
         layer, name, num_destinations, top_k, pool: as in the trace.
         decisions: N.
         places_used: mean places used per decision.
-        busiest: the destination with the highest load.
+        busiest: the destination with the highest load. ``destinations_used``: how many have any.
         noise: the ``max_violation`` that even chances would show by luck in so few decisions.
         weight_entropy_bits: mean over decisions of the entropy of the weights within one.
         consecutive_reuse, segment_reuse: between tokens; the ``_chance`` of each is that of even, independent choices.
@@ -72,6 +75,12 @@ class LayerFacts:
     next_token_specialization: float = NAN
     predicted_token_specialization: float = NAN
     score_entropy_bits: float = NAN
+    destinations_used: int = 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether there are several destinations and every decision takes the same, so that nothing is chosen."""
+        return 0 < self.destinations_used <= min(self.top_k, self.num_destinations - 1)
 
     @property
     def idle_fraction(self) -> float:
@@ -107,6 +116,8 @@ class Summary:
         pools: those that several layers share.
         passes: how one pass follows another, where layers of the model route several times.
         caches: what caches of experts would hit; None where tokens have no order.
+        windows: the same at windows and caches that were asked for.
+        balance_audit: choices beside the best balanced ones of the same scores, by layer, where that was asked for.
     """
 
     rows: int
@@ -116,6 +127,8 @@ class Summary:
     pools: list[PoolFacts] = field(default_factory=list)
     passes: list[PassFacts] = field(default_factory=list)
     caches: CacheFacts | None = None
+    windows: list[WindowFacts] = field(default_factory=list)
+    balance_audit: list[LayerAudit] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; nan becomes None."""
@@ -134,10 +147,23 @@ class Summary:
         return float(np.median(values)) if values else NAN
 
 
-def summarize(trace: RoutingTrace) -> Summary:
-    """Measure a trace. One layer is in memory at a time, two where layers share a pool.
+def summarize(
+    trace: RoutingTrace,
+    *,
+    windows: Sequence[int] = (),
+    caches: Sequence[float] = (),
+    balance_audit: bool = False,
+    bias: Mapping[int, np.ndarray] | None = None,
+) -> Summary:
+    """Measure a trace. One layer is in memory at a time, all of a pool where layers share it.
 
-    Raises DataError if the trace is empty.
+    Args:
+        trace: what to measure.
+        windows, caches: tokens and multiples of the active experts at which to measure what `window_facts` does; if only one of the two is
+            given, the other is 16 tokens or twice the active experts.
+        balance_audit: compare the choices with the best balanced ones, see `audit_trace`, with ``bias`` of the layers that have one.
+
+    Raises DataError if the trace is empty, and what `window_facts` and `audit_trace` do where they are asked for.
     """
     if not len(trace):
         raise DataError("the trace has no rows, so there is nothing to report; was the model run while recording?")
@@ -149,7 +175,7 @@ def summarize(trace: RoutingTrace) -> Summary:
             before[layer.pool] = layer.layer, decisions
     pools = [_pool_facts(trace, name, layers) for name, members in trace.pools.items() if len(members) > 1]
     items = len(np.unique(trace.table["item"].to_numpy()))
-    caches = cache_facts(trace)
+    asked = window_facts(trace, windows or [MAIN], caches or [2.0]) if windows or caches else []
     return Summary(
         rows=len(trace),
         items=items,
@@ -157,7 +183,9 @@ def summarize(trace: RoutingTrace) -> Summary:
         layers=layers,
         pools=pools,
         passes=between_passes(trace),
-        caches=caches,
+        caches=cache_facts(trace),
+        windows=asked,
+        balance_audit=audit_trace(trace, bias) if balance_audit else [],
     )
 
 
@@ -181,6 +209,7 @@ def _layer_facts(
         decisions=len(index_NK),
         places_used=places,
         busiest=int(load_E.argmax()),
+        destinations_used=int((load_E > 0).sum()),
         max_violation=float(measure.max_violation(load_E)),
         # The largest of E near-normal counts of mean m stands about sqrt(2 ln E) standard deviations sqrt(m) above m.
         noise=math.sqrt(2 * math.log(num_destinations) * num_destinations / total) if total else NAN,

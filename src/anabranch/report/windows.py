@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.errors import ConfigError, DataError
-from anabranch.report.caching import layers_with_choice, mean_hits
+from anabranch.report.caching import LARGEST, Caches, layers_with_choice
 from anabranch.routing import consistency as lrc
 from anabranch.routing.cache_policy import POLICIES, Cold, Policy
 from anabranch.routing.srp_statistics import domain_correlation, srp_interval
 from anabranch.routing.trace import RoutingTrace
 
 log = logging.getLogger(__name__)
-
-_RATIOS = np.arange(1, 8.01, 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +28,12 @@ class WindowFacts:
         size_ratio: rho hat, expert-tokens that the best segment router switches on, over those that the model activates.
         group: 1 (experts are reused a lot) to 4 (hardly); the bounds are those of 16 tokens.
         domains: names; ``domain_correlation`` of the SRP of experts between each two, None where it has no value. Empty for one domain.
-        caches: experts of a layer that a cache holds, over active ones.
-        hits: hit rate at each of ``caches``, mean over layers, by policy; ``segment`` is SCH, ``plec`` sees the window. First accesses are
-            misses, as a real system sees them.
+        caches: experts that a cache holds, over active ones; layers that share experts have a cache together.
+        hits: hit rate at each of ``caches``, mean over caches, by policy; ``segment`` is SCH, ``plec`` sees the window. First accesses are
+            misses, as a real system sees them, but ``fixed`` is filled before a sequence begins.
         hits_free: the same by the paper's rule: a first access is a hit while the cache has slots never used.
         near_belady: the smallest ratio, in quarters, at which SCH is 90% of Belady's hits, and ``lru_there``, what LRU hits at it; None
-            where none up to 8 is. ``near_belady_free`` by the paper's rule.
+            where none up to 8 is. The smallest there is holds what one layer asks for at once. ``near_belady_free`` by the paper's rule.
     """
 
     window: int
@@ -62,9 +60,8 @@ def window_facts(trace: RoutingTrace, windows: Sequence[int], caches: Sequence[f
 
     Raises ConfigError for a window or a cache that is not above 0, DataError where no layer has a choice or all windows are too long.
     """
-    _check_above_zero("--window", windows)
-    _check_above_zero("--cache", caches)
-    layers, top_k = layers_with_choice(trace)
+    check_caches(caches)
+    layers = layers_with_choice(trace)
     if not layers:
         raise DataError(
             "no layer of the trace has a choice between destinations, so there is no consistency to measure"
@@ -75,31 +72,35 @@ def window_facts(trace: RoutingTrace, windows: Sequence[int], caches: Sequence[f
     for window in windows:
         if window > longest:
             log.warning("a window of %d tokens is left out: the longest sequence has %d", window, longest)
-    widest = max(of.num_destinations / top_k[of.layer] for of in layers)
-    every = _RATIOS[_RATIOS <= max(widest, 1)]
-    asked = np.concatenate([np.asarray(caches, float), every])
+    served = Caches(trace, [of.layer for of in layers])
+    asked = np.concatenate([np.asarray(caches, float), served.ratios(LARGEST)])
     plain: tuple[Policy, ...] = ("lru", "lfu", "belady", "fixed")
     rules: tuple[Cold, ...] = ("miss", "free")
-    held = {cold: {policy: mean_hits(layers, top_k, policy, asked, cold=cold) for policy in plain} for cold in rules}
-    return [_at(layers, top_k, window, list(caches), asked, held) for window in kept]
+    held = {cold: {policy: served.hits(policy, asked, cold=cold) for policy in plain} for cold in rules}
+    return [_at(layers, served, window, list(caches), asked, held) for window in kept]
 
 
 def check_windows(windows: Sequence[int], longest: int) -> None:
     """Raise ConfigError for a window that is not above 0, DataError if all are longer than the ``longest`` sequence (tokens)."""
-    _check_above_zero("--window", windows)
-    if windows and min(windows) > longest:
-        raise DataError(f"--window is {windows[0]}, but the longest sequence has {longest} tokens; use 1 to {longest}")
-
-
-def _check_above_zero(name: str, values: Sequence[float]) -> None:
-    wrong = [value for value in values if not 0 < value < np.inf]
+    wrong = [window for window in windows if not 0 < window < np.inf]
     if wrong:
-        raise ConfigError(f"{name} is {wrong[0]}; it must be above 0")
+        raise ConfigError(f"a window is {wrong[0]} tokens; it must be above 0")
+    if windows and min(windows) > longest:
+        raise DataError(
+            f"a window is {windows[0]} tokens, but the longest sequence has {longest}; ask for 1 to {longest}"
+        )
+
+
+def check_caches(caches: Sequence[float]) -> None:
+    """Raise ConfigError for a cache, times the active experts, that is not above 0."""
+    wrong = [cache for cache in caches if not 0 < cache < np.inf]
+    if wrong:
+        raise ConfigError(f"a cache is {wrong[0]} times the active experts; it must be above 0")
 
 
 def _at(
     layers: list[lrc.Routes],
-    top_k: dict[int, int],
+    served: Caches,
     window: int,
     caches: list[float],
     asked: np.ndarray,
@@ -107,7 +108,7 @@ def _at(
 ) -> WindowFacts:
     looking: tuple[Policy, ...] = ("segment", "plec")
     rates = {
-        cold: hits | {policy: mean_hits(layers, top_k, policy, asked, window, cold) for policy in looking}
+        cold: hits | {policy: served.hits(policy, asked, window, cold) for policy in looking}
         for cold, hits in held.items()
     }
     count = len(caches)

@@ -4,23 +4,44 @@ import math
 
 import numpy as np
 
-from anabranch.report.caching import MAIN
+from anabranch.report.caching import MAIN, CacheFacts
 from anabranch.report.summary import SEGMENT, LayerFacts, Summary
+from anabranch.report.windows import WindowFacts
 
 
 def explain(summary: Summary) -> list[str]:
     """Sentences, one topic each: balance, shared pools, passes, domains, reuse, and how far the numbers can be trusted."""
+    if all(layer.is_constant for layer in summary.layers):
+        return [_constant(summary)]
     topics = [
+        _constant(summary),
         _balance(summary),
         _pools(summary),
         _passes(summary),
         _domains(summary),
         _reuse(summary),
         _caches(summary),
+        *(_window(facts) for facts in summary.windows),
+        *(_between_domains(facts) for facts in summary.windows),
         _dropped(summary),
         _caution(summary),
     ]
     return [topic for topic in topics if topic]
+
+
+def _constant(summary: Summary) -> str:
+    layers = [layer for layer in summary.layers if layer.is_constant]
+    if not layers:
+        return ""
+    which = (
+        "every layer" if len(layers) == len(summary.layers) else f"layer {', '.join(str(one.layer) for one in layers)}"
+    )
+    taken = sorted({one.busiest for one in layers if one.destinations_used == 1})
+    same = f"the same expert ({taken[0]})" if len(taken) == 1 and layers[0].top_k == 1 else "the same experts"
+    return (
+        f"In {which} every token takes {same}, so nothing is chosen there. A layer does so whose route is given from outside and "
+        "that takes its default where none is, in evaluation; or one that has collapsed."
+    )
 
 
 def _balance(summary: Summary) -> str:
@@ -122,14 +143,57 @@ def _caches(summary: Summary) -> str:
         return ""
     degree = ("strongly", "fairly", "weakly", "hardly")[facts.group - 1]
     caution = ", though partly because few experts do most of the work" if facts.activation_spread > 10 else ""
-    sizes = sorted(set(facts.recommended_capacity.values()))
-    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return (
         f"Routing is {degree} consistent from token to token (SRP {percent(facts.srp[MAIN])} over {MAIN} tokens, where keeping all "
-        f"experts on gives {percent(facts.always_on)}){caution}. To run it with experts offloaded, cache {size} experts of each layer, "
-        f"{facts.recommended_ratio:.3g} times the active ones: that hits {percent(facts.lru)} of accesses with LRU and "
-        f"{percent(facts.sch)} if the next {MAIN} tokens are known."
+        f"experts on gives {percent(facts.always_on)}){caution}. {_recommended(facts)}"
     )
+
+
+def _recommended(facts: CacheFacts) -> str:
+    layers = set(facts.srp_by_layer)
+    shared = {layer for numbers in facts.shared.values() for layer in numbers}
+    owner = "each layer" if not shared else "each pool that layers share" if shared == layers else "each pool or layer"
+    if facts.is_everything:
+        return (
+            f"No cache smaller than all experts of {owner} hits 90% of what one that knows the future does, so no size is recommended "
+            "for running it with experts offloaded."
+        )
+    sizes = sorted(set(facts.recommended_capacity.values()))
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    of_all = " of all its layers" if shared else ""
+    return (
+        f"To run it with experts offloaded, cache {size} experts of {owner}, {facts.recommended_ratio:.3g} times the active "
+        f"ones{of_all}: that hits {percent(facts.lru)} of accesses with LRU and {percent(facts.sch)} if the next {MAIN} tokens are known."
+    )
+
+
+def _window(facts: WindowFacts) -> str:
+    # The bounds of the groups are those of 16 tokens.
+    group = ""
+    if facts.window == MAIN:
+        meaning = ("experts are reused a lot", "fairly often", "seldom", "hardly")[facts.group - 1]
+        group = f"consistency of group {facts.group} of 4 ({meaning}; groups are those of {MAIN} tokens); "
+    free = "none" if facts.near_belady_free is None else f"{facts.near_belady_free:.3g}"
+    near = (
+        f"SCH stays below 90% of Belady at every size (free first accesses: {free})"
+        if facts.near_belady is None
+        else f"SCH is 90% of Belady from a cache of {facts.near_belady:.3g} times the active experts on (free first accesses: {free}), "
+        f"where LRU hits {facts.lru_there:.1%}"
+    )
+    return f"A window of {facts.window} tokens: {group}{near}."
+
+
+def _between_domains(facts: WindowFacts) -> str:
+    names, values = facts.domains, facts.domain_correlation
+    if not names:
+        return ""
+    pairs = [(values[one][two], f"{names[one]} and {names[two]}") for two in range(len(names)) for one in range(two)]
+    known = sorted((value, pair) for value, pair in pairs if value is not None)
+    if not known:
+        return f"Over {facts.window} tokens no correlation of the SRP of experts between domains can be told."
+    (least, apart), (most, alike) = known[0], known[-1]
+    ends = f"{least:.2f} ({apart})" + ("" if len(known) == 1 else f" to {most:.2f} ({alike})")
+    return f"Over {facts.window} tokens the SRP of experts is correlated between domains by {ends}."
 
 
 def _dropped(summary: Summary) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from anabranch.errors import DataError
 from anabranch.files import atomic_write, atomic_write_json, atomic_write_text, parse_json
-from anabranch.report import pictures
+from anabranch.report import cache_pictures, pictures
 from anabranch.report.page import Section, page
 from anabranch.report.style import to_png, to_svg
 from anabranch.report.summary import Summary, summarize
@@ -39,14 +39,16 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
         "coactivation",
         "Experts chosen together",
         "Pairs chosen for the same token, more (orange) or less often (blue) than the loads of the two explain. Orange blocks are teams; "
-        "pairs seen a few times only stay pale.",
+        "pairs seen a few times only stay pale; grey is the diagonal, and experts that were never chosen. Of many layers, the first, the "
+        "middle and the last.",
         lambda trace, summary: pictures.coactivation(trace),
     ),
     (
         "passes",
         "From pass to pass",
         "Layers that route several times: which expert of the next pass (across) the tokens of an expert (down) go to, more (orange) or "
-        "less often (blue) than the loads of the two explain. The diagonal is the same expert again.",
+        "less often (blue) than the loads of the two explain; grey where one of them was never chosen. The diagonal is the same expert "
+        "again. Of many pairs of passes, four from the first to the last; the table has all.",
         lambda trace, summary: pictures.passes(summary),
     ),
     (
@@ -67,9 +69,17 @@ _SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | 
         "caches",
         "Offloading",
         "Left: the best a router could do that may switch experts on and off for 16 tokens at a time only (SRP, arXiv 2505.16056); near "
-        "the line, it could as well keep all on. Right: how often a cache of that size, in each layer, holds the expert that is asked "
-        "for; beyond the dashed line a larger cache buys little.",
-        lambda trace, summary: pictures.caches(summary),
+        "the line, it could as well keep all on. Right: how often a cache of that size, in each layer or, where layers "
+        "share experts, in each pool, holds the expert that is asked for; beyond the dashed line a larger cache buys little.",
+        lambda trace, summary: cache_pictures.caches(summary),
+    ),
+    (
+        "windows",
+        "Windows and caches that were asked for",
+        "Left: SRP at each window, with its 95% interval over sequences. Beside it: what caches of so many times the active experts hit, "
+        "first accesses being misses. SCH and PLEC know the window ahead, the others do not depend on it. Fixed is filled before a "
+        "sequence begins.",
+        lambda trace, summary: cache_pictures.windows(summary),
     ),
 ]
 
@@ -111,7 +121,12 @@ def _is_report(folder: Path) -> bool:
 
 
 def write_report(
-    trace: RoutingTrace, folder: str | Path, *, title: str, extra: Mapping[str, Any] | None = None
+    trace: RoutingTrace,
+    folder: str | Path,
+    *,
+    title: str,
+    extra: Mapping[str, Any] | None = None,
+    summary: Summary | None = None,
 ) -> Path:
     """Write ``report.html``, one PNG for each picture, and ``summary.json`` with the same facts into ``folder``.
 
@@ -120,13 +135,14 @@ def write_report(
         folder: made if it is not there; files of these names are replaced.
         title: heading of the page.
         extra: shown below the title and kept in ``summary.json``, e.g. the model's name; values must be JSON-ready.
+        summary: what `summarize` found in the trace, with what was asked of it. Default: what it finds unasked.
 
     Returns the path of the page. It needs no other file and no network.
 
     Raises DataError if the trace is empty or the folder cannot be written, CapacityError if the disk is full.
     """
     folder, extra = Path(folder), dict(extra or {})
-    summary = summarize(trace)
+    summary = summarize(trace) if summary is None else summary
     sentences = explain(summary)
     atomic_write_json(folder / "summary.json", {"title": title, "extra": extra, "text": sentences, **summary.to_dict()})
     sections: list[Section] = []

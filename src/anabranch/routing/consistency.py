@@ -25,7 +25,7 @@ import numpy as np
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing.cache_policy import Cold, Hits, Policy, check_routes, simulate
 from anabranch.routing.measure import domain_load
-from anabranch.routing.trace import Decisions, RoutingTrace
+from anabranch.routing.trace import RoutingTrace
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Routes:
         top_k: choices of every token, None where it varies.
         domain_S: names, None where unknown.
         pool: name of the pool that destinations are slots of, if layers share it; None for destinations of the layer's own.
+        blocks: choices of each of several layers whose experts are held together, K in all (see `pool_routes`); None for one layer.
     """
 
     layer: int
@@ -62,6 +63,7 @@ class Routes:
     top_k: int | None
     domain_S: np.ndarray
     pool: Hashable = None
+    blocks: tuple[int, ...] | None = None
 
 
 Source = RoutingTrace | np.ndarray
@@ -91,7 +93,8 @@ def routes(
     if isinstance(source, RoutingTrace):
         for layer, decisions in source:
             names = np.array([*source.domains, None], object)
-            index_STK, length_S, code_S = _by_sequence(decisions, length)
+            of = decisions.index_NK, decisions.item_N, decisions.position_N, decisions.domain_N
+            index_STK, length_S, code_S = by_sequence(*of, length)
             yield _routes(layer.layer, index_STK, length_S, layer.num_destinations, names[code_S], layer.pool)
         return
     source = np.asarray(source)
@@ -126,10 +129,12 @@ def _indices(chosen_STE: np.ndarray) -> np.ndarray:
     return np.where(np.take_along_axis(chosen_STE, order_STE, -1), order_STE, -1)
 
 
-def _by_sequence(decisions: Decisions, length: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """index_STK, length_S and domain codes of pieces; tokens of a sequence in the order of their positions."""
-    order_N = np.lexsort((decisions.position_N, decisions.item_N))
-    item_N = decisions.item_N[order_N]
+def by_sequence(
+    index_NK: np.ndarray, item_N: np.ndarray, position_N: np.ndarray, domain_N: np.ndarray, length: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """index_STK, length_S and domain codes of pieces of ``length`` (None: whole); tokens of a sequence by position, then as recorded."""
+    order_N = np.lexsort((position_N, item_N))
+    item_N = item_N[order_N]
     begins_N = np.ones(len(item_N), bool)
     begins_N[1:] = np.diff(item_N) != 0
     start_S = np.flatnonzero(begins_N)
@@ -139,9 +144,9 @@ def _by_sequence(decisions: Decisions, length: int | None) -> tuple[np.ndarray, 
         place_N = place_N % length
     row_N = np.cumsum(begins_N) - 1
     length_S = np.bincount(row_N)
-    index_STK = np.full((len(length_S), int(length_S.max(initial=0)), decisions.index_NK.shape[1]), -1, np.int32)
-    index_STK[row_N, place_N] = decisions.index_NK[order_N]
-    return index_STK, length_S, decisions.domain_N[order_N][begins_N]
+    index_STK = np.full((len(length_S), int(length_S.max(initial=0)), index_NK.shape[1]), -1, np.int32)
+    index_STK[row_N, place_N] = index_NK[order_N]
+    return index_STK, length_S, domain_N[order_N][begins_N]
 
 
 def _cut(index_STK: np.ndarray, length_S: np.ndarray, length: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -371,15 +376,14 @@ def hit_rates(
     """Hits of a cache policy at every capacity, see `anabranch.routing.cache_policy.simulate` (``segment`` and ``plec`` need ``window``).
 
     ``level="model"`` is one cache for the experts of all layers, in the order in which a token meets them; a slot of a pool that layers
-    share is one expert. Every layer must then have routed the same sequences. Raises DataError where it has not.
+    share is one expert. Every layer must then have routed the same sequences. Raises DataError where it has not. For one cache of each pool
+    give `anabranch.routing.pool_routes.pool_routes` of a trace.
     """
     layers = list(layers_of(source))
-    blocks = None
     if level == "model":
-        blocks = [of.index_STK.shape[-1] for of in layers]
         layers = [_whole_model(layers)]
     hits = [
-        simulate(of.index_STK, of.num_destinations, policy, window=window, cold=cold, blocks=blocks) for of in layers
+        simulate(of.index_STK, of.num_destinations, policy, window=window, cold=cold, blocks=of.blocks) for of in layers
     ]
     return HitRates(hits, [of.top_k for of in layers])
 
@@ -409,7 +413,9 @@ def _whole_model(layers: list[Routes]) -> Routes:
     ]
     known = [of.top_k for of in layers if of.top_k is not None]
     top_k = sum(known) if len(known) == len(layers) else None
-    return Routes(-1, np.concatenate(keys, -1), layers[0].length_S, sum(slots.values()), top_k, layers[0].domain_S)
+    blocks = tuple(of.index_STK.shape[-1] for of in layers)
+    index_STK, length_S, domain_S = np.concatenate(keys, -1), layers[0].length_S, layers[0].domain_S
+    return Routes(-1, index_STK, length_S, sum(slots.values()), top_k, domain_S, blocks=blocks)
 
 
 # What follows from them

@@ -1,15 +1,14 @@
-"""The tables of ``anabranch report``: every number stands in the column that names it."""
+"""The tables of a report: every number stands in the column that names it."""
 
 import math
 from dataclasses import fields
 
 import numpy as np
-import pytest
 
-from anabranch.cli.report_tables import print_audits, print_details, print_layers, print_passes, print_windows
-from anabranch.report import Summary
+from anabranch.report import Summary, explain
 from anabranch.report.audit import LayerAudit
-from anabranch.report.summary import LayerFacts
+from anabranch.report.summary import LayerFacts, PoolFacts
+from anabranch.report.tables import of_audits, of_details, of_layers, of_passes, of_pools, of_windows, tables
 from anabranch.report.windows import WindowFacts
 from anabranch.routing.passes import PassFacts
 
@@ -19,27 +18,21 @@ def layer(**facts):
     return LayerFacts(**{**dict.fromkeys((field.name for field in fields(LayerFacts)), math.nan), **facts})
 
 
-def summary(layers=(), passes=()):
-    return Summary(rows=0, items=0, domains=[], layers=list(layers), passes=list(passes))
+def summary(layers=(), passes=(), **more):
+    return Summary(rows=0, items=0, domains=[], layers=list(layers), passes=list(passes), **more)
 
 
-@pytest.fixture
-def rows(capsys):
-    """The cells of the lines that begin with a number, after ``show(what)``."""
-
-    def shown(show, what):
-        show(what)
-        return [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()]
-
-    return shown
+def rows(table):
+    """What a terminal shows of a table, row by row; none without one."""
+    return [] if table is None else [list(row) for row in zip(*(one.cells for one in table.on_terminal), strict=True)]
 
 
-def test_layers(rows):
+def test_layers():
     found = layer(layer=7, num_destinations=64, top_k=8, max_violation=1.25, idle=3, load_entropy_bits=5.5)
-    assert rows(print_layers, summary([found])) == [["7", "64", "8", "1.25", "3", "5.50"]]
+    assert rows(of_layers(summary([found]))) == [["7", "64", "8", "1.25", "3", "5.50"]]
 
 
-def test_passes(rows):
+def test_passes():
     facts = PassFacts(
         first="a",
         second="b",
@@ -54,13 +47,11 @@ def test_passes(rows):
         information_bits=1.5,
         noise_bits=0.25,
     )
-    assert rows(print_passes, summary(passes=[facts])) == [
-        ["2", "to", "3", "75.0%", "12.5%", "1,234", "1.500", "0.250"]
-    ]
-    assert rows(print_passes, summary()) == []
+    assert rows(of_passes(summary(passes=[facts]))) == [["2 to 3", "75.0%", "12.5%", "1,234", "1.500", "0.250"]]
+    assert rows(of_passes(summary())) == []
 
 
-def test_details(rows):
+def test_details():
     known = layer(
         layer=1,
         score_entropy_bits=2.5,
@@ -68,17 +59,18 @@ def test_details(rows):
         next_token_specialization=0.25,
         predicted_token_specialization=0.375,
     )
-    found = rows(print_details, summary([known, layer(layer=2)]))
+    found = rows(of_details(summary([known, layer(layer=2)])))
     assert found == [["1", "2.500", "0.125", "0.250", "0.375"], ["2", "-", "-", "-", "-"]]
     # A table without scores and predictions says nothing that the others do not.
-    assert rows(print_details, summary([layer(layer=1, vocabulary_specialization=0.5)])) == []
+    assert rows(of_details(summary([layer(layer=1, vocabulary_specialization=0.5)]))) == []
 
 
-def test_audits(rows):
+def test_audits():
     facts = LayerAudit(
         layer=4,
         tokens=2048,
         achieved=3.0,
+        achieved_share=0.75,
         optimum=4.0,
         bound=5.0,
         max_violation=1.5,
@@ -93,8 +85,8 @@ def test_audits(rows):
         has_bias=True,
     )
     plain = LayerAudit(**{**vars(facts), "has_bias": False, "correlation": None, "domain_max_violation": {}})
-    assert rows(print_audits, [facts, plain]) == [
-        ["4", "2,048", "1.500", "-0.500", "1.750", "code", "2.500", "0.7500", "0.0625", "0.875"],
+    assert rows(of_audits([facts, plain])) == [
+        ["4", "2,048", "1.500", "-0.500", "1.750 code", "2.500", "0.7500", "0.0625", "0.875"],
         ["4", "2,048", "1.500", "-0.500", "-", "2.500", "0.7500", "-", "-"],
     ]
 
@@ -123,31 +115,37 @@ def window(**more):
     return WindowFacts(**{**facts, **more})
 
 
-def test_windows_have_the_hits_of_each_policy_by_each_rule_at_each_size(rows):
-    start = ["16", "0.500", "0.250", "to", "0.750"]
-    assert rows(print_windows, [window()]) == [
+def test_windows_have_the_hits_of_each_policy_by_each_rule_at_each_size():
+    start = ["16", "0.500", "0.250 to 0.750"]
+    assert rows(of_windows([window()])) == [
         [*start, "1", "miss", *(f"{0.1 + 0.01 * at:.3f}" for at in range(6))],
         [*start, "1", "free", *(f"{0.3 + 0.01 * at:.3f}" for at in range(6))],
         [*start, "2.5", "miss", *(f"{0.2 + 0.01 * at:.3f}" for at in range(6))],
         [*start, "2.5", "free", *(f"{0.4 + 0.01 * at:.3f}" for at in range(6))],
     ]
-    assert [row[2] for row in rows(print_windows, [window(srp_interval=None)])] == ["-"] * 4
+    assert [row[2] for row in rows(of_windows([window(srp_interval=None)]))] == ["-"] * 4
 
 
-def test_windows_are_said_in_words(capsys):
+def test_windows_are_said_in_words():
     matrix = [[1.0, 0.5, None], [0.5, 1.0, -0.25], [None, -0.25, 1.0]]
-    print_windows([window(domains=["a", "b", "c"], domain_correlation=matrix)])
-    text = capsys.readouterr().out
-    assert "window of 16 tokens: consistency of group 2 of 4; SCH is 90% of Belady from a cache of 1.25 times" in text
-    assert "(free first accesses: 2), where LRU hits 62.5%" in text
-    assert "correlated by -0.25 (b and c) to 0.50 (a and b)" in text
-    print_windows([window(window=8, near_belady=None, near_belady_free=None)])
-    text = capsys.readouterr().out
-    assert "window of 8 tokens: SCH stays below 90% of Belady at every size (free first accesses: none)" in text
-    assert "domains" not in text
+    seen = [layer(layer=0, num_destinations=2, top_k=1, domain_distance={})]
+    text = "\n".join(explain(summary(seen, windows=[window(domains=["a", "b", "c"], domain_correlation=matrix)])))
+    assert (
+        "A window of 16 tokens: consistency of group 2 of 4 (fairly often; groups are those of 16 tokens); SCH is"
+        in text
+    )
+    assert "SCH is 90% of Belady from a cache of 1.25 times the active experts on (free first accesses: 2)" in text
+    assert "where LRU hits 62.5%." in text
+    assert "between domains by -0.25 (b and c) to 0.50 (a and b)." in text
+    text = "\n".join(explain(summary(seen, windows=[window(window=8, near_belady=None, near_belady_free=None)])))
+    assert "A window of 8 tokens: SCH stays below 90% of Belady at every size (free first accesses: none)." in text
+    assert "correlat" not in text
 
 
-def test_nothing_found_prints_nothing(capsys):
-    print_audits([])
-    print_windows([])
-    assert capsys.readouterr().out == ""
+def test_what_was_not_asked_for_has_no_table():
+    assert [table.heading for table in tables(summary([layer(layer=0, domain_distance={})]))] == ["Every layer"]
+
+
+def test_pools():
+    pool = PoolFacts(name="group", layers=[0, 2], size=16, max_violation=0.5, max_violation_layer=1.25, idle=3)
+    assert rows(of_pools(summary(pools=[pool]))) == [["group", "0, 2", "16", "0.50", "1.25", "3"]]
