@@ -10,8 +10,9 @@ pass (activation recompute) are not recorded again.
 import itertools
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from anabranch.routing.decision import Routing
 from anabranch.routing.destinations import Destinations
 from anabranch.routing.discovery import Read, RouterLayer, find_routers, read_routing, router_layers
 from anabranch.routing.router import Router
-from anabranch.routing.sequences import ItemNumbers, items_state, items_to_record, sequence_names
+from anabranch.routing.sequences import WHEN_DONE, ItemNumbers, items_state, items_to_record, sequence_names
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
 from anabranch.routing.trace_schema import TraceLayer
@@ -87,7 +88,8 @@ class Recorder:
         visit, layers = next(context.once(self._visits[module], itertools.count)), self._layers[module]
         item_N, position_N = numbers.of(routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
-        self._sink.add(
+        add = partial(
+            self._sink.add,
             _described(layers[visit % len(layers)], routing),
             _numpy(routing.index_NK)[keep_N],
             _numpy(routing.weight_NK.float())[keep_N],
@@ -97,6 +99,16 @@ class Recorder:
             domain=self._domain_N(routing.num_items, keep_N, context),
             **(_scored(routing, keep_N) if self._scores else {}),
         )
+        # A pass that may fail and be run again tells when it has not.
+        done = context.state.get(WHEN_DONE)
+        if done is None:
+            add()
+        else:
+            done.append(partial(self._locked, add))
+
+    def _locked(self, add: Callable[[], None]) -> None:
+        with self._lock:
+            add()
 
     def _outside(self, num_items: int) -> RoutingContext:
         """What `tokens` and `mask` say of a forward pass whose routers get no context."""
@@ -157,7 +169,8 @@ def record_routing(
     ``context.position_BL`` and ``context.token_BL`` of a language model. Otherwise items are counted from 0, in sequences of
     ``context.sequence_length`` if that is known; with ``context.sequences`` (cached generation, serving) a sequence keeps its number
     when others leave the batch, and the domain of its first pass. Padding (``context.item_mask_N``) is not recorded, nor is what
-    ``context.state`` calls a repetition (``repeated_N``, bool: an engine computes a request again that it preempted).
+    ``context.state`` calls a repetition (``repeated_N``, bool: an engine computes a request again that it preempted). A pass that may fail and
+    be run again has a list ``when_done`` there: what is recorded waits in it, to be called once the pass has succeeded.
 
     An engine in this process is recorded as any other use of its model, in whatever thread it runs. Hooks do not reach copies of the
     model: an engine in a process of its own and an elastic group tell where tokens go per request (``Request.record_routing``).

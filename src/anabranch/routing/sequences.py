@@ -12,6 +12,7 @@ import numpy as np
 from anabranch.routing.context import RoutingContext
 
 __all__ = [
+    "WHEN_DONE",
     "ItemNumbers",
     "SequenceNumbers",
     "StreamSequence",
@@ -20,6 +21,9 @@ __all__ = [
     "real_items",
     "sequence_names",
 ]
+
+# In `RoutingContext.state`: functions to call once the pass has succeeded, of whoever records; none is called of a pass that fails.
+WHEN_DONE = "when_done"
 
 
 class StreamSequence(NamedTuple):

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from anabranch import presets
+from anabranch.errors import AnabranchError
 from anabranch.experts.versatile import record_difficulty
 from anabranch.lm import SamplingConfig, generate
 from anabranch.nn import kernels
 from anabranch.registry import BUILTIN
 from anabranch.routing import Router, record_routing, replay_routing
+from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.discovery import find_routers
 from anabranch.serving import LLM, Request, Sampling, ServingConfig
 from anabranch.serving.engine import Engine, LocalEngine, ModelRunner
@@ -192,6 +194,29 @@ def test_a_recording_that_begins_late_has_each_position_once():
     found = sequences(parts[1].trace())
     assert all(any(one <= full for full in whole) for one in found)
     assert 0 < sum(map(len, found)) < sum(map(len, whole))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("where", ["embedding", "blocks.0.feed_forward", "blocks.1.feed_forward"])
+def test_a_neighbour_that_fails_takes_no_decision_along_and_adds_none(path, where, caplog):
+    """Before, between and behind the routers."""
+    model, prompts = small("moe")
+    bad = model.config.vocab_size - 1
+    assert not any(bad in prompt for prompt in prompts)
+
+    def fail(module, args, kwargs):
+        context = argument_of(RoutingContext, args, kwargs)
+        token = args[0] if context is None else context.token_BL
+        if (token == bad).any():
+            raise ValueError("a fault")
+
+    llm = LLM(model, make_runner=PATHS[path], **SCARCE)
+    handle = model.get_submodule(where).register_forward_pre_hook(fail, with_kwargs=True)
+    with record_routing(model) as recorder, pytest.raises(AnabranchError, match="failed in a step"):
+        llm.generate([*prompts[:2], (1, bad, 2), *prompts[2:]], GREEDY)
+    handle.remove()
+    llm.close()
+    assert sequences(recorder.trace()) == by_generate(model, prompts)
 
 
 def test_an_engine_in_a_thread_is_recorded_without_its_warm_up():

@@ -1,9 +1,9 @@
 """`ModelRunner`: one step of a batch on a model, from tokens to sampled tokens."""
 # Shapes: P streams, T tokens of a step, R rows that sample or score, V vocabulary, D width
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.visits import check_path
 from anabranch.routing.override import Overrides
+from anabranch.routing.sequences import WHEN_DONE
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request
@@ -113,8 +114,9 @@ class ModelRunner:
         self._tops: dict[str, int] = {}
         # Of requests, for whoever records where they go: an id may come again.
         self._names: dict[str, object] = {}
-        # Positions of each request that hooks have seen.
+        # Positions of each request that hooks have seen, and what they have recorded of the step under way: it may fail and be run again.
         self._told: dict[str, int] = {}
+        self._recordings: list[Callable[[], None]] = []
         # The newest token of each request, for chunks that carry `PENDING`.
         self._last: dict[str, int] = {}
         self._isolation = Isolation(self._step)
@@ -202,9 +204,11 @@ class ModelRunner:
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         rows, routes = _last_rows(chunks), self._routes(chunks)
+        self._recordings.clear()
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored_rows(chunks)], routes)
         ids = [chunk.id for chunk in chunks if chunk.samples]
         told = score(x_RD[len(ids) :], self._head, chunks, self._tops)
+        self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
         results = {result.id: result for result in self.sampler(self._head(x_RD[: len(ids)]), ids)} if ids else {}
         for row, route in routes.items():
@@ -343,25 +347,35 @@ class ModelRunner:
             is_measured=False,
             refuses_nan=False,
             routing=list(self._routing),
-            state=self._repeats(chunks) if self.watch.is_watched else {},
+            state=self._for_recorders(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
             cache=PagedStore(self.pool, layout, self._prefixes[streams], visits=slots, use_kernel=self.use_kernel),
             token_BL=token_1T.expand(streams, -1),
         )
 
-    def _repeats(self, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-        """What recorders are told of positions that hooks have seen before, in requests that are computed again."""
-        repeated: list[bool] = []
+    def _for_recorders(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """What recorders are told: where to put what they record, and of positions that they have seen before, in requests that are
+        computed again."""
+        state: dict[str, Any] = {WHEN_DONE: self._recordings}
+        repeated = [
+            position < self._told.get(chunk.id, 0)
+            for chunk in chunks
+            for position in range(chunk.start, chunk.start + len(chunk.tokens))
+        ]
+        if any(repeated):
+            state["repeated_N"] = torch.tensor(repeated).repeat(self._variant_of(chunks[0]).num_streams)
+        return state
+
+    def _tell(self, chunks: Sequence[Chunk]) -> None:
+        """The layers have run: recorders keep what they heard."""
+        if not self.watch.is_watched:
+            return
         for chunk in chunks:
-            told, end = self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens)
-            repeated += [position < told for position in range(chunk.start, end)]
-            self._told[chunk.id] = max(told, end)
-        return (
-            {"repeated_N": torch.tensor(repeated).repeat(self._variant_of(chunks[0]).num_streams)}
-            if any(repeated)
-            else {}
-        )
+            self._told[chunk.id] = max(self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens))
+        for record in self._recordings:
+            record()
+        self._recordings.clear()
 
 
 @torch.no_grad()
