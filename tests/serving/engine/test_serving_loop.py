@@ -320,6 +320,25 @@ def test_a_request_that_waits_can_be_aborted_and_its_id_come_again():
     assert watch.tokens("a") == [31, 32]
 
 
+@BOTH
+@pytest.mark.parametrize("where", ["check", "prepare", "add"])
+def test_whatever_a_request_raises_before_it_runs_refuses_it_alone(where, is_async, caplog):
+    def fail(request):
+        if request.id == "bad":
+            raise ZeroDivisionError("a fault")
+
+    watch = Watch(is_async=is_async, **({where: fail} if where != "add" else {}))
+    if where == "add":
+        add = watch.loop.scheduler.add
+        watch.loop.scheduler.add = lambda request: fail(request) or add(request)
+    for id, start in (("good", 10), ("bad", 20), ("other", 30)):
+        watch.loop.put(Add(request(id, start)))
+    watch.loop.run(until_idle=True)
+    assert watch.of(Refused) == [Refused("bad", "the request cannot be taken: ZeroDivisionError: a fault")]
+    assert watch.tokens("good") == [11, 12, 13, 14, 15]
+    assert watch.tokens("other") == [31, 32, 33, 34, 35]
+
+
 def test_what_the_end_of_the_store_cancels_refuses_its_request():
     future = Future()
     watch = Watch(prepare=prepared_by({"bad": future}))

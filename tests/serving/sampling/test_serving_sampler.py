@@ -301,7 +301,7 @@ def test_what_can_never_be_sampled_is_refused(settings, message):
         ({"logit_bias": ((1, math.inf),)}, "logit_bias has the value inf"),
         ({"logit_bias": ((1.5, 1.0),)}, "logit_bias names 1.5"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"temperature": "1"}, "temperature is 1; it must be 0 to 100"),
+        ({"temperature": "1"}, "temperature is '1'; it must be 0 to 100"),
         ({"top_p": -1e-46}, "top_p is -1e-46"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
         ({"max_tokens": None}, "max_tokens is None"),

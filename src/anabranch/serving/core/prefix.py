@@ -27,7 +27,7 @@ def root_key(
     """
     blocks = "" if path is None else f"path {','.join(map(str, path))}"
     parts = [str(generation), salt, "" if num_streams is None else str(num_streams), blocks]
-    parts += [text for pair in sorted(options) for text in pair]
+    parts += [text for pair in sorted(map(tuple, options)) for text in pair]
     return sha256(b"".join(_framed(part) for part in parts)).digest()
 
 

@@ -5,16 +5,18 @@ and choices (``n``) are the front end's: a request of n choices is n requests, w
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral, Real
 from typing import Any
 
-from anabranch.bounds import MOST_SIZE
+from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import InputError
 
 _MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
 _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
+_MOST_BIAS = 1e30
 
 
 class Finish(StrEnum):
@@ -34,9 +36,33 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real)
 
 
+def _plain(value: Any) -> Any:
+    """A number of Python's for one of numpy's or torch's, whose arithmetic overflows or gives arrays; anything else as it is."""
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return value
+
+
+def _tokens(value: Any) -> Any:
+    """A tuple of Python's integers where it is a list of tokens in any form, else the value as it is."""
+    if getattr(value, "shape", None) and callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(value) if _are_tokens(value) else tuple(map(_plain, value))
+    return value
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list | tuple) and set(map(type, value)) <= {int}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token of one request is chosen.
+    """How the next token of one request is chosen. Numbers of numpy and torch are taken as Python's.
 
     Attributes:
         max_tokens: most new tokens; 0 computes the prompt and no more.
@@ -77,26 +103,52 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
-            value = getattr(self, name)
-            if not isinstance(value, Integral) and (value is not None or name not in _MAY_BE_NONE):
+            value = self._made_plain(name, _plain)
+            if not isinstance(value, int) and (value is not None or name not in _MAY_BE_NONE):
                 raise InputError(f"{name} is {value!r}; it must be a whole number")
         for name, low, high in (
             ("max_tokens", 0, MOST_SIZE), ("min_tokens", 0, MOST_SIZE), ("temperature", 0, 100), ("top_p", 0, 1),
             ("top_k", 0, MOST_SIZE),
             ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
-            value = getattr(self, name)
+            value = self._made_plain(name, _plain)
             if not _is_real(value) or not low <= value <= high:
-                raise InputError(f"{name} is {value}; it must be {low} to {high}")
+                raise InputError(f"{name} is {shown(value)}; it must be {low} to {high}")
+            self._made_plain(name, int if name in _WHOLE else float)
         for name in ("logprobs", "prompt_logprobs"):
             told = getattr(self, name)
             if told is not None and not 0 <= told <= 20:
                 raise InputError(f"{name} is {told}; it must be 0 to 20")
-        for token, value in self.logit_bias:
-            if not isinstance(token, Integral):
-                raise InputError(f"logit_bias names {token!r}; a token is a whole number")
-            if not _is_real(value) or value != value or value == math.inf:
-                raise InputError(f"logit_bias has the value {value!r}; it must be a number, or -inf to forbid a token")
+        if not isinstance(self._made_plain("ignore_eos", _plain), int):
+            raise InputError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
+        if self.grammar is not None and not isinstance(self.grammar, dict):
+            raise InputError(f"grammar is {shown(self.grammar)}; it must be a JSON schema, which is an object, or None")
+        if not _are_tokens(self._made_plain("stop_tokens", _tokens)):
+            raise InputError(f"stop_tokens is {shown(self.stop_tokens)}; it must be a tuple of token ids")
+        self._made_plain("logit_bias", _biases)
+
+    def _made_plain(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """What ``make`` gives for a field, which is its value from now on."""
+        object.__setattr__(self, name, make(getattr(self, name)))
+        return getattr(self, name)
+
+
+def _biases(pairs: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token and what is added to its logit. Raises InputError."""
+    if not isinstance(pairs, list | tuple):
+        raise InputError(f"logit_bias is {shown(pairs)}; it must be pairs of a token and a number")
+    made = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"logit_bias has {shown(pair)}; it must be pairs of a token and a number")
+        token, value = map(_plain, pair)
+        if not isinstance(token, int):
+            raise InputError(f"logit_bias names {shown(token)}; a token is a whole number")
+        if not _is_real(value) or value != value or value == math.inf:
+            raise InputError(f"logit_bias has the value {shown(value)}; it must be a number, or -inf to forbid a token")
+        # Beyond float's largest it is as 1e30 all the same.
+        made.append((int(token), float(max(-_MOST_BIAS, min(value, _MOST_BIAS))) if value != -math.inf else -math.inf))
+    return tuple(made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,18 +183,31 @@ class Request:
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _tokens(self.prompt))
+        object.__setattr__(self, "path", _tokens(self.path))
+        object.__setattr__(self, "num_streams", _plain(self.num_streams))
+
     def check_fields(self) -> None:
         """Raises InputError for a field that the queue or the prefix cache cannot take: there it would end the engine for everybody."""
-        for name in ("key", "cache_salt"):
+        for name in ("id", "key", "cache_salt"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                raise InputError(f"{name} is {value!r}; it must be text")
-        if not _is_real(self.priority) or self.priority != self.priority:
-            raise InputError(f"priority is {self.priority!r}; it must be a number")
+                raise InputError(f"{name} is {shown(value)}; it must be text")
+        if not isinstance(self.prompt, tuple) or not _are_tokens(self.prompt):
+            raise InputError(
+                f"the prompt is {shown(self.prompt)}; it must be a tuple of token ids, which are whole numbers"
+            )
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling is {shown(self.sampling)}; it must be a Sampling")
+        for name in ("priority", "arrival"):
+            value = getattr(self, name)
+            if not _is_real(value) or value != value:
+                raise InputError(f"{name} is {shown(value)}; it must be a number")
         pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-                raise InputError(f"options has {pair!r}; it must have pairs of texts, such as ('adapter', 'a')")
+                raise InputError(f"options has {shown(pair)}; it must have pairs of texts, such as ('adapter', 'a')")
 
     def check_room(self, max_positions: int) -> None:
         """Raises InputError unless the prompt has tokens and fits in ``max_positions``, with a new token if one is asked for."""

@@ -174,8 +174,9 @@ class Scheduler:
         self._serial += 1
         state.tokens.extend(output)
         state.num_scored = max(state.num_scored, num_scored)
-        self._states[request.id] = state
+        # What raises here leaves nothing behind.
         self._waiting.add(state)
+        self._states[request.id] = state
         self._queued_tokens += state.num_prompt
         return state
 

@@ -218,15 +218,14 @@ class EngineLoop:
         if self._closing_at is not None:
             self._emit([Output(id=request.id, finish=Finish.ABORT, error="the engine takes no more requests")])
             return
-        if request.id in self._live:
-            self._emit([Refused(request.id, f"a request {request.id!r} is under way; ids must differ")])
-            return
         try:
+            if request.id in self._live:
+                raise InputError(f"a request {request.id!r} is under way; ids must differ")
             if self._check is not None:
                 self._check(request)
             future = None if self._prepare is None else self._prepare(request)
-        except InputError as error:
-            self._emit([Refused(request.id, str(error))])
+        except Exception as error:
+            self._refuse(request, error)
             return
         if future is None:
             self._schedule(request)
@@ -254,12 +253,20 @@ class EngineLoop:
     def _schedule(self, request: Request) -> None:
         try:
             self.scheduler.add(request)
-        except InputError as error:
+        except Exception as error:
             self._forget(request.id)
-            self._emit([Refused(request.id, str(error))])
+            self._refuse(request, error)
             return
         self._live.add(request.id)
         self._is_idle_told = False
+
+    def _refuse(self, request: Request, error: Exception) -> None:
+        """Tell that a request cannot be taken: it never ran, so whatever it is that raised, nobody else is concerned."""
+        if isinstance(error, InputError):
+            self._emit([Refused(request.id, str(error))])
+            return
+        logger.error("request %s cannot be taken", request.id, exc_info=error)
+        self._emit([Refused(request.id, f"the request cannot be taken: {type(error).__name__}: {error}")])
 
     def _abort(self, id: str) -> None:
         preparing = self._preparing.pop(id, None)

@@ -1,7 +1,6 @@
 """What the sampler remembers of one request: its random numbers, the tokens so far, the additions to its logits, its grammar."""
 # Shapes: N different tokens of a request, V vocabulary
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,8 +11,6 @@ from anabranch.serving.grammar import Grammar
 from anabranch.serving.sampling.uniform import Uniforms
 
 __all__ = ["SequenceState", "TokenCounts"]
-
-_MOST_BIAS = 1e30
 
 
 class TokenCounts:
@@ -71,7 +68,7 @@ class SequenceState:
         self.uniforms = Uniforms(seed if sampling.seed is None else sampling.seed)
         self.counts = TokenCounts(request.prompt) if self.has_penalty else None
         self.bias_tokens = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
-        self.bias = np.array([_bias(value) for _, value in sampling.logit_bias], dtype=np.float32)
+        self.bias = np.array([value for _, value in sampling.logit_bias], dtype=np.float32)
         own = sampling.stop_tokens if sampling.ignore_eos else (*sampling.stop_tokens, *ends)
         self.stops = np.array(sorted(set(own)), dtype=np.int64)
         self.matcher = None if grammar is None else grammar.matcher()
@@ -115,8 +112,3 @@ class SequenceState:
             # An output that is complete and cannot go on ends, however short.
             mask_V = longer_V if longer_V.any() else mask_V
         return mask_V
-
-
-def _bias(value: float) -> float:
-    """An addition to a logit, such that their sum is a float32."""
-    return -math.inf if value == -math.inf else float(max(-_MOST_BIAS, min(value, _MOST_BIAS)))
