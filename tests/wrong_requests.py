@@ -8,7 +8,9 @@ import torch
 from anabranch.serving.core.request import Sampling
 
 WRONG = {
-    "prompt": [("a", "b"), (1.5, 2.0), (None,), 5, "abc", ((1,),), None, {1, 2}, iter((1, 2)), np.array([[1, 2]]), torch.tensor(1.5), (True,)],
+    "prompt": [
+        ("a", "b"), (1.5, 2.0), (None,), 5, "abc", ((1,),), None, {1, 2}, iter((1, 2)), np.array([[1, 2]]), torch.tensor(1.5), (True,),
+    ],
     "arrival": ["x", 1j, None, math.nan],
     "priority": ["x", 1j, None, math.nan],
     "sampling": [None, {}, Sampling],

@@ -17,7 +17,7 @@ from anabranch.routing.override import Overrides
 from anabranch.routing.sequences import WHEN_DONE
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
-from anabranch.serving.core.request import Request
+from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.overrides import RequestOverrides, Said
@@ -28,6 +28,9 @@ from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
 from anabranch.serving.fast import FastDecoder, Watch
 from anabranch.serving.sampling import Sampler
+
+# An id that no request has.
+_NOBODY = "\0"
 
 
 class TokenSampler(Protocol):
@@ -119,7 +122,7 @@ class ModelRunner:
         self._recordings: list[Callable[[], None]] = []
         # The newest token of each request, for chunks that carry `PENDING`.
         self._last: dict[str, int] = {}
-        self._isolation = Isolation(self._step)
+        self._isolation = Isolation(self._step, self._try_out)
         self._usual = Variant(self.num_streams)
         # Of requests that run the model otherwise.
         self._variants: dict[str, Variant] = {}
@@ -163,6 +166,24 @@ class ModelRunner:
         self._forget("warm-up")
         if isinstance(self.sampler, Sampler):
             self.sampler.warm_up()
+
+    def _try_out(self, chunk: Chunk) -> None:
+        """Run a token of nobody's, in a block of ``chunk`` that is as it was afterwards. Raises whatever that raises."""
+        block = chunk.blocks[-1]
+        parts = [
+            part.unflatten(2, (-1, self.pool.block_tokens))[:, :, block] for part in (self.pool.key, self.pool.value)
+        ]
+        saved = [part.clone() for part in parts]
+        self.sampler.add(Request(id=_NOBODY, prompt=(0,), sampling=Sampling(max_tokens=1, temperature=0.0)))
+        # Not for traces.
+        self._told[_NOBODY] = 1
+        try:
+            self._step([Chunk(id=_NOBODY, tokens=(0,), start=0, blocks=(block,), samples=True)], [0])
+        finally:
+            self.sampler.forget(_NOBODY)
+            self._forget(_NOBODY)
+            for part, before in zip(parts, saved, strict=True):
+                part.copy_(before)
 
     def close(self) -> None:
         """Tell the hooks that the engine ends."""
