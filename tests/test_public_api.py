@@ -12,7 +12,7 @@ PUBLIC = {
     "anabranch.config": "Config Field Part Repeats Seed Size configclass from_dict override parse_assignment to_dict",
     "anabranch.routing": """
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK HashScore
-        EntropyLoss
+        EntropyLoss OfPass
         ImportanceLoss LinearScore Override PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter WeightField ZLoss capacity_of combine count_destinations discard_loads dispatch
         export_correction_bias export_history import_correction_bias

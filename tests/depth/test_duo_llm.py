@@ -258,6 +258,16 @@ def test_a_forced_option_is_not_taught_to_the_router():
     assert 0 < half != taught
 
 
+def test_weights_of_options_are_not_taken_for_those_of_as_many_tokens():
+    """Two tokens, two options: each block runs for one of the tokens, and its router is taught with both weights."""
+    model = with_router(decoder()).train()
+    token_BL = torch.tensor([[1], [2]])
+    for weight_E, is_taught in (([1.0, 0.0], False), ([0.0, 1.0], True)):
+        state = take("big", supervision=torch.tensor(weight_E))
+        output = model(token_BL, target_BL=token_BL, state=state, path=[(0,), (1,)])
+        assert bool(output.auxiliary["focal"] > 0) is is_taught
+
+
 def test_flops_of_a_route_follow_the_formula():
     config = DuoFFN.Config(big=64, small=4, allow_skip=True)
     # 3 matrices of D F, 2 FLOPs a weight: 6 * 8 * (0.25 * 64 + 0.5 * 4) = 864

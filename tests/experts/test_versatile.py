@@ -122,6 +122,7 @@ VARIANTS = {
     "depth_only": {"fusion": "depth_only"},
     "soft_gate": {"gate": "soft"},
     "threshold": {"width_threshold": 0.5},  # lambda is 2/3, 1/3 or 0: one loop alone has a width path
+    "threshold_met": {"max_loops": 4, "width_threshold": 0.5},  # two loops are at the threshold, and have none
     "threshold_soft": {"width_threshold": 0.4, "gate": "soft"},
     "threshold_grouped": {"width_threshold": 0.5, "width_compute": "grouped"},
     "grouped": {"width_compute": "grouped"},

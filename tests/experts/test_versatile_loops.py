@@ -325,3 +325,48 @@ def test_overrides_that_reach_nobody_warn():
 def test_a_swiglu_is_taken_as_it_was():
     ffn = SwiGLU.Config(hidden_dim=24).build(BuildContext(16))
     assert VersatileFFN.from_ffn(ffn, num_experts=4).config.activation == "swiglu"
+
+
+@pytest.mark.parametrize("change", [{"bias_NE": [0.0, 9.0, 0.0]}, {"open_NE": [False, True, True]}])
+def test_a_number_that_was_pushed_in_training_was_not_drawn_by_chance(change):
+    """The probability of an unbiased draw says nothing of it, so it has none."""
+    model, made = model_of().train(), []
+    gates = loop_gates(model)
+    for gate in gates.values():
+        gate.register_forward_hook(lambda gate, given, routing: made.append(routing))
+    with override_routing(model, {GATE.format(1): Override(**change)}):
+        model(tokens())
+    first, second = made
+    assert first.propensity_NK is not None
+    assert second.propensity_NK is None
+
+
+def test_a_choice_that_is_not_used_is_one_loop():
+    model, token = model_of(), tokens()
+    index = torch.full((token.numel(), 1), LOOPS - 1)
+    index[::2] = -1
+    for weights in ({}, {"weight_NK": (index >= 0).float()}):
+        with torch.no_grad(), override_routing(model, {GATE.format(1): Override(index_NK=index, **weights)}):
+            _, loops = loops_of(model, lambda: model(token))
+        assert (loops[1] == torch.where(index[:, 0] < 0, 1, LOOPS).numpy()).all()
+
+
+def test_a_gate_is_not_asked_where_all_is_said(monkeypatch):
+    model, token = model_of(), tokens()
+    forced = Override(index_NK=[1], weight_NK=[1.0])
+    for gate in loop_gates(model).values():
+        monkeypatch.setattr(gate.score, "project", None)
+    with torch.no_grad(), override_routing(model, {GATE.format(layer): forced for layer in (0, 1)}):
+        _, loops = loops_of(model, lambda: model(token))
+    assert all((each == 2).all() for each in loops)
+
+
+@pytest.mark.parametrize("number", range(1, LOOPS + 1))
+def test_replaced_layers_may_see_tokens_that_all_take_as_many_loops(number):
+    found = []
+    for early_exit in (True, False):
+        model = model_of({"*.up": Dense.Config()}, early_exit=early_exit)
+        forced = {GATE.format(layer): Override(index_NK=[number - 1]) for layer in (0, 1)}
+        with torch.no_grad(), override_routing(model, forced):
+            found.append(model(tokens()).logits_BLV)
+    torch.testing.assert_close(*found)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anabranch.errors import CapacityError, InputError
+from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import KeyValueCache
 from anabranch.lm.cache import Prefix, attention_mask
 from anabranch.nn.shared_prefix import with_prefix
@@ -112,6 +112,38 @@ def test_padding_may_come_after_an_unpadded_start():
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1]]
 
 
+# -- some sequences of a batch
+
+
+def test_what_a_failed_pass_left_for_some_rows_is_forgotten():
+    """The first sequence fails after it was stored, the second is tried again alone: the first then passed over that position."""
+    cache = KeyValueCache(num_layers=1, max_length=4)
+    cache.sequences(2)
+    both, one = torch.ones(2, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    cache.append(0, both, both)
+    cache.advance(1)
+    cache.append(0, one, one, rows=[0])
+    cache.begin()
+    cache.append(0, one, one, rows=[1])
+    cache.advance(1)
+    *_, filled = cache.append(0, both, both)
+    assert filled.tolist() == [[True, False, True], [True, True, True]]
+
+
+def test_positions_that_were_passed_over_hold_finite_numbers(monkeypatch):
+    """What lies there takes part in sums, times zero; fresh memory may hold anything."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size: like.new_full(size, torch.nan))
+    cache = KeyValueCache(num_layers=1, max_length=4)
+    cache.sequences(2)
+    one = torch.ones(1, 1, 1, 1)
+    for rows in ([1], [0]):
+        cache.append(0, one, one, rows=rows)
+        cache.advance(1)
+    key, value, filled = cache.append(0, one, one, rows=[0])
+    assert filled.tolist() == [[False, True, True]]
+    assert key.flatten().tolist() == value.flatten().tolist() == [0, 1, 1]
+
+
 # -- streams with a prefix
 
 
@@ -174,3 +206,26 @@ def test_a_cache_begins_with_no_more_than_it_has(length):
     assert cache.length == 4
     cache.begin(3)
     assert cache.length == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "fits"),
+    [
+        ([0, 1, 2, 3], True),
+        ([1, 3], True),
+        ([1, 0, 3, 2], True),
+        ([], True),
+        ([0, 2, 1, 3], False),  # each sequence with its two streams, side by side
+        ([0, 1, 3, 2], False),
+        ([0, 1, 2], False),
+    ],
+)
+def test_streams_of_a_sequence_come_together(rows, fits):
+    """Two sequences of two streams, stream-major: rows 0 and 2 are the first sequence."""
+    prefix = Prefix([(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))])
+    new = torch.zeros(len(rows), 1, 1, 1)
+    if fits:
+        assert prefix.append(0, new, new, rows=rows)[0].shape[2] == 2
+        return
+    with pytest.raises(ConfigError, match="the streams of a sequence go through the blocks together"):
+        prefix.append(0, new, new, rows=rows)

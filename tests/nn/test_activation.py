@@ -137,3 +137,28 @@ def test_what_there_is_not():
         expert_mlp(*arguments, activation="geglu")
     with pytest.raises(ConfigError, match=r"w13 has shape \[5, 8, 16\]; it must be \[5, F, 7\]"):
         expert_mlp(x[:, :7], *arguments[1:], activation="gelu")
+
+
+def test_matrices_of_a_feed_forward():
+    assert {name: activation.num_matrices for name, activation in ACTIVATIONS.items()} == {
+        "swiglu": 3, "geglu": 3, "gelu": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_loop_differentiates_half_types_in_float32(name):
+    """The gradient of a choice's weight, of the rounded hidden units that a forward pass has: exact but for one sum in float32."""
+    g = torch.Generator().manual_seed(3)
+    activation = ACTIVATIONS[name]
+    rows = len(activation.parts) * HIDDEN
+    x, w13, w2, dy = (
+        torch.randn(*shape, generator=g).to(torch.bfloat16)
+        for shape in ((1, DIM), (1, rows, DIM), (1, DIM, HIDDEN), (1, DIM))
+    )
+    weight = torch.ones(1, 1, requires_grad=True)
+    routing = Routing(torch.zeros(1, 1, dtype=torch.int64), weight, torch.ones(1, 1))
+    y = expert_mlp(x, plan_dispatch(routing), weight, w13, w2, backend="torch", activation=name)
+    (found,) = torch.autograd.grad(y, weight, dy)
+    hidden = activation.apply(torch.mm(x, w13[0].t()).double())
+    expected = (torch.mm(dy, w2[0]).double() * hidden).sum()
+    torch.testing.assert_close(found.double().squeeze(), expected, rtol=1e-5, atol=1e-5)

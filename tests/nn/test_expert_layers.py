@@ -17,7 +17,7 @@ from anabranch.nn import Count, Dense, ExpertPool, Linear, MoE, SelfAttention, S
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.items import of_items
 from anabranch.nn.quantize import quantize
-from anabranch.routing import Router, Routing, TopK, record_routing, replay_routing
+from anabranch.routing import Router, Routing, RoutingContext, TopK, record_routing, replay_routing
 from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.expertflow.expertflow import find_pools
 from anabranch.serving.fast.supported import why_not
@@ -438,3 +438,69 @@ def test_an_item_without_numbers_spoils_the_gradients_of_its_own_experts_alone(c
     y_ND = pool(x_ND, Routing(index_N1, torch.ones(4, 1).double(), torch.rand(4, EXPERTS).double()))
     y_ND[1:].sum().backward()
     assert pool.w13.grad.isfinite().flatten(1).all(1)[1:].all()
+
+
+class Unit(Linear):
+    """Rows of the length one, which is no number where the input is zero."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+
+        def count(self, projection, context):
+            return Count()
+
+    def __init__(self, config: Any, projection, context) -> None:
+        nn.Module.__init__(self)
+        self.out_dim = projection.out_dim
+
+    def forward(self, x, context=None):
+        return (x / x.norm(dim=-1, keepdim=True))[..., :1].expand(*x.shape[:-1], self.out_dim)
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_what_an_expert_makes_of_items_of_others_counts_for_nobody(weight_on, monkeypatch):
+    pool = pool_of({"*.experts.*.up": Unit.Config()})
+    x, routing = case()
+    expected = pool(x, routing, weight_on=weight_on)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(pool(x, routing, weight_on=weight_on), expected)
+
+
+def test_masked_layers_are_told_which_items_are_theirs(monkeypatch):
+    """Unused choices and padding are nobody's."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pool = pool_of({"*.experts.*.up": Beside.Config()})
+    x, routing = case()
+    real_N = torch.arange(len(x)) % 4 > 0
+    assert not routing.used_NK.all()
+    for context in (RoutingContext(), RoutingContext(item_mask_N=real_N)):
+        pool(x, routing, context=context)
+        for number in range(EXPERTS):
+            (_, told), *_ = getattr(pool.layers.w13, str(number)).up.seen[-1:]
+            own_N = (routing.index_NK == number).any(1)
+            assert told.item_mask_N.equal(own_N if context.item_mask_N is None else own_N & real_N)
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("way", ["gathered", "masked"])
+def test_experts_compute_in_the_type_of_their_rows_whatever_that_of_the_weights(weight_on, way, monkeypatch):
+    if way == "masked":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pool = pool_of({"*.experts.*.up": Beside.Config()})
+    x, routing = case()
+    expected = pool(x, routing, weight_on=weight_on)
+    half = Routing(routing.index_NK, routing.weight_NK.float(), routing.score_NE.float())
+    found = pool.to(torch.bfloat16)(x.to(torch.bfloat16), half, weight_on=weight_on)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [3, 3]])
+def test_the_result_has_the_type_that_experts_compute_in(chosen):
+    """As stacked experts have it, also where the first expert has no rows."""
+    routing = Routing(torch.tensor(chosen).view(2, 1), torch.ones(2, 1), torch.ones(2, EXPERTS))
+    for linears in ({}, {"*.experts.*.up": Beside.Config()}):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pool_of(linears).float()(torch.randn(2, DIM), routing).dtype == torch.bfloat16

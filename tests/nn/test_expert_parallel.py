@@ -9,9 +9,10 @@ SCRIPT = textwrap.dedent(
     """
     import sys, time, torch, torch.distributed as dist
     from torch import nn
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.nn.parallel import DistributedDataParallel
     from anabranch.errors import ConfigError
-    from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_parameters
+    from anabranch.nn.expert_parallel import ExpertExchange, expert_mesh, shard_experts, sharded_parameters
     from anabranch.nn.pool import ExpertPool
     from anabranch.routing.context import RoutingContext
     from anabranch.routing.decision import Routing
@@ -137,7 +138,29 @@ SCRIPT = textwrap.dedent(
             found.append(pool)
         for name in ("w13", "w2"):
             near(whole_gradient(getattr(found[1], name)), getattr(found[0], name).grad, name, 1e-5)
+    def rows_travel_in_the_type_of_the_products():
+        exchange, types = dist.all_to_all_single, []
+        def watched(received, sent, *arguments, **options):
+            types.append(sent.dtype)
+            return exchange(received, sent, *arguments, **options)
+        dist.all_to_all_single = watched
+        whole, part, mine = data(5, "mixed")
+        for weight_on in ("output", "input"):
+            with torch.autocast("cpu", torch.bfloat16):
+                work(shared_pool(), *part, weight_on)
+        dist.all_to_all_single = exchange
+        assert set(types) == {torch.int64, torch.bfloat16}, types
+    def sums_the_gradient_of_its_weights_alone():
+        "What the gradient also goes to keeps its own: this process's, not the sum."
+        weight, beside = (torch.ones(3, requires_grad=True) for _ in range(2))
+        spread = DTensor.from_local(weight, expert_mesh("cpu", 1), [Replicate(), Shard(0)], run_check=False)
+        own, shown = torch.full((3,), rank + 1.0), beside * 2  # made first, so the backward pass comes to it last
+        ((ExpertExchange(expert_mesh("cpu", 1), 2).local(spread) + shown) * own).sum().backward()
+        near(weight.grad, torch.full((3,), (1.0 + 2.0) / 2), "of the weight")
+        near(beside.grad, 2 * own, "beside it")
     equals_one_process()
+    rows_travel_in_the_type_of_the_products()
+    sums_the_gradient_of_its_weights_alone()
     gathers_over_calls()
     differentiates_twice()
     trains_beside_data_parallel()

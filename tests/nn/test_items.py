@@ -11,7 +11,7 @@ from torch import nn
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.items import Items, no_rows, of_items, on_items
 from anabranch.nn.visits import on_rows
-from anabranch.routing import RoutingContext
+from anabranch.routing import OfPass, RoutingContext
 from anabranch.routing.sequences import StreamSequence
 
 
@@ -106,20 +106,52 @@ def test_parts_that_are_cut_out_of_parts_come_back():
     assert torch.equal(context.carry["sum"], expected)
 
 
-def test_what_is_of_no_single_item_is_carried_as_it_is():
-    words, count = ["a"], torch.tensor(3)
-    context = context_of(2, 3, carry={"words": words, "count": count, "matrix": torch.eye(4)})
+@pytest.mark.parametrize("experts", [2, 4, 6])
+def test_what_is_of_no_single_item_is_carried_as_it_is(experts):
+    """Also a matrix of as many experts as there are items, in the pass (6) or in the part (2)."""
+    words, count, matrix = ["a"], torch.tensor(3), OfPass(torch.eye(experts))
+    given = {"words": words, "count": count, "matrix": matrix}
+    for call in (
+        lambda run, context: on_items(run, torch.zeros(2, 1), context, torch.tensor([1, 2]), 6),
+        lambda run, context: on_rows(run, torch.zeros(2, 3, 1), context, [1]),
+    ):
+        context = context_of(2, 3, carry=dict(given), state=dict(given))
+
+        def run(x_RD, part):
+            assert part.carry["words"] is words
+            assert part.carry["matrix"] is part.state["matrix"] is matrix
+            part.carry["count"] = part.carry["count"] + 1
+            part.carry["matrix"] = OfPass(2 * part.carry["matrix"].value)
+            return x_RD
+
+        call(run, context)
+        assert context.carry["words"] is words
+        assert context.carry["count"] == 4
+        assert torch.equal(context.carry["matrix"].value, 2 * torch.eye(experts))
+
+
+def test_a_tensor_that_is_of_no_item_and_does_not_say_so_warns():
+    context = context_of(2, 3, carry={"matrix": torch.eye(4)})
+    with pytest.warns(
+        DeprecationWarning, match=r"context.carry\['matrix'\] has shape \[4, 4\], so it is of none of the 6 items"
+    ):
+        of_items(context, torch.tensor([1]), 6)
+    context = context_of(2, 3, state={"matrix": torch.eye(4)})
+    with pytest.warns(
+        DeprecationWarning, match=r"context.state\['matrix'\].*wrap what is of the whole pass in anabranch.routing"
+    ):
+        on_rows(lambda x_RLD, part: x_RLD, torch.zeros(2, 3, 1), context, [1])
 
     def run(x_RD, part):
-        assert part.carry["words"] is words
-        part.carry["count"] = part.carry["count"] + 1
-        part.carry["matrix"] = torch.eye(5)
+        part.carry["made"] = torch.eye(4)
         return x_RD
 
-    on_items(run, torch.zeros(2, 1), context, torch.tensor([1, 2]), 6)
-    assert context.carry["words"] is words
-    assert context.carry["count"] == 4
-    assert torch.equal(context.carry["matrix"], torch.eye(5))
+    context = context_of(2, 3)
+    with pytest.warns(
+        DeprecationWarning, match=r"context.carry\['made'\] has shape \[4, 4\], so it is of none of the 2 items"
+    ):
+        on_items(run, torch.zeros(2, 1), context, torch.tensor([1, 2]), 6)
+    assert torch.equal(context.carry["made"], torch.eye(4))
 
 
 @pytest.mark.parametrize(("before", "value"), [("float32", "bfloat16"), ("int64", "float32"), ("bfloat16", "float32")])
@@ -218,7 +250,8 @@ def test_a_context_of_no_language_model_is_cut_as_well():
     assert part.carry["bl"].tolist() == [[3], [1]]
     assert part.carry["n"].tolist() == [3, 1]
     # Items that are no sequences have no positions.
-    part = of_items(RoutingContext(carry={"bl": torch.zeros(2, 2)}), torch.tensor([3, 1]), 4)
+    with pytest.warns(DeprecationWarning, match="of none of the 4 items"):
+        part = of_items(RoutingContext(carry={"bl": torch.zeros(2, 2)}), torch.tensor([3, 1]), 4)
     assert part.carry["bl"].shape == (2, 2)
 
 

@@ -98,9 +98,27 @@ def test_recomputed_passes_have_the_same_gradients_and_emit_once():
         assert len(context.losses["size"]) == 2
         return torch.autograd.grad(made.sum() + sum(context.losses["size"]), (x, weight))
 
-    for plain, again in zip(gradient(False), gradient(True), strict=True):
-        torch.testing.assert_close(again, plain, rtol=0, atol=0)
-    assert sorted(ran) == [0] * 3 + [1] * 3
+    plain = gradient(False)
+    assert ran == [0, 1]
+    ran.clear()
+    again = gradient(True)
+    assert sorted(ran) == [0, 0, 1, 1]
+    for ours, theirs in zip(again, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_scales_are_in_the_type_of_the_passes():
+    """1 + 2^-8 is 1 in bfloat16, so 255 stays 255; in float32 it would become 255.996, which is rounded to 256."""
+    seen = []
+
+    def one_pass(number, x, context):
+        seen.append(x)
+        return torch.full_like(x, 255.0)
+
+    scale = torch.tensor([1 + 2.0**-8])
+    made = PassLoop(2, "gated").run(one_pass, torch.zeros(1, dtype=torch.bfloat16), RoutingContext(), scale)
+    assert [x.item() for x in seen] == [0, 255]
+    assert {made.dtype, *(x.dtype for x in seen)} == {torch.bfloat16}
 
 
 class Looped(FeedForward, kind="looped_in_a_test"):

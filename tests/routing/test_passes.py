@@ -127,6 +127,21 @@ def test_lift_and_information_by_hand():
     assert facts.lift_EE[1, 1] == 1
 
 
+def test_independent_choices_have_no_information_and_never_less():
+    """Of (1/4, 3/4) and (1/4, 3/4): the entropies, rounded, leave a little below zero."""
+    first, second = zip(
+        *[(i, j) for i, j in itertools.product(range(2), range(2)) for _ in range(3**i * 3**j)], strict=True
+    )
+    builder = TraceBuilder()
+    for number, index in enumerate((first, second)):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=2, top_k=1, pool="p")
+        builder.add(layer, [[one] for one in index], [[1.0]] * 16, item_N=range(16))
+    (facts,) = between_passes(builder.trace())
+    bits = measure.load_entropy([4, 12]) * 2 - measure.load_entropy([1, 3, 3, 9])
+    assert bits < 0
+    assert facts.information_bits == 0
+
+
 def test_the_page_of_chain_names_the_same():
     assert chain.between_passes is between_passes
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.nn.shared_prefix import SharedPrefix, copied, with_prefix
+from anabranch.nn.visits import whole_sequences
 
 
 class Prefix:
@@ -56,9 +57,7 @@ class Prefix:
 
 def _check_streams(rows: Sequence[int], num_streams: int) -> None:
     """Raise ConfigError unless each sequence comes with all its streams, one stream after another."""
-    count, rest = divmod(len(rows), num_streams)
-    apart = rows[count] - rows[0] if num_streams > 1 and count else 0
-    if rest or list(rows) != [row + stream * apart for stream in range(num_streams) for row in rows[:count]]:
+    if whole_sequences(rows, num_streams) is None:
         raise ConfigError(
             "the streams of a sequence go through the blocks together, since each has a prefix of its own"
         )

@@ -74,7 +74,7 @@ def _linear_geglu(z_R2F: Tensor) -> tuple[Tensor, Pullback]:
     gelu = F.gelu(gate)
 
     def pull(da: Tensor) -> Tensor:
-        return torch.cat([torch.ops.aten.gelu_backward(da * up, gate.contiguous()), da * gelu], dim=-1)
+        return torch.cat([torch.ops.aten.gelu_backward(da * up, gate), da * gelu], dim=-1)
 
     return gelu * up, pull
 

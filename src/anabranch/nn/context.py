@@ -180,7 +180,7 @@ class ForwardContext(RoutingContext):
     visits: Visits = field(default_factory=dict)
     rows: list[int] | None = None
 
-    def fork(self, carry: dict[str, Tensor] | None = None) -> Self:
+    def fork(self, carry: dict[str, Any] | None = None) -> Self:
         """See `RoutingContext.fork`; visits are counted on from here, on its own."""
         return replace(super().fork(carry), visits=dict(self.visits))
 
@@ -196,7 +196,7 @@ def recomputed(run: Callable[[Tensor, Any], Tensor], x_BLD: Tensor, context: Rou
         return checkpoint(run, x_BLD, None, use_reentrant=False)
     before = context.fork()
 
-    def forked(x_BLD: Tensor, carry: dict[str, Tensor]) -> tuple[Tensor, RoutingContext]:
+    def forked(x_BLD: Tensor, carry: dict[str, Any]) -> tuple[Tensor, RoutingContext]:
         local = before.fork(carry)
         return run(x_BLD, local), local
 

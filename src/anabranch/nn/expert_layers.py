@@ -95,9 +95,7 @@ class ExpertLayers(nn.Module):
     def _gathered(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
         """Each expert runs on its own rows."""
         plan = plan_dispatch(routing)
-        rows_RD = dispatch(x_ND, plan)
-        if on_input:
-            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1).to(rows_RD.dtype)
+        rows_RD = dispatch(x_ND, plan, routing.weight_NK if on_input else None)
         item_R, made, start = plan.item_R, [], 0
         for number, (expert, end) in enumerate(zip(experts, plan.offset_E.tolist(), strict=True)):
             if end > start:

@@ -11,7 +11,7 @@ from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.nn.activation import ACTIVATIONS
 from anabranch.nn.expert_call import ExpertCall, Gradients, Needed
-from anabranch.routing.dispatch import combine, dispatch
+from anabranch.routing.dispatch import combine, dispatch, weigh
 
 __all__ = ["backward", "forward", "plain_experts"]
 
@@ -19,10 +19,7 @@ __all__ = ["backward", "forward", "plain_experts"]
 def plain_experts(call: ExpertCall) -> Tensor:
     """y_ND by the naive loop under autograd, in the dtypes of the operands: the twin of every back end, at any order of derivative."""
     plan, apply = call.plan, ACTIVATIONS[call.activation].apply
-    weight_R1 = call.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1)
-    rows_RD = dispatch(call.x_ND, plan)
-    if call.on_input:
-        rows_RD = rows_RD * weight_R1.to(rows_RD.dtype)
+    rows_RD = dispatch(call.x_ND, plan, call.weight_NK if call.on_input else None)
     ends = [0, *_ends(plan.offset_E, rows_RD.shape[0]), rows_RD.shape[0]]
     matrices = zip(ends[:-2], ends[1:-1], call.w13_EFD.unbind(0), call.w2_EDF.unbind(0), strict=True)
     parts = [F.linear(apply(F.linear(rows_RD[start:end], w13)), w2) for start, end, w13, w2 in matrices]
@@ -56,7 +53,7 @@ def backward(
     weight_R1 = weight_NK.reshape(-1)[choice_R].unsqueeze(-1)
     wide = torch.promote_types(dtype, torch.float32)
     plain_RD = call.x_ND.to(dtype)[choice_R // num_choices]
-    rows_RD = plain_RD * weight_R1.to(dtype) if call.on_input else plain_RD
+    rows_RD = weigh(plain_RD, weight_NK, choice_R) if call.on_input else plain_RD
     dy_RD = dy_ND.to(dtype)[choice_R // num_choices]
     drows_RD = torch.empty_like(rows_RD)
     dweight_R = torch.zeros(len(choice_R), dtype=wide, device=call.x_ND.device)
@@ -105,7 +102,7 @@ def _active(ends: list[int]) -> list[tuple[int, int, int]]:
 
 def _gather_rows(x_ND: Tensor, choice_R: Tensor, weight_NK: Tensor | None, num_choices: int) -> Tensor:
     rows_RD = x_ND[choice_R // num_choices]
-    return rows_RD if weight_NK is None else rows_RD * weight_NK.reshape(-1)[choice_R].unsqueeze(-1).to(rows_RD.dtype)
+    return rows_RD if weight_NK is None else weigh(rows_RD, weight_NK, choice_R)
 
 
 def _join(rows_RD: Tensor, choice_R: Tensor, weight_NK: Tensor | None, num_items: int, num_choices: int) -> Tensor:

@@ -28,7 +28,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.pool import ExpertPool
 from anabranch.precision import autocast_dtype
 from anabranch.routing.decision import Routing
-from anabranch.routing.dispatch import combine, plan_dispatch
+from anabranch.routing.dispatch import combine, plan_dispatch, weigh
 
 __all__ = ["ExpertExchange", "expert_mesh", "shard_experts", "sharded_parameters"]
 
@@ -116,7 +116,7 @@ class ExpertExchange:
         choice_R = plan.choice_R[: int(plan.offset_E[-1])]
         rows_RD = x_ND[choice_R // plan.num_choices]
         if on_input:
-            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[choice_R].unsqueeze(-1).to(rows_RD.dtype)
+            rows_RD = weigh(rows_RD, routing.weight_NK, choice_R)
         send_PL = plan.load_E.long().view(self.size, -1)
         receive_PL = torch.empty_like(send_PL)
         dist.all_to_all_single(receive_PL, send_PL, group=self.group)

@@ -187,7 +187,4 @@ def _bmm(call: ExpertCall) -> Tensor:
 
 def _rows(call: ExpertCall) -> Tensor:
     """rows_RD: what experts read."""
-    rows_RD = dispatch(call.x_ND, call.plan)
-    if not call.on_input:
-        return rows_RD
-    return rows_RD * call.weight_NK.reshape(-1)[call.choice_R].unsqueeze(-1).to(rows_RD.dtype)
+    return dispatch(call.x_ND, call.plan, call.weight_NK if call.on_input else None)

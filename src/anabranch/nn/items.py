@@ -3,12 +3,14 @@
 A layer that sends each token somewhere (to an expert, to one of two modules, into another loop) calls what stands there with gathered
 rows. `on_items` gives the call what a context says of them: positions, tokens, sequences, which are padding, what is carried on.
 
-What is carried or said by name (``context.carry``, ``context.state``) is of the items where it is a tensor ``[N, ...]`` or ``[B, L, ...]``,
-and everything else is of the whole pass. `Items` takes such tensors apart and puts them together again, in the shape that they had.
+What is carried or said by name (``context.carry``, ``context.state``) is of the items where it is a tensor ``[N, ...]`` or ``[B, L, ...]``.
+`Items` takes such tensors apart and puts them together again, in the shape that they had. What is of the whole pass is a single number, no
+tensor, or says so as an `OfPass`.
 """
 # Shapes: N = B L items of the pass, R gathered ones, B batch, L positions, D width
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,23 @@ class Items:
         taken = flat[self.item_R]
         return taken if flat is value else taken.unflatten(0, self.part)
 
+    def take_all(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`take` of each of ``values``, the ``carry`` or ``state`` of a context."""
+        for name, value in values.items():
+            self._check(value, f"context.{where}[{name!r}]", self.whole)
+        return {name: self.take(value) for name, value in values.items()}
+
+    def _check(self, value: Any, what: str, sizes: tuple[int, int]) -> None:
+        """Warn of a tensor that is neither of items nor says that it is of the whole pass."""
+        if isinstance(value, Tensor) and value.dim() and _flat(value, sizes) is None:
+            warnings.warn(
+                f"{what} has shape {list(value.shape)}, so it is of none of the {sizes[0] * sizes[1]} items of the pass; wrap what is of "
+                "the whole pass in anabranch.routing.OfPass, or it is taken apart where its first size is the number of items. The next "
+                "version raises an error here",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+
     def put_back(self, before: Any, value: Any) -> Any:
         """``before``, which is of all items, where ``value`` stands for these; zeros for the others if there is none that fits.
 
@@ -71,6 +90,7 @@ class Items:
         y = run(x, part)
         for name, value in part.carry.items():
             if name not in given or value is not given[name]:
+                self._check(value, f"context.carry[{name!r}]", self.part)
                 context.carry[name] = self.put_back(context.carry.get(name), value)
         context.merge(*part.collected())
         return y
@@ -121,7 +141,7 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
     Keys and values are not theirs to use: ``cache`` is None.
     """
     items = _items_of(context, item_R, num_items)
-    part = context.fork({name: items.take(value) for name, value in context.carry.items()})
+    part = context.fork(items.take_all(context.carry, "carry"))
     mask_N = context.item_mask_N
     part = replace(
         part,
@@ -130,7 +150,7 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
         num_streams=1,
         sequences=_names(context, item_R, num_items),
         all_sequences=context.all_sequences or context.sequences,
-        state={name: items.take(value) for name, value in context.state.items()},
+        state=items.take_all(context.state, "state"),
     )
     if "position_BL" not in {field.name for field in fields(context)}:
         return part

@@ -158,9 +158,7 @@ class QuantizedPool(nn.Module):
         """y_ND: each item's experts, weighted and summed."""
         w13, w2 = self.packed
         plan = plan_dispatch(routing)
-        rows_RD = dispatch(x_ND, plan)
-        if weight_on == "input":
-            rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1).to(rows_RD.dtype)
+        rows_RD = dispatch(x_ND, plan, routing.weight_NK if weight_on == "input" else None)
         y_RD = torch.zeros_like(rows_RD)
         start = 0
         for expert, end in enumerate(plan.offset_E.tolist()):

@@ -23,7 +23,17 @@ Path = Sequence[int] | Sequence[Sequence[int]]
 # How often attention of each layer has run in a forward pass: one number where all sequences have come as often, which is nearly always.
 Visits = dict[int, int | list[int]]
 
-__all__ = ["Path", "Visits", "check_path", "next_visits", "on_rows", "steps_of", "take_back", "visits_of_rows"]
+__all__ = [
+    "Path",
+    "Visits",
+    "check_path",
+    "next_visits",
+    "on_rows",
+    "steps_of",
+    "take_back",
+    "visits_of_rows",
+    "whole_sequences",
+]
 
 
 def next_visits(visits: Visits, layer: int, batch: int) -> list[tuple[int, list[int] | None]]:
@@ -92,14 +102,14 @@ def _part(context: "ForwardContext", items: Items, row_R: Tensor, rows: Sequence
         return value_B[row_R] if isinstance(value_B, Tensor) and value_B.shape[0] == batch > 1 else value_B
 
     num_streams, names = _names(context, rows, batch)
-    part = context.fork({name: items.take(value) for name, value in context.carry.items()})
+    part = context.fork(items.take_all(context.carry, "carry"))
     return replace(
         part,
         item_mask_N=items.take(context.item_mask_N),
         num_streams=num_streams,
         sequences=names,
         all_sequences=context.all_sequences or context.sequences,
-        state={name: items.take(value) for name, value in context.state.items()},
+        state=items.take_all(context.state, "state"),
         position_BL=context.position_BL[row_R],
         rotary=tuple(sequences(angles) for angles in context.rotary),
         attention_mask=sequences(context.attention_mask),
@@ -111,11 +121,29 @@ def _part(context: "ForwardContext", items: Items, row_R: Tensor, rows: Sequence
 
 def _names(context: "ForwardContext", rows: Sequence[int], batch: int) -> tuple[int, list[Hashable] | None]:
     """(streams, names of the sequences) of some rows: as they were where each sequence comes with all its streams, else unnamed."""
-    streams = context.num_streams
-    own = rows[: len(rows) // streams]
-    if list(rows) != [row + stream * (batch // streams) for stream in range(streams) for row in own]:
+    own = whole_sequences(rows, context.num_streams, batch // context.num_streams)
+    if own is None:
         return 1, None
-    return streams, None if context.sequences is None else [context.sequences[row] for row in own]
+    return context.num_streams, None if context.sequences is None else [context.sequences[row] for row in own]
+
+
+def whole_sequences(rows: Sequence[int], num_streams: int, num_sequences: int | None = None) -> list[int] | None:
+    """The sequences that ``rows`` of a stream-major batch are: each with all its streams, one stream after another.
+
+    Args:
+        rows: numbers of rows.
+        num_streams: P.
+        num_sequences: of the whole batch, so a sequence's next stream is that many rows behind; None where it is not known: as far behind
+            as ``rows`` have it.
+
+    Returns None where ``rows`` are something else.
+    """
+    count, rest = divmod(len(rows), num_streams)
+    own = list(rows[:count])
+    if num_sequences is None:
+        num_sequences = rows[count] - rows[0] if num_streams > 1 and own else max(own, default=0) + 1
+    in_order = [row + stream * num_sequences for stream in range(num_streams) for row in own]
+    return own if not rest and list(rows) == in_order and all(row < num_sequences for row in own) else None
 
 
 def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:

@@ -16,7 +16,7 @@ from anabranch.routing.balance import (
     sync_loads,
 )
 from anabranch.routing.bias import BiasBalancer, export_correction_bias, export_history, import_correction_bias
-from anabranch.routing.context import RoutingContext
+from anabranch.routing.context import OfPass, RoutingContext
 from anabranch.routing.conversion import WeightField
 from anabranch.routing.decision import UNUSED, Routing, count_destinations
 from anabranch.routing.destinations import Candidates
@@ -57,6 +57,7 @@ __all__ = [
     "HashScore",
     "ImportanceLoss",
     "LinearScore",
+    "OfPass",
     "Override",
     "PoolLoss",
     "Recorder",

@@ -33,6 +33,17 @@ class LossOverLayers(Protocol):
         """(name, loss) from the parts, in the order of the layers."""
 
 
+@dataclass(frozen=True)
+class OfPass:
+    """A tensor, or anything else, of the whole forward pass: no layer takes it apart, whatever its shape.
+
+    context.carry["table"] = OfPass(table_ED)                # [E, D]; in a pass of E items it could be theirs
+    table_ED = context.carry["table"].value
+    """
+
+    value: Any
+
+
 @dataclass
 class RoutingContext:
     """State of one forward pass.
@@ -51,9 +62,10 @@ class RoutingContext:
         parts: emitted (loss over layers, its part of one layer) pairs.
         metrics: emitted numbers to log, by name, one entry per layer that emitted it.
         carry: tensors that a layer hands to the layers above it, by name (the state of a recurrent router). One ``[N, ...]`` or
-            ``[B, L, ...]`` is of the items, and a layer that some of them go to sees those; any other is of the whole pass. Replace
-            entries, never write into their tensors: activation recompute keeps what a layer was given and repeats it from there.
-        state: what a caller gives to designs and recorders, by a name of its own.
+            ``[B, L, ...]`` is of the items, and a layer that some of them go to sees those. One of the whole pass is wrapped in `OfPass`,
+            unless it is a single number. Replace entries, never write into their tensors: activation recompute keeps what a layer was
+            given and repeats it from there.
+        state: what a caller gives to designs and recorders, by a name of its own; tensors are of the items, or in an `OfPass`, likewise.
         memo: see `once`.
         refuses_nan: whether a score that is NaN ends the pass. Where rows are of users who know nothing of one another it ends its own
             row alone, which whoever draws tokens sees.
@@ -73,7 +85,7 @@ class RoutingContext:
     loads: list[tuple[LoadSink, Tensor, Tensor | None]] = field(default_factory=list)
     parts: list[tuple[LossOverLayers, tuple[Tensor, ...]]] = field(default_factory=list)
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
-    carry: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     memo: dict[int, Any] = field(default_factory=dict)
     routing: list["Overrides"] = field(default_factory=list)
@@ -113,7 +125,7 @@ class RoutingContext:
         """Add a number of one layer that is worth logging; nothing is differentiated through it."""
         self.metrics.setdefault(name, []).append(value.detach())
 
-    def fork(self, carry: dict[str, Tensor] | None = None) -> Self:
+    def fork(self, carry: dict[str, Any] | None = None) -> Self:
         """A context that sees the same state but collects on its own; it goes on from ``carry`` (default: what ours carries)."""
         carry = self.carry if carry is None else carry
         return replace(self, losses={}, loads=[], parts=[], metrics={}, carry=dict(carry))

@@ -64,9 +64,15 @@ def plan_dispatch(routing: Routing) -> DispatchPlan:
     return DispatchPlan(choice_R, offset_E, routing.num_items, routing.num_choices)
 
 
-def dispatch(x_ND: Tensor, plan: DispatchPlan) -> Tensor:
-    """rows_RD: a copy of each item for each of its choices, sorted by destination."""
-    return x_ND[plan.item_R]
+def dispatch(x_ND: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None) -> Tensor:
+    """rows_RD: a copy of each item for each of its choices, sorted by destination; with weights times that of its choice."""
+    rows_RD = x_ND[plan.item_R]
+    return rows_RD if weight_NK is None else weigh(rows_RD, weight_NK, plan.choice_R)
+
+
+def weigh(rows_RD: Tensor, weight_NK: Tensor, choice_R: Tensor) -> Tensor:
+    """Each row times the weight of its choice, in the dtype of the rows."""
+    return rows_RD * weight_NK.reshape(-1)[choice_R].unsqueeze(-1).to(rows_RD.dtype)
 
 
 def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None) -> Tensor:

@@ -25,7 +25,17 @@ from anabranch.nn.feed_forward import MLP, FeedForward, SwiGLU
 from anabranch.nn.items import no_rows, on_items
 from anabranch.nn.linear import is_plain
 from anabranch.precision import wide
-from anabranch.routing import UNUSED, Balancer, Router, Routing, RoutingContext, combine, dispatch, plan_dispatch
+from anabranch.routing import (
+    UNUSED,
+    Balancer,
+    OfPass,
+    Router,
+    Routing,
+    RoutingContext,
+    combine,
+    dispatch,
+    plan_dispatch,
+)
 from anabranch.routing.destinations import Destinations
 from anabranch.routing.override import Override, hidden_items
 
@@ -50,7 +60,7 @@ def take(route: Route, *, supervision: Tensor | None = None) -> dict[str, Any]:
     """
     state: dict[str, Any] = {ROUTE: route}
     if supervision is not None:
-        state[SUPERVISION] = supervision
+        state[SUPERVISION] = OfPass(supervision)
     return state
 
 
@@ -150,7 +160,7 @@ class DuoRouter(Router):
             logit_NE = self.score.project(x_ND, context)
             hidden = torch.as_tensor(hidden_items(overrides, index_N.device), device=index_N.device)
             label_N = index_N.masked_fill(hidden, UNUSED) if overrides else index_N
-            context.emit_loss("focal", focal_loss(logit_NE, label_N, weight_E=context.state[SUPERVISION]))
+            context.emit_loss("focal", focal_loss(logit_NE, label_N, weight_E=context.state[SUPERVISION].value))
         return routing
 
 

@@ -210,7 +210,7 @@ class Paths(WidthPath):
             return checkpoint(run, branch, None, *inputs, use_reentrant=False)
         before = context.fork()
 
-        def forked(carry: dict[str, Tensor], *inputs: Tensor | None) -> tuple[Any, RoutingContext]:
+        def forked(carry: dict[str, Any], *inputs: Tensor | None) -> tuple[Any, RoutingContext]:
             local = before.fork(carry)
             return run(branch, local, *inputs), local
 
