@@ -28,6 +28,7 @@ from anabranch.routing import (
 )
 from anabranch.testing import (
     DEVICES,
+    check_attention,
     check_balancer,
     check_block,
     check_feed_forward,
@@ -90,6 +91,12 @@ def test_balancer(config):
 @pytest.mark.parametrize("config", defaults("feed_forward"))
 def test_feed_forward(config, device):
     check_feed_forward(config, device=device)
+
+
+@pytest.mark.slow  # check_feed_forward asks the same of decoders with it
+@pytest.mark.parametrize("config", defaults("attention"))
+def test_attention(config):
+    check_attention(config)
 
 
 @pytest.mark.parametrize("config", defaults("block"))

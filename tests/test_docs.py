@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 STUDIES = ROOT / "src" / "anabranch" / "studies"
+# Folders of designs that are parts of a model; other systems have names and tests of several kinds.
+OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 
@@ -235,9 +237,10 @@ def test_links_lead_somewhere(page):
 # Completeness
 
 
-def designs() -> list[str]:
-    """Registered feed-forwards that are a system of their own: those that live in experts/."""
-    return sorted(kind for kind, target in BUILTIN["feed_forward"].items() if target.startswith("anabranch.experts."))
+def designs() -> list[tuple[str, str]]:
+    """(folder, name) of what a registered part of any family belongs to where it is a system of its own: a module, or a folder of it."""
+    targets = {tuple(target.partition(":")[0].split(".")) for kinds in BUILTIN.values() for target in kinds.values()}
+    return sorted({(folder, name) for _, folder, name, *_ in targets if folder in OF_TOKENS})
 
 
 def studies() -> list[str]:
@@ -251,13 +254,18 @@ def studies() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", designs())
-def test_design_has_page_row_study_and_tests(name):
-    assert (DOCS / "systems" / f"{name}.md").is_file()
-    assert f"]({name}.md)" in (DOCS / "systems" / "index.md").read_text(encoding="utf-8")
-    assert f"](docs/systems/{name}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_designs_are_found_in_modules_and_in_folders():
+    assert {("experts", "rmoe"), ("experts", "rexmoe"), ("experts", "parscale"), ("depth", "duo_llm")} <= set(designs())
+
+
+@pytest.mark.parametrize(("folder", "name"), designs())
+def test_design_has_page_row_study_and_tests(folder, name):
+    page = name.replace("_", "-")
+    assert (DOCS / "systems" / f"{page}.md").is_file()
+    assert f"]({page}.md)" in (DOCS / "systems" / "index.md").read_text(encoding="utf-8")
+    assert f"](docs/systems/{page}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert name in studies()
-    assert (ROOT / "tests" / "experts" / f"test_{name}.py").is_file()
+    assert (ROOT / "tests" / folder / f"test_{name}.py").is_file()
 
 
 @pytest.mark.parametrize("name", studies())

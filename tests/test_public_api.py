@@ -58,8 +58,8 @@ PUBLIC = {
         Coordinator ElasticConfig Group Placement Policy ScalePlan ScaleReport place plan_scale
     """,
     "anabranch.testing": """
-        DEVICES check_balancer check_block check_feed_forward check_linear check_parallel check_pool check_provider check_router
-        check_routing check_score check_select check_strategy check_streams check_task
+        DEVICES check_attention check_balancer check_block check_feed_forward check_linear check_parallel check_pool check_provider
+        check_router check_routing check_score check_select check_strategy check_streams check_task
     """,
     "anabranch.train": """
         Constant Cosine DecoderTask Evaluation Event Examples LanguageModel Losses RunConfig Schedule StepHooks Stream

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.experts.chain import Chain, between_passes, combinations, from_moe, match_compute, paper_router
+from anabranch.experts.chain import Chain, combinations, from_moe, match_compute, paper_router
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
@@ -24,6 +24,7 @@ from anabranch.routing import (
     TraceLayer,
     record_routing,
 )
+from anabranch.routing.passes import between_passes
 
 TOLERANCE = 1e-5
 SIZES = {"num_experts": 4, "hidden_dim": 8}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.experts.chain import between_passes
 from anabranch.lm import load_model, save_model
 from anabranch.routing import RoutingTrace, record_routing, replay_routing
+from anabranch.routing.passes import between_passes
 
 SAVED = Path(__file__).parent / "saved"
 FACTS = json.loads((SAVED / "facts.json").read_text())

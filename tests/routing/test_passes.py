@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.experts import chain
-from anabranch.routing import TraceBuilder, TraceLayer, measure
+from anabranch.routing import TraceBuilder, TraceLayer, measure, passes
 from anabranch.routing.passes import PassFacts, between_passes, passes_of_layers
 
 
@@ -142,8 +142,14 @@ def test_independent_choices_have_no_information_and_never_less():
     assert facts.information_bits == 0
 
 
-def test_the_page_of_chain_names_the_same():
-    assert chain.between_passes is between_passes
+def test_the_module_of_chain_warns_where_they_are_now():
+    for name in ("between_passes", "PassFacts"):
+        with pytest.warns(
+            DeprecationWarning, match=rf"^{name} of anabranch.experts.chain is in anabranch.routing.passes"
+        ):
+            assert getattr(chain, name) is getattr(passes, name)
+    with pytest.raises(AttributeError, match=r"module 'anabranch\.experts\.chain' has no attribute 'between_layers'"):
+        chain.between_layers  # noqa: B018
 
 
 def test_passes_that_chose_nothing_are_at_chance():

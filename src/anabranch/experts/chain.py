@@ -44,11 +44,12 @@ from anabranch.nn.moe import MoE
 from anabranch.nn.pass_loop import PassLoop, Residual
 from anabranch.nn.pool_policy import build_router
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK, WeightField
-from anabranch.routing.passes import PassFacts as PassFacts
-from anabranch.routing.passes import between_passes as between_passes
+from anabranch.routing.renamed import moved
 from anabranch.routing.shared import shared_parameters
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = moved(__name__, dict.fromkeys(("PassFacts", "between_passes"), "anabranch.routing.passes"))
 
 # Of the balance loss of each router in the paper's code.
 PAPER_ALPHA = 1e-3

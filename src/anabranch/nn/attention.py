@@ -27,7 +27,7 @@ class Attention(Part, nn.Module, family="attention", default="attention"):
     """Interface: ``(x_BLW, context) -> y_BLW``, where positions may see each other.
 
     A design is a subclass whose config has ``build(context)``, ``width(dim)`` and ``count(context, sequence_length)``. Keys and values of
-    earlier positions are in ``context.cache``.
+    earlier positions are in ``context.cache``; `attend` reads and extends it. `anabranch.testing.check_attention` is the contract.
     """
 
     @configclass
@@ -151,7 +151,8 @@ class SelfAttention(Attention, kind="attention"):
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
         query, key, value = self.project(x_BLW, context)
-        return call_linear(self.out, self._attend(query, key, value, context).transpose(1, 2).flatten(2), context)
+        y_BHLD = attend(query, key, value, context, self.layer)
+        return call_linear(self.out, y_BHLD.transpose(1, 2).flatten(2), context)
 
     def project(self, x_BLW: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """(query_BHLD, key_BGLD, value_BGLD), with positions."""
@@ -166,42 +167,58 @@ class SelfAttention(Attention, kind="attention"):
             query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, context.rotary), rotate(key, context.rotary), value
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
-        """y_BHLD. Stores what is new where there is a store."""
-        visits = next_visits(context.visits, self.layer, query.shape[0])
-        if context.cache is None:
-            return _among(query, key, value, context.attention_mask, None, context.is_causal)
-        if len(visits) == 1:
-            return self._stored(query, key, value, context, *visits[0])
-        made = torch.empty_like(query)
-        for visit, rows in visits:
-            made[rows] = self._stored(query[rows], key[rows], value[rows], context, visit, rows).to(made.dtype)
-        return made
-
-    def _stored(
-        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, visit: int, rows: list[int] | None
-    ) -> Tensor:
-        """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
-        store: Any = context.cache
-        if hasattr(store, "attend"):
-            several = getattr(store, "keeps_visits", False)
-            if rows is not None or context.rows is not None or (visit and not several):
-                kept = "visits" if several else "one visit"
-                raise ConfigError(
-                    f"the key-value store of this pass keeps {kept} of each block by all sequences, and layer {self.layer} is "
-                    "visited again or by some of them"
-                )
-            return store.attend(self.layer, query, key, value, **({"visit": visit} if visit else {}))
-        here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
-        key, value, seen = store.append(self.layer, key, value, visit=visit, rows=here)
-        front = store.front(self.layer, here) if hasattr(store, "front") else None
-        mask = context.attention_mask
-        if mask is not None and rows is not None and mask.shape[0] > 1:
-            mask = mask[rows]
-        return _among(query, key, value, mask, seen, context.is_causal, front)
-
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend(query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, context: ForwardContext, layer: int) -> Tensor:
+    """y_BHLD: each query sees earlier positions, itself, and no padding. What is new is stored where there is a ``context.cache``.
+
+    This is what an attention of one's own calls, once in each of its calls, so that its layer may run several times, or for some sequences,
+    in one forward pass.
+
+    Args:
+        query_BHLD: of the new positions.
+        key_BGLD: likewise; G divides H.
+        value_BGLD: likewise.
+        context: of the pass.
+        layer: index of the layer.
+
+    Raises ConfigError where the store cannot keep another visit of a layer.
+    """
+    visits = next_visits(context.visits, layer, query_BHLD.shape[0])
+    if context.cache is None:
+        return _among(query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal)
+    if len(visits) == 1:
+        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0])
+    y_BHLD = torch.empty_like(query_BHLD)
+    for visit, rows in visits:
+        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows)
+        y_BHLD[rows] = made.to(y_BHLD.dtype)
+    return y_BHLD
+
+
+def _stored(
+    query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: int, visit: int, rows: list[int] | None
+) -> Tensor:
+    """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
+    store: Any = context.cache
+    if hasattr(store, "attend"):
+        several = getattr(store, "keeps_visits", False)
+        if rows is not None or context.rows is not None or (visit and not several):
+            kept = "visits" if several else "one visit"
+            raise ConfigError(
+                f"the key-value store of this pass keeps {kept} of each block by all sequences, and layer {layer} is "
+                "visited again or by some of them"
+            )
+        return store.attend(layer, query, key, value, **({"visit": visit} if visit else {}))
+    here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
+    key, value, seen = store.append(layer, key, value, visit=visit, rows=here)
+    front = store.front(layer, here) if hasattr(store, "front") else None
+    mask = context.attention_mask
+    if mask is not None and rows is not None and mask.shape[0] > 1:
+        mask = mask[rows]
+    return _among(query, key, value, mask, seen, context.is_causal, front)
 
 
 def _among(

@@ -35,9 +35,10 @@ from typing import Any, Literal
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.experts.chain import Chain, between_passes
+from anabranch.experts.chain import Chain
 from anabranch.nn.moe import MoE
 from anabranch.routing import Router, TopK, record_routing
+from anabranch.routing.passes import between_passes
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, same_sign, verdict_below
 from anabranch.studies.picture import draw_arms

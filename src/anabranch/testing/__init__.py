@@ -17,7 +17,7 @@ import torch
 
 from anabranch.gateway.contract import check_strategy
 from anabranch.gateway.providers.contract import check_provider
-from anabranch.testing.model import check_block, check_feed_forward, check_linear, check_streams
+from anabranch.testing.model import check_attention, check_block, check_feed_forward, check_linear, check_streams
 from anabranch.testing.pool import check_pool
 from anabranch.testing.routing import check_balancer, check_router, check_routing, check_score, check_select
 from anabranch.train.parallel_contract import check_parallel
@@ -25,6 +25,7 @@ from anabranch.train.task_contract import check_task
 
 __all__ = [
     "DEVICES",
+    "check_attention",
     "check_balancer",
     "check_block",
     "check_feed_forward",

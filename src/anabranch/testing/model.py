@@ -12,7 +12,7 @@ from torch import Tensor
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
 from anabranch.lm.replay_contract import check_replay, check_replayed_training
-from anabranch.nn import Block, FeedForward, Linear, MoE, SelfAttention, SwiGLU
+from anabranch.nn import Attention, Block, FeedForward, Linear, MoE, SelfAttention, SwiGLU
 from anabranch.nn.streams import Streams
 from anabranch.routing import (
     UNUSED,
@@ -64,6 +64,52 @@ def check_block(
     _check_model(_decoder(dim, num_layers, block=config), device, compile_backend)
 
 
+def check_attention(
+    config: Attention.Config,
+    *,
+    num_layers: int = 2,
+    dim: int = 32,
+    device: str = "cpu",
+    compile_backend: str = "aot_eager",
+) -> None:
+    """The contract of the family ``attention``: what `check_feed_forward` asks of a dense decoder with it.
+
+    So no position sees a later one or padding; decoding with a cache gives what one pass gives, also where blocks are visited again; and
+    gradients, checkpoints and ``torch.compile`` work. Besides, outputs have the shape of their inputs, and the cache keeps as much of a
+    position as the config's ``kv_heads`` and ``width`` say, by which memory is told before a model is built. Arguments as for
+    `check_feed_forward`.
+    """
+    model_config = _decoder(dim, num_layers, attention=config)
+    _check_attention_layers(model_config.build(seed=0).to(device).eval())
+    _check_model(model_config, device, compile_backend)
+
+
+def _check_attention_layers(model: Decoder) -> None:
+    config, weight, (batch, length) = model.config.attention, model.embedding.weight, (3, 5)
+    num_calls = 0
+
+    def check(module: Attention, given: tuple[Tensor, ...], y_BLW: Tensor) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        x_BLW = given[0]
+        shapes = f"{list(y_BLW.shape)} for inputs of {list(x_BLW.shape)}"
+        expect(y_BLW.shape == x_BLW.shape, f"an output has shape {shapes}")
+        expect(y_BLW.dtype == x_BLW.dtype, f"an output is {y_BLW.dtype} for inputs of {x_BLW.dtype}")
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(check)
+    cache = model.new_cache(length)
+    with torch.no_grad():
+        model(torch.zeros(batch, length, dtype=torch.int64, device=weight.device), cache=cache)
+    expect(num_calls == len(model.blocks), f"{len(model.blocks)} blocks call attention {num_calls} times")
+    kept = cache.size_bytes / (len(model.blocks) * batch * length * weight.itemsize)
+    said = 2 * config.kv_heads * config.width(model.config.dim)
+    expect(
+        kept == said, f"kv_heads and width say {said} numbers of a position in the cache of a layer; it keeps {kept:g}"
+    )
+
+
 def check_linear(
     config: Linear.Config,
     *,
@@ -84,12 +130,15 @@ def check_linear(
 
 
 def _decoder(dim: int, num_layers: int, **parts: Any) -> Decoder.Config:
-    values: dict[str, Any] = {"feed_forward": SwiGLU.Config(hidden_dim=2 * dim), **parts}
+    values: dict[str, Any] = {
+        "feed_forward": SwiGLU.Config(hidden_dim=2 * dim),
+        "attention": SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        **parts,
+    }
     return Decoder.Config(
         vocab_size=VOCAB_SIZE,
         dim=dim,
         num_layers=num_layers,
-        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         max_positions=64,
         # Far from even scores, so that rounding does not decide who is chosen.
         init_std=0.2,
