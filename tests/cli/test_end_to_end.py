@@ -93,6 +93,16 @@ def test_the_number_of_streams_is_said_by_command(here, work):
         found.append((json.loads(out)["nats_per_token"], json.loads(here(*say, *options)[1])["token_ids"]))
     assert found[0] == found[2] != found[1]
     assert "num_streams is 3" in here(*measure, "--streams", 3)[2]
+    code, out, err = here(*say[:-1], "--streams", 3)
+    assert (code, out) == (2, "")
+    assert "num_streams is 3" in err
+    for more, used in (((), 2), (("--streams", 1), 1)):
+        assert [json.loads(here(*line, *more)[1])["streams"] for line in (measure, say)] == [used, used]
+    plain = measure[:-2]
+    assert not re.search("^(streams|cached|path) ", here(*plain)[1], re.MULTILINE)
+    header = here(*plain, "--streams", 1, "--cached", "--path", "0,0")[1]
+    for line in ("streams +1", "cached +pieces of 64 tokens, with a key-value cache", "path +0, 0"):
+        assert re.search(f"^{line}$", header, re.MULTILINE), header
     talk = ("chat", "streams", "-m", "ab", "--temperature", 0, "--max-tokens", 6, "--json")
     said = [json.loads(here(*talk, *more)[1])["token_ids"] for more in ((), ("--streams", 1), ("--streams", 2))]
     assert said[0] == said[2] != said[1]

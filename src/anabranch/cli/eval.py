@@ -51,6 +51,7 @@ def evaluate(
     from anabranch.train import evaluate as measure
 
     network, tokenizer = load(model, dtype, device)
+    used = network.streams_of(streams)[0]
     run = run_of(model)
     length = sequence_length or default_length(run, network.config.max_positions)
     if length > network.config.max_positions:
@@ -62,13 +63,17 @@ def evaluate(
     )
     result = measure(measured, Tracked(windows, quiet))
     if as_json:
-        how = {"path": None if measured.path is None else list(measured.path), "cached": cached}
+        how = {"path": None if measured.path is None else list(measured.path), "cached": cached, "streams": used}
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})
         return
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
     if measured.path is not None:
         fact("path", ", ".join(map(str, measured.path)))
+    if streams is not None:
+        fact("streams", str(used))
+    if cached:
+        fact("cached", f"pieces of {PIECE} tokens, with a key-value cache")
     fact("data", f"{name}   windows of {length} tokens")
     rows = [(part, found) for part, found in result.by_domain.items()] + [("all", result)]
     table(

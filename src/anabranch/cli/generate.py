@@ -1,5 +1,6 @@
 """``anabranch generate``: continue a prompt."""
 
+import itertools
 import sys
 import time
 from typing import Annotated
@@ -36,6 +37,7 @@ def generate(
     if not text:
         raise ConfigError("--prompt is empty; give at least one character")
     network, tokenizer = load(model, dtype, device)
+    used = network.streams_of(streams)[0]
     sampling = SamplingConfig(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -48,9 +50,12 @@ def generate(
     # A file gets what the model said, a terminal what it can bear.
     show = visible if sys.stdout.isatty() else str
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
+    steps = stream(network, [prompt_ids], sampling, num_streams=streams)
+    # What cannot be continued is refused here, with nothing printed.
+    first = list(itertools.islice(steps, 1))
     if not as_json:
         print(text, end="", flush=True)
-    for step in stream(network, [prompt_ids], sampling, num_streams=streams):
+    for step in itertools.chain(first, steps):
         ids += step.tokens
         if not as_json:
             print(show(decoder.push(step.tokens[0])), end="", flush=True)
@@ -62,6 +67,7 @@ def generate(
                 "token_ids": ids,
                 "prompt": text,
                 "prompt_token_ids": prompt_ids,
+                "streams": used,
                 "seconds": round(seconds, 3),
             }
         )
