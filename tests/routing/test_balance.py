@@ -552,10 +552,10 @@ import torch.distributed as dist
 from anabranch.routing import BiasBalancer, Router, RoutingContext, SwitchLoss, TopK, sync_loads
 from anabranch.routing.score import LinearScore
 
-def train(rank, world):
+def train(rank, world, scope="global_batch"):
     config = Router.Config(
         score=LinearScore.Config(init_std=0.5), select=TopK.Config(top_k=2),
-        balance=(BiasBalancer.Config(rule="magnitude", rate=0.1), SwitchLoss.Config(scope="global_batch")),
+        balance=(BiasBalancer.Config(rule="magnitude", rate=0.1), SwitchLoss.Config(scope=scope)),
     )
     router = config.build(6, 8, generator=torch.Generator().manual_seed(0))
     x_MND = torch.randn(3, 2, 10, 6, generator=torch.Generator().manual_seed(1))  # 3 steps of 2 micro-batches of 10 items
@@ -581,11 +581,16 @@ def test_two_ranks_with_half_batches_equal_one_with_the_whole(tmp_path):
     namespace = {}
     exec(RANKS, namespace)
     losses, bias = namespace["train"](0, 1)
-    first, second = map(literal_eval, run_ranks(RANKS + "print(train(rank, world))", tmp_path))
+    both = "print([train(rank, world), train(rank, world, 'micro_batch')])"
+    (first, apart), (second, _) = map(literal_eval, run_ranks(RANKS + both, tmp_path))
     assert first == second
     assert first[0] == pytest.approx(losses, rel=1e-5)
     assert first[1] == pytest.approx(bias, rel=1e-5, abs=1e-7)
     assert any(bias)
+    # A micro-batch is that of a process, so the loss over it is not that of the whole; the bias, which is moved by sums, is.
+    whole = namespace["train"](0, 1, "micro_batch")
+    assert apart[0][0] != pytest.approx(whole[0][0], rel=1e-3)
+    assert apart[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-7)
 
 
 def test_without_ranks_nothing_is_summed():
