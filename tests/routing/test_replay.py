@@ -1,11 +1,13 @@
 """Replay by hand: which recorded decision each item gets, what is not found, and what learns."""
 
+import itertools
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,6 +27,7 @@ from anabranch.routing import (
 )
 from anabranch.routing.destinations import Destinations
 from anabranch.routing.replay import _Recorded
+from anabranch.routing.trace_schema import METADATA_KEY
 
 D, E, K = 6, 5, 2
 
@@ -95,7 +98,7 @@ def test_any_order_of_items_is_found_as_a_dictionary_finds_it(data):
     item_N, position_N = (np.array(values) for values in zip(*keys, strict=True))
     num = len(keys)
     trace = hand_made([[n % E, UNUSED] for n in range(num)], [[n / 8, 0.0] for n in range(num)], item_N, position_N)
-    recorded, lists, taken = _Recorded(trace, 0), {}, {}
+    recorded, lists, taken, passes = _Recorded(trace, 0), {}, {}, itertools.count()
     for row, key in enumerate(keys):
         lists.setdefault(key, []).append(row)
     for _ in range(3):
@@ -104,7 +107,7 @@ def test_any_order_of_items_is_found_as_a_dictionary_finds_it(data):
         for key in asked:
             turn = taken[key] = taken.get(key, -1) + 1
             expected.append(lists[key][turn % len(lists[key])])
-        row_N = recorded.rows(*(np.array(values) for values in zip(*asked, strict=True)))
+        row_N = recorded.rows(*(np.array(values) for values in zip(*asked, strict=True)), next(passes))
         # Equal neighbours of one item, position and rank are still decisions of their own.
         assert recorded.decisions.weight_NK[row_N, 0].tolist() == [row / 8 for row in expected]
 
@@ -123,6 +126,82 @@ def test_the_same_passes_are_the_same_to_the_bit(order):
         with replay_routing(same, recorder.trace()):
             assert all(map(torch.equal, run(same), expected))
     assert not torch.equal(run(other)[0], expected[0])
+
+
+@settings(max_examples=25)
+@given(
+    recorded=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    replayed=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+)
+def test_a_pass_visits_a_layer_as_often_as_it_was_recorded_to(recorded, replayed):
+    """Passes of one, two or three visits: replayed they are these passes, or the first other one is told of."""
+    model = Tower(num_layers=1)
+
+    def run(visits):
+        return [model(items(seed=seed), RoutingContext(), (0,) * number) for seed, number in enumerate(visits)]
+
+    with record_routing(model) as recorder:
+        expected = run(recorded)
+    trace = recorder.trace()
+    assert trace.layers[0].visits == max(recorded)
+    replayed = replayed[: len(recorded)]
+    if replayed == recorded[: len(replayed)]:
+        with replay_routing(model, trace):
+            assert all(map(torch.equal, run(replayed), expected))
+        return
+    more = next(theirs > ours for ours, theirs in zip(recorded, replayed, strict=False) if ours != theirs)
+    with pytest.raises(DataError, match="visit") as raised, replay_routing(model, trace):
+        run(replayed)
+    if more:
+        assert "more often than it was recorded to" in str(raised.value)
+
+
+def test_visits_are_those_of_each_item():
+    """Two sequences of one pass, of which one visits the layer again; and a trace file tells it."""
+    model = Tower(num_layers=1)
+
+    def run(*calls):
+        context = RoutingContext()
+        for names in calls:
+            context.state["item_N"] = torch.tensor(names)
+            model.routers[0](items(len(names)), context)
+
+    with record_routing(model) as recorder:
+        run([4, 5], [4])
+    with replay_routing(model, recorder.trace()):
+        run([4, 5], [4])
+        run([5], [4], [4])
+    for calls, seen in (
+        (([5], [5]), "2 times, not 1"),
+        (([4], [4], [4]), "3 times, not 2"),
+        (([4, 5],), "1 of 2 times"),
+    ):
+        with pytest.raises(DataError, match=seen), replay_routing(model, recorder.trace()):
+            run(*calls)
+    # The next pass does not go on where this one stopped.
+    done = []
+
+    def passes():
+        for calls in (([4],), ([4], [4])):
+            run(*calls)
+            done.append(calls)
+
+    with pytest.raises(DataError, match="1 of 2 times"), replay_routing(model, recorder.trace()):
+        passes()
+    assert done == [([4],)]
+
+
+def test_a_trace_from_before_visits_were_counted_is_replayed_in_order(tmp_path):
+    model = Tower(num_layers=1)
+    with record_routing(model) as recorder:
+        expected = model(items(), RoutingContext(), (0, 0))
+    recorder.trace().write(tmp_path / "trace.parquet")
+    known = RoutingTrace.read(tmp_path / "trace.parquet")
+    assert known.layers[0].visits == 2
+    old = RoutingTrace(known.table, [replace(known.layers[0], visits=1)])
+    assert b"visits" not in old.table.schema.metadata[METADATA_KEY]
+    with replay_routing(model, old):
+        assert torch.equal(model(items(), RoutingContext(), (0, 0)), expected)
 
 
 @pytest.mark.parametrize("ends", ["before the backward pass", "after it"])

@@ -57,6 +57,7 @@ class Recorder:
         # The domain of each sequence that has a name.
         self._told: dict[Hashable, str | None] = {}
         self._visits = {module: _Visits() for module in self._layers}
+        self._visits_of = {layer.number: _Visits() for layer in layers}
         self._was_called = False
         # Engines in threads may share a model.
         self._lock = threading.Lock()
@@ -88,9 +89,11 @@ class Recorder:
         visit, layers = next(context.once(self._visits[module], itertools.count)), self._layers[module]
         item_N, position_N = numbers.of(routing.num_items, context)
         token_N = self._token_N(routing.num_items, context)
+        layer = layers[visit % len(layers)]
+        visits = context.once(self._visits_of[layer.number], _Visited).add(item_N[keep_N], position_N[keep_N])
         add = partial(
             self._sink.add,
-            _described(layers[visit % len(layers)], routing),
+            _described(layer, routing, visits),
             _numpy(routing.index_NK)[keep_N],
             _numpy(routing.weight_NK.float())[keep_N],
             item_N=item_N[keep_N],
@@ -217,10 +220,27 @@ def _silence(model: nn.Module, num_routers: int) -> str:
 
 
 class _Visits:
-    """Owner, in a context's memo, of the count of one router's visits in a forward pass."""
+    """Owner, in a context's memo, of the count of one router's visits in a forward pass, or of a layer's `_Visited`."""
 
 
-def _described(layer: RouterLayer, routing: Routing) -> TraceLayer:
+class _Visited:
+    """Which items a layer decided in a forward pass, call by call: a call may be of some of the rows only."""
+
+    def __init__(self) -> None:
+        self._calls: list[np.ndarray] = []
+
+    def add(self, item_N: np.ndarray, position_N: np.ndarray) -> int:
+        """Of one call more: the most visits that any of its items has had with it."""
+        key_N2 = np.stack([item_N, position_N], axis=1).astype(np.int64)
+        key_N = np.ascontiguousarray(key_N2).view([("item", np.int64), ("position", np.int64)]).reshape(-1)
+        before_N = np.zeros(len(key_N), np.int64)
+        for earlier_N in self._calls:
+            before_N += np.isin(key_N, earlier_N)
+        self._calls.append(key_N)
+        return int(before_N.max(initial=0)) + 1
+
+
+def _described(layer: RouterLayer, routing: Routing, visits: int) -> TraceLayer:
     """What a trace says of a layer that gave ``routing``."""
     destinations = layer.router.destinations if isinstance(layer.router, Router) else Destinations()
     return TraceLayer(
@@ -231,6 +251,7 @@ def _described(layer: RouterLayer, routing: Routing) -> TraceLayer:
         pool=destinations.pool or "",
         own_start=destinations.own_start,
         weight_dtype="float64" if routing.weight_NK.dtype == torch.float64 else "float32",
+        visits=visits,
     )
 
 

@@ -13,6 +13,7 @@ round differently, and near-ties between experts then go other ways): weights ar
 """
 # Shapes: N items, K choices per item, R decisions of a layer
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,15 +57,17 @@ def replay_routing(
 
     A decision that was recorded several times for one item and position is taken in that order, and from the first again when all were
     taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
-    so an epoch over counted items needs a block of its own.
+    so an epoch over counted items needs a block of its own. A pass must visit a layer as often as it was recorded to, for each item.
 
     Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of choices, and
-    in the block for a layer or an item that was not recorded, and for weights that were recorded in another precision than this pass has.
+    in the block for a layer, an item or a visit that was not recorded, for a visit that was recorded and is missing (in the next pass, or
+    where the block ends), and for weights that were recorded in another precision than this pass has.
     Warnings and engines: see `override_routing`.
     """
     replay = Replay(model, trace, weights=weights, learn=learn, routers=routers)
     with overriding(model, replay, routers):
         yield replay
+    replay.check_whole()
 
 
 class Replay:
@@ -98,6 +101,7 @@ class Replay:
         }
         self._numbers = ItemNumbers()
         self._owners: dict[tuple[nn.Module, int], object] = {}
+        self._passes = itertools.count()
         # Engines in threads may share a model.
         self._lock = threading.Lock()
 
@@ -108,6 +112,11 @@ class Replay:
         with self._lock:
             owner = self._owners.setdefault((router, visit), object())
             return context.once(owner, lambda: self._find(router, visit, x_ND, context))
+
+    def check_whole(self) -> None:
+        """Raise DataError if a pass has visited a layer less often than was recorded."""
+        for recorded in self._recorded.values():
+            recorded.check_whole()
 
     def _find(self, router: nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override:
         """The recorded decisions of the next N items."""
@@ -121,7 +130,9 @@ class Replay:
             raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
         item_N, position_N = self._numbers.of(num_items, context)
         real_N = real_items(context)
-        row_N = recorded.rows(item_N[real_N], position_N[real_N])
+        row_N = recorded.rows(
+            item_N[real_N], position_N[real_N], context.once(self._passes, lambda: next(self._passes))
+        )
         index_NK = np.full((num_items, recorded.layer.top_k), UNUSED, np.int64)
         index_NK[real_N] = recorded.decisions.index_NK[row_N]
         weight_NK = None
@@ -148,11 +159,15 @@ class _Recorded:
         # Decisions of one key in the order in which they were recorded.
         self._order_R = np.argsort(key_R, kind="stable")
         self._key_R = key_R[self._order_R]
-        # How often a key was asked for, kept at the first of its decisions.
-        self._taken_R = np.zeros(len(key_R), np.int64)
+        # Of a key, kept at the first of its decisions: how often it was asked for, in which pass last, and how often in that.
+        self._taken_R, self._visit_R = np.zeros((2, len(key_R)), np.int64)
+        self._pass_R = np.full(len(key_R), -1)
 
-    def rows(self, item_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
-        """Which decision is the next of each item. Raises DataError if one was not recorded."""
+    def rows(self, item_N: np.ndarray, position_N: np.ndarray, number: int) -> np.ndarray:
+        """Which decision is the next of each item, in pass ``number``.
+
+        Raises DataError if one was not recorded, or was recorded in another visit of its pass.
+        """
         place_N = np.searchsorted(self._item, item_N).clip(max=max(len(self._item) - 1, 0))
         key_N = place_N * self._stride + position_N
         first_N = np.searchsorted(self._key_R, key_N, "left")
@@ -168,9 +183,40 @@ class _Recorded:
                 f"({self.layer.name}); of this pass's {len(item_N)} items it lacks {int((~known_N).sum())}. Items that context.state does "
                 "not name are counted from the start of the block"
             )
+        self._count_visits(first_N, count_N, number)
         before_N = self._taken_R[first_N] + _rank_among_equals(first_N)
         np.add.at(self._taken_R, first_N, 1)
         return self._order_R[first_N + before_N % count_N]
+
+    def _count_visits(self, first_N: np.ndarray, count_N: np.ndarray, number: int) -> None:
+        """One visit more of keys in pass ``number``. Raises DataError for one that was not recorded, or where the pass before lacks one."""
+        visit_N = np.where(self._pass_R[first_N] == number, self._visit_R[first_N], 0)
+        most_N = np.minimum(count_N, self.layer.visits) if self.layer.visits > 1 else count_N
+        if (visit_N >= most_N).any():
+            most = int(most_N[visit_N >= most_N][0])
+            raise DataError(
+                f"a pass visits layer {self.layer.layer} ({self.layer.name}) more often than it was recorded to: {most + 1} times, "
+                f"not {most}"
+            )
+        self._check_whole(first_N[visit_N == 0], count_N[visit_N == 0])
+        self._pass_R[first_N], self._visit_R[first_N] = number, visit_N + 1
+
+    def check_whole(self) -> None:
+        """Raise DataError if a pass lacks visits that were recorded."""
+        first_A, count_A = np.unique(self._key_R, return_index=True, return_counts=True)[1:]
+        self._check_whole(first_A, count_A)
+
+    def _check_whole(self, first_N: np.ndarray, count_N: np.ndarray) -> None:
+        # Decisions of several passes cannot be told from those of several visits where there are more than any pass has.
+        one_pass_N = count_N <= self.layer.visits
+        wanting_N = one_pass_N & (self._taken_R[first_N] % count_N != 0)
+        if wanting_N.any():
+            place = int(np.flatnonzero(wanting_N)[0])
+            seen, recorded = self._taken_R[first_N[place]] % count_N[place], count_N[place]
+            raise DataError(
+                f"a pass visited layer {self.layer.layer} ({self.layer.name}) less often than it was recorded to: {seen} of {recorded} "
+                "times"
+            )
 
     def check_precision(self, dtype: torch.dtype) -> None:
         """Raise DataError unless weights of a pass of this type are kept exactly."""

@@ -66,6 +66,7 @@ class TraceLayer:
         own_start: first pool slot owned by this layer.
         pool_size: slots in the pool; 0 means ``num_destinations``.
         weight_dtype: ``float32``, or ``float64`` where weights and scores were rounded to be kept.
+        visits: the most decisions of one item and position in one forward pass: more than 1 where a pass ran the layer again.
     """
 
     layer: int
@@ -76,6 +77,7 @@ class TraceLayer:
     own_start: int = 0
     pool_size: int = 0
     weight_dtype: str = "float32"
+    visits: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pool", self.pool or self.name)
@@ -147,8 +149,9 @@ def layers_to_json(layers: Iterable[TraceLayer]) -> str:
     told = [asdict(layer) for layer in layers]
     # Earlier versions refuse a field they do not know, so it is left out where it has its default.
     for layer in told:
-        if layer["weight_dtype"] == TraceLayer.weight_dtype:
-            del layer["weight_dtype"]
+        for name in ("weight_dtype", "visits"):
+            if layer[name] == getattr(TraceLayer, name):
+                del layer[name]
     return json.dumps({"version": VERSION, "layers": told})
 
 
@@ -184,12 +187,11 @@ def _check_layer(layer: dict[str, Any]) -> None:
 
 
 def merge_layers(before: TraceLayer | None, layer: TraceLayer) -> TraceLayer:
-    """The one layer that both describe; the number of choices may vary from batch to batch."""
+    """The one layer that both describe; the numbers of choices and of visits may vary from batch to batch."""
     if before is None or before == layer:
         return layer
-    merged = replace(
-        before, top_k=max(before.top_k, layer.top_k), weight_dtype=max(before.weight_dtype, layer.weight_dtype)
-    )
-    if merged != replace(layer, top_k=merged.top_k, weight_dtype=merged.weight_dtype):
+    varying = {name: max(getattr(before, name), getattr(layer, name)) for name in ("top_k", "weight_dtype", "visits")}
+    merged = replace(before, **varying)
+    if merged != replace(layer, **varying):
         raise DataError(f"layer {layer.layer} is described in two ways: {before} and {layer}")
     return merged
