@@ -137,12 +137,33 @@ def test_loops_that_were_drawn_in_training_are_replayed_with_the_experts():
 
 def test_a_trace_of_the_experts_alone_leaves_the_loops_to_the_gate():
     model, token = model_of(), tokens()
-    with record_routing(model) as recorder, torch.no_grad():
+    experts = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
+    with record_routing(model, routers=experts) as recorder, torch.no_grad():
         expected = model(token).logits_BLV
     with replay_routing(model, recorder.trace()), torch.no_grad():
         found, loops = loops_of(model, lambda: model(token).logits_BLV)
     assert torch.equal(found, expected)
     assert len(set(loops[0].tolist())) > 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fusion", ["difficulty", "depth_only", "width_only"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "soft"])
+def test_whatever_is_recorded_by_default_is_replayed_by_default(fusion, training, relaxation):
+    model, token = model_of(fusion=fusion, relaxation=relaxation).train(training), tokens()
+    with record_routing(model) as recorder, torch.no_grad():
+        expected = model(token).logits_BLV
+    trace = recorder.trace()
+    # Where training mixes all loops there is no decision.
+    decides = fusion != "width_only" and not (training and relaxation == "soft")
+    assert [layer.name.rpartition(".")[2] for layer in trace.layers].count("loops") == decides * 2
+    if not trace.layers:
+        return
+    with replay_routing(model, trace), record_routing(model) as again, torch.no_grad():
+        found = model(token).logits_BLV
+    if decides or not training:
+        assert torch.equal(found, expected)
+    assert again.trace().table.equals(trace.table)
 
 
 def test_what_cannot_be():

@@ -163,7 +163,8 @@ def _record(
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
     from anabranch.report.windows import check_windows
-    from anabranch.routing import RoutingTrace, record_routing
+    from anabranch.routing import Router, RoutingTrace, record_routing
+    from anabranch.routing.discovery import find_routers
     from anabranch.routing.predicted import with_predictions
 
     network, tokenizer = load(source, dtype, device)
@@ -178,7 +179,10 @@ def _record(
     path = Path(out) / _TRACE
     windows: Any = None
     predicted: list[tuple[Any, Any]] = []
-    with record_routing(network, path=path, scores=kept.scores) as recorder, torch.inference_mode():
+    # Loops of a layer are no experts, whose loads the report is about.
+    routers = {name: module for name, module in find_routers(network).items() if isinstance(module, Router)}
+    recording = record_routing(network, path=path, scores=kept.scores, routers=routers or None)
+    with recording as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)
         say_defaults(source, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
         for batch in Tracked(windows, quiet):
@@ -190,6 +194,6 @@ def _record(
     if kept.predictions:
         trace = with_predictions(trace, predicted)
         trace.write(path)
-    routers = dict(network.named_modules())
-    held = {layer.layer: getattr(routers.get(layer.name), "bias_E", None) for layer in trace.layers}
+    modules = dict(network.named_modules())
+    held = {layer.layer: getattr(modules.get(layer.name), "bias_E", None) for layer in trace.layers}
     return trace, name, {layer: bias.float().cpu().numpy() for layer, bias in held.items() if bias is not None}

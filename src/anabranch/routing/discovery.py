@@ -30,6 +30,19 @@ class RoutesInPasses(Protocol):
         """Its routers as they route in one forward pass; one stands as often as it routes."""
 
 
+class TakesOverrides(Protocol):
+    """What a module declares that decides and is no `Router` (a gate that says how often a layer runs).
+
+    It gives a `Routing`, and asks its context what changes it (`anabranch.routing.override.overrides_of`). So it is recorded, overridden,
+    and replayed as routers are; traces have its layers behind those of routers. Besides it has ``num_destinations``, ``num_choices`` and
+    ``destinations``, as a router has them.
+    """
+
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether it decides now: what mixes all of its destinations in training has nothing to record there."""
+
+
 @dataclass(frozen=True)
 class RouterLayer:
     """A layer of traces: one router, in one of its passes.
@@ -55,19 +68,43 @@ class RouterLayer:
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `Router` in ``model`` by name, or where there is none, what transformers' mixtures of experts route with."""
+    """What decides in ``model``, by name: every `Router`, and behind them what else `TakesOverrides`.
+
+    Where there is neither it is what transformers' mixtures of experts route with.
+    """
     modules = dict(model.named_modules())
-    return {name: module for name, module in modules.items() if isinstance(module, Router)} or {
+    routers = {name: module for name, module in modules.items() if isinstance(module, Router)}
+    others = {name: module for name, module in modules.items() if name not in routers and takes_overrides(module)}
+    return {**routers, **others} or {
         name: module for name, module in modules.items() if type(module).__name__.endswith(FOREIGN)
     }
+
+
+def takes_overrides(module: nn.Module) -> bool:
+    """Whether a module asks its context for overrides: a `Router`, or what says so, see `TakesOverrides`."""
+    return isinstance(module, Router) or getattr(module, "takes_overrides", False)
 
 
 def router_layers(model: nn.Module, routers: Mapping[str, nn.Module] | None = None) -> list[RouterLayer]:
     """The layers of a trace of ``model``, in order. ``routers`` by name are all that it is about; default `find_routers`.
 
-    Numbers are those that routers have (``layer``), or, where two have one or a router routes several times, the order of the layers.
+    Numbers are those that routers have (``layer``), or, where two have one or a router routes several times, the order of the layers. By
+    default what is no `Router` is numbered behind the routers, whose numbers do not depend on it.
     """
-    routers = find_routers(model) if routers is None else routers
+    if routers is None:
+        found = find_routers(model)
+        real = {name: module for name, module in found.items() if isinstance(module, Router)}
+        if not real:
+            return _numbered(model, found)
+        layers = _numbered(model, real)
+        first = max(layer.number for layer in layers) + 1
+        others = [item for item in found.items() if item[0] not in real]
+        return [*layers, *(RouterLayer(first + place, *item) for place, item in enumerate(others))]
+    return _numbered(model, routers)
+
+
+def _numbered(model: nn.Module, routers: Mapping[str, nn.Module]) -> list[RouterLayer]:
+    """The layers of these routers."""
     claimed = [getattr(module, "layer", None) for module in routers.values()]
     numbers = [number for number in claimed if isinstance(number, int)]
     declared = _declared_passes(model)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext, argument_of
-from anabranch.routing.discovery import RouterLayer, find_routers, router_layers
+from anabranch.routing.discovery import RouterLayer, router_layers, takes_overrides
 from anabranch.routing.override import Override, Overrides
-from anabranch.routing.router import Router
 
 
 class LayerOverrides:
@@ -117,25 +116,13 @@ def own_layers(model: nn.Module, routers: Mapping[str, nn.Module] | None = None)
     does not take overrides.
     """
     if routers is not None:
-        odd = [name for name, module in routers.items() if not _takes_overrides(module)]
+        odd = [name for name, module in routers.items() if not takes_overrides(module)]
         if odd or not routers:
             raise ConfigError(
                 f"routers has {odd[0]}, whose decisions cannot be overridden" if odd else "routers is empty"
             )
         return router_layers(model, routers)
-    found = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
-    others = {
-        name: module
-        for name, module in model.named_modules()
-        if _takes_overrides(module) and not isinstance(module, Router)
-    }
-    if not found and not others:
+    layers = [layer for layer in router_layers(model) if takes_overrides(layer.router)]
+    if not layers:
         raise ConfigError(f"{type(model).__name__} has no Router, so there is no decision to override")
-    layers = router_layers(model, found) if found else []
-    first = max((layer.number for layer in layers), default=-1) + 1
-    return [*layers, *(RouterLayer(first + place, *item) for place, item in enumerate(others.items()))]
-
-
-def _takes_overrides(module: nn.Module) -> bool:
-    """Whether it asks its context for overrides, as `anabranch.routing.override.overrides_of` does."""
-    return isinstance(module, Router) or getattr(module, "takes_overrides", False)
+    return layers

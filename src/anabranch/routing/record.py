@@ -24,7 +24,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.decision import Routing
 from anabranch.routing.destinations import Destinations
-from anabranch.routing.discovery import Read, RouterLayer, find_routers, read_routing, router_layers
+from anabranch.routing.discovery import Read, RouterLayer, read_routing, router_layers
 from anabranch.routing.router import Router
 from anabranch.routing.sequences import WHEN_DONE, ItemNumbers, items_state, items_to_record, sequence_names
 from anabranch.routing.trace import RoutingTrace
@@ -181,8 +181,9 @@ def record_routing(
     Args:
         model: whose routers to record.
         path: write to this file as it goes, in little memory, instead of keeping the trace; it appears when the block ends well.
-        routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model``, or where there is
-            none, what transformers' mixtures of experts route with (modules of a class ``...TopKRouter``).
+        routers: the modules to record, by name, of a model that has no `Router`. Default: every `Router` in ``model`` and behind them
+            what else decides (`anabranch.routing.discovery.TakesOverrides`: loop gates), or where there is nothing of it, what
+            transformers' mixtures of experts route with (modules of a class ``...TopKRouter``).
         read: makes a `Routing` from a router and what its forward returned. Default: it is one already, or a tuple of logits, weights
             and indices as transformers' routers return it.
         scores: also keep the scores of all destinations, E floats for each decision, and with what probability a destination was drawn
@@ -193,21 +194,21 @@ def record_routing(
 
     Raises ConfigError if there is nothing to record. Warns (UserWarning) if no router was called in a block that ended well.
     """
-    routers = find_routers(model) if routers is None else routers
-    if not routers:
+    layers = router_layers(model, routers)
+    if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no Router to record; name the modules that route with routers={{...}}"
         )
     with ExitStack() as stack:
         sink = TraceBuilder(scores=scores) if path is None else stack.enter_context(TraceWriter(path, scores=scores))
-        recorder = Recorder(sink, router_layers(model, routers), read or read_routing, scores=scores)
+        recorder = Recorder(sink, layers, read or read_routing, scores=scores)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in routers.values():
+        for module in recorder._layers:
             handle = module.register_forward_hook(recorder._note, with_kwargs=True)
             stack.callback(handle.remove)
         yield recorder
         if not recorder._was_called:
-            warnings.warn(_silence(model, len(routers)), stacklevel=3)
+            warnings.warn(_silence(model, len(recorder._layers)), stacklevel=3)
 
 
 def _silence(model: nn.Module, num_routers: int) -> str:

@@ -19,7 +19,7 @@ from anabranch.routing import (
     record_routing,
 )
 from anabranch.routing.balance import LoadCounter
-from anabranch.routing.discovery import router_layers
+from anabranch.routing.discovery import find_routers, router_layers
 from anabranch.testing.routing import check_routing
 from anabranch.testing.shared import (
     VOCAB_SIZE,
@@ -312,7 +312,7 @@ def _check_state(model: Decoder, token_BL: Tensor) -> None:
 
 
 def _check_record(model: Decoder, token_BL: Tensor) -> None:
-    routers = routers_of(model)
+    routers = list(find_routers(model).values())
     if not routers:
         return
     model.eval()
@@ -323,7 +323,7 @@ def _check_record(model: Decoder, token_BL: Tensor) -> None:
         with record_routing(model) as recorder:
             logits_BLV = model(token_BL, token_mask_BL=mask_BL).logits_BLV
     expect(torch.equal(logits_BLV, expected_BLV), "recording changes the output")
-    seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL))
+    seen = routings_of(model, lambda: model(token_BL, token_mask_BL=mask_BL), routers)
     passes = len(router_layers(model))
     expect(len(seen) == passes, f"{len(routers)} routers in {passes} passes gave {len(seen)} routings")
     trace = recorder.trace()

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,11 +90,12 @@ def routers_of(model: nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def routings_of(model: nn.Module, run: Callable[[], Any]) -> list[Routing]:
-    """What each router returned during ``run``, in order."""
+def routings_of(model: nn.Module, run: Callable[[], Any], modules: Sequence[nn.Module] | None = None) -> list[Routing]:
+    """What each router, or each of ``modules``, returned during ``run``, in order."""
     seen: list[Routing] = []
     handles = [
-        router.register_forward_hook(lambda module, args, output: seen.append(output)) for router in routers_of(model)
+        router.register_forward_hook(lambda module, args, output: seen.append(output))
+        for router in (routers_of(model) if modules is None else modules)
     ]
     run()
     for handle in handles:

@@ -43,7 +43,6 @@ class LoopGate(nn.Module):
         num_destinations: T.
     """
 
-    takes_overrides: ClassVar[bool] = True
     num_choices: ClassVar[int] = 1
 
     def __init__(
@@ -57,6 +56,11 @@ class LoopGate(nn.Module):
         self._is_soft = config.gate == "soft" or self._is_soft_in_training
         self.score: LinearScore = LinearScore.Config().build(dim, config.max_loops, generator=generator)
         self.temperature: Temperature = config.temperature.build()
+
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether it decides: not where training mixes all loops by their probabilities, which has no number to record or to override."""
+        return not (self.training and self._is_soft_in_training)
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
         """One choice per item. Raises ConfigError for an override of several choices, and in training where all loops are mixed.
