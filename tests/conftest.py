@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from anabranch import native
+from anabranch.nn import kernels
 
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
@@ -27,8 +28,30 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _kernels():
-    """Loads the compiled kernels from the user's cache before any test has a cache of its own, where they would be compiled anew."""
-    native.load()
+    """Loads the compiled kernels from the user's cache before any test has a cache of its own, where they would be compiled anew.
+
+    A process looks for them once, so a test that switches them off by the environment does so for processes it starts.
+    """
+    kernels.load()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_stay():
+    """Without kernels the bits are others: a test that takes them away gives them back."""
+    yield
+    is_without = kernels.load.cache_info().currsize > 0 and kernels.load() is None
+    if is_without and native.load() is not None:
+        kernels.load.cache_clear()
+        raise AssertionError("this test leaves the process without kernels; use the fixture without_kernels")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Plain PyTorch, in this process and those it starts, until the test has ended."""
+    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+    kernels.load.cache_clear()
+    yield
+    kernels.load.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -178,9 +178,8 @@ def spoil_router(trainer, at, layer):
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scores_that_are_no_numbers_end_a_run_by_their_layer_and_save_nothing(
-    tmp_path, make_run, compiled, monkeypatch
+    tmp_path, make_run, compiled, without_kernels
 ):
-    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
     settings = {"steps": 12, "checkpoint_every": 1, "eval_every": None, "compile": compiled}
     trainer = Trainer(make_run(**settings), tmp_path)
     spoil_router(trainer, 4, 2)

@@ -96,8 +96,9 @@ def test_experts_of_a_pool_are_busy_if_one_of_its_layers_uses_them_while_they_ar
     assert closed["layer 0"].tolist() == [8, 0, 4, 4]
 
 
-def test_training_tells_of_routers_that_always_choose_the_same(make_run, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
+def test_training_tells_of_routers_that_always_choose_the_same(
+    make_run, tmp_path, without_kernels, monkeypatch, caplog
+):
     monkeypatch.setattr("anabranch.train.idle.LASTING", 9)
     config = make_run(model_of(), steps=12, batch_size=16)
     even = Trainer(config, tmp_path / "even")

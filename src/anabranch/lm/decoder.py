@@ -162,7 +162,7 @@ class Decoder(Part, nn.Module):
                 layers = self.streams.count(layers, self.dim, self.num_layers, self.attention)
             return total + layers
 
-    def __init__(self, config: Any, *, seed: int = 0) -> None:
+    def __init__(self, config: Config, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         # Activation recompute, block by block; the trainer sets it.

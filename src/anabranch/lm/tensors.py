@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from anabranch.bounds import shown
+from anabranch.config import Config
 from anabranch.errors import CheckpointError
 from anabranch.files import parse_json
 
@@ -370,7 +371,7 @@ def state_once(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in first.values()}
 
 
-def build_empty(config: Any) -> Any:
+def build_empty(config: Config) -> Any:
     """``config.build()`` with parameters that take no memory (on the meta device) and buffers as they should be."""
 
     builder = threading.get_ident()

@@ -24,12 +24,18 @@ __all__ = ["DecoderTask", "LanguageModel", "TextTask", "decoder_parts"]
 
 
 class DecoderTask(Task):
-    """A task whose model is a `Decoder`: built, saved and loaded as a model folder. Its config has a field ``model``.
-
+    """A task whose model is a `Decoder`: built, saved and loaded as a model folder.
     Attributes:
         tokenizer: saved beside the model; None for none.
     """
 
+    @configclass
+    class Config(Task.Config):
+        """Attributes: ``model``, the decoder's shape."""
+
+        model: Decoder.Config = Field(default_factory=Decoder.Config)
+
+    config: Config
     tokenizer: Tokenizer | None = None
 
     def build_model(self, context: TaskContext) -> nn.Module:
@@ -82,7 +88,9 @@ class TextTask(Task, kind="text"):
 
         data: DataConfig = Field(default_factory=DataConfig)
 
-    def __init__(self, config: Any, *, model: nn.Module | None = None, tokenizer: Tokenizer | None = None) -> None:
+    config: Config
+
+    def __init__(self, config: Config, *, model: nn.Module | None = None, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, model=model)
         self.data = config.data.build(tokenizer)
         self.tokenizer = self.data.tokenizer
@@ -158,7 +166,7 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
     """
 
     @configclass
-    class Config(TextTask.Config):
+    class Config(DecoderTask.Config, TextTask.Config):
         """The text and the model.
 
         Attributes:
@@ -167,8 +175,10 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
             learns: only parameters whose name contains this learn; None for all that require a gradient.
         """
 
-        model: Decoder.Config = Field(default_factory=Decoder.Config)
         learns: str | None = None
+
+    config: Config
+    tokenizer: Tokenizer
 
     def learns(self, name: str, parameter: nn.Parameter) -> bool:
         """As configured."""

@@ -5,7 +5,7 @@ numbers, so one config fits a short and a long run.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
@@ -28,7 +28,7 @@ class Schedule(Part, family="schedule"):
         def __post_init__(self) -> None:
             _check_length("warmup", self.warmup)
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Schedule.Config") -> None:
         self.config = config
 
     def factor(self, step: int, steps: int) -> float:
@@ -60,6 +60,8 @@ class Cosine(Schedule, kind="cosine"):
 
         final: float = Field(default=0.1, ge=0, le=1)
 
+    config: Config
+
     def after_warmup(self, step: int, rest: int, steps: int) -> float:
         """See the class."""
         final = self.config.final
@@ -86,6 +88,8 @@ class WarmupStableDecay(Schedule, kind="wsd"):
         def __post_init__(self) -> None:
             _check_length("warmup", self.warmup)
             _check_length("decay", self.decay)
+
+    config: Config
 
     def after_warmup(self, step: int, rest: int, steps: int) -> float:
         """See the class."""

@@ -139,7 +139,7 @@ class Task(Part, family="task"):
     class Config(BaseConfig):
         """Without fields of its own."""
 
-    def __init__(self, config: Any, *, model: nn.Module | None = None) -> None:
+    def __init__(self, config: Task.Config, *, model: nn.Module | None = None) -> None:
         self.config = config
         self.model = model
 

@@ -85,6 +85,7 @@ class FastDecoder:
         if reason is not None:
             raise ConfigError(f"no compiled step for this model: {reason}")
         attention: Any = model.blocks[0].attention
+        widths: Any = model.config.attention
         self.model = model
         # What the structures point at.
         self._keep: list[Tensor] = []
@@ -108,8 +109,8 @@ class FastDecoder:
             max(_hidden(form_of(block.feed_forward)) for block in model.blocks), block_tokens, 0,
             max((router.num_destinations for router in routers), default=0), self._most_top_k,
             max(map(_state_dim, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
-            config.norm_eps, config.attention.norm_eps, config.attention.clip_qkv or 0.0,
-            QK_NORM.index(config.attention.qk_norm), 0,
+            config.norm_eps, widths.norm_eps, widths.clip_qkv or 0.0,
+            QK_NORM.index(widths.qk_norm), 0,
             floats(model.norm.weight, self._keep, config.dim), blocks,
         )  # fmt: skip
         check_sizes(self._model)
