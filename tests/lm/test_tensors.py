@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from anabranch.errors import CheckpointError
-from anabranch.lm.tensors import BLOCK, open_tensors, write_file, write_tensors
+from anabranch.lm.shards import write_file, write_tensors
+from anabranch.lm.tensors import BLOCK, open_tensors
 from anabranch.serving.expertflow.loading import read_header
 
 

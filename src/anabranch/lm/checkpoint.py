@@ -11,7 +11,7 @@ Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.g
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ from anabranch.lm.folder import (
     verify,
 )
 from anabranch.lm.mixed_types import fit_types
-from anabranch.lm.quantized_form import describe, fill_quantized, is_table, stored_state
+from anabranch.lm.quantized_form import Quantized, describe, fill_quantized, is_table, stored_state
+from anabranch.lm.shards import MAX_SHARD_BYTES, write_tensors
 from anabranch.lm.tensors import (
     FLOATS,
-    MAX_SHARD_BYTES,
     Layout,
     Piece,
     TensorSource,
@@ -53,7 +53,6 @@ from anabranch.lm.tensors import (
     overwrite,
     read_json,
     state_once,
-    write_tensors,
 )
 from anabranch.routing.conversion import first_difference
 
@@ -70,8 +69,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Version of folders with quantised layers. All others are written as version 1, which older programs read.
-SCHEMA = 2
+# Version of folders with quantised pools, of which version 2 had integers; linear layers alone are version 2, all others are written as
+# version 1, which older programs read.
+SCHEMA = 3
 
 
 def save_model(
@@ -106,23 +106,25 @@ def write_model(
     state: Mapping[str, Tensor] | None = None,
     family: str | None = None,
     ids: Mapping[str, Any] | None = None,
+    makers: Mapping[str, Callable[[], Quantized]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`save_model` into a folder that is being filled, with other files beside it, inside `anabranch.files.atomic_folder`.
 
     ``state`` gives the tensors by name where the model's own are only shards of them (FSDP). ``family`` notes the Hugging Face
     family that the model came from, which `convert` goes back to; ``ids`` the special ids of its config.json, where the tokenizer has
-    none or others.
+    none or others; ``makers`` make quantised layers when they are written, see `stored_state`.
     """
     quantization = describe(model)
-    tensors = stored_state(model)
+    tensors = stored_state(model, makers)
     if state is not None:
         tensors = {name: state[name] for name in tensors}
+    schema = 1 if quantization is None else SCHEMA if any(name.endswith(".panels") for name in tensors) else 2
     write_tensors(folder, tensors, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
     config = {
-        "schema": 1 if quantization is None else SCHEMA,
+        "schema": schema,
         "format": FORMAT,
         **MARK,
         **({"family": family} if family else {}),
@@ -252,6 +254,7 @@ class OpenedModel:
             a model in few bits, keeps that of each.
         where: the folder.
         tokenizer: None if the folder has none.
+        hint: what would help where the tensors do not fit.
         quantization: which layers are stored in few bits, see `anabranch.lm.quantized_form`; the layout does not tell of these.
     """
 
@@ -263,6 +266,17 @@ class OpenedModel:
     where: Path
     tokenizer: Tokenizer | None
     quantization: dict[str, Any] | None = None
+    hint: str = ""
+
+
+def open_any(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedModel:
+    """`open_model` for GGUF files too, whose tensors are there as they are when dequantised."""
+    found = find_model(path)
+    if not found.is_file():
+        return open_model(found, dtype=dtype)
+    check_dtype_device(dtype, None)
+    file, model, layout, ignore, tokenizer = gguf.open_gguf(found)
+    return OpenedModel(model, file, layout, ignore, dtype or torch.float32, found, tokenizer)
 
 
 def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -273,18 +287,18 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
             f"{found} packs its numbers, so they cannot be read piece by piece; convert it to a folder first"
         )
     check_dtype_device(dtype, None)
-    table, source = read_json(found / "config.json"), open_tensors(found)
+    table, source, hint = read_json(found / "config.json"), open_tensors(found), ""
     if is_foreign(table):
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
         check_undamaged(found)
         config = _native_config(found, table)
         check_amount(config.count(1).parameters, source, found)
-        model, kind, ignore = build_empty(config), dtype, []
+        model, kind, ignore, hint = build_empty(config), dtype, [], _hint(config)
         layout = identity(model)
         if quantization_of(found) is None:
             kind = formats.type_of_embedding(source, layout, dtype)
-    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found))
+    return OpenedModel(model, source, layout, ignore, kind, found, _tokenizer(found), quantization_of(found), hint)
 
 
 def is_foreign(table: dict[str, Any]) -> bool:

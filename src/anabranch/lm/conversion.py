@@ -8,10 +8,18 @@ import torch
 from anabranch.data.tokenizer import SPECIAL_IDS
 from anabranch.errors import ConfigError
 from anabranch.lm import formats
-from anabranch.lm.checkpoint import check_exportable, find_model, is_foreign, load_stored, write_model
+from anabranch.lm.checkpoint import (
+    check_exportable,
+    find_model,
+    is_foreign,
+    load_stored,
+    quantization_of,
+    write_model,
+)
 from anabranch.lm.folder import carry, check_apart, check_replaceable, model_folder
-from anabranch.lm.quantized import load_quantized
-from anabranch.lm.tensors import MAX_SHARD_BYTES, read_json
+from anabranch.lm.quantized import load_quantized, open_quantized
+from anabranch.lm.shards import MAX_SHARD_BYTES
+from anabranch.lm.tensors import read_json
 from anabranch.nn.quantize import check_bits
 
 __all__ = ["convert"]
@@ -62,15 +70,22 @@ def convert(
     origin = table.get("model_type") if is_foreign(table) else table.get("family")
     # What we made ourselves has only the ids of its tokenizer.
     ids = None if origin is None else _special_ids(table)
+    makers = None
     if quantize is None:
         model, tokenizer = load_stored(found, dtype=dtype)
-    else:
+    elif quantization_of(found) is not None:
         model, tokenizer = load_quantized(found, quantize, dtype=dtype, group=group)
+    else:
+        # Layers are rounded as they are written: no more than one of them is in memory.
+        opened = open_quantized(found, quantize, dtype=dtype, group=group)
+        model, tokenizer, makers = opened.model, opened.tokenizer, opened.makers
     if to == "huggingface":
         check_exportable(model)
     with model_folder(target, before=before, force=force) as temporary:
         if to == "native":
-            write_model(temporary, model, tokenizer, family=origin, ids=ids, max_shard_bytes=max_shard_bytes)
+            write_model(
+                temporary, model, tokenizer, family=origin, ids=ids, makers=makers, max_shard_bytes=max_shard_bytes
+            )
         else:
             formats.export(
                 temporary, model, tokenizer, family=family, prefer=origin, ids=ids, max_shard_bytes=max_shard_bytes

@@ -26,9 +26,10 @@ from anabranch.extras import require
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf_file import Container
+from anabranch.lm.tensors import Layout
 from anabranch.nn import Rotary
 
-__all__ = ["load_gguf", "read_gguf_config"]
+__all__ = ["load_gguf", "open_gguf", "read_gguf_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ def load_gguf(
     file = GgufFile(path)
     model = formats.load(file, file.foreign_config(), path, dtype=dtype or torch.float32, device=device)
     return model, file.tokenizer()
+
+
+def open_gguf(path: Path) -> tuple["GgufFile", Decoder, Layout, list[str], HuggingFaceTokenizer | None]:
+    """(file, empty model, layout, names to ignore, tokenizer) of what `load_gguf` loads. Raises as that."""
+    file = GgufFile(path)
+    model, layout, _, ignore = formats.prepare(file, file.foreign_config(), path)
+    return file, model, layout, ignore, file.tokenizer()
 
 
 def read_gguf_config(path: Path) -> Decoder.Config:
@@ -154,17 +162,25 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor, dequantised, query and key rows in our order."""
+        heads, tensor = self._heads_of(name), self._dequantized(name).view(self.shape(name))
+        return tensor if heads is None else half_split(tensor, heads)
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """See `TensorSource`."""
+        return self._dequantized(name, index).view(self.shape(name)[1:])
+
+    def _dequantized(self, name: str, index: int | None = None) -> Tensor:
+        """Rows as they are stored; ``index`` takes one of a stack."""
         stored = self._tensors[name]
+        data = stored.data if index is None else stored.data[index]
         try:
-            values = self._gguf.dequantize(stored.data, stored.tensor_type)
+            values = self._gguf.dequantize(data, stored.tensor_type)
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise CheckpointError(
                 f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
             ) from None
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
-        heads = self._heads_of(name)
-        return tensor if heads is None else half_split(tensor, heads)
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def _heads_of(self, name: str) -> int | None:
         """Heads whose rows are interleaved in this tensor; None where none are."""
@@ -174,9 +190,13 @@ class GgufFile:
         """How a tensor is stored: ``F32``, ``Q4_1``, ..."""
         return self._tensors[name].tensor_type.name
 
-    def raw(self, name: str) -> tuple[Any, int | None]:
-        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`)."""
-        return self._tensors[name].data, self._heads_of(name)
+    def raw(self, name: str, index: int | None = None) -> tuple[Any, int | None]:
+        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`).
+
+        ``index`` takes one of a stack.
+        """
+        data = self._tensors[name].data
+        return (data if index is None else data[index]), self._heads_of(name)
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""

@@ -1,39 +1,44 @@
-"""Load a model whose linear layers stay in few bits: GGUF blocks as they are stored, anything else rounded after loading."""
-# Shapes: N rows (outputs), K depth (inputs), G = K / 32 blocks of a row
+"""Load or save a model whose linear layers are in few bits: GGUF blocks as they are stored, anything else rounded, layer by layer.
 
-from collections.abc import Collection, Sequence
+A layer is read, rounded and let go before the next one is read, so that what a model takes on its way is itself and a layer.
+"""
+# Shapes: N rows (outputs), K depth (inputs), E experts
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError
-from anabranch.lm import formats
-from anabranch.lm.checkpoint import find_model, load_model, quantization_of
+from anabranch.lm.checkpoint import find_model, load_model, open_any, quantization_of
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.gguf import GgufFile, half_split
-from anabranch.lm.quantized_form import check_scheme, describe
-from anabranch.lm.tensors import Piece, build_empty, fill
-from anabranch.nn.packed import Kind, Packed
-from anabranch.nn.quantize import FEWEST, QuantizedLinear, quantize
+from anabranch.lm.gguf import GgufFile
+from anabranch.lm.gguf_blocks import kept_form, packed_rows
+from anabranch.lm.mixed_types import fit_types
+from anabranch.lm.quantized_form import Quantized, check_scheme
+from anabranch.lm.tensors import Layout, Piece, TensorSource, check, fill, state_once
+from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import FEWEST, QuantizedLinear, QuantizedPool, module_of, put, quantizable, replace
 
-__all__ = ["load_quantized"]
+__all__ = ["Rounding", "load_quantized", "open_quantized"]
 
-# Weights of a block.
-SIZE = 32
-BLOCKS: dict[str, Kind] = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+Bits = Literal["int8", "int4"]
 
 
 def load_quantized(
-    path: str | Path, bits: Literal["int8", "int4"], *, dtype: torch.dtype | None = None, group: int | None = None
+    path: str | Path, bits: Bits, *, dtype: torch.dtype | None = None, group: int | None = None
 ) -> tuple[Decoder, Tokenizer | None]:
     """A model in ``bits`` and its tokenizer.
 
     With int4, matrices that a GGUF file stores in blocks of Q4_0, Q4_1 or Q8_0 keep these numbers, scales and minima to the bit, and
-    with int8 those in Q8_0; a folder that was saved in ``bits`` is loaded as it is; everything else is rounded by `quantize`.
+    with int8 those in Q8_0; a folder that was saved in ``bits`` is loaded as it is; everything else is rounded as
+    `anabranch.nn.quantize.quantize` does, one layer after the other.
 
     Args:
         path: as for `load_model`.
@@ -50,85 +55,178 @@ def load_quantized(
     if saved is not None:
         check_scheme(saved, bits, group, found)
         return load_model(found, dtype=dtype)
-    if found.is_file():
-        kept = [name for name, kind in BLOCKS.items() if bits == "int4" or kind == "int8"]
-        model, tokenizer = _load_gguf(GgufFile(found), found, dtype or torch.float32, kept)
-    else:
-        model, tokenizer = load_model(found, dtype=dtype)
-    quantize(model, bits, group=group)
-    if describe(model) is None:
+    opened = open_quantized(found, bits, dtype=dtype, group=group)
+    for name, make in opened.makers.items():
+        put(opened.model, name, make())
+    return opened.model, opened.tokenizer
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A model about to be rounded.
+
+    Attributes:
+        model: all of it but the layers to be quantised, which only tell their sizes (on the device ``meta``).
+        makers: makes each of these by its name: reads the weights and rounds them.
+        tokenizer: None if there is none.
+    """
+
+    model: Decoder
+    makers: dict[str, Callable[[], Quantized]]
+    tokenizer: Tokenizer | None
+
+
+def open_quantized(
+    path: str | Path, bits: Bits, *, dtype: torch.dtype | None = None, group: int | None = None
+) -> Rounding:
+    """`load_quantized` before layers are read, of a model that is not in few bits yet. Arguments and errors as that."""
+    opened = open_any(path, dtype=dtype)
+    model, source, layout = opened.model, opened.source, opened.layout
+    check(state_once(model), source, layout, where=opened.where, ignore=opened.ignore, hint=opened.hint)
+    chosen: dict[str, tuple[Any, int | None]] = dict(quantizable(model, bits, group=group))
+    if not chosen:
         raise ConfigError(
-            f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SIZE} and "
+            f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SHARE} and "
             f"at least {FEWEST} outputs; leave it out"
         )
-    return model, tokenizer
-
-
-def _load_gguf(
-    file: GgufFile, path: Path, dtype: torch.dtype, kept: Collection[str]
-) -> tuple[Decoder, Tokenizer | None]:
-    """The model with `QuantizedLinear`s where all pieces of a matrix are stored as one of ``kept``, and the tokenizer."""
-    table = file.foreign_config()
-    config = formats.read_config(table, path)
-    layout = formats.FAMILIES[table["model_type"]].sanitize(config, file.names)
-    model = build_empty(config)
-    made: dict[str, nn.Module] = {}
-    for name, module in list(model.named_modules()):
-        packed = _packed(file, layout[f"{name}.weight"], kept) if isinstance(module, nn.Linear) else None
-        if packed is not None:
-            bias = _joined(file, layout[f"{name}.bias"]) if module.bias is not None else None
-            made[name] = QuantizedLinear(packed, bias)
+    rounding = _Layers(source, layout, opened.dtype or torch.float32, bits)
+    modules = {name: module_of(model, name) for name in chosen}
+    makers = {name: rounding.maker(name, modules[name], *chosen[name]) for name in chosen}
+    empty = {name: rounding.empty(name, modules[name], *chosen[name]) for name in chosen}
+    used = []
+    for name in chosen:
+        if name != "head" or model.head is not None:
+            used += [piece.name for key, part in layout.items() if key.startswith(f"{name}.") for piece in part]
             # With no parameters there, filling leaves it alone.
-            _set(model, name, nn.Identity())
-    used = {piece.name for name in made for key, part in layout.items() if key.startswith(f"{name}.") for piece in part}
-    fill(model, file, layout, where=path, dtype=dtype, ignore=used)
-    for name, layer in made.items():
-        _set(model, name, layer)
-    if config.tie_embeddings:
-        head = _packed(file, layout["embedding.weight"], kept)
-        if head is not None:
-            _set(model, "head", QuantizedLinear(head))
-    return model, file.tokenizer()
+            replace(model, name, nn.Identity())
+    ignore = [*opened.ignore, *used]
+    # Of GGUF, which has no type of its own, None is float32 too.
+    rest = dtype or (torch.float32 if isinstance(source, GgufFile) else None)
+    fill(model, source, layout, where=opened.where, dtype=rest, ignore=ignore, hint=opened.hint)
+    fit_types(model)
+    for name, module in empty.items():
+        put(model, name, module)
+    return Rounding(model, makers, opened.tokenizer)
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+class _Layers:
+    """Makes the quantised layers of a model from the stored tensors.
+
+    Args:
+        source, layout: the tensors, and how they make up the model's.
+        dtype: that weights are rounded to first.
+        bits: that are asked for.
+    """
+
+    def __init__(self, source: TensorSource, layout: Layout, dtype: torch.dtype, bits: Bits) -> None:
+        self._source, self._layout, self._dtype, self._bits = source, layout, dtype, bits
+
+    def maker(self, name: str, module: Any, bits: Bits, group: int | None) -> Callable[[], Quantized]:
+        """Makes the layer ``name``, whose sizes are those of ``module``."""
+        if isinstance(module, ExpertPool):
+            return partial(self._pool, name, self.empty(name, module, bits, group))
+        return partial(self._linear, name, self.empty(name, module, bits, group))
+
+    def empty(self, name: str, module: Any, bits: Bits, group: int | None) -> Any:
+        """The layer without its weights, on the device ``meta``."""
+        if isinstance(module, ExpertPool):
+            return QuantizedPool(
+                *(self._like(f"{name}.{part}", getattr(module, part).shape, bits, group) for part in ("w13", "w2"))
+            )
+        like = self._like(self._weight(name), (1, *module.weight.shape), bits, group)
+        bias = None if module.bias is None else torch.empty(module.bias.shape, dtype=self._dtype, device="meta")
+        return QuantizedLinear(like, bias)
+
+    def _like(self, weight: str, shape: Sequence[int], bits: Bits, group: int | None) -> Packed:
+        """Sizes of the matrices ``[E, N, K]`` of a weight: as they are stored where they stay so, else as they are asked for."""
+        kept = self._kept(weight)
+        kind, size = (bits, group) if kept is None else kept
+        num, rows, depth = shape
+        return Packed.empty(num, rows, depth, kind, size or depth, device="meta")
+
+    def _kept(self, weight: str) -> tuple[Any, int] | None:
+        if not isinstance(self._source, GgufFile):
+            return None
+        return kept_form(self._source, [piece.name for piece in self._layout[weight]], self._bits)
+
+    def _weight(self, name: str) -> str:
+        """The stored weight of a linear layer: the embedding's for a head that is one with it."""
+        weight = f"{name}.weight"
+        return weight if weight in self._layout else "embedding.weight"
+
+    @torch.no_grad()
+    def _linear(self, name: str, like: QuantizedLinear) -> QuantizedLinear:
+        weight = self._weight(name)
+        packed = self._packed(weight, like.packed, [_of_one(self._layout[weight])])
+        bias = None if like.bias is None else self._read(_of_one(self._layout[f"{name}.bias"]), tuple(like.bias.shape))
+        return QuantizedLinear(packed, bias)
+
+    @torch.no_grad()
+    def _pool(self, name: str, like: QuantizedPool) -> QuantizedPool:
+        weights = [f"{name}.{part}" for part in ("w13", "w2")]
+        return QuantizedPool(
+            *(
+                self._packed(weight, packed, _of_experts(self._layout[weight], packed.num_experts))
+                for weight, packed in zip(weights, like.packed, strict=True)
+            )
+        )
+
+    def _packed(self, weight: str, like: Packed, parts: Sequence[Sequence["_Part"]]) -> Packed:
+        """The matrices of a weight, each put together of its parts."""
+        made = Packed.empty(like.num_experts, like.rows, like.depth, like.kind, like.group)
+        is_kept, source = self._kept(weight) is not None, self._source
+        for number, pieces in enumerate(parts):
+            if is_kept and isinstance(source, GgufFile):
+                made.data[number] = packed_rows(source, [(part.name, part.index) for part in pieces], like)
+            else:
+                made.put(number, self._read(pieces, (like.rows, like.depth)))
+        return made
+
+    def _read(self, parts: Sequence["_Part"], shape: tuple[int, ...]) -> Tensor:
+        """A tensor of ours in the type that weights are rounded to first."""
+        if len(parts) == 1 and not parts[0].where:
+            return parts[0].read(self._source).to(self._dtype)
+        value = torch.empty(shape, dtype=self._dtype)
+        for part in parts:
+            value[part.where].copy_(part.read(self._source))
+        return value
 
 
-def _ordered(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces of rows, from the first row on."""
-    return sorted(pieces, key=lambda piece: getattr(piece.where[0], "start", None) or 0 if piece.where else 0)
+@dataclass(frozen=True)
+class _Part:
+    """A stored tensor, or one of a stored stack, that is a part of a matrix.
+
+    Attributes:
+        name: of the stored tensor.
+        where: which part of the matrix.
+        index: which of the stack; None for all of the tensor.
+    """
+
+    name: str
+    where: tuple[int | slice, ...] = ()
+    index: int | None = None
+
+    def read(self, source: TensorSource) -> Tensor:
+        return source.read(self.name) if self.index is None else source.read_one(self.name, self.index)
 
 
-def _joined(file: GgufFile, pieces: Sequence[Piece]) -> Tensor:
-    return torch.cat([file.read(piece.name) for piece in _ordered(pieces)])
+def _of_one(pieces: Sequence[Piece]) -> list[_Part]:
+    """The parts of a matrix, from the first row on."""
+    return sorted((_Part(piece.name, piece.where) for piece in pieces), key=_first_row)
 
 
-def _packed(file: GgufFile, pieces: Sequence[Piece], kept: Collection[str]) -> Packed | None:
-    """One matrix of the blocks in the file; None where they are not all of one kind that is kept."""
-    kinds = {file.kind(piece.name) for piece in pieces}
-    if len(kinds) > 1 or not kinds <= set(kept):
-        return None
-    kind = kinds.pop()
-    parts = [_blocks(kind, *file.raw(piece.name)) for piece in _ordered(pieces)]
-    number_NK, scale_NG, least_NG = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Packed.of_integers(number_NK, scale_NG, least_NG, BLOCKS[kind])
+def _of_experts(pieces: Sequence[Piece], num_experts: int) -> list[list[_Part]]:
+    """The parts of each expert's matrix. A stored tensor is of one expert, or stacked as ours."""
+    found: list[list[_Part]] = [[] for _ in range(num_experts)]
+    for piece in pieces:
+        if piece.where and isinstance(piece.where[0], int):
+            found[piece.where[0]].append(_Part(piece.name, piece.where[1:]))
+            continue
+        for expert, parts in enumerate(found):
+            parts.append(_Part(piece.name, piece.where[1:], expert))
+    return [sorted(parts, key=_first_row) for parts in found]
 
 
-def _blocks(kind: str, stored: Any, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(number_NK, scale_NG, least_NG) of the bytes of one tensor; rows of ``heads`` heads in our order."""
-    bytes_NGX = torch.from_numpy(np.array(stored, dtype=np.uint8)).unflatten(
-        -1, (-1, {"Q4_0": 18, "Q4_1": 20}.get(kind, 34))
-    )
-    scale_NG = bytes_NGX[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    if kind == "Q8_0":
-        # Two's complement plus 128.
-        number_NGS = bytes_NGX[..., 2:] ^ 0x80
-        least_NG = torch.zeros_like(scale_NG)
-    else:
-        nibbles = bytes_NGX[..., -SIZE // 2 :]
-        number_NGS = torch.cat((nibbles & 15, nibbles >> 4), dim=-1)
-        least_NG = -8 * scale_NG if kind == "Q4_0" else bytes_NGX[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
-    parts = number_NGS.flatten(1), scale_NG, least_NG
-    return parts if heads is None else tuple(half_split(part, heads) for part in parts)  # type: ignore[return-value]
+def _first_row(part: _Part) -> int:
+    rows = part.where[0] if part.where else None
+    return rows.start or 0 if isinstance(rows, slice) else 0

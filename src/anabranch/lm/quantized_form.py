@@ -1,38 +1,46 @@
-"""How quantised layers lie in a model folder: as plain integers, scales and minima, which know the layout of no kernel.
+"""How quantised layers lie in a model folder.
 
-For a linear layer ``name`` the tensors are ``name.number`` (uint8; of int4 two in a byte, the one of the even column in the low half),
-``name.scale`` and, of int4, ``name.least`` (float16), and ``name.bias``; for a pool the same under ``name.w13`` and ``name.w2``. They are
-packed when the model is loaded, which loses nothing. The table ``quantization`` of ``config.json`` says what there is:
+Linear layers are there as plain integers, scales and minima, which know the layout of no kernel: ``name.number`` (uint8; of int4 two in a
+byte, the one of the even column in the low half), ``name.scale`` and, of int4, ``name.least`` (float16), and ``name.bias``. They are
+packed when the model is loaded, which loses nothing. Pools are there as they are computed with, so that an expert can be read from its
+file straight to where it is used: ``name.w13.panels`` and ``name.w2.panels``, uint8 ``[E, P, bytes]`` of `anabranch.nn.packed`. Folders of
+schema 2 have pools as integers too. The table ``quantization`` of ``config.json`` says what there is:
 
     {"scheme": "int4", "group": 32, "modules": {"blocks.0.attention.qkv": "int4", ..., "head": "int8"}}
 """
-# Shapes: E matrices of a stack (1 for a linear layer), N rows, K columns, G groups of a row
+# Shapes: E matrices of a stack (1 for a linear layer), N rows, K columns, G groups of a row, P panels of 16 rows
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.shards import Later
 from anabranch.lm.tensors import FLOATS, Piece, TensorSource, fill, state_once
-from anabranch.nn.packed import Packed
+from anabranch.nn.packed import SIDE, WIDE, Packed, check_depth, panel_bytes
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, replace
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, module_of, put, replace
 
 __all__ = [
     "SCHEMES",
+    "Quantized",
     "check_integers",
+    "check_panels",
     "check_scheme",
     "describe",
     "fill_quantized",
+    "has_panels",
     "is_table",
+    "packed_of",
     "stored_state",
-    "weights_of",
 ]
 
 Scheme = Literal["int8", "int4"]
+Quantized = QuantizedLinear | QuantizedPool
 SCHEMES = ("int8", "int4")
 
 
@@ -68,17 +76,56 @@ def check_scheme(table: dict[str, Any], scheme: Scheme, group: int | None, where
         raise ConfigError(f"in {where} {shared} weights share a scale, and group is {group}; leave it out")
 
 
-def stored_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model as they are saved: `state_once` where nothing is quantised."""
+def stored_state(
+    model: nn.Module, makers: Mapping[str, Callable[[], Quantized]] | None = None
+) -> dict[str, Tensor | Later]:
+    """The tensors of a model as they are saved: `state_once` where nothing is quantised.
+
+    ``makers`` make quantised layers that only tell their sizes so far (on the device ``meta``), by name, one after the other as they are
+    written.
+    """
     modules = dict(_quantized(model))
     owner = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
-    tensors = {name: tensor for name, tensor in state_once(model).items() if name not in owner}
+    tensors: dict[str, Tensor | Later] = {
+        name: tensor for name, tensor in state_once(model).items() if name not in owner
+    }
     for name, module in modules.items():
-        for part, packed in _packed(module):
-            tensors |= _integers(f"{name}{part}", packed, is_stack=isinstance(module, QuantizedPool))
-        if isinstance(module, QuantizedLinear) and module.bias is not None:
-            tensors[f"{name}.bias"] = module.bias
+        make = partial(_tensors, name, (makers or {}).get(name, partial(_itself, module)))
+        tensors |= {key: Later(shape, dtype, make) for key, (shape, dtype) in _sizes(name, module).items()}
     return tensors
+
+
+def _itself(module: Quantized) -> Quantized:
+    return module
+
+
+def _sizes(name: str, module: Quantized) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, type) of the tensors that `_tensors` makes."""
+    if isinstance(module, QuantizedPool):
+        return {f"{name}{part}.panels": (tuple(packed.data.shape), torch.uint8) for part, packed in _packed(module)}
+    packed, sizes = module.packed, dict[str, tuple[tuple[int, ...], torch.dtype]]()
+    groups, columns = packed.depth // packed.group, packed.depth // (2 if packed.kind == "int4" else 1)
+    sizes[f"{name}.number"] = (packed.rows, columns), torch.uint8
+    sizes[f"{name}.scale"] = (packed.rows, groups), torch.float16
+    if packed.kind == "int4":
+        sizes[f"{name}.least"] = sizes[f"{name}.scale"]
+    if module.bias is not None:
+        sizes[f"{name}.bias"] = (tuple(module.bias.shape), module.bias.dtype)
+    return sizes
+
+
+def _tensors(name: str, make: Callable[[], Quantized]) -> dict[str, Tensor]:
+    module = make()
+    if isinstance(module, QuantizedPool):
+        return {f"{name}{part}.panels": packed.data for part, packed in _packed(module)}
+    number, scale, least = (part[0] for part in module.packed.integers())
+    if module.packed.kind == "int4":
+        low, high = number.unflatten(-1, (-1, 2)).unbind(-1)
+        number = low | (high << 4)
+    tensors = {f"{name}.number": number, f"{name}.scale": scale}
+    if module.packed.kind == "int4":
+        tensors[f"{name}.least"] = least
+    return tensors if module.bias is None else {**tensors, f"{name}.bias": module.bias}
 
 
 def fill_quantized(
@@ -111,35 +158,20 @@ def fill_quantized(
     layout = {name: [Piece(name)] for name in state_once(model)}
     fill(model, source, layout, where=where, dtype=dtype, device=device, ignore=used, hint=hint)
     for name, module in made.items():
-        module.to(device)
-        if name == "head":
-            model.head = module
-        else:
-            replace(model, name, module)
+        put(model, name, module.to(device))
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear | QuantizedPool]]:
+def _quantized(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedPool):
             yield name, module
 
 
-def _packed(module: QuantizedLinear | QuantizedPool) -> list[tuple[str, Packed]]:
+def _packed(module: Quantized) -> list[tuple[str, Packed]]:
     """The matrices of a module, with what is put behind its name."""
     if isinstance(module, QuantizedLinear):
         return [("", module.packed)]
     return list(zip((".w13", ".w2"), module.packed, strict=True))
-
-
-def _integers(name: str, packed: Packed, *, is_stack: bool) -> dict[str, Tensor]:
-    number, scale, least = packed.integers()
-    if packed.kind == "int4":
-        low, high = number.unflatten(-1, (-1, 2)).unbind(-1)
-        number = low | (high << 4)
-    tensors = {f"{name}.number": number, f"{name}.scale": scale}
-    if packed.kind == "int4":
-        tensors[f"{name}.least"] = least
-    return tensors if is_stack else {key: tensor[0] for key, tensor in tensors.items()}
 
 
 def _made(
@@ -150,21 +182,18 @@ def _made(
     where: Path,
     dtype: torch.dtype | None,
     used: list[str],
-) -> QuantizedLinear | QuantizedPool:
+) -> Quantized:
     """The quantised layer ``name``; notes the tensors it is made of in ``used``."""
-    module: Any = dict(model.named_modules()).get(name)
-    # The head was the embedding until it was quantised.
-    if name == "head" and module is None:
-        embedding = cast(nn.Embedding, model.embedding)
-        module = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    module: Any = module_of(model, name)
     is_odd = isinstance(module, ExpertPool) and not module.is_plain
     if kind not in SCHEMES or is_odd or not isinstance(module, nn.Linear | ExpertPool):
         raise CheckpointError(
             f"quantization in {where / 'config.json'} says {name} is {kind}; the model has no such layer"
         )
     if isinstance(module, ExpertPool):
+        read = _read_panels if has_panels(source, name) else _read
         w13, w2 = (
-            _read(source, f"{name}.{part}", kind, tuple(getattr(module, part).shape), where, used)
+            read(source, f"{name}.{part}", kind, tuple(getattr(module, part).shape), where, used)
             for part in ("w13", "w2")
         )
         return QuantizedPool(w13, w2)
@@ -178,13 +207,41 @@ def _made(
     return QuantizedLinear(packed, bias)
 
 
+def has_panels(source: TensorSource, pool: str) -> bool:
+    """Whether the quantised pool of this name lies as it is computed with; in folders of schema 2 it does not."""
+    return f"{pool}.w13.panels" in source.names
+
+
+def check_panels(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> Packed:
+    """Of the matrices ``[E, N, K]`` that lie as ``name.panels``, what tells their sizes (on the device ``meta``).
+
+    Raises CheckpointError if they are not there, or are not as they must be.
+    """
+    _check_kind(name, kind, where)
+    num, rows, depth = shape
+    _check(source, f"{name}.panels", (num, -(-rows // WIDE), None), (torch.uint8,), where)
+    given = source.shape(f"{name}.panels")[-1]
+    groups, left = divmod(given - panel_bytes(kind, depth, depth) + SIDE, SIDE)  # type: ignore[arg-type]
+    try:
+        if left or groups < 1 or depth % groups:
+            raise ConfigError(f"its panels have {given} bytes, which no group of {depth} weights in {kind} gives")
+        check_depth(depth, depth // groups)
+    except ConfigError as error:
+        raise CheckpointError(f"{name} in {where}: {error}") from None
+    return Packed.empty(num, rows, depth, kind, depth // groups, device="meta")  # type: ignore[arg-type]
+
+
+def _check_kind(name: str, kind: str, where: Path) -> None:
+    if kind not in SCHEMES:
+        raise CheckpointError(f"quantization in {where / 'config.json'} says {name} is {kind}; it must be int8 or int4")
+
+
 def check_integers(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> list[str]:
     """Names of the tensors (number, scale and, of int4, least) of matrices ``[N, K]`` or ``[E, N, K]``.
 
     Raises CheckpointError if one is not there, or is not as it must be.
     """
-    if kind not in SCHEMES:
-        raise CheckpointError(f"quantization in {where / 'config.json'} says {name} is {kind}; it must be int8 or int4")
+    _check_kind(name, kind, where)
     *rows, depth = shape
     columns = depth // 2 if kind == "int4" else depth
     _check(source, f"{name}.number", (*rows, columns), (torch.uint8,), where)
@@ -198,13 +255,11 @@ def check_integers(source: TensorSource, name: str, kind: str, shape: tuple[int,
     return [f"{name}.number", f"{name}.scale", f"{name}.least"]
 
 
-def weights_of(number: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
-    """The float32 weights ``[..., N, K]`` that stored integers stand for; those without minima are int8."""
-    value = number if least is None else _nibbles(number)
-    grouped = value.float().unflatten(-1, (scale.shape[-1], -1))
-    if least is None:
-        return ((grouped - 128) * scale.float().unsqueeze(-1)).flatten(-2)
-    return (grouped * scale.float().unsqueeze(-1) + least.float().unsqueeze(-1)).flatten(-2)
+def packed_of(number: Tensor, scale: Tensor, least: Tensor | None) -> Packed:
+    """Stored integers as they are computed with; those without minima are int8. Raises ConfigError for groups that cannot be."""
+    return Packed.of_integers(
+        number if least is None else _nibbles(number), scale, least, "int8" if least is None else "int4"
+    )
 
 
 def _nibbles(number: Tensor) -> Tensor:
@@ -217,11 +272,18 @@ def _read(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], wh
     used += names
     number, scale, *least = map(source.read, names)
     try:
-        return Packed.of_integers(
-            _nibbles(number) if least else number, scale, least[0] if least else None, "int4" if least else "int8"
-        )
+        return packed_of(number, scale, least[0] if least else None)
     except ConfigError as error:
         raise CheckpointError(f"{name} in {where}: {error}") from None
+
+
+def _read_panels(
+    source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path, used: list[str]
+) -> Packed:
+    """The matrices of a pool that lie as they are computed with."""
+    like = check_panels(source, name, kind, shape, where)
+    used.append(f"{name}.panels")
+    return like.with_data(source.read(f"{name}.panels").clone())
 
 
 def _check(

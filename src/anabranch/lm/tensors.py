@@ -1,17 +1,16 @@
-"""Named tensors on disk: read one at a time, written in shards, so that a model is never in memory twice.
+"""Named tensors on disk, read one at a time, so that a model is never in memory twice; `anabranch.lm.shards` writes them.
 
 A *layout* says how the tensors of a file make up ours: for each of our tensors the `Piece`s it is put together of. Read forwards
 it imports, read backwards it exports; formats differ in their layouts alone.
 """
 
 import functools
-import json
 import logging
 import math
 import os
 import struct
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,9 +27,8 @@ from anabranch.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-MAX_SHARD_BYTES = 5_000_000_000
 _REMAP_BYTES = 256_000_000
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -44,7 +42,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENTRY = ("dtype", "shape", "data_offsets")
 # Weights that one stored number can hold: quantised ones share bytes.
 _MOST_PACKED = 16
@@ -80,6 +78,9 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU; it may be a view of the file."""
 
+    def read_one(self, name: str, index: int) -> Tensor:
+        """``read(name)[index]``, where no more than that is read or unpacked."""
+
 
 class SafetensorsFiles:
     """The tensors of one or more ``.safetensors`` files.
@@ -95,7 +96,7 @@ class SafetensorsFiles:
     def __init__(self, files: Sequence[Path], index: Mapping[str, Path] | None = None) -> None:
         self._files = {path: self._open(path) for path in files}
         self._path_of = _places({path: dict.fromkeys(file.keys()) for path, file in self._files.items()}, index)
-        self._read_bytes = 0
+        self._read_bytes: dict[Path, int] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -109,21 +110,35 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> torch.dtype | str:
         """See `TensorSource`."""
         stored = self._slice(name).get_dtype()
-        return _DTYPES.get(stored, stored)
+        return DTYPES.get(stored, stored)
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
-        path = self._path_of[name]
-        tensor = self._files[path].get_tensor(name)
-        self._read_bytes += tensor.nbytes
-        # What was read of a mapped file counts as our memory until it is unmapped.
-        if self._read_bytes > _REMAP_BYTES:
-            self._files[path], self._read_bytes = self._open(path), 0
+        tensor = self._view(name)
+        self._count(name, tensor.nbytes)
+        return tensor
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """See `TensorSource`."""
+        tensor = self._view(name)[index]
+        self._count(name, tensor.nbytes)
         return tensor
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._path_of[name]
+
+    def _view(self, name: str) -> Tensor:
+        return self._files[self._path_of[name]].get_tensor(name)
+
+    def _count(self, name: str, num_bytes: int) -> None:
+        """What was read of a mapped file counts as our memory until it is unmapped."""
+        path = self._path_of[name]
+        self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
+        if sum(self._read_bytes.values()) > _REMAP_BYTES:
+            for read in self._read_bytes:
+                self._files[read] = self._open(read)
+            self._read_bytes = {}
 
     def _slice(self, name: str) -> Any:
         return self._files[self._path_of[name]].get_slice(name)
@@ -171,6 +186,10 @@ class PickleFiles:
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
         return self._tensors[name]
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """See `TensorSource`."""
+        return self._tensors[name][index]
 
 
 def _places(held: Mapping[Path, Collection[str]], index: Mapping[str, Path] | None) -> dict[str, Path]:
@@ -266,7 +285,7 @@ def _check_entry(name: str, entry: Any, room: int) -> None:
     begin, end = offsets
     if not begin <= end <= room:
         raise ValueError(f"its tensor {shown(name)} lies at bytes {begin} to {end} of {room}")
-    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise ValueError(
             f"its tensor {shown(name)} has {end - begin} bytes, and {shown(shape)} numbers of type {dtype}"
         )
@@ -304,62 +323,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise CheckpointError(f"cannot read {path}: it holds a {type(table).__name__}; it must be a table of settings")
     return table
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write ``model.safetensors`` into ``folder``, or shards of at most ``max_shard_bytes`` with an index.
-
-    Tensors are copied one at a time, and only where they are not on the CPU or not contiguous.
-    """
-    shards = list(_shards(tensors, max_shard_bytes))
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        write_file(folder / file, {name: tensors[name] for name in names})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whose large tensors can be read past the page cache straight to where they are wanted.
-
-    The format leaves the order of tensors to the writer, and allows spaces behind the header. The `safetensors` package orders by name, so
-    that an expert begins anywhere; here the tensors that fill whole blocks come first, and begin at one.
-
-    Raises OSError, CheckpointError for a type that the format has not.
-    """
-    names = sorted(tensors, key=lambda name: tensors[name].nbytes % BLOCK != 0)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        tensor, start = tensors[name], end
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{name} is {tensor.dtype}, which cannot be saved; known: {', '.join(_DTYPES)}")
-        end += tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % BLOCK)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-
-
-def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > max_bytes:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    yield names
 
 
 def state_once(model: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ SHARE = 32
 # Bytes of scales and minima behind each group of a panel.
 SIDE = 64
 
+# Weights that are rounded together, so that what that takes on its way stays small beside a layer.
+AT_ONCE = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -70,13 +73,39 @@ class Packed:
             check_depth(depth, group)
         if kind in ("float32", "bfloat16"):
             return cls(_pack_floats(weight_ENK, kind), rows, depth, kind, depth)
-        grouped = weight_ENK.float().unflatten(-1, (-1, group or depth))
-        number, scale_ENG, least_ENG = _round_bytes(grouped) if kind == "int8" else _round_nibbles(grouped, symmetric)
+        made = cls.empty(len(weight_ENK), rows, depth, kind, group or depth, device=weight_ENK.device)
+        for expert, weight_NK in enumerate(weight_ENK):
+            made.put(expert, weight_NK, symmetric=symmetric)
+        return made
+
+    @classmethod
+    def empty(
+        cls, num: int, rows: int, depth: int, kind: Kind, group: int, *, device: torch.device | str | None = None
+    ) -> "Packed":
+        """``num`` matrices that are still to be filled; on the device ``meta`` they only tell their sizes."""
+        panels = -(-rows // WIDE)
+        data = torch.empty(num, panels, panel_bytes(kind, depth, group), dtype=torch.uint8, device=device)
+        return cls(data, rows, depth, kind, group)
+
+    def put(self, expert: int, weight_NK: Tensor, *, symmetric: bool = False) -> None:
+        """Round and pack one matrix into its place, a few rows at a time. Raises ConfigError as `pack`."""
+        step = max(AT_ONCE // self.depth // WIDE, 1) * WIDE
+        for first in range(0, self.rows, step):
+            part = self._packed(weight_NK[first : first + step], symmetric)
+            self.data[expert, first // WIDE : first // WIDE + part.shape[1]] = part[0]
+
+    def _packed(self, weight_NK: Tensor, symmetric: bool) -> Tensor:
+        """The panels ``[1, P, bytes]`` of some rows."""
+        if self.kind in ("float32", "bfloat16"):
+            return _pack_floats(weight_NK.unsqueeze(0), self.kind)
+        grouped = weight_NK.unsqueeze(0).float().unflatten(-1, (-1, self.group))
+        is_bytes = self.kind == "int8"
+        number, scale_ENG, least_ENG = _round_bytes(grouped) if is_bytes else _round_nibbles(grouped, symmetric)
         if not (torch.isfinite(scale_ENG).all() and torch.isfinite(least_ENG).all()):
             raise ConfigError(
                 "weights are not finite, or too large for fp16 scales; keep this matrix in floating point"
             )
-        return cls.of_integers(number.flatten(-2), scale_ENG, least_ENG, kind)
+        return Packed.of_integers(number.flatten(-2), scale_ENG, least_ENG, self.kind).data
 
     @classmethod
     def of_integers(cls, number_ENK: Tensor, scale_ENG: Tensor, least_ENG: Tensor | None, kind: Kind) -> "Packed":
@@ -158,6 +187,13 @@ class Packed:
     def _rows(self, panels: Tensor) -> Tensor:
         """``[E, P, 16, ...]`` as ``[E, N, ...]``."""
         return panels.flatten(1, 2)[:, : self.rows].contiguous()
+
+
+def panel_bytes(kind: Kind, depth: int, group: int) -> int:
+    """Bytes of 16 rows. ``group`` counts for integers."""
+    if kind in ("float32", "bfloat16"):
+        return WIDE * depth * (4 if kind == "float32" else 2)
+    return WIDE * depth // (1 if kind == "int8" else 2) + depth // group * SIDE
 
 
 def check_depth(depth: int, group: int | None) -> None:

@@ -23,7 +23,18 @@ from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
-__all__ = ["QuantizedLinear", "QuantizedPool", "check_bits", "dequantize", "quantize", "replace"]
+__all__ = [
+    "QuantizedLinear",
+    "QuantizedPool",
+    "check_bits",
+    "dequantize",
+    "module_of",
+    "packed_experts",
+    "put",
+    "quantizable",
+    "quantize",
+    "replace",
+]
 
 Bits = Literal["int8", "int4"]
 
@@ -159,13 +170,7 @@ class QuantizedPool(nn.Module):
         w13, w2 = self.packed
         plan = plan_dispatch(routing)
         rows_RD = dispatch(x_ND, plan, routing.weight_NK if weight_on == "input" else None)
-        y_RD = torch.zeros_like(rows_RD)
-        start = 0
-        for expert, end in enumerate(plan.offset_E.tolist()):
-            if end > start:
-                gate, up = w13.expert(expert).linear(rows_RD[start:end]).chunk(2, dim=-1)
-                y_RD[start:end] = w2.expert(expert).linear(F.silu(gate) * up)
-            start = end
+        y_RD = packed_experts(w13, w2, rows_RD, plan.offset_E.tolist())
         return combine(y_RD, plan, None if weight_on == "input" else routing.weight_NK)
 
     def extra_repr(self) -> str:
@@ -174,6 +179,18 @@ class QuantizedPool(nn.Module):
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, kind={kind}, group={group}"
         )
+
+
+def packed_experts(w13: Packed, w2: Packed, rows_RD: Tensor, offset_E: list[int]) -> Tensor:
+    """y_RD: SwiGLUs of packed matrices, expert e on the rows that end at ``offset_E[e]``."""
+    y_RD = torch.zeros_like(rows_RD)
+    start = 0
+    for expert, end in enumerate(offset_E):
+        if end > start:
+            gate, up = w13.expert(expert).linear(rows_RD[start:end]).chunk(2, dim=-1)
+            y_RD[start:end] = w2.expert(expert).linear(F.silu(gate) * up)
+        start = end
+    return y_RD
 
 
 @torch.no_grad()
@@ -207,27 +224,70 @@ def quantize(
     Raises:
         ConfigError: an unknown ``bits`` or a ``group`` that is no multiple of 32.
     """
+    chosen = quantizable(model, bits, group=group, head=head, skip=skip)
+    for name, (own, own_group) in chosen.items():
+        module = module_of(model, name)
+        kind: Any = QuantizedPool if isinstance(module, ExpertPool) else QuantizedLinear
+        put(model, name, kind.of(module, own, group=own_group, symmetric=symmetric))
+    return list(chosen)
+
+
+def quantizable(
+    model: nn.Module,
+    bits: Bits,
+    *,
+    group: int | None = None,
+    head: Bits | None = "int8",
+    skip: tuple[str, ...] = (),
+) -> dict[str, tuple[Bits, int | None]]:
+    """(bits, group) of each module that `quantize` would replace; the arguments and errors are its. Only sizes are looked at."""
     check_bits(bits, group)
-    replaced = []
-    for name, module in list(model.named_modules()):
+    found: dict[str, tuple[Bits, int | None]] = {}
+    for name, module in model.named_modules():
         # A class made of a linear layer computes something of its own, which its matrix alone does not say.
         is_known = type(module) in (Dense, nn.Linear) or (isinstance(module, ExpertPool) and module.is_plain)
-        if not is_known or any(name.startswith(part) for part in skip):
-            continue
-        own, own_group = (head, None) if name == "head" else (bits, group)
-        made = None if own is None else _quantized(module, own, own_group, symmetric)
-        if made is not None:
-            replace(model, name, made)
-            replaced.append(name)
-    if head is not None and _is_tied(model) and "head" not in skip:
+        if is_known and not any(name.startswith(part) for part in skip):
+            _choose(found, name, module, (head, None) if name == "head" else (bits, group))
+    if _is_tied(model) and "head" not in skip:
+        _choose(found, "head", module_of(model, "head"), (head, None))
+    return found
+
+
+def _choose(
+    found: dict[str, tuple[Bits, int | None]], name: str, module: Any, asked: tuple[Bits | None, int | None]
+) -> None:
+    """Add a module to ``found`` unless it cannot be quantised, or is not to be."""
+    bits, group = asked
+    depths = (module.in_features,) if isinstance(module, nn.Linear) else (module.dim, module.hidden_dim)
+    is_small = isinstance(module, nn.Linear) and module.out_features < FEWEST
+    if bits is None or is_small or any(depth % SHARE for depth in depths):
+        return
+    if group is None and bits == "int4":
+        group = SHARE
+    if group is not None:
+        group = next(part for part in range(group, 0, -SHARE) if all(depth % part == 0 for depth in depths))
+    found[name] = bits, group
+
+
+def module_of(model: Any, name: str) -> Any:
+    """The module ``name`` of a model; the head that is the embedding as a linear layer that shares its weight. None if there is none."""
+    if name == "head" and _is_tied(model):
         embedding: Any = model.embedding
         table = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
         table.weight = embedding.weight
-        made = _quantized(table, head, None, symmetric)
-        if made is not None:
-            model.head = made
-            replaced.append("head")
-    return replaced
+        return table
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def put(model: Any, name: str, made: nn.Module) -> None:
+    """`replace` for a module that `module_of` gave."""
+    if name == "head":
+        model.head = made
+    else:
+        replace(model, name, made)
 
 
 def check_bits(bits: str, group: int | None) -> None:
@@ -255,19 +315,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
             pool = ExpertPool(module.num_experts, module.dim, module.hidden_dim, device="meta")
             pool.w13, pool.w2 = (nn.Parameter(packed.unpack(dtype)) for packed in module.packed)
             replace(model, name, pool)
-
-
-def _quantized(module: Any, bits: Bits, group: int | None, symmetric: bool) -> nn.Module | None:
-    """The module quantised; None where it cannot be."""
-    depths = (module.in_features,) if isinstance(module, nn.Linear) else (module.dim, module.hidden_dim)
-    if any(depth % SHARE for depth in depths) or (isinstance(module, nn.Linear) and module.out_features < FEWEST):
-        return None
-    if group is None and bits == "int4":
-        group = SHARE
-    if group is not None:
-        group = next(part for part in range(group, 0, -SHARE) if all(depth % part == 0 for depth in depths))
-    kind: Any = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedPool
-    return kind.of(module, bits, group=group, symmetric=symmetric)
 
 
 def _is_tied(model: nn.Module) -> bool:

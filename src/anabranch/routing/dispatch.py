@@ -83,13 +83,17 @@ def combine(rows_RD: Tensor, plan: DispatchPlan, weight_NK: Tensor | None = None
     width = rows_RD.shape[-1]
     used_R1 = plan.used_R.unsqueeze(-1)
     y_RD = torch.zeros_like(rows_RD).index_copy(0, plan.choice_R, rows_RD.masked_fill(~used_R1, 0.0))
-    y_NKD = y_RD.view(plan.num_items, plan.num_choices, width)
-    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    return sum_choices(y_RD.view(plan.num_items, plan.num_choices, width), weight_NK)
+
+
+def sum_choices(y_NKD: Tensor, weight_NK: Tensor | None = None) -> Tensor:
+    """y_ND: what the choices of each item gave, weighted, summed in fp32; zeros where a choice gave nothing."""
+    wide = torch.promote_types(y_NKD.dtype, torch.float32)
     if weight_NK is None:
-        return y_NKD.sum(1, dtype=wide).to(rows_RD.dtype)
+        return y_NKD.sum(1, dtype=wide).to(y_NKD.dtype)
     # Autocast would take the sum in half precision.
-    with torch.autocast(rows_RD.device.type, enabled=False):
-        return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(rows_RD.dtype)
+    with torch.autocast(y_NKD.device.type, enabled=False):
+        return torch.einsum("nkd,nk->nd", y_NKD.to(wide), weight_NK.to(wide)).to(y_NKD.dtype)
 
 
 def capacity_of(num_items: int, num_choices: int, num_destinations: int, capacity_factor: float) -> int:

@@ -27,7 +27,8 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass, to_dict
 from anabranch.errors import ConfigError
 from anabranch.files import atomic_write_json
-from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once, write_tensors
+from anabranch.lm.shards import write_tensors
+from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once
 
 if TYPE_CHECKING:
     from anabranch.train.config import TrainConfig

@@ -20,7 +20,8 @@ from anabranch.lm.folder import MARK
 from anabranch.lm.formats import deepseek, qwen2_moe
 from anabranch.lm.formats.common import Foreign, self_attention
 from anabranch.lm.formats.families import FAMILIES
-from anabranch.lm.tensors import MAX_SHARD_BYTES, some, state_once, write_tensors
+from anabranch.lm.shards import MAX_SHARD_BYTES, write_tensors
+from anabranch.lm.tensors import some, state_once
 from anabranch.nn import MoE, PreNorm, SelfAttention, SwiGLU
 
 logger = logging.getLogger(__name__)

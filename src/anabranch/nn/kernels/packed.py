@@ -10,7 +10,7 @@ from anabranch.errors import InputError
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import address, takes
-from anabranch.nn.packed import KINDS, SHARE, SIDE, WIDE, Packed
+from anabranch.nn.packed import KINDS, SHARE, WIDE, Packed, panel_bytes
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
 
@@ -52,13 +52,12 @@ def matrix(packed: Packed) -> Matrix:
 
 def _panel_bytes(packed: Packed) -> int:
     """Of 16 rows, see packed.h."""
-    if packed.kind in ("float32", "bfloat16"):
-        return WIDE * packed.depth * (4 if packed.kind == "float32" else 2)
-    if packed.group < SHARE or packed.group % SHARE or packed.depth % packed.group:
+    is_whole = packed.group >= SHARE and packed.group % SHARE == 0 and packed.depth % packed.group == 0
+    if packed.kind in ("int8", "int4") and not is_whole:
         raise InputError(
             f"a matrix has groups of {packed.group}; they must be multiples of {SHARE} that divide {packed.depth}"
         )
-    return WIDE * packed.depth // (1 if packed.kind == "int8" else 2) + packed.depth // packed.group * SIDE
+    return panel_bytes(packed.kind, packed.depth, packed.group)
 
 
 def matrix_of_rows(weight_ENK: Tensor) -> Matrix:

@@ -12,7 +12,6 @@ from anabranch.lm.checkpoint import find_model, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
 from anabranch.lm.quantized_form import check_scheme
-from anabranch.nn.quantize import quantize
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 
@@ -57,24 +56,20 @@ def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEng
     saved = quantization_of(found)
     if saved is not None and config.quantize != "none":
         check_scheme(saved, config.quantize, None, found)
-    # What it imports takes two seconds.
-    if budget is not None:
-        from anabranch.serving.expertflow import load_offloaded, offload
-    if budget is not None and found.is_dir() and (config.quantize == "none" or saved is not None):
-        return load_offloaded(config.model, budget, dtype=dtype, device=config.device)
-    # Blocks of a GGUF file are not rounded twice.
-    if budget is None and config.quantize != "none":
-        model, tokenizer = load_quantized(config.model, config.quantize, dtype=dtype)
-        return model.to(config.device), tokenizer, None
-    model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
+    bits = None if config.quantize == "none" else config.quantize
     if budget is None:
-        return model, tokenizer, None
-    if config.quantize == "none":
-        return model, tokenizer, offload(model, budget, tokenizer=tokenizer)
-    experts = offload(model, budget, tier=config.quantize, tokenizer=tokenizer)
-    # What are no experts.
-    quantize(model, config.quantize)
-    return model, tokenizer, experts
+        if bits is None:
+            return *load_model(config.model, dtype=dtype, device=config.device), None
+        # Blocks of a GGUF file are not rounded twice.
+        model, tokenizer = load_quantized(config.model, bits, dtype=dtype)
+        return model.to(config.device), tokenizer, None
+    # What it imports takes two seconds.
+    from anabranch.serving.expertflow import load_offloaded, offload
+
+    if found.is_dir() or bits is not None:
+        return load_offloaded(config.model, budget, dtype=dtype, quantize=bits, device=config.device)
+    model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
+    return model, tokenizer, offload(model, budget, tokenizer=tokenizer)
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

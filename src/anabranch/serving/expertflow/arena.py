@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from anabranch.nn.kernels.packed import advise
+from anabranch.nn.packed import Kind as PackedKind
+from anabranch.nn.packed import Packed
+from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.expertflow.direct import BLOCK
 
 
@@ -19,21 +23,50 @@ class Kind:
     Attributes:
         dim: D.
         hidden_dim: F.
-        dtype: of its weights in a slot.
+        dtype: of its weights in a slot; uint8 of those in few bits.
+        scheme: ``int8`` or ``int4`` for experts that are in slots as they are computed with (`anabranch.nn.packed`).
+        groups: with ``scheme``, weights that share a scale in each of the two matrices.
     """
 
     dim: int
     hidden_dim: int
     dtype: torch.dtype
+    scheme: PackedKind | None = None
+    groups: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, pool: ExpertPool | QuantizedPool) -> "Kind":
+        """Of the experts of a pool."""
+        if isinstance(pool, ExpertPool):
+            return cls(pool.dim, pool.hidden_dim, pool.w13.dtype)
+        w13, w2 = pool.packed
+        return cls(pool.dim, pool.hidden_dim, torch.uint8, w13.kind, (w13.group, w2.group))
+
+    def packed(self, num: int) -> tuple[Packed, Packed]:
+        """(w13, w2) of so many experts without their weights, with ``scheme``."""
+        assert self.scheme is not None, "floating-point experts are not packed"
+        sizes = ((2 * self.hidden_dim, self.dim), (self.dim, self.hidden_dim))
+        w13, w2 = (
+            Packed.empty(num, *size, self.scheme, group, device="meta")
+            for size, group in zip(sizes, self.groups, strict=True)
+        )
+        return w13, w2
+
+    def shapes(self, num: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the two stacks of slots: ``[S, 2F, D]`` and ``[S, D, F]``, or ``[S, P, bytes]`` twice."""
+        if self.scheme is None:
+            return (num, 2 * self.hidden_dim, self.dim), (num, self.dim, self.hidden_dim)
+        w13, w2 = self.packed(num)
+        return tuple(w13.data.shape), tuple(w2.data.shape)
 
     @property
     def bytes(self) -> int:
         """Size in a slot."""
-        return 3 * self.dim * self.hidden_dim * self.dtype.itemsize
+        return sum(math.prod(shape) for shape in self.shapes(1)) * self.dtype.itemsize
 
 
 class Arena:
-    """``w13_SFD`` [S, 2F, D] and ``w2_SDF`` [S, D, F] of each kind, allocated once.
+    """``w13_SFD`` [S, 2F, D] and ``w2_SDF`` [S, D, F] of each kind, or panels of experts in few bits, allocated once.
 
     On a GPU kernels may still read a slot when the host says that it is free; `mark_used` and `wait_unused` put the copy behind them.
     """
@@ -45,7 +78,7 @@ class Arena:
         # Other threads write into them outside of it.
         with torch.inference_mode(False):
             for kind, count in zip(kinds, slots, strict=True):
-                w13, w2 = (count, 2 * kind.hidden_dim, kind.dim), (count, kind.dim, kind.hidden_dim)
+                w13, w2 = kind.shapes(count)
                 self.w13_SFD.append(_zeros(w13, kind.dtype, self.device))
                 self.w2_SDF.append(_zeros(w2, kind.dtype, self.device))
             # Made once, as whoever loads asks often.

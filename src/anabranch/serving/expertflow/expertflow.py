@@ -36,6 +36,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import set_unregistered
 from anabranch.nn.moe import MoE
 from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
@@ -94,7 +95,9 @@ def offload(
     CheckpointError for a predictor that was made for another model.
     """
     found = find_pools(model)
-    weights = [(pool.w13, pool.w2) for pool in found.pools]
+    weights = list(map(weights_of, found.pools))
+    if tier in ("int8", "int4") and any(isinstance(pool, QuantizedPool) for pool in found.pools):
+        raise ConfigError(f"tier is {tier!r}, and the experts are in few bits already; use 'memory' or 'file'")
     budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
     # Refuse before anything is written.
     found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
@@ -115,6 +118,11 @@ def offload(
         for pool in found.pools:
             pool.to_empty(device="meta")
     return engine
+
+
+def weights_of(pool: ExpertPool | QuantizedPool) -> tuple[Tensor, Tensor]:
+    """What of a pool goes into slots: (w13_EFD, w2_EDF), or its panels, both [E, P, bytes]."""
+    return (pool.w13, pool.w2) if isinstance(pool, ExpertPool) else (pool.data13, pool.data2)
 
 
 def _tier(
@@ -160,17 +168,17 @@ class Pools:
 
     def __init__(self, layers: Sequence[MoE]) -> None:
         self.layers = list(layers)
-        self.pools: list[ExpertPool] = []
+        self.pools: list[ExpertPool | QuantizedPool] = []
         self.kinds: list[Kind] = []
         numbers: dict[int, int] = {}
         kind_of_pool = []
         for layer in self.layers:
-            pool = layer.experts
+            pool: ExpertPool | QuantizedPool = layer.experts
             if id(pool) in numbers:
                 continue
             numbers[id(pool)] = len(self.pools)
             self.pools.append(pool)
-            kind = Kind(pool.dim, pool.hidden_dim, pool.w13.dtype)
+            kind = Kind.of(pool)
             if kind not in self.kinds:
                 self.kinds.append(kind)
             kind_of_pool.append(self.kinds.index(kind))
@@ -191,10 +199,11 @@ class Pools:
 
 def find_pools(model: nn.Module) -> Pools:
     """The expert pools of a model. Raises ConfigError if it has none that can be offloaded."""
-    layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) is ExpertPool]
+    known = (ExpertPool, QuantizedPool)
+    layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) in known]
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers of experts ('moe' and designs on it) to offload")
-    if not all(layer.experts.is_plain for layer in layers):
+    if not all(layer.experts.is_plain for layer in layers if isinstance(layer.experts, ExpertPool)):
         raise ConfigError(
             "experts are not plain SwiGLUs (linears names parts of them, or activation is another), so they cannot be offloaded"
         )
@@ -254,7 +263,8 @@ class OffloadEngine:
     def _replace(self, found: Pools) -> None:
         for number, layer in enumerate(found.layers):
             pool, kind = layer.experts, found.layout.kind_of_pool[found.layout.pool_of_layer[number]]
-            sizes = (pool.num_experts, pool.dim, pool.hidden_dim, pool.backend)
+            backend = pool.backend if isinstance(pool, ExpertPool) else "auto"
+            sizes = (pool.num_experts, pool.dim, pool.hidden_dim, backend)
             is_watched = self.predictor is not None and self.predictor.refines
             made = OffloadedPool(number, *sizes, kind, self.arena, self._waves, is_watched)
             if "experts" in layer._modules:
@@ -418,7 +428,7 @@ class OffloadEngine:
     @property
     def can_restore(self) -> bool:
         """Whether the model's own pools are in memory."""
-        return not any(pool.w13.is_meta for pool in self._originals)
+        return not any(weights_of(pool)[0].is_meta for pool in self._originals)
 
     def restore(self) -> None:
         """Close, and give the model its own pools back. Raises ConfigError if they are not in memory."""

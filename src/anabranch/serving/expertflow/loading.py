@@ -3,33 +3,42 @@
     model, tokenizer, engine = load_offloaded("runs/a", "2GiB")
 
 Experts are read straight from the safetensors files of the folder at their offsets, ours or Hugging Face's, into slots; where a file
-stores them in another type, or in int8 or int4, they are converted on the way. No expert is in memory but those in slots.
+stores them in another type, they are converted on the way. Those of a model in int8 or int4 stay so in their slots, and so do those that
+are rounded here, layer by layer, into a file of their own. No expert is in memory but those in slots.
 """
 
 # Shapes: E experts, F hidden (2F: gate, then up), D width
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import CheckpointError
-from anabranch.lm.checkpoint import OpenedModel, open_model
+from anabranch.errors import CapacityError, CheckpointError, ConfigError
+from anabranch.lm.checkpoint import OpenedModel, find_model, open_model, quantization_of
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.quantized_form import check_integers, fill_quantized
+from anabranch.lm.quantized import Rounding, open_quantized
+from anabranch.lm.quantized_form import check_integers, check_panels, fill_quantized, has_panels
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill, read_header
 from anabranch.lm.tensors import Piece as StoredPiece
+from anabranch.nn.packed import Packed
 from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import QuantizedPool, put, replace
+from anabranch.places import cache_folder, make_cache
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.expertflow.cache import Audit
 from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.predictors.base import Naming, RoutePredictor
-from anabranch.serving.expertflow.tiers import FileTier, Piece, QuantizedTier, Tier
+from anabranch.serving.expertflow.tiers import FileTier, IntegerTier, Piece, Tier, write_experts
 
 Table = dict[Expert, list[Piece]]
+Bits = Literal["int8", "int4"]
 
 
 def load_offloaded(
@@ -39,6 +48,7 @@ def load_offloaded(
     policy: str | Policy = "plec",
     predictor: str | RoutePredictor | None = "router_lookahead",
     dtype: torch.dtype | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
     device: torch.device | str | None = None,
     drop_cache: bool = False,
     naming: Naming = Naming(),  # noqa: B008
@@ -48,14 +58,21 @@ def load_offloaded(
     """Load a model without its experts, which come when they are wanted.
 
     Args:
-        path: a model folder of ours or of Hugging Face with safetensors files, or a training run. Experts that are saved in int8 or
-            int4 are read so, and unpacked into slots of ``dtype``.
+        path: a model folder of ours or of Hugging Face with safetensors files, or a training run; with ``quantize`` a GGUF file too.
+            Experts that are saved in int8 or int4 stay so in slots, and ``budget_bytes`` counts them so.
         dtype: of the weights; None keeps the stored one.
+        quantize: round linear layers and experts of a model that is not saved so, as `anabranch.lm.quantized.load_quantized` does. The
+            experts go to a file without a name in the cache folder, which takes the disk as much as they are large until the engine ends.
         device: of the model and of the slots.
         drop_cache: do not let the system's page cache keep what was read.
 
-    The other arguments and the errors are those of `offload`; CheckpointError too for a folder that cannot be read so.
+    The other arguments and the errors are those of `offload`; CheckpointError too for a folder that cannot be read so, CapacityError
+    where rounded experts do not fit on the disk.
     """
+    options: dict[str, Any] = {"policy": policy, "predictor": predictor, "naming": naming, "workers": workers}
+    options |= {"device": device or "cpu", "audit": audit}
+    if quantize is not None and quantization_of(find_model(path)) is None:
+        return _rounded(path, budget_bytes, quantize, dtype, drop_cache, options)
     opened = open_model(path, dtype=dtype)
     if not isinstance(opened.source, SafetensorsFiles):
         raise CheckpointError(
@@ -63,27 +80,113 @@ def load_offloaded(
         )
     model = opened.model
     _retype(model, opened)
+    _put_quantized(opened)
     found = find_pools(model)
-    tier: Tier
     names = _names(model, found)
-    is_quantized = opened.quantization is not None and all(name in opened.quantization["modules"] for name in names)
-    if is_quantized:
-        tier = QuantizedTier(FileTier(_table_of_integers(opened, found, names), drop_cache=drop_cache))
+    is_old = [_is_in_bits(opened, name) and not has_panels(opened.source, name) for name in names]
+    tier: Tier
+    if all(is_old):
+        tier = IntegerTier(FileTier(_table_of_integers(opened, found, names), drop_cache=drop_cache))
     else:
         tier = FileTier(_table(opened, found, names), drop_cache=drop_cache)
-    budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
-    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
-    engine = OffloadEngine(
-        model, found, budget, tier, policy=policy, predictor=predictor,
-        fingerprint=found.fingerprint(tokenizer_fingerprint(opened.tokenizer, model)),
-        naming=naming, workers=workers, device=device or "cpu", audit=audit,
-    )  # fmt: skip
+    engine = _engine(model, found, budget_bytes, tier, opened.tokenizer, options)
     try:
         _fill(opened, names, device)
     except BaseException:
         engine.close()
         raise
     return model.eval(), opened.tokenizer, engine
+
+
+def _rounded(
+    path: str | Path, budget: int | str | None, bits: Bits, dtype: torch.dtype | None, drop_cache: bool, options: Any
+) -> tuple[Decoder, Tokenizer | None, OffloadEngine]:
+    """A model whose layers are rounded here: experts to a file, the others in memory."""
+    opened = open_quantized(path, bits, dtype=dtype)
+    model = opened.model
+    found = find_pools(model)
+    names = _names(model, found)
+    if not all(name in opened.makers for name in names):
+        raise ConfigError(f"quantize is {bits!r}, and not all experts of {path} can be in {bits}; leave it out")
+    _check_budget(found, budget, options["policy"])
+    tier = _spill(opened, names, found.layout.total_bytes)
+    tier.drop_cache = drop_cache
+    engine = _engine(model, found, budget, tier, opened.tokenizer, options)
+    try:
+        for name, make in opened.makers.items():
+            if name not in names:
+                put(model, name, make())
+        model.to(options["device"])
+    except BaseException:
+        engine.close()
+        raise
+    return model.eval(), opened.tokenizer, engine
+
+
+def _spill(opened: Rounding, names: Sequence[str], num_bytes: int) -> FileTier:
+    """Round the pools of these names into a file that has lost its name, one after the other."""
+    place = cache_folder()
+    make_cache(place)
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise CapacityError(
+            f"{place} has {free:,} bytes free, and the rounded experts take {num_bytes:,}; set ANABRANCH_CACHE to a folder on another "
+            "disk, or save the model in few bits (anabranch convert --quantize)"
+        )
+
+    def pools() -> Iterator[tuple[Tensor, Tensor]]:
+        for name in names:
+            pool = opened.makers[name]()
+            assert isinstance(pool, QuantizedPool)
+            yield pool.data13, pool.data2
+
+    with tempfile.TemporaryDirectory(prefix="experts-", dir=place) as folder:
+        # Open files outlive their names.
+        return write_experts(Path(folder) / "experts.bin", pools())
+
+
+def _check_budget(found: Pools, budget_bytes: int | str | None, policy: str | Policy) -> int:
+    """The budget in bytes. Raises ConfigError for one that is too small."""
+    budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
+    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
+    return budget
+
+
+def _engine(
+    model: Decoder,
+    found: Pools,
+    budget_bytes: int | str | None,
+    tier: Tier,
+    tokenizer: Tokenizer | None,
+    options: dict[str, Any],
+) -> OffloadEngine:
+    budget = _check_budget(found, budget_bytes, options["policy"])
+    fingerprint = found.fingerprint(tokenizer_fingerprint(tokenizer, model))
+    return OffloadEngine(model, found, budget, tier, fingerprint=fingerprint, **options)
+
+
+def _is_in_bits(opened: OpenedModel, pool: str) -> bool:
+    return opened.quantization is not None and pool in opened.quantization["modules"]
+
+
+def _put_quantized(opened: OpenedModel) -> None:
+    """In place of the pools that are saved in few bits, ones that tell their sizes."""
+    for name, pool in list(opened.model.named_modules()):
+        if not isinstance(pool, ExpertPool) or not _is_in_bits(opened, name):
+            continue
+        assert opened.quantization is not None
+        kind, source = opened.quantization["modules"][name], opened.source
+        sizes = {part: tuple(getattr(pool, part).shape) for part in ("w13", "w2")}
+        if has_panels(source, name):
+            made = [check_panels(source, f"{name}.{part}", kind, size, opened.where) for part, size in sizes.items()]
+        else:
+            made = []
+            for part, size in sizes.items():
+                check_integers(source, f"{name}.{part}", kind, size, opened.where)
+                num, rows, depth = size
+                group = depth // source.shape(f"{name}.{part}.scale")[-1]
+                made.append(Packed.empty(num, rows, depth, kind, group, device="meta"))
+        replace(opened.model, name, QuantizedPool(*made))
 
 
 def _fill(opened: OpenedModel, pools: Sequence[str], device: torch.device | str | None) -> None:
@@ -128,11 +231,12 @@ def _table(opened: OpenedModel, found: Pools, names: Sequence[str]) -> Table:
     assert isinstance(opened.source, SafetensorsFiles)
     table: Table = {}
     for number, name in enumerate(names):
+        is_in_bits = _is_in_bits(opened, name)
         for weight, part in enumerate(("w13", "w2")):
             stored: Sequence[StoredPiece] = opened.layout[f"{name}.{part}"]
-            for piece in stored:
+            for piece in [StoredPiece(f"{name}.{part}.panels")] if is_in_bits else stored:
                 dtype = opened.source.dtype(piece.name)
-                if dtype not in FLOATS:
+                if dtype not in FLOATS and not is_in_bits:
                     raise CheckpointError(
                         f"{piece.name} in {opened.where} is stored as {dtype}; experts must be floating-point numbers"
                     )
@@ -141,15 +245,16 @@ def _table(opened: OpenedModel, found: Pools, names: Sequence[str]) -> Table:
 
 
 def _table_of_integers(opened: OpenedModel, found: Pools, names: Sequence[str]) -> Table:
-    """The pieces of each expert as `QuantizedTier` wants them."""
+    """The pieces of each expert as `IntegerTier` wants them."""
     headers: dict[Path, tuple[int, dict[str, Any]]] = {}
     assert isinstance(opened.source, SafetensorsFiles)
     assert opened.quantization is not None
     table: Table = {}
     for number, (name, pool) in enumerate(zip(names, found.pools, strict=True)):
-        for place, part, weight in ((0, "w13", pool.w13), (3, "w2", pool.w2)):
-            kind = opened.quantization["modules"][name]
-            stored = check_integers(opened.source, f"{name}.{part}", kind, tuple(weight.shape), opened.where)
+        assert isinstance(pool, QuantizedPool)
+        for place, part, packed in zip((0, 3), ("w13", "w2"), pool.packed, strict=True):
+            shape = (packed.num_experts, packed.rows, packed.depth)
+            stored = check_integers(opened.source, f"{name}.{part}", packed.kind, shape, opened.where)
             for offset, tensor in enumerate(stored):
                 _add(table, opened.source, headers, StoredPiece(tensor), number, place + offset, pool.num_experts)
     return table

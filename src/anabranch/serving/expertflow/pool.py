@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.packed import Packed
+from anabranch.nn.quantize import packed_experts
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
-from anabranch.routing.dispatch import DispatchPlan
+from anabranch.routing.dispatch import DispatchPlan, sum_choices
 from anabranch.serving.expertflow.arena import Arena
 
 Waves = Callable[[int, list[int], Tensor | None, Tensor, Mapping[str, Tensor]], Iterator[dict[int, int]]]
@@ -72,9 +74,8 @@ class OffloadedPool(nn.Module):
         for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
             choice_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
             choice_R, offset_S = choice_R.to(x_ND.device), offset_S.to(x_ND.device)
-            y_RD = self._run(
-                x_ND[choice_R // num_choices], offset_S, routing.weight_NK.reshape(-1, 1)[choice_R], weight_on
-            )
+            weight_R1 = routing.weight_NK.reshape(-1, 1)[choice_R]
+            y_RD = self._run(x_ND[choice_R // num_choices], offset_S, weight_R1, weight_on)
             if y_PD is None:
                 y_PD = y_RD.new_zeros(num_items * num_choices, self.dim)
             y_PD.index_copy_(0, choice_R, y_RD)
@@ -82,13 +83,18 @@ class OffloadedPool(nn.Module):
         if y_PD is None:
             return torch.zeros_like(x_ND)
         y_NKD = y_PD.view(num_items, num_choices, self.dim)
+        if self.packed is not None:
+            return sum_choices(y_NKD, None if weight_on == "input" else routing.weight_NK)
         total_ND = y_NKD[:, 0].to(torch.promote_types(y_PD.dtype, torch.float32))
         for choice in range(1, num_choices):
             total_ND = total_ND + y_NKD[:, choice]
         return total_ND.to(y_PD.dtype)
 
     def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
-        """Rows that are sorted by slot, each an item with one choice."""
+        """Rows that are sorted by slot, each an item with one choice; those of packed experts are not weighted yet."""
+        if self.packed is not None:
+            x_RD = x_RD * weight_R1.to(x_RD.dtype) if weight_on == "input" else x_RD
+            return packed_experts(*self.packed, x_RD, offset_S.tolist())
         plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
         return expert_mlp(x_RD, plan, weight_R1, self.w13_SFD, self.w2_SDF, weight_on=weight_on, backend=self.backend)
 
@@ -108,13 +114,22 @@ class OffloadedPool(nn.Module):
         return self._waves(self.layer, experts, x_ND, index_NK, carry)
 
     @property
+    def packed(self) -> tuple[Packed, Packed] | None:
+        """The slots of experts in few bits: gate and up of each, then the second matrix; None for others."""
+        kind = self.arena.kinds[self.kind]
+        if kind.scheme is None:
+            return None
+        w13, w2 = kind.packed(0)
+        return w13.with_data(self.w13_SFD), w2.with_data(self.w2_SDF)
+
+    @property
     def w13_SFD(self) -> Tensor:
-        """The slots: gate and up of each, [S, 2F, D]."""
+        """The slots: gate and up of each, [S, 2F, D], or [S, P, bytes]."""
         return self.arena.w13_SFD[self.kind]
 
     @property
     def w2_SDF(self) -> Tensor:
-        """The slots: the second matrix of each, [S, D, F]."""
+        """The slots: the second matrix of each, [S, D, F], or [S, P, bytes]."""
         return self.arena.w2_SDF[self.kind]
 
     def extra_repr(self) -> str:

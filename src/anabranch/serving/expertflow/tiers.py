@@ -3,7 +3,7 @@
     MemoryTier     tensors in memory (copied into the slot)
     FileTier       an offset table into files, read into the slot by whichever thread asks, past the page cache on demand
     SourceTier     tensors read through `anabranch.lm.tensors` (memory-mapped), for files in whatever layout and type
-    QuantizedTier  int8 or int4 in files, as a quantised model is saved, unpacked into the slot
+    IntegerTier    int8 or int4 in files as plain integers, which quantised models of schema 2 are saved as, packed into the slot
     DequantTier    int8 or int4 in memory, dequantised into the slot
     ThrottledTier  any of them, slowed down to so many seconds per byte
     CudaTier       any of them through pinned memory, copied to the device on a stream of its own
@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import BackendError, CheckpointError, ConfigError, DataError
-from anabranch.lm.quantized_form import weights_of
+from anabranch.lm.quantized_form import packed_of
 from anabranch.nn.kernels.operands import address
 from anabranch.nn.kernels.transfers import MEMORY
 from anabranch.nn.kernels.transfers import Piece as Copy
@@ -201,8 +201,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stub
 
 
-def write_experts(path: Path, pools: Sequence[tuple[Tensor, Tensor]]) -> FileTier:
-    """Write pools (w13_EFD, w2_EDF) to a file, expert after expert, and open it."""
+def write_experts(path: Path, pools: Iterable[tuple[Tensor, Tensor]]) -> FileTier:
+    """Write pools (w13_EFD, w2_EDF) to a file, expert after expert, and open it; one pool is asked for when the one before is written."""
     table: dict[Expert, list[Piece]] = {}
     with path.open("wb") as file:
         for pool, (w13_EFD, w2_EDF) in enumerate(pools):
@@ -216,8 +216,8 @@ def write_experts(path: Path, pools: Sequence[tuple[Tensor, Tensor]]) -> FileTie
     return FileTier(table)
 
 
-class QuantizedTier:
-    """Experts of a folder that holds them in int8 or int4 (`anabranch.lm.quantized_form`): read as integers, unpacked into the slot.
+class IntegerTier:
+    """Experts of a folder that holds them as integers (`anabranch.lm.quantized_form`): read so, and packed into the slot.
 
     Args:
         files: pieces of each expert, whose ``weight`` is 0 to 2 for number, scale and least of w13, and 3 to 5 of w2; int8 has no least.
@@ -231,7 +231,7 @@ class QuantizedTier:
         parts = {piece.weight: torch.empty(piece.shape, dtype=piece.dtype) for piece in self._files.table[expert]}
         yield from self._files.load(expert, parts)
         for first, place in zip((0, 3), slot, strict=True):
-            place.copy_(weights_of(parts[first], parts[first + 1], parts.get(first + 2)))
+            place.copy_(packed_of(parts[first], parts[first + 1], parts.get(first + 2)).data[0])
             yield
 
     def close(self) -> None:

@@ -267,7 +267,8 @@ class FastDecoder:
         pool = form.experts
         if isinstance(pool, OffloadedPool):
             self._offloaded[made.number] = pool
-            made.w13, made.w2 = native.matrix_of_rows(pool.w13_SFD), native.matrix_of_rows(pool.w2_SDF)
+            slots = (pool.w13_SFD, pool.w2_SDF)
+            made.w13, made.w2 = map(native.matrix, pool.packed) if pool.packed else map(native.matrix_of_rows, slots)
         else:
             made.w13, made.w2 = self._matrix(pool), self._matrix(pool, 1)
         if form.shared is not None:

@@ -88,6 +88,8 @@ def _of_slots(layer: Any) -> str | None:
     if not isinstance(form, Passes) or not isinstance(form.experts, OffloadedPool):
         return None
     pool = form.experts
+    if pool.packed is not None:
+        return None
     return next((why for weight in (pool.w13_SFD, pool.w2_SDF) if (why := _of_weight(weight))), None)
 
 
