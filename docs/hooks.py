@@ -146,6 +146,7 @@ def study_table(recorded: dict[str, Any]) -> str:
         "Claim": "claim",
         "Paper": "paper",
         "Baseline": "baseline",
+        "Limit": "limit",
         "Ours": "ours",
         "Difference": "difference",
         "95% interval": "interval",

@@ -318,9 +318,9 @@ def test_study_table_by_hand():
     }
     recorded = {"name": "demo", "seeds": [0, 1], "claims": [claim], **beside}
     assert hooks.study_table(recorded) == (
-        "| Claim | Paper | Baseline | Ours | Difference | 95% interval | Verdict |\n"
-        "| :-- | :-- | --: | --: | --: | :-- | :-- |\n"
-        "| reuse lowers loss \\| bits | -0.5% | 2.512 | 2.5 | -0.01234 | -0.02 to -0.0049 | holds |\n"
+        "| Claim | Paper | Baseline | Limit | Ours | Difference | 95% interval | Verdict |\n"
+        "| :-- | :-- | --: | :-- | --: | --: | :-- | :-- |\n"
+        "| reuse lowers loss \\| bits | -0.5% | 2.512 | - | 2.5 | -0.01234 | -0.02 to -0.0049 | holds |\n"
         "\nArms that have not run: b, c.\n"
         "\nSeeds 0, 1. torch 2.13. Repeat it with `anabranch study demo --full`.\n"
     )

@@ -1,12 +1,16 @@
 """What every study keeps: all its claims stand in its result, whether their arms have run or not."""
 
+import bisect
+import itertools
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from anabranch import studies
-from anabranch.studies.harness import Results, read_results
+from anabranch.errors import ConfigError
+from anabranch.studies.harness import Claim, Results, read_results
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
 BUILT_IN = sorted(studies.STUDIES)
@@ -38,13 +42,70 @@ def test_as_many_claims_are_recorded_as_were_planned(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_claim_is_run_or_not_as_a_whole(name):
     for claim in json.loads((RECORDED / f"{name}.json").read_text())["claims"]:
-        has_figures = None not in (claim["baseline"], claim["ours"], claim["difference"])
-        assert has_figures == (claim["verdict"] != "not run"), claim["claim"]
+        has_run = claim["verdict"] != "not run"
+        assert (claim["ours"] is not None) == has_run, claim["claim"]
+        assert (claim["baseline"] is not None or claim["limit"] is not None) == has_run, claim["claim"]
+        is_range = claim["baseline"] is None and isinstance(claim["limit"], list)
+        assert (claim["difference"] is not None) == (has_run and not is_range), claim["claim"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_difference_is_ours_less_the_baseline_or_says_what_it_is(name):
     for claim in json.loads((RECORDED / f"{name}.json").read_text())["claims"]:
-        if claim["verdict"] != "not run" and claim["margin"] is None:
-            close = pytest.approx(claim["ours"] - claim["baseline"], rel=1e-3, abs=2e-5 * max(1, abs(claim["ours"])))
+        if claim["difference"] is not None and claim["margin"] is None:
+            beside = claim["limit"] if claim["baseline"] is None else claim["baseline"]
+            close = pytest.approx(claim["ours"] - beside, rel=1e-3, abs=2e-5 * max(1, abs(claim["ours"])))
             assert claim["difference"] == close, claim["claim"]
+
+
+def test_a_limit_is_no_baseline():
+    made = Claim.against(0.8, "a", "b", 0.9, "holds", [0.85, 0.95])
+    assert (made.baseline, made.limit, made.difference) == (None, 0.8, pytest.approx(0.1))
+    assert made.interval == pytest.approx([0.05, 0.15])
+    between = Claim.against((0.9, 1.1), "a", "b", 1.0, "holds")
+    assert (between.baseline, between.limit, between.difference) == (None, (0.9, 1.1), None)
+    with pytest.raises(ConfigError, match="neither a baseline nor a limit"):
+        Claim("a", "b", None, 1.0, 1.0, None, "holds")
+    # Ours less a scaled baseline, beside the baseline itself.
+    with pytest.raises(ConfigError, match=r"the difference is 0\.5, and ours - baseline is -0\.5"):
+        Claim("a", "b", 1.5, 1.0, 0.5, None, "holds", limit=0.5)
+    assert Claim("a", "b", 1.5, 1.0, 0.5, None, "holds", margin="ours - limit", limit=0.5).margin
+
+
+# Of the worst arm in each seed, a mean of two metrics' differences, and a mean over questions.
+MADE = {
+    "expertflow": (
+        "E1: B_acc is at least TLP",
+        "E1: the gap to LRU",
+        "E4: prediction alone",
+        "E1: B_acc on another domain",
+    ),
+    "graphrouter": ("told the task",),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_baseline_is_what_was_measured(name):
+    """A mean, over some of its seeds, of a number that an arm recorded: never a number of the claim's, nor a share of what was measured."""
+    means = sorted(itertools.chain.from_iterable(map(means_of, recorded_numbers(name))))
+    for claim in json.loads((RECORDED / f"{name}.json").read_text())["claims"]:
+        if claim["baseline"] is not None and not claim["claim"].startswith(MADE.get(name, ("\n",))):
+            place = bisect.bisect(means, claim["baseline"])
+            near = min(means[max(0, place - 1) : place + 1], key=lambda mean: abs(mean - claim["baseline"]))
+            assert claim["baseline"] == pytest.approx(near, rel=1e-5, abs=1e-9), claim["claim"]
+
+
+def recorded_numbers(name):
+    """For each arm and metric, the values of its seeds."""
+    numbers = {}
+    for path in (RECORDED / name).glob("*-seed*.json"):
+        for metric, value in json.loads(path.read_text())["metrics"].items():
+            if isinstance(value, int | float):
+                numbers.setdefault((path.name.rpartition("-seed")[0], metric), []).append(float(value))
+    return numbers.values()
+
+
+def means_of(values):
+    """Of more than six values only the mean of all."""
+    sizes = [len(values)] if len(values) > 6 else range(1, len(values) + 1)
+    return [statistics.fmean(some) for size in sizes for some in itertools.combinations(values, size)]

@@ -40,6 +40,16 @@ def test_rules():
     }
 
 
+def test_a_share_of_the_baseline_is_a_limit_beside_it():
+    seconds = {"latency-ours": (1.0, 1.5), "latency-cold": (10.0, 11.0)}
+    results = Results(
+        {arm: {seed: {"seconds": value} for seed, value in enumerate(values)} for arm, values in seconds.items()}
+    )
+    found = next(claim for claim in judge(results) if claim.claim == "a change takes less than 0.2x a cold restart")
+    assert (found.baseline, found.ours, found.limit) == (10.5, 1.25, pytest.approx(2.1))
+    assert found.difference == -9.25
+
+
 def test_arms_share_one_size():
     study = make(dim=64)
     assert len({arm.name for arm in study.arms}) == len(study.arms) == 19

@@ -119,12 +119,13 @@ def _print(outcome: Outcome, folder: Path) -> None:
     print_arms(outcome)
     print()
     table(
-        ["claim", "verdict", "baseline", "ours", "difference", "95% interval"],
+        ["claim", "verdict", "baseline", "limit", "ours", "difference", "95% interval"],
         [
             [
                 claim.claim,
                 claim.verdict,
                 _number(claim.baseline),
+                " to ".join(map(_number, claim.limit)) if isinstance(claim.limit, tuple) else _number(claim.limit),
                 _number(claim.ours),
                 _number(claim.difference, "+.4f") + ("*" if claim.margin else ""),
                 "-" if claim.interval is None else f"{claim.interval[0]:+.4f} to {claim.interval[1]:+.4f}",

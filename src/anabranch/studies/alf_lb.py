@@ -37,7 +37,7 @@ from anabranch.routing import BiasBalancer, LinearScore, Router, RoutingContext,
 from anabranch.routing.assignment import broken_preferences, dual_value, price_solve
 from anabranch.routing.balance import Balancer, Observation
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.paired import Estimate, Verdict, estimate, verdict_below
+from anabranch.studies.paired import Verdict, estimate, verdict_below
 from anabranch.studies.picture import draw_arms
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
@@ -340,11 +340,11 @@ def _limited(
     verdict: Verdict = (
         "not resolved" if seeds < 2 else "holds" if all(holds(v, limit) for v in values) else "does not hold"
     )
-    return Claim(claim, paper, float(limit), worst, worst - limit, None, verdict)
+    return Claim.against(limit, claim, paper, worst, verdict)
 
 
 def _always(results: Results, arms: list[str], metric: str, limit: float, claim: str, paper: str) -> Claim:
-    """At most ``limit`` in every seed of every arm; the worst stands in the claim, the limit as its baseline."""
+    """At most ``limit`` in every seed of every arm; the worst stands in the claim."""
     return _limited(results, arms, metric, limit, claim, paper, lambda value, limit: value <= limit)
 
 
@@ -358,8 +358,7 @@ def _balances(results: Results, rule: str) -> Claim:
     name = f"{rule}: balances (MaxVio below {BALANCED})"
     if not violation.count:
         return Claim.not_run(name, paper)
-    off = Estimate(violation.mean - BALANCED, violation.half_width, violation.count)
-    return Claim(name, paper, BALANCED, violation.mean, off.mean, off.interval, verdict_below(off))
+    return Claim.against(BALANCED, name, paper, violation.mean, verdict_below(violation, BALANCED), violation.interval)
 
 
 def _costs_no_more(results: Results, rule: str) -> Claim:
@@ -379,6 +378,7 @@ def _costs_no_more(results: Results, rule: str) -> Claim:
         claim=f"{rule}: costs no more than {baseline}",
         paper="perplexity 9.50 against 9.56 (1B), 7.92 against 7.97 (3B)" if rule == "sign" else "not given",
         verdict=lambda difference: verdict_below(difference, AS_GOOD),
+        limit=lambda mean: mean + AS_GOOD,
     )
 
 

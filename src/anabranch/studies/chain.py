@@ -173,6 +173,7 @@ def judge(results: Results) -> list[Claim]:
             claim=claim,
             paper=paper,
             verdict=lambda difference: verdict_below(difference, limit),
+            limit=(lambda mean: mean + limit) if limit else None,
         )
 
     not_given = "not in the paper"
@@ -217,6 +218,7 @@ def _dense(results: Results) -> Claim:
         claim="no gain where all experts are active",
         paper="no gain with 8 of 8 (figure)",
         verdict=verdict,
+        limit=lambda dense: (dense - limit, dense + limit),
     )
 
 
@@ -243,6 +245,7 @@ def _cost(results: Results) -> Claim:
         claim=f"a training step takes at most {COST} times as long",
         paper="slower (no number)",
         verdict=lambda difference: verdict,
+        limit=lambda speed: speed / COST,
     )
 
 

@@ -397,7 +397,15 @@ def at_least(
         return "holds" if difference.mean >= margin and also else "does not hold"
 
     told = f"{claim} (at least {baseline} {'+' if margin >= 0 else '-'} {abs(margin):g})"
-    return results.claim(metric, ours=ours, baseline=baseline, claim=told, paper=paper, verdict=verdict)
+    return results.claim(
+        metric,
+        ours=ours,
+        baseline=baseline,
+        claim=told,
+        paper=paper,
+        verdict=verdict,
+        limit=lambda mean: mean + margin,
+    )
 
 
 def _within(results: Results, arm: str, most: float, margin: float, paper: str) -> Claim:
@@ -427,7 +435,7 @@ def _programs(results: Results) -> Claim:
         return Claim.not_run(told, "solved so")
     verdict = every_seed([agreed[seed] == 1.0 and seconds[seed] <= 2.0 for seed in agreed])
     mean = float(np.mean(list(agreed.values())))
-    return Claim(told, "solved so", 1.0, mean, mean - 1.0, None, verdict)
+    return Claim.against(1.0, told, "solved so", mean, verdict)
 
 
 def _served(results: Results, trace: str) -> list[Claim]:
@@ -446,6 +454,7 @@ def _served(results: Results, trace: str) -> list[Claim]:
             results.claim(
                 metric, ours="serve-prefetch", baseline=baseline, claim=f"rate and prefetch, {trace}: {told}",
                 paper="3.7x, switches 15 to 31x, other hardware", verdict=lambda _, found=verdict: found,
+                limit=lambda mean, most=most: most * mean,
             )
         )  # fmt: skip
     return claims

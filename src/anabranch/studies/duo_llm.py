@@ -354,9 +354,10 @@ def _claim(
 
 def _at_least(results: Results, metric: str, limit: float, claim: str, paper: str) -> Claim:
     values = list(results.values("duo", metric).values())
-    shortfall = estimate([limit - value for value in values])
-    mean, margin = estimate(values).mean, "limit - ours: what it falls short by"
-    return _claim(claim, paper, limit, mean, shortfall, verdict_below(shortfall), margin)
+    if not values:
+        return Claim.not_run(claim, paper)
+    found, shortfall = estimate(values), estimate([limit - value for value in values])
+    return Claim.against(limit, claim, paper, found.mean, verdict_below(shortfall), found.interval)
 
 
 def _lowest_in_the_middle(results: Results) -> Claim:
@@ -370,18 +371,23 @@ def _lowest_in_the_middle(results: Results) -> Claim:
     layers = [(len(curve) - 1) / 2 for curve in curves.values()]
     means = estimate(layers).mean, estimate(list(budgets.values())).mean
     margin = "distance of the best budget from half the layers, over an eighth of them"
-    return _claim(
-        "the oracle is best with about half the layers big", "6 of 12", *means, estimate(away), verdict, margin
-    )
+    claim, paper, found = "the oracle is best with about half the layers big", "6 of 12", estimate(away)
+    if not found.count:
+        return Claim.not_run(claim, paper)
+    half, best = means
+    return Claim(claim, paper, None, best, found.mean, found.interval, verdict, margin, limit=half)
 
 
 def _router(results: Results) -> Claim:
     shares, targets = results.values("duo", "router_share"), results.values("duo", "target_share")
     kept = {seed for seed in shares if abs(shares[seed] - targets[seed]) <= SHARE_TOLERANCE}
     gaps = [gap for seed, gap in results.values("duo", "router_gap_closed").items() if seed in kept]
-    excess = estimate([gap - 0.5 for gap in gaps])
+    found = estimate(gaps)
     claim = "a trained router closes less than half of the gap between the best fixed route and the oracle"
-    return _claim(claim, "about the best of 100 random routes", 0.5, estimate(gaps).mean, excess, verdict_below(excess))
+    paper = "about the best of 100 random routes"
+    if not gaps:
+        return Claim.not_run(claim, paper)
+    return Claim.against(0.5, claim, paper, found.mean, verdict_below(found, 0.5), found.interval)
 
 
 def _near_dense(results: Results) -> Claim:
@@ -393,6 +399,7 @@ def _near_dense(results: Results) -> Claim:
         claim="all big is within 3% of a dense model of that size",
         paper="close (figure)",
         verdict=lambda difference: verdict_below(difference, limit),
+        limit=lambda dense: NEAR_DENSE * dense,
     )
 
 

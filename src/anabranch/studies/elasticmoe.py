@@ -456,8 +456,7 @@ def judge(results: Results) -> list[Claim]:
 def _bound(results: Results, metric: str, ours: str, baseline: str, factor: float, claim: str, paper: str) -> Claim:
     """Whether ``ours`` is below ``factor`` times ``baseline``."""
     mine, theirs = results.values(ours, metric), results.values(baseline, metric)
-    scaled = {seed: factor * value for seed, value in theirs.items()}
-    return _claim(mine, scaled, paired_difference(mine, scaled), claim, paper)
+    return _claim(mine, theirs, paired_difference(mine, _scaled(theirs, factor)), claim, paper, factor)
 
 
 def _above(results: Results, metric: str, ours: str, baseline: str, claim: str, paper: str) -> Claim:
@@ -468,18 +467,25 @@ def _above(results: Results, metric: str, ours: str, baseline: str, claim: str, 
 
 def _within(results: Results, metric: str, other: str, factor: float, claim: str, paper: str) -> Claim:
     """Whether one number of throughput-ours is above ``factor`` times another."""
-    mine = results.values("throughput-ours", metric)
-    floor = {seed: factor * value for seed, value in results.values("throughput-ours", other).items()}
-    return _claim(mine, floor, paired_difference(floor, mine), claim, paper)
+    mine, theirs = (results.values("throughput-ours", name) for name in (metric, other))
+    return _claim(mine, theirs, paired_difference(_scaled(theirs, factor), mine), claim, paper, factor)
 
 
-def _claim(mine: dict[int, float], theirs: dict[int, float], below: Estimate, claim: str, paper: str) -> Claim:
+def _scaled(values: dict[int, float], factor: float) -> dict[int, float]:
+    return {seed: factor * value for seed, value in values.items()}
+
+
+def _claim(
+    mine: dict[int, float], theirs: dict[int, float], below: Estimate, claim: str, paper: str, factor: float = 1.0
+) -> Claim:
+    """``below``: of what the verdict is about; ``factor``: times the baseline, which itself stands in the claim, is the limit."""
     common = sorted(mine.keys() & theirs.keys())
     if not common:
         return Claim.not_run(claim, paper)
     ours, baseline = (sum(each[seed] for seed in common) / len(common) for each in (mine, theirs))
     shown = paired_difference(mine, theirs)
-    return Claim(claim, paper, baseline, ours, shown.mean, shown.interval, verdict_below(below))
+    limit = None if factor == 1 else factor * baseline
+    return Claim(claim, paper, baseline, ours, shown.mean, shown.interval, verdict_below(below), limit=limit)
 
 
 def _none(results: Results, metric: str, ours: str, baseline: str, claim: str, paper: str) -> Claim:

@@ -480,15 +480,14 @@ def _claim(
 
 
 def _judged(results: Results, arm: str, metric: str, bar: float, seen: list[bool], claim: str, paper: str) -> Claim:
-    """A claim with its bar as baseline; holds if so in every seed of at least two, does not hold otherwise."""
+    """A claim against its bar; holds if so in every seed of at least two, does not hold otherwise."""
     if not seen:
         return Claim.not_run(claim, paper)
     verdict = every_seed(seen)
     if len(seen) >= 2 and not all(seen):
         verdict = "does not hold"
     mean = results.mean(arm, metric)
-    interval = mean.interval and [edge - bar for edge in mean.interval]
-    return Claim(claim, paper, bar, mean.mean, mean.mean - bar, interval, verdict)
+    return Claim.against(bar, claim, paper, mean.mean, verdict, mean.interval)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -306,8 +306,7 @@ def _every(values: dict[int, float], limit: float, claim: str, holds: Callable[[
         return Claim.not_run(claim, PAPER)
     mean = estimate(list(values.values()))
     verdict = every_seed([holds(value) for value in values.values()])
-    interval = None if mean.interval is None else [end - limit for end in mean.interval]
-    return Claim(claim, PAPER, limit, mean.mean, mean.mean - limit, interval, verdict)
+    return Claim.against(limit, claim, PAPER, mean.mean, verdict, mean.interval)
 
 
 def _above(difference: Estimate, by: float = 0.0) -> Verdict:
@@ -322,7 +321,15 @@ def _pair(
     def verdict(difference: Estimate) -> Verdict:
         return _above(difference, by) if sign > 0 else verdict_below(difference, -by)
 
-    return results.claim(metric, ours=ours, baseline=baseline, claim=claim, paper=PAPER, verdict=verdict)
+    return results.claim(
+        metric,
+        ours=ours,
+        baseline=baseline,
+        claim=claim,
+        paper=PAPER,
+        verdict=verdict,
+        limit=(lambda mean: mean + sign * by) if by else None,
+    )
 
 
 def _halves(results: Results, ours: str, baseline: str, claim: str) -> Claim:
@@ -333,7 +340,13 @@ def _halves(results: Results, ours: str, baseline: str, claim: str) -> Claim:
     ]
     paper = "not in the paper"
     return results.claim(
-        "rise", ours=ours, baseline=baseline, claim=claim, paper=paper, verdict=lambda _: every_seed(seen)
+        "rise",
+        ours=ours,
+        baseline=baseline,
+        claim=claim,
+        paper=paper,
+        verdict=lambda _: every_seed(seen),
+        limit=lambda rise: HALVED * rise,
     )
 
 
@@ -343,7 +356,13 @@ def _over_global(results: Results) -> Claim:
     claim = "6: and than global popularity ranks them, by 0.1"
     paper = "not in the paper"
     return Results(both).claim(
-        "v", ours="ours", baseline="base", claim=claim, paper=paper, verdict=lambda d: _above(d, BETTER)
+        "v",
+        ours="ours",
+        baseline="base",
+        claim=claim,
+        paper=paper,
+        verdict=lambda d: _above(d, BETTER),
+        limit=lambda mean: mean + BETTER,
     )
 
 

@@ -246,8 +246,8 @@ def _bound(
     if not values:
         return Claim.not_run(claim, paper)
     mean = results.mean(arm, metric)
-    off = Estimate(mean.mean - limit, mean.half_width, mean.count)
-    return Claim(claim, paper, limit, mean.mean, off.mean, off.interval, every_seed([holds(value) for value in values]))
+    verdict = every_seed([holds(value) for value in values])
+    return Claim.against(limit, claim, paper, mean.mean, verdict, mean.interval)
 
 
 def _least(results: Results, arm: str, metric: str, limit: float, claim: str, paper: str) -> Claim:
@@ -271,7 +271,15 @@ def _gain(results: Results, arm: str, baseline: str, limit: float, claim: str, p
     def verdict(difference: Estimate) -> Verdict:
         return verdict_below(Estimate(-difference.mean, difference.half_width, difference.count), -limit)
 
-    return results.claim("micro_f1", ours=arm, baseline=baseline, claim=claim, paper=paper, verdict=verdict)
+    return results.claim(
+        "micro_f1",
+        ours=arm,
+        baseline=baseline,
+        claim=claim,
+        paper=paper,
+        verdict=verdict,
+        limit=(lambda mean: mean + limit) if limit else None,
+    )
 
 
 def draw(results: Results, path: Path) -> None:

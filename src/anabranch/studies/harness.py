@@ -10,6 +10,7 @@ on where it was, and grows over sessions. Two processes may work on one study: a
     FOLDER/NAME.png, NAME.svg           the picture
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,12 +49,17 @@ class Claim:
     Attributes:
         claim: in our words.
         paper: the paper's number for it.
-        baseline: mean of the baseline, or the limit that stands in the claim; None where it has not run.
+        baseline: mean of what was measured of the baseline; None where it has not run, and where ours is held against a limit alone.
         ours: mean of ours over the same seeds, or the worst of them where the claim is about each.
-        difference: what the verdict is about: mean of the paired differences ours - baseline, or, where ``margin`` says so, another margin.
+        difference: mean of the paired differences ours - baseline, or ours - limit where there is no baseline, or, where ``margin``
+            says so, another margin.
         interval: its 95% interval ``[low, high]``; None with fewer than two seeds.
         verdict: by a rule fixed before the runs; "not run" where there is nothing to judge.
-        margin: what ``difference`` is where it is not ours - baseline; None where it is.
+        margin: what ``difference`` is where it is neither of these; None where it is.
+        limit: what ours must keep to or reach, a number or ``(low, high)``: of the claim itself, or made of the baseline ("0.2x": 0.2 of
+            it); None where any difference decides.
+
+    Raises ConfigError where a claim that has run has neither baseline nor limit, or a difference that is not what it should be.
     """
 
     claim: str
@@ -64,6 +70,38 @@ class Claim:
     interval: list[float] | None
     verdict: Verdict
     margin: str | None = None
+    limit: float | tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ours is None or self.margin is not None:
+            return
+        if self.baseline is None and self.limit is None:
+            raise ConfigError(f"claim {self.claim!r} has run and has neither a baseline nor a limit")
+        beside = self.limit if self.baseline is None else self.baseline
+        if self.difference is None or isinstance(beside, tuple) or beside is None:
+            return
+        should, size = self.ours - beside, abs(self.ours) + abs(beside)
+        if not math.isclose(self.difference, should, rel_tol=1e-6, abs_tol=1e-9 * size + 1e-12):
+            what = "limit" if self.baseline is None else "baseline"
+            raise ConfigError(
+                f"claim {self.claim!r}: the difference is {self.difference}, and ours - {what} is {should}"
+            )
+
+    @classmethod
+    def against(
+        cls,
+        limit: float | tuple[float, float],
+        claim: str,
+        paper: str,
+        ours: float,
+        verdict: Verdict,
+        interval: list[float] | None = None,
+    ) -> Self:
+        """A claim of ours against ``limit`` alone; ``interval`` of ours, not of the difference."""
+        if isinstance(limit, tuple):
+            return cls(claim, paper, None, ours, None, None, verdict, limit=limit)
+        off = None if interval is None else [end - limit for end in interval]
+        return cls(claim, paper, None, ours, ours - limit, off, verdict, limit=float(limit))
 
     @classmethod
     def not_run(cls, claim: str, paper: str) -> Self:
@@ -104,21 +142,33 @@ class Results:
         """Mean paired difference ours - baseline."""
         return paired_difference(self.values(ours, metric), self.values(baseline, metric))
 
-    def claim(self, metric: str, *, ours: str, baseline: str, claim: str, paper: str, verdict: Callable) -> Claim:
-        """A claim about one metric of two arms; ``verdict`` takes the paired difference."""
+    def claim(
+        self,
+        metric: str,
+        *,
+        ours: str,
+        baseline: str,
+        claim: str,
+        paper: str,
+        verdict: Callable,
+        limit: Callable[[float], float | tuple[float, float]] | None = None,
+    ) -> Claim:
+        """A claim about one metric of two arms; ``verdict`` takes the paired difference, ``limit`` the baseline's mean."""
         ours_by_seed, baseline_by_seed = self.values(ours, metric), self.values(baseline, metric)
         common = sorted(ours_by_seed.keys() & baseline_by_seed.keys())
         difference = paired_difference(ours_by_seed, baseline_by_seed)
         if not common:
             return Claim.not_run(claim, paper)
+        mean = estimate([baseline_by_seed[seed] for seed in common]).mean
         return Claim(
             claim,
             paper,
-            estimate([baseline_by_seed[seed] for seed in common]).mean,
+            mean,
             estimate([ours_by_seed[seed] for seed in common]).mean,
             difference.mean,
             difference.interval,
             verdict(difference),
+            limit=limit(mean) if limit else None,
         )
 
 

@@ -368,7 +368,15 @@ def _difference(
 ) -> Claim:
     seen = [sign * (mine - theirs) >= least for mine, theirs in _pairs(results, metric, ours, baseline)]
     verdict = every_seed(seen)
-    return results.claim(metric, ours=ours, baseline=baseline, claim=claim, paper=paper, verdict=lambda _: verdict)
+    return results.claim(
+        metric,
+        ours=ours,
+        baseline=baseline,
+        claim=claim,
+        paper=paper,
+        verdict=lambda _: verdict,
+        limit=(lambda mean: mean + sign * least) if least else None,
+    )
 
 
 def _parity(results: Results, ours: str, baseline: str, claim: str) -> Claim:
@@ -387,6 +395,7 @@ def _parity(results: Results, ours: str, baseline: str, claim: str) -> Claim:
         claim=f"{claim} (worst: {ef})",
         paper="the same algorithm",
         verdict=lambda _: verdict,
+        limit=lambda mean: mean - AS_GOOD,
     )
 
 
@@ -404,6 +413,7 @@ def _growth(results: Results, arm: str, claim: str) -> Claim:
         mean.mean - most,
         None if interval is None else [end - most for end in interval],
         every_seed([value < GROWTH for value in grown.values()]),
+        limit=GROWTH,
     )
 
 

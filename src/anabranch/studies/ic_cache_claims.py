@@ -151,7 +151,9 @@ def _answers(
     mean = pair_R2.mean(0)
     low, high = bootstrap(pair_R2[:, 0] - times * pair_R2[:, 1] - above)
     interval = list(bootstrap(pair_R2[:, 0] - pair_R2[:, 1]))
-    return Claim(claim, paper, float(mean[1]), float(mean[0]), float(mean[0] - mean[1]), interval, _verdict(low, high))
+    mine, theirs = map(float, mean)
+    limit = None if (times, above) == (1.0, 0.0) else times * theirs + above
+    return Claim(claim, paper, theirs, mine, mine - theirs, interval, _verdict(low, high), limit=limit)
 
 
 def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Claim:
@@ -163,7 +165,7 @@ def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Cl
     low, high = bootstrap(np.array(values, np.float64))
     verdict = _verdict(limit - high, limit - low) if above is None else _verdict(low - limit, high - limit)
     mean = float(np.mean(values))
-    return Claim(claim, "open issue 694 of GPTCache", limit, mean, mean - limit, [low - limit, high - limit], verdict)
+    return Claim.against(limit, claim, "open issue 694 of GPTCache", mean, verdict, [low, high])
 
 
 def _correlations(results: Results) -> list[Claim]:
@@ -171,9 +173,7 @@ def _correlations(results: Results) -> list[Claim]:
     claim, paper = f"similarity tells little of use (correlation at most {WEAK})", "0.04 to 0.22"
     made = [Claim.not_run(claim, paper)]
     if found.count:
-        interval = None if found.interval is None else [found.low - WEAK, found.high - WEAK]
-        verdict = verdict_below(found, WEAK)
-        made = [Claim(claim, paper, WEAK, found.mean, found.mean - WEAK, interval, verdict)]
+        made = [Claim.against(WEAK, claim, paper, found.mean, verdict_below(found, WEAK), found.interval)]
     for kind, name in (("logistic", "logistic"), ("mlp", "MLP"), ("cross_encoder", "cross-encoder")):
         ours, theirs = (results.values("proxy", f"{which}_correlation") for which in (kind, "similarity"))
         claim, paper = f"the {name} proxy tells more of use than similarity (correlation)", "better, no number"
@@ -226,20 +226,33 @@ class _Loads:
         return max(fine, default=0.0)
 
     def claim(
-        self, claim: str, paper: str, metric: str, rho: float, baseline: str, seen: Callable[[int], bool]
+        self,
+        claim: str,
+        paper: str,
+        metric: str,
+        rho: float,
+        baseline: str,
+        seen: Callable[[int], bool],
+        limit: Callable[[float], float],
     ) -> Claim:
-        """Ours against a baseline at one load; holds if ``seen`` in every seed."""
+        """Ours against a baseline at one load; holds if ``seen`` in every seed. ``limit`` makes the claim's of the baseline's mean."""
         ours, theirs = ([self.at(name, metric, rho, seed) for seed in self.seeds] for name in ("ours", baseline))
-        return self.judged(claim, paper, theirs, ours, [seen(seed) for seed in self.seeds])
+        return self.judged(claim, paper, theirs, ours, [seen(seed) for seed in self.seeds], limit)
 
     def judged(
-        self, claim: str, paper: str, theirs: Sequence[float], ours: Sequence[float], seen: Sequence[bool]
+        self,
+        claim: str,
+        paper: str,
+        theirs: Sequence[float],
+        ours: Sequence[float],
+        seen: Sequence[bool],
+        limit: Callable[[float], float],
     ) -> Claim:
         """By seed; holds if ``seen`` in every one."""
         if not self.seeds:
             return Claim.not_run(claim, paper)
         baseline, mean = float(np.mean(theirs)), float(np.mean(ours))
-        return Claim(claim, paper, baseline, mean, mean - baseline, None, every_seed(seen))
+        return Claim(claim, paper, baseline, mean, mean - baseline, None, every_seed(seen), limit=limit(baseline))
 
 
 def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -> list[Claim]:
@@ -247,21 +260,18 @@ def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -
     at, seeds = found.at, found.seeds
     dominated = [[found.is_dominated(rho, seed) for rho in loads] for seed in seeds]
     made = [
-        found.judged(
-            "no other policy dominates at any load (share of loads)", "Pareto front (figure)", [0.0] * len(seeds),
-            [float(np.mean(row)) for row in dominated], [not any(row) for row in dominated],
-        ),
+        _never("no other policy dominates at any load (share of loads)", "Pareto front (figure)", dominated),
         found.claim(
             f"P99 at {OVER} of large capacity is at most {BOUNDED:g} large service times", "-69 to -71% P99", "p99", OVER, "large",
-            lambda seed: at("ours", "p99", OVER, seed) <= BOUNDED,
+            lambda seed: at("ours", "p99", OVER, seed) <= BOUNDED, lambda _: BOUNDED,
         ),
         found.claim(
             f"minding the load halves P99 at {OVER} of capacity", "no number", "p99", OVER, "ours-no-load",
-            lambda seed: at("ours", "p99", OVER, seed) < 0.5 * at("ours-no-load", "p99", OVER, seed),
+            lambda seed: at("ours", "p99", OVER, seed) < 0.5 * at("ours-no-load", "p99", OVER, seed), lambda open_: 0.5 * open_,
         ),
         found.claim(
             f"quality within a point of always-large at {UNDER} of capacity", "no bias there", "quality", UNDER, "large",
-            lambda seed: at("ours", "quality", UNDER, seed) >= at("large", "quality", UNDER, seed) - 0.01,
+            lambda seed: at("ours", "quality", UNDER, seed) >= at("large", "quality", UNDER, seed) - 0.01, lambda large: large - 0.01,
         ),
     ]  # fmt: skip
     for lost, label in ((0.01, "equal quality (to a point)"), (0.1, "a quality at most 10 points lower")):
@@ -269,8 +279,16 @@ def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -
         theirs = [found.sustained("large", lost, seed) for seed in seeds]
         seen = [mine >= FASTER * their for mine, their in zip(ours, theirs, strict=True)]
         name = f"{FASTER} times the sustained load of always-large at {label}"
-        made.append(found.judged(name, "1.4 to 5.9 times", theirs, ours, seen))
+        made.append(found.judged(name, "1.4 to 5.9 times", theirs, ours, seen, lambda large: FASTER * large))
     return made
+
+
+def _never(claim: str, paper: str, seen: Sequence[Sequence[bool]]) -> Claim:
+    """``seen`` of each seed and load: holds if nowhere; the share of loads stands in the claim."""
+    if not seen:
+        return Claim.not_run(claim, paper)
+    share = float(np.mean([np.mean(row) for row in seen]))
+    return Claim.against(0.0, claim, paper, share, every_seed([not any(row) for row in seen]))
 
 
 def _pool(results: Results) -> list[Claim]:

@@ -262,7 +262,7 @@ def _predicts_lru(results: Results) -> Claim:
         return Claim.not_run(name, paper)
     least = min(found)
     verdict = _verdict([value >= CORRELATES for value in found])
-    return Claim(name, paper, CORRELATES, least, least - CORRELATES, None, verdict)
+    return Claim.against(CORRELATES, name, paper, least, verdict)
 
 
 def _near_belady(results: Results) -> Claim:
@@ -272,7 +272,7 @@ def _near_belady(results: Results) -> Claim:
         return Claim.not_run(name, paper)
     least = min(values)
     verdict = _verdict([value >= NEAR_BELADY for value in values]) if len(results.seeds) > 1 else "not resolved"
-    return Claim(name, paper, NEAR_BELADY, least, least - NEAR_BELADY, None, verdict)
+    return Claim.against(NEAR_BELADY, name, paper, least, verdict)
 
 
 def _domain_experts(results: Results) -> Claim:

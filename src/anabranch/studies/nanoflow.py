@@ -170,13 +170,13 @@ def _lower(values: dict[int, float], others: dict[int, float]) -> dict[int, floa
 
 
 def _limited(values: dict[int, float], limit: float, claim: str, paper: str, *, is_most: bool = False) -> Claim:
-    """At least (or, with ``is_most``, less than) ``limit`` in every seed; the worst stands in the claim, the limit as its baseline."""
+    """At least (or, with ``is_most``, less than) ``limit`` in every seed; the worst stands in the claim."""
     if not values:
         return Claim.not_run(claim, paper)
     worst = max(values.values()) if is_most else min(values.values())
     holds = worst < limit if is_most else worst >= limit
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if holds else "does not hold"
-    return Claim(claim, paper, limit, worst, worst - limit, None, verdict)
+    return Claim.against(limit, claim, paper, worst, verdict)
 
 
 def _within(values: dict[int, float], low: float, high: float, claim: str, paper: str) -> Claim:
@@ -185,7 +185,7 @@ def _within(values: dict[int, float], low: float, high: float, claim: str, paper
         return Claim.not_run(claim, paper)
     worst = max(values.values(), key=lambda value: abs(value - (low + high) / 2))
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if low <= worst <= high else "does not hold"
-    return Claim(claim, paper, low, worst, worst - low, [low, high], verdict)
+    return Claim.against((low, high), claim, paper, worst, verdict)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -129,8 +129,18 @@ def _hidden_dim(size: Size, widen: float) -> int:
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
 
-    def claim(ours: str, baseline: str, text: str, paper: str, verdict: Any = verdict_below) -> Claim:
-        return results.claim("bits_per_byte", ours=ours, baseline=baseline, claim=text, paper=paper, verdict=verdict)
+    def claim(
+        ours: str, baseline: str, text: str, paper: str, verdict: Any = verdict_below, limit: Any = None
+    ) -> Claim:
+        return results.claim(
+            "bits_per_byte",
+            ours=ours,
+            baseline=baseline,
+            claim=text,
+            paper=paper,
+            verdict=verdict,
+            limit=limit,
+        )
 
     python = "Python, 0.54B: loss 1.1722, 1.1507, 1.1354 for P = 1, 2, 4"
     claims = [
@@ -138,8 +148,22 @@ def judge(results: Results) -> list[Claim]:
         claim("p4", "p2", "4 streams beat 2", python),
         claim("p4", "p1", "4 streams beat 1", python),
         claim("p4", "prefix1", "4 streams beat 1 with a prefix", "not given"),
-        claim("copies2", "p1", "2 streams without prefixes equal 1", "by construction", _equals),
-        claim("p4", "wide15", "4 streams reach 1.5x the parameters", "k = 0.39: worth 1.54x", _reaches),
+        claim(
+            "copies2",
+            "p1",
+            "2 streams without prefixes equal 1",
+            "by construction",
+            _equals,
+            lambda one: (one - EQUAL, one + EQUAL),
+        ),
+        claim(
+            "p4",
+            "wide15",
+            "4 streams reach 1.5x the parameters",
+            "k = 0.39: worth 1.54x",
+            _reaches,
+            lambda wide: wide + EQUAL,
+        ),
         claim("p4", "p4-m0", "prefixes are what 4 streams gain by", "not given"),
         claim("p4-m48", "p4", "prefixes of 48 beat 8", "48 used, ablation not available"),
         claim("p4", "p4-direct", "the prefix network helps", "prefix-tuning style, no number"),

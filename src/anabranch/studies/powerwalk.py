@@ -292,13 +292,13 @@ def _walks_needed(results: Results, graph: str) -> dict[int, float]:
 
 
 def _limited(values: dict[int, float], limit: float, claim: str, paper: str, at_least: bool = False) -> Claim:
-    """At most (or at least) ``limit`` in every seed; the worst stands in the claim, the limit as its baseline."""
+    """At most (or at least) ``limit`` in every seed; the worst stands in the claim."""
     if not values:
         return Claim.not_run(claim, paper)
     better: Callable[[float], bool] = (lambda value: value >= limit) if at_least else (lambda value: value <= limit)
     worst = min(values.values()) if at_least else max(values.values())
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if better(worst) else "does not hold"
-    return Claim(claim, paper, limit, worst, worst - limit, None, verdict)
+    return Claim.against(limit, claim, paper, worst, verdict)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -198,6 +198,7 @@ def _cost(results: Results) -> Claim:
         claim=f"a training step takes at most {COST} times as long",
         paper="960.2 -> 972.9 s per 1000 steps",
         verdict=lambda _: verdict,
+        limit=lambda speed: speed / COST,
     )
 
 

@@ -292,7 +292,7 @@ def _winners(results: Results, arms: Sequence[str], name: str) -> Claim:
     if not found:
         return Claim.not_run(told, paper)
     told, ours = f"{told} ({', '.join(winners) or 'none'})", float(len(winners))
-    return Claim(told, paper, float(WINNERS), ours, ours - WINNERS, None, verdict)
+    return Claim.against(WINNERS, told, paper, ours, verdict)
 
 
 def _above_chance(results: Results, arms: Sequence[str], name: str) -> Claim:
@@ -326,7 +326,7 @@ def _best_apgr(results: Results, arms: Sequence[str]) -> Claim:
     mean = float(np.mean(values))
     told = f"the best strategy ({best}) has an APGR of at least {APGR} on MMLU"
     verdict = every_seed([value >= APGR for value in values])
-    return Claim(told, paper, APGR, mean, mean - APGR, None, verdict)
+    return Claim.against(APGR, told, paper, mean, verdict)
 
 
 def _bandits(results: Results, arms: Sequence[str], name: str) -> Claim:
@@ -338,15 +338,8 @@ def _bandits(results: Results, arms: Sequence[str], name: str) -> Claim:
     if not shares:
         return Claim.not_run(told, "must hold")
     least = float(min(shares))
-    return Claim(
-        f"{told} (the least share)",
-        "must hold",
-        SHARE,
-        least,
-        least - SHARE,
-        None,
-        every_seed([share >= SHARE for share in shares]),
-    )
+    verdict = every_seed([share >= SHARE for share in shares])
+    return Claim.against(SHARE, f"{told} (the least share)", "must hold", least, verdict)
 
 
 def _quick(results: Results, arms: Sequence[str], name: str) -> Claim:
@@ -356,7 +349,7 @@ def _quick(results: Results, arms: Sequence[str], name: str) -> Claim:
     if not means:
         return Claim.not_run(told, "must hold")
     verdict: Verdict = "holds" if means[slowest] <= FAST_MS else "does not hold"
-    return Claim(told, "must hold", FAST_MS, means[slowest], means[slowest] - FAST_MS, None, verdict)
+    return Claim.against(FAST_MS, told, "must hold", means[slowest], verdict)
 
 
 def _in_time(results: Results) -> Claim:
@@ -365,7 +358,7 @@ def _in_time(results: Results) -> Claim:
     if not any(0 in runs for runs in results.runs.values()):
         return Claim.not_run(told, "under 20 minutes of two cores")
     verdict: Verdict = "holds" if spent <= BUDGET_S else "does not hold"
-    return Claim(told, "under 20 minutes of two cores", BUDGET_S, spent, spent - BUDGET_S, None, verdict)
+    return Claim.against(BUDGET_S, told, "under 20 minutes of two cores", spent, verdict)
 
 
 def _packed(values: np.ndarray) -> str:

@@ -345,6 +345,7 @@ def _near_four_loops(results: Results) -> Claim:
         claim="versatile is within 0.3% of four loops, at fewer FLOPs",
         paper="loss 2.625 -> 2.617",
         verdict=verdict,
+        limit=lambda loops: (1 + NEAR) * loops,
     )
 
 
@@ -354,7 +355,7 @@ def _correlation(results: Results) -> Claim:
     if not found.count:
         return Claim.not_run(claim, paper)
     verdict = verdict_below(Estimate(-found.mean, found.half_width, found.count))
-    return Claim(claim, paper, 0.0, found.mean, found.mean, found.interval, verdict)
+    return Claim.against(0.0, claim, paper, found.mean, verdict, found.interval)
 
 
 def draw(results: Results, path: Path) -> None:
