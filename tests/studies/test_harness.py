@@ -95,6 +95,7 @@ def test_result_file_has_exactly_the_promised_form(tmp_path):
             "interval": [-0.5, -0.5],
             "verdict": "holds",
             "margin": None,
+            "limit": None,
         }
     ]
 

@@ -465,8 +465,8 @@ def judge(results: Results) -> list[Claim]:
                 least(
                     name,
                     "+0.15 to +0.36",
-                    lambda m, s=size, b=batch: above(lru(m, s, b), POINTS, m[f"hit_plec_{s}_{b}"]),
-                )  # type: ignore[misc]
+                    lambda m, s=size, b=batch: above(lru(m, s, b), POINTS, m[f"hit_plec_{s}_{b}"]),  # type: ignore[misc]
+                )
             )
     claims += [
         least(
