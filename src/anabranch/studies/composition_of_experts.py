@@ -35,8 +35,9 @@ runs of serving settled that guesses are made only where they are sure and are t
 """
 # Shapes: N rows, M models, D dimensions, C categories
 
+import operator
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,7 @@ def _served(results: Results, trace: str) -> list[Claim]:
             results.claim(
                 metric, ours="serve-prefetch", baseline=baseline, claim=f"rate and prefetch, {trace}: {told}",
                 paper="3.7x, switches 15 to 31x, other hardware", verdict=lambda _, found=verdict: found,
-                limit=lambda mean, most=most: most * mean,
+                limit=partial(operator.mul, most),
             )
         )  # fmt: skip
     return claims
