@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from anabranch.errors import CapacityError, ConfigError, InputError
-from anabranch.lm import KeyValueCache
+from anabranch.lm import Decoder, KeyValueCache
 from anabranch.lm.cache import Prefix, attention_mask
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.nn.shared_prefix import with_prefix
 
 CPU = torch.device("cpu")
@@ -229,3 +230,103 @@ def test_streams_of_a_sequence_come_together(rows, fits):
         return
     with pytest.raises(ConfigError, match="the streams of a sequence go through the blocks together"):
         prefix.append(0, new, new, rows=rows)
+
+
+# Windows.
+
+
+def windowed(window, **changes):
+    plain = SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=8)
+    fields = {
+        "vocab_size": 50,
+        "dim": 16,
+        "num_layers": 3,
+        "attention": plain,
+        "local_attention": plain.replace(window=window),
+        "local_layers": (0, 2),
+        "feed_forward": SwiGLU.Config(hidden_dim=24),
+        "init_std": 0.3,
+        "max_positions": 512,
+    }
+    return Decoder.Config(**{**fields, **changes}).build(seed=2).eval()
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 70, 400])
+@torch.no_grad()
+def test_a_window_gives_the_logits_of_a_whole_pass_and_keeps_no_more_than_it_sees(window):
+    model = windowed(window)
+    tokens = torch.randint(0, 50, (2, 300), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens).logits_BLV
+    cache, made, start = model.new_cache(400), [], 0
+    for count in (101, 1, 1, 30, 90, *[1] * 77):
+        made.append(model(tokens[:, start : start + count], cache=cache).logits_BLV)
+        start += count
+    torch.testing.assert_close(torch.cat(made, 1), whole, rtol=0, atol=1e-4)
+    row = 2 * 2 * 2 * 8 * 4  # bytes: keys and values, 2 sequences, 2 heads of 8 float32
+    assert cache.size_bytes == row * (400 + 2 * min(400, window + 64))
+
+
+@torch.no_grad()
+def test_padding_and_rows_that_leave_go_with_a_window():
+    model = windowed(3)
+    tokens = torch.randint(0, 50, (3, 90), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[1, :4] = False
+    cache = model.new_cache(100)
+    model(tokens[:, :10], cache=cache, token_mask_BL=mask)
+    cache.keep_rows(torch.tensor([1, 2]))
+    made = [model(tokens[1:, place : place + 1], cache=cache).logits_BLV for place in range(10, 90)]
+    alone = model(tokens[1:2, 4:]).logits_BLV
+    torch.testing.assert_close(torch.cat(made, 1)[:1], alone[:, 6:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(made, 1)[1:], model(tokens[2:]).logits_BLV[:, 10:], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_that_are_left_out_go_with_a_window():
+    model = windowed(3)
+    tokens = torch.randint(0, 50, (2, 100), generator=torch.Generator().manual_seed(0))
+    path = [(0, 1, 2, 2), (1, 2)]
+    whole = model(tokens, path=path).logits_BLV
+    cache, made, start = model.new_cache(100), [], 0
+    for count in (7, *[1] * 93):
+        made.append(model(tokens[:, start : start + count], cache=cache, path=path).logits_BLV)
+        start += count
+    torch.testing.assert_close(torch.cat(made, 1), whole, rtol=0, atol=1e-4)
+    # A layer that has not run for longer than its window.
+    cache, start = model.new_cache(200), 0
+    for path in ((0, 1, 2), (1,), (0, 1, 2)):
+        here = tokens.repeat(1, 2)[:, start : start + 66]
+        last = model(here, cache=cache, path=path).logits_BLV
+        start += 66
+    assert torch.isfinite(last).all()
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_is_taken_back_and_what_a_window_forgot_is_not_there_again():
+    model = windowed(3)
+    tokens = torch.randint(0, 50, (1, 200), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(200)
+    model(tokens[:, :90], cache=cache)
+    whole = model(tokens).logits_BLV
+    handle = model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens[:, 90:100], cache=cache)
+    handle.remove()
+    again = model(tokens[:, 90:95], cache=cache).logits_BLV
+    torch.testing.assert_close(again, whole[:, 90:95], rtol=0, atol=1e-4)
+    model(tokens[:, 95:180], cache=cache)
+    model(tokens[:, 180:181], cache=cache)
+    with pytest.raises(InputError, match="length is 100; layers with a window have forgotten"):
+        cache.begin(100)
+    assert cache.length == 181
+
+
+def test_local_layers_must_be_said_and_keep_what_others_do():
+    with pytest.raises(ConfigError, match="local_layers is set, but local_attention is not"):
+        windowed(3, local_attention=None)
+    with pytest.raises(ConfigError, match="local_layers has 3, but layers are 0 to 2"):
+        windowed(3, local_layers=(3,))
+    with pytest.raises(
+        ConfigError, match=r"local_attention keeps .*\(4, 8, 8\) of a position and attention \(2, 8, 8\)"
+    ):
+        windowed(3, local_attention=SelfAttention.Config(num_heads=4, head_dim=8, window=3))

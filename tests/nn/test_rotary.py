@@ -148,7 +148,8 @@ def test_frequencies_survive_a_build_without_memory():
     ("fields", "message"),
     [
         ({"theta": 0.0}, "theta is 0.0; it must be greater than 0"),
-        ({"scaling": "yarn"}, "scaling is 'yarn'; it must be 'none', 'linear' or 'llama3'"),
+        ({"scaling": "dynamic"}, "scaling is 'dynamic'; it must be 'none', 'linear', 'llama3' or 'yarn'"),
+        ({"fraction": 1.5}, "fraction is 1.5; it must be less than or equal to 1"),
         ({"factor": -1.0}, "factor is -1.0; it must be greater than 0"),
         (
             {"scaling": "llama3", "low_freq_factor": 4.0},
@@ -159,3 +160,37 @@ def test_frequencies_survive_a_build_without_memory():
 def test_messages(fields, message):
     with pytest.raises(ConfigError, match=message):
         Rotary.Config(**fields)
+
+
+def test_yarn_keeps_fast_pairs_divides_slow_ones_and_lengthens():
+    config = Rotary.Config(
+        theta=100.0, scaling="yarn", factor=4.0, original_positions=64, beta_fast=4.0, beta_slow=1.0, truncate=False
+    )
+    made = config.build(16)
+    plain = Rotary.Config(theta=100.0).build(16).frequency
+    turns = 64 * plain / (2 * torch.pi)
+    # Pair i turns 64 / (2 pi 100^(i / 8)) times: where that is 4 and 1, in pairs.
+    low, high = (8 * math.log(64 / (times * 2 * math.pi)) / math.log(100.0) for times in (4.0, 1.0))
+    for pair, frequency in enumerate(made.frequency.tolist()):
+        share = min(max((pair - low) / (high - low), 0.0), 1.0)
+        wanted = float(plain[pair]) * ((1 - share) + share / 4.0)
+        assert frequency == pytest.approx(wanted, rel=1e-5)
+    assert made.frequency[turns > 4.0].equal(plain[turns > 4.0])
+    torch.testing.assert_close(made.frequency[turns < 1.0], plain[turns < 1.0] / 4)
+    assert (turns > 4.0).any()
+    assert (turns < 1.0).any()
+    cos, sin = made(torch.arange(5)[None], torch.float32)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, (0.1 * math.log(4.0) + 1) ** 2))
+    assert config.replace(attention_factor=1.0).length_factor == 1.0
+
+
+def test_a_fraction_of_a_head_is_rotated_and_the_rest_stays():
+    x = torch.randn(2, 3, 5, 12, generator=torch.Generator().manual_seed(0))
+    angles = Rotary.Config(fraction=0.5).build(12)(torch.arange(5)[None], torch.float32)
+    alone = Rotary.Config().build(6)(torch.arange(5)[None], torch.float32)
+    y = rotate(x, angles)
+    assert angles[0].shape[-1] == 6
+    assert y[..., 6:].equal(x[..., 6:])
+    torch.testing.assert_close(y[..., :6], rotate(x[..., :6].contiguous(), alone))
+    with pytest.raises(ConfigError, match=r"fraction is 0\.25, which rotates 3 numbers of a head of 12"):
+        Rotary.Config(fraction=0.25).width(12)

@@ -59,7 +59,7 @@ def describe(config: Decoder.Config, length: int, dtype: str) -> dict[str, Any]:
     counts = config.count(length)
     attention = config.attention
     streams = 1 if config.streams is None else config.streams.num_streams
-    cache = 2 * streams * config.num_layers * attention.kv_heads * attention.width(config.dim) * width.itemsize
+    cache = streams * config.num_layers * attention.kv_heads * sum(attention.kept(config.dim)) * width.itemsize
     return {
         "parameters": counts.parameters,
         "active_parameters": counts.active,

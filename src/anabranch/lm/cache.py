@@ -12,6 +12,9 @@ from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.nn.shared_prefix import SharedPrefix, copied, with_prefix
 from anabranch.nn.visits import whole_sequences
 
+# Places beside a window, so that what is in it is moved once in so many tokens.
+ROOM = 64
+
 
 class Prefix:
     """Keys and values that stand in front of every sequence: (key_PHMD, value_PHMD) of each layer, one for each of P streams.
@@ -72,19 +75,50 @@ class _Slot:
         value_BHSD: likewise.
         length: places from the left that were filled or passed over.
         filled_BS: bool, where sequences or positions were passed over; None as long as none was.
+        window: of attention, None for none.
+        first: the position of the first place, not 0 where attention has a window.
     """
 
     key_BHSD: Tensor
     value_BHSD: Tensor
     length: int
     filled_BS: Tensor | None = None
+    window: int | None = None
+    first: int = 0
+
+    def make_room(self, start: int, count: int) -> None:
+        """Forget what a window at ``start`` does not see, if there is no room for ``count`` positions, or room for a prompt before."""
+        if self.window is None:
+            return
+        places, wanted = self.key_BHSD.shape[2], self.window + ROOM
+        if start + count - self.first <= places <= max(wanted, count):
+            return
+        kept = min(start - self.first, self.window - 1)
+        begin, places = start - kept - self.first, max(wanted, kept + count)
+        kept_places = slice(begin, min(begin + kept, self.length))
+        self.length = max(kept_places.stop - begin, 0)
+        for name in ("key_BHSD", "value_BHSD"):
+            part_BHSD = getattr(self, name)
+            moved = part_BHSD.new_empty(*part_BHSD.shape[:2], places, part_BHSD.shape[3])
+            moved[:, :, : self.length] = part_BHSD[:, :, kept_places]
+            setattr(self, name, moved)
+        if self.filled_BS is not None:
+            filled_BS = self.filled_BS.new_zeros(self.filled_BS.shape[0], places)
+            filled_BS[:, : self.length] = self.filled_BS[:, kept_places]
+            self.filled_BS = filled_BS
+        self.first = start - kept
+
+    def has_before(self, position: int) -> bool:
+        """Whether what ``position`` sees is still there."""
+        return self.window is None or self.first <= max(0, position - self.window + 1)
 
 
 class KeyValueCache:
     """Keys and values of up to ``max_length`` positions of a batch, apart for each visit of a layer (see `anabranch.nn.visits`).
 
     Layers ``append`` during a forward pass; the decoder calls ``advance`` after it. Buffers are made at the first append, in the
-    dtype and on the device of what is stored. ``valid_BL`` marks real positions when prompts were padded. With ``num_streams`` P it
+    dtype and on the device of what is stored; of attention with a window only what the next position sees is kept, and room for the
+    next ones. ``valid_BL`` marks real positions when prompts were padded. With ``num_streams`` P it
     holds P rows per sequence, stream-major. The ``prefix`` in front of them is held once for each stream, however many rows there are.
     """
 
@@ -102,7 +136,14 @@ class KeyValueCache:
         self._slots: dict[tuple[int, int], _Slot] = {}
 
     def append(
-        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+        self,
+        layer: int,
+        key_BHLD: Tensor,
+        value_BHLD: Tensor,
+        *,
+        visit: int = 0,
+        rows: Sequence[int] | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store new positions of one visit of ``layer``, by the ``rows`` of the cache (None: all); see `KeyValueStore`.
 
@@ -116,7 +157,9 @@ class KeyValueCache:
             raise InputError(f"layer is {layer}; the cache is of a model of {self.num_layers} layers")
         slot = self._slots.get((layer, visit))
         if slot is None:
-            slot = self._slots[layer, visit] = self._new_slot(key_BHLD, value_BHLD, rows)
+            slot = self._slots[layer, visit] = self._new_slot(key_BHLD, value_BHLD, rows, window)
+        slot.make_room(start, end - start)
+        start, end = start - slot.first, end - slot.first
         if rows is None and slot.filled_BS is None and slot.length >= start:
             slot.key_BHSD[:, :, start:end] = key_BHLD
             slot.value_BHSD[:, :, start:end] = value_BHLD
@@ -130,16 +173,17 @@ class KeyValueCache:
             return None
         return self.prefix.of(layer, rows, self._num_rows())
 
-    def _new_slot(self, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None) -> _Slot:
+    def _new_slot(self, key_BHLD: Tensor, value_BHLD: Tensor, rows: Sequence[int] | None, window: int | None) -> _Slot:
         batch = key_BHLD.shape[0]
         if rows is not None:
             batch = self._num_rows()
             if not batch:
                 raise InputError("some sequences come to a block before the cache knows how many there are")
+        places = self.max_length if window is None else min(self.max_length, window + ROOM)
         key_BHSD, value_BHSD = (
-            new.new_empty(batch, new.shape[1], self.max_length, new.shape[3]) for new in (key_BHLD, value_BHLD)
+            new.new_empty(batch, new.shape[1], places, new.shape[3]) for new in (key_BHLD, value_BHLD)
         )
-        return _Slot(key_BHSD, value_BHSD, 0)
+        return _Slot(key_BHSD, value_BHSD, 0, window=window if places < self.max_length else None)
 
     @staticmethod
     def _fill_some(
@@ -176,13 +220,15 @@ class KeyValueCache:
             raise InputError(
                 f"length is {length}; the cache has {self.length} positions, so it must be 0 to {self.length}"
             )
+        if length and not all(slot.has_before(length) for slot in self._slots.values()):
+            raise InputError(f"length is {length}; layers with a window have forgotten what was seen there")
         self.length = self.length if length is None else length
         if self.length == 0:
             # Another batch may come.
             self._slots, self._sequences, self.valid_BL = {}, [], None
             return
-        end = self.length
         for slot in self._slots.values():
+            end = max(self.length - slot.first, 0)
             if slot.length > end:
                 slot.length = end
                 if slot.filled_BS is not None:

@@ -23,7 +23,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
-from anabranch.nn.attention import Attention, SelfAttention
+from anabranch.nn.attention import Attention, SelfAttention, distinct
 from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
@@ -67,7 +67,10 @@ class Decoder(Part, nn.Module):
             dim: D.
             num_layers: blocks.
             block: what a layer is; pre-norm attention and feed-forward unless a design says otherwise.
-            attention: attention of every block.
+            attention: attention of every block that is not in ``local_layers``.
+            local_attention: attention of the blocks in ``local_layers``, which see less (a window); it keeps of a position what the
+                other does.
+            local_layers: indices of these blocks (gpt-oss: every second; Gemma 3: five of six).
             feed_forward: feed-forward of every block that is not in ``dense_layers``.
             dense_feed_forward: feed-forward of the blocks in ``dense_layers``.
             dense_layers: indices of blocks that stay dense (DeepSeekMoE keeps the first, Qwen2-MoE may alternate).
@@ -88,6 +91,8 @@ class Decoder(Part, nn.Module):
         num_layers: int = Field(default=4, ge=1, le=MOST_LAYERS)
         block: Block.Config = PreNorm.Config()
         attention: Attention.Config = SelfAttention.Config()
+        local_attention: Attention.Config | None = None
+        local_layers: tuple[int, ...] = ()
         feed_forward: FeedForward.Config = SwiGLU.Config()
         dense_feed_forward: FeedForward.Config | None = None
         dense_layers: tuple[int, ...] = ()
@@ -101,14 +106,41 @@ class Decoder(Part, nn.Module):
         streams: Streams.Config | None = None
 
         def __post_init__(self) -> None:
-            outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
-            if outside:
-                raise ConfigError(f"dense_layers has {outside[0]}, but layers are 0 to {self.num_layers - 1}")
+            for name in ("dense_layers", "local_layers"):
+                outside = [layer for layer in getattr(self, name) if not 0 <= layer < self.num_layers]
+                if outside:
+                    raise ConfigError(f"{name} has {outside[0]}, but layers are 0 to {self.num_layers - 1}")
             if self.dense_layers and self.dense_feed_forward is None:
                 raise ConfigError("dense_layers is set, but dense_feed_forward is not; say what those layers are")
-            self.attention.width(self.dim)
+            self._check_attention()
             # Counting checks designs against depth and width before anything is built.
             self.count()
+
+        def _check_attention(self) -> None:
+            self.rotary.width(self.attention.width(self.dim))
+            if self.local_layers:
+                if self.local_attention is None:
+                    raise ConfigError("local_layers is set, but local_attention is not; say what those layers are")
+                kept = [(part.kv_heads, *part.kept(self.dim)) for part in (self.attention, self.local_attention)]
+                if kept[0] != kept[1]:
+                    raise ConfigError(
+                        f"local_attention keeps (heads, key width, value width) {kept[1]} of a position and attention {kept[0]}; "
+                        "they must be the same"
+                    )
+            if self.streams is not None and not self.has_plain_attention:
+                raise ConfigError(
+                    "streams have keys and values in front, for attention without windows, sinks or a scale"
+                )
+
+        @property
+        def has_plain_attention(self) -> bool:
+            """Whether attention of all layers is as `Attention.Config.is_plain` says."""
+            return all(self.attention_of(layer).is_plain for layer in range(self.num_layers))
+
+        def attention_of(self, layer: int) -> Attention.Config:
+            """The attention config of one block."""
+            local = self.local_attention
+            return local if layer in self.local_layers and local is not None else self.attention
 
         def feed_forward_of(self, layer: int) -> FeedForward.Config:
             """The feed-forward config of one block."""
@@ -134,13 +166,13 @@ class Decoder(Part, nn.Module):
                 init_std=self.init_std,
                 residual_std=self.init_std * scale,
                 linears=self.linears,
-                attention=self.attention,
                 norm_eps=self.norm_eps,
                 **values,
             )
             context.num_routed_layers = len(routed)
             for layer in range(self.num_layers):
                 context.layer, context.path = layer, f"blocks.{layer}"
+                context.attention = self.attention_of(layer)
                 context.feed_forward = self.feed_forward_of(layer)
                 context.routed_layer = bisect_left(routed, layer)
                 yield context
@@ -269,7 +301,7 @@ class Decoder(Part, nn.Module):
             training=self.training and not self.is_frozen,
             state={} if state is None else state,
             position_BL=position_BL,
-            rotary=self.rotary(_distinct(position_BL), self._dtype(device)),
+            rotary=self.rotary(distinct(position_BL), self._dtype(device)),
             attention_mask=mask,
             is_causal=is_causal,
             cache=store,
@@ -384,8 +416,3 @@ def _positions(
         past = cache.length if cache is not None else 0
         return torch.arange(past, past + length, device=device).expand(batch, length)
     return (valid_BL.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
-
-
-def _distinct(position_BL: Tensor) -> Tensor:
-    """One row of positions where all sequences have the same: their angles are made once."""
-    return position_BL[:1] if position_BL.stride(0) == 0 else position_BL

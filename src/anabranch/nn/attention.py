@@ -18,7 +18,8 @@ from anabranch.nn.causal import SHORT, attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
 from anabranch.nn.norm import RMSNorm
-from anabranch.nn.rotary import rotate
+from anabranch.nn.rotary import Rotary, rotate
+from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
 from anabranch.nn.visits import next_visits
 
@@ -47,6 +48,15 @@ class Attention(Part, nn.Module, family="attention", default="attention"):
         def kv_heads(self) -> int:
             """Heads whose keys and values are kept of every position."""
             raise NotImplementedError  # abstract
+
+        @property
+        def is_plain(self) -> bool:
+            """Whether each query weighs all before it by softmax(q k / sqrt(D)), which is all that some stores and kernels know."""
+            return True
+
+        def kept(self, dim: int) -> tuple[int, int]:
+            """(width of a key, width of a value) of each head of a position, as they are kept."""
+            return (self.width(dim),) * 2
 
         def width(self, dim: int) -> int:
             """Width of a head in a model of width ``dim``: what rotary positions rotate. Raises ConfigError where it cannot be."""
@@ -77,6 +87,10 @@ class SelfAttention(Attention, kind="attention"):
             out_bias: bias on the output projection.
             clip_qkv: clamp queries, keys and values to +-clip_qkv (OLMoE); None for no clamp.
             norm_eps: epsilon of the norms of ``qk_norm``.
+            window: positions that a query sees, its own among them, and that a cache keeps (Mistral); None for all.
+            sinks: each head has a learned score that takes weight and gives nothing (gpt-oss), see `anabranch.nn.scored`.
+            scale: factor on scores; None for 1 / sqrt(head_dim).
+            rotary: rotary positions of this attention alone (Gemma 3's local layers); None for the model's.
         """
 
         num_heads: Size = Field(default=4, ge=1)
@@ -87,6 +101,15 @@ class SelfAttention(Attention, kind="attention"):
         out_bias: bool = False
         clip_qkv: float | None = Field(default=None, gt=0)
         norm_eps: float = Field(default=1e-5, gt=0)
+        window: Size | None = Field(default=None, ge=1)
+        sinks: bool = False
+        scale: float | None = Field(default=None, gt=0)
+        rotary: Rotary.Config | None = None
+
+        @property
+        def is_plain(self) -> bool:
+            """See `Attention.Config.is_plain`."""
+            return self.window is None and not self.sinks and self.scale is None
 
         def __post_init__(self) -> None:
             if self.num_heads % self.kv_heads:
@@ -113,8 +136,9 @@ class SelfAttention(Attention, kind="attention"):
             head_dim = self.width(context.dim)
             query, store = self.num_heads * head_dim, self.kv_heads * head_dim
             norms = {"none": 0, "head": 2 * head_dim, "full": query + store}[self.qk_norm]
+            norms += self.num_heads * self.sinks
             matrices = [count_linear(projection, context) for projection in self.projections(context)]
-            return sum(matrices, start=Count(norms, norms, 2 * 2 * query * sequence_length // 2))
+            return sum(matrices, start=Count(norms, norms, 2 * query * twice_seen(sequence_length, self.window)))
 
         def projections(self, context: BuildContext) -> tuple[Projection, Projection]:
             """(``q``, ``k`` and ``v`` in one, ``o``)."""
@@ -147,11 +171,19 @@ class SelfAttention(Attention, kind="attention"):
         if config.qk_norm != "none":
             q_dim, k_dim = (query, store) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = RMSNorm(q_dim, config.norm_eps), RMSNorm(k_dim, config.norm_eps)
+        self.sink_H = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
+        self.rotary: Rotary | None = None if config.rotary is None else config.rotary.build(self.head_dim)
+
+    @property
+    def scoring(self) -> Scoring:
+        """How scores become weights."""
+        config = self.config
+        return PLAIN if config.is_plain else Scoring(config.scale, config.window, self.sink_H)
 
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
         query, key, value = self.project(x_BLW, context)
-        y_BHLD = attend(query, key, value, context, self.layer)
+        y_BHLD = attend(query, key, value, context, self.layer, self.scoring)
         return call_linear(self.out, y_BHLD.transpose(1, 2).flatten(2), context)
 
     def project(self, x_BLW: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,13 +197,21 @@ class SelfAttention(Attention, kind="attention"):
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        return rotate(query, context.rotary), rotate(key, context.rotary), value
+        rotary = context.rotary if self.rotary is None else self.rotary(distinct(context.position_BL), query.dtype)
+        return rotate(query, rotary), rotate(key, rotary), value
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def attend(query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, context: ForwardContext, layer: int) -> Tensor:
+def attend(
+    query_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    context: ForwardContext,
+    layer: int,
+    scoring: Scoring = PLAIN,
+) -> Tensor:
     """y_BHLD: each query sees earlier positions, itself, and no padding. What is new is stored where there is a ``context.cache``.
 
     This is what an attention of one's own calls, once in each of its calls, so that its layer may run several times, or for some sequences,
@@ -183,23 +223,33 @@ def attend(query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, context: Fo
         value_BGLD: likewise.
         context: of the pass.
         layer: index of the layer.
+        scoring: how scores become weights.
 
-    Raises ConfigError where the store cannot keep another visit of a layer.
+    Raises ConfigError where the store cannot keep another visit of a layer, or weighs plainly alone.
     """
     visits = next_visits(context.visits, layer, query_BHLD.shape[0])
     if context.cache is None:
-        return _among(query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal)
+        return _among(
+            query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal, scoring=scoring
+        )
     if len(visits) == 1:
-        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0])
-    y_BHLD = torch.empty_like(query_BHLD)
+        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring)
+    y_BHLD = query_BHLD.new_empty(*query_BHLD.shape[:3], scoring.value_width or value_BGLD.shape[-1])
     for visit, rows in visits:
-        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows)
+        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows, scoring)
         y_BHLD[rows] = made.to(y_BHLD.dtype)
     return y_BHLD
 
 
 def _stored(
-    query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: int, visit: int, rows: list[int] | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: ForwardContext,
+    layer: int,
+    visit: int,
+    rows: list[int] | None,
+    scoring: Scoring,
 ) -> Tensor:
     """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
     store: Any = context.cache
@@ -211,14 +261,36 @@ def _stored(
                 f"the key-value store of this pass keeps {kept} of each block by all sequences, and layer {layer} is "
                 "visited again or by some of them"
             )
-        return store.attend(layer, query, key, value, **({"visit": visit} if visit else {}))
+        if scoring is not PLAIN and not getattr(store, "takes_scoring", False):
+            raise ConfigError(
+                f"the key-value store of this pass weighs all positions by their scores alone, and attention of layer {layer} has a "
+                "window, sinks, a scale of its own or shared keys and values"
+            )
+        options: dict[str, Any] = {"visit": visit} if visit else {}
+        return store.attend(layer, query, key, value, **options, **({} if scoring is PLAIN else {"scoring": scoring}))
     here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
-    key, value, seen = store.append(layer, key, value, visit=visit, rows=here)
+    kept_window = {} if scoring.window is None else {"window": scoring.window}
+    key, value, seen = store.append(layer, key, value, visit=visit, rows=here, **kept_window)
     front = store.front(layer, here) if hasattr(store, "front") else None
     mask = context.attention_mask
     if mask is not None and rows is not None and mask.shape[0] > 1:
         mask = mask[rows]
-    return _among(query, key, value, mask, seen, context.is_causal, front)
+    if mask is not None and scoring.window is not None:
+        # Of what a window lets a store forget there is no key.
+        mask = mask[..., -key.shape[2] :]
+    return _among(query, key, value, mask, seen, context.is_causal, front, scoring)
+
+
+def distinct(position_BL: Tensor) -> Tensor:
+    """One row of positions where all sequences have the same: their angles are made once."""
+    return position_BL[:1] if position_BL.stride(0) == 0 else position_BL
+
+
+def twice_seen(sequence_length: int, window: int | None) -> int:
+    """Twice the positions that a query sees on average over a sequence."""
+    if window is None or window >= sequence_length:
+        return sequence_length
+    return 2 * window - window * (window - 1) // sequence_length
 
 
 def _among(
@@ -229,6 +301,7 @@ def _among(
     seen_BL: Tensor | None,
     is_causal: bool,
     front: SharedPrefix | None = None,
+    scoring: Scoring = PLAIN,
 ) -> Tensor:
     """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False).
 
@@ -252,6 +325,10 @@ def _among(
             ones = torch.ones(length, past + length, dtype=torch.bool, device=query.device)
             mask = ones.tril(past) if is_causal else ones
         mask = mask & seen_BL[:, None, None, :]
+    if scoring is not PLAIN:
+        if not is_causal and mask is None and query.shape[2] > 1:
+            raise ConfigError("attention to later positions has no windows, sinks or scale; leave them out")
+        return scored_attention(query, key, value, scoring, mask)
     if is_causal and mask is None:
         return causal_attention(query, key, value)
     return attention(query, key, value, attn_mask=mask)

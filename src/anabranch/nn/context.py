@@ -137,7 +137,8 @@ class KeyValueStore(Protocol):
         """Store the new positions of one visit of a layer, by the sequences ``rows`` of the cache (None: all).
 
         Returns keys and values of this visit so far, new ones included, and a bool mask ``[B, L_all]``, False where a position did not
-        come by here; None if all did.
+        come by here; None if all did. Attention with a window says ``window`` too, its positions: what lies further back than that of
+        the first new position may be left out of all three.
         """
 
 
@@ -145,7 +146,8 @@ class AttendingStore(Protocol):
     """A store that attends itself, since what it keeps is not one tensor per batch (blocks of many sequences, other machines).
 
     It keeps one visit of each layer, by all sequences; or several, if it has ``keeps_visits`` and ``attend`` takes ``visit``, the number
-    of one that is not the first.
+    of one that is not the first. Where it has ``takes_scoring``, ``attend`` takes ``scoring``, how scores become weights, which is an
+    `anabranch.nn.scored.Scoring`.
     """
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:

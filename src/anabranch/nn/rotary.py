@@ -25,19 +25,46 @@ class Rotary(Part, nn.Module):
         Attributes:
             theta: base of the geometric series of frequencies.
             scaling: ``none``; ``linear``, positions divided by ``factor``; ``llama3``, low frequencies divided by ``factor``, high ones
-                kept, a smooth ramp between (Llama 3.1).
+                kept, a smooth ramp between (Llama 3.1); ``yarn``, the same with a ramp over pairs, and longer vectors (YaRN,
+                arXiv 2309.00071).
             factor: see ``scaling``.
             low_freq_factor: llama3: wavelengths longer than original_positions / low_freq_factor are scaled in full.
             high_freq_factor: llama3: wavelengths shorter than original_positions / high_freq_factor are kept.
-            original_positions: llama3: context length before scaling.
+            original_positions: llama3, yarn: context length before scaling.
+            beta_fast: yarn: pairs that turn at least so often within original_positions are kept.
+            beta_slow: yarn: pairs that turn at most so often are scaled in full.
+            truncate: yarn: the ramp begins and ends at whole pairs.
+            attention_factor: yarn: factor on what is rotated; None for 0.1 ln(factor) + 1.
+            fraction: share of a head's numbers that is rotated, the first ones; the rest knows no position (GLM).
         """
 
         theta: float = Field(default=10000.0, gt=0)
-        scaling: Literal["none", "linear", "llama3"] = "none"
+        scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
         factor: float = Field(default=1.0, gt=0)
         low_freq_factor: float = Field(default=1.0, gt=0)
         high_freq_factor: float = Field(default=4.0, gt=0)
         original_positions: Size = Field(default=8192, ge=1)
+        beta_fast: float = Field(default=32.0, gt=0)
+        beta_slow: float = Field(default=1.0, gt=0)
+        truncate: bool = True
+        attention_factor: float | None = Field(default=None, gt=0)
+        fraction: float = Field(default=1.0, gt=0, le=1)
+
+        @property
+        def length_factor(self) -> float:
+            """What cosines and sines are multiplied by."""
+            if self.scaling != "yarn":
+                return 1.0
+            return yarn_factor(self.factor) if self.attention_factor is None else self.attention_factor
+
+        def width(self, head_dim: int) -> int:
+            """How many numbers of a head are rotated. Raises ConfigError for none, or an odd number."""
+            width = int(head_dim * self.fraction)
+            if width < 2 or width % 2:
+                raise ConfigError(
+                    f"fraction is {self.fraction}, which rotates {width} numbers of a head of {head_dim}; it must be an even number"
+                )
+            return width
 
         def __post_init__(self) -> None:
             if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -48,7 +75,8 @@ class Rotary(Part, nn.Module):
     def __init__(self, config: Config, head_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("frequency", _frequencies(config, head_dim), persistent=False)
+        self.length_factor = config.length_factor
+        self.register_buffer("frequency", _frequencies(config, config.width(head_dim)), persistent=False)
 
     frequency: Tensor
 
@@ -61,10 +89,18 @@ class Rotary(Part, nn.Module):
         return self
 
     def forward(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each ``[B, 1, L, D]``; angles are computed in fp32."""
+        """(cos, sin), each ``[B, 1, L, R]`` for the R numbers that are rotated; angles are computed in fp32."""
         angle = position_BL[:, None, :, None].float() * self.frequency
         angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos(), angle.sin()
+        if self.length_factor != 1.0:
+            cos, sin = cos * self.length_factor, sin * self.length_factor
+        return cos.to(dtype), sin.to(dtype)
+
+
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1, by which YaRN makes scores larger where the context was made longer; 1 where it was not."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _frequencies(config: Rotary.Config, head_dim: int) -> Tensor:
@@ -79,12 +115,35 @@ def _frequencies(config: Rotary.Config, head_dim: int) -> Tensor:
         keep = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         keep = keep.clamp(0.0, 1.0)
         return keep * frequency + (1 - keep) * frequency / config.factor
+    if config.scaling == "yarn":
+        keep = 1 - _yarn_ramp(config, head_dim)
+        return keep * frequency + (1 - keep) * frequency / config.factor
     return frequency
 
 
+def _yarn_ramp(config: Rotary.Config, head_dim: int) -> Tensor:
+    """0 for pairs that are kept, 1 for those that are scaled in full."""
+
+    def pair_that_turns(times: float) -> float:
+        turns = config.original_positions / (times * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(config.theta))
+
+    low, high = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    # A step where both are the same.
+    high = high + 0.001 if low == high else high
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    return ((pair - low) / (high - low)).clamp(0.0, 1.0)
+
+
 def rotate(x_BHLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its angle."""
+    """Turn each pair (x_i, x_{i + R/2}) of the first R numbers by its angle; what is behind them stays."""
     cos, sin = rotary
+    width = cos.shape[-1]
+    if width < x_BHLD.shape[-1]:
+        return torch.cat((rotate(x_BHLD[..., :width], rotary), x_BHLD[..., width:]), dim=-1)
     if not torch.is_grad_enabled() and native.can_rotate(x_BHLD, cos, sin):
         return native.rotate(x_BHLD, cos, sin, 1.0)
     # A compiler makes one pass of it by itself.

@@ -49,8 +49,8 @@ def edit(folder, **changes):
         ({"sliding_window": 128}, "sliding_window in .* is 128"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types in .* is 'sliding_attention'"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling.rope_type in .* is 'yarn', .*'default', 'linear' or 'llama3'",
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_scaling.rope_type in .* is 'dynamic', .*'default', 'linear', 'llama3' or 'yarn'",
         ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type in .* is 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no factor, without which"),
@@ -212,7 +212,7 @@ def test_a_family_that_does_not_fit(tmp_path):
         export_huggingface(tmp_path / "out", model, family="mixtral")
     with pytest.raises(CheckpointError, match=r"Hugging Face's llama has no feed_forward.kind='moe'"):
         export_huggingface(tmp_path / "out", model, family="llama")
-    with pytest.raises(ConfigError, match=r"family is 'gpt2'; it must be one of: llama, qwen2, olmoe"):
+    with pytest.raises(ConfigError, match=r"family is 'gpt2'; it must be one of: llama, qwen2, qwen3, mistral, olmoe"):
         export_huggingface(tmp_path / "out", model, family="gpt2")
 
 

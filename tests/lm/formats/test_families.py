@@ -14,22 +14,9 @@ from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, save_model
 from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
+from foreign_models import VOCAB, build_theirs
 
 TOLERANCE = 1e-4  # fp32 logits of order 1, summed in another order
-VOCAB = 61
-
-BODY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # far from the default, so that routing is decided and errors show
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 QWEN = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 QWEN2 = {**QWEN, "shared_expert_intermediate_size": 40}
 LLAMA3 = {
@@ -38,6 +25,13 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
 
@@ -62,6 +56,51 @@ CASES = {
         },
     ),
     "dense qwen2 wide heads": ("Qwen2", {"intermediate_size": 48, "head_dim": 12}),
+    "qwen2 windows above": (
+        "Qwen2",
+        {"intermediate_size": 48, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3 dense": ("Qwen3", {"intermediate_size": 48, "head_dim": 12}),
+    "qwen3 dense, bias, tied, windows above, yarn": (
+        "Qwen3",
+        {
+            "intermediate_size": 48,
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "rope_parameters": YARN,
+        },
+    ),
+    "mistral": ("Mistral", {"intermediate_size": 48, "sliding_window": 7}),
+    "mistral without windows": ("Mistral", {"intermediate_size": 48, "sliding_window": None, "head_dim": 12}),
+    "mistral, window of one, one kv head": (
+        "Mistral",
+        {"intermediate_size": 48, "sliding_window": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "llama yarn": ("Llama", {"intermediate_size": 48, "rope_parameters": YARN}),
+    "llama yarn, said in full": (
+        "Llama",
+        {
+            "intermediate_size": 48,
+            "rope_parameters": {**YARN, "beta_fast": 4.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False},
+        },
+    ),
+    "llama yarn of two scales": (
+        "Llama",
+        {"intermediate_size": 48, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "mixtral with a window": (
+        "Mixtral",
+        {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+    "qwen2 moe, windows in some": (
+        "Qwen2Moe",
+        {**QWEN2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen3 moe with a window": ("Qwen3Moe", {**QWEN, "use_sliding_window": True, "sliding_window": 6}),
     "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral top-1, wide heads": (
         "Mixtral",
@@ -99,17 +138,6 @@ CASES = {
 }
 
 
-def build_theirs(family, **changes):
-    config = getattr(transformers, f"{family}Config")(**{**BODY, **changes})
-    torch.manual_seed(1)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:  # ones and zeros would hide a swap
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
-    return model
-
-
 def tokens():
     return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -120,10 +148,22 @@ def logits(model):
     return output.logits_BLV if isinstance(model, Decoder) else output.logits
 
 
+@torch.no_grad()
+def cached_logits(model):
+    """As in generation: a prompt, more of it, then token by token."""
+    cache, made, start = model.new_cache(64), [], 0
+    for count in (9, 4, *[1] * 11):
+        made.append(model(tokens()[:, start : start + count], cache=cache).logits_BLV)
+        start += count
+    return torch.cat(made, dim=1)
+
+
 def assert_same(ours, theirs):
     expected = logits(theirs)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits(ours.eval()), expected, rtol=0, atol=TOLERANCE)
+    if isinstance(ours, Decoder):
+        torch.testing.assert_close(cached_logits(ours), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("case", CASES)

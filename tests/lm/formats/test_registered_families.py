@@ -33,7 +33,7 @@ def installed(monkeypatch):
 
 def test_installed_ones_come_after_ours_once_and_ours_stay_what_they_are(installed):
     ours = list(FAMILIES)[:-1]
-    assert ours[:3] == ["llama", "qwen2", "olmoe"]
+    assert ours[:3] == ["llama", "qwen2", "qwen3"]
     assert ours[-1] == "qwen2_parscale"
     assert list(FAMILIES)[-1] == "a_first_by_name"
     assert len(FAMILIES) == len(set(FAMILIES)) == len(ours) + 1

@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 import torch
 
-from anabranch.bounds import MOST_LAYERS, shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.formats.foreign import Foreign
+from anabranch.lm.formats.positions import read_rotary, read_windows, write_rotary
 from anabranch.lm.tensors import Piece, TensorSource
-from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
 
 logger = logging.getLogger(__name__)
@@ -34,62 +35,28 @@ Pieces = dict[str, list[Piece]]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Foreign:
-    """A foreign config.json, read field by field."""
-
-    def __init__(self, table: dict[str, Any], path: Path) -> None:
-        self.table, self.path = table, path
-
-    def __getitem__(self, name: str) -> Any:
-        """A field that must be there."""
-        if self.table.get(name) is None:
-            raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
-        return self.table[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A field, or ``default`` where it is absent or null."""
-        value = self.table.get(name)
-        return default if value is None else value
-
-    @property
-    def num_layers(self) -> int:
-        """``num_hidden_layers``, checked here because families walk through the layers before a config of ours is made."""
-        value = self["num_hidden_layers"]
-        if type(value) is not int or not 1 <= value <= MOST_LAYERS:
-            raise CheckpointError(
-                f"num_hidden_layers in {self.path} is {shown(value)}; it must be a whole number from 1 to {MOST_LAYERS}"
-            )
-        return value
-
-    def refuse(self, name: str, value: Any, supported: str) -> None:
-        """Raise CheckpointError: ``name`` has a ``value`` that asks for something we do not compute."""
-        raise CheckpointError(
-            f"{name} in {self.path} is {shown(value)}, which is not supported; supported: {supported}"
-        )
-
-    def require(self, name: str, allowed: Collection[Any], default: Any = None) -> None:
-        """Refuse any value that is not ``allowed``."""
-        value = self.get(name, default)
-        if value is not None and value not in allowed:
-            self.refuse(name, value, " or ".join(repr(one) for one in allowed))
-
-
-def read_body(foreign: Foreign, attention: SelfAttention.Config, *, default_theta: float = 10000.0) -> dict[str, Any]:
-    """The fields of `Decoder.Config` that all families have, but for the feed-forward."""
-    foreign.require("hidden_act", ("silu", "swish"))
+def read_body(
+    foreign: Foreign,
+    attention: SelfAttention.Config,
+    *,
+    default_theta: float = 10000.0,
+    local: Iterable[int] | None = None,
+    activations: Collection[str] = ("silu", "swish"),
+) -> dict[str, Any]:
+    """The fields of `Decoder.Config` that all families have, but for the feed-forward; ``local`` as for `read_windows`."""
+    foreign.require("hidden_act", activations)
     foreign.require("mlp_bias", (False,))
     # Where transformers 5 looks for weights that do not lie under their usual names.
     foreign.require("transformers_weights", ("model.safetensors", "model.safetensors.index.json"))
     if foreign.get("quantization_config"):
         method = foreign.get("quantization_config").get("quant_method", "unknown")
         foreign.refuse("quantization_config.quant_method", method, "weights that are not quantised")
-    _refuse_sliding_window(foreign)
     return {
         "vocab_size": foreign["vocab_size"],
         "dim": foreign["hidden_size"],
         "num_layers": foreign.num_layers,
-        "attention": attention,
-        "rotary": _read_rotary(foreign, default_theta),
+        **read_windows(foreign, attention, local),
+        "rotary": read_rotary(foreign, default_theta),
         "norm_eps": attention.norm_eps,
         "tie_embeddings": foreign.get("tie_word_embeddings", False),
         "max_positions": foreign.get("max_position_embeddings", 2048),
@@ -116,43 +83,6 @@ def read_attention(
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         norm_eps=foreign.get("rms_norm_eps", default_eps),
-    )
-
-
-def _refuse_sliding_window(foreign: Foreign) -> None:
-    """A window counts where it is narrower than the context, unless the switch that some families have is off."""
-    window = foreign.get("sliding_window")
-    on = foreign.get("use_sliding_window", "use_sliding_window" not in foreign.table)
-    if window and on and window < foreign.get("max_position_embeddings", 2048):
-        foreign.refuse("sliding_window", window, "none (full attention)")
-    other = [kind for kind in foreign.get("layer_types", ()) if kind != "full_attention"]
-    if other:
-        foreign.refuse("layer_types", other[0], "'full_attention'")
-
-
-def _read_rotary(foreign: Foreign, default_theta: float) -> Rotary.Config:
-    """From ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (before)."""
-    name = "rope_parameters" if foreign.get("rope_parameters") else "rope_scaling"
-    table = foreign.get(name, {})
-    kind = table.get("rope_type", table.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        foreign.refuse(f"{name}.rope_type", kind, "'default', 'linear' or 'llama3'")
-    for part in (table, foreign.table):
-        if part.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            foreign.refuse("partial_rotary_factor", part["partial_rotary_factor"], "1.0")
-    scaling = Foreign(table, foreign.path)
-    theta = float(scaling.get("rope_theta", foreign.get("rope_theta", default_theta)))
-    if kind == "default":
-        return Rotary.Config(theta=theta)
-    if kind == "linear":
-        return Rotary.Config(theta=theta, scaling="linear", factor=float(scaling["factor"]))
-    return Rotary.Config(
-        theta=theta,
-        scaling="llama3",
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_positions=scaling.get("original_max_position_embeddings", foreign.get("max_position_embeddings")),
     )
 
 
@@ -240,23 +170,8 @@ def write_body(config: Decoder.Config) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
-        **_write_rotary(config.rotary),
+        **write_rotary(config.rotary),
     }
-
-
-def _write_rotary(rotary: Rotary.Config) -> dict[str, Any]:
-    """In the older spelling, which every version of transformers reads."""
-    scaling: dict[str, Any] | None = None
-    if rotary.scaling != "none":
-        scaling = {"rope_type": rotary.scaling, "factor": rotary.factor}
-    if rotary.scaling == "llama3":
-        scaling = {
-            **(scaling or {}),
-            "low_freq_factor": rotary.low_freq_factor,
-            "high_freq_factor": rotary.high_freq_factor,
-            "original_max_position_embeddings": rotary.original_positions,
-        }
-    return {"rope_theta": rotary.theta, "rope_scaling": scaling}
 
 
 def write_head_dim(config: Decoder.Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from anabranch.lm.formats.common import Foreign, self_attention
 from anabranch.lm.formats.families import FAMILIES
 from anabranch.lm.shards import MAX_SHARD_BYTES, write_tensors
 from anabranch.lm.tensors import some, state_once
-from anabranch.nn import MoE, PreNorm, SelfAttention, SwiGLU
+from anabranch.nn import MoE, PreNorm, Rotary, SelfAttention, SwiGLU
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +141,13 @@ def lacks(family: Any, config: Decoder.Config) -> list[str]:
 def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
     """The (path, value) pairs that decide what a model computes, alike for configs that compute the same."""
     table = to_dict(config)
-    attention, rotary = table["attention"], table["rotary"]
-    attention["num_kv_heads"] = self_attention(config).kv_heads
-    attention["head_dim"] = config.attention.width(config.dim)
-    if self_attention(config).qk_norm == "none":
-        del attention["norm_eps"]
-    used = {"none": ("theta",), "linear": ("theta", "factor")}.get(config.rotary.scaling, tuple(rotary))
-    table["rotary"] = {name: rotary[name] for name in ("scaling", *used)}
+    _settle_attention(table["attention"], self_attention(config), config.dim)
+    if config.local_layers:
+        _settle_attention(table["local_attention"], config.local_attention, config.dim)
+    else:
+        del table["local_attention"]
+    table["local_layers"] = sorted(config.local_layers)
+    table["rotary"] = _essence_of_rotary(config.rotary)
     table["dense_layers"] = sorted(config.dense_layers)
     if not config.dense_layers:
         del table["dense_feed_forward"]
@@ -158,6 +158,27 @@ def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
     for training in ("init_std", "depth_scaled_init"):
         del table[training]
     yield from _flat(table, "")
+
+
+def _settle_attention(table: dict[str, Any], attention: Any, dim: int) -> None:
+    """Write out in ``table`` what follows from other fields, and leave out what does not count."""
+    table["num_kv_heads"], table["head_dim"] = attention.kv_heads, attention.width(dim)
+    table["scale"] = None if attention.scale == attention.width(dim) ** -0.5 else attention.scale
+    if attention.qk_norm == "none":
+        del table["norm_eps"]
+    if attention.rotary is not None:
+        table["rotary"] = _essence_of_rotary(attention.rotary)
+
+
+def _essence_of_rotary(rotary: Rotary.Config) -> dict[str, Any]:
+    used = {
+        "none": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
+        "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_positions"),
+    }[rotary.scaling]
+    table = {name: getattr(rotary, name) for name in ("scaling", "theta", "fraction", *used)}
+    return {**table, "length_factor": rotary.length_factor}
 
 
 def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:

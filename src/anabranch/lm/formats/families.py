@@ -17,6 +17,8 @@ __all__ = ["FAMILIES"]
 _MODULES = {
     "llama": "anabranch.lm.formats.llama",
     "qwen2": "anabranch.lm.formats.qwen2",
+    "qwen3": "anabranch.lm.formats.qwen3",
+    "mistral": "anabranch.lm.formats.mistral",
     "olmoe": "anabranch.lm.formats.olmoe",
     "qwen3_moe": "anabranch.lm.formats.qwen3_moe",
     "mixtral": "anabranch.lm.formats.mixtral",

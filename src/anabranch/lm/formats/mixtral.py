@@ -16,6 +16,7 @@ from anabranch.lm.formats.common import (
     write_head_dim,
     write_moe,
 )
+from anabranch.lm.formats.positions import window_of
 from anabranch.lm.tensors import Piece
 
 MODEL_TYPE = "mixtral"
@@ -33,7 +34,9 @@ def read(foreign: Foreign) -> Decoder.Config:
         default_alpha=0.001,
         jitter=foreign.get("router_jitter_noise", 0.0),
     )
-    return Decoder.Config(**read_body(foreign, attention, default_theta=1e6), feed_forward=moe)
+    return Decoder.Config(
+        **read_body(foreign, attention, default_theta=1e6, local=range(foreign.num_layers)), feed_forward=moe
+    )
 
 
 def write(config: Decoder.Config) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         "num_local_experts": moe.num_experts,
         "intermediate_size": moe.hidden_dim,
         "router_jitter_noise": getattr(moe.router.score, "jitter", 0.0),
-        "sliding_window": None,
+        "sliding_window": window_of(config),
     }
 
 

@@ -23,6 +23,8 @@ from anabranch.lm.formats.common import (
     write_head_dim,
     write_moe,
 )
+from anabranch.lm.formats.positions import local_layers
+from anabranch.lm.formats.qwen2 import write_upper_windows
 from anabranch.lm.tensors import build_empty, state_once
 
 MODEL_TYPE = "qwen2_moe"
@@ -44,7 +46,9 @@ def read(foreign: Foreign) -> Decoder.Config:
         shared_experts=1,
         shared_gate=True,
     )
-    return with_dense_layers(read_body(foreign, attention), moe, foreign["intermediate_size"], dense_layers(foreign))
+    lower = range(0, min(foreign.get("max_window_layers", 28), foreign.num_layers), 2)
+    body = read_body(foreign, attention, local=local_layers(foreign, lower))
+    return with_dense_layers(body, moe, foreign["intermediate_size"], dense_layers(foreign))
 
 
 def dense_layers(foreign: Foreign) -> list[int]:
@@ -61,6 +65,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_head_dim(config),
         **write_moe(config),
         **write_layers(config),
+        **write_upper_windows(config),
         "shared_expert_intermediate_size": moe.shared_width,
         "qkv_bias": self_attention(config).qkv_bias,
     }
@@ -76,8 +81,6 @@ def write_layers(config: Decoder.Config) -> dict[str, Any]:
         "intermediate_size": dense.hidden_dim,
         "decoder_sparse_step": 1,
         "mlp_only_layers": sorted(config.dense_layers),
-        "use_sliding_window": False,
-        "sliding_window": None,
     }
 
 

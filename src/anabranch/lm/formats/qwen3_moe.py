@@ -17,6 +17,7 @@ from anabranch.lm.formats.common import (
     write_head_dim,
     write_moe,
 )
+from anabranch.lm.formats.positions import window_of
 from anabranch.lm.formats.qwen2_moe import dense_layers, write_layers
 
 MODEL_TYPE = "qwen3_moe"
@@ -36,7 +37,8 @@ def read(foreign: Foreign) -> Decoder.Config:
         renormalize=foreign.get("norm_topk_prob", False),
         default_alpha=0.001,
     )
-    return with_dense_layers(read_body(foreign, attention), moe, foreign["intermediate_size"], dense_layers(foreign))
+    body = read_body(foreign, attention, local=range(foreign.num_layers))
+    return with_dense_layers(body, moe, foreign["intermediate_size"], dense_layers(foreign))
 
 
 def write(config: Decoder.Config) -> dict[str, Any]:
@@ -46,6 +48,8 @@ def write(config: Decoder.Config) -> dict[str, Any]:
         **write_head_dim(config),
         **write_moe(config),
         **write_layers(config),
+        "use_sliding_window": window_of(config) is not None,
+        "sliding_window": window_of(config),
         "attention_bias": self_attention(config).qkv_bias,
     }
 

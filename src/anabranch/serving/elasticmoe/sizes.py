@@ -45,7 +45,13 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         num_streams=built.streams_of(None)[0],
         stream_choices=model.stream_choices,
     )
-    size = config.num_blocks * config.block_tokens * PagedShape.of(built).bytes_per_token
+    shape = PagedShape.of(built)
+    if shape.value_width is not None:
+        raise ConfigError(
+            f"{folder} keeps compressed keys that hold the values too (multi-head latent attention), which several devices do not "
+            "yet; serve it on one"
+        )
+    size = config.num_blocks * config.block_tokens * shape.bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)
 
 

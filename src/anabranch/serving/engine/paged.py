@@ -14,6 +14,7 @@ from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.kernels import paged as native
 from anabranch.nn.kernels.operands import takes
+from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.serving.engine.layout import StepLayout
 
 Pairs = Sequence[tuple[int, int]]
@@ -23,6 +24,7 @@ Pairs = Sequence[tuple[int, int]]
 class PagedShape:
     """What one model keeps per position: ``heads`` keys and values of ``width`` numbers in each of ``layers``, for each of ``streams``.
 
+    Values are of ``value_width`` where that is another number: none where keys hold them too.
     Streams are as many as a request may have: one with fewer leaves the rest of its blocks alone. Layers are as many as a request may
     visit, see `VisitSlots`.
     """
@@ -32,23 +34,31 @@ class PagedShape:
     width: int
     streams: int = 1
     dtype: torch.dtype = torch.float32
+    value_width: int | None = None
 
     @classmethod
     def of(cls, model: Decoder, max_depth: int | None = None) -> Self:
         """That of a decoder, in the type of its weights, for paths of at most ``max_depth`` blocks, and for each block once."""
         attention = model.config.attention
+        width, value_width = attention.kept(model.config.dim)
         return cls(
             layers=max(model.config.num_layers, max_depth or 0),
             heads=attention.kv_heads,
-            width=attention.width(model.config.dim),
+            width=width,
+            value_width=None if value_width == width else value_width,
             streams=max(model.config.stream_choices),
             dtype=model.embedding.weight.dtype,
         )
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """(of a key, of a value)."""
+        return self.width, self.width if self.value_width is None else self.value_width
+
+    @property
     def bytes_per_token(self) -> int:
         """Memory of one position."""
-        return 2 * self.layers * self.streams * self.heads * self.width * self.dtype.itemsize
+        return self.layers * self.streams * self.heads * sum(self.widths) * self.dtype.itemsize
 
     def blocks_in(self, size_bytes: int, block_tokens: int) -> int:
         """How many blocks fit. Raises CapacityError if not even one does."""
@@ -84,11 +94,13 @@ class PagedPool:
         buffers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.shape, self.num_blocks, self.block_tokens = shape, num_blocks, block_tokens
-        sizes = (shape.layers, shape.streams, num_blocks * block_tokens, shape.heads, shape.width)
+        front = (shape.layers, shape.streams, num_blocks * block_tokens, shape.heads)
+        sizes = [(*front, width) for width in shape.widths]
         if buffers is None:
-            buffers = self._empty(sizes, device), self._empty(sizes, device)
-        if any(tuple(part.shape) != sizes or part.dtype != shape.dtype for part in buffers):
-            raise InputError(f"buffers must be of {shape.dtype} and shape {list(sizes)}")
+            buffers = self._empty(sizes[0], device), self._empty(sizes[1], device)
+        for part, size in zip(buffers, sizes, strict=True):
+            if tuple(part.shape) != size or part.dtype != shape.dtype:
+                raise InputError(f"buffers must be of {shape.dtype} and shape {list(size)}")
         self.key, self.value = buffers
         self._host: tuple[Tensor, Tensor] | None = None
         self.host_blocks = host_blocks
@@ -133,9 +145,11 @@ class PagedPool:
         if self._host is None:
             if not self.host_blocks:
                 raise InputError("the pool has no host blocks to swap to; set host_blocks")
-            sizes = (self.shape.layers, self.shape.streams, self.host_blocks, self.block_tokens, *self.key.shape[3:])
+            sizes = (self.shape.layers, self.shape.streams, self.host_blocks, self.block_tokens, self.shape.heads)
             pinned = self.device.type == "cuda"
-            made = [torch.empty(sizes, dtype=self.shape.dtype, pin_memory=pinned) for _ in range(2)]
+            made = [
+                torch.empty(*sizes, width, dtype=self.shape.dtype, pin_memory=pinned) for width in self.shape.widths
+            ]
             self._host = made[0], made[1]
         return list(self._host)
 
@@ -194,6 +208,7 @@ class PagedStore:
     """
 
     keeps_visits = True
+    takes_scoring = True
 
     def __init__(
         self,
@@ -208,12 +223,21 @@ class PagedStore:
         self._visits = visits or VisitSlots(pool.shape.layers, range(pool.shape.layers))
         self.use_kernel = use_kernel and native.can(pool.key)
 
-    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, *, visit: int = 0) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query_BHLD: Tensor,
+        key_BGLD: Tensor,
+        value_BGLD: Tensor,
+        *,
+        visit: int = 0,
+        scoring: Scoring = PLAIN,
+    ) -> Tensor:
         """y_BHLD; B is the streams P of the pass, L its rows T."""
         prefix = self.prefix[layer] if self.prefix else None
         streams, slot = len(query_BHLD), self._visits.of(layer, visit)
         key_PSGD, value_PSGD = self.pool.key[slot, :streams], self.pool.value[slot, :streams]
-        if self.use_kernel and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
+        if self.use_kernel and scoring is PLAIN and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(
                 query_BHLD, key_BGLD, value_BGLD, key_PSGD, value_PSGD, layout.sequence_N4, layout.table_U,
@@ -221,7 +245,19 @@ class PagedStore:
             )  # fmt: skip
         for stored_PSGD, new_BGLD in ((key_PSGD, key_BGLD), (value_PSGD, value_BGLD)):
             stored_PSGD.index_copy_(1, self.layout.slot_T, new_BGLD.transpose(1, 2))
+        if scoring is not PLAIN:
+            return self._scored(query_BHLD, key_PSGD, value_PSGD, scoring)
         return self._gathered(query_BHLD, key_PSGD, value_PSGD, prefix)
+
+    def _scored(self, query_PHTD: Tensor, key_PSGD: Tensor, value_PSGD: Tensor, scoring: Scoring) -> Tensor:
+        """y_PHTV, sequence by sequence; of one with a window only what its rows see is gathered."""
+        made = []
+        for number, span in enumerate(self.layout.spans):
+            seen = span.length if scoring.window is None else min(span.length, span.count - 1 + scoring.window)
+            slot_S = torch.from_numpy(self.layout.slots(number)[-seen:]).to(self.pool.device)
+            key, value = (part_PSGD[:, slot_S].transpose(1, 2) for part_PSGD in (key_PSGD, value_PSGD))
+            made.append(scored_attention(query_PHTD[:, :, span.first : span.first + span.count], key, value, scoring))
+        return torch.cat(made, dim=2)
 
     def _gathered(
         self, query_PHTD: Tensor, key_PSGD: Tensor, value_PSGD: Tensor, prefix: tuple[Tensor, Tensor] | None

@@ -137,6 +137,10 @@ class DualBatch:
     ) -> None:
         if engine.model.streams is not None:
             raise ConfigError("the dual-batch pipeline runs one stream; leave out ParScale")
+        if not engine.model.config.has_plain_attention:
+            raise ConfigError(
+                "the dual-batch pipeline runs attention without windows, sinks, a scale or compressed keys"
+            )
         self.engine, self.batch_size, self.scheduler = engine, batch_size, scheduler
         self.use_kernel = use_kernel
         self._fast: FastDecoder | None = None

@@ -36,6 +36,8 @@ def why_not(model: Decoder) -> str | None:
             return why_refused(**{name: tensor})
     if model.streams is not None:
         return "the model runs as parallel streams"
+    if model.config.rotary.fraction != 1.0:
+        return "a part of each head is not rotated"
     if type(model).hidden is not Decoder.hidden:
         return f"{type(model).__name__} runs its layers its own way"
     for name, module in model.named_modules():
@@ -70,6 +72,10 @@ def _of_block(block: nn.Module) -> str | None:
     if type(block.attention) is not SelfAttention:
         return f"attention is a {type(block.attention).__name__}"
     attention: Any = block.attention
+    if not attention.config.is_plain:
+        return "attention has a window, sinks or a scale"
+    if attention.rotary is not None:
+        return "attention has rotary positions of its own"
     norms = [block.attention_norm, block.feed_forward_norm]
     if attention.config.qk_norm != "none":
         norms += [attention.q_norm, attention.k_norm]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import InputError
+from anabranch.nn.attention import SelfAttention
+from anabranch.nn.block import PreNorm
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.linear import call_linear
@@ -46,8 +48,8 @@ class NanoRunner(ModelRunner):
         tile: rows that cuts are multiples of.
         options: of `ModelRunner`.
 
-    Models of parallel streams, deterministic runners, hooks that override requests, requests with paths of their own, and steps that record
-    routing or are watched by hooks run whole.
+    Models of parallel streams or of other blocks and attention than the plain ones, deterministic runners, hooks that override requests,
+    requests with paths of their own, and steps that record routing or are watched by hooks run whole.
     """
 
     def __init__(
@@ -67,13 +69,17 @@ class NanoRunner(ModelRunner):
         self.parts = dict(parts) if parts is not None else HALVES if pipeline is None else parts_of(pipeline)
         self.executor: Executor = executor or default_executor(self.device)
         self.min_tokens, self.tile = max(min_tokens, 2), tile
+        self._is_known = all(
+            type(block) is PreNorm and type(block.attention) is SelfAttention for block in self.model.blocks
+        )
+        self._is_known = self._is_known and self.model.config.has_plain_attention
         # Steps that were.
         self.num_cut = 0
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
-        is_whole = is_whole or self._variant_of(chunks[0]).path is not None
+        is_whole = is_whole or not self._is_known or self._variant_of(chunks[0]).path is not None
         if is_whole or self._overrides is not None or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)
