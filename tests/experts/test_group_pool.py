@@ -73,10 +73,10 @@ def test_a_pools_balancers_are_made_once_and_taken_from_the_layers():
 
 
 def test_candidates_are_a_layers_own_and_where_there_is_something_to_close():
-    made, _ = built(GroupPool(2, psr=ProgressiveScaling.Config()))
+    made, _ = built(GroupPool(2, schedule=ProgressiveScaling.Config()))
     assert [access.destinations.candidates is None for access in made] == [False] * 4 + [True]
     assert [access.destinations.candidates.own_start for access in made[:4]] == [0, 4, 0, 4]
-    made, _ = built(GroupPool(1, psr=ProgressiveScaling.Config(as_reuse=2)), num_layers=1)
+    made, _ = built(GroupPool(1, schedule=ProgressiveScaling.Config(as_reuse=2)), num_layers=1)
     assert made[0].destinations.candidates.num_slots == N
 
 

@@ -21,35 +21,9 @@ from anabranch.routing import Router, Routing, RoutingContext, TopK, record_rout
 from anabranch.serving.elasticmoe.layout import pool_names
 from anabranch.serving.expertflow.expertflow import find_pools
 from anabranch.serving.fast.supported import why_not
+from linears import Beside
 
 EXPERTS, DIM, HIDDEN = 4, 16, 8
-
-
-class Beside(Linear):
-    """B A x, with the names it was built by and the contexts it was given."""
-
-    @configclass
-    class Config(Linear.Config):
-        is_added = True
-        rank: int = 2
-
-        def count(self, projection, context):
-            return Count.dense(self.rank * (projection.in_dim + projection.out_dim))
-
-    def __init__(self, config: Any, projection, context) -> None:
-        nn.Module.__init__(self)
-        self.name, self.seen = projection.name, []
-        self.a, self.b = (nn.Parameter(torch.empty(size)) for size in self.sizes(config.rank, projection))
-        for weight in (self.a, self.b):
-            nn.init.normal_(weight, std=0.3, generator=context.generator)
-
-    @staticmethod
-    def sizes(rank, projection):
-        return (rank, projection.in_dim), (projection.out_dim, rank)
-
-    def forward(self, x, context=None):
-        self.seen.append((x, context))
-        return x @ self.a.T @ self.b.T
 
 
 class Instead(Linear):

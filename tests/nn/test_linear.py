@@ -15,6 +15,7 @@ from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention,
 from anabranch.nn.linear import Added, Split, check_patterns, is_plain
 from anabranch.nn.quantize import quantize
 from anabranch.registry import kinds, resolve
+from linears import LowRank
 
 
 class Scaled(Linear):
@@ -35,28 +36,6 @@ class Scaled(Linear):
 
     def forward(self, x, context=None):
         return self.dense(x, context) * self.scale
-
-
-class LowRank(Linear):
-    """What stands beside a matrix: B A x, with B zero at first."""
-
-    @configclass
-    class Config(Linear.Config):
-        is_added = True
-        rank: int = 2
-
-        def count(self, projection, context):
-            return Count.dense(self.rank * (projection.in_dim + projection.out_dim))
-
-    def __init__(self, config: Any, projection, context) -> None:
-        nn.Module.__init__(self)
-        self.a = nn.Parameter(torch.randn(config.rank, projection.in_dim))
-        self.b = nn.Parameter(torch.zeros(projection.out_dim, config.rank))
-        self.seen: list[Any] = []
-
-    def forward(self, x, context=None):
-        self.seen.append(context)
-        return x @ self.a.T @ self.b.T
 
 
 def decoder(linears, **options):
@@ -88,7 +67,7 @@ def test_what_stands_beside_a_part_is_added_to_its_rows():
     wanted = x @ made.matrix.weight.T
     wanted[:, 2:] += x @ layer.a.T @ layer.b.T
     torch.testing.assert_close(made(x, given), wanted)
-    assert layer.seen == [given]
+    assert [context for _, context in layer.seen] == [given]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +191,7 @@ def test_layers_beside_the_matrices_change_nothing_at_first_and_get_the_context(
     token = torch.randint(50, (2, 7))
     torch.testing.assert_close(added(token).logits_BLV, plain(token).logits_BLV)
     contexts = [module.seen for module in added.modules() if isinstance(module, LowRank)]
-    assert all(len(seen) == 1 and seen[0].token_BL is token for seen in contexts[:-1])
+    assert all(len(seen) == 1 and seen[0][1].token_BL is token for seen in contexts[:-1])
 
 
 def test_a_model_with_replaced_layers_learns_generates_and_is_quantised():
@@ -260,7 +239,7 @@ def test_the_head_gets_the_context():
     model = decoder({"head": LowRank.Config()}).build()
     token = torch.randint(50, (2, 7))
     model(token)
-    assert model.head.beside["head"].seen[0].token_BL is token
+    assert model.head.beside["head"].seen[0][1].token_BL is token
 
 
 @pytest.mark.parametrize("watch", ["forward", "backward hook", "backward pre hook"])

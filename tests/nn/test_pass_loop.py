@@ -108,7 +108,7 @@ def test_recomputed_passes_have_the_same_gradients_and_emit_once():
 
 
 def test_scales_are_in_the_type_of_the_passes():
-    """1 + 2^-8 is 1 in bfloat16, so 255 stays 255; in float32 it would become 255.996, which is rounded to 256."""
+    """A scale in float32 leaves passes in bfloat16, where 1 + 2^-8 is 1: 255 stays 255, and is not 255.996, rounded to 256."""
     seen = []
 
     def one_pass(number, x, context):

@@ -3,17 +3,14 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from anabranch.errors import ConfigError
 from anabranch.nn.context import BuildContext
 from anabranch.nn.moe import MoE
 from anabranch.nn.pool_policy import PoolAccess, PoolPolicy, make_pool
-from anabranch.routing import Balancer, BiasBalancer, PoolLoss
+from anabranch.routing import Balancer, BiasBalancer, Candidates, PoolLoss
 from anabranch.routing.destinations import Destinations
-
-if TYPE_CHECKING:
-    from anabranch.experts.rexmoe import ProgressiveScaling
 
 
 @dataclass(frozen=True)
@@ -26,20 +23,30 @@ class Group:
     own_start: int
 
 
+class Schedule(Protocol):
+    """Which slots of a pool are open in the course of training, such as `anabranch.experts.rexmoe.ProgressiveScaling.Config`."""
+
+    def closes(self, size: int) -> bool:
+        """Whether some slots of a group of so many layers are ever closed."""
+
+    def build(self, num_own: int, size: int, *, own_start: int, layer: int, seed: int, min_open: int = 1) -> Candidates:
+        """The candidates of one layer, with ``num_own`` experts of its own in a pool of ``size`` layers, at least ``min_open`` open."""
+
+
 @dataclass(frozen=True)
 class GroupPool(PoolPolicy):
     """Layers pick from the experts of their whole group, whose pool the model owns once (``model.shared``).
 
     Attributes:
         reuse: r, layers per group. With 1 the layer owns its experts as the plain one does.
-        psr: the schedule of candidates, None for a pool that is open from the start.
+        schedule: of the candidates, None for a pool that is open from the start.
         balance_alpha: alpha of the balance loss over the whole pool (`PoolLoss`), 0 for none.
         one_bias: bias balancers are one per pool, not one per layer.
         calls: how often one layer uses the pool in a forward pass.
     """
 
     reuse: int
-    psr: "ProgressiveScaling.Config | None" = None
+    schedule: Schedule | None = None
     balance_alpha: float = 0.0
     one_bias: bool = False
     calls: int = 1
@@ -79,14 +86,15 @@ class GroupPool(PoolPolicy):
         experts, name = None, f"layer_{context.layer}" if self.calls > 1 else None
         if self.reuse > 1:
             name = f"experts_{group.number}"
-            experts = context.share(name, functools.partial(make_pool, config, context, num_slots, is_shared=is_shared))
+            place, _ = self.place(config.num_experts, context)
+            experts = context.share(name, functools.partial(make_pool, config, place, num_slots, is_shared=is_shared))
         destinations = Destinations(name, group.own_start, self._candidates(config, context, group), pooled)
         return PoolAccess(config.router.replace(balance=own), num_slots, destinations, experts, is_shared)
 
-    def _candidates(self, config: MoE.Config, context: BuildContext, group: Group) -> "ProgressiveScaling | None":
-        if self.psr is None or (group.size == 1 and self.psr.as_reuse is None):
+    def _candidates(self, config: MoE.Config, context: BuildContext, group: Group) -> Candidates | None:
+        if self.schedule is None or not self.schedule.closes(group.size):
             return None
-        return self.psr.build(
+        return self.schedule.build(
             config.num_experts,
             group.size,
             own_start=group.own_start,

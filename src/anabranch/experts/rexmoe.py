@@ -81,6 +81,10 @@ class ProgressiveScaling(Candidates, kind="psr"):
             if self.scope == "token" and self.mask == "nested":
                 raise ConfigError("psr.mask 'nested' is one order per layer; it needs psr.scope 'step'")
 
+        def closes(self, size: int) -> bool:
+            """Whether some slots of a group of ``size`` layers are ever closed."""
+            return size > 1 or self.as_reuse is not None
+
         def candidates(self, t: float, num_own: int, reuse: int) -> int:
             """N_t, the number of open slots at time ``t`` (in ``unit``), eq. 6. ``reuse`` is the size of the group."""
             progress = min(max((t - self.start) / (self.end - self.start), 0.0), 1.0)

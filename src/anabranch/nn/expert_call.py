@@ -1,14 +1,17 @@
 """What experts are asked to compute: the record that travels through every back end of `anabranch.nn.grouped`, forward and back."""
 # Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anabranch.routing.dispatch import DispatchPlan
 
-__all__ = ["ExpertCall", "Gradients", "Needed"]
+__all__ = ["ExpertCall", "Gradients", "Needed", "WeightOn"]
+
+# Where the routing's weights act: on what experts give, or on what they get.
+WeightOn = Literal["output", "input"]
 
 
 class ExpertCall(NamedTuple):

@@ -14,7 +14,7 @@ all items: correct, but without the saving.
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from anabranch.nn.activation import activation_of
 from anabranch.nn.count import Count
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.feed_forward import mlp_projections
 from anabranch.nn.items import no_rows, on_items
 from anabranch.nn.linear import Projection, add_beside, build_linear, call_linear, count_linear
@@ -69,7 +70,7 @@ class ExpertLayers(nn.Module):
         w13_EZD: Tensor | None,
         w2_EDF: Tensor | None,
         *,
-        weight_on: Literal["output", "input"] = "output",
+        weight_on: WeightOn = "output",
         context: Any = None,
     ) -> Tensor:
         """y_ND; ``w13_EZD`` and ``w2_EDF`` are the stacks, None where there is none."""

@@ -18,8 +18,6 @@ their memory. Experts without rows are neither computed nor differentiated: thei
 """
 # Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.errors import ConfigError
 from anabranch.nn.activation import activation_of
-from anabranch.nn.expert_call import ExpertCall
+from anabranch.nn.expert_call import ExpertCall, WeightOn
 from anabranch.nn.expert_loop import plain_experts
 from anabranch.nn.operator import expert_operator
 from anabranch.nn.sums import GradientSums
@@ -46,7 +44,7 @@ def expert_mlp(
     w13_EFD: Tensor,
     w2_EDF: Tensor,
     *,
-    weight_on: Literal["output", "input"] = "output",
+    weight_on: WeightOn = "output",
     backend: str = "auto",
     recompute: bool = False,
     sums: GradientSums | None = None,
@@ -110,7 +108,7 @@ def reference_expert_mlp(
     w13_EFD: Tensor,
     w2_EDF: Tensor,
     *,
-    weight_on: Literal["output", "input"] = "output",
+    weight_on: WeightOn = "output",
     activation: str = "swiglu",
 ) -> Tensor:
     """The naive loop under autograd, in any dtype: the twin that every back end is tested against."""

@@ -10,6 +10,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.activation import ActivationName
 from anabranch.nn.context import BuildContext, Count, ForwardContext, set_unregistered
 from anabranch.nn.description import FeedForwardForm, Passes
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.expert_layers import count_experts
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
@@ -53,7 +54,7 @@ class MoE(FeedForward, kind="moe"):
         shared_hidden_dim: Size | None = Field(default=None, ge=1)
         shared_gate: bool = False
         shared_weight: float | None = Field(default=None, gt=0, lt=1)
-        weight_on: Literal["output", "input"] = "output"
+        weight_on: WeightOn = "output"
         capacity_factor: float | None = Field(default=None, gt=0)
         capacity_order: Literal["token", "score"] = "token"
         capacity_renormalize: bool = False
@@ -79,7 +80,7 @@ class MoE(FeedForward, kind="moe"):
         @property
         def num_choices(self) -> int:
             """Most routed experts per token."""
-            return self.router.select.most_choices(self.num_experts) or self.num_experts
+            return self.router.num_choices(self.num_experts)
 
         def conversions(self) -> tuple[WeightField, ...]:
             """Those of the router's score."""
@@ -133,10 +134,12 @@ class MoE(FeedForward, kind="moe"):
     def __init__(self, config: Config, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        access = config.pool_policy.build(config, context)
+        policy = config.pool_policy
+        access = policy.build(config, context)
         self.router = build_router(access.router, access.num_slots, access.destinations, context)
         if access.experts is None:
-            self.experts = make_pool(config, context, config.num_experts, is_shared=access.is_shared)
+            place, _ = policy.place(config.num_experts, context)
+            self.experts = make_pool(config, place, config.num_experts, is_shared=access.is_shared)
         else:
             set_unregistered(self, "experts", access.experts)
         self.shared: SwiGLU | None = None

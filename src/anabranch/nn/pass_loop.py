@@ -86,7 +86,7 @@ class PassLoop:
                 x_BLD = start_BLD + made_BLD
             elif self.residual == "gated":
                 assert scale is not None, "gated passes have a scale"
-                x_BLD = start_BLD + scale[number].to(made_BLD.dtype) * made_BLD
+                x_BLD = start_BLD + scale[number] * made_BLD
             else:
                 x_BLD = made_BLD
         return made_BLD if sum_BLD is None else sum_BLD

@@ -8,7 +8,7 @@ A pool knows neither layers nor routers, so several layers may share one: autogr
 """
 # Shapes: N items, E experts, D width, F hidden, Z what the first matrix gives: 2F with a gate, else F
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anabranch.errors import ConfigError
 from anabranch.nn.activation import activation_of
 from anabranch.nn.context import recomputed
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.expert_layers import ExpertLayers
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.kernels.operands import takes
@@ -141,7 +142,7 @@ class ExpertPool(nn.Module):
         x_ND: Tensor,
         routing: Routing,
         *,
-        weight_on: Literal["output", "input"] = "output",
+        weight_on: WeightOn = "output",
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
@@ -159,7 +160,7 @@ class ExpertPool(nn.Module):
         self,
         x_ND: Tensor,
         routing: Routing,
-        weight_on: Literal["output", "input"],
+        weight_on: WeightOn,
         context: RoutingContext | None,
     ) -> Tensor:
         """y_ND where experts have layers of their own."""
@@ -175,7 +176,7 @@ class ExpertPool(nn.Module):
         self,
         x_ND: Tensor,
         routing: Routing,
-        weight_on: Literal["output", "input"],
+        weight_on: WeightOn,
         context: RoutingContext | None,
     ) -> Tensor:
         """y_ND of the experts that are here."""

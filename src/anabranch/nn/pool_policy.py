@@ -62,8 +62,7 @@ def build_router(config: Router.Config, num_slots: int, destinations: Destinatio
 
 
 def make_pool(config: "MoE.Config", context: BuildContext, num_experts: int, *, is_shared: bool = False) -> ExpertPool:
-    """The pool of ``num_experts`` experts as ``config`` describes them, at its place in the model."""
-    place, _ = config.pool_policy.place(config.num_experts, context)
+    """The pool of ``num_experts`` experts as ``config`` describes them; ``context`` is of its place, see `PoolPolicy.place`."""
     return ExpertPool(
         num_experts,
         context.dim,
@@ -75,5 +74,5 @@ def make_pool(config: "MoE.Config", context: BuildContext, num_experts: int, *, 
         backend=config.backend,
         is_shared=is_shared,
         activation=config.activation,
-        layers=build_expert_layers(place, num_experts, config.hidden_dim, config.activation),
+        layers=build_expert_layers(context, num_experts, config.hidden_dim, config.activation),
     )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.linear import Dense
 from anabranch.nn.packed import SHARE, Packed
@@ -163,7 +164,7 @@ class QuantizedPool(nn.Module):
         x_ND: Tensor,
         routing: Routing,
         *,
-        weight_on: Literal["output", "input"] = "output",
+        weight_on: WeightOn = "output",
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed."""

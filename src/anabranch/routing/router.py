@@ -54,6 +54,10 @@ class Router(Part, nn.Module):
             for part in self.balance:
                 part.check(num_destinations)
 
+        def num_choices(self, num_destinations: int) -> int:
+            """Most destinations of an item: all of ``num_destinations``, where the select sets no bound."""
+            return self.select.most_choices(num_destinations) or num_destinations
+
     is_router: ClassVar[bool] = True
 
     def __init__(

@@ -103,7 +103,7 @@ class VersatileFFN(FeedForward, kind="versatile"):
         @property
         def num_choices(self) -> int:
             """Most virtual experts per token."""
-            return self.router.select.most_choices(self.num_experts) or self.num_experts
+            return self.router.num_choices(self.num_experts)
 
         def conversions(self) -> tuple[WeightField, ...]:
             """Those of the score of virtual experts."""

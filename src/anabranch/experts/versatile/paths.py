@@ -52,7 +52,7 @@ class Mix:
 
 
 class Paths(WidthPath):
-    """The heads, and the compute of both paths. ``config`` is a `VersatileFFN.Config`.
+    """The heads, and the compute of both paths. ``config`` is a `VersatileFFN.Config`; ``options`` are ``layer`` and ``generator``.
 
     Attributes, beside those of the width path:
         loops: the loop gate; None for width only, and where every token takes every loop.
@@ -61,20 +61,12 @@ class Paths(WidthPath):
 
     count_T: Tensor
 
-    def __init__(
-        self,
-        config: "VersatileFFN.Config",
-        dim: int,
-        hidden_dim: int,
-        *,
-        layer: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(config, dim, hidden_dim, layer=layer, generator=generator)
+    def __init__(self, config: "VersatileFFN.Config", dim: int, hidden_dim: int, **options: Any) -> None:
+        super().__init__(config, dim, hidden_dim, **options)
         self.num_loops = config.loops
         self.loops: LoopGate | None = None
         if self.num_loops and config.gate != "none":
-            self.loops = LoopGate(config, dim, layer=layer, generator=generator)
+            self.loops = LoopGate(config, dim, **options)
         self.register_buffer("count_T", torch.arange(1, self.num_loops + 1), persistent=False)
 
     def forward(self, x_ND: Tensor, branch: Branch, context: RoutingContext) -> Tensor:

@@ -12,11 +12,12 @@ any of its experts. The sum over owners is taken in fp32 in the order of ranks.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.grouped import expert_mlp
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
@@ -85,7 +86,7 @@ class Owner:
         routing = Routing(slot_MK, weight_MK, score_ME)
         # The compiled kernels want experts without padding between them and would copy all of them to get that.
         backend = "auto" if w13.is_contiguous() and w2.is_contiguous() else "torch"
-        side: Literal["output", "input"] = "input" if weight_on == "input" else "output"
+        side: WeightOn = "input" if weight_on == "input" else "output"
         return expert_mlp(x_MD, plan_dispatch(routing), weight_MK, w13, w2, weight_on=side, backend=backend)
 
     def serve(self, channel: Channel, mailbox: Mailbox) -> None:
@@ -170,7 +171,7 @@ class ShardedExperts(nn.Module):
         x_ND: Tensor,
         routing: Routing,
         *,
-        weight_on: Literal["output", "input"] = "output",
+        weight_on: WeightOn = "output",
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND, as `ExpertPool` gives it."""

@@ -2,13 +2,13 @@
 # Shapes: N items, K choices, E experts, P = N K choices in a row, R rows of a wave, S slots, D width, F hidden
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.packed import Packed
 from anabranch.nn.quantize import packed_experts
@@ -55,7 +55,7 @@ class OffloadedPool(nn.Module):
         x_ND: Tensor,
         routing: Routing,
         *,
-        weight_on: Literal["output", "input"] = "output",
+        weight_on: WeightOn = "output",
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND as `ExpertPool`'s; it does not depend on what was in slots before.
@@ -90,7 +90,7 @@ class OffloadedPool(nn.Module):
             total_ND = total_ND + y_NKD[:, choice]
         return total_ND.to(y_PD.dtype)
 
-    def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: Literal["output", "input"]) -> Tensor:
+    def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: WeightOn) -> Tensor:
         """Rows that are sorted by slot, each an item with one choice; those of packed experts are not weighted yet."""
         if self.packed is not None:
             x_RD = x_RD * weight_R1.to(x_RD.dtype) if weight_on == "input" else x_RD
