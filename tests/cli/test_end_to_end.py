@@ -294,6 +294,15 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert code == 2
     assert "a window is 99999 tokens, but the longest sequence has" in err
     assert not (work / "too-long").exists()
+    for cache in (0, -1, "nan"):
+        code, _, err = here("report", trained[0], "--out", work / "too-long", "--rho", cache)
+        assert code == 2
+        assert f"a cache is {float(cache)} times the active experts; it must be above 0" in err
+    (work / "a.toml").write_text("")
+    code, _, err = here("report", work / "a.toml", "--out", work / "too-long")
+    assert code == 2
+    assert "a.toml is a file that is neither a model (.gguf) nor a routing trace (.parquet)" in err
+    assert not (work / "too-long").exists()
     # What an earlier report wrote is replaced, a trace too whose report was not finished.
     for left in ("*", "trace.parquet"):
         for file in set((work / "report").iterdir()) - set((work / "report").glob(left)):

@@ -57,6 +57,14 @@ def one_line(found):
             "select takes 99 experts of a token, but num_experts is 8",
         ),
         ("train demo --out x --set model.feed_forward.reuse=9", "reuse is 9, but the model has 4 routed layers"),
+        *(
+            (
+                f"{command} --config a.toml --config b.toml",
+                "--config is given 2 times (a.toml, b.toml); give one file",
+            )
+            for command in ("train demo --out x", "serve x --check")
+        ),
+        ("gateway serve --check -c a.toml --config b.toml", "--config is given 2 times (a.toml, b.toml)"),
         ("train demo --out x --config nowhere.toml", "cannot read nowhere.toml: no such file or directory"),
         ("train --out nowhere --resume", "no training run in nowhere"),
         ("eval nowhere", "no model at nowhere"),

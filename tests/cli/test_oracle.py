@@ -76,7 +76,13 @@ def test_mistakes_are_told_in_a_line(here, work, duo, text):
     (work / "short.txt").write_text("abc")
     (work / "some-run/checkpoints/step-00000001").mkdir(parents=True)
     for arguments, message in {
-        (dense, "--out", "a", "--data", text): "the model has no 'duo' feed-forward layers",
+        (
+            dense,
+            "--out",
+            "a",
+            "--data",
+            text,
+        ): "has no 'duo' layers, so there are no routes to try; anabranch train duo",
         (duo, "--out", "a", "--data", text, "--budget", 4): "--budget is 4, but",
         (duo, "--out", "some-run", "--data", text): "some-run is the folder of a training run, so no routes",
         (duo, "--out", "a", "--data", "short.txt", "--sequence-length", 16): "has no 16 tokens in a row",

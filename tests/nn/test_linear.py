@@ -106,6 +106,12 @@ def test_a_pattern_that_fits_nothing_is_an_error():
         decoder({"blocks.0.attention.qq": Scaled.Config()}).build()
     with pytest.raises(ConfigError, match="one of q, k"):
         check_patterns({"zzzzzz": None}, ["a.q", "b.k"])
+    # What a projection is called counts more than the words before it.
+    names = [f"blocks.{n}.{name}" for n in range(2) for name in ("attention.v", "attention.q", "feed_forward.down")]
+    with pytest.raises(ConfigError, match=r"did you mean 'blocks\.\d\.feed_forward\.down'"):
+        check_patterns({"blocks.9.down": None}, names)
+    with pytest.raises(ConfigError, match=r"did you mean 'blocks\.1\.attention\.q'"):
+        check_patterns({"blocks.1.attn.[qx]": None}, names)
 
 
 @pytest.mark.parametrize("linears", [

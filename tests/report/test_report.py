@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anabranch.errors import DataError
-from anabranch.report import explain, summarize, write_report
+from anabranch.report import explain, pictures, summarize, write_report
 from anabranch.routing import TraceBuilder, TraceLayer, consistency, measure
 from anabranch.routing.trace import concat
 
@@ -352,6 +352,27 @@ def test_many_experts_leave_tables_and_pictures_small(tmp_path):
     (facts,) = json.loads((tmp_path / "summary.json").read_text())["passes"]
     assert len(facts["top_pairs"]) == 256
     assert (tmp_path / "summary.json").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize(("num_layers", "shown"), [(2, ["0 to 1", "2 to 3"]), (4, None), (9, None)])
+def test_the_picture_of_passes_has_all_of_few_and_says_where_it_has_some_of_many(num_layers, shown):
+    builder, generator = TraceBuilder(), np.random.default_rng(0)
+    for number in range(2 * num_layers):
+        layer = TraceLayer(layer=number, name=f"r{number}", num_destinations=4, top_k=1, pool=f"layer_{number // 2}")
+        # Nobody takes expert 3.
+        builder.add(layer, generator.integers(0, 3, (50, 1)), np.ones((50, 1)), item_N=np.arange(50))
+    made_of = pictures.passes(summarize(builder.trace()))
+    panels = [axes for axes in made_of.axes if axes.images]
+    titles = [axes.get_title(loc="left").removeprefix("passes ") for axes in panels]
+    wanted = shown or [
+        f"{2 * layer} to {2 * layer + 1}" for layer in np.linspace(0, num_layers - 1, 4).round().astype(int)
+    ]
+    assert titles == wanted
+    assert made_of.get_suptitle().endswith("next" if num_layers <= 4 else " (4 of 9 pairs of passes)")
+    for axes in panels:
+        # What was never chosen has no ratio to chance, rather than one of 1.
+        unknown = np.ma.getmaskarray(axes.images[0].get_array())
+        assert unknown.tolist() == [[row == 3 or column == 3 for column in range(4)] for row in range(4)]
 
 
 def test_passes_that_tell_nothing_of_each_other_are_said_to():

@@ -96,6 +96,13 @@ def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tok
     return model.eval(), tokenizer
 
 
+def only_file(files: list[Path] | None) -> Path | None:
+    """The one file that ``--config`` names, or None. Raises ConfigError for several: they are not merged."""
+    if files is None or len(files) < 2:
+        return files[0] if files else None
+    raise ConfigError(f"--config is given {len(files)} times ({', '.join(map(str, files))}); give one file")
+
+
 def read_assignments(texts: list[str] | None) -> dict[str, Any]:
     """``path=value`` options as paths and values, later ones winning."""
     from anabranch.config import parse_assignment

@@ -7,7 +7,7 @@ import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed, load
 from anabranch.cli.output import fact, print_json, table, wrote
-from anabranch.errors import DataError
+from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
@@ -60,7 +60,12 @@ def oracle(
     if run_steps(place):
         raise DataError(f"{out} is the folder of a training run, so no routes are written there; choose another folder")
     network, tokenizer = load(model, dtype, device)
-    num_layers = len(duo_layers(network))
+    try:
+        num_layers = len(duo_layers(network))
+    except ConfigError:
+        raise DataError(
+            f"{model} has no 'duo' layers, so there are no routes to try; anabranch train duo trains a model that has"
+        ) from None
     chosen = num_layers // 2 if budget is None else budget
     if chosen > num_layers:
         raise DataError(f"--budget is {chosen}, but {model} has {num_layers} duo layers; use 0 to {num_layers}")

@@ -85,10 +85,13 @@ def report(
     require("lm", "plots", by="anabranch report")
     from anabranch.report import explain, summarize, write_report
     from anabranch.report.tables import tables
+    from anabranch.report.windows import check_caches
     from anabranch.report.write import check_place, report_files
     from anabranch.routing import RoutingTrace
 
     is_trace = Path(source).suffix == ".parquet"
+    # Before the model runs, which may take long; the same goes for windows, once the length of its sequences is known.
+    check_caches(cache or [])
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
     check_apart(own, [source] if is_trace else _read_of(source, data, own))
     check_place(out, trace=None if is_trace else Path(out) / _TRACE)
@@ -97,6 +100,10 @@ def report(
         trace, text = RoutingTrace.read(source), source
     elif is_trace:
         raise DataError(f"there is no routing trace at {source}")
+    elif Path(source).is_file() and Path(source).suffix != ".gguf":
+        raise DataError(
+            f"{source} is a file that is neither a model (.gguf) nor a routing trace (.parquet); a model may be a folder too"
+        )
     else:
         kept = _Kept(scores=scores or balance_audit, predictions=predictions)
         trace, text, bias = _record(
@@ -173,7 +180,6 @@ def _record(
         raise DataError(f"{source} has no routed layers, so there is no routing to report")
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
-    # Before the model runs, which may take long.
     check_windows(windows_asked, length)
     place = network.embedding.weight.device
     path = Path(out) / _TRACE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments, read_toml
+from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
 from anabranch.cli.output import fact, print_json, say
 from anabranch.extras import require
 
@@ -70,8 +70,8 @@ def serve(
         typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
     ] = None,
     assignments: Assignments = None,
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="TOML file with tables engine and http.")
+    config_files: Annotated[
+        list[Path] | None, typer.Option("--config", metavar="FILE", help="TOML file with tables engine and http.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
@@ -95,7 +95,7 @@ def serve(
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}
-    config = _config(config_file, {**settings, **read_assignments(assignments)})
+    config = _config(only_file(config_files), {**settings, **read_assignments(assignments)})
     if check:
         say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
         return

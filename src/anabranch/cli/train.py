@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, sample, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -72,8 +72,8 @@ def train(
     ] = False,
     resume_auto: Annotated[bool, typer.Option(_AUTO, hidden=True, help="What --resume auto means.")] = False,
     assignments: Assignments = None,
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="TOML file with any fields of the config.")
+    config_files: Annotated[
+        list[Path] | None, typer.Option("--config", metavar="FILE", help="TOML file with any fields of the config.")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -82,7 +82,8 @@ def train(
 
     Without more, a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume goes on.
 
-    With --from a trained model becomes the preset's design: a dense one versatile or a mixture, a mixture one with reuse.
+    With --from a trained model becomes the preset's design: a dense one versatile or a mixture; a mixture one with reuse, a chain or
+    recurrent routers; any one parallel streams.
 
     Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
     """
@@ -92,6 +93,7 @@ def train(
     from anabranch.train.run import check_free, check_new, holds_run, is_restart
     from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
 
+    config_file = only_file(config_files)
     settings = read_assignments(assignments)
     settings |= {} if steps is None else {"train.steps": steps}
     settings |= {} if seed is None else {"train.seed": seed}

@@ -210,7 +210,9 @@ def check_patterns(patterns: Mapping[str, Any], names: Sequence[str]) -> None:
     for pattern in patterns:
         if any(fnmatchcase(name, pattern) for name in names):
             continue
-        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+        last = pattern.rpartition(".")[2]
+        alike = [name for name in names if fnmatchcase(name.rpartition(".")[2], last)]
+        near = difflib.get_close_matches(pattern, alike or names, n=1, cutoff=0.4)
         known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         hint = f"did you mean {near[0]!r}?" if near else f"the last word of a name is one of {known}"
         raise ConfigError(f"linears has {pattern!r}, which fits no linear layer of this model; {hint}")

@@ -45,9 +45,19 @@ def draw_oracle(table: Mapping[str, Any], place: str | Path, *, unit: str = "nat
 
 
 def draw_curves(axes: Any, curves: Mapping[str, Curve], title: str) -> None:
-    """A line over the budgets for each name."""
-    for number, (label, value_G) in enumerate(curves.items()):
-        axes.plot(value_G, color=SERIES[number], marker=MARKERS[number], label=label)
+    """A line over the budgets for each name; one that lies on an earlier one is dashed over it, and said to."""
+    drawn: dict[str, np.ndarray] = {}
+    for number, (label, curve) in enumerate(curves.items()):
+        value_G = np.asarray(curve, float)
+        span = np.ptp(np.concatenate([value_G, *drawn.values()])) if drawn else 0.0
+        covered = [
+            name for name, earlier_G in drawn.items() if np.allclose(value_G, earlier_G, rtol=0, atol=0.005 * span)
+        ]
+        # The one below is seen through the gaps, and around smaller markers.
+        style: dict[str, Any] = {"linestyle": (0, (4, 4)), "markersize": 2.5} if covered else {}
+        shown = f"{label} (as {covered[0]})" if covered else label
+        axes.plot(value_G, color=SERIES[number], marker=MARKERS[number], label=shown, **style)
+        drawn[label] = value_G
     axes.set_title(title)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from anabranch.config import configclass
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, load_weights, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -185,6 +186,14 @@ def routed(**changes):
             "has all of this model; the closest, olmoe, lacks feed_forward.shared_width=8$",
         ),
         ({"attention": OLMOE.replace(head_dim=10)}, "the closest, olmoe, lacks attention.head_dim=10$"),
+        (
+            {
+                "attention": SelfAttention.Config(num_heads=2),
+                "feed_forward": SwiGLU.Config(hidden_dim=8),
+                "streams": ParScale.Config(num_streams=4, switchable=(2,)),
+            },
+            r"the closest, qwen2_parscale, lacks streams\.switchable=\[2\]$",
+        ),
         (
             {
                 "attention": SelfAttention.Config(num_heads=2, out_bias=True),

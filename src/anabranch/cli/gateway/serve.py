@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import FLAG, AsJson, Quiet
+from anabranch.cli.options import FLAG, AsJson, Quiet, only_file
 from anabranch.cli.output import fact, print_json, say
 from anabranch.extras import require
 
 
 def serve(
-    config: Annotated[
-        Path | None,
+    config_files: Annotated[
+        list[Path] | None,
         typer.Option(
             "--config",
             "-c",
@@ -51,6 +51,7 @@ def serve(
 
     Example: anabranch gateway serve --config gateway.toml --port 8080
     """  # fmt: skip
+    config = only_file(config_files)
     require("gateway", by="anabranch gateway serve")
     from anabranch.gateway.http.run import load, run
 

@@ -235,7 +235,11 @@ def _objection(lacking: dict[str, list[str]], family: str | None) -> str:
     nowhere = set.intersection(*map(set, close.values()))
     if nowhere:
         return f"no Hugging Face family has {some(sorted(nowhere))}"
-    closest = min(close, key=lambda name: len(close[name]))
+    # A part of another kind is one difference in words, and differs in all.
+    kinds = {
+        name: sum(feature.split("=")[0].endswith(".kind") for feature in features) for name, features in close.items()
+    }
+    closest = min(close, key=lambda name: (kinds[name], len(close[name])))
     return f"no Hugging Face family has all of this model; the closest, {closest}, lacks {some(close[closest])}"
 
 
