@@ -177,6 +177,10 @@ def test_the_tokenizer_is_rebuilt(tmp_path, cut):
         ("qwen2", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
         ("smollm", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
         ("gpt-2", ["a", "12345", " +", " bc", "'s"]),
+        ("olmo", ["a", "12345", " +", " bc", "'s"]),
+        ("tekken", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
+        ("gpt-4o", ["a", "123", "45", " +", " bc's"]),
+        ("deepseek-v3", ["a", "123", "45", " +", " bc", "'s"]),
     ],
 )
 def test_where_text_is_cut(tmp_path, cut, words):
@@ -214,9 +218,9 @@ def test_prompts_begin_as_llama_cpp_begins_them(tmp_path, cut, said, begins):
 
 
 def test_other_tokenizers_are_left_out_with_a_warning(tmp_path, caplog):
-    path = write(tmp_path / "m.gguf", tiny(64), extra=lambda writer: writer.add_tokenizer_model("llama"))
+    path = write(tmp_path / "m.gguf", tiny(64), extra=lambda writer: writer.add_tokenizer_model("rwkv"))
     assert load_model(path)[1] is None
-    assert "tokenizer of kind 'llama'" in caplog.text
+    assert "tokenizer of kind 'rwkv'" in caplog.text
 
 
 def test_conversion(tmp_path):
@@ -237,9 +241,14 @@ def test_conversion(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "extra", "message"),
     [
-        ("qwen2", None, "general.architecture in .* is 'qwen2'; supported: 'llama'"),
-        ("llama", lambda writer: writer.add_expert_count(8), "llama.expert_count in .* is 8"),
-        ("llama", lambda writer: writer.add_uint16("split.count", 3), "split.count in .* is 3"),
+        ("mamba", None, "general.architecture in .* is 'mamba'; supported: 'llama', "),
+        ("llama", lambda writer: writer.add_expert_count(8), "has no llama.expert_used_count"),
+        ("llama", lambda writer: writer.add_expert_count(1 << 20), "llama.expert_count in .* is 1048576; .* to 65536"),
+        (
+            "llama",
+            lambda writer: writer.add_uint16("split.count", 3),
+            r"one of 3 parts .* must end in -00001-of-00003.gguf",
+        ),
         ("llama", lambda writer: writer.add_rope_dimension_count(8), "partial_rotary_factor in .* is 0.5"),
         (
             "llama",

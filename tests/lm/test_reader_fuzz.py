@@ -188,7 +188,7 @@ def test_layers_are_counted_before_they_are_walked_through(folders, tmp_path, fa
     ],
 )
 def test_metadata_of_gguf_is_told_by_field_and_value(folders, monkeypatch, field, value, message):
-    import anabranch.lm.gguf as reading
+    import anabranch.lm.gguf_file as reading
 
     class Changed(reading.Container):
         def __init__(self, *arguments):

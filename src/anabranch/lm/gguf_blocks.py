@@ -30,9 +30,9 @@ def kept_form(file: GgufFile, names: Sequence[str], bits: str) -> tuple[Kind, in
     return BLOCKS[kind], SIZE
 
 
-def packed_rows(file: GgufFile, parts: Sequence[tuple[str, int | None]], like: Packed) -> Tensor:
-    """Panels ``[P, bytes]`` of one matrix, whose rows are those of the stored tensors, or of one of a stored stack, in order."""
-    found = [_blocks(file.kind(name), *file.raw(name, index)) for name, index in parts]
+def packed_rows(file: GgufFile, names: Sequence[str], like: Packed) -> Tensor:
+    """Panels ``[P, bytes]`` of one matrix, whose rows are those of the tensors ``names``, in order."""
+    found = [_blocks(file.kind(name), *file.raw(name)) for name in names]
     number_NK, scale_NG, least_NG = (torch.cat(part) for part in zip(*found, strict=True))
     return Packed.of_integers(number_NK, scale_NG, least_NG, like.kind).data[0]
 

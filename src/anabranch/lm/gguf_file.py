@@ -5,6 +5,7 @@ The gguf package reads the same, a numpy scalar at a time: seconds for a vocabul
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.bounds import shown
+from anabranch.bounds import MOST_SIZE, shown
+from anabranch.errors import CheckpointError
 
-__all__ = ["Container", "Stored"]
+__all__ = ["Container", "Fields", "Stored", "open_parts"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -65,6 +67,11 @@ class Container:
             raise ValueError(f"general.alignment is {shown(step)}; it must be 1 to {1 << 20}")
         start = -(-self._at // step) * step
         self.tensors = [self._tensor(name, shape, kind, start + offset) for name, shape, kind, offset in heads]
+
+    def forget(self) -> None:
+        """Let go of what was read: its pages are read again when they are wanted."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
 
     def _take(self, kinds: str) -> tuple[Any, ...]:
         form = struct.Struct("<" + kinds)
@@ -133,3 +140,103 @@ class Container:
             rows = (*shape[:0:-1], shape[0] // block * size)
             data = np.frombuffer(self._bytes, np.uint8, total, start).reshape(rows)
         return Stored(name, shape, kind, data)
+
+
+# Parts of a file, at most.
+_MOST_PARTS = 10_000
+
+
+def open_parts(path: Path, gguf: Any) -> list[Container]:
+    """A file, or all parts of one that was split (``NAME-00001-of-00003.gguf``), whose first part is given and has the metadata.
+
+    Raises CheckpointError for a file that is corrupt, a part that is not the first, and parts that are missing or of another file.
+    """
+    first = _opened(path, gguf)
+    fields = Fields(path, first.fields)
+    count = fields.integer("split.count", 0, default=0, most=_MOST_PARTS)
+    if count < 2:
+        return [first]
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if name is None or int(name[3]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts (split.count), whose names must end in -00001-of-{count:05}.gguf; give them those names again"
+        )
+    number = fields.integer("split.no", 0, default=0, most=_MOST_PARTS)
+    beginning = path.with_name(f"{name[1]}-00001-of-{name[3]}.gguf")
+    if number != 0:
+        raise CheckpointError(f"{path} is part {number + 1} of {count}; give the first, {beginning}")
+    parts = [first]
+    for other in range(2, count + 1):
+        place = path.with_name(f"{name[1]}-{other:05}-of-{name[3]}.gguf")
+        if not place.is_file():
+            raise CheckpointError(f"{place} is missing, part {other} of {count} of {path}; copy it beside the first")
+        parts.append(_opened(place, gguf))
+        said = Fields(place, parts[-1].fields)
+        if (said.get("split.no"), said.get("split.count")) != (other - 1, count):
+            raise CheckpointError(
+                f"{place} is not part {other} of {count} by its split.no and split.count; copy it again"
+            )
+    names = [tensor.name for part in parts for tensor in part.tensors]
+    wanted = fields.integer("split.tensors.count", 0, default=len(names))
+    if len(set(names)) != len(names) or len(names) != wanted:
+        raise CheckpointError(
+            f"the {count} parts of {path} hold {len(set(names))} tensors, and split.tensors.count is {wanted}; copy them again"
+        )
+    return parts
+
+
+def _opened(path: Path, gguf: Any) -> Container:
+    try:
+        return Container(path, gguf)
+    except Exception as error:
+        # Broken bytes may raise anything.
+        raise CheckpointError(f"cannot read {path}: {error}; it is truncated or corrupt, copy it again") from None
+
+
+class Fields:
+    """The metadata of a file, read field by field. Raises CheckpointError for a value of another kind than is asked for."""
+
+    def __init__(self, path: Path, table: dict[str, Any]) -> None:
+        self.path = path
+        self._table = table
+
+    def get(self, name: str) -> Any:
+        """A value, None if there is none."""
+        return self._table.get(name)
+
+    def require(self, name: str) -> Any:
+        """A value that must be there."""
+        value = self.get(name)
+        if value is None:
+            raise CheckpointError(f"{self.path} has no {name}, without which the model cannot be built")
+        return value
+
+    def integer(self, name: str, low: int = 1, *, most: int = MOST_SIZE, default: int | None = None) -> int:
+        """A whole number from ``low`` to ``most``, ``default`` where there is none."""
+        value = self.require(name) if default is None else self._table.get(name, default)
+        if type(value) is not int or not low <= value <= most:
+            raise CheckpointError(
+                f"{name} in {self.path} is {shown(value)}; it must be a whole number from {low} to {most}"
+            )
+        return value
+
+    def real(self, name: str, *, default: float | None = None) -> float:
+        """A finite number above 0, ``default`` where there is none or 0."""
+        value = self.require(name) if default is None else self._table.get(name) or default
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise CheckpointError(f"{name} in {self.path} is {shown(value)}; it must be a finite number above 0")
+        return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false, ``default`` where it is not said."""
+        value = self._table.get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{name} in {self.path} is {shown(value)}; it must be true or false")
+        return value
+
+    def list_of(self, kind: type, name: str) -> list[Any]:
+        """A list of values of one type, empty where there is none."""
+        value = self._table.get(name, [])
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise CheckpointError(f"{name} in {self.path} is {shown(value)}; it must be a list of {kind.__name__}")
+        return value

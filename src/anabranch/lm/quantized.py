@@ -177,7 +177,7 @@ class _Layers:
         is_kept, source = self._kept(weight) is not None, self._source
         for number, pieces in enumerate(parts):
             if is_kept and isinstance(source, GgufFile):
-                made.data[number] = packed_rows(source, [(part.name, part.index) for part in pieces], like)
+                made.data[number] = packed_rows(source, [part.name for part in pieces], like)
             else:
                 made.put(number, self._read(pieces, (like.rows, like.depth)))
         return made

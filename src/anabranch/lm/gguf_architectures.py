@@ -1,0 +1,167 @@
+"""The architectures of GGUF files that we read: each as the family of Hugging Face that computes the same, with its names and config."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.errors import CheckpointError
+from anabranch.lm.gguf_file import Fields, Stored
+
+__all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
+
+# Experts of a layer, at most.
+_MOST_EXPERTS = 1 << 16
+
+# By what stands behind "blk.N." and before ".weight".
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_EXPERTS = {kind: f"mlp.experts.{{}}.{kind}_proj" for kind in ("gate", "up", "down")}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How an architecture is shown to the rest.
+
+    Attributes:
+        model_type: the family.
+        config: fields of its config.json beside those that all have, of the file's fields and their prefix.
+        interleaved: whether the rows of query and key projections are turned for llama.cpp's rotary layout.
+        names: of its tensors, where they are not those of most.
+        experts: names of an expert's matrices, ``{}`` its number.
+    """
+
+    model_type: str
+    config: Callable[[Fields, str], dict[str, Any]]
+    interleaved: bool = False
+    names: tuple[tuple[str, str], ...] = ()
+    experts: tuple[tuple[str, str], ...] = tuple(_EXPERTS.items())
+
+    def places(self, tensor: Stored) -> Iterator[tuple[str, int | None]]:
+        """(Hugging Face's name, which of the stack) of what a tensor holds: itself (None), or one matrix of each expert.
+
+        Raises CheckpointError for a stack of more experts than there can be.
+        """
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        stem, _, kind = tensor.name[layer.end() if layer else 0 :].rpartition(".")
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        stacked = re.fullmatch(r"ffn_(gate|up|down)(?:_exps|\.(\d+))", stem)
+        if stacked is None:
+            yield f"{prefix}{({**_NAMES, **dict(self.names)}).get(stem, stem)}.{kind}", None
+            return
+        name = f"{prefix}{dict(self.experts)[stacked[1]]}.{kind}"
+        # Files of before 2024 have a tensor for each expert.
+        if stacked[2] is not None:
+            yield name.format(stacked[2]), None
+            return
+        count = tensor.shape[-1]
+        if len(tensor.shape) != 3 or count > _MOST_EXPERTS:
+            raise CheckpointError(
+                f"{tensor.name} has shape {list(tensor.shape)}; a stack of at most {_MOST_EXPERTS} matrices is supported"
+            )
+        for index in range(count):
+            yield name.format(index), index
+
+
+def _dense(fields: Fields, prefix: str) -> dict[str, Any]:
+    return {"intermediate_size": fields.integer(f"{prefix}.feed_forward_length")}
+
+
+def _chosen(fields: Fields, prefix: str, *, renormalize: bool) -> dict[str, Any]:
+    """What all mixtures have. Raises CheckpointError for a routing that none of these families has."""
+    known = {"expert_weights_scale": (0.0, 1.0), "expert_gating_func": (0, 1), "expert_group_count": (0, 1)}
+    for name, allowed in known.items():
+        given = fields.get(f"{prefix}.{name}")
+        if given is not None and given not in allowed:
+            raise CheckpointError(
+                f"{prefix}.{name} in {fields.path} is {given!r}, which is not supported; supported: {allowed[1]}"
+            )
+    return {
+        "num_experts": fields.integer(f"{prefix}.expert_count", most=_MOST_EXPERTS),
+        "num_experts_per_tok": fields.integer(f"{prefix}.expert_used_count", most=_MOST_EXPERTS),
+        "norm_topk_prob": fields.flag(f"{prefix}.expert_weights_norm", default=renormalize),
+    }
+
+
+def _mixtral(fields: Fields, prefix: str) -> dict[str, Any]:
+    chosen = _chosen(fields, prefix, renormalize=True)
+    width = fields.integer(f"{prefix}.feed_forward_length")
+    return {**chosen, "num_local_experts": chosen["num_experts"], "intermediate_size": width}
+
+
+def _olmoe(fields: Fields, prefix: str) -> dict[str, Any]:
+    name = f"{prefix}.attention.clamp_kqv"
+    clip = fields.real(name) if fields.get(name) else None
+    return {**_chosen(fields, prefix, renormalize=False), **_dense(fields, prefix), "clip_qkv": clip}
+
+
+def _qwen_moe(fields: Fields, prefix: str, *, renormalize: bool) -> dict[str, Any]:
+    chosen = _chosen(fields, prefix, renormalize=renormalize)
+    width = fields.integer(f"{prefix}.feed_forward_length", 0, default=0)
+    own = fields.integer(f"{prefix}.expert_feed_forward_length", 0, default=0)
+    # What llama.cpp takes where the file does not say.
+    own = own or width // chosen["num_experts_per_tok"]
+    return {
+        **chosen,
+        "moe_intermediate_size": own,
+        "intermediate_size": width or own,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _qwen2_moe(fields: Fields, prefix: str) -> dict[str, Any]:
+    table = _qwen_moe(fields, prefix, renormalize=False)
+    shared = fields.integer(f"{prefix}.expert_shared_feed_forward_length", 0, default=0)
+    return {**table, "shared_expert_intermediate_size": shared or table["intermediate_size"]}
+
+
+def _qwen3_moe(fields: Fields, prefix: str) -> dict[str, Any]:
+    return _qwen_moe(fields, prefix, renormalize=True)
+
+
+_MIXTRAL = tuple(
+    (kind, f"block_sparse_moe.experts.{{}}.{name}") for kind, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+)
+ARCHITECTURES = {
+    "llama": Architecture("llama", _dense, interleaved=True),
+    "mistral3": Architecture("llama", _dense, interleaved=True),
+    "qwen2": Architecture("qwen2", _dense),
+    "qwen3": Architecture("qwen3", _dense),
+    "qwen2moe": Architecture("qwen2_moe", _qwen2_moe),
+    "qwen3moe": Architecture("qwen3_moe", _qwen3_moe),
+    "olmoe": Architecture("olmoe", _olmoe),
+}
+_LLAMA_WITH_EXPERTS = Architecture(
+    "mixtral", _mixtral, interleaved=True, names=(("ffn_gate_inp", "block_sparse_moe.gate"),), experts=_MIXTRAL
+)
+
+
+def architecture_of(fields: Fields) -> tuple[str, Architecture]:
+    """(prefix of its fields, architecture) of a file. Raises CheckpointError for one that is not known."""
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        known = ", ".join(map(repr, ARCHITECTURES))
+        raise CheckpointError(f"general.architecture in {fields.path} is {name!r}; supported: {known}")
+    made = ARCHITECTURES[name]
+    has_experts = fields.integer(f"{name}.expert_count", 0, default=0) > 0
+    return name, _LLAMA_WITH_EXPERTS if made.model_type == "llama" and has_experts else made

@@ -1,0 +1,276 @@
+"""GGUF files of every architecture, made from transformers' models as llama.cpp's converter makes them, compute what those compute."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+from anabranch.cli.main import main
+from anabranch.errors import CheckpointError
+from anabranch.lm import convert, load_config, load_model
+from anabranch.lm.formats import FAMILIES
+from anabranch.lm.gguf import GgufFile
+from anabranch.lm.quantized import load_quantized
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize
+from gguf_files import TEXT, bpe, interleaved
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+VOCAB, DIM, HEADS, STORES, HEAD_DIM = 96, 64, 4, 2, 32
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": STORES,
+    "max_position_embeddings": 64, "tie_word_embeddings": False, "initializer_range": 0.3, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+WIDE = {"head_dim": HEAD_DIM}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
+# Architecture in the file: (transformers' config, its changes, fields of the file beside those of all).
+MADE = {
+    "llama": ("LlamaConfig", {"intermediate_size": 96}, {"feed_forward_length": 96}),
+    "mistral3": ("LlamaConfig", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
+    "llama with experts": (
+        "MixtralConfig", {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2},
+        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2},
+    ),
+    "qwen2": ("Qwen2Config", {"intermediate_size": 96}, {"feed_forward_length": 96}),
+    "qwen3": ("Qwen3Config", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
+    "qwen2moe": (
+        "Qwen2MoeConfig", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32,
+         "expert_shared_feed_forward_length": 64},
+    ),
+    "qwen3moe": (
+        "Qwen3MoeConfig", {**EXPERTS, **WIDE, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32},
+    ),
+    "olmoe": (
+        "OlmoeConfig", {**EXPERTS, "intermediate_size": 32, "num_key_value_heads": HEADS},
+        {"feed_forward_length": 32, "expert_count": 5, "expert_used_count": 2},
+    ),
+}  # fmt: skip
+MIXTURES = [name for name in MADE if "moe" in name or "experts" in name]
+
+
+def theirs(name):
+    """A random model of transformers', with no norm of ones and no bias of zeros."""
+    kind, changes, _ = MADE[name]
+    config = getattr(transformers, kind)(**{**COMMON, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0 if "norm" in key else 0.0, 0.2)
+    return model
+
+
+def tensors_of(model, architecture):
+    """(name in the file, array) as convert_hf_to_gguf.py gives them: names of the package's table, experts stacked."""
+    table = name_table(architecture)
+    for key, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        layer = re.match(r"model\.layers\.(\d+)\.", key)
+        if key.endswith("experts.gate_up_proj"):  # as transformers 5 has them in memory
+            gate, up = np.split(array, 2, axis=1)
+            yield f"blk.{layer[1]}.ffn_gate_exps.weight", gate
+            yield f"blk.{layer[1]}.ffn_up_exps.weight", up
+            continue
+        if key.endswith("experts.down_proj"):
+            yield f"blk.{layer[1]}.ffn_down_exps.weight", array
+            continue
+        if architecture in ("llama", "mistral3") and re.search(r"[qk]_proj", key):
+            array = interleaved(array, HEADS if "q_proj" in key else STORES)
+        if "shared_expert_gate" in key:
+            array = array[0]
+        name = table.get_name(key.replace("block_sparse_moe", "mlp"), (".weight", ".bias"))
+        assert name is not None, key
+        yield name, array
+
+
+def name_table(architecture):
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(arch, 2)
+
+
+def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None):
+    """The file of a model, its matrices stored as ``kind``; ``split`` tensors in each of its parts."""
+    architecture, fields = name.split()[0], MADE[name][2]
+    options = {} if split is None else {"split_max_tensors": split}
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    config = model.config
+    for key, value in {
+        "block_count": 2, "context_length": 64, "embedding_length": DIM, "attention.head_count": HEADS,
+        "attention.head_count_kv": config.num_key_value_heads, **fields,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"{architecture}.{key}", value)
+    if (head_dim := getattr(config, "head_dim", None) or DIM // HEADS) != DIM // HEADS:
+        writer.add_key_length(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    if extra is not None:
+        extra(writer)
+    for tensor, array in tensors or tensors_of(model, architecture):
+        if kind is None or array.ndim == 1 or "gate_inp" in tensor:
+            writer.add_tensor(tensor, np.ascontiguousarray(array))
+        else:
+            writer.add_tensor(tensor, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def supported(name):
+    kind, _, _ = MADE[name]
+    if getattr(transformers, kind).model_type not in FAMILIES:
+        pytest.skip(f"{kind} is no family here")
+
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % VOCAB
+
+
+@pytest.mark.parametrize("name", MADE)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name, tmp_path):
+    supported(name)
+    model = theirs(name)
+    loaded, tokenizer = load_model(write(tmp_path / "m.gguf", model, name))
+    assert tokenizer is None
+    assert loaded.config == load_config(tmp_path / "m.gguf")
+    wanted = model(TOKENS).logits
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", ["llama with experts", "qwen2moe"])
+@torch.no_grad()
+def test_experts_keep_the_blocks_that_are_stored(name, kind, tmp_path):
+    path = write(tmp_path / "m.gguf", theirs(name), name, kind=gguf.GGMLQuantizationType[kind])
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, "int4")
+    wanted = "int8" if kind == "Q8_0" else "int4"
+    pools = [module for module in stored.modules() if isinstance(module, QuantizedPool)]
+    assert len(pools) == 2
+    assert {part.kind for pool in pools for part in pool.packed} == {wanted}
+    assert {module.packed.kind for module in stored.modules() if isinstance(module, QuantizedLinear)} == {wanted}
+    convert(path, tmp_path / "q", quantize="int4")
+    saved, _ = load_model(tmp_path / "q")
+    for model in (stored, saved):
+        dequantize(model)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+def test_the_gguf_package_dequantises_the_same(tmp_path):
+    path = write(tmp_path / "m.gguf", theirs("qwen3moe"), "qwen3moe", kind=gguf.GGMLQuantizationType.Q4_1)
+    file = GgufFile(path)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, matrix in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+        tensor = stored[f"blk.1.ffn_{name}_exps.weight"]
+        whole = gguf.dequantize(tensor.data, tensor.tensor_type)
+        for expert in range(5):
+            assert np.array_equal(
+                file.read(f"model.layers.1.mlp.experts.{expert}.{matrix}.weight").numpy(), whole[expert]
+            )
+
+
+def test_a_tensor_for_each_expert_as_older_files_have(tmp_path):
+    model, name = theirs("llama with experts"), "llama with experts"
+    apart = []
+    for tensor, array in tensors_of(model, "llama"):
+        kind = re.fullmatch(r"(blk\.\d\.ffn_(?:gate|up|down))_exps\.weight", tensor)
+        apart += [(f"{kind[1]}.{i}.weight", one) for i, one in enumerate(array)] if kind else [(tensor, array)]
+    write(tmp_path / "old.gguf", model, name, tensors=apart)
+    write(tmp_path / "new.gguf", model, name)
+    old, new = (load_model(tmp_path / f"{age}.gguf")[0].state_dict() for age in ("old", "new"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("expert_weights_scale", 2.5, "expert_weights_scale in .* is 2.5, which is not supported; supported: 1.0"),
+        ("expert_gating_func", 2, "expert_gating_func in .* is 2, which is not supported; supported: 1"),
+        ("expert_group_count", 4, "expert_group_count in .* is 4"),
+        ("expert_weights_norm", 1, "expert_weights_norm in .* is 1; it must be true or false"),
+    ],
+)
+def test_routing_that_no_family_has_is_refused(field, value, message, tmp_path):
+    def extra(writer):
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"qwen2moe.{field}", value)
+
+    with pytest.raises(CheckpointError, match=message):
+        load_config(write(tmp_path / "m.gguf", theirs("qwen2moe"), "qwen2moe", extra=extra))
+
+
+# -- split files
+
+
+@pytest.fixture
+def parts(tmp_path):
+    model = theirs("qwen2")
+    write(tmp_path / "whole.gguf", model, "qwen2")
+    write(tmp_path / "m.gguf", model, "qwen2", split=10)
+    found = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(found) == 3
+    return found
+
+
+def test_all_parts_of_a_split_file_are_read(parts):
+    whole, split = (load_model(path)[0].state_dict() for path in (parts[0].with_name("whole.gguf"), parts[0]))
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+
+
+def test_parts_that_are_missing_or_not_the_first_are_told(parts):
+    with pytest.raises(CheckpointError, match=r"is part 2 of 3; give the first, .*m-00001-of-00003.gguf"):
+        load_model(parts[1])
+    last = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003.gguf is missing, part 3 of 3"):
+        load_model(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003.gguf is not part 3 of 3"):
+        load_model(parts[0])
+    parts[2].write_bytes(last[: len(last) // 2])
+    with pytest.raises(CheckpointError, match=r"cannot read .*m-00003-of-00003.gguf: .*truncated or corrupt"):
+        load_model(parts[0])
+    parts[2].write_bytes(last)
+    parts[0].rename(parts[0].with_name("first.gguf"))
+    with pytest.raises(CheckpointError, match=r"names must end in -00001-of-00003.gguf"):
+        load_model(parts[0].with_name("first.gguf"))
+
+
+# -- through the front door
+
+
+def test_a_file_is_scored_and_converted_as_the_folder_that_it_was_made_from(tmp_path, capsys):
+    model, reference = theirs("qwen2moe"), bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    model.resize_token_embeddings(reference.get_vocab_size())
+    model.save_pretrained(tmp_path / "folder")
+    reference.save(str(tmp_path / "folder" / "tokenizer.json"))
+
+    def extra(writer):
+        table = reference.get_vocab()
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(sorted(table, key=table.get))
+        writer.add_token_merges([" ".join(merge) for merge in json.loads(reference.to_str())["model"]["merges"]])
+
+    write(tmp_path / "m.gguf", model, "qwen2moe", extra=extra)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "q"), "--to", "native", "--quantize", "int8"]) == 0
+    capsys.readouterr()
+    found = []
+    for place in ("folder", "m.gguf", "q"):
+        options = ["--data", str(tmp_path / "text.txt"), "--sequence-length", "32", "--dtype", "float32", "--json"]
+        assert main(["eval", str(tmp_path / place), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out)["nats_per_token"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=0.1)
