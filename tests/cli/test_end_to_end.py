@@ -779,7 +779,7 @@ def test_what_the_terminal_shows_of_a_report_is_in_its_folder(trained, here, wor
     assert len(sentences) > 5
     assert sentences == facts["text"]
     assert [sentence for sentence in sentences if sentence not in page.text] == []
-    for heading in ("PLEC", "LFU", "fixed", "by the one predicted", "score over optimum", "95%"):
+    for heading in ("PLEC", "LFU", "prefilled fixed", "by the one predicted", "score over optimum", "95%"):
         assert any(heading.replace(" ", "") in cells for cells in page.rows), heading
     assert [len(facts[name]) for name in ("windows", "balance_audit")] == [2, 2]
     assert (work / "whole/windows.png").read_bytes().startswith(b"\x89PNG")

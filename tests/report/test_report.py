@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from anabranch.errors import DataError
 from anabranch.report import explain, pictures, summarize, write_report
+from anabranch.report.page import page
 from anabranch.routing import TraceBuilder, TraceLayer, consistency, measure
 from anabranch.routing.trace import concat
 
@@ -166,6 +168,7 @@ def test_a_layer_whose_choice_is_fixed_is_said_to_choose_nothing():
     columns = {"position_N": np.arange(64)}
     (text,) = explain(summarize(by_hand([[1]] * 64, 2, item=0, **columns)))
     assert text.startswith("In every layer every token takes the same expert (1), so nothing is chosen there.")
+    assert summarize(by_hand([[1]] * 64, 2, item=0, **columns)).caches is None
     some = concat([by_hand([[1]] * 64, 2, item=0, **columns), by_wider()])
     assert explain(summarize(some))[0].startswith("In layer 0 every token takes the same expert (1)")
     assert len(explain(summarize(some))) > 1
@@ -191,6 +194,14 @@ def test_layers_of_a_pool_have_one_cache():
     assert held == {int(4 * facts.recommended_ratio)}
     (text,) = [text for text in explain(summarize(trace)) if "SRP" in text]
     assert f"cache {held.pop()} experts of each pool that layers share" in text or facts.is_everything
+
+
+def test_where_only_all_experts_would_do_no_size_is_recommended():
+    found = summarize(made(num_layers=2, length=64))
+    found = replace(found, caches=replace(found.caches, is_everything=True))
+    (text,) = [text for text in explain(found) if "SRP" in text]
+    assert "No cache smaller than all experts of each layer hits 90% of what one that knows the future does" in text
+    assert "recommended cache" not in page("t", found, [], [], {})
 
 
 def test_sizes_are_those_that_exist():

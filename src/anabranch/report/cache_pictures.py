@@ -79,7 +79,9 @@ def _hits_by_window(axes: Axes, found: list[WindowFacts], at: int) -> None:
         hits = [facts.hits[policy][at] for facts in found]
         # What lies at one height stands side by side.
         place = np.arange(len(found)) + 0.08 * (series - (len(POLICIES) - 1) / 2)
-        axes.plot(place, hits, color=SERIES[series], marker=MARKERS[series], linestyle="none", label=label)
+        axes.plot(
+            place, hits, color=SERIES[series], marker=MARKERS[series], linestyle="none", label=label.replace("\n", " ")
+        )
     axes.set_title(f"Hits, cache of {found[0].caches[at]:g}\N{MULTIPLICATION SIGN}")
 
 

@@ -78,7 +78,7 @@ def _tiles(summary: Summary) -> str:
                 f"of experts shared with the token before ({percent(summary.typical('consecutive_chance'))} by chance)",
             )
         )
-    if summary.caches is not None:
+    if summary.caches is not None and not summary.caches.is_everything:
         label = f"the active experts: recommended cache (LRU hits {percent(summary.caches.lru)})"
         tiles.append((_number(summary.caches.recommended_ratio, 2, TIMES), label))
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)

@@ -115,7 +115,7 @@ class Summary:
         layers: every layer of the trace.
         pools: those that several layers share.
         passes: how one pass follows another, where layers of the model route several times.
-        caches: what caches of experts would hit; None where tokens have no order.
+        caches: what caches of experts would hit; None where tokens have no order, and where every token takes the same experts.
         windows: the same at windows and caches that were asked for.
         balance_audit: choices beside the best balanced ones of the same scores, by layer, where that was asked for.
     """
@@ -183,7 +183,7 @@ def summarize(
         layers=layers,
         pools=pools,
         passes=between_passes(trace),
-        caches=cache_facts(trace),
+        caches=None if all(layer.is_constant for layer in layers) else cache_facts(trace),
         windows=asked,
         balance_audit=audit_trace(trace, bias) if balance_audit else [],
     )

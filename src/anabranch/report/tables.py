@@ -9,8 +9,15 @@ from anabranch.report.summary import SEGMENT, LayerFacts, Summary
 from anabranch.report.windows import WindowFacts
 
 UNKNOWN = "-"
-# In the order of the columns, with their headings.
-POLICIES = {"segment": "SCH", "plec": "PLEC", "lru": "LRU", "lfu": "LFU", "fixed": "fixed", "belady": "Belady"}
+# In the order of the columns, with their headings. Only the fixed set is there before a sequence begins.
+POLICIES = {
+    "segment": "SCH",
+    "plec": "PLEC",
+    "lru": "LRU",
+    "lfu": "LFU",
+    "fixed": "prefilled\nfixed",
+    "belady": "Belady",
+}
 
 
 @dataclass(frozen=True)
