@@ -237,6 +237,37 @@ def test_layers_inside_the_loops_are_told_which_tokens_they_see(part, options):
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
+class Counting(Linear):
+    """Hands on the sum of what it was given so far, and adds a little of it."""
+
+    @configclass
+    class Config(Linear.Config):
+        is_added = True
+
+        def count(self, projection, context):
+            return Count.dense(projection.out_dim)
+
+    def __init__(self, config, projection, context):
+        nn.Module.__init__(self)
+        self.row = nn.Parameter(torch.randn(projection.out_dim, generator=context.generator))
+
+    def forward(self, x, context):
+        before = context.carry.get("sum", x.new_zeros(*x.shape[:-1], 1))
+        context.carry["sum"] = before + x.mean(-1, keepdim=True)
+        return 0.1 * context.carry["sum"] * self.row
+
+
+def test_recomputed_loops_hand_on_what_layers_inside_carry():
+    token, found = tokens(), []
+    for recompute in (False, True):
+        model = model_of({"*.feed_forward.up": Counting.Config()}, recompute=recompute, fusion="depth_only").train()
+        torch.manual_seed(0)
+        loss = model(token, token.roll(-1, 1)).loss
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_what_layers_inside_recomputed_loops_emit_counts_once():
     token, found = tokens(), []
     for recompute in (False, True):
