@@ -176,6 +176,13 @@ def test_a_replaced_part_has_no_row_in_a_stack():
     assert pool.w13 is None
     assert pool.w2.shape == (EXPERTS, DIM, HIDDEN)
     assert (pool.num_experts, pool.dim, pool.hidden_dim) == (EXPERTS, DIM, HIDDEN)
+    with pytest.raises(
+        ConfigError, match=r"experts have layers of their own .*, so there is no stack of their matrices"
+    ):
+        _ = pool.stacks
+    beside = pool_of({"*.experts.*.gate": Beside.Config()})
+    assert beside.stacks[0] is beside.w13
+    assert beside.stacks[1] is beside.w2
 
 
 @pytest.mark.parametrize("linears", PATTERNS, ids=lambda linears: " ".join(linears))

@@ -52,3 +52,14 @@ def test_the_row_of_a_batch_is_named():
     score_NE[4, 1] = torch.nan
     with pytest.raises(NotFiniteError, match="1 of 6 items, first in row 2 of the batch: what comes"):
         refuse_nan(score_NE, RoutingContext(sequence_length=2), 0)
+
+
+def test_the_row_is_that_of_a_real_item_and_of_no_stream():
+    score_NE = torch.zeros(6, 3)
+    score_NE[1, 0] = score_NE[4, 1] = torch.nan
+    real_N = torch.arange(6) != 1
+    with pytest.raises(NotFiniteError, match="1 of 6 items, first in row 2 of the batch: what comes"):
+        refuse_nan(score_NE, RoutingContext(sequence_length=2, item_mask_N=real_N), 0)
+    # Of two streams, rows 0 to 2 are the same sequences as rows 3 to 5.
+    with pytest.raises(NotFiniteError, match="2 of 6 items: what comes"):
+        refuse_nan(score_NE, RoutingContext(sequence_length=1, num_streams=2), 0)

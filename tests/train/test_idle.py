@@ -58,9 +58,10 @@ def test_a_step_in_which_they_work_begins_the_stretch_anew(caplog):
         np.array([400, 400, 390, 0, 310, 300, 310, 350]),
         np.array([2 * ENOUGH - 1, 0]),
         np.array([1000]),
+        np.array([], int),
         np.zeros(8),
     ],
-    ids=["one of eight", "too few items", "one expert", "no items"],
+    ids=["one of eight", "too few items", "one expert", "no expert", "no items"],
 )
 def test_what_is_no_collapse_is_not_told(caplog, load_E):
     assert told(caplog, [{"layer 0": load_E}] * (2 * LASTING)) == []

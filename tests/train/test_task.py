@@ -30,7 +30,7 @@ from anabranch.train import (
     read_run_config,
     read_task_run_config,
 )
-from anabranch.train.task import moved
+from anabranch.train.task import TaskContext, moved
 from digits import Digits
 
 pytest.importorskip("sklearn")
@@ -467,3 +467,22 @@ def test_batches_of_any_form_are_moved():
     assert isinstance(found["b"], Pair)
     assert found["b"][0].is_meta
     assert found["c"] is None
+
+
+def test_names_of_the_trainer_are_its_own_where_they_would_stand_beside_them():
+    """The first term and the metrics stand by their names in the log, the other terms under ``auxiliary``; ``loss`` is their sum."""
+    one = torch.ones(())
+    for terms, metrics in (
+        ({"seconds": one, "size": one}, {}),
+        ({"size": one, "loss": one}, {}),
+        ({"size": one}, {"kind": one}),
+    ):
+        with pytest.raises(ConfigError, match=r"^a step gave '(seconds|loss|kind)', which the trainer logs itself"):
+            Losses.of(metrics=metrics, **terms)
+    assert Losses.of(size=one, seconds=one).total == 2
+
+
+def test_the_share_of_a_run_of_no_steps_is_none():
+    context = TaskContext(TrainConfig(steps=0), 8)
+    assert context.fraction == 0
+    assert replace(context, settings=TrainConfig(steps=4), step=3).fraction == 0.75

@@ -153,8 +153,9 @@ def expert_similarity(pool: ExpertPool) -> tuple[float, float]:
     Over pairs of experts. Raises ConfigError for experts with layers of their own.
     """
     check_stacked(pool)
-    gate_EFD, *_ = pool.w13.detach().float().chunk(len(activation_of(pool.activation).parts), dim=1)
-    return _mean_cosine(gate_EFD.mean(1)), _mean_cosine(pool.w2.detach().float().mean(2))
+    w13, w2 = pool.stacks
+    gate_EFD, *_ = w13.detach().float().chunk(len(activation_of(pool.activation).parts), dim=1)
+    return _mean_cosine(gate_EFD.mean(1)), _mean_cosine(w2.detach().float().mean(2))
 
 
 def _mean_cosine(row_ED: Tensor) -> float:

@@ -95,23 +95,32 @@ class ExpertPool(nn.Module):
             self.register_parameter(name, weight)
         self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
 
-    w13: nn.Parameter
-    w2: nn.Parameter
+    w13: nn.Parameter | None
+    w2: nn.Parameter | None
+
+    @property
+    def stacks(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """(w13, w2). Raises ConfigError where one is not stacked, as each expert has a layer of its own."""
+        if self.w13 is None or self.w2 is None:
+            raise ConfigError(
+                "experts have layers of their own (linears names parts of them), so there is no stack of their matrices"
+            )
+        return self.w13, self.w2
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.w13.shape[0] if self.layers is None else self.layers.num_experts
+        return self.stacks[0].shape[0] if self.layers is None else self.layers.num_experts
 
     @property
     def dim(self) -> int:
         """D."""
-        return self.w13.shape[2] if self.layers is None else self.layers.dim
+        return self.stacks[0].shape[2] if self.layers is None else self.layers.dim
 
     @property
     def hidden_dim(self) -> int:
         """F."""
-        return self.w2.shape[2] if self.layers is None else self.layers.hidden_dim
+        return self.stacks[1].shape[2] if self.layers is None else self.layers.hidden_dim
 
     @property
     def is_plain(self) -> bool:
@@ -196,10 +205,10 @@ class ExpertPool(nn.Module):
 
     def _weights(self, context: RoutingContext | None) -> tuple[GradientSums | None, Tensor, Tensor]:
         """The weights; those of a shared pool once per forward pass, with a place where their gradients gather."""
-        pair: Any = (self.w13, self.w2)
+        pair: Any = self.stacks
         if self.exchange is not None:
             pair = [self.exchange.local(weight) for weight in pair]
-        learns = torch.is_grad_enabled() and self.w13.requires_grad and self.w2.requires_grad
+        learns = torch.is_grad_enabled() and all(weight.requires_grad for weight in self.stacks)
         if not self.is_shared or context is None or not learns or not takes():
             return None, *pair
         return context.once(self, lambda: gather_gradients(*pair))

@@ -136,7 +136,7 @@ class QuantizedPool(nn.Module):
     @classmethod
     def of(cls, pool: ExpertPool, bits: Bits, *, group: int | None = None, symmetric: bool = False) -> "QuantizedPool":
         """Round a pool. Raises ConfigError as `Packed.pack`."""
-        w13, w2 = (Packed.pack(weight, bits, group=group, symmetric=symmetric) for weight in (pool.w13, pool.w2))
+        w13, w2 = (Packed.pack(weight, bits, group=group, symmetric=symmetric) for weight in pool.stacks)
         return cls(w13, w2)
 
     @property

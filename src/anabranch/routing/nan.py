@@ -51,5 +51,5 @@ def count_nan(score_NE: Tensor, item_mask_N: Tensor | None) -> Tensor:
 
 
 def _is_nan(score_NE: Tensor, item_mask_N: Tensor | None) -> Tensor:
-    is_nan_N = score_NE.detach().isnan().any(-1)
+    is_nan_N = score_NE.isnan().any(-1)
     return is_nan_N if item_mask_N is None else is_nan_N & item_mask_N

@@ -34,7 +34,7 @@ def check_pool(pool: ExpertPool, *, device: str = "cpu") -> None:
     expected_ND = _naive_experts(pool, x_ND, routing)
     expect_close(y_ND, expected_ND, "the output")
     direction_ND = torch.randn(y_ND.shape, generator=generator).to(device)
-    inputs = (x_ND, pool.w13, pool.w2)
+    inputs = (x_ND, *pool.stacks)
     ours = torch.autograd.grad((y_ND * direction_ND).sum(), inputs)
     naive = torch.autograd.grad((expected_ND * direction_ND).sum(), inputs)
     for name, gradient, wanted in zip(("x", "w13", "w2"), ours, naive, strict=True):
@@ -47,12 +47,12 @@ def check_pool(pool: ExpertPool, *, device: str = "cpu") -> None:
 
 
 def _naive_experts(pool: ExpertPool, x_ND: Tensor, routing: Routing) -> Tensor:
-    rows = []
+    rows, (w13_EFD, w2_EDF) = [], pool.stacks
     for n in range(routing.num_items):
         y_D = torch.zeros_like(x_ND[n])
         for e, weight in zip(routing.index_NK[n].tolist(), routing.weight_NK[n], strict=True):
             if e != UNUSED:
-                gate_F, up_F = (pool.w13[e] @ x_ND[n]).chunk(2)
-                y_D = y_D + weight * (pool.w2[e] @ (nn.functional.silu(gate_F) * up_F))
+                gate_F, up_F = (w13_EFD[e] @ x_ND[n]).chunk(2)
+                y_D = y_D + weight * (w2_EDF[e] @ (nn.functional.silu(gate_F) * up_F))
         rows.append(y_D)
     return torch.stack(rows)

@@ -38,7 +38,7 @@ class Kind:
     def of(cls, pool: ExpertPool | QuantizedPool) -> "Kind":
         """Of the experts of a pool."""
         if isinstance(pool, ExpertPool):
-            return cls(pool.dim, pool.hidden_dim, pool.w13.dtype)
+            return cls(pool.dim, pool.hidden_dim, pool.stacks[0].dtype)
         w13, w2 = pool.packed
         return cls(pool.dim, pool.hidden_dim, torch.uint8, w13.kind, (w13.group, w2.group))
 

@@ -122,7 +122,7 @@ def offload(
 
 def weights_of(pool: ExpertPool | QuantizedPool) -> tuple[Tensor, Tensor]:
     """What of a pool goes into slots: (w13_EFD, w2_EDF), or its panels, both [E, P, bytes]."""
-    return (pool.w13, pool.w2) if isinstance(pool, ExpertPool) else (pool.data13, pool.data2)
+    return pool.stacks if isinstance(pool, ExpertPool) else (pool.data13, pool.data2)
 
 
 def _tier(

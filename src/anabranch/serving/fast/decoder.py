@@ -325,7 +325,7 @@ def _packed_of(module: Any) -> list[Packed]:
         return list(module.packed)
     weights: tuple[Tensor, ...]
     if isinstance(module, ExpertPool):
-        weights = (module.w13, module.w2)
+        weights = module.stacks
     elif is_plain(module) or type(module) is nn.Embedding:
         weights = (module.weight,)
     else:

@@ -106,7 +106,7 @@ def _of_product(module: Any) -> str | None:
         return f"a {type(module).__name__} stands where a linear layer or a pool should"
     if isinstance(module, ExpertPool) and not module.is_plain:
         return "experts are not plain SwiGLUs"
-    weights = (module.w13, module.w2) if isinstance(module, ExpertPool) else (module.weight,)
+    weights = module.stacks if isinstance(module, ExpertPool) else (module.weight,)
     return next((why for weight in weights if (why := _of_weight(weight))), None)
 
 
