@@ -118,7 +118,7 @@ class FakeEngine:
                 self._left -= 1
                 self._is_dead = self._is_dead or self._left < 0
             if self._is_dead:
-                yield Output(id=request.id, finish=Finish.ERROR, error="the process died")
+                yield Output(id=request.id, finish=Finish.ERROR, error="the process died", engine_failed=True)
                 return
             if request.id in self.aborted:
                 yield Output(id=request.id, finish=Finish.ABORT)

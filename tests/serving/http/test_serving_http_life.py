@@ -150,8 +150,11 @@ def test_a_request_that_fails_does_so_alone(is_stream):
     with serving() as running:
         answer = running.ask("/v1/chat/completions", {**HELLO, "stream": is_stream}, x_request_id="bad-1")
         assert answer[0] == 500  # nothing was written yet
-        assert answer[2]["error"]["code"] == "engine_failed"
-        assert "not a number" not in json.dumps(answer[2])
+        assert answer[1]["x-should-retry"] == "false"
+        assert answer[2]["error"]["code"] == "request_failed"
+        assert answer[2]["error"]["message"] == "not a number"
+        assert running.metrics()['aborted_total{reason="request_failed"}'] == 1
+        assert running.metrics()['aborted_total{reason="engine_failed"}'] == 0
         assert running.chat(max_tokens=2)[0] == 200
         assert running.frontend.state == "ready"
         assert len(running.script.made) == 1

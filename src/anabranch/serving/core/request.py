@@ -28,7 +28,7 @@ class Finish(StrEnum):
     LENGTH = "length"
     # The client has gone, or asked for it.
     ABORT = "abort"
-    # The engine failed; `Output.error` says how.
+    # It could not go on, alone or with the whole engine (`Output.engine_failed`); `Output.error` says why.
     ERROR = "error"
 
 
@@ -240,6 +240,7 @@ class Output:
         logprobs: one for each of them where asked for.
         finish: why it ended; None while it goes on. After one with a reason there are no more.
         error: what went wrong, with `Finish.ERROR`.
+        engine_failed: the engine failed, and this request with it; False where it failed alone, and the others go on.
         cached_tokens: prompt tokens whose keys and values were there already; set with the first output.
         queue_s: seconds it waited before its first chunk ran; set with the first output.
         routing: where recorded, for each new token {layer: destinations}.
@@ -252,6 +253,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     error: str | None = None
+    engine_failed: bool = False
     cached_tokens: int | None = None
     queue_s: float | None = None
     routing: tuple[dict[int, tuple[int, ...]], ...] = ()

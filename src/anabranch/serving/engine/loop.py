@@ -305,7 +305,7 @@ class EngineLoop:
     def _fail(self, error: BaseException) -> None:
         logger.error("the engine failed: %s", error, exc_info=error)
         message = f"{type(error).__name__}: {error}"
-        lost = [Output(id=id, finish=Finish.ERROR, error=message) for id in sorted(self._live)]
+        lost = [Output(id=id, finish=Finish.ERROR, error=message, engine_failed=True) for id in sorted(self._live)]
         self._live.clear()
         for _, future in self._preparing.values():
             future.cancel()

@@ -77,7 +77,7 @@ class StreamsClient:
     async def submit(self, request: Request) -> AsyncIterator[Output]:
         """Run one request, see `EngineClient`. It begins when the iterator is first asked."""
         if not self._is_open:
-            yield Output(id=request.id, finish=Finish.ERROR, error="the engine is not ready")
+            yield Output(id=request.id, finish=Finish.ERROR, error="the engine is not ready", engine_failed=True)
             return
         if request.id in self._streams:
             raise InputError(f"a request {request.id!r} is under way; ids must differ")
@@ -164,7 +164,7 @@ class StreamsClient:
         finish = Finish.ERROR if crashed else Finish.ABORT
         for id, stream in list(self._streams.items()):
             if not stream.has_ended:
-                stream.push(Output(id=id, finish=finish, error=reason))
+                stream.push(Output(id=id, finish=finish, error=reason, engine_failed=crashed))
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(BackendError(reason))

@@ -12,6 +12,7 @@ from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
 
+ENGINE_FAILED = "the engine failed; the server's log says how"
 Experts = dict[int, tuple[int, ...]]
 
 
@@ -96,7 +97,7 @@ class Choice:
         self.finish: Finish | None = None
 
     async def run(self) -> AsyncIterator[Piece]:
-        """Pieces to the end. Closing it aborts the request; an engine that fails raises ApiError (500)."""
+        """Pieces to the end. Closing it aborts the request; one that fails, alone or with the engine, raises ApiError (500)."""
         outputs = self._engine.submit(self._request)
         try:
             async for output in outputs:
@@ -116,7 +117,11 @@ class Choice:
 
     def _take(self, output: Output) -> Piece:
         if output.finish is Finish.ERROR:
-            raise ApiError(500, "engine_failed", "the engine failed; the server's log says how")
+            if output.engine_failed:
+                raise ApiError(500, "engine_failed", ENGINE_FAILED)
+            # Asked again it would fail again.
+            message, again = output.error or "the request failed", {"x-should-retry": "false"}
+            raise ApiError(500, "request_failed", message, headers=again)
         if output.finish is Finish.ABORT:
             raise ApiError(503, "aborted", "the request was aborted by the server", headers={"Retry-After": "1"})
         if output.cached_tokens is not None:

@@ -13,7 +13,7 @@ from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo
 from anabranch.serving.core.request import Request
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.buffer import Buffer
-from anabranch.serving.http.choice import Choice, Piece
+from anabranch.serving.http.choice import ENGINE_FAILED, Choice, Piece
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.metrics import Metrics
 from anabranch.serving.http.reading import Reader
@@ -198,7 +198,7 @@ class Frontend:
         if time.monotonic() - self._ready_at > self.config.restart_reset_s:
             self._restarts = 0
         self._become("loading")
-        self.cut(ApiError(500, "engine_failed", "the engine failed; the server's log says how"))
+        self.cut(ApiError(500, "engine_failed", ENGINE_FAILED))
         await self._end(engine)
         while self._restarts < self.config.restarts:
             self._restarts += 1

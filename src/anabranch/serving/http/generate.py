@@ -71,8 +71,7 @@ class Generate:
             self._abort(choices, "client_gone")
             raise
         except ApiError as error:
-            if error.status in _ABORTED:
-                self._abort(choices, _ABORTED[error.status])
+            self._failed(choices, error)
             raise
         finally:
             for ticket in tickets:
@@ -128,7 +127,7 @@ class Generate:
         call.code = response.status
         if failure is not None:
             call.facts["error"] = failure.code
-            self._abort(shape.choices, _ABORTED[failure.status])
+            self._failed(shape.choices, failure)
         return response
 
     async def _events(
@@ -141,6 +140,10 @@ class Generate:
                 yield block or HEARTBEAT
         if last := b"".join(map(event, shape.last())):
             yield last
+
+    def _failed(self, choices: Sequence[Choice], error: ApiError) -> None:
+        if error.code in _ABORTED:
+            self._abort(choices, _ABORTED[error.code])
 
     def _abort(self, choices: Sequence[Choice], reason: str) -> None:
         cut = sum(1 for choice in choices if choice.finish is None)
@@ -180,7 +183,11 @@ class Generate:
             before = at
 
 
-_ABORTED = {500: "engine_failed", 503: "shutdown", 504: "deadline"}
+# By the code of the error: what was refused before it ran was not cut short.
+_ABORTED = {
+    "engine_failed": "engine_failed", "request_failed": "request_failed", "aborted": "shutdown", "shutting_down": "shutdown",
+    "deadline_exceeded": "deadline",
+}  # fmt: skip
 
 
 async def _take(buffer: Buffer[Piece], end: float | None, beat_s: float | None = None) -> list[Piece] | None:
